@@ -1,0 +1,169 @@
+"""The public face: compile a model, call what comes out, read what was done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lissom.backends import find_backend
+from lissom.backends.base import Executable
+from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.compiler.history import History, Size, Step
+from lissom.compiler.kinds import Pass
+from lissom.compiler.pipeline import Checks, Metric, Pipeline, Progress
+from lissom.compiler.program import Program
+from lissom.compiler.samples import check_samples
+from lissom.compiler.spelling import format_pipeline, parse_pipeline
+from lissom.frontends.export import Dynamic, capture
+from lissom.inspect.progress import progress_bar
+from lissom.inspect.tables import Report
+from lissom.passes import RECIPES, known_passes
+
+Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
+
+
+class CompiledModel:
+    """An optimized model: takes the arguments the original took, returns the structure it returned.
+
+    program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
+
+    Calls run under inference mode and may come from several threads, unless the program has state.
+    """
+
+    def __init__(self, program: Program, executable: Executable, report: Report, backend: str) -> None:
+        self.program = program
+        self.report = report
+        self.backend = backend
+        self._executable = executable
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """The model's answer.
+
+        Raises: InputError when the arguments do not fit the signature, naming what was found and what is allowed.
+        """
+        signature = self.program.signature
+        return signature.unflatten(self._executable(signature.flatten(args, kwargs)))
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    passes: str | Sequence[Pass] = "exact",
+    backend: str = "eager",
+    device: str | torch.device | None = None,
+    dynamic: Dynamic | bool = True,
+    checks: Checks = "numeric",
+    data: Iterable[Inputs] = (),
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Optimize a model for inference.
+
+    The model itself is left as it was, and its weights are shared until a pass changes one.
+
+    example_inputs: a tuple is positional, a mapping is keywords, a tensor is the only argument.
+    passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
+        into canonical form and always comes first.
+    backend: what runs the result; `lissom.backends.BACKENDS` lists them.
+    device: where the result runs; the model's own device by default.
+    dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
+        dimensions that vary: `{"input_ids": {0: "batch"}}`.
+    checks: after every pass, `numeric` compares outputs, `structural` checks form and types, `off` nothing.
+    data: calibration inputs, each like example_inputs, for passes that need some.
+    metric: scores a callable that takes the model's arguments, higher is better; max_drop: how much lossy passes may cost.
+    progress: called with what is done now, steps finished, steps in all; by default a bar on a terminal.
+
+    Raises: a LissomError of the kind that fits: CaptureError, InputError, PipelineTextError, UnsupportedError,
+        RequirementError, PassError, VerifyError, BudgetError.
+
+    >>> import torch, lissom
+    >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    >>> fast = lissom.compile(model, torch.randn(2, 5, 32))
+    >>> fast(torch.randn(3, 7, 32)).shape
+    torch.Size([3, 7, 32])
+    """
+    chosen = find_backend(backend)
+    pipeline = [*resolve_passes(passes), *chosen.lowering]
+    args, kwargs = split_inputs(example_inputs)
+    with progress_bar("compile") as bar:
+        show = progress or bar
+        show("capture", 0, len(pipeline) + 1)
+        captured = capture(model, args, kwargs, dynamic=dynamic, device=check_device(device))
+        program, example = captured.program, captured.example
+        history = History(format_pipeline(pipeline), checks)
+        history.record(
+            Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text()
+        )
+        batches = [program.signature.flatten(*split_inputs(batch)) for batch in data]
+        run = Pipeline(
+            pipeline,
+            samples=check_samples(program.signature, example),
+            checks=checks,
+            data=batches,
+            metric=metric,
+            max_drop=max_drop,
+            progress=lambda what, finished, total: show(what, finished + 1, total + 1),
+        )
+        program, history = run.run(program, history)
+    report = Report(f"{program.name} on {chosen.name}", history)
+    return CompiledModel(program, chosen.build(program), report, chosen.name)
+
+
+def resolve_passes(passes: str | Sequence[Pass]) -> list[Pass]:
+    """The passes to run: the recipe `exact`, then those asked for. A text may name recipes among its passes.
+
+    Raises: PipelineTextError, UnsupportedError.
+    """
+    table = known_passes()
+    exact = parse_pipeline(RECIPES["exact"], table)
+    if isinstance(passes, str):
+        wanted = parse_pipeline(passes, table, RECIPES)
+    else:
+        wanted = list(passes)
+        wrong: list[object] = [item for item in passes if not isinstance(item, Pass)]  # pyright: ignore[reportUnnecessaryIsInstance]
+        if wrong:
+            raise UnsupportedError(f"passes= holds {wrong[0]!r}, which is no pass; give pass objects, e.g. RemoveNoOps()")
+    return wanted if wanted[: len(exact)] == exact else [*exact, *wanted]
+
+
+def split_inputs(inputs: Inputs) -> tuple[tuple[object, ...], dict[str, object]]:
+    """Positional and keyword arguments.
+
+    Raises: InputError for anything but a tensor, a tuple or a mapping.
+    """
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise InputError(
+        f"example_inputs is a {type(inputs).__name__}; a tuple is positional, a mapping is keywords, a tensor the only argument"
+    )
+
+
+def check_device(device: str | torch.device | None) -> torch.device | None:
+    """The device, if this machine has it.
+
+    Raises: UnsupportedError when it does not.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UnsupportedError(f"device '{device}' is not known to PyTorch; write 'cpu' or 'cuda:0'") from error
+    if found.type == "cpu":
+        return found
+    count = torch.cuda.device_count() if found.type == "cuda" else 0
+    if (found.index or 0) >= count:
+        have = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        raise UnsupportedError(f"device '{device}' is not on this machine; it has {have}")
+    return torch.device("cuda", found.index or 0)

@@ -1,0 +1,85 @@
+"""Eager PyTorch: the flat program as one Python function that calls one operator a line, on any device PyTorch has.
+
+No module, hook or attribute stands between two operators; each value is freed right after its last use. Calls from several
+threads are independent unless the program has state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar, cast
+
+import torch
+from torch import fx
+
+from lissom.backends.base import Backend, Executable
+from lissom.compiler.execute import last_uses_of
+from lissom.compiler.program import Program
+
+
+class Eager(Backend):
+    """Runs the program's operators one after the other."""
+
+    name: ClassVar[str] = "eager"
+
+    def build(self, program: Program) -> Executable:
+        source, names = emit(program)
+        scope = dict(names)
+        exec(compile(source, f"<lissom {program.name}>", "exec"), scope)
+        function = cast(Callable[..., Sequence[object]], scope["run"])
+
+        def run(inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+            with torch.inference_mode():
+                return function(*inputs)
+
+        return run
+
+
+def emit(program: Program) -> tuple[str, dict[str, object]]:
+    """The program as the source of a function `run`, and the objects its names stand for."""
+    names: dict[str, object] = {}
+    scope: dict[fx.Node, str] = {}
+    frees = last_uses_of(program.graph)
+    lines: list[str] = []
+    parameters: list[str] = []
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            weight = program.weight(str(node.target)).detach()
+            scope[node] = f"w{len(names)}"
+            names[scope[node]] = weight.clone() if str(node.target) in program.state else weight
+            continue
+        if node.op == "output":
+            lines.append(f"    return {_argument(node.args[0], scope, names)}")
+            continue
+        scope[node] = f"v{len(scope)}"
+        if node.op == "placeholder":
+            parameters.append(scope[node])
+        else:
+            lines.append(f"    {scope[node]} = {_call(node, scope, names)}")
+        freed = [scope[used] for used in frees.get(node, ()) if used.op != "get_attr"]
+        if freed:
+            lines.append(f"    del {', '.join(freed)}")
+    return "\n".join([f"def run({', '.join(parameters)}):", *lines, ""]), names
+
+
+def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object]) -> str:
+    function = f"f{len(names)}"
+    names[function] = node.target
+    arguments = [_argument(item, scope, names) for item in node.args]
+    arguments += [f"{key}={_argument(item, scope, names)}" for key, item in node.kwargs.items()]
+    return f"{function}({', '.join(arguments)})"
+
+
+def _argument(item: object, scope: dict[fx.Node, str], names: dict[str, object]) -> str:
+    if isinstance(item, fx.Node):
+        return scope[item]
+    if isinstance(item, list):
+        return "[" + ", ".join(_argument(part, scope, names) for part in item) + "]"
+    if isinstance(item, tuple):
+        return "(" + "".join(_argument(part, scope, names) + ", " for part in item) + ")"
+    if item is None or isinstance(item, (bool, int, str)) or (isinstance(item, float) and math.isfinite(item)):
+        return repr(item)
+    name = f"c{len(names)}"
+    names[name] = item
+    return name

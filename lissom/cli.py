@@ -1,0 +1,122 @@
+"""The command line: `lissom demo | compile | show | passes`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lissom import api, demo
+from lissom.compiler.errors import Interrupted, LissomError
+from lissom.frontends.huggingface import PACKAGED, load
+from lissom.inspect.tables import Report, coloured_diff, passes_table
+from lissom.passes import RECIPES, known_passes
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler-style graph optimizer for transformers.")
+console = Console()
+
+Model = Annotated[str, typer.Argument(help=f"A checkpoint directory, or a packaged model: {', '.join(PACKAGED)}.")]
+Passes = Annotated[str, typer.Option(help="Pipeline text, for example 'remove-no-ops,raise-attention', or a recipe's name.")]
+Backend = Annotated[str, typer.Option(help="What runs the result.")]
+Device = Annotated[str | None, typer.Option(help="Where the result runs, for example cuda:0; the CPU by default.")]
+Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
+
+
+@app.command("demo")
+def run_demo(
+    seconds: Annotated[float, typer.Option(help="How long to time each engine at each shape.")] = 2.0,
+) -> None:
+    """Compile all-MiniLM-L6-v2, check it on real sentences, and time it beside PyTorch."""
+    found = demo.demonstrate(seconds)
+    console.print(found.compiled.report)
+    console.print(demo.similarity_table(found))
+    console.print(f"embeddings differ from the original model's by {found.worst_error:.1e} relative")
+    console.print(demo.latency_table(found))
+
+
+@app.command("compile")
+def run_compile(
+    model: Model,
+    passes: Passes = "exact",
+    backend: Backend = "eager",
+    device: Device = None,
+    checks: Checks = "numeric",
+    history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
+) -> None:
+    """Compile a model and print what every pass did."""
+    compiled = _compile(model, passes, backend, device, checks)
+    console.print(compiled.report)
+    if history is not None:
+        write_whole(history, json.dumps(compiled.report.history.to_json(), indent=1) + "\n")
+    if text is not None:
+        write_whole(text, compiled.program.text())
+
+
+@app.command("show")
+def run_show(
+    model: Model,
+    passes: Passes = "exact",
+    diff: Annotated[
+        tuple[int, int] | None, typer.Option(help="Show what changed between two steps of the history; 0 is the capture.")
+    ] = None,
+) -> None:
+    """Print a model's program after the passes, or the difference between two steps."""
+    compiled = _compile(model, passes, "eager", None, "numeric")
+    if diff is None:
+        sys.stdout.write(compiled.program.text())
+        return
+    changed = compiled.report.history.diff(*diff)
+    console.print(coloured_diff(changed) if changed else "the two steps are the same program", soft_wrap=True)
+
+
+@app.command("passes")
+def run_passes() -> None:
+    """List every pass with its options, and the recipes."""
+    console.print(passes_table(known_passes(), RECIPES))
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a file completely or not at all: to a temporary name beside it, then renamed."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink()
+        raise
+
+
+def _compile(model: str, passes: str, backend: str, device: str | None, checks: str) -> api.CompiledModel:
+    checkpoint = load(model)
+    return api.compile(
+        checkpoint.model,
+        checkpoint.example_inputs,
+        passes=passes,
+        backend=backend,
+        device=device,
+        checks=checks,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one sentence and exit status 1, an interrupt keeps the history so far."""
+    try:
+        app()
+    except Interrupted as error:
+        console.print(Report("interrupted; finished so far", error.history))
+        sys.exit(130)
+    except (LissomError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _escaped(error: Exception) -> str:
+    return str(error).replace("[", r"\[")

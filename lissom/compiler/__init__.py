@@ -1,0 +1,1 @@
+"""The program and everything that works on it: types, edits, checks, passes, pipelines, analyses."""

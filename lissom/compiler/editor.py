@@ -1,0 +1,167 @@
+"""The one way passes change a program: every edit is typed, stamped with the pass, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler import fake, text
+from lissom.compiler import node as nodes
+from lissom.compiler.errors import PassError
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.types import format_type
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place a pass looked at and left alone: which node, where it is, and why."""
+
+    node: str
+    place: str
+    reason: str
+
+
+class Editor:
+    """Edits one program on behalf of one pass.
+
+    program: the program being changed.
+    data: calibration inputs, flat; empty when the caller gave none.
+    rewritten: how many places the pass changed.
+    skipped: the places it could not treat, with the reason.
+    current: the node the pass is looking at, for error messages.
+    """
+
+    def __init__(self, program: Program, pass_name: str, data: Sequence[Sample] = ()) -> None:
+        self.program = program
+        self.pass_name = pass_name
+        self.data = data
+        self.rewritten = 0
+        self.skipped: list[Skip] = []
+        self.current: fx.Node | None = None
+
+    def nodes(self, *targets: object) -> Iterator[fx.Node]:
+        """The program's call nodes (of these targets) in order; nodes erased meanwhile are passed over."""
+        for node in self.program.nodes(*targets):
+            if not node._erased:
+                self.current = node
+                yield node
+        self.current = None
+
+    def skip(self, node: fx.Node, reason: str) -> None:
+        """Report a place the pass leaves as it is."""
+        self.skipped.append(Skip(node.name, text.place(self.program, node), reason))
+
+    @contextmanager
+    def before(self, node: fx.Node, like: Sequence[fx.Node] = ()) -> Generator[None]:
+        """Put what is made inside before `node`; its origin is that of the nodes it stands for (`like`, else `node`)."""
+        self._like = [*like] or [node]
+        with self.program.graph.inserting_before(node):
+            yield
+
+    def call(self, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
+        """A new, typed call node; use inside `before`.
+
+        Raises: PassError when the operator does not accept these arguments.
+        """
+        name = target._schema.name.partition("::")[2]
+        node = self.program.graph.create_node("call_function", target, args, kwargs, name)  # pyright: ignore
+        nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
+        self._type(node)
+        return node
+
+    def size(self, node: fx.Node, dim: int) -> fx.Node | int:
+        """The size of one dimension as an argument for a call: a number, or a node that reads it; use inside `before`."""
+        size = nodes.tensor_type(node).shape[dim]
+        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim)
+
+    def weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """A read of a new weight or buffer; a name in use gets a number; use inside `before`."""
+        unique, number = name, 1
+        while self.program.has_weight(unique):
+            unique, number = f"{name}_{number}", number + 1
+        self.program.set_weight(unique, tensor)
+        node = self.program.graph.get_attr(unique)
+        node._rename(unique.replace(".", "_"))
+        nodes.set_value(node, fake.fake_weight(self.program.fake_mode, tensor))
+        nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
+        return node
+
+    def set_weight(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """Give a weight new values, in this program only; what computes from it is typed anew.
+
+        A tensor that replaces a trainable parameter becomes one.
+        """
+        old = self.program.weight(str(node.target))
+        if isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+        self.program.set_weight(str(node.target), tensor)
+        nodes.set_value(node, fake.fake_weight(self.program.fake_mode, tensor))
+        self._stamp(node)
+        if old.shape != tensor.shape or old.dtype != tensor.dtype:
+            self.retype_from(node)
+
+    def change_call(self, node: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
+        """Let a node call another operator, or the same with other arguments; typed anew. Counts as one place rewritten.
+
+        Raises: PassError when the operator does not accept these arguments.
+        """
+        node.target = target
+        node.args = args  # pyright: ignore[reportAttributeAccessIssue]
+        node.kwargs = kwargs  # pyright: ignore[reportAttributeAccessIssue]
+        self._stamp(node)
+        self._type(node)
+        self.rewritten += 1
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let everything that reads `old` read `new`; `old` is erased. Counts as one place rewritten.
+
+        Raises: PassError when the two have different types.
+        """
+        program = self.program
+        wanted, found = nodes.node_type(old), nodes.node_type(new)
+        if not fake.same_type(program.fake_mode, wanted, found):
+            name_of = program.signature.name_of
+            raise PassError(
+                f"{self.pass_name}: {text.place(program, old)} yields {format_type(wanted, name_of)}, but its "
+                f"replacement {text.place(program, new)} yields {format_type(found, name_of)}; "
+                f"a replacement must have the same type\n{text.excerpt(program, old)}"
+            )
+        old.replace_all_uses_with(new)
+        if self.pass_name in nodes.origin(new).passes and not nodes.origin(new).replaces:
+            nodes.set_origin(new, replace(nodes.origin(new), replaces=old.name))
+        program.graph.erase_node(old)
+        program.edits += 1
+        self.rewritten += 1
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node nothing reads. Counts as one place rewritten."""
+        self.program.graph.erase_node(node)
+        self.program.edits += 1
+        self.rewritten += 1
+
+    def retype_from(self, node: fx.Node) -> None:
+        """Type anew everything that computes from a node, after its own type changed."""
+        changed = {node}
+        for found in self.program.graph.nodes:
+            if found.op == "call_function" and not changed.isdisjoint(found.all_input_nodes):
+                self._type(found)
+                changed.add(found)
+
+    def _stamp(self, node: fx.Node) -> None:
+        nodes.set_origin(node, nodes.origin(node).changed_by(self.pass_name))
+        self.program.edits += 1
+
+    def _type(self, node: fx.Node) -> None:
+        try:
+            nodes.set_value(node, fake.fake_call(self.program.fake_mode, node))
+        except Exception as error:
+            shown = text.argument_text([*node.args, *node.kwargs.values()])
+            raise PassError(
+                f"{self.pass_name}: {text.target_text(node.target)} does not accept the arguments {shown}: {error}"
+            ) from error
+        self.program.edits += 1

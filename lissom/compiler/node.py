@@ -1,0 +1,132 @@
+"""Typed access to what a node carries: its (fake) value and its origin. Nothing else reads `node.meta`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TypeGuard, cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.types import TensorType, ValueType, type_of
+
+_ORIGIN = "lissom_origin"
+_VALUE = "val"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node came from.
+
+    module_path: the module whose forward made it, `encoder.layer.0.attention.self`; empty for the model itself.
+    source: file name and line in the model's code, `modeling_bert.py:215`; empty when unknown.
+    code: the text of that line.
+    passes: the passes that made or changed the node, oldest first.
+    replaces: the node's name before a pass put this one in its place; used to line up two programs.
+    """
+
+    module_path: str = ""
+    source: str = ""
+    code: str = ""
+    passes: tuple[str, ...] = ()
+    replaces: str = ""
+
+    def changed_by(self, pass_name: str) -> Origin:
+        return self if pass_name in self.passes else replace(self, passes=(*self.passes, pass_name))
+
+
+def origin(node: fx.Node) -> Origin:
+    """Where the node came from; an empty origin when nothing is recorded."""
+    return node.meta.get(_ORIGIN, Origin())
+
+
+def set_origin(node: fx.Node, value: Origin) -> None:
+    """Record where the node came from."""
+    node.meta[_ORIGIN] = value
+
+
+def has_value(node: fx.Node) -> bool:
+    """True once the node is typed."""
+    return _VALUE in node.meta
+
+
+def value(node: fx.Node) -> object:
+    """The fake value the node was typed with: fake tensor, symbolic or plain number, or a tuple of these."""
+    return node.meta[_VALUE]
+
+
+def set_value(node: fx.Node, fake: object) -> None:
+    """Type the node with a fake value."""
+    node.meta[_VALUE] = fake
+
+
+def node_type(node: fx.Node) -> ValueType:
+    """The type of what the node yields."""
+    return type_of(value(node))
+
+
+def tensor_type(node: object) -> TensorType:
+    """The node's type, which must be a tensor.
+
+    Raises: TypeError when the node yields something else.
+    """
+    found = node_type(node) if isinstance(node, fx.Node) else node
+    if not isinstance(found, TensorType):
+        raise TypeError(f"{node} yields {found}, not a tensor")
+    return found
+
+
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
+    """True when `node` is a node of a program that yields one tensor."""
+    return isinstance(node, fx.Node) and has_value(node) and isinstance(value(node), torch.Tensor)
+
+
+def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
+    """True when `node` calls one of the targets."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, name: str) -> object:
+    """The argument the call gives for the operator's parameter `name`, or the schema's default.
+
+    Raises: KeyError when the operator has no such parameter.
+    """
+    schema = cast(torch._ops.OpOverload, node.target)._schema
+    for index, parameter in enumerate(schema.arguments):
+        if parameter.name != name:
+            continue
+        if not parameter.kwarg_only and index < len(node.args):
+            return node.args[index]
+        return node.kwargs.get(name, parameter.default_value)
+    raise KeyError(f"{node.target} has no parameter '{name}'")
+
+
+def is_state_write(node: fx.Node) -> bool:
+    """True for the one mutation a program may hold: `copy_` into a weight listed as state."""
+    first = node.args[0] if node.args else None
+    return is_call(node, torch.ops.aten.copy_.default) and isinstance(first, fx.Node) and first.op == "get_attr"
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True when calling the node twice with equal arguments gives equal results and changes nothing."""
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    tags = node.target.tags
+    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags
+
+
+def merged_origin(nodes: Iterable[fx.Node]) -> Origin:
+    """The origin of a node that stands for several: the longest module path they share, the last one's source line."""
+    origins = [origin(node) for node in nodes]
+    if not origins:
+        return Origin()
+    paths = [found.module_path.split(".") for found in origins]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return replace(origins[-1], module_path=".".join(shared), replaces="")

@@ -1,0 +1,222 @@
+"""The only place that runs passes: requirements, run, drop dead nodes, verify, measure, record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NoReturn, get_args
+
+import torch
+from torch import nn
+
+from lissom.compiler import text
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import (
+    BudgetError,
+    Interrupted,
+    LissomError,
+    PassError,
+    RequirementError,
+    UnsupportedError,
+    VerifyError,
+)
+from lissom.compiler.history import History, Size, Step, changed_calls
+from lissom.compiler.kinds import Annotation, Pass, Rewrite, Training
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.spelling import format_pass, format_pipeline
+from lissom.compiler.verify import (
+    Divergence,
+    compare,
+    first_difference,
+    run_samples,
+    tolerance_of,
+    verify_structure,
+)
+
+Checks = Literal["numeric", "structural", "off"]
+Metric = Callable[[Program], float]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes to run in the order written, and how to check each.
+
+    checks: `numeric` runs programs and compares outputs, `structural` checks form and types only, `off` nothing.
+    samples: flat inputs the numeric checks run on.
+    data: flat calibration inputs for passes that need some.
+    metric: scores a program, higher is better; max_drop: how far below the original's score a program may fall.
+    progress: called before each pass with its text, its number and the count.
+    """
+
+    passes: Sequence[Pass]
+    samples: Sequence[Sample] = ()
+    checks: Checks = "numeric"
+    data: Sequence[Sample] = ()
+    metric: Metric | None = None
+    max_drop: float | None = None
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.checks not in get_args(Checks):
+            raise UnsupportedError(f"checks='{self.checks}' is not known; choose {', '.join(get_args(Checks))}")
+        if self.max_drop is not None and self.metric is None:
+            raise UnsupportedError("max_drop needs a metric to measure the drop of: pass metric=")
+        if self.checks == "numeric" and not self.samples:
+            raise UnsupportedError("numeric checks need samples to run on; pass samples, or checks='structural'")
+
+    def run(self, program: Program, history: History | None = None) -> tuple[Program, History]:
+        """The program after all passes, and what each did; the program given is left as it is.
+
+        A history given holds the record of the capture; the passes are recorded behind it.
+
+        Raises: RequirementError, PassError, VerifyError, BudgetError, Interrupted; each holds the history so far.
+        """
+        run = _Run(self, program, history or History(format_pipeline(self.passes), self.checks))
+        try:
+            for index, item in enumerate(self.passes):
+                if self.progress is not None:
+                    self.progress(format_pass(item), index, len(self.passes))
+                run.step(item)
+        except LissomError as error:
+            error.history = run.history
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted(run.history) from None
+        return run.program, run.history
+
+
+@dataclass
+class _Run:
+    """One run of a pipeline: the program so far, and the outputs it is compared with."""
+
+    pipeline: Pipeline
+    program: Program
+    history: History
+    original: list[list[object]] = field(init=False)
+    outputs: list[list[object]] = field(init=False)
+    score: float | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        numeric = self.pipeline.checks == "numeric"
+        self.original = self.outputs = run_samples(self.program, self.pipeline.samples) if numeric else []
+        self.score = self._measure(self.program)
+        start = self.history.steps[0] if self.history.steps else Step(0, "capture", "capture", 0.0, 0.0, Size.of(self.program))
+        self.history.steps[:1] = [replace(start, metric=self.score)]
+        self.history.texts[:1] = [self.program.text()]
+
+    def step(self, item: Pass) -> None:
+        """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""
+        self._check_requirements(item)
+        started = time.perf_counter()
+        after = self.program.copy()
+        edit = Editor(after, item.name(), self.pipeline.data)
+        if isinstance(item, Training):
+            _own_weights(after)
+        self._run_pass(item, edit)
+        after.drop_dead()
+        ran = time.perf_counter()
+        try:
+            error, cosine, outputs = self._check(item, after)
+        except VerifyError as problem:
+            raise VerifyError(f"{format_pass(item)} was rolled back: {problem}") from problem
+        metric = self._charge(item, after)
+        added, removed = changed_calls([n.name for n in self.program.nodes()], [n.name for n in after.nodes()])
+        step = Step(
+            index=len(self.history.steps),
+            spelling=format_pass(item),
+            kind=item.kind,
+            seconds=ran - started,
+            check_seconds=time.perf_counter() - ran,
+            size=Size.of(after),
+            added=added,
+            removed=removed,
+            rewritten=edit.rewritten,
+            skipped=tuple(edit.skipped),
+            relative_error=error,
+            cosine=cosine,
+            metric=metric,
+        )
+        self.program, self.outputs = after, outputs
+        self.history.record(step, after.text())
+
+    def _check_requirements(self, item: Pass) -> None:
+        for requirement in item.requires:
+            node = requirement.breach(self.program)
+            if node is not None:
+                raise RequirementError(requirement.sentence(self.program, item.name(), node))
+
+    def _run_pass(self, item: Pass, edit: Editor) -> None:
+        try:
+            item.run(edit)
+        except LissomError:
+            raise
+        except Exception as error:
+            where = f" at {text.place(edit.program, edit.current)}" if edit.current else ""
+            lines = f"\n{text.excerpt(edit.program, edit.current)}" if edit.current else ""
+            raise PassError(
+                f"{format_pass(item)} failed{where}: {type(error).__name__}: {error}; "
+                f"the program from before the pass is intact{lines}"
+            ) from error
+
+    def _check(self, item: Pass, after: Program) -> tuple[float | None, float | None, list[list[object]]]:
+        """The error and cosine of the program after the pass, and its outputs; both None when nothing was run."""
+        if self.pipeline.checks == "off":
+            return None, None, []
+        verify_structure(after, self.program)
+        if self.pipeline.checks == "structural":
+            return None, None, []
+        outputs = run_samples(after, self.pipeline.samples)
+        if isinstance(item, (Rewrite, Annotation)):
+            divergence = compare(self.outputs, outputs)
+            allowed = 0.0 if isinstance(item, Annotation) else tolerance_of(self.program)
+            if divergence.relative_error > allowed:
+                self._refuse(after, divergence, allowed)
+            return divergence.relative_error, compare(self.original, outputs).cosine, outputs
+        divergence = compare(self.original, outputs)
+        return divergence.relative_error, divergence.cosine, outputs
+
+    def _refuse(self, after: Program, divergence: Divergence, allowed: float) -> NoReturn:
+        message = (
+            f"its outputs differ from the program before by {divergence.relative_error:.2g} relative, allowed {allowed:.2g}"
+        )
+        for sample in self.pipeline.samples:
+            found = first_difference(self.program, after, sample, allowed)
+            if found is not None:
+                node, error = found
+                raise VerifyError(
+                    f"{message}; the first node that differs is {text.place(after, node)}, by {error:.2g}\n"
+                    f"{text.excerpt(after, node)}"
+                )
+        raise VerifyError(f"{message}; no node that both programs have differs, so the outputs themselves were changed")
+
+    def _charge(self, item: Pass, after: Program) -> float | None:
+        """The caller's score of the program, measured after every pass that may change it."""
+        if isinstance(item, (Rewrite, Annotation)):
+            return self.history.steps[-1].metric
+        score, allowed = self._measure(after), self.pipeline.max_drop
+        if score is None or self.score is None or allowed is None:
+            return score
+        drop = self.score - score
+        if drop > allowed:
+            raise BudgetError(
+                f"{format_pass(item)} was rolled back: it takes the metric from {self.score:.4g} to {score:.4g}, "
+                f"a drop of {drop:.4g}, allowed {allowed:.4g}; make the pass milder or raise max_drop"
+            )
+        return score
+
+    def _measure(self, program: Program) -> float | None:
+        if self.pipeline.metric is None:
+            return None
+        with torch.no_grad():
+            return float(self.pipeline.metric(program))
+
+
+def _own_weights(program: Program) -> None:
+    """Give a program weights of its own, so that training them cannot reach the caller's model."""
+    for name, tensor in program.weights().items():
+        owned = tensor.detach().clone()
+        trainable = isinstance(tensor, nn.Parameter)
+        program.set_weight(name, nn.Parameter(owned, requires_grad=tensor.requires_grad) if trainable else owned)

@@ -1,0 +1,163 @@
+"""The program: a flat graph of ATen operators with its weights, its signature, and types and origins on every node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar, cast
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lissom.compiler import fake, text
+from lissom.compiler.execute import Observer, run
+from lissom.compiler.signature import Signature
+
+Fact = TypeVar("Fact")
+
+
+class Program:
+    """A transformer as a flat `torch.fx` graph in one dialect: functional, pre-dispatch ATen.
+
+    name: the class of the model it was captured from.
+    graph_module: the graph and, as attributes under their original names, the weights and buffers it reads.
+    signature: the call it answers.
+    state: the names of the buffers it may write; everything else is read only.
+    edits: counts the changes made, so that facts about the program can be remembered until the next one.
+    """
+
+    def __init__(self, name: str, graph_module: fx.GraphModule, signature: Signature, state: tuple[str, ...] = ()) -> None:
+        self.name = name
+        self.graph_module = graph_module
+        self.signature = signature
+        self.state = state
+        self.edits = 0
+        self._facts: dict[Callable[[Program], object], tuple[int, object]] = {}
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        return self.fact(_fake_mode_of)
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def nodes(self, *targets: object) -> list[fx.Node]:
+        """The call nodes in order, or those that call one of the targets."""
+        calls = (node for node in self.graph.nodes if node.op == "call_function")
+        return [node for node in calls if not targets or node.target in targets]
+
+    def fact(self, analysis: Callable[[Program], Fact]) -> Fact:
+        """The analysis of this program, computed once for each state of the graph."""
+        known = self._facts.get(analysis)
+        if known is not None and known[0] == self.edits:
+            return cast(Fact, known[1])
+        found = analysis(self)
+        self._facts[analysis] = (self.edits, found)
+        return found
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The tensors the graph reads, by name, in the order of their first use."""
+        reads = dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
+        return {name: self.weight(name) for name in reads}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The weight or buffer of that name.
+
+        Raises: AttributeError when the program has none.
+        """
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.graph_module.get_submodule(path), leaf)
+
+    def has_weight(self, name: str) -> bool:
+        """True when the name is taken by a weight, a buffer, or a container of these."""
+        owner: object = self.graph_module
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        return owner is not None
+
+    def set_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Give the name a tensor in this program alone; programs that shared the old one keep it."""
+        path, _, leaf = name.rpartition(".")
+        owner: nn.Module = self.graph_module
+        for part in path.split(".") if path else ():
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = cast(nn.Module, getattr(owner, part))
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
+        self.edits += 1
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(tensor.numel() for tensor in self.weights().values())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """The bytes of all weights and buffers the graph reads, those that share memory counted once."""
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in self.weights().values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in storages.values())
+
+    def copy(self) -> Program:
+        """A program with its own graph that shares every weight with this one."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+        return Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
+
+    def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
+        """The flat outputs for flat inputs, without checks; gradients flow unless they are switched off."""
+        return run(self.graph, self.graph_module, inputs, observe)
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Call the program as the original model is called; gradients flow unless they are switched off.
+
+        Raises: InputError when the arguments do not fit the signature.
+        """
+        return self.signature.unflatten(self.run(self.signature.flatten(args, kwargs)))
+
+    def text(self) -> str:
+        """The program as text, one node a line: the same for the same program, whatever machine made it."""
+        return text.program_text(self)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def drop_dead(self) -> int:
+        """Remove the nodes nothing reads, and the weights no node reads; returns how many nodes went."""
+        dropped = 0
+        for node in reversed(self.graph.nodes):
+            if node.users or node.op in ("placeholder", "output") or _has_effect(node):
+                continue
+            self.graph.erase_node(node)
+            dropped += 1
+        if dropped:
+            self.graph_module = fake.FlatModule(self.graph_module, self.graph)
+            self.edits += 1
+        return dropped
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self.graph.nodes)
+
+
+def _fake_mode_of(program: Program) -> FakeTensorMode:
+    return fake.fake_mode(program.graph)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """True for writes and for checks: operators that change something or return nothing."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and (schema.is_mutable or not schema.returns)

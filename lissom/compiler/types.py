@@ -1,0 +1,106 @@
+"""The types of values: what a fake tensor says of dtype, sizes and device, and how that reads as text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+Size = int | sympy.Expr
+NameOf = Callable[[sympy.Expr], str]
+
+_SHORT = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+    torch.complex64: "c64",
+    torch.complex128: "c128",
+    torch.float8_e4m3fn: "f8e4m3",
+    torch.float8_e5m2: "f8e5m2",
+}
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """The dtype as programs print it: `f32`, `bf16`, `i64`, `bool`."""
+    return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """A tensor's dtype, sizes (integers or expressions of the program's symbols) and device."""
+
+    dtype: torch.dtype
+    shape: tuple[Size, ...]
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+
+@dataclass(frozen=True)
+class ScalarType:
+    """A number computed from sizes while the program runs."""
+
+    kind: type
+    value: Size | float | bool
+
+
+ValueType = TensorType | ScalarType | None | tuple["ValueType", ...]
+
+
+def size_of(value: int | torch.SymInt) -> Size:
+    """The size as an integer, or as an expression when it is symbolic."""
+    if isinstance(value, torch.SymInt):
+        expression = value.node.expr
+        return int(expression) if expression.is_number else expression
+    return int(value)
+
+
+def type_of(value: object) -> ValueType:
+    """The type of a node's (fake) value: a tensor, a number, nothing, or a tuple of types.
+
+    Raises: TypeError when the value is none of these.
+    """
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return TensorType(value.dtype, tuple(size_of(size) for size in value.shape), value.device)
+    if isinstance(value, torch.SymInt):
+        return ScalarType(int, size_of(value))
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return ScalarType(float if isinstance(value, torch.SymFloat) else bool, value.node.expr)
+    if isinstance(value, (bool, int, float)):
+        return ScalarType(type(value), value)
+    if isinstance(value, (tuple, list)):
+        return tuple(type_of(item) for item in value)
+    raise TypeError(f"a program's values are tensors, numbers and tuples of these, not {type(value).__name__}")
+
+
+def format_size(size: Size | float | bool, name_of: NameOf) -> str:
+    """A size as text: a number, or an expression with the dimensions' names in it."""
+    return name_of(size) if isinstance(size, sympy.Basic) else str(size)
+
+
+def format_type(value_type: ValueType, name_of: NameOf) -> str:
+    """`f32[batch, sequence, 384]`, `int batch*sequence`, `(f32[4], i64[4])`; the device only where it is not the CPU."""
+    match value_type:
+        case None:
+            return "none"
+        case TensorType(dtype, shape, device):
+            sizes = ", ".join(format_size(size, name_of) for size in shape)
+            place = "" if device.type == "cpu" else f"@{device}"
+            return f"{short_dtype(dtype)}[{sizes}]{place}"
+        case ScalarType(kind, value):
+            return f"{kind.__name__} {format_size(value, name_of)}"
+        case _:
+            return "(" + ", ".join(format_type(item, name_of) for item in value_type) + ")"

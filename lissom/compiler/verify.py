@@ -1,0 +1,244 @@
+"""Checks on programs: that one is well formed, and that two give the same outputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import fx
+
+from lissom.compiler import fake, text
+from lissom.compiler import node as nodes
+from lissom.compiler.errors import VerifyError
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.types import TensorType, format_type
+
+_SIZE_FUNCTIONS = {torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_ite, torch.sym_float, torch.sym_int}
+_SIZE_MODULES = {operator.__name__, "_operator", "math", "torch.utils._sympy.functions"}
+
+TOLERANCE = {
+    # Two float64 kernels that sum a few thousand terms in another order differ by some 1e-14.
+    torch.float64: 1e-12,
+    # The same in float32 (unit roundoff 6e-8): 1e-7 to 5e-6 seen over 12 to 96 layers.
+    torch.float32: 2e-5,
+    # One rounding to 11 bits is 5e-4; a residual stream meets some twenty of them.
+    torch.float16: 1e-2,
+    # One rounding to 8 bits is 4e-3; likewise.
+    torch.bfloat16: 8e-2,
+}
+
+
+def tolerance_of(program: Program) -> float:
+    """The relative error two correct programs may show: that of the coarsest floating type computed in."""
+    dtypes = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and nodes.is_tensor(node):
+            dtypes.add(nodes.tensor_type(node).dtype)
+    return max((TOLERANCE[dtype] for dtype in dtypes if dtype in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+def verify_structure(program: Program, before: Program | None = None) -> None:
+    """Check that the program is well formed: order, names, dialect, types, signature.
+
+    Types are recomputed with fake tensors; nodes that `before` has too, with equal arguments, keep theirs.
+
+    Raises: VerifyError naming the first node at fault, with the lines around it.
+    """
+    known = {node.name: node for node in before.graph.nodes} if before else {}
+    defined: set[fx.Node] = set()
+    names: set[str] = set()
+    trusted: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.name in names:
+            _fail(program, node, f"the name '{node.name}' is used twice")
+        names.add(node.name)
+        for used in node.all_input_nodes:
+            if used not in defined:
+                _fail(program, node, f"it reads '{used.name}', which is defined later or not at all")
+        if node.op == "call_function":
+            _check_dialect(program, node)
+        if node.op != "output" and not nodes.has_value(node):
+            _fail(program, node, "it has no type; make nodes through the editor")
+        if _is_unchanged(node, known.get(node.name), trusted):
+            trusted.add(node)
+        elif node.op == "get_attr":
+            _check_weight(program, node)
+        elif node.op == "call_function":
+            _check_type(program, node)
+        defined.add(node)
+    _check_signature(program, before)
+
+
+def _is_unchanged(node: fx.Node, old: fx.Node | None, trusted: set[fx.Node]) -> bool:
+    """True when the node is the same call of the same trusted values with the same fake value as before."""
+    if old is None or node.op != old.op or node.target != old.target:
+        return False
+    if node.op == "placeholder":
+        return True
+    if node.op == "output" or nodes.value(node) is not nodes.value(old):
+        return False
+    same = text.argument_text([*node.args, node.kwargs]) == text.argument_text([*old.args, old.kwargs])
+    return same and trusted.issuperset(node.all_input_nodes)
+
+
+def _check_dialect(program: Program, node: fx.Node) -> None:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if target._schema.is_mutable and not (nodes.is_state_write(node) and _writes_state(program, node)):
+            _fail(program, node, f"{target} writes to its argument; only buffers listed as state may be written")
+        return
+    module = getattr(target, "__module__", "")
+    if module not in _SIZE_MODULES and target not in _SIZE_FUNCTIONS:
+        _fail(program, node, f"{text.target_text(target)} is no ATen or registered operator and no function of sizes")
+
+
+def _writes_state(program: Program, node: fx.Node) -> bool:
+    target = node.args[0]
+    return isinstance(target, fx.Node) and str(target.target) in program.state
+
+
+def _check_weight(program: Program, node: fx.Node) -> None:
+    if not program.has_weight(str(node.target)):
+        _fail(program, node, f"the program has no weight '{node.target}'")
+    weight, typed = program.weight(str(node.target)), nodes.tensor_type(node)
+    found = TensorType(weight.dtype, tuple(weight.shape), weight.device)
+    if found != typed:
+        described = format_type(found, program.signature.name_of)
+        _fail(program, node, f"the weight is {described} but typed {format_type(typed, program.signature.name_of)}")
+
+
+def _check_type(program: Program, node: fx.Node) -> None:
+    try:
+        again = nodes.type_of(fake.fake_call(program.fake_mode, node))
+    except Exception as error:
+        _fail(program, node, f"it does not run on its arguments' types: {error}", cause=error)
+    recorded = nodes.node_type(node)
+    if not fake.same_type(program.fake_mode, again, recorded):
+        name_of = program.signature.name_of
+        _fail(program, node, f"it yields {format_type(again, name_of)} but is typed {format_type(recorded, name_of)}")
+
+
+def _check_signature(program: Program, before: Program | None) -> None:
+    inputs, arguments = program.placeholders, program.signature.tensors
+    if len(inputs) != len(arguments):
+        raise VerifyError(f"the program has {len(inputs)} inputs but its signature names {len(arguments)}")
+    for node, argument in zip(inputs, arguments, strict=True):
+        if not fake.same_type(program.fake_mode, nodes.node_type(node), argument.type):
+            described = format_type(argument.type, program.signature.name_of)
+            _fail(program, node, f"the signature says {described}")
+    if before is None or before.signature is not program.signature:
+        return
+    old, new = _output_types(before), _output_types(program)
+    for index, (wanted, found) in enumerate(zip(old, new, strict=True)):
+        if not fake.same_type(program.fake_mode, wanted, found):
+            name_of = program.signature.name_of
+            was, now = format_type(wanted, name_of), format_type(found, name_of)
+            raise VerifyError(f"output {index} was {was} and is now {now}; a pass keeps the outputs' types")
+
+
+def _output_types(program: Program) -> list[nodes.ValueType]:
+    leaves: Sequence[object] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
+    return [nodes.node_type(leaf) if isinstance(leaf, fx.Node) else None for leaf in leaves]
+
+
+def _fail(program: Program, node: fx.Node, reason: str, cause: Exception | None = None) -> NoReturn:
+    raise VerifyError(f"{text.place(program, node)}: {reason}\n{text.excerpt(program, node)}") from cause
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far outputs are from those of another program, over all samples.
+
+    relative_error: max |a - b| / max |a|, the worst output; infinite where shapes or non-numbers disagree.
+    cosine: the smallest cosine between the two values of one floating output.
+    """
+
+    relative_error: float
+    cosine: float
+
+
+def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object]]:
+    """The program's flat outputs on each sample, without gradients. State is put back afterwards."""
+    saved = {name: program.weight(name).clone() for name in program.state}
+    outputs = []
+    with torch.no_grad():
+        for sample in samples:
+            outputs.append(program.run(sample))
+            for name, tensor in saved.items():
+                program.weight(name).copy_(tensor)
+    return outputs
+
+
+def compare(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> Divergence:
+    """The divergence of the outputs `found` from `wanted`, sample by sample, output by output."""
+    errors, cosines = [0.0], [1.0]
+    for left, right in zip(wanted, found, strict=True):
+        for a, b in zip(left, right, strict=True):
+            errors.append(relative_error(a, b))
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point():
+                cosines.append(_cosine(a, b))
+    return Divergence(max(errors), min(cosines))
+
+
+def relative_error(wanted: object, found: object) -> float:
+    """max |a - b| / max |a|; infinite when shapes, dtypes or the places of NaN and infinity differ.
+
+    Integers and flags must be equal. Values under 1e-6 throughout count as 1e-6, so that noise is not divided by noise.
+    """
+    if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
+        return 0.0 if wanted == found else float("inf")
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return float("inf")
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return 0.0 if torch.equal(wanted, found) else float("inf")
+    if wanted.numel() == 0:
+        return 0.0
+    a, b = wanted.detach(), found.detach()
+    precise = torch.complex128 if a.is_complex() else torch.float64 if a.dtype == torch.float64 else torch.float32
+    a, b = a.to(precise), b.to(precise)
+    odd = ~torch.isfinite(a)
+    if not torch.equal(odd, ~torch.isfinite(b)) or not torch.equal(a[odd].nan_to_num(), b[odd].nan_to_num()):
+        return float("inf")
+    a, b = a.masked_fill(odd, 0), b.masked_fill(odd, 0)
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-6))
+
+
+def _cosine(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    a, b = wanted.detach().double().flatten(), found.detach().double().flatten()
+    if a.numel() != b.numel():
+        return -1.0
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm > 0 else 1.0
+
+
+def first_difference(before: Program, after: Program, sample: Sample, tolerance: float) -> tuple[fx.Node, float] | None:
+    """The first node of `after` whose value differs from that of the node it stands for in `before`.
+
+    Nodes correspond by name, or by the name a pass recorded when it replaced one by the other.
+    """
+    values: dict[str, object] = {}
+    with torch.no_grad():
+        before.run(sample, lambda node, value: values.update({node.name: value}))
+    found: list[tuple[fx.Node, float]] = []
+
+    def observe(node: fx.Node, value: object) -> None:
+        name = node.name if node.name in values else nodes.origin(node).replaces
+        if found or name not in values:
+            return
+        error = _worst_error(values[name], value)
+        if error > tolerance:
+            found.append((node, error))
+
+    with torch.no_grad():
+        after.run(sample, observe)
+    return found[0] if found else None
+
+
+def _worst_error(wanted: object, found: object) -> float:
+    if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)):
+        return max(map(_worst_error, wanted, found), default=0.0)
+    return relative_error(wanted, found)

@@ -1,0 +1,53 @@
+"""Move a program to another device: its weights, the devices written into its operators, and its signature."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.fx.node import Argument as CallArgument
+
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.program import Program
+from lissom.compiler.signature import Argument, TensorArgument
+
+
+def move(program: Program, device: torch.device) -> Program:
+    """The program on `device`; the program itself when it is there already. Weights are copied, names stay."""
+    if all(leaf.type.device == device for leaf in program.signature.tensors):
+        return program
+    moved = program.copy()
+    for name, weight in program.weights().items():
+        tensor = weight.detach().to(device)
+        trainable = isinstance(weight, nn.Parameter)
+        moved.set_weight(name, nn.Parameter(tensor, requires_grad=weight.requires_grad) if trainable else tensor)
+    for node in moved.graph.nodes:
+        if node.op == "call_function":
+            node.args = tuple(_placed(item, device) for item in node.args)
+            node.kwargs = {key: _placed(item, device) for key, item in node.kwargs.items()}
+            nodes.set_value(node, fake.fake_call(moved.fake_mode, node))
+        elif node.op != "output":
+            with fake.typing_scope(moved.fake_mode):
+                nodes.set_value(node, nodes.value(node).to(device))  # pyright: ignore[reportAttributeAccessIssue]
+    signature = program.signature
+    moved.signature = replace(
+        signature,
+        positional=tuple(_argument(item, device) for item in signature.positional),
+        keyword=tuple(_argument(item, device) for item in signature.keyword),
+    )
+    return moved
+
+
+def _placed(argument: CallArgument, device: torch.device) -> CallArgument:
+    """The argument, or the new device where it is one."""
+    return device if isinstance(argument, torch.device) else argument
+
+
+def _argument(item: Argument, device: torch.device) -> Argument:
+    leaves = tuple(
+        replace(leaf, type=replace(leaf.type, device=device)) if isinstance(leaf, TensorArgument) else leaf
+        for leaf in item.leaves
+    )
+    return replace(item, leaves=leaves)

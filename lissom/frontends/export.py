@@ -1,0 +1,335 @@
+"""Capture through `torch.export` (non-strict): a module and example inputs in, a program out.
+
+Batch and sequence become dynamic by default. Which sizes may vary is found by trying: the model is exported with
+them free, and the program is run beside the model at other sizes before they are promised to the caller.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import traceback
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import sympy
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
+
+from lissom.compiler.errors import CaptureError
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample, resize
+from lissom.compiler.signature import Signature
+from lissom.compiler.verify import relative_error, run_samples, tolerance_of
+from lissom.frontends.device import move
+from lissom.frontends.flatten import flatten_exported
+
+Dynamic = Mapping[str, Mapping[int, "str | Dim"]]
+FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
+_TORCH = str(Path(torch.__file__).parent)
+_BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING = (0, 1), (0,), (1,), ()
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured model.
+
+    example: the caller's inputs, flat. notes: which sizes may vary, and what was tried to find out.
+    """
+
+    program: Program
+    example: Sample
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    dynamic: Dynamic | bool = True,
+    device: torch.device | None = None,
+) -> Capture:
+    """The model as a program. The model is left as it was, and the program shares its weights.
+
+    dynamic: True finds out whether batch (dimension 0) and sequence (dimension 1) may vary; False fixes every size;
+        a mapping names dimensions by argument, `{"input_ids": {0: "batch", 1: Dim("sequence", max=512)}}`.
+    device: where the program is to run; its weights are copied when that is not where the model is.
+
+    Raises: CaptureError naming the line of the model that cannot be captured.
+    """
+    started = time.perf_counter()
+    kwargs = dict(kwargs or {})
+    _check_model(model)
+    _check_leaves((args, kwargs))
+    with _evaluating(model), torch.no_grad():
+        if isinstance(dynamic, Mapping):
+            program, notes = _capture_named(model, args, kwargs, dynamic)
+        else:
+            program, notes = _capture_by_trying(model, args, kwargs, dynamic)
+    example = program.signature.flatten(args, kwargs)
+    if device is not None:
+        program, example = move(program, device), [tensor.to(device) for tensor in example]
+    return Capture(program, example, tuple(notes), time.perf_counter() - started)
+
+
+def _capture_by_trying(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: bool
+) -> tuple[Program, list[str]]:
+    """Free batch and sequence, else batch, else sequence, else nothing; the first that agrees with the model."""
+    tried: list[str] = []
+    first: Exception | None = None
+    plans = (_BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING) if dynamic else (_NOTHING,)
+    for dims in plans:
+        try:
+            program = _export(model, args, kwargs, partial(_free, dims))
+            program = _confirm(program, model, args, kwargs)
+        except Exception as error:
+            first = first or error
+            if isinstance(error, GuardOnDataDependentSymNode) or dims == _NOTHING:
+                raise _explain(model, first) from first
+            words = " and ".join(("batch", "sequence")[dim] for dim in dims)
+            tried.append(f"tried {words} dynamic: {_first_line(error)}")
+            continue
+        return program, [_describe_dimensions(program.signature), *tried]
+    raise AssertionError("the last plan returns or raises")
+
+
+def _capture_named(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic
+) -> tuple[Program, list[str]]:
+    """Free exactly the dimensions the caller names."""
+    arguments = _bound(model, args, kwargs)
+    unknown = next((name for name in dynamic if name not in arguments), None)
+    if unknown is not None:
+        raise CaptureError(f"dynamic names '{unknown}', which is no argument of this call; it has {', '.join(arguments)}")
+    wanted: dict[int, dict[int, object]] = {
+        id(leaf): {dim: Dim.AUTO for dim in dims}
+        for name, dims in dynamic.items()
+        for leaf in pytree.tree_leaves(arguments[name])
+        if isinstance(leaf, torch.Tensor)
+    }
+    try:
+        program = _export(model, args, kwargs, partial(_named, wanted))
+        program = _renamed(program, dynamic)
+        program = _confirm(program, model, args, kwargs)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise _explain(model, error) from error
+    return program, [_describe_dimensions(program.signature)]
+
+
+def _named(wanted: Mapping[int, dict[int, object]], tensor: torch.Tensor) -> dict[int, object]:
+    """The dimensions the caller named for this input."""
+    return wanted.get(id(tensor), {})
+
+
+def _renamed(program: Program, dynamic: Dynamic) -> Program:
+    """The program with the caller's names and ranges on its dimensions.
+
+    Raises: CaptureError when a dimension that should vary was fixed by the model.
+    """
+    dimensions = dict(program.signature.dimensions)
+    for leaf in program.signature.tensors:
+        for index, wanted in dynamic.get(leaf.path.split("[")[0].split(".")[0], {}).items():
+            size = leaf.type.shape[index]
+            name = wanted if isinstance(wanted, str) else wanted.__name__
+            if isinstance(size, int):
+                raise CaptureError(
+                    f"dimension {index} ({name}) of '{leaf.path}' was to be dynamic, but the model fixes it at {size}; "
+                    f"leave it out of dynamic="
+                )
+            if not isinstance(size, sympy.Symbol) or size not in dimensions:
+                continue
+            found = replace(dimensions[size], name=name)
+            if not isinstance(wanted, str):
+                found = replace(found, minimum=wanted.min, maximum=min(wanted.max, found.maximum or wanted.max))
+            dimensions[size] = found
+    program.signature = replace(program.signature, dimensions=dimensions)
+    return program
+
+
+def _free(dims: Sequence[int], tensor: torch.Tensor) -> dict[int, object]:
+    """The dimensions of one input to free: batch, and sequence where an input of rank 2 or 3 has one."""
+    last = 1 if tensor.dim() in (2, 3) else 0
+    return {dim: Dim.AUTO for dim in dims if dim < tensor.dim() and dim <= last}
+
+
+def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dims_of: FreeDimensions) -> Program:
+    """Export with the dimensions `dims_of` gives for each tensor, and flatten the result into a program."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    dims = {id(leaf): dims_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    free = {dim for found in dims.values() for dim in found}
+    single = {dim for dim in free if all(leaf.shape[dim] == 1 for leaf in leaves if dim in dims.get(id(leaf), ()))}
+    traced = [_grown(leaf, single & dims[id(leaf)].keys()) if id(leaf) in dims else leaf for leaf in leaves]
+    hints = [dims.get(id(leaf)) for leaf in leaves]
+    traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)
+    hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
+    exported = torch.export.export(
+        model,
+        traced_args,
+        traced_kwargs,
+        dynamic_shapes=_bound(model, hint_args, hint_kwargs) or None,
+        strict=False,
+    )
+    if _writes(exported):
+        exported = exported.run_decompositions({})
+    return flatten_exported(exported, type(model).__name__, args, kwargs, tuple(_parameters(model)))
+
+
+def _grown(tensor: torch.Tensor, dims: set[int]) -> torch.Tensor:
+    """The input with dimensions of size 1 doubled, because a size of 1 cannot be traced as one that varies."""
+    for dim in dims:
+        tensor = torch.cat([tensor, tensor], dim)
+    return tensor
+
+
+def _writes(exported: ExportedProgram) -> bool:
+    targets = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, found in inspect.signature(model.forward).parameters.items() if found.kind in kinds]
+
+
+def _bound(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    try:
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CaptureError(
+            f"the example inputs do not fit {type(model).__name__}.forward{inspect.signature(model.forward)}: {error}; "
+            f"a tuple is positional, a mapping is keywords"
+        ) from error
+
+
+def _confirm(program: Program, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Program:
+    """Check the program against the model on the example, at size 1, and at larger sizes; narrow what it promises.
+
+    Raises: CaptureError when they disagree at a size the program would have to take.
+    """
+    dimensions = program.signature.dimensions
+    example = program.signature.flatten(args, kwargs)
+    _require_agreement(program, model, example)
+    if not dimensions:
+        return program
+    sizes = program.signature.sizes_of(example)
+    minimums = {}
+    for symbol, dimension in dimensions.items():
+        if dimension.minimum == 1 and not _agrees(program, model, example, {**sizes, symbol: 1}):
+            minimums[symbol] = replace(dimension, minimum=2)
+    program.signature = replace(program.signature, dimensions={**dimensions, **minimums})
+    larger = [{symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}]
+    larger += [{symbol: size * 2 for symbol, size in sizes.items()}]
+    larger += [{symbol: max(size // 2, 2) for symbol, size in sizes.items()}]
+    if not any(_agrees(program, model, example, other) for other in larger):
+        raise CaptureError("the program and the model disagree at sizes other than the example's")
+    return program
+
+
+def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    signature: Signature = program.signature
+    sample = resize(signature, example, sizes)
+    try:
+        signature.check_sizes(sample)
+        _require_agreement(program, model, sample)
+    except Exception:
+        return False
+    return True
+
+
+def _require_agreement(program: Program, model: nn.Module, sample: Sample) -> None:
+    args, kwargs = program.signature.arguments(sample)
+    with _kept(model, program.state):
+        wanted = pytree.tree_leaves(model(*args, **kwargs))
+    found = run_samples(program, [sample])[0]
+    errors = [relative_error(left, right) for left, right in zip(wanted, found, strict=True)]
+    allowed = tolerance_of(program)
+    if max(errors, default=0.0) > allowed:
+        raise CaptureError(
+            f"the captured program differs from {type(model).__name__} by {max(errors):.2g} relative, allowed "
+            f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
+        )
+
+
+def _describe_dimensions(signature: Signature) -> str:
+    if not signature.dimensions:
+        return "every size is fixed at the example's"
+    return "dynamic: " + ", ".join(f"{found.name} ({found.range})" for found in signature.dimensions.values())
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
+    empty = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if empty is not None:
+        raise CaptureError(f"weight '{empty}' is on the meta device and has no values; load the model's weights first")
+
+
+def _check_leaves(inputs: object) -> None:
+    for path, leaf in pytree.tree_flatten_with_path(inputs)[0]:
+        if leaf is not None and not isinstance(leaf, (torch.Tensor, bool, int, float, str)):
+            where = pytree.keystr(path[1:])
+            raise CaptureError(
+                f"example input {where} is a {type(leaf).__name__}; inputs are tensors, numbers, flags, text, None, "
+                f"or nests of these: convert it first"
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Generator[None]:
+    """Hold every submodule in evaluation mode, and put each back in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _kept(model: nn.Module, names: Sequence[str]) -> Generator[None]:
+    """Put the buffers a call of the model writes back to what they were."""
+    saved = {name: model.get_buffer(name).clone() for name in names}
+    try:
+        yield
+    finally:
+        for name, tensor in saved.items():
+            model.get_buffer(name).copy_(tensor)
+
+
+def _explain(model: nn.Module, error: Exception) -> CaptureError:
+    """One sentence for a failed capture: the model, its line, what happened, what to do."""
+    name = type(model).__name__
+    if isinstance(error, CaptureError):
+        return error
+    place = _model_line(error)
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return CaptureError(
+            f"{name} cannot be captured: {place} decides on the values of a tensor, and a graph has one path for all "
+            f"values; use torch.where or torch.cond there, or compile the part without it"
+        )
+    return CaptureError(f"{name} cannot be captured: {place}: {type(error).__name__}: {_first_line(error)}")
+
+
+def _model_line(error: Exception) -> str:
+    """The innermost line of the traceback that is not torch's own, `modeling.py:12 (if x.sum() > 0:)`."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TORCH)]
+    frames = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    if not frames:
+        return "torch.export"
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} (`{(frames[-1].line or '').strip()}`)"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

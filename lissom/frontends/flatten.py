@@ -1,0 +1,237 @@
+"""An exported program as ours: weights as attributes, typed nodes with origins, dimensions with names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import sympy
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument as ExportedConstant
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from lissom.compiler import node as nodes
+from lissom.compiler.errors import CaptureError
+from lissom.compiler.fake import FlatModule, fake_mode
+from lissom.compiler.node import Origin
+from lissom.compiler.program import Program
+from lissom.compiler.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
+from lissom.compiler.types import type_of
+
+_WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
+_NO_MODULE = "_empty_nn_module_stack"
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def flatten_exported(
+    exported: ExportedProgram,
+    name: str,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    parameters: tuple[str, ...],
+) -> Program:
+    """The exported program as a flat program.
+
+    args, kwargs: the example the caller gave, for the nesting of the inputs and the constants in it.
+    parameters: the names of the model's `forward`.
+
+    Raises: CaptureError for what a program cannot hold: mutated inputs, control flow, custom objects.
+    """
+    _unify_sizes(exported)
+    weights = _weights(exported)
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    reads: dict[int, fx.Node] = {}
+
+    def translate(node: fx.Node) -> fx.Node:
+        """The copy of a node; a weight is read where it is first used, tied weights once."""
+        if node in copied:
+            return copied[node]
+        target = weights[node.name]
+        tensor = tensors[target]
+        if id(tensor) not in reads:
+            read = graph.get_attr(target)
+            read._rename(node.name)
+            nodes.set_value(read, node.meta["val"])
+            reads[id(tensor)] = read
+        copied[node] = reads[id(tensor)]
+        return copied[node]
+
+    tensors = {target: _tensor(exported, target) for target in weights.values()}
+    for spec, node in zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True):
+        if spec.kind == InputKind.USER_INPUT and isinstance(node.meta["val"], torch.Tensor):
+            copied[node] = graph.placeholder(node.name)
+            nodes.set_value(copied[node], node.meta["val"])
+    for node in exported.graph.nodes:
+        if node.op == "call_function":
+            copied[node] = _copy_call(graph, node, translate)
+    _write_outputs(exported, graph, translate)
+    signature = _signature(exported, args, kwargs, parameters)
+    outputs = exported.graph_signature.output_specs
+    state = tuple(str(spec.target) for spec in outputs if spec.kind == OutputKind.BUFFER_MUTATION)
+    used = {str(node.target): tensors[str(node.target)] for node in graph.nodes if node.op == "get_attr"}
+    used |= {target: used[target].clone() for target in state}
+    return Program(name, FlatModule(used, graph), signature, state)
+
+
+def _placeholders(exported: ExportedProgram) -> list[fx.Node]:
+    return [node for node in exported.graph.nodes if node.op == "placeholder"]
+
+
+def _weights(exported: ExportedProgram) -> dict[str, str]:
+    """For each lifted weight's placeholder, the weight's name in the model.
+
+    Raises: CaptureError for inputs that are neither tensors nor constants.
+    """
+    found = {}
+    for spec in exported.graph_signature.input_specs:
+        if spec.kind in _WEIGHTS:
+            found[spec.arg.name] = str(spec.target)
+        elif spec.kind != InputKind.USER_INPUT:
+            raise CaptureError(f"the model uses a {spec.kind.name.lower()} ('{spec.target}'), which a program cannot hold")
+    return found
+
+
+def _tensor(exported: ExportedProgram, target: str) -> torch.Tensor:
+    tensor = exported.state_dict.get(target)
+    return cast(torch.Tensor, exported.constants[target]) if tensor is None else tensor
+
+
+def _copy_call(graph: fx.Graph, node: fx.Node, translate) -> fx.Node:  # noqa: ANN001
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise CaptureError(
+            f"the model holds control flow ({node.target}) at {_origin(node).source or 'an unknown line'}; "
+            f"a program is one straight graph: take the branch out of the model"
+        )
+    copied = graph.node_copy(node, translate)
+    copied.meta = {}
+    nodes.set_value(copied, node.meta.get("val"))
+    nodes.set_origin(copied, _origin(node))
+    return copied
+
+
+def _origin(node: fx.Node) -> Origin:
+    """Module path and source line of an exported node."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    path = "" if path.startswith(_NO_MODULE) else path
+    frames = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if not frame[0].startswith(_TORCH)]
+    if not frames:
+        return Origin(path)
+    file, line, code = frames[-1]
+    return Origin(path, f"{Path(file).name}:{line}", code.strip())
+
+
+def _write_outputs(exported: ExportedProgram, graph: fx.Graph, translate) -> None:  # noqa: ANN001
+    """State writes as `copy_` nodes, then the values the caller gets.
+
+    Raises: CaptureError when the model changes one of its inputs in place.
+    """
+    results = []
+    placeholders = {node.name: node for node in _placeholders(exported)}
+    buffers = {str(spec.target): placeholders[spec.arg.name] for spec in exported.graph_signature.input_specs if spec.target}
+    leaves = exported.graph.output_node().args[0]
+    for spec, leaf in zip(exported.graph_signature.output_specs, leaves, strict=True):  # pyright: ignore
+        if spec.kind == OutputKind.BUFFER_MUTATION:
+            write = graph.call_function(torch.ops.aten.copy_.default, (translate(buffers[str(spec.target)]), translate(leaf)))
+            nodes.set_value(write, nodes.value(translate(leaf)))
+        elif spec.kind == OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(f"the model changes its argument '{spec.target}' in place; pass a copy inside the model")
+        else:
+            results.append(translate(leaf) if isinstance(leaf, fx.Node) and not _is_constant(leaf) else _plain(leaf, spec))
+    graph.output(tuple(results))
+
+
+def _is_constant(leaf: fx.Node) -> bool:
+    return leaf.op == "placeholder" and not isinstance(leaf.meta["val"], torch.Tensor)
+
+
+def _plain(leaf: object, spec) -> object:  # noqa: ANN001
+    if isinstance(leaf, fx.Node):
+        return spec.arg.value if isinstance(spec.arg, ExportedConstant) else leaf.meta["val"]
+    return leaf
+
+
+def _unify_sizes(exported: ExportedProgram) -> None:
+    """Let inputs of equal example size share their batch, and their sequence.
+
+    Export leaves two sizes apart when nothing in the graph forces them to be equal, as for a mask that is only
+    indexed; a caller who passed the same size twice means one dimension.
+    """
+    first: dict[tuple[int, int], sympy.Symbol] = {}
+    for spec, node in zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True):
+        value = node.meta["val"]
+        if spec.kind != InputKind.USER_INPUT or not isinstance(value, torch.Tensor):
+            continue
+        for index, size in enumerate(value.shape[:2]):
+            if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
+                continue
+            symbol, env = size.node.expr, size.node.shape_env
+            shared = first.setdefault((index, size.node.hint), symbol)
+            if shared != symbol:
+                env._set_replacement(symbol, shared, "inputs of equal example size")
+
+
+def _signature(
+    exported: ExportedProgram, args: Sequence[object], kwargs: Mapping[str, object], parameters: tuple[str, ...]
+) -> Signature:
+    specs = [spec for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    values = {node.name: node.meta["val"] for node in _placeholders(exported)}
+    feed = iter(values[spec.arg.name] for spec in specs)
+    names = [parameters[i] if i < len(parameters) else f"args[{i}]" for i in range(len(args))]
+    positional = tuple(_argument(name, item, feed) for name, item in zip(names, args, strict=True))
+    keyword = tuple(_argument(name, item, feed) for name, item in kwargs.items())
+    tensors = [leaf for item in (*positional, *keyword) for leaf in item.leaves if isinstance(leaf, TensorArgument)]
+    dimensions = _dimensions(exported, tensors)
+    conditions = _conditions(exported, set(dimensions))
+    out_spec = cast(pytree.TreeSpec, exported.call_spec.out_spec)
+    return Signature(positional, keyword, parameters, out_spec, dimensions, conditions)
+
+
+def _argument(name: str, item: object, feed) -> Argument:  # noqa: ANN001
+    found, spec = pytree.tree_flatten_with_path(item)
+    leaves: list[Leaf] = []
+    for path, leaf in found:
+        value = next(feed)
+        where = name + pytree.keystr(path)
+        if isinstance(value, torch.Tensor):
+            leaves.append(TensorArgument(where, type_of(value)))  # pyright: ignore[reportArgumentType]
+        else:
+            leaves.append(ConstantArgument(where, leaf))
+    return Argument(name, spec, tuple(leaves))
+
+
+def _dimensions(exported: ExportedProgram, tensors: Sequence[TensorArgument]) -> dict[sympy.Symbol, Dimension]:
+    """A name and a range for each symbol in the inputs' sizes: dimension 0 is batch, dimension 1 sequence."""
+    env = fake_mode(exported.graph).shape_env
+    found: dict[sympy.Symbol, Dimension] = {}
+    taken: set[str] = set()
+    for leaf in tensors:
+        for index, size in enumerate(leaf.type.shape):
+            if not isinstance(size, sympy.Symbol) or size in found:
+                continue
+            plain = re.sub(r"\W+", "_", leaf.path).strip("_")
+            usual = ("batch", "sequence")[index] if index < 2 else f"{plain}_{index}"
+            name = usual if usual not in taken else f"{plain}_{usual if index < 2 else index}"
+            taken.add(name)
+            bounds = env.var_to_range.get(size) if env else None
+            lower = int(bounds.lower) if bounds is not None else 0
+            upper = bounds.upper if bounds is not None else None
+            maximum = int(upper) if isinstance(upper, sympy.Integer) else None
+            # Tracing treats every size as 2 or more; whether 1 works is found by trying, after this.
+            found[size] = Dimension(name, lower if lower > 2 else 1, maximum)
+    return found
+
+
+def _conditions(exported: ExportedProgram, symbols: set[sympy.Symbol]) -> tuple[sympy.Basic, ...]:
+    """Divisibility the model asks of its sizes. Guards that only say a size is not 0 or 1 come from tracing, not from it."""
+    env = fake_mode(exported.graph).shape_env
+    guards = [env.simplify(guard.expr) for guard in env.guards] if env else []
+    found = [guard for guard in guards if isinstance(guard, sympy.Eq) and "Mod" in str(guard)]
+    return tuple(dict.fromkeys(guard for guard in found if guard.free_symbols and guard.free_symbols <= symbols))

@@ -1,0 +1,1 @@
+"""Reading only: tables, diffs, timings and progress for people."""

@@ -1,0 +1,57 @@
+"""Wall-clock time of a call: the median of many runs, with its spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: the median, and the quarter of runs below and above."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.3g} ({self.low_ms:.3g} to {self.high_ms:.3g})"
+
+
+def time_calls(calls: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, Timing]:
+    """Time several calls in turn, A B A B …, so that a drift of the machine's speed meets them alike.
+
+    seconds: how long to measure each, after two calls to warm up; at least five runs are made.
+    """
+    for call in calls.values():
+        call()
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds * len(calls) or len(next(iter(taken.values()))) < 5:
+        for name, call in calls.items():
+            taken[name].append(_time_once(call))
+    return {name: _summary(runs) for name, runs in taken.items()}
+
+
+def _time_once(call: Callable[[], object]) -> float:
+    _synchronize()
+    started = time.perf_counter()
+    call()
+    _synchronize()
+    return (time.perf_counter() - started) * 1e3
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _summary(runs: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(runs, n=4, method="inclusive")
+    return Timing(median, low, high, len(runs))

@@ -1,0 +1,50 @@
+"""The passes that come with Lissom, in one table, and the named pipelines beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.kinds import Pass
+from lissom.passes.canonical.eliminate_dead_code import EliminateDeadCode
+from lissom.passes.canonical.fold_constants import FoldConstants
+from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
+from lissom.passes.canonical.raise_activations import RaiseActivations
+from lissom.passes.canonical.raise_attention import RaiseAttention
+from lissom.passes.canonical.raise_rms_norm import RaiseRmsNorm
+from lissom.passes.canonical.remove_no_ops import RemoveNoOps
+
+PASSES: Mapping[str, type[Pass]] = {
+    item.name(): item
+    for item in (
+        EliminateDeadCode,
+        RemoveNoOps,
+        FoldConstants,
+        MergeCommonSubexpressions,
+        RaiseRmsNorm,
+        RaiseActivations,
+        RaiseAttention,
+    )
+}
+
+RECIPES: Mapping[str, str] = {
+    "exact": (
+        "eliminate-dead-code,remove-no-ops,fold-constants,merge-common-subexpressions,"
+        "raise-rms-norm,raise-activations,raise-attention,merge-common-subexpressions"
+    ),
+}
+
+
+def known_passes() -> dict[str, type[Pass]]:
+    """Lissom's passes and those other packages add through the entry-point group `lissom.passes`.
+
+    Raises: UnsupportedError when an entry point does not name a pass.
+    """
+    table = dict(PASSES)
+    for entry in entry_points(group="lissom.passes"):
+        found = entry.load()
+        if not (isinstance(found, type) and issubclass(found, Pass)):
+            raise UnsupportedError(f"entry point '{entry.name}' of lissom.passes is {found!r}, which is no pass class")
+        table.setdefault(found.name(), found)
+    return table

@@ -1,0 +1,1 @@
+"""Exact passes that bring any author's spelling into one form."""

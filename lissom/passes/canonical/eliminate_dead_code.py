@@ -1,0 +1,19 @@
+"""Remove the nodes whose results nothing reads, and the weights no node reads.
+
+Every pass is followed by the same clean-up; this pass makes what was dead on arrival visible in the history.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+
+
+@dataclass(frozen=True)
+class EliminateDeadCode(Rewrite):
+    """Removes operators whose results are never used, and weights that are never read."""
+
+    def run(self, edit: Editor) -> None:
+        edit.rewritten += edit.program.drop_dead()

@@ -1,0 +1,127 @@
+"""Raise root-mean-square normalisation written out in parts to `rms_norm`.
+
+    rms_norm(x) = x / √(mean(x²) + ε) · w            Zhang & Sennrich 2019, eq. 4
+
+Found in any of the usual spellings: the square as `pow`, `square` or `x·x`; the root as `rsqrt`, `1/sqrt`, `pow(-0.5)` or a
+division; the weight before or after a cast back from float32, as `w` or as Gemma's `1 + w`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import other_argument, scalar_and_node, strip_casts
+
+aten = torch.ops.aten
+
+_MULTIPLY = {aten.mul.Tensor}
+_ADD = {aten.add.Tensor, aten.add.Scalar}
+
+
+@dataclass(frozen=True)
+class RaiseRmsNorm(Rewrite):
+    """Replaces mean-of-squares normalisation over the last dimension by `rms_norm`."""
+
+    def run(self, edit: Editor) -> None:
+        for mean in edit.nodes(aten.mean.dim):
+            x = _squared(mean)
+            if x is None or not _over_last(mean, x):
+                continue
+            found = _normalised(edit, mean, x)
+            if found is None:
+                edit.skip(mean, "a mean of squares that does not divide what was squared")
+                continue
+            normalised, epsilon = found
+            _raise(edit, x, normalised, epsilon)
+
+
+def _squared(mean: fx.Node) -> fx.Node | None:
+    """The x of mean(x²)."""
+    square = mean.args[0]
+    squares = (
+        (nodes.is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2)
+        or nodes.is_call(square, aten.square.default)
+        or (nodes.is_call(square, *_MULTIPLY) and square.args[0] is square.args[1])
+    )
+    return square.all_input_nodes[0] if squares and isinstance(square, fx.Node) else None
+
+
+def _over_last(mean: fx.Node, x: fx.Node) -> bool:
+    last = nodes.tensor_type(x).rank - 1
+    return mean.args[1] in ([-1], [last]) and bool(nodes.argument(mean, "keepdim"))
+
+
+def _normalised(edit: Editor, mean: fx.Node, x: fx.Node) -> tuple[fx.Node, float] | None:
+    """The node that is x / √(mean + ε), and ε."""
+    for added in mean.users:
+        split = scalar_and_node(edit.program, added, _ADD)
+        if split is None:
+            continue
+        for root in added.users:
+            normalised = _divided(root, x)
+            if normalised is not None:
+                return normalised, split[0]
+    return None
+
+
+def _divided(root: fx.Node, x: fx.Node) -> fx.Node | None:
+    """x · root when root is an inverse square root, x / root when it is a square root."""
+    inverse = nodes.is_call(root, aten.rsqrt.default) or _is_power(root, -0.5)
+    if nodes.is_call(root, aten.sqrt.default) or _is_power(root, 0.5):
+        for user in root.users:
+            if nodes.is_call(user, aten.div.Tensor) and user.args[0] is x and user.args[1] is root:
+                return user
+            if nodes.is_call(user, aten.reciprocal.default):
+                return _times(user, x)
+        return None
+    return _times(root, x) if inverse else None
+
+
+def _is_power(node: fx.Node, exponent: float) -> bool:
+    return bool(nodes.is_call(node, aten.pow.Tensor_Scalar) and node.args[1] == exponent)
+
+
+def _times(factor: fx.Node, x: fx.Node) -> fx.Node | None:
+    found = (user for user in factor.users if nodes.is_call(user, *_MULTIPLY) and other_argument(user, factor) is x)
+    return next(found, None)
+
+
+def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> None:
+    """Put `rms_norm` in place of the normalised value, its cast and its weight, as far as they follow."""
+    width = nodes.tensor_type(x).shape[-1]
+    root, source, weight = normalised, x, None
+    cast = _only_user(root, aten.to.dtype, aten._to_copy.default)
+    original = strip_casts(x)
+    if cast is not None and nodes.tensor_type(cast) == nodes.tensor_type(original):
+        scaled, found = _weighted(cast)
+        if found is None or nodes.tensor_type(found).dtype == nodes.tensor_type(original).dtype:
+            root, source, weight = scaled, original, found
+    else:
+        scaled, found = _weighted(root)
+        if found is None or nodes.tensor_type(found).dtype == nodes.tensor_type(root).dtype:
+            root, weight = scaled, found
+    with edit.before(root, like=[normalised]):
+        raised = edit.call(aten.rms_norm.default, source, [width], weight, epsilon)
+    edit.replace(root, raised)
+
+
+def _weighted(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+    """The product of the node with a weight over its last dimension, and the weight; the node alone when there is none."""
+    product = _only_user(node, *_MULTIPLY)
+    other = other_argument(product, node) if product is not None else None
+    if product is None or not nodes.is_tensor(other):
+        return node, None
+    if nodes.tensor_type(other).shape != nodes.tensor_type(node).shape[-1:]:
+        return node, None
+    return product, other
+
+
+def _only_user(node: fx.Node, *targets: object) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and nodes.is_call(users[0], *targets) else None
