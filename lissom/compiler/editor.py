@@ -91,8 +91,8 @@ class Editor:
         nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
         return node
 
-    def set_weight(self, node: fx.Node, tensor: torch.Tensor) -> None:
-        """Give a weight new values, in this program only; what computes from it is typed anew.
+    def set_weight(self, node: fx.Node, tensor: torch.Tensor, *, retype: bool = True) -> None:
+        """Give a weight new values, in this program only; what computes from it is typed anew, now or by `retype` later.
 
         A tensor that replaces a trainable parameter becomes one.
         """
@@ -102,7 +102,7 @@ class Editor:
         self.program.set_weight(str(node.target), tensor)
         nodes.set_value(node, fake.fake_weight(self.program.fake_mode, tensor))
         self._stamp(node)
-        if old.shape != tensor.shape or old.dtype != tensor.dtype:
+        if retype and (old.shape != tensor.shape or old.dtype != tensor.dtype):
             self.retype_from(node)
 
     def change_call(self, node: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
@@ -144,6 +144,11 @@ class Editor:
         self.program.edits += 1
         self.rewritten += 1
 
+    def retype(self) -> None:
+        """Type every call anew, after sizes written into the program changed."""
+        for node in self.program.nodes():
+            self._stamp_changed(node)
+
     def retype_from(self, node: fx.Node) -> None:
         """Type anew everything that computes from a node, after its own type changed."""
         changed = {node}
@@ -151,6 +156,13 @@ class Editor:
             if found.op == "call_function" and not changed.isdisjoint(found.all_input_nodes):
                 self._type(found)
                 changed.add(found)
+
+    def _stamp_changed(self, node: fx.Node) -> None:
+        """Type a call anew, and note the pass on it when its type changed."""
+        before = nodes.node_type(node)
+        self._type(node)
+        if nodes.node_type(node) != before:
+            self._stamp(node)
 
     def _stamp(self, node: fx.Node) -> None:
         nodes.set_origin(node, nodes.origin(node).changed_by(self.pass_name))

@@ -52,8 +52,10 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 def grid() -> torch.Tensor:
-    """The points functions are compared on: both tails, and zero."""
-    return torch.linspace(-9.0, 9.0, 181, dtype=torch.float64)
+    """The points functions are compared on: zero, both tails, and far out, where a clamp would show that the rest hides."""
+    near = torch.linspace(-9.0, 9.0, 181, dtype=torch.float64)
+    far = torch.logspace(1.0, 6.0, 11, dtype=torch.float64)
+    return torch.cat([-far, near, far])
 
 
 def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node] | None:
@@ -102,7 +104,7 @@ def _evaluate(
     """The expression's values with the points for its argument; None when it reads anything else."""
     if node is argument:
         return points
-    if not isinstance(node, fx.Node) or node.target not in ELEMENTWISE:
+    if not nodes.is_tensor(node) or node.target not in ELEMENTWISE or not nodes.tensor_type(node).dtype.is_floating_point:
         return None
     if node not in known:
         known[node] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 
 import torch
@@ -13,16 +14,48 @@ from lissom.compiler.program import Program
 aten = torch.ops.aten
 
 CASTS = (aten.to.dtype, aten._to_copy.default)
+# These may give back their argument, though their schemas promise a new tensor.
+_MAY_GIVE_BACK = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.type_as.default)
 
 
 def strip_casts(node: fx.Node) -> fx.Node:
     """The value before any casts between floating types."""
-    while nodes.is_call(node, *CASTS):
-        source = node.args[0]
-        if not nodes.is_tensor(source) or not nodes.tensor_type(source).dtype.is_floating_point:  # pyright: ignore
-            return node
-        node = source  # pyright: ignore[reportAssignmentType]
+    while nodes.is_call(node, *CASTS) and _is_floating(node) and _is_floating(node.args[0]):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
     return node
+
+
+def _is_floating(item: object) -> bool:
+    return nodes.is_tensor(item) and nodes.tensor_type(item).dtype.is_floating_point
+
+
+def is_view(node: fx.Node) -> bool:
+    """True when the result may be in the memory of the first argument."""
+    if nodes.is_call(node, operator.getitem, *_MAY_GIVE_BACK):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    aliases = [found.alias_info for found in schema.returns] if schema is not None else []
+    return any(found is not None and not found.is_write for found in aliases)
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The value in whose memory the node's result may be."""
+    while is_view(node):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    return node
+
+
+def views_of(node: fx.Node) -> list[fx.Node]:
+    """The node, and every value that may be in its memory."""
+    found = [node]
+    for view in found:
+        found += [user for user in view.users if is_view(user) and user.args[0] is view]
+    return found
+
+
+def is_handed_out(program: Program, node: fx.Node) -> bool:
+    """True when the caller gets the node's memory, whole or as a view."""
+    return any(program.output in view.users for view in views_of(node))
 
 
 def other_argument(node: fx.Node, known: fx.Node) -> object:

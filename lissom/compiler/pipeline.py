@@ -149,6 +149,7 @@ class _Run:
                 raise RequirementError(requirement.sentence(self.program, item.name(), node))
 
     def _run_pass(self, item: Pass, edit: Editor) -> None:
+        shared = {name: (tensor, _version(tensor)) for name, tensor in edit.program.weights().items()}
         try:
             item.run(edit)
         except LissomError:
@@ -160,15 +161,26 @@ class _Run:
                 f"{format_pass(item)} failed{where}: {type(error).__name__}: {error}; "
                 f"the program from before the pass is intact{lines}"
             ) from error
+        written = next((name for name, (tensor, version) in shared.items() if _version(tensor) != version), None)
+        if written is not None and not isinstance(item, Training):
+            raise PassError(
+                f"{format_pass(item)} wrote to the weight '{written}' in place, which the program shares with the model it "
+                f"came from; the model's own weight is changed now: load it again, and use edit.set_weight in the pass"
+            )
 
     def _check(self, item: Pass, after: Program) -> tuple[float | None, float | None, list[list[object]]]:
-        """The error and cosine of the program after the pass, and its outputs; both None when nothing was run."""
+        """The error and cosine of the program after the pass, and its outputs; both None when nothing was run.
+
+        A program that no edit and no training touched gives the outputs of the program before, and is not run again.
+        """
         if self.pipeline.checks == "off":
             return None, None, []
-        verify_structure(after, self.program)
+        touched = after.edits > 0 or isinstance(item, Training) or after.text() != self.history.texts[-1]
+        if touched:
+            verify_structure(after, self.program)
         if self.pipeline.checks == "structural":
             return None, None, []
-        outputs = run_samples(after, self.pipeline.samples)
+        outputs = run_samples(after, self.pipeline.samples) if touched else self.outputs
         if isinstance(item, (Rewrite, Annotation)):
             divergence = compare(self.outputs, outputs)
             allowed = 0.0 if isinstance(item, Annotation) else tolerance_of(self.program)
@@ -212,6 +224,11 @@ class _Run:
             return None
         with torch.no_grad():
             return float(self.pipeline.metric(program))
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written in place; tensors made under inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _own_weights(program: Program) -> None:

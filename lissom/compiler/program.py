@@ -107,8 +107,8 @@ class Program:
     @property
     def parameter_bytes(self) -> int:
         """The bytes of all weights and buffers the graph reads, those that share memory counted once."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in self.weights().values()}
-        return sum(tensor.numel() * tensor.element_size() for tensor in storages.values())
+        places = {(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in self.weights().values()}
+        return sum(size for _, size in places)
 
     def copy(self) -> Program:
         """A program with its own graph that shares every weight with this one."""

@@ -142,13 +142,13 @@ class Signature:
         if twice:
             raise InputError(f"argument '{twice}' is given twice, by position and by name; give it once")
         given.update(kwargs)
-        bound = [(item, self._take(item, given)) for item in (*self.positional, *self.keyword)]
-        captured = {item.name for item, _ in bound}
+        items = (*self.positional, *self.keyword)
+        captured = {item.name for item in items}
         for name, value in given.items():
             if name in captured or (value is None and name in self.parameters):
                 continue
             self._refuse_extra(name, captured)
-        return bound
+        return [(item, self._take(item, given)) for item in items]
 
     def _take(self, item: Argument, given: Mapping[str, object]) -> object:
         if item.name in given:
@@ -266,9 +266,10 @@ def _constant(leaf: Leaf) -> object:
 
 
 def _nesting(tree: object) -> str:
-    """The containers of a structure with its leaves left out, `{a: (*, *), b: *}`."""
+    """The containers of a structure with its leaves left out, `{a: (*, *), b: [*]}`."""
     if isinstance(tree, Mapping):
         return "{" + ", ".join(f"{key}: {_nesting(item)}" for key, item in tree.items()) + "}"
     if isinstance(tree, (tuple, list)):
-        return "(" + ", ".join(_nesting(item) for item in tree) + ")"
+        parts = ", ".join(map(_nesting, tree))
+        return f"[{parts}]" if isinstance(tree, list) else f"({parts})"
     return "*"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -133,6 +134,8 @@ def _check_signature(program: Program, before: Program | None) -> None:
     if before is None or before.signature is not program.signature:
         return
     old, new = _output_types(before), _output_types(program)
+    if len(old) != len(new):
+        raise VerifyError(f"the program had {len(old)} outputs and has {len(new)} now; a pass keeps the outputs")
     for index, (wanted, found) in enumerate(zip(old, new, strict=True)):
         if not fake.same_type(program.fake_mode, wanted, found):
             name_of = program.signature.name_of
@@ -162,15 +165,23 @@ class Divergence:
 
 
 def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object]]:
-    """The program's flat outputs on each sample, without gradients. State is put back afterwards."""
-    saved = {name: program.weight(name).clone() for name in program.state}
+    """The program's flat outputs on each sample, then the state it leaves, without gradients. State is put back afterwards."""
     outputs = []
-    with torch.no_grad():
-        for sample in samples:
-            outputs.append(program.run(sample))
-            for name, tensor in saved.items():
-                program.weight(name).copy_(tensor)
+    for sample in samples:
+        with torch.no_grad(), _kept_state(program):
+            outputs.append([*program.run(sample), *(program.weight(name).clone() for name in program.state)])
     return outputs
+
+
+@contextmanager
+def _kept_state(program: Program) -> Generator[None]:
+    """Put the program's state back to what it was."""
+    saved = {name: program.weight(name).clone() for name in program.state}
+    try:
+        yield
+    finally:
+        for name, tensor in saved.items():
+            program.weight(name).copy_(tensor)
 
 
 def compare(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> Divergence:
@@ -190,7 +201,7 @@ def relative_error(wanted: object, found: object) -> float:
     Integers and flags must be equal. Values under 1e-6 throughout count as 1e-6, so that noise is not divided by noise.
     """
     if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
-        return 0.0 if wanted == found else float("inf")
+        return 0.0 if type(wanted) is type(found) and wanted == found else float("inf")
     if wanted.shape != found.shape or wanted.dtype != found.dtype:
         return float("inf")
     if not (wanted.is_floating_point() or wanted.is_complex()):
@@ -221,8 +232,8 @@ def first_difference(before: Program, after: Program, sample: Sample, tolerance:
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other.
     """
     values: dict[str, object] = {}
-    with torch.no_grad():
-        before.run(sample, lambda node, value: values.update({node.name: value}))
+    with torch.no_grad(), _kept_state(before):
+        before.run(sample, lambda node, value: values.update({node.name: _lasting(node, value)}))
     found: list[tuple[fx.Node, float]] = []
 
     def observe(node: fx.Node, value: object) -> None:
@@ -233,9 +244,14 @@ def first_difference(before: Program, after: Program, sample: Sample, tolerance:
         if error > tolerance:
             found.append((node, error))
 
-    with torch.no_grad():
+    with torch.no_grad(), _kept_state(after):
         after.run(sample, observe)
     return found[0] if found else None
+
+
+def _lasting(node: fx.Node, value: object) -> object:
+    """The value as it will stay; what a write of state yields is the state itself, which is put back."""
+    return value.clone() if nodes.is_state_write(node) and isinstance(value, torch.Tensor) else value
 
 
 def _worst_error(wanted: object, found: object) -> float:

@@ -106,16 +106,7 @@ def _capture_named(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic
 ) -> tuple[Program, list[str]]:
     """Free exactly the dimensions the caller names."""
-    arguments = _bound(model, args, kwargs)
-    unknown = next((name for name in dynamic if name not in arguments), None)
-    if unknown is not None:
-        raise CaptureError(f"dynamic names '{unknown}', which is no argument of this call; it has {', '.join(arguments)}")
-    wanted: dict[int, dict[int, object]] = {
-        id(leaf): {dim: Dim.AUTO for dim in dims}
-        for name, dims in dynamic.items()
-        for leaf in pytree.tree_leaves(arguments[name])
-        if isinstance(leaf, torch.Tensor)
-    }
+    wanted = _wanted(dynamic, _bound(model, args, kwargs))
     try:
         program = _export(model, args, kwargs, partial(_named, wanted))
         program = _renamed(program, dynamic)
@@ -127,6 +118,38 @@ def _capture_named(
     return program, [_describe_dimensions(program.signature)]
 
 
+def _wanted(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict[int, dict[int, object]]:
+    """The dimensions the caller names, by the input they belong to.
+
+    Raises: CaptureError for an argument or a dimension that is not there, and for an example outside a range.
+    """
+    wanted: dict[int, dict[int, object]] = {}
+    for name, dims in dynamic.items():
+        if name not in arguments:
+            raise CaptureError(f"dynamic names '{name}', which is no argument of this call; it has {', '.join(arguments)}")
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments[name]) if isinstance(leaf, torch.Tensor)]
+        rank = min((tensor.dim() for tensor in tensors), default=0)
+        for index, given in dims.items():
+            if not 0 <= index < rank:
+                raise CaptureError(f"dynamic names dimension {index} of '{name}', which has {rank}, counted from 0")
+            if not isinstance(given, (str, Dim)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise CaptureError(
+                    f"dynamic gives {given!r} for dimension {index} of '{name}'; give a name, or Dim(name, min=, max=)"
+                )
+            outside = next((tensor.shape[index] for tensor in tensors if not _in_range(given, tensor.shape[index])), None)
+            if outside is not None:
+                raise CaptureError(
+                    f"the example has size {outside} in dimension {index} of '{name}', outside of the range dynamic= gives "
+                    f"it; pass an example inside"
+                )
+        wanted |= {id(tensor): dict.fromkeys(dims, Dim.AUTO) for tensor in tensors}
+    return wanted
+
+
+def _in_range(given: str | Dim, size: int) -> bool:
+    return isinstance(given, str) or bool(given.min <= size <= given.max)
+
+
 def _named(wanted: Mapping[int, dict[int, object]], tensor: torch.Tensor) -> dict[int, object]:
     """The dimensions the caller named for this input."""
     return wanted.get(id(tensor), {})
@@ -135,7 +158,7 @@ def _named(wanted: Mapping[int, dict[int, object]], tensor: torch.Tensor) -> dic
 def _renamed(program: Program, dynamic: Dynamic) -> Program:
     """The program with the caller's names and ranges on its dimensions.
 
-    Raises: CaptureError when a dimension that should vary was fixed by the model.
+    Raises: CaptureError when a dimension that should vary was fixed by the model, or one name stands for two.
     """
     dimensions = dict(program.signature.dimensions)
     for leaf in program.signature.tensors:
@@ -151,8 +174,13 @@ def _renamed(program: Program, dynamic: Dynamic) -> Program:
                 continue
             found = replace(dimensions[size], name=name)
             if not isinstance(wanted, str):
-                found = replace(found, minimum=wanted.min, maximum=min(wanted.max, found.maximum or wanted.max))
+                bounds = [bound for bound in (wanted.max, found.maximum) if isinstance(bound, int)]
+                found = replace(found, minimum=max(wanted.min, found.minimum), maximum=min(bounds, default=None))
             dimensions[size] = found
+    names = [found.name for found in dimensions.values()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CaptureError(f"dynamic gives the name '{twice}' to dimensions that vary apart; give each a name of its own")
     program.signature = replace(program.signature, dimensions=dimensions)
     return program
 
@@ -231,7 +259,7 @@ def _confirm(program: Program, model: nn.Module, args: Sequence[object], kwargs:
     larger = [{symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}]
     larger += [{symbol: size * 2 for symbol, size in sizes.items()}]
     larger += [{symbol: max(size // 2, 2) for symbol, size in sizes.items()}]
-    if not any(_agrees(program, model, example, other) for other in larger):
+    if not any(_agrees(program, model, example, other) for other in larger if other != sizes):
         raise CaptureError("the program and the model disagree at sizes other than the example's")
     return program
 
@@ -251,6 +279,7 @@ def _require_agreement(program: Program, model: nn.Module, sample: Sample) -> No
     args, kwargs = program.signature.arguments(sample)
     with _kept(model, program.state):
         wanted = pytree.tree_leaves(model(*args, **kwargs))
+        wanted += [model.get_buffer(name).clone() for name in program.state]
     found = run_samples(program, [sample])[0]
     errors = [relative_error(left, right) for left, right in zip(wanted, found, strict=True)]
     allowed = tolerance_of(program)

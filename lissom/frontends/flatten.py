@@ -121,7 +121,8 @@ def _origin(node: fx.Node) -> Origin:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path = str(stack[-1][0]) if stack else ""
     path = "" if path.startswith(_NO_MODULE) else path
-    frames = [frame for frame in _FRAME.findall(node.meta.get("stack_trace") or "") if not frame[0].startswith(_TORCH)]
+    trace = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in trace if not frame[0].startswith((_TORCH, "<"))]
     if not frames:
         return Origin(path)
     file, line, code = frames[-1]

@@ -2,7 +2,7 @@
 
 A constant is stored in the program under `folded.<node>`. Trainable weights that are folded stay trainable in their folded
 form. Left alone: views of one weight (they cost nothing and keep it shared), constants larger than what they are computed
-from, random numbers, and state.
+from, what the caller is given to keep, random numbers, and state.
 """
 
 from __future__ import annotations
@@ -16,22 +16,11 @@ from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.execute import evaluate_nodes
 from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import is_handed_out, is_view
 
 aten = torch.ops.aten
 
 _SMALL_BYTES = 1 << 16
-_VIEWS = {
-    aten.transpose.int,
-    aten.permute.default,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.expand.default,
-    aten.reshape.default,
-    aten.view.default,
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ class FoldConstants(Rewrite):
             if node not in constant or all(user in constant for user in node.users):
                 continue
             inputs = _weights_behind(node, constant)
-            if len(inputs) == 1 and _only_views(node):
+            if (len(inputs) == 1 and _only_views(node)) or is_handed_out(edit.program, node):
                 continue
             allowed = max(_SMALL_BYTES, sum(map(_bytes, inputs)))
             if _bytes(node) > allowed:
@@ -82,9 +71,11 @@ def _weights_behind(node: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
 
 def _only_views(node: fx.Node) -> bool:
     while node.op != "get_attr":
-        if node.target not in _VIEWS:
+        source = node.all_input_nodes[0]
+        converts = nodes.tensor_type(node).dtype != nodes.tensor_type(source).dtype
+        if converts or not is_view(node) or node.target is aten.contiguous.default:
             return False
-        node = node.all_input_nodes[0]
+        node = source
     return True
 
 

@@ -37,7 +37,7 @@ def _key(node: fx.Node) -> object:
 
 
 def _frozen(item: object) -> object:
-    """The arguments as a hashable value; 1, 1.0 and True stay apart."""
+    """The arguments as a hashable value; 1, 1.0 and True stay apart, and so do 0.0 and -0.0."""
     match item:
         case fx.Node():
             return item
@@ -47,5 +47,7 @@ def _frozen(item: object) -> object:
             return tuple(sorted((key, _frozen(part)) for key, part in item.items()))
         case slice():
             return ("slice", _frozen((item.start, item.stop, item.step)))
+        case float():
+            return (float, repr(item))
         case _:
             return (type(item), item)

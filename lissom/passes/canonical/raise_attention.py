@@ -36,25 +36,29 @@ class _NoMatchError(Exception):
 
 @dataclass(frozen=True)
 class _Bias:
-    """A term added to the scores: `value · factor`, or `fill` where `value` is true.
+    """A term of the scores: `value` added, or `fill` put where `value` is true; `factor` scales either afterwards.
 
-    folded: whether it was added while batch and heads were one dimension.
+    rank: of the scores at that point; 3 while batch and heads are one dimension.
     """
 
     value: fx.Node
+    rank: int
     factor: float = 1.0
     fill: float | None = None
-    folded: bool = False
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Scores taken apart: q · transposed keys · scale + biases."""
+    """Scores taken apart: q · transposed keys · scale + biases, the biases in the order they come.
+
+    heads: the number of heads, where a reshape between three and four dimensions tells it.
+    """
 
     q: fx.Node
     keys: fx.Node
     scale: float
     biases: tuple[_Bias, ...] = ()
+    heads: object = None
 
     def scaled(self, factor: float) -> _Scores:
         biases = tuple(replace(bias, factor=bias.factor * factor) for bias in self.biases)
@@ -62,9 +66,6 @@ class _Scores:
 
     def biased(self, bias: _Bias) -> _Scores:
         return replace(self, biases=(*self.biases, bias))
-
-    def below_reshape(self) -> _Scores:
-        return replace(self, biases=tuple(replace(bias, folded=True) for bias in self.biases))
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ def _folds_heads(node: fx.Node) -> bool:
     return {old.rank, new.rank} == {3, 4} and old.shape[-2:] == new.shape[-2:]
 
 
+def _heads_of(reshape: fx.Node) -> object:
+    """The number of heads on the side of the reshape that has four dimensions."""
+    return max(map(nodes.tensor_type, (reshape, reshape.args[0])), key=lambda found: found.rank).shape[1]
+
+
 def _take_apart(edit: Editor, node: object) -> _Scores:
     """The scores as a scaled product of q and k with biases.
 
@@ -121,16 +127,16 @@ def _take_apart(edit: Editor, node: object) -> _Scores:
     if nodes.is_call(node, *_PRODUCTS):
         return _product_of(edit, node.args[0], node.args[1])
     if _folds_heads(node):
-        return _take_apart(edit, node.args[0]).below_reshape()
+        return replace(_take_apart(edit, node.args[0]), heads=_heads_of(node))
     if nodes.is_call(node, aten.baddbmm.default):
         bias, q, keys = node.args
         alpha, beta = (float(nodes.argument(node, name)) for name in ("alpha", "beta"))  # pyright: ignore
         scores = _product_of(edit, q, keys).scaled(alpha)
-        return scores if beta == 0 else scores.biased(_Bias(bias, beta))  # pyright: ignore[reportArgumentType]
+        return scores if beta == 0 else scores.biased(_Bias(bias, 3, beta))  # pyright: ignore[reportArgumentType]
     if nodes.is_call(node, aten.add.Tensor):
         return _take_sum_apart(edit, node)
     if nodes.is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        return _take_apart(edit, node.args[0]).biased(_fill(edit, node.args[1], node.args[2]))
+        return _take_apart(edit, node.args[0]).biased(_fill(edit, node))
     scaled = _scaled_by(edit, node)
     if scaled is not None:
         return _take_apart(edit, scaled[1]).scaled(scaled[0])
@@ -145,19 +151,17 @@ def _take_sum_apart(edit: Editor, node: fx.Node) -> _Scores:
         if not nodes.is_tensor(bias):
             continue
         try:
-            return _take_apart(edit, term).biased(_Bias(bias))  # pyright: ignore[reportArgumentType]
+            return _take_apart(edit, term).biased(_Bias(bias, nodes.tensor_type(node).rank))
         except _NoMatchError:
             continue
     raise _NoMatchError("neither term of the scores is a scaled product")
 
 
-def _fill(edit: Editor, mask: object, value: object) -> _Bias:
-    fill = number(edit.program, value)
+def _fill(edit: Editor, node: fx.Node) -> _Bias:
+    fill = number(edit.program, node.args[2])
     if fill is None:
         raise _NoMatchError("the fill of the masked scores is computed")
-    if fill > _LOWEST:
-        raise _NoMatchError(f"a fill of {fill:g} is not low enough to be the same as adding it")
-    return _Bias(mask, fill=fill)  # pyright: ignore[reportArgumentType]
+    return _Bias(node.args[1], nodes.tensor_type(node).rank, fill=fill)  # pyright: ignore[reportArgumentType]
 
 
 def _product_of(edit: Editor, q: object, keys: object) -> _Scores:
@@ -177,7 +181,7 @@ def _scaled_by(edit: Editor, node: object) -> tuple[float, fx.Node] | None:
     """The number a value is multiplied with, and the value."""
     if nodes.is_call(node, *_DIVIDE) and not node.kwargs:  # pyright: ignore[reportAttributeAccessIssue]
         divisor = number(edit.program, node.args[1])  # pyright: ignore[reportAttributeAccessIssue]
-        return None if divisor is None else (1 / divisor, node.args[0])  # pyright: ignore
+        return (1 / divisor, node.args[0]) if divisor else None  # pyright: ignore
     return scalar_and_node(edit.program, node, _MULTIPLY)
 
 
@@ -189,9 +193,7 @@ def _raise(edit: Editor, softmax: fx.Node, product: fx.Node, scores: _Scores) ->
     ranks = {nodes.tensor_type(item).rank for item in factors}
     if ranks not in ({3}, {4}):
         raise _NoMatchError(f"q, k and v have ranks {sorted(ranks)}; attention takes 4, or 3")
-    heads = nodes.tensor_type(softmax).shape[1] if nodes.tensor_type(softmax).rank == 4 else None
-    if ranks == {3} and heads is not None and not isinstance(heads, int):
-        raise _NoMatchError("the number of heads varies")
+    heads = nodes.tensor_type(softmax).shape[1] if nodes.tensor_type(softmax).rank == 4 else scores.heads
     dtype = nodes.tensor_type(product).dtype
     with edit.before(product, like=[softmax, product]):
         q, k, values = (
@@ -231,8 +233,10 @@ def _unfold(edit: Editor, node: fx.Node, heads: object) -> fx.Node:
         return node
     if heads is None:
         return edit.call(aten.unsqueeze.default, node, 0)
-    if _folds_heads(node) and nodes.tensor_type(node.args[0]).shape[1] == heads:  # pyright: ignore[reportArgumentType]
+    if _folds_heads(node) and nodes.tensor_type(node.args[0]).shape[1] == heads:
         return node.args[0]  # pyright: ignore[reportReturnType]
+    if not isinstance(heads, int):
+        raise _NoMatchError("the number of heads varies")
     return edit.call(aten.reshape.default, node, [-1, heads, edit.size(node, 1), edit.size(node, 2)])
 
 
@@ -245,22 +249,42 @@ def _sum(edit: Editor, biases: tuple[_Bias, ...], dtype: torch.dtype, heads: obj
     """The biases as one tensor in the dtype of the attention; None when there are none."""
     total: fx.Node | None = None
     for bias in biases:
-        term = _cast(edit, _term(edit, bias, dtype), dtype)
-        rank = nodes.tensor_type(term).rank
-        if rank == 3 and (bias.folded or heads is None):
-            single = nodes.tensor_type(term).shape[0] == 1
-            term = edit.call(aten.unsqueeze.default, term, 0) if single else _unfold(edit, term, heads)
-        elif rank == 3:
-            term = edit.call(aten.unsqueeze.default, term, 0)
-        elif rank > 4:
-            raise _NoMatchError("a bias has more dimensions than the scores")
-        total = term if total is None else edit.call(aten.add.Tensor, total, term)
+        value = _shaped(edit, bias, heads)
+        if bias.fill is None:
+            term = _cast_bias(edit, value, dtype)
+            term = term if bias.factor == 1.0 else edit.call(aten.mul.Tensor, term, bias.factor)
+            total = term if total is None else edit.call(aten.add.Tensor, total, term)
+            continue
+        total = edit.call(aten.zeros_like.default, value, dtype=dtype) if total is None else total
+        total = edit.call(aten.masked_fill.Scalar, total, value, _lowest(bias, dtype))
     return total
 
 
-def _term(edit: Editor, bias: _Bias, dtype: torch.dtype) -> fx.Node:
-    if bias.fill is not None:
-        fill = bias.fill if bias.fill == -float("inf") else max(bias.fill, torch.finfo(dtype).min)
-        zeros = edit.call(aten.zeros_like.default, bias.value, dtype=dtype)
-        return edit.call(aten.masked_fill.Scalar, zeros, bias.value, fill)
-    return bias.value if bias.factor == 1.0 else edit.call(aten.mul.Tensor, bias.value, bias.factor)
+def _shaped(edit: Editor, bias: _Bias, heads: object) -> fx.Node:
+    """The bias with the dimensions attention takes: [a, b], or [batch, heads, a, b]."""
+    value, found = bias.value, nodes.tensor_type(bias.value)
+    if found.rank > 4:
+        raise _NoMatchError("a bias has more dimensions than the scores")
+    if found.rank == 3:
+        varies = bias.rank == 3 and heads is not None and found.shape[0] != 1
+        return _unfold(edit, value, heads) if varies else edit.call(aten.unsqueeze.default, value, 0)
+    for _ in range(found.rank, 2):
+        value = edit.call(aten.unsqueeze.default, value, 0)
+    return value
+
+
+def _cast_bias(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The bias in the dtype of the attention; the lowest finite numbers stay finite, so that a row of them stays uniform."""
+    found, lowest = nodes.tensor_type(strip_casts(value)).dtype, torch.finfo(dtype).min
+    if found.is_floating_point and torch.finfo(found).min < lowest:
+        value = edit.call(aten.clamp_min.default, value, lowest)
+    return _cast(edit, value, dtype)
+
+
+def _lowest(bias: _Bias, dtype: torch.dtype) -> float:
+    """What the filled scores are, within the range of the dtype."""
+    fill = float(bias.fill or 0.0) * bias.factor
+    fill = fill if fill == -float("inf") else max(fill, torch.finfo(dtype).min)
+    if not fill <= _LOWEST:
+        raise _NoMatchError(f"a fill of {fill:g} is not low enough to be the same as adding it")
+    return fill

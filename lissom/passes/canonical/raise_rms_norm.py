@@ -38,6 +38,9 @@ class RaiseRmsNorm(Rewrite):
                 edit.skip(mean, "a mean of squares that does not divide what was squared")
                 continue
             normalised, epsilon = found
+            if nodes.tensor_type(normalised) != nodes.tensor_type(x):
+                edit.skip(mean, "what is divided has another dtype than what was squared")
+                continue
             _raise(edit, x, normalised, epsilon)
 
 
@@ -75,7 +78,7 @@ def _divided(root: fx.Node, x: fx.Node) -> fx.Node | None:
     inverse = nodes.is_call(root, aten.rsqrt.default) or _is_power(root, -0.5)
     if nodes.is_call(root, aten.sqrt.default) or _is_power(root, 0.5):
         for user in root.users:
-            if nodes.is_call(user, aten.div.Tensor) and user.args[0] is x and user.args[1] is root:
+            if nodes.is_call(user, aten.div.Tensor) and _is_same(user.args[0], x) and user.args[1] is root:
                 return user
             if nodes.is_call(user, aten.reciprocal.default):
                 return _times(user, x)
@@ -88,13 +91,17 @@ def _is_power(node: fx.Node, exponent: float) -> bool:
 
 
 def _times(factor: fx.Node, x: fx.Node) -> fx.Node | None:
-    found = (user for user in factor.users if nodes.is_call(user, *_MULTIPLY) and other_argument(user, factor) is x)
-    return next(found, None)
+    products = (user for user in factor.users if nodes.is_call(user, *_MULTIPLY))
+    return next((user for user in products if _is_same(other_argument(user, factor), x)), None)
+
+
+def _is_same(item: object, x: fx.Node) -> bool:
+    """True when both are one value, in whatever floating dtype."""
+    return nodes.is_tensor(item) and strip_casts(item) is strip_casts(x)
 
 
 def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> None:
     """Put `rms_norm` in place of the normalised value, its cast and its weight, as far as they follow."""
-    width = nodes.tensor_type(x).shape[-1]
     root, source, weight = normalised, x, None
     cast = _only_user(root, aten.to.dtype, aten._to_copy.default)
     original = strip_casts(x)
@@ -107,7 +114,7 @@ def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> Non
         if found is None or nodes.tensor_type(found).dtype == nodes.tensor_type(root).dtype:
             root, weight = scaled, found
     with edit.before(root, like=[normalised]):
-        raised = edit.call(aten.rms_norm.default, source, [width], weight, epsilon)
+        raised = edit.call(aten.rms_norm.default, source, [edit.size(x, -1)], weight, epsilon)
     edit.replace(root, raised)
 
 

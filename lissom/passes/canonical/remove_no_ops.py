@@ -2,7 +2,8 @@
 
 Dropout outside training, assertions, aliases and copies, casts to the dtype at hand, slices, expands and reshapes to the
 same sizes, and additions of 0 or multiplications by 1. An operator of these kinds is the identity exactly when its result has
-its argument's type. `view` becomes `reshape`, because removing a copy may leave it a tensor it cannot view.
+its argument's type. `view` becomes `reshape`, because removing a copy may leave it a tensor it cannot view, and a cast to
+another tensor's type names the dtype.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import is_handed_out, is_view, memory_of, views_of
 
 aten = torch.ops.aten
 
@@ -27,6 +29,7 @@ _ASSERTIONS = {
     aten.sym_constrain_range_for_size.default,
 }
 _DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+_CASTS_LIKE = {aten.type_as.default, aten.to.other}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 _COPIES = {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten._to_copy.default}
 _IDENTITY_IF_SAME_TYPE = _COPIES | {
@@ -48,6 +51,8 @@ _IDENTITY_IF_SAME_TYPE = _COPIES | {
 }
 _ZERO_IS_NEUTRAL = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 _ONE_IS_NEUTRAL = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar}
+# These read memory as it is laid out, which a copy settles.
+_READ_LAYOUT = {aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype}
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,15 @@ class RemoveNoOps(Rewrite):
                 continue
             if node.target in _VIEWS:
                 edit.change_call(node, aten.reshape.default, *node.args)
+            if node.target in _CASTS_LIKE and not node.kwargs and len(node.args) == 2 and _stays_on_device(node):
+                edit.change_call(node, aten.to.dtype, node.args[0], nodes.tensor_type(node).dtype)
             source = node.args[0] if node.args else None
-            if isinstance(source, fx.Node) and _gives_back(node) and not _guards_caller(edit, node, source):
+            if isinstance(source, fx.Node) and _gives_back(node) and not _guards(edit, node, source):
                 edit.replace(node, source)
+
+
+def _stays_on_device(node: fx.Node) -> bool:
+    return nodes.tensor_type(node).device == nodes.tensor_type(node.args[0]).device
 
 
 def _gives_back(node: fx.Node) -> bool:
@@ -88,10 +99,19 @@ def _is_number(node: fx.Node, neutral: int) -> bool:
     return isinstance(other, (int, float)) and other == neutral and "rounding_mode" not in node.kwargs
 
 
-def _guards_caller(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
-    """True when a copy keeps the caller's tensor, a weight or state from being handed out itself."""
-    if node.target not in _COPIES:
+def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
+    """True for a copy something rests on: an input, weight or state that would be handed out itself, or a layout."""
+    if not _copies(node):
         return False
-    if source.op == "get_attr" and str(source.target) in edit.program.state:
+    memory = memory_of(source)
+    if memory.op == "get_attr" and str(memory.target) in edit.program.state:
         return True
-    return source.op in ("placeholder", "get_attr") and edit.program.output in node.users
+    if memory.op in ("placeholder", "get_attr") and is_handed_out(edit.program, node):
+        return True
+    return any(user.target in _READ_LAYOUT for view in views_of(node) for user in view.users)
+
+
+def _copies(node: fx.Node) -> bool:
+    """True when the result has memory of its own, even where nothing is computed."""
+    copy = node.target in (aten.to.dtype, aten.to.device, aten.to.other) and bool(nodes.argument(node, "copy"))
+    return copy or node.target in _COPIES or not is_view(node)

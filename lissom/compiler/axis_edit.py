@@ -1,0 +1,215 @@
+"""Remove indices of an axis everywhere it occurs: weights, biases, norms, and the sizes written into operators."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler import node as nodes
+from lissom.compiler.axes import Axes, axes
+from lissom.compiler.axis import Axis
+from lissom.compiler.axis_views import slice_bounds
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.text import target_text
+
+aten = torch.ops.aten
+
+_SIZES_AT: dict[object, int] = {
+    aten.reshape.default: 1,
+    aten.view.default: 1,
+    aten.expand.default: 1,
+    aten.unflatten.int: 2,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.full.default: 0,
+    aten.new_zeros.default: 1,
+    aten.new_ones.default: 1,
+    aten.new_full.default: 1,
+    aten.layer_norm.default: 1,
+    aten.rms_norm.default: 1,
+}
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+
+
+def remove_indices(edit: Editor, removed: Mapping[Axis, Collection[int]]) -> None:
+    """Remove indices of atomic axes from the program: every weight that has the axis is cut, every literal size follows.
+
+    The outputs are unchanged when what is removed contributed nothing: zero rows where the axis is contracted.
+
+    Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices.
+    """
+    found = edit.program.fact(axes)
+    keep = {axis.find(): _kept(found, axis.find(), set(indices)) for axis, indices in removed.items()}
+    changed: list[fx.Node] = []
+    for node, value in found.of.items():
+        touched = any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(value))
+        source_touched = any(
+            not keep.keys().isdisjoint(axis.atoms())
+            for used in node.all_input_nodes
+            for axis in _axes_of(found.of.get(used, ()))
+        )
+        if node.op == "get_attr" and touched:
+            changed.append(node)
+        elif node.op == "call_function" and (touched or source_touched):
+            _follow(edit, node, found, keep)
+    for node in changed:
+        cut = _cut(edit.program.weight(str(node.target)), cast("tuple[Axis, ...]", found.of[node]), keep)
+        edit.set_weight(node, cut, retype=False)
+        edit.rewritten += 1
+    edit.retype()
+
+
+def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
+    """Which indices of an axis stay, [size] of booleans, from which indices of its atoms stay."""
+    axis = axis.find()
+    if axis.form == "atom":
+        return keep[axis] if axis in keep else torch.ones(cast(int, axis.size), dtype=torch.bool)
+    parts = [mask(part, keep) for part in axis.parts]
+    if axis.form == "sum":
+        return torch.cat(parts)
+    found = parts[0]
+    for part in parts[1:]:
+        found = (found[:, None] & part[None, :]).flatten()
+    return found
+
+
+def _kept(found: Axes, axis: Axis, indices: set[int]) -> torch.Tensor:
+    obstacle = "it is made of several axes" if axis.form != "atom" else found.obstacle(axis)
+    if obstacle:
+        raise UnsupportedError(f"indices of this axis of size {axis.size} cannot be removed: {obstacle}")
+    kept = torch.ones(cast(int, axis.size), dtype=torch.bool)
+    outside = [index for index in indices if not 0 <= index < len(kept)]
+    if outside:
+        raise UnsupportedError(f"index {outside[0]} is outside this axis, which has 0 to {len(kept) - 1}")
+    kept[list(indices)] = False
+    if not kept.any():
+        raise UnsupportedError(f"all {len(kept)} indices of this axis would go; leave one, or remove what reads it")
+    return kept
+
+
+def _axes_of(value: object) -> list[Axis]:
+    items = cast("tuple[object, ...]", value)
+    return [axis for item in items for axis in ([item] if isinstance(item, Axis) else cast("tuple[Axis, ...]", item))]
+
+
+def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> int:
+    """The size the axis will have; that of an axis without removed atoms is not looked into."""
+    if keep.keys().isdisjoint(axis.atoms()):
+        return cast(int, axis.find().size)
+    return int(mask(axis, keep).sum())
+
+
+def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
+    """The weight without the removed indices; a parameter stays one."""
+    cut = weight.detach()
+    for dim, axis in enumerate(dims):
+        if not keep.keys().isdisjoint(axis.atoms()):
+            cut = cut.index_select(dim, mask(axis, keep).nonzero().flatten().to(cut.device))
+    trainable = isinstance(weight, nn.Parameter)
+    return nn.Parameter(cut, requires_grad=weight.requires_grad) if trainable else cut
+
+
+def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+    """Correct the sizes and positions written into a call whose axes lose indices."""
+    target = node.target
+    if target in _SIZES_AT:
+        _set_argument(node, _SIZES_AT[target], _new_sizes(node, _SIZES_AT[target], found, keep))
+    elif target in _SPLITS:
+        _follow_split(node, found, keep)
+    elif target is aten.slice.Tensor:
+        _follow_slice(node, found, keep)
+    elif target is aten.scaled_dot_product_attention.default:
+        _keep_scale(node, found)
+    elif target in _CONVOLUTIONS and nodes.argument(node, "groups") != 1:
+        channels = _size(cast(Axis, found.of[node.all_input_nodes[0]][1]), keep)
+        _set_named(node, "groups", channels)
+    elif target in (aten.flatten.using_ints, aten.repeat.default, aten.repeat_interleave.self_int):
+        return
+    else:
+        _refuse_literals(node)
+
+
+def _new_sizes(node: fx.Node, index: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
+    """The list of sizes of a call, its fixed numbers corrected; -1 and sizes read at run time stay."""
+    old = cast("list[object]", node.args[index])
+    dims = cast("tuple[Axis, ...]", found.of[node])
+    if node.target in (aten.layer_norm.default, aten.rms_norm.default):
+        dims = dims[-len(old) :]
+    elif node.target is aten.unflatten.int:
+        first = cast(int, node.args[1]) % (len(dims) - len(old) + 1)
+        dims = dims[first : first + len(old)]
+    computed = [
+        isinstance(size, fx.Node) and not keep.keys().isdisjoint(axis.atoms()) for size, axis in zip(old, dims, strict=True)
+    ]
+    if any(computed):
+        return _inferred_sizes(node, old, dims, computed, keep)
+    return [_size(axis, keep) if isinstance(size, int) and size != -1 else size for size, axis in zip(old, dims, strict=True)]
+
+
+def _inferred_sizes(
+    node: fx.Node, old: list[object], dims: tuple[Axis, ...], computed: list[bool], keep: Mapping[Axis, torch.Tensor]
+) -> list[object]:
+    """Sizes of a reshape of which one is computed from a number that changes (batch · heads): that one is left to -1."""
+    sizes = [
+        -1 if left else _size(axis, keep) if isinstance(size, int) and isinstance(axis.find().size, int) else size
+        for size, axis, left in zip(old, dims, computed, strict=True)
+    ]
+    if sizes.count(-1) > 1 or node.target not in (aten.reshape.default, aten.view.default):
+        raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has computed sizes in it that no rule corrects")
+    return sizes
+
+
+def _follow_split(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+    """A split becomes one with the sizes of its pieces."""
+    dim = cast(int, nodes.argument(node, "dim"))
+    pieces = cast("tuple[tuple[Axis, ...], ...]", found.of[node])
+    sizes = [_size(piece[dim], keep) for piece in pieces]
+    node.target = aten.split_with_sizes.default
+    node.args, node.kwargs = (node.args[0], sizes, dim), {}
+
+
+def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+    """The bounds of a slice count the indices that stay before them."""
+    dim = cast(int, nodes.argument(node, "dim"))
+    axis = cast(Axis, found.of[cast(fx.Node, node.args[0])][dim]).find()
+    if keep.keys().isdisjoint(axis.atoms()):
+        return
+    bounds = slice_bounds(node, axis.size)
+    assert bounds is not None, "an axis cut at varying positions is pinned"
+    kept = mask(axis, keep)
+    node.args = (node.args[0], dim, int(kept[: bounds[0]].sum()), int(kept[: bounds[1]].sum()))
+    node.kwargs = {}
+
+
+def _keep_scale(node: fx.Node, found: Axes) -> None:
+    """An attention without a scale takes 1/√(head size), which must stay that of the original head size."""
+    if nodes.argument(node, "scale") is None:
+        head_dim = cast(int, cast(Axis, found.of[cast(fx.Node, node.args[0])][-1]).find().size)
+        _set_named(node, "scale", head_dim**-0.5)
+
+
+def _set_argument(node: fx.Node, index: int, value: object) -> None:
+    node.args = (*node.args[:index], value, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _set_named(node: fx.Node, name: str, value: object) -> None:
+    """Set an argument by its parameter's name, wherever the call has it."""
+    names = [parameter.name for parameter in cast(torch._ops.OpOverload, node.target)._schema.arguments]
+    index = names.index(name)
+    if index < len(node.args):
+        _set_argument(node, index, value)
+    else:
+        node.kwargs = {**node.kwargs, name: value}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _refuse_literals(node: fx.Node) -> None:
+    """Any other operator must not have lists of sizes in it, or they would silently stay what they were."""
+    schema = getattr(node.target, "_schema", None)
+    kinds = [str(parameter.type) for parameter in schema.arguments] if schema else []
+    if any("SymInt" in kind and kind.startswith("List") for kind in kinds):
+        raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has sizes in it that no rule corrects")
