@@ -27,6 +27,7 @@ def fresh(found: ValueType, reason: str = "") -> Value:
 
 
 def of(item: object, known: Known) -> Dims:
+    """The axes of a tensor argument."""
     return cast(Dims, known[cast(fx.Node, item)])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Collection, Mapping
 from typing import cast
 
@@ -15,6 +17,7 @@ from lissom.compiler.axis_views import slice_bounds
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.text import target_text
+from lissom.compiler.types import format_size
 
 aten = torch.ops.aten
 
@@ -44,7 +47,7 @@ def remove_indices(edit: Editor, removed: Mapping[Axis, Collection[int]]) -> Non
     Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices.
     """
     found = edit.program.fact(axes)
-    keep = {axis.find(): _kept(found, axis.find(), set(indices)) for axis, indices in removed.items()}
+    keep = {axis.find(): _kept(edit, found, axis.find(), set(indices)) for axis, indices in removed.items()}
     changed: list[fx.Node] = []
     for node, value in found.of.items():
         touched = any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(value))
@@ -78,10 +81,11 @@ def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
     return found
 
 
-def _kept(found: Axes, axis: Axis, indices: set[int]) -> torch.Tensor:
+def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int]) -> torch.Tensor:
     obstacle = "it is made of several axes" if axis.form != "atom" else found.obstacle(axis)
     if obstacle:
-        raise UnsupportedError(f"indices of this axis of size {axis.size} cannot be removed: {obstacle}")
+        size = format_size(axis.size, edit.program.signature.name_of)
+        raise UnsupportedError(f"indices of this axis of size {size} cannot be removed: {obstacle}")
     kept = torch.ones(cast(int, axis.size), dtype=torch.bool)
     outside = [index for index in indices if not 0 <= index < len(kept)]
     if outside:
@@ -118,7 +122,7 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
     """Correct the sizes and positions written into a call whose axes lose indices."""
     target = node.target
     if target in _SIZES_AT:
-        _set_argument(node, _SIZES_AT[target], _new_sizes(node, _SIZES_AT[target], found, keep))
+        _set_argument(node, _SIZES_AT[target], _new_sizes(edit, node, _SIZES_AT[target], found, keep))
     elif target in _SPLITS:
         _follow_split(node, found, keep)
     elif target is aten.slice.Tensor:
@@ -134,7 +138,7 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
         _refuse_literals(node)
 
 
-def _new_sizes(node: fx.Node, index: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
+def _new_sizes(edit: Editor, node: fx.Node, index: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
     """The list of sizes of a call, its fixed numbers corrected; -1 and sizes read at run time stay."""
     old = cast("list[object]", node.args[index])
     dims = cast("tuple[Axis, ...]", found.of[node])
@@ -143,25 +147,22 @@ def _new_sizes(node: fx.Node, index: int, found: Axes, keep: Mapping[Axis, torch
     elif node.target is aten.unflatten.int:
         first = cast(int, node.args[1]) % (len(dims) - len(old) + 1)
         dims = dims[first : first + len(old)]
-    computed = [
-        isinstance(size, fx.Node) and not keep.keys().isdisjoint(axis.atoms()) for size, axis in zip(old, dims, strict=True)
-    ]
-    if any(computed):
-        return _inferred_sizes(node, old, dims, computed, keep)
-    return [_size(axis, keep) if isinstance(size, int) and size != -1 else size for size, axis in zip(old, dims, strict=True)]
+    return [_new_size(edit, node, size, axis, keep) for size, axis in zip(old, dims, strict=True)]
 
 
-def _inferred_sizes(
-    node: fx.Node, old: list[object], dims: tuple[Axis, ...], computed: list[bool], keep: Mapping[Axis, torch.Tensor]
-) -> list[object]:
-    """Sizes of a reshape of which one is computed from a number that changes (batch · heads): that one is left to -1."""
-    sizes = [
-        -1 if left else _size(axis, keep) if isinstance(size, int) and isinstance(axis.find().size, int) else size
-        for size, axis, left in zip(old, dims, computed, strict=True)
-    ]
-    if sizes.count(-1) > 1 or node.target not in (aten.reshape.default, aten.view.default):
-        raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has computed sizes in it that no rule corrects")
-    return sizes
+def _new_size(edit: Editor, node: fx.Node, size: object, axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> object:
+    """A literal size corrected; a size computed from one (batch · heads) is scaled by the share that stays."""
+    if size == -1 or keep.keys().isdisjoint(axis.atoms()):
+        return size
+    if isinstance(size, int):
+        return _size(axis, keep)
+    factors = axis.factors()
+    if not isinstance(size, fx.Node) or any(factor.find().form != "atom" for factor in factors):
+        raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has a computed size in it that no rule corrects")
+    kept = math.prod(_size(factor, keep) for factor in factors if factor in keep)
+    whole = math.prod(cast(int, factor.size) for factor in factors if factor in keep)
+    with edit.before(node):
+        return edit.compute_size(operator.floordiv, edit.compute_size(operator.mul, size, kept), whole)
 
 
 def _follow_split(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def apply(node: fx.Node, known: Known) -> Value:
     """The axes of what a call yields; without a rule, everything it touches is pinned."""
-    rule = RULES.get(node.target)
+    rule = RULES.get(str(node.target))
     if rule is None:
         tags = getattr(node.target, "tags", ())
         rule = _pointwise if torch.Tag.pointwise in tags or _same_shapes(node) else unknown
@@ -172,6 +172,9 @@ def _attention(node: fx.Node, known: Known) -> Value:
     else:
         lead = broadcast([q[:-2], lead], len(q) - 2, "attention")
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    sinks = node.kwargs.get("sinks")
+    if sinks is not None:
+        broadcast([lead, of(sinks, known)[:-2]], len(lead), "attention sinks")
     if mask is not None:
         broadcast([(*lead, q[len(q) - 2], keys), of(mask, known)], len(q), "an attention mask")
     return (*lead, q[len(q) - 2], v[-1])
@@ -216,21 +219,15 @@ def _count(node: fx.Node, known: Known) -> Value:
     return fresh(nodes.node_type(node), "its values count positions")
 
 
-RULES: dict[object, Rule] = {}
+RULES: dict[str, Rule] = {str(operator.getitem): axis_views.getitem}
 
 
 def _register(rule: Rule, *names: str) -> None:
-    """Enter a rule for operators by name, `softmax.int`; names this version of PyTorch does not have are passed over."""
+    """Enter a rule for ATen operators by name: `softmax.int`, or `linear` for `linear.default`."""
     for name in names:
-        packet, _, overload = name.partition(".")
-        found = getattr(getattr(aten, packet, None), overload or "default", None)
-        if found is not None:
-            RULES[found] = rule
+        RULES[f"aten.{name}" if "." in name else f"aten.{name}.default"] = rule
 
 
-_register(
-    _first, "to.dtype", "to.device", "to.dtype_layout", "to.other", "_to_copy", "type_as", "contiguous", "alias", "detach"
-)
 _register(_first, "dropout", "lift_fresh_copy", "log_sigmoid", "hardswish", "softplus", "bernoulli")
 _register(
     _pointwise,
@@ -279,4 +276,4 @@ _register(axis_views.index, "index.Tensor")
 _register(_einsum, "einsum")
 _register(_create, "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty.memory_format", "scalar_tensor")
 _register(_count, "arange", "arange.start", "arange.start_step", "linspace", "eye")
-RULES[operator.getitem] = axis_views.getitem
+RULES["lissom.attention.default"] = _attention

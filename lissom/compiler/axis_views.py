@@ -16,12 +16,14 @@ from lissom.compiler.types import Size, TensorType
 
 
 def permute(node: fx.Node, known: Known) -> Value:
+    """Dimensions in the order listed."""
     dims = of(node.args[0], known)
     order = cast("list[int]", node.args[1])
     return tuple(dims[index] for index in order)
 
 
 def transpose(node: fx.Node, known: Known) -> Value:
+    """Two dimensions exchanged; the last two when none are named."""
     dims = list(of(node.args[0], known))
     if len(dims) < 2:
         return tuple(dims)
@@ -31,12 +33,14 @@ def transpose(node: fx.Node, known: Known) -> Value:
 
 
 def unsqueeze(node: fx.Node, known: Known) -> Value:
+    """A dimension of size 1 more."""
     dims = list(of(node.args[0], known))
     dims.insert(dim_of(node, 1, len(dims) + 1), Axis(1))
     return tuple(dims)
 
 
 def squeeze(node: fx.Node, known: Known) -> Value:
+    """Dimensions of size 1 left out."""
     dims = of(node.args[0], known)
     wanted = node.args[1] if len(node.args) > 1 else list(range(len(dims)))
     listed = {cast(int, dim) % len(dims) for dim in (wanted if isinstance(wanted, (list, tuple)) else [wanted])}
@@ -71,12 +75,14 @@ def take(factors: list[Axis], size: Size) -> Axis | None:
 
 
 def expand(node: fx.Node, known: Known) -> Value:
+    """A dimension of size 1 becomes a free axis."""
     dims, sizes = of(node.args[0], known), nodes.tensor_type(node).shape
     padded = (*(Axis(1) for _ in range(len(sizes) - len(dims))), *dims)
     return tuple(axis if axis.size == size else Axis(size) for axis, size in zip(padded, sizes, strict=True))
 
 
 def repeat(node: fx.Node, known: Known) -> Value:
+    """Copies of an axis: the product of the copies and the axis."""
     dims, sizes = of(node.args[0], known), nodes.tensor_type(node).shape
     padded = (*(Axis(1) for _ in range(len(sizes) - len(dims))), *dims)
     found: list[Axis] = []
@@ -87,6 +93,7 @@ def repeat(node: fx.Node, known: Known) -> Value:
 
 
 def repeat_interleave(node: fx.Node, known: Known) -> Value:
+    """Each index several times in a row: the product of the axis and the copies."""
     dims = list(of(node.args[0], known))
     index = dim_of(node, 2, len(dims))
     dims[index] = product([dims[index], Axis(cast(int, node.args[1]))])
@@ -94,6 +101,7 @@ def repeat_interleave(node: fx.Node, known: Known) -> Value:
 
 
 def cat(node: fx.Node, known: Known) -> Value:
+    """Axes laid end to end along one dimension; the others are the same."""
     parts = [dims for item in cast("list[fx.Node]", node.args[0]) if len(dims := of(item, known)) > 0]
     index = dim_of(node, 1, len(parts[0]))
     others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(dims)) for dims in parts]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -78,6 +78,13 @@ class Editor:
         """The size of one dimension as an argument for a call: a number, or a node that reads it; use inside `before`."""
         size = nodes.tensor_type(node).shape[dim]
         return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim)
+
+    def compute_size(self, function: Callable[[int, int], int], size: fx.Node, number: int) -> fx.Node:
+        """A size computed from another while the program runs, such as `operator.mul(batch, 4)`; use inside `before`."""
+        node = self.program.graph.call_function(function, (size, number))
+        nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
+        self._type(node)
+        return node
 
     def weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """A read of a new weight or buffer; a name in use gets a number; use inside `before`."""

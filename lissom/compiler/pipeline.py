@@ -74,17 +74,18 @@ class Pipeline:
 
         Raises: RequirementError, PassError, VerifyError, BudgetError, Interrupted; each holds the history so far.
         """
-        run = _Run(self, program, history or History(format_pipeline(self.passes), self.checks))
+        history = history or History(format_pipeline(self.passes), self.checks)
         try:
+            run = _Run(self, program, history)
             for index, item in enumerate(self.passes):
                 if self.progress is not None:
                     self.progress(format_pass(item), index, len(self.passes))
                 run.step(item)
         except LissomError as error:
-            error.history = run.history
+            error.history = history
             raise
         except KeyboardInterrupt:
-            raise Interrupted(run.history) from None
+            raise Interrupted(history) from None
         return run.program, run.history
 
 
@@ -122,6 +123,10 @@ class _Run:
             error, cosine, outputs = self._check(item, after)
         except VerifyError as problem:
             raise VerifyError(f"{format_pass(item)} was rolled back: {problem}") from problem
+        except Exception as problem:
+            raise VerifyError(
+                f"{format_pass(item)} was rolled back: the program does not run after it: {type(problem).__name__}: {problem}"
+            ) from problem
         metric = self._charge(item, after)
         added, removed = changed_calls([n.name for n in self.program.nodes()], [n.name for n in after.nodes()])
         step = Step(
@@ -212,7 +217,7 @@ class _Run:
         if score is None or self.score is None or allowed is None:
             return score
         drop = self.score - score
-        if drop > allowed:
+        if not drop <= allowed:
             raise BudgetError(
                 f"{format_pass(item)} was rolled back: it takes the metric from {self.score:.4g} to {score:.4g}, "
                 f"a drop of {drop:.4g}, allowed {allowed:.4g}; make the pass milder or raise max_drop"

@@ -201,13 +201,8 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     hints = [dims.get(id(leaf)) for leaf in leaves]
     traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
-    exported = torch.export.export(
-        model,
-        traced_args,
-        traced_kwargs,
-        dynamic_shapes=_bound(model, hint_args, hint_kwargs) or None,
-        strict=False,
-    )
+    bound = _bound(model, hint_args, hint_kwargs)
+    exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=bound if free else None, strict=False)
     if _writes(exported):
         exported = exported.run_decompositions({})
     return flatten_exported(exported, type(model).__name__, args, kwargs, tuple(_parameters(model)))

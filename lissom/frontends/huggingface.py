@@ -43,21 +43,23 @@ class Checkpoint:
 def load(name: str) -> Checkpoint:
     """The model of a checkpoint directory, or of a package named in `PACKAGED`, on the CPU in evaluation mode.
 
-    Raises: ArtifactError when the directory holds no model; UnsupportedError when a package is missing.
+    Raises: ArtifactError when the directory holds no model or no tokenizer; UnsupportedError when a package is missing.
     """
     directory = find_directory(name)
     transformers = _transformers()
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ArtifactError(f"{directory} has no config.json; give a directory written by save_pretrained")
-    architectures = json.loads(config_file.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
-    model_class = getattr(transformers, architectures[0], transformers.AutoModel)
     try:
+        architectures = json.loads(config_file.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+        model_class = getattr(transformers, architectures[0], transformers.AutoModel)
         model = model_class.from_pretrained(directory, local_files_only=True).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError(f"{directory} cannot be loaded by transformers: {first}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ArtifactError(f"{directory} has no tokenizer's vocabulary; save the tokenizer beside the model")
     return Checkpoint(model, tokenizer, encode(tokenizer, SENTENCES))
 
 

@@ -15,7 +15,7 @@ Report = Callable[[str, int, int], None]
 def progress_bar(title: str) -> Generator[Report]:
     """A function that shows what is being done now, how many steps are finished, and of how many."""
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
 

@@ -43,9 +43,9 @@ def plain(item: RenderableType) -> str:
 def history_table(title: str, history: History) -> Table:
     """One row a step: what it did, seconds with its checks, and nodes, megabytes, GFLOP and error where they changed."""
     notes = [note for step in history.steps for note in step.notes]
-    caption = "\n".join([*notes, _about_checks(history)])
+    caption = Text("\n".join([*notes, _about_checks(history)]))
     table = Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=Text(title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     table.add_column("#", justify="right")
     table.add_column("pass", overflow="fold", max_width=40)
@@ -55,7 +55,13 @@ def history_table(title: str, history: History) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for before, step in zip([None, *history.steps], history.steps, strict=False):
         what = "" if step.index == 0 else step.summary
-        row = [str(step.index), step.spelling, what, f"{step.seconds + step.check_seconds:.2f}", *_changed(before, step)]
+        row = [
+            str(step.index),
+            Text(step.spelling),
+            Text(what),
+            f"{step.seconds + step.check_seconds:.2f}",
+            *_changed(before, step),
+        ]
         row += ["" if step.relative_error is None else f"{step.relative_error:.0e}"]
         row += [("" if step.metric is None else f"{step.metric:.4g}")] if scored else []
         table.add_row(*row)
@@ -92,10 +98,10 @@ def passes_table(passes: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -
         table.add_column(heading)
     for name, item in passes.items():
         options = [f"{key}={type_text(hint)}" for key, hint in options_of(item).items()]
-        table.add_row(name, item.kind, "\n".join(options) or "none", first_line(item))
+        table.add_row(name, item.kind, Text("\n".join(options) or "none"), Text(first_line(item)))
     table.add_section()
     for name, pipeline in recipes.items():
-        table.add_row(name, "recipe", "", pipeline)
+        table.add_row(name, "recipe", "", Text(pipeline))
     return table
 
 

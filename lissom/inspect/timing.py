@@ -20,7 +20,7 @@ class Timing:
     runs: int
 
     def __str__(self) -> str:
-        return f"{self.median_ms:.3g} ({self.low_ms:.3g} to {self.high_ms:.3g})"
+        return f"{_three_digits(self.median_ms)} ({_three_digits(self.low_ms)} to {_three_digits(self.high_ms)})"
 
 
 def time_calls(calls: Mapping[str, Callable[[], object]], seconds: float = 1.0) -> dict[str, Timing]:
@@ -55,3 +55,8 @@ def _synchronize() -> None:
 def _summary(runs: list[float]) -> Timing:
     low, median, high = statistics.quantiles(runs, n=4, method="inclusive")
     return Timing(median, low, high, len(runs))
+
+
+def _three_digits(value: float) -> str:
+    """At least three digits and no exponent: `0.428`, `52.6`, `1085`."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

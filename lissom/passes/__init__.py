@@ -14,12 +14,14 @@ from lissom.passes.canonical.raise_activations import RaiseActivations
 from lissom.passes.canonical.raise_attention import RaiseAttention
 from lissom.passes.canonical.raise_rms_norm import RaiseRmsNorm
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
+from lissom.passes.canonical.rewrite_einsum import RewriteEinsum
 
 PASSES: Mapping[str, type[Pass]] = {
     item.name(): item
     for item in (
         EliminateDeadCode,
         RemoveNoOps,
+        RewriteEinsum,
         FoldConstants,
         MergeCommonSubexpressions,
         RaiseRmsNorm,
@@ -30,7 +32,7 @@ PASSES: Mapping[str, type[Pass]] = {
 
 RECIPES: Mapping[str, str] = {
     "exact": (
-        "eliminate-dead-code,remove-no-ops,fold-constants,merge-common-subexpressions,"
+        "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"
         "raise-rms-norm,raise-activations,raise-attention,merge-common-subexpressions"
     ),
 }

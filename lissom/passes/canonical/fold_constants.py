@@ -42,7 +42,7 @@ class FoldConstants(Rewrite):
             result = evaluate_nodes(edit.program.graph_module, node)
             trainable = result.is_floating_point() and any(_is_trainable(edit, used) for used in inputs)
             with edit.before(node):
-                folded = edit.weight(f"folded.{node.name}", nn.Parameter(result) if trainable else result)
+                folded = edit.weight(_name(node), nn.Parameter(result) if trainable else result)
             edit.replace(node, folded)
 
 
@@ -77,6 +77,11 @@ def _only_views(node: fx.Node) -> bool:
             return False
         node = source
     return True
+
+
+def _name(node: fx.Node) -> str:
+    """Where the constant is stored: `folded.<node>`, unless modules have a method of that name, as `to`."""
+    return f"folded.{node.name}_1" if hasattr(nn.Module, node.name) else f"folded.{node.name}"
 
 
 def _is_trainable(edit: Editor, read: fx.Node) -> bool:

@@ -1,0 +1,161 @@
+"""What compiling costs as models grow deeper: seconds of capture, passes and verification, and peak memory.
+
+    python benchmarks/compile_time.py --layers 12 24 --update
+
+Encoders of BERT-base's width with random weights, each size in a process of its own. Prints a Markdown table; `--update` puts
+it into benchmarks/README.md, `--figure FILE` draws it. Memory is read from /proc, so this runs on Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+README = Path(__file__).parent / "README.md"
+_TABLE = re.compile(r"(<!-- compile_time -->\n).*?(<!-- end -->)", re.DOTALL)
+_LINEAR = 1.15
+"""Growth with the number of layers to a power up to this counts as linear."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What compiling one model took.
+
+    capture, passes, verification: seconds. memory: bytes the process's peak stands above what it held before the model was
+    built, over the bytes of the weights; 1 is the model itself.
+    """
+
+    layers: int
+    nodes: int
+    weight_bytes: int
+    capture: float
+    passes: float
+    verification: float
+    memory: float
+
+    @property
+    def seconds(self) -> float:
+        return self.capture + self.passes + self.verification
+
+
+def measure(layers: int) -> Cost:
+    """Compile an encoder of this depth. A small one is compiled first, so that imports and first calls are not counted."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    import lissom
+
+    tokens = torch.ones(2, 16, dtype=torch.long)
+    inputs = {"input_ids": tokens, "attention_mask": tokens}
+    lissom.compile(BertModel(BertConfig(num_hidden_layers=1, hidden_size=24, intermediate_size=48)).eval(), inputs)
+    before = _memory("VmRSS")
+    model = BertModel(BertConfig(num_hidden_layers=layers)).eval()
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    history = lissom.compile(model, inputs).report.history
+    capture, *steps = history.steps
+    return Cost(
+        layers,
+        capture.size.nodes,
+        weight_bytes,
+        capture.seconds,
+        sum(step.seconds for step in steps),
+        sum(step.check_seconds for step in steps),
+        (_memory("VmHWM") - before) / weight_bytes,
+    )
+
+
+def _memory(field: str) -> int:
+    """Bytes this process holds (`VmRSS`), or has held at most (`VmHWM`)."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}; memory is measured on Linux")
+    return int(found[1]) * 1024
+
+
+def measure_apart(layers: int) -> Cost:
+    """The same in a process of its own."""
+    ran = subprocess.run([sys.executable, __file__, "--one", str(layers)], stdout=subprocess.PIPE, text=True, check=True)
+    return Cost(**json.loads(ran.stdout.splitlines()[-1]))
+
+
+def exponent(costs: list[Cost], name: str) -> float:
+    """The p for which `name` grows as layers to the power p: the slope of the line through the logarithms."""
+    points = [(math.log(cost.layers), math.log(getattr(cost, name))) for cost in costs]
+    x, y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+    return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
+
+
+def table(costs: list[Cost]) -> str:
+    """The costs as Markdown, with how they grow and where they were measured."""
+    rows = [
+        f"| {cost.layers} | {cost.nodes} | {cost.weight_bytes / 1e6:.0f} | {cost.capture:.2f} | {cost.passes:.2f} | "
+        f"{cost.verification:.2f} | {cost.seconds:.2f} | {cost.memory:.2f} |"
+        for cost in costs
+    ]
+    heads = "layers | nodes captured | weights, MB | capture, s | passes, s | verification, s | all, s | peak memory / weights"
+    lines = [f"| {heads} |", "|" + "---:|" * 8, *rows, ""]
+    if len(costs) > 1:
+        powers = {name: exponent(costs, name) for name in ("capture", "passes", "verification", "seconds")}
+        listed = ", ".join(f"{'all' if name == 'seconds' else name} {power:.2f}" for name, power in powers.items())
+        steep = [name for name, power in powers.items() if power > _LINEAR and name != "seconds"]
+        word = f"more than linear in {' and '.join(steep)}" if steep else "at most linear"
+        lines += [f"Growth, as a power of the number of layers: {listed}. That is {word}.", ""]
+    return "\n".join([*lines, machine()]) + "\n"
+
+
+def machine() -> str:
+    """The processor, its cores, and the versions."""
+    import torch
+    import transformers
+
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.machine())
+    libraries = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{model}, {torch.get_num_threads()} threads; {libraries}."
+
+
+def draw(costs: list[Cost], file: Path) -> None:
+    """Seconds by layers, stacked: capture, passes, verification."""
+    from matplotlib import pyplot
+
+    layers = [cost.layers for cost in costs]
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    parts = ("capture", "passes", "verification")
+    axes.stackplot(layers, *([getattr(cost, part) for cost in costs] for part in parts), labels=parts)
+    axes.set(xlabel="layers", ylabel="seconds", xticks=layers, title="Compiling a BERT of base width")
+    axes.legend(loc="upper left")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Measure each size and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 96], help="the depths to compile")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--figure", type=Path, help="draw the seconds to this file, for example docs/figures/compile_time.svg")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(asdict(measure(options.one))))
+        return
+    costs = [measure_apart(layers) for layers in options.layers]
+    printed = table(costs)
+    print(printed)
+    if options.update:
+        text = README.read_text(encoding="utf-8")
+        README.write_text(_TABLE.sub(lambda found: found[1] + printed + found[2], text), encoding="utf-8")
+    if options.figure:
+        draw(costs, options.figure)
+
+
+if __name__ == "__main__":
+    main()

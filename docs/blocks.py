@@ -1,0 +1,122 @@
+"""Markdown whose code runs: find the fenced blocks of a document, run them in order, and fill in what they print.
+
+A document's Python blocks share one namespace. A text block behind the comment `<!-- output -->` holds what the Python block
+before it prints. `<!-- output, measured -->` says that some of it is measured; comparisons leave out such a block's decimals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import linecache
+import re
+import sys
+import tempfile
+import types
+from collections.abc import Generator
+from dataclasses import dataclass
+
+_FENCE = "```"
+_OUTPUT = re.compile(r"<!-- output(, measured)? -->")
+_DECIMAL = re.compile(r"[-+]?\d+(\.\d+)?e[-+]?\d+|[-+]?\d+\.\d+")
+_SOURCE_LINE = re.compile(r"(\w+\.py):\d+")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, whose body is the document's lines from `first` up to, not including, `last`.
+
+    info: what stands behind the opening fence, `python`. mark: the line above it.
+    """
+
+    info: str
+    mark: str
+    first: int
+    last: int
+
+
+def find_blocks(lines: list[str]) -> list[Block]:
+    """The document's fenced blocks in order.
+
+    Raises: ValueError when a fence is not closed.
+    """
+    fences = [index for index, line in enumerate(lines) if line.startswith(_FENCE)]
+    if len(fences) % 2:
+        raise ValueError(f"the block opened on line {fences[-1] + 1} is not closed")
+    return [
+        Block(lines[opened].removeprefix(_FENCE).strip(), lines[opened - 1].strip() if opened else "", opened + 1, closed)
+        for opened, closed in zip(fences[::2], fences[1::2], strict=True)
+    ]
+
+
+def fill(text: str, name: str) -> str:
+    """The document with its code run and every output block holding what was printed.
+
+    name: of the document; its code counts as the file `<name>.py` in tracebacks and in programs.
+    """
+    lines = text.split("\n")
+    filled: list[str] = []
+    copied, printed = 0, ""
+    with _session(name) as session:
+        for block in find_blocks(lines):
+            if block.info == "python":
+                printed = session.run("\n".join(lines[block.first : block.last]), block.first + 1)
+            elif _OUTPUT.fullmatch(block.mark):
+                filled += [*lines[copied : block.first], *(line.rstrip() for line in printed.strip("\n").split("\n"))]
+                copied = block.last
+    return "\n".join([*filled, *lines[copied:]])
+
+
+@dataclass
+class _Session:
+    """The code of one document as it runs, block after block; `source` is what ran so far."""
+
+    module: types.ModuleType
+    source: str = ""
+
+    def run(self, code: str, line: int) -> str:
+        """What a block prints. Its lines count on from the blocks before it, so that outputs do not move them."""
+        name = f"{self.module.__name__}.py"
+        before = self.source.count("\n")
+        self.source += code + "\n"
+        linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                exec(compile("\n" * before + code, name, "exec"), self.module.__dict__)
+        except Exception as error:
+            error.add_note(f"in the block that begins on line {line} of the document {self.module.__name__}")
+            raise
+        return printed.getvalue()
+
+
+@contextlib.contextmanager
+def _session(name: str) -> Generator[_Session]:
+    """A module of its own for a document's code, run in an empty directory."""
+    module = types.ModuleType(name)
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+        sys.modules[name] = module
+        try:
+            yield _Session(module)
+        finally:
+            del sys.modules[name]
+
+
+def settled(text: str, outputs: bool = True) -> str:
+    """The document without what differs from run to run or machine to machine.
+
+    outputs: whether to keep the output blocks at all.
+    """
+    lines = text.split("\n")
+    for block in reversed(find_blocks(lines)):
+        mark = _OUTPUT.fullmatch(block.mark)
+        if mark is None:
+            continue
+        body = _SOURCE_LINE.sub(r"\1", "\n".join(lines[block.first : block.last])) if outputs else ""
+        lines[block.first : block.last] = [mask(body) if mark.group(1) else body]
+    return "\n".join(lines)
+
+
+def mask(text: str) -> str:
+    """The text without its decimals, and without the spaces and rules that align them."""
+    return re.sub(r"─+", "─", re.sub(r" +", " ", _DECIMAL.sub("#", text)))

@@ -1,0 +1,146 @@
+"""For each pass, a small model that shows it at work; `generate.py` makes the pages of docs/passes from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small model for one pass.
+
+    inputs: Python text that makes its inputs. passes: the pipeline the pass is shown in.
+    """
+
+    model: type[nn.Module]
+    inputs: str
+    passes: str = "exact"
+
+
+class UnusedPooler(nn.Module):
+    """Computes a pooled vector and throws it away."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, width)
+        self.pooler = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = functional.gelu(self.up(x))
+        torch.tanh(self.pooler(hidden))
+        return hidden
+
+
+class Dropouts(nn.Module):
+    """Self-attention with the dropout, casts and copies model code is full of; none changes anything at inference."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, width)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        heads = self.dropout(self.project(x)).view(batch, tokens, 4, -1).transpose(1, 2)
+        weights = torch.softmax(heads @ heads.transpose(-1, -2), dim=-1).to(x.dtype)
+        mixed = self.dropout(weights) @ heads
+        return mixed.transpose(1, 2).contiguous().reshape(batch, tokens, width) * 1.0
+
+
+class GatedWeight(nn.Module):
+    """Gates its weight anew at every call, although no input takes part in it."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, width) / width**0.5)
+        self.gate = nn.Parameter(torch.randn(width, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight * torch.sigmoid(self.gate))
+
+
+class ParallelBlock(nn.Module):
+    """Two branches that each normalise the same input."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.left = nn.Linear(width, width)
+        self.right = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.left(self.norm(x)) + functional.gelu(self.right(self.norm(x)))
+
+
+class RmsNormed(nn.Module):
+    """The normalisation of Llama and T5, written out in parts."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        variance = x.pow(2).mean(-1, keepdim=True)
+        return self.project(self.weight * (x * torch.rsqrt(variance + 1e-6)))
+
+
+class FeedForward(nn.Module):
+    """The tanh form of GELU, written out as in GPT-2."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        x = 0.5 * x * (1.0 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+        return self.down(x)
+
+
+class Attention(nn.Module):
+    """Attention written out in parts, with a padding mask that is added to the scores."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+        self.v = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = scores + (1.0 - mask[:, None, None, :]) * torch.finfo(x.dtype).min
+        return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+class EinsumScores(nn.Module):
+    """The scores of attention as an einsum over [batch, tokens, heads, head_dim], as in XLNet."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k = (layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k))
+        return torch.einsum("bihd,bjhd->bhij", q, k)
+
+
+EXAMPLES = {
+    "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
+    "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
+    "fold-constants": Example(GatedWeight, "torch.randn(4, 128, 256)"),
+    "merge-common-subexpressions": Example(ParallelBlock, "torch.randn(4, 128, 256)"),
+    "rewrite-einsum": Example(EinsumScores, "torch.randn(4, 128, 256)"),
+    "raise-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)"),
+    "raise-activations": Example(FeedForward, "torch.randn(4, 128, 256)"),
+    "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),
+}

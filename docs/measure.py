@@ -1,0 +1,58 @@
+"""What one pass does to one example, in numbers: sizes, latency and error, with the machine they were measured on."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from examples import Example
+
+from lissom.api import resolve_passes, split_inputs
+from lissom.backends import find_backend
+from lissom.compiler.history import Size
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.samples import check_samples
+from lissom.compiler.verify import tolerance_of
+from lissom.frontends.export import capture
+from lissom.inspect.timing import Timing, time_calls
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The example before and after the pass.
+
+    relative_error: of the outputs; allowed: how large it may be.
+    """
+
+    sizes: tuple[Size, Size]
+    timings: tuple[Timing, Timing]
+    relative_error: float
+    allowed: float
+
+
+def measure(example: Example, name: str, seconds: float) -> Gain:
+    """Run the example's pipeline up to the first pass of that name, and measure the pass; seconds: for each timing."""
+    torch.manual_seed(0)
+    inputs = eval(example.inputs, {"torch": torch})
+    args, kwargs = split_inputs(inputs)
+    captured = capture(example.model().eval(), args, kwargs)
+    passes = resolve_passes(example.passes)
+    at = next(index for index, item in enumerate(passes) if item.name() == name)
+    samples = check_samples(captured.program.signature, captured.example)
+    before, _ = Pipeline(passes[:at], samples).run(captured.program)
+    after, history = Pipeline([passes[at]], samples).run(before)
+    eager = find_backend("eager")
+    runs = [eager.build(before), eager.build(after)]
+    timed = time_calls({str(index): lambda run=run: run(captured.example) for index, run in enumerate(runs)}, seconds)
+    error = history.steps[1].relative_error or 0.0
+    return Gain((Size.of(before), Size.of(after)), (timed["0"], timed["1"]), error, tolerance_of(before))
+
+
+def machine() -> str:
+    """The processor and the versions, `AMD EPYC, 2 threads; Python 3.12.3, torch 2.13.0+cpu`."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{found}, {torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}"

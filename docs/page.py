@@ -1,0 +1,137 @@
+"""The page of one pass, from its docstrings and its example."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+
+from examples import Example
+from measure import Gain
+
+from lissom.compiler.kinds import Pass
+from lissom.compiler.spelling import options_of, type_text
+from lissom.inspect.tables import first_line
+from lissom.passes import RECIPES
+
+NOTICE = "<!-- Made by docs/generate.py from the pass's docstring and docs/examples.py; change those instead. -->"
+
+
+def page(item: type[Pass], example: Example, gain: Gain, timings: str) -> str:
+    """The page as Markdown, its output block still empty. timings: the part that is measured."""
+    module = sys.modules[item.__module__]
+    return (
+        "\n\n".join(
+            [
+                NOTICE,
+                f"# {item.name()}",
+                inspect.getdoc(module) or "",
+                _about(item),
+                "## Options",
+                _options(item),
+                "## At work",
+                f"```python\n{_code(item, example)}\n```",
+                "<!-- output -->\n```text\n```",
+                "## Gain and loss",
+                f"<!-- sizes -->\n{_sizes(gain)}\n<!-- end -->",
+                f"<!-- measured -->\n{timings}<!-- end -->",
+                "## Limits",
+                _limits(inspect.getsource(module)),
+            ]
+        )
+        + "\n"
+    )
+
+
+def timings(gain: Gain, machine: str) -> str:
+    """The measured part of a page."""
+    before, after = gain.timings
+    return (
+        "| | before | after |\n|---|---|---|\n"
+        f"| median ms of a call (middle half of the runs) | {before} | {after} |\n\n"
+        f"Relative error {gain.relative_error:.1e}, allowed {gain.allowed:.0e}. {before.runs} runs each in turn on {machine}.\n"
+    )
+
+
+def _about(item: type[Pass]) -> str:
+    kind = first_line(item.__bases__[0])
+    recipes = [f"`{name}`" for name, text in RECIPES.items() if re.search(rf"\b{item.name()}\b", text)]
+    sentences = [f"Kind: {item.kind}. {kind}", f"Recipes: {', '.join(recipes) or 'none'}."]
+    sentences += [f"Requires that {requirement.fact}." for requirement in item.requires]
+    return "\n".join(sentences)
+
+
+def _options(item: type[Pass]) -> str:
+    if not options_of(item):
+        return "None."
+    meanings = dict(re.findall(r"^(\w+): (.*)$", inspect.getdoc(item) or "", re.MULTILINE))
+    defaults = {field.name: field.default for field in dataclasses.fields(item)}  # pyright: ignore[reportArgumentType]
+    rows = [
+        f"| `{name}` | {type_text(hint)} | {'required' if defaults[name] is dataclasses.MISSING else f'`{defaults[name]}`'} "
+        f"| {meanings.get(name, '')} |"
+        for name, hint in options_of(item).items()
+    ]
+    return "\n".join(["| option | takes | default | meaning |", "|---|---|---|---|", *rows])
+
+
+def _code(item: type[Pass], example: Example) -> str:
+    source = inspect.getsource(example.model).strip()
+    imports = ["import torch", "from torch import nn"]
+    imports += ["from torch.nn import functional"] if "functional." in source else []
+    passes = "" if example.passes == "exact" else f', passes="{example.passes}"'
+    return "\n".join(
+        [
+            *imports,
+            "\nimport lissom\n\n",
+            source,
+            "\n\ntorch.manual_seed(0)",
+            f"history = lissom.compile({example.model.__name__}(), {example.inputs}{passes}).report.history",
+            f'step = next(step for step in history.steps if step.spelling.startswith("{item.name()}"))',
+            "print(step.summary)",
+            "print(history.diff(step.index - 1, step.index))",
+        ]
+    )
+
+
+def _sizes(gain: Gain) -> str:
+    before, after = gain.sizes
+    return (
+        "| | before | after |\n|---|---|---|\n"
+        f"| operator calls | {before.nodes} | {after.nodes} |\n"
+        f"| MFLOP | {before.flops / 1e6:.1f} | {after.flops / 1e6:.1f} |\n"
+        f"| weights, bytes | {before.parameter_bytes} | {after.parameter_bytes} |"
+    )
+
+
+def _limits(source: str) -> str:
+    reasons = skip_reasons(source)
+    if not reasons:
+        return "It treats every place of the form above and reports none as skipped; anything else it does not touch."
+    listed = "\n".join(f"- {reason}" for reason in reasons)
+    return f"It leaves a place alone, and gives the reason in the history, when\n\n{listed}"
+
+
+def skip_reasons(source: str) -> list[str]:
+    """The reasons a pass's source gives for leaving a place alone: what it passes to `skip`, or raises for itself."""
+    found: dict[str, int] = {}
+    for node in ast.walk(ast.parse(source)):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if not isinstance(call, ast.Call) or not call.args:
+            continue
+        skips = isinstance(call.func, ast.Attribute) and call.func.attr == "skip"
+        raises = isinstance(node, ast.Raise) and isinstance(call.func, ast.Name) and call.func.id.startswith("_")
+        reason = _text(call.args[-1]) if skips or raises else ""
+        if reason:
+            found.setdefault(reason, call.lineno)
+    return sorted(found, key=lambda reason: found[reason])
+
+
+def _text(node: ast.expr) -> str:
+    """A string's text, with `…` where a value is put in; nothing when it is no literal."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_text(part) or "…" for part in node.values)
+    return ""

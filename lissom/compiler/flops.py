@@ -1,0 +1,143 @@
+"""Floating-point operations of one operator call, from the sizes of what it reads and yields.
+
+A multiplication with its addition is two operations. What counts is what `torch.utils.flop_counter` counts: products of
+matrices, convolutions and attentions. Element-wise work, norms, softmax, and products with a vector are free there and here.
+Beyond it, the grouped products of mixtures of experts count too, which it does not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.types import Size
+
+aten = torch.ops.aten
+
+Shape = Sequence[Size]
+ShapeOf = Callable[[fx.Node], Shape]
+Formula = Callable[[fx.Node, ShapeOf], Size]
+
+
+def operations(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """The operations of a call; 0 for operators without a formula. `shape_of` gives the sizes of a node's tensor."""
+    formula = _formula(node)
+    return 0 if formula is None else 2 * formula(node, shape_of)
+
+
+def is_counted(node: fx.Node) -> bool:
+    """True when the call's operations count."""
+    return _formula(node) is not None
+
+
+def _formula(node: fx.Node) -> Formula | None:
+    return FORMULAS.get(node.target) or _FOREIGN.get(str(node.target))
+
+
+def product(sizes: Shape) -> Size:
+    """The sizes multiplied, numbers and expressions alike."""
+    return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _operand(node: fx.Node, index: int, shape_of: ShapeOf) -> Shape:
+    """The sizes of the operator's tensor parameter at `index`, given by position or by name."""
+    schema = cast(torch._ops.OpOverload, node.target)._schema
+    return shape_of(cast(fx.Node, nodes.argument(node, schema.arguments[index].name)))
+
+
+def _product(node: fx.Node, shape_of: ShapeOf) -> Size:
+    left, right = _operand(node, 0, shape_of), _operand(node, 1, shape_of)
+    return product(shape_of(node)) * left[-1] if len(right) > 1 else 0
+
+
+def _grouped_product(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Rows [tokens, in_features], each with the matrix of its group of [groups, in_features, out_features]."""
+    return product(_operand(node, 0, shape_of)) * _operand(node, 1, shape_of)[-1]
+
+
+def _biased_product(node: fx.Node, shape_of: ShapeOf) -> Size:
+    return product(shape_of(node)) * _operand(node, 1, shape_of)[-1]
+
+
+def _attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Scores q·kᵀ, then scores·v. Key/value heads that several query heads share are multiplied once for each of these."""
+    q, k, v = (_operand(node, index, shape_of) for index in range(3))
+    batch = q[:-2] if nodes.argument(node, "enable_gqa") else [b if a == 1 else a for a, b in zip(q[:-2], k[:-2], strict=True)]
+    scores = product([*batch, q[-2], q[-1]]) * k[-2]
+    return scores + product([*shape_of(node)[:-1], k[-2]]) * v[-1]
+
+
+def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
+    return product(shape_of(node)) * product(_operand(node, 1, shape_of)[1:])
+
+
+def _transposed_convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
+    return product(_operand(node, 0, shape_of)) * product(_operand(node, 1, shape_of)[1:])
+
+
+def _any_convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
+    return (_transposed_convolution if nodes.argument(node, "transposed") else _convolution)(node, shape_of)
+
+
+def _einsum(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Pair by pair, in the order PyTorch takes them: a pair that sums over no label of both is an element-wise product."""
+    inputs, arrow, output = cast(str, node.args[0]).replace(" ", "").partition("->")
+    shapes = [shape_of(item) for item in cast(Sequence[fx.Node], node.args[1])]
+    terms = inputs.split(",")
+    labels = [_labels(term, len(shape)) for term, shape in zip(terms, shapes, strict=True)]
+    kept = {*output} if arrow else {letter for letter in inputs if inputs.count(letter) == 1}
+    if "..." in output or not arrow:
+        kept |= {label for term in labels for label in term if label.isdigit()}
+    operands = [dict(zip(term, shape, strict=True)) for term, shape in zip(labels, shapes, strict=True)]
+    path = list(cast("Sequence[int] | None", nodes.argument(node, "path")) or ())
+    total: Size = 0
+    while len(operands) > 1:
+        first, second = sorted((path.pop(0), path.pop(0))) if path else (0, 1)
+        b, a = operands.pop(second), operands.pop(first)
+        needed = kept | {label for other in operands for label, size in other.items() if size != 1}
+        pair = {label: b.get(label, 1) if a.get(label, 1) == 1 else a[label] for label in {**a, **b}}
+        summed = {label for label in pair if label not in needed}
+        contracted = {label for label in summed if a.get(label, 1) != 1 and b.get(label, 1) != 1}
+        if contracted:
+            total += product([size for label, size in pair.items() if label not in summed or label in contracted])
+        operands.append({label: size for label, size in pair.items() if label not in summed})
+    return total
+
+
+def _labels(term: str, rank: int) -> list[str]:
+    """One label a dimension: a letter, or for those under `...` a number counted from the last of them."""
+    before, dots, after = term.partition("...")
+    missing = rank - len(before) - len(after) if dots else 0
+    return [*before, *map(str, range(missing, 0, -1)), *after]
+
+
+FORMULAS: dict[object, Formula] = {
+    aten.linear.default: _product,
+    aten.matmul.default: _product,
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
+    aten._grouped_mm.default: _grouped_product,
+    aten.addmm.default: _biased_product,
+    aten.baddbmm.default: _biased_product,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.einsum.default: _einsum,
+    aten.conv1d.default: _convolution,
+    aten.conv1d.padding: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv2d.padding: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.conv3d.padding: _convolution,
+    aten.conv_transpose1d.default: _transposed_convolution,
+    aten.conv_transpose2d.input: _transposed_convolution,
+    aten.conv_transpose3d.input: _transposed_convolution,
+    aten.convolution.default: _any_convolution,
+}
+"""Multiplications of a call, by operator."""
+
+_FOREIGN: dict[str, Formula] = {"transformers.grouped_mm_fallback.default": _grouped_product}
+"""The same for operators of libraries that need not be installed, by name."""

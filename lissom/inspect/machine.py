@@ -1,0 +1,284 @@
+"""What this machine can do at most: matrix products in three types and memory bandwidth, measured once and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lissom.compiler.errors import ArtifactError
+from lissom.inspect.progress import Report
+from lissom.inspect.timing import Timing, time_calls
+
+FORMAT_VERSION = 1
+ISA = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "svebf16"),
+)
+"""Instruction sets that matter for products of matrices, as Linux names them."""
+_SIDES = (1024, 2048, 4096)
+_LEAST_STREAM_BYTES = 256 << 20
+_CPU = torch.device("cpu")
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """A rate in units of 10⁹ a second: the median of several runs, the middle half of them, and what was run."""
+
+    median: float
+    low: float
+    high: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of one device: operations a second in products of matrices, and bytes a second between memory and its cores.
+
+    bf16 and int8 are None where PyTorch has no such product.
+    """
+
+    name: str
+    fp32_gflops: Ceiling
+    bf16_gflops: Ceiling | None
+    int8_gops: Ceiling | None
+    memory_gb_per_second: Ceiling
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine and its ceilings.
+
+    cores: physical cores this process may use. threads: those PyTorch uses. isa: those of `ISA` the processor has.
+    l1d_bytes, l2_bytes: caches of one core; l3_bytes: the cache cores share; None where the system does not tell.
+    torch: its version. measured: the day, in ISO form. devices: CUDA devices in their order.
+    """
+
+    cores: int
+    threads: int
+    isa: tuple[str, ...]
+    l1d_bytes: int | None
+    l2_bytes: int | None
+    l3_bytes: int | None
+    torch: str
+    measured: str
+    cpu: Ceilings
+    devices: tuple[Ceilings, ...]
+
+    def on(self, device: torch.device) -> Ceilings:
+        """The ceilings of a device: the CPU's, or a CUDA device's by its index."""
+        return self.devices[device.index or 0] if device.type == "cuda" else self.cpu
+
+
+def measure_machine(seconds: float = 1.0, progress: Report | None = None) -> Machine:
+    """Measure this machine with PyTorch's own kernels and its present number of threads.
+
+    seconds: how long to run each product at each size. progress: called with the device measured now, how many are done, of how
+        many.
+    """
+    caches = cache_bytes()
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    ceilings: list[Ceilings] = []
+    for index, device in enumerate([_CPU, *devices]):
+        if progress is not None:
+            progress(device_name(device), index, len(devices) + 1)
+        ceilings.append(_ceilings(device, seconds, caches.get("L3")))
+    return Machine(
+        cores=core_count(),
+        threads=torch.get_num_threads(),
+        isa=instruction_sets(),
+        l1d_bytes=caches.get("L1d"),
+        l2_bytes=caches.get("L2"),
+        l3_bytes=caches.get("L3"),
+        torch=torch.__version__,
+        measured=date.today().isoformat(),
+        cpu=ceilings[0],
+        devices=tuple(ceilings[1:]),
+    )
+
+
+def _ceilings(device: torch.device, seconds: float, cache: int | None) -> Ceilings:
+    with torch.inference_mode():
+        fp32 = _product_ceiling(float_product(torch.float32, device), "linear", seconds)
+        assert fp32 is not None
+        return Ceilings(
+            name=device_name(device),
+            fp32_gflops=fp32,
+            bf16_gflops=_product_ceiling(float_product(torch.bfloat16, device), "linear", seconds),
+            int8_gops=(_product_ceiling(onednn_product, "qlinear_pointwise", seconds) if device == _CPU else None)
+            or _product_ceiling(partial(int_product, device=device), "_int_mm", seconds),
+            memory_gb_per_second=_memory_ceiling(device, seconds, cache),
+        )
+
+
+def _product_ceiling(product: Callable[[int], Call], name: str, seconds: float) -> Ceiling | None:
+    """The best median over sizes, each eight times the work of the one before; None where the product does not exist."""
+    found: list[Ceiling] = []
+    for side in _SIDES:
+        try:
+            timing = time_calls({name: product(side)}, seconds)[name]
+        except (RuntimeError, AttributeError, NotImplementedError):
+            break
+        found.append(_rate(2 * side**3, timing, f"{name} {side}³"))
+        if timing.median_ms > seconds * 1e3:
+            break
+    return max(found, key=lambda ceiling: ceiling.median, default=None)
+
+
+def float_product(dtype: torch.dtype, device: torch.device) -> Callable[[int], Call]:
+    """For a side n, a call that multiplies [n, n] with the weight [n, n] of a linear layer."""
+
+    def product(side: int) -> Call:
+        x, weight = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+        return lambda: torch.nn.functional.linear(x, weight)
+
+    return product
+
+
+def onednn_product(side: int) -> Call:
+    """The same in int8: uint8 activations, an int8 weight packed beforehand, float32 out, all scales 1 and zero points 0.
+
+    Activations are uint8 because the kernel for int8 ones is a slow reference on processors without AMX.
+    """
+    operators = torch.ops.onednn
+    x, weight = _integers(side, torch.uint8, _CPU), _integers(side, torch.int8, _CPU)
+    packed = operators.qlinear_prepack(weight, [side, side])
+    scales, zero_points = torch.ones(side), torch.zeros(side, dtype=torch.int64)
+    out = torch.float32
+    return lambda: operators.qlinear_pointwise(x, 1.0, 0, packed, scales, zero_points, None, 1.0, 0, out, "none", [], "")
+
+
+def int_product(side: int, device: torch.device = _CPU) -> Call:
+    """The same in int8 with int32 out, by the one operator every device may have."""
+    x, weight = (_integers(side, torch.int8, device) for _ in range(2))
+    return lambda: torch.ops.aten._int_mm(x, weight.T)
+
+
+def _integers(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.randint(0, 127, (side, side), dtype=dtype, device=device)
+
+
+def _memory_ceiling(device: torch.device, seconds: float, cache: int | None) -> Ceiling:
+    """The better of reading and of copying more than any cache holds; a copy moves each byte twice."""
+    size = max(_LEAST_STREAM_BYTES, 4 * (cache or 0) if device == _CPU else 0)
+    source = torch.zeros(size // 4, device=device).fill_(1.0)
+    target = torch.empty_like(source).fill_(0.0)
+    timings = time_calls({"read": source.sum, "copy": lambda: target.copy_(source)}, seconds)
+    rates = [_rate(size * (1 + (name == "copy")), timing, f"{name} {size >> 20} MiB") for name, timing in timings.items()]
+    return max(rates, key=lambda ceiling: ceiling.median)
+
+
+def _rate(amount: int, timing: Timing, how: str) -> Ceiling:
+    median, low, high = (amount / (ms * 1e6) for ms in (timing.median_ms, timing.high_ms, timing.low_ms))
+    return Ceiling(median, low, high, how)
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's or the CUDA device's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    named = next((line["model name"] for line in _processors() if "model name" in line), "")
+    return named or platform.processor() or platform.machine()
+
+
+def core_count() -> int:
+    """Physical cores this process may use, two threads of one core counted once."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {
+        (line.get("physical id"), line["core id"])
+        for line in _processors()
+        if "core id" in line and int(line.get("processor", -1)) in usable
+    }
+    return len(cores) or len(usable)
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of `ISA` the processor has; none where the system does not tell."""
+    lines = next(iter(_processors()), {})
+    flags = (lines.get("flags") or lines.get("Features") or "").split()
+    return tuple(name for name in ISA if name in flags)
+
+
+def cache_bytes() -> dict[str, int]:
+    """The sizes of the caches the first core sees: L1d, L2, L3, as far as the system tells."""
+    found: dict[str, int] = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with suppress(OSError, ValueError):
+            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+            if kind != "Instruction":
+                found[f"L{level}d" if kind == "Data" else f"L{level}"] = int(size.removesuffix("K")) << 10
+    return found
+
+
+def _processors() -> list[dict[str, str]]:
+    """The blocks of /proc/cpuinfo; none elsewhere than on Linux."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return []
+    blocks = (re.findall(r"^(.*?)\s*:[ \t]*(.*)$", block, re.MULTILINE) for block in text.split("\n\n"))
+    return [dict(block) for block in blocks if block]
+
+
+def cache_path() -> Path:
+    """Where this machine's ceilings are kept: one file for each processor, number of threads and version of PyTorch."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    directory = given if given.is_absolute() else Path.home() / ".cache"
+    model = hashlib.sha256(device_name(_CPU).encode()).hexdigest()[:12]
+    return directory / "lissom" / f"machine-{model}-{torch.get_num_threads()}-threads-torch-{torch.__version__}.json"
+
+
+def load_machine() -> Machine | None:
+    """The ceilings measured before on this machine, or None: never measured, or the file is damaged or of another version."""
+    try:
+        data = json.loads(cache_path().read_text(encoding="utf-8"))
+        found = _from_json(data) if data["version"] == FORMAT_VERSION else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    present = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return found if found is not None and [item.name for item in found.devices] == present else None
+
+
+def save_machine(machine: Machine) -> Path:
+    """Keep the ceilings for `load_machine`; the file is written completely or not at all.
+
+    Raises: ArtifactError when the directory cannot be written.
+    """
+    path = cache_path()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    content = json.dumps({"version": FORMAT_VERSION, **asdict(machine)}, indent=1) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ArtifactError(
+            f"{path} cannot be written ({error.strerror}); set XDG_CACHE_HOME to a directory that can"
+        ) from error
+    return path
+
+
+def _from_json(data: Mapping[str, Any]) -> Machine:
+    fields = dict(data)
+    del fields["version"]
+    fields |= {"isa": tuple(data["isa"]), "cpu": _device(data["cpu"]), "devices": tuple(map(_device, data["devices"]))}
+    return Machine(**fields)
+
+
+def _device(data: Mapping[str, Any]) -> Ceilings:
+    fields: dict[str, Any] = {name: Ceiling(**item) if isinstance(item, dict) else item for name, item in data.items()}
+    return Ceilings(**fields)

@@ -1,0 +1,147 @@
+"""The roofline: the least time a cost takes under a machine's ceilings, and the tables that show it.
+
+Williams, Waterman and Patterson, Roofline: an insightful visual performance model for multicore architectures, 2009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.cost import Cost, cost, example_sizes, site_costs, total_cost
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.program import Program
+from lissom.inspect.machine import Ceiling, Ceilings, Machine
+
+_CPU = torch.device("cpu")
+
+
+def roofline_seconds(cost: Cost, machine: Machine, dtype: torch.dtype, *, device: torch.device = _CPU) -> float:
+    """max(operations / peak of the dtype, bytes / memory bandwidth): the least time, if every byte comes from memory.
+
+    Types without a ceiling of their own are given the one of float32; float16 that of bfloat16.
+
+    Raises: UnsupportedError when the cost is symbolic.
+    """
+    if isinstance(cost.flops, sympy.Expr) or isinstance(cost.bytes, sympy.Expr):
+        raise UnsupportedError(f"a cost of {cost.flops} operations and {cost.bytes} bytes has no time; give its sizes numbers")
+    ceilings = machine.on(device)
+    return max(cost.flops / _peak(ceilings, dtype).median, cost.bytes / ceilings.memory_gb_per_second.median) / 1e9
+
+
+def _peak(ceilings: Ceilings, dtype: torch.dtype) -> Ceiling:
+    if dtype in (torch.bfloat16, torch.float16):
+        return ceilings.bf16_gflops or ceilings.fp32_gflops
+    if dtype in (torch.int8, torch.uint8):
+        return ceilings.int8_gops or ceilings.fp32_gflops
+    return ceilings.fp32_gflops
+
+
+def node_seconds(node: fx.Node, found: Cost, machine: Machine) -> float:
+    """The roofline of a node whose cost is known, on its own device, in the type of the first tensor it reads."""
+    typed = next((item for item in node.all_input_nodes if nodes.is_tensor(item)), node)
+    if not nodes.is_tensor(typed):
+        return 0.0
+    type_ = nodes.tensor_type(typed)
+    return roofline_seconds(found, machine, type_.dtype, device=type_.device)
+
+
+def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | None) -> Table:
+    """One row a site: operations, megabytes, parameters, intensity, and the roofline where the machine's ceilings are known.
+
+    sizes: numbers for dimensions by name; the others are those of the example.
+
+    Raises: UnsupportedError for a dimension the program does not have, or a size it does not take.
+    """
+    chosen = example_sizes(program) | dict(sizes)
+    found, total = cost(program, chosen), total_cost(program, chosen)
+    rows = [(f"{site.layer} {site.kind}".strip(), item, site.nodes) for site, item in site_costs(program, chosen).items()]
+    milliseconds = [sum(node_seconds(node, found[node], machine) for node in row[2]) * 1e3 if machine else 0.0 for row in rows]
+    shares = milliseconds if machine else [float(item.flops) for _, item, _ in rows]
+    table = _table(f"{program.name}, {_sizes_text(chosen)}", _caption(machine))
+    table.add_column("site", overflow="fold")
+    for heading in ("GFLOP", "MB\nread", "MB\nwritten", "M\nparams", "FLOP/\nbyte"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("roof,\nms", "% of\nms") if machine else ("% of\nFLOP",):
+        table.add_column(heading, justify="right", no_wrap=True)
+    whole = ("whole program", total, program.nodes())
+    for (label, item, _), ms, share in zip(
+        [*rows, whole], [*milliseconds, sum(milliseconds)], [*shares, sum(shares)], strict=True
+    ):
+        if label == whole[0]:
+            table.add_section()
+        timed = [_digits(ms)] if machine else []
+        table.add_row(Text(label), *_numbers(item), *timed, f"{100 * share / (sum(shares) or 1):.1f}")
+    return table
+
+
+def _numbers(item: Cost) -> list[str]:
+    values = (item.flops, item.read_bytes, item.written_bytes, item.parameters)
+    scaled = [float(value) / scale for value, scale in zip(values, (1e9, 1e6, 1e6, 1e6), strict=True)]
+    return [*map(_digits, scaled), _digits(float(item.intensity))]
+
+
+def _digits(value: float) -> str:
+    """Three digits and no exponent; nothing for nothing."""
+    if value == 0:
+        return ""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3f}" if value < 0.9995 else f"{value:.3g}"
+
+
+def _sizes_text(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in sizes.items()) or "all sizes fixed"
+
+
+def _caption(machine: Machine | None) -> str:
+    words = "Every node reads its inputs and writes its outputs once; views move nothing."
+    if machine is None:
+        return f"{words}\nRun `lissom machine` once to see the roofline in milliseconds."
+    return f"{words}\nThe roof is the least time if all of it comes from memory, by the ceilings `lissom machine` shows."
+
+
+def machine_table(machine: Machine) -> Table:
+    """The ceilings of the processor and of every CUDA device, with the middle half of the runs."""
+    title = f"{machine.cpu.name}: {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
+    table = _table(title, _about(machine))
+    for heading in ("ceiling", "median", "middle half", "unit", "by"):
+        table.add_column(heading, justify="right" if heading in ("median", "middle half") else "left", no_wrap=True)
+    for device in (machine.cpu, *machine.devices):
+        if device is not machine.cpu:
+            table.add_section()
+            table.add_row(Text(device.name))
+        for label, ceiling, unit in (
+            ("matrix products, fp32", device.fp32_gflops, "GFLOP/s"),
+            ("matrix products, bf16", device.bf16_gflops, "GFLOP/s"),
+            ("matrix products, int8", device.int8_gops, "GOP/s"),
+            ("memory bandwidth", device.memory_gb_per_second, "GB/s"),
+        ):
+            if ceiling is None:
+                table.add_row(label, "none")
+                continue
+            between = f"{_digits(ceiling.low)} to {_digits(ceiling.high)}"
+            table.add_row(label, _digits(ceiling.median), between, unit, ceiling.how)
+    return table
+
+
+def _about(machine: Machine) -> str:
+    caches = {"L1d": machine.l1d_bytes, "L2": machine.l2_bytes, "L3": machine.l3_bytes}
+    known = ", ".join(f"{name} {size >> 10} KiB" for name, size in caches.items() if size is not None)
+    return f"caches: {known or 'unknown'}\ninstructions: {' '.join(machine.isa) or 'unknown'}\nmeasured on {machine.measured}"
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=Text(title),
+        caption=Text(caption),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )

@@ -1,0 +1,100 @@
+"""The structure and the axes of a program as tables a person can read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.axes import Axes, axes
+from lissom.compiler.axis import Axis
+from lissom.compiler.program import Program
+from lissom.compiler.structure import AttentionSite, FeedForwardSite, Structure, input_of, is_linear, structure, weight_of
+
+
+def structure_tables(program: Program) -> RenderableType:
+    """Layers with their attention and feed-forward sites; then norms, embeddings, heads and convolutions in a sentence."""
+    found = program.fact(structure)
+    table = Table(title=f"{program.name}: structure", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("layer", "attention", "mask and positions", "feed-forward"):
+        table.add_column(heading, overflow="fold")
+    for layer in found.layers:
+        table.add_row(
+            layer.path,
+            "\n".join(map(_attention, layer.attention)),
+            "\n".join(_mask(site) for site in layer.attention),
+            "\n".join(map(_feed_forward, layer.feed_forward)),
+        )
+    return Group(table, _rest(found))
+
+
+def _attention(site: AttentionSite) -> str:
+    heads = f"{site.heads} heads" if site.heads == site.key_value_heads else f"{site.heads}/{site.key_value_heads} heads"
+    words = [heads, f"of {site.head_dim}", "packed q/k/v" if site.packed else "", "cross" if site.cross else ""]
+    return " ".join(word for word in words if word)
+
+
+def _mask(site: AttentionSite) -> str:
+    positions = "" if site.positions == "none here" else f", {site.positions}"
+    return f"mask {site.mask}{positions}"
+
+
+def _feed_forward(site: FeedForwardSite) -> str:
+    names = ", ".join(dict.fromkeys(str(node.target).split(".")[1] for node in site.activations))
+    return f"{'gated ' if site.gated else ''}{names}, width {site.width}"
+
+
+def _rest(found: Structure) -> str:
+    tables = ", ".join(f"{item.rows} x {item.width}{' (tied)' if item.tied else ''}" for item in found.embeddings)
+    parts = [
+        f"{len(found.attention)} attention and {len(found.feed_forward)} feed-forward sites",
+        f"{len(found.norms)} norms",
+        f"embeddings {tables}" if tables else "no embeddings",
+        f"{len(found.output_heads)} output heads",
+        f"{len(found.convolutions)} convolutions" if found.convolutions else "",
+        f"{len(found.routers)} routers of experts" if found.routers else "",
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def axes_table(program: Program) -> Table:
+    """Every axis that linear layers contract: its size, what it is, how many places have it, and whether it may change."""
+    found = program.fact(axes)
+    table = Table(
+        title=f"{program.name}: axes contracted by linear layers", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading in ("size", "contracted by", "places", "weights", "may shrink"):
+        table.add_column(heading, overflow="fold", justify="right" if heading in ("size", "places", "weights") else "left")
+    for axis, readers in _contracted(program, found).items():
+        places = found.occurrences(axis)
+        weights = {place.node for place in places if place.node.op == "get_attr"}
+        table.add_row(
+            str(axis.size),
+            _paths(readers),
+            str(len(places)),
+            str(len(weights)),
+            f"no: {reason}" if (reason := found.obstacle(axis)) else "yes",
+        )
+    return table
+
+
+def _contracted(program: Program, found: Axes) -> dict[Axis, list[fx.Node]]:
+    """The atoms each linear layer sums over, with the layers that do."""
+    readers: dict[Axis, list[fx.Node]] = {}
+    for node in program.nodes():
+        weight = weight_of(node) if is_linear(node) else None
+        if weight is None or not nodes.is_tensor(node):
+            continue
+        dim = 1 if "conv" in str(node.target) else -1
+        for atom in dict.fromkeys(found.axis(input_of(node), dim).atoms()):
+            readers.setdefault(atom, []).append(node)
+    return readers
+
+
+def _paths(readers: Sequence[fx.Node]) -> str:
+    first = nodes.origin(readers[0]).module_path or readers[0].name
+    return first if len(readers) == 1 else f"{first} and {len(readers) - 1} more"

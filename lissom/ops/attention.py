@@ -1,0 +1,47 @@
+"""`lissom::attention`: attention with soft-capped scores and with sinks, which `scaled_dot_product_attention` cannot say.
+
+scores = q kᵀ · scale
+scores = softcap · tanh(scores / softcap)                       Gemma Team 2024 (Gemma 2), §2
+weights = softmax([scores + bias, sinks])                       Xiao et al. 2023; GPT-OSS: one learnt logit a head
+result = weights without the sinks' column · v
+"""
+
+from __future__ import annotations
+
+import torch
+
+_LIBRARY = torch.library.Library("lissom", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, "
+    "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    scores = torch.matmul(q, k.transpose(-1, -2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
+    return torch.matmul(weights if sinks is None else weights[..., :-1], v)
+
+
+_LIBRARY.impl("attention", _reference, "CompositeImplicitAutograd")
+
+attention = torch.ops.lissom.attention.default
+"""The operator. q: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; bias: added to the scores, or a
+boolean mask of what is seen, broadcast to [batch, heads, queries, keys]; softcap: 0 for none; sinks: one logit a head,
+broadcast to [batch, heads, queries, 1]. Returns [batch, heads, queries, head_dim of v]. Differentiable; any device."""

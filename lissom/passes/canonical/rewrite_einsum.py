@@ -1,0 +1,117 @@
+"""Rewrite `einsum` of two operands as a matrix product between permutations.
+
+    einsum("bihd,bjhd->bhij", q, k) = matmul(permute(q, b h i d), permute(k, b h d j))
+
+Letters in both operands and the result are batch, letters in both but not in the result are contracted, the others are rows and
+columns. Afterwards every product is a `matmul`, which attention and linear layers are recognised by. Left alone: one operand or
+more than two, repeated letters, ellipses, and letters summed over in one operand alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Letters:
+    """An equation of two operands, its letters sorted by what happens to them."""
+
+    left: str
+    right: str
+    result: str
+    batch: str
+    rows: str
+    contracted: str
+    columns: str
+
+
+@dataclass(frozen=True)
+class RewriteEinsum(Rewrite):
+    """Replaces `einsum` by `matmul` between permutations."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(aten.einsum.default):
+            operands = cast("list[fx.Node]", node.args[1])
+            letters = parse(str(node.args[0])) if len(operands) == 2 else None
+            if letters is None:
+                edit.skip(node, f"'{node.args[0]}' is no product of two operands")
+                continue
+            if _varying(operands[0], letters.left, letters.rows) + _varying(operands[1], letters.right, letters.contracted) > 1:
+                edit.skip(node, f"'{node.args[0]}' folds two sizes that vary")
+                continue
+            with edit.before(node):
+                rewritten = _product(edit, operands, letters)
+            edit.replace(node, rewritten)
+
+
+def parse(equation: str) -> _Letters | None:
+    """The letters of an equation of two operands; None when it is no plain product."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    left, comma, right = inputs.partition(",")
+    if not arrow or not comma or not (left + right + result).isalpha():
+        return None
+    if any(len(set(term)) != len(term) for term in (left, right, result)) or set(result) - set(left + right):
+        return None
+    shared = [letter for letter in left if letter in right]
+    rows = "".join(letter for letter in left if letter not in right)
+    columns = "".join(letter for letter in right if letter not in left)
+    if set(rows + columns) - set(result):
+        return None
+    batch = "".join(letter for letter in shared if letter in result)
+    contracted = "".join(letter for letter in shared if letter not in result)
+    return _Letters(left, right, result, batch, rows, contracted, columns)
+
+
+def _varying(operand: fx.Node, term: str, group: str) -> int:
+    """1 when a group of several letters holds a size that varies, so that folding it takes the one -1 of a reshape."""
+    shape = nodes.tensor_type(operand).shape
+    return int(len(group) != 1 and any(not isinstance(shape[term.index(letter)], int) for letter in group))
+
+
+def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx.Node:
+    sizes = {
+        letter: edit.size(operand, dim)
+        for operand, term in zip(operands, (letters.left, letters.right), strict=True)
+        for dim, letter in enumerate(term)
+    }
+    left = _arranged(edit, operands[0], letters.left, letters.batch, letters.rows, letters.contracted, sizes)
+    right = _arranged(edit, operands[1], letters.right, letters.batch, letters.contracted, letters.columns, sizes)
+    found = edit.call(aten.matmul.default, left, right)
+    order = letters.batch + letters.rows + letters.columns
+    if len(letters.rows) != 1 or len(letters.columns) != 1:
+        found = edit.call(aten.reshape.default, found, [sizes[letter] for letter in order])
+    return _permuted(edit, found, order, letters.result)
+
+
+def _arranged(
+    edit: Editor, operand: fx.Node, term: str, batch: str, first: str, second: str, sizes: dict[str, fx.Node | int]
+) -> fx.Node:
+    """An operand as [*batch, first, second], each of the two groups folded into one dimension."""
+    found = _permuted(edit, operand, term, batch + first + second)
+    if len(first) == len(second) == 1:
+        return found
+    shape = [*(sizes[letter] for letter in batch), _folded(first, sizes), _folded(second, sizes)]
+    return edit.call(aten.reshape.default, found, shape)
+
+
+def _folded(group: str, sizes: dict[str, fx.Node | int]) -> fx.Node | int:
+    found = [sizes[letter] for letter in group]
+    if len(found) == 1:
+        return found[0]
+    return math.prod(cast("list[int]", found)) if all(isinstance(size, int) for size in found) else -1
+
+
+def _permuted(edit: Editor, operand: fx.Node, term: str, order: str) -> fx.Node:
+    return operand if term == order else edit.call(aten.permute.default, operand, [term.index(letter) for letter in order])

@@ -1,0 +1,28 @@
+"""Tests of lissom.backends: the table of ways out."""
+
+import pytest
+
+from lissom.backends import BACKENDS, find_backend
+from lissom.backends.base import Backend
+from lissom.backends.eager import Eager
+from lissom.compiler.errors import UnsupportedError
+
+
+def test_a_backend_is_found_by_its_name():
+    assert isinstance(find_backend("eager"), Eager)
+
+
+def test_every_backend_is_listed_under_its_name():
+    assert all(backend.name == name and issubclass(backend, Backend) for name, backend in BACKENDS.items())
+
+
+def test_a_mistyped_backend_is_refused_with_the_nearest():
+    with pytest.raises(UnsupportedError) as caught:
+        find_backend("eagre")
+    assert str(caught.value).startswith("there is no backend 'eagre'; did you mean 'eager'? choose eager")
+
+
+def test_an_unknown_backend_is_refused_with_all():
+    with pytest.raises(UnsupportedError) as caught:
+        find_backend("zebra")
+    assert str(caught.value).startswith("there is no backend 'zebra'; choose eager")

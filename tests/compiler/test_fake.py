@@ -1,0 +1,55 @@
+"""Tests of lissom.compiler.fake."""
+
+import torch
+
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.types import ScalarType, TensorType
+from tests.models import captured
+
+CPU = torch.device("cpu")
+
+
+def test_a_call_is_typed_from_the_types_of_its_arguments():
+    program = captured("feed_forward")
+    linear = program.nodes(torch.ops.aten.linear.default)[0]
+    typed = nodes.type_of(fake.fake_call(program.fake_mode, linear))
+    assert fake.same_type(program.fake_mode, typed, nodes.node_type(linear))
+
+
+def test_typing_does_not_fix_a_size():
+    program = captured("feed_forward")
+    before = len(program.fake_mode.shape_env.guards)
+    for node in program.nodes():
+        fake.fake_call(program.fake_mode, node)
+    assert len(program.fake_mode.shape_env.guards) == before
+
+
+def test_a_fake_weight_has_fixed_sizes_and_no_memory():
+    program = captured("feed_forward")
+    typed = fake.fake_weight(program.fake_mode, torch.zeros(3, 4, dtype=torch.int8))
+    assert nodes.type_of(typed) == TensorType(torch.int8, (3, 4), CPU)
+
+
+def test_equal_expressions_are_the_same_size():
+    program = captured("feed_forward")
+    batch, sequence, _ = nodes.tensor_type(program.placeholders[0]).shape
+    left = TensorType(torch.float32, (batch * (sequence + 1),), CPU)
+    right = TensorType(torch.float32, (batch * sequence + batch,), CPU)
+    assert fake.same_type(program.fake_mode, left, right)
+    assert not fake.same_type(program.fake_mode, left, TensorType(torch.float32, (batch * sequence,), CPU))
+
+
+def test_types_of_another_dtype_rank_kind_or_length_differ():
+    one = TensorType(torch.float32, (2,), CPU)
+    assert not fake.same_type(None, one, TensorType(torch.float16, (2,), CPU))
+    assert not fake.same_type(None, one, TensorType(torch.float32, (2, 1), CPU))
+    assert not fake.same_type(None, one, None)
+    assert not fake.same_type(None, (one,), (one, one))
+    assert not fake.same_type(None, ScalarType(int, 1), ScalarType(bool, True))
+    assert fake.same_type(None, (one, None), (one, None))
+
+
+def test_a_hint_is_the_size_of_the_example():
+    batch, sequence, width = nodes.value(captured("feed_forward").placeholders[0]).shape
+    assert [fake.hint(size) for size in (batch, sequence, width)] == [2, 5, 8]

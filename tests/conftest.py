@@ -1,0 +1,45 @@
+"""Options, markers and fixtures all tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from lissom.frontends.huggingface import Checkpoint, load
+from tests.models import Case, feed_forward, tiny_bert, tiny_llama
+
+# A first example imports and compiles more than the next; how long one takes is no property of what is tested.
+settings.register_profile("lissom", deadline=None)
+settings.load_profile("lissom")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow or multiprocess too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    skips = {"gpu": pytest.mark.skip(reason="needs a CUDA device")} if not torch.cuda.is_available() else {}
+    if not config.getoption("--slow"):
+        skips["slow"] = pytest.mark.skip(reason="slow; run with --slow")
+        skips["multiprocess"] = pytest.mark.skip(reason="starts processes of its own; run with --slow")
+    for item in items:
+        for marker, skip in skips.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=[feed_forward, tiny_bert, tiny_llama], ids=lambda build: build.__name__)
+def case(request: pytest.FixtureRequest) -> Case:
+    """A hand-written block, an encoder and a decoder in turn."""
+    return request.param()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Checkpoint:
+    """all-MiniLM-L6-v2 with its tokenizer: a real model with real weights, loaded once."""
+    return load("minilm")

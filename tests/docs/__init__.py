@@ -1,0 +1,1 @@
+"""The documentation runs, and says what is so."""

@@ -1,0 +1,149 @@
+"""The documentation's code runs, its outputs are what it prints, and what it says of the repository holds."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import blocks
+import generate
+import page
+import pytest
+
+from lissom.passes import known_passes
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+WRITING_A_PASS = ROOT / "docs" / "writing_a_pass.md"
+
+
+@pytest.mark.parametrize("path", generate.documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_code_runs_and_outputs_are_current(path):
+    problem = generate.problem(path)
+    if problem is not None and problem.excused:
+        pytest.skip(f"the code ran; its outputs were made with {generate.VERSIONS.read_text().strip()} and differ here")
+    assert problem is None, problem.text
+
+
+def test_every_pass_has_a_page_and_every_page_a_pass():
+    assert generate.stray_pages() == []
+
+
+def test_check_names_a_stale_document_and_exits_with_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(generate, "made_with_these_versions", lambda: True)
+    stale = tmp_path / "page.md"
+    stale.write_text("```python\nprint(1 + 1)\n```\n\n<!-- output -->\n```text\n3\n```\n")
+    assert generate.main(["--check", str(stale)]) == 1
+    printed = capsys.readouterr().out
+    assert "page.md is out of date; run `python docs/generate.py page.md`" in printed
+    assert "-3\n+2" in printed
+    stale.write_text(generate.fresh(stale))
+    assert generate.main(["--check", str(stale)]) == 0
+
+
+def test_outputs_made_with_other_versions_may_differ_and_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(generate, "made_with_these_versions", lambda: False)
+    monkeypatch.setattr(generate, "_passes_table", lambda: "a table\n")
+    document = tmp_path / "page.md"
+    document.write_text("```python\nprint(1 + 1)\n```\n\n<!-- output -->\n```text\n3\n```\n")
+    assert generate.main(["--check", str(document)]) == 0
+    assert "outputs may differ" in capsys.readouterr().out
+    document.write_text("<!-- generated: passes -->\nan old table\n<!-- end -->\n")
+    assert generate.main(["--check", str(document)]) == 1
+
+
+def test_blocks_share_a_namespace_and_outputs_do_not_move_lines():
+    code = "```python\nx = 1\n```\n\n```python\nprint(x, (lambda: 0).__code__.co_firstlineno)\n```\n"
+    text = f"{code}\n<!-- output -->\n```text\n```\n"
+    once = blocks.fill(text, "shared")
+    assert "```text\n1 2\n```" in once
+    assert blocks.fill(once, "shared") == once
+
+
+def test_a_failing_block_says_where_it_stands():
+    with pytest.raises(ZeroDivisionError) as caught:
+        blocks.fill("text\n\n```python\n1 / 0\n```\n", "broken")
+    assert caught.value.__notes__ == ["in the block that begins on line 4 of the document broken"]
+
+
+def test_an_open_fence_is_refused():
+    with pytest.raises(ValueError, match="the block opened on line 2 is not closed"):
+        blocks.find_blocks(["text", "```python", "x = 1"])
+
+
+def test_settled_leaves_out_measured_decimals_only():
+    exact = "<!-- output -->\n```text\n0.25 of 12, bert.py:7\n```"
+    measured = "<!-- output, measured -->\n```text\n0.25   of 12, 1e-07\n```"
+    assert "0.25 of 12, bert.py" in blocks.settled(exact)
+    assert "# of 12, #" in blocks.settled(measured)
+
+
+def test_skip_reasons_come_from_the_source():
+    source = """
+def run(edit, node):
+    edit.skip(node, "it is shared")
+    try:
+        raise _NoMatchError(f"rank {rank} is not 4")
+    except _NoMatchError as reason:
+        edit.skip(node, str(reason))
+    raise ValueError("not a reason")
+"""
+    assert page.skip_reasons(source) == ["it is shared", "rank … is not 4"]
+
+
+def test_architecture_lists_every_file_of_the_package():
+    tree = re.search(r"```text\n(lissom/\n.*?)```", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL)
+    assert tree is not None
+    listed, folders = [], []
+    for line in tree.group(1).splitlines():
+        entry = line.partition("#")[0].rstrip()
+        depth = (len(entry) - len(entry.lstrip())) // 2
+        folders[depth:] = [entry.strip().rstrip("/")]
+        if not entry.endswith("/"):
+            listed.append("/".join(folders))
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "lissom").rglob("*.py")}
+    assert found - {*listed} == set(), "files that docs/architecture.md does not list"
+    assert {*listed} - found == set(), "files that docs/architecture.md lists and that do not exist"
+    assert len(listed) == len({*listed})
+
+
+def test_architecture_states_the_layers_the_linter_enforces():
+    configured = re.search(r"layers = \[\n(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.DOTALL)
+    assert configured is not None
+    layers = [line.strip(' ",').replace("lissom.", "") for line in configured.group(1).splitlines()]
+    assert "```text\n" + "\n".join(layers) + "\n```" in ARCHITECTURE.read_text(encoding="utf-8")
+
+
+def test_the_entry_point_of_writing_a_pass_registers_it(tmp_path, monkeypatch):
+    lines = WRITING_A_PASS.read_text(encoding="utf-8").split("\n")
+    code, toml = (
+        next("\n".join(lines[block.first : block.last]) for block in blocks.find_blocks(lines) if block.info == info)
+        for info in ("python", "toml")
+    )
+    name, target = re.search(r'^(\S+) = "(\S+)"$', toml, re.MULTILINE).groups()
+    information = tmp_path / "fold_scale-1.0.dist-info"
+    information.mkdir()
+    (tmp_path / "fold_scale.py").write_text(code, encoding="utf-8")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: fold-scale\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(f"[lissom.passes]\n{name} = {target}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fold_scale", raising=False)
+    assert known_passes()[name].__name__ == "FoldScale"
+
+
+def test_links_lead_somewhere():
+    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"
+
+
+def test_ci_runs_the_command_the_readme_gives():
+    commands = [
+        line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith("python -m venv")
+    ]
+    assert len(commands) == 2
+    assert commands[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()

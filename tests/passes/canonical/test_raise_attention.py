@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lissom
+from lissom.backends import BACKENDS
+from lissom.compiler.errors import VerifyError
+from lissom.compiler.program import Program
+from lissom.passes.canonical.raise_attention import RaiseAttention
+from tests.models import normal, seeded
+from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+
+Function = Callable[..., object]
+
+PASSES = "remove-no-ops,fold-constants,raise-attention"
+BATCH, HEADS, LENGTH, KEYS, SIZE = 2, 3, 5, 7, 4
+LOWEST = torch.finfo(torch.float32).min
+INFINITE = -math.inf
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float = 1.0, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention over [batch, heads, tokens, head size] in float64, one query after the other."""
+    q, k, v = (item.double() for item in (q, k, v))
+    batch, heads, length = max(q.shape[0], k.shape[0]), max(q.shape[1], k.shape[1]), q.shape[2]
+    q, k, v = (item.expand(batch, heads, -1, -1) for item in (q, k, v))
+    bias = torch.zeros(length, k.shape[2]) if bias is None else bias
+    bias = bias.double().expand(batch, heads, length, k.shape[2])
+    found = torch.empty(batch, heads, length, v.shape[3], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(length):
+                scores = torch.einsum("d,sd->s", q[b, h, i], k[b, h]) * scale + bias[b, h, i]
+                weights = torch.exp(scores - scores.max())
+                found[b, h, i] = torch.einsum("s,sd->d", weights / weights.sum(), v[b, h])
+    return found
+
+
+def causal(value: float = LOWEST) -> torch.Tensor:
+    """Each query sees its own key, those before it, and two more."""
+    dtype = torch.float64 if value < LOWEST else torch.float32
+    return torch.full((LENGTH, KEYS), value, dtype=dtype).triu(3)
+
+
+def padding(rows: int = BATCH) -> torch.Tensor:
+    """True for the last three keys of every second row."""
+    mask = torch.zeros(rows, 1, 1, KEYS, dtype=torch.bool)
+    mask[1::2, ..., 4:] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A way to write attention out; the scale and the bias it amounts to; the buffers it reads."""
+
+    function: Function
+    scale: float = 1.0
+    bias: torch.Tensor | None = None
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def biased(*biases: torch.Tensor) -> Spelling:
+    def function(model: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.mT
+        for bias in model.buffers():
+            scores = scores + bias
+        return scores.softmax(-1) @ v
+
+    return Spelling(function, bias=sum(biases), buffers={f"bias_{i}": bias for i, bias in enumerate(biases)})
+
+
+def filled(fill: float, *masks: torch.Tensor) -> Spelling:
+    def function(model: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.mT
+        for mask in model.buffers():
+            scores = scores.masked_fill(mask, fill)
+        return scores.softmax(-1) @ v
+
+    bias = torch.zeros(BATCH, 1, LENGTH, KEYS, dtype=torch.float64)
+    for mask in masks:
+        bias = bias.masked_fill(mask, fill)
+    return Spelling(function, bias=bias, buffers={f"mask_{i}": mask for i, mask in enumerate(masks)})
+
+
+SPELLINGS: dict[str, Spelling] = {
+    "plain": Spelling(plain),
+    "scores multiplied": Spelling(lambda q, k, v: (0.5 * (q @ k.mT)).softmax(-1) @ v, 0.5),
+    "scores divided": Spelling(lambda q, k, v: (q @ k.mT / math.sqrt(SIZE)).softmax(-1) @ v, 0.5),
+    "q scaled": Spelling(lambda q, k, v: plain(q * 0.5, k, v), 0.5),
+    "k scaled": Spelling(lambda q, k, v: plain(q, k / 2, v), 0.5),
+    "transposed k scaled": Spelling(lambda q, k, v: (q @ (k.mT * 0.5)).softmax(-1) @ v, 0.5),
+    "q and k scaled": Spelling(lambda q, k, v: (q * 0.5 @ (k.mT * 0.5) * 2).softmax(-1) @ v, 0.5),
+    "scale of rank 0": Spelling(
+        lambda model, q, k, v: (q @ k.mT / model.root).softmax(-1) @ v, 0.5, buffers={"root": torch.tensor(2.0)}
+    ),
+    "scale computed from a constant": Spelling(
+        lambda q, k, v: (q @ k.mT / torch.sqrt(torch.tensor(q.shape[-1]))).softmax(-1) @ v, 0.5
+    ),
+    "keys permuted": Spelling(lambda q, k, v: (q @ k.permute(0, 1, 3, 2)).softmax(-1) @ v),
+    "softmax over dimension 3": Spelling(lambda q, k, v: (q @ k.mT).softmax(3) @ v),
+    "softmax in float64": Spelling(lambda q, k, v: torch.softmax(q @ k.mT, -1, dtype=torch.float64).to(q.dtype) @ v),
+    "dropout": Spelling(lambda q, k, v: nn.functional.dropout((q @ k.mT).softmax(-1), 0.1, False) @ v),
+    "mask": biased(causal()),
+    "mask before the sum": Spelling(
+        lambda model, q, k, v: (model.mask + q @ k.mT).softmax(-1) @ v, bias=causal(), buffers={"mask": causal()}
+    ),
+    "mask before the scale": Spelling(
+        lambda model, q, k, v: ((q @ k.mT + model.mask) * 0.5).softmax(-1) @ v, 0.5, 0.5 * causal(-9), {"mask": causal(-9)}
+    ),
+    "mask in float64": Spelling(
+        lambda model, q, k, v: (q @ k.mT + model.mask).softmax(-1).to(q.dtype) @ v,
+        bias=causal(torch.finfo(torch.float64).min),
+        buffers={"mask": causal(torch.finfo(torch.float64).min)},
+    ),
+    "mask and position bias": biased(normal(1, HEADS, LENGTH, KEYS), causal()),
+    "bias of whole numbers": biased(torch.arange(KEYS).expand(LENGTH, KEYS).contiguous()),
+    "bias of a head": biased(normal(HEADS, LENGTH, KEYS)),
+    "bias of a key": biased(normal(KEYS)),
+    "filled with the lowest": filled(LOWEST, padding()),
+    "filled with minus infinity": filled(INFINITE, padding()),
+    "filled twice": filled(LOWEST, padding(), causal().bool()),
+    "filled until a query sees nothing": filled(LOWEST, padding(), (torch.arange(LENGTH) == 2)[:, None].repeat(1, KEYS)),
+    "fill, then scale": Spelling(
+        lambda model, q, k, v: ((q @ k.mT).masked_fill(model.mask, LOWEST) / 2).softmax(-1) @ v,
+        0.5,
+        torch.zeros(BATCH, 1, 1, KEYS).masked_fill(padding(), LOWEST),
+        {"mask": padding()},
+    ),
+    "one head of keys for all": Spelling(lambda q, k, v: plain(q, k[:, :1], v[:, :1])),
+}
+
+
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v; a value is wider than a key."""
+    shapes = ((LENGTH, SIZE), (KEYS, SIZE), (KEYS, SIZE + 2))
+    q, k, v = (normal(BATCH, HEADS, *shape, seed=seed) for seed, shape in enumerate(shapes, 3))
+    return q, k, v
+
+
+def raised(program: Program) -> int:
+    return calls(program, aten.scaled_dot_product_attention.default)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_numbers(spelling: Spelling) -> None:
+    q, k, v = tensors()
+    program, history = rewrite(PASSES, Calls(spelling.function, **spelling.buffers), q, k, v)
+    assert (raised(program), calls(program, aten.softmax.int)) == (1, 0)
+    assert not history.steps[-1].skipped
+    k, v = (k[:, :1], v[:, :1]) if spelling is SPELLINGS["one head of keys for all"] else (k, v)
+    # Sums of seven float32 terms and an exponential: some ten roundings of 6e-8 on values of order 1.
+    torch.testing.assert_close(
+        program(*tensors()).double(), attention(q, k, v, spelling.scale, spelling.bias), rtol=0, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_softmax_in_float32_inside_a_bfloat16_model(mask_dtype: torch.dtype) -> None:
+    def function(model: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = q @ k.mT * 0.5 + model.mask
+        return scores.float().softmax(-1).type_as(q) @ v
+
+    mask = causal(torch.finfo(mask_dtype).min).to(mask_dtype)
+    # A query that sees nothing gives every key the same weight; a mask that turned infinite would give NaN.
+    mask[0] = torch.finfo(mask_dtype).min
+    q, k, v = (item.bfloat16() for item in tensors())
+    program, _ = rewrite(PASSES, Calls(function, mask=mask), q, k, v)
+    assert (raised(program), calls(program, aten.softmax.int)) == (1, 0)
+    # Values of order 1 round once to 8 bits (2^-8 = 4e-3), and so may the weights inside.
+    torch.testing.assert_close(program(q, k, v).double(), attention(q, k, v, 0.5, mask), rtol=0, atol=1e-2)
+
+
+def test_the_scale_is_a_number_of_the_attention() -> None:
+    program, _ = rewrite(PASSES, Calls(lambda q, k, v: plain(q * 0.5, k, v)), *tensors())
+    (found,) = program.nodes(aten.scaled_dot_product_attention.default)
+    assert found.kwargs == {"scale": 0.5}
+
+
+def test_latent_queries_serve_every_row() -> None:
+    q, k, v = tensors()
+    module = Calls(lambda model, k, v: plain(model.q, k, v), q=nn.Parameter(q[:1]))
+    program, _ = rewrite(PASSES, module, k, v)
+    assert raised(program) == 1
+    # As in test_numbers.
+    torch.testing.assert_close(program(k, v).double(), attention(q[:1], k, v), rtol=0, atol=2e-6)
+
+
+def test_a_bias_cut_to_whole_numbers_keeps_the_cut() -> None:
+    def function(model: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT + model.bias.to(torch.int64)).softmax(-1) @ v
+
+    bias = 3 * normal(LENGTH, KEYS)
+    program, _ = rewrite(RaiseAttention(), Calls(function, bias=bias), *tensors())
+    assert raised(program) == 1
+    # As in test_numbers.
+    torch.testing.assert_close(program(*tensors()).double(), attention(*tensors(), bias=bias.trunc()), rtol=0, atol=2e-6)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=VerifyError,
+    reason="a query that sees nothing under -inf is NaN in the model and zero in attention; no pass can tell from the graph",
+)
+def test_a_query_that_sees_nothing_under_minus_infinity() -> None:
+    q, k, v = tensors()
+    spelling = filled(INFINITE, torch.ones(LENGTH, 1, dtype=torch.bool).tril())
+    rewrite(PASSES, Calls(spelling.function, **spelling.buffers), q, k, v)
+
+
+def with_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v, weights
+
+
+REFUSALS: dict[str, tuple[Function, str]] = {
+    "weights returned": (with_weights, "the attention weights are used beside the product with v"),
+    "fill of -10000": (
+        lambda q, k, v: (q @ k.mT).masked_fill(k[:, :, None, :, 0] > 0, -1e4).softmax(-1) @ v,
+        "a fill of -10000 is not low enough to be the same as adding it",
+    ),
+    "fill of half precision": (
+        lambda q, k, v: (q.half() @ k.half().mT).masked_fill(k[:, :, None, :, 0] > 0, -65504).softmax(-1) @ v.half(),
+        "a fill of -65504 is not low enough to be the same as adding it",
+    ),
+    "fill that is computed": (
+        lambda q, k, v: (q @ k.mT).masked_fill(k[:, :, None, :, 0] > 0, q.sum()).softmax(-1) @ v,
+        "the fill of the masked scores is computed",
+    ),
+    "fill turned upside down": (
+        lambda q, k, v: (-1.0 * (q @ k.mT).masked_fill(k[:, :, None, :, 0] > 9, LOWEST)).softmax(-1) @ v,
+        f"a fill of {-LOWEST:g} is not low enough to be the same as adding it",
+    ),
+    "soft cap": (lambda q, k, v: (torch.tanh(q @ k.mT / 30) * 30).softmax(-1) @ v, "the scores come through aten.tanh.default"),
+    "soft cap and mask": (
+        lambda q, k, v: (torch.tanh(q @ k.mT) + k[:, :, None, :, 0]).softmax(-1) @ v,
+        "neither term of the scores is a scaled product",
+    ),
+    "sum with a factor": (
+        lambda q, k, v: torch.add(q @ k.mT, k[:, :, None, :, 0], alpha=2).softmax(-1) @ v,
+        "the scores are added with a factor",
+    ),
+    "softmax over the queries": (lambda q, k, v: (q @ k.mT).softmax(2) @ v, "the softmax is not over the last dimension"),
+    "division by zero": (lambda q, k, v: (q @ k.mT / 0.0).softmax(-1) @ v, "the scores come through aten.div.Tensor"),
+    "scores given": (lambda q, k, v: q.softmax(-1) @ k[:, :, :SIZE], "the scores are an input"),
+    "one matrix": (lambda q, k, v: plain(q[0, 0], k[0, 0], v[0, 0]), "q, k and v have ranks [2]; attention takes 4, or 3"),
+}
+
+
+@pytest.mark.parametrize("function, reason", REFUSALS.values(), ids=REFUSALS)
+def test_refuses(function: Function, reason: str) -> None:
+    program, history = rewrite(RaiseAttention(), Calls(function), *tensors())
+    assert program.text() == history.texts[0]
+    assert [skip.reason for skip in history.steps[1].skipped] == [reason]
+
+
+def test_a_learned_temperature_is_refused() -> None:
+    module = Calls(lambda model, q, k, v: (q @ k.mT * model.t).softmax(-1) @ v, t=nn.Parameter(torch.tensor(0.5)))
+    _, history = rewrite(PASSES, module, *tensors())
+    assert history.steps[-1].skipped[0].reason == "the scores come through aten.mul.Tensor"
+
+
+def test_a_softmax_that_is_no_attention_is_left_alone() -> None:
+    def route(x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        weights, chosen = (x @ experts).softmax(-1).topk(2, -1)
+        return weights * chosen
+
+    program, history = rewrite(RaiseAttention(), Calls(route), normal(2, 5, 8), normal(2, 8, 4))
+    assert program.text() == history.texts[0]
+    assert history.steps[1].summary == "nothing to do"
+
+
+SCALES: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
+    "scores": lambda q, k, scale: q @ k.transpose(2, 3) * scale,
+    "division": lambda q, k, scale: q @ k.transpose(2, 3) / (1 / scale),
+    "q": lambda q, k, scale: (q * scale) @ k.transpose(2, 3),
+    "k": lambda q, k, scale: q @ (k.transpose(2, 3) * scale),
+    "both": lambda q, k, scale: (q * scale**0.5) @ (k * scale**0.5).transpose(2, 3),
+}
+MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "none": lambda scores, seen: scores,
+    "added": lambda scores, seen: scores + (1.0 - seen[:, None, None, :].to(scores.dtype)) * LOWEST,
+    "filled": lambda scores, seen: scores.masked_fill(seen[:, None, None, :] == 0, LOWEST),
+    "causal and filled": lambda scores, seen: MASKS["filled"](scores + torch.full(scores.shape[-2:], LOWEST).triu(1), seen),
+}
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over [batch, tokens, width] with an attention mask of ones and zeros."""
+
+    def __init__(self, heads: int = 2, size: int = 4, scale: str = "scores", mask: str = "added") -> None:
+        super().__init__()
+        self.heads, self.size, self.scale, self.mask = heads, size, scale, mask
+        self.qkv = nn.Linear(heads * size, 3 * heads * size)
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [part.unflatten(-1, (self.heads, self.size)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)]
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split(x)
+        scores = MASKS[self.mask](SCALES[self.scale](q, k, self.size**-0.5), seen)
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    def oracle(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.split(x)
+        length = x.shape[1]
+        bias = torch.zeros(len(x), 1, length, length, dtype=torch.float64)
+        if "causal" in self.mask:
+            bias += torch.full((length, length), LOWEST, dtype=torch.float64).triu(1)
+        if self.mask != "none":
+            bias = bias.masked_fill(seen[:, None, None, :] == 0, LOWEST)
+        return attention(q, k, v, self.size**-0.5, bias).transpose(1, 2).flatten(2)
+
+
+def mask_of(batch: int, length: int) -> torch.Tensor:
+    """All ones, but for the last token of the last row where there are two or more."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[-1, max(1, length - 1) :] = 0
+    return mask
+
+
+def test_rewrites() -> None:
+    module = seeded(SelfAttention)
+    _, history = rewrite("remove-no-ops,raise-attention", module, normal(2, 5, 8), mask_of(2, 5))
+    check_golden("raise_attention", history.diff(1, 2))
+
+
+def test_leaves_other_graphs_alone() -> None:
+    module = seeded(lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True))
+    program, history = rewrite(RaiseAttention(), module, normal(2, 5, 8))
+    assert raised(program) == 1
+    assert program.text() == history.texts[0]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    heads=st.integers(1, 4),
+    size=st.integers(1, 9),
+    batch=st.integers(1, 3),
+    length=st.sampled_from([1, 2, 3, 5, 8, 13]),
+    scale=st.sampled_from(sorted(SCALES)),
+    mask=st.sampled_from(sorted(MASKS)),
+)
+def test_any_size_and_spelling(heads: int, size: int, batch: int, length: int, scale: str, mask: str) -> None:
+    module = seeded(lambda: SelfAttention(heads, size, scale, mask))
+    program, _ = rewrite("remove-no-ops,raise-attention", module, normal(batch, length, heads * size), mask_of(batch, length))
+    assert (raised(program), calls(program, aten.softmax.int)) == (1, 0)
+    x, seen = normal(3, 7, heads * size, seed=1), mask_of(3, 7)
+    with torch.no_grad():
+        # As in test_numbers; the projections add sums of up to 36 terms.
+        torch.testing.assert_close(program(x, seen).double(), module.oracle(x, seen), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_composes(backend: str) -> None:
+    module = seeded(SelfAttention)
+    fast = lissom.compile(module, (normal(2, 5, 8), mask_of(2, 5)), backend=backend)
+    assert (raised(fast.program), calls(fast.program, aten.softmax.int)) == (1, 0)
+    x, seen = normal(3, 7, 8, seed=1), mask_of(3, 7)
+    with torch.no_grad():
+        # As in test_any_size_and_spelling.
+        torch.testing.assert_close(fast(x, seen).double(), module.oracle(x, seen), rtol=0, atol=5e-6)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lissom.compiler.verify import relative_error
+from lissom.passes.canonical.rewrite_einsum import RewriteEinsum, parse
+from tests.models import normal, seeded
+from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+
+EQUATIONS = {
+    "scores": ("bihd,bjhd->bhij", (2, 3, 4, 5), (2, 6, 4, 5)),
+    "values": ("bhij,bjhd->bihd", (2, 4, 3, 6), (2, 6, 4, 5)),
+    "weight of two dimensions": ("bih,hnd->bind", (2, 3, 4), (4, 5, 6)),
+    "back to one dimension": ("bind,hnd->bih", (2, 3, 5, 6), (4, 5, 6)),
+    "no batch": ("ij,jk->ki", (3, 4), (4, 5)),
+    "outer": ("bi,bj->bij", (2, 3), (2, 4)),
+    "dot": ("bi,bi->b", (2, 3), (2, 3)),
+}
+OTHERS = ["ij->ji", "ij,jk,kl->il", "ii,ij->j", "...i,ij->...j", "ij,kl->il", "ij,jk"]
+
+
+class Packed(nn.Module):
+    """Attention as many papers' code writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.project(x).view(batch, length, 3, 2, 4).unbind(2)
+        scores = torch.einsum("bihd,bjhd->bhij", q, k) / 2
+        return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).reshape(batch, length, 8)
+
+
+def test_rewrites() -> None:
+    _, history = rewrite(RewriteEinsum(), seeded(Packed), normal(2, 5, 8))
+    check_golden("rewrite_einsum", history.diff(0, 1))
+
+
+def test_leaves_other_graphs_alone() -> None:
+    program, history = rewrite(RewriteEinsum(), seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU())), normal(2, 5, 8))
+    assert program.text() == history.texts[0]
+    assert history.steps[1].summary == "nothing to do"
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_numbers(name: str) -> None:
+    equation, left, right = EQUATIONS[name]
+    x, y = normal(*left), normal(*right, seed=1)
+    program, _ = rewrite(RewriteEinsum(), Calls(lambda x, y: torch.einsum(equation, x, y)), x, y)
+    assert calls(program, aten.einsum.default) == 0
+    terms, _, result = equation.partition("->")
+    a, b = terms.split(",")
+    letters = [*dict.fromkeys(a + b)]
+    shaped = [
+        item.double().permute([term.index(letter) for letter in letters if letter in term]).reshape(
+            [item.shape[term.index(letter)] if letter in term else 1 for letter in letters]
+        )
+        for item, term in ((x, a), (y, b))
+    ]  # fmt: skip
+    kept = [letter for letter in letters if letter in result]
+    summed = [index for index, letter in enumerate(letters) if letter not in result]
+    product = shaped[0] * shaped[1]
+    wanted = (product.sum(summed) if summed else product).permute([kept.index(letter) for letter in result])
+    # One float32 matrix product of up to 30 terms against float64.
+    assert relative_error(wanted.float(), program.run([x, y])[0]) < 1e-6
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 3), st.integers(1, 5))
+def test_numbers_of_odd_sizes(batch: int, length: int, heads: int, head_dim: int) -> None:
+    q, k = normal(batch, length, heads, head_dim), normal(batch, length + 1, heads, head_dim, seed=1)
+    product = Calls(lambda x, y: torch.einsum("bihd,bjhd->bhij", x, y))
+    program, _ = rewrite(RewriteEinsum(), product, q, k, dynamic=False)
+    assert relative_error(torch.einsum("bihd,bjhd->bhij", q, k), program.run([q, k])[0]) < 1e-6  # float32, few terms
+
+
+@pytest.mark.parametrize("equation", OTHERS)
+def test_equations_that_are_no_product_of_two_operands(equation: str) -> None:
+    assert parse(equation) is None
+
+
+def test_what_is_left_alone_is_reported() -> None:
+    module = Calls(lambda x: torch.einsum("bij->bji", x))
+    _, history = rewrite(RewriteEinsum(), module, normal(2, 5, 8))
+    assert [skip.reason for skip in history.steps[1].skipped] == ["'bij->bji' is no product of two operands"]
+
+
+def test_composes() -> None:
+    program, _ = rewrite("exact", seeded(Packed), normal(2, 5, 8))
+    assert calls(program, aten.scaled_dot_product_attention.default) == 1
+    assert calls(program, aten.softmax.int) == 0

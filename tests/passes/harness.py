@@ -1,0 +1,75 @@
+"""What tests of passes share: capture a module, run passes under the pipeline's own checks, compare text with a golden file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lissom.compiler.history import History
+from lissom.compiler.kinds import Pass
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample, check_samples
+from lissom.compiler.spelling import parse_pipeline
+from lissom.frontends.export import Capture, capture
+from lissom.passes import PASSES, RECIPES
+
+aten = torch.ops.aten
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+# Set by `pytest tests/passes --update-goldens`.
+update_goldens = False
+
+
+class Calls(nn.Module):
+    """A model whose forward is one function; tensors given by name become buffers, parameters stay parameters.
+
+    function: called with the module's inputs, and with the module itself as `self` when it has weights.
+    """
+
+    def __init__(self, function: Callable[..., object], **weights: torch.Tensor) -> None:
+        super().__init__()
+        self.function = function
+        for name, weight in weights.items():
+            if isinstance(weight, nn.Parameter):
+                self.register_parameter(name, weight)
+            else:
+                self.register_buffer(name, weight)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None, z: torch.Tensor | None = None) -> object:
+        inputs = [item for item in (x, y, z) if item is not None]
+        weights = [*self.parameters(), *self.buffers()]
+        return self.function(self, *inputs) if weights else self.function(*inputs)
+
+
+def capture_model(module: nn.Module, *args: object, dynamic: bool = True, **kwargs: object) -> Capture:
+    """The module captured with these arguments, batch and sequence free unless `dynamic` is False."""
+    return capture(module.eval(), args, kwargs, dynamic=dynamic)
+
+
+def apply(passes: Pass | str, program: Program, example: Sample) -> tuple[Program, History]:
+    """The program after a pass, or after a pipeline text, checked numerically at two sizes, and what each pass did."""
+    chosen: Sequence[Pass] = parse_pipeline(passes, PASSES, RECIPES) if isinstance(passes, str) else [passes]
+    return Pipeline(chosen, samples=check_samples(program.signature, example)).run(program)
+
+
+def rewrite(passes: Pass | str, module: nn.Module, *args: object, dynamic: bool = True) -> tuple[Program, History]:
+    """The module captured, and the passes applied."""
+    captured = capture_model(module, *args, dynamic=dynamic)
+    return apply(passes, captured.program, captured.example)
+
+
+def calls(program: Program, *targets: object) -> int:
+    """How many nodes call one of these operators."""
+    return len(program.nodes(*targets))
+
+
+def check_golden(name: str, text: str) -> None:
+    """Compare a text with tests/golden/NAME.txt, or write it there when goldens are updated."""
+    path = GOLDEN / f"{name}.txt"
+    if update_goldens:
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), f"{path.name} differs; if that is right, run with --update-goldens"

@@ -1,0 +1,156 @@
+"""Tests of lissom.cli: the commands, and what an error looks like."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from lissom.cli import app, main, write_whole
+from lissom.passes import PASSES, RECIPES
+from tests.frontends.test_huggingface import directory  # noqa: F401
+
+runner = CliRunner()
+
+
+def invoke(*arguments: str) -> str:
+    result = runner.invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def lissom(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, as a user meets it."""
+    command = [sys.executable, "-m", "lissom", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"COLUMNS": "400"})
+
+
+@pytest.fixture
+def model(directory) -> str:  # noqa: F811
+    return str(directory)
+
+
+def test_passes_are_listed():
+    shown = invoke("passes")
+    assert all(name in shown for name in [*PASSES, *RECIPES])
+
+
+def test_help_names_every_command():
+    shown = invoke("--help")
+    assert all(command in shown for command in ("demo", "compile", "show", "passes"))
+
+
+def test_show_prints_the_program(model):
+    shown = invoke("show", model)
+    assert shown.startswith("program BertModel(*, input_ids: i64[batch, sequence], ")
+    assert shown.endswith("}\n")
+    assert "aten.scaled_dot_product_attention" in shown
+
+
+def test_show_prints_the_difference_between_two_steps(model):
+    shown = invoke("show", model, "--diff", "1", "2")
+    assert shown.startswith("--- 1 eliminate-dead-code\n+++ 2 remove-no-ops\n@@ ")
+
+
+def test_show_says_when_two_steps_are_the_same_program(model):
+    assert invoke("show", model, "--diff", "0", "0") == "the two steps are the same program\n"
+
+
+def test_compile_prints_the_report_and_writes_history_and_text(model, tmp_path):
+    history, text = tmp_path / "history.json", tmp_path / "program.txt"
+    shown = invoke("compile", model, "--history", history, "--text", text)
+    assert "BertModel on eager" in shown
+    assert "raise-attention" in shown
+    whole = json.loads(history.read_text())
+    assert [step["spelling"] for step in whole["steps"]] == ["capture", *RECIPES["exact"].split(",")]
+    assert text.read_text().startswith("program BertModel(*, input_ids: i64[batch, sequence], ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.json", "program.txt"]
+
+
+def test_compile_takes_passes_checks_and_device(model):
+    shown = invoke("compile", model, "--passes", "remove-no-ops", "--checks", "structural", "--device", "cpu")
+    assert "form and types were checked after every step, numbers were not" in " ".join(shown.split())
+
+
+def test_a_file_is_written_whole(tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    write_whole(path, "new ü\n")
+    assert path.read_text(encoding="utf-8") == "new ü\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "out.txt"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "half \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_renamed_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "taken"
+    (path / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match="taken"):
+        write_whole(path, "new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_written_file_is_as_readable_as_any_other(tmp_path):
+    path, plain = tmp_path / "out.txt", tmp_path / "plain.txt"
+    write_whole(path, "new")
+    plain.write_text("new")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "minlm"], "'minlm' is no directory and no packaged model (minilm); did you mean 'minilm'?"),
+        (["compile", "."], "no config.json; give a directory written by save_pretrained"),
+    ],
+    ids=["unknown model", "no checkpoint"],
+)
+def test_an_error_is_a_sentence_and_exit_status_1(arguments, message):
+    result = lissom(*arguments)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_mistyped_pass_is_pointed_at(model):
+    result = lissom("compile", model, "--passes", "remove-no-ops{x=[1]},zebra")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "error: pipeline text, character 15: remove-no-ops has no option 'x'; its options: none\n"
+        "  remove-no-ops{x=[1]},zebra\n"
+        "                ^\n"
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_option_of_the_command_line_is_exit_status_2():
+    result = runner.invoke(app, ["compile", "--zebra"])
+    assert result.exit_code == 2
+
+
+def test_an_output_that_cannot_be_written_is_a_sentence(model, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "missing" / "out.txt"
+    monkeypatch.setattr(sys, "argv", ["lissom", "compile", model, "--checks", "off", "--text", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("error: [Errno 2] No such file or directory: ")
+
+
+@pytest.mark.slow
+def test_the_demonstration_runs():
+    shown = invoke("demo", "--seconds", "0.1")
+    assert "BertModel on eager" in shown
+    assert "embeddings differ from the original model's by" in shown
+    assert "latency, ms" in shown
