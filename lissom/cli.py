@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | show | passes`."""
+"""The command line: `lissom demo | compile | show | passes | machine`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from rich.console import Console
 from lissom import api, demo
 from lissom.compiler.errors import Interrupted, LissomError
 from lissom.frontends.huggingface import PACKAGED, load
+from lissom.inspect.machine import cache_path, load_machine, measure_machine, save_machine
+from lissom.inspect.progress import progress_bar
+from lissom.inspect.roofline import cost_table, machine_table
+from lissom.inspect.sites import axes_table, structure_tables
 from lissom.inspect.tables import Report, coloured_diff, passes_table
 from lissom.passes import RECIPES, known_passes
 
@@ -65,9 +69,24 @@ def run_show(
     diff: Annotated[
         tuple[int, int] | None, typer.Option(help="Show what changed between two steps of the history; 0 is the capture.")
     ] = None,
+    structure: Annotated[bool, typer.Option("--structure", help="Show layers, attention and feed-forward sites.")] = False,
+    axes: Annotated[bool, typer.Option("--axes", help="Show the axes layers sum over, and which may shrink.")] = False,
+    cost: Annotated[bool, typer.Option("--cost", help="Show what every site costs.")] = False,
+    batch: Annotated[int | None, typer.Option(help="With --cost: the batch size; the example's by default.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="With --cost: the tokens; the example's by default.")] = None,
 ) -> None:
-    """Print a model's program after the passes, or the difference between two steps."""
+    """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
+    sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
+    if sizes and not cost:
+        raise typer.BadParameter("--batch and --sequence go with --cost")
     compiled = _compile(model, passes, "eager", None, "numeric")
+    if structure or axes:
+        found = [structure_tables(compiled.program)] if structure else []
+        console.print(*found, *([axes_table(compiled.program)] if axes else []), sep="\n")
+        return
+    if cost:
+        console.print(cost_table(compiled.program, sizes, load_machine()))
+        return
     if diff is None:
         sys.stdout.write(compiled.program.text())
         return
@@ -79,6 +98,22 @@ def run_show(
 def run_passes() -> None:
     """List every pass with its options, and the recipes."""
     console.print(passes_table(known_passes(), RECIPES))
+
+
+@app.command("machine")
+def run_machine(
+    again: Annotated[bool, typer.Option("--again", help="Measure anew, even if measured before.")] = False,
+) -> None:
+    """Print what this machine can do at most: matrix products and memory bandwidth, measured once and kept."""
+    found = None if again else load_machine()
+    if found is not None:
+        console.print(machine_table(found))
+        console.print(f"read from {cache_path()}", highlight=False, soft_wrap=True, markup=False)
+        return
+    with progress_bar("machine") as progress:
+        found = measure_machine(progress=progress)
+    console.print(machine_table(found))
+    console.print(f"kept in {save_machine(found)}", highlight=False, soft_wrap=True, markup=False)
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -94,23 +129,24 @@ def write_whole(path: Path, content: str) -> None:
 
 def _compile(model: str, passes: str, backend: str, device: str | None, checks: str) -> api.CompiledModel:
     checkpoint = load(model)
-    return api.compile(
-        checkpoint.model,
-        checkpoint.example_inputs,
-        passes=passes,
-        backend=backend,
-        device=device,
-        checks=checks,  # pyright: ignore[reportArgumentType]
-    )
+    try:
+        return api.compile(
+            checkpoint.model,
+            checkpoint.example_inputs,
+            passes=passes,
+            backend=backend,
+            device=device,
+            checks=checks,  # pyright: ignore[reportArgumentType]
+        )
+    except Interrupted as error:
+        console.print(Report("interrupted; finished so far", error.history))
+        raise typer.Exit(130) from None
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one sentence and exit status 1, an interrupt keeps the history so far."""
+    """Run the command line; an error of ours is one sentence and exit status 1."""
     try:
         app()
-    except Interrupted as error:
-        console.print(Report("interrupted; finished so far", error.history))
-        sys.exit(130)
     except (LissomError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)

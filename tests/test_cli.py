@@ -148,6 +148,22 @@ def test_an_output_that_cannot_be_written_is_a_sentence(model, tmp_path, monkeyp
     assert capsys.readouterr().err.startswith("error: [Errno 2] No such file or directory: ")
 
 
+def test_an_interrupt_shows_what_was_finished(model, tmp_path, monkeypatch, capsys):
+    info = tmp_path / "interrupting-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: interrupting\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[lissom.passes]\ninterrupts = tests.compiler.passes:Interrupts\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lissom", "show", model, "--passes", "interrupts"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    shown = capsys.readouterr()
+    assert stopped.value.code == 130
+    assert "interrupted; finished so far" in shown.out
+    assert "remove-no-ops" in shown.out
+    assert "Traceback" not in shown.err
+
+
 @pytest.mark.slow
 def test_the_demonstration_runs():
     shown = invoke("demo", "--seconds", "0.1")

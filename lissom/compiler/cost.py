@@ -54,6 +54,13 @@ class Cost:
             return 0.0
         return self.flops / self.bytes
 
+    @property
+    def symbols(self) -> set[sympy.Symbol]:
+        """The sizes it depends on: dimensions without a number, and sizes that depend on the values of the inputs."""
+        values = (self.flops, self.read_bytes, self.written_bytes)
+        free = [value.free_symbols for value in values if isinstance(value, sympy.Expr)]
+        return cast("set[sympy.Symbol]", set[sympy.Basic]().union(*free))
+
     def at(self, sizes: Mapping[sympy.Symbol, int]) -> Cost:
         """The cost with these symbols replaced by numbers."""
         found = (_replace(value, sizes) for value in (self.flops, self.read_bytes, self.written_bytes))
@@ -61,7 +68,7 @@ class Cost:
 
 
 def flops(program: Program) -> int:
-    """Operations of the whole program at the sizes it was captured with."""
+    """Operations of the whole program at the sizes it was captured with; a size that depends on values counts as 0."""
     return sum(map(node_flops, program.nodes()))
 
 

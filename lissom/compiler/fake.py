@@ -68,6 +68,28 @@ def same_type(mode: FakeTensorMode | None, left: ValueType, right: ValueType) ->
             return left is right
 
 
+def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> bool:
+    """True when two types are equal at the sizes the program was captured with."""
+    match left, right:
+        case TensorType(), TensorType():
+            same_kind = (left.dtype, left.device, left.rank) == (right.dtype, right.device, right.rank)
+            return same_kind and [_at_example(mode, size) for size in left.shape] == [
+                _at_example(mode, size) for size in right.shape
+            ]
+        case tuple(), tuple():
+            return len(left) == len(right) and all(map(partial(same_at_example, mode), left, right))
+        case _:
+            return same_type(mode, left, right)
+
+
+def _at_example(mode: FakeTensorMode, size: Size) -> object:
+    if isinstance(size, int) or mode.shape_env is None:
+        return size
+    # Renamed between torch 2.11 and 2.13.
+    values = getattr(mode.shape_env, "backed_var_to_val", None) or getattr(mode.shape_env, "var_to_val")  # noqa: B009
+    return size.xreplace({symbol: value for symbol, value in values.items() if symbol in size.free_symbols})
+
+
 def _same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | float) -> bool:
     if left == right:
         return True
@@ -78,5 +100,7 @@ def _same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | fl
 
 
 def hint(size: object) -> int:
-    """The size at the example the program was captured with."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)  # pyright: ignore[reportArgumentType]
+    """The size at the example the program was captured with; 0 when it depends on the values of the inputs."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 0
+    return int(size)  # pyright: ignore[reportArgumentType]

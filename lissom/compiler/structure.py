@@ -8,7 +8,7 @@ activation of linear layers of the same input. Module paths serve only to say wh
 from __future__ import annotations
 
 import operator
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.layers import in_order, layer_paths
 from lissom.compiler.masks import MaskKind, mask_kind
 from lissom.compiler.program import Program
 from lissom.compiler.types import ScalarType
@@ -383,38 +384,14 @@ def _mixes(node: fx.Node, found: set[fx.Node]) -> bool:
 
 
 def _layers(attention: Sequence[AttentionSite], feed_forward: Sequence[FeedForwardSite]) -> tuple[Layer, ...]:
-    """Sites grouped by the deepest numbered module path that holds an attention and a feed-forward."""
-    paths = [site.path for site in (*attention, *feed_forward)]
-    both = {prefix for site in attention for prefix in _numbered(site.path)} & {
-        prefix for site in feed_forward for prefix in _numbered(site.path)
-    }
-    keys: dict[str, None] = {}
-    for path in paths:
-        keys[_layer_of(path, both)] = None
-    ordered = sorted(keys, key=_natural)
-    return tuple(
-        Layer(
-            key,
-            tuple(site for site in attention if _layer_of(site.path, both) == key),
-            tuple(site for site in feed_forward if _layer_of(site.path, both) == key),
-        )
-        for key in ordered
-    )
-
-
-def _numbered(path: str) -> list[str]:
-    """The prefixes of a module path that end in a number, deepest first: `encoder.block.0.layer.1`, `encoder.block.0`."""
-    parts = path.split(".")
-    return [".".join(parts[: index + 1]) for index in range(len(parts) - 1, -1, -1) if parts[index].isdigit()]
-
-
-def _layer_of(path: str, both: set[str]) -> str:
-    numbered = _numbered(path)
-    return next((prefix for prefix in numbered if prefix in both), numbered[0] if numbered else path)
-
-
-def _natural(path: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"\.", path)]
+    """Sites grouped by layer, in the order of the layers' paths."""
+    of_attention, of_feed_forward = layer_paths([site.path for site in attention], [site.path for site in feed_forward])
+    held: dict[str, tuple[list[AttentionSite], list[FeedForwardSite]]] = defaultdict(lambda: ([], []))
+    for path, site in zip(of_attention, attention, strict=True):
+        held[path][0].append(site)
+    for path, site in zip(of_feed_forward, feed_forward, strict=True):
+        held[path][1].append(site)
+    return tuple(Layer(path, tuple(held[path][0]), tuple(held[path][1])) for path in sorted(held, key=in_order))
 
 
 def _int(size: object) -> int:

@@ -111,6 +111,9 @@ def _copy_call(graph: fx.Graph, node: fx.Node, translate) -> fx.Node:  # noqa: A
         )
     copied = graph.node_copy(node, translate)
     copied.meta = {}
+    # A view was possible for the strides of capture; with gradients, or on another device, operators give others.
+    if copied.target is torch.ops.aten.view.default:
+        copied.target = torch.ops.aten.reshape.default
     nodes.set_value(copied, node.meta.get("val"))
     nodes.set_origin(copied, _origin(node))
     return copied

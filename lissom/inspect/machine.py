@@ -124,7 +124,10 @@ def _ceilings(device: torch.device, seconds: float, cache: int | None) -> Ceilin
 
 
 def _product_ceiling(product: Callable[[int], Call], name: str, seconds: float) -> Ceiling | None:
-    """The best median over sizes, each eight times the work of the one before; None where the product does not exist."""
+    """The best median over sizes, each eight times the work of the one before; None where the product does not exist.
+
+    No size is tried whose calls would be expected to take longer than `seconds`.
+    """
     found: list[Ceiling] = []
     for side in _SIDES:
         try:
@@ -132,7 +135,7 @@ def _product_ceiling(product: Callable[[int], Call], name: str, seconds: float) 
         except (RuntimeError, AttributeError, NotImplementedError):
             break
         found.append(_rate(2 * side**3, timing, f"{name} {side}³"))
-        if timing.median_ms > seconds * 1e3:
+        if 8 * timing.median_ms > 1e3 * seconds:
             break
     return max(found, key=lambda ceiling: ceiling.median, default=None)
 

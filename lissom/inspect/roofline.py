@@ -6,6 +6,7 @@ Williams, Waterman and Patterson, Roofline: an insightful visual performance mod
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -31,7 +32,9 @@ def roofline_seconds(cost: Cost, machine: Machine, dtype: torch.dtype, *, device
     Raises: UnsupportedError when the cost is symbolic.
     """
     if isinstance(cost.flops, sympy.Expr) or isinstance(cost.bytes, sympy.Expr):
-        raise UnsupportedError(f"a cost of {cost.flops} operations and {cost.bytes} bytes has no time; give its sizes numbers")
+        raise UnsupportedError(
+            f"a cost of {cost.flops} operations and {cost.bytes} bytes takes no known time; give its sizes numbers"
+        )
     ceilings = machine.on(device)
     return max(cost.flops / _peak(ceilings, dtype).median, cost.bytes / ceilings.memory_gb_per_second.median) / 1e9
 
@@ -61,25 +64,45 @@ def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | No
     Raises: UnsupportedError for a dimension the program does not have, or a size it does not take.
     """
     chosen = example_sizes(program) | dict(sizes)
-    found, total = cost(program, chosen), total_cost(program, chosen)
-    rows = [(f"{site.layer} {site.kind}".strip(), item, site.nodes) for site, item in site_costs(program, chosen).items()]
-    milliseconds = [sum(node_seconds(node, found[node], machine) for node in row[2]) * 1e3 if machine else 0.0 for row in rows]
-    shares = milliseconds if machine else [float(item.flops) for _, item, _ in rows]
-    table = _table(f"{program.name}, {_sizes_text(chosen)}", _caption(machine))
+    rows, unknown = _rows(program, chosen, machine)
+    table = _table(f"{program.name}, {_sizes_text(chosen)}", _caption(machine, unknown))
     table.add_column("site", overflow="fold")
-    for heading in ("GFLOP", "MB\nread", "MB\nwritten", "M\nparams", "FLOP/\nbyte"):
+    for heading in ("GFLOP", "read\nMB", "write\nMB", "param\nM", "FLOP/\nbyte", *(("roof\nms",) if machine else ())):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("roof,\nms", "% of\nms") if machine else ("% of\nFLOP",):
-        table.add_column(heading, justify="right", no_wrap=True)
-    whole = ("whole program", total, program.nodes())
-    for (label, item, _), ms, share in zip(
-        [*rows, whole], [*milliseconds, sum(milliseconds)], [*shares, sum(shares)], strict=True
-    ):
-        if label == whole[0]:
+    table.add_column("% of\nroof" if machine else "% of\nFLOP", justify="right", no_wrap=True)
+    whole = rows[-1].share or 1.0
+    for row in rows:
+        if row is rows[-1]:
             table.add_section()
-        timed = [_digits(ms)] if machine else []
-        table.add_row(Text(label), *_numbers(item), *timed, f"{100 * share / (sum(shares) or 1):.1f}")
+        timed = [] if row.milliseconds is None else [_digits(row.milliseconds)]
+        table.add_row(Text(row.label), *_numbers(row.cost), *timed, f"{100 * row.share / whole:.1f}")
     return table
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of a table of costs, all of it numbers; milliseconds are those of its nodes one after the other."""
+
+    label: str
+    cost: Cost
+    milliseconds: float | None
+
+    @property
+    def share(self) -> float:
+        return float(self.cost.flops) if self.milliseconds is None else self.milliseconds
+
+
+def _rows(program: Program, sizes: Mapping[str, int], machine: Machine | None) -> tuple[list[_Row], bool]:
+    """A row for every site and one for the whole program, and whether sizes were left that depend on values."""
+    total = total_cost(program, sizes)
+    zeros = dict.fromkeys(total.symbols, 0)
+    found = {node: item.at(zeros) for node, item in cost(program, sizes).items()}
+    parts = [(f"{site.layer} {site.kind}".strip(), item, site.nodes) for site, item in site_costs(program, sizes).items()]
+    rows: list[_Row] = []
+    for label, item, members in [*parts, ("whole program", total, tuple(found))]:
+        seconds = None if machine is None else sum(node_seconds(node, found[node], machine) for node in members)
+        rows.append(_Row(label, item.at(zeros), None if seconds is None else seconds * 1e3))
+    return rows, bool(zeros)
 
 
 def _numbers(item: Cost) -> list[str]:
@@ -99,8 +122,10 @@ def _sizes_text(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in sizes.items()) or "all sizes fixed"
 
 
-def _caption(machine: Machine | None) -> str:
+def _caption(machine: Machine | None, unknown: bool) -> str:
     words = "Every node reads its inputs and writes its outputs once; views move nothing."
+    if unknown:
+        words += "\nSizes that depend on the values of the inputs count as 0."
     if machine is None:
         return f"{words}\nRun `lissom machine` once to see the roofline in milliseconds."
     return f"{words}\nThe roof is the least time if all of it comes from memory, by the ceilings `lissom machine` shows."

@@ -46,7 +46,7 @@ def test_a_parameter_the_operator_lacks_is_a_key_error():
 
 def test_the_tensor_type_of_a_number_is_refused():
     size = captured("counter").nodes(aten.sym_size.int)[0]
-    with pytest.raises(TypeError, match="sym_size_int_1 yields .* not a tensor"):
+    with pytest.raises(TypeError, match=r"sym_size_int_1 yields .* not a tensor"):
         nodes.tensor_type(size)
 
 

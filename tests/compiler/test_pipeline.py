@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lissom.compiler import node as nodes
 from lissom.compiler.errors import (
@@ -246,6 +247,23 @@ def test_with_checks_off_nothing_is_checked():
     assert len(history.steps) == 3
     assert {step.cosine for step in history.steps} == {None}
     assert after.nodes(aten.mul.Tensor)
+
+
+class Counted(TorchDispatchMode):
+    """Counts how often a layer norm runs."""
+
+    norms = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.norms += func is aten.native_layer_norm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_that_changes_nothing_costs_no_run():
+    with Counted() as counted:
+        _, history = run(captured("feed_forward"), NeedsFloats(), NeedsFloats())
+    assert counted.norms == 2, "the original on two samples, and nothing else"
+    assert [step.relative_error for step in history.steps] == [None, 0.0, 0.0]
 
 
 def test_an_interrupt_keeps_what_was_finished():

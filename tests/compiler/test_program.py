@@ -31,7 +31,7 @@ def test_nodes_are_the_calls_in_order_or_those_of_some_targets():
     program = captured("feed_forward")
     assert [node.name for node in program.nodes()] == ["layer_norm", "linear", "gelu", "linear_1", "dropout", "add"]
     assert [node.name for node in program.nodes(aten.linear.default)] == ["linear", "linear_1"]
-    assert [node.op for node in program][0] == "placeholder"
+    assert next(iter(program)).op == "placeholder"
 
 
 def test_weights_come_by_name_in_the_order_of_their_first_use():

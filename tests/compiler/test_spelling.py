@@ -101,7 +101,7 @@ def test_words_that_look_like_something_else_are_quoted():
 
 
 def test_an_option_that_has_no_spelling_is_refused():
-    with pytest.raises(TypeError, match="an option is a number, a flag, a word or a tuple of these, not {}"):
+    with pytest.raises(TypeError, match=r"an option is a number, a flag, a word or a tuple of these, not \{\}"):
         format_pass(ManyOptions(word={}))
 
 

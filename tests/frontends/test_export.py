@@ -147,9 +147,7 @@ class Multiplies(nn.Module):
 
 def test_numbers_flags_words_and_none_are_fixed():
     program = capture(Multiplies(), (normal(2, 3), 2.0), {"flag": True, "mode": "relu", "bias": None}).program
-    assert program.signature.describe() == (
-        "(x: f32[batch, sequence], factor=2.0, *, flag=True, mode='relu', bias=None)"
-    )
+    assert program.signature.describe() == ("(x: f32[batch, sequence], factor=2.0, *, flag=True, mode='relu', bias=None)")
     x = normal(3, 4)
     assert torch.equal(program(x), (x * 2).relu())
 
@@ -224,6 +222,4 @@ def test_a_program_agrees_with_its_model_at_every_size(case):
 def at_size(case: Case, batch: int, length: int) -> Case:
     if isinstance(case.inputs, tuple):
         return Case(case.model, (normal(batch, length, 8),))
-    return Case(
-        case.model, {"input_ids": tokens(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)}
-    )
+    return Case(case.model, {"input_ids": tokens(batch, length), "attention_mask": torch.ones(batch, length, dtype=torch.long)})

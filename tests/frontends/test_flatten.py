@@ -152,7 +152,7 @@ def test_an_export_with_a_custom_object_is_refused():
     exported = torch.export.export(feed_forward().model, (normal(2, 5, 8),), strict=False)
     spec = exported.graph_signature.input_specs[0]
     spec.kind = torch.export.graph_signature.InputKind.CUSTOM_OBJ
-    with pytest.raises(CaptureError, match="the model uses a custom_obj \\('norm.weight'\\), which a program cannot hold"):
+    with pytest.raises(CaptureError, match=r"the model uses a custom_obj \('norm.weight'\), which a program cannot hold"):
         flatten_exported(exported, "FeedForward", (normal(2, 5, 8),), {}, ("x",))
 
 

@@ -59,9 +59,7 @@ def test_a_directory_is_loaded(directory):
 def test_a_name_that_is_no_directory_is_refused_with_the_nearest():
     with pytest.raises(ArtifactError) as caught:
         load("minlm")
-    assert str(caught.value) == (
-        "'minlm' is no directory and no packaged model (minilm); did you mean 'minilm'?"
-    )
+    assert str(caught.value) == ("'minlm' is no directory and no packaged model (minilm); did you mean 'minilm'?")
 
 
 def test_a_name_like_no_other_is_refused():

@@ -75,19 +75,19 @@ class RaiseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         for softmax in edit.nodes(*_SOFTMAX):
             try:
-                product = _product_with_values(softmax)
+                product = _product_with_values(edit, softmax)
                 if product is not None:
                     _raise(edit, softmax, product, _take_apart(edit, softmax.args[0]))
             except _NoMatchError as reason:
                 edit.skip(softmax, str(reason))
 
 
-def _product_with_values(softmax: fx.Node) -> fx.Node | None:
+def _product_with_values(edit: Editor, softmax: fx.Node) -> fx.Node | None:
     """The product of the attention weights with v; None when the softmax belongs to something else.
 
     Raises: _NoMatchError when the weights are used for anything beside.
     """
-    weights = softmax
+    weights = _without_nan(edit, softmax)
     while len(weights.users) == 1:
         user = next(iter(weights.users))
         if not (nodes.is_call(user, *CASTS) or _folds_heads(user)):
@@ -101,6 +101,19 @@ def _product_with_values(softmax: fx.Node) -> fx.Node | None:
     if len(weights.users) > 1:
         raise _NoMatchError("the attention weights are used beside the product with v")
     return product
+
+
+def _without_nan(edit: Editor, softmax: fx.Node) -> fx.Node:
+    """The weights with NaN put to 0, as attention has them for a row that is masked throughout; else the softmax itself."""
+    for user in softmax.users:
+        if not nodes.is_call(user, aten.where.self, aten.where.ScalarSelf) or user.args[2] is not softmax:
+            continue
+        is_nan = user.args[0]
+        if not nodes.is_call(is_nan, aten.isnan.default) or is_nan.args[0] is not softmax or len(is_nan.users) > 1:
+            continue
+        if number(edit.program, user.args[1]) == 0 and set(softmax.users) == {user, is_nan}:
+            return user
+    return softmax
 
 
 def _folds_heads(node: fx.Node) -> bool:

@@ -51,8 +51,9 @@ _IDENTITY_IF_SAME_TYPE = _COPIES | {
 }
 _ZERO_IS_NEUTRAL = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 _ONE_IS_NEUTRAL = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar}
-# These read memory as it is laid out, which a copy settles.
-_READ_LAYOUT = {aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype}
+# These read memory as it is laid out, which a copy settles. Fake tensors of torch 2.13 cannot pad by a length that varies
+# unless the tensor is contiguous.
+_READ_LAYOUT = {aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype, aten.pad.default}
 
 
 @dataclass(frozen=True)
