@@ -12,7 +12,8 @@ from lissom.backends.base import Executable
 from lissom.compiler.errors import InputError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
-from lissom.compiler.pipeline import Checks, Metric, Pipeline, Progress
+from lissom.compiler.lookups import outside_table
+from lissom.compiler.pipeline import Checks, Metric, Pipeline, Progress, check_options
 from lissom.compiler.program import Program
 from lissom.compiler.samples import check_samples
 from lissom.compiler.spelling import format_pipeline, parse_pipeline
@@ -41,10 +42,19 @@ class CompiledModel:
     def __call__(self, *args: object, **kwargs: object) -> object:
         """The model's answer.
 
-        Raises: InputError when the arguments do not fit the signature, naming what was found and what is allowed.
+        Raises: InputError when the arguments do not fit the signature, or lead out of a table of the model (a token id past
+            the vocabulary, a position past the last), naming what was found and what is allowed.
         """
         signature = self.program.signature
-        return signature.unflatten(self._executable(signature.flatten(args, kwargs)))
+        tensors = signature.flatten(args, kwargs)
+        try:
+            values = self._executable(tensors)
+        except (IndexError, RuntimeError) as error:
+            sentence = outside_table(self.program, tensors)
+            if sentence is None:
+                raise
+            raise InputError(sentence) from error
+        return signature.unflatten(values)
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
@@ -89,6 +99,7 @@ def compile(
     >>> fast(torch.randn(3, 7, 32)).shape
     torch.Size([3, 7, 32])
     """
+    check_options(checks, metric, max_drop)
     chosen = find_backend(backend)
     pipeline = [*resolve_passes(passes), *chosen.lowering]
     args, kwargs = split_inputs(example_inputs)

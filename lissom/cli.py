@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 
 from lissom import api, demo
-from lissom.compiler.errors import Interrupted, LissomError
+from lissom.backends import find_backend
+from lissom.compiler.errors import ArtifactError, Interrupted, LissomError
+from lissom.compiler.pipeline import check_options
 from lissom.frontends.huggingface import PACKAGED, load
 from lissom.inspect.machine import cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
@@ -54,6 +56,8 @@ def run_compile(
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
 ) -> None:
     """Compile a model and print what every pass did."""
+    for path in filter(None, (history, text)):
+        check_writable(path)
     compiled = _compile(model, passes, backend, device, checks)
     console.print(compiled.report)
     if history is not None:
@@ -116,6 +120,19 @@ def run_machine(
     console.print(f"kept in {save_machine(found)}", highlight=False, soft_wrap=True, markup=False)
 
 
+def check_writable(path: Path) -> None:
+    """Refuse a path that could not be written, before the work is done.
+
+    Raises: ArtifactError.
+    """
+    if not path.parent.is_dir():
+        raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")
+    if path.is_dir():
+        raise ArtifactError(f"'{path}' cannot be written: it is a directory; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise ArtifactError(f"'{path}' cannot be written: '{path.parent}' takes no new files; choose another directory")
+
+
 def write_whole(path: Path, content: str) -> None:
     """Write a file completely or not at all: to a temporary name beside it, then renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -128,12 +145,17 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def _compile(model: str, passes: str, backend: str, device: str | None, checks: str) -> api.CompiledModel:
+    # What is wrong with the options is said before a large model is read.
+    check_options(checks)  # pyright: ignore[reportArgumentType]
+    pipeline = api.resolve_passes(passes)
+    find_backend(backend)
+    api.check_device(device)
     checkpoint = load(model)
     try:
         return api.compile(
             checkpoint.model,
             checkpoint.example_inputs,
-            passes=passes,
+            passes=pipeline,
             backend=backend,
             device=device,
             checks=checks,  # pyright: ignore[reportArgumentType]

@@ -30,7 +30,7 @@ from lissom.compiler.verify import relative_error
 from lissom.passes import RECIPES
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests.compiler.passes import DoubleGelu, ScaleWeights, StopsHalfway
-from tests.models import counter, feed_forward, nested, normal, tiny_bert, tiny_llama, tokens
+from tests.models import counter, feed_forward, nested, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
 
 
 def refusal(kind: type[LissomError], call: Callable[[], object]) -> str:
@@ -112,6 +112,21 @@ def test_a_compiled_model_reads_as_its_call():
 def test_a_wrong_call_is_refused():
     fast = lissom.compile(feed_forward().model, normal(2, 5, 8))
     assert refusal(InputError, lambda: fast(normal(2, 5, 9))).startswith("argument 'x' has size 9 in dimension 2; allowed: 8")
+
+
+def test_a_call_that_leads_out_of_a_table_names_the_table():
+    case = tiny_gpt2()
+    fast = lissom.compile(case.model, case.inputs)
+    positions = case.model.config.n_positions
+    ids = tokens(2, positions + 4)
+    assert refusal(InputError, lambda: fast(input_ids=ids, attention_mask=torch.ones_like(ids))) == (
+        f"the inputs ask for row {positions + 3} of 'wpe.weight', which has rows 0 to {positions - 1}; "
+        f"pass token ids inside the vocabulary, and no more tokens than the model has positions"
+    )
+    ids = torch.full((2, 5), -1)
+    assert refusal(InputError, lambda: fast(input_ids=ids, attention_mask=torch.ones_like(ids))).startswith(
+        "the inputs ask for row -1 of 'wte.weight', which has rows 0 to "
+    )
 
 
 def test_state_advances_in_the_compiled_model_alone():

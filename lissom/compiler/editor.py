@@ -89,7 +89,7 @@ class Editor:
     def weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
         """A read of a new weight or buffer; a name in use gets a number; use inside `before`."""
         unique, number = name, 1
-        while self.program.has_weight(unique):
+        while self.program.is_taken(unique):
             unique, number = f"{name}_{number}", number + 1
         self.program.set_weight(unique, tensor)
         node = self.program.graph.get_attr(unique)

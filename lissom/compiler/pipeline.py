@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn, get_args
 
@@ -40,6 +42,17 @@ Metric = Callable[[Program], float]
 Progress = Callable[[str, int, int], None]
 
 
+def check_options(checks: Checks, metric: Metric | None = None, max_drop: float | None = None) -> None:
+    """Refuse options no pipeline can run with.
+
+    Raises: UnsupportedError.
+    """
+    if checks not in get_args(Checks):
+        raise UnsupportedError(f"checks='{checks}' is not known; choose {', '.join(get_args(Checks))}")
+    if max_drop is not None and metric is None:
+        raise UnsupportedError("max_drop needs a metric to measure the drop of: pass metric=")
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Passes to run in the order written, and how to check each.
@@ -60,10 +73,7 @@ class Pipeline:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if self.checks not in get_args(Checks):
-            raise UnsupportedError(f"checks='{self.checks}' is not known; choose {', '.join(get_args(Checks))}")
-        if self.max_drop is not None and self.metric is None:
-            raise UnsupportedError("max_drop needs a metric to measure the drop of: pass metric=")
+        check_options(self.checks, self.metric, self.max_drop)
         if self.checks == "numeric" and not self.samples:
             raise UnsupportedError("numeric checks need samples to run on; pass samples, or checks='structural'")
 
@@ -76,17 +86,34 @@ class Pipeline:
         """
         history = history or History(format_pipeline(self.passes), self.checks)
         try:
-            run = _Run(self, program, history)
-            for index, item in enumerate(self.passes):
-                if self.progress is not None:
-                    self.progress(format_pass(item), index, len(self.passes))
-                run.step(item)
+            with _heap_set_aside():
+                run = _Run(self, program, history)
+                for index, item in enumerate(self.passes):
+                    if self.progress is not None:
+                        self.progress(format_pass(item), index, len(self.passes))
+                    run.step(item)
         except LissomError as error:
             error.history = history
             raise
         except KeyboardInterrupt:
             raise Interrupted(history) from None
         return run.program, run.history
+
+
+@contextmanager
+def _heap_set_aside() -> Generator[None]:
+    """Keep the garbage collector from going through what lives already, the model and torch itself, while passes run.
+
+    Passes make many small objects, and each full collection over a whole process costs as much as several passes.
+    """
+    mine = gc.isenabled() and gc.get_freeze_count() == 0
+    if mine:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if mine:
+            gc.unfreeze()
 
 
 @dataclass

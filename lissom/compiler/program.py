@@ -78,11 +78,18 @@ class Program:
         return getattr(self.graph_module.get_submodule(path), leaf)
 
     def has_weight(self, name: str) -> bool:
-        """True when the name is taken by a weight, a buffer, or a container of these."""
+        """True when the program has a weight or buffer of that name."""
+        return isinstance(self._attribute(name), torch.Tensor)
+
+    def is_taken(self, name: str) -> bool:
+        """True when no new weight may have the name: a weight, a container of weights or a module's own attribute has it."""
+        return self._attribute(name) is not None
+
+    def _attribute(self, name: str) -> object:
         owner: object = self.graph_module
         for part in name.split("."):
             owner = getattr(owner, part, None)
-        return owner is not None
+        return owner
 
     def set_weight(self, name: str, tensor: torch.Tensor) -> None:
         """Give the name a tensor in this program alone; programs that shared the old one keep it."""

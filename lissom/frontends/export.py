@@ -7,6 +7,7 @@ them free, and the program is run beside the model at other sizes before they ar
 from __future__ import annotations
 
 import inspect
+import logging
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import sympy
 import torch
@@ -202,7 +204,8 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
     bound = _bound(model, hint_args, hint_kwargs)
-    exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=bound if free else None, strict=False)
+    with _only_exceptions():
+        exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=bound if free else None, strict=False)
     if _writes(exported):
         exported = exported.run_decompositions({})
     return flatten_exported(exported, type(model).__name__, args, kwargs, tuple(_parameters(model)))
@@ -319,6 +322,25 @@ def _evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    pass
+
+
+@contextmanager
+def _only_exceptions() -> Generator[None]:
+    """Keep torch.export from writing to standard error what `_explain` says in one sentence: a partial graph, and warnings."""
+    loggers = [logging.getLogger(name) for name in ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with patch("torch.export._trace.print", _say_nothing, create=True):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def passes_table(passes: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -
     """Every pass with its kind, its options and what it does; then the recipes."""
     table = Table(title="passes", title_justify="left")
     for heading in ("pass", "kind", "options", "what it does"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for name, item in passes.items():
         options = [f"{key}={type_text(hint)}" for key, hint in options_of(item).items()]
         table.add_row(name, item.kind, Text("\n".join(options) or "none"), Text(first_line(item)))

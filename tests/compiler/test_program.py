@@ -47,7 +47,9 @@ def test_a_weight_that_is_not_there_is_an_attribute_error():
 def test_a_name_is_taken_by_a_weight_or_by_a_container_of_weights():
     program = captured("feed_forward")
     assert program.has_weight("up.bias")
-    assert program.has_weight("up")
+    assert not program.has_weight("up")
+    assert not program.has_weight("training")
+    assert all(map(program.is_taken, ("up", "up.bias", "training")))
     assert not program.has_weight("up.scale")
 
 

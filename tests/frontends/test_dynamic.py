@@ -207,9 +207,10 @@ def test_a_condition_on_sizes_is_kept():
         torch.testing.assert_close(found.program(x), case.model(x), rtol=1e-6, atol=1e-6)
 
 
-def test_a_branch_on_values_is_refused_in_one_sentence_with_its_line():
+def test_a_branch_on_values_is_refused_in_one_sentence_with_its_line(capfd):
     case = branching()
     found = refusal(lambda: capture(case.model, case.args))
+    assert capfd.readouterr() == ("", "")
     assert found.startswith("Branching cannot be captured: models.py:")
     assert found.endswith(
         " (`if x.sum() > 0:`) decides on the values of a tensor, and a graph has one path for all values; "
