@@ -120,6 +120,49 @@ class Attention(nn.Module):
         return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
+class Rotary(nn.Module):
+    """Queries turned by their positions, as in Llama."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.frequencies = nn.Buffer(10000.0 ** -torch.linspace(0, 1, width // heads // 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        angles = torch.arange(x.shape[1])[:, None] * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        first, second = q.chunk(2, dim=-1)
+        return q * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
+
+
+class WrittenSoftmax(nn.Module):
+    """A softmax in parts."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.project(x)
+        powers = torch.exp(scores - scores.amax(-1, keepdim=True))
+        return powers / powers.sum(-1, keepdim=True)
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of one input."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return functional.scaled_dot_product_attention(q, k, v)
+
+
 class EinsumScores(nn.Module):
     """The scores of attention as an einsum over [batch, tokens, heads, head_dim], as in XLNet."""
 
@@ -142,5 +185,8 @@ EXAMPLES = {
     "rewrite-einsum": Example(EinsumScores, "torch.randn(4, 128, 256)"),
     "raise-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)"),
     "raise-activations": Example(FeedForward, "torch.randn(4, 128, 256)"),
+    "raise-softmax": Example(WrittenSoftmax, "torch.randn(4, 128, 256)"),
+    "raise-rotary": Example(Rotary, "torch.randn(4, 128, 256)"),
+    "merge-projections": Example(Projections, "torch.randn(4, 128, 256)", "merge-projections{always=true}"),
     "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),
 }

@@ -17,7 +17,8 @@ from lissom.compiler.pipeline import Checks, Metric, Pipeline, Progress, check_o
 from lissom.compiler.program import Program
 from lissom.compiler.samples import check_samples
 from lissom.compiler.spelling import format_pipeline, parse_pipeline
-from lissom.frontends.export import Dynamic, capture
+from lissom.frontends.dynamic import Dynamic
+from lissom.frontends.export import capture
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes

@@ -15,7 +15,7 @@ from lissom import api, demo
 from lissom.backends import find_backend
 from lissom.compiler.errors import ArtifactError, Interrupted, LissomError
 from lissom.compiler.pipeline import check_options
-from lissom.frontends.huggingface import PACKAGED, load
+from lissom.frontends.sources import NAMES, load
 from lissom.inspect.machine import cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.roofline import cost_table, machine_table
@@ -26,7 +26,7 @@ from lissom.passes import RECIPES, known_passes
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler-style graph optimizer for transformers.")
 console = Console()
 
-Model = Annotated[str, typer.Argument(help=f"A checkpoint directory, or a packaged model: {', '.join(PACKAGED)}.")]
+Model = Annotated[str, typer.Argument(help=NAMES)]
 Passes = Annotated[str, typer.Option(help="Pipeline text, for example 'remove-no-ops,raise-attention', or a recipe's name.")]
 Backend = Annotated[str, typer.Option(help="What runs the result.")]
 Device = Annotated[str | None, typer.Option(help="Where the result runs, for example cuda:0; the CPU by default.")]
@@ -83,7 +83,9 @@ def run_show(
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
     if sizes and not cost:
         raise typer.BadParameter("--batch and --sequence go with --cost")
-    compiled = _compile(model, passes, "eager", None, "numeric")
+    # Tables are of forms and sizes, which structural checks cover; a program shown is a program checked.
+    checks = "structural" if structure or axes or cost else "numeric"
+    compiled = _compile(model, passes, "eager", None, checks)
     if structure or axes:
         found = [structure_tables(compiled.program)] if structure else []
         console.print(*found, *([axes_table(compiled.program)] if axes else []), sep="\n")
@@ -150,11 +152,11 @@ def _compile(model: str, passes: str, backend: str, device: str | None, checks: 
     pipeline = api.resolve_passes(passes)
     find_backend(backend)
     api.check_device(device)
-    checkpoint = load(model)
+    source = load(model)
     try:
-        return api.compile(
-            checkpoint.model,
-            checkpoint.example_inputs,
+        compiled = api.compile(
+            source.model,
+            source.example_inputs,
             passes=pipeline,
             backend=backend,
             device=device,
@@ -163,6 +165,9 @@ def _compile(model: str, passes: str, backend: str, device: str | None, checks: 
     except Interrupted as error:
         console.print(Report("interrupted; finished so far", error.history))
         raise typer.Exit(130) from None
+    for note in source.notes:
+        Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
+    return compiled
 
 
 def main() -> None:

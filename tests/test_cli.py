@@ -6,11 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lissom.cli import app, main, write_whole
+from lissom.inspect.machine import cache_path, save_machine
 from lissom.passes import PASSES, RECIPES
 from tests.frontends.test_huggingface import directory  # noqa: F401
+from tests.inspect.test_machine import example
 
 runner = CliRunner()
 
@@ -111,7 +114,7 @@ def test_a_written_file_is_as_readable_as_any_other(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "minlm"], "'minlm' is no directory and no packaged model (minilm); did you mean 'minilm'?"),
+        (["show", "minlm"], "'minlm' is no directory and no packaged model (minilm, gemma3-270m); did you mean 'minilm'?"),
         (["compile", "."], "no config.json; give a directory written by save_pretrained"),
         # What is wrong with the options is said before the model is looked for.
         (["compile", "minlm", "--passes", "remove-noops"], "did you mean 'remove-no-ops'?"),
@@ -171,6 +174,37 @@ def test_an_interrupt_shows_what_was_finished(model, tmp_path, monkeypatch, caps
     assert "interrupted; finished so far" in shown.out
     assert "remove-no-ops" in shown.out
     assert "Traceback" not in shown.err
+
+
+def test_show_prints_what_every_site_costs_with_the_roof_once_measured(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shown = invoke("show", model, "--cost", "--batch", "3", "--sequence", "6")
+    assert shown.startswith("BertModel, batch 3, sequence 6")
+    assert "Run `lissom machine` once" in shown
+    save_machine(example(torch=torch.__version__))
+    assert "roof" in invoke("show", model, "--cost").partition("whole program")[0]
+
+
+def test_sizes_without_a_cost_to_show_are_refused(model):
+    result = runner.invoke(app, ["show", model, "--batch", "3"])
+    assert result.exit_code == 2
+    assert "--batch and --sequence go with --cost" in result.output
+
+
+def test_the_machine_is_measured_once_and_again_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    days = iter(["2026-01-01", "2026-01-02"])
+    monkeypatch.setattr("lissom.cli.measure_machine", lambda progress: example(measured=next(days)))
+    for arguments, day, source in (
+        (["machine"], "2026-01-01", "kept in"),
+        (["machine"], "2026-01-01", "read from"),
+        (["machine", "--again"], "2026-01-02", "kept in"),
+        (["machine"], "2026-01-02", "read from"),
+    ):
+        shown = invoke(*arguments)
+        assert f"measured on {day}" in shown
+        assert shown.splitlines()[-1] == f"{source} {cache_path()}"
 
 
 # torch 2.13 uses a function it deprecates when torch.compile, which the demonstration times beside us, is first called.

@@ -16,6 +16,7 @@ from torch import fx
 from lissom.backends.base import Backend, Executable
 from lissom.compiler.execute import last_uses_of
 from lissom.compiler.program import Program
+from lissom.ops import IMPLEMENTATIONS
 
 
 class Eager(Backend):
@@ -65,7 +66,7 @@ def emit(program: Program) -> tuple[str, dict[str, object]]:
 
 def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object]) -> str:
     function = f"f{len(names)}"
-    names[function] = node.target
+    names[function] = IMPLEMENTATIONS.get(node.target, node.target)
     arguments = [_argument(item, scope, names) for item in node.args]
     arguments += [f"{key}={_argument(item, scope, names)}" for key, item in node.kwargs.items()]
     return f"{function}({', '.join(arguments)})"

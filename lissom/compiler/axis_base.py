@@ -37,13 +37,13 @@ def tensors(node: fx.Node, known: Known) -> list[Dims]:
 
 
 def dim_of(node: fx.Node, index: int, rank: int, default: int = 0) -> int:
-    """The axes of a tensor argument."""
+    """The dimension a call names, counted from the front."""
     value = node.args[index] if len(node.args) > index else node.kwargs.get("dim", default)
     return cast(int, value) % rank
 
 
 def unknown(node: fx.Node, known: Known) -> Value:
-    """The dimension a call names, counted from the front."""
+    """What an operator without a rule yields: new axes, pinned like those of its arguments."""
     reason = f"no rule for {target_text(node.target)}"
     for dims in tensors(node, known):
         for axis in dims:

@@ -10,7 +10,7 @@ from torch import fx
 
 from lissom.compiler import axis_views
 from lissom.compiler import node as nodes
-from lissom.compiler.axis import Axis, divide, mark_whole, pin, unify
+from lissom.compiler.axis import Axis, cut, divide, mark_whole, pin, unify
 from lissom.compiler.axis_base import Dims, Known, Rule, Value, broadcast, dim_of, fresh, of, tensors, unknown
 from lissom.compiler.text import target_text
 from lissom.compiler.types import TensorType
@@ -180,6 +180,27 @@ def _attention(node: fx.Node, known: Known) -> Value:
     return (*lead, q[len(q) - 2], v[-1])
 
 
+def _rotary(node: fx.Node, known: Known) -> Value:
+    x, *tables = (of(item, known) for item in node.args[:3])
+    width = x[-1].size
+    pieces = None
+    if isinstance(width, int):
+        pieces = divide(x[-1], width // 2) if node.kwargs.get("interleaved") else cut(x[-1], width // 2)
+    if pieces is None:
+        pin(x[-1], "turned in pairs")
+    elif node.kwargs.get("interleaved"):
+        pin(pieces[1], "turned in pairs")
+    else:
+        unify(pieces[0], pieces[1], "turned in pairs")
+    for table in tables:
+        broadcast([x[:-1], table[:-1]], len(x) - 1, "rotary embedding")
+        if table[-1].size == width:
+            unify(x[-1], table[-1], "turned in pairs")
+        elif pieces is not None:
+            unify(pieces[0], table[-1], "turned in pairs")
+    return x
+
+
 def _convolution(node: fx.Node, known: Known) -> Value:
     x, weight = of(node.args[0], known), of(node.args[1], known)
     groups = nodes.argument(node, "groups")
@@ -277,3 +298,4 @@ _register(_einsum, "einsum")
 _register(_create, "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty.memory_format", "scalar_tensor")
 _register(_count, "arange", "arange.start", "arange.start_step", "linspace", "eye")
 RULES["lissom.attention.default"] = _attention
+RULES["lissom.rotary.default"] = _rotary

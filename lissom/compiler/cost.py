@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
@@ -27,6 +29,10 @@ aten = torch.ops.aten
 
 _LOOKUPS = {aten.embedding.default, aten.gather.default, aten.index_select.default, aten.index.Tensor, aten.take.default}
 """Operators that read of their first argument only the elements they yield."""
+
+
+_ANSWERS: WeakKeyDictionary[FakeTensorMode, dict[object, bool]] = WeakKeyDictionary()
+"""What `moves_nothing` found by calling operators again, for as long as the fake tensors live."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +146,19 @@ def moves_nothing(node: fx.Node) -> bool:
         return True
     if _memory(nodes.value(node)) == _memory(nodes.value(source)):
         return True
-    # Capture types some views with memory of their own; calling the operator again tells them from copies.
-    return _memory(fake.fake_call(mode, node)) == _memory(nodes.value(source))
+    # Capture types some views with memory of their own; calling the operator again tells them from copies. Layers are alike, so
+    # that few calls tell of all.
+    known = _ANSWERS.setdefault(mode, {})
+    key = (node.target, _layout(source), _layout(node), str(node.kwargs))
+    if key not in known:
+        known[key] = _memory(fake.fake_call(mode, node)) == _memory(nodes.value(source))
+    return known[key]
+
+
+def _layout(node: fx.Node) -> object:
+    """Type and strides of a node's tensor."""
+    value = cast(torch.Tensor, nodes.value(node))
+    return value.dtype, tuple(map(str, value.shape)), tuple(map(str, value.stride()))
 
 
 def _memory(value: object) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,7 +82,14 @@ class Editor:
 
     def compute_size(self, function: Callable[[int, int], int], size: fx.Node, number: int) -> fx.Node:
         """A size computed from another while the program runs, such as `operator.mul(batch, 4)`; use inside `before`."""
-        node = self.program.graph.call_function(function, (size, number))
+        return self._call_plain(function, size, number)
+
+    def item(self, pieces: fx.Node, index: int) -> fx.Node:
+        """One of the values that a call yields several of, such as a piece of a split; use inside `before`."""
+        return self._call_plain(operator.getitem, pieces, index)
+
+    def _call_plain(self, function: Callable[..., object], *args: fx.Node | int) -> fx.Node:
+        node = self.program.graph.call_function(function, args)
         nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
         self._type(node)
         return node

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import sympy
 import torch
@@ -69,25 +70,36 @@ def same_type(mode: FakeTensorMode | None, left: ValueType, right: ValueType) ->
 
 
 def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> bool:
-    """True when two types are equal at the sizes the program was captured with."""
+    """True when two types are equal at the sizes the program was captured with.
+
+    A size that depends on the values of the inputs gets a new name each time its node is typed; two such sizes count as equal.
+    """
     match left, right:
         case TensorType(), TensorType():
             same_kind = (left.dtype, left.device, left.rank) == (right.dtype, right.device, right.rank)
-            return same_kind and [_at_example(mode, size) for size in left.shape] == [
-                _at_example(mode, size) for size in right.shape
-            ]
+            return same_kind and all(map(partial(_same_size_at_example, mode), left.shape, right.shape))
+        case ScalarType(), ScalarType():
+            return left.kind is right.kind and _same_size_at_example(mode, left.value, right.value)
         case tuple(), tuple():
             return len(left) == len(right) and all(map(partial(same_at_example, mode), left, right))
         case _:
-            return same_type(mode, left, right)
+            return left is right
 
 
-def _at_example(mode: FakeTensorMode, size: Size) -> object:
-    if isinstance(size, int) or mode.shape_env is None:
+def _same_size_at_example(mode: FakeTensorMode, left: Size | float, right: Size | float) -> bool:
+    left, right = _at_example(mode, left), _at_example(mode, right)
+    if isinstance(left, sympy.Basic) and isinstance(right, sympy.Basic) and left.free_symbols and right.free_symbols:
+        return True
+    return left == right or _same_size(mode, left, right)
+
+
+def _at_example(mode: FakeTensorMode, size: Size | float) -> Size | float:
+    if not isinstance(size, sympy.Basic) or mode.shape_env is None:
         return size
     # Renamed between torch 2.11 and 2.13.
     values = getattr(mode.shape_env, "backed_var_to_val", None) or getattr(mode.shape_env, "var_to_val")  # noqa: B009
-    return size.xreplace({symbol: value for symbol, value in values.items() if symbol in size.free_symbols})
+    known = {symbol: value for symbol, value in values.items() if symbol in size.free_symbols}
+    return cast(Size, size.xreplace(known))
 
 
 def _same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | float) -> bool:

@@ -67,7 +67,7 @@ def _biased_product(node: fx.Node, shape_of: ShapeOf) -> Size:
 def _attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     """Scores q·kᵀ, then scores·v. Key/value heads that several query heads share are multiplied once for each of these."""
     q, k, v = (_operand(node, index, shape_of) for index in range(3))
-    batch = q[:-2] if nodes.argument(node, "enable_gqa") else [b if a == 1 else a for a, b in zip(q[:-2], k[:-2], strict=True)]
+    batch = q[:-2] if node.kwargs.get("enable_gqa") else [b if a == 1 else a for a, b in zip(q[:-2], k[:-2], strict=True)]
     scores = product([*batch, q[-2], q[-1]]) * k[-2]
     return scores + product([*shape_of(node)[:-1], k[-2]]) * v[-1]
 
@@ -139,5 +139,8 @@ FORMULAS: dict[object, Formula] = {
 }
 """Multiplications of a call, by operator."""
 
-_FOREIGN: dict[str, Formula] = {"transformers.grouped_mm_fallback.default": _grouped_product}
-"""The same for operators of libraries that need not be installed, by name."""
+_FOREIGN: dict[str, Formula] = {
+    "lissom.attention.default": _attention,
+    "transformers.grouped_mm_fallback.default": _grouped_product,
+}
+"""The same for our own operators, and for those of libraries that need not be installed, by name."""

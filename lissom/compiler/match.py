@@ -66,6 +66,21 @@ def other_argument(node: fx.Node, known: fx.Node) -> object:
     return left if right is known else None
 
 
+def unshifted(node: object, dim: int) -> fx.Node | None:
+    """x of x − max(x) over one dimension that is kept with size 1; None when the node is no such difference."""
+    if not nodes.is_call(node, aten.sub.Tensor) or node.kwargs:
+        return None
+    value, shift = node.args
+    if nodes.is_call(shift, operator.getitem) and shift.args[1] == 0:
+        shift = shift.args[0]
+    if not nodes.is_call(shift, aten.amax.default, aten.max.dim) or shift.args[0] is not value:
+        return None
+    dims, rank = nodes.argument(shift, "dim"), nodes.tensor_type(value).rank
+    found = [dims] if isinstance(dims, int) else list(dims)  # pyright: ignore
+    same = len(found) == 1 and found[0] % rank == dim % rank
+    return value if same and nodes.argument(shift, "keepdim") else None  # pyright: ignore[reportReturnType]
+
+
 def number(program: Program, item: object) -> float | None:
     """The number an argument is: a literal, or a constant of rank 0 in the program; None when it is neither."""
     if isinstance(item, (int, float)):

@@ -32,6 +32,7 @@ from lissom.compiler.verify import (
     Divergence,
     compare,
     first_difference,
+    run_original,
     run_samples,
     tolerance_of,
     verify_structure,
@@ -123,13 +124,15 @@ class _Run:
     pipeline: Pipeline
     program: Program
     history: History
+    samples: list[Sample] = field(init=False)
     original: list[list[object]] = field(init=False)
     outputs: list[list[object]] = field(init=False)
     score: float | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        numeric = self.pipeline.checks == "numeric"
-        self.original = self.outputs = run_samples(self.program, self.pipeline.samples) if numeric else []
+        samples = self.pipeline.samples if self.pipeline.checks == "numeric" else ()
+        self.samples, self.original = run_original(self.program, samples)
+        self.outputs = self.original
         self.score = self._measure(self.program)
         start = self.history.steps[0] if self.history.steps else Step(0, "capture", "capture", 0.0, 0.0, Size.of(self.program))
         self.history.steps[:1] = [replace(start, metric=self.score)]
@@ -212,7 +215,7 @@ class _Run:
             verify_structure(after, self.program)
         if self.pipeline.checks == "structural":
             return None, None, []
-        outputs = run_samples(after, self.pipeline.samples) if touched else self.outputs
+        outputs = run_samples(after, self.samples) if touched else self.outputs
         if isinstance(item, (Rewrite, Annotation)):
             divergence = compare(self.outputs, outputs)
             allowed = 0.0 if isinstance(item, Annotation) else tolerance_of(self.program)
@@ -226,7 +229,7 @@ class _Run:
         message = (
             f"its outputs differ from the program before by {divergence.relative_error:.2g} relative, allowed {allowed:.2g}"
         )
-        for sample in self.pipeline.samples:
+        for sample in self.samples:
             found = first_difference(self.program, after, sample, allowed)
             if found is not None:
                 node, error = found

@@ -235,7 +235,7 @@ class Signature:
 
     def _check_conditions(self, sizes: Mapping[sympy.Symbol, int]) -> None:
         for condition in self.conditions:
-            if condition.xreplace(_integers(sizes)) == sympy.false:
+            if not _may_hold(condition, sizes):
                 found = ", ".join(f"{self.dimensions[symbol].name} = {size}" for symbol, size in sizes.items())
                 raise InputError(
                     f"sizes {found} break a condition found while capturing the model, "
@@ -250,6 +250,14 @@ class Signature:
                 if isinstance(size, sympy.Symbol):
                     sizes[size] = found
         return sizes
+
+
+def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    """False when the condition does not hold at these sizes, or divides by zero there."""
+    try:
+        return condition.xreplace(_integers(sizes)) != sympy.false
+    except ZeroDivisionError:
+        return False
 
 
 def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from lissom.compiler.flops import is_counted
+from lissom.compiler.linears import is_linear
 from lissom.compiler.program import Program
-from lissom.compiler.structure import is_linear, structure
+from lissom.compiler.structure import structure
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import sympy
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
@@ -27,12 +27,11 @@ from torch.utils import _pytree as pytree
 from lissom.compiler.errors import CaptureError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, resize
-from lissom.compiler.signature import Signature
 from lissom.compiler.verify import relative_error, run_samples, tolerance_of
 from lissom.frontends.device import move
-from lissom.frontends.flatten import flatten_exported
+from lissom.frontends.dynamic import Dynamic, declared_but_fixed, describe_dimensions, renamed, wanted_dimensions
+from lissom.frontends.flatten import FRAME, flatten_exported
 
-Dynamic = Mapping[str, Mapping[int, "str | Dim"]]
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
 _TORCH = str(Path(torch.__file__).parent)
 _BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING = (0, 1), (0,), (1,), ()
@@ -71,12 +70,16 @@ def capture(
     kwargs = dict(kwargs or {})
     _check_model(model)
     _check_leaves((args, kwargs))
+    if isinstance(model, fx.GraphModule):
+        kwargs = _in_order(model, args, kwargs)
     with _evaluating(model), torch.no_grad():
         if isinstance(dynamic, Mapping):
             program, notes = _capture_named(model, args, kwargs, dynamic)
         else:
             program, notes = _capture_by_trying(model, args, kwargs, dynamic)
     example = program.signature.flatten(args, kwargs)
+    if dynamic is True:
+        notes += declared_but_fixed(model, program.signature)
     if device is not None:
         program, example = move(program, device), [tensor.to(device) for tensor in example]
     return Capture(program, example, tuple(notes), time.perf_counter() - started)
@@ -90,17 +93,19 @@ def _capture_by_trying(
     first: Exception | None = None
     plans = (_BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING) if dynamic else (_NOTHING,)
     for dims in plans:
+        if isinstance(first, GuardOnDataDependentSymNode) and dims != _NOTHING:
+            continue  # what depends on a size may be a number where every size is fixed, and is none in between
         try:
             program = _export(model, args, kwargs, partial(_free, dims))
             program = _confirm(program, model, args, kwargs)
         except Exception as error:
             first = first or error
-            if isinstance(error, GuardOnDataDependentSymNode) or dims == _NOTHING:
+            if dims == _NOTHING:
                 raise _explain(model, first) from first
             words = " and ".join(("batch", "sequence")[dim] for dim in dims)
             tried.append(f"tried {words} dynamic: {_first_line(error)}")
             continue
-        return program, [_describe_dimensions(program.signature), *tried]
+        return program, [describe_dimensions(program.signature), *tried]
     raise AssertionError("the last plan returns or raises")
 
 
@@ -108,83 +113,21 @@ def _capture_named(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic
 ) -> tuple[Program, list[str]]:
     """Free exactly the dimensions the caller names."""
-    wanted = _wanted(dynamic, _bound(model, args, kwargs))
+    wanted = wanted_dimensions(dynamic, _bound(model, args, kwargs))
     try:
         program = _export(model, args, kwargs, partial(_named, wanted))
-        program = _renamed(program, dynamic)
+        program = renamed(program, dynamic)
         program = _confirm(program, model, args, kwargs)
     except CaptureError:
         raise
     except Exception as error:
         raise _explain(model, error) from error
-    return program, [_describe_dimensions(program.signature)]
-
-
-def _wanted(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict[int, dict[int, object]]:
-    """The dimensions the caller names, by the input they belong to.
-
-    Raises: CaptureError for an argument or a dimension that is not there, and for an example outside a range.
-    """
-    wanted: dict[int, dict[int, object]] = {}
-    for name, dims in dynamic.items():
-        if name not in arguments:
-            raise CaptureError(f"dynamic names '{name}', which is no argument of this call; it has {', '.join(arguments)}")
-        tensors = [leaf for leaf in pytree.tree_leaves(arguments[name]) if isinstance(leaf, torch.Tensor)]
-        rank = min((tensor.dim() for tensor in tensors), default=0)
-        for index, given in dims.items():
-            if not 0 <= index < rank:
-                raise CaptureError(f"dynamic names dimension {index} of '{name}', which has {rank}, counted from 0")
-            if not isinstance(given, (str, Dim)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise CaptureError(
-                    f"dynamic gives {given!r} for dimension {index} of '{name}'; give a name, or Dim(name, min=, max=)"
-                )
-            outside = next((tensor.shape[index] for tensor in tensors if not _in_range(given, tensor.shape[index])), None)
-            if outside is not None:
-                raise CaptureError(
-                    f"the example has size {outside} in dimension {index} of '{name}', outside of the range dynamic= gives "
-                    f"it; pass an example inside"
-                )
-        wanted |= {id(tensor): dict.fromkeys(dims, Dim.AUTO) for tensor in tensors}
-    return wanted
-
-
-def _in_range(given: str | Dim, size: int) -> bool:
-    return isinstance(given, str) or bool(given.min <= size <= given.max)
+    return program, [describe_dimensions(program.signature)]
 
 
 def _named(wanted: Mapping[int, dict[int, object]], tensor: torch.Tensor) -> dict[int, object]:
     """The dimensions the caller named for this input."""
     return wanted.get(id(tensor), {})
-
-
-def _renamed(program: Program, dynamic: Dynamic) -> Program:
-    """The program with the caller's names and ranges on its dimensions.
-
-    Raises: CaptureError when a dimension that should vary was fixed by the model, or one name stands for two.
-    """
-    dimensions = dict(program.signature.dimensions)
-    for leaf in program.signature.tensors:
-        for index, wanted in dynamic.get(leaf.path.split("[")[0].split(".")[0], {}).items():
-            size = leaf.type.shape[index]
-            name = wanted if isinstance(wanted, str) else wanted.__name__
-            if isinstance(size, int):
-                raise CaptureError(
-                    f"dimension {index} ({name}) of '{leaf.path}' was to be dynamic, but the model fixes it at {size}; "
-                    f"leave it out of dynamic="
-                )
-            if not isinstance(size, sympy.Symbol) or size not in dimensions:
-                continue
-            found = replace(dimensions[size], name=name)
-            if not isinstance(wanted, str):
-                bounds = [bound for bound in (wanted.max, found.maximum) if isinstance(bound, int)]
-                found = replace(found, minimum=max(wanted.min, found.minimum), maximum=min(bounds, default=None))
-            dimensions[size] = found
-    names = [found.name for found in dimensions.values()]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise CaptureError(f"dynamic gives the name '{twice}' to dimensions that vary apart; give each a name of its own")
-    program.signature = replace(program.signature, dimensions=dimensions)
-    return program
 
 
 def _free(dims: Sequence[int], tensor: torch.Tensor) -> dict[int, object]:
@@ -238,6 +181,14 @@ def _bound(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object
         ) from error
 
 
+def _in_order(model: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
+    """The keywords as a graph needs them, because `torch.export` hands them to one by position: in order, without a gap."""
+    given = _bound(model, args, kwargs)
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    last = max((index for index, found in enumerate(parameters) if found.name in given), default=-1)
+    return {found.name: given.get(found.name, found.default) for found in parameters[len(args) : last + 1]}
+
+
 def _confirm(program: Program, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Program:
     """Check the program against the model on the example, at size 1, and at larger sizes; narrow what it promises.
 
@@ -245,39 +196,49 @@ def _confirm(program: Program, model: nn.Module, args: Sequence[object], kwargs:
     """
     dimensions = program.signature.dimensions
     example = program.signature.flatten(args, kwargs)
-    _require_agreement(program, model, example)
+    _require_equal(program, model, example, _answer(model, program, example))
     if not dimensions:
         return program
     sizes = program.signature.sizes_of(example)
     minimums = {}
     for symbol, dimension in dimensions.items():
-        if dimension.minimum == 1 and not _agrees(program, model, example, {**sizes, symbol: 1}):
+        if dimension.minimum == 1 and _agrees(program, model, example, {**sizes, symbol: 1}) is not True:
             minimums[symbol] = replace(dimension, minimum=2)
     program.signature = replace(program.signature, dimensions={**dimensions, **minimums})
     larger = [{symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}]
     larger += [{symbol: size * 2 for symbol, size in sizes.items()}]
     larger += [{symbol: max(size // 2, 2) for symbol, size in sizes.items()}]
-    if not any(_agrees(program, model, example, other) for other in larger if other != sizes):
+    answers = [_agrees(program, model, example, other) for other in larger if other != sizes]
+    if False in answers or True not in answers:
         raise CaptureError("the program and the model disagree at sizes other than the example's")
     return program
 
 
-def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> bool:
-    signature: Signature = program.signature
-    sample = resize(signature, example, sizes)
+def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> bool | None:
+    """Whether the program gives what the model gives at these sizes; None where either refuses them."""
+    sample = resize(program.signature, example, sizes)
     try:
-        signature.check_sizes(sample)
-        _require_agreement(program, model, sample)
+        program.signature.check_sizes(sample)
+        wanted = _answer(model, program, sample)
+    except Exception:
+        return None
+    try:
+        _require_equal(program, model, sample, wanted)
     except Exception:
         return False
     return True
 
 
-def _require_agreement(program: Program, model: nn.Module, sample: Sample) -> None:
+def _answer(model: nn.Module, program: Program, sample: Sample) -> list[object]:
+    """What the model returns for a sample, flat, and the state it leaves; its state is put back."""
     args, kwargs = program.signature.arguments(sample)
     with _kept(model, program.state):
         wanted = pytree.tree_leaves(model(*args, **kwargs))
-        wanted += [model.get_buffer(name).clone() for name in program.state]
+        return [*wanted, *(model.get_buffer(name).clone() for name in program.state)]
+
+
+def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: Sequence[object]) -> None:
+    """Raise CaptureError where the program gives something else."""
     found = run_samples(program, [sample])[0]
     errors = [relative_error(left, right) for left, right in zip(wanted, found, strict=True)]
     allowed = tolerance_of(program)
@@ -286,12 +247,6 @@ def _require_agreement(program: Program, model: nn.Module, sample: Sample) -> No
             f"the captured program differs from {type(model).__name__} by {max(errors):.2g} relative, allowed "
             f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
         )
-
-
-def _describe_dimensions(signature: Signature) -> str:
-    if not signature.dimensions:
-        return "every size is fixed at the example's"
-    return "dynamic: " + ", ".join(f"{found.name} ({found.range})" for found in signature.dimensions.values())
 
 
 def _check_model(model: object) -> None:
@@ -369,7 +324,15 @@ def _explain(model: nn.Module, error: Exception) -> CaptureError:
 
 
 def _model_line(error: Exception) -> str:
-    """The innermost line of the traceback that is not torch's own, `modeling.py:12 (if x.sum() > 0:)`."""
+    """The innermost line of the traceback that is not torch's own, `modeling.py:12 (if x.sum() > 0:)`.
+
+    A graph that fails says itself where the node came from.
+    """
+    recorded = FRAME.findall(str(error).partition("Original traceback:")[2])
+    recorded = [frame for frame in recorded if not frame[0].startswith(_TORCH)]
+    if recorded:
+        file, line, code = recorded[-1]
+        return f"{Path(file).name}:{line} (`{code.strip()}`)"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TORCH)]
     frames = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
     if not frames:

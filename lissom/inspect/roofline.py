@@ -112,9 +112,9 @@ def _numbers(item: Cost) -> list[str]:
 
 
 def _digits(value: float) -> str:
-    """Three digits and no exponent; nothing for nothing."""
-    if value == 0:
-        return ""
+    """Three digits and no exponent, in five characters up to 99,999; nothing for nothing."""
+    if value < 0.0005:
+        return "<.001" if value else ""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3f}" if value < 0.9995 else f"{value:.3g}"
 
 

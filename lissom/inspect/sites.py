@@ -10,10 +10,13 @@ from rich.table import Table
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
+from lissom.compiler.feed_forward_sites import FeedForwardSite
+from lissom.compiler.linears import input_of, is_linear, weight_of
 from lissom.compiler.program import Program
-from lissom.compiler.structure import AttentionSite, FeedForwardSite, Structure, input_of, is_linear, structure, weight_of
+from lissom.compiler.structure import Structure, structure
 
 
 def structure_tables(program: Program) -> RenderableType:
@@ -39,8 +42,9 @@ def _attention(site: AttentionSite) -> str:
 
 
 def _mask(site: AttentionSite) -> str:
-    positions = "" if site.positions == "none here" else f", {site.positions}"
-    return f"mask {site.mask}{positions}"
+    words = [f"mask {site.mask}", "" if site.positions == "none here" else site.positions]
+    words += [f"soft cap {site.softcap:g}" if site.softcap else "", "sinks" if site.sinks else ""]
+    return ", ".join(word for word in words if word)
 
 
 def _feed_forward(site: FeedForwardSite) -> str:
@@ -56,9 +60,13 @@ def _rest(found: Structure) -> str:
         f"embeddings {tables}" if tables else "no embeddings",
         f"{len(found.output_heads)} output heads",
         f"{len(found.convolutions)} convolutions" if found.convolutions else "",
-        f"{len(found.routers)} routers of experts" if found.routers else "",
+        f"{len(found.mixtures)} mixtures of experts ({_experts(found)})" if found.mixtures else "",
     ]
     return "; ".join(part for part in parts if part)
+
+
+def _experts(found: Structure) -> str:
+    return ", ".join(dict.fromkeys(f"{site.top_k} of {site.experts} a token" for site in found.mixtures))
 
 
 def axes_table(program: Program) -> Table:

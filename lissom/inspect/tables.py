@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -40,12 +40,16 @@ def plain(item: RenderableType) -> str:
     return captured.get()
 
 
-def history_table(title: str, history: History) -> Table:
-    """One row a step: what it did, seconds with its checks, and nodes, megabytes, GFLOP and error where they changed."""
+def history_table(title: str, history: History) -> RenderableType:
+    """One row a step: what it did, seconds with its checks, and nodes, megabytes, GFLOP and error where they changed.
+
+    Below it stand the notes and what was checked.
+    """
     notes = [note for step in history.steps for note in step.notes]
-    caption = Text("\n".join([*notes, _about_checks(history)]))
+    below = Text("\n".join(["", *notes, _about_checks(history)]), style="table.caption")
+    # Without edges, so that the longest name of a pass stays on one line of 80 columns.
     table = Table(
-        title=Text(title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=Text(f"{title}\n"), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
     )
     table.add_column("#", justify="right")
     table.add_column("pass", overflow="fold", max_width=40)
@@ -65,7 +69,7 @@ def history_table(title: str, history: History) -> Table:
         row += ["" if step.relative_error is None else f"{step.relative_error:.0e}"]
         row += [("" if step.metric is None else f"{step.metric:.4g}")] if scored else []
         table.add_row(*row)
-    return table
+    return Group(table, below)
 
 
 def _changed(before: Step | None, step: Step) -> list[str]:
@@ -94,7 +98,8 @@ def _about_checks(history: History) -> str:
 def passes_table(passes: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -> Table:
     """Every pass with its kind, its options and what it does; then the recipes."""
     table = Table(title="passes", title_justify="left")
-    for heading in ("pass", "kind", "options", "what it does"):
+    table.add_column("pass", no_wrap=True)
+    for heading in ("kind", "options", "what it does"):
         table.add_column(heading, overflow="fold")
     for name, item in passes.items():
         options = [f"{key}={type_text(hint)}" for key, hint in options_of(item).items()]

@@ -1,5 +1,13 @@
 """Operators of our own: what PyTorch has no single operator for. Importing this package registers them."""
 
-from lissom.ops.attention import attention
+from collections.abc import Callable, Mapping
 
-__all__ = ["attention"]
+import torch
+
+from lissom.ops.attention import attention, attention_reference
+from lissom.ops.rotary import rotary, rotary_reference
+
+IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {attention: attention_reference, rotary: rotary_reference}
+"""Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
+
+__all__ = ["IMPLEMENTATIONS", "attention", "rotary"]

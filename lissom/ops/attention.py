@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-_LIBRARY = torch.library.Library("lissom", "DEF")
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, "
     "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
@@ -18,7 +18,7 @@ _LIBRARY.define(
 )
 
 
-def _reference(
+def attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -28,6 +28,7 @@ def _reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """The operator in PyTorch's own."""
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -39,7 +40,7 @@ def _reference(
     return torch.matmul(weights if sinks is None else weights[..., :-1], v)
 
 
-_LIBRARY.impl("attention", _reference, "CompositeImplicitAutograd")
+_LIBRARY.impl("attention", attention_reference, "CompositeImplicitAutograd")
 
 attention = torch.ops.lissom.attention.default
 """The operator. q: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; bias: added to the scores, or a

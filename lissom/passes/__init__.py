@@ -13,8 +13,11 @@ from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubex
 from lissom.passes.canonical.raise_activations import RaiseActivations
 from lissom.passes.canonical.raise_attention import RaiseAttention
 from lissom.passes.canonical.raise_rms_norm import RaiseRmsNorm
+from lissom.passes.canonical.raise_rotary import RaiseRotary
+from lissom.passes.canonical.raise_softmax import RaiseSoftmax
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum
+from lissom.passes.lowering.merge_projections import MergeProjections
 
 PASSES: Mapping[str, type[Pass]] = {
     item.name(): item
@@ -25,15 +28,18 @@ PASSES: Mapping[str, type[Pass]] = {
         FoldConstants,
         MergeCommonSubexpressions,
         RaiseRmsNorm,
+        RaiseSoftmax,
         RaiseActivations,
+        RaiseRotary,
         RaiseAttention,
+        MergeProjections,
     )
 }
 
 RECIPES: Mapping[str, str] = {
     "exact": (
         "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"
-        "raise-rms-norm,raise-activations,raise-attention,merge-common-subexpressions"
+        "raise-rms-norm,raise-softmax,raise-activations,raise-rotary,raise-attention,merge-common-subexpressions"
     ),
 }
 

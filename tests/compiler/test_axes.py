@@ -15,11 +15,12 @@ from lissom.compiler.axis import Axis
 from lissom.compiler.axis_edit import mask, remove_indices
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.linears import input_of, is_attention, is_linear, weight_of
 from lissom.compiler.pipeline import Pipeline
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.spelling import parse_pipeline
-from lissom.compiler.structure import input_of, is_attention, is_linear, structure, weight_of
+from lissom.compiler.structure import structure
 from lissom.compiler.verify import TOLERANCE, compare, run_samples, verify_structure
 from lissom.frontends.export import capture
 from lissom.passes import PASSES, RECIPES

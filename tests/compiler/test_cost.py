@@ -126,14 +126,13 @@ def test_views_cost_nothing(moves, target):
 def test_a_reshape_that_copies_and_a_cast_that_converts_move_bytes(moves):
     assert not moves_nothing(call(moves, aten.reshape.default))
     assert moved(call(moves, aten.reshape.default)) == (4 * 15, 4 * 15)
-    halved = [node for node in moves.nodes() if nodes.is_tensor(node) and nodes.tensor_type(node).dtype is torch.float16]
-    assert moved(halved[0]) == (4 * 2 * 5, 2 * 2 * 5)
+    (halved,) = [node for node in moves.nodes(aten.to.dtype) if nodes.tensor_type(node).dtype is torch.float16]
+    assert moved(halved) == (4 * 2 * 5, 2 * 2 * 5)
 
 
 def test_a_cast_to_the_same_type_costs_nothing(moves):
-    casts = [node for node in moves.nodes() if "aten.to." in str(node.target) or node.target is aten._to_copy.default]
-    same = [node for node in casts if nodes.tensor_type(node).dtype is torch.float32]
-    assert all(node_cost(node) == Cost() for node in same)
+    (same,) = [node for node in moves.nodes(aten.to.dtype) if nodes.tensor_type(node).dtype is torch.float32]
+    assert node_cost(same) == Cost()
 
 
 def test_an_expanded_dimension_is_read_once(moves):
@@ -207,10 +206,9 @@ def test_symbolic_costs_at_the_example_are_those_of_the_program_captured_there(n
     fixed = total_cost(capture(case.model, case.args, case.kwargs, dynamic=False).program)
     program = captured(name)
     found = total_cost(program, example_sizes(program))
-    assert (found.flops, found.parameters) == (fixed.flops, fixed.parameters) == (flops(program), program.parameter_count)
+    assert found == fixed
+    assert (found.flops, found.parameters) == (flops(program), program.parameter_count)
     assert all(isinstance(value, int) for value in (found.flops, found.read_bytes, found.written_bytes))
-    # Fixed sizes let the export fold some of the masks, so that a few small tensors are not moved.
-    assert 0.5 * found.bytes <= fixed.bytes <= found.bytes
 
 
 def test_symbolic_costs_at_other_sizes_are_those_pytorch_counts_there():
@@ -290,5 +288,5 @@ def test_a_size_out_of_range_is_refused(size):
 def test_sizes_that_break_a_condition_are_refused():
     program = captured("blocked")
     assert total_cost(program, {"batch": 1, "sequence": 12}).flops == 2 * 12 * 8 * 8
-    with pytest.raises(UnsupportedError, match=r"batch = 1, sequence = 6 (breaks a condition of|is no size) Blocked"):
+    with pytest.raises(UnsupportedError, match=r"^batch = 1, sequence = 6 breaks a condition of Blocked, .*; give"):
         total_cost(program, {"batch": 1, "sequence": 6})

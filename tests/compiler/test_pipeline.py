@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lissom.compiler import node as nodes
@@ -264,6 +265,25 @@ def test_a_pass_that_changes_nothing_costs_no_run():
         _, history = run(captured("feed_forward"), NeedsFloats(), NeedsFloats())
     assert counted.norms == 2, "the original on two samples, and nothing else"
     assert [step.relative_error for step in history.steps] == [None, 0.0, 0.0]
+
+
+class EndsInEveryRow(nn.Module):
+    """Wants a 1 in every row, as models that read the place of the last token do."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        torch._assert_async((ids == 1).any(1).all(), "a row has no end")
+        return nn.functional.gelu(ids.float())
+
+
+def test_a_sample_the_original_refuses_is_left_out():
+    ids, refused = torch.tensor([[3, 4, 1], [5, 1, 6]]), torch.tensor([[3, 4, 2]])
+    program = capture(EndsInEveryRow(), (ids,)).program
+    _, history = Pipeline([DropDropout()], samples=[[ids], [refused]]).run(program)
+    assert history.steps[1].relative_error == 0
+    with pytest.raises(VerifyError, match="its outputs differ"):
+        Pipeline([DoubleGelu()], samples=[[ids], [refused]]).run(program)
+    with pytest.raises(RuntimeError, match="a row has no end"):
+        Pipeline([DropDropout()], samples=[[refused], [ids]]).run(program)
 
 
 def test_an_interrupt_keeps_what_was_finished():

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import transformers
+from torch import nn
 
+import lissom
 from lissom.compiler.program import Program
 from lissom.compiler.structure import Structure, structure
 from lissom.frontends.export import capture
 from tests.compiler.test_axes import canonical
-from tests.models import seeded, tied, tokens
+from tests.models import normal, seeded, tied, tokens
 
 
 def found_in(name: str) -> Structure:
@@ -85,3 +87,69 @@ def test_sliding_window_is_measured():
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     found = capture(seeded(lambda: transformers.MistralModel(config)), (), inputs).program.fact(structure)
     assert str(found.attention[0].mask) == "causal + window 7 + padding"
+
+
+def decoder(config: transformers.PreTrainedConfig) -> Program:
+    """A causal language model after the recipe `exact`."""
+    ids = tokens()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    model = seeded(lambda: transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    return lissom.compile(model, inputs).program
+
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 37, "num_hidden_layers": 2, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+
+
+def test_soft_caps_are_told():
+    found = decoder(transformers.Gemma2Config(**SIZES, attn_logit_softcapping=30.0)).fact(structure)
+    assert [(site.softcap, site.sinks, site.positions) for site in found.attention] == [(30.0, False, "rotary")] * 2
+
+
+def test_sinks_and_experts_are_told():
+    config = transformers.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    found = decoder(config).fact(structure)
+    assert [(site.softcap, site.sinks, site.key_value_heads) for site in found.attention] == [(None, True, 2)] * 2
+    assert [(site.experts, site.top_k, site.path) for site in found.mixtures] == [
+        (4, 2, f"model.layers.{layer}.mlp.router") for layer in range(2)
+    ]
+
+
+def test_sites_know_the_sum_that_joins_the_residual_stream():
+    layer = found_in("llama").layers[0]
+    after_attention, after_feed_forward = layer.attention[0].residual, layer.feed_forward[0].residual
+    assert after_attention is not None
+    assert after_feed_forward is not None
+    assert layer.attention[0].output in after_attention.all_input_nodes
+    assert {after_attention, layer.feed_forward[0].down} == set(after_feed_forward.all_input_nodes)
+
+
+def test_a_norm_inside_a_feed_forward_belongs_to_it():
+    class SubNormed(nn.Module):
+        """As in BitNet: gate and up, a norm, then down."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.norm = nn.RMSNorm(12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.norm(nn.functional.silu(self.gate(x)) * self.up(x)))
+
+    (site,) = capture(seeded(SubNormed), (normal(2, 5, 8),)).program.fact(structure).feed_forward
+    assert (site.gated, site.width, len(site.up)) == (True, 12, 2)
+
+
+def test_convolutions_over_several_places_are_no_feed_forward():
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.GELU(), nn.Conv1d(8, 8, 3), nn.GELU())
+    assert capture(seeded(lambda: model), (normal(2, 8, 20),)).program.fact(structure).feed_forward == ()
+
+
+def test_heads_folded_with_the_batch_are_told_from_the_projection():
+    layer = nn.TransformerEncoderLayer(16, 4, 24)
+    program = lissom.compile(layer.eval(), normal(5, 2, 16)).program
+    (site,) = program.fact(structure).attention
+    assert (site.heads, site.key_value_heads, site.head_dim) == (4, 4, 4)
+    assert len(program.fact(structure).feed_forward) == 1

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lissom.compiler.errors import CaptureError
+from lissom.compiler.errors import CaptureError, InputError
 from lissom.frontends.export import Capture, capture
 from tests.models import FeedForward, blocked, branching, capture_of, feed_forward, nested, normal, tiny_bert, tokens
 
@@ -205,6 +205,44 @@ def test_a_condition_on_sizes_is_kept():
         x = normal(3, length, 8)
         # Softmax over four values in float32, unit roundoff 6e-8.
         torch.testing.assert_close(found.program(x), case.model(x), rtol=1e-6, atol=1e-6)
+
+
+class Halving(nn.Module):
+    """Averages neighbours, with the last one alone where the number is odd, as long as there are few."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, : 4 * (x.shape[1] // 4)] if not torch.jit.is_tracing() and x.shape[1] > 6 else x * 2
+
+
+def test_a_size_at_which_the_model_gives_something_else_is_not_promised():
+    """A choice by size is kept as a condition, or the size is fixed; either way no call gets a wrong answer."""
+    program = capture(Halving(), (normal(2, 5, 3),)).program
+    for length in (5, 6, 10):
+        x = normal(2, length, 3)
+        try:
+            found = program(x)
+        except InputError:
+            continue
+        torch.testing.assert_close(found, Halving()(x), rtol=0, atol=0)
+
+
+class Blocks(nn.Module):
+    """Blocks that change nothing at inference, one in the other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            y = x + 1
+            with torch.autocast("cpu", enabled=False):
+                y = y * x
+        return y @ x.mT
+
+
+def test_blocks_that_change_nothing_are_part_of_the_graph():
+    program = capture(Blocks(), (normal(2, 5, 3),)).program
+    names = [str(node.target) for node in program.nodes()]
+    assert not any("wrap" in name for name in names)
+    x = normal(3, 4, 3)
+    torch.testing.assert_close(program(x), Blocks()(x), rtol=0, atol=0)
 
 
 def test_a_branch_on_values_is_refused_in_one_sentence_with_its_line(capfd):

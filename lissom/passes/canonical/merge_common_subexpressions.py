@@ -1,17 +1,19 @@
-"""Compute equal things once: calls of the same operator on the same arguments become one, and so do equal sizes.
+"""Compute equal things once: calls of the same operator on the same arguments become one, and so do equal sizes and numbers.
 
-Two sizes are equal when they are the same expression of the program's dimensions, whichever tensor each is read from.
+Two sizes are equal when they are the same expression of the program's dimensions, whichever tensor each is read from. Constants
+of rank 0, which a capture makes for every literal tensor in the model's code, are equal when they have the same type and value.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
+from lissom.compiler.program import Program
 from lissom.compiler.types import ScalarType
 
 
@@ -21,12 +23,28 @@ class MergeCommonSubexpressions(Rewrite):
 
     def run(self, edit: Editor) -> None:
         first: dict[object, fx.Node] = {}
+        for node in _constants(edit.program):
+            earlier = first.setdefault(_value(edit.program, node), node)
+            if earlier is not node:
+                edit.replace(node, earlier)
         for node in edit.nodes():
             if not nodes.is_pure(node):
                 continue
             earlier = first.setdefault(_key(node), node)
             if earlier is not node:
                 edit.replace(node, earlier)
+
+
+def _constants(program: Program) -> list[fx.Node]:
+    """The reads of constants of rank 0: neither parameters, which may be trained, nor state."""
+    reads = [node for node in program.graph.nodes if node.op == "get_attr" and str(node.target) not in program.state]
+    weights = {node: program.weight(str(node.target)) for node in reads}
+    return [node for node, found in weights.items() if found.dim() == 0 and not isinstance(found, nn.Parameter)]
+
+
+def _value(program: Program, node: fx.Node) -> object:
+    found = program.weight(str(node.target))
+    return (found.dtype, found.device, repr(found.item()))
 
 
 def _key(node: fx.Node) -> object:

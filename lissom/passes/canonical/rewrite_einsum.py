@@ -42,7 +42,8 @@ class RewriteEinsum(Rewrite):
     """Replaces `einsum` by `matmul` between permutations."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(aten.einsum.default):
+        pairs = [part for node in edit.nodes(aten.einsum.default) for part in _in_pairs(edit, node)]
+        for node in pairs:
             operands = cast("list[fx.Node]", node.args[1])
             letters = parse(str(node.args[0])) if len(operands) == 2 else None
             if letters is None:
@@ -54,6 +55,30 @@ class RewriteEinsum(Rewrite):
             with edit.before(node):
                 rewritten = _product(edit, operands, letters)
             edit.replace(node, rewritten)
+
+
+def _in_pairs(edit: Editor, node: fx.Node) -> list[fx.Node]:
+    """An einsum of several operands as einsums of two, from left to right as PyTorch computes it; else the node itself.
+
+    Each keeps the letters that what follows needs.
+    """
+    operands = cast("list[fx.Node]", node.args[1])
+    inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(operands) < 3 or not arrow or not "".join((*terms, result)).isalpha():
+        return [node]
+    parts: list[fx.Node] = []
+    found, letters = operands[0], terms[0]
+    with edit.before(node):
+        for index in range(1, len(operands)):
+            needed = "".join((result, *terms[index + 1 :]))
+            left = "".join(letter for letter in dict.fromkeys(letters + terms[index]) if letter in needed)
+            left = result if index == len(operands) - 1 else left
+            found = edit.call(aten.einsum.default, f"{letters},{terms[index]}->{left}", [found, operands[index]])
+            parts.append(found)
+            letters = left
+    edit.replace(node, found)
+    return parts
 
 
 def parse(equation: str) -> _Letters | None:

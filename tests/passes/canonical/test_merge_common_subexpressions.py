@@ -109,6 +109,16 @@ def test_sizes_that_vary_apart_are_read_apart() -> None:
     assert calls(program, aten.sym_size.int) == 2
 
 
+def test_equal_constants_of_rank_0_are_one() -> None:
+    def twice(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return (x == model.a) & (x == model.b) & (x == model.c) & (x == model.d)
+
+    parts = {"a": torch.tensor(2.0), "b": torch.tensor(2.0), "c": torch.tensor(2), "d": nn.Parameter(torch.tensor(2.0))}
+    program, _ = rewrite(MergeCommonSubexpressions(), Calls(twice, **parts), normal(2, 5))
+    # The whole number is of another type, and a parameter may be trained.
+    assert sorted(program.weights()) == ["a", "c", "d"]
+
+
 def test_random_numbers_stay_apart() -> None:
     # Times zero, so that two runs agree.
     module = Calls(lambda x: x + torch.rand_like(x) * 0 + torch.rand_like(x) * 0)

@@ -139,6 +139,51 @@ SPELLINGS: dict[str, Spelling] = {
         torch.zeros(BATCH, 1, 1, KEYS).masked_fill(padding(), LOWEST),
         {"mask": padding()},
     ),
+    "bias subtracted": Spelling(
+        lambda model, q, k, v: ((q @ k.mT - 2.0 * model.bias) / 2).softmax(-1) @ v, 0.5, -causal(9.0), {"bias": causal(9.0)}
+    ),
+    "chosen with where": Spelling(
+        lambda model, q, k, v: torch.where(model.seen, q @ k.mT, torch.tensor(LOWEST)).softmax(-1) @ v,
+        bias=causal(),
+        buffers={"seen": causal() == 0},
+    ),
+    "hidden with where": Spelling(
+        lambda model, q, k, v: torch.where(model.hidden, -1e9, q @ k.mT).softmax(-1) @ v,
+        bias=causal(),
+        buffers={"hidden": causal() != 0},
+    ),
+    "kept above the lowest": Spelling(
+        lambda model, q, k, v: torch.max(q @ k.mT + model.mask + model.mask, torch.tensor(LOWEST)).softmax(-1) @ v,
+        bias=2 * causal(LOWEST).double(),
+        buffers={"mask": causal()},
+    ),
+    "shifted by the maximum": Spelling(
+        lambda q, k, v: ((q @ k.mT / 4 - (q @ k.mT / 4).amax(-1, keepdim=True)) * 2).softmax(-1) @ v, 0.5
+    ),
+    "weights put to 0 where hidden": Spelling(
+        lambda model, q, k, v: (q @ k.mT).masked_fill(model.mask, INFINITE).softmax(-1).masked_fill(model.mask, 0.0) @ v,
+        bias=torch.zeros(BATCH, 1, 1, KEYS).masked_fill(padding(), INFINITE),
+        buffers={"mask": padding()},
+    ),
+    "a temperature a head": Spelling(
+        lambda model, q, k, v: ((q @ k.mT) * model.t + model.mask).softmax(-1) @ v,
+        0.5,
+        causal(),
+        {"t": torch.full((HEADS, 1, 1), 0.5), "mask": causal()},
+    ),
+    "windows beside the batch": Spelling(
+        lambda model, q, k, v: ((q @ k.mT).unflatten(0, (1, BATCH)) + model.mask[None, :, None]).flatten(0, 1).softmax(-1) @ v,
+        bias=torch.stack([causal(), torch.zeros(LENGTH, KEYS)])[:, None],
+        buffers={"mask": torch.stack([causal(), torch.zeros(LENGTH, KEYS)])},
+    ),
+    "weights put to 0 where low": Spelling(
+        lambda model, q, k, v: (q @ k.mT).masked_fill(model.mask, LOWEST).softmax(-1).masked_fill(model.mask, 0.0) @ v,
+        bias=torch.zeros(BATCH, 1, 1, KEYS).masked_fill(padding(), INFINITE),
+        buffers={"mask": padding()},
+    ),
+    "batch and heads folded in the scores alone": Spelling(
+        lambda q, k, v: torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).view(BATCH, HEADS, LENGTH, KEYS).softmax(-1) @ v
+    ),
     "one head of keys for all": Spelling(lambda q, k, v: plain(q, k[:, :1], v[:, :1])),
 }
 
@@ -165,6 +210,49 @@ def test_numbers(spelling: Spelling) -> None:
     torch.testing.assert_close(
         program(*tensors()).double(), attention(q, k, v, spelling.scale, spelling.bias), rtol=0, atol=2e-6
     )
+
+
+def capped(scores: torch.Tensor, cap: float) -> torch.Tensor:
+    return torch.tanh(scores / cap) * cap
+
+
+def with_sinks(scores: torch.Tensor, sinks: torch.Tensor, shift: bool = False) -> torch.Tensor:
+    joined = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], -1)], -1)
+    joined = joined - joined.max(-1, keepdim=True).values if shift else joined
+    return joined.softmax(-1)[..., :-1]
+
+
+CAPS_AND_SINKS: dict[str, Function] = {
+    "soft cap": lambda model, q, k, v: capped(q @ k.mT * 0.5, 3.0).softmax(-1) @ v,
+    "soft cap of 1": lambda model, q, k, v: torch.tanh(0.5 * q @ k.mT).softmax(-1) @ v,
+    "soft cap, then scale": lambda model, q, k, v: (capped(q @ k.mT, 3.0) * -0.5).softmax(-1) @ v,
+    "soft cap, then mask": lambda model, q, k, v: (capped(q @ k.mT, 3.0) + model.mask).softmax(-1) @ v,
+    "sinks": lambda model, q, k, v: with_sinks(q @ k.mT * 0.5, model.sinks) @ v,
+    "sinks, mask and shift": lambda model, q, k, v: with_sinks(q @ k.mT * 0.5 + model.mask, model.sinks, True) @ v,
+    "sinks and soft cap": lambda model, q, k, v: with_sinks(capped(q @ k.mT, 3.0), model.sinks) @ v,
+}
+
+
+@pytest.mark.parametrize("function", CAPS_AND_SINKS.values(), ids=CAPS_AND_SINKS)
+def test_soft_caps_and_sinks(function: Function) -> None:
+    module = Calls(function, mask=causal(), sinks=nn.Parameter(normal(HEADS)))
+    wanted = module.double()(*(item.double() for item in tensors()))
+    program, _ = rewrite(PASSES, module.float(), *tensors())
+    assert (calls(program, torch.ops.lissom.attention.default), calls(program, aten.softmax.int)) == (1, 0)
+    # As in test_numbers.
+    torch.testing.assert_close(program(*tensors()).double(), wanted, rtol=0, atol=2e-6)
+
+
+def test_a_fill_of_half_precision() -> None:
+    def function(model: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT).masked_fill(model.mask, -65504).softmax(-1) @ v
+
+    q, k, v = (item.half() for item in tensors())
+    program, _ = rewrite(PASSES, Calls(function, mask=padding()), q, k, v)
+    assert (raised(program), calls(program, aten.softmax.int)) == (1, 0)
+    bias = torch.zeros(BATCH, 1, 1, KEYS).masked_fill(padding(), LOWEST)
+    # Values of order 1 round once to 11 bits (2^-11 = 5e-4), and so may the scores and weights inside.
+    torch.testing.assert_close(program(q, k, v).double(), attention(q, k, v, 1.0, bias), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -231,10 +319,6 @@ REFUSALS: dict[str, tuple[Function, str]] = {
         lambda q, k, v: (q @ k.mT).masked_fill(k[:, :, None, :, 0] > 0, -1e4).softmax(-1) @ v,
         "a fill of -10000 is not low enough to be the same as adding it",
     ),
-    "fill of half precision": (
-        lambda q, k, v: (q.half() @ k.half().mT).masked_fill(k[:, :, None, :, 0] > 0, -65504).softmax(-1) @ v.half(),
-        "a fill of -65504 is not low enough to be the same as adding it",
-    ),
     "fill that is computed": (
         lambda q, k, v: (q @ k.mT).masked_fill(k[:, :, None, :, 0] > 0, q.sum()).softmax(-1) @ v,
         "the fill of the masked scores is computed",
@@ -243,10 +327,25 @@ REFUSALS: dict[str, tuple[Function, str]] = {
         lambda q, k, v: (-1.0 * (q @ k.mT).masked_fill(k[:, :, None, :, 0] > 9, LOWEST)).softmax(-1) @ v,
         f"a fill of {-LOWEST:g} is not low enough to be the same as adding it",
     ),
-    "soft cap": (lambda q, k, v: (torch.tanh(q @ k.mT / 30) * 30).softmax(-1) @ v, "the scores come through aten.tanh.default"),
-    "soft cap and mask": (
-        lambda q, k, v: (torch.tanh(q @ k.mT) + k[:, :, None, :, 0]).softmax(-1) @ v,
-        "neither term of the scores is a scaled product",
+    "soft cap after a mask": (
+        lambda q, k, v: (torch.tanh(q @ k.mT + k[:, :, None, :, 0]) * 30).softmax(-1) @ v,
+        "the scores are soft-capped after a bias, a shift or another cap",
+    ),
+    "sinks kept": (
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1) @ torch.cat([v, v[:, :, :1]], 2),
+        "the last column is dropped from the weights, or sinks are kept in them",
+    ),
+    "last key dropped": (
+        lambda q, k, v: (q @ k.mT).softmax(-1)[..., :-1] @ v[:, :, :-1],
+        "the last column is dropped from the weights, or sinks are kept in them",
+    ),
+    "two columns joined": (
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :2]], -1).softmax(-1)[..., :-1] @ torch.cat([v, v[:, :, :1]], 2),
+        "the scores are joined with something that is not one column of sinks",
+    ),
+    "weights put to 0": (
+        lambda q, k, v: (q @ k.mT).softmax(-1).masked_fill(k[:, :, None, :, 0] > 0, 0.0) @ v,
+        "the weights are put to 0 where the scores are not hidden",
     ),
     "sum with a factor": (
         lambda q, k, v: torch.add(q @ k.mT, k[:, :, None, :, 0], alpha=2).softmax(-1) @ v,

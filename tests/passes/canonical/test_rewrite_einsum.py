@@ -71,6 +71,18 @@ def test_numbers(name: str) -> None:
     assert relative_error(wanted.float(), program.run([x, y])[0]) < 1e-6
 
 
+def test_several_operands_are_multiplied_from_left_to_right() -> None:
+    weights, v, out = normal(2, 3, 5, 5), normal(2, 5, 3, 4, seed=1), nn.Parameter(normal(3, 4, 6, seed=2))
+    module = Calls(lambda model, w, v: torch.einsum("bhts,bshd,hdw->btw", w, v, model.out), out=out)
+    program, history = rewrite(RewriteEinsum(), module, weights, v)
+    assert calls(program, aten.einsum.default) == 0
+    assert calls(program, aten.matmul.default) == 2
+    assert not history.steps[1].skipped
+    wanted = torch.stack([sum(weights[:, h].double() @ v[:, :, h].double() @ out[h].double() for h in range(3))])[0]
+    # Two float32 products of up to twelve terms.
+    assert relative_error(wanted.float(), program.run([weights, v])[0]) < 1e-6
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 7), st.integers(1, 3), st.integers(1, 5))
 def test_numbers_of_odd_sizes(batch: int, length: int, heads: int, head_dim: int) -> None:

@@ -1,0 +1,101 @@
+"""The sizes that may vary: those a caller names in `dynamic=`, and what is said of those found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import sympy
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from lissom.compiler.errors import CaptureError
+from lissom.compiler.program import Program
+from lissom.compiler.signature import Signature
+
+Dynamic = Mapping[str, Mapping[int, "str | Dim"]]
+
+
+def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict[int, dict[int, object]]:
+    """The dimensions the caller names, by the input they belong to.
+
+    Raises: CaptureError for an argument or a dimension that is not there, and for an example outside a range.
+    """
+    wanted: dict[int, dict[int, object]] = {}
+    for name, dims in dynamic.items():
+        if name not in arguments:
+            raise CaptureError(f"dynamic names '{name}', which is no argument of this call; it has {', '.join(arguments)}")
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments[name]) if isinstance(leaf, torch.Tensor)]
+        rank = min((tensor.dim() for tensor in tensors), default=0)
+        for index, given in dims.items():
+            if not 0 <= index < rank:
+                raise CaptureError(f"dynamic names dimension {index} of '{name}', which has {rank}, counted from 0")
+            if not isinstance(given, (str, Dim)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise CaptureError(
+                    f"dynamic gives {given!r} for dimension {index} of '{name}'; give a name, or Dim(name, min=, max=)"
+                )
+            outside = next((tensor.shape[index] for tensor in tensors if not _in_range(given, tensor.shape[index])), None)
+            if outside is not None:
+                raise CaptureError(
+                    f"the example has size {outside} in dimension {index} of '{name}', outside of the range dynamic= gives "
+                    f"it; pass an example inside"
+                )
+        wanted |= {id(tensor): dict.fromkeys(dims, Dim.AUTO) for tensor in tensors}
+    return wanted
+
+
+def _in_range(given: str | Dim, size: int) -> bool:
+    return isinstance(given, str) or bool(given.min <= size <= given.max)
+
+
+def renamed(program: Program, dynamic: Dynamic) -> Program:
+    """The program with the caller's names and ranges on its dimensions.
+
+    Raises: CaptureError when a dimension that should vary was fixed by the model, or one name stands for two.
+    """
+    dimensions = dict(program.signature.dimensions)
+    for leaf in program.signature.tensors:
+        for index, wanted in dynamic.get(leaf.path.split("[")[0].split(".")[0], {}).items():
+            size = leaf.type.shape[index]
+            name = wanted if isinstance(wanted, str) else wanted.__name__
+            if isinstance(size, int):
+                raise CaptureError(
+                    f"dimension {index} ({name}) of '{leaf.path}' was to be dynamic, but the model fixes it at {size}; "
+                    f"leave it out of dynamic="
+                )
+            if not isinstance(size, sympy.Symbol) or size not in dimensions:
+                continue
+            found = replace(dimensions[size], name=name)
+            if not isinstance(wanted, str):
+                bounds = [bound for bound in (wanted.max, found.maximum) if isinstance(bound, int)]
+                found = replace(found, minimum=max(wanted.min, found.minimum), maximum=min(bounds, default=None))
+            dimensions[size] = found
+    names = [found.name for found in dimensions.values()]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise CaptureError(f"dynamic gives the name '{twice}' to dimensions that vary apart; give each a name of its own")
+    program.signature = replace(program.signature, dimensions=dimensions)
+    return program
+
+
+def describe_dimensions(signature: Signature) -> str:
+    """A sentence on the sizes that may vary, `dynamic: batch (1 or more)`."""
+    if not signature.dimensions:
+        return "every size is fixed at the example's"
+    return "dynamic: " + ", ".join(f"{found.name} ({found.range})" for found in signature.dimensions.values())
+
+
+def declared_but_fixed(model: nn.Module, signature: Signature) -> list[str]:
+    """Sentences on sizes fixed here that vary by the file the model was read from (`meta["dynamic"]`, as from ONNX)."""
+    declared: Mapping[str, Mapping[int, str]] = getattr(model, "meta", {}).get("dynamic", {})
+    notes: list[str] = []
+    for leaf in signature.tensors:
+        tried = (0, 1) if len(leaf.type.shape) in (2, 3) else (0,)
+        for index, name in declared.get(leaf.path, {}).items():
+            if isinstance(leaf.type.shape[index], int):
+                reason = "constants in its graph fix it" if index in tried else "name it in dynamic= to let it vary"
+                fixed = f"dimension {index} of '{leaf.path}' at {leaf.type.shape[index]}"
+                notes.append(f"{fixed}: it varies in the file ({name}), but {reason}")
+    return notes

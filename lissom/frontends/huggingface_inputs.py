@@ -1,0 +1,211 @@
+"""Example inputs for a model of transformers: by its tokenizer, by its feature extractor, or from its configuration.
+
+What a model takes is told by its `main_input_name` and by the parameters of its forward. Where that leaves a choice, the model
+is called with each, and the first inputs it runs on are taken.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from lissom.compiler.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+SENTENCES = (
+    "A compiler rewrites a program without changing what it means.",
+    "The lake lies still this morning.",
+)
+
+_ROWS, _TOKENS, _SAMPLES, _FRAMES = 2, 12, 16000, 128
+_CACHES = {"cache", "past_key_values", "cache_params", "state"}
+"""The outputs in which models that take `use_cache` return what they keep, in one or another version of transformers."""
+
+Inputs = dict[str, object]
+
+
+def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> tuple[Inputs, str]:
+    """Two rows of inputs the model runs on, and a sentence on how they were made. Decoders are told not to keep a cache.
+
+    Raises: UnsupportedError when the model takes none that are known here, or runs on none of them.
+    """
+    takes = set(inspect.signature(model.forward).parameters)
+    first: Exception | None = None
+    for inputs, note in _candidates(model, takes, tokenizer, directory):
+        found = _completed(model, takes, {name: value for name, value in inputs.items() if name in takes})
+        asked = {"use_cache": True} if "use_cache" in takes else {}
+        try:
+            with torch.no_grad():
+                outputs = model(**found, **asked)
+        except Exception as error:
+            first = first or error
+            continue
+        # An encoder takes the flag, too, because it may be made a decoder, and keeps nothing.
+        keeps = isinstance(outputs, Mapping) and not _CACHES.isdisjoint(outputs)
+        return found | ({"use_cache": False} if asked and keeps else {}), note
+    reason = f"runs on none of those tried: {first}" if first else f"takes '{model.main_input_name}', of which none are known"
+    raise UnsupportedError(
+        f"no example inputs can be made for {type(model).__name__}: it {reason}; call lissom.compile with inputs of your own"
+    ) from first
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
+    """Token ids and masks of the sentences: padded to the longest, or cut and padded to `length` tokens."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    padding = True if length is None else "max_length"
+    encoded = tokenizer(list(sentences), padding=padding, truncation=True, max_length=length, return_tensors="pt")
+    return dict(encoded)
+
+
+def _candidates(
+    model: PreTrainedModel, takes: set[str], tokenizer: PreTrainedTokenizerBase | None, directory: Path
+) -> Iterator[tuple[Inputs, str]]:
+    """Inputs to try, the likeliest first."""
+    config, main = model.config, model.main_input_name
+    if main == "input_ids" or (main not in _MAKERS and "input_ids" in takes):
+        pictures: list[Inputs] = list(_pictures(config, directory)) if "pixel_values" in takes else []
+        for text, note in _texts(model, tokenizer):
+            yield from ((text | picture, f"{note}; pictures of random pixels") for picture in pictures)
+            yield text, note
+    elif main in _MAKERS:
+        if main in ("input_features", "input_values") and (directory / "preprocessor_config.json").is_file():
+            yield from _heard(directory)
+        what, make = _MAKERS[main]
+        for inputs in make(config, directory):
+            sizes = " x ".join(map(str, cast(torch.Tensor, inputs[main]).shape))
+            note = f"example inputs: random {what}, {sizes}, from the configuration"
+            yield inputs, note
+            if "input_ids" in takes:
+                yield from ((inputs | text, f"{note}; {made}") for text, made in _texts(model, tokenizer))
+
+
+def _completed(model: PreTrainedModel, takes: set[str], inputs: Inputs) -> Inputs:
+    """The inputs with those of a decoder behind an encoder; a configuration that asks for a cache is told not to."""
+    if model.config.is_encoder_decoder and "decoder_input_ids" in takes:
+        start = getattr(model.config, "decoder_start_token_id", None)
+        ids = inputs["input_ids"] if isinstance(inputs.get("input_ids"), torch.Tensor) else _random_tokens(model.config)
+        shifted = cast(torch.Tensor, ids).roll(1, 1)
+        shifted[:, 0] = start if isinstance(start, int) else 0
+        inputs = inputs | {"decoder_input_ids": shifted}
+    for config in (model.config, model.config.get_text_config()):
+        # Some forwards hand this on to the decoder in them without naming it.
+        if "use_cache" not in takes and getattr(config, "use_cache", False):
+            config.use_cache = False
+    return inputs
+
+
+def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[tuple[Inputs, str]]:
+    """Sentences by the tokenizer, and token ids from the configuration."""
+    if tokenizer is not None:
+        if model.can_generate() and not model.config.is_encoder_decoder:
+            # A decoder goes on from the last position, which must be a token in every row.
+            tokenizer.padding_side = "left"
+        side = tokenizer.padding_side
+        yield dict(encode(tokenizer, SENTENCES)), f"example inputs: {len(SENTENCES)} sentences by its tokenizer, padded {side}"
+    ids = _random_tokens(model.config)
+    note = "the tokenizer's ids do not fit the model" if tokenizer is not None else "there is no tokenizer beside the model"
+    yield (
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        f"example inputs: {_ROWS} x {ids.shape[1]} random token ids from the configuration, because {note}",
+    )
+
+
+def _random_tokens(config: PreTrainedConfig) -> torch.Tensor:
+    """Token ids from the middle of the vocabulary: the special ones lie at its ends."""
+    text = config.get_text_config()
+    size = int(getattr(text, "vocab_size", 0) or 128)
+    longest = getattr(text, "max_position_embeddings", None)
+    tokens = min(_TOKENS, longest) if isinstance(longest, int) and longest > 2 else _TOKENS
+    lowest, highest = (size // 4, size - size // 4) if size > 4 else (0, size)
+    return torch.randint(lowest, highest, (_ROWS, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def _pictures(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
+    """Pictures of the size and channels the configuration or the image processor gives; videos where it gives frames."""
+    parts = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config", "encoder"))]
+    channels = next((found for part in parts if isinstance(found := getattr(part, "num_channels", None), int)), 3)
+    size = next((found for part in parts if (found := _two_sizes(getattr(part, "image_size", None)))), None)
+    size = size or _processor_size(directory) or (224, 224)
+    frames = getattr(config, "num_frames", None)
+    if isinstance(frames, int):
+        yield {"pixel_values": _normal(_ROWS, frames, channels, *size)}
+    yield {"pixel_values": _normal(_ROWS, channels, *size)}
+
+
+def _processor_size(directory: Path) -> tuple[int, int] | None:
+    file = directory / "preprocessor_config.json"
+    if not file.is_file():
+        return None
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    return _two_sizes(fields.get("crop_size")) or _two_sizes(fields.get("size"))
+
+
+def _two_sizes(found: object) -> tuple[int, int] | None:
+    """Height and width, of any of the ways they are written."""
+    if isinstance(found, int) and found > 0:
+        return found, found
+    if isinstance(found, (list, tuple)) and len(found) == 2:
+        return int(found[0]), int(found[1])
+    if isinstance(found, Mapping):
+        sizes = cast(Mapping[str, int], found)
+        if "height" in sizes and "width" in sizes:
+            return int(sizes["height"]), int(sizes["width"])
+        return _two_sizes(sizes.get("shortest_edge"))
+    return None
+
+
+def _heard(directory: Path) -> Iterator[tuple[Inputs, str]]:
+    """A second of noise through the model's own feature extractor, where it can be loaded."""
+    import transformers
+
+    try:
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(directory, local_files_only=True)
+        rate = int(extractor.sampling_rate)
+        sounds = [wave.numpy() for wave in _normal(_ROWS, rate)]
+        yield (
+            dict(extractor(sounds, sampling_rate=rate, return_tensors="pt")),
+            (f"example inputs: {_ROWS} seconds of noise by its feature extractor"),
+        )
+    except (OSError, ValueError, ImportError, AttributeError, TypeError):
+        return
+
+
+def _spectrograms(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
+    """Mel bins by frames, and frames by mel bins."""
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size")
+    parts = [config, *(getattr(config, name, None) for name in ("encoder_config", "audio_config", "encoder"))]
+    found = [getattr(part, name, None) for part in parts for name in names]
+    bins = next((size for size in found if isinstance(size, int)), 80)
+    positions = getattr(config, "max_source_positions", None)
+    # Whisper's encoder has a position for every two frames, and takes no fewer.
+    yield {"input_features": _normal(_ROWS, bins, 2 * positions if isinstance(positions, int) else _FRAMES)}
+    yield {"input_features": _normal(_ROWS, _FRAMES, bins)}
+
+
+def _sounds(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
+    """Spectrograms where the configuration gives their size, else a second of samples, with and without a channel."""
+    length, bins = getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)
+    if isinstance(length, int) and isinstance(bins, int):
+        yield {"input_values": _normal(_ROWS, length, bins)}
+    yield {"input_values": _normal(_ROWS, _SAMPLES)}
+    yield {"input_values": _normal(_ROWS, 1, _SAMPLES)}
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+_MAKERS = {
+    "pixel_values": ("pictures", _pictures),
+    "input_features": ("spectrograms", _spectrograms),
+    "input_values": ("sound", _sounds),
+}
+"""For the main input of models that do not read text: what it is, and what makes it."""

@@ -1,0 +1,268 @@
+"""Sizes that are computed with tensors, kept as numbers.
+
+An ONNX graph works out its shapes with small tensors: Shape, Gather, Concat, Reshape. While a graph is traced, a tensor has no
+values, so every such shape would be unknown. Here a tensor made from sizes or constants remembers its elements, plain or
+symbolic numbers; what is computed from such tensors remembers its own; and reading one gives the numbers back.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+Result = TypeVar("Result")
+
+MOST = 64
+"""Elements a tensor may have and still be taken for sizes or constants rather than data."""
+
+_NUMBERS = "lissom_numbers"
+
+
+def remember(tensor: torch.Tensor, numbers: Iterable[object]) -> torch.Tensor:
+    """The tensor, which now knows its elements: plain or symbolic numbers, given in order."""
+    found = np.empty(tensor.numel(), dtype=object)
+    found[:] = list(numbers)
+    setattr(tensor, _NUMBERS, found.reshape(tuple(tensor.shape)))
+    return tensor
+
+
+def numbers_of(tensor: torch.Tensor) -> np.ndarray | None:
+    """The elements the tensor knows, as an array of objects in its shape; None for data."""
+    return getattr(tensor, _NUMBERS, None)
+
+
+def with_numbers(function: Callable[..., Result], name: str) -> Callable[..., Result]:
+    """The function under a name of its own, with known elements passed on by every torch call in it."""
+
+    def wrapped(*args: object, **kwargs: object) -> Result:
+        with _PassOn():
+            return function(*args, **kwargs)
+
+    wrapped.__name__ = wrapped.__qualname__ = name
+    return wrapped
+
+
+class _PassOn(TorchFunctionMode):
+    """Passes elements on from the arguments of a call to its result, and answers reads of known tensors with them."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        given: dict[str, object] = dict(kwargs or {})
+        known = numbers_of(args[0]) if args and isinstance(args[0], torch.Tensor) else None
+        if known is not None and func in _READS:
+            return _READS[func](known)
+        if func in _TAKE_NUMBERS:
+            args = _with_literal(func, args)
+        result = func(*args, **given)
+        if func in _RULES:
+            _pass_on(_RULES[func], args, given, result)
+        return result
+
+
+def _pass_on(rule: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], result: object) -> None:
+    """Compute the elements of the result, one tensor or several, from those of the arguments, if all are known."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    plain = [numbers_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    if any(new is None and old is not None for new, old in zip(plain, leaves, strict=True)):
+        return
+    tensors = [item for item in pytree.tree_leaves(result) if isinstance(item, torch.Tensor)]
+    if not all(_is_small(tensor) for tensor in tensors):
+        return
+    plain_args, plain_kwargs = pytree.tree_unflatten(plain, spec)
+    found = rule(*plain_args, **plain_kwargs)
+    for tensor, value in zip(tensors, found if isinstance(found, list) else [found], strict=True):
+        flat = value.reshape(-1).tolist() if isinstance(value, np.ndarray) else [value]
+        if len(flat) == tensor.numel():
+            remember(tensor, flat)
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    return all(type(size) is int for size in tensor.shape) and tensor.numel() <= MOST
+
+
+def _with_literal(func: Callable[..., object], args: Sequence[object]) -> Sequence[object]:
+    """The operands, with a constant of one element written as a number, so that it reads as it would in a model's code.
+
+    Only where that changes neither the dtype nor the shape of the result: beside data of its own dtype and of as high a rank.
+    """
+    if not all(isinstance(item, torch.Tensor) for item in args):
+        return args
+    *condition, left, right = cast(Sequence[torch.Tensor], args)
+    if condition:
+        literal = _literal(left, beside=right)
+        return args if literal is None else (*condition, literal, right)
+    if func in (torch.add, torch.mul) and _literal(left, beside=right) is not None:
+        left, right = right, left
+    literal = _literal(right, beside=left)
+    return args if literal is None else (left, literal)
+
+
+def _literal(tensor: torch.Tensor, beside: torch.Tensor) -> int | float | None:
+    known = numbers_of(tensor)
+    if known is None or known.size != 1 or numbers_of(beside) is not None:
+        return None
+    found = known.item()
+    fits = tensor.dtype == beside.dtype and tensor.dim() <= beside.dim()
+    return found if fits and type(found) in (int, float) else None
+
+
+def _each(function: Callable[..., object], inputs: int) -> Callable[..., object]:
+    """The function applied to every element, broadcast like the tensors."""
+    return np.frompyfunc(function, inputs, 1)
+
+
+def _quotient(left: object, right: object, rounding_mode: str | None = None) -> object:
+    """Sizes are not negative, so that rounding down is rounding to zero."""
+    return _each(operator.truediv if rounding_mode is None else operator.floordiv, 2)(left, right)
+
+
+def _cast(array: np.ndarray, dtype: object = None, *rest: object, **options: object) -> object:
+    """The elements as the dtype has them."""
+    if not isinstance(dtype, torch.dtype):
+        return array
+    if dtype is torch.bool:
+        return _each(bool, 1)(array)
+    return _each(_to_float if dtype.is_floating_point else _to_integer, 1)(array)
+
+
+def _to_float(value: Any) -> object:
+    return torch.sym_float(value)
+
+
+def _to_integer(value: Any) -> object:
+    if isinstance(value, torch.SymFloat):
+        return math.trunc(value)
+    return int(value) if isinstance(value, (bool, float)) else value
+
+
+def _long(array: np.ndarray) -> object:
+    return _cast(array, torch.int64)
+
+
+def _tensor(data: object, **options: object) -> np.ndarray:
+    """The elements of nested lists of numbers."""
+    leaves = pytree.tree_leaves(list(data) if isinstance(data, torch.Size) else data)
+    found = np.empty(len(leaves), dtype=object)
+    found[:] = leaves
+    return found
+
+
+def _item(array: np.ndarray, index: Any) -> object:
+    parts = index if isinstance(index, tuple) else (index,)
+    return array[tuple(part.astype(int) if isinstance(part, np.ndarray) else part for part in parts)]
+
+
+def _select(array: np.ndarray, dim: int, index: int) -> object:
+    return np.take(array, index, axis=dim)
+
+
+def _unbind(array: np.ndarray, dim: int = 0) -> list[object]:
+    return [np.take(array, index, axis=dim) for index in range(array.shape[dim])]
+
+
+def _same(array: np.ndarray, *rest: object, **options: object) -> np.ndarray:
+    """What changes only the shape: the order of elements is all that counts, `_pass_on` gives them the result's shape."""
+    return array
+
+
+def _concatenate(arrays: Sequence[np.ndarray], dim: int = 0) -> np.ndarray:
+    return np.concatenate(arrays, dim)
+
+
+def _stack(arrays: Sequence[np.ndarray], dim: int = 0) -> np.ndarray:
+    return np.stack(arrays, dim)
+
+
+def _full(size: Sequence[int], fill_value: object, **options: object) -> np.ndarray:
+    return np.full([int(item) for item in size], fill_value, dtype=object)
+
+
+def _product(array: np.ndarray, dim: int | None = None, **options: object) -> object:
+    return np.multiply.reduce(array, axis=dim)
+
+
+def _chosen(condition: object, left: object, right: object) -> object:
+    return left if condition else right
+
+
+def _both(left: object, right: object) -> bool:
+    return bool(left) and bool(right)
+
+
+def _either(left: object, right: object) -> bool:
+    return bool(left) or bool(right)
+
+
+_READS: Mapping[Callable[..., object], Callable[[np.ndarray], object]] = {
+    torch.Tensor.tolist: lambda known: known.tolist(),
+    torch.Tensor.item: lambda known: known.item(),
+    torch.Tensor.__int__: lambda known: int(known.item()),
+    torch.Tensor.__index__: lambda known: operator.index(known.item()),
+    torch.Tensor.__bool__: lambda known: bool(known.item()),
+    torch.Tensor.__float__: lambda known: float(known.item()),
+}
+
+_COMPARISONS: Mapping[Callable[..., object], Callable[..., object]] = {
+    torch.eq: operator.eq,
+    torch.ne: operator.ne,
+    torch.lt: operator.lt,
+    torch.le: operator.le,
+    torch.gt: operator.gt,
+    torch.ge: operator.ge,
+}
+
+_TAKE_NUMBERS = {torch.where, torch.add, torch.sub, torch.mul, torch.div, torch.pow, *_COMPARISONS}
+
+_OF_TWO: Mapping[Callable[..., object], Callable[..., object]] = {
+    **_COMPARISONS,
+    torch.add: operator.add,
+    torch.sub: operator.sub,
+    torch.mul: operator.mul,
+    torch.remainder: operator.mod,
+    torch.minimum: torch.sym_min,
+    torch.maximum: torch.sym_max,
+    torch.logical_and: _both,
+    torch.logical_or: _either,
+}
+
+_OF_ONE: Mapping[Callable[..., object], Callable[..., object]] = {
+    torch.neg: operator.neg,
+    torch.floor: math.floor,
+    torch.ceil: math.ceil,
+    torch.logical_not: operator.not_,
+}
+
+_CHANGE_SHAPE = (
+    *(torch.squeeze, torch.Tensor.squeeze, torch.unsqueeze, torch.Tensor.unsqueeze, torch.flatten, torch.Tensor.flatten),
+    *(torch.reshape, torch.Tensor.reshape, torch.Tensor.view),
+)
+
+_RULES: Mapping[Callable[..., object], Callable[..., object]] = {
+    **{function: _each(rule, 1) for function, rule in _OF_ONE.items()},
+    **{function: _each(rule, 2) for function, rule in _OF_TWO.items()},
+    **dict.fromkeys(_CHANGE_SHAPE, _same),
+    torch.where: _each(_chosen, 3),
+    torch.div: _quotient,
+    torch.tensor: _tensor,
+    torch.full: _full,
+    torch.cat: _concatenate,
+    torch.stack: _stack,
+    torch.prod: _product,
+    torch.Tensor.__getitem__: _item,
+    torch.Tensor.select: _select,
+    torch.Tensor.unbind: _unbind,
+    torch.Tensor.to: _cast,
+    torch.Tensor.long: _long,
+}

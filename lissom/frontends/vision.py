@@ -1,0 +1,59 @@
+"""Vision transformers of timm and torchvision, by name, with random weights and inputs of the size they are made for."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from lissom.compiler.errors import ArtifactError, UnsupportedError, nearest
+
+_ROWS = 2
+
+
+def load_timm(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model of timm and two pictures of the size in its own configuration.
+
+    Raises: ArtifactError for a name timm does not know; UnsupportedError when timm is not installed.
+    """
+    timm = _package("timm")
+    known: list[str] = timm.list_models()
+    if name.split(".")[0] not in known:
+        raise ArtifactError(f"timm has no model '{name}'{nearest(name, known) or '; timm.list_models() lists what it has'}")
+    model = timm.create_model(name, pretrained=False).eval()
+    return model, _pictures(*model.pretrained_cfg["input_size"])
+
+
+def load_torchvision(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A model of torchvision and two pictures of the size its weights were trained at, 224 x 224 where it names none.
+
+    Raises: ArtifactError for a name torchvision does not know; UnsupportedError when torchvision is not installed.
+    """
+    models = importlib.import_module(f"{_package('torchvision').__name__}.models")
+    known: list[str] = models.list_models()
+    if name not in known:
+        hint = nearest(name, known) or "; torchvision.models.list_models() lists what it has"
+        raise ArtifactError(f"torchvision has no model '{name}'{hint}")
+    size = _crop_size(models.get_model_weights(name))
+    return models.get_model(name, weights=None).eval(), _pictures(3, *size)
+
+
+def _crop_size(weights) -> tuple[int, int]:  # noqa: ANN001
+    """The size pictures are cropped to for the first weights of a model."""
+    first = next(iter(weights), None)
+    options = first.transforms.keywords if first is not None else {}
+    size = options.get("crop_size", 224)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedError(f"models of {name} need {name}: pip install 'lissom[vision]'") from error
+
+
+def _pictures(channels: int, height: int, width: int) -> torch.Tensor:
+    return torch.randn(_ROWS, channels, height, width, generator=torch.Generator().manual_seed(0))

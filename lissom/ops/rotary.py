@@ -1,0 +1,36 @@
+"""`lissom::rotary`: rotary position embedding, which turns each pair of features by an angle that grows with the position.
+
+(a, b) -> (a · cos − b · sin, b · cos + a · sin)                Su et al. 2021 (RoFormer), eq. 34
+
+The pairs are the two halves of the features, (i, i + head_dim/2), as in GPT-NeoX and Llama; or neighbours, (2i, 2i + 1), as in
+GPT-J and RoFormer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_LIBRARY.define(
+    "rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    half = x.shape[-1] // 2
+    if interleaved:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    else:
+        turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    if cos.shape[-1] != x.shape[-1]:
+        cos, sin = (item.repeat_interleave(2, -1) if interleaved else torch.cat((item, item), -1) for item in (cos, sin))
+    return x * cos + turned * sin
+
+
+_LIBRARY.impl("rotary", rotary_reference, "CompositeImplicitAutograd")
+
+rotary = torch.ops.lissom.rotary.default
+"""The operator. x: [..., tokens, head_dim]; cos, sin: broadcast to x, with head_dim features, or with one a pair, head_dim/2;
+interleaved: whether pairs are neighbours. Returns a tensor like x. Differentiable; any device."""

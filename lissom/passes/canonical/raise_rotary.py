@@ -1,0 +1,229 @@
+"""Raise rotary position embedding written out in parts to `lissom::rotary`.
+
+    (a, b) -> (a · cos − b · sin, b · cos + a · sin)                Su et al. 2021 (RoFormer), eq. 34
+
+Spellings found: x · cos + turned(x) · sin, where turned(x) swaps the halves of the features (GPT-NeoX, Llama) or neighbours
+(GPT-J, RoFormer) with a minus sign; the two results computed apart and joined (GPT-OSS); and the product of complex numbers
+(Llama 4, DeepSeek). A model that turns a part of its features only keeps its slices around the operator.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.ops import rotary
+
+aten = torch.ops.aten
+
+_RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+_FIRST, _SECOND, _EVEN, _ODD = "first half", "second half", "even", "odd"
+_PAIRS = {(_FIRST, _SECOND): False, (_EVEN, _ODD): True}
+"""The two parts of x that are turned together, and whether they are interleaved."""
+
+
+@dataclass(frozen=True)
+class _Rotary:
+    x: fx.Node
+    cos: fx.Node
+    sin: fx.Node
+    interleaved: bool
+
+
+@dataclass(frozen=True)
+class RaiseRotary(Rewrite):
+    """Replaces written-out rotary position embedding by one operator."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(aten.add.Tensor):
+            self._raise(edit, node, _sum_of_products(node))
+        for node in edit.nodes(aten.cat.default, *_RESHAPES):
+            self._raise(edit, node, _two_results(node))
+        for node in edit.nodes(aten.view_as_real.default):
+            self._raise_complex(edit, node)
+
+    def _raise(self, edit: Editor, node: fx.Node, found: _Rotary | None) -> None:
+        if found is None or not _broadcasts(found):
+            return
+        with edit.before(node, like=[node]):
+            raised = edit.call(rotary, found.x, found.cos, found.sin, interleaved=found.interleaved)
+        if nodes.node_type(raised) == nodes.node_type(node):
+            edit.replace(node, raised)
+        else:
+            edit.program.graph.erase_node(raised)
+
+    def _raise_complex(self, edit: Editor, node: fx.Node) -> None:
+        """view_as_real(view_as_complex(x in pairs) · angles), flattened to the shape of x."""
+        product = node.args[0]
+        if not nodes.is_call(product, aten.mul.Tensor) or len(node.users) != 1:
+            return
+        (result,) = node.users
+        for number, angles in (product.args, reversed(product.args)):
+            if not nodes.is_call(number, aten.view_as_complex.default) or not nodes.is_tensor(angles):
+                continue
+            pairs = number.args[0]
+            if not nodes.is_call(pairs, *_RESHAPES) or not nodes.is_call(result, *_RESHAPES):
+                continue
+            x = pairs.args[0]
+            if not nodes.is_tensor(x) or nodes.node_type(x) != nodes.node_type(result) or not _in_pairs(pairs):
+                continue
+            with edit.before(result, like=[product, result]):
+                parts = edit.call(aten.view_as_real.default, angles)
+                cos, sin = (edit.call(aten.select.int, parts, -1, index) for index in (0, 1))
+                raised = edit.call(rotary, x, cos, sin, interleaved=True)
+            edit.replace(result, raised)
+            return
+
+
+def _broadcasts(found: _Rotary) -> bool:
+    """True when cos and sin have an angle a feature, or one a pair, and the result has the shape of x."""
+    x, cos, sin = (nodes.tensor_type(item) for item in (found.x, found.cos, found.sin))
+    width = x.shape[-1]
+    if not isinstance(width, int) or width % 2 or cos.shape[-1:] != sin.shape[-1:] or max(cos.rank, sin.rank) > x.rank:
+        return False
+    return cos.rank > 0 and cos.shape[-1] in (width, width // 2)
+
+
+def _sum_of_products(node: fx.Node) -> _Rotary | None:
+    """x · cos + turned(x) · sin."""
+    if node.kwargs or not all(nodes.is_call(item, aten.mul.Tensor) for item in node.args):
+        return None
+    for straight, crossed in (node.args, reversed(node.args)):
+        for turned, sin in _orders(crossed):
+            found = _turned(turned)
+            if found is None or not nodes.is_tensor(sin):
+                continue
+            x, interleaved = found
+            cos = next((other for item, other in _orders(straight) if item is x and nodes.is_tensor(other)), None)
+            if cos is not None and nodes.tensor_type(cos).shape[-1:] == nodes.tensor_type(x).shape[-1:]:
+                return _Rotary(x, cos, sin, interleaved)
+    return None
+
+
+def _orders(product: object) -> list[tuple[fx.Node, fx.Node]]:
+    """The two operands of a product, in both orders."""
+    assert isinstance(product, fx.Node)
+    left, right = product.args[:2]
+    return [(left, right), (right, left)]  # pyright: ignore[reportReturnType]
+
+
+def _turned(node: object) -> tuple[fx.Node, bool] | None:
+    """x and whether its pairs are neighbours, when the node is x with each pair (a, b) made (−b, a)."""
+    parts = _joined(node)
+    if parts is None or not nodes.is_call(parts[0], aten.neg.default):
+        return None
+    second, first = _part(parts[0].args[0]), _part(parts[1])
+    if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) not in _PAIRS:
+        return None
+    interleaved = _PAIRS[first[1], second[1]]
+    return (first[0], interleaved) if interleaved == _is_interleaving(node) else None
+
+
+def _two_results(node: fx.Node) -> _Rotary | None:
+    """a · cos − b · sin and b · cos + a · sin, joined."""
+    parts = _joined(node)
+    if parts is None:
+        return None
+    minus, plus = parts
+    if not nodes.is_call(minus, aten.sub.Tensor) or not nodes.is_call(plus, aten.add.Tensor) or minus.kwargs or plus.kwargs:
+        return None
+    if not all(nodes.is_call(item, aten.mul.Tensor) for item in (*minus.args, *plus.args)):
+        return None
+    for a, cos in _orders(minus.args[0]):
+        for b, sin in _orders(minus.args[1]):
+            first, second = _part(a), _part(b)
+            if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) not in _PAIRS:
+                continue
+            interleaved = _PAIRS[first[1], second[1]]
+            wanted = {frozenset((b, cos)), frozenset((a, sin))}
+            same = {frozenset(item.all_input_nodes) for item in plus.all_input_nodes} == wanted
+            if same and interleaved == _is_interleaving(node) and _one_a_pair(first[0], cos, sin):
+                return _Rotary(first[0], cos, sin, interleaved)
+    return None
+
+
+def _one_a_pair(x: fx.Node, cos: fx.Node, sin: fx.Node) -> bool:
+    width = nodes.tensor_type(x).shape[-1]
+    return isinstance(width, int) and all(nodes.tensor_type(item).shape[-1:] == (width // 2,) for item in (cos, sin))
+
+
+def _joined(node: object) -> tuple[fx.Node, fx.Node] | None:
+    """The two parts laid end to end, or interleaved, along the last dimension."""
+    if nodes.is_call(node, *_RESHAPES):
+        stacked = node.args[0]
+        if not nodes.is_call(stacked, aten.stack.default) or not _flattens_pairs(node, stacked):
+            return None
+        joint = stacked
+    elif nodes.is_call(node, aten.cat.default):
+        joint = node
+    else:
+        return None
+    parts = joint.args[0]
+    dim = joint.args[1] if len(joint.args) > 1 else joint.kwargs.get("dim", 0)
+    last = nodes.tensor_type(joint).rank - 1
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-1, last):
+        return None
+    return (parts[0], parts[1]) if all(map(nodes.is_tensor, parts)) else None  # pyright: ignore[reportReturnType]
+
+
+def _is_interleaving(node: object) -> bool:
+    return nodes.is_call(node, *_RESHAPES)
+
+
+def _flattens_pairs(node: fx.Node, pairs: fx.Node) -> bool:
+    """True for a reshape from [..., n, 2] to [..., 2n]."""
+    old, new = nodes.tensor_type(pairs).shape, nodes.tensor_type(node).shape
+    return old[-1] == 2 and new == (*old[:-2], old[-2] * 2)
+
+
+def _in_pairs(node: fx.Node) -> bool:
+    """True for a reshape from [..., 2n] to [..., n, 2]."""
+    old, new = nodes.tensor_type(node.args[0]).shape, nodes.tensor_type(node).shape
+    return new[-1] == 2 and old == (*new[:-2], new[-2] * 2)
+
+
+def _part(node: object) -> tuple[fx.Node, str] | None:
+    """The value a node is a half of, and which half."""
+    if nodes.is_call(node, operator.getitem):
+        return _piece(node)
+    if not nodes.is_call(node, aten.slice.Tensor) or not nodes.is_tensor(node.args[0]):
+        return None
+    x = node.args[0]
+    width = nodes.tensor_type(x).shape[-1]
+    dim, start, end, step = (nodes.argument(node, name) for name in ("dim", "start", "end", "step"))
+    if dim not in (-1, nodes.tensor_type(x).rank - 1) or not isinstance(width, int) or width % 2:
+        return None
+    start, whole = start or 0, end is None or (isinstance(end, int) and end >= width)
+    if step == 2 and whole and start in (0, 1):
+        return x, (_EVEN, _ODD)[start]
+    if step != 1 or not isinstance(start, int):
+        return None
+    if start == 0 and end in (width // 2, -(width - width // 2)):
+        return x, _FIRST
+    return (x, _SECOND) if start in (width // 2, -(width // 2)) and whole else None
+
+
+def _piece(node: fx.Node) -> tuple[fx.Node, str] | None:
+    """A piece of x.chunk(2, -1), of x.split(half, -1), or of x in pairs, unbound along the pairs."""
+    pieces, index = node.args
+    if index not in (0, 1) or not isinstance(pieces, fx.Node) or not nodes.is_tensor(pieces.args[0]):
+        return None
+    x = pieces.args[0]
+    found = nodes.tensor_type(x)
+    dim = pieces.args[-1] if len(pieces.args) > 1 else 0
+    if dim not in (-1, found.rank - 1):
+        return None
+    if nodes.is_call(pieces, aten.unbind.int):
+        if not nodes.is_call(x, *_RESHAPES) or not _in_pairs(x):
+            return None
+        return x.args[0], _EVEN if index == 0 else _ODD  # pyright: ignore[reportReturnType]
+    if nodes.is_call(pieces, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+        half = nodes.tensor_type(node).shape[-1]
+        return (x, _FIRST if index == 0 else _SECOND) if found.shape[-1] == half * 2 else None  # pyright: ignore[reportReturnType]
+    return None

@@ -1,0 +1,47 @@
+"""Raise softmax written out in parts to one operator.
+
+    softmax(x) = exp(x − c) / Σ exp(x − c)        c the same along the dimension; c = max x keeps exp from overflowing
+
+The shift by the maximum may be there or not. Without it the written-out form overflows where the operator does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import unshifted
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class RaiseSoftmax(Rewrite):
+    """Replaces an exponential divided by its sum by `softmax`."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(aten.div.Tensor):
+            powers, total = node.args
+            dim = _summed(powers, total)
+            if dim is None or node.kwargs:
+                continue
+            argument = powers.args[0]  # pyright: ignore
+            argument = unshifted(argument, dim) or argument
+            with edit.before(node, like=[powers, total, node]):  # pyright: ignore[reportArgumentType]
+                raised = edit.call(aten.softmax.int, argument, dim)
+            edit.replace(node, raised)
+
+
+def _summed(powers: object, total: object) -> int | None:
+    """The dimension over which `total` sums the exponentials, kept with size 1; None when it is no such sum."""
+    if not nodes.is_call(powers, aten.exp.default) or not nodes.is_call(total, aten.sum.dim_IntList):
+        return None
+    dims, keep, dtype = (nodes.argument(total, name) for name in ("dim", "keepdim", "dtype"))
+    if total.args[0] is not powers or not keep or dtype is not None or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+        return None
+    rank = nodes.tensor_type(powers).rank
+    return int(dims[0]) % rank  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,1 @@
+"""Exact passes that make programs faster on a machine, each kept where it is measured to be."""

@@ -1,0 +1,125 @@
+"""Merge linear layers that read the same value into one, followed by a split: q, k and v, or gate and up.
+
+    x Wqᵀ, x Wkᵀ, x Wvᵀ  ->  split(x [Wq; Wk; Wv]ᵀ)
+
+One large product of matrices keeps the cores busier than several small ones, and the value is read once; but what follows then
+reads rows with gaps. Which wins depends on the sizes and the machine, so by default each group is timed both ways at the sizes
+of the example, and merged where that is faster. Merged layers have new weights, which take the place of the old ones in the
+program; a model that is kept beside it keeps its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.utils.benchmark import Timer
+
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+
+aten = torch.ops.aten
+
+_SECONDS = 0.05
+_GAIN = 0.97
+"""Merging must take less than this share of the time apart, so that noise does not decide."""
+
+
+@dataclass(frozen=True)
+class MergeProjections(Rewrite):
+    """Merges linear layers of the same input into one with a split, where that is measured faster.
+
+    always: merge without measuring.
+    """
+
+    always: bool = False
+
+    def run(self, edit: Editor) -> None:
+        faster: dict[object, tuple[float, float]] = {}
+        for group in _groups(edit):
+            if not self.always:
+                key = _sizes(group)
+                apart, merged = faster.setdefault(key, faster.get(key) or _measure(*key))
+                if merged > _GAIN * apart:
+                    edit.skip(group[0], f"merged it takes {1e3 * merged:.3g} ms, apart {1e3 * apart:.3g} ms")
+                    continue
+            _merge(edit, group)
+
+
+def _groups(edit: Editor) -> list[list[fx.Node]]:
+    """Linear layers of one input whose weights are read by them alone, two or more to a group."""
+    readers: dict[tuple[object, bool], list[fx.Node]] = {}
+    for node in edit.nodes(aten.linear.default):
+        x, weight = node.args[:2]
+        bias = node.args[2] if len(node.args) > 2 else None
+        if _owned(weight) and (bias is None or _owned(bias)) and nodes.tensor_type(weight).rank == 2:
+            readers.setdefault((x, bias is None), []).append(node)
+    return [found for found in readers.values() if len(found) > 1]
+
+
+def _owned(item: object) -> bool:
+    return isinstance(item, fx.Node) and item.op == "get_attr" and len(item.users) == 1
+
+
+def _sizes(group: Sequence[fx.Node]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
+    """Sizes of the input at the example, features each layer gives, dtype and device: what the time depends on."""
+    x = nodes.tensor_type(group[0].args[0])
+    value = nodes.value(group[0].args[0])  # pyright: ignore[reportArgumentType]
+    shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
+    return shape, tuple(_features(node) for node in group), x.dtype, x.device
+
+
+def _features(linear: fx.Node) -> int:
+    return int(nodes.tensor_type(linear.args[1]).shape[0])  # pyright: ignore[reportArgumentType]
+
+
+def _measure(
+    shape: tuple[int, ...], features: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[float, float]:
+    """Median seconds of the layers apart and merged, each result read once so that gaps in its rows are paid for."""
+    with torch.inference_mode():
+        x = torch.randn(shape, device=device).to(dtype)
+        weights = [torch.randn(size, shape[-1], device=device).to(dtype) for size in features]
+        joined = torch.cat(weights)
+
+        def apart() -> None:
+            for weight in weights:
+                functional.linear(x, weight).add_(1)
+
+        def merged() -> None:
+            for part in functional.linear(x, joined).split_with_sizes(features, -1):
+                part.add_(1)
+
+        calls = {"apart": apart, "merged": merged}
+        times = [
+            Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).blocked_autorange(
+                min_run_time=_SECONDS
+            )
+            for call in calls.values()
+        ]
+    return times[0].median, times[1].median
+
+
+def _weight(edit: Editor, linear: fx.Node, index: int) -> torch.Tensor:
+    return edit.program.weight(str(linear.args[index].target)).detach()  # pyright: ignore
+
+
+def _merge(edit: Editor, group: Sequence[fx.Node]) -> None:
+    x, *operands = group[0].args
+    layer = str(operands[0].target).rpartition(".")[0]  # pyright: ignore
+    path = f"{layer.rpartition('.')[0]}.merged".lstrip(".")
+    with edit.before(group[0], like=list(group)):
+        reads = [
+            edit.weight(f"{path}.{leaf}", nn.Parameter(torch.cat([_weight(edit, node, index) for node in group])))
+            for index, leaf in enumerate(("weight", "bias")[: len(operands)], 1)
+        ]
+        product = edit.call(aten.linear.default, x, *reads)
+        parts = edit.call(aten.split_with_sizes.default, product, [_features(node) for node in group], -1)
+        pieces = [edit.item(parts, index) for index in range(len(group))]
+    for node, piece in zip(group, pieces, strict=True):
+        edit.replace(node, piece)

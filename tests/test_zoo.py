@@ -1,0 +1,109 @@
+"""A few architectures of the zoo with every change, all of them on request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.zoo import catalogue, coverage
+from tests.zoo.check import check
+from tests.zoo.entry import FAMILIES, Entry
+from tests.zoo.known import CANNOT_BE_CAPTURED, TAKES_LONG
+
+FEW = (
+    "causal/llama",
+    "causal/gpt2",
+    "causal/bloom",
+    "causal/gemma2",
+    "causal/falcon",
+    "causal/gpt_neo",
+    "causal/gpt_oss",
+    "classifier/qwen3",
+    "classifier/xlnet",
+    "masked/bert",
+    "masked/electra",
+    "encoder-decoder/bart",
+    "encoder/clip_text_model",
+    "vision/swinv2",
+    "vision/vit",
+    "speech/hubert",
+    "hand-written/packed-einsum",
+    "hand-written/folded-baddbmm",
+    "hand-written/multi-query",
+    "hand-written/sinks",
+    "hand-written/softcap",
+)
+ENTRIES = {entry.name: entry for entry in catalogue.entries()}
+REST = [entry for name, entry in ENTRIES.items() if name not in FEW]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for one another's threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def found_out(entry: Entry) -> dict[str, Any]:
+    """The record of one model."""
+    record: dict[str, Any] = {"name": entry.name, "family": entry.family}
+    check(entry, record.update)
+    return record
+
+
+def assert_good(record: dict[str, Any]) -> None:
+    assert record["failed"] is None, record["error"]
+    assert record["captured"]
+    assert record["shapes"] > 1 or not record["dynamic"]
+    assert record["agrees"], f"the program differs by {record['capture_error']:.2g}"
+    assert record["equal"], f"the compiled model differs by {record['compiled_error']:.2g}"
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_few(name: str) -> None:
+    record = found_out(ENTRIES[name])
+    assert_good(record)
+    assert "batch" in record["dynamic"]
+    assert record["sites"]["attention"] == record["expected"]["attention"]
+    assert record["miscounted"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", REST, ids=lambda entry: entry.name)
+def test_rest(entry: Entry, request: pytest.FixtureRequest) -> None:
+    if entry.name in TAKES_LONG:
+        pytest.skip(TAKES_LONG[entry.name])
+    if entry.name in CANNOT_BE_CAPTURED:
+        request.applymarker(pytest.mark.xfail(reason=CANNOT_BE_CAPTURED[entry.name], strict=True))
+    assert_good(found_out(entry))
+
+
+def test_names_are_unique_and_of_a_known_family() -> None:
+    names = [entry.name for entry in catalogue.entries()]
+    assert len(names) == len(set(names))
+    assert {entry.family for entry in catalogue.entries()} <= set(FAMILIES)
+    assert all(name.startswith(f"{entry.family}/") for name, entry in ENTRIES.items())
+
+
+def test_page_tells_of_every_model() -> None:
+    records = [
+        {
+            "name": "causal/llama", "family": "causal", "captured": True, "dynamic": ["batch", "sequence"], "failed": None,
+            "agrees": True, "equal": True, "shapes": 4, "capture_error": 0.0, "compiled_error": 1e-7, "total_seconds": 2.4,
+            "expected": {"attention": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "feed_forward": 2}, "skipped": {},
+            "sites": {"attention": 2, "heads": [4], "kv_heads": [4], "head_dim": [16], "feed_forward": 2}, "miscounted": [],
+        },
+        {"name": "causal/dbrx", "family": "causal", "failed": "capture", "error": "CaptureError: a | b", "total_seconds": 3.0},
+    ]  # fmt: skip
+    text = coverage.page(records)
+    assert "Of 2 models 2 run in eager; of these 1 (50.0%) are captured and equal. Of the 1 whose" in text
+    assert "| causal | 2 | 1 | 1 | 1 | 1 | 1 of 1 | 1 of 1 | 1 of 1 |" in text
+    assert (
+        "| llama | yes | batch, sequence | 2 of 2 | 2 of 2 | 4 sizes | 2 | kv heads 4, where the configuration says 2 |" in text
+    )
+    assert "| dbrx | no |  |  |  |  | 3 | capture: CaptureError: a \\| b |" in text
