@@ -104,6 +104,8 @@ def _shared_groups(attention: fx.Node, heads: int) -> int:
         before = node.args[0]
         if nodes.is_call(node, aten.repeat_interleave.self_int):
             return heads // int(node.args[1])  # pyright: ignore[reportArgumentType]
+        if nodes.is_call(node, aten.repeat.default) and len(node.args[1]) > 2 and isinstance(node.args[1][-3], int):  # pyright: ignore
+            return heads // node.args[1][-3]  # pyright: ignore
         if nodes.is_call(node, aten.expand.default) and nodes.is_tensor(before):
             old, new = nodes.tensor_type(before).shape, nodes.tensor_type(node).shape
             grown = [size for size, one in zip(new, old, strict=False) if one == 1 and size != 1]

@@ -21,7 +21,7 @@ from lissom.compiler.linears import (
     residual_of,
     source,
 )
-from lissom.compiler.types import ScalarType
+from lissom.compiler.types import ScalarType, TensorType
 
 aten = torch.ops.aten
 
@@ -85,7 +85,7 @@ def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSi
     pending, seen = [input_of(down)], set()
     while pending:
         node = pending.pop(0)
-        if node in seen or node.op != "call_function" or isinstance(nodes.node_type(node), ScalarType):
+        if node in seen or node.op != "call_function" or _is_number(node):
             continue
         seen.add(node)
         if is_linear(node):
@@ -104,6 +104,13 @@ def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSi
     if len({source(input_of(node)) for node in up}) > 1 or features(down, 0) != features(next(iter(up)), 1):
         return None
     return FeedForwardSite(tuple(up), activations, down, products, features(down, 1), residual_of(down))
+
+
+def _is_number(node: fx.Node) -> bool:
+    """True for a size, and for a tensor of rank 0, which scales or shifts whatever else comes in."""
+    found = nodes.node_type(node)
+    parts = found if isinstance(found, tuple) else (found,)
+    return all(isinstance(part, ScalarType) or (isinstance(part, TensorType) and part.rank == 0) for part in parts)
 
 
 def _is_spatial(linear: fx.Node) -> bool:

@@ -21,7 +21,7 @@ UNCLEAR: frozenset[str] = frozenset(
         layoutlmv3 levit mobilevit mobilevitv2 mra mllama perceiver pop2piano reformer swiftformer yoso zamba zamba2
         zaya speech/seamless_m4t speech/seamless_m4t_v2 speecht5 phi4_multimodal xlstm cvt focalnet moonshine_streaming
         lilt mobilebert sam3_lite_text_text_model aimv2_vision_model siglip_vision_model siglip2_vision_model cohere_asr
-        sapiens2 timesformer segformer glpn speech/whisper t5gemma2 timm_wrapper speech-encoder-decoder dots3_note
+        sapiens2 mimo_v2_flash timesformer segformer glpn speech/whisper t5gemma2 timm_wrapper speech-encoder-decoder dots3_note
         """
     )
 )
@@ -32,7 +32,7 @@ _UNCLEAR_FEED_FORWARD: frozenset[str] = frozenset(
         """
         xmod mobilebert squeezebert wav2vec2-bert wav2vec2-conformer parakeet_ctc lasr_ctc canary cohere_asr seggpt
         longcat_flash granite_speech5_ctc fnet mamba mamba2 falcon_mamba rwkv nystromformer hiera glpn segformer
-        pvt_v2 ultrabert ultravbert altclip openelm git patchtst patchtsmixer
+        pvt_v2 esmc ultrabert ultravbert altclip openelm git patchtst patchtsmixer
         """
     )
 )
@@ -108,7 +108,7 @@ def _sizes(config: PreTrainedConfig) -> tuple[int | None, int | None, int | None
     if _first(text, ("multi_query",)) and not _first(text, ("new_decoder_architecture",)):
         groups = 1
     groups = heads if groups is None else groups
-    width = _first(text, ("head_dim", "attention_head_size", "d_head", "d_kv", "kv_channels"))
+    width = _first(text, ("head_dim", "dim_head", "attention_head_size", "d_head", "d_kv", "kv_channels"))
     hidden = _first(text, ("hidden_size", "d_model", "n_embd", "dim", "emb_dim"))
     if _first(text, ("kv_lora_rank",)) is not None:
         return heads, None, None

@@ -147,6 +147,10 @@ SPECIAL: Mapping[str, Callable[[PreTrainedConfig, set[str]], Inputs]] = {
     "audio-spectrogram-transformer": lambda config, takes: {
         "input_values": normal(BATCH, config.max_length, config.num_mel_bins)
     },
+    "vit_mae": lambda config, takes: (
+        image(config, takes) | {"noise": normal(BATCH, (config.image_size // config.patch_size) ** 2)}
+    ),
+    "timm_wrapper": lambda config, takes: {"pixel_values": normal(BATCH, 3, 32, 32)},
     "encoder-decoder/seamless_m4t": text,
     "encoder-decoder/seamless_m4t_v2": text,
     "dia": lambda config, takes: text(config, takes) | {"decoder_input_ids": torch.randint(10, 100, (BATCH, TOKENS, 9))},
