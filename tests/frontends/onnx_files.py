@@ -51,7 +51,8 @@ def export(case: Case, path: Path, *, dynamo: bool, opset: int, external_data: b
                 dynamic_shapes={key: _dims(tensor) for key, tensor in case.kwargs.items()}, external_data=external_data,
             )  # fmt: skip
         else:
-            model = First(case.model, list(case.kwargs))
+            # The exporter puts back the mode it found, and would put a wrapper that trains over a model that does not.
+            model = First(case.model, list(case.kwargs)).eval()
             torch.onnx.export(
                 model, tuple(case.kwargs.values()), path, dynamo=False, opset_version=opset, input_names=list(case.kwargs),
                 dynamic_axes={key: free(tensor) for key, tensor in case.kwargs.items()},
