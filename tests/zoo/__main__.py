@@ -15,7 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     from tests.zoo.catalogue import entries
-    from tests.zoo.coverage import headline, load, page
+    from tests.zoo.coverage import headline, load, page, surprises
     from tests.zoo.entry import FAMILIES
     from tests.zoo.runner import run
 
@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target.write_text(page(records), encoding="utf-8")
     minutes = (time.perf_counter() - started) / 60
     print(f"{headline(records)}{minutes:.1f} minutes; the records are in {options.output}")
-    return 0
+    unexpected = surprises(records)
+    print("\n".join(unexpected), end="\n" if unexpected else "")
+    return 1 if unexpected else 0
 
 
 if __name__ == "__main__":

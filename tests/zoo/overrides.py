@@ -97,7 +97,7 @@ CONFIGS: Mapping[str, Changes] = {
     "qwen2_audio_encoder": {"max_source_positions": 32},
     # Images.
     "clip": {"vision_config": {"image_size": 32, "patch_size": 8}},
-    "cvt": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 1, 2]},
+    "cvt": {"embed_dim": [16, 32, 48], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
     "donut-swin": _SWIN,
     "focalnet": {
         "embed_dim": 16,
