@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.zoo.entry import FAMILIES
-from tests.zoo.known import CANNOT_BE_CAPTURED
+from tests.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED
 
 Record = dict[str, Any]
 _KINDS = ("attention", "feed_forward")
@@ -175,6 +175,7 @@ def remarks(record: Record) -> str:
     if not is_equal(record):
         found.append(f"differs by {max(record['capture_error'], record['compiled_error']):.2g} relative")
     found += [f"attention left ({count}): {reason}" for reason, count in record.get("skipped", {}).items()]
+    found += [f"attention left: {ATTENTION_LEFT[record['name']]}"] if record["name"] in ATTENTION_LEFT else []
     found += [_different_size(record, kind) for kind in ("heads", "kv_heads", "head_dim")]
     found += [f"operations: {found}" for found in record.get("miscounted", ())[:1]]
     if not record.get("dynamic"):

@@ -1,4 +1,4 @@
-"""Models known not to be captured, and why."""
+"""Models known not to be captured, or to keep an attention written out, and why."""
 
 from __future__ import annotations
 
@@ -19,4 +19,12 @@ CANNOT_BE_CAPTURED: Mapping[str, str] = {
     "encoder-decoder/nllb-moe": f"converts a layer in its forward, and {_EXPERTS}",
     "encoder-decoder/switch_transformers": f"converts a layer in its forward, and {_EXPERTS}",
     "encoder/openai_privacy_filter": _EXPERTS,
+}
+
+ATTENTION_LEFT: Mapping[str, str] = {
+    "encoder-decoder/longt5": "its local attention lays blocks of keys beside each other, in scores of rank 5",
+    "encoder-decoder/pegasus_x": "its local attention lays blocks of keys beside each other, in scores of rank 5",
+    "timm/convit": "it mixes two softmaxes before the product with v",
+    "x-transformers/one-kv-head": "its heads and queries are one dimension in the scores",
+    "x-transformers/talking-heads": "it mixes the weights of the heads before the product with v",
 }
