@@ -174,7 +174,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     if absent:
         raise UnsupportedError(f"reading a GGUF file needs {' and '.join(absent)}: pip install 'lissom[gemma]'")
     transformers = _transformers()
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
     from tqdm.auto import tqdm
 
     options = {"gguf_file": file, "local_files_only": True}
