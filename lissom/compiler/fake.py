@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import cast
@@ -57,16 +57,7 @@ def fake_weight(mode: FakeTensorMode, weight: torch.Tensor) -> torch.Tensor:
 
 def same_type(mode: FakeTensorMode | None, left: ValueType, right: ValueType) -> bool:
     """True when two types are equal for every value of their symbols, as far as can be shown."""
-    match left, right:
-        case TensorType(), TensorType():
-            same_kind = (left.dtype, left.device, left.rank) == (right.dtype, right.device, right.rank)
-            return same_kind and all(map(partial(_same_size, mode), left.shape, right.shape))
-        case ScalarType(), ScalarType():
-            return left.kind is right.kind and _same_size(mode, left.value, right.value)
-        case tuple(), tuple():
-            return len(left) == len(right) and all(map(partial(same_type, mode), left, right))
-        case _:
-            return left is right
+    return _same(left, right, partial(_same_size, mode))
 
 
 def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> bool:
@@ -74,14 +65,18 @@ def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> 
 
     A size that depends on the values of the inputs gets a new name each time its node is typed; two such sizes count as equal.
     """
+    return _same(left, right, partial(_same_size_at_example, mode))
+
+
+def _same(left: ValueType, right: ValueType, same_size: Callable[[Size | float, Size | float], bool]) -> bool:
     match left, right:
         case TensorType(), TensorType():
             same_kind = (left.dtype, left.device, left.rank) == (right.dtype, right.device, right.rank)
-            return same_kind and all(map(partial(_same_size_at_example, mode), left.shape, right.shape))
+            return same_kind and all(map(same_size, left.shape, right.shape))
         case ScalarType(), ScalarType():
-            return left.kind is right.kind and _same_size_at_example(mode, left.value, right.value)
+            return left.kind is right.kind and same_size(left.value, right.value)
         case tuple(), tuple():
-            return len(left) == len(right) and all(map(partial(same_at_example, mode), left, right))
+            return len(left) == len(right) and all(map(partial(_same, same_size=same_size), left, right))
         case _:
             return left is right
 

@@ -85,7 +85,7 @@ def input_of(linear: fx.Node) -> fx.Node:
     return found
 
 
-def producers(start: object, through: frozenset[object] | None = None) -> tuple[fx.Node, ...]:
+def producers(start: object) -> tuple[fx.Node, ...]:
     """The linear layers a value comes from, nearest first, without passing through another one or an attention."""
     found: dict[fx.Node, None] = {}
     pending, seen = [start], set()
@@ -96,7 +96,7 @@ def producers(start: object, through: frozenset[object] | None = None) -> tuple[
         seen.add(node)
         if is_linear(node):
             found[node] = None
-        elif not is_attention(node) and (through is None or node.target in through):
+        elif not is_attention(node):
             pending += node.all_input_nodes
     return tuple(found)
 

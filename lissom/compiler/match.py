@@ -14,6 +14,7 @@ from lissom.compiler.program import Program
 aten = torch.ops.aten
 
 CASTS = (aten.to.dtype, aten._to_copy.default)
+RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 # These may give back their argument, though their schemas promise a new tensor.
 _MAY_GIVE_BACK = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.type_as.default)
 

@@ -15,12 +15,11 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
-from lissom.compiler.match import number, scalar_and_node, strip_casts, unshifted
+from lissom.compiler.match import RESHAPES, number, scalar_and_node, strip_casts, unshifted
 
 aten = torch.ops.aten
 
 PRODUCTS = (aten.matmul.default, aten.bmm.default)
-_RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 _DIVIDE = (aten.div.Tensor, aten.div.Scalar)
 _LARGER = (aten.max.other, aten.maximum.default, aten.clamp.default, aten.clamp_min.default)
@@ -35,8 +34,8 @@ class Bias:
     """A term of the scores: `value` added, or `fill` put where `value` is true; `factor` scales either afterwards.
 
     scores: the scores at that point. Their rank is 3 while batch and heads are one dimension, and 5 while windows (Swin) are a
-    dimension beside the batch. inverted: the fill is put where `value` is
-    false. floor: nothing is added; the sum so far is kept from falling below the lowest finite number.
+    dimension beside the batch. inverted: the fill is put where `value` is false. floor: nothing is added; the sum so far is
+    kept from falling below the lowest finite number.
     """
 
     value: fx.Node
@@ -116,7 +115,7 @@ def _unshifted(node: object) -> fx.Node:
 
 def folds_heads(node: fx.Node) -> bool:
     """True for a reshape between [batch, heads, a, b] and [batch·heads, a, b]."""
-    if not nodes.is_call(node, *_RESHAPES) or not nodes.is_tensor(node.args[0]):
+    if not nodes.is_call(node, *RESHAPES) or not nodes.is_tensor(node.args[0]):
         return False
     old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)  # pyright: ignore[reportArgumentType]
     return {old.rank, new.rank} == {3, 4} and old.shape[-2:] == new.shape[-2:]
@@ -124,7 +123,7 @@ def folds_heads(node: fx.Node) -> bool:
 
 def _folds_windows(node: fx.Node) -> bool:
     """True for a reshape of scores between [batch, windows, heads, a, b] and [batch·windows, heads, a, b]."""
-    if not nodes.is_call(node, *_RESHAPES) or not nodes.is_tensor(node.args[0]):
+    if not nodes.is_call(node, *RESHAPES) or not nodes.is_tensor(node.args[0]):
         return False
     old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)
     return {old.rank, new.rank} == {4, 5} and old.shape[-3:] == new.shape[-3:]

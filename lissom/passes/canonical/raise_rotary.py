@@ -18,11 +18,11 @@ from torch import fx
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import RESHAPES
 from lissom.ops import rotary
 
 aten = torch.ops.aten
 
-_RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 _FIRST, _SECOND, _EVEN, _ODD = "first half", "second half", "even", "odd"
 _PAIRS = {(_FIRST, _SECOND): False, (_EVEN, _ODD): True}
 """The two parts of x that are turned together, and whether they are interleaved."""
@@ -43,7 +43,7 @@ class RaiseRotary(Rewrite):
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(aten.add.Tensor):
             self._raise(edit, node, _sum_of_products(node))
-        for node in edit.nodes(aten.cat.default, *_RESHAPES):
+        for node in edit.nodes(aten.cat.default, *RESHAPES):
             self._raise(edit, node, _two_results(node))
         for node in edit.nodes(aten.view_as_real.default):
             self._raise_complex(edit, node)
@@ -68,7 +68,7 @@ class RaiseRotary(Rewrite):
             if not nodes.is_call(number, aten.view_as_complex.default) or not nodes.is_tensor(angles):
                 continue
             pairs = number.args[0]
-            if not nodes.is_call(pairs, *_RESHAPES) or not nodes.is_call(result, *_RESHAPES):
+            if not nodes.is_call(pairs, *RESHAPES) or not nodes.is_call(result, *RESHAPES):
                 continue
             x = pairs.args[0]
             if not nodes.is_tensor(x) or nodes.node_type(x) != nodes.node_type(result) or not _in_pairs(pairs):
@@ -118,11 +118,8 @@ def _turned(node: object) -> tuple[fx.Node, bool] | None:
     parts = _joined(node)
     if parts is None or not nodes.is_call(parts[0], aten.neg.default):
         return None
-    second, first = _part(parts[0].args[0]), _part(parts[1])
-    if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) not in _PAIRS:
-        return None
-    interleaved = _PAIRS[first[1], second[1]]
-    return (first[0], interleaved) if interleaved == _is_interleaving(node) else None
+    found = _pair(parts[1], parts[0].args[0])
+    return found if found is not None and found[1] == _is_interleaving(node) else None
 
 
 def _two_results(node: fx.Node) -> _Rotary | None:
@@ -137,14 +134,14 @@ def _two_results(node: fx.Node) -> _Rotary | None:
         return None
     for a, cos in _orders(minus.args[0]):
         for b, sin in _orders(minus.args[1]):
-            first, second = _part(a), _part(b)
-            if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) not in _PAIRS:
+            found = _pair(a, b)
+            if found is None:
                 continue
-            interleaved = _PAIRS[first[1], second[1]]
+            x, interleaved = found
             wanted = {frozenset((b, cos)), frozenset((a, sin))}
             same = {frozenset(item.all_input_nodes) for item in plus.all_input_nodes} == wanted
-            if same and interleaved == _is_interleaving(node) and _one_a_pair(first[0], cos, sin):
-                return _Rotary(first[0], cos, sin, interleaved)
+            if same and interleaved == _is_interleaving(node) and _one_a_pair(x, cos, sin):
+                return _Rotary(x, cos, sin, interleaved)
     return None
 
 
@@ -155,7 +152,7 @@ def _one_a_pair(x: fx.Node, cos: fx.Node, sin: fx.Node) -> bool:
 
 def _joined(node: object) -> tuple[fx.Node, fx.Node] | None:
     """The two parts laid end to end, or interleaved, along the last dimension."""
-    if nodes.is_call(node, *_RESHAPES):
+    if nodes.is_call(node, *RESHAPES):
         stacked = node.args[0]
         if not nodes.is_call(stacked, aten.stack.default) or not _flattens_pairs(node, stacked):
             return None
@@ -173,7 +170,7 @@ def _joined(node: object) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _is_interleaving(node: object) -> bool:
-    return nodes.is_call(node, *_RESHAPES)
+    return nodes.is_call(node, *RESHAPES)
 
 
 def _flattens_pairs(node: fx.Node, pairs: fx.Node) -> bool:
@@ -186,6 +183,14 @@ def _in_pairs(node: fx.Node) -> bool:
     """True for a reshape from [..., 2n] to [..., n, 2]."""
     old, new = nodes.tensor_type(node.args[0]).shape, nodes.tensor_type(node).shape
     return new[-1] == 2 and old == (*new[:-2], new[-2] * 2)
+
+
+def _pair(a: object, b: object) -> tuple[fx.Node, bool] | None:
+    """x and whether its pairs are neighbours, when a and b are the two parts of x that are turned together."""
+    first, second = _part(a), _part(b)
+    if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) not in _PAIRS:
+        return None
+    return first[0], _PAIRS[first[1], second[1]]
 
 
 def _part(node: object) -> tuple[fx.Node, str] | None:
@@ -220,7 +225,7 @@ def _piece(node: fx.Node) -> tuple[fx.Node, str] | None:
     if dim not in (-1, found.rank - 1):
         return None
     if nodes.is_call(pieces, aten.unbind.int):
-        if not nodes.is_call(x, *_RESHAPES) or not _in_pairs(x):
+        if not nodes.is_call(x, *RESHAPES) or not _in_pairs(x):
             return None
         return x.args[0], _EVEN if index == 0 else _ODD  # pyright: ignore[reportReturnType]
     if nodes.is_call(pieces, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):

@@ -40,11 +40,13 @@ class MergeProjections(Rewrite):
     always: bool = False
 
     def run(self, edit: Editor) -> None:
-        faster: dict[object, tuple[float, float]] = {}
+        times: dict[object, tuple[float, float]] = {}
         for group in _groups(edit):
             if not self.always:
                 key = _sizes(group)
-                apart, merged = faster.setdefault(key, faster.get(key) or _measure(*key))
+                if key not in times:
+                    times[key] = _measure(*key)
+                apart, merged = times[key]
                 if merged > _GAIN * apart:
                     edit.skip(group[0], f"merged it takes {1e3 * merged:.3g} ms, apart {1e3 * apart:.3g} ms")
                     continue
