@@ -44,7 +44,7 @@ def measure(example: Example, name: str, seconds: float) -> Gain:
     before, _ = Pipeline(passes[:at], samples).run(captured.program)
     after, history = Pipeline([passes[at]], samples).run(before)
     eager = find_backend("eager")
-    runs = [eager.build(before), eager.build(after)]
+    runs = [eager.build(before, captured.example), eager.build(after, captured.example)]
     timed = time_calls({str(index): lambda run=run: run(captured.example) for index, run in enumerate(runs)}, seconds)
     error = history.steps[1].relative_error or 0.0
     return Gain((Size.of(before), Size.of(after)), (timed["0"], timed["1"]), error, tolerance_of(before))

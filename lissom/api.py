@@ -17,6 +17,7 @@ from lissom.compiler.pipeline import Checks, Metric, Pipeline, Progress, check_o
 from lissom.compiler.program import Program
 from lissom.compiler.samples import check_samples
 from lissom.compiler.spelling import format_pipeline, parse_pipeline
+from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import Dynamic
 from lissom.frontends.export import capture
 from lissom.inspect.progress import progress_bar
@@ -102,12 +103,13 @@ def compile(
     """
     check_options(checks, metric, max_drop)
     chosen = find_backend(backend)
-    pipeline = [*resolve_passes(passes), *chosen.lowering]
     args, kwargs = split_inputs(example_inputs)
+    place = check_device(device)
+    pipeline = [*resolve_passes(passes), *chosen.lowering(place or device_of(model, (args, kwargs)))]
     with progress_bar("compile") as bar:
         show = progress or bar
         show("capture", 0, len(pipeline) + 1)
-        captured = capture(model, args, kwargs, dynamic=dynamic, device=check_device(device))
+        captured = capture(model, args, kwargs, dynamic=dynamic, device=place)
         program, example = captured.program, captured.example
         history = History(format_pipeline(pipeline), checks)
         history.record(
@@ -125,7 +127,7 @@ def compile(
         )
         program, history = run.run(program, history)
     report = Report(f"{program.name} on {chosen.name}", history)
-    return CompiledModel(program, chosen.build(program), report, chosen.name)
+    return CompiledModel(program, chosen.build(program, captured.example), report, chosen.name)
 
 
 def resolve_passes(passes: str | Sequence[Pass]) -> list[Pass]:

@@ -16,6 +16,7 @@ from torch import fx
 from lissom.backends.base import Backend, Executable
 from lissom.compiler.execute import last_uses_of
 from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
 from lissom.ops import IMPLEMENTATIONS
 
 
@@ -24,7 +25,7 @@ class Eager(Backend):
 
     name: ClassVar[str] = "eager"
 
-    def build(self, program: Program) -> Executable:
+    def build(self, program: Program, example: Sample) -> Executable:
         source, names = emit(program)
         scope = dict(names)
         exec(compile(source, f"<lissom {program.name}>", "exec"), scope)

@@ -1,4 +1,4 @@
-"""Move a program to another device: its weights, the devices written into its operators, and its signature."""
+"""Where a model is, and how its program moves to another device: weights, devices written into operators, signature."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ from dataclasses import replace
 import torch
 from torch import nn
 from torch.fx.node import Argument as CallArgument
+from torch.utils import _pytree as pytree
 
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.program import Program
 from lissom.compiler.signature import Argument, TensorArgument
+
+
+def device_of(model: object, inputs: object = ()) -> torch.device:
+    """Where a model is: the device of its first weight, else of its first input, else the CPU."""
+    weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    tensors = (leaf for leaf in (*weights, *pytree.tree_leaves(inputs)) if isinstance(leaf, torch.Tensor))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def move(program: Program, device: torch.device) -> Program:

@@ -37,7 +37,7 @@ def run(v0):
 def test_the_executable_gives_what_the_program_gives(name):
     found = capture_of(name)
     (wanted,) = run_samples(found.program, [found.example])
-    built = Eager().build(found.program)(found.example)
+    built = Eager().build(found.program, found.example)(found.example)
     outputs = wanted[: len(wanted) - len(found.program.state)]
     assert len(built) == len(outputs)
     assert all(same(left, right) for left, right in zip(outputs, built, strict=True))
@@ -86,7 +86,7 @@ class Chain(nn.Module):
 
 
 def test_a_long_chain_holds_two_values_at_once():
-    executable = Eager().build(capture(Chain(), (normal(2, 3),)).program)
+    executable = Eager().build(capture(Chain(), (normal(2, 3),)).program, [normal(2, 3)])
     with Alive() as alive:
         executable([normal(2, 3)])
     assert len(alive.results) == 20
@@ -95,7 +95,7 @@ def test_a_long_chain_holds_two_values_at_once():
 
 def test_calls_run_under_inference_mode():
     found = capture_of("feed_forward")
-    (result,) = Eager().build(found.program)(found.example)
+    (result,) = Eager().build(found.program, found.example)(found.example)
     assert result.is_inference()
     assert not result.requires_grad
 
@@ -111,8 +111,8 @@ def test_weights_are_shared_and_not_copied():
 def test_state_advances_in_the_executable_alone():
     case = counter()
     program = capture(case.model, case.args).program
-    executable = Eager().build(program)
     rows = normal(3, 4)
+    executable = Eager().build(program, [rows])
     first, second = executable([rows])[0], executable([rows])[0]
     # Adding 3 to values of size 1 rounds to 3e-7.
     torch.testing.assert_close(second - first, torch.full((3, 4), 3.0), rtol=0, atol=1e-6)
@@ -122,8 +122,8 @@ def test_state_advances_in_the_executable_alone():
 
 def test_two_executables_of_one_program_have_states_of_their_own():
     program = captured("counter")
-    one, other = Eager().build(program), Eager().build(program)
     rows = normal(3, 4)
+    one, other = Eager().build(program, [rows]), Eager().build(program, [rows])
     first = one([rows])[0]
     one([rows])
     assert torch.equal(other([rows])[0], first)
@@ -132,7 +132,7 @@ def test_two_executables_of_one_program_have_states_of_their_own():
 @pytest.mark.parametrize("name", ["feed_forward", "bert", "llama"])
 def test_eight_threads_at_once_give_what_one_gives(name):
     found = capture_of(name)
-    executable = Eager().build(found.program)
+    executable = Eager().build(found.program, found.example)
     samples = [[tensor.roll(shift, 0) for tensor in found.example] for shift in range(8)]
     wanted = [executable(sample)[0] for sample in samples]
     with ThreadPoolExecutor(8) as threads:
@@ -151,12 +151,12 @@ class Infinite(nn.Module):
 
 def test_arguments_without_a_spelling_are_passed_as_they_are():
     model = Infinite()
-    executable = Eager().build(capture(model, (normal(2, 3),)).program)
+    executable = Eager().build(capture(model, (normal(2, 3),)).program, [normal(2, 3)])
     assert torch.equal(executable([normal(4, 3)])[0], model(normal(4, 3)))
 
 
 def test_a_failing_call_shows_the_program_s_name():
-    executable = Eager().build(captured("feed_forward"))
+    executable = Eager().build(captured("feed_forward"), [normal(2, 5, 8)])
     with pytest.raises(RuntimeError) as caught:
         executable([normal(2, 5, 3)])
     assert any(entry.path == "<lissom FeedForward>" for entry in caught.traceback for entry in [entry.frame.code])
@@ -168,7 +168,7 @@ def test_a_program_runs_on_a_gpu():
     found = capture(case.model, (), case.kwargs, device=torch.device("cuda", 0))
     with torch.no_grad():
         wanted = case.model(**case.kwargs).last_hidden_state
-    result = Eager().build(found.program)(found.example)[0]
+    result = Eager().build(found.program, found.example)(found.example)[0]
     assert result.is_cuda
     # Other kernels sum in another order: float32, unit roundoff 6e-8, sums of at most 24 terms.
     torch.testing.assert_close(result.cpu(), wanted, rtol=1e-5, atol=1e-5)

@@ -6,11 +6,20 @@ from torch import nn
 
 from lissom.compiler import node as nodes
 from lissom.compiler.verify import verify_structure
-from lissom.frontends.device import move
+from lissom.frontends.device import device_of, move
 from lissom.frontends.export import capture
 from tests.models import captured, normal, tiny_bert
 
 META = torch.device("meta")
+
+
+def test_a_model_is_where_its_first_weight_is():
+    assert device_of(nn.Linear(2, 3, device="meta"), torch.ones(2)) == META
+
+
+def test_a_model_without_weights_is_where_its_inputs_are():
+    assert device_of(nn.ReLU(), {"x": torch.ones(2, device="meta")}) == META
+    assert device_of(nn.ReLU()) == torch.device("cpu")
 
 
 def test_a_program_that_is_there_already_is_left_alone():
