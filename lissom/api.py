@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from lissom.backends import find_backend
+from lissom.backends import find_backends
 from lissom.backends.base import Executable
+from lissom.backends.fastest import build_fastest
 from lissom.compiler.errors import InputError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
@@ -83,7 +84,8 @@ def compile(
     example_inputs: a tuple is positional, a mapping is keywords, a tensor is the only argument.
     passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
         into canonical form and always comes first.
-    backend: what runs the result; `lissom.backends.BACKENDS` lists them.
+    backend: what runs the result; `lissom.backends.BACKENDS` lists them. `fastest` builds and measures each on the example
+        inputs, and keeps the one that answers soonest.
     device: where the result runs; the model's own device by default.
     dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
         dimensions that vary: `{"input_ids": {0: "batch"}}`.
@@ -102,32 +104,38 @@ def compile(
     torch.Size([3, 7, 32])
     """
     check_options(checks, metric, max_drop)
-    chosen = find_backend(backend)
+    shared = resolve_passes(passes)
+    backends = find_backends(backend)
     args, kwargs = split_inputs(example_inputs)
     place = check_device(device)
-    pipeline = [*resolve_passes(passes), *chosen.lowering(place or device_of(model, (args, kwargs)))]
+    target = place or device_of(model, (args, kwargs))
+    missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
+    lowerings = {item.name: item.lowering(target) for item in backends if item.name not in missing}
+    # The capture, the passes, and for each backend its own passes and the build.
+    count = 1 + len(shared) + sum(len(lowering) + 1 for lowering in lowerings.values())
     with progress_bar("compile") as bar:
         show = progress or bar
-        show("capture", 0, len(pipeline) + 1)
+        show("capture", 0, count)
         captured = capture(model, args, kwargs, dynamic=dynamic, device=place)
         program, example = captured.program, captured.example
-        history = History(format_pipeline(pipeline), checks)
+        history = History(format_pipeline(shared), checks)
         history.record(
             Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text()
         )
         batches = [program.signature.flatten(*split_inputs(batch)) for batch in data]
         run = Pipeline(
-            pipeline,
+            shared,
             samples=check_samples(program.signature, example),
             checks=checks,
             data=batches,
             metric=metric,
             max_drop=max_drop,
-            progress=lambda what, finished, total: show(what, finished + 1, total + 1),
+            progress=lambda what, finished, _: show(what, finished + 1, count),
         )
-        program, history = run.run(program, history)
-    report = Report(f"{program.name} on {chosen.name}", history)
-    return CompiledModel(program, chosen.build(program, captured.example), report, chosen.name)
+        lowered = run.run_each(program, lowerings, history)
+        built = build_fastest(missing | lowered, example, lambda what, left: show(what, count - left, count))
+    report = Report(f"{built.program.name} on {built.backend}", built.history)
+    return CompiledModel(built.program, built.executable, report, built.backend)
 
 
 def resolve_passes(passes: str | Sequence[Pass]) -> list[Pass]:

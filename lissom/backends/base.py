@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import ClassVar
 
 import torch
 
+from lissom.compiler.errors import InputError, VerifyError
 from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
+from lissom.compiler.samples import Sample, check_samples, resize
+from lissom.compiler.verify import compare, run_original, tolerance_of
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 """Flat inputs in the order of the program's placeholders; flat outputs."""
@@ -25,9 +28,47 @@ class Backend(ABC):
         """Exact passes that bring a program on `device` into the form this backend runs fast; checked like any other."""
         return ()
 
+    def missing(self) -> str | None:
+        """Why this machine cannot run it, in one sentence; None when it can."""
+        return None
+
     @abstractmethod
     def build(self, program: Program, example: Sample) -> Executable:
         """What runs the program; `example` are flat inputs of it.
 
         The executable keeps the program's weights and copies none it does not write.
         """
+
+
+def confirm(name: str, executable: Executable, program: Program, example: Sample) -> None:
+    """Run what a backend built from a program without state beside it: on the example, at other sizes, and at the smallest.
+
+    Raises: VerifyError when it does not run, or gives something else.
+    """
+    samples, wanted = run_original(program, [*check_samples(program.signature, example), *_smallest(program, example)])
+    allowed = tolerance_of(program)
+    for sample, outputs in zip(samples, wanted, strict=True):
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
+        try:
+            found = list(executable(sample))
+        except Exception as error:
+            raise VerifyError(
+                f"what backend '{name}' built from {program.name} does not run on inputs {shapes}: "
+                f"{type(error).__name__}: {error}; choose another backend"
+            ) from error
+        error = compare([outputs], [found]).relative_error
+        if error > allowed:
+            raise VerifyError(
+                f"what backend '{name}' built from {program.name} differs from the program by {error:.2g} relative on inputs "
+                f"{shapes}, allowed {allowed:.2g}; choose another backend"
+            )
+
+
+def _smallest(program: Program, example: Sample) -> list[Sample]:
+    """The example at the smallest sizes the signature promises, where compilers go wrong; none when it refuses them."""
+    signature = program.signature
+    sample = resize(signature, example, {symbol: dimension.minimum for symbol, dimension in signature.dimensions.items()})
+    with suppress(InputError):
+        signature.check_sizes(sample)
+        return [sample]
+    return []

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from lissom.backends.base import Backend, Executable
+from lissom.backends.cuda_graphs import with_fast_layout, with_graphs
 from lissom.compiler.execute import last_uses_of
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
@@ -26,6 +27,7 @@ class Eager(Backend):
     name: ClassVar[str] = "eager"
 
     def build(self, program: Program, example: Sample) -> Executable:
+        program = with_fast_layout(program)
         source, names = emit(program)
         scope = dict(names)
         exec(compile(source, f"<lissom {program.name}>", "exec"), scope)
@@ -35,7 +37,7 @@ class Eager(Backend):
             with torch.inference_mode():
                 return function(*inputs)
 
-        return run
+        return with_graphs(program, run)
 
 
 def emit(program: Program) -> tuple[str, dict[str, object]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from lissom.compiler.cost import flops
 from lissom.compiler.editor import Skip
@@ -86,6 +86,10 @@ class History:
     def record(self, step: Step, text: str) -> None:
         self.steps.append(step)
         self.texts.append(text)
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence for the reader to the last step."""
+        self.steps[-1] = replace(self.steps[-1], notes=(*self.steps[-1].notes, sentence))
 
     def diff(self, before: int, after: int) -> str:
         """The lines of the program that changed between two steps (0 is the capture), in unified form.

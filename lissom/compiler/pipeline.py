@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn, get_args
 
@@ -85,20 +86,55 @@ class Pipeline:
 
         Raises: RequirementError, PassError, VerifyError, BudgetError, Interrupted; each holds the history so far.
         """
-        history = history or History(format_pipeline(self.passes), self.checks)
-        try:
-            with _heap_set_aside():
-                run = _Run(self, program, history)
-                for index, item in enumerate(self.passes):
-                    if self.progress is not None:
-                        self.progress(format_pass(item), index, len(self.passes))
-                    run.step(item)
-        except LissomError as error:
-            error.history = history
-            raise
-        except KeyboardInterrupt:
-            raise Interrupted(history) from None
+        run = self._run(program, history, len(self.passes))
         return run.program, run.history
+
+    def run_each(
+        self, program: Program, endings: Mapping[str, Sequence[Pass]], history: History | None = None
+    ) -> dict[str, tuple[Program, History] | LissomError]:
+        """Run the passes once, and after them each ending by itself; what `run` gives, or the error that stopped the ending.
+
+        Raises: what `run` raises, where the passes before the endings fail.
+        """
+        count = len(self.passes) + sum(map(len, endings.values()))
+        run = self._run(program, history, count)
+        finished, found = len(self.passes), dict[str, tuple[Program, History] | LissomError]()
+        for name, ending in endings.items():
+            branch = run.branch(format_pipeline([*self.passes, *ending]))
+            try:
+                self._steps(branch, ending, finished, count)
+                found[name] = branch.program, branch.history
+            except LissomError as error:
+                found[name] = error
+            finished += len(ending)
+        return found
+
+    def _run(self, program: Program, history: History | None, count: int) -> _Run:
+        """The run after all passes."""
+        history = history or History(format_pipeline(self.passes), self.checks)
+        with _stopped_with(history):
+            run = _Run(self, program, history)
+        self._steps(run, self.passes, 0, count)
+        return run
+
+    def _steps(self, run: _Run, passes: Sequence[Pass], finished: int, count: int) -> None:
+        with _heap_set_aside(), _stopped_with(run.history):
+            for index, item in enumerate(passes, finished):
+                if self.progress is not None:
+                    self.progress(format_pass(item), index, count)
+                run.step(item)
+
+
+@contextmanager
+def _stopped_with(history: History) -> Generator[None]:
+    """Let what stops a run hold its history."""
+    try:
+        yield
+    except LissomError as error:
+        error.history = history
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(history) from None
 
 
 @contextmanager
@@ -137,6 +173,12 @@ class _Run:
         start = self.history.steps[0] if self.history.steps else Step(0, "capture", "capture", 0.0, 0.0, Size.of(self.program))
         self.history.steps[:1] = [replace(start, metric=self.score)]
         self.history.texts[:1] = [self.program.text()]
+
+    def branch(self, pipeline: str) -> _Run:
+        """A run that goes on from here with a history of its own; pipeline: the text of it all."""
+        other = copy(self)
+        other.history = replace(self.history, pipeline=pipeline, steps=[*self.history.steps], texts=[*self.history.texts])
+        return other
 
     def step(self, item: Pass) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""

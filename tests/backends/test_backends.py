@@ -2,14 +2,21 @@
 
 import pytest
 
-from lissom.backends import BACKENDS, find_backend
+from lissom.backends import BACKENDS, find_backend, find_backends
 from lissom.backends.base import Backend
 from lissom.backends.eager import Eager
+from lissom.backends.inductor import Inductor
 from lissom.compiler.errors import UnsupportedError
 
 
 def test_a_backend_is_found_by_its_name():
     assert isinstance(find_backend("eager"), Eager)
+    assert isinstance(find_backend("inductor"), Inductor)
+
+
+def test_fastest_stands_for_all():
+    assert [type(backend) for backend in find_backends("fastest")] == list(BACKENDS.values())
+    assert [type(backend) for backend in find_backends("eager")] == [Eager]
 
 
 def test_every_backend_is_listed_under_its_name():
@@ -19,10 +26,10 @@ def test_every_backend_is_listed_under_its_name():
 def test_a_mistyped_backend_is_refused_with_the_nearest():
     with pytest.raises(UnsupportedError) as caught:
         find_backend("eagre")
-    assert str(caught.value).startswith("there is no backend 'eagre'; did you mean 'eager'? choose eager")
+    assert str(caught.value).startswith("there is no backend 'eagre'; did you mean 'eager'? choose eager, ")
 
 
 def test_an_unknown_backend_is_refused_with_all():
     with pytest.raises(UnsupportedError) as caught:
         find_backend("zebra")
-    assert str(caught.value).startswith("there is no backend 'zebra'; choose eager")
+    assert str(caught.value).startswith("there is no backend 'zebra'; choose eager, ")

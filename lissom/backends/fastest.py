@@ -1,0 +1,87 @@
+"""The fastest of several backends: each builds the program, all are timed side by side on the example, and the best is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from lissom.backends import FASTEST, find_backend
+from lissom.backends.base import Executable
+from lissom.compiler.errors import LissomError, UnsupportedError
+from lissom.compiler.history import History
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.inspect.timing import time_calls
+
+_SECONDS = 1.0
+"""How long each backend is timed."""
+_SLOW_BUILD = 1.0
+"""Builds of so many seconds are worth a note."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program, what runs it, and how it came to be."""
+
+    backend: str
+    program: Program
+    history: History
+    executable: Executable
+
+
+def build_fastest(
+    lowered: Mapping[str, tuple[Program, History] | LissomError], example: Sample, progress: Callable[[str, int], None]
+) -> Built:
+    """Build the program of every backend, and keep the one that answers the example soonest; a single one is not timed.
+
+    lowered: for each backend's name its lowered program, or why there is none. progress: called with what is done now, and
+    how many builds are left. The history says how long each took, and why any could not run.
+
+    Raises: the error of a single backend; UnsupportedError when several fail and none is left.
+    """
+    built: dict[str, Built] = {}
+    failed: dict[str, Exception] = {}
+    left = sum(not isinstance(found, LissomError) for found in lowered.values())
+    for name, found in lowered.items():
+        try:
+            if isinstance(found, LissomError):
+                raise found
+            progress(f"build {name}", left)
+            left -= 1
+            built[name] = _build(name, *found, example)
+        except Exception as error:
+            if len(lowered) == 1:
+                raise
+            failed[name] = error
+    if not built:
+        reasons = "; ".join(f"{name}: {_first_line(error)}" for name, error in failed.items())
+        raise UnsupportedError(f"no backend can run this model: {reasons}")
+    best = next(iter(built.values()))
+    if len(lowered) > 1:
+        progress("time " + " and ".join(built), 0)
+        timings = time_calls({name: partial(item.executable, example) for name, item in built.items()}, _SECONDS)
+        best = built[min(timings, key=lambda name: timings[name].median_ms)]
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in example)
+        listed = ", ".join(f"{name} {timing} ms" for name, timing in timings.items())
+        best.history.note(f"{FASTEST}: {best.backend} is used; on inputs {shapes}: {listed}")
+    for name, error in failed.items():
+        best.history.note(f"{FASTEST}: {name} could not run: {_first_line(error)}")
+    return best
+
+
+def _build(name: str, program: Program, history: History, example: Sample) -> Built:
+    started = time.perf_counter()
+    executable = find_backend(name).build(program, example)
+    seconds = time.perf_counter() - started
+    if seconds > _SLOW_BUILD:
+        history.note(f"{name} built the program in {seconds:.1f} s")
+    for sentence in getattr(executable, "notes", ()):
+        history.note(sentence)
+    return Built(name, program, history, executable)
+
+
+def _first_line(error: Exception) -> str:
+    first = str(error).partition("\n")[0]
+    return first if isinstance(error, LissomError) else f"{type(error).__name__}: {first}"

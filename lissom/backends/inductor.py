@@ -1,0 +1,149 @@
+"""TorchInductor, ahead of time: the program compiled into one library, with its weights frozen into it in the kernels' layout.
+
+The program is exported with the dimensions its signature leaves free, and AOTInductor compiles it into a `.pt2` package. Python
+takes no part in a call but to hand over the inputs. Calls from several threads wait for each other.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import ClassVar, cast
+
+import torch
+from torch import fx, nn
+from torch.export import Dim
+
+from lissom.backends.base import Backend, Executable, confirm
+from lissom.compiler import node as nodes
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample, resize
+from lissom.compiler.signature import TensorArgument
+
+
+class Inductor(Backend):
+    """Compiles the program with AOTInductor; needs a C++ compiler."""
+
+    name: ClassVar[str] = "inductor"
+
+    def missing(self) -> str | None:
+        # Here, because it takes a second or two to import.
+        from torch._inductor import cpp_builder, exc
+
+        try:
+            cpp_builder.get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            return (
+                "backend 'inductor' needs a C++ compiler, and there is none where $CXX says, or g++; "
+                "install g++ (Debian: apt-get install g++), or choose backend 'eager'"
+            )
+        return None
+
+    def build(self, program: Program, example: Sample) -> Executable:
+        """What runs the program: a `Package`.
+
+        Raises: UnsupportedError when the program keeps state, returns sizes, or holds what TorchInductor cannot compile;
+            VerifyError when what it compiled gives something else than the program.
+        """
+        if program.state:
+            raise UnsupportedError(
+                f"backend 'inductor' keeps no state, and {program.name} writes to '{program.state[0]}'; choose backend 'eager'"
+            )
+        _check_outputs(program)
+        folder = Path(mkdtemp(prefix="lissom-"))
+        try:
+            # Warnings and tracebacks of the compiler's own parts; what matters is in its exception.
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                package = Package(program, _compile(program, example, folder))
+        except BaseException as error:
+            shutil.rmtree(folder)
+            if not isinstance(error, Exception):
+                raise
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+            raise UnsupportedError(
+                f"TorchInductor cannot compile {program.name}: {type(error).__name__}: {first}; choose backend 'eager'"
+            ) from error
+        confirm(self.name, package, program, example)
+        return package
+
+
+class Package:
+    """A program TorchInductor compiled.
+
+    path: the `.pt2` package, which holds code and weights; its folder is deleted with this object.
+    """
+
+    def __init__(self, program: Program, path: Path) -> None:
+        device = program.signature.tensors[0].type.device if program.signature.tensors else torch.device("cpu")
+        index = -1 if device.type == "cpu" else device.index
+        self.path = path
+        self._leaves = _leaves_of(program)
+        # The loader itself: what is around it reads the nesting of inputs and outputs from text at every call.
+        self._loader = torch._inductor.aoti_load_package(str(path), device_index=index).loader
+        weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        # The compiled code reads memory in the order of the example, and does not look at strides.
+        with torch.inference_mode():
+            results = iter(self._loader.boxed_run([tensor.contiguous() for tensor in inputs]))
+        return [next(results) if isinstance(leaf, fx.Node) else leaf for leaf in self._leaves]
+
+
+class _Module(nn.Module):
+    """The program as a module that takes its flat inputs and returns the tensors among its outputs."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.weights = program.graph_module
+        self.program = program
+
+    def forward(self, *inputs: torch.Tensor) -> list[object]:
+        outputs = self.program.run(inputs)
+        return [value for leaf, value in zip(_leaves_of(self.program), outputs, strict=True) if isinstance(leaf, fx.Node)]
+
+
+def _compile(program: Program, example: Sample, folder: Path) -> Path:
+    """Export the program and compile it; the package's path."""
+    from torch._inductor.package.package import package_aoti
+
+    signature = program.signature
+    # A size of 1 cannot be traced as one that varies.
+    sizes = {symbol: max(2, size) for symbol, size in signature.sizes_of(example).items()}
+    traced = tuple(tensor.contiguous() for tensor in resize(signature, example, sizes))
+    shapes = {"inputs": tuple(_free(leaf) for leaf in signature.tensors)}
+    exported = torch.export.export(_Module(program).eval(), traced, dynamic_shapes=shapes, strict=False)
+    options: dict[str, object] = {
+        # Weights are packed once, when compiling, into the layout the kernels read.
+        "freezing": True,
+        "aot_inductor.package": True,
+        # Not in TorchInductor's cache, which would keep a copy of the weights for ever.
+        "aot_inductor.output_path": str(folder / "files"),
+    }
+    files = torch._inductor.aot_compile(exported.module(), traced, options=options)  # pyright: ignore[reportArgumentType]
+    path = folder / "model.pt2"
+    package_aoti(str(path), files)  # pyright: ignore[reportArgumentType]
+    shutil.rmtree(folder / "files")
+    return path
+
+
+def _free(leaf: TensorArgument) -> dict[int, object]:
+    """The dimensions of one input that vary; which of them are equal is found anew."""
+    return {index: Dim.AUTO for index, size in enumerate(leaf.type.shape) if not isinstance(size, int)}
+
+
+def _leaves_of(program: Program) -> list[object]:
+    return list(cast(Sequence[object], program.output.args[0]))
+
+
+def _check_outputs(program: Program) -> None:
+    for leaf in _leaves_of(program):
+        if isinstance(leaf, fx.Node) and not nodes.is_tensor(leaf):
+            raise UnsupportedError(
+                f"backend 'inductor' returns tensors, and {program.name} returns the size '{leaf.name}'; choose backend 'eager'"
+            )
