@@ -162,7 +162,7 @@ class Editor:
     def retype(self) -> None:
         """Type every call anew, after sizes written into the program changed."""
         for node in self.program.nodes():
-            self._stamp_changed(node)
+            self.retype_call(node)
 
     def retype_from(self, node: fx.Node) -> None:
         """Type anew everything that computes from a node, after its own type changed."""
@@ -172,8 +172,8 @@ class Editor:
                 self._type(found)
                 changed.add(found)
 
-    def _stamp_changed(self, node: fx.Node) -> None:
-        """Type a call anew, and note the pass on it when its type changed."""
+    def retype_call(self, node: fx.Node) -> None:
+        """Type a call anew, after what it reads changed, and note the pass on it when its type changed."""
         before = nodes.node_type(node)
         self._type(node)
         if nodes.node_type(node) != before:

@@ -55,6 +55,11 @@ def _product(node: fx.Node, shape_of: ShapeOf) -> Size:
     return product(shape_of(node)) * left[-1] if len(right) > 1 else 0
 
 
+def _packed(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """A linear layer whose weight is packed, so that its sizes say less than the input's."""
+    return product(shape_of(node)) * _operand(node, 0, shape_of)[-1]
+
+
 def _grouped_product(node: fx.Node, shape_of: ShapeOf) -> Size:
     """Rows [tokens, in_features], each with the matrix of its group of [groups, in_features, out_features]."""
     return product(_operand(node, 0, shape_of)) * _operand(node, 1, shape_of)[-1]
@@ -141,6 +146,9 @@ FORMULAS: dict[object, Formula] = {
 
 _FOREIGN: dict[str, Formula] = {
     "lissom.attention.default": _attention,
+    "lissom.fused_attention.default": _attention,
+    "lissom.packed_linear.default": _packed,
+    "lissom.packed_linear_norm.default": _packed,
     "transformers.grouped_mm_fallback.default": _grouped_product,
 }
 """The same for our own operators, and for those of libraries that need not be installed, by name."""

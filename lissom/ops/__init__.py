@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping
 import torch
 
 from lissom.ops.attention import attention, attention_reference
+from lissom.ops.fused_attention import fused_attention
+from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
 
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {attention: attention_reference, rotary: rotary_reference}
 """Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
 
-__all__ = ["IMPLEMENTATIONS", "attention", "rotary"]
+__all__ = ["IMPLEMENTATIONS", "attention", "fused_attention", "packed_linear", "packed_linear_norm", "rotary"]

@@ -17,7 +17,11 @@ from lissom.passes.canonical.raise_rotary import RaiseRotary
 from lissom.passes.canonical.raise_softmax import RaiseSoftmax
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum
+from lissom.passes.lowering.fuse_attention import FuseAttention
+from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.merge_projections import MergeProjections
+from lissom.passes.lowering.pack_linear import PackLinear
+from lissom.passes.precision.cast import Cast
 
 PASSES: Mapping[str, type[Pass]] = {
     item.name(): item
@@ -32,7 +36,11 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseActivations,
         RaiseRotary,
         RaiseAttention,
+        Cast,
         MergeProjections,
+        FuseAttention,
+        PackLinear,
+        FuseEpilogues,
     )
 }
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
+from lissom.backends import BACKENDS
 from lissom.compiler.history import History
 from lissom.compiler.kinds import Pass
 from lissom.compiler.pipeline import Pipeline
@@ -20,6 +22,10 @@ from lissom.passes import PASSES, RECIPES
 aten = torch.ops.aten
 
 GOLDEN = Path(__file__).parent.parent / "golden"
+# Inductor takes some twenty seconds a graph.
+every_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=pytest.mark.slow) if name == "inductor" else name for name in BACKENDS]
+)
 # Set by `pytest tests/passes --update-goldens`.
 update_goldens = False
 

@@ -11,31 +11,31 @@ from lissom.compiler.samples import resize
 from lissom.compiler.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
 from tests.passes.harness import aten, calls
-from tests.passes.models import EAGER, case_of, compiled
+from tests.passes.models import EAGER, case_of, compiled, optimized
 
 
 @pytest.mark.parametrize("name", EAGER)
 def test_every_attention_is_raised(name: str) -> None:
-    fast, attentions = compiled(name), EAGER[name][1]
+    fast, attentions = optimized(name), EAGER[name][1]
     assert calls(fast.program, aten.scaled_dot_product_attention.default) == attentions
     assert calls(fast.program, aten.softmax.int, aten._softmax.default) == 0
 
 
 @pytest.mark.parametrize("name", EAGER)
 def test_nothing_is_skipped(name: str) -> None:
-    assert [skip for step in compiled(name).report.history.steps for skip in step.skipped] == []
+    assert [skip for step in optimized(name).report.history.steps for skip in step.skipped] == []
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "gemma3"])
 def test_every_norm_is_raised(name: str) -> None:
-    program = compiled(name).program
+    program = optimized(name).program
     assert calls(program, aten.rms_norm.default) > 0
     assert calls(program, aten.rsqrt.default) == 0
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bloom", "t5"])
 def test_every_activation_is_raised(name: str) -> None:
-    program = compiled(name).program
+    program = optimized(name).program
     assert calls(program, aten.gelu.default) == EAGER[name][1]
     assert calls(program, aten.tanh.default) == 0
 
@@ -59,7 +59,7 @@ def test_numbers_at_two_other_sizes(name: str) -> None:
 
 @pytest.mark.parametrize("name", EAGER)
 def test_a_second_run_changes_nothing(name: str) -> None:
-    program = compiled(name).program
+    program = optimized(name).program
     again, history = Pipeline(parse_pipeline("exact", PASSES, RECIPES), checks="off").run(program)
     assert again.text() == program.text()
     assert [step.rewritten for step in history.steps] == [0] * len(history.steps)

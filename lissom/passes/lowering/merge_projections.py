@@ -35,13 +35,17 @@ class MergeProjections(Rewrite):
     """Merges linear layers of the same input into one with a split, where that is measured faster.
 
     always: merge without measuring.
+    gates: merge a gated feed-forward's gate and up projections too; apart, each can take its epilogue into its own kernel.
     """
 
     always: bool = False
+    gates: bool = True
 
     def run(self, edit: Editor) -> None:
         times: dict[object, tuple[float, float]] = {}
         for group in _groups(edit):
+            if not self.gates and any(_is_gate(node) for node in group):
+                continue
             if not self.always:
                 key = _sizes(group)
                 if key not in times:
@@ -62,6 +66,11 @@ def _groups(edit: Editor) -> list[list[fx.Node]]:
         if _owned(weight) and (bias is None or _owned(bias)) and nodes.tensor_type(weight).rank == 2:
             readers.setdefault((x, bias is None), []).append(node)
     return [found for found in readers.values() if len(found) > 1]
+
+
+def _is_gate(linear: fx.Node) -> bool:
+    """True when an activation is all that reads the layer's result."""
+    return all(user.target in (aten.silu.default, aten.gelu.default, aten.relu.default) for user in linear.users)
 
 
 def _owned(item: object) -> bool:

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends import BACKENDS
 from lissom.passes.canonical.fold_constants import FoldConstants
 from tests.models import captured, normal, seeded
-from tests.passes.harness import Calls, apply, aten, calls, check_golden, rewrite
+from tests.passes.harness import Calls, apply, aten, calls, check_golden, every_backend, rewrite
 
 Function = Callable[..., object]
 
@@ -175,7 +174,7 @@ def test_the_users_module_is_untouched() -> None:
     assert not hasattr(module, "folded")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_composes(backend: str) -> None:
     module = seeded(GemmaNorm)
     fast = lissom.compile(module, normal(2, 5, 8), passes="fold-constants,raise-rms-norm", backend=backend)

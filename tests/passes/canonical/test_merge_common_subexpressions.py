@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends import BACKENDS
 from lissom.compiler.editor import Editor
 from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
 from tests.models import captured, normal, seeded
-from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, rewrite
+from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, every_backend, rewrite
 
 Function = Callable[..., object]
 
@@ -134,7 +133,7 @@ def test_state_is_written_as_often_as_before() -> None:
     torch.testing.assert_close(program(x) + 3, program(x), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_composes(backend: str) -> None:
     module = Repeats()
     inputs = (normal(2, 5, 8), torch.ones(2, 5, dtype=torch.long))

@@ -10,11 +10,10 @@ from transformers.activations import ACT2FN, MishActivation
 from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 
 import lissom
-from lissom.backends import BACKENDS
 from lissom.compiler.program import Program
 from lissom.passes.canonical.raise_activations import RaiseActivations
 from tests.models import normal, seeded
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
 Function = Callable[..., torch.Tensor]
 
@@ -187,7 +186,7 @@ def test_casts_around_the_parts_go_with_them() -> None:
     assert [node.target for node in program.nodes()] == [aten.gelu.default]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_composes(backend: str) -> None:
     module = seeded(Mlp)
     fast = lissom.compile(module, normal(2, 5, 4), backend=backend)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lissom
-from lissom.backends import BACKENDS
 from lissom.compiler.errors import VerifyError
 from lissom.compiler.program import Program
+from lissom.ops import fused_attention
 from lissom.passes.canonical.raise_attention import RaiseAttention
 from tests.models import normal, seeded
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
 Function = Callable[..., object]
 
@@ -389,11 +389,11 @@ def test_any_size_and_spelling(heads: int, size: int, batch: int, length: int, s
         torch.testing.assert_close(program(x, seen).double(), module.oracle(x, seen), rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_composes(backend: str) -> None:
     module = seeded(SelfAttention)
     fast = lissom.compile(module, (normal(2, 5, 8), mask_of(2, 5)), backend=backend)
-    assert (raised(fast.program), calls(fast.program, aten.softmax.int)) == (1, 0)
+    assert (raised(fast.program) + calls(fast.program, fused_attention), calls(fast.program, aten.softmax.int)) == (1, 0)
     x, seen = normal(3, 7, 8, seed=1), mask_of(3, 7)
     with torch.no_grad():
         # As in test_any_size_and_spelling.

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends import BACKENDS
 from lissom.compiler.program import Program
 from lissom.passes.canonical.raise_rms_norm import RaiseRmsNorm
 from tests.models import normal
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
 Function = Callable[..., torch.Tensor]
 
@@ -196,7 +195,7 @@ def test_a_mean_of_cubes_is_left_alone() -> None:
     assert history.steps[1].summary == "nothing to do"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_composes(backend: str) -> None:
     w = weight()
     fast = lissom.compile(Calls(gemma, w=w), normal(2, 5, 8), backend=backend)

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends import BACKENDS
 from lissom.compiler.axes import axes
 from lissom.compiler.program import Program
 from lissom.compiler.structure import structure
 from lissom.passes.canonical.raise_rotary import RaiseRotary
 from tests.models import normal, seeded, tiny_llama
-from tests.passes.harness import Calls, calls, check_golden, rewrite
+from tests.passes.harness import Calls, calls, check_golden, every_backend, rewrite
 
 Function = Callable[..., torch.Tensor]
 
@@ -163,7 +162,7 @@ def test_rewrites() -> None:
 
 def test_llama_stays_understood() -> None:
     case = tiny_llama()
-    program = lissom.compile(case.model, case.inputs).program
+    program = lissom.optimize(case.model, case.inputs).program
     layers = case.model.config.num_hidden_layers
     assert raised(program) == 2 * layers
     assert [site.positions for site in program.fact(structure).attention] == ["rotary"] * layers
@@ -172,7 +171,7 @@ def test_llama_stays_understood() -> None:
     assert found.obstacle(found.axis(up, -1)) == ""
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_composes(backend: str) -> None:
     module = seeded(Turned)
     fast = lissom.compile(module, normal(2, TOKENS, 8), backend=backend)

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import lissom
-from lissom.backends import BACKENDS
 from lissom.passes.canonical.raise_softmax import RaiseSoftmax
 from tests.models import normal
-from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
 Function = Callable[..., torch.Tensor]
 
@@ -78,7 +77,7 @@ def test_a_shift_by_another_maximum_stays() -> None:
     assert calls(program, aten.softmax.int) == calls(program, aten.amax.default) == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_composes(backend: str) -> None:
     module = Calls(lambda q, k, v: written_out(q @ k.mT) @ v)
     fast = lissom.compile(module, tuple(normal(2, 5, 4, seed=seed) for seed in range(3)), backend=backend)

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends import BACKENDS
 from lissom.compiler.program import Program
 from lissom.compiler.structure import structure
 from lissom.passes.lowering.merge_projections import MergeProjections
 from tests.models import normal, seeded, tiny_llama
-from tests.passes.harness import aten, calls, check_golden, rewrite
+from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 
 
 class Projections(nn.Module):
@@ -84,7 +83,7 @@ def test_measures_by_default_and_says_so_where_it_stays_apart() -> None:
 
 def test_a_merged_attention_is_seen_as_packed() -> None:
     case = tiny_llama()
-    program = lissom.compile(case.model, case.inputs, passes="exact,merge-projections{always=true}").program
+    program = lissom.optimize(case.model, case.inputs, passes="exact,merge-projections{always=true}").program
     layers = case.model.config.num_hidden_layers
     # q, k and v; their output; gate and up; down.
     assert linears(program) == 4 * layers + (1 if hasattr(case.model, "lm_head") else 0)
@@ -92,7 +91,7 @@ def test_a_merged_attention_is_seen_as_packed() -> None:
     assert len(program.fact(structure).feed_forward) == layers
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_backend
 def test_composes(backend: str) -> None:
     module = seeded(Projections)
     fast = lissom.compile(module, normal(2, 5, 8), passes="merge-projections{always=true}", backend=backend)

@@ -1,0 +1,62 @@
+"""`lissom::fused_attention`: any attention this library knows, in one sweep that never holds more than a few rows of scores.
+
+scores = q kᵀ · scale;  scores = softcap · tanh(scores / softcap);  weights = softmax([scores + bias, sinks]);  weights · v
+
+It is what `lissom::attention` and PyTorch's `scaled_dot_product_attention` are lowered to on a CPU. A row that sees no key
+yields zeros, as PyTorch's operator has it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lissom.ops.attention import attention_reference
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_LIBRARY.define(
+    "fused_attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, float scale, float softcap=0.0, "
+    "Tensor? sinks=None, bool causal=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def fused_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (item.repeat_interleave(group, 1) if group > 1 else item for item in (k, v))
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
+    if bias is None or seen is None:
+        mask = seen if bias is None else bias
+    else:
+        mask = bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
+    found = attention_reference(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+    if mask is not None and sinks is None:
+        blind = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+        found = found.masked_fill(blind.all(-1, keepdim=True), 0.0)
+    return found.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+_LIBRARY.impl("fused_attention", fused_attention_reference, "CompositeExplicitAutograd")
+
+
+def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    batch, heads, queries, _depth = q.shape
+    return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
+
+
+torch.library.register_fake("lissom::fused_attention", _shape_of, lib=_LIBRARY)
+
+fused_attention = torch.ops.lissom.fused_attention.default
+"""The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
+value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i.
+Returns [batch, heads, queries, value_dim], laid out in memory as [batch, queries, heads, value_dim]."""

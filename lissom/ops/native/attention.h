@@ -1,0 +1,184 @@
+// softmax(cap(q k^T scale) + bias) v, a head at a time: keys and values are packed once, each row of scores stays in cache.
+#pragma once
+
+#include "tile.h"
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <vector>
+
+namespace lissom {
+
+struct Strides {
+  int64_t batch, head, row, column;
+};
+
+template <typename T>
+struct Attention {
+  const T *q, *k, *v;        // [batch, heads or key heads, tokens, head_dim]; q's columns are adjacent
+  Strides q_strides, k_strides, v_strides;
+  const float* bias;         // added to the scores, or null
+  const bool* seen;          // which scores count, or null
+  Strides bias_strides;      // of either; 0 where it is broadcast
+  const float* sinks;        // one logit a head, or null
+  int64_t sink_batch, sink_head;
+  T* y;                      // [batch, queries, heads, value_dim]
+  int64_t batch, heads, key_heads, queries, keys, head_dim, value_dim;
+  float scale, softcap;
+  bool causal;
+};
+
+// Columns of a matrix packed into panels, both counts filled up with zeros: `inner` values lie `along` apart on the summed axis,
+// `outer` columns lie `across` apart; `padded` is the length of the summed axis in the panels.
+template <typename T>
+inline void pack(const T* from, int64_t along, int64_t across, int64_t inner, int64_t outer, int64_t padded, T* to) {
+  constexpr int pair = kPair<T>;
+  int64_t panels = ceil_div(outer, kPanel);
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    T* start = to + panel * padded * kPanel;
+    int64_t columns = std::min<int64_t>(kPanel, outer - panel * kPanel);
+    const T* source = from + panel * kPanel * across;
+    if (columns < kPanel || inner < padded) std::fill(start, start + padded * kPanel, T(0));
+    if (along == 1) {
+      for (int64_t c = 0; c < columns; ++c)
+        for (int64_t i = 0; i < inner; ++i) start[(i / pair) * kPanel * pair + c * pair + i % pair] = source[c * across + i];
+    } else {
+      for (int64_t i = 0; i < inner; ++i)
+        for (int64_t c = 0; c < columns; ++c)
+          start[(i / pair) * kPanel * pair + c * pair + i % pair] = source[i * along + c * across];
+    }
+  }
+}
+
+// The value where the mask is true, `other` elsewhere and past `count`.
+inline Vec where(const bool* mask, int64_t count, Vec value, float other) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes{};
+  if (count >= kLanes) std::memcpy(&bytes, mask, kLanes);
+  else if (count > 0) std::memcpy(&bytes, mask, count);
+  return __builtin_convertvector(bytes, IntVec) != 0 ? value : splat(other);
+}
+
+// Scores to weights that sum to one once divided by what is returned; hidden scores and padding become exactly 0.
+template <typename T>
+inline float soften(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
+                    const float* sink) {
+  int64_t stride = call.bias_strides.column;
+  Vec scale = splat(call.scale), highest = splat(-std::numeric_limits<float>::infinity());
+  constexpr float hidden = -std::numeric_limits<float>::infinity();
+  for (int64_t c = 0; c < padded; c += kLanes) {
+    Vec value = load(row + c) * scale;
+    if (call.softcap != 0) value = call.softcap * hyperbolic_tangent(value / call.softcap);
+    if (bias) {
+      if (stride == 1) value += load_some(bias + c, visible - c);
+      else value += bias[0];
+    }
+    if (seen) value = stride == 1 ? where(seen + c, visible - c, value, hidden) : (*seen ? value : splat(hidden));
+    if (c + kLanes > visible) {
+      for (int lane = std::max<int64_t>(visible - c, 0); lane < kLanes; ++lane) value[lane] = hidden;
+    }
+    store(row + c, value);
+    highest = maximum(highest, value);
+  }
+  float top = largest(highest);
+  if (sink) top = std::max(top, *sink);
+  if (top == hidden) {  // a row that sees nothing yields zeros, as PyTorch's operator does
+    std::fill(row, row + padded, 0.0f);
+    return 1.0f;
+  }
+  Vec total = splat(0.0f);
+  for (int64_t c = 0; c < padded; c += kLanes) {
+    Vec value = exponential(load(row + c) - top);
+    store(row + c, value);
+    total += value;
+  }
+  return sum(total) + (sink ? std::exp(*sink - top) : 0.0f);
+}
+
+template <typename T>
+struct Scratch {
+  std::vector<T> keys, values, weights, query;
+  std::vector<float> scores;
+};
+
+template <typename T>
+inline void head(const Attention<T>& call, int64_t b, int64_t h, int64_t begin, int64_t end, Scratch<T>& scratch) {
+  constexpr int pair = kPair<T>;
+  int64_t depth = ceil_div(call.head_dim, pair) * pair;
+  int64_t width = ceil_div(call.keys, kPanel) * kPanel;   // keys, filled up to whole panels
+  int64_t group = h / (call.heads / call.key_heads);
+  scratch.keys.resize(depth * width);
+  scratch.values.resize(width * ceil_div(call.value_dim, kPanel) * kPanel);
+  scratch.scores.resize(kRows * width);
+  if (pair == 2) scratch.weights.resize(kRows * width);
+  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
+  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  pack(k, call.k_strides.column, call.k_strides.row, call.head_dim, call.keys, depth, scratch.keys.data());
+  pack(v, call.v_strides.row, call.v_strides.column, call.keys, call.value_dim, width, scratch.values.data());
+  in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
+    int64_t reach = call.causal ? std::min(call.keys, bottom) : call.keys;
+    int64_t padded = ceil_div(reach, kPanel) * kPanel;
+    with_rows(static_cast<int>(bottom - top), [&](auto count) {
+      constexpr int R = decltype(count)::value;
+      const T* q = call.q + b * call.q_strides.batch + h * call.q_strides.head + top * call.q_strides.row;
+      int64_t q_stride = call.q_strides.row;
+      if (depth != call.head_dim) {  // an odd head_dim is filled up, so that pairs can be read
+        scratch.query.assign(R * depth, T(0));
+        for (int r = 0; r < R; ++r) std::copy(q + r * q_stride, q + r * q_stride + call.head_dim, &scratch.query[r * depth]);
+        q = scratch.query.data(), q_stride = depth;
+      }
+      float* scores = scratch.scores.data();
+      for (int64_t c = 0; c < padded; c += kChunk) {
+        Vec sums[R][kWide] = {};
+        const T* panel = scratch.keys.data() + c / kPanel * depth * kPanel + c % kPanel * pair;
+        multiply<R>(q, q_stride, panel, depth / pair, sums);
+        for (int r = 0; r < R; ++r)
+          for (int w = 0; w < kWide; ++w) store(scores + r * width + c + w * kLanes, sums[r][w]);
+      }
+      float inverse[R];
+      for (int r = 0; r < R; ++r) {
+        int64_t row = top + r, visible = call.causal ? std::min(call.keys, row + 1) : call.keys;
+        int64_t offset = b * call.bias_strides.batch + h * call.bias_strides.head + row * call.bias_strides.row;
+        const float* sink = call.sinks ? call.sinks + b * call.sink_batch + h * call.sink_head : nullptr;
+        inverse[r] = 1.0f / soften(call, scores + r * width, visible, padded, call.bias ? call.bias + offset : nullptr,
+                                   call.seen ? call.seen + offset : nullptr, sink);
+      }
+      const T* weights;
+      if constexpr (pair == 2) {
+        for (int r = 0; r < R; ++r)
+          for (int64_t c = 0; c < padded; c += kLanes)
+            store(scratch.weights.data() + r * width + c, load(scores + r * width + c));
+        weights = scratch.weights.data();
+      } else {
+        weights = scores;
+      }
+      for (int64_t c = 0; c < call.value_dim; c += kChunk) {
+        Vec sums[R][kWide] = {};
+        const T* panel = scratch.values.data() + c / kPanel * width * kPanel + c % kPanel * pair;
+        multiply<R>(weights, width, panel, padded / pair, sums);
+        for (int r = 0; r < R; ++r) {
+          T* y = call.y + ((b * call.queries + top + r) * call.heads + h) * call.value_dim;
+          for (int w = 0; w < kWide && c + w * kLanes < call.value_dim; ++w)
+            store_some(y + c + w * kLanes, sums[r][w] * inverse[r], call.value_dim - c - w * kLanes);
+        }
+      }
+    });
+  });
+}
+
+template <typename T>
+void run(const Attention<T>& call) {
+  int64_t threads = at::get_num_threads(), heads = call.batch * call.heads;
+  // Where there are fewer heads than threads have use for, a head's rows are shared out too; each share packs keys anew.
+  int64_t shares = heads >= 4 * threads ? 1 : std::max<int64_t>(1, std::min(ceil_div(4 * threads, heads), call.queries / 64));
+  at::parallel_for(0, heads * shares, 1, [&](int64_t from, int64_t to) {
+    Scratch<T> scratch;
+    for (int64_t item = from; item < to; ++item) {
+      int64_t which = item / shares, share = item % shares;
+      head(call, which / call.heads, which % call.heads, call.queries * share / shares, call.queries * (share + 1) / shares, scratch);
+    }
+  });
+}
+
+}  // namespace lissom

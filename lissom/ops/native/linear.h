@@ -1,0 +1,122 @@
+// y = activation(x W^T + bias), then + other or * other, then perhaps a layer norm of each row.
+#pragma once
+
+#include "tile.h"
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <vector>
+
+namespace lissom {
+
+template <typename T>
+struct Linear {
+  const T* x;          // [rows, inputs]
+  const T* weight;     // packed, [panels, inputs / pair, kPanel, pair]
+  const T* bias;       // [features], or null
+  const T* other;      // [rows, features], or null
+  T* y;                // [rows, features]
+  int64_t rows, inputs, features;
+  Activation activation;
+  bool multiplies;     // other is multiplied in, not added
+  const T* norm_weight;  // [features], or null
+  const T* norm_bias;    // [features], or null
+  bool norms;
+  float eps;
+};
+
+// (x - mean) / sqrt(variance + eps) * weight + bias of one row, statistics in two passes as PyTorch's are.
+template <typename T>
+inline void normalize(const Linear<T>& call, const float* from, T* to) {
+  Vec total = splat(0.0f);
+  int64_t n = call.features;
+  for (int64_t c = 0; c < n; c += kLanes) total += load_some(from + c, n - c);
+  float mean = sum(total) / n;
+  Vec squares = splat(0.0f);
+  int64_t whole = n / kLanes * kLanes;
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    Vec centered = load(from + c) - mean;
+    squares += centered * centered;
+  }
+  float rest = 0;
+  for (int64_t c = whole; c < n; ++c) rest += (from[c] - mean) * (from[c] - mean);
+  float scale = 1.0f / std::sqrt((sum(squares) + rest) / n + call.eps);
+  for (int64_t c = 0; c < n; c += kLanes) {
+    Vec value = (load_some(from + c, n - c) - mean) * scale;
+    if (call.norm_weight) value *= load_some(call.norm_weight + c, n - c);
+    if (call.norm_bias) value += load_some(call.norm_bias + c, n - c);
+    store_some(to + c, value, n - c);
+  }
+}
+
+// Rows [begin, end) of panels [first, last); sums go to `to`, which has `features` columns and starts at row `origin`.
+template <typename T, typename Out>
+inline void block(const Linear<T>& call, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to, int64_t origin) {
+  constexpr int pair = kPair<T>;
+  int64_t steps = call.inputs / pair, n = call.features;
+  for (int64_t panel = first; panel < last; ++panel) {
+    const T* weight = call.weight + panel * call.inputs * kPanel;
+    in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
+      with_rows(static_cast<int>(bottom - top), [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        for (int column = 0; column < kPanel; column += kChunk) {
+          Vec sums[R][kWide] = {};
+          multiply<R>(call.x + top * call.inputs, call.inputs, weight + column * pair, steps, sums);
+          for (int v = 0; v < kWide; ++v) {
+            int64_t c = panel * kPanel + column + v * kLanes, left = n - c;
+            if (left <= 0) break;
+            Vec bias = call.bias ? load_some(call.bias + c, left) : splat(0.0f);
+            for (int r = 0; r < R; ++r) {
+              Vec value = activate(call.activation, sums[r][v] + bias);
+              if (call.other) {
+                Vec other = load_some(call.other + (top + r) * n + c, left);
+                value = call.multiplies ? value * other : value + other;
+              }
+              store_some(to + (top + r - origin) * n + c, value, left);
+            }
+          }
+        }
+      });
+    });
+  }
+}
+
+constexpr int64_t kBlock = 8 * kRows;  // rows whose inputs stay in the second-level cache while all panels pass
+
+template <typename T>
+void run(const Linear<T>& call) {
+  int64_t threads = at::get_num_threads();
+  int64_t panels = ceil_div(call.features, kPanel);
+  // Few rows: threads share the columns, so that each reads its part of the weights once. Many: they share the rows.
+  int64_t across = call.rows < 3 * kRows * threads ? std::min(threads, panels) : 1;
+  int64_t blocks = across > 1 ? ceil_div(call.rows, kBlock) : ceil_div(ceil_div(call.rows, kBlock), threads) * threads;
+  bool split_norm = call.norms && across > 1;
+  std::vector<float> shared(split_norm ? call.rows * call.features : 0);
+  at::parallel_for(0, blocks * across, 1, [&](int64_t from, int64_t to) {
+    std::vector<float> held;
+    for (int64_t item = from; item < to; ++item) {
+      int64_t part = item / blocks, index = item % blocks;
+      int64_t begin = call.rows * index / blocks, end = call.rows * (index + 1) / blocks;
+      int64_t first = panels * part / across, last = panels * (part + 1) / across;
+      if (split_norm) {
+        block(call, begin, end, first, last, shared.data(), 0);
+      } else if (call.norms) {
+        held.resize((end - begin) * call.features);
+        block(call, begin, end, first, last, held.data(), begin);
+        for (int64_t row = begin; row < end; ++row)
+          normalize(call, held.data() + (row - begin) * call.features, call.y + row * call.features);
+      } else {
+        block(call, begin, end, first, last, call.y, 0);
+      }
+    }
+  });
+  if (split_norm) {
+    at::parallel_for(0, call.rows, kBlock, [&](int64_t from, int64_t to) {
+      for (int64_t row = from; row < to; ++row)
+        normalize(call, shared.data() + row * call.features, call.y + row * call.features);
+    });
+  }
+}
+
+}  // namespace lissom

@@ -1,0 +1,169 @@
+// Vectors of floats as wide as the machine's registers, in the compiler's own vector types: one source for AVX-512, AVX2, NEON.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace lissom {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;  // floats a register holds
+constexpr int kRows = 14;   // rows of a tile: 14 x 2 sums, 2 columns and 1 broadcast fill 31 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kRows = 6;    // 6 x 2 sums, 2 columns and 1 broadcast fill 15 of 16 registers
+#else
+constexpr int kLanes = 4;
+constexpr int kRows = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasBFloat16 = true;
+#else
+constexpr bool kHasBFloat16 = false;
+#endif
+
+using c10::BFloat16;
+
+inline Vec splat(float value) { return Vec{} + value; }
+
+inline Vec load(const float* from) {
+  Vec found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+inline Vec load(const BFloat16* from) {
+#if defined(__AVX512F__)
+  __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vec)_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#else
+  Vec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = static_cast<float>(from[lane]);
+  return found;
+#endif
+}
+
+inline void store(BFloat16* to, Vec value) {
+#if defined(__AVX512BF16__)
+  __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)value);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<BFloat16>(value[lane]);
+#endif
+}
+
+// The first `count` lanes only; the rest reads as zero and is left unwritten.
+template <typename T>
+inline Vec load_some(const T* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  T held[kLanes] = {};
+  std::copy(from, from + count, held);
+  return load(held);
+}
+
+template <typename T>
+inline void store_some(T* to, Vec value, int64_t count) {
+  if (count >= kLanes) return store(to, value);
+  T held[kLanes];
+  store(held, value);
+  std::copy(held, held + std::max<int64_t>(count, 0), to);
+}
+
+inline Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline float sum(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)value);
+#else
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
+  return total;
+#endif
+}
+
+inline float largest(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)value);
+#else
+  float found = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) found = std::max(found, value[lane]);
+  return found;
+#endif
+}
+
+// e^x within 2 ulp: 2^n times a polynomial in the rest (Cephes expf); exactly 0 below -88, so that -inf hides completely.
+inline Vec exponential(Vec x) {
+  x = maximum(x, splat(-88.02969f));
+  x = x > splat(88.37f) ? splat(88.37f) : x;
+  Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
+  Vec n = shifted - 12582912.0f;
+  x = x - n * 0.693359375f;
+  x = x - n * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * x + 1.3981999507e-3f;
+  p = p * x + 8.3334519073e-3f;
+  p = p * x + 4.1665795894e-2f;
+  p = p * x + 1.6666665459e-1f;
+  p = p * x + 5.0000001201e-1f;
+  p = p * (x * x) + x + 1.0f;
+  IntVec bits = ((IntVec)shifted << 23) + (127 << 23);
+  return p * (Vec)bits;
+}
+
+inline Vec hyperbolic_tangent(Vec x) {
+  Vec e = exponential(x * 2.0f);
+  return 1.0f - 2.0f / (e + 1.0f);
+}
+
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+
+// x times the normal distribution's Φ(x); Abramowitz and Stegun 7.1.26 for the tail, 1.5e-7 absolute.
+inline Vec gelu(Vec x) {
+  Vec z = x * 0.70710678f;
+  Vec positive = maximum(z, -z);
+  Vec t = 1.0f / (1.0f + 0.3275911f * positive);
+  Vec p = splat(1.061405429f);
+  p = p * t - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  Vec tail = 0.5f * p * t * exponential(-z * z);
+  return x * (x < splat(0.0f) ? tail : 1.0f - tail);
+}
+
+inline Vec activate(Activation activation, Vec x) {
+  switch (activation) {
+    case Activation::kRelu:
+      return x < splat(0.0f) ? splat(0.0f) : x;  // NaN stays
+    case Activation::kGelu:
+      return gelu(x);
+    case Activation::kGeluTanh:  // Hendrycks and Gimpel 2016: x/2 (1 + tanh u) is x sigmoid(2u)
+      return x / (1.0f + exponential(x * (x * x * 0.044715f + 1.0f) * (-2.0f * 0.79788456f)));
+    case Activation::kSilu:
+      return x / (1.0f + exponential(-x));
+    default:
+      return x;
+  }
+}
+
+}  // namespace lissom

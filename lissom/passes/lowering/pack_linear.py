@@ -1,0 +1,64 @@
+"""Pack the weights of linear layers for the CPU kernel: x Wᵀ + b in panels of 32 features, `lissom::packed_linear`.
+
+The packed weight takes the place of the plain one in the program, so one copy is held. A weight that is read elsewhere too,
+such as an output head tied to the embedding, is left as it is: it would have to be held twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.ops.native import kernel_dtypes, load_kernels
+from lissom.ops.packed_linear import pack, packed_linear
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PackLinear(Rewrite):
+    """Turns linear layers with weights of their own into `lissom::packed_linear`."""
+
+    def run(self, edit: Editor) -> None:
+        packed: dict[str, fx.Node] = {}
+        for node in edit.nodes(aten.linear.default):
+            reason = _obstacle(node)
+            if reason:
+                edit.skip(node, reason)
+                continue
+            x, weight, *bias = node.args
+            with edit.before(node):
+                name = str(weight.target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+                if name not in packed:
+                    tensor = edit.program.weight(name)
+                    packed[name] = edit.weight(f"{name}_packed", nn.Parameter(pack(tensor.detach()), requires_grad=False))
+                features = nodes.tensor_type(weight).shape[0]  # pyright: ignore[reportArgumentType]
+                call = edit.call(
+                    packed_linear, x, packed[name], *(item for item in bias if item is not None), features=features
+                )
+            edit.replace(node, call)
+
+
+def _obstacle(linear: fx.Node) -> str | None:
+    """Why a layer cannot be packed; None when it can."""
+    x, weight = nodes.tensor_type(linear.args[0]), linear.args[1]  # pyright: ignore[reportArgumentType]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return "its weight is computed"
+    if any(user.target is not aten.linear.default or user.args[0] is weight for user in weight.users):
+        return "its weight is read elsewhere too"
+    if x.device.type != "cpu":
+        return f"it runs on {x.device.type}"
+    missing = load_kernels()
+    if missing:
+        return missing
+    form = nodes.tensor_type(weight)
+    if form.rank != 2 or form.dtype != x.dtype or x.dtype not in kernel_dtypes():
+        return f"there is no kernel for {x.dtype} on this machine"
+    if x.dtype == torch.bfloat16 and int(form.shape[1]) % 2:  # pyright: ignore[reportArgumentType]
+        return "its number of inputs is odd, and bfloat16 takes two at once"
+    return None

@@ -1,0 +1,98 @@
+"""`lissom::fused_attention`: kernel and reference against `lissom::attention` in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.compiler.verify import relative_error
+from lissom.ops.attention import attention_reference
+from lissom.ops.fused_attention import fused_attention, fused_attention_reference
+from lissom.ops.native import load_kernels
+
+# float32: sums in another order and an exponential good to 2e-7.  bfloat16: weights and result rounded once each.
+ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
+load_kernels()
+FORMS = {"operator": fused_attention, "reference": fused_attention_reference}
+MASKS = ["none", "padding", "bias", "bias of a head", "seen"]
+
+
+def numbers(*sizes, dtype=torch.float32, seed=0):
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(seed + sum(sizes))).to(dtype)
+
+
+def mask_of(kind, batch, heads, queries, keys):
+    if kind == "none":
+        return None
+    if kind == "padding":
+        return torch.arange(keys) < torch.tensor([max(1, keys - 2 * b) for b in range(batch)])[:, None, None, None]
+    if kind == "seen":
+        seen = numbers(batch, 1, queries, keys) > 0
+        return seen | (torch.arange(keys) == 0)
+    return numbers(*((1, heads) if kind == "bias of a head" else (1, 1)), queries, keys)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 70),
+    depth=st.sampled_from([(8, 8), (32, 32), (7, 5), (40, 24), (64, 64), (80, 33)]),
+    mask=st.sampled_from(MASKS),
+    softcap=st.sampled_from([0.0, 2.0]),
+    with_sinks=st.booleans(),
+    causal=st.booleans(),
+    dtype=st.sampled_from(list(ALLOWED)),
+    form=st.sampled_from(list(FORMS)),
+)
+def test_numbers(batch, heads, queries, keys, depth, mask, softcap, with_sinks, causal, dtype, form):
+    (count, key_count), (head_dim, value_dim) = heads, depth
+    # Laid out as a merged projection leaves them: [batch, tokens, heads, head_dim], transposed.
+    q, k, v = (
+        numbers(batch, tokens, number, size, dtype=dtype, seed=seed).transpose(1, 2)
+        for seed, (tokens, number, size) in enumerate(
+            [(queries, count, head_dim), (keys, key_count, head_dim), (keys, key_count, value_dim)]
+        )
+    )
+    bias = mask_of(mask, batch, count, queries, keys)
+    sinks = numbers(1, count, 1, 1) if with_sinks else None
+    options = {"scale": head_dim**-0.5, "softcap": softcap, "sinks": sinks}
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril() if causal else torch.ones(queries, keys, dtype=torch.bool)
+    if bias is None or bias.dtype == torch.bool:
+        whole = seen if bias is None else bias & seen
+    else:
+        whole = bias.double().masked_fill(~seen, -torch.inf)
+    group = count // key_count
+    wanted = attention_reference(q.double(), *(item.double().repeat_interleave(group, 1) for item in (k, v)), whole, **options)
+    found = FORMS[form](q, k, v, bias, causal=causal, **options)
+    assert found.shape == (batch, count, queries, value_dim)
+    assert found.transpose(1, 2).is_contiguous()
+    assert relative_error(wanted, found.double()) < ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_row_that_sees_nothing_yields_zeros(form, with_bias):
+    q, k, v = numbers(3, 1, 2, 5, 8).unbind(0)
+    seen = torch.ones(5, 5, dtype=torch.bool)
+    seen[2] = False
+    mask = torch.zeros(5, 5).masked_fill(~seen, -torch.inf) if with_bias else seen
+    found = FORMS[form](q, k, v, mask, scale=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3)
+    assert torch.all(found[:, :, 2] == 0)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+
+
+def test_a_hidden_key_has_no_part_however_large_its_value():
+    q, k, v = numbers(3, 1, 1, 4, 8).unbind(0)
+    v = v.clone()
+    v[:, :, 3] = 1e30
+    seen = torch.tensor([True, True, True, False])
+    assert fused_attention(q, k, v, seen, scale=1.0).abs().max() < 10
+
+
+def test_long_rows_and_many_heads_over_threads():
+    q, k, v = (numbers(1, 2, 600, 16, seed=seed) for seed in range(3))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    assert relative_error(wanted, fused_attention(q, k, v, scale=0.25, causal=True).double()) < ALLOWED[torch.float32]

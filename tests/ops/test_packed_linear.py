@@ -1,0 +1,139 @@
+"""`lissom::packed_linear` and its relative with a norm: kernel and reference against float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from lissom.compiler.verify import relative_error
+from lissom.ops.native import kernel_dtypes, load_kernels
+from lissom.ops.packed_linear import (
+    ACTIVATIONS,
+    pack,
+    packed_linear,
+    packed_linear_norm,
+    packed_linear_norm_reference,
+    packed_linear_reference,
+    unpack,
+)
+
+# float32: sums of up to 400 products, in another order, and an activation good to 2e-7.  bfloat16: one rounding of the result.
+MISSING = load_kernels()
+ALLOWED = {torch.float32: 3e-6, torch.bfloat16: 5e-3}
+DTYPES = [torch.float32, torch.bfloat16]
+# `packed_linear` calls the C++ kernel where there is one for the dtype, else the reference.
+FORMS = {"operator": (packed_linear, packed_linear_norm), "reference": (packed_linear_reference, packed_linear_norm_reference)}
+
+
+def numbers(*sizes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(sizes))
+    return torch.randn(sizes, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [1, 31, 32, 33, 96])
+def test_packing_loses_nothing(dtype, features):
+    weight = numbers(features, 6, dtype=dtype)
+    assert torch.equal(unpack(pack(weight), features), weight)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(1, 130),
+    inputs=st.integers(1, 200),
+    features=st.integers(1, 200),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    combine=st.sampled_from(["none", "add", "mul"]),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    form=st.sampled_from(list(FORMS)),
+)
+def test_numbers(rows, inputs, features, activation, combine, with_bias, dtype, form):
+    inputs += inputs % 2 if dtype == torch.bfloat16 else 0
+    x, weight = numbers(rows, inputs, dtype=dtype), numbers(features, inputs, dtype=dtype) * inputs**-0.5
+    bias = numbers(features, dtype=dtype) if with_bias else None
+    other = numbers(rows, features, dtype=dtype) if combine != "none" else None
+    wanted = ACTIVATIONS[activation](functional.linear(x.double(), weight.double(), None if bias is None else bias.double()))
+    if other is not None:
+        wanted = wanted * other.double() if combine == "mul" else wanted + other.double()
+    options = {"combine": combine} if other is not None else {}
+    found = FORMS[form][0](x, pack(weight), bias, other, features=features, activation=activation, **options)
+    # The reference rounds to bfloat16 after each of its operators, which a sum that cancels shows.
+    allowed = ALLOWED[dtype] * (1 if form == "operator" or dtype == torch.float32 else 8)
+    assert found.dtype == dtype
+    assert relative_error(wanted, found.double()) < allowed
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, 130),
+    features=st.integers(2, 100),
+    parts=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    dtype=st.sampled_from(DTYPES),
+    form=st.sampled_from(list(FORMS)),
+)
+def test_numbers_with_a_norm(rows, features, parts, dtype, form):
+    x, weight = numbers(rows, 64, dtype=dtype), numbers(features, 64, dtype=dtype) / 8
+    other = numbers(rows, features, dtype=dtype) if parts[0] else None
+    gain = numbers(features, dtype=dtype, seed=1) if parts[1] else None
+    shift = numbers(features, dtype=dtype, seed=2) if parts[2] else None
+    total = functional.linear(x.double(), weight.double()) + (other.double() if other is not None else 0)
+    as_double = [None if item is None else item.double() for item in (gain, shift)]
+    wanted = functional.layer_norm(total, (features,), *as_double, 1e-5)
+    found = FORMS[form][1](x, pack(weight), None, other, gain, shift, features=features, eps=1e-5)
+    # A row of few features may vary little, and the norm then magnifies what is rounded before it.
+    spread = float(total.std(-1, correction=0).min())
+    magnified = max(1.0, float(total.abs().max()) / spread)
+    assert relative_error(wanted, found.double()) < ALLOWED[dtype] * (1 if dtype == torch.float32 else 4) * magnified
+
+
+def test_extreme_values_stay_what_they_are():
+    x = torch.tensor([[torch.nan, 1.0], [1e30, -1e30], [-90.0, 90.0], [0.0, -1e-30]])
+    identity = pack(torch.eye(2))
+    for name in ("relu", "silu", "gelu", "gelu_tanh"):
+        wanted = ACTIVATIONS[name](functional.linear(x, torch.eye(2)))
+        found = packed_linear(x, identity, features=2, activation=name)
+        torch.testing.assert_close(found, wanted, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_are_independent_of_the_batch():
+    """A row's answer does not depend on how many others are computed beside it, nor on how they are shared out."""
+    x, weight = numbers(300, 64), pack(numbers(96, 64))
+    whole = packed_linear(x, weight, features=96)
+    for rows in (1, 7, 29, 84, 113):
+        assert torch.equal(packed_linear(x[:rows], weight, features=96), whole[:rows])
+
+
+def test_inputs_of_any_layout_and_rank():
+    x, weight = numbers(4, 3, 5, 8), numbers(6, 8)
+    wanted = functional.linear(x.transpose(0, 2), weight)
+    # Eight products.
+    torch.testing.assert_close(packed_linear(x.transpose(0, 2), pack(weight), features=6), wanted, rtol=0, atol=3e-6)
+    assert packed_linear(x[:0], pack(weight), features=6).shape == (0, 3, 5, 6)
+
+
+def test_a_wrong_weight_is_refused():
+    if MISSING:
+        pytest.skip(MISSING)
+    with pytest.raises(RuntimeError, match="inputs x features"):
+        packed_linear(numbers(2, 8), pack(numbers(6, 9)), features=6)
+
+
+def test_without_kernels_the_reference_runs():
+    script = (
+        "import torch; from lissom.ops.native import load_kernels, kernel_dtypes\n"
+        "from lissom.ops.packed_linear import pack, packed_linear\n"
+        "assert 'LISSOM_NATIVE=0' in load_kernels() and kernel_dtypes() == ()\n"
+        "x, w = torch.randn(3, 8), torch.randn(6, 8)\n"
+        "torch.testing.assert_close(packed_linear(x, pack(w), features=6), x @ w.T)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "LISSOM_NATIVE": "0"})
+
+
+def test_this_machine_has_kernels_where_it_has_a_compiler():
+    assert MISSING or torch.float32 in kernel_dtypes()
