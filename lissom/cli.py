@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | show | passes | machine`."""
+"""The command line: `lissom demo | compile | show | bench | passes | machine`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
 from lissom import api, demo
 from lissom.backends import find_backend
+from lissom.bench.comparison import compare
+from lissom.bench.engines import ENGINES, find_engines
+from lissom.bench.profile import profile_model, profile_table
+from lissom.bench.report import comparison_table, markdown_table
+from lissom.bench.worker import Record
+from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
 from lissom.compiler.errors import ArtifactError, Interrupted, LissomError
 from lissom.compiler.pipeline import check_options
 from lissom.frontends.sources import NAMES, load
-from lissom.inspect.machine import cache_path, load_machine, measure_machine, save_machine
+from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.roofline import cost_table, machine_table
 from lissom.inspect.sites import axes_table, structure_tables
@@ -100,6 +107,57 @@ def run_show(
     console.print(coloured_diff(changed) if changed else "the two steps are the same program", soft_wrap=True)
 
 
+@app.command("bench")
+def run_bench(
+    model: Model,
+    engines: Annotated[str | None, typer.Option(help=f"Some of {', '.join(ENGINES)}; all by default.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help=f"Rows x tokens, or x ragged for whole texts padded; {DEFAULT_SHAPES} by default.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each engine at each shape.")] = 2.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="For each engine; as many as PyTorch uses by default.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="A file of texts, one a line, to fill rows and calibrate with.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Show where the compiled program's time goes instead.")] = False,
+    passes: Annotated[str | None, typer.Option(help="With --profile: pipeline text or a recipe's name.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file too, as Markdown.")] = None,
+) -> None:
+    """Time a model on Lissom and on the other engines installed here, each in a process of its own."""
+    if profile and (engines or markdown):
+        raise typer.BadParameter("--engines and --markdown do not go with --profile")
+    if passes and not profile:
+        raise typer.BadParameter("--passes goes with --profile")
+    if markdown is not None:
+        check_writable(markdown)
+    chosen = find_engines(engines) if engines else tuple(ENGINES.values())
+    parsed = parse_shapes(shapes) if shapes else None
+    lines = read_texts(texts) if texts else None
+    if threads:
+        torch.set_num_threads(threads)
+    if profile:
+        api.resolve_passes(passes or "exact")
+        machine = load_machine() or _measure_machine()[0]
+        for part in profile_model(
+            model, passes=passes or "exact", shapes=parsed, texts=lines, machine=machine, seconds=seconds
+        ):
+            console.print(profile_table(part))
+        return
+    threads = torch.get_num_threads()
+    records: list[Record] = []
+    interrupted = False
+    try:
+        with progress_bar("bench") as progress:
+            found = compare(model, chosen, shapes=parsed, texts=lines, threads=threads, seconds=seconds, progress=progress)
+            for record in found:
+                records.append(record)
+    except KeyboardInterrupt:
+        interrupted = True
+    console.print(comparison_table(f"{model}{', interrupted; finished so far' if interrupted else ''}", records, threads))
+    if markdown is not None:
+        write_whole(markdown, markdown_table(records, threads))
+    if interrupted:
+        raise typer.Exit(130)
+
+
 @app.command("passes")
 def run_passes() -> None:
     """List every pass with its options, and the recipes."""
@@ -116,10 +174,15 @@ def run_machine(
         console.print(machine_table(found))
         console.print(f"read from {cache_path()}", highlight=False, soft_wrap=True, markup=False)
         return
+    found, path = _measure_machine()
+    console.print(machine_table(found))
+    console.print(f"kept in {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _measure_machine() -> tuple[Machine, Path]:
     with progress_bar("machine") as progress:
         found = measure_machine(progress=progress)
-    console.print(machine_table(found))
-    console.print(f"kept in {save_machine(found)}", highlight=False, soft_wrap=True, markup=False)
+    return found, save_machine(found)
 
 
 def check_writable(path: Path) -> None:

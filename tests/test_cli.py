@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from lissom.bench.worker import Failure
 from lissom.cli import app, main, write_whole
 from lissom.inspect.machine import cache_path, save_machine
 from lissom.passes import PASSES, RECIPES
@@ -44,7 +45,7 @@ def test_passes_are_listed():
 
 def test_help_names_every_command():
     shown = invoke("--help")
-    assert all(command in shown for command in ("demo", "compile", "show", "passes"))
+    assert all(command in shown for command in ("demo", "compile", "show", "bench", "passes"))
 
 
 def test_show_prints_the_program(model):
@@ -111,9 +112,56 @@ def test_a_written_file_is_as_readable_as_any_other(tmp_path):
     assert path.stat().st_mode == plain.stat().st_mode
 
 
+def test_bench_prints_the_table_and_writes_it_as_markdown(model, tmp_path):
+    file = tmp_path / "table.md"
+    arguments = ("--engines", "eager", "--shapes", "1x4,2xragged", "--seconds", "0", "--threads", "1", "--markdown", file)
+    shown = " ".join(invoke("bench", model, *arguments).split())
+    assert "engine 1x4 2xragged cosine peak MB first s" in shown
+    assert ", 1 threads; Python" in shown
+    assert file.read_text().startswith("| engine | 1x4, ms | 2xragged, ms | cosine |")
+
+
+def test_bench_interrupted_shows_what_was_finished(model, monkeypatch):
+    def interrupted(*_, **__):
+        yield Failure("openvino", None, "it was not there")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lissom.cli.compare", interrupted)
+    result = runner.invoke(app, ["bench", model])
+    assert result.exit_code == 130
+    assert "interrupted; finished so far" in result.output
+    assert "OpenVINO fp32 did not run: it was not there" in result.output
+
+
+def test_bench_profiles_by_site_and_operator(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("lissom.cli.load_machine", example)
+    shown = invoke("bench", model, "--profile", "--shapes", "3x7", "--seconds", "0", "--passes", "remove-no-ops")
+    assert "BertModel on eager, batch 3, sequence 7" in shown
+    assert "between operators (dispatch)" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--profile", "--engines", "eager"], "--engines and --markdown do not go with --profile"),
+        (["--passes", "exact"], "--passes goes with --profile"),
+        (["--threads", "0"], "be greater than or equal to 1"),
+        (["--seconds", "-1"], "be greater than or equal to 0"),
+    ],
+)
+def test_options_of_bench_that_do_not_fit_are_exit_status_2(arguments, message):
+    result = runner.invoke(app, ["bench", "minlm", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "minlm", "--engines", "egaer"], "there is no engine 'egaer'; did you mean 'eager'? choose eager, "),
+        (["bench", "minlm", "--shapes", "8"], "'8' is no shape; write rows x tokens, for example 1x32,8x128,32xragged"),
+        (["bench", "minlm", "--texts", "no.txt"], "'no.txt' cannot be read as text: "),
+        (["bench", "minlm", "--engines", "eager"], "'minlm' is no directory and no packaged model"),
         (["show", "minlm"], "'minlm' is no directory and no packaged model (minilm, gemma3-270m); did you mean 'minilm'?"),
         (["compile", "."], "no config.json; give a directory written by save_pretrained"),
         # What is wrong with the options is said before the model is looked for.
@@ -124,7 +172,20 @@ def test_a_written_file_is_as_readable_as_any_other(tmp_path):
         (["compile", "minlm", "--text", "no/out.txt"], "'no/out.txt' cannot be written: there is no directory 'no'; make it"),
         (["compile", "minlm", "--history", "."], "'.' cannot be written: it is a directory; name a file in it"),
     ],
-    ids=["model", "no checkpoint", "pass", "backend", "device", "checks", "no directory", "directory"],
+    ids=[
+        "engine",
+        "shape",
+        "texts",
+        "bench model",
+        "model",
+        "no checkpoint",
+        "pass",
+        "backend",
+        "device",
+        "checks",
+        "no directory",
+        "directory",
+    ],
 )
 def test_an_error_is_a_sentence_and_exit_status_1(arguments, message):
     result = lissom(*arguments)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,4 +195,7 @@ def _transformers():  # noqa: ANN202
     except ImportError as error:
         raise UnsupportedError("reading a checkpoint needs transformers: pip install 'lissom[demo]'") from error
     transformers.utils.logging.disable_progress_bar()
+    # transformers imports torchao where it is installed, which warns of CUDA libraries no CPU has, and makes PyTorch warn too.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     return transformers

@@ -21,11 +21,16 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model with inputs to capture it with. notes: sentences on how the inputs were made, and what the model lacks."""
+    """A model with inputs to capture it with.
+
+    notes: sentences on how the inputs were made, and what the model lacks. checkpoint: what it was read from, with the
+    tokenizer, where it is a model of transformers.
+    """
 
     model: nn.Module
     example_inputs: torch.Tensor | Mapping[str, object]
     notes: tuple[str, ...] = ()
+    checkpoint: huggingface.Checkpoint | None = None
 
 
 def load(name: str) -> Source:
@@ -45,4 +50,4 @@ def load(name: str) -> Source:
         found = onnx.read(name)
         return Source(found.module, found.example_inputs(), (f"example inputs: {found.describe_inputs()}",))
     checkpoint = huggingface.load(name)
-    return Source(checkpoint.model, checkpoint.example_inputs, checkpoint.notes)
+    return Source(checkpoint.model, checkpoint.example_inputs, checkpoint.notes, checkpoint)

@@ -65,7 +65,7 @@ def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | No
     """
     chosen = example_sizes(program) | dict(sizes)
     rows, unknown = _rows(program, chosen, machine)
-    table = _table(f"{program.name}, {_sizes_text(chosen)}", _caption(machine, unknown))
+    table = plain_table(f"{program.name}, {sizes_text(chosen)}", _caption(machine, unknown))
     table.add_column("site", overflow="fold")
     for heading in ("GFLOP", "read\nMB", "write\nMB", "param\nM", "FLOP/\nbyte", *(("roof\nms",) if machine else ())):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -74,7 +74,7 @@ def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | No
     for row in rows:
         if row is rows[-1]:
             table.add_section()
-        timed = [] if row.milliseconds is None else [_digits(row.milliseconds)]
+        timed = [] if row.milliseconds is None else [digits(row.milliseconds)]
         table.add_row(Text(row.label), *_numbers(row.cost), *timed, f"{100 * row.share / whole:.1f}")
     return table
 
@@ -108,17 +108,18 @@ def _rows(program: Program, sizes: Mapping[str, int], machine: Machine | None) -
 def _numbers(item: Cost) -> list[str]:
     values = (item.flops, item.read_bytes, item.written_bytes, item.parameters)
     scaled = [float(value) / scale for value, scale in zip(values, (1e9, 1e6, 1e6, 1e6), strict=True)]
-    return [*map(_digits, scaled), _digits(float(item.intensity))]
+    return [*map(digits, scaled), digits(float(item.intensity))]
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three digits and no exponent, in five characters up to 99,999; nothing for nothing."""
     if value < 0.0005:
         return "<.001" if value else ""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3f}" if value < 0.9995 else f"{value:.3g}"
 
 
-def _sizes_text(sizes: Mapping[str, int]) -> str:
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """`batch 8, sequence 128`."""
     return ", ".join(f"{name} {size}" for name, size in sizes.items()) or "all sizes fixed"
 
 
@@ -134,7 +135,7 @@ def _caption(machine: Machine | None, unknown: bool) -> str:
 def machine_table(machine: Machine) -> Table:
     """The ceilings of the processor and of every CUDA device, with the middle half of the runs."""
     title = f"{machine.cpu.name}: {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
-    table = _table(title, _about(machine))
+    table = plain_table(title, _about(machine))
     for heading in ("ceiling", "median", "middle half", "unit", "by"):
         table.add_column(heading, justify="right" if heading in ("median", "middle half") else "left", no_wrap=True)
     for device in (machine.cpu, *machine.devices):
@@ -150,8 +151,8 @@ def machine_table(machine: Machine) -> Table:
             if ceiling is None:
                 table.add_row(label, "none")
                 continue
-            between = f"{_digits(ceiling.low)} to {_digits(ceiling.high)}"
-            table.add_row(label, _digits(ceiling.median), between, unit, ceiling.how)
+            between = f"{digits(ceiling.low)} to {digits(ceiling.high)}"
+            table.add_row(label, digits(ceiling.median), between, unit, ceiling.how)
     return table
 
 
@@ -161,7 +162,8 @@ def _about(machine: Machine) -> str:
     return f"caches: {known or 'unknown'}\ninstructions: {' '.join(machine.isa) or 'unknown'}\nmeasured on {machine.measured}"
 
 
-def _table(title: str, caption: str) -> Table:
+def plain_table(title: str, caption: str) -> Table:
+    """A table without columns yet, as all of these look."""
     return Table(
         title=Text(title),
         caption=Text(caption),

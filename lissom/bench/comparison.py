@@ -1,0 +1,140 @@
+"""Engines one after the other, each in a process of its own, so that none can spoil another's numbers or end the comparison."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from lissom.bench.engines import Engine
+from lissom.bench.worker import Failure, Measurement, Record, Request, from_json
+from lissom.bench.workload import Shape, Workload, load_model, prepare
+from lissom.inspect.progress import Report
+
+LIMIT_SECONDS = 900.0
+"""How long an engine may take for everything but timing."""
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def compare(
+    model: str,
+    engines: Sequence[Engine],
+    *,
+    shapes: Sequence[Shape] | None = None,
+    texts: Sequence[str] | None = None,
+    threads: int,
+    seconds: float,
+    progress: Report,
+    limit_seconds: float = LIMIT_SECONDS,
+) -> Iterator[Record]:
+    """Measure every engine at every shape, and give each record as soon as it is there.
+
+    model, shapes, texts: as in `lissom.bench.workload`. threads: for each engine. seconds: how long to time each shape.
+    progress: called with what runs now, how many records are there, of how many.
+
+    Raises: a LissomError when the model cannot be loaded, or does not run at a shape.
+    """
+    with tempfile.TemporaryDirectory(prefix="lissom-bench-") as folder:
+        progress(f"reading {model}", 0, 1)
+        workload = prepare(load_model(model), shapes, texts, Path(folder))
+        names = list(workload.shapes)
+        for index, engine in enumerate(engines):
+            done = index * len(names)
+            progress(engine.title, done, len(engines) * len(names))
+            if engine.missing:
+                yield Failure(engine.name, None, engine.missing)
+                continue
+            for record in run_worker(engine, workload, threads, seconds, limit_seconds):
+                done += 1
+                progress(engine.title, done, len(engines) * len(names))
+                yield record
+
+
+def run_worker(
+    engine: Engine, workload: Workload, threads: int, seconds: float, limit_seconds: float = LIMIT_SECONDS
+) -> Iterator[Record]:
+    """The records of one engine; one that crashes or takes too long ends in a record that says so."""
+    limit = limit_seconds + 2 * seconds * len(workload.shapes)
+    with tempfile.TemporaryDirectory(prefix="lissom-bench-") as folder, tempfile.TemporaryFile("w+") as errors:
+        request = Request(
+            engine=engine.name,
+            model=workload.model,
+            shapes={name: str(path) for name, path in workload.shapes.items()},
+            calibration=tuple(map(str, workload.calibration)),
+            threads=threads,
+            seconds=seconds,
+            folder=folder,
+        )
+        process = _start(threads, errors)
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            _kill(process)
+
+        timer = threading.Timer(limit, expire)
+        timer.start()
+        try:
+            left = list(workload.shapes)
+            for record in _exchange(process, request):
+                left = left[1:] if record.shape else []
+                yield record
+            status = process.wait()
+            if left:
+                reason = f"took longer than {limit:.0f} s" if expired.is_set() else _epitaph(status, errors)
+                yield Failure(engine.name, left[0] if len(left) < len(workload.shapes) else None, reason)
+        finally:
+            timer.cancel()
+            _kill(process)
+            process.wait()
+
+
+def _start(threads: int, errors: IO[str]) -> subprocess.Popen[str]:
+    settings = dict.fromkeys(_THREADS, str(threads)) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lissom.bench.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        env=os.environ | settings,
+        # A group of its own, which an interrupt on the terminal does not reach and which can be ended as a whole.
+        start_new_session=True,
+    )
+
+
+def _exchange(process: subprocess.Popen[str], request: Request) -> Iterator[Record]:
+    assert process.stdin is not None and process.stdout is not None
+    # A process that ended before it read the request has its reason on standard error.
+    with suppress(BrokenPipeError), process.stdin as stdin:
+        stdin.write(json.dumps(asdict(request)))
+    with process.stdout as lines:
+        for line in lines:
+            yield from_json(json.loads(line))
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _epitaph(status: int, errors: IO[str]) -> str:
+    """How a process ended, and the last line it wrote."""
+    errors.seek(0)
+    last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "")
+    ended = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    return f"its process ended with {ended}{': ' if last else ''}{last[:300]}"
+
+
+def measurements(records: Sequence[Record], engine: str) -> dict[str, Measurement]:
+    """Those of one engine, by shape."""
+    return {item.shape: item for item in records if isinstance(item, Measurement) and item.engine == engine}

@@ -1,0 +1,212 @@
+"""Where the time of a compiled program goes: every site and operator, measured node by node, against its roofline."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+from lissom.api import CompiledModel, compile
+from lissom.bench.workload import Inputs, Shape, load_model, make_inputs
+from lissom.compiler.cost import Cost, cost
+from lissom.compiler.execute import last_uses_of
+from lissom.compiler.flops import is_counted
+from lissom.compiler.node import origin
+from lissom.compiler.program import Program
+from lissom.compiler.sites import sites
+from lissom.inspect.machine import Machine
+from lissom.inspect.roofline import digits, node_seconds, plain_table, sizes_text
+from lissom.inspect.timing import time_calls
+from lissom.ops import IMPLEMENTATIONS
+
+_FEWEST_RUNS = 5
+
+
+@dataclass(frozen=True)
+class Part:
+    """The calls of one operator, for products in one module, at the sites of one kind; all layers together.
+
+    milliseconds: the sum of their medians. roof_ms: the sum of their rooflines.
+    """
+
+    kind: str
+    operator: str
+    calls: int
+    milliseconds: float
+    flops: float
+    moved_bytes: float
+    roof_ms: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A program at one size. whole_ms: the median of a call of the compiled model; parts: in the order of the graph."""
+
+    title: str
+    whole_ms: float
+    parts: tuple[Part, ...]
+
+    @property
+    def between_ms(self) -> float:
+        """What a call takes beside its operators: checks of the arguments, dispatch; below 0 where timing costs more."""
+        return self.whole_ms - sum(part.milliseconds for part in self.parts)
+
+
+def profile_model(
+    name: str,
+    *,
+    passes: str,
+    shapes: Sequence[Shape] | None,
+    texts: Sequence[str] | None,
+    machine: Machine,
+    seconds: float,
+) -> Iterator[Profile]:
+    """Compile a model for the backend eager, and measure it at every shape. name, shapes, texts: as in `lissom.bench.workload`.
+
+    Raises: a LissomError when the model cannot be loaded or compiled.
+    """
+    model = load_model(name)
+    inputs = make_inputs(model, shapes, texts)
+    compiled = compile(model.source.model, model.example | dict(model.constants), passes=passes)
+    for tensors in inputs.values():
+        yield profile(compiled, tensors, model.constants, machine, seconds)
+
+
+def profile(
+    compiled: CompiledModel, inputs: Inputs, constants: Mapping[str, object], machine: Machine, seconds: float
+) -> Profile:
+    """Measure a compiled model on these inputs: `seconds` whole, and `seconds` node by node.
+
+    Raises: InputError when the inputs do not fit the program.
+    """
+    program = compiled.program
+    tensors = program.signature.flatten((), {**inputs, **constants})
+    whole = time_calls({"call": lambda: compiled(**inputs, **constants)}, seconds)["call"].median_ms
+    milliseconds = time_nodes(program, tensors, seconds)
+    found = program.signature.sizes_of(tensors)
+    dimensions = program.signature.dimensions
+    names = {dimensions[symbol].name: size for symbol, size in found.items() if symbol in dimensions}
+    costs = cost(program, names)
+    zeros = {symbol: 0 for item in costs.values() for symbol in item.symbols}
+    at_sizes = {node: item.at(zeros) for node, item in costs.items()}
+    groups: dict[tuple[str, str], list[fx.Node]] = {}
+    for site in program.fact(sites):
+        for node in site.nodes:
+            groups.setdefault((site.kind, operator_name(node)), []).append(node)
+    parts = [_part(*key, members, milliseconds, at_sizes, machine) for key, members in groups.items()]
+    return Profile(f"{program.name} on {compiled.backend}, {sizes_text(names)}", whole, tuple(parts))
+
+
+def _part(
+    kind: str,
+    operator: str,
+    members: Sequence[fx.Node],
+    milliseconds: Mapping[fx.Node, float],
+    costs: Mapping[fx.Node, Cost],
+    machine: Machine,
+) -> Part:
+    return Part(
+        kind,
+        operator,
+        len(members),
+        sum(milliseconds[node] for node in members),
+        float(sum(costs[node].flops for node in members)),
+        float(sum(costs[node].bytes for node in members)),
+        1e3 * sum(node_seconds(node, costs[node], machine) for node in members),
+    )
+
+
+def operator_name(node: fx.Node) -> str:
+    """`transpose`, `lissom.rotary`; with the module for products: `linear in encoder.layer.*.output.dense`, layers as one."""
+    schema = getattr(node.target, "_schema", None)
+    name = getattr(node.target, "__name__", "") if schema is None else schema.name.removeprefix("aten::").replace("::", ".")
+    path = re.sub(r"\.\d+(?=\.|$)", ".*", origin(node).module_path) if is_counted(node) else ""
+    return f"{name} in {path}" if path else name
+
+
+def time_nodes(program: Program, inputs: Sequence[torch.Tensor], seconds: float) -> dict[fx.Node, float]:
+    """Milliseconds of every call of a program, run one after the other: medians of runs for `seconds`, at least five."""
+    taken: dict[fx.Node, list[float]] = {node: [] for node in program.nodes()}
+    with torch.inference_mode():
+        for _ in range(2):
+            _run(program, inputs, {node: [] for node in taken})
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds or len(next(iter(taken.values()), [0.0] * _FEWEST_RUNS)) < _FEWEST_RUNS:
+            _run(program, inputs, taken)
+    return {node: statistics.median(runs) for node, runs in taken.items()}
+
+
+def _run(program: Program, inputs: Sequence[torch.Tensor], taken: Mapping[fx.Node, list[float]]) -> None:
+    values: dict[fx.Node, Any] = dict(zip(program.placeholders, inputs, strict=True))
+    frees = last_uses_of(program.graph)
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = program.weight(str(node.target))
+        elif node.op == "call_function":
+            target: Any = IMPLEMENTATIONS.get(node.target, node.target)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            _synchronize()
+            started = time.perf_counter()
+            values[node] = target(*args, **kwargs)
+            _synchronize()
+            taken[node].append((time.perf_counter() - started) * 1e3)
+            del args, kwargs
+        for used in frees.get(node, ()):
+            del values[used]
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def profile_table(found: Profile) -> Table:
+    """One section a kind of site: its operators with time, share, work and roofline; then what lies between, and the whole."""
+    caption = (
+        "ms: medians, node by node; roof: the least time by the ceilings `lissom machine` shows, if all comes from memory."
+    )
+    table = plain_table(found.title, caption)
+    table.add_column("site: operator", overflow="fold")
+    for heading in ("calls", "ms", "%", "GFLOP", "MB", "roof\nms", "ms /\nroof"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    kinds = dict.fromkeys(part.kind for part in found.parts)
+    for kind in kinds:
+        members = [part for part in found.parts if part.kind == kind]
+        members.sort(key=lambda part: -part.milliseconds)
+        table.add_row(Text(kind, style="bold"), *_numbers(members, found.whole_ms))
+        for part in members:
+            table.add_row(Text(f"  {part.operator}"), *_numbers([part], found.whole_ms))
+        table.add_section()
+    between = found.between_ms
+    table.add_row("between operators (dispatch)", "", digits_signed(between), f"{100 * between / found.whole_ms:.1f}")
+    whole = _numbers(found.parts, found.whole_ms, found.whole_ms)
+    table.add_row(Text("a whole call", style="bold"), *whole)
+    return table
+
+
+def digits_signed(value: float) -> str:
+    """As `digits`, of a number that may be below 0."""
+    return f"-{digits(-value)}" if value < 0 else digits(value)
+
+
+def _numbers(parts: Iterable[Part], whole_ms: float, milliseconds: float | None = None) -> list[str]:
+    members = list(parts)
+    taken = sum(part.milliseconds for part in members) if milliseconds is None else milliseconds
+    roof = sum(part.roof_ms for part in members)
+    return [
+        str(sum(part.calls for part in members)),
+        digits(taken),
+        f"{100 * taken / whole_ms:.1f}",
+        digits(sum(part.flops for part in members) / 1e9),
+        digits(sum(part.moved_bytes for part in members) / 1e6),
+        digits(roof),
+        digits(taken / roof) if roof else "",
+    ]

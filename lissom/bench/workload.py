@@ -1,0 +1,207 @@
+"""What engines are measured on: a model, its inputs at given shapes from real text, and PyTorch's answers in float32."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
+
+from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.frontends.huggingface import SENTENCES
+from lissom.frontends.sources import Source, load
+
+Inputs = dict[str, torch.Tensor]
+Array = NDArray[np.generic]
+
+DEFAULT_SHAPES = "1x32,1x128,8x128"
+_EXAMPLE = "example"
+"""The name of the only shape of models that do not read text: that of their example inputs."""
+_RAGGED = "ragged"
+_CALIBRATION = 100
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of text and tokens in each: cut to `tokens` from longer text, or, with None, whole and padded to the longest."""
+
+    batch: int
+    tokens: int | None
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens or _RAGGED}"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in float32, and what it is called with beside tensors.
+
+    example: the inputs it was loaded with, of two rows where they were made here.
+    """
+
+    name: str
+    source: Source
+    example: Inputs
+    constants: Mapping[str, object]
+
+    @property
+    def tokenized(self) -> bool:
+        """True when it reads text and has its tokenizer."""
+        return self.source.checkpoint is not None and self.source.checkpoint.tokenizer is not None
+
+    def __call__(self, inputs: Inputs) -> object:
+        return self.source.model(**inputs, **self.constants)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The files workers read, by the names of the shapes; calibration: those of single texts, for engines that want some."""
+
+    model: str
+    shapes: Mapping[str, Path]
+    calibration: tuple[Path, ...]
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """The shapes of a text: `1x32,8x128`, and `32xragged` for texts padded to the longest.
+
+    Raises: UnsupportedError, with the part that is no shape.
+    """
+    shapes: list[Shape] = []
+    for part in text.split(","):
+        found = re.fullmatch(rf"\s*([1-9]\d*)x([1-9]\d*|{_RAGGED})\s*", part)
+        if found is None:
+            raise UnsupportedError(f"'{part}' is no shape; write rows x tokens, for example 1x32,8x128,32x{_RAGGED}")
+        shapes.append(Shape(int(found[1]), None if found[2] == _RAGGED else int(found[2])))
+    return tuple(dict.fromkeys(shapes))
+
+
+def read_texts(path: Path) -> list[str]:
+    """The lines of a file that hold something.
+
+    Raises: ArtifactError when it cannot be read, or holds none.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"'{path}' cannot be read as text: {error}") from error
+    if not lines:
+        raise ArtifactError(f"'{path}' holds no text; give one text a line")
+    return lines
+
+
+def load_model(name: str) -> Model:
+    """The model of that name, its weights in float32. Raises: as `lissom.frontends.sources.load`."""
+    source = load(name)
+    example = source.example_inputs
+    if isinstance(example, torch.Tensor):
+        example = {next(iter(inspect.signature(source.model.forward).parameters)): example}
+    tensors = {key: value for key, value in example.items() if isinstance(value, torch.Tensor)}
+    constants = {key: value for key, value in example.items() if key not in tensors}
+    return Model(name, replace(source, model=source.model.float().eval()), tensors, constants)
+
+
+def prepare(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] | None, folder: Path) -> Workload:
+    """Write the inputs of every shape with PyTorch's answers into the folder, and those for calibration where texts are given.
+
+    Raises: UnsupportedError as `make_inputs`, or for a shape the model does not run at.
+    """
+    inputs = make_inputs(model, shapes, texts)
+    files = {name: _write(folder / f"{name}.npz", item, _wanted(model, name, item)) for name, item in inputs.items()}
+    single = Shape(1, None)
+    calibration = [encode(model, single, [text]) for text in (texts or ())[:_CALIBRATION]] if model.tokenized else []
+    kept = (_write(folder / f"calibration-{index}.npz", item) for index, item in enumerate(calibration))
+    return Workload(model.name, files, tuple(kept))
+
+
+def make_inputs(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] | None) -> dict[str, Inputs]:
+    """Inputs by the name of their shape.
+
+    shapes: None for the usual ones, or for the example's where the model has no tokenizer. texts: two sentences by default.
+
+    Raises: UnsupportedError for shapes where there is no tokenizer.
+    """
+    if model.tokenized:
+        return {str(shape): encode(model, shape, texts or SENTENCES) for shape in shapes or parse_shapes(DEFAULT_SHAPES)}
+    if shapes:
+        raise UnsupportedError(f"{model.name} has no tokenizer to fill a shape with text; leave --shapes out")
+    return {_EXAMPLE: model.example}
+
+
+def encode(model: Model, shape: Shape, texts: Sequence[str]) -> Inputs:
+    """Real text in that shape: row i begins with text i, and goes on with those after it where it has to be filled."""
+    checkpoint = model.source.checkpoint
+    assert checkpoint is not None
+    if shape.tokens is None:
+        rows = [texts[row % len(texts)] for row in range(shape.batch)]
+    else:
+        rows = [_running_text(texts, row, shape.tokens) for row in range(shape.batch)]
+    encoded = checkpoint.encode(rows, shape.tokens)
+    return {name: encoded[name] for name in model.example if name in encoded}
+
+
+def _running_text(texts: Sequence[str], first: int, tokens: int) -> str:
+    """Texts from the first on, of at least as many words as tokens: a word is a token or more."""
+    words: list[str] = []
+    while len(words) < tokens:
+        words += texts[first % len(texts)].split()
+        first += 1
+    return " ".join(words[:tokens])
+
+
+def _wanted(model: Model, shape: str, inputs: Inputs) -> Array:
+    try:
+        with torch.inference_mode():
+            return answer(model(inputs))
+    except (IndexError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedError(f"{model.name} does not run at {shape}: {reason}") from error
+
+
+def answer(outputs: object) -> Array:
+    """The first floating-point tensor or array of what a model returns, in float32: the last hidden state, or the logits."""
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            return leaf.detach().float().numpy()
+        if isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating):
+            return leaf.astype(np.float32, copy=False)
+    raise UnsupportedError("the model returns no floating-point tensor to compare")
+
+
+def cosine(found: Array, wanted: Array, mask: Array | None) -> float:
+    """The cosine between two answers, each as one vector, over the real tokens where the mask, [batch, tokens], fits them.
+
+    Raises: UnsupportedError when they differ in shape.
+    """
+    if found.shape != wanted.shape:
+        raise UnsupportedError(f"the answer has shape {list(found.shape)}; PyTorch's has {list(wanted.shape)}")
+    if mask is not None and wanted.shape[:2] == mask.shape:
+        found, wanted = found[mask != 0], wanted[mask != 0]
+    one, other = (item.astype(np.float64).ravel() for item in (found, wanted))
+    return float(one @ other / (np.linalg.norm(one) * np.linalg.norm(other)))
+
+
+def _write(path: Path, inputs: Inputs, wanted: Array | None = None) -> Path:
+    arrays = {f"input {name}": tensor.numpy() for name, tensor in inputs.items()}
+    arrays |= {"wanted": wanted} if wanted is not None else {}
+    np.savez(path, **arrays)  # pyright: ignore[reportArgumentType]
+    return path
+
+
+def read_inputs(path: Path) -> Inputs:
+    """The inputs in a file of a workload."""
+    with np.load(path, allow_pickle=False) as arrays:
+        names = [name for name in arrays.files if name.startswith("input ")]
+        return {name.removeprefix("input "): torch.from_numpy(arrays[name]) for name in names}
+
+
+def read_wanted(path: Path) -> Array:
+    """PyTorch's answer to them."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays["wanted"]
