@@ -1,0 +1,82 @@
+"""One compiled model called from several threads at once: are all answers those of a single thread, and does memory grow.
+
+    python benchmarks/concurrency.py
+
+all-MiniLM-L6-v2; each thread has glosses of its own, at its own length, and calls the model 1,000 times. The exit status is 1
+when an answer differs. Memory is read from /proc, so this runs on Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+import lissom
+from lissom.api import CompiledModel
+from lissom.bench.workload import Inputs, Shape, answer, encode, load_model, read_texts
+
+GLOSSES = Path(__file__).parent / "data" / "glosses.txt"
+_ROWS = 2
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory now."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    if found is None:
+        raise OSError("/proc/self/status has no VmRSS; memory is measured on Linux")
+    return int(found[1]) << 10
+
+
+def wrong_answers(compiled: CompiledModel, inputs: list[Inputs], calls: int) -> int:
+    """How many of `calls` calls a thread, one thread for each of the inputs, give another answer than a call made alone."""
+    wanted = [torch.from_numpy(answer(compiled(**item)).copy()) for item in inputs]
+    together = threading.Barrier(len(inputs))
+    wrong = [0] * len(inputs)
+
+    def call_often(index: int) -> None:
+        together.wait()
+        for _ in range(calls):
+            try:
+                wrong[index] += not torch.equal(torch.from_numpy(answer(compiled(**inputs[index]))), wanted[index])
+            except Exception as error:
+                print(f"thread {index}: {type(error).__name__}: {error}", file=sys.stderr)
+                wrong[index] += 1
+
+    threads = [threading.Thread(target=call_often, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(wrong)
+
+
+def main() -> int:
+    """Call, compare, and say what memory did."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=8, help="how many call at once")
+    parser.add_argument("--calls", type=int, default=1000, help="how often each does")
+    parser.add_argument("--passes", default="exact", help="pipeline text or a recipe's name")
+    parser.add_argument("--backend", default="eager", help="what runs the result")
+    options = parser.parse_args()
+    model, texts = load_model("minilm"), read_texts(GLOSSES)
+    compiled = lissom.compile(model.source.model, model.example, passes=options.passes, backend=options.backend)
+    first = range(0, _ROWS * options.threads, _ROWS)
+    inputs = [encode(model, Shape(_ROWS, None), [texts[(at + row) % len(texts)] for row in range(_ROWS)]) for at in first]
+    wrong_answers(compiled, inputs, 5)
+    before, started = resident_bytes(), time.perf_counter()
+    wrong = wrong_answers(compiled, inputs, options.calls)
+    seconds, grown = time.perf_counter() - started, resident_bytes() - before
+    total = options.threads * options.calls
+    print(f"{options.threads} threads, {total} calls in {seconds:.1f} s: {wrong} answers differ from those of a single thread")
+    print(f"memory: {before / 1e6:.0f} MB after warming up, {grown / 1e6:+.1f} MB since")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""all-MiniLM-L6-v2 on Lissom and on the engines a user would pick instead, at several shapes of real text.
+
+    python benchmarks/encoder.py --update
+
+Each engine runs in a process of its own, at the setting its makers advise for latency; `lissom/bench/engines.py` has them all.
+Prints a Markdown table when the last is done; `--update` puts it into benchmarks/README.md and draws benchmarks/encoder.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+from lissom.bench.comparison import compare, measurements
+from lissom.bench.engines import ENGINES, find_engines
+from lissom.bench.report import markdown_table, shapes_of
+from lissom.bench.worker import Record
+from lissom.bench.workload import parse_shapes, read_texts
+from lissom.inspect.progress import progress_bar
+
+HERE = Path(__file__).parent
+GLOSSES = HERE / "data" / "glosses.txt"
+SHAPES = "1x32,1x128,8x128,32x128,32xragged"
+README = HERE / "README.md"
+FIGURE = HERE / "encoder.svg"
+_TABLE = re.compile(r"(<!-- encoder -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def measure(engines: str, shapes: str, seconds: float, threads: int) -> list[Record]:
+    """The records of the engines at the shapes; what was finished when the user interrupts."""
+    records: list[Record] = []
+    try:
+        with progress_bar("encoder") as progress:
+            found = compare(
+                "minilm",
+                find_engines(engines),
+                shapes=parse_shapes(shapes),
+                texts=read_texts(GLOSSES),
+                threads=threads,
+                seconds=seconds,
+                progress=progress,
+            )
+            for record in found:
+                records.append(record)
+    except KeyboardInterrupt:
+        print("interrupted; finished so far:")
+    return records
+
+
+def draw(records: list[Record], file: Path) -> None:
+    """Median milliseconds of every engine, a panel a shape, with the middle half of the runs as whiskers."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "lissom"
+    shapes = shapes_of(records)
+    ran = {engine.title: found for engine in ENGINES.values() if (found := measurements(records, engine.name))}
+    figure, panels = pyplot.subplots(
+        1, len(shapes), sharey=True, squeeze=False, figsize=(2.4 + 2.2 * len(shapes), 1 + 0.3 * len(ran)), layout="constrained"
+    )
+    colours = ["tab:blue" if title.startswith("Lissom") else "tab:gray" for title in ran]
+    for panel, shape in zip(panels[0], shapes, strict=True):
+        timings = [found[shape].timing if shape in found else None for found in ran.values()]
+        medians = [item.median_ms if item else 0.0 for item in timings]
+        below = [item.median_ms - item.low_ms if item else 0.0 for item in timings]
+        above = [item.high_ms - item.median_ms if item else 0.0 for item in timings]
+        bars = panel.barh(list(ran), medians, xerr=[below, above], color=colours, error_kw={"elinewidth": 1})
+        panel.bar_label(bars, [str(item).partition(" ")[0] if item else "—" for item in timings], padding=3, fontsize=8)
+        panel.set(title=shape, xlabel="ms")
+        panel.margins(x=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].invert_yaxis()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--engines", default=",".join(ENGINES), help="some of %(default)s")
+    parser.add_argument("--shapes", default=SHAPES, help="rows x tokens, or x ragged for whole glosses; %(default)s by default")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long to time each engine at each shape")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each engine")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw encoder.svg")
+    options = parser.parse_args()
+    records = measure(options.engines, options.shapes, options.seconds, options.threads)
+    printed = markdown_table(records, options.threads)
+    print(printed)
+    if options.update:
+        text = README.read_text(encoding="utf-8")
+        README.write_text(_TABLE.sub(lambda found: found[1] + printed + found[2], text), encoding="utf-8")
+        draw(records, FIGURE)
+
+
+if __name__ == "__main__":
+    main()
