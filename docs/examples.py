@@ -177,6 +177,19 @@ class EinsumScores(nn.Module):
         return torch.einsum("bihd,bjhd->bhij", q, k)
 
 
+class Block(nn.Module):
+    """A feed-forward block with the norm behind it, as in BERT."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(functional.gelu(self.up(x))) + x)
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -188,5 +201,11 @@ EXAMPLES = {
     "raise-softmax": Example(WrittenSoftmax, "torch.randn(4, 128, 256)"),
     "raise-rotary": Example(Rotary, "torch.randn(4, 128, 256)"),
     "merge-projections": Example(Projections, "torch.randn(4, 128, 256)", "merge-projections{always=true}"),
+    "cast": Example(Block, "torch.randn(4, 128, 256)", "cast{dtype=bf16}"),
+    "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),
+    "fuse-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-rms-norm"),
+    "fuse-rotary": Example(Rotary, "torch.randn(4, 128, 256)", "fuse-rotary"),
+    "pack-linear": Example(Block, "torch.randn(4, 128, 256)", "pack-linear"),
+    "fuse-epilogues": Example(Block, "torch.randn(4, 128, 256)", "pack-linear,fuse-epilogues"),
     "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),
 }

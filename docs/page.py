@@ -114,9 +114,11 @@ def _limits(source: str) -> str:
 
 
 def skip_reasons(source: str) -> list[str]:
-    """The reasons a pass's source gives for leaving a place alone: what it passes to `skip`, or raises for itself."""
+    """The reasons a pass's source gives for leaving a place alone: what it passes to `skip`, raises for itself, or returns
+    from its `_obstacle`."""
     found: dict[str, int] = {}
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
         call = node.exc if isinstance(node, ast.Raise) else node
         if not isinstance(call, ast.Call) or not call.args:
             continue
@@ -125,6 +127,10 @@ def skip_reasons(source: str) -> list[str]:
         reason = _text(call.args[-1]) if skips or raises else ""
         if reason:
             found.setdefault(reason, call.lineno)
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef) and function.name == "_obstacle":
+            answers = (node for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None)
+            found |= {reason: node.lineno for node in answers if node.value is not None and (reason := _text(node.value))}
     return sorted(found, key=lambda reason: found[reason])
 
 

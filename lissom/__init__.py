@@ -1,7 +1,7 @@
 """Lissom: a compiler-style graph optimizer for transformer inference."""
 
-from lissom.api import CompiledModel, compile
+from lissom.api import CompiledModel, Optimized, compile, optimize
 from lissom.frontends.onnx import from_onnx
 from lissom.version import __version__
 
-__all__ = ["CompiledModel", "__version__", "compile", "from_onnx"]
+__all__ = ["CompiledModel", "Optimized", "__version__", "compile", "from_onnx", "optimize"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from lissom.compiler.kinds import Pass
 from lissom.compiler.lookups import outside_table
 from lissom.compiler.pipeline import Checks, Metric, Pipeline, Progress, check_options
 from lissom.compiler.program import Program
-from lissom.compiler.samples import check_samples
+from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.spelling import format_pipeline, parse_pipeline
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import Dynamic
@@ -106,36 +107,103 @@ def compile(
     check_options(checks, metric, max_drop)
     shared = resolve_passes(passes)
     backends = find_backends(backend)
-    args, kwargs = split_inputs(example_inputs)
-    place = check_device(device)
-    target = place or device_of(model, (args, kwargs))
+    target = check_device(device) or device_of(model, split_inputs(example_inputs))
     missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
     lowerings = {item.name: item.lowering(target) for item in backends if item.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(shared) + sum(len(lowering) + 1 for lowering in lowerings.values())
     with progress_bar("compile") as bar:
         show = progress or bar
-        show("capture", 0, count)
-        captured = capture(model, args, kwargs, dynamic=dynamic, device=place)
-        program, example = captured.program, captured.example
-        history = History(format_pipeline(shared), checks)
-        history.record(
-            Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text()
-        )
-        batches = [program.signature.flatten(*split_inputs(batch)) for batch in data]
-        run = Pipeline(
-            shared,
-            samples=check_samples(program.signature, example),
-            checks=checks,
-            data=batches,
-            metric=metric,
-            max_drop=max_drop,
-            progress=lambda what, finished, _: show(what, finished + 1, count),
-        )
-        lowered = run.run_each(program, lowerings, history)
-        built = build_fastest(missing | lowered, example, lambda what, left: show(what, count - left, count))
+        job = _capture(model, example_inputs, shared, dynamic, device, checks, data, metric, max_drop, show, count)
+        lowered = job.pipeline.run_each(job.program, lowerings, job.history)
+        built = build_fastest(missing | lowered, job.example, lambda what, left: show(what, count - left, count))
     report = Report(f"{built.program.name} on {built.backend}", built.history)
     return CompiledModel(built.program, built.executable, report, built.backend)
+
+
+@dataclass(frozen=True)
+class Optimized:
+    """What the passes made of a model, before any backend lowers it: the program to look at, and what every pass did."""
+
+    program: Program
+    report: Report
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Inputs,
+    *,
+    passes: str | Sequence[Pass] = "exact",
+    device: str | torch.device | None = None,
+    dynamic: Dynamic | bool = True,
+    checks: Checks = "numeric",
+    data: Iterable[Inputs] = (),
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+    progress: Progress | None = None,
+) -> Optimized:
+    """Run the passes alone: what `compile` does before it lowers the program for a backend. Options and errors are the same.
+
+    >>> import torch, lissom
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
+    >>> print(lissom.optimize(model, torch.randn(2, 4)).program)
+    program Sequential(input: f32[batch, 4]) {
+      weight @0.bias: f32[4]
+      weight @0.weight: f32[4, 4]
+      %linear: f32[batch, 4] = aten.linear(%input, @0.weight, @0.bias)  # 0
+      return [%linear]
+    }
+    <BLANKLINE>
+    """
+    check_options(checks, metric, max_drop)
+    shared = resolve_passes(passes)
+    with progress_bar("optimize") as bar:
+        show = progress or bar
+        job = _capture(model, example_inputs, shared, dynamic, device, checks, data, metric, max_drop, show, 1 + len(shared))
+        program, history = job.pipeline.run(job.program, job.history)
+    return Optimized(program, Report(program.name, history))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A captured model and the passes to run on it."""
+
+    pipeline: Pipeline
+    program: Program
+    example: Sample
+    history: History
+
+
+def _capture(
+    model: nn.Module,
+    example_inputs: Inputs,
+    passes: Sequence[Pass],
+    dynamic: Dynamic | bool,
+    device: str | torch.device | None,
+    checks: Checks,
+    data: Iterable[Inputs],
+    metric: Metric | None,
+    max_drop: float | None,
+    show: Progress,
+    count: int,
+) -> _Job:
+    """Capture the model; count: the steps of the whole work, for the progress shown."""
+    show("capture", 0, count)
+    args, kwargs = split_inputs(example_inputs)
+    captured = capture(model, args, kwargs, dynamic=dynamic, device=check_device(device))
+    program = captured.program
+    history = History(format_pipeline(passes), checks)
+    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
+    pipeline = Pipeline(
+        passes,
+        samples=check_samples(program.signature, captured.example),
+        checks=checks,
+        data=[program.signature.flatten(*split_inputs(batch)) for batch in data],
+        metric=metric,
+        max_drop=max_drop,
+        progress=lambda what, finished, _: show(what, finished + 1, count),
+    )
+    return _Job(pipeline, program, captured.example, history)
 
 
 def resolve_passes(passes: str | Sequence[Pass]) -> list[Pass]:

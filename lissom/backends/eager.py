@@ -16,15 +16,30 @@ from torch import fx
 from lissom.backends.base import Backend, Executable
 from lissom.backends.cuda_graphs import with_fast_layout, with_graphs
 from lissom.compiler.execute import last_uses_of
+from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.ops import IMPLEMENTATIONS
+from lissom.ops.native import load_kernels
+from lissom.passes.lowering.fuse_attention import FuseAttention
+from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
+from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
+from lissom.passes.lowering.fuse_rotary import FuseRotary
+from lissom.passes.lowering.merge_projections import MergeProjections
+from lissom.passes.lowering.pack_linear import PackLinear
 
 
 class Eager(Backend):
     """Runs the program's operators one after the other."""
 
     name: ClassVar[str] = "eager"
+
+    def lowering(self, device: torch.device) -> Sequence[Pass]:
+        if device.type != "cpu":
+            return ()
+        # Without kernels the two lowering passes say why; merged projections would then be read with gaps.
+        merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
+        return (*merge, FuseRotary(), FuseAttention(), FuseRmsNorm(), PackLinear(), FuseEpilogues())
 
     def build(self, program: Program, example: Sample) -> Executable:
         program = with_fast_layout(program)

@@ -6,10 +6,20 @@ import torch
 
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.fused_attention import fused_attention
+from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
 
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {attention: attention_reference, rotary: rotary_reference}
 """Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
 
-__all__ = ["IMPLEMENTATIONS", "attention", "fused_attention", "packed_linear", "packed_linear_norm", "rotary"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "attention",
+    "fused_attention",
+    "fused_rms_norm",
+    "fused_rotary",
+    "packed_linear",
+    "packed_linear_norm",
+    "rotary",
+]

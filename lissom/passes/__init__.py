@@ -19,6 +19,8 @@ from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
+from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
+from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.precision.cast import Cast
@@ -38,7 +40,9 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseAttention,
         Cast,
         MergeProjections,
+        FuseRotary,
         FuseAttention,
+        FuseRmsNorm,
         PackLinear,
         FuseEpilogues,
     )

@@ -102,7 +102,7 @@ def test_opset_23_gives_what_the_model_gives(files):
 def test_the_program_reads_like_that_of_the_model(files, exporter):
     """Linear layers, norms, attention and activations are single operators, as when the model itself is compiled."""
     _, model = files("llama", exporter)
-    fast = lissom.compile(model.module, model.example_inputs(), checks="structural").program
+    fast = lissom.optimize(model.module, model.example_inputs(), checks="structural").program
     counts = {
         aten.linear.default: 15,
         aten.scaled_dot_product_attention.default: 2,

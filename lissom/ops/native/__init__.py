@@ -53,6 +53,16 @@ def kernel_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if torch.ops.lissom.kernel_features() % 2 else (torch.float32,)
 
 
+def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why there is no kernel for values of that dtype there, in words for the history; None when there is one."""
+    if device.type != "cpu":
+        return f"it runs on {device.type}"
+    missing = load_kernels()
+    if missing:
+        return missing
+    return None if dtype in kernel_dtypes() else f"there is no kernel for {dtype} on this machine"
+
+
 def _compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
 

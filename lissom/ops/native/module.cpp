@@ -1,6 +1,7 @@
 // Registers the CPU kernels of `lissom::` operators; each is checked against the reference in lissom/ops.
 #include "attention.h"
 #include "linear.h"
+#include "rows.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -107,6 +108,43 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
   return function(q, k, v, bias, scale, softcap, sinks, causal);
 }
 
+template <typename T>
+Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
+  Tensor x = given.contiguous(), y = at::empty(x.sizes(), x.options());
+  Held<T> w(weight, x);
+  int64_t n = x.size(-1);
+  TORCH_CHECK(!weight || w.tensor.numel() == n, "a norm's weight has one number a feature");
+  if (x.numel() > 0) rms_norm(x.const_data_ptr<T>(), w.pointer(), y.mutable_data_ptr<T>(), x.numel() / n, n, static_cast<float>(eps));
+  return y;
+}
+
+Tensor fused_rms_norm(const Tensor& x, Optional weight, double eps) {
+  return (x.scalar_type() == at::kFloat ? rms_norm_of<float> : rms_norm_of<BFloat16>)(x, weight, eps);
+}
+
+template <typename T>
+Tensor rotary_of(const Tensor& given, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  Tensor x = given.stride(3) == 1 ? given : given.contiguous();
+  int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), head_dim = x.size(3), angles = cos.size(-1);
+  TORCH_CHECK(head_dim % 2 == 0 && (angles == head_dim || 2 * angles == head_dim) && sin.size(-1) == angles,
+              "cos and sin have one number a feature, or one a pair");
+  auto spread = [&](const Tensor& table) {
+    Tensor rows = table.stride(-1) == 1 ? table : table.contiguous();
+    return rows.expand({batch, heads, tokens, angles});
+  };
+  Tensor c = spread(cos), s = spread(sin);
+  Tensor y = at::empty({batch, tokens, heads, head_dim}, x.options()).transpose(1, 2);
+  if (y.numel() > 0)
+    run(Rotary<T>{x.const_data_ptr<T>(), c.const_data_ptr<T>(), s.const_data_ptr<T>(), y.mutable_data_ptr<T>(), strides_of(x),
+                  strides_of(c), strides_of(s), strides_of(y), batch, heads, tokens, head_dim, angles, interleaved});
+  return y;
+}
+
+Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  TORCH_CHECK(cos.scalar_type() == x.scalar_type() && sin.scalar_type() == x.scalar_type(), "cos and sin are of x's dtype");
+  return (x.scalar_type() == at::kFloat ? rotary_of<float> : rotary_of<BFloat16>)(x, cos, sin, interleaved);
+}
+
 int64_t kernel_features() { return kLanes * 2 + kHasBFloat16; }
 
 }  // namespace
@@ -115,6 +153,8 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("packed_linear", packed_linear);
   library.impl("packed_linear_norm", packed_linear_norm);
   library.impl("fused_attention", fused_attention);
+  library.impl("fused_rms_norm", fused_rms_norm);
+  library.impl("fused_rotary", fused_rotary);
 }
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {

@@ -18,10 +18,11 @@ from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import RESHAPES
 from lissom.compiler.types import ScalarType
 from lissom.ops.attention import attention
 from lissom.ops.fused_attention import fused_attention
-from lissom.ops.native import kernel_dtypes, load_kernels
+from lissom.ops.native import missing_kernel
 
 aten = torch.ops.aten
 
@@ -39,6 +40,9 @@ class FuseAttention(Rewrite):
                 edit.skip(node, reason)
                 continue
             q, k, v = node.args[:3]
+            shared = [_unrepeated(k), _unrepeated(v)]
+            if all(shared):
+                k, v = shared
             mask = nodes.argument(node, "attn_mask" if node.target is _PLAIN else "bias")
             options = {} if node.target is _PLAIN else {key: node.kwargs[key] for key in node.kwargs if key != "scale"}
             if node.target is _PLAIN and nodes.argument(node, "is_causal"):
@@ -51,18 +55,32 @@ class FuseAttention(Rewrite):
             edit.replace(node, call)
 
 
+def _unrepeated(node: object) -> fx.Node | None:
+    """x of [batch, key_heads, tokens, head_dim] whose heads are repeated by unsqueeze, expand and reshape; None otherwise.
+
+    The kernel lets several query heads read one key head, so the copies need not be made.
+    """
+    if not nodes.is_call(node, *RESHAPES) or not nodes.is_call(node.args[0], aten.expand.default):
+        return None
+    spread = node.args[0]
+    inner = spread.args[0]
+    if not nodes.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2 or nodes.tensor_type(spread).rank != 5:
+        return None
+    x = inner.args[0]
+    wanted, found = nodes.tensor_type(node), nodes.tensor_type(x)
+    copies = nodes.tensor_type(spread).shape[2]
+    heads = found.shape[1]
+    repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
+    return x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else None  # pyright: ignore
+
+
 def _obstacle(edit: Editor, node: fx.Node) -> str | None:
     """Why an attention cannot be lowered; None when it can."""
     q, k, v = (nodes.tensor_type(item) for item in node.args[:3])  # pyright: ignore[reportArgumentType]
-    if q.device.type != "cpu":
-        return f"it runs on {q.device.type}"
-    missing = load_kernels()
-    if missing:
-        return missing
     if q.rank != 4 or k.rank != 4 or v.rank != 4:
         return "its operands are not [batch, heads, tokens, head_dim]"
-    if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in kernel_dtypes():
-        return f"there is no kernel for {q.dtype} on this machine"
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        return "its operands differ in dtype"
     if node.target is _PLAIN and nodes.argument(node, "dropout_p"):
         return "it drops out weights"
     heads, key_heads = q.shape[1], k.shape[1]
@@ -74,4 +92,4 @@ def _obstacle(edit: Editor, node: fx.Node) -> str | None:
     same = (ScalarType(int, item.shape[0]) for item in (k, v))
     if not all(fake.same_type(edit.program.fake_mode, ScalarType(int, q.shape[0]), size) for size in same):
         return "its batch is broadcast"
-    return None
+    return missing_kernel(q.dtype, q.device)

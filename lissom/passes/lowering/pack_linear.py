@@ -14,7 +14,7 @@ from torch import fx, nn
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
-from lissom.ops.native import kernel_dtypes, load_kernels
+from lissom.ops.native import missing_kernel
 from lissom.ops.packed_linear import pack, packed_linear
 
 aten = torch.ops.aten
@@ -51,14 +51,9 @@ def _obstacle(linear: fx.Node) -> str | None:
         return "its weight is computed"
     if any(user.target is not aten.linear.default or user.args[0] is weight for user in weight.users):
         return "its weight is read elsewhere too"
-    if x.device.type != "cpu":
-        return f"it runs on {x.device.type}"
-    missing = load_kernels()
-    if missing:
-        return missing
     form = nodes.tensor_type(weight)
-    if form.rank != 2 or form.dtype != x.dtype or x.dtype not in kernel_dtypes():
-        return f"there is no kernel for {x.dtype} on this machine"
+    if form.rank != 2 or form.dtype != x.dtype:
+        return "its weight is no matrix of the input's dtype"
     if x.dtype == torch.bfloat16 and int(form.shape[1]) % 2:  # pyright: ignore[reportArgumentType]
         return "its number of inputs is odd, and bfloat16 takes two at once"
-    return None
+    return missing_kernel(x.dtype, x.device)

@@ -1,0 +1,58 @@
+"""`lissom::fused_rms_norm` and `lissom::fused_rotary`: what PyTorch does to each row in several sweeps, in one.
+
+fused_rms_norm: x / sqrt(mean(x²) + eps) · weight               Zhang and Sennrich 2019, eq. 4
+fused_rotary: as `lissom::rotary`, for [batch, heads, tokens, head_dim]
+
+They are what `rms_norm` and `lissom::rotary` are lowered to on a CPU. Statistics and products are taken in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from lissom.ops.rotary import rotary_reference
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_LIBRARY.define(
+    "fused_rms_norm(Tensor x, Tensor? weight=None, *, float eps) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "fused_rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def fused_rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def fused_rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    return rotary_reference(x, cos, sin, interleaved=interleaved).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+_LIBRARY.impl("fused_rms_norm", fused_rms_norm_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("fused_rotary", fused_rotary_reference, "CompositeExplicitAutograd")
+
+
+def _norm_shape(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+def _rotary_shape(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    batch, heads, tokens, depth = x.shape
+    return x.new_empty((batch, tokens, heads, depth)).transpose(1, 2)
+
+
+torch.library.register_fake("lissom::fused_rms_norm", _norm_shape, lib=_LIBRARY)
+torch.library.register_fake("lissom::fused_rotary", _rotary_shape, lib=_LIBRARY)
+
+fused_rms_norm = torch.ops.lissom.fused_rms_norm.default
+"""The operator. x: [..., features]; weight: [features]. Returns a contiguous tensor like x."""
+
+fused_rotary = torch.ops.lissom.fused_rotary.default
+"""The operator. x: [batch, heads, tokens, head_dim]; cos, sin: broadcast to x, with head_dim features or half as many, of x's
+dtype. Returns a tensor like x, laid out in memory as [batch, tokens, heads, head_dim]."""

@@ -1,0 +1,81 @@
+// What is done to each row by itself: RMS norm, and the turning of its pairs by rotary position embedding.
+#pragma once
+
+#include "attention.h"
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+
+namespace lissom {
+
+constexpr int64_t kGrain = 1 << 14;  // values below which a second thread costs more than it does
+
+// x / sqrt(mean(x^2) + eps) * weight
+template <typename T>
+void rms_norm(const T* x, const T* weight, T* y, int64_t rows, int64_t n, float eps) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / n), [&](int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; ++row) {
+      const T* source = x + row * n;
+      Vec squares = splat(0.0f);
+      for (int64_t c = 0; c < n; c += kLanes) {
+        Vec value = load_some(source + c, n - c);
+        squares += value * value;
+      }
+      float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
+      for (int64_t c = 0; c < n; c += kLanes) {
+        Vec value = load_some(source + c, n - c) * scale;
+        if (weight) value *= load_some(weight + c, n - c);
+        store_some(y + row * n + c, value, n - c);
+      }
+    }
+  });
+}
+
+template <typename T>
+struct Rotary {
+  const T *x, *cos, *sin;  // x: [batch, heads, tokens, head_dim]; cos, sin: the same, or half as many features; columns adjacent
+  T* y;
+  Strides x_strides, cos_strides, sin_strides, y_strides;
+  int64_t batch, heads, tokens, head_dim, angles;
+  bool interleaved;
+};
+
+template <typename T>
+inline void turn(const Rotary<T>& call, const T* x, const T* cos, const T* sin, T* y) {
+  int64_t half = call.head_dim / 2;
+  bool full = call.angles == call.head_dim;
+  if (call.interleaved) {
+    for (int64_t i = 0; i < half; ++i) {
+      int64_t first = full ? 2 * i : i, second = full ? 2 * i + 1 : i;
+      float a = x[2 * i], b = x[2 * i + 1];
+      y[2 * i] = static_cast<T>(a * static_cast<float>(cos[first]) - b * static_cast<float>(sin[first]));
+      y[2 * i + 1] = static_cast<T>(b * static_cast<float>(cos[second]) + a * static_cast<float>(sin[second]));
+    }
+    return;
+  }
+  int64_t other = full ? half : 0;
+  for (int64_t c = 0; c < half; c += kLanes) {
+    int64_t left = half - c;
+    Vec a = load_some(x + c, left), b = load_some(x + half + c, left);
+    store_some(y + c, a * load_some(cos + c, left) - b * load_some(sin + c, left), left);
+    store_some(y + half + c, b * load_some(cos + other + c, left) + a * load_some(sin + other + c, left), left);
+  }
+}
+
+template <typename T>
+void run(const Rotary<T>& call) {
+  int64_t rows = call.batch * call.tokens * call.heads;
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / call.head_dim), [&](int64_t from, int64_t to) {
+    auto place = [](const Strides& strides, int64_t b, int64_t h, int64_t t) {
+      return b * strides.batch + h * strides.head + t * strides.row;
+    };
+    for (int64_t row = from; row < to; ++row) {
+      int64_t h = row % call.heads, t = row / call.heads % call.tokens, b = row / call.heads / call.tokens;
+      turn(call, call.x + place(call.x_strides, b, h, t), call.cos + place(call.cos_strides, b, h, t),
+           call.sin + place(call.sin_strides, b, h, t), call.y + place(call.y_strides, b, h, t));
+    }
+  });
+}
+
+}  // namespace lissom

@@ -1,0 +1,44 @@
+"""Lower rotary position embedding on a CPU to the kernel `lissom::fused_rotary`: one sweep, without the turned copy.
+
+lissom::rotary(x, cos, sin)   ->  lissom::fused_rotary(x, cos, sin)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.ops.fused_rows import fused_rotary
+from lissom.ops.native import missing_kernel
+from lissom.ops.rotary import rotary
+
+
+@dataclass(frozen=True)
+class FuseRotary(Rewrite):
+    """Turns `lissom::rotary` of [batch, heads, tokens, head_dim] into `lissom::fused_rotary`."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(rotary):
+            reason = _obstacle(node)
+            if reason:
+                edit.skip(node, reason)
+                continue
+            with edit.before(node):
+                call = edit.call(fused_rotary, *node.args, **node.kwargs)
+            edit.replace(node, call)
+
+
+def _obstacle(node: fx.Node) -> str | None:
+    """Why a rotation cannot be lowered; None when it can."""
+    x, *tables = (nodes.tensor_type(item) for item in node.args)
+    if x.rank != 4:
+        return "its operand is not [batch, heads, tokens, head_dim]"
+    if any(table.dtype != x.dtype for table in tables):
+        return "its angles have another dtype"
+    if any(table.rank > 4 for table in tables):
+        return "its angles have more dimensions than its operand"
+    return missing_kernel(x.dtype, x.device)
