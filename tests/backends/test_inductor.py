@@ -82,9 +82,8 @@ def test_a_program_that_returns_a_size_is_refused():
     assert str(caught.value).startswith("backend 'inductor' returns tensors, and Sized returns the size 'sym_size")
 
 
-def test_without_a_compiler_inductor_is_refused_before_anything_runs(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(UnsupportedError) as caught:
+def test_without_a_compiler_inductor_is_refused_before_anything_runs():
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(UnsupportedError) as caught:
         lissom.compile(feed_forward().model, "nothing that could be captured", backend="inductor")
     assert str(caught.value).startswith("backend 'inductor' needs a C++ compiler, and there is none")
     assert "choose backend 'eager'" in str(caught.value)
