@@ -29,13 +29,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         skips["multiprocess"] = pytest.mark.skip(reason="starts processes of its own; run with --slow")
     for item in items:
         for marker, skip in skips.items():
-            if item.get_closest_marker(marker) or (marker == "slow" and compiles(item)):
+            if item.get_closest_marker(marker):
                 item.add_marker(skip)
-
-
-def compiles(item: pytest.Item) -> bool:
-    """True for a test of every backend with the one that takes a C++ compiler several seconds."""
-    return isinstance(item, pytest.Function) and hasattr(item, "callspec") and item.callspec.params.get("backend") == "inductor"
 
 
 @pytest.fixture(params=[feed_forward, tiny_bert, tiny_llama], ids=lambda build: build.__name__)
