@@ -89,7 +89,8 @@ def main() -> None:
     print(printed)
     if options.update:
         text = README.read_text(encoding="utf-8")
-        README.write_text(_TABLE.sub(lambda found: found[1] + printed + found[2], text), encoding="utf-8")
+        shown = f"{printed}\n![milliseconds a call of every engine at every shape]({FIGURE.name})\n"
+        README.write_text(_TABLE.sub(lambda found: found[1] + shown + found[2], text), encoding="utf-8")
         draw(records, FIGURE)
 
 
