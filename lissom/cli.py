@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 from lissom import api, demo
-from lissom.backends import find_backend
+from lissom.backends import find_backends
 from lissom.bench.comparison import compare
 from lissom.bench.engines import ENGINES, find_engines
 from lissom.bench.profile import profile_model, profile_table
@@ -77,6 +78,7 @@ def run_compile(
 def run_show(
     model: Model,
     passes: Passes = "exact",
+    backend: Annotated[str | None, typer.Option(help="Show what this backend makes of it; the passes' result without.")] = None,
     diff: Annotated[
         tuple[int, int] | None, typer.Option(help="Show what changed between two steps of the history; 0 is the capture.")
     ] = None,
@@ -92,7 +94,7 @@ def run_show(
         raise typer.BadParameter("--batch and --sequence go with --cost")
     # Tables are of forms and sizes, which structural checks cover; a program shown is a program checked.
     checks = "structural" if structure or axes or cost else "numeric"
-    compiled = _compile(model, passes, "eager", None, checks)
+    compiled = _compile(model, passes, backend, None, checks)
     if structure or axes:
         found = [structure_tables(compiled.program)] if structure else []
         console.print(*found, *([axes_table(compiled.program)] if axes else []), sep="\n")
@@ -209,19 +211,23 @@ def write_whole(path: Path, content: str) -> None:
         raise
 
 
-def _compile(model: str, passes: str, backend: str, device: str | None, checks: str) -> api.CompiledModel:
+def _compile(
+    model: str, passes: str, backend: str | None, device: str | None, checks: str
+) -> api.CompiledModel | api.Optimized:
+    """The model compiled for a backend, or with the passes alone where none is named."""
     # What is wrong with the options is said before a large model is read.
     check_options(checks)  # pyright: ignore[reportArgumentType]
     pipeline = api.resolve_passes(passes)
-    find_backend(backend)
+    if backend is not None:
+        find_backends(backend)
     api.check_device(device)
     source = load(model)
+    run = api.optimize if backend is None else partial(api.compile, backend=backend)
     try:
-        compiled = api.compile(
+        compiled = run(
             source.model,
             source.example_inputs,
             passes=pipeline,
-            backend=backend,
             device=device,
             checks=checks,  # pyright: ignore[reportArgumentType]
         )
