@@ -51,45 +51,62 @@ inline void pack(const T* from, int64_t along, int64_t across, int64_t inner, in
   }
 }
 
-// The value where the mask is true, `other` elsewhere and past `count`.
-inline Vec where(const bool* mask, int64_t count, Vec value, float other) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
-  Bytes bytes{};
-  if (count >= kLanes) std::memcpy(&bytes, mask, kLanes);
-  else if (count > 0) std::memcpy(&bytes, mask, count);
-  return __builtin_convertvector(bytes, IntVec) != 0 ? value : splat(other);
+// The value where the mask is true, `other` elsewhere.
+inline Vec where(const bool* mask, Vec value, float other) {
+#if defined(__AVX512F__)
+  __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(mask)));
+  return (Vec)_mm512_mask_mov_ps(_mm512_set1_ps(other), _mm512_test_epi32_mask(wide, wide), (__m512)value);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = mask[lane] ? value[lane] : other;
+  return value;
+#endif
+}
+
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+// Scales, caps, biases and hides a row's scores in place; what is past `visible` is hidden.
+template <typename T>
+inline void finish_scores(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen) {
+  int64_t stride = call.bias_strides.column;
+  for (int64_t c = 0; c < padded; c += kLanes) {
+    Vec value = load(row + c) * call.scale;
+    if (call.softcap != 0) value = call.softcap * hyperbolic_tangent(value / call.softcap);
+    if (bias) value += stride == 1 ? load_some(bias + c, visible - c) : splat(*bias);
+    int64_t left = visible - c;
+    if (seen && left > 0) {
+      if (stride == 1 && left >= kLanes) value = where(seen + c, value, kHidden);
+      else
+        for (int lane = 0; lane < std::min<int64_t>(left, kLanes); ++lane)
+          if (!seen[(c + lane) * stride]) value[lane] = kHidden;
+    }
+    for (int64_t lane = std::max<int64_t>(left, 0); lane < kLanes; ++lane) value[lane] = kHidden;
+    store(row + c, value);
+  }
 }
 
 // Scores to weights that sum to one once divided by what is returned; hidden scores and padding become exactly 0.
 template <typename T>
 inline float soften(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
                     const float* sink) {
-  int64_t stride = call.bias_strides.column;
-  Vec scale = splat(call.scale), highest = splat(-std::numeric_limits<float>::infinity());
-  constexpr float hidden = -std::numeric_limits<float>::infinity();
-  for (int64_t c = 0; c < padded; c += kLanes) {
-    Vec value = load(row + c) * scale;
-    if (call.softcap != 0) value = call.softcap * hyperbolic_tangent(value / call.softcap);
-    if (bias) {
-      if (stride == 1) value += load_some(bias + c, visible - c);
-      else value += bias[0];
-    }
-    if (seen) value = stride == 1 ? where(seen + c, visible - c, value, hidden) : (*seen ? value : splat(hidden));
-    if (c + kLanes > visible) {
-      for (int lane = std::max<int64_t>(visible - c, 0); lane < kLanes; ++lane) value[lane] = hidden;
-    }
-    store(row + c, value);
-    highest = maximum(highest, value);
+  float scale = 1.0f;
+  bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen, 0, visible) : *seen);
+  if (call.softcap == 0 && !bias && all_seen && call.scale != 0) {  // nothing but a factor, which the exponential's argument takes
+    scale = call.scale;
+    std::fill(row + visible, row + padded, scale > 0 ? kHidden : -kHidden);
+  } else {
+    finish_scores(call, row, visible, padded, bias, seen);
   }
+  Vec highest = splat(kHidden);
+  for (int64_t c = 0; c < padded; c += kLanes) highest = maximum(highest, load(row + c) * scale);
   float top = largest(highest);
   if (sink) top = std::max(top, *sink);
-  if (top == hidden) {  // a row that sees nothing yields zeros, as PyTorch's operator does
+  if (top == kHidden) {  // a row that sees nothing yields zeros, as PyTorch's operator does
     std::fill(row, row + padded, 0.0f);
     return 1.0f;
   }
   Vec total = splat(0.0f);
   for (int64_t c = 0; c < padded; c += kLanes) {
-    Vec value = exponential(load(row + c) - top);
+    Vec value = exponential(load(row + c) * scale - top);
     store(row + c, value);
     total += value;
   }
@@ -167,6 +184,21 @@ inline void head(const Attention<T>& call, int64_t b, int64_t h, int64_t begin, 
   });
 }
 
+// Brings what a head reads into the second-level cache: rows of a merged projection lie pages apart, where the machine's own
+// prefetching does not reach.
+template <typename T>
+inline void fetch(const Attention<T>& call, int64_t b, int64_t h) {
+  int64_t group = h / (call.heads / call.key_heads);
+  auto rows = [](const T* from, const Strides& strides, int64_t count, int64_t columns) {
+    if (strides.column != 1) return;
+    for (int64_t row = 0; row < count; ++row)
+      for (int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(from + row * strides.row + c, 0, 2);
+  };
+  rows(call.k + b * call.k_strides.batch + group * call.k_strides.head, call.k_strides, call.keys, call.head_dim);
+  rows(call.v + b * call.v_strides.batch + group * call.v_strides.head, call.v_strides, call.keys, call.value_dim);
+  rows(call.q + b * call.q_strides.batch + h * call.q_strides.head, call.q_strides, call.queries, call.head_dim);
+}
+
 template <typename T>
 void run(const Attention<T>& call) {
   int64_t threads = at::get_num_threads(), heads = call.batch * call.heads;
@@ -176,6 +208,7 @@ void run(const Attention<T>& call) {
     Scratch<T> scratch;
     for (int64_t item = from; item < to; ++item) {
       int64_t which = item / shares, share = item % shares;
+      if (share == 0 && which + 1 < heads) fetch(call, (which + 1) / call.heads, (which + 1) % call.heads);
       head(call, which / call.heads, which % call.heads, call.queries * share / shares, call.queries * (share + 1) / shares, scratch);
     }
   });

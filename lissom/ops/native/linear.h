@@ -62,7 +62,9 @@ inline void block(const Linear<T>& call, int64_t begin, int64_t end, int64_t fir
         constexpr int R = decltype(count)::value;
         for (int column = 0; column < kPanel; column += kChunk) {
           Vec sums[R][kWide] = {};
-          multiply<R>(call.x + top * call.inputs, call.inputs, weight + column * pair, steps, sums);
+          const T *x = call.x + top * call.inputs, *columns = weight + column * pair;
+          if (bottom == end) multiply<R, true>(x, call.inputs, columns, steps, sums);
+          else multiply<R>(x, call.inputs, columns, steps, sums);
           for (int v = 0; v < kWide; ++v) {
             int64_t c = panel * kPanel + column + v * kLanes, left = n - c;
             if (left <= 0) break;
@@ -82,15 +84,16 @@ inline void block(const Linear<T>& call, int64_t begin, int64_t end, int64_t fir
   }
 }
 
-constexpr int64_t kBlock = 8 * kRows;  // rows whose inputs stay in the second-level cache while all panels pass
+constexpr int64_t kCached = 1 << 19;  // bytes of inputs that stay in the second-level cache while all panels pass
 
 template <typename T>
 void run(const Linear<T>& call) {
   int64_t threads = at::get_num_threads();
   int64_t panels = ceil_div(call.features, kPanel);
+  int64_t most = std::max<int64_t>(kCached / (call.inputs * sizeof(T)) / kRows, 2) * kRows;
   // Few rows: threads share the columns, so that each reads its part of the weights once. Many: they share the rows.
   int64_t across = call.rows < 3 * kRows * threads ? std::min(threads, panels) : 1;
-  int64_t blocks = across > 1 ? ceil_div(call.rows, kBlock) : ceil_div(ceil_div(call.rows, kBlock), threads) * threads;
+  int64_t blocks = across > 1 ? ceil_div(call.rows, most) : ceil_div(ceil_div(call.rows, most), threads) * threads;
   bool split_norm = call.norms && across > 1;
   std::vector<float> shared(split_norm ? call.rows * call.features : 0);
   at::parallel_for(0, blocks * across, 1, [&](int64_t from, int64_t to) {
@@ -112,7 +115,7 @@ void run(const Linear<T>& call) {
     }
   });
   if (split_norm) {
-    at::parallel_for(0, call.rows, kBlock, [&](int64_t from, int64_t to) {
+    at::parallel_for(0, call.rows, most, [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row)
         normalize(call, shared.data() + row * call.features, call.y + row * call.features);
     });

@@ -30,15 +30,22 @@ inline Vec product(const BFloat16* a, const BFloat16* b, Vec sum) {
 inline Vec product(const BFloat16*, const BFloat16*, Vec sum) { return sum; }  // never called: kHasBFloat16 is false
 #endif
 
-// sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.
-template <int R, typename T>
+// sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.  If it fetches, what lies one panel further
+// is brought into the cache meanwhile: the next panel of the weights, which may come from far.
+template <int R, bool fetches = false, typename T>
 inline __attribute__((always_inline)) void multiply(
     const T* a, int64_t stride, const T* b, int64_t steps, Vec (&sums)[R][kWide]) {
   constexpr int pair = kPair<T>;
   const T* rows[(R + 2) / 3];
+  const char* coming = reinterpret_cast<const char*>(b + steps * kPanel * pair);
 #pragma GCC unroll 8
   for (int r = 0; r < R; r += 3) rows[r / 3] = a + r * stride;
   for (int64_t step = 0; step < steps; ++step) {
+    if (fetches) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kWide; ++v) __builtin_prefetch(coming + v * 64, 0, 2);
+      coming += kPanel * pair * sizeof(T);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2

@@ -36,7 +36,15 @@ constexpr bool kHasBFloat16 = false;
 
 using c10::BFloat16;
 
-inline Vec splat(float value) { return Vec{} + value; }
+inline Vec splat(float value) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(value);
+#else
+  Vec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = value;
+  return found;
+#endif
+}
 
 inline Vec load(const float* from) {
   Vec found;
