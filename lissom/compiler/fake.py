@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -12,10 +14,12 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.numbers import int_oo
 
 from lissom.compiler import node as nodes
 from lissom.compiler.execute import call
-from lissom.compiler.types import ScalarType, Size, TensorType, ValueType
+from lissom.compiler.types import ScalarType, Size, TensorType, ValueType, size_of, type_of
 
 
 class FlatModule(_LazyGraphModule):
@@ -91,9 +95,7 @@ def _same_size_at_example(mode: FakeTensorMode, left: Size | float, right: Size 
 def _at_example(mode: FakeTensorMode, size: Size | float) -> Size | float:
     if not isinstance(size, sympy.Basic) or mode.shape_env is None:
         return size
-    # Renamed between torch 2.11 and 2.13.
-    values = getattr(mode.shape_env, "backed_var_to_val", None) or getattr(mode.shape_env, "var_to_val")  # noqa: B009
-    known = {symbol: value for symbol, value in values.items() if symbol in size.free_symbols}
+    known = {symbol: value for symbol, value in _known_sizes(mode.shape_env).items() if symbol in size.free_symbols}
     return cast(Size, size.xreplace(known))
 
 
@@ -106,8 +108,86 @@ def _same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | fl
     return bool(mode.shape_env.simplify(difference) == 0 or sympy.simplify(difference) == 0)
 
 
+def description(value: object) -> object:
+    """All that the types of results depend on: dtype, device, sizes and strides of tensors, expressions of numbers."""
+    if isinstance(value, torch.Tensor):
+        strides = tuple(map(size_of, value.stride())) if value.layout is torch.strided else None
+        return value.dtype, value.device, tuple(map(size_of, value.shape)), strides
+    if isinstance(value, (tuple, list)):
+        return tuple(map(description, value))
+    return type_of(value)
+
+
 def hint(size: object) -> int:
     """The size at the example the program was captured with; 0 when it depends on the values of the inputs."""
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.has_hint() else 0
     return int(size)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class SymbolFact:
+    """What is known of a symbol, None where nothing is: its size at the example, and its bounds.
+
+    A size that depends on the values of the inputs has none at the example.
+    """
+
+    hint: int | None
+    minimum: int | None
+    maximum: int | None
+
+
+def symbol_facts(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, SymbolFact]:
+    """What the mode knows of each symbol."""
+    env = mode.shape_env
+    if env is None:
+        return {}
+    known, ranges = _known_sizes(env), env.var_to_range
+    found: dict[sympy.Symbol, SymbolFact] = {}
+    for symbol in symbols:
+        bounds = ranges.get(symbol)
+        minimum, maximum = (None, None) if bounds is None else (_bound(bounds.lower), _bound(bounds.upper))
+        found[symbol] = SymbolFact(int(known[symbol]) if symbol in known else None, minimum, maximum)
+    return found
+
+
+def symbolic_mode(facts: Mapping[sympy.Symbol, SymbolFact], conditions: Iterable[sympy.Basic]) -> FakeTensorMode:
+    """A new mode that knows these symbols, and that the conditions hold."""
+    env = ShapeEnv()
+    for symbol, fact in facts.items():
+        minimum = -int_oo if fact.minimum is None else fact.minimum
+        env.constrain_symbol_range(symbol, minimum, int_oo if fact.maximum is None else fact.maximum)
+        if fact.hint is not None:
+            _known_sizes(env)[symbol] = sympy.Integer(fact.hint)
+    # Sizes that depend on values are numbered by the mode, and the next must not get the name of one that is there.
+    numbered = (re.fullmatch(r"u(\d+)", symbol.name) for symbol in facts)
+    env.unbacked_symint_counter = max((int(found[1]) + 1 for found in numbered if found), default=0)
+    for condition in conditions:
+        env.evaluate_expr(condition)
+    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
+
+
+def fake_tensor(mode: FakeTensorMode, found: TensorType, stride: Sequence[Size]) -> torch.Tensor:
+    """A fake tensor of that type."""
+    sizes, strides = ([fake_number(mode, int, size) for size in given] for given in (found.shape, stride))
+    with typing_scope(mode):
+        return torch.empty_strided(sizes, strides, dtype=found.dtype, device=found.device)  # pyright: ignore
+
+
+def fake_number(mode: FakeTensorMode, kind: type[float], value: Size | sympy.Basic) -> object:
+    """A number computed from sizes, symbolic unless it is plain."""
+    env = mode.shape_env
+    if not isinstance(value, sympy.Basic) or env is None:
+        return value
+    if kind is int:
+        return env.create_symintnode(cast(sympy.Expr, value), hint=None)
+    return env.create_symboolnode(value) if kind is bool else env.create_symfloatnode(value, hint=None)  # pyright: ignore
+
+
+def _known_sizes(env: ShapeEnv) -> dict[sympy.Symbol, sympy.Integer]:
+    """The symbols' sizes at the example; renamed between torch 2.11 and 2.13."""
+    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+
+
+def _bound(value: object) -> int | None:
+    return int(value) if isinstance(value, sympy.Integer) else None

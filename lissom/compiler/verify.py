@@ -45,14 +45,13 @@ def tolerance_of(program: Program) -> float:
 def verify_structure(program: Program, before: Program | None = None) -> None:
     """Check that the program is well formed: order, names, dialect, types, signature.
 
-    Types are recomputed with fake tensors; nodes that `before` has too, with equal arguments, keep theirs.
+    Types are recomputed with fake tensors; nodes that `before` has too, with arguments of equal types, keep theirs.
 
     Raises: VerifyError naming the first node at fault, with the lines around it.
     """
     known = {node.name: node for node in before.graph.nodes} if before else {}
     defined: set[fx.Node] = set()
     names: set[str] = set()
-    trusted: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.name in names:
             _fail(program, node, f"the name '{node.name}' is used twice")
@@ -64,26 +63,30 @@ def verify_structure(program: Program, before: Program | None = None) -> None:
             _check_dialect(program, node)
         if node.op != "output" and not nodes.has_value(node):
             _fail(program, node, "it has no type; make nodes through the editor")
-        if _is_unchanged(node, known.get(node.name), trusted):
-            trusted.add(node)
-        elif node.op == "get_attr":
+        if node.op == "get_attr":
             _check_weight(program, node)
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not _is_unchanged(node, known.get(node.name)):
             _check_type(program, node, known.get(node.name))
         defined.add(node)
     _check_signature(program, before)
 
 
-def _is_unchanged(node: fx.Node, old: fx.Node | None, trusted: set[fx.Node]) -> bool:
-    """True when the node is the same call of the same trusted values with the same fake value as before."""
-    if old is None or node.op != old.op or node.target != old.target:
+def _is_unchanged(node: fx.Node, old: fx.Node | None) -> bool:
+    """True when a call is the same as before, of values of the same types, and kept its own."""
+    if old is None or node.target != old.target or nodes.value(node) is not nodes.value(old):
         return False
-    if node.op == "placeholder":
-        return True
-    if node.op == "output" or nodes.value(node) is not nodes.value(old):
-        return False
-    same = text.argument_text([*node.args, node.kwargs]) == text.argument_text([*old.args, old.kwargs])
-    return same and trusted.issuperset(node.all_input_nodes)
+    reads, read = list[fx.Node](), list[fx.Node]()
+    literals = [
+        fx.map_arg((item.args, item.kwargs), lambda used, found=found: found.append(used))
+        for item, found in ((node, reads), (old, read))
+    ]
+    return literals[0] == literals[1] and len(reads) == len(read) and all(map(_is_alike, reads, read))
+
+
+def _is_alike(left: fx.Node, right: fx.Node) -> bool:
+    """True when whatever is computed from the one value has the type of what is computed from the other."""
+    one, other = nodes.value(left), nodes.value(right)
+    return one is other or fake.description(one) == fake.description(other)
 
 
 def _check_dialect(program: Program, node: fx.Node) -> None:
