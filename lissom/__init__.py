@@ -1,7 +1,7 @@
 """Lissom: a compiler-style graph optimizer for transformer inference."""
 
-from lissom.api import CompiledModel, Optimized, compile, optimize
+from lissom.api import CompiledModel, Optimized, compile, load, optimize
 from lissom.frontends.onnx import from_onnx
 from lissom.version import __version__
 
-__all__ = ["CompiledModel", "Optimized", "__version__", "compile", "from_onnx", "optimize"]
+__all__ = ["CompiledModel", "Optimized", "__version__", "compile", "from_onnx", "load", "optimize"]

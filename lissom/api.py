@@ -1,13 +1,16 @@
-"""The public face: compile a model, call what comes out, read what was done."""
+"""The public face: compile a model, call what comes out, read what was done, save and load it."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from lissom.artifacts.artifact import load_artifact, save_artifact
 from lissom.backends import find_backends
 from lissom.backends.base import Executable
 from lissom.backends.fastest import build_fastest
@@ -60,8 +63,41 @@ class CompiledModel:
             raise InputError(sentence) from error
         return signature.unflatten(values)
 
+    def save(self, directory: str | Path) -> None:
+        """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
+
+        The directory is written whole or not at all; an artifact that is there already is replaced. State is saved as it
+        was when the model was compiled.
+
+        Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
+            backend cannot save what it built.
+        """
+        save_artifact(Path(directory), self.program, self._executable, self.report.history, self.backend)
+
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
+
+
+def load(directory: str | Path, device: str | torch.device | None = None) -> CompiledModel:
+    """The model that `CompiledModel.save` wrote, its weights mapped from the file. Nothing is unpickled.
+
+    device: where it is to run; where it was made to run by default. What differs here from where it was made, such as kernels
+    that are missing, is said in a warning.
+
+    Raises: ArtifactError when the directory is no artifact, was changed or damaged, or does not run here; UnsupportedError for
+        a device or a package that is not there.
+
+    >>> import tempfile, torch, lissom
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> lissom.compile(torch.nn.Linear(4, 2), torch.ones(3, 4)).save(folder)
+    >>> lissom.load(folder)
+    CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
+    """
+    loaded = load_artifact(Path(directory), check_device(device))
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=2)
+    report = Report(f"{loaded.program.name} on {loaded.backend}", loaded.history)
+    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend)
 
 
 def compile(

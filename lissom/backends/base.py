@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from lissom.compiler.errors import InputError, VerifyError
+from lissom.compiler.errors import InputError, UnsupportedError, VerifyError
 from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples, resize
@@ -20,9 +21,13 @@ Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 
 
 class Backend(ABC):
-    """A way to run programs."""
+    """A way to run programs.
+
+    movable: True when what was saved for one kind of device can be loaded for another.
+    """
 
     name: ClassVar[str]
+    movable: ClassVar[bool] = False
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         """Exact passes that bring a program on `device` into the form this backend runs fast; checked like any other."""
@@ -38,6 +43,22 @@ class Backend(ABC):
 
         The executable keeps the program's weights and copies none it does not write.
         """
+
+    def save_files(self, executable: Executable, folder: Path) -> None:
+        """Write into the folder of an artifact what `load_executable` needs beside the program.
+
+        They are plain files without folders, and nothing in them is pickled.
+
+        Raises: UnsupportedError when this backend's executables cannot be saved; OSError.
+        """
+        raise UnsupportedError(f"what backend '{self.name}' builds cannot be saved; choose backend 'eager'")
+
+    def load_executable(self, program: Program, folder: Path) -> Executable:
+        """What runs the program, from the files `save_files` wrote, which stay as they are.
+
+        Raises: ArtifactError when they do not run here; UnsupportedError when this machine lacks what they need.
+        """
+        raise UnsupportedError(f"what backend '{self.name}' builds cannot be loaded; compile the model again")
 
 
 def confirm(name: str, executable: Executable, program: Program, example: Sample) -> None:

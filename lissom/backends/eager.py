@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
@@ -33,6 +34,7 @@ class Eager(Backend):
     """Runs the program's operators one after the other."""
 
     name: ClassVar[str] = "eager"
+    movable: ClassVar[bool] = True
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         if device.type != "cpu":
@@ -53,6 +55,12 @@ class Eager(Backend):
                 return function(*inputs)
 
         return with_graphs(program, run)
+
+    def save_files(self, executable: Executable, folder: Path) -> None:
+        """Nothing: the program is all there is."""
+
+    def load_executable(self, program: Program, folder: Path) -> Executable:
+        return self.build(program, [])
 
 
 def emit(program: Program) -> tuple[str, dict[str, object]]:

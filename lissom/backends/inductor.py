@@ -6,6 +6,7 @@ takes no part in a call but to hand over the inputs. Calls from several threads 
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 import weakref
@@ -20,10 +21,14 @@ from torch.export import Dim
 
 from lissom.backends.base import Backend, Executable, confirm
 from lissom.compiler import node as nodes
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.errors import ArtifactError, UnsupportedError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, resize
 from lissom.compiler.signature import TensorArgument
+from lissom.inspect.machine import instruction_sets
+
+PACKAGE, MADE_WITH = "model.pt2", "inductor.json"
+"""The files of an artifact that are this backend's."""
 
 
 class Inductor(Backend):
@@ -72,21 +77,45 @@ class Inductor(Backend):
         confirm(self.name, package, program, example)
         return package
 
+    def save_files(self, executable: Executable, folder: Path) -> None:
+        """The package, and what it was compiled with."""
+        assert isinstance(executable, Package)
+        shutil.copyfile(executable.path, folder / PACKAGE)
+        made_with = {"torch": torch.__version__, "instruction_sets": instruction_sets()}
+        (folder / MADE_WITH).write_text(json.dumps(made_with), encoding="utf-8")
+
+    def load_executable(self, program: Program, folder: Path) -> Executable:
+        """The package loaded; it needs the PyTorch it was compiled with, and a processor that has the same instructions."""
+        made_with = json.loads((folder / MADE_WITH).read_text(encoding="utf-8"))
+        if made_with["torch"] != torch.__version__:
+            raise ArtifactError(
+                f"'{folder}' was compiled by PyTorch {made_with['torch']}, and this is {torch.__version__}; "
+                f"install that version, or compile the model again"
+            )
+        lacking = [name for name in made_with["instruction_sets"] if name not in instruction_sets()]
+        if lacking:
+            raise ArtifactError(
+                f"'{folder}' was compiled for a processor with {', '.join(lacking)}, which this one lacks; "
+                f"compile the model again"
+            )
+        return Package(program, folder / PACKAGE, keep=True)
+
 
 class Package:
     """A program TorchInductor compiled.
 
-    path: the `.pt2` package, which holds code and weights; its folder is deleted with this object.
+    path: the `.pt2` package, which holds code and weights; its folder is deleted with this object, unless it is to be kept.
     """
 
-    def __init__(self, program: Program, path: Path) -> None:
+    def __init__(self, program: Program, path: Path, keep: bool = False) -> None:
         device = program.signature.tensors[0].type.device if program.signature.tensors else torch.device("cpu")
         index = -1 if device.type == "cpu" else device.index
         self.path = path
         self._leaves = _leaves_of(program)
         # The loader itself: what is around it reads the nesting of inputs and outputs from text at every call.
         self._loader = torch._inductor.aoti_load_package(str(path), device_index=index).loader
-        weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
+        if not keep:
+            weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
         # The compiled code reads memory in the order of the example, and does not look at strides.

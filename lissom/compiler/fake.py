@@ -186,7 +186,7 @@ def fake_number(mode: FakeTensorMode, kind: type[float], value: Size | sympy.Bas
 
 def _known_sizes(env: ShapeEnv) -> dict[sympy.Symbol, sympy.Integer]:
     """The symbols' sizes at the example; renamed between torch 2.11 and 2.13."""
-    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    return getattr(env, "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val")
 
 
 def _bound(value: object) -> int | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from lissom.compiler.cost import flops
 from lissom.compiler.editor import Skip
@@ -107,6 +108,27 @@ class History:
         """Everything but the program texts, ready for `json.dumps`."""
         steps = [asdict(step) | {"summary": step.summary} for step in self.steps]
         return {"version": FORMAT_VERSION, "pipeline": self.pipeline, "checks": self.checks, "steps": steps}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], texts: Sequence[str]) -> History:
+        """The history `to_json` wrote, with the programs' texts.
+
+        Raises: ValueError, TypeError or KeyError when it is none.
+        """
+        if data["version"] != FORMAT_VERSION:
+            raise ValueError(f"the history is of version {data['version']}; this Lissom reads version {FORMAT_VERSION}")
+        steps = [_step_from_json(item) for item in data["steps"]]
+        if len(steps) != len(texts) or data["checks"] not in ("numeric", "structural", "off"):
+            raise ValueError("the history and the programs' texts do not belong together")
+        return cls(data["pipeline"], data["checks"], steps, list(texts))
+
+
+def _step_from_json(data: Mapping[str, Any]) -> Step:
+    fields: dict[str, Any] = {key: value for key, value in data.items() if key != "summary"}
+    fields["size"] = Size(**data["size"])
+    fields["skipped"] = tuple(Skip(**item) for item in data["skipped"])
+    fields["notes"] = tuple(data["notes"])
+    return Step(**fields)
 
 
 def changed_calls(before: Sequence[str], after: Sequence[str]) -> tuple[int, int]:

@@ -1,0 +1,86 @@
+"""Inputs and outputs as arrays in an `.npz` file, under the names of the signature's arguments and of the returned fields."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+
+from lissom.compiler.errors import ArtifactError, InputError
+from lissom.compiler.signature import Signature, TensorArgument
+
+
+def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The positional and keyword arguments whose tensors are in a file, each under its path in the signature.
+
+    Floating numbers are cast to the dtype of the argument, as numpy has no bfloat16.
+
+    Raises: ArtifactError when the file cannot be read; InputError when it lacks an argument, or holds another.
+    """
+    arrays = _read(path)
+    wanted = {leaf.path: leaf for leaf in signature.tensors}
+    for name in arrays:
+        if name not in wanted:
+            raise InputError(f"'{path}' holds '{name}', which is no argument; the program takes {signature.describe()}")
+    missing = [name for name in wanted if name not in arrays]
+    if missing:
+        raise InputError(f"'{path}' lacks '{missing[0]}'; the program takes {signature.describe()}")
+    return signature.arguments([_tensor(leaf, arrays[name]) for name, leaf in wanted.items()])
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array without a name")
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ArtifactError(
+            f"'{path}' cannot be read as arrays: {error}; write it with numpy.savez, by the arguments' names"
+        ) from error
+
+
+def _tensor(leaf: TensorArgument, array: np.ndarray) -> torch.Tensor:
+    try:
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
+    except TypeError as error:
+        raise InputError(f"argument '{leaf.path}' is an array of {array.dtype}, which is no tensor's dtype") from error
+    casts = tensor.is_floating_point() and leaf.type.dtype.is_floating_point
+    return tensor.to(leaf.type.device, leaf.type.dtype if casts else None)
+
+
+def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of what a model returns by name: fields and keys and places, joined by dots; a lone tensor is `output`."""
+    if isinstance(outputs, torch.Tensor):
+        return {name or "output": outputs}
+    if isinstance(outputs, Mapping):
+        items = [(str(key), item) for key, item in cast("Mapping[object, object]", outputs).items()]
+    elif isinstance(outputs, (tuple, list)):
+        items = [(str(index), item) for index, item in enumerate(cast("Sequence[object]", outputs))]
+    else:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    for key, item in items:
+        found |= named_tensors(item, f"{name}.{key}" if name else key)
+    return found
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write tensors to a file whole or not at all; bfloat16, which numpy has not, as float32. Raises: OSError."""
+    arrays = {
+        name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy() for name, tensor in tensors.items()
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

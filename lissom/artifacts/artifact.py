@@ -1,0 +1,204 @@
+"""Save what was compiled, and load it: the program, its weights, its history, and what the backend built."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from lissom.artifacts.directory import check_target, read_directory, write_directory
+from lissom.artifacts.fields import read_json
+from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
+from lissom.artifacts.program_file import decode_program, encode_program
+from lissom.artifacts.weights import Place, load_weights, save_weights
+from lissom.backends import BACKENDS
+from lissom.backends.base import Backend, Executable
+from lissom.compiler import node as nodes
+from lissom.compiler.errors import ArtifactError, nearest
+from lissom.compiler.history import History
+from lissom.compiler.program import Program
+from lissom.compiler.types import TensorType, ValueType
+from lissom.inspect.machine import device_name
+from lissom.ops import IMPLEMENTATIONS
+from lissom.ops.native import SWITCH, load_kernels, missing_kernel
+from lissom.version import __version__
+
+PROGRAM, WEIGHTS, STEPS = "program.json", "weights.safetensors", "steps.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What an artifact holds. notes: sentences on what is not as it was where the artifact was made."""
+
+    program: Program
+    executable: Executable
+    history: History
+    backend: str
+    notes: tuple[str, ...]
+
+
+def save_artifact(directory: Path, program: Program, executable: Executable, history: History, backend: str) -> None:
+    """Write an artifact, whole or not at all; one that is there already is replaced.
+
+    Raises: ArtifactError when it cannot be written, or holds what an artifact cannot.
+    """
+    check_target(directory.absolute())
+    write_directory(directory, partial(_write, program, executable, history, BACKENDS[backend]()))
+
+
+def _write(program: Program, executable: Executable, history: History, backend: Backend, folder: Path) -> None:
+    backend.save_files(executable, folder)
+    entries = save_weights(program, folder / WEIGHTS)
+    _write_json(folder / PROGRAM, encode_program(program, entries))
+    _write_json(folder / STEPS, history.texts)
+    _confirm(program, folder)
+    manifest = Manifest(
+        name=program.name,
+        backend=backend.name,
+        device=str(_device_of(program)),
+        signature=program.signature.describe(),
+        pipeline=history.pipeline,
+        history=history.to_json(),
+        environment=_environment(program),
+        files={path.name: Content.of(path) for path in sorted(folder.iterdir())},
+    )
+    write_manifest(manifest, folder / NAME)
+
+
+def _write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
+
+
+def _confirm(program: Program, folder: Path) -> None:
+    """Read the program back as `load_artifact` will. Raises: ArtifactError when it is another."""
+    again = _read_program(folder, lambda device: device)
+    if again.text() != program.text():
+        raise ArtifactError(f"{program.name} cannot be saved: read back, its program is another; please report this model")
+
+
+def load_artifact(directory: Path, device: torch.device | None = None) -> Loaded:
+    """The artifact in a directory; device: where it is to run, where it ran before by default.
+
+    Raises: ArtifactError when it is damaged or cannot run here; UnsupportedError when what its backend needs is not installed.
+    """
+    manifest = read_directory(directory)
+    backend = _find_backend(manifest.backend, directory)
+    saved, wanted = _devices(manifest, directory, device)
+    if saved.type != wanted.type and not backend.movable:
+        raise ArtifactError(
+            f"'{directory}' was made for {saved.type} by backend '{backend.name}', and runs nowhere else; "
+            f"compile the model again for {wanted.type}"
+        )
+    program = _read_program(directory, lambda found: wanted if found.type == saved.type else found)
+    notes = _check_kernels(program, directory)
+    executable = backend.load_executable(program, directory)
+    history = _read_history(manifest, directory)
+    return Loaded(program, executable, history, backend.name, notes)
+
+
+def _find_backend(name: str, directory: Path) -> Backend:
+    if name not in BACKENDS:
+        hint = nearest(name, BACKENDS) or ";"
+        raise ArtifactError(f"'{directory}' was made by a backend '{name}'{hint} this Lissom has {', '.join(BACKENDS)}")
+    return BACKENDS[name]()
+
+
+def _devices(manifest: Manifest, directory: Path, device: torch.device | None) -> tuple[torch.device, torch.device]:
+    """Where the artifact was made to run, and where it is to run."""
+    try:
+        saved = torch.device(manifest.device)
+    except RuntimeError as error:
+        raise ArtifactError(f"'{directory}' was made for '{manifest.device}', which is no device of this PyTorch") from error
+    if device is not None:
+        return saved, device
+    if saved.type == "cpu":
+        return saved, saved
+    count = torch.cuda.device_count() if saved.type == "cuda" else 0
+    if count == 0:
+        raise ArtifactError(
+            f"'{directory}' was made for {saved}, and this machine has no such device; "
+            f"load it with device='cpu', or compile the model again here"
+        )
+    return saved, saved if (saved.index or 0) < count else torch.device("cuda", 0)
+
+
+def _read_program(directory: Path, place: Place) -> Program:
+    path = directory / PROGRAM
+    try:
+        return decode_program(read_json(path), lambda entries, place: load_weights(entries, directory / WEIGHTS, place), place)
+    except ArtifactError:
+        raise
+    # What a file says may be wrong in every way there is, and torch and sympy have errors of their own for that.
+    except Exception as error:
+        raise ArtifactError(f"'{path}' is no program this Lissom can read: {_first_line(error)}") from error
+
+
+def _read_history(manifest: Manifest, directory: Path) -> History:
+    try:
+        return History.from_json(manifest.history, read_json(directory / STEPS))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"'{directory}' holds no history this Lissom can read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _kernel_nodes(program: Program) -> list[fx.Node]:
+    """The calls of our operators that have kernels of their own on a CPU."""
+    return [
+        node
+        for node in program.nodes()
+        if str(node.target).startswith("lissom.") and node.target not in IMPLEMENTATIONS and nodes.is_tensor(node)
+    ]
+
+
+def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
+    """Load the kernels the program uses; a sentence when there are none, and it will be slow.
+
+    Raises: ArtifactError when it was lowered for a CPU and is to run elsewhere, or this processor's kernels lack its dtype.
+    """
+    types = {nodes.tensor_type(node) for node in _kernel_nodes(program)}
+    if not types:
+        return ()
+    elsewhere = next((found.device for found in types if found.device.type != "cpu"), None)
+    if elsewhere is not None:
+        raise ArtifactError(f"'{directory}' was lowered to kernels of a CPU; compile the model again for {elsewhere}")
+    reason = load_kernels()
+    if reason:
+        return (f"{program.name} was compiled for C++ kernels and runs slowly without them: {reason}",)
+    for found in sorted(types, key=str):
+        lacking = missing_kernel(found.dtype, found.device)
+        if lacking is not None:
+            raise ArtifactError(
+                f"'{directory}' was compiled for another processor: {lacking}; "
+                f"compile the model again here, or set {SWITCH}=0 to run it without kernels, slowly"
+            )
+    return ()
+
+
+def _environment(program: Program) -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lissom": __version__,
+        "cpu": device_name(torch.device("cpu")),
+        "kernels": (load_kernels() or "loaded") if _kernel_nodes(program) else "not used",
+    }
+
+
+def _device_of(program: Program) -> torch.device:
+    """The CUDA device of a program that is on one, else the CPU."""
+    devices = {leaf.device for node in program.graph.nodes if nodes.has_value(node) for leaf in _tensors(nodes.node_type(node))}
+    return next((device for device in sorted(devices, key=str) if device.type != "cpu"), torch.device("cpu"))
+
+
+def _tensors(found: ValueType) -> list[TensorType]:
+    if isinstance(found, TensorType):
+        return [found]
+    return [leaf for item in found for leaf in _tensors(item)] if isinstance(found, tuple) else []

@@ -1,0 +1,100 @@
+"""The manifest of an artifact: what it is, what it was made with, and the size and hash of every other file.
+
+Its last field is a hash of all the text before it, so that a changed byte in the manifest itself is noticed too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+from lissom.artifacts.fields import number, read_json, shown, take, text
+from lissom.compiler.errors import ArtifactError
+
+NAME = "manifest.json"
+KIND = "lissom artifact"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Content:
+    """One file's size in bytes and SHA-256."""
+
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Content:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return cls(file.tell(), digest)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is.
+
+    name: of the program. device: what it was made for, `cpu` or `cuda:0`. signature, pipeline: as text. history: as JSON.
+    environment: what it was made with. files: every other file in the directory.
+    """
+
+    name: str
+    backend: str
+    device: str
+    signature: str
+    pipeline: str
+    history: Mapping[str, object]
+    environment: Mapping[str, str]
+    files: Mapping[str, Content]
+
+
+def write_manifest(manifest: Manifest, path: Path) -> None:
+    """Write the manifest. Raises: OSError."""
+    fields = {"kind": KIND, "version": FORMAT_VERSION, **asdict(manifest)}
+    body = json.dumps(fields, indent=1).removesuffix("\n}")
+    path.write_text(f"{body}{_seal(body)}", encoding="utf-8")
+
+
+def _seal(body: str) -> str:
+    return f',\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a file.
+
+    Raises: ArtifactError when it is none, of an unknown version, or changed since it was written.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict) or cast("dict[str, object]", data).get("kind") != KIND:
+        raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
+    version = cast("dict[str, object]", data).get("version")
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"'{path}' is of format version {shown(version)}, and this Lissom reads version {FORMAT_VERSION}; "
+            f"install the Lissom that wrote it, or save the model again with this one"
+        )
+    whole = path.read_bytes()
+    body = whole[: -len(_seal(""))]
+    if whole != body + _seal_of(body):
+        raise ArtifactError(f"'{path}' was changed after it was written: its SHA-256 is another; save the model again")
+    try:
+        return Manifest(
+            **{key: take(data, key, str) for key in ("name", "backend", "device", "signature", "pipeline")},
+            history=take(data, "history", dict),
+            environment={key: text(item) for key, item in take(data, "environment", dict).items()},
+            files={name: _content(item) for name, item in take(data, "files", dict).items()},
+        )
+    except ValueError as error:
+        raise ArtifactError(f"'{path}' is no manifest of Lissom's: {error}; save the model again") from error
+
+
+def _seal_of(body: bytes) -> bytes:
+    return _seal("").replace(hashlib.sha256(b"").hexdigest(), hashlib.sha256(body).hexdigest()).encode()
+
+
+def _content(data: object) -> Content:
+    return Content(number(take(data, "size", int)), take(data, "sha256", str))

@@ -1,0 +1,175 @@
+"""The nesting of arguments and results as JSON, and results of transformers' classes where transformers is not installed.
+
+A leaf is `"*"`; a container is an object that names its kind: `{"tuple": ["*", {"dict": [["key", "*"]]}]}`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from dataclasses import make_dataclass
+from functools import cache
+from typing import Any, cast
+
+from torch.utils import _pytree as pytree
+
+from lissom.artifacts.fields import shown, take, take_list, text
+from lissom.artifacts.values import decode_argument, encode_argument
+from lissom.compiler.errors import ArtifactError
+
+_LEAF = "*"
+_MODEL_OUTPUTS = "transformers.modeling_outputs"
+
+
+class Output(Mapping[str, object]):
+    """What a model of transformers returns, where transformers is not installed.
+
+    Fields are items and attributes; those the model left out are None as attributes, and no items. Numbers and slices index
+    the items in order, as they do there.
+    """
+
+    def __init__(self, name: str, fields: Sequence[str], items: Mapping[str, object]) -> None:
+        self._name = name
+        self._fields = tuple(fields)
+        self._items = dict(items)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return self._items[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._fields:
+            raise AttributeError(f"{self._name} has no field '{name}'; it has {', '.join(self._fields)}")
+        return self._items.get(name)
+
+    def to_tuple(self) -> tuple[object, ...]:
+        """The items in order, without their names."""
+        return tuple(self._items.values())
+
+    def __repr__(self) -> str:
+        return f"{self._name}({', '.join(f'{key}={value!r}' for key, value in self._items.items())})"
+
+
+def _flatten_output(output: Output) -> tuple[list[object], tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    return list(output.values()), (output._name, output._fields, tuple(output))
+
+
+def _unflatten_output(values: Any, context: tuple[str, tuple[str, ...], tuple[str, ...]]) -> Output:
+    name, fields, keys = context
+    return Output(name, fields, dict(zip(keys, values, strict=True)))
+
+
+pytree.register_pytree_node(Output, _flatten_output, _unflatten_output, serialized_type_name="lissom.Output")
+
+
+def encode_nesting(spec: pytree.TreeSpec, where: str) -> object:
+    """The nesting of a structure as JSON; where: what has it, for an error.
+
+    Raises: ArtifactError for a container an artifact cannot hold.
+    """
+    leaf = object()
+    try:
+        tree = pytree.tree_unflatten([leaf] * spec.num_leaves, spec)
+    # A container of the caller's may want more of its leaves than to be there.
+    except Exception as error:
+        raise ArtifactError(f"{where} is nested in a way an artifact cannot hold: {shown(spec)}") from error
+    return _encode(tree, leaf, where)
+
+
+def _encode(tree: object, leaf: object, where: str) -> object:
+    if tree is leaf:
+        return _LEAF
+    kind = type(tree)
+    if kind in (list, tuple):
+        return {kind.__name__: [_encode(item, leaf, where) for item in cast("Sequence[object]", tree)]}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        names = cast("tuple[str, ...]", tree._fields)  # pyright: ignore[reportAttributeAccessIssue]
+        return {"namedtuple": kind.__name__, "items": _encode_items(zip(names, tree, strict=True), leaf, where)}
+    if kind in (dict, OrderedDict):
+        return {kind.__name__: _encode_items(cast("Mapping[object, object]", tree).items(), leaf, where)}
+    if isinstance(tree, Output) or _is_model_output(kind):
+        items = _encode_items(cast("Mapping[object, object]", tree).items(), leaf, where)
+        if isinstance(tree, Output):
+            return {"output": tree._name, "module": _MODEL_OUTPUTS, "fields": list(tree._fields), "items": items}
+        fields = [field.name for field in dataclass_fields(cast(Any, tree))]
+        return {"output": kind.__name__, "module": kind.__module__, "fields": fields, "items": items}
+    raise ArtifactError(
+        f"{where} holds a {kind.__name__}, which an artifact cannot hold; "
+        f"it holds lists, tuples, dicts and outputs of transformers"
+    )
+
+
+def _encode_items(items: Any, leaf: object, where: str) -> list[object]:
+    return [[encode_argument(key), _encode(item, leaf, where)] for key, item in items]
+
+
+def _is_model_output(kind: type) -> bool:
+    return any(base.__name__ == "ModelOutput" and base.__module__.startswith("transformers.") for base in kind.__mro__)
+
+
+def decode_nesting(data: object) -> pytree.TreeSpec:
+    """The nesting JSON holds. Raises: ValueError for anything `encode_nesting` does not write."""
+    return pytree.tree_flatten(_decode(data))[1]
+
+
+def _decode(data: object) -> object:
+    match data:
+        case "*":
+            return 0
+        case {"list": _}:
+            return list(take_list(data, "list", _decode))
+        case {"tuple": _}:
+            return take_list(data, "tuple", _decode)
+        case {"dict": _}:
+            return dict(take_list(data, "dict", _decode_item))
+        case {"OrderedDict": _}:
+            return OrderedDict(take_list(data, "OrderedDict", _decode_item))
+        case {"namedtuple": str() as name}:
+            items = take_list(data, "items", _decode_item)
+            return _named_tuple(name, tuple(text(key) for key, _ in items))(*(item for _, item in items))
+        case {"output": str() as name}:
+            items = {text(key): item for key, item in take_list(data, "items", _decode_item)}
+            fields = take_list(data, "fields", text)
+            kind = _output_class(name, take(data, "module", str), fields)
+            return Output(name, fields, items) if kind is None else kind(**items)
+        case _:
+            raise ValueError(f"{shown(data)} is no nesting")
+
+
+def _decode_item(data: object) -> tuple[Any, object]:
+    if not isinstance(data, list) or len(cast("list[object]", data)) != 2:
+        raise ValueError(f"{shown(data)} is no key with an item")
+    key, item = cast("list[object]", data)
+    return decode_argument(key), _decode(item)
+
+
+@cache
+def _named_tuple(name: str, fields: tuple[str, ...]) -> Callable[..., object]:
+    """A class of that name: loading needs no source of the caller's."""
+    return namedtuple(name, fields)  # pyright: ignore[reportUntypedNamedTuple]
+
+
+@cache
+def _output_class(name: str, module: str, fields: tuple[str, ...]) -> type | None:
+    """The class of transformers, or one like it where only its module's source has it; None without transformers.
+
+    Nothing a file names is imported: a class is looked for in transformers' module of outputs and among modules there already.
+    """
+    try:
+        import transformers.modeling_outputs as outputs
+        from transformers.utils.generic import ModelOutput
+    except ImportError:
+        return None
+    found = getattr(outputs if module == _MODEL_OUTPUTS else sys.modules.get(module), name, None)
+    if isinstance(found, type) and issubclass(found, ModelOutput):
+        return found
+    if not fields or not all(field.isidentifier() for field in (name, *fields)):
+        raise ValueError(f"{shown(name)} with the fields {shown(fields)} is no output of a model")
+    return make_dataclass(name, [(field, object, None) for field in fields], bases=(ModelOutput,))

@@ -1,0 +1,227 @@
+"""A program as JSON and back: nodes, types, origins, signature and state; weights lie in a file of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+
+from lissom.artifacts.expression import decode_expression, encode_expression
+from lissom.artifacts.fields import shown, take, take_list, take_text, text
+from lissom.artifacts.nesting import decode_nesting, encode_nesting
+from lissom.artifacts.operators import find_operator, operator_name
+from lissom.artifacts.values import Reader, decode_argument, decode_value, encode_argument, encode_type, encode_value
+from lissom.artifacts.weights import Place
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.fake import FlatModule, SymbolFact
+from lissom.compiler.node import Origin
+from lissom.compiler.program import Program
+from lissom.compiler.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
+from lissom.compiler.types import TensorType, ValueType
+
+ReadWeights = Callable[[Mapping[str, object], Place], Mapping[str, torch.Tensor]]
+
+
+def encode_program(program: Program, weights: Mapping[str, object]) -> dict[str, object]:
+    """The program as JSON; weights: how each is read back.
+
+    Raises: ArtifactError for what an artifact cannot hold.
+    """
+    return {
+        "name": program.name,
+        "symbols": _encode_symbols(program),
+        "signature": _encode_signature(program.signature),
+        "state": list(program.state),
+        "weights": dict(weights),
+        "nodes": [_encode_node(node) for node in program.graph.nodes],
+    }
+
+
+def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Program:
+    """The program JSON holds; read_weights: the weights, each as its entry says.
+
+    Raises: ValueError, TypeError or RuntimeError for what `encode_program` does not write.
+    """
+    facts = _decode_symbols(take(data, "symbols", dict))
+    reader = Reader({symbol.name: symbol for symbol in facts}, {}, place)
+    signature = _decode_signature(take(data, "signature", dict), reader)
+    mode = fake.symbolic_mode(facts, signature.conditions)
+    state = take_list(data, "state", text)
+    weights = dict(read_weights(take(data, "weights", dict), place))
+    # What a program writes is its own, and not the file's.
+    weights |= {name: weights[name].clone() for name in state}
+    graph, made = fx.Graph(), cast("dict[str, fx.Node]", reader.nodes)
+    for item in take(data, "nodes", list):
+        node = _decode_node(graph, item, reader)
+        if node.name != take(item, "name", str) or node.name in made:
+            raise ValueError(f"{shown(item)} has no name a node can have")
+        if node.op != "output":
+            nodes.set_value(node, decode_value(cast("dict[str, object]", item).get("type"), reader, mode))
+        if node.op == "get_attr":
+            _check_weight(str(node.target), weights, nodes.node_type(node))
+        made[node.name] = node
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    program = Program(take(data, "name", str), FlatModule({name: weights[name] for name in read}, graph), signature, state)
+    _check_form(program)
+    return program
+
+
+def _check_weight(name: str, weights: Mapping[str, torch.Tensor], typed: ValueType) -> None:
+    if name not in weights:
+        raise ValueError(f"there is no weight {shown(name)}")
+    weight = weights[name]
+    if TensorType(weight.dtype, tuple(weight.shape), weight.device) != typed:
+        raise ValueError(f"weight {shown(name)} is {weight.dtype} {list(weight.shape)}, and typed {typed}")
+
+
+def _check_form(program: Program) -> None:
+    if not program.graph.nodes or program.output is not next(iter(reversed(program.graph.nodes))):
+        raise ValueError("the program does not end in its outputs")
+    if [nodes.node_type(node) for node in program.placeholders] != [leaf.type for leaf in program.signature.tensors]:
+        raise ValueError("the program's inputs are not those of its signature")
+    if len(cast("tuple[object, ...]", program.output.args[0])) != program.signature.out_spec.num_leaves:
+        raise ValueError("the program's outputs are not those of its signature")
+    for node in program.nodes(torch.ops.aten.copy_.default):
+        if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in program.state:
+            raise ValueError(f"'{node.name}' writes to what is no state of the program")
+
+
+def _encode_symbols(program: Program) -> dict[str, object]:
+    values = [nodes.value(node) for node in program.graph.nodes if nodes.has_value(node)]
+    found = {symbol for value in values for size in _sizes(value) for symbol in size.free_symbols}
+    signature = program.signature
+    found |= {symbol for leaf in signature.tensors for size in leaf.type.shape for symbol in sympy.sympify(size).free_symbols}
+    found |= {symbol for condition in signature.conditions for symbol in condition.free_symbols} | {*signature.dimensions}
+    symbols = sorted(cast("set[sympy.Symbol]", found), key=lambda symbol: symbol.name)
+    return {
+        symbol.name: {
+            "integer": bool(symbol.is_integer),
+            "positive": bool(symbol.is_positive),
+            "example": fact.hint,
+            "minimum": fact.minimum,
+            "maximum": fact.maximum,
+        }
+        for symbol, fact in fake.symbol_facts(program.fake_mode, symbols).items()
+    }
+
+
+def _sizes(value: object) -> list[sympy.Basic]:
+    """The symbolic sizes and numbers in a node's value."""
+    if isinstance(value, torch.Tensor):
+        return [size.node.expr for size in (*value.shape, *value.stride()) if isinstance(size, torch.SymInt)]
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return [value.node.expr]
+    return [size for item in value for size in _sizes(item)] if isinstance(value, (tuple, list)) else []
+
+
+def _decode_symbols(data: Mapping[str, object]) -> dict[sympy.Symbol, SymbolFact]:
+    found: dict[sympy.Symbol, SymbolFact] = {}
+    for name, item in data.items():
+        # An assumption is made or not known: sympy tells `positive=False` from both.
+        assumptions = {key: True for key in ("integer", "positive") if take(item, key, bool)}
+        example, minimum, maximum = (
+            None if cast("dict[str, object]", item).get(key) is None else take(item, key, int)
+            for key in ("example", "minimum", "maximum")
+        )
+        found[sympy.Symbol(name, **assumptions)] = SymbolFact(example, minimum, maximum)
+    return found
+
+
+def _encode_signature(signature: Signature) -> dict[str, object]:
+    return {
+        "positional": [_encode_argument(item) for item in signature.positional],
+        "keyword": [_encode_argument(item) for item in signature.keyword],
+        "parameters": list(signature.parameters),
+        "returns": encode_nesting(signature.out_spec, "what the model returns"),
+        "dimensions": [
+            {"symbol": symbol.name, "name": found.name, "minimum": found.minimum, "maximum": found.maximum}
+            for symbol, found in signature.dimensions.items()
+        ],
+        "conditions": [encode_expression(condition) for condition in signature.conditions],
+    }
+
+
+def _decode_signature(data: object, reader: Reader) -> Signature:
+    dimensions: dict[sympy.Symbol, Dimension] = {}
+    for item in take(data, "dimensions", list):
+        maximum = None if cast("dict[str, object]", item).get("maximum") is None else take(item, "maximum", int)
+        symbol = reader.symbols[take(item, "symbol", str)]
+        dimensions[symbol] = Dimension(take(item, "name", str), take(item, "minimum", int), maximum)
+    return Signature(
+        positional=take_list(data, "positional", lambda item: _decode_argument(item, reader)),
+        keyword=take_list(data, "keyword", lambda item: _decode_argument(item, reader)),
+        parameters=take_list(data, "parameters", text),
+        out_spec=decode_nesting(cast("dict[str, object]", data).get("returns")),
+        dimensions=dimensions,
+        conditions=take_list(data, "conditions", lambda item: decode_expression(item, reader.symbols)),
+    )
+
+
+def _encode_argument(item: Argument) -> dict[str, object]:
+    leaves = [
+        {"path": leaf.path, "type": encode_type(leaf.type)}
+        if isinstance(leaf, TensorArgument)
+        else {"path": leaf.path, "value": encode_argument(leaf.value)}
+        for leaf in item.leaves
+    ]
+    return {"name": item.name, "nesting": encode_nesting(item.spec, f"argument '{item.name}'"), "leaves": leaves}
+
+
+def _decode_argument(data: object, reader: Reader) -> Argument:
+    spec = decode_nesting(cast("dict[str, object]", data).get("nesting"))
+    leaves = take_list(data, "leaves", lambda item: _decode_leaf(item, reader))
+    if spec.num_leaves != len(leaves):
+        raise ValueError(
+            f"argument {shown(take(data, 'name', str))} has {len(leaves)} leaves, and places for {spec.num_leaves}"
+        )
+    return Argument(take(data, "name", str), spec, leaves)
+
+
+def _decode_leaf(data: object, reader: Reader) -> Leaf:
+    path, fields = take(data, "path", str), cast("dict[str, object]", data)
+    if "type" in fields:
+        return TensorArgument(path, reader.tensor_type(fields["type"]))
+    return ConstantArgument(path, decode_argument(fields.get("value")))
+
+
+def _encode_node(node: fx.Node) -> dict[str, object]:
+    if node.op == "output":
+        return {"op": node.op, "name": node.name, "args": encode_argument(list(cast("tuple[object, ...]", node.args[0])))}
+    data: dict[str, object] = {"op": node.op, "name": node.name}
+    if node.op == "get_attr":
+        data["target"] = str(node.target)
+    elif node.op == "call_function":
+        kwargs = {key: encode_argument(item) for key, item in node.kwargs.items()}
+        data |= {"target": operator_name(node.target), "args": encode_argument(list(node.args)), "kwargs": kwargs}
+    origin = {key: item for key, item in vars(nodes.origin(node)).items() if item}
+    return data | {"type": encode_value(nodes.value(node)), **({"origin": origin} if origin else {})}
+
+
+def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
+    op, name = take(data, "op", str), take(data, "name", str)
+    if op == "output":
+        return graph.create_node("output", "output", (tuple(decode_argument(take(data, "args", list), reader)),), name=name)
+    if op == "placeholder":
+        node = graph.create_node(op, name, name=name)
+    elif op == "get_attr":
+        node = graph.create_node(op, take(data, "target", str), name=name)
+    elif op == "call_function":
+        args = tuple(decode_argument(take(data, "args", list), reader))
+        kwargs: dict[str, Any] = {key: decode_argument(item, reader) for key, item in take(data, "kwargs", dict).items()}
+        node = graph.create_node(op, find_operator(take(data, "target", str)), args, kwargs, name=name)
+    else:
+        raise ValueError(f"{shown(op)} is no kind of node")
+    fields = cast("dict[str, object]", data)
+    if "origin" in fields:
+        nodes.set_origin(node, _decode_origin(fields["origin"]))
+    return node
+
+
+def _decode_origin(data: object) -> Origin:
+    texts = {key: take_text(data, key) for key in ("module_path", "source", "code", "replaces")}
+    passes = take_list(data, "passes", text) if "passes" in cast("dict[str, object]", data) else ()
+    return Origin(**texts, passes=passes)

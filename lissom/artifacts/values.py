@@ -1,0 +1,184 @@
+"""Arguments of calls and types of values as JSON, and back.
+
+Numbers, text, flags, None and lists are themselves; everything else is an object with one field that names its kind:
+`{"node": "linear"}`, `{"float": "inf"}`, `{"dtype": "float32"}`, `{"tuple": [1, 2]}`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lissom.artifacts.expression import decode_expression, encode_expression
+from lissom.artifacts.fields import shown, take, take_list
+from lissom.compiler import fake
+from lissom.compiler.errors import ArtifactError
+from lissom.compiler.types import Size, TensorType, size_of
+
+_NAMED: Mapping[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What the names in a file stand for.
+
+    symbols: those of the program. nodes: those made so far. place: where a tensor saved on a device goes.
+    """
+
+    symbols: Mapping[str, sympy.Symbol]
+    nodes: Mapping[str, fx.Node]
+    place: Callable[[torch.device], torch.device]
+
+    def size(self, data: object) -> Size:
+        """A size: a number, or an expression. Raises: ValueError."""
+        found = decode_expression(data, self.symbols)
+        return int(found) if isinstance(found, sympy.Integer) else cast(sympy.Expr, found)
+
+    def device(self, name: str) -> torch.device:
+        """Where what was on the device of that name goes. Raises: ValueError."""
+        try:
+            return self.place(torch.device(name))
+        except RuntimeError as error:
+            raise ValueError(f"{shown(name)} is no device") from error
+
+    def tensor_type(self, data: object) -> TensorType:
+        """The type of a tensor. Raises: ValueError."""
+        dtype = decode_named("dtype", take(data, "dtype", str))
+        return TensorType(dtype, take_list(data, "shape", self.size), self.device(take(data, "device", str)))
+
+
+_NOTHING = Reader({}, {}, lambda device: device)
+
+
+def encode_type(found: TensorType) -> dict[str, object]:
+    """The type of a tensor as JSON."""
+    shape = [encode_expression(size) for size in found.shape]
+    return {"dtype": _name(found.dtype), "shape": shape, "device": str(found.device)}
+
+
+def encode_argument(item: object) -> Any:
+    """One argument of a call as JSON.
+
+    Raises: ArtifactError for an object an artifact cannot hold.
+    """
+    match item:
+        case fx.Node():
+            return {"node": item.name}
+        case None | bool() | int() | str():
+            return item
+        case float():
+            return item if math.isfinite(item) else {"float": str(item)}
+        case complex():
+            return {"complex": [encode_argument(item.real), encode_argument(item.imag)]}
+        case list():
+            return [encode_argument(part) for part in cast("list[object]", item)]
+        case tuple():
+            return {"tuple": [encode_argument(part) for part in cast("tuple[object, ...]", item)]}
+        case slice():
+            return {"slice": [encode_argument(part) for part in (item.start, item.stop, item.step)]}
+        case torch.device():
+            return {"device": str(item)}
+        case torch.dtype() | torch.layout() | torch.memory_format():
+            return {next(name for name, kind in _NAMED.items() if isinstance(item, kind)): _name(item)}
+        case EllipsisType():
+            return {"ellipsis": True}
+        case _:
+            raise ArtifactError(f"the program holds {shown(item)}, a {type(item).__name__}, which an artifact cannot hold")
+
+
+def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
+    """The argument JSON holds. Raises: ValueError for anything `encode_argument` does not write."""
+    match data:
+        case None | bool() | int() | float() | str():
+            return data
+        case list():
+            return [decode_argument(part, reader) for part in cast("list[object]", data)]
+        case {"node": str() as name} if name in reader.nodes:
+            return reader.nodes[name]
+        case {"tuple": list() as parts}:
+            return tuple(decode_argument(part, reader) for part in cast("list[object]", parts))
+        case {"slice": [start, stop, step]}:
+            return slice(*(decode_argument(part, reader) for part in (start, stop, step)))
+        case {"float": str() as digits}:
+            return float(digits)
+        case {"complex": [real, imaginary]}:
+            return complex(float(decode_argument(real)), float(decode_argument(imaginary)))
+        case {"device": str() as name}:
+            return reader.device(name)
+        case {"ellipsis": True}:
+            return ...
+        case {"dtype": str() as name}:
+            return decode_named("dtype", name)
+        case {"layout": str() as name}:
+            return decode_named("layout", name)
+        case {"memory_format": str() as name}:
+            return decode_named("memory_format", name)
+        case _:
+            raise ValueError(f"{shown(data)} is no argument")
+
+
+def decode_named(kind: str, name: str) -> Any:
+    """The dtype, layout or memory format of that name. Raises: ValueError when PyTorch has none."""
+    found = getattr(torch, name, None)
+    if not isinstance(found, _NAMED[kind]):
+        raise ValueError(f"{shown(name)} is no {kind} of PyTorch")
+    return found
+
+
+def _name(item: object) -> str:
+    return str(item).removeprefix("torch.")
+
+
+def encode_value(value: object) -> object:
+    """What a node was typed with as JSON: of tensors dtype, sizes, strides and device.
+
+    Raises: ArtifactError for a value an artifact cannot hold.
+    """
+    match value:
+        case None:
+            return None
+        case torch.Tensor():
+            sizes = tuple(size_of(size) for size in value.shape)
+            described = encode_type(TensorType(value.dtype, sizes, value.device))
+            return {"tensor": described | {"stride": [encode_expression(size_of(size)) for size in value.stride()]}}
+        case torch.SymInt():
+            return {"int": encode_expression(value.node.expr)}
+        case torch.SymFloat():
+            return {"float": encode_expression(value.node.expr)}
+        case torch.SymBool():
+            return {"bool": encode_expression(value.node.expr)}
+        case bool() | int() | float():
+            return {"number": encode_argument(value)}
+        case list() | tuple():
+            return [encode_value(item) for item in cast("list[object]", value)]
+        case _:
+            raise ArtifactError(f"the program yields a {type(value).__name__}, which an artifact cannot hold")
+
+
+def decode_value(data: object, reader: Reader, mode: FakeTensorMode) -> object:
+    """The value JSON holds. Raises: ValueError for anything `encode_value` does not write."""
+    match data:
+        case None:
+            return None
+        case {"tensor": described}:
+            return fake.fake_tensor(mode, reader.tensor_type(described), take_list(described, "stride", reader.size))
+        case {"int": expression}:
+            return fake.fake_number(mode, int, decode_expression(expression, reader.symbols))
+        case {"float": expression}:
+            return fake.fake_number(mode, float, decode_expression(expression, reader.symbols))
+        case {"bool": expression}:
+            return fake.fake_number(mode, bool, decode_expression(expression, reader.symbols))
+        case {"number": given}:
+            return decode_argument(given)
+        case list():
+            return [decode_value(item, reader, mode) for item in cast("list[object]", data)]
+        case _:
+            raise ValueError(f"{shown(data)} is no value")
