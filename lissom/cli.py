@@ -1,10 +1,11 @@
-"""The command line: `lissom demo | compile | show | bench | passes | machine`."""
+"""The command line: `lissom demo | compile | run | show | bench | passes | machine`."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,15 +15,19 @@ import typer
 from rich.console import Console
 
 from lissom import api, demo
+from lissom.artifacts.arrays import named_tensors, read_inputs, write_tensors
+from lissom.artifacts.directory import check_target, is_artifact
 from lissom.backends import find_backends
 from lissom.bench.comparison import compare
 from lissom.bench.engines import ENGINES, find_engines
 from lissom.bench.profile import profile_model, profile_table
 from lissom.bench.report import comparison_table, markdown_table
+from lissom.bench.saved import saved_table
 from lissom.bench.worker import Record
 from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
 from lissom.compiler.errors import ArtifactError, Interrupted, LissomError
 from lissom.compiler.pipeline import check_options
+from lissom.compiler.types import format_type, type_of
 from lissom.frontends.sources import NAMES, load
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
@@ -62,16 +67,41 @@ def run_compile(
     checks: Checks = "numeric",
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Write what was compiled to this directory.")] = None,
 ) -> None:
     """Compile a model and print what every pass did."""
     for path in filter(None, (history, text)):
         check_writable(path)
+    if save is not None:
+        check_target(save.absolute())
     compiled = _compile(model, passes, backend, device, checks)
     console.print(compiled.report)
+    if save is not None:
+        assert isinstance(compiled, api.CompiledModel)
+        compiled.save(save)
     if history is not None:
         write_whole(history, json.dumps(compiled.report.history.to_json(), indent=1) + "\n")
     if text is not None:
         write_whole(text, compiled.program.text())
+
+
+@app.command("run")
+def run_saved(
+    directory: Annotated[Path, typer.Argument(help="What `lissom compile --save` or CompiledModel.save wrote.")],
+    inputs: Annotated[Path, typer.Option("--input", help="An .npz file with an array for every argument, by its name.")],
+    output: Annotated[Path | None, typer.Option(help="Write the tensors of the answer to this .npz file.")] = None,
+    device: Device = None,
+) -> None:
+    """Run a saved model on arrays from a file."""
+    if output is not None:
+        check_writable(output)
+    compiled = _load(directory, device)
+    args, kwargs = read_inputs(compiled.program.signature, inputs)
+    found = named_tensors(compiled(*args, **kwargs))
+    for name, tensor in found.items():
+        console.print(f"{name}: {format_type(type_of(tensor), str)}", highlight=False, soft_wrap=True, markup=False)
+    if output is not None:
+        write_tensors(found, output)
 
 
 @app.command("show")
@@ -94,7 +124,12 @@ def run_show(
         raise typer.BadParameter("--batch and --sequence go with --cost")
     # Tables are of forms and sizes, which structural checks cover; a program shown is a program checked.
     checks = "structural" if structure or axes or cost else "numeric"
-    compiled = _compile(model, passes, backend, None, checks)
+    if is_artifact(model):
+        if passes != "exact" or backend is not None:
+            raise typer.BadParameter("--passes and --backend do not go with a saved model")
+        compiled = _load(Path(model), None)
+    else:
+        compiled = _compile(model, passes, backend, None, checks)
     if structure or axes:
         found = [structure_tables(compiled.program)] if structure else []
         console.print(*found, *([axes_table(compiled.program)] if axes else []), sep="\n")
@@ -130,11 +165,16 @@ def run_bench(
         raise typer.BadParameter("--passes goes with --profile")
     if markdown is not None:
         check_writable(markdown)
+    if is_artifact(model) and (engines or texts or profile or markdown):
+        raise typer.BadParameter("--engines, --texts, --profile and --markdown need the model, and do not go with a saved one")
     chosen = find_engines(engines) if engines else tuple(ENGINES.values())
     parsed = parse_shapes(shapes) if shapes else None
     lines = read_texts(texts) if texts else None
     if threads:
         torch.set_num_threads(threads)
+    if is_artifact(model):
+        console.print(saved_table(Path(model), parsed or parse_shapes(DEFAULT_SHAPES), seconds))
+        return
     if profile:
         api.resolve_passes(passes or "exact")
         machine = load_machine() or _measure_machine()[0]
@@ -236,6 +276,16 @@ def _compile(
         raise typer.Exit(130) from None
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
+    return compiled
+
+
+def _load(directory: Path, device: str | None) -> api.CompiledModel:
+    """A saved model; what is not as it was where it was made is said on standard error."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled = api.load(directory, device)
+    for warning in caught:
+        Console(stderr=True).print(str(warning.message), highlight=False, soft_wrap=True, markup=False)
     return compiled
 
 
