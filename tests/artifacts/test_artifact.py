@@ -1,0 +1,299 @@
+"""Tests of lissom.artifacts.artifact: what is saved is loaded, in another process too, with nothing of it unpickled."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.artifacts.artifact import PROGRAM, WEIGHTS, load_artifact
+from lissom.backends.base import Backend
+from lissom.backends.eager import Eager
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.samples import check_samples, resize
+from lissom.compiler.spelling import parse_pipeline
+from lissom.compiler.verify import verify_structure
+from lissom.ops.native import load_kernels
+from lissom.passes import RECIPES, known_passes
+from tests.artifacts.saving import (
+    CHECK,
+    compiled,
+    compiled_module,
+    in_a_fresh_process,
+    reloaded,
+    tensors_of,
+    write_expectation,
+)
+from tests.models import CASES, capture_of, counter, normal, tiny_bert, tiny_llama
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every model of tests.models as an artifact, with what it answers."""
+    root = tmp_path_factory.mktemp("saved")
+    for name in CASES:
+        folder = root / name
+        folder.mkdir()
+        model = compiled(name)
+        model.save(folder / "artifact")
+        write_expectation(model, capture_of(name).example, folder / "expected.safetensors")
+        (folder / "text").write_text(model.program.text())
+    return root
+
+
+@pytest.fixture
+def no_pickle(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was pickled or unpickled")
+
+    for module in (torch, pickle):
+        for name in ("load", "loads", "save", "dump", "dumps", "Unpickler", "Pickler"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, refuse)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_comes_back(name, tmp_path, no_pickle):
+    model = compiled(name)
+    again = reloaded(model, tmp_path / "artifact")
+    assert again.program.text() == model.program.text()
+    assert again.program.signature == model.program.signature
+    assert str(again.report) == str(model.report)
+    assert again.report.history == model.report.history
+    assert repr(again) == repr(model)
+    for sizes in ({}, {symbol: max(4, item.minimum) for symbol, item in model.program.signature.dimensions.items()}):
+        example = capture_of(name).example
+        sample = resize(model.program.signature, example, sizes) if sizes else example
+        args, kwargs = model.program.signature.arguments(sample)
+        wanted, found = model(*args, **kwargs), again(*args, **kwargs)
+        assert type(found) is type(wanted)
+        assert all(map(torch.equal, tensors_of(wanted), tensors_of(found)))
+
+
+@pytest.mark.parametrize("name", ["counter", "nested", "blocked", "convolution", "bert_eager"])
+def test_what_comes_back_is_well_formed_and_can_be_optimized(name, tmp_path):
+    program = reloaded(compiled(name), tmp_path / "artifact").program
+    verify_structure(program)
+    exact = parse_pipeline(RECIPES["exact"], known_passes())
+    samples = check_samples(program.signature, capture_of(name).example)
+    wanted, _ = Pipeline(exact, samples=samples, checks="structural").run(capture_of(name).program.copy())
+    found, _ = Pipeline(exact, samples=samples, checks="structural").run(program)
+    assert found.text() == wanted.text()
+
+
+def test_every_node_keeps_its_origin_and_type(tmp_path):
+    model = lissom.compile(tiny_bert().model, tiny_bert().inputs, checks="off")
+    again = reloaded(model, tmp_path / "artifact")
+    for one, other in zip(model.program, again.program, strict=True):
+        assert (one.op, one.name, str(one.target)) == (other.op, other.name, str(other.target))
+        assert nodes.origin(one) == nodes.origin(other)
+        if nodes.has_value(one) and one.op != "output":
+            assert nodes.node_type(one) == nodes.node_type(other)
+            if nodes.is_tensor(one):
+                assert str(nodes.value(one).stride()) == str(nodes.value(other).stride())
+
+
+@pytest.mark.parametrize("build", [tiny_bert, tiny_llama], ids=lambda build: build.__name__)
+def test_a_lowered_model_comes_back_with_its_packed_weights(build, tmp_path):
+    case = build()
+    model = lissom.compile(case.model, case.inputs, checks="off")
+    again = reloaded(model, tmp_path / "artifact")
+    assert again.program.text() == model.program.text()
+    assert str(again.report) == str(model.report)
+    assert again.report.history.diff(0, 2) == model.report.history.diff(0, 2)
+    wanted, found = (tensors_of(item(*case.args, **case.kwargs)) for item in (model, again))
+    assert all(map(torch.equal, wanted, found))
+
+
+def test_saved_twice_it_is_the_same_files_but_for_times(tmp_path):
+    model = compiled("bert")
+    model.save(tmp_path / "one")
+    lissom.load(tmp_path / "one").save(tmp_path / "two")
+    for name in (PROGRAM, WEIGHTS, "steps.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_loaded_model_may_be_saved_over_what_it_was_loaded_from(tmp_path):
+    again = reloaded(compiled("llama"), tmp_path / "artifact")
+    again.save(tmp_path / "artifact")
+    assert lissom.load(tmp_path / "artifact").program.text() == again.program.text()
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_every_model_answers_alike_in_a_fresh_process(saved):
+    printed = in_a_fresh_process(CHECK, *(saved / name for name in CASES))
+    assert len(printed.splitlines()) == len(CASES)
+    assert "bert transformers.modeling_outputs BaseModelOutputWithPoolingAndCrossAttentions" in printed
+
+
+def test_without_transformers_a_model_answers_alike(saved):
+    printed = in_a_fresh_process(CHECK, saved / "bert", saved / "t5", saved / "llama", "--without-transformers")
+    assert printed.splitlines() == [f"{name} lissom.artifacts.nesting Output" for name in ("bert", "t5", "llama")]
+
+
+def test_minilm_answers_alike_in_a_fresh_process(minilm, tmp_path):
+    model = lissom.compile(minilm.model, minilm.example_inputs, checks="off")
+    model.save(tmp_path / "artifact")
+    example = model.program.signature.flatten((), minilm.encode(["a sentence", "another that is longer"]))
+    write_expectation(model, example, tmp_path / "expected.safetensors")
+    (tmp_path / "text").write_text(model.program.text())
+    assert "BaseModelOutputWithPooling" in in_a_fresh_process(CHECK, tmp_path)
+
+
+def test_state_begins_where_it_was_when_compiled(tmp_path):
+    model, rows = compiled("counter"), counter().inputs[0]
+    first, second = model(rows), model(rows)
+    again = reloaded(model, tmp_path / "artifact")
+    assert again.program.state == ("seen",)
+    assert torch.equal(again(rows), first)
+    assert torch.equal(again(rows), second)
+    assert torch.equal(lissom.load(tmp_path / "artifact")(rows), first)
+
+
+def test_weights_are_mapped_and_not_copied(tmp_path):
+    again = reloaded(compiled("bert"), tmp_path / "artifact")
+    with open("/proc/self/maps") as maps:  # noqa: PTH123
+        mapped = [line for line in maps if WEIGHTS in line]
+    spans = [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in mapped]
+    for tensor in again.program.weights().values():
+        # Those too small to lie well in the file are copied.
+        assert tensor.nbytes % 64 or any(low <= tensor.data_ptr() < high for low, high in spans)
+
+
+def test_a_call_that_does_not_fit_is_refused_as_before(tmp_path):
+    again = reloaded(compiled("bert"), tmp_path / "artifact")
+    with pytest.raises(InputError, match="argument 'input_ids' is missing"):
+        again()
+    with pytest.raises(InputError, match=r"the inputs ask for row 1000 of 'embeddings.word_embeddings.weight'"):
+        again(input_ids=torch.full((1, 3), 1000), attention_mask=torch.ones(1, 3, dtype=torch.long))
+
+
+def test_conditions_on_sizes_come_back(tmp_path):
+    again = reloaded(compiled("blocked"), tmp_path / "artifact")
+    assert again(normal(3, 12, 8)).shape == (3, 12, 8)
+    with pytest.raises(InputError, match="break a condition found while capturing the model"):
+        again(normal(3, 10, 8))
+
+
+class Odd(nn.Module):
+    """Has arguments that JSON has no word for."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = torch.zeros(x.shape[-1], dtype=torch.bool)
+        filled = x.masked_fill(mask, float("-inf")).clamp(max=float("inf"))
+        return filled.to(torch.float64), torch.nan_to_num(x, nan=float("nan")).contiguous(memory_format=torch.contiguous_format)
+
+
+def test_odd_arguments_come_back(tmp_path):
+    model, x = compiled_module(Odd(), normal(2, 3)), normal(4, 3)
+    again = reloaded(model, tmp_path / "artifact")
+    assert again.program.text() == model.program.text()
+    assert all(map(torch.equal, model(x), again(x)))
+
+
+class Chosen(nn.Module):
+    """Yields as many rows as its input has positive numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x > 0].unsqueeze(-1) * 2
+
+
+def test_sizes_that_depend_on_values_come_back(tmp_path):
+    model, x = compiled_module(Chosen(), normal(3, 5)), normal(4, 6, seed=1)
+    again = reloaded(model, tmp_path / "artifact")
+    assert again.program.text() == model.program.text()
+    assert torch.equal(again(x), model(x))
+    (index,) = again.program.nodes(torch.ops.aten.index.Tensor)
+    typed_anew = nodes.type_of(fake.fake_call(again.program.fake_mode, index))
+    # A size of its own, and not the name of one that is there.
+    assert str(typed_anew.shape[0]) not in {str(size) for size in nodes.tensor_type(index).shape}
+
+
+def test_an_operator_an_artifact_cannot_call_is_refused_when_saving(tmp_path):
+    library = torch.library.Library("lissom_tests", "FRAGMENT")
+    library.define("twice(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("twice", lambda x: x * 2, "CompositeExplicitAutograd")
+
+    class Foreign(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.lissom_tests.twice(x)
+
+    model = compiled_module(Foreign(), normal(2, 3))
+    with pytest.raises(ArtifactError) as caught:
+        model.save(tmp_path / "artifact")
+    assert str(caught.value) == (
+        "the program calls lissom_tests.twice, which an artifact cannot hold: "
+        "it holds operators of aten and lissom, and functions of sizes"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_backend_cannot_save_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Eager, "save_files", Backend.save_files)
+    with pytest.raises(UnsupportedError, match="what backend 'eager' builds cannot be saved"):
+        compiled("bert").save(tmp_path / "artifact")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(bool(load_kernels()), reason="needs the C++ kernels")
+def test_without_kernels_a_lowered_model_runs_and_says_that_it_is_slow(tmp_path):
+    case = tiny_bert()
+    model = lissom.compile(case.model, case.inputs, checks="off")
+    model.save(tmp_path / "artifact")
+    wanted = model(**case.kwargs).last_hidden_state
+    script = f"""
+import os, warnings
+os.environ["LISSOM_NATIVE"] = "0"
+import torch, lissom
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    model = lissom.load({str(tmp_path / "artifact")!r})
+print(*(item.message for item in caught))
+ids = torch.tensor({case.kwargs["input_ids"].tolist()})
+print(model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state.flatten().tolist())
+"""
+    said, numbers = in_a_fresh_process(script).splitlines()
+    assert said == (
+        "BertModel was compiled for C++ kernels and runs slowly without them: LISSOM_NATIVE=0 switches the C++ kernels off"
+    )
+    # The kernels sum in another order: float32 (unit roundoff 6e-8), sums of at most 24 terms in two layers.
+    torch.testing.assert_close(torch.tensor(eval(numbers)).reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_lowered_for_a_cpu_does_not_move(tmp_path):
+    if load_kernels():
+        pytest.skip("needs the C++ kernels")
+    case = tiny_bert()
+    lissom.compile(case.model, case.inputs, checks="off").save(tmp_path / "artifact")
+    with pytest.raises(ArtifactError, match="was lowered to kernels of a CPU; compile the model again for meta"):
+        load_artifact(tmp_path / "artifact", torch.device("meta"))
+
+
+@pytest.mark.slow
+def test_inductor_s_package_is_saved_and_loaded(tmp_path, no_pickle):
+    case = tiny_bert()
+    model = lissom.compile(case.model, case.inputs, backend="inductor", checks="off")
+    again = reloaded(model, tmp_path / "artifact")
+    assert again.backend == "inductor"
+    del model
+    assert torch.equal(again(**case.kwargs).last_hidden_state, lissom.load(tmp_path / "artifact")(**case.kwargs)[0])
+    del again
+    assert (tmp_path / "artifact" / "model.pt2").is_file()
+
+
+@pytest.mark.gpu
+def test_a_model_moves_between_a_gpu_and_the_cpu(tmp_path):
+    case = tiny_bert()
+    model = lissom.compile(case.model, case.inputs, device="cuda", checks="off")
+    again = reloaded(model, tmp_path / "artifact")
+    on_gpu = again(**{name: tensor.cuda() for name, tensor in case.kwargs.items()}).last_hidden_state
+    on_cpu = lissom.load(tmp_path / "artifact", device="cpu")(**case.kwargs).last_hidden_state
+    assert on_gpu.is_cuda and not on_cpu.is_cuda
+    # Other kernels sum in another order: float32, unit roundoff 6e-8, sums of at most 24 terms.
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=1e-5)
