@@ -13,8 +13,12 @@ from lissom.ops.rotary import rotary, rotary_reference
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {attention: attention_reference, rotary: rotary_reference}
 """Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
 
+KERNELS = (packed_linear, packed_linear_norm, fused_attention, fused_rms_norm, fused_rotary)
+"""The operators programs are lowered to on a CPU; `lissom.ops.native` has their kernels."""
+
 __all__ = [
     "IMPLEMENTATIONS",
+    "KERNELS",
     "attention",
     "fused_attention",
     "fused_rms_norm",

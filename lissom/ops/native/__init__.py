@@ -14,10 +14,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 SWITCH = "LISSOM_NATIVE"
 """Set this environment variable to 0 to go without the kernels."""
@@ -61,6 +65,20 @@ def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     if missing:
         return missing
     return None if dtype in kernel_dtypes() else f"there is no kernel for {dtype} on this machine"
+
+
+def one_call(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function with its kernels' large results reusing each other's memory; 64 MB at most stay with the thread."""
+    begin, end = torch.ops.lissom.begin_call.default, torch.ops.lissom.end_call.default
+
+    def call(*args: object) -> Result:
+        begin()
+        try:
+            return function(*args)
+        finally:
+            end()
+
+    return call
 
 
 def _compiler() -> str | None:

@@ -29,8 +29,8 @@ struct Attention {
   bool causal;
 };
 
-// Columns of a matrix packed into panels, both counts filled up with zeros: `inner` values lie `along` apart on the summed axis,
-// `outer` columns lie `across` apart; `padded` is the length of the summed axis in the panels.
+// Columns of a matrix packed into panels, both counts filled up with zeros: `inner` values lie `along` apart on the summed
+// axis, `outer` columns lie `across` apart; `padded` is the length of the summed axis in the panels.
 template <typename T>
 inline void pack(const T* from, int64_t along, int64_t across, int64_t inner, int64_t outer, int64_t padded, T* to) {
   constexpr int pair = kPair<T>;
@@ -66,7 +66,8 @@ constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 // Scales, caps, biases and hides a row's scores in place; what is past `visible` is hidden.
 template <typename T>
-inline void finish_scores(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen) {
+inline void finish_scores(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias,
+                          const bool* seen) {
   int64_t stride = call.bias_strides.column;
   for (int64_t c = 0; c < padded; c += kLanes) {
     Vec value = load(row + c) * call.scale;
@@ -90,7 +91,7 @@ inline float soften(const Attention<T>& call, float* row, int64_t visible, int64
                     const float* sink) {
   float scale = 1.0f;
   bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen, 0, visible) : *seen);
-  if (call.softcap == 0 && !bias && all_seen && call.scale != 0) {  // nothing but a factor, which the exponential's argument takes
+  if (call.softcap == 0 && !bias && all_seen && call.scale != 0) {  // only a factor, which the exponential's argument takes
     scale = call.scale;
     std::fill(row + visible, row + padded, scale > 0 ? kHidden : -kHidden);
   } else {
@@ -209,7 +210,8 @@ void run(const Attention<T>& call) {
     for (int64_t item = from; item < to; ++item) {
       int64_t which = item / shares, share = item % shares;
       if (share == 0 && which + 1 < heads) fetch(call, (which + 1) / call.heads, (which + 1) % call.heads);
-      head(call, which / call.heads, which % call.heads, call.queries * share / shares, call.queries * (share + 1) / shares, scratch);
+      int64_t begin = call.queries * share / shares, end = call.queries * (share + 1) / shares;
+      head(call, which / call.heads, which % call.heads, begin, end, scratch);
     }
   });
 }

@@ -1,10 +1,10 @@
 // Registers the CPU kernels of `lissom::` operators; each is checked against the reference in lissom/ops.
 #include "attention.h"
 #include "linear.h"
+#include "memory.h"
 #include "rows.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -43,13 +43,13 @@ Tensor linear_of(const Tensor& given, const Tensor& weight, Optional bias, Optio
   int64_t inputs = sizes.back();
   TORCH_CHECK(weight.numel() == ceil_div(features, kPanel) * kPanel * inputs, "a packed weight holds inputs x features");
   sizes.back() = features;
-  Tensor y = at::empty(sizes, x.options());
+  Tensor y = fresh(sizes, x.options());
   Held<T> b(bias, x), o(other, x), nw(norm_weight, x), nb(norm_bias, x);
   TORCH_CHECK(!other || o.tensor.numel() == y.numel(), "what is added to the product has its shape");
   if (y.numel() == 0) return y;
   run(Linear<T>{x.const_data_ptr<T>(), weight.const_data_ptr<T>(), b.pointer(), o.pointer(), y.mutable_data_ptr<T>(),
-                x.numel() / std::max<int64_t>(inputs, 1), inputs, features, activation, multiplies, nw.pointer(), nb.pointer(), norms,
-                static_cast<float>(eps)});
+                x.numel() / std::max<int64_t>(inputs, 1), inputs, features, activation, multiplies, nw.pointer(), nb.pointer(),
+                norms, static_cast<float>(eps)});
   return y;
 }
 
@@ -74,7 +74,7 @@ Tensor attention_of(const Tensor& given, const Tensor& k, const Tensor& v, Optio
                     Optional sinks, bool causal) {
   Tensor q = given.stride(3) == 1 ? given : given.contiguous();
   int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
-  Tensor y = at::empty({batch, queries, heads, v.size(3)}, q.options());
+  Tensor y = fresh({batch, queries, heads, v.size(3)}, q.options());
   Attention<T> call{};
   call.q = q.const_data_ptr<T>(), call.k = k.const_data_ptr<T>(), call.v = v.const_data_ptr<T>();
   call.q_strides = strides_of(q), call.k_strides = strides_of(k), call.v_strides = strides_of(v);
@@ -110,11 +110,12 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
 
 template <typename T>
 Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
-  Tensor x = given.contiguous(), y = at::empty(x.sizes(), x.options());
+  Tensor x = given.contiguous(), y = fresh(x.sizes(), x.options());
   Held<T> w(weight, x);
   int64_t n = x.size(-1);
   TORCH_CHECK(!weight || w.tensor.numel() == n, "a norm's weight has one number a feature");
-  if (x.numel() > 0) rms_norm(x.const_data_ptr<T>(), w.pointer(), y.mutable_data_ptr<T>(), x.numel() / n, n, static_cast<float>(eps));
+  if (x.numel() > 0)
+    rms_norm(x.const_data_ptr<T>(), w.pointer(), y.mutable_data_ptr<T>(), x.numel() / n, n, static_cast<float>(eps));
   return y;
 }
 
@@ -133,7 +134,7 @@ Tensor rotary_of(const Tensor& given, const Tensor& cos, const Tensor& sin, bool
     return rows.expand({batch, heads, tokens, angles});
   };
   Tensor c = spread(cos), s = spread(sin);
-  Tensor y = at::empty({batch, tokens, heads, head_dim}, x.options()).transpose(1, 2);
+  Tensor y = fresh({batch, tokens, heads, head_dim}, x.options()).transpose(1, 2);
   if (y.numel() > 0)
     run(Rotary<T>{x.const_data_ptr<T>(), c.const_data_ptr<T>(), s.const_data_ptr<T>(), y.mutable_data_ptr<T>(), strides_of(x),
                   strides_of(c), strides_of(s), strides_of(y), batch, heads, tokens, head_dim, angles, interleaved});
@@ -159,6 +160,8 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {
   library.def("kernel_features() -> int", kernel_features);
+  library.def("begin_call() -> ()", begin_call);
+  library.def("end_call() -> ()", end_call);
 }
 
 }  // namespace lissom

@@ -34,7 +34,8 @@ void rms_norm(const T* x, const T* weight, T* y, int64_t rows, int64_t n, float 
 
 template <typename T>
 struct Rotary {
-  const T *x, *cos, *sin;  // x: [batch, heads, tokens, head_dim]; cos, sin: the same, or half as many features; columns adjacent
+  // x: [batch, heads, tokens, head_dim]; cos, sin: the same, or half as many features. Columns are adjacent.
+  const T *x, *cos, *sin;
   T* y;
   Strides x_strides, cos_strides, sin_strides, y_strides;
   int64_t batch, heads, tokens, head_dim, angles;

@@ -1,0 +1,72 @@
+"""The kernels' memory: results of one call reuse each other's, and nothing a caller holds is written to."""
+
+import threading
+
+import pytest
+import torch
+
+from lissom.ops.native import load_kernels, one_call
+from lissom.ops.packed_linear import pack, packed_linear
+
+MISSING = load_kernels()
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+WIDTH = 512  # results of 1,024 rows are 2 MB: large ones are kept
+
+
+def weights():
+    return pack(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) / 16)
+
+
+def chain(x, weight):
+    places = []
+    for _ in range(6):
+        x = packed_linear(x, weight, features=WIDTH)
+        places.append(x.data_ptr())
+    return x, places
+
+
+@torch.inference_mode()
+def test_results_of_one_call_take_each_others_place():
+    _, places = one_call(chain)(torch.randn(1024, WIDTH), weights())
+    assert len(set(places)) == 2
+
+
+@torch.inference_mode()
+def test_what_the_caller_holds_stays_as_it_is():
+    x, weight = torch.randn(1024, WIDTH), weights()
+    first, _ = one_call(chain)(x, weight)
+    kept = first.clone()
+    view = first[:10]
+    del first
+    second, _ = one_call(chain)(x * 2, weight)
+    assert torch.equal(view, kept[:10])
+    assert not torch.equal(second, kept)
+
+
+@torch.inference_mode()
+def test_a_call_that_fails_ends():
+    def fails():
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        one_call(fails)()
+    x = torch.randn(1024, WIDTH)
+    a, b = packed_linear(x, weights(), features=WIDTH), packed_linear(x, weights(), features=WIDTH)
+    assert a.data_ptr() != b.data_ptr()
+
+
+def test_results_may_be_freed_by_another_thread():
+    weight, held = weights(), []
+
+    def work():
+        with torch.inference_mode():
+            held.append(one_call(chain)(torch.ones(1024, WIDTH), weight)[0])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(item, held[0]) for item in held)
+    held.clear()
