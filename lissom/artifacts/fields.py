@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -50,11 +50,6 @@ def number(data: object) -> int:
     if not isinstance(data, int) or isinstance(data, bool):
         raise ValueError(f"{shown(data)} is no whole number")
     return data
-
-
-def numbers(items: Iterable[int]) -> list[object]:
-    """Whole numbers as a JSON list."""
-    return [int(item) for item in items]
 
 
 def shown(data: object) -> str:

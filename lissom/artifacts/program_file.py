@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any, cast
 
 import sympy
@@ -49,7 +50,7 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
     facts = _decode_symbols(take(data, "symbols", dict))
     reader = Reader({symbol.name: symbol for symbol in facts}, {}, place)
     signature = _decode_signature(take(data, "signature", dict), reader)
-    mode = fake.symbolic_mode(facts, signature.conditions)
+    mode = cache(partial(fake.symbolic_mode, facts, signature.conditions))
     state = take_list(data, "state", text)
     weights = dict(read_weights(take(data, "weights", dict), place))
     # What a program writes is its own, and not the file's.

@@ -21,7 +21,8 @@ from lissom.artifacts.expression import decode_expression, encode_expression
 from lissom.artifacts.fields import shown, take, take_list
 from lissom.compiler import fake
 from lissom.compiler.errors import ArtifactError
-from lissom.compiler.types import Size, TensorType, size_of
+from lissom.compiler.node import Deferred
+from lissom.compiler.types import ScalarType, Size, TensorType, size_of, type_of
 
 _NAMED: Mapping[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
@@ -163,22 +164,36 @@ def encode_value(value: object) -> object:
             raise ArtifactError(f"the program yields a {type(value).__name__}, which an artifact cannot hold")
 
 
-def decode_value(data: object, reader: Reader, mode: FakeTensorMode) -> object:
-    """The value JSON holds. Raises: ValueError for anything `encode_value` does not write."""
+def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode]) -> Deferred:
+    """The value JSON holds, made in the mode when it is first asked for.
+
+    Raises: ValueError for anything `encode_value` does not write.
+    """
     match data:
         case None:
-            return None
+            return Deferred(None, lambda: None)
         case {"tensor": described}:
-            return fake.fake_tensor(mode, reader.tensor_type(described), take_list(described, "stride", reader.size))
+            found, stride = reader.tensor_type(described), take_list(described, "stride", reader.size)
+            if len(stride) != found.rank:
+                raise ValueError(f"{shown(described)} has not one stride a dimension")
+            return Deferred(found, lambda: fake.fake_tensor(mode(), found, stride))
         case {"int": expression}:
-            return fake.fake_number(mode, int, decode_expression(expression, reader.symbols))
+            return _number(int, expression, reader, mode)
         case {"float": expression}:
-            return fake.fake_number(mode, float, decode_expression(expression, reader.symbols))
+            return _number(float, expression, reader, mode)
         case {"bool": expression}:
-            return fake.fake_number(mode, bool, decode_expression(expression, reader.symbols))
+            return _number(bool, expression, reader, mode)
         case {"number": given}:
-            return decode_argument(given)
+            number = decode_argument(given)
+            return Deferred(type_of(number), lambda: number)
         case list():
-            return [decode_value(item, reader, mode) for item in cast("list[object]", data)]
+            items = [decode_value(item, reader, mode) for item in cast("list[object]", data)]
+            return Deferred(tuple(item.type for item in items), lambda: [item.value for item in items])
         case _:
             raise ValueError(f"{shown(data)} is no value")
+
+
+def _number(kind: type[float], data: object, reader: Reader, mode: Callable[[], FakeTensorMode]) -> Deferred:
+    expression = decode_expression(data, reader.symbols)
+    number = cast(Size, int(expression) if isinstance(expression, sympy.Integer) else expression)
+    return Deferred(ScalarType(kind, number), lambda: fake.fake_number(mode(), kind, number))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeGuard, cast
 
 import torch
@@ -36,6 +37,21 @@ class Origin:
         return self if pass_name in self.passes else replace(self, passes=(*self.passes, pass_name))
 
 
+class Deferred:
+    """A fake value that is made when it is first asked for; its type is known before.
+
+    Fake values need parts of PyTorch that take a second to import, and a program that only runs needs none.
+    """
+
+    def __init__(self, value_type: ValueType, make: Callable[[], object]) -> None:
+        self.type = value_type
+        self._make = make
+
+    @cached_property
+    def value(self) -> object:
+        return self._make()
+
+
 def origin(node: fx.Node) -> Origin:
     """Where the node came from; an empty origin when nothing is recorded."""
     return node.meta.get(_ORIGIN, Origin())
@@ -53,17 +69,19 @@ def has_value(node: fx.Node) -> bool:
 
 def value(node: fx.Node) -> object:
     """The fake value the node was typed with: fake tensor, symbolic or plain number, or a tuple of these."""
-    return node.meta[_VALUE]
+    found = node.meta[_VALUE]
+    return found.value if isinstance(found, Deferred) else found
 
 
 def set_value(node: fx.Node, fake: object) -> None:
-    """Type the node with a fake value."""
+    """Type the node with a fake value, or one to be made later."""
     node.meta[_VALUE] = fake
 
 
 def node_type(node: fx.Node) -> ValueType:
     """The type of what the node yields."""
-    return type_of(value(node))
+    found = node.meta[_VALUE]
+    return found.type if isinstance(found, Deferred) else type_of(found)
 
 
 def tensor_type(node: object) -> TensorType:
@@ -79,7 +97,10 @@ def tensor_type(node: object) -> TensorType:
 
 def is_tensor(node: object) -> TypeGuard[fx.Node]:
     """True when `node` is a node of a program that yields one tensor."""
-    return isinstance(node, fx.Node) and has_value(node) and isinstance(value(node), torch.Tensor)
+    if not isinstance(node, fx.Node) or not has_value(node):
+        return False
+    found = node.meta[_VALUE]
+    return isinstance(found, torch.Tensor) or (isinstance(found, Deferred) and isinstance(found.type, TensorType))
 
 
 def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.node import Origin
@@ -86,3 +87,21 @@ def test_a_merged_origin_has_the_path_its_nodes_share_and_the_last_line():
 
 def test_a_merged_origin_of_nothing_is_empty():
     assert nodes.merged_origin([]) == Origin()
+
+
+def test_a_value_may_be_made_when_it_is_first_asked_for():
+    made = []
+
+    def make():
+        made.append(1)
+        return torch.ones(2, 3)
+
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    nodes.set_value(node, nodes.Deferred(nodes.type_of(torch.ones(2, 3)), make))
+    assert nodes.is_tensor(node)
+    assert nodes.tensor_type(node).shape == (2, 3)
+    assert made == []
+    other = fx.Graph().node_copy(node)
+    assert nodes.value(node) is nodes.value(other)
+    assert made == [1]
