@@ -1,7 +1,8 @@
 """Lissom: a compiler-style graph optimizer for transformer inference."""
 
 from lissom.api import CompiledModel, Optimized, compile, load, optimize
+from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.frontends.onnx import from_onnx
 from lissom.version import __version__
 
-__all__ = ["CompiledModel", "Optimized", "__version__", "compile", "from_onnx", "load", "optimize"]
+__all__ = ["CompiledModel", "OnnxRuntime", "Optimized", "__version__", "compile", "from_onnx", "load", "optimize"]

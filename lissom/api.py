@@ -12,7 +12,7 @@ from torch import nn
 
 from lissom.artifacts.artifact import load_artifact, save_artifact
 from lissom.backends import find_backends
-from lissom.backends.base import Executable
+from lissom.backends.base import Backend, Executable
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.errors import InputError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
@@ -105,7 +105,7 @@ def compile(
     example_inputs: Inputs,
     *,
     passes: str | Sequence[Pass] = "exact",
-    backend: str = "eager",
+    backend: str | Backend = "eager",
     device: str | torch.device | None = None,
     dynamic: Dynamic | bool = True,
     checks: Checks = "numeric",
@@ -121,7 +121,8 @@ def compile(
     example_inputs: a tuple is positional, a mapping is keywords, a tensor is the only argument.
     passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
         into canonical form and always comes first.
-    backend: what runs the result; `lissom.backends.BACKENDS` lists them. `fastest` builds and measures each on the example
+    backend: what runs the result, by name, or with options of its own, `lissom.OnnxRuntime(threads=2)`;
+        `lissom.backends.BACKENDS` lists them. `fastest` builds and measures each on the example
         inputs, and keeps the one that answers soonest.
     device: where the result runs; the model's own device by default.
     dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
@@ -152,7 +153,7 @@ def compile(
         show = progress or bar
         job = _capture(model, example_inputs, shared, dynamic, device, checks, data, metric, max_drop, show, count)
         lowered = job.pipeline.run_each(job.program, lowerings, job.history)
-        built = build_fastest(missing | lowered, job.example, lambda what, left: show(what, count - left, count))
+        built = build_fastest(backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count))
     report = Report(f"{built.program.name} on {built.backend}", built.history)
     return CompiledModel(built.program, built.executable, report, built.backend)
 

@@ -7,33 +7,37 @@ from collections.abc import Mapping, Sequence
 from lissom.backends.base import Backend
 from lissom.backends.eager import Eager
 from lissom.backends.inductor import Inductor
+from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.compiler.errors import UnsupportedError, nearest
 
-BACKENDS: Mapping[str, type[Backend]] = {backend.name: backend for backend in (Eager, Inductor)}
+BACKENDS: Mapping[str, type[Backend]] = {backend.name: backend for backend in (Eager, Inductor, OnnxRuntime)}
 
 FASTEST = "fastest"
 """The name that stands for whichever of them is fastest."""
 
 
-def find_backend(name: str) -> Backend:
-    """The backend of that name.
+def find_backend(wanted: str | Backend) -> Backend:
+    """The backend of that name, with its options as they are by default; or the one given, which has options of its own.
 
     Raises: UnsupportedError when there is none, or this machine lacks what it needs.
     """
-    names = (*BACKENDS, FASTEST)
-    if name not in BACKENDS:
-        hint = nearest(name, names) or ";"
-        raise UnsupportedError(f"there is no backend '{name}'{hint} choose {', '.join(names)}")
-    backend = BACKENDS[name]()
+    if isinstance(wanted, Backend):
+        backend = wanted
+    elif wanted in BACKENDS:
+        backend = BACKENDS[wanted]()
+    else:
+        names = (*BACKENDS, FASTEST)
+        hint = nearest(wanted, names) or ";"
+        raise UnsupportedError(f"there is no backend '{wanted}'{hint} choose {', '.join(names)}")
     missing = backend.missing()
     if missing is not None:
         raise UnsupportedError(missing)
     return backend
 
 
-def find_backends(name: str) -> Sequence[Backend]:
-    """The backend of that name; for `fastest` all of them, those too that this machine lacks something for.
+def find_backends(wanted: str | Backend) -> Sequence[Backend]:
+    """The backend of that name, or the one given; for `fastest` all of them, those too that this machine lacks something for.
 
     Raises: UnsupportedError when there is none, or this machine lacks what it needs.
     """
-    return [backend() for backend in BACKENDS.values()] if name == FASTEST else [find_backend(name)]
+    return [backend() for backend in BACKENDS.values()] if wanted == FASTEST else [find_backend(wanted)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from lissom.backends import FASTEST, find_backend
-from lissom.backends.base import Executable
+from lissom.backends import FASTEST
+from lissom.backends.base import Backend, Executable
 from lissom.compiler.errors import LissomError, UnsupportedError
 from lissom.compiler.history import History
 from lissom.compiler.program import Program
@@ -32,7 +32,10 @@ class Built:
 
 
 def build_fastest(
-    lowered: Mapping[str, tuple[Program, History] | LissomError], example: Sample, progress: Callable[[str, int], None]
+    backends: Sequence[Backend],
+    lowered: Mapping[str, tuple[Program, History] | LissomError],
+    example: Sample,
+    progress: Callable[[str, int], None],
 ) -> Built:
     """Build the program of every backend, and keep the one that answers the example soonest; a single one is not timed.
 
@@ -44,13 +47,14 @@ def build_fastest(
     built: dict[str, Built] = {}
     failed: dict[str, Exception] = {}
     left = sum(not isinstance(found, LissomError) for found in lowered.values())
-    for name, found in lowered.items():
+    for backend in backends:
+        name, found = backend.name, lowered[backend.name]
         try:
             if isinstance(found, LissomError):
                 raise found
             progress(f"build {name}", left)
             left -= 1
-            built[name] = _build(name, *found, example)
+            built[name] = _build(backend, *found, example)
         except Exception as error:
             if len(lowered) == 1:
                 raise
@@ -71,15 +75,15 @@ def build_fastest(
     return best
 
 
-def _build(name: str, program: Program, history: History, example: Sample) -> Built:
+def _build(backend: Backend, program: Program, history: History, example: Sample) -> Built:
     started = time.perf_counter()
-    executable = find_backend(name).build(program, example)
+    executable = backend.build(program, example)
     seconds = time.perf_counter() - started
     if seconds > _SLOW_BUILD:
-        history.note(f"{name} built the program in {seconds:.1f} s")
+        history.note(f"{backend.name} built the program in {seconds:.1f} s")
     for sentence in getattr(executable, "notes", ()):
         history.note(sentence)
-    return Built(name, program, history, executable)
+    return Built(backend.name, program, history, executable)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,262 @@
+"""Attention in ONNX: each node that stands for one becomes matrix products and a softmax, or a single operator.
+
+The single operators read queries, keys and values as projections give them, [batch, tokens, heads · head_dim], so that the
+transpositions around them go away: `com.microsoft.MultiHeadAttention`, which ONNX Runtime computes block by block where nothing
+is masked, and `Attention` of opset 23 where something is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lissom.backends.onnx_translation import DOMAIN
+
+CONTRIB = "com.microsoft"
+_HEADS_FIRST = (0, 2, 1, 3)
+
+
+def expand_attention(model: ir.Model, fused: bool) -> int:
+    """Put plain operators in the place of each attention, or a single one where that can be; how many became one."""
+    count = 0
+    for node in list(model.graph):
+        if node.domain != DOMAIN:
+            continue
+        site = _Site.of(node)
+        found = _single(site) if fused else None
+        count += found is not None
+        _put(model, node, site, found or _explicit(site))
+    if any(node.domain == CONTRIB for node in model.graph):
+        model.opset_imports[CONTRIB] = 1
+    model.opset_imports.pop(DOMAIN, None)
+    return count
+
+
+def _put(model: ir.Model, node: ir.Node, site: _Site, result: ir.Value) -> None:
+    """Let the graph use the result in the node's place."""
+    for new in site.tape.nodes:
+        new.metadata_props.update(node.metadata_props)
+    model.graph.insert_before(node, site.tape.nodes)
+    old = node.outputs[0]
+    result.shape, result.type = old.shape, old.type
+    name = old.name
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    model.graph.remove(node, safe=True)
+    result.name = name
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One attention: its operands and options, and the tape that records what takes its place."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    mask: ir.Value | None
+    sinks: ir.Value | None
+    scale: float
+    softcap: float
+    causal: bool
+    zeros: bool
+    result: ir.Value
+    tape: ir.tape.Tape
+
+    @classmethod
+    def of(cls, node: ir.Node) -> _Site:
+        q, k, v, mask, sinks = [*node.inputs, None, None][:5]
+        assert q is not None and k is not None and v is not None
+        number = node.attributes
+        return cls(
+            q, k, v, mask, sinks,
+            scale=number.get_float("scale", 1.0), softcap=number.get_float("softcap", 0.0),
+            causal=bool(number.get_int("causal", 0)), zeros=bool(number.get_int("zeros", 0)),
+            result=node.outputs[0], tape=ir.tape.Tape(),
+        )  # fmt: skip
+
+    def call(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | Sequence[int]
+    ) -> ir.Value:
+        """The result of a new node."""
+        return self.tape.op(op_type, inputs, attributes, domain=domain)
+
+    def integers(self, *numbers: int) -> ir.Value:
+        return self.tape.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})
+
+    def number(self, value: float) -> ir.Value:
+        """A scalar of the operands' dtype."""
+        assert self.q.dtype is not None
+        return self.tape.op("Constant", [], {"value": ir.tensor(np.array(value, self.q.dtype.numpy()))})
+
+    @property
+    def floor(self) -> float:
+        """Stands for minus infinity: nothing is left of it after a softmax, but a row of nothing else has a result."""
+        assert self.q.dtype is not None
+        return float(np.finfo(self.q.dtype.numpy()).min) / 2
+
+
+def _explicit(site: _Site) -> ir.Value:
+    """softmax(q kᵀ · scale + mask) v, one operator each."""
+    call = site.call
+    k, v = (_repeated(site, item) for item in (site.k, site.v))
+    rank = len(_shape(site.k))
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    scores = call("MatMul", call("Mul", site.q, site.number(site.scale)), call("Transpose", k, perm=swapped))
+    if site.softcap:
+        cap = site.number(site.softcap)
+        scores = call("Mul", call("Tanh", call("Div", scores, cap)), cap)
+    bias = _bias(site)
+    if bias is not None:
+        scores = call("Add", scores, bias)
+    if site.sinks is not None:
+        rows = call("Concat", call("Shape", scores, end=-1), site.integers(1), axis=0)
+        scores = call("Concat", scores, call("Expand", site.sinks, rows), axis=-1)
+    weights = call("Softmax", scores, axis=-1)
+    if site.sinks is not None:
+        weights = call("Slice", weights, site.integers(0), site.integers(-1), site.integers(-1))
+    result = call("MatMul", weights, v)
+    visible = _visible(site)
+    return result if visible is None else call("Mul", result, visible)
+
+
+def _repeated(site: _Site, item: ir.Value) -> ir.Value:
+    """Keys or values with each head as often as there are queries' heads for it."""
+    heads, own = (_shape(found)[1] if len(_shape(found)) == 4 else 1 for found in (site.q, item))
+    if heads == own or not (isinstance(heads, int) and isinstance(own, int)) or own == 1:
+        return item
+    spread = site.call("Expand", site.call("Unsqueeze", item, site.integers(2)), site.integers(1, 1, heads // own, 1, 1))
+    return site.call("Reshape", spread, site.integers(0, heads, -1, _fixed(_shape(item)[-1])))
+
+
+def _bias(site: _Site) -> ir.Value | None:
+    """What is added to the scores; None for nothing."""
+    mask = site.mask
+    if site.causal:
+        mask = _causal(site)
+    if mask is None:
+        return None
+    if mask.dtype == ir.DataType.BOOL:
+        hidden = site.floor if site.zeros or site.causal else -np.inf
+        return site.call("Where", mask, site.number(0.0), site.number(hidden))
+    return site.call("Max", mask, site.number(site.floor)) if site.zeros else mask
+
+
+def _causal(site: _Site) -> ir.Value:
+    """[queries, keys]: query i sees keys 0 to i."""
+    call = site.call
+    zero, one = (site.tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.int64))}) for number in (0, 1))
+    count = [call("Squeeze", call("Shape", item, start=-2, end=-1)) for item in (site.q, site.k)]
+    queries, keys = (call("Range", zero, number, one) for number in count)
+    seen = call("LessOrEqual", call("Unsqueeze", keys, site.integers(0)), call("Unsqueeze", queries, site.integers(1)))
+    seen.dtype = ir.DataType.BOOL
+    return seen
+
+
+def _visible(site: _Site) -> ir.Value | None:
+    """1 for rows that see a key and 0 for those that see none, [.., queries or 1, 1]; None when nothing hides keys."""
+    if site.mask is None or not site.zeros:
+        return None
+    assert site.q.dtype is not None
+    if site.mask.dtype == ir.DataType.BOOL:
+        seen = site.call("Cast", site.mask, to=int(site.q.dtype))
+        return site.call("ReduceMax", seen, site.integers(-1), keepdims=1)
+    highest = site.call("ReduceMax", site.mask, site.integers(-1), keepdims=1)
+    return site.call("Cast", site.call("Greater", highest, site.number(-np.inf)), to=int(site.q.dtype))
+
+
+def _single(site: _Site) -> ir.Value | None:
+    """The attention as one operator; None where none can say it or it does not read projections."""
+    sources = [_projection(item) for item in (site.q, site.k, site.v)]
+    if None in sources or site.sinks is not None or site.softcap or site.q.dtype != ir.DataType.FLOAT:
+        return None
+    heads, width = _shape(site.q)[1], _shape(site.v)[3]
+    if not isinstance(heads, int) or not isinstance(width, int) or _shape(site.k)[1] != heads or _shape(site.v)[1] != heads:
+        return None
+    if site.causal and _shape(site.q)[2] != _shape(site.k)[2]:
+        return None
+    bias = None
+    if site.mask is not None:
+        bias = _whole_bias(site)
+        if bias is None:
+            return None
+    call = site.call
+    if bias is None and not site.causal:
+        result = call("MultiHeadAttention", *sources, domain=CONTRIB, num_heads=heads, scale=site.scale)
+    else:
+        operands = [*sources, *([bias] if bias is not None else [])]
+        causal = int(site.causal)
+        result = call("Attention", *operands, scale=site.scale, q_num_heads=heads, kv_num_heads=heads, is_causal=causal)
+    batch, _, queries, _ = _shape(site.q)
+    visible = _visible(site)
+    if visible is not None:
+        # Without the dimension of heads; a mask of fewer dimensions has none.
+        flat = call("Squeeze", visible, site.integers(1)) if len(_shape(site.mask)) == 4 else visible
+        result = call("Mul", result, flat)
+    result.dtype, result.shape = site.q.dtype, ir.Shape([batch, queries, heads * width])
+    apart = call("Reshape", result, site.integers(0, 0, heads, width))
+    _skip_joins(site.result, result)
+    return call("Transpose", apart, perm=_HEADS_FIRST)
+
+
+def _projection(value: ir.Value) -> ir.Value | None:
+    """x of [batch, tokens, heads · head_dim] that the value is a view of, [batch, heads, tokens, head_dim]; None otherwise."""
+    apart = _transposed(value)
+    if apart is None or len(_shape(value)) != 4:
+        return None
+    reshape = apart.producer()
+    x = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    batch, heads, tokens, width = _shape(value)
+    if x is None or not isinstance(heads, int) or not isinstance(width, int):
+        return None
+    return x if list(_shape(x)) == [batch, tokens, heads * width] else None
+
+
+def _skip_joins(old: ir.Value, joined: ir.Value) -> None:
+    """Where the attention's heads are brought side by side again, let what follows read the value that has them so."""
+    for transpose, _ in list(old.uses()):
+        if _transposed(transpose.outputs[0]) is not old:
+            continue
+        for reshape, _ in list(transpose.outputs[0].uses()):
+            found = reshape.outputs[0]
+            same = reshape.op_type == "Reshape" and list(_shape(found)) == list(_shape(joined))
+            if same and not found.is_graph_output():
+                ir.convenience.replace_all_uses_with(found, joined)
+
+
+def _transposed(value: ir.Value) -> ir.Value | None:
+    """What the value is with its two middle dimensions exchanged; None when it is not made so."""
+    node = value.producer()
+    if node is None or node.op_type != "Transpose" or tuple(node.attributes.get_ints("perm", ())) != _HEADS_FIRST:
+        return None
+    return node.inputs[0]
+
+
+def _whole_bias(site: _Site) -> ir.Value | None:
+    """The mask as [batch or 1, heads or 1, queries, keys]; None when it has another form, or hides by head."""
+    assert site.mask is not None
+    batch, heads, queries, keys = _shape(site.q)[0], _shape(site.q)[1], _shape(site.q)[2], _shape(site.k)[2]
+    shape = list(_shape(site.mask))
+    shape = [1] * (4 - len(shape)) + shape
+    if shape[0] not in (1, batch) or shape[1] not in (1, heads) or (site.zeros and shape[1] != 1):
+        return None
+    bias = _bias(site)
+    assert bias is not None
+    if list(_shape(site.mask)) == [*shape[:2], queries, keys]:
+        return bias
+    call = site.call
+    sizes = [call("Shape", item, start=2, end=3) for item in (site.q, site.k)]
+    return call("Expand", bias, call("Concat", site.integers(1, 1), *sizes, axis=0))
+
+
+def _shape(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
+    if value is None or value.shape is None:
+        raise ValueError(f"'{value.name if value is not None else None}' has no shape")
+    return tuple(value.shape)
+
+
+def _fixed(size: int | ir.SymbolicDim) -> int:
+    if not isinstance(size, int):
+        raise ValueError(f"a size of heads is {size}; it has to be fixed")
+    return size

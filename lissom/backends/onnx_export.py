@@ -1,0 +1,204 @@
+"""A program as an ONNX model: torch's exporter, with the program's names, module paths and varying sizes kept."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+from onnxscript.optimizer import optimize
+from torch import fx
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lissom.backends.onnx_translation import OPSET, TRANSLATIONS
+from lissom.compiler import node as nodes
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample, resize
+from lissom.compiler.signature import TensorArgument
+
+MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
+"""The files a model is saved in; weights are apart, so that they can be mapped and may exceed 2 GB."""
+
+_PATHS = "pkg.torch.onnx.name_scopes"
+
+
+def export_onnx(program: Program, example: Sample) -> ir.Model:
+    """The program as an ONNX model, its inputs and outputs named as the caller names them.
+
+    Attention is left as nodes of the domain `lissom`; `onnx_forms.write_form` makes a model of it that runs.
+    """
+    exported = _export(program, example)
+    _keep_origins(program, exported)
+    inputs, outputs = input_names(program), output_names(program)
+    # Warnings of the exporter's own parts; what matters is in its exception.
+    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        result = torch.onnx.export(
+            exported,
+            (),
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=OPSET,
+            custom_translation_table=dict(TRANSLATIONS),
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+        )
+        assert result is not None
+        model = result.model
+        # Not by the exporter, which fuses to operators whose kernels take less than they say.
+        optimize(model)
+    _name_sizes(program, model)
+    return model
+
+
+def save_onnx(model: ir.Model, folder: Path) -> Path:
+    """Write the model and its weights to a folder; the model's path."""
+    path = folder / MODEL
+    ir.save(model, path, external_data=WEIGHTS)
+    return path
+
+
+def tidy(model: ir.Model) -> None:
+    """Merge what is there twice, drop what nothing reads, and name nodes by the modules they come from."""
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common_passes.DeduplicateInitializersPass()(model)
+    common_passes.CommonSubexpressionEliminationPass()(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    common_passes.RemoveUnusedOpsetsPass()(model)
+    _name_nodes(model)
+
+
+def results_of(program: Program) -> list[fx.Node]:
+    """The tensors the program returns, each once."""
+    return list(dict.fromkeys(leaf for leaf in _leaves(program) if isinstance(leaf, fx.Node)))
+
+
+def input_names(program: Program) -> list[str]:
+    """The names of the inputs, as the caller writes them, with what is not a letter or a digit as an underscore."""
+    return _unique([_plain(leaf.path) for leaf in program.signature.tensors], ())
+
+
+def output_names(program: Program) -> list[str]:
+    """The names of the results, by where they are in what is returned: `last_hidden_state`, `output_0`."""
+    paths = dict(zip(reversed(_leaves(program)), reversed(_paths(program.signature.out_spec)), strict=True))
+    wanted = [_plain(paths[result]) or "output" for result in results_of(program)]
+    return _unique([f"output_{name}" if name[0].isdigit() else name for name in wanted], input_names(program))
+
+
+def _export(program: Program, example: Sample) -> ExportedProgram:
+    signature = program.signature
+    # A size of 1 cannot be traced as one that varies.
+    sizes = {symbol: max(2, size) for symbol, size in signature.sizes_of(example).items()}
+    traced = tuple(tensor.contiguous() for tensor in resize(signature, example, sizes))
+    flat = program.copy()
+    flat.output.args = (tuple(results_of(flat)),)
+    shapes = tuple(_free(leaf) for leaf in signature.tensors)
+    # Of a graph whose code is not generated yet the exporter does not see the arguments.
+    module = fx.GraphModule(flat.graph_module, flat.graph).eval()
+    with torch.no_grad():
+        return torch.export.export(module, traced, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep the exporter from logging that our translations have no types it knows."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _free(leaf: TensorArgument) -> dict[int, object]:
+    """The dimensions of one input that vary; which of them are equal is found anew."""
+    return {index: Dim.AUTO for index, size in enumerate(leaf.type.shape) if not isinstance(size, int)}
+
+
+def _keep_origins(program: Program, exported: ExportedProgram) -> None:
+    """Tell the exporter which module each node is from: the nodes of both graphs are in one order."""
+    ours = iter(program.nodes())
+    for node in exported.graph.nodes:
+        if node.op != "call_function":
+            continue
+        found = next((item for item in ours if item.target == node.target), None)
+        if found is None:
+            return
+        path = nodes.origin(found).module_path
+        stack = {"": ("", program.name)} | ({path: (path, "module")} if path else {})
+        node.meta["nn_module_stack"] = stack
+
+
+def _name_sizes(program: Program, model: ir.Model) -> None:
+    """Give the sizes that vary the names they have in the program's signature."""
+    names: dict[str, str] = {}
+    for leaf, value in zip(program.signature.tensors, model.graph.inputs, strict=True):
+        for size, found in zip(leaf.type.shape, value.shape or (), strict=True):
+            if isinstance(found, ir.SymbolicDim) and found.value and size in program.signature.dimensions:
+                names[found.value] = program.signature.dimensions[size].name  # pyright: ignore[reportArgumentType]
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+
+
+def _named(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return re.sub(r"[A-Za-z_]\w*", lambda word: names.get(word[0], word[0]), str(size.value))
+
+
+def _name_nodes(model: ir.Model) -> None:
+    taken: Counter[str] = Counter()
+    for node in model.graph.all_nodes():
+        scopes = ast.literal_eval(node.metadata_props.get(_PATHS, "[]"))
+        path = node.metadata_props.get("module", scopes[-2] if len(scopes) > 1 else "")
+        name = f"{path}/{node.op_type}".lstrip("/")
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+        node.metadata_props.clear()
+        node.metadata_props["module"] = path
+    model.graph.metadata_props.clear()
+
+
+def _leaves(program: Program) -> list[object]:
+    return list(cast(Sequence[object], program.output.args[0]))
+
+
+def _paths(spec: pytree.TreeSpec, path: str = "") -> list[str]:
+    """Where each leaf of a nesting is, `past_0_key`."""
+    if spec.is_leaf():
+        return [path]
+    count = spec.num_children
+    given = getattr(spec.context, "_fields", spec.context)
+    named = isinstance(given, (list, tuple)) and len(given) == count
+    keys: Sequence[object] = given if named else range(count)
+    return [
+        leaf for key, child in zip(keys, spec.children(), strict=True) for leaf in _paths(child, f"{path}_{key}".lstrip("_"))
+    ]
+
+
+def _plain(path: str) -> str:
+    return re.sub(r"\W+", "_", path).strip("_")
+
+
+def _unique(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in wanted:
+        number, unique = 1, name
+        while unique in found or unique in taken:
+            unique, number = f"{name}_{number}", number + 1
+        found.append(unique)
+    return found

@@ -1,0 +1,41 @@
+"""The forms one ONNX model can be written in; which of them ONNX Runtime is fastest with depends on the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import onnx_ir as ir
+
+from lissom.backends.onnx_attention import expand_attention
+from lissom.backends.onnx_export import tidy
+
+ATTENTION, NORMS = "attention", "norms"
+
+CHOICES: Mapping[str, str] = {
+    ATTENTION: "attention as one operator",
+    NORMS: "layer norms kept apart from the sums before them",
+}
+"""What may be done to a model, in the order it is tried, in words."""
+
+
+def write_form(exported: ir.Model, chosen: Collection[str] = ()) -> tuple[ir.Model, dict[str, int]]:
+    """The exported model with what was chosen of CHOICES done to it, and in how many places each was."""
+    model = exported.clone()
+    places = {ATTENTION: expand_attention(model, ATTENTION in chosen)}
+    places[NORMS] = _keep_norms_apart(model) if NORMS in chosen else 0
+    tidy(model)
+    return model, places
+
+
+def _keep_norms_apart(model: ir.Model) -> int:
+    """Write the sum in front of each layer norm as `Sum`, which ONNX Runtime does not fuse with it; how many there were.
+
+    What it fuses the two to, `SkipLayerNormalization`, takes longer on a CPU than they take apart.
+    """
+    count = 0
+    for node in model.graph:
+        added = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] is not None else None
+        if added is not None and added.op_type == "Add":
+            added.op_type = "Sum"
+            count += 1
+    return count

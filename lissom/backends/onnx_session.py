@@ -1,0 +1,153 @@
+"""An ONNX model opened by ONNX Runtime: takes flat inputs, gives flat outputs, and copies neither."""
+
+from __future__ import annotations
+
+import shutil
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import onnxruntime
+import torch
+from onnx_ir import tensor_adapters
+from torch import fx
+
+from lissom.backends.onnx_export import input_names, output_names, results_of
+from lissom.compiler.errors import UnsupportedError, nearest
+from lissom.compiler.program import Program
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+LEVELS: Mapping[str, onnxruntime.GraphOptimizationLevel] = {
+    "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+# ONNX Runtime computes sizes on the CPU on purpose.
+_OF_SIZES = frozenset(
+    (
+        *("Shape", "Size", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast"),
+        *("Add", "Sub", "Mul", "Div", "Mod", "Range", "Equal", "Where"),
+    )
+)
+
+
+class Session:
+    """An ONNX model that ONNX Runtime opened. Calls from several threads are independent.
+
+    path: the model's file; weights lie beside it. Its folder is deleted with this object, unless it is to be kept.
+    notes: sentences for the reader.
+    """
+
+    def __init__(
+        self, program: Program, path: Path, session: onnxruntime.InferenceSession, notes: Sequence[str] = (), keep: bool = False
+    ) -> None:
+        self.path = path
+        self.notes = tuple(notes)
+        self._session = session
+        self._device = device_of(program)
+        self._inputs = input_names(program)
+        self._results = output_names(program)
+        self._types = [int(tensor_adapters.from_torch_dtype(leaf.type.dtype)) for leaf in program.signature.tensors]
+        # What is returned, leaf by leaf: which result, or a value that is always the same.
+        places = {result: index for index, result in enumerate(results_of(program))}
+        leaves = cast(Sequence[object], program.output.args[0])
+        self._leaves = [(places[leaf], None) if isinstance(leaf, fx.Node) else (None, leaf) for leaf in leaves]
+        if not keep:
+            weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        kind, index = self._device.type, self._device.index or 0
+        binding = self._session.io_binding()
+        # Held until the call is over: the binding has no more than their addresses.
+        held = [tensor.detach().contiguous() for tensor in inputs]
+        for name, tensor, dtype in zip(self._inputs, held, self._types, strict=True):
+            binding.bind_input(name, kind, index, dtype, list(tensor.shape), tensor.data_ptr())
+        for name in self._results:
+            binding.bind_output(name, kind, index)
+        if kind == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        try:
+            self._session.run_with_iobinding(binding)
+        # Its errors have no common class; what asks for a row that a table lacks is told by this one.
+        except Exception as error:
+            raise RuntimeError(str(error)) from error
+        found = [torch.from_dlpack(value) for value in binding.get_outputs()]
+        return [constant if place is None else found[place] for place, constant in self._leaves]
+
+
+def open_session(
+    path: Path,
+    providers: Sequence[tuple[str, Mapping[str, str]]],
+    *,
+    threads: int,
+    arena: bool = True,
+    optimization: str = "all",
+) -> onnxruntime.InferenceSession:
+    """The model opened on these execution providers, the first that can run a node first."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.enable_cpu_mem_arena = arena
+    options.graph_optimization_level = LEVELS[optimization]
+    # Errors only: what it warns of is how it runs things.
+    options.log_severity_level = 3
+    # Between calls the processor is for others.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if providers[0][0] != CPU:
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return onnxruntime.InferenceSession(path, options, providers=[(name, dict(given)) for name, given in providers])
+
+
+def choose_providers(
+    program: Program, wanted: Sequence[str], options: Mapping[str, Mapping[str, str]]
+) -> list[tuple[str, Mapping[str, str]]]:
+    """The execution providers to use and their options: those wanted, by default CUDA for a program on CUDA, then the CPU.
+
+    Raises: UnsupportedError when one is not installed.
+    """
+    installed = onnxruntime.get_available_providers()
+    device = device_of(program)
+    names = list(wanted) or ([CUDA] if device.type == "cuda" else []) + [CPU]
+    listed = ", ".join(installed)
+    for name in names:
+        if name in installed:
+            continue
+        if not wanted:
+            raise UnsupportedError(
+                f"{program.name} is on {device}, and the onnxruntime installed has {listed} only; "
+                f"pip install 'lissom[onnx-gpu]' in its place, or compile with device='cpu'"
+            )
+        raise UnsupportedError(
+            f"there is no execution provider '{name}' here{nearest(name, installed) or ';'} onnxruntime has {listed}"
+        )
+    unused = next((name for name in options if name not in names), None)
+    if unused is not None:
+        raise UnsupportedError(f"provider_options names '{unused}', which is not among the providers {', '.join(names)}")
+    given = {CUDA: {"device_id": str(device.index or 0)}} if device.type == "cuda" else {}
+    return [(name, {**given.get(name, {}), **options.get(name, {})}) for name in names]
+
+
+def fallen_back(nodes: Iterable[tuple[str, str]], first: str) -> str | None:
+    """The sentence that warns of nodes, given as provider and operator, that run on the CPU where another provider is first."""
+    left = Counter(operator for provider, operator in nodes if provider == CPU and operator not in _OF_SIZES)
+    if first == CPU or not left:
+        return None
+    listed = ", ".join(f"{operator} ({count})" for operator, count in left.most_common())
+    return f"{first} does not run all: {listed} run on the CPU, and what they read and give crosses the bus"
+
+
+def placed_nodes(session: onnxruntime.InferenceSession) -> list[tuple[str, str]]:
+    """Provider and operator of every node, as recorded when the session was opened; nothing from versions that cannot tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return []
+    return [(part.ep_name, node.op_type) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+
+
+def device_of(program: Program) -> torch.device:
+    """Where the program's inputs are; the CPU when it has none."""
+    tensors = program.signature.tensors
+    return tensors[0].type.device if tensors else torch.device("cpu")
