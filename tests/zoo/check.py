@@ -44,8 +44,8 @@ class _Stopped(Exception):
     """A phase failed, so that the later ones have nothing to work on."""
 
 
-def check(entry: Entry, report: Report) -> None:
-    """Build the model, capture it, compile it, and compare both with it at several sizes.
+def check(entry: Entry, report: Report, backend: str = "eager") -> None:
+    """Build the model, capture it, compile it for a backend, and compare both with it at several sizes.
 
     report: called with the facts found so far, after every phase, so that a run that is cut short has told what it knew.
     """
@@ -68,14 +68,14 @@ def check(entry: Entry, report: Report) -> None:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            _phases(entry, record, phase)
+            _phases(entry, record, phase, backend)
     except _Stopped:
         pass
     record["phase"] = None
     report(record)
 
 
-def _phases(entry: Entry, record: dict[str, Any], phase: Callable[[str], Any]) -> None:
+def _phases(entry: Entry, record: dict[str, Any], phase: Callable[[str], Any], backend: str) -> None:
     with phase("expect"):
         record["expected"] = asdict(entry.expect())
     with phase("build"):
@@ -100,7 +100,7 @@ def _phases(entry: Entry, record: dict[str, Any], phase: Callable[[str], Any]) -
         record["agrees"] = record["capture_error"] <= record["allowed"]
     with phase("compile"):
         with _known(captured):
-            compiled = lissom.compile(case.model, case.inputs, checks="numeric", progress=lambda *_: None)
+            compiled = lissom.compile(case.model, case.inputs, backend=backend, checks="numeric", progress=lambda *_: None)
         record |= _facts(compiled.program, compiled.report.history)
     with phase("equal"):
         found = [_flat(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]

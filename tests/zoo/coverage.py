@@ -15,6 +15,7 @@ from tests.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED
 
 Record = dict[str, Any]
 _KINDS = ("attention", "feed_forward")
+_RUNTIME = "ONNX Runtime"
 
 _INTRODUCTION = """\
 # Coverage
@@ -28,6 +29,8 @@ and this page.
 - *attention*, *feed-forward*: sites found in the final program, of those the model's configuration tells of; a dash where it
   does not say.
 - *equal*: the compiled model gives the model's outputs, within the tolerance of its dtype, at how many sizes.
+- *ONNX Runtime*: the same through the backend `onnxruntime`, checked in a run of its own,
+  `python -m tests.zoo --backend onnxruntime`.
 - *FLOPs*: models of which every node is counted as PyTorch counts it.
 - *seconds*: processor time for all of it.
 """
@@ -37,6 +40,12 @@ def load(path: Path) -> list[Record]:
     """The records of a run; of a model that was run twice, the later one."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return list({record["name"]: record for record in map(json.loads, lines)}.values())
+
+
+def with_runtime(records: Sequence[Record], runtime: Sequence[Record]) -> list[Record]:
+    """The records, each with what a run through ONNX Runtime found about its model."""
+    found = {record["name"]: record for record in runtime}
+    return [record | ({"runtime": found[record["name"]]} if record["name"] in found else {}) for record in records]
 
 
 def page(records: Sequence[Record]) -> str:
@@ -59,8 +68,14 @@ def headline(records: Sequence[Record]) -> str:
     return (
         f"Of {len(records)} models {len(run)} run in eager; of these {_of(equal, run)} are captured and equal. Of the "
         f"{len(told)} whose configuration tells how many sites they have, {_of(found, told)} have just these. The remarks say "
-        f"what the others lack.\n"
+        f"what the others lack.{_runtime_sentence(records)}\n"
     )
+
+
+def _runtime_sentence(records: Sequence[Record]) -> str:
+    """How many of the models that are captured give the same through ONNX Runtime; nothing when none was tried."""
+    tried = [record["runtime"] for record in records if "runtime" in record and is_equal(record)]
+    return f" Of {len(tried)} tried on ONNX Runtime {_of(sum(map(is_equal, tried)), tried)} are equal." if tried else ""
 
 
 def _of(count: int, records: Sequence[Record]) -> str:
@@ -95,9 +110,18 @@ def _summary(records: Sequence[Record], families: Sequence[str]) -> str:
         "feed-forward sites",
         "FLOPs",
     )
-    rows = [_family_row(family, [record for record in records if record["family"] == family]) for family in families]
-    rows.append(_family_row("all", records))
+    groups = {family: [record for record in records if record["family"] == family] for family in families} | {"all": records}
+    rows = [_family_row(family, group) for family, group in groups.items()]
+    if any("runtime" in record for record in records):
+        head = (*head, _RUNTIME)
+        rows = [[*row, _runtime_share(group)] for row, group in zip(rows, groups.values(), strict=True)]
     return _table(head, rows)
+
+
+def _runtime_share(records: Sequence[Record]) -> str:
+    """`12 of 13`: of the models that are equal on eager and were tried, those equal on ONNX Runtime."""
+    tried = [record["runtime"] for record in records if "runtime" in record and is_equal(record)]
+    return f"{sum(map(is_equal, tried))} of {len(tried)}"
 
 
 def _family_row(name: str, records: Sequence[Record]) -> list[str]:
@@ -142,7 +166,16 @@ def _expected(record: Record, kind: str) -> int | None:
 
 def _models(records: Sequence[Record]) -> str:
     head = ("model", "captured", "dynamic", "attention", "feed-forward", "equal", "seconds", "remarks")
-    return _table(head, [_model_row(record) for record in records])
+    rows = [_model_row(record) for record in records]
+    if any("runtime" in record for record in records):
+        head = (*head[:6], _RUNTIME, *head[6:])
+        rows = [[*row[:6], _runtime(record), *row[6:]] for row, record in zip(rows, records, strict=True)]
+    return _table(head, rows)
+
+
+def _runtime(record: Record) -> str:
+    found = record.get("runtime", {})
+    return f"{found['shapes']} sizes" if is_equal(found) else "no" if record.get("captured") and found else ""
 
 
 def _model_row(record: Record) -> list[str]:
@@ -173,14 +206,21 @@ def remarks(record: Record) -> str:
         return _cell(f"{record['failed']}: {record['error']}")
     found = []
     if not is_equal(record):
-        found.append(f"differs by {max(record['capture_error'], record['compiled_error']):.2g} relative")
+        found.append(_difference(record))
     found += [f"attention left ({count}): {reason}" for reason, count in record.get("skipped", {}).items()]
     found += [f"attention left: {ATTENTION_LEFT[record['name']]}"] if record["name"] in ATTENTION_LEFT else []
     found += [_different_size(record, kind) for kind in ("heads", "kv_heads", "head_dim")]
     found += [f"operations: {found}" for found in record.get("miscounted", ())[:1]]
+    runtime = record.get("runtime", {})
+    if runtime and not is_equal(runtime):
+        found.append(f"{_RUNTIME}: {runtime['error'] if runtime.get('failed') else _difference(runtime)}")
     if not record.get("dynamic"):
         found += record.get("notes", ())[:1]
     return _cell("; ".join(filter(None, found)))
+
+
+def _difference(record: Record) -> str:
+    return f"differs by {max(record['capture_error'], record['compiled_error']):.2g} relative"
 
 
 def _different_size(record: Record, kind: str) -> str:
@@ -205,8 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.coverage", description=__doc__)
     parser.add_argument("records", type=Path, help="what `python -m tests.zoo` wrote")
     parser.add_argument("page", type=Path, help="the page to write")
+    parser.add_argument("--runtime", type=Path, help="what `python -m tests.zoo --backend onnxruntime` wrote")
     options = parser.parse_args(arguments)
-    options.page.write_text(page(load(options.records)), encoding="utf-8")
+    runtime = load(options.runtime) if options.runtime else []
+    options.page.write_text(page(with_runtime(load(options.records), runtime)), encoding="utf-8")
     return 0
 
 

@@ -41,7 +41,9 @@ class _Job:
     record: Record
 
 
-def run(entries: Sequence[Entry], output: Path, *, seconds: float = 60.0, jobs: int = 2) -> list[Record]:
+def run(
+    entries: Sequence[Entry], output: Path, *, seconds: float = 60.0, jobs: int = 2, backend: str = "eager"
+) -> list[Record]:
     """The records of the models, in the order they were finished; each is appended to `output`, one a line,
     so that an interrupted run loses nothing.
 
@@ -49,10 +51,10 @@ def run(entries: Sequence[Entry], output: Path, *, seconds: float = 60.0, jobs: 
 
     The children are forks of this process, so what it has imported costs them nothing.
     """
-    _warm({entry.family for entry in entries})
+    _warm({entry.family for entry in entries}, backend)
     records: list[Record] = []
     with output.open("a", encoding="utf-8") as file, _bar(len(entries)) as advance:
-        for record in _records(iter(entries), seconds, jobs):
+        for record in _records(iter(entries), seconds, jobs, backend):
             records.append(record)
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -60,12 +62,12 @@ def run(entries: Sequence[Entry], output: Path, *, seconds: float = 60.0, jobs: 
     return records
 
 
-def _records(entries: Iterator[Entry], seconds: float, jobs: int) -> Iterator[Record]:
+def _records(entries: Iterator[Entry], seconds: float, jobs: int, backend: str) -> Iterator[Record]:
     running: list[_Job] = []
     try:
         while True:
             while len(running) < jobs and (entry := next(entries, None)) is not None:
-                running.append(_start(entry))
+                running.append(_start(entry, backend))
             if not running:
                 return
             wait([job.reader for job in running], timeout=0.5)
@@ -78,10 +80,10 @@ def _records(entries: Iterator[Entry], seconds: float, jobs: int) -> Iterator[Re
             job.process.kill()
 
 
-def _start(entry: Entry) -> _Job:
+def _start(entry: Entry, backend: str) -> _Job:
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(entry, writer), daemon=True)
+    process = context.Process(target=_child, args=(entry, writer, backend), daemon=True)
     process.start()
     writer.close()
     return _Job(entry, process, reader, time.perf_counter(), {"name": entry.name, "family": entry.family})
@@ -120,19 +122,19 @@ def _processor_seconds(process: BaseProcess) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _child(entry: Entry, writer: Connection) -> None:
+def _child(entry: Entry, writer: Connection, backend: str) -> None:
     """Check one model and tell what is found, with nothing on the terminal."""
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     started = time.process_time()
-    check(entry, writer.send)
+    check(entry, writer.send, backend)
     writer.send({"total_seconds": round(time.process_time() - started, 2)})
     writer.close()
 
 
-def _warm(families: Collection[str]) -> None:
+def _warm(families: Collection[str], backend: str) -> None:
     """Import what many children need, and check a few models here, which fills the caches of what captures them.
 
     PyTorch is kept on one thread: a pool of threads does not survive a fork.
@@ -144,7 +146,7 @@ def _warm(families: Collection[str]) -> None:
             importlib.import_module(library)
     for entry in catalogue.entries():
         if entry.name in _WARMING:
-            check(entry, lambda record: None)
+            check(entry, lambda record: None, backend)
 
 
 @contextmanager
