@@ -70,7 +70,9 @@ def test_compile_prints_the_report_and_writes_history_and_text(model, tmp_path):
     assert "BertModel on eager" in shown
     assert "raise-attention" in shown
     whole = json.loads(history.read_text())
-    assert [step["spelling"] for step in whole["steps"]] == ["capture", *RECIPES["exact"].split(",")]
+    steps = [step["spelling"] for step in whole["steps"]]
+    exact = RECIPES["exact"].split(",")
+    assert steps[: len(exact) + 1] == ["capture", *exact]
     assert text.read_text().startswith("program BertModel(*, input_ids: i64[batch, sequence], ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["history.json", "program.txt"]
 
@@ -127,14 +129,17 @@ def test_bench_interrupted_shows_what_was_finished(model, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lissom.cli.compare", interrupted)
+    monkeypatch.setenv("COLUMNS", "200")
     result = runner.invoke(app, ["bench", model])
     assert result.exit_code == 130
-    assert "interrupted; finished so far" in result.output
-    assert "OpenVINO fp32 did not run: it was not there" in result.output
+    shown = " ".join(result.output.split())
+    assert "interrupted; finished so far" in shown
+    assert "OpenVINO fp32 did not run: it was not there" in shown
 
 
 def test_bench_profiles_by_site_and_operator(model, tmp_path, monkeypatch):
     monkeypatch.setattr("lissom.cli.load_machine", example)
+    monkeypatch.setenv("COLUMNS", "200")
     shown = invoke("bench", model, "--profile", "--shapes", "3x7", "--seconds", "0", "--passes", "remove-no-ops")
     assert "BertModel on eager, batch 3, sequence 7" in shown
     assert "between operators (dispatch)" in shown

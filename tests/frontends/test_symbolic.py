@@ -57,8 +57,8 @@ def test_it_compiles_and_computes_what_the_module_does():
     fast = lissom.compile(fx.symbolic_trace(model), normal(2, 5, 8))
     x = normal(3, 7, 8, seed=1)
     with torch.no_grad():
-        # The same operators on the same values: nothing is rounded another way.
-        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=0)
+        # Layers of at most twelve inputs, whose products are summed in another order.
+        torch.testing.assert_close(fast(x), model(x), rtol=0, atol=2e-6)
 
 
 def test_modules_functions_and_methods_keep_their_module_path():

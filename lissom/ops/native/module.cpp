@@ -25,6 +25,15 @@ Activation activation_of(c10::string_view name) {
   TORCH_CHECK(false, "lissom::packed_linear has no activation '", std::string(name), "'");
 }
 
+// Calls the function for the tensor's dtype, float32 or bfloat16.
+template <typename OfFloat, typename OfBFloat16>
+Tensor by_dtype(const Tensor& x, OfFloat&& of_float, OfBFloat16&& of_bfloat16) {
+  if (x.scalar_type() == at::kFloat) return of_float();
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && kHasBFloat16, "this processor's kernels compute in float32",
+              kHasBFloat16 ? " and bfloat16" : "", ", not in ", x.scalar_type());
+  return of_bfloat16();
+}
+
 template <typename T>
 struct Held {  // keeps a contiguous tensor of the call's dtype alive, and points into it
   Tensor tensor;
@@ -46,6 +55,8 @@ Tensor linear_of(const Tensor& given, const Tensor& weight, Optional bias, Optio
   Tensor y = fresh(sizes, x.options());
   Held<T> b(bias, x), o(other, x), nw(norm_weight, x), nb(norm_bias, x);
   TORCH_CHECK(!other || o.tensor.numel() == y.numel(), "what is added to the product has its shape");
+  for (const auto& item : {b, nw, nb})
+    TORCH_CHECK(!item.tensor.defined() || item.tensor.numel() == features, "a bias or a norm has one number a feature");
   if (y.numel() == 0) return y;
   run(Linear<T>{x.const_data_ptr<T>(), weight.const_data_ptr<T>(), b.pointer(), o.pointer(), y.mutable_data_ptr<T>(),
                 x.numel() / std::max<int64_t>(inputs, 1), inputs, features, activation, multiplies, nw.pointer(), nb.pointer(),
@@ -55,14 +66,18 @@ Tensor linear_of(const Tensor& given, const Tensor& weight, Optional bias, Optio
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, Optional bias, Optional other, int64_t features,
                      c10::string_view activation, c10::string_view combine) {
-  auto function = x.scalar_type() == at::kFloat ? linear_of<float> : linear_of<BFloat16>;
-  return function(x, weight, bias, other, {}, {}, false, 0, features, activation_of(activation), combine == "mul");
+  auto call = [&](auto function) {
+    return function(x, weight, bias, other, {}, {}, false, 0, features, activation_of(activation), combine == "mul");
+  };
+  return by_dtype(x, [&] { return call(linear_of<float>); }, [&] { return call(linear_of<BFloat16>); });
 }
 
 Tensor packed_linear_norm(const Tensor& x, const Tensor& weight, Optional bias, Optional other, Optional norm_weight,
                           Optional norm_bias, int64_t features, double eps) {
-  auto function = x.scalar_type() == at::kFloat ? linear_of<float> : linear_of<BFloat16>;
-  return function(x, weight, bias, other, norm_weight, norm_bias, true, eps, features, Activation::kNone, false);
+  auto call = [&](auto function) {
+    return function(x, weight, bias, other, norm_weight, norm_bias, true, eps, features, Activation::kNone, false);
+  };
+  return by_dtype(x, [&] { return call(linear_of<float>); }, [&] { return call(linear_of<BFloat16>); });
 }
 
 Strides strides_of(const Tensor& tensor) {
@@ -72,6 +87,7 @@ Strides strides_of(const Tensor& tensor) {
 template <typename T>
 Tensor attention_of(const Tensor& given, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
                     Optional sinks, bool causal) {
+  TORCH_CHECK(given.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention takes [batch, heads, tokens, head_dim]");
   Tensor q = given.stride(3) == 1 ? given : given.contiguous();
   int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
   Tensor y = fresh({batch, queries, heads, v.size(3)}, q.options());
@@ -96,16 +112,17 @@ Tensor attention_of(const Tensor& given, const Tensor& k, const Tensor& v, Optio
   call.batch = batch, call.heads = heads, call.key_heads = k.size(1), call.queries = queries, call.keys = keys;
   call.head_dim = q.size(3), call.value_dim = v.size(3), call.scale = static_cast<float>(scale);
   call.softcap = static_cast<float>(softcap), call.causal = causal;
-  TORCH_CHECK(heads % call.key_heads == 0 && v.size(1) == call.key_heads && k.size(3) == call.head_dim && v.size(2) == keys,
-              "key and value heads must divide the query heads");
+  TORCH_CHECK(k.size(0) == batch && v.size(0) == batch, "queries, keys and values have the same batch");
+  bool alike = v.size(1) == call.key_heads && k.size(3) == call.head_dim && v.size(2) == keys;
+  TORCH_CHECK(alike && call.key_heads > 0 && heads % call.key_heads == 0, "key and value heads must divide the query heads");
   if (y.numel() > 0) run(call);
   return y.transpose(1, 2);
 }
 
 Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
                        Optional sinks, bool causal) {
-  auto function = q.scalar_type() == at::kFloat ? attention_of<float> : attention_of<BFloat16>;
-  return function(q, k, v, bias, scale, softcap, sinks, causal);
+  auto call = [&](auto function) { return function(q, k, v, bias, scale, softcap, sinks, causal); };
+  return by_dtype(q, [&] { return call(attention_of<float>); }, [&] { return call(attention_of<BFloat16>); });
 }
 
 template <typename T>
@@ -120,11 +137,12 @@ Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
 }
 
 Tensor fused_rms_norm(const Tensor& x, Optional weight, double eps) {
-  return (x.scalar_type() == at::kFloat ? rms_norm_of<float> : rms_norm_of<BFloat16>)(x, weight, eps);
+  return by_dtype(x, [&] { return rms_norm_of<float>(x, weight, eps); }, [&] { return rms_norm_of<BFloat16>(x, weight, eps); });
 }
 
 template <typename T>
 Tensor rotary_of(const Tensor& given, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  TORCH_CHECK(given.dim() == 4, "a rotation takes [batch, heads, tokens, head_dim]");
   Tensor x = given.stride(3) == 1 ? given : given.contiguous();
   int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), head_dim = x.size(3), angles = cos.size(-1);
   TORCH_CHECK(head_dim % 2 == 0 && (angles == head_dim || 2 * angles == head_dim) && sin.size(-1) == angles,
@@ -143,7 +161,8 @@ Tensor rotary_of(const Tensor& given, const Tensor& cos, const Tensor& sin, bool
 
 Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
   TORCH_CHECK(cos.scalar_type() == x.scalar_type() && sin.scalar_type() == x.scalar_type(), "cos and sin are of x's dtype");
-  return (x.scalar_type() == at::kFloat ? rotary_of<float> : rotary_of<BFloat16>)(x, cos, sin, interleaved);
+  auto call = [&](auto function) { return function(x, cos, sin, interleaved); };
+  return by_dtype(x, [&] { return call(rotary_of<float>); }, [&] { return call(rotary_of<BFloat16>); });
 }
 
 int64_t kernel_features() { return kLanes * 2 + kHasBFloat16; }

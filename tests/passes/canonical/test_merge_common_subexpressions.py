@@ -139,5 +139,7 @@ def test_composes(backend: str) -> None:
     inputs = (normal(2, 5, 8), torch.ones(2, 5, dtype=torch.long))
     fast = lissom.compile(module, inputs, passes=[MergeCommonSubexpressions(), MergeCommonSubexpressions()], backend=backend)
     x, mask = normal(3, 7, 8, seed=1), torch.ones(3, 7, dtype=torch.long)
-    assert torch.equal(fast(x, mask), module(x, mask))
-    assert fast.report.history.steps[-1].summary == "nothing to do"
+    # Each backend sums products in its own order.
+    torch.testing.assert_close(fast(x, mask), module(x, mask), rtol=0, atol=2e-6)
+    merges = [step for step in fast.report.history.steps if step.spelling == "merge-common-subexpressions"]
+    assert merges[-1].summary == "nothing to do"

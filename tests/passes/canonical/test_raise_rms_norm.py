@@ -8,6 +8,7 @@ from torch import nn
 
 import lissom
 from lissom.compiler.program import Program
+from lissom.ops import fused_rms_norm
 from lissom.passes.canonical.raise_rms_norm import RaiseRmsNorm
 from tests.models import normal
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
@@ -199,7 +200,7 @@ def test_a_mean_of_cubes_is_left_alone() -> None:
 def test_composes(backend: str) -> None:
     w = weight()
     fast = lissom.compile(Calls(gemma, w=w), normal(2, 5, 8), backend=backend)
-    assert calls(fast.program, aten.rms_norm.default) == 1
+    assert calls(fast.program, aten.rms_norm.default, fused_rms_norm) == 1
     x = normal(3, 7, 8, seed=1)
     # As in test_numbers.
     torch.testing.assert_close(fast(x).double(), oracle(x, 1 + w.double()), rtol=1e-6, atol=1e-6)
