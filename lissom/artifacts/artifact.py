@@ -14,7 +14,7 @@ from torch import fx
 from lissom.artifacts.directory import check_target, read_directory, write_directory
 from lissom.artifacts.fields import read_json
 from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
-from lissom.artifacts.program_file import decode_program, encode_program
+from lissom.artifacts.program_file import ReadWeights, decode_program, encode_program
 from lissom.artifacts.weights import Place, load_weights, save_weights
 from lissom.backends import BACKENDS
 from lissom.backends.base import Backend, Executable
@@ -75,8 +75,17 @@ def _write_json(path: Path, data: object) -> None:
 
 
 def _confirm(program: Program, folder: Path) -> None:
-    """Read the program back as `load_artifact` will. Raises: ArtifactError when it is another."""
-    again = _read_program(folder, lambda device: device)
+    """Read the program back as `load_artifact` will, with its weights as they are. Raises: ArtifactError when it is another."""
+    again = _read_program(folder, lambda entries, place: program.weights(), lambda device: device)
+    try:
+        # Fake values are made when first asked for, and there is no one to ask but here.
+        for node in filter(nodes.has_value, again):
+            nodes.value(node)
+    # Whatever it is that PyTorch's fake tensors say of a type.
+    except Exception as error:
+        raise ArtifactError(
+            f"{program.name} cannot be saved: the types of its values cannot be read back: {_first_line(error)}"
+        ) from error
     if again.text() != program.text():
         raise ArtifactError(f"{program.name} cannot be saved: read back, its program is another; please report this model")
 
@@ -94,7 +103,11 @@ def load_artifact(directory: Path, device: torch.device | None = None) -> Loaded
             f"'{directory}' was made for {saved.type} by backend '{backend.name}', and runs nowhere else; "
             f"compile the model again for {wanted.type}"
         )
-    program = _read_program(directory, lambda found: wanted if found.type == saved.type else found)
+    program = _read_program(
+        directory,
+        lambda entries, place: load_weights(entries, directory / WEIGHTS, place),
+        lambda found: wanted if found.type == saved.type else found,
+    )
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
     history = _read_history(manifest, directory)
@@ -127,10 +140,10 @@ def _devices(manifest: Manifest, directory: Path, device: torch.device | None) -
     return saved, saved if (saved.index or 0) < count else torch.device("cuda", 0)
 
 
-def _read_program(directory: Path, place: Place) -> Program:
+def _read_program(directory: Path, read_weights: ReadWeights, place: Place) -> Program:
     path = directory / PROGRAM
     try:
-        return decode_program(read_json(path), lambda entries, place: load_weights(entries, directory / WEIGHTS, place), place)
+        return decode_program(read_json(path), read_weights, place)
     except ArtifactError:
         raise
     # What a file says may be wrong in every way there is, and torch and sympy have errors of their own for that.

@@ -161,7 +161,9 @@ def symbolic_mode(facts: Mapping[sympy.Symbol, SymbolFact], conditions: Iterable
             _known_sizes(env)[symbol] = sympy.Integer(fact.hint)
     # Sizes that depend on values are numbered by the mode, and the next must not get the name of one that is there.
     numbered = (re.fullmatch(r"u(\d+)", symbol.name) for symbol in facts)
-    env.unbacked_symint_counter = max((int(found[1]) + 1 for found in numbered if found), default=0)
+    first = max((int(found[1]) + 1 for found in numbered if found), default=0)
+    # A number, or an `itertools.count` in other releases.
+    env.unbacked_symint_counter = type(env.unbacked_symint_counter)(first)
     for condition in conditions:
         env.evaluate_expr(condition)
     return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
