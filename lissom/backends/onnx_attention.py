@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from ml_dtypes import finfo
 
 from lissom.backends.onnx_translation import DOMAIN
 
@@ -94,7 +95,7 @@ class _Site:
     def floor(self) -> float:
         """Stands for minus infinity: nothing is left of it after a softmax, but a row of nothing else has a result."""
         assert self.q.dtype is not None
-        return float(np.finfo(self.q.dtype.numpy()).min) / 2
+        return float(finfo(self.q.dtype.numpy()).min) / 2
 
 
 def _explicit(site: _Site) -> ir.Value:
@@ -169,7 +170,7 @@ def _visible(site: _Site) -> ir.Value | None:
 def _single(site: _Site) -> ir.Value | None:
     """The attention as one operator; None where none can say it or it does not read projections."""
     sources = [_projection(item) for item in (site.q, site.k, site.v)]
-    if None in sources or site.sinks is not None or site.softcap or site.q.dtype != ir.DataType.FLOAT:
+    if None in sources or site.sinks is not None or site.softcap or site.q.dtype == ir.DataType.DOUBLE:
         return None
     heads, width = _shape(site.q)[1], _shape(site.v)[3]
     if not isinstance(heads, int) or not isinstance(width, int) or _shape(site.k)[1] != heads or _shape(site.v)[1] != heads:
@@ -194,7 +195,7 @@ def _single(site: _Site) -> ir.Value | None:
         # Without the dimension of heads; a mask of fewer dimensions has none.
         flat = call("Squeeze", visible, site.integers(1)) if len(_shape(site.mask)) == 4 else visible
         result = call("Mul", result, flat)
-    result.dtype, result.shape = site.q.dtype, ir.Shape([batch, queries, heads * width])
+    result.type, result.shape = site.q.type, ir.Shape([batch, queries, heads * width])
     apart = call("Reshape", result, site.integers(0, 0, heads, width))
     _skip_joins(site.result, result)
     return call("Transpose", apart, perm=_HEADS_FIRST)

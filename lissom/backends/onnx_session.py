@@ -52,6 +52,9 @@ class Session:
         self._inputs = input_names(program)
         self._results = output_names(program)
         self._types = [int(tensor_adapters.from_torch_dtype(leaf.type.dtype)) for leaf in program.signature.tensors]
+        # ONNX counts negative rows of a table from its end, and PyTorch refuses them.
+        rows = [node.args[1] for node in program.nodes(torch.ops.aten.embedding.default)]
+        self._rows = [index for index, node in enumerate(program.placeholders) if node in rows]
         # What is returned, leaf by leaf: which result, or a value that is always the same.
         places = {result: index for index, result in enumerate(results_of(program))}
         leaves = cast(Sequence[object], program.output.args[0])
@@ -70,6 +73,8 @@ class Session:
             binding.bind_output(name, kind, index)
         if kind == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
+        elif any(held[index].numel() and int(held[index].min()) < 0 for index in self._rows):
+            raise RuntimeError("a row of a table is negative")
         try:
             self._session.run_with_iobinding(binding)
         # Its errors have no common class; what asks for a row that a table lacks is told by this one.

@@ -18,7 +18,6 @@ from lissom.frontends.export import capture
 from lissom.ops import attention, rotary
 from tests.models import CASES, capture_of, normal, seeded
 
-
 EXPORTS = {}
 
 
@@ -40,8 +39,14 @@ def run_plainly(found, path, inputs):
     return session.run(None, dict(zip(input_names(found.program), (x.numpy() for x in inputs), strict=True)))
 
 
+SLOW = {"bert_eager", "llama_eager", "t5", "gpt2", "blocked", "convolution"}
+
+
 @pytest.mark.parametrize("chosen", [(), tuple(CHOICES)], ids=["written out", "fused"])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "counter"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES if name != "counter"],
+)
 def test_the_file_passes_the_checker_and_shape_inference(name, chosen, tmp_path):
     path = exported(capture_of(name), tmp_path, chosen)
     onnx.checker.check_model(path, full_check=True)
