@@ -105,3 +105,19 @@ def test_page_tells_of_every_model() -> None:
         "causal/dbrx is captured now; take it out of known.py"
     ]
     assert "| dbrx | no |  |  |  |  | 3 | capture: CaptureError: a \\| b |" in text
+
+
+def test_page_has_a_column_of_onnx_runtime_when_it_was_tried() -> None:
+    good = {
+        "name": "causal/llama", "family": "causal", "captured": True, "dynamic": ["batch"], "failed": None, "agrees": True,
+        "equal": True, "shapes": 4, "capture_error": 0.0, "compiled_error": 1e-7, "total_seconds": 2.4, "skipped": {},
+    }  # fmt: skip
+    other = good | {"name": "causal/gpt2"}
+    assert "| ONNX Runtime |" not in coverage.page([good, other])
+    failed = {"name": "causal/gpt2", "failed": "compile", "error": "UnsupportedError: no kernel"}
+    text = coverage.page(coverage.with_runtime([good, other], [good | {"shapes": 3}, failed]))
+    assert "Of 2 tried on ONNX Runtime 1 (50.0%) are equal." in text
+    assert "| FLOPs | ONNX Runtime |" in text
+    assert "| llama | yes | batch |  |  | 4 sizes | 3 sizes | 2 |  |" in text
+    assert "| gpt2 | yes | batch |  |  | 4 sizes | no | 2 | ONNX Runtime: UnsupportedError: no kernel |" in text
+    assert "| all | 2 |" in text and text.count("| 1 of 2 |") == 2

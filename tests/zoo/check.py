@@ -101,13 +101,15 @@ def _phases(entry: Entry, record: dict[str, Any], phase: Callable[[str], Any], b
     with phase("compile"):
         with _known(captured):
             compiled = lissom.compile(case.model, case.inputs, backend=backend, checks="numeric", progress=lambda *_: None)
-        record |= _facts(compiled.program, compiled.report.history)
+            # Before a backend lowers it, the program has the operators the recipe raises.
+            program = lissom.optimize(case.model, case.inputs, checks="off", progress=lambda *_: None).program
+        record |= _facts(program, compiled.report.history)
     with phase("equal"):
         found = [_flat(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
         record["compiled_error"] = max(map(_error, wanted, found))
         record["equal"] = record["compiled_error"] <= record["allowed"]
     with phase("sites"):
-        record["sites"] = _sites(compiled.program)
+        record["sites"] = _sites(program)
     with phase("cost"):
         record["miscounted"] = miscounted(captured.program, captured.example)
 
