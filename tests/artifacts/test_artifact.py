@@ -47,6 +47,13 @@ def saved(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def lowered():
+    """A BERT with all passes and, where there are kernels, packed weights."""
+    case = tiny_bert()
+    return lissom.compile(case.model, case.inputs, checks="off")
+
+
 @pytest.fixture
 def no_pickle(monkeypatch):
     def refuse(*_, **__):
@@ -87,10 +94,9 @@ def test_what_comes_back_is_well_formed_and_can_be_optimized(name, tmp_path):
     assert found.text() == wanted.text()
 
 
-def test_every_node_keeps_its_origin_and_type(tmp_path):
-    model = lissom.compile(tiny_bert().model, tiny_bert().inputs, checks="off")
-    again = reloaded(model, tmp_path / "artifact")
-    for one, other in zip(model.program, again.program, strict=True):
+def test_every_node_keeps_its_origin_and_type(lowered, tmp_path):
+    again = reloaded(lowered, tmp_path / "artifact")
+    for one, other in zip(lowered.program, again.program, strict=True):
         assert (one.op, one.name, str(one.target)) == (other.op, other.name, str(other.target))
         assert nodes.origin(one) == nodes.origin(other)
         if nodes.has_value(one) and one.op != "output":
@@ -100,9 +106,9 @@ def test_every_node_keeps_its_origin_and_type(tmp_path):
 
 
 @pytest.mark.parametrize("build", [tiny_bert, tiny_llama], ids=lambda build: build.__name__)
-def test_a_lowered_model_comes_back_with_its_packed_weights(build, tmp_path):
+def test_a_lowered_model_comes_back_with_its_packed_weights(build, lowered, tmp_path):
     case = build()
-    model = lissom.compile(case.model, case.inputs, checks="off")
+    model = lowered if build is tiny_bert else lissom.compile(case.model, case.inputs, checks="off")
     again = reloaded(model, tmp_path / "artifact")
     assert again.program.text() == model.program.text()
     assert str(again.report) == str(model.report)
@@ -242,11 +248,10 @@ def test_what_a_backend_cannot_save_is_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(bool(load_kernels()), reason="needs the C++ kernels")
-def test_without_kernels_a_lowered_model_runs_and_says_that_it_is_slow(tmp_path):
+def test_without_kernels_a_lowered_model_runs_and_says_that_it_is_slow(lowered, tmp_path):
     case = tiny_bert()
-    model = lissom.compile(case.model, case.inputs, checks="off")
-    model.save(tmp_path / "artifact")
-    wanted = model(**case.kwargs).last_hidden_state
+    lowered.save(tmp_path / "artifact")
+    wanted = lowered(**case.kwargs).last_hidden_state
     script = f"""
 import os, warnings
 os.environ["LISSOM_NATIVE"] = "0"
@@ -266,11 +271,9 @@ print(model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_stat
     torch.testing.assert_close(torch.tensor(eval(numbers)).reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_what_was_lowered_for_a_cpu_does_not_move(tmp_path):
-    if load_kernels():
-        pytest.skip("needs the C++ kernels")
-    case = tiny_bert()
-    lissom.compile(case.model, case.inputs, checks="off").save(tmp_path / "artifact")
+@pytest.mark.skipif(bool(load_kernels()), reason="needs the C++ kernels")
+def test_what_was_lowered_for_a_cpu_does_not_move(lowered, tmp_path):
+    lowered.save(tmp_path / "artifact")
     with pytest.raises(ArtifactError, match="was lowered to kernels of a CPU; compile the model again for meta"):
         load_artifact(tmp_path / "artifact", torch.device("meta"))
 
