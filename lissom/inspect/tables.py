@@ -87,7 +87,7 @@ def _sizes(step: Step) -> list[str]:
 
 def _about_checks(history: History) -> str:
     words = {
-        "numeric": "every exact step ran beside the one before it and gave equal outputs",
+        "numeric": "every exact step ran beside the one before and gave equal outputs",
         "structural": "form and types were checked after every step, numbers were not",
         "off": "nothing was checked",
     }

@@ -40,7 +40,7 @@ Model on eager
 """
 
 
-CAPTION = "dynamic: batch checks: numeric (every exact step ran beside the one before it and gave equal outputs); 1.5 s in all"
+CAPTION = "dynamic: batch checks: numeric (every exact step ran beside the one before and gave equal outputs); 1.5 s in all"
 
 
 def lines(text: str) -> list[list[str]]:
