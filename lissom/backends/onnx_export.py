@@ -20,7 +20,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lissom.backends.onnx_translation import OPSET, TRANSLATIONS
+from lissom.backends.onnx_translation import OPSET, translations_for
 from lissom.compiler import node as nodes
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, resize
@@ -49,7 +49,7 @@ def export_onnx(program: Program, example: Sample) -> ir.Model:
             input_names=inputs,
             output_names=outputs,
             opset_version=OPSET,
-            custom_translation_table=dict(TRANSLATIONS),
+            custom_translation_table=translations_for(program),  # pyright: ignore[reportArgumentType]
             dynamo=True,
             verbose=False,
             optimize=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 
 import numpy as np
@@ -150,6 +151,28 @@ def test_a_fused_attention_is_one_node_without_transpositions(tmp_path):
     assert count["Softmax"] == 0
 
 
+def test_a_mixture_of_experts(tmp_path):
+    operator = importlib.import_module("transformers.integrations.moe") and torch.ops.transformers.grouped_mm_fallback
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 6))
+
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return operator(x, self.weight, ends)
+
+    model = seeded(Experts)
+    found = capture(model, (normal(7, 4), torch.tensor([2, 2, 5])))
+    path = exported(found, tmp_path)
+    onnx.checker.check_model(path, full_check=True)
+    # An expert without rows; rows behind the last; all rows to one.
+    for rows, ends in ((7, [2, 2, 5]), (9, [0, 4, 9]), (5, [0, 0, 5])):
+        inputs = [normal(rows, 4), torch.tensor(ends)]
+        # Sums of 4 terms of float32, unit roundoff 6e-8.
+        np.testing.assert_allclose(run_plainly(found, path, inputs)[0], model(*inputs).detach(), rtol=1e-5, atol=1e-6)
+
+
 class Capped(nn.Module):
     """Attention with soft-capped scores and a sink for every head."""
 
@@ -168,6 +191,14 @@ class Grouped(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
+class Filled(nn.Module):
+    """Chooses between truths, which ONNX Runtime cannot by itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        large, positive = x.abs() > 1, x > 0
+        return torch.where(large, positive, ~positive.masked_fill(large, True))
+
+
 class Turned(nn.Module):
     """Rotary position embedding."""
 
@@ -184,12 +215,21 @@ class Turned(nn.Module):
     [
         (Capped, (*(normal(2, 2, 5, 8, seed=seed) for seed in range(3)), torch.ones(5, 5, dtype=torch.bool).tril())),
         (Grouped, (normal(2, 4, 5, 8), normal(2, 2, 6, 8, seed=1), normal(2, 2, 6, 8, seed=2))),
+        (Filled, (normal(3, 4),)),
         (lambda: Turned(False), (normal(2, 2, 5, 8), normal(5, 8, seed=1), normal(5, 8, seed=2))),
         (lambda: Turned(False), (normal(2, 2, 5, 8), normal(5, 4, seed=1), normal(5, 4, seed=2))),
         (lambda: Turned(True), (normal(2, 2, 5, 8), normal(5, 8, seed=1), normal(5, 8, seed=2))),
         (lambda: Turned(True), (normal(2, 2, 5, 8), normal(5, 4, seed=1), normal(5, 4, seed=2))),
     ],
-    ids=["softcap and sinks", "grouped", "halves", "halves, one angle a pair", "neighbours", "neighbours, one angle a pair"],
+    ids=[
+        "softcap and sinks",
+        "grouped",
+        "truths",
+        "halves",
+        "halves, one angle a pair",
+        "neighbours",
+        "neighbours, one angle a pair",
+    ],
 )
 def test_operators_of_our_own(build, inputs, tmp_path):
     model = seeded(build)
