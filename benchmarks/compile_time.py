@@ -18,8 +18,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-README = Path(__file__).parent / "README.md"
-_TABLE = re.compile(r"(<!-- compile_time -->\n).*?(<!-- end -->)", re.DOTALL)
+from readme import put_table
+
 _LINEAR = 1.15
 """Growth with the number of layers to a power up to this counts as linear."""
 
@@ -151,8 +151,7 @@ def main() -> None:
     printed = table(costs)
     print(printed)
     if options.update:
-        text = README.read_text(encoding="utf-8")
-        README.write_text(_TABLE.sub(lambda found: found[1] + printed + found[2], text), encoding="utf-8")
+        put_table("compile_time", printed)
     if options.figure:
         draw(costs, options.figure)
 

@@ -9,10 +9,10 @@ Prints a Markdown table when the last is done; `--update` puts it into benchmark
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import torch
+from readme import put_table
 
 from lissom.bench.comparison import compare, measurements
 from lissom.bench.engines import ENGINES, find_engines
@@ -24,9 +24,7 @@ from lissom.inspect.progress import progress_bar
 HERE = Path(__file__).parent
 GLOSSES = HERE / "data" / "glosses.txt"
 SHAPES = "1x32,1x128,8x128,32x128,32xragged"
-README = HERE / "README.md"
 FIGURE = HERE / "encoder.svg"
-_TABLE = re.compile(r"(<!-- encoder -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def measure(engines: str, shapes: str, seconds: float, threads: int) -> list[Record]:
@@ -88,9 +86,8 @@ def main() -> None:
     printed = markdown_table(records, options.threads)
     print(printed)
     if options.update:
-        text = README.read_text(encoding="utf-8")
         shown = f"{printed}\n![milliseconds a call of every engine at every shape]({FIGURE.name})\n"
-        README.write_text(_TABLE.sub(lambda found: found[1] + shown + found[2], text), encoding="utf-8")
+        put_table("encoder", shown)
         draw(records, FIGURE)
 
 

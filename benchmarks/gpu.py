@@ -10,22 +10,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import transformers
+from readme import put_table
 from torch import nn
 
 import lissom
 from lissom.inspect.timing import time_calls
 
-README = Path(__file__).parent / "README.md"
-_TABLE = re.compile(r"(<!-- gpu -->\n).*?(<!-- end -->)", re.DOTALL)
 BATCHES = (1, 8, 64)
 SEQUENCE = 128
 VOCABULARY = 30_000
@@ -211,8 +208,7 @@ def main() -> None:
     printed = table(options.models, options.dtypes, options.engines)
     print(printed)
     if options.update:
-        text = README.read_text(encoding="utf-8")
-        README.write_text(_TABLE.sub(lambda found: found[1] + printed + found[2], text), encoding="utf-8")
+        put_table("gpu", printed)
 
 
 if __name__ == "__main__":
