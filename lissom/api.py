@@ -144,14 +144,15 @@ def compile(
     check_options(checks, metric, max_drop)
     shared = resolve_passes(passes)
     backends = find_backends(backend)
-    target = check_device(device) or device_of(model, split_inputs(example_inputs))
+    place = check_device(device)
+    target = place or device_of(model, split_inputs(example_inputs))
     missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
     lowerings = {item.name: item.lowering(target) for item in backends if item.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(shared) + sum(len(lowering) + 1 for lowering in lowerings.values())
     with progress_bar("compile") as bar:
         show = progress or bar
-        job = _capture(model, example_inputs, shared, dynamic, device, checks, data, metric, max_drop, show, count)
+        job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, count)
         lowered = job.pipeline.run_each(job.program, lowerings, job.history)
         built = build_fastest(backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count))
     report = Report(f"{built.program.name} on {built.backend}", built.history)
@@ -194,9 +195,10 @@ def optimize(
     """
     check_options(checks, metric, max_drop)
     shared = resolve_passes(passes)
+    place = check_device(device)
     with progress_bar("optimize") as bar:
         show = progress or bar
-        job = _capture(model, example_inputs, shared, dynamic, device, checks, data, metric, max_drop, show, 1 + len(shared))
+        job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, 1 + len(shared))
         program, history = job.pipeline.run(job.program, job.history)
     return Optimized(program, Report(program.name, history))
 
@@ -216,7 +218,7 @@ def _capture(
     example_inputs: Inputs,
     passes: Sequence[Pass],
     dynamic: Dynamic | bool,
-    device: str | torch.device | None,
+    device: torch.device | None,
     checks: Checks,
     data: Iterable[Inputs],
     metric: Metric | None,
@@ -227,7 +229,7 @@ def _capture(
     """Capture the model; count: the steps of the whole work, for the progress shown."""
     show("capture", 0, count)
     args, kwargs = split_inputs(example_inputs)
-    captured = capture(model, args, kwargs, dynamic=dynamic, device=check_device(device))
+    captured = capture(model, args, kwargs, dynamic=dynamic, device=device)
     program = captured.program
     history = History(format_pipeline(passes), checks)
     history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())

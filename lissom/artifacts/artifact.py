@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import fx
 
 from lissom.artifacts.directory import check_target, read_directory, write_directory
 from lissom.artifacts.fields import read_json
@@ -24,7 +23,7 @@ from lissom.compiler.history import History
 from lissom.compiler.program import Program
 from lissom.compiler.types import TensorType, ValueType
 from lissom.inspect.machine import device_name
-from lissom.ops import IMPLEMENTATIONS
+from lissom.ops import KERNELS
 from lissom.ops.native import SWITCH, load_kernels, missing_kernel
 from lissom.version import __version__
 
@@ -162,21 +161,12 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _kernel_nodes(program: Program) -> list[fx.Node]:
-    """The calls of our operators that have kernels of their own on a CPU."""
-    return [
-        node
-        for node in program.nodes()
-        if str(node.target).startswith("lissom.") and node.target not in IMPLEMENTATIONS and nodes.is_tensor(node)
-    ]
-
-
 def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
     """Load the kernels the program uses; a sentence when there are none, and it will be slow.
 
     Raises: ArtifactError when it was lowered for a CPU and is to run elsewhere, or this processor's kernels lack its dtype.
     """
-    types = {nodes.tensor_type(node) for node in _kernel_nodes(program)}
+    types = {nodes.tensor_type(node) for node in program.nodes(*KERNELS)}
     if not types:
         return ()
     elsewhere = next((found.device for found in types if found.device.type != "cpu"), None)
@@ -201,7 +191,7 @@ def _environment(program: Program) -> dict[str, str]:
         "torch": torch.__version__,
         "lissom": __version__,
         "cpu": device_name(torch.device("cpu")),
-        "kernels": (load_kernels() or "loaded") if _kernel_nodes(program) else "not used",
+        "kernels": (load_kernels() or "loaded") if program.nodes(*KERNELS) else "not used",
     }
 
 

@@ -55,7 +55,7 @@ class Eager(Backend):
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         if device.type != "cpu":
             return ()
-        # Without kernels the two lowering passes say why; merged projections would then be read with gaps.
+        # Without kernels the passes behind it say why; merged projections would then be read with gaps.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
         return (*merge, FuseRotary(), FuseAttention(), FuseRmsNorm(), PackLinear(), FuseEpilogues())
 

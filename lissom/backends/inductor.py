@@ -13,18 +13,16 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
-from torch.export import Dim
 
 from lissom.backends.base import Backend, Executable, confirm
-from lissom.compiler import node as nodes
+from lissom.backends.compiled import check_plain, device_of, free_dimensions, kind_and_reason, leaves_of, traced_example
 from lissom.compiler.errors import ArtifactError, UnsupportedError
 from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample, resize
-from lissom.compiler.signature import TensorArgument
+from lissom.compiler.samples import Sample
 from lissom.inspect.machine import instruction_sets
 
 PACKAGE, MADE_WITH = "model.pt2", "inductor.json"
@@ -55,11 +53,7 @@ class Inductor(Backend):
         Raises: UnsupportedError when the program keeps state, returns sizes, or holds what TorchInductor cannot compile;
             VerifyError when what it compiled gives something else than the program.
         """
-        if program.state:
-            raise UnsupportedError(
-                f"backend 'inductor' keeps no state, and {program.name} writes to '{program.state[0]}'; choose backend 'eager'"
-            )
-        _check_outputs(program)
+        check_plain(self.name, program)
         folder = Path(mkdtemp(prefix="lissom-"))
         try:
             # Warnings and tracebacks of the compiler's own parts; what matters is in its exception.
@@ -70,9 +64,8 @@ class Inductor(Backend):
             shutil.rmtree(folder)
             if not isinstance(error, Exception):
                 raise
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
             raise UnsupportedError(
-                f"TorchInductor cannot compile {program.name}: {type(error).__name__}: {first}; choose backend 'eager'"
+                f"TorchInductor cannot compile {program.name}: {kind_and_reason(error)}; choose backend 'eager'"
             ) from error
         confirm(self.name, package, program, example)
         return package
@@ -108,10 +101,10 @@ class Package:
     """
 
     def __init__(self, program: Program, path: Path, keep: bool = False) -> None:
-        device = program.signature.tensors[0].type.device if program.signature.tensors else torch.device("cpu")
+        device = device_of(program)
         index = -1 if device.type == "cpu" else device.index
         self.path = path
-        self._leaves = _leaves_of(program)
+        self._leaves = leaves_of(program)
         # The loader itself: what is around it reads the nesting of inputs and outputs from text at every call.
         self._loader = torch._inductor.aoti_load_package(str(path), device_index=index).loader
         if not keep:
@@ -134,18 +127,15 @@ class _Module(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> list[object]:
         outputs = self.program.run(inputs)
-        return [value for leaf, value in zip(_leaves_of(self.program), outputs, strict=True) if isinstance(leaf, fx.Node)]
+        return [value for leaf, value in zip(leaves_of(self.program), outputs, strict=True) if isinstance(leaf, fx.Node)]
 
 
 def _compile(program: Program, example: Sample, folder: Path) -> Path:
     """Export the program and compile it; the package's path."""
     from torch._inductor.package.package import package_aoti
 
-    signature = program.signature
-    # A size of 1 cannot be traced as one that varies.
-    sizes = {symbol: max(2, size) for symbol, size in signature.sizes_of(example).items()}
-    traced = tuple(tensor.contiguous() for tensor in resize(signature, example, sizes))
-    shapes = {"inputs": tuple(_free(leaf) for leaf in signature.tensors)}
+    traced = traced_example(program, example)
+    shapes = {"inputs": tuple(free_dimensions(leaf) for leaf in program.signature.tensors)}
     exported = torch.export.export(_Module(program).eval(), traced, dynamic_shapes=shapes, strict=False)
     options: dict[str, object] = {
         # Weights are packed once, when compiling, into the layout the kernels read.
@@ -159,20 +149,3 @@ def _compile(program: Program, example: Sample, folder: Path) -> Path:
     package_aoti(str(path), files)  # pyright: ignore[reportArgumentType]
     shutil.rmtree(folder / "files")
     return path
-
-
-def _free(leaf: TensorArgument) -> dict[int, object]:
-    """The dimensions of one input that vary; which of them are equal is found anew."""
-    return {index: Dim.AUTO for index, size in enumerate(leaf.type.shape) if not isinstance(size, int)}
-
-
-def _leaves_of(program: Program) -> list[object]:
-    return list(cast(Sequence[object], program.output.args[0]))
-
-
-def _check_outputs(program: Program) -> None:
-    for leaf in _leaves_of(program):
-        if isinstance(leaf, fx.Node) and not nodes.is_tensor(leaf):
-            raise UnsupportedError(
-                f"backend 'inductor' returns tensors, and {program.name} returns the size '{leaf.name}'; choose backend 'eager'"
-            )

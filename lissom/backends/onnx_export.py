@@ -10,21 +10,20 @@ from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
 from onnxscript.optimizer import optimize
 from torch import fx
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lissom.backends.compiled import free_dimensions, leaves_of, traced_example
 from lissom.backends.onnx_translation import OPSET, translations_for
 from lissom.compiler import node as nodes
 from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample, resize
-from lissom.compiler.signature import TensorArgument
+from lissom.compiler.samples import Sample
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 """The files a model is saved in; weights are apart, so that they can be mapped and may exceed 2 GB."""
@@ -81,7 +80,7 @@ def tidy(model: ir.Model) -> None:
 
 def results_of(program: Program) -> list[fx.Node]:
     """The tensors the program returns, each once."""
-    return list(dict.fromkeys(leaf for leaf in _leaves(program) if isinstance(leaf, fx.Node)))
+    return list(dict.fromkeys(leaf for leaf in leaves_of(program) if isinstance(leaf, fx.Node)))
 
 
 def input_names(program: Program) -> list[str]:
@@ -91,19 +90,16 @@ def input_names(program: Program) -> list[str]:
 
 def output_names(program: Program) -> list[str]:
     """The names of the results, by where they are in what is returned: `last_hidden_state`, `output_0`."""
-    paths = dict(zip(reversed(_leaves(program)), reversed(_paths(program.signature.out_spec)), strict=True))
+    paths = dict(zip(reversed(leaves_of(program)), reversed(_paths(program.signature.out_spec)), strict=True))
     wanted = [_plain(paths[result]) or "output" for result in results_of(program)]
     return _unique([f"output_{name}" if name[0].isdigit() else name for name in wanted], input_names(program))
 
 
 def _export(program: Program, example: Sample) -> ExportedProgram:
-    signature = program.signature
-    # A size of 1 cannot be traced as one that varies.
-    sizes = {symbol: max(2, size) for symbol, size in signature.sizes_of(example).items()}
-    traced = tuple(tensor.contiguous() for tensor in resize(signature, example, sizes))
+    traced = traced_example(program, example)
     flat = program.copy()
     flat.output.args = (tuple(results_of(flat)),)
-    shapes = tuple(_free(leaf) for leaf in signature.tensors)
+    shapes = tuple(free_dimensions(leaf) for leaf in program.signature.tensors)
     # Of a graph whose code is not generated yet the exporter does not see the arguments.
     module = fx.GraphModule(flat.graph_module, flat.graph).eval()
     with torch.no_grad():
@@ -120,11 +116,6 @@ def _quiet() -> Generator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _free(leaf: TensorArgument) -> dict[int, object]:
-    """The dimensions of one input that vary; which of them are equal is found anew."""
-    return {index: Dim.AUTO for index, size in enumerate(leaf.type.shape) if not isinstance(size, int)}
 
 
 def _keep_origins(program: Program, exported: ExportedProgram) -> None:
@@ -171,10 +162,6 @@ def _name_nodes(model: ir.Model) -> None:
         node.metadata_props.clear()
         node.metadata_props["module"] = path
     model.graph.metadata_props.clear()
-
-
-def _leaves(program: Program) -> list[object]:
-    return list(cast(Sequence[object], program.output.args[0]))
 
 
 def _paths(spec: pytree.TreeSpec, path: str = "") -> list[str]:

@@ -7,13 +7,13 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import onnxruntime
 import torch
 from onnx_ir import tensor_adapters
 from torch import fx
 
+from lissom.backends.compiled import device_of, leaves_of
 from lissom.backends.onnx_export import input_names, output_names, results_of
 from lissom.compiler.errors import UnsupportedError, nearest
 from lissom.compiler.program import Program
@@ -57,8 +57,7 @@ class Session:
         self._rows = [index for index, node in enumerate(program.placeholders) if node in rows]
         # What is returned, leaf by leaf: which result, or a value that is always the same.
         places = {result: index for index, result in enumerate(results_of(program))}
-        leaves = cast(Sequence[object], program.output.args[0])
-        self._leaves = [(places[leaf], None) if isinstance(leaf, fx.Node) else (None, leaf) for leaf in leaves]
+        self._leaves = [(places[leaf], None) if isinstance(leaf, fx.Node) else (None, leaf) for leaf in leaves_of(program)]
         if not keep:
             weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
@@ -150,9 +149,3 @@ def placed_nodes(session: onnxruntime.InferenceSession) -> list[tuple[str, str]]
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return []
     return [(part.ep_name, node.op_type) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
-
-
-def device_of(program: Program) -> torch.device:
-    """Where the program's inputs are; the CPU when it has none."""
-    tensors = program.signature.tensors
-    return tensors[0].type.device if tensors else torch.device("cpu")

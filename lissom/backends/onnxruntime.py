@@ -16,9 +16,9 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import fx
 
 from lissom.backends.base import Backend, Executable, confirm
+from lissom.backends.compiled import check_plain, kind_and_reason
 from lissom.compiler import node as nodes
 from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
 from lissom.compiler.program import Program
@@ -151,16 +151,7 @@ class OnnxRuntime(Backend):
 
 def _check(program: Program) -> None:
     """Refuse what cannot be exported, or what ONNX Runtime has no kernels for. Raises: UnsupportedError."""
-    if program.state:
-        raise UnsupportedError(
-            f"backend 'onnxruntime' keeps no state, and {program.name} writes to '{program.state[0]}'; choose backend 'eager'"
-        )
-    for leaf in program.output.args[0]:  # pyright: ignore
-        if isinstance(leaf, fx.Node) and not nodes.is_tensor(leaf):
-            raise UnsupportedError(
-                f"backend 'onnxruntime' returns tensors, and {program.name} returns the size '{leaf.name}'; "
-                f"choose backend 'eager'"
-            )
+    check_plain(OnnxRuntime.name, program)
     for node in program:
         if nodes.is_tensor(node) and node.op != "output":
             found = nodes.tensor_type(node)
@@ -205,8 +196,7 @@ def _compare(other: Session, best: Session, samples: Sequence[Sample]) -> tuple[
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an error."""
+    """What lies at the bottom of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {first}"
+    return kind_and_reason(error)

@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import fx
 
 from lissom.api import CompiledModel, compile
+from lissom.backends.eager import METHODS
 from lissom.bench.workload import Inputs, Shape, load_model, make_inputs
 from lissom.compiler.cost import Cost, cost
 from lissom.compiler.execute import last_uses_of
@@ -25,7 +26,6 @@ from lissom.compiler.sites import sites
 from lissom.inspect.machine import Machine
 from lissom.inspect.roofline import digits, node_seconds, plain_table, sizes_text
 from lissom.inspect.timing import time_calls
-from lissom.ops import IMPLEMENTATIONS
 
 _FEWEST_RUNS = 5
 
@@ -151,7 +151,7 @@ def _run(program: Program, inputs: Sequence[torch.Tensor], taken: Mapping[fx.Nod
         if node.op == "get_attr":
             values[node] = program.weight(str(node.target))
         elif node.op == "call_function":
-            target: Any = IMPLEMENTATIONS.get(node.target, node.target)
+            target: Any = METHODS.get(node.target, node.target)
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             _synchronize()
             started = time.perf_counter()

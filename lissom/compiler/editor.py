@@ -53,6 +53,15 @@ class Editor:
                 yield node
         self.current = None
 
+    def treatable(self, obstacle: Callable[[fx.Node], str | None], *targets: object) -> Iterator[fx.Node]:
+        """The nodes of these targets that nothing stands against; the others are reported with the reason `obstacle` gives."""
+        for node in self.nodes(*targets):
+            reason = obstacle(node)
+            if reason is None:
+                yield node
+            else:
+                self.skip(node, reason)
+
     def skip(self, node: fx.Node, reason: str) -> None:
         """Report a place the pass leaves as it is."""
         self.skipped.append(Skip(node.name, text.place(self.program, node), reason))

@@ -54,7 +54,7 @@ def kernel_dtypes() -> tuple[torch.dtype, ...]:
     """The dtypes the loaded kernels compute in; none where there are no kernels."""
     if load_kernels():
         return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.lissom.kernel_features() % 2 else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if torch.ops.lissom.has_bfloat16() else (torch.float32,)
 
 
 def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:

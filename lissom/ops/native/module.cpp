@@ -165,7 +165,7 @@ Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool 
   return by_dtype(x, [&] { return call(rotary_of<float>); }, [&] { return call(rotary_of<BFloat16>); });
 }
 
-int64_t kernel_features() { return kLanes * 2 + kHasBFloat16; }
+bool has_bfloat16() { return kHasBFloat16; }
 
 }  // namespace
 
@@ -178,7 +178,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
 }
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {
-  library.def("kernel_features() -> int", kernel_features);
+  library.def("has_bfloat16() -> bool", has_bfloat16);
   library.def("begin_call() -> ()", begin_call);
   library.def("end_call() -> ()", end_call);
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -34,11 +35,7 @@ class FuseAttention(Rewrite):
     """Turns attention into `lissom::fused_attention`."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(_PLAIN, attention):
-            reason = _obstacle(edit, node)
-            if reason:
-                edit.skip(node, reason)
-                continue
+        for node in edit.treatable(partial(_obstacle, edit), _PLAIN, attention):
             q, k, v = node.args[:3]
             shared = [_unrepeated(k), _unrepeated(v)]
             if all(shared):

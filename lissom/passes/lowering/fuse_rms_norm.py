@@ -24,11 +24,7 @@ class FuseRmsNorm(Rewrite):
     """Turns RMS norms over the last dimension into `lissom::fused_rms_norm`."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(aten.rms_norm.default):
-            reason = _obstacle(node)
-            if reason:
-                edit.skip(node, reason)
-                continue
+        for node in edit.treatable(_obstacle, aten.rms_norm.default):
             x, weight, eps = node.args[0], nodes.argument(node, "weight"), nodes.argument(node, "eps")
             if eps is None:
                 eps = torch.finfo(nodes.tensor_type(x).dtype).eps

@@ -22,11 +22,7 @@ class FuseRotary(Rewrite):
     """Turns `lissom::rotary` of [batch, heads, tokens, head_dim] into `lissom::fused_rotary`."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(rotary):
-            reason = _obstacle(node)
-            if reason:
-                edit.skip(node, reason)
-                continue
+        for node in edit.treatable(_obstacle, rotary):
             with edit.before(node):
                 call = edit.call(fused_rotary, *node.args, **node.kwargs)
             edit.replace(node, call)

@@ -26,11 +26,7 @@ class PackLinear(Rewrite):
 
     def run(self, edit: Editor) -> None:
         packed: dict[str, fx.Node] = {}
-        for node in edit.nodes(aten.linear.default):
-            reason = _obstacle(node)
-            if reason:
-                edit.skip(node, reason)
-                continue
+        for node in edit.treatable(_obstacle, aten.linear.default):
             x, weight, *bias = node.args
             with edit.before(node):
                 name = str(weight.target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]

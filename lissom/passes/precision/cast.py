@@ -132,13 +132,11 @@ class _Caster:
 
     def _dtype_for(self, node: fx.Node) -> torch.dtype | None:
         """The floating type a node's operands shall have; None to leave them as they are."""
-        floating = [item for item in node.all_input_nodes if _is_floating(item)]
         if node.target in _LOW:
             return self.low
-        if node.target in _FOLLOWS or is_view(node):
-            is_low = any(nodes.tensor_type(item).dtype == self.low for item in floating if nodes.is_tensor(item))
-            return self.low if is_low else None
-        return torch.float32 if any(nodes.tensor_type(item).dtype == self.low for item in floating) else None
+        if not any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in node.all_input_nodes):
+            return None
+        return self.low if node.target in _FOLLOWS or is_view(node) else torch.float32
 
     def _cast(self, item: fx.Node, dtype: torch.dtype, reader: fx.Node, *, clamp: bool = False) -> fx.Node:
         """The value in that dtype, cast where it is first needed; a weight is cast once and for all."""
