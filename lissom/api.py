@@ -40,10 +40,11 @@ class CompiledModel:
     Calls run under inference mode and may come from several threads, unless the program has state.
     """
 
-    def __init__(self, program: Program, executable: Executable, report: Report, backend: str) -> None:
+    def __init__(self, program: Program, executable: Executable, report: Report, backend: Backend) -> None:
         self.program = program
         self.report = report
-        self.backend = backend
+        self.backend = backend.name
+        self._backend = backend
         self._executable = executable
 
     def __call__(self, *args: object, **kwargs: object) -> object:
@@ -67,22 +68,23 @@ class CompiledModel:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
 
         The directory is written whole or not at all; an artifact that is there already is replaced. State is saved as it
-        was when the model was compiled.
+        was when the model was compiled, and the backend with the options it had.
 
         Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
             backend cannot save what it built.
         """
-        save_artifact(Path(directory), self.program, self._executable, self.report.history, self.backend)
+        save_artifact(Path(directory), self.program, self._executable, self.report.history, self._backend)
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
 
 
-def load(directory: str | Path, device: str | torch.device | None = None) -> CompiledModel:
+def load(directory: str | Path, device: str | torch.device | None = None, *, backend: Backend | None = None) -> CompiledModel:
     """The model that `CompiledModel.save` wrote, its weights mapped from the file. Nothing is unpickled.
 
     device: where it is to run; where it was made to run by default. What differs here from where it was made, such as kernels
     that are missing, is said in a warning.
+    backend: the backend it was saved for, with options in place of those it was saved with: `lissom.OnnxRuntime(threads=1)`.
 
     Raises: ArtifactError when the directory is no artifact, was changed or damaged, or does not run here; UnsupportedError for
         a device or a package that is not there.
@@ -93,10 +95,10 @@ def load(directory: str | Path, device: str | torch.device | None = None) -> Com
     >>> lissom.load(folder)
     CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
     """
-    loaded = load_artifact(Path(directory), check_device(device))
+    loaded = load_artifact(Path(directory), check_device(device), backend)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
-    report = Report(f"{loaded.program.name} on {loaded.backend}", loaded.history)
+    report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history)
     return CompiledModel(loaded.program, loaded.executable, report, loaded.backend)
 
 
@@ -155,7 +157,7 @@ def compile(
         job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, count)
         lowered = job.pipeline.run_each(job.program, lowerings, job.history)
         built = build_fastest(backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count))
-    report = Report(f"{built.program.name} on {built.backend}", built.history)
+    report = Report(f"{built.program.name} on {built.backend.name}", built.history)
     return CompiledModel(built.program, built.executable, report, built.backend)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from lissom.artifacts.weights import Place, load_weights, save_weights
 from lissom.backends import BACKENDS
 from lissom.backends.base import Backend, Executable
 from lissom.compiler import node as nodes
-from lissom.compiler.errors import ArtifactError, nearest
+from lissom.compiler.errors import ArtifactError, UnsupportedError, nearest
 from lissom.compiler.history import History
 from lissom.compiler.program import Program
 from lissom.compiler.types import TensorType, ValueType
@@ -37,17 +37,17 @@ class Loaded:
     program: Program
     executable: Executable
     history: History
-    backend: str
+    backend: Backend
     notes: tuple[str, ...]
 
 
-def save_artifact(directory: Path, program: Program, executable: Executable, history: History, backend: str) -> None:
+def save_artifact(directory: Path, program: Program, executable: Executable, history: History, backend: Backend) -> None:
     """Write an artifact, whole or not at all; one that is there already is replaced.
 
     Raises: ArtifactError when it cannot be written, or holds what an artifact cannot.
     """
     check_target(directory.absolute())
-    write_directory(directory, partial(_write, program, executable, history, BACKENDS[backend]()))
+    write_directory(directory, partial(_write, program, executable, history, backend))
 
 
 def _write(program: Program, executable: Executable, history: History, backend: Backend, folder: Path) -> None:
@@ -59,6 +59,7 @@ def _write(program: Program, executable: Executable, history: History, backend: 
     manifest = Manifest(
         name=program.name,
         backend=backend.name,
+        options=asdict(backend),
         device=str(_device_of(program)),
         signature=program.signature.describe(),
         pipeline=history.pipeline,
@@ -89,13 +90,14 @@ def _confirm(program: Program, folder: Path) -> None:
         raise ArtifactError(f"{program.name} cannot be saved: read back, its program is another; please report this model")
 
 
-def load_artifact(directory: Path, device: torch.device | None = None) -> Loaded:
-    """The artifact in a directory; device: where it is to run, where it ran before by default.
+def load_artifact(directory: Path, device: torch.device | None = None, backend: Backend | None = None) -> Loaded:
+    """The artifact in a directory; device: where it is to run, where it ran before by default; backend: in place of the one it
+    was saved with, which has the same name.
 
     Raises: ArtifactError when it is damaged or cannot run here; UnsupportedError when what its backend needs is not installed.
     """
     manifest = read_directory(directory)
-    backend = _find_backend(manifest.backend, directory)
+    backend = _find_backend(manifest, directory, backend)
     saved, wanted = _devices(manifest, directory, device)
     if saved.type != wanted.type and not backend.movable:
         raise ArtifactError(
@@ -110,14 +112,25 @@ def load_artifact(directory: Path, device: torch.device | None = None) -> Loaded
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
     history = _read_history(manifest, directory)
-    return Loaded(program, executable, history, backend.name, notes)
+    return Loaded(program, executable, history, backend, notes)
 
 
-def _find_backend(name: str, directory: Path) -> Backend:
+def _find_backend(manifest: Manifest, directory: Path, wanted: Backend | None) -> Backend:
+    """The backend the artifact was saved with, or the one wanted in its place."""
+    name = manifest.backend
     if name not in BACKENDS:
         hint = nearest(name, BACKENDS) or ";"
         raise ArtifactError(f"'{directory}' was made by a backend '{name}'{hint} this Lissom has {', '.join(BACKENDS)}")
-    return BACKENDS[name]()
+    if wanted is not None and wanted.name != name:
+        raise UnsupportedError(
+            f"'{directory}' was saved for backend '{name}', and backend= is '{wanted.name}'; "
+            f"compile the model again for that one"
+        )
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in manifest.options.items()}
+    try:
+        return wanted or BACKENDS[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"'{directory}' has options of backend '{name}' that this Lissom lacks: {error}") from error
 
 
 def _devices(manifest: Manifest, directory: Path, device: torch.device | None) -> tuple[torch.device, torch.device]:

@@ -38,12 +38,13 @@ class Content:
 class Manifest:
     """What an artifact is.
 
-    name: of the program. device: what it was made for, `cpu` or `cuda:0`. signature, pipeline: as text. history: as JSON.
-    environment: what it was made with. files: every other file in the directory.
+    name: of the program. options: of the backend. device: what it was made for, `cpu` or `cuda:0`. signature, pipeline: as text.
+    history: as JSON. environment: what it was made with. files: every other file in the directory.
     """
 
     name: str
     backend: str
+    options: Mapping[str, object]
     device: str
     signature: str
     pipeline: str
@@ -84,6 +85,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         return Manifest(
             **{key: take(data, key, str) for key in ("name", "backend", "device", "signature", "pipeline")},
+            options=take(data, "options", dict),
             history=take(data, "history", dict),
             environment={key: text(item) for key, item in take(data, "environment", dict).items()},
             files={name: _content(item) for name, item in take(data, "files", dict).items()},

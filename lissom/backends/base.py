@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,8 +21,9 @@ Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 """Flat inputs in the order of the program's placeholders; flat outputs."""
 
 
+@dataclass(frozen=True)
 class Backend(ABC):
-    """A way to run programs.
+    """A way to run programs; its fields are its options.
 
     movable: True when what was saved for one kind of device can be loaded for another.
     """

@@ -25,7 +25,7 @@ _SLOW_BUILD = 1.0
 class Built:
     """A program, what runs it, and how it came to be."""
 
-    backend: str
+    backend: Backend
     program: Program
     history: History
     executable: Executable
@@ -69,7 +69,7 @@ def build_fastest(
         best = built[min(timings, key=lambda name: timings[name].median_ms)]
         shapes = ", ".join(str(list(tensor.shape)) for tensor in example)
         listed = ", ".join(f"{name} {timing} ms" for name, timing in timings.items())
-        best.history.note(f"{FASTEST}: {best.backend} is used; on inputs {shapes}: {listed}")
+        best.history.note(f"{FASTEST}: {best.backend.name} is used; on inputs {shapes}: {listed}")
     for name, error in failed.items():
         best.history.note(f"{FASTEST}: {name} could not run: {_first_line(error)}")
     return best
@@ -83,7 +83,7 @@ def _build(backend: Backend, program: Program, history: History, example: Sample
         history.note(f"{backend.name} built the program in {seconds:.1f} s")
     for sentence in getattr(executable, "notes", ()):
         history.note(sentence)
-    return Built(backend.name, program, history, executable)
+    return Built(backend, program, history, executable)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,8 +1,9 @@
 """Attention in ONNX: each node that stands for one becomes matrix products and a softmax, or a single operator.
 
-The single operators read queries, keys and values as projections give them, [batch, tokens, heads · head_dim], so that the
-transpositions around them go away: `com.microsoft.MultiHeadAttention`, which ONNX Runtime computes block by block where nothing
-is masked, and `Attention` of opset 23 where something is.
+The single operators read queries, keys and values as projections give them where they can, [batch, tokens, heads · head_dim],
+so that the transpositions around them go away: `com.microsoft.MultiHeadAttention`, which ONNX Runtime computes block by block
+where nothing is masked, and `Attention` of opset 23 where something is. Where something stands between projections and
+attention, such as a rotary embedding, `Attention` reads them with heads apart.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 from ml_dtypes import finfo
 
-from lissom.backends.onnx_translation import DOMAIN
+from lissom.backends.onnx_blocks import replace
+from lissom.backends.onnx_translation import ATTENTION, DOMAIN
 
 CONTRIB = "com.microsoft"
 _HEADS_FIRST = (0, 2, 1, 3)
@@ -24,29 +26,15 @@ def expand_attention(model: ir.Model, fused: bool) -> int:
     """Put plain operators in the place of each attention, or a single one where that can be; how many became one."""
     count = 0
     for node in list(model.graph):
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type != ATTENTION:
             continue
         site = _Site.of(node)
         found = _single(site) if fused else None
         count += found is not None
-        _put(model, node, site, found or _explicit(site))
+        replace(model, node, site.tape, found or _explicit(site))
     if any(node.domain == CONTRIB for node in model.graph):
         model.opset_imports[CONTRIB] = 1
-    model.opset_imports.pop(DOMAIN, None)
     return count
-
-
-def _put(model: ir.Model, node: ir.Node, site: _Site, result: ir.Value) -> None:
-    """Let the graph use the result in the node's place."""
-    for new in site.tape.nodes:
-        new.metadata_props.update(node.metadata_props)
-    model.graph.insert_before(node, site.tape.nodes)
-    old = node.outputs[0]
-    result.shape, result.type = old.shape, old.type
-    name = old.name
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
-    result.name = name
 
 
 @dataclass(frozen=True)
@@ -168,20 +156,55 @@ def _visible(site: _Site) -> ir.Value | None:
 
 
 def _single(site: _Site) -> ir.Value | None:
-    """The attention as one operator; None where none can say it or it does not read projections."""
-    sources = [_projection(item) for item in (site.q, site.k, site.v)]
-    if None in sources or site.sinks is not None or site.softcap or site.q.dtype == ir.DataType.DOUBLE:
+    """The attention as one operator; None where none can say it."""
+    if site.sinks is not None or site.softcap or site.q.dtype == ir.DataType.DOUBLE:
         return None
-    heads, width = _shape(site.q)[1], _shape(site.v)[3]
-    if not isinstance(heads, int) or not isinstance(width, int) or _shape(site.k)[1] != heads or _shape(site.v)[1] != heads:
+    if any(len(_shape(item)) != 4 or not isinstance(_shape(item)[1], int) for item in (site.q, site.k, site.v)):
         return None
     if site.causal and _shape(site.q)[2] != _shape(site.k)[2]:
         return None
-    bias = None
-    if site.mask is not None:
-        bias = _whole_bias(site)
-        if bias is None:
-            return None
+    bias = _whole_bias(site) if site.mask is not None else None
+    if site.mask is not None and bias is None:
+        return None
+    operands = [_projection(item) for item in (site.q, site.k, site.v)]
+    if None in operands or _fixed(_shape(site.q)[1]) != _fixed(_shape(site.k)[1]):
+        return _by_heads(site, bias)
+    return _by_projections(site, operands, bias)
+
+
+def _by_heads(site: _Site, bias: ir.Value | None) -> ir.Value | None:
+    """`Attention` of queries, keys and values as they are, [batch, heads, tokens, head_dim]; heads that share keys once."""
+    k, v = (_shared(item) for item in (site.k, site.v))
+    heads, groups = _fixed(_shape(site.q)[1]), _fixed(_shape(k)[1])
+    if _shape(v)[1] != groups or heads % groups:
+        return None
+    operands = [site.q, k, v, *([bias] if bias is not None else [])]
+    result = site.call("Attention", *operands, scale=site.scale, is_causal=int(site.causal))
+    visible = _visible(site)
+    return result if visible is None else site.call("Mul", result, visible)
+
+
+def _shared(value: ir.Value) -> ir.Value:
+    """Keys or values before each head was repeated for the queries' heads that share it; the value itself where none was."""
+    reshape = value.producer()
+    expand = reshape.inputs[0].producer() if reshape is not None and _is(reshape, "Reshape") else None
+    apart = expand.inputs[0].producer() if expand is not None and _is(expand, "Expand") else None
+    source = apart.inputs[0] if apart is not None and _is(apart, "Unsqueeze") else None
+    if source is None or len(_shape(source)) != 4:
+        return value
+    (batch, groups, tokens, width), heads = _shape(source), _shape(value)[1]
+    between = _shape(apart.outputs[0]) if apart is not None else ()
+    repeated = list(between) == [batch, groups, 1, tokens, width] and isinstance(groups, int) and isinstance(heads, int)
+    return source if repeated and list(_shape(value)) == [batch, heads, tokens, width] else value
+
+
+def _is(node: ir.Node, op_type: str) -> bool:
+    return node.op_type == op_type and bool(node.inputs) and node.inputs[0] is not None
+
+
+def _by_projections(site: _Site, sources: Sequence[ir.Value | None], bias: ir.Value | None) -> ir.Value:
+    """One operator that reads what projections give, [batch, tokens, heads · head_dim], and gives the same."""
+    heads, width = _fixed(_shape(site.q)[1]), _fixed(_shape(site.v)[3])
     call = site.call
     if bias is None and not site.causal:
         result = call("MultiHeadAttention", *sources, domain=CONTRIB, num_heads=heads, scale=site.scale)

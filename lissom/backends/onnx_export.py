@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lissom.backends.compiled import free_dimensions, leaves_of, traced_example
-from lissom.backends.onnx_translation import OPSET, translations_for
+from lissom.backends.onnx_translation import OPSET, TRANSLATIONS
 from lissom.compiler import node as nodes
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
@@ -28,15 +28,32 @@ from lissom.compiler.samples import Sample
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 """The files a model is saved in; weights are apart, so that they can be mapped and may exceed 2 GB."""
 
+aten = torch.ops.aten
+
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other)
+_SPELLINGS: Mapping[object, object] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.min.other: aten.minimum.default,
+    aten.max.other: aten.maximum.default,
+}
 _PATHS = "pkg.torch.onnx.name_scopes"
+_NO_MODULE = "_empty_nn_module_stack"
+_WINDOW = 16
+"""How far ahead the counterpart of an exported node is looked for."""
 
 
-def export_onnx(program: Program, example: Sample) -> ir.Model:
+def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir.Model:
     """The program as an ONNX model, its inputs and outputs named as the caller names them.
 
     Attention is left as nodes of the domain `lissom`; `onnx_forms.write_form` makes a model of it that runs.
+
+    decompose: let the exporter take operators apart first. It then has a translation for nearly all, and takes twice as long.
     """
     exported = _export(program, example)
+    if not decompose:
+        exported.run_decompositions = lambda *_, **__: exported
     _keep_origins(program, exported)
     inputs, outputs = input_names(program), output_names(program)
     # Warnings of the exporter's own parts; what matters is in its exception.
@@ -48,13 +65,14 @@ def export_onnx(program: Program, example: Sample) -> ir.Model:
             input_names=inputs,
             output_names=outputs,
             opset_version=OPSET,
-            custom_translation_table=translations_for(program),  # pyright: ignore[reportArgumentType]
+            custom_translation_table=dict(TRANSLATIONS),  # pyright: ignore[reportArgumentType]
             dynamo=True,
             verbose=False,
             optimize=False,
         )
         assert result is not None
         model = result.model
+        _name_transposed(model)
         # Not by the exporter, which fuses to operators whose kernels take less than they say.
         optimize(model)
     _name_sizes(program, model)
@@ -99,11 +117,21 @@ def _export(program: Program, example: Sample) -> ExportedProgram:
     traced = traced_example(program, example)
     flat = program.copy()
     flat.output.args = (tuple(results_of(flat)),)
+    _respell(flat)
     shapes = tuple(free_dimensions(leaf) for leaf in program.signature.tensors)
     # Of a graph whose code is not generated yet the exporter does not see the arguments.
     module = fx.GraphModule(flat.graph_module, flat.graph).eval()
     with torch.no_grad():
         return torch.export.export(module, traced, dynamic_shapes=shapes, strict=False)
+
+
+def _respell(program: Program) -> None:
+    """Call operators by the names the exporter knows."""
+    for node in program.nodes():
+        node.target = _SPELLINGS.get(node.target, node.target)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        if node.target in _CASTS:
+            node.target, node.args = aten._to_copy.default, node.args[:1]
+            node.kwargs = {"dtype": nodes.tensor_type(node).dtype}
 
 
 @contextmanager
@@ -120,16 +148,27 @@ def _quiet() -> Generator[None]:
 
 def _keep_origins(program: Program, exported: ExportedProgram) -> None:
     """Tell the exporter which module each node is from: the nodes of both graphs are in one order."""
-    ours = iter(program.nodes())
+    ours, start = program.nodes(), 0
+    path = ""
     for node in exported.graph.nodes:
         if node.op != "call_function":
             continue
-        found = next((item for item in ours if item.target == node.target), None)
-        if found is None:
-            return
-        path = nodes.origin(found).module_path
+        # What the exporter wrote anew, such as a read of a size, has no counterpart, and is from where it is used: nearby.
+        found = next(
+            (index for index in range(start, min(start + _WINDOW, len(ours))) if ours[index].target == node.target), None
+        )
+        if found is not None:
+            path, start = nodes.origin(ours[found]).module_path, found + 1
         stack = {"": ("", program.name)} | ({path: (path, "module")} if path else {})
         node.meta["nn_module_stack"] = stack
+
+
+def _name_transposed(model: ir.Model) -> None:
+    """Let a weight that is transposed, which is done once and for all, keep its name."""
+    for node in model.graph:
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is not None and weight.is_initializer():
+            node.outputs[0].name = f"{weight.name}_transposed"
 
 
 def _name_sizes(program: Program, model: ir.Model) -> None:
@@ -156,6 +195,7 @@ def _name_nodes(model: ir.Model) -> None:
     for node in model.graph.all_nodes():
         scopes = ast.literal_eval(node.metadata_props.get(_PATHS, "[]"))
         path = node.metadata_props.get("module", scopes[-2] if len(scopes) > 1 else "")
+        path = "" if path.startswith(_NO_MODULE) else path
         name = f"{path}/{node.op_type}".lstrip("/")
         taken[name] += 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"

@@ -7,13 +7,18 @@ from collections.abc import Collection, Mapping
 import onnx_ir as ir
 
 from lissom.backends.onnx_attention import expand_attention
+from lissom.backends.onnx_blocks import expand_rotary, merge_projections, write_out_rms_norms
 from lissom.backends.onnx_export import tidy
+from lissom.backends.onnx_translation import DOMAIN
 
-ATTENTION, NORMS = "attention", "norms"
+ATTENTION, NORMS, ROTARY, RMS_NORMS, PROJECTIONS = "attention", "norms", "rotary", "rms-norms", "projections"
 
 CHOICES: Mapping[str, str] = {
     ATTENTION: "attention as one operator",
     NORMS: "layer norms kept apart from the sums before them",
+    ROTARY: "rotary embedding as one operator",
+    RMS_NORMS: "RMS norms written out, to be fused with the sums before them",
+    PROJECTIONS: "projections of one input merged into one product",
 }
 """What may be done to a model, in the order it is tried, in words."""
 
@@ -21,9 +26,18 @@ CHOICES: Mapping[str, str] = {
 def write_form(exported: ir.Model, chosen: Collection[str] = ()) -> tuple[ir.Model, dict[str, int]]:
     """The exported model with what was chosen of CHOICES done to it, and in how many places each was."""
     model = exported.clone()
-    places = {ATTENTION: expand_attention(model, ATTENTION in chosen)}
-    places[NORMS] = _keep_norms_apart(model) if NORMS in chosen else 0
+    places = {
+        ATTENTION: expand_attention(model, ATTENTION in chosen),
+        ROTARY: expand_rotary(model, ROTARY in chosen),
+        NORMS: _keep_norms_apart(model) if NORMS in chosen else 0,
+        RMS_NORMS: write_out_rms_norms(model) if RMS_NORMS in chosen else 0,
+    }
+    model.opset_imports.pop(DOMAIN, None)
     tidy(model)
+    if PROJECTIONS in chosen:
+        # What reads one value reads it under one name now.
+        places[PROJECTIONS] = merge_projections(model)
+        tidy(model)
     return model, places
 
 

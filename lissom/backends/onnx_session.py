@@ -13,6 +13,7 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import fx
 
+from lissom.backends.batches import Cutting
 from lissom.backends.compiled import device_of, leaves_of
 from lissom.backends.onnx_export import input_names, output_names, results_of
 from lissom.compiler.errors import UnsupportedError, nearest
@@ -40,6 +41,7 @@ class Session:
 
     path: the model's file; weights lie beside it. Its folder is deleted with this object, unless it is to be kept.
     notes: sentences for the reader.
+    cutting: how large batches are cut into pieces; None to run them whole.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Session:
     ) -> None:
         self.path = path
         self.notes = tuple(notes)
+        self.cutting: Cutting | None = None
         self._session = session
         self._device = device_of(program)
         self._inputs = input_names(program)
@@ -62,6 +65,11 @@ class Session:
             weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        found = self.run(inputs) if self.cutting is None else self.cutting(self.run, inputs)
+        return [constant if place is None else found[place] for place, constant in self._leaves]
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The model's results for flat inputs, in one go."""
         kind, index = self._device.type, self._device.index or 0
         binding = self._session.io_binding()
         # Held until the call is over: the binding has no more than their addresses.
@@ -79,8 +87,7 @@ class Session:
         # Its errors have no common class; what asks for a row that a table lacks is told by this one.
         except Exception as error:
             raise RuntimeError(str(error)) from error
-        found = [torch.from_dlpack(value) for value in binding.get_outputs()]
-        return [constant if place is None else found[place] for place, constant in self._leaves]
+        return [torch.from_dlpack(value) for value in binding.get_outputs()]
 
 
 def open_session(

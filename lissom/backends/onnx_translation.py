@@ -1,7 +1,7 @@
 """Operators that torch's ONNX exporter lacks, or that are wanted as one node: each as a function that writes ONNX nodes.
 
-Attention is written as one node of the domain `lissom`, which no runtime knows: `onnx_attention` puts in its place what the
-runtime at hand is fast at.
+Attention and rotary embeddings are written as nodes of the domain `lissom`, which no runtime knows: `onnx_attention` and
+`onnx_blocks` put in their place what the runtime at hand is fast at.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import onnx_ir as ir
 import torch
 from onnxscript import evaluator, values
 
-from lissom.compiler.program import Program
-from lissom.ops import attention, rotary
+from lissom.ops import attention, grouped_product, rotary
 
 aten = torch.ops.aten
 
 OPSET = 23
 DOMAIN = "lissom"
-"""The domain of the node that stands for an attention."""
+ATTENTION, ROTARY = "Attention", "Rotary"
+"""The domain and names of nodes that stand for an attention and a rotary embedding."""
 
 op: Any = values.Opset("", OPSET)
 
@@ -31,7 +31,7 @@ def _attention_node(
 ) -> ir.Value:
     """The node of an attention; zeros: rows that see nothing yield zeros, where they would yield no number."""
     options = {"scale": scale, "softcap": softcap, "causal": int(causal), "zeros": int(zeros)}
-    node = ir.Node(DOMAIN, "Attention", inputs, ir.convenience.convert_attributes(options), num_outputs=1, version=1)
+    node = ir.Node(DOMAIN, ATTENTION, inputs, ir.convenience.convert_attributes(options), num_outputs=1, version=1)
     return _recorded(node)[0]
 
 
@@ -68,26 +68,8 @@ def _attention(
 
 
 def _rotary(x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bool = False) -> ir.Value:
-    features = _fixed(x, -1)
-    halves = _fixed(cos, -1) != features
-    if interleaved:
-        pairs = op.Reshape(x, op.Concat(op.Shape(x, start=0, end=-1), op.Constant(value_ints=[features // 2, 2]), axis=0))
-        last = op.Constant(value_ints=[-1])
-        a, b = (op.Squeeze(item, last) for item in op.Split(pairs, num_outputs=2, axis=-1))
-    else:
-        a, b = op.Split(x, num_outputs=2, axis=-1)
-    if halves:
-        turned = (op.Sub(op.Mul(a, cos), op.Mul(b, sin)), op.Add(op.Mul(b, cos), op.Mul(a, sin)))
-        return _joined(*turned, x, interleaved)
-    return op.Add(op.Mul(x, cos), op.Mul(_joined(op.Neg(b), a, x, interleaved), sin))
-
-
-def _joined(a: ir.Value, b: ir.Value, like: ir.Value, interleaved: bool) -> ir.Value:
-    """The two members of each pair side by side again."""
-    if not interleaved:
-        return op.Concat(a, b, axis=-1)
-    last = op.Constant(value_ints=[-1])
-    return op.Reshape(op.Concat(op.Unsqueeze(a, last), op.Unsqueeze(b, last), axis=-1), op.Shape(like))
+    options = ir.convenience.convert_attributes({"interleaved": int(interleaved)})
+    return _recorded(ir.Node(DOMAIN, ROTARY, [x, cos, sin], options, num_outputs=1, version=1))[0]
 
 
 def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Value:
@@ -131,19 +113,13 @@ def _fixed(value: ir.Value, dim: int) -> int:
     return size
 
 
-_TRANSLATIONS: Mapping[object, Callable[..., object]] = {
+TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
     attention: _attention,
     rotary: _rotary,
+    grouped_product: _grouped_product,
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill.Tensor: _masked_fill,
     aten.where.self: _where,
 }
-_OF_OTHERS: Mapping[str, Callable[..., object]] = {"transformers.grouped_mm_fallback.default": _grouped_product}
-"""For operators that other packages register, by name."""
-
-
-def translations_for(program: Program) -> dict[object, Callable[..., object]]:
-    """What the exporter is to write for operators of the program that it does not know, or knows a worse form of."""
-    others = {node.target: _OF_OTHERS[str(node.target)] for node in program.nodes() if str(node.target) in _OF_OTHERS}
-    return {**_TRANSLATIONS, **others}
+"""What the exporter is to write for operators that it does not know, or knows a worse form of."""

@@ -6,6 +6,7 @@ The file is standard ONNX, with operators of `com.microsoft` where they were mea
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 from lissom.backends.base import Backend, Executable, confirm
 from lissom.backends.compiled import check_plain, kind_and_reason
 from lissom.compiler import node as nodes
-from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
+from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError, VerifyError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, resize
 from lissom.inspect.timing import time_calls
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
     from lissom.backends.onnx_session import Session
 
-_SECONDS = 0.3
-"""How long each form of a model is timed."""
+CUTTING = "batches.json"
+"""The file of an artifact that says in which pieces batches are computed."""
 _GAIN = 0.98
 """A fusion must take less than this share of the time without, so that noise does not decide."""
 
@@ -45,6 +46,7 @@ class OnnxRuntime(Backend):
     threads: for one operator; by default as many as PyTorch uses.
     arena: keep memory between calls.
     optimization: how much ONNX Runtime rewrites the graph when it opens it.
+    timing_seconds: how long each form the model can be written in is timed, at each of two sizes.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -54,6 +56,7 @@ class OnnxRuntime(Backend):
     threads: int | None = None
     arena: bool = True
     optimization: Literal["none", "basic", "extended", "all"] = "all"
+    timing_seconds: float = 0.3
 
     def missing(self) -> str | None:
         absent = [name for name in ("onnxruntime", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -72,20 +75,14 @@ class OnnxRuntime(Backend):
         """
         _check(program)
         # Here, because they are an extra and take a second or two to import.
-        from lissom.backends.onnx_export import export_onnx
+        from lissom.backends.batches import fastest_cutting
         from lissom.backends.onnx_forms import CHOICES, write_form
 
         try:
-            exported = export_onnx(program, example)
-            best = self._open(program, write_form(exported)[0])
-        except UnsupportedError:
-            raise
-        # Neither the exporter's errors nor the runtime's have a common class.
-        except Exception as error:
-            raise UnsupportedError(
-                f"ONNX Runtime cannot run {program.name}: {_reason(error)}; choose backend 'eager'"
-            ) from error
-        confirm(self.name, best, program, example)
+            exported, best = self._export(program, example, decompose=False)
+        # What the exporter cannot translate, or translates wrongly, it may know when it is taken apart.
+        except (UnsupportedError, VerifyError):
+            exported, best = self._export(program, example, decompose=True)
         chosen, notes = list[str](), list[str]()
         for choice, words in CHOICES.items():
             model, places = write_form(exported, [*chosen, choice])
@@ -98,12 +95,34 @@ class OnnxRuntime(Backend):
             except Exception as error:
                 notes.append(f"{words}, {places[choice]} times, is not used: {_reason(error)}")
                 continue
-            faster, times = _compare(other, best, _timed_samples(program, example))
+            faster, times = _compare(other, best, _timed_samples(program, example), self.timing_seconds)
             notes.append(f"{words}, {places[choice]} times, {'is used' if faster else 'is not used'}: {times}")
             if faster:
                 best, chosen = other, [*chosen, choice]
+        cutting = fastest_cutting(best.run, program, example, self.timing_seconds) if self.timing_seconds else None
+        if cutting is not None:
+            best.cutting = cutting[0]
+            notes.append(f"large batches are computed in pieces: {cutting[1]}")
         best.notes += tuple(notes)
         return best
+
+    def _export(self, program: Program, example: Sample, decompose: bool) -> tuple[ir.Model, Session]:
+        """The exported model, and its plain form opened and confirmed. Raises: UnsupportedError, VerifyError."""
+        from lissom.backends.onnx_export import export_onnx
+        from lissom.backends.onnx_forms import write_form
+
+        try:
+            exported = export_onnx(program, example, decompose)
+            session = self._open(program, write_form(exported)[0])
+        except UnsupportedError:
+            raise
+        # Neither the exporter's errors nor the runtime's have a common class.
+        except Exception as error:
+            raise UnsupportedError(
+                f"ONNX Runtime cannot run {program.name}: {_reason(error)}; choose backend 'eager'"
+            ) from error
+        confirm(self.name, session, program, example)
+        return exported, session
 
     def _open(self, program: Program, model: ir.Model) -> Session:
         from lissom.backends.onnx_export import save_onnx
@@ -132,16 +151,22 @@ class OnnxRuntime(Backend):
         assert isinstance(executable, Session)
         for file in executable.path.parent.iterdir():
             shutil.copyfile(file, folder / file.name)
+        elements = executable.cutting.elements if executable.cutting is not None else None
+        (folder / CUTTING).write_text(json.dumps({"elements": elements}), encoding="utf-8")
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
         """The ONNX file opened, its weights mapped."""
         missing = self.missing()
         if missing is not None:
             raise UnsupportedError(missing)
+        from lissom.backends.batches import Cutting, batch_inputs
         from lissom.backends.onnx_export import MODEL
 
         try:
-            return self._session(program, folder / MODEL, keep=True)
+            session = self._session(program, folder / MODEL, keep=True)
+            elements = json.loads((folder / CUTTING).read_text(encoding="utf-8"))["elements"]
+            session.cutting = Cutting(batch_inputs(program), int(elements)) if elements else None
+            return session
         except UnsupportedError:
             raise
         # ONNX Runtime's errors have no common class.
@@ -180,7 +205,7 @@ def _timed_samples(program: Program, example: Sample) -> list[Sample]:
     return [example, larger] if sizes else [example]
 
 
-def _compare(other: Session, best: Session, samples: Sequence[Sample]) -> tuple[bool, str]:
+def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: float) -> tuple[bool, str]:
     """Whether the other session is faster over all, and the times in words.
 
     Of the runs the faster quarter is looked at, which other work on the machine disturbs least.
@@ -188,7 +213,7 @@ def _compare(other: Session, best: Session, samples: Sequence[Sample]) -> tuple[
     ratios: list[float] = []
     told: list[str] = []
     for sample in samples:
-        timings = time_calls({"with": partial(other, sample), "without": partial(best, sample)}, _SECONDS)
+        timings = time_calls({"with": partial(other, sample), "without": partial(best, sample)}, seconds)
         ratios.append(timings["with"].low_ms / timings["without"].low_ms)
         shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
         told.append(f"{timings['with']} ms with it and {timings['without']} ms without on inputs {shapes}")

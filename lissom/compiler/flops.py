@@ -149,6 +149,6 @@ _FOREIGN: dict[str, Formula] = {
     "lissom.fused_attention.default": _attention,
     "lissom.packed_linear.default": _packed,
     "lissom.packed_linear_norm.default": _packed,
-    "transformers.grouped_mm_fallback.default": _grouped_product,
+    "lissom.grouped_product.default": _grouped_product,
 }
-"""The same for our own operators, and for those of libraries that need not be installed, by name."""
+"""The same for our own operators, by name."""

@@ -23,11 +23,14 @@ from lissom.compiler.node import Origin
 from lissom.compiler.program import Program
 from lissom.compiler.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.types import type_of
+from lissom.ops import grouped_product
 
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 _NO_MODULE = "_empty_nn_module_stack"
 _TORCH = str(Path(torch.__file__).parent)
+_OF_OTHERS: Mapping[str, object] = {"transformers.grouped_mm_fallback.default": grouped_product}
+"""Operators other packages register, by name, and those of ours that say the same."""
 
 
 def flatten_exported(
@@ -136,6 +139,7 @@ def _copy_call(graph: fx.Graph, node: fx.Node, translate) -> fx.Node:  # noqa: A
             f"a program is one straight graph: take the branch out of the model"
         )
     copied = graph.node_copy(node, translate)
+    copied.target = _OF_OTHERS.get(str(node.target), node.target)  # pyright: ignore[reportAttributeAccessIssue]
     copied.meta = {}
     # A view was possible for the strides of capture; with gradients, or on another device, operators give others.
     if copied.target is torch.ops.aten.view.default:

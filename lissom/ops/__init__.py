@@ -7,10 +7,15 @@ import torch
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.fused_attention import fused_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
+from lissom.ops.grouped_product import grouped_product, grouped_product_reference
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
 
-IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {attention: attention_reference, rotary: rotary_reference}
+IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
+    attention: attention_reference,
+    rotary: rotary_reference,
+    grouped_product: grouped_product_reference,
+}
 """Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
 
 KERNELS = (packed_linear, packed_linear_norm, fused_attention, fused_rms_norm, fused_rotary)
@@ -23,6 +28,7 @@ __all__ = [
     "fused_attention",
     "fused_rms_norm",
     "fused_rotary",
+    "grouped_product",
     "packed_linear",
     "packed_linear_norm",
     "rotary",

@@ -27,7 +27,7 @@ def plainly_compiled(found: Capture) -> CompiledModel:
     program = found.program.copy()
     history = History("", "off")
     history.record(Step(0, "capture", "capture", 0.5, 0.0, Size.of(program), notes=("a note",)), program.text())
-    return CompiledModel(program, Eager().build(program, found.example), Report(f"{program.name} on eager", history), "eager")
+    return CompiledModel(program, Eager().build(program, found.example), Report(f"{program.name} on eager", history), Eager())
 
 
 def compiled(name: str) -> CompiledModel:

@@ -13,7 +13,7 @@ from lissom.compiler.execute import call
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 
-UNKNOWN = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+UNKNOWN = ("aten._grouped_mm.default", "lissom.grouped_product.default")
 """Operators PyTorch does not count, although they multiply matrices."""
 
 

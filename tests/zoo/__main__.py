@@ -15,7 +15,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     from tests.zoo.catalogue import entries
-    from tests.zoo.coverage import headline, load, page, surprises, with_runtime
+    from tests.zoo.check import BACKENDS
+    from tests.zoo.coverage import headline, load, page, surprises
     from tests.zoo.entry import FAMILIES
     from tests.zoo.runner import run
 
@@ -24,15 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
     parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds one model may take (default 150)")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
-    parser.add_argument("--output", type=Path, help="where the records go, one a line; zoo.json, or zoo-BACKEND.json")
-    parser.add_argument("--backend", default="eager", help="what runs the models; onnxruntime adds a column to the page")
+    parser.add_argument(
+        "--output", type=Path, default=Path("zoo.json"), help="where the records go, one a line (default zoo.json)"
+    )
+    parser.add_argument("--backend", action="append", choices=tuple(BACKENDS), help="only this backend; may be given again")
+    parser.add_argument("--no-reload", action="store_true", help="do not save and load what was compiled")
     parser.add_argument("--attention", choices=("eager", "sdpa"), help="the spelling of attention transformers is to use")
     parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--page", type=Path, help="where the page goes; docs/coverage.md when all models are run")
     options = parser.parse_args(arguments)
-    eager, runtime = Path("zoo.json"), Path("zoo-onnxruntime.json")
-    options.output = options.output or (eager if options.backend == "eager" else Path(f"zoo-{options.backend}.json"))
     chosen = [entry for entry in entries(options.attention) if not options.family or entry.family in options.family]
     if options.only:
         unknown = set(options.only) - {entry.name for entry in chosen}
@@ -48,15 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.resume:
         options.output.unlink(missing_ok=True)
     started = time.perf_counter()
-    run(chosen, options.output, seconds=options.limit_seconds, jobs=options.jobs, backend=options.backend)
+    backends = options.backend or tuple(BACKENDS)
+    limit, jobs = options.limit_seconds, options.jobs
+    run(chosen, options.output, seconds=limit, jobs=jobs, backends=backends, reload=not options.no_reload)
     records = load(options.output)
     whole = not (options.family or options.only)
-    base = options.output if options.backend == "eager" else eager
-    if (options.page or whole) and base.exists():
+    if options.page or whole:
         target = options.page or Path("docs/coverage.md")
-        beside = options.output if options.backend == "onnxruntime" else runtime
-        found = with_runtime(load(base), load(beside) if beside.exists() else [])
-        target.write_text(page(found), encoding="utf-8")
+        target.write_text(page(records), encoding="utf-8")
     minutes = (time.perf_counter() - started) / 60
     print(f"{headline(records)}{minutes:.1f} minutes; the records are in {options.output}")
     unexpected = surprises(records)

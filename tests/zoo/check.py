@@ -5,11 +5,12 @@ Seconds are processor seconds: on a machine that does other work beside, they ar
 
 from __future__ import annotations
 
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import lissom
+from lissom.api import CompiledModel
+from lissom.backends.base import Backend
 from lissom.compiler.errors import InputError
 from lissom.compiler.history import History
 from lissom.compiler.linears import is_attention
@@ -33,7 +36,11 @@ from lissom.frontends.export import Capture, capture
 from tests.compiler.flop_counter import miscounted
 from tests.models import Case
 from tests.zoo.entry import Entry
+from tests.zoo.fresh import answers, outline
 
+EAGER, RUNTIME = "eager", "onnxruntime"
+# What is asked of a form here is whether it gives the same, not which is the fastest.
+BACKENDS: Mapping[str, Backend | str] = {EAGER: EAGER, RUNTIME: lissom.OnnxRuntime(timing_seconds=0.0)}
 Report = Callable[[dict[str, Any]], None]
 
 aten = torch.ops.aten
@@ -44,38 +51,41 @@ class _Stopped(Exception):
     """A phase failed, so that the later ones have nothing to work on."""
 
 
-def check(entry: Entry, report: Report, backend: str = "eager") -> None:
-    """Build the model, capture it, compile it for a backend, and compare both with it at several sizes.
+def check(entry: Entry, report: Report, backends: Sequence[str] = (EAGER,), loader: str | None = None) -> None:
+    """Build the model, capture it, compile it for each backend, and compare all with it at several sizes.
 
     report: called with the facts found so far, after every phase, so that a run that is cut short has told what it knew.
+    loader: the address of `fresh.loader`; what was compiled is saved, and loaded in a process that never saw the model.
     """
-    record: dict[str, Any] = {"seconds": {}, "failed": None, "error": None}
+    record: dict[str, Any] = {"seconds": {}, "failed": None, "error": None, "backends": {}}
 
     @contextmanager
-    def phase(name: str) -> Generator[None]:
+    def phase(name: str, place: dict[str, Any] = record) -> Generator[None]:
         record["phase"] = name
         report(record)
         started = time.process_time()
         try:
             yield
         except Exception as error:
-            record["failed"], record["error"], record["place"] = name, _sentence(error), _place(error)
+            place["failed"], place["error"], place["place"] = name, _sentence(error), _place(error)
             raise _Stopped from error
         finally:
-            record["seconds"][name] = round(time.process_time() - started, 3)
+            record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.process_time() - started, 3)
 
     torch.manual_seed(0)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            _phases(entry, record, phase, backend)
+            _phases(entry, record, phase, backends, loader)
     except _Stopped:
         pass
     record["phase"] = None
     report(record)
 
 
-def _phases(entry: Entry, record: dict[str, Any], phase: Callable[[str], Any], backend: str) -> None:
+def _phases(
+    entry: Entry, record: dict[str, Any], phase: Callable[..., Any], backends: Sequence[str], loader: str | None
+) -> None:
     with phase("expect"):
         record["expected"] = asdict(entry.expect())
     with phase("build"):
@@ -94,24 +104,66 @@ def _phases(entry: Entry, record: dict[str, Any], phase: Callable[[str], Any], b
     with phase("agree"):
         samples = [captured.example, *_other_samples(case, signature, captured.example)]
         record["shapes"] = len(samples)
-        wanted = [_leaves(case, *signature.arguments(sample)) for sample in samples]
-        record["capture_error"] = max(map(_error, wanted, (captured.program.run(sample) for sample in samples)))
+        wanted = [_answer(case, *signature.arguments(sample)) for sample in samples]
+        found = (captured.program.run(sample) for sample in samples)
+        record["capture_error"] = max(_error(leaves, other) for (_, leaves), other in zip(wanted, found, strict=True))
         record["allowed"] = tolerance_of(captured.program)
         record["agrees"] = record["capture_error"] <= record["allowed"]
-    with phase("compile"):
-        with _known(captured):
-            compiled = lissom.compile(case.model, case.inputs, backend=backend, checks="numeric", progress=lambda *_: None)
-            # Before a backend lowers it, the program has the operators the recipe raises.
-            program = lissom.optimize(case.model, case.inputs, checks="off", progress=lambda *_: None).program
-        record |= _facts(program, compiled.report.history)
-    with phase("equal"):
-        found = [_flat(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
-        record["compiled_error"] = max(map(_error, wanted, found))
-        record["equal"] = record["compiled_error"] <= record["allowed"]
+    for name in backends:
+        place = record["backends"][name] = {}
+        try:
+            _through(name, case, captured, samples, wanted, loader, place, lambda what, place=place: phase(what, place))
+        except _Stopped:
+            continue
+    with phase("optimize"), _known(captured):
+        # Before a backend lowers it, the program has the operators the recipe raises.
+        optimized = lissom.optimize(case.model, case.inputs, checks="off", progress=lambda *_: None)
+        record |= _facts(optimized.program, optimized.report.history)
     with phase("sites"):
-        record["sites"] = _sites(program)
+        record["sites"] = _sites(optimized.program)
     with phase("cost"):
         record["miscounted"] = miscounted(captured.program, captured.example)
+
+
+def _through(
+    name: str,
+    case: Case,
+    captured: Capture,
+    samples: Sequence[Sample],
+    wanted: Sequence[tuple[str, list[object]]],
+    loader: str | None,
+    found: dict[str, Any],
+    phase: Callable[[str], Any],
+) -> None:
+    """Compile for one backend, compare; save, load elsewhere, and compare again. What is found out goes into `found`."""
+    signature, allowed = captured.program.signature, tolerance_of(captured.program)
+    # The passes are checked once; what another backend makes of the same program is compared as a whole.
+    checks = "numeric" if name == EAGER else "off"
+    with phase("compile"), _known(captured):
+        compiled = lissom.compile(case.model, case.inputs, backend=BACKENDS[name], checks=checks, progress=lambda *_: None)
+    with phase("equal"):
+        here = [_told(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
+        found["error_found"], found["structure"] = _compared(wanted, here)
+        found["equal"] = found["error_found"] <= allowed and found["structure"]
+    if loader is None:
+        return
+    with phase("reload"):
+        there = _reloaded(compiled, samples, loader)
+        found["reload_error"], same = _compared(wanted, there)
+        found["reloaded"] = found["reload_error"] <= allowed and same
+
+
+def _reloaded(compiled: CompiledModel, samples: Sequence[Sample], loader: str) -> list[tuple[str, list[object]]]:
+    with tempfile.TemporaryDirectory(prefix="lissom-") as folder:
+        artifact = Path(folder) / "artifact"
+        compiled.save(artifact)
+        return answers(loader, artifact, samples)
+
+
+def _compared(wanted: Sequence[tuple[str, list[object]]], found: Sequence[tuple[str, list[object]]]) -> tuple[float, bool]:
+    """The largest relative error, and whether the structures are the same."""
+    error = max(_error(leaves, others) for (_, leaves), (_, others) in zip(wanted, found, strict=True))
+    return error, [structure for structure, _ in wanted] == [structure for structure, _ in found]
 
 
 @contextmanager
@@ -178,11 +230,17 @@ def _allowed(case: Case, signature: Signature, example: Sample, sizes: Mapping[s
 
 
 def _leaves(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[object]:
-    return _flat(case.model(*args, **kwargs))
+    return _answer(case, args, kwargs)[1]
 
 
-def _flat(output: object) -> list[object]:
-    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(output)]
+def _answer(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[str, list[object]]:
+    return _told(case.model(*args, **kwargs))
+
+
+def _told(output: object) -> tuple[str, list[object]]:
+    """The structure of a result, and its leaves."""
+    leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(output)]
+    return outline(output), leaves
 
 
 def _error(wanted: list[object], found: list[object]) -> float:

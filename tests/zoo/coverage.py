@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.zoo.check import EAGER, RUNTIME
 from tests.zoo.entry import FAMILIES
-from tests.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED
+from tests.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED, NOT_ON_ONNX_RUNTIME
 
 Record = dict[str, Any]
 _KINDS = ("attention", "feed_forward")
-_RUNTIME = "ONNX Runtime"
+_TITLES = {EAGER: "eager", RUNTIME: "ONNX Runtime"}
 
 _INTRODUCTION = """\
 # Coverage
@@ -28,9 +29,9 @@ and this page.
 - *dynamic*: which sizes may vary from call to call.
 - *attention*, *feed-forward*: sites found in the final program, of those the model's configuration tells of; a dash where it
   does not say.
-- *equal*: the compiled model gives the model's outputs, within the tolerance of its dtype, at how many sizes.
-- *ONNX Runtime*: the same through the backend `onnxruntime`, checked in a run of its own,
-  `python -m tests.zoo --backend onnxruntime`.
+- *eager*, *ONNX Runtime*: the model compiled for that backend returns the model's structure and values, within the tolerance of
+  its dtype, at how many sizes.
+- *loaded*: the backends whose compiled model was saved, loaded in a process that never saw the model, and gave the same there.
 - *FLOPs*: models of which every node is counted as PyTorch counts it.
 - *seconds*: processor time for all of it.
 """
@@ -40,12 +41,6 @@ def load(path: Path) -> list[Record]:
     """The records of a run; of a model that was run twice, the later one."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return list({record["name"]: record for record in map(json.loads, lines)}.values())
-
-
-def with_runtime(records: Sequence[Record], runtime: Sequence[Record]) -> list[Record]:
-    """The records, each with what a run through ONNX Runtime found about its model."""
-    found = {record["name"]: record for record in runtime}
-    return [record | ({"runtime": found[record["name"]]} if record["name"] in found else {}) for record in records]
 
 
 def page(records: Sequence[Record]) -> str:
@@ -67,15 +62,34 @@ def headline(records: Sequence[Record]) -> str:
     found = sum(all(_is_right(record, kind) for kind in _KINDS) for record in told)
     return (
         f"Of {len(records)} models {len(run)} run in eager; of these {_of(equal, run)} are captured and equal. Of the "
-        f"{len(told)} whose configuration tells how many sites they have, {_of(found, told)} have just these. The remarks say "
-        f"what the others lack.{_runtime_sentence(records)}\n"
+        f"{len(told)} whose configuration tells how many sites they have, {_of(found, told)} have just these."
+        f"{_runtime_sentence(run)}{_loaded_sentence(records)} The remarks say what the others lack.\n"
     )
 
 
-def _runtime_sentence(records: Sequence[Record]) -> str:
-    """How many of the models that are captured give the same through ONNX Runtime; nothing when none was tried."""
-    tried = [record["runtime"] for record in records if "runtime" in record and is_equal(record)]
-    return f" Of {len(tried)} tried on ONNX Runtime {_of(sum(map(is_equal, tried)), tried)} are equal." if tried else ""
+def _runtime_sentence(run: Sequence[Record]) -> str:
+    """How many models give the same through ONNX Runtime; nothing when none was tried."""
+    if not _ran(run, RUNTIME):
+        return ""
+    return f" On ONNX Runtime {_of(sum(is_equal(record, RUNTIME) for record in run), run)} are equal."
+
+
+def _loaded_sentence(records: Sequence[Record]) -> str:
+    """How many compiled models gave the same after they were saved and loaded; nothing when none was."""
+    saved = [
+        found for record in records for found in record.get("backends", {}).values() if found.get("equal") and _asked(found)
+    ]
+    same = sum(bool(found.get("reloaded")) for found in saved)
+    return f" Of {len(saved)} compiled models {same} gave the same when loaded in another process." if saved else ""
+
+
+def _asked(found: Record) -> bool:
+    """True when the compiled model was to be saved and loaded."""
+    return "reloaded" in found or found.get("failed") == "reload"
+
+
+def _ran(records: Sequence[Record], backend: str) -> bool:
+    return any(backend in record.get("backends", {}) for record in records)
 
 
 def _of(count: int, records: Sequence[Record]) -> str:
@@ -83,14 +97,24 @@ def _of(count: int, records: Sequence[Record]) -> str:
 
 
 def surprises(records: Sequence[Record]) -> list[str]:
-    """Models that are not captured or not equal and are not known for it, and known ones that are captured now."""
-    wrong = [record["name"] for record in records if not is_equal(record)]
-    found = [f"{name} is not equal" for name in wrong if name not in CANNOT_BE_CAPTURED]
-    return found + [
-        f"{record['name']} is captured now; take it out of known.py"
-        for record in records
-        if is_equal(record) and record["name"] in CANNOT_BE_CAPTURED
-    ]
+    """Models that are not captured, not equal or not loaded and are not known for it, and known ones that are now."""
+    told: list[str] = []
+    for record in records:
+        name, known = record["name"], record["name"] in CANNOT_BE_CAPTURED
+        if is_equal(record) == known:
+            told.append(f"{name} is captured now; take it out of known.py" if known else f"{name} is not equal")
+        if known or not _ran([record], RUNTIME):
+            continue
+        known = name in NOT_ON_ONNX_RUNTIME
+        if is_equal(record, RUNTIME) == known:
+            told.append(
+                f"{name} runs on ONNX Runtime now; take it out of known.py" if known else f"{name} is not on ONNX Runtime"
+            )
+        lost = [
+            backend for backend, found in record["backends"].items() if found.get("equal") and not is_loaded(record, backend)
+        ]
+        told += [f"{name} is not the same when loaded for {backend}" for backend in lost if _asked(record["backends"][backend])]
+    return told
 
 
 def _is_right(record: Record, kind: str) -> bool:
@@ -99,40 +123,25 @@ def _is_right(record: Record, kind: str) -> bool:
 
 
 def _summary(records: Sequence[Record], families: Sequence[str]) -> str:
-    head = (
-        "family",
-        "models",
-        "captured",
-        "batch varies",
-        "sequence varies",
-        "equal",
-        "attention sites",
-        "feed-forward sites",
-        "FLOPs",
-    )
+    head = ["family", "models", "captured", "batch varies", "sequence varies", "eager"]
+    head += [_TITLES[RUNTIME]] if _ran(records, RUNTIME) else []
+    head += ["loaded", "attention sites", "feed-forward sites", "FLOPs"]
     groups = {family: [record for record in records if record["family"] == family] for family in families} | {"all": records}
-    rows = [_family_row(family, group) for family, group in groups.items()]
-    if any("runtime" in record for record in records):
-        head = (*head, _RUNTIME)
-        rows = [[*row, _runtime_share(group)] for row, group in zip(rows, groups.values(), strict=True)]
-    return _table(head, rows)
+    return _table(head, (_family_row(family, group, _ran(records, RUNTIME)) for family, group in groups.items()))
 
 
-def _runtime_share(records: Sequence[Record]) -> str:
-    """`12 of 13`: of the models that are equal on eager and were tried, those equal on ONNX Runtime."""
-    tried = [record["runtime"] for record in records if "runtime" in record and is_equal(record)]
-    return f"{sum(map(is_equal, tried))} of {len(tried)}"
-
-
-def _family_row(name: str, records: Sequence[Record]) -> list[str]:
+def _family_row(name: str, records: Sequence[Record], runtime: bool) -> list[str]:
     captured = [record for record in records if record.get("captured")]
+    told = [found for record in captured for found in record["backends"].values() if found.get("equal") and _asked(found)]
     return [
         name,
         str(len(records)),
         str(len(captured)),
         str(sum(_varies(record, "batch") for record in captured)),
         str(sum(_varies(record, "sequence") for record in captured)),
-        str(sum(is_equal(record) for record in records)),
+        str(sum(map(is_equal, records))),
+        *([str(sum(is_equal(record, RUNTIME) for record in records))] if runtime else []),
+        f"{sum(bool(found.get('reloaded')) for found in told)} of {len(told)}",
         _share(records, "attention"),
         _share(records, "feed_forward"),
         _counted(records),
@@ -145,9 +154,14 @@ def _counted(records: Sequence[Record]) -> str:
     return f"{sum(not record['miscounted'] for record in told)} of {len(told)}"
 
 
-def is_equal(record: Record) -> bool:
-    """True when the program and the compiled model both gave the model's outputs at every size tried."""
-    return bool(record.get("agrees") and record.get("equal"))
+def is_equal(record: Record, backend: str = EAGER) -> bool:
+    """True when the program and the model compiled for the backend gave the model's outputs at every size tried."""
+    return bool(record.get("agrees") and record["backends"].get(backend, {}).get("equal"))
+
+
+def is_loaded(record: Record, backend: str) -> bool:
+    """True when what was compiled gave the same after it was saved and loaded in a process that never saw the model."""
+    return is_equal(record, backend) and bool(record["backends"][backend].get("reloaded"))
 
 
 def _varies(record: Record, dimension: str) -> bool:
@@ -165,32 +179,32 @@ def _expected(record: Record, kind: str) -> int | None:
 
 
 def _models(records: Sequence[Record]) -> str:
-    head = ("model", "captured", "dynamic", "attention", "feed-forward", "equal", "seconds", "remarks")
-    rows = [_model_row(record) for record in records]
-    if any("runtime" in record for record in records):
-        head = (*head[:6], _RUNTIME, *head[6:])
-        rows = [[*row[:6], _runtime(record), *row[6:]] for row, record in zip(rows, records, strict=True)]
-    return _table(head, rows)
+    runtime = _ran(records, RUNTIME)
+    head = ["model", "captured", "dynamic", "attention", "feed-forward", "eager"]
+    head += [_TITLES[RUNTIME]] if runtime else []
+    return _table([*head, "loaded", "seconds", "remarks"], (_model_row(record, runtime) for record in records))
 
 
-def _runtime(record: Record) -> str:
-    found = record.get("runtime", {})
-    return f"{found['shapes']} sizes" if is_equal(found) else "no" if record.get("captured") and found else ""
-
-
-def _model_row(record: Record) -> list[str]:
+def _model_row(record: Record, runtime: bool) -> list[str]:
     dynamic = ", ".join(record.get("dynamic", ())) or ("none" if record.get("captured") else "")
-    equal = f"{record['shapes']} sizes" if is_equal(record) else "no" if record.get("captured") else ""
     return [
         record["name"].split("/", 1)[1],
         "yes" if record.get("captured") else "no",
         dynamic,
         _sites(record, "attention"),
         _sites(record, "feed_forward"),
-        equal,
+        _equal(record, EAGER),
+        *([_equal(record, RUNTIME)] if runtime else []),
+        ", ".join(title for backend, title in _TITLES.items() if is_loaded(record, backend)),
         f"{record.get('total_seconds', 0):.0f}",
         remarks(record),
     ]
+
+
+def _equal(record: Record, backend: str) -> str:
+    if not record.get("captured") or backend not in record["backends"]:
+        return ""
+    return f"{record['shapes']} sizes" if is_equal(record, backend) else "no"
 
 
 def _sites(record: Record, kind: str) -> str:
@@ -201,26 +215,31 @@ def _sites(record: Record, kind: str) -> str:
 
 
 def remarks(record: Record) -> str:
-    """Why a model is not captured, not equal, or has fewer sites than its configuration says."""
+    """Why a model is not captured, not equal, not loaded, or has fewer sites than its configuration says."""
     if record.get("failed"):
         return _cell(f"{record['failed']}: {record['error']}")
-    found = []
-    if not is_equal(record):
-        found.append(_difference(record))
+    found = [] if record["agrees"] else [f"the program differs by {record['capture_error']:.2g} relative"]
+    found += [_backend_remark(record["name"], backend, told) for backend, told in record["backends"].items()]
     found += [f"attention left ({count}): {reason}" for reason, count in record.get("skipped", {}).items()]
     found += [f"attention left: {ATTENTION_LEFT[record['name']]}"] if record["name"] in ATTENTION_LEFT else []
     found += [_different_size(record, kind) for kind in ("heads", "kv_heads", "head_dim")]
     found += [f"operations: {found}" for found in record.get("miscounted", ())[:1]]
-    runtime = record.get("runtime", {})
-    if runtime and not is_equal(runtime):
-        found.append(f"{_RUNTIME}: {runtime['error'] if runtime.get('failed') else _difference(runtime)}")
     if not record.get("dynamic"):
         found += record.get("notes", ())[:1]
     return _cell("; ".join(filter(None, found)))
 
 
-def _difference(record: Record) -> str:
-    return f"differs by {max(record['capture_error'], record['compiled_error']):.2g} relative"
+def _backend_remark(name: str, backend: str, told: Record) -> str:
+    """What went wrong with a model on a backend; empty when nothing did."""
+    title, known = _TITLES[backend], NOT_ON_ONNX_RUNTIME.get(name) if backend == RUNTIME else None
+    if known and not told.get("equal"):
+        return f"{title}: {known}"
+    if told.get("failed"):
+        return f"{title}, {told['failed']}: {told['error']}"
+    if not told["equal"]:
+        problem = f"differs by {told['error_found']:.2g} relative" if told["structure"] else "another structure"
+        return f"{title}: {problem}"
+    return "" if told.get("reloaded", True) else f"{title}: differs by {told['reload_error']:.2g} relative when loaded"
 
 
 def _different_size(record: Record, kind: str) -> str:
@@ -245,10 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.coverage", description=__doc__)
     parser.add_argument("records", type=Path, help="what `python -m tests.zoo` wrote")
     parser.add_argument("page", type=Path, help="the page to write")
-    parser.add_argument("--runtime", type=Path, help="what `python -m tests.zoo --backend onnxruntime` wrote")
     options = parser.parse_args(arguments)
-    runtime = load(options.runtime) if options.runtime else []
-    options.page.write_text(page(with_runtime(load(options.records), runtime)), encoding="utf-8")
+    options.page.write_text(page(load(options.records)), encoding="utf-8")
     return 0
 
 

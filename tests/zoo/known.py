@@ -1,4 +1,4 @@
-"""Models known not to be captured, or to keep an attention written out, and why."""
+"""Models known not to be captured, not to run on ONNX Runtime, or to keep an attention written out, and why."""
 
 from __future__ import annotations
 
@@ -27,4 +27,10 @@ ATTENTION_LEFT: Mapping[str, str] = {
     "timm/convit": "it mixes two softmaxes before the product with v",
     "x-transformers/one-kv-head": "its heads and queries are one dimension in the scores",
     "x-transformers/talking-heads": "it mixes the weights of the heads before the product with v",
+}
+
+_TIES = "it takes the highest of scores that are often equal, and which of equal ones come first is not the same everywhere"
+
+NOT_ON_ONNX_RUNTIME: Mapping[str, str] = {
+    "causal/axk2": _TIES,
 }

@@ -1,0 +1,63 @@
+"""`lissom::grouped_product`: rows sorted by group, each times the matrix of its group, as in a mixture of experts.
+
+result[i] = input[i] · weight[g]   for offs[g − 1] ≤ i < offs[g], and zeros for rows behind the last group
+
+Source: Gale et al. 2022 (MegaBlocks), §4; PyTorch's `grouped_mm` says the same on CUDA, in bfloat16 only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_LIBRARY.define("grouped_product(Tensor input, Tensor weight, Tensor offs) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    """The operator in PyTorch's own: one product a group that has rows."""
+    result = input.new_zeros(input.shape[0], weight.shape[2])
+    for group, rows in _groups(offs):
+        torch.mm(input[rows], weight[group], out=result[rows])
+    return result
+
+
+def _groups(offs: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """The groups that have rows, and which."""
+    start = 0
+    for group, end in enumerate(offs.tolist()):
+        if end > start:
+            yield group, slice(start, end)
+        start = end
+
+
+def _fake(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    if input.dim() != 2 or weight.dim() != 3 or offs.dim() != 1 or input.shape[1] != weight.shape[1]:
+        raise RuntimeError(
+            f"lissom::grouped_product takes input [rows, k], weight [groups, k, n] and offs [groups], "
+            f"not {list(input.shape)}, {list(weight.shape)} and {list(offs.shape)}"
+        )
+    return input.new_empty(input.shape[0], weight.shape[2])
+
+
+def _remember(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    input, weight, offs = ctx.saved_tensors
+    of_weight = torch.zeros_like(weight)
+    for group, rows in _groups(offs):
+        of_weight[group] = input[rows].T @ gradient[rows]
+    return grouped_product(gradient, weight.transpose(1, 2), offs), of_weight, None
+
+
+_LIBRARY.impl("grouped_product", grouped_product_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("lissom::grouped_product", _fake, lib=_LIBRARY)
+torch.library.register_autograd("lissom::grouped_product", _backward, setup_context=_remember, lib=_LIBRARY)
+
+grouped_product = torch.ops.lissom.grouped_product.default
+"""The operator. input: [rows, k], sorted by group; weight: [groups, k, n]; offs: [groups], where each group's rows end, whole
+numbers that do not fall. Returns [rows, n]. Differentiable; any device; it waits for the values of `offs`."""
