@@ -38,8 +38,8 @@ class Content:
 class Manifest:
     """What an artifact is.
 
-    name: of the program. options: of the backend. device: what it was made for, `cpu` or `cuda:0`. signature, pipeline: as text.
-    history: as JSON. environment: what it was made with. files: every other file in the directory.
+    name: of the program. options: of the backend. device: what it was made for, `cpu` or `cuda:0`. signature, pipeline: as
+    text. history: as JSON. environment: what it was made with. files: every other file in the directory.
     """
 
     name: str

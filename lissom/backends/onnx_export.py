@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx_ir as ir
@@ -74,7 +74,9 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
         model = result.model
         _name_transposed(model)
         # Not by the exporter, which fuses to operators whose kernels take less than they say.
-        optimize(model)
+        with suppress(Exception):
+            # Where it meets a graph it cannot fold it stops, and what it has not folded runs as it is.
+            optimize(model)
     _name_sizes(program, model)
     return model
 
@@ -132,6 +134,11 @@ def _respell(program: Program) -> None:
         if node.target in _CASTS:
             node.target, node.args = aten._to_copy.default, node.args[:1]
             node.kwargs = {"dtype": nodes.tensor_type(node).dtype}
+        elif node.target is aten.rsub.Scalar and len(node.args) == 2 and not node.kwargs:
+            # Of whole numbers and a fraction the exporter makes a difference that does not exist.
+            with program.graph.inserting_before(node):
+                negative = program.graph.call_function(aten.neg.default, node.args[:1])
+            node.target, node.args = aten.add.Tensor, (negative, node.args[1])
 
 
 @contextmanager
@@ -165,10 +172,13 @@ def _keep_origins(program: Program, exported: ExportedProgram) -> None:
 
 def _name_transposed(model: ir.Model) -> None:
     """Let a weight that is transposed, which is done once and for all, keep its name."""
+    taken: Counter[str] = Counter()
     for node in model.graph:
         weight = node.inputs[0] if node.op_type == "Transpose" else None
         if weight is not None and weight.is_initializer():
-            node.outputs[0].name = f"{weight.name}_transposed"
+            name = f"{weight.name}_transposed"
+            taken[name] += 1
+            node.outputs[0].name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
 
 
 def _name_sizes(program: Program, model: ir.Model) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 import lissom
 from lissom.artifacts.artifact import PROGRAM, WEIGHTS, load_artifact
 from lissom.backends.base import Backend
+from lissom.backends.batches import Cutting
 from lissom.backends.eager import Eager
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
@@ -30,7 +31,7 @@ from tests.artifacts.saving import (
     tensors_of,
     write_expectation,
 )
-from tests.models import CASES, capture_of, counter, normal, tiny_bert, tiny_llama
+from tests.models import CASES, capture_of, counter, feed_forward, normal, tiny_bert, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +277,24 @@ def test_what_was_lowered_for_a_cpu_does_not_move(lowered, tmp_path):
     lowered.save(tmp_path / "artifact")
     with pytest.raises(ArtifactError, match="was lowered to kernels of a CPU; compile the model again for meta"):
         load_artifact(tmp_path / "artifact", torch.device("meta"))
+
+
+def test_options_of_the_backend_come_back_or_are_replaced(tmp_path):
+    case = feed_forward()
+    backend = lissom.OnnxRuntime(threads=1, arena=False, optimization="basic", timing_seconds=0.0)
+    model = lissom.compile(case.model, case.inputs, backend=backend)
+    model._executable.cutting = Cutting((0,), 80)
+    again = reloaded(model, tmp_path / "artifact")
+    assert again._backend == backend
+    assert again._executable.cutting == Cutting((0,), 80)
+    x = normal(9, 5, 8)
+    assert torch.equal(again(x), model(x))
+    options = again._executable._session.get_session_options()
+    assert (options.intra_op_num_threads, options.enable_cpu_mem_arena) == (1, False)
+    other = lissom.load(tmp_path / "artifact", backend=lissom.OnnxRuntime(threads=2))
+    assert other._executable._session.get_session_options().intra_op_num_threads == 2
+    with pytest.raises(UnsupportedError, match="was saved for backend 'onnxruntime', and backend= is 'eager'; compile"):
+        lissom.load(tmp_path / "artifact", backend=Eager())
 
 
 @pytest.mark.slow

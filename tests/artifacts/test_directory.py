@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from lissom.artifacts.directory import read_directory, write_directory
 from lissom.artifacts.manifest import NAME, Content, Manifest, read_manifest, write_manifest
 from lissom.compiler.errors import ArtifactError
 from tests.artifacts.saving import compiled
+from tests.models import feed_forward
 
 FILES = (NAME, "program.json", "steps.json", "weights.safetensors")
 
@@ -27,6 +29,15 @@ FILES = (NAME, "program.json", "steps.json", "weights.safetensors")
 def original(tmp_path_factory):
     path = tmp_path_factory.mktemp("original") / "artifact"
     compiled("bert").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def runtimes(tmp_path_factory):
+    """An artifact of the backend onnxruntime."""
+    case = feed_forward()
+    path = tmp_path_factory.mktemp("runtimes") / "artifact"
+    lissom.compile(case.model, case.inputs, backend=lissom.OnnxRuntime(threads=1, timing_seconds=0.0)).save(path)
     return path
 
 
@@ -73,6 +84,37 @@ def test_the_manifest_says_what_is_there(saved):
     assert sorted(manifest["files"]) == sorted(FILES[1:])
     for name, content in manifest["files"].items():
         assert Content(**content) == Content.of(saved / name)
+
+
+def check_every_file(folder: Path, damage: Callable[[Path], None]) -> None:
+    """Each file of an artifact that is damaged is refused, and the artifact is whole again after it is put back."""
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        damage(path)
+        with pytest.raises(ArtifactError):
+            lissom.load(folder)
+        path.write_bytes(whole)
+    assert lissom.load(folder).backend == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1]), lambda path: path.write_bytes(b"")],
+    ids=["missing", "truncated", "empty"],
+)
+def test_every_file_of_an_onnx_artifact_is_needed(runtimes, damage):
+    assert {"model.onnx", "model.onnx.data", "batches.json"} < {path.name for path in runtimes.iterdir()}
+    check_every_file(runtimes, damage)
+
+
+@pytest.mark.parametrize("place", [0, 1, 8, 0.2, 0.5, 0.8, -1])
+def test_a_changed_byte_in_any_file_of_an_onnx_artifact_is_noticed(runtimes, place):
+    def damage(path: Path) -> None:
+        whole = bytearray(path.read_bytes())
+        whole[int(place * len(whole)) if isinstance(place, float) else place] ^= 1
+        path.write_bytes(whole)
+
+    check_every_file(runtimes, damage)
 
 
 @pytest.mark.parametrize("name", FILES)

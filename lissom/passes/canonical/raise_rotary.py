@@ -24,6 +24,8 @@ from lissom.ops import rotary
 aten = torch.ops.aten
 
 _FIRST, _SECOND, _EVEN, _ODD = "first half", "second half", "even", "odd"
+_MOVES = (*RESHAPES, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.transpose.int)
+"""Operators that move the numbers of their first argument and change none."""
 _PAIRS = {(_FIRST, _SECOND): False, (_EVEN, _ODD): True}
 """The two parts of x that are turned together, and whether they are interleaved."""
 
@@ -74,11 +76,27 @@ class RaiseRotary(Rewrite):
             if not nodes.is_tensor(x) or nodes.node_type(x) != nodes.node_type(result) or not _in_pairs(pairs):
                 continue
             with edit.before(result, like=[product, result]):
-                parts = edit.call(aten.view_as_real.default, angles)
-                cos, sin = (edit.call(aten.select.int, parts, -1, index) for index in (0, 1))
+                cos, sin = _real_and_imaginary(edit, angles)
                 raised = edit.call(rotary, x, cos, sin, interleaved=True)
             edit.replace(result, raised)
             return
+
+
+def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The two parts of a complex value. Of one made from an angle no complex number is computed, which few backends can."""
+    if nodes.is_call(number, aten.polar.default):
+        length, angle = number.args
+        parts = edit.call(aten.cos.default, angle), edit.call(aten.sin.default, angle)
+        if nodes.is_call(length, aten.ones_like.default):
+            return parts
+        return edit.call(aten.mul.Tensor, length, parts[0]), edit.call(aten.mul.Tensor, length, parts[1])
+    if nodes.is_call(number, aten.complex.default):
+        return number.args[0], number.args[1]
+    if nodes.is_call(number, *_MOVES) and nodes.is_tensor(number.args[0]):
+        first, second = _real_and_imaginary(edit, number.args[0])
+        return tuple(edit.call(number.target, part, *number.args[1:], **number.kwargs) for part in (first, second))
+    both = edit.call(aten.view_as_real.default, number)
+    return edit.call(aten.select.int, both, -1, 0), edit.call(aten.select.int, both, -1, 1)
 
 
 def _broadcasts(found: _Rotary) -> bool:
