@@ -186,20 +186,19 @@ def _by_heads(site: _Site, bias: ir.Value | None) -> ir.Value | None:
 
 def _shared(value: ir.Value) -> ir.Value:
     """Keys or values before each head was repeated for the queries' heads that share it; the value itself where none was."""
-    reshape = value.producer()
-    expand = reshape.inputs[0].producer() if reshape is not None and _is(reshape, "Reshape") else None
-    apart = expand.inputs[0].producer() if expand is not None and _is(expand, "Expand") else None
-    source = apart.inputs[0] if apart is not None and _is(apart, "Unsqueeze") else None
+    between = _read_by(_read_by(value, "Reshape"), "Expand")
+    source = _read_by(between, "Unsqueeze")
     if source is None or len(_shape(source)) != 4:
         return value
     (batch, groups, tokens, width), heads = _shape(source), _shape(value)[1]
-    between = _shape(apart.outputs[0]) if apart is not None else ()
-    repeated = list(between) == [batch, groups, 1, tokens, width] and isinstance(groups, int) and isinstance(heads, int)
+    repeated = list(_shape(between)) == [batch, groups, 1, tokens, width] and isinstance(groups, int) and isinstance(heads, int)
     return source if repeated and list(_shape(value)) == [batch, heads, tokens, width] else value
 
 
-def _is(node: ir.Node, op_type: str) -> bool:
-    return node.op_type == op_type and bool(node.inputs) and node.inputs[0] is not None
+def _read_by(value: ir.Value | None, op_type: str) -> ir.Value | None:
+    """The first input of the operator of that kind that gives the value; None where another one does."""
+    node = value.producer() if value is not None else None
+    return node.inputs[0] if node is not None and node.op_type == op_type else None
 
 
 def _by_projections(site: _Site, sources: Sequence[ir.Value | None], bias: ir.Value | None) -> ir.Value:

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
     """
     exported = _export(program, example)
     if not decompose:
-        exported.run_decompositions = lambda *_, **__: exported
+        exported.run_decompositions = _same(exported)
     _keep_origins(program, exported)
     inputs, outputs = input_names(program), output_names(program)
     # Warnings of the exporter's own parts; what matters is in its exception.
@@ -125,6 +125,15 @@ def _export(program: Program, example: Sample) -> ExportedProgram:
     module = fx.GraphModule(flat.graph_module, flat.graph).eval()
     with torch.no_grad():
         return torch.export.export(module, traced, dynamic_shapes=shapes, strict=False)
+
+
+def _same(exported: ExportedProgram) -> Callable[..., ExportedProgram]:
+    """A function that gives back the program, whatever it is asked to take apart."""
+
+    def same(*tables: object) -> ExportedProgram:
+        return exported
+
+    return same
 
 
 def _respell(program: Program) -> None:

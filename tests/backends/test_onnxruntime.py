@@ -110,6 +110,7 @@ def test_the_structure_is_that_of_the_model():
     ] == [
         "attention as one operator",
         "layer norms kept apart from the sums before them",
+        "projections of one input merged into one product",
     ]
 
 

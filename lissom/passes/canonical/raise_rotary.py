@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx
@@ -91,10 +92,13 @@ def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node
             return parts
         return edit.call(aten.mul.Tensor, length, parts[0]), edit.call(aten.mul.Tensor, length, parts[1])
     if nodes.is_call(number, aten.complex.default):
-        return number.args[0], number.args[1]
+        return cast("tuple[fx.Node, fx.Node]", number.args)
     if nodes.is_call(number, *_MOVES) and nodes.is_tensor(number.args[0]):
-        first, second = _real_and_imaginary(edit, number.args[0])
-        return tuple(edit.call(number.target, part, *number.args[1:], **number.kwargs) for part in (first, second))
+        move = cast(torch._ops.OpOverload, number.target)
+        first, second = (
+            edit.call(move, part, *number.args[1:], **number.kwargs) for part in _real_and_imaginary(edit, number.args[0])
+        )
+        return first, second
     both = edit.call(aten.view_as_real.default, number)
     return edit.call(aten.select.int, both, -1, 0), edit.call(aten.select.int, both, -1, 1)
 
