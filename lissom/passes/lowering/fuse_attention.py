@@ -78,6 +78,9 @@ def _obstacle(edit: Editor, node: fx.Node) -> str | None:
         return "its operands are not [batch, heads, tokens, head_dim]"
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         return "its operands differ in dtype"
+    sinks = node.kwargs.get("sinks")
+    if sinks is not None and nodes.tensor_type(sinks).shape[2:3] != (1,):
+        return "its sinks differ from query to query"
     if node.target is _PLAIN and nodes.argument(node, "dropout_p"):
         return "it drops out weights"
     heads, key_heads = q.shape[1], k.shape[1]

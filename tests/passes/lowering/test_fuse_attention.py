@@ -20,11 +20,13 @@ FUSED = {
     "biased": lambda q, k: scaled_dot_product_attention(q, k, k, attn_mask=q @ k.transpose(-1, -2)),
     "grouped": lambda q, k: scaled_dot_product_attention(q, k[:, :2], k[:, :2], enable_gqa=True),
     "soft-capped": lambda q, k: attention(q, k, k, scale=0.5, softcap=2.0),
+    "a sink a head": lambda q, k: attention(q, k, k, scale=0.5, sinks=q[:1, :, :1, :1]),
 }
 LEFT = {
     "rank 3": lambda q, k: scaled_dot_product_attention(q[0], k[0], k[0]),
     "float64": lambda q, k: scaled_dot_product_attention(q.double(), k.double(), k.double()).float(),
     "one key head for all": lambda q, k: scaled_dot_product_attention(q, k[:, :1], k[:, :1]),
+    "a sink a query": lambda q, k: attention(q, k, k, scale=0.5, sinks=q[..., :1]),
     "one batch for all": lambda q, k: scaled_dot_product_attention(q, k[:1], k[:1]),
 }
 
