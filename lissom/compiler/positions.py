@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.program import Program
 from lissom.compiler.types import Size, TensorType
 
 aten = torch.ops.aten
@@ -61,6 +62,22 @@ def with_operands(node: fx.Node, changed: Mapping[Slot, object]) -> tuple[list[o
         else:
             cast("list[object]", args[slot[0]])[slot[1]] = item
     return args, kwargs
+
+
+def row_position(program: Program, node: fx.Node) -> fx.Node | None:
+    """The positions `p` of `x[arange(batch), p]`; None when the node is no such call."""
+    indices = cast(Sequence[object], node.args[1])
+    if len(indices) != 2 or not all(map(nodes.is_tensor, indices)):
+        return None
+    rows, position = (cast(fx.Node, item) for item in indices)
+    batch = shape_of(node.args[0])[0]
+    if nodes.tensor_type(position).rank != 1 or nodes.tensor_type(position).dtype == torch.bool:
+        return None
+    if shape_of(rows) != (batch,) or shape_of(position) != (batch,):
+        return None
+    if rows.op == "get_attr":
+        return position if torch.equal(program.weight(str(rows.target)), torch.arange(cast(int, batch))) else None
+    return position if nodes.is_call(rows, aten.arange.default) else None
 
 
 def shape_of(item: object) -> tuple[Size, ...]:

@@ -20,7 +20,7 @@ from torch import fx
 from lissom.compiler import node as nodes
 from lissom.compiler.linears import is_attention, is_linear
 from lissom.compiler.padding import Values, hides, holds, kept_rows, mask_of, zero_where_hidden
-from lissom.compiler.positions import Slot, operands, position_sources, shape_of
+from lissom.compiler.positions import Slot, operands, position_sources, row_position, shape_of
 from lissom.compiler.program import Program
 from lissom.compiler.types import TensorType
 
@@ -220,22 +220,6 @@ def place_of(node: fx.Node, loose: dict[Slot, Place]) -> Place | None:
             return None
         found += dims
     return found[0], found[1]
-
-
-def row_position(program: Program, node: fx.Node) -> fx.Node | None:
-    """The positions `p` of `x[arange(batch), p]`; None when the node is no such call."""
-    indices = cast(Sequence[object], node.args[1])
-    if len(indices) != 2 or not all(map(nodes.is_tensor, indices)):
-        return None
-    rows, position = (cast(fx.Node, item) for item in indices)
-    batch = shape_of(node.args[0])[0]
-    if nodes.tensor_type(position).rank != 1 or nodes.tensor_type(position).dtype == torch.bool:
-        return None
-    if shape_of(rows) != (batch,) or shape_of(position) != (batch,):
-        return None
-    if rows.op == "get_attr":
-        return position if torch.equal(program.weight(str(rows.target)), torch.arange(cast(int, batch))) else None
-    return position if nodes.is_call(rows, aten.arange.default) else None
 
 
 def has_layers(flow: TokenFlow) -> bool:

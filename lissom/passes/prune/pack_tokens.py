@@ -15,6 +15,7 @@ Removing padding so was introduced as "effective transformer" (ByteDance 2020) a
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -23,6 +24,7 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
+from lissom.compiler.flat_products import unflatten_where
 from lissom.compiler.kinds import Rewrite
 from lissom.compiler.padding import padding_masks
 from lissom.compiler.positions import operands, position_sources, shape_of, with_operands
@@ -37,6 +39,7 @@ class PackTokens(Rewrite):
     """Runs per-token work on real tokens only."""
 
     def run(self, edit: Editor) -> None:
+        unflatten_where(edit, _packs)
         for mask in edit.program.fact(padding_masks):
             try:
                 flow = TokenFlow(edit.program, mask).run()
@@ -45,6 +48,13 @@ class PackTokens(Rewrite):
                 continue
             if has_layers(flow):
                 _Packer(edit, flow).run()
+
+
+def _packs(edit: Editor) -> bool:
+    """True when there are tokens to pack."""
+    with suppress(PaddingRead):
+        return any(has_layers(TokenFlow(edit.program, mask).run()) for mask in edit.program.fact(padding_masks))
+    return False
 
 
 @dataclass
@@ -75,9 +85,8 @@ class _Packer:
         kept = call(aten.logical_or.default, real, empty)
         if not self.flow.positions:
             return kept
-        place = call(aten.cumsum.default, call(aten.ones_like.default, mask, dtype=torch.int64), 1)
-        start, end = call(aten.sub.Scalar, place, 1), call(aten.sub.Tensor, place, call(aten.amax.default, place, [1], True))
-        end = call(aten.sub.Scalar, end, 1)
+        start = self._numbers(1)
+        end = call(aten.sub.Scalar, call(aten.sub.Tensor, start, call(aten.amax.default, start, [1], True)), 1)
         for position in self.flow.positions:
             if isinstance(position, int):
                 found = [call(aten.eq.Scalar, start if position >= 0 else end, position)]
@@ -87,6 +96,11 @@ class _Packer:
             for item in found:
                 kept = call(aten.logical_or.default, kept, item)
         return kept
+
+    def _numbers(self, dim: int) -> fx.Node:
+        """The number of each position's row (dim 0) or token (dim 1), [batch, tokens]."""
+        ones = self.edit.call(aten.ones_like.default, self.flow.mask, dtype=torch.int64)
+        return self.edit.call(aten.sub.Scalar, self.edit.call(aten.cumsum.default, ones, dim), 1)
 
     def _index(self, kept: fx.Node) -> None:
         """Where kept positions are in the batch, and where each position is among the kept ones."""
@@ -146,10 +160,11 @@ class _Packer:
         if batch_dim is not None and token_dim is not None:
             flat = call(aten.reshape.default, item, [1, -1, *shape_of(item)[2:]])
             return call(aten.index_select.default, flat, 1, self.rows)
+        numbers = call(aten.reshape.default, self._numbers(0 if token_dim is None else 1), [-1])
+        wanted = call(aten.index_select.default, numbers, 0, self.rows)
         if token_dim is not None:
-            return call(aten.index_select.default, item, token_dim, call(aten.remainder.Scalar, self.rows, self.tokens))
-        row = call(aten.div.Tensor_mode, self.rows, self.tokens, rounding_mode="floor")
-        return call(aten.transpose.int, call(aten.index_select.default, item, batch_dim, row), 0, 1)
+            return call(aten.index_select.default, item, token_dim, wanted)
+        return call(aten.transpose.int, call(aten.index_select.default, item, batch_dim, wanted), 0, 1)
 
     def _unpacked(self, packed: fx.Node, slots: fx.Node, sizes: list[fx.Node | int]) -> fx.Node:
         """Rows of a packed value spread out to the sizes."""
