@@ -140,6 +140,11 @@ def _scan(node: fx.Node, dim: int) -> Sources | None:
     return {0: dim} if dim != _dim(node, "dim", len(shape_of(node))) else None
 
 
+def _slice(node: fx.Node, dim: int) -> Sources | None:
+    whole = shape_of(node) == shape_of(node.args[0])
+    return {0: dim} if whole or dim != _dim(node, "dim", len(shape_of(node))) else None
+
+
 def _reduce(node: fx.Node, dim: int) -> Sources | None:
     rank = len(shape_of(node.args[0]))
     given = nodes.argument(node, "dim")
@@ -248,11 +253,13 @@ def _register(rule: Rule, *names: str) -> None:
 
 
 _register(_pointwise, "__and__.Tensor", "__or__.Tensor", "type_as", "floor_divide", "floor_divide.Scalar")
+_register(_pointwise, "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 _register(_first, "to.dtype", "to.device", "to.dtype_layout", "_to_copy", "dropout", "contiguous", "alias", "detach", "clone")
 _register(_linear, "linear")
 _register(_embedding, "embedding")
 _register(_norm, "layer_norm", "rms_norm")
-_register(_scan, "softmax.int", "log_softmax.int", "cumsum", "topk", "sort", "slice.Tensor", "flip")
+_register(_scan, "softmax.int", "log_softmax.int", "cumsum", "topk", "sort", "flip")
+_register(_slice, "slice.Tensor")
 _register(_scan, "split.Tensor", "split_with_sizes", "chunk", "repeat_interleave.self_int")
 _register(_reduce, "mean.dim", "sum.dim_IntList", "amax", "amin", "argmax", "argmin", "any.dim", "all.dim", "var.correction")
 _register(_transpose, "transpose.int")

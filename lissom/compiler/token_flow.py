@@ -133,7 +133,7 @@ class TokenFlow:
         """True for a choice or product with a value that may be zero at padding; that it is, is checked at the end."""
         if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and list(loose) == [0]:
             mask, hidden = cast(fx.Node, node.args[1]), True
-        elif nodes.is_call(node, aten.where.self) and list(loose) == [1]:
+        elif nodes.is_call(node, aten.where.self, aten.where.ScalarOther) and list(loose) == [1]:
             mask, hidden = cast(fx.Node, node.args[0]), False
         elif nodes.is_call(node, aten.mul.Tensor) and len(loose) == 1 and nodes.is_tensor(node.args[1 - cast(int, next(iter(loose)))]):
             mask, hidden = cast(fx.Node, node.args[1 - cast(int, next(iter(loose)))]), False

@@ -57,4 +57,4 @@ def _is_per_token(output: fx.Node, mask: fx.Node) -> bool:
     """True for floating values with the mask's dimensions in front."""
     found = nodes.node_type(output)
     shape = nodes.tensor_type(mask).shape
-    return isinstance(found, TensorType) and found.dtype.is_floating_point and found.rank > 2 and found.shape[:2] == shape
+    return isinstance(found, TensorType) and found.dtype.is_floating_point and found.shape[:2] == shape
