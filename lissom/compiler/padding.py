@@ -90,7 +90,7 @@ def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int,
 
 
 def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Check) -> bool:
-    """True when the check holds of the values of `wanted` and of the mask on all probes; False where they cannot be computed."""
+    """True when the check holds of the values of `wanted` and of the mask on all probes; False where there are none."""
     order = _order(program, [mask, *wanted])
     if order is None or mask not in order:
         return False

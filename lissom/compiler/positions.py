@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TypeGuard, cast
 
 import sympy
 import torch
@@ -52,7 +52,7 @@ def operands(node: fx.Node) -> dict[Slot, fx.Node]:
 
 def with_operands(node: fx.Node, changed: Mapping[Slot, object]) -> tuple[list[object], dict[str, object]]:
     """The call's arguments with some operands exchanged."""
-    args = [list(item) if isinstance(item, (list, tuple)) else item for item in node.args]
+    args: list[object] = [list(item) if isinstance(item, (list, tuple)) else item for item in node.args]
     kwargs: dict[str, object] = dict(node.kwargs)
     for slot, item in changed.items():
         if isinstance(slot, str):
@@ -91,7 +91,7 @@ def product_of(sizes: Sequence[Size]) -> sympy.Expr:
     return cast(sympy.Expr, sympy.expand(sympy.Mul(*sizes)))
 
 
-def _is_value(item: object) -> bool:
+def _is_value(item: object) -> TypeGuard[fx.Node]:
     return isinstance(item, fx.Node) and (nodes.is_tensor(item) or isinstance(nodes.node_type(item), tuple))
 
 
@@ -138,6 +138,11 @@ def _norm(node: fx.Node, dim: int) -> Sources | None:
 def _scan(node: fx.Node, dim: int) -> Sources | None:
     """Softmax, cumulative sums, sorting: along one dimension, every other position apart."""
     return {0: dim} if dim != _dim(node, "dim", len(shape_of(node))) else None
+
+
+def _flip(node: fx.Node, dim: int) -> Sources | None:
+    turned = {item % len(shape_of(node)) for item in cast("list[int]", node.args[1])}
+    return None if dim in turned else {0: dim}
 
 
 def _slice(node: fx.Node, dim: int) -> Sources | None:
@@ -225,7 +230,7 @@ def _matmul(node: fx.Node, dim: int) -> Sources | None:
 def _attention(node: fx.Node, dim: int) -> Sources | None:
     """A query's row needs all keys and values; batches and heads are apart, unless query heads share key heads."""
     rank, slots = len(shape_of(node)), operands(node)
-    q, k, v, *rest = slots
+    q, _, v, *rest = slots
     if dim == rank - 1:
         return {v: len(shape_of(slots[v])) - 1}
     if dim == rank - 2:
@@ -258,7 +263,8 @@ _register(_first, "to.dtype", "to.device", "to.dtype_layout", "_to_copy", "dropo
 _register(_linear, "linear")
 _register(_embedding, "embedding")
 _register(_norm, "layer_norm", "rms_norm")
-_register(_scan, "softmax.int", "log_softmax.int", "cumsum", "topk", "sort", "flip")
+_register(_scan, "softmax.int", "log_softmax.int", "cumsum", "topk", "sort")
+_register(_flip, "flip")
 _register(_slice, "slice.Tensor")
 _register(_scan, "split.Tensor", "split_with_sizes", "chunk", "repeat_interleave.self_int")
 _register(_reduce, "mean.dim", "sum.dim_IntList", "amax", "amin", "argmax", "argmin", "any.dim", "all.dim", "var.correction")

@@ -9,7 +9,7 @@ value reaches anything else, an output or a sum over all positions, padding is r
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
@@ -40,7 +40,7 @@ _PACKED_VIEWS = RESHAPES | {aten.slice.Tensor, aten.select.int, aten.split.Tenso
 """Views that can be taken of packed tokens: they leave batch and tokens as they are."""
 
 
-class PaddingRead(Exception):
+class PaddingReadError(Exception):
     """Padding is read after all: the node that reads it, and how."""
 
     def __init__(self, node: fx.Node, reason: str) -> None:
@@ -69,7 +69,7 @@ class TokenFlow:
     def run(self) -> TokenFlow:
         """Follow the tokens.
 
-        Raises: PaddingRead.
+        Raises: PaddingReadError.
         """
         for node in self.program.nodes():
             loose = {slot: self.places[item] for slot, item in operands(node).items() if item in self.places}
@@ -83,10 +83,12 @@ class TokenFlow:
                 self._follow(node, loose)
         for leaf in self.program.output.all_input_nodes:
             if leaf in self.places:
-                raise PaddingRead(leaf, "it is an output, at padding positions too; put zero-padding in front if nobody reads these")
+                raise PaddingReadError(
+                    leaf, "it is an output, at padding positions too; put zero-padding in front if nobody reads these"
+                )
         for reader, reason, value, check in self._checks:
             if not self._holds(value, check):
-                raise PaddingRead(reader, reason)
+                raise PaddingReadError(reader, reason)
         self._choose_packed()
         return self
 
@@ -102,7 +104,11 @@ class TokenFlow:
 
     def _holds(self, value: fx.Node, check: Callable[[torch.Tensor, torch.Tensor], bool]) -> bool:
         wanted = [value, *(item for item in self.positions if isinstance(item, fx.Node))]
-        return holds(self.program, self.mask, wanted, lambda values: check(values[value], self.kept(values)))
+
+        def check_values(values: Values) -> bool:
+            return check(values[value], self.kept(values))
+
+        return holds(self.program, self.mask, wanted, check_values)
 
     def _start(self, node: fx.Node) -> None:
         """Begin at an embedding of, or a layer over, [batch, tokens, ...]."""
@@ -116,15 +122,17 @@ class TokenFlow:
     def _attention(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
         q, k, v = (cast(fx.Node, item) for item in node.args[:3])
         rank = len(shape_of(node))
-        if any(item in self.places and self.places[item][1] != rank - 2 for item in (q, k, v)) or not {0, 1, 2}.issuperset(loose):
-            raise PaddingRead(node, "its operands or its mask mix tokens in a way that is not followed")
+        if any(item in self.places and self.places[item][1] != rank - 2 for item in (q, k, v)) or not {0, 1, 2}.issuperset(
+            loose
+        ):
+            raise PaddingReadError(node, "its operands or its mask mix tokens in a way that is not followed")
         batches = {place[0] for place in loose.values()}
         if len(batches) > 1 or not batches.issubset(range(rank - 2)):
-            raise PaddingRead(node, "its operands or its mask mix tokens in a way that is not followed")
+            raise PaddingReadError(node, "its operands or its mask mix tokens in a way that is not followed")
         if k in self.places or v in self.places:
             mask = mask_of(node)
             if mask is None or rank != 4:
-                raise PaddingRead(node, "its mask does not hide padding")
+                raise PaddingReadError(node, "its mask does not hide padding")
             self._checks.append((node, "its mask does not hide padding", mask, partial(hides, own=q in self.places)))
         if q in self.places:
             self.places[node] = self.places[q]
@@ -135,7 +143,11 @@ class TokenFlow:
             mask, hidden = cast(fx.Node, node.args[1]), True
         elif nodes.is_call(node, aten.where.self, aten.where.ScalarOther) and list(loose) == [1]:
             mask, hidden = cast(fx.Node, node.args[0]), False
-        elif nodes.is_call(node, aten.mul.Tensor) and len(loose) == 1 and nodes.is_tensor(node.args[1 - cast(int, next(iter(loose)))]):
+        elif (
+            nodes.is_call(node, aten.mul.Tensor)
+            and len(loose) == 1
+            and nodes.is_tensor(node.args[1 - cast(int, next(iter(loose)))])
+        ):
             mask, hidden = cast(fx.Node, node.args[1 - cast(int, next(iter(loose)))]), False
         else:
             return False
@@ -172,12 +184,12 @@ class TokenFlow:
 
     def _is_early(self, position: fx.Node) -> bool:
         """True when the value does not depend on loose ones, and can be computed on probes."""
-        return holds(self.program, self.mask, [position], lambda _: True)
+        return holds(self.program, self.mask, [position], _is_computed)
 
     def _follow(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
         place = place_of(node, loose)
         if place is None:
-            raise PaddingRead(node, "it reads positions that may be padding")
+            raise PaddingReadError(node, "it reads positions that may be padding")
         self.places[node] = place
 
     def _choose_packed(self) -> None:
@@ -198,8 +210,14 @@ class TokenFlow:
         if is_attention(node) or any(self.places.get(item, FIRST) != FIRST for item in operands(node).values()):
             return False
         if node.target in RESHAPES:
-            return shape_of(node)[:2] == shape_of(node.args[0])[:2] and all(isinstance(size, int) for size in shape_of(node)[2:])
+            return shape_of(node)[:2] == shape_of(node.args[0])[:2] and all(
+                isinstance(size, int) for size in shape_of(node)[2:]
+            )
         return node.target not in _VIEWS or node.target in _PACKED_VIEWS
+
+
+def _is_computed(_: Values) -> bool:
+    return True
 
 
 def is_item(node: fx.Node) -> bool:

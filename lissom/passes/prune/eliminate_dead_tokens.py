@@ -50,7 +50,7 @@ class EliminateDeadTokens(Rewrite):
 class _Demand:
     """The positions of one dimension that are read.
 
-    start: the first of `count` neighbours, from the end where negative; or a value [batch] of one position a row of dimension 0.
+    start: the first of `count` neighbours, from the end where negative; or a value [batch], one position a row.
     """
 
     dim: int
@@ -78,7 +78,9 @@ def _slots(user: fx.Node, node: fx.Node) -> list[Slot]:
     return found or [-1]
 
 
-def _demand_of(user: fx.Node, slot: Slot, demands: Mapping[fx.Node, _Demand], roots: Mapping[fx.Node, _Demand]) -> _Demand | None:
+def _demand_of(
+    user: fx.Node, slot: Slot, demands: Mapping[fx.Node, _Demand], roots: Mapping[fx.Node, _Demand]
+) -> _Demand | None:
     """What a reader wants of an operand; None for all of it."""
     if user in roots:
         return roots[user] if slot == 0 else None
@@ -135,7 +137,8 @@ def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
 
 def _depends_on_layers(start: int | fx.Node) -> bool:
     """True for positions that are known only after a layer was computed."""
-    pending, seen = [start], set[fx.Node]()
+    pending: list[int | fx.Node] = [start]
+    seen = set[fx.Node]()
     while pending:
         node = pending.pop()
         if isinstance(node, fx.Node) and node not in seen:
@@ -181,7 +184,7 @@ class _Narrower:
                 with edit.before(node):
                     self.narrowed[node] = self._narrow(node, self.demands[node])
             elif node in roots and node.args[0] in self.narrowed:
-                found = self.narrowed[cast(fx.Node, node.args[0])]
+                found = self.narrowed[node.args[0]]
                 if node.target is not aten.slice.Tensor:
                     with edit.before(node):
                         found = edit.call(aten.select.int, found, roots[node].dim, 0)
@@ -194,7 +197,9 @@ class _Narrower:
         changed: dict[Slot, object] = {}
         for slot, item in operands(node).items():
             if slot in sources:
-                changed[slot] = self.narrowed.get(item) or self._take(item, _Demand(sources[slot], wanted.start, wanted.count), rank)
+                changed[slot] = self.narrowed.get(item) or self._take(
+                    item, _Demand(sources[slot], wanted.start, wanted.count), rank
+                )
         args, kwargs = with_operands(node, changed)
         if node.target in _RESHAPES or node.target is aten.expand.default:
             sizes = cast("list[object]", args[1])

@@ -4,13 +4,15 @@
     slot[b, t] = (how many real tokens stand up to (b, t)) - 1       padded = packed[slot]      [batch, tokens, features]
 
 Linear layers, norms, activations, embeddings and residual sums run on the packed rows, which are one long sequence to them;
-attention and whatever else looks across tokens runs on the padded form. Both directions are lookups of whole rows, so that every
-backend has them. In the padded form a padding position holds a copy of the last real token before it, which nothing may read:
-the pass is exact because it follows every value to where a mask hides padding, sets it to zero, or one position is chosen, and
-leaves the program alone where a value goes anywhere else. A chosen position (`[CLS]`, the last token) is kept even where it is
-padding, and so are all positions of a row without any real token.
+attention and whatever else looks across tokens runs on the padded form. Both directions are lookups of whole rows, so that
+every backend has them. In the padded form a padding position holds a copy of the last real token before it, which nothing may
+read. The pass is exact because it follows every value to where a mask hides padding, sets it to zero, or one position is
+chosen, and leaves the program alone where a value goes anywhere else. A chosen position (`[CLS]`, the last token) is kept even
+where it is padding, and so are all positions of a row without any real token.
 
-Removing padding so was introduced as "effective transformer" (ByteDance 2020) and in ByteTransformer (Zhai et al. 2022, §III.D).
+How many tokens are real is known only when the program runs, and costs count such a size as 0.
+
+Padding is removed so in ByteTransformer (Zhai et al. 2022, §III.D), there with a kernel of attention over packed rows.
 """
 
 from __future__ import annotations
@@ -27,9 +29,8 @@ from lissom.compiler.editor import Editor
 from lissom.compiler.flat_products import unflatten_where
 from lissom.compiler.kinds import Rewrite
 from lissom.compiler.padding import padding_masks
-from lissom.compiler.positions import operands, position_sources, shape_of, with_operands
-from lissom.compiler.token_flow import RESHAPES, PaddingRead, TokenFlow, has_layers, is_item
-from lissom.compiler.types import TensorType
+from lissom.compiler.positions import Slot, operands, position_sources, shape_of, with_operands
+from lissom.compiler.token_flow import RESHAPES, PaddingReadError, TokenFlow, has_layers, is_item
 
 aten = torch.ops.aten
 
@@ -43,7 +44,7 @@ class PackTokens(Rewrite):
         for mask in edit.program.fact(padding_masks):
             try:
                 flow = TokenFlow(edit.program, mask).run()
-            except PaddingRead as found:
+            except PaddingReadError as found:
                 edit.skip(found.node, found.reason)
                 continue
             if has_layers(flow):
@@ -52,7 +53,7 @@ class PackTokens(Rewrite):
 
 def _packs(edit: Editor) -> bool:
     """True when there are tokens to pack."""
-    with suppress(PaddingRead):
+    with suppress(PaddingReadError):
         return any(has_layers(TokenFlow(edit.program, mask).run()) for mask in edit.program.fact(padding_masks))
     return False
 
@@ -137,10 +138,10 @@ class _Packer:
         else:
             edit.rewritten += 1
 
-    def _operands(self, node: fx.Node) -> dict[object, object]:
+    def _operands(self, node: fx.Node) -> dict[Slot, object]:
         """What the packed call reads, by where it stands."""
         by_batch, by_tokens = (position_sources(node, dim) or {} for dim in (0, 1))
-        changed: dict[object, object] = {}
+        changed: dict[Slot, object] = {}
         for slot, item in operands(node).items():
             if item in self.new:
                 changed[slot] = self.new[item]

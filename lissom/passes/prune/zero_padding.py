@@ -2,9 +2,9 @@
 
     y[b, t] = 0 where mask[b, t] = 0
 
-A model gives some value at every position, padding too, and no exact pass may change it. Most callers never look at these values:
-mean pooling multiplies them with the mask, a loss ignores them. Saying so is the caller's choice, and this pass is how it is
-said; `pack-tokens` then finds what nothing reads. What follows is measured against the answers with zeros in them.
+A model gives some value at every position, padding too, and no exact pass may change it. Most callers never look at these
+values: mean pooling multiplies them with the mask, a loss ignores them. Saying so is the caller's choice, and this pass is how
+it is said; `pack-tokens` then finds what nothing reads. What follows is measured against the answers with zeros in them.
 
 The mask is the input [batch, tokens] whose zeros hide keys from attention. It is found by computing what is made of it.
 """
