@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import fx
@@ -29,6 +29,10 @@ aten = torch.ops.aten
 Place = tuple[int, int]
 """Which dimensions of a value are the batch and the tokens."""
 FIRST: Place = (0, 1)
+Check = Callable[[torch.Tensor, torch.Tensor], bool]
+"""A question about a value, given which positions are kept."""
+Use = Literal["output", "positions", "operands", "mask"]
+"""How padding is read: as an output; by a call that mixes positions; as an attention's operands; past its mask."""
 
 _VIEWS = {
     *(aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int, aten.expand.default),
@@ -43,10 +47,10 @@ _PACKED_VIEWS = RESHAPES | {aten.slice.Tensor, aten.select.int, aten.split.Tenso
 class PaddingReadError(Exception):
     """Padding is read after all: the node that reads it, and how."""
 
-    def __init__(self, node: fx.Node, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(self, node: fx.Node, use: Use) -> None:
+        super().__init__(use)
         self.node = node
-        self.reason = reason
+        self.use = use
 
 
 @dataclass
@@ -64,7 +68,7 @@ class TokenFlow:
     packed: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
     chosen: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
     positions: dict[int | fx.Node, None] = field(default_factory=dict["int | fx.Node", None])
-    _checks: list[tuple[fx.Node, str, fx.Node, Callable[[torch.Tensor, torch.Tensor], bool]]] = field(default_factory=list)
+    _checks: list[tuple[fx.Node, fx.Node, Check]] = field(default_factory=list["tuple[fx.Node, fx.Node, Check]"])
 
     def run(self) -> TokenFlow:
         """Follow the tokens.
@@ -83,12 +87,10 @@ class TokenFlow:
                 self._follow(node, loose)
         for leaf in self.program.output.all_input_nodes:
             if leaf in self.places:
-                raise PaddingReadError(
-                    leaf, "it is an output, at padding positions too; put zero-padding in front if nobody reads these"
-                )
-        for reader, reason, value, check in self._checks:
-            if not self._holds(value, check):
-                raise PaddingReadError(reader, reason)
+                raise PaddingReadError(leaf, "output")
+        for reader, mask, check in self._checks:
+            if not self._holds(mask, check):
+                raise PaddingReadError(reader, "mask")
         self._choose_packed()
         return self
 
@@ -102,7 +104,7 @@ class TokenFlow:
                 kept[torch.arange(len(kept)), values[position]] = True
         return kept
 
-    def _holds(self, value: fx.Node, check: Callable[[torch.Tensor, torch.Tensor], bool]) -> bool:
+    def _holds(self, value: fx.Node, check: Check) -> bool:
         wanted = [value, *(item for item in self.positions if isinstance(item, fx.Node))]
 
         def check_values(values: Values) -> bool:
@@ -125,15 +127,15 @@ class TokenFlow:
         if any(item in self.places and self.places[item][1] != rank - 2 for item in (q, k, v)) or not {0, 1, 2}.issuperset(
             loose
         ):
-            raise PaddingReadError(node, "its operands or its mask mix tokens in a way that is not followed")
+            raise PaddingReadError(node, "operands")
         batches = {place[0] for place in loose.values()}
         if len(batches) > 1 or not batches.issubset(range(rank - 2)):
-            raise PaddingReadError(node, "its operands or its mask mix tokens in a way that is not followed")
+            raise PaddingReadError(node, "operands")
         if k in self.places or v in self.places:
             mask = mask_of(node)
             if mask is None or rank != 4:
-                raise PaddingReadError(node, "its mask does not hide padding")
-            self._checks.append((node, "its mask does not hide padding", mask, partial(hides, own=q in self.places)))
+                raise PaddingReadError(node, "mask")
+            self._checks.append((node, mask, partial(hides, own=q in self.places)))
         if q in self.places:
             self.places[node] = self.places[q]
 
@@ -189,7 +191,7 @@ class TokenFlow:
     def _follow(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
         place = place_of(node, loose)
         if place is None:
-            raise PaddingReadError(node, "it reads positions that may be padding")
+            raise PaddingReadError(node, "positions")
         self.places[node] = place
 
     def _choose_packed(self) -> None:

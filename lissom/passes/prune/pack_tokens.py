@@ -10,7 +10,7 @@ read. The pass is exact because it follows every value to where a mask hides pad
 chosen, and leaves the program alone where a value goes anywhere else. A chosen position (`[CLS]`, the last token) is kept even
 where it is padding, and so are all positions of a row without any real token.
 
-How many tokens are real is known only when the program runs, and costs count such a size as 0.
+How many tokens are real is known only when the program runs; the history counts operations as if all were.
 
 Padding is removed so in ByteTransformer (Zhai et al. 2022, §III.D), there with a kernel of attention over packed rows.
 """
@@ -30,7 +30,7 @@ from lissom.compiler.flat_products import unflatten_where
 from lissom.compiler.kinds import Rewrite
 from lissom.compiler.padding import padding_masks
 from lissom.compiler.positions import Slot, operands, position_sources, shape_of, with_operands
-from lissom.compiler.token_flow import RESHAPES, PaddingReadError, TokenFlow, has_layers, is_item
+from lissom.compiler.token_flow import RESHAPES, PaddingReadError, TokenFlow, Use, has_layers, is_item
 
 aten = torch.ops.aten
 
@@ -45,10 +45,21 @@ class PackTokens(Rewrite):
             try:
                 flow = TokenFlow(edit.program, mask).run()
             except PaddingReadError as found:
-                edit.skip(found.node, found.reason)
+                edit.skip(found.node, _obstacle(found.use))
                 continue
             if has_layers(flow):
                 _Packer(edit, flow).run()
+
+
+def _obstacle(use: Use) -> str:
+    """Why tokens cannot be packed, from how padding is read."""
+    if use == "output":
+        return "it is an output, at padding positions too; put zero-padding in front if nobody reads these"
+    if use == "mask":
+        return "its mask does not hide padding"
+    if use == "operands":
+        return "its operands or its mask mix tokens in a way that is not followed"
+    return "it reads positions that may be padding"
 
 
 def _packs(edit: Editor) -> bool:
