@@ -190,6 +190,40 @@ class Block(nn.Module):
         return self.norm(self.down(functional.gelu(self.up(x))) + x)
 
 
+class FirstToken(nn.Module):
+    """A layer of attention and a feed-forward, of which the first token is read, as a classifier reads `[CLS]`."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return (x + self.down(functional.gelu(self.up(x))))[:, 0]
+
+
+class Padded(nn.Module):
+    """Attention that a mask keeps from padding, and a feed-forward; every token is returned."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = functional.scaled_dot_product_attention(q, k, v, mask[:, None, None, :]).transpose(1, 2).flatten(2)
+        return x + self.down(functional.gelu(self.up(x)))
+
+
+_RAGGED = "(torch.randn(4, 128, 256), torch.arange(128) < torch.tensor([[128], [40], [30], [20]]))"
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -201,6 +235,9 @@ EXAMPLES = {
     "raise-softmax": Example(WrittenSoftmax, "torch.randn(4, 128, 256)"),
     "raise-rotary": Example(Rotary, "torch.randn(4, 128, 256)"),
     "merge-projections": Example(Projections, "torch.randn(4, 128, 256)", "merge-projections{always=true}"),
+    "eliminate-dead-tokens": Example(FirstToken, "torch.randn(4, 128, 256)", "eliminate-dead-tokens"),
+    "zero-padding": Example(Padded, _RAGGED, "zero-padding"),
+    "pack-tokens": Example(Padded, _RAGGED, "zero-padding,pack-tokens"),
     "cast": Example(Block, "torch.randn(4, 128, 256)", "cast{dtype=bf16}"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),
     "fuse-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-rms-norm"),

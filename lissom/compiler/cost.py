@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -74,8 +75,17 @@ class Cost:
 
 
 def flops(program: Program) -> int:
-    """Operations of the whole program at the sizes it was captured with; a size that depends on values counts as 0."""
-    return sum(map(node_flops, program.nodes()))
+    """Operations of the whole program at the sizes it was captured with.
+
+    A size that depends on values counts as the largest it can be, where `nonzero` yields it, and else as 0.
+    """
+    largest: dict[sympy.Basic, sympy.Integer] = {}
+    for node in program.nodes(aten.nonzero.default):
+        elements = int(product(_example_shape(cast(fx.Node, node.args[0]))))
+        largest |= {symbol: sympy.Integer(elements) for symbol in _shape(node)[:1] if isinstance(symbol, sympy.Symbol)}
+    if not largest:
+        return sum(map(node_flops, program.nodes()))
+    return sum(int(operations(node, partial(_largest_shape, largest))) for node in program.nodes())
 
 
 def node_flops(node: fx.Node) -> int:
@@ -207,6 +217,13 @@ def _shape(node: fx.Node) -> tuple[Size, ...]:
 
 def _example_shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(fake.hint(size) for size in cast(torch.Tensor, nodes.value(node)).shape)
+
+
+def _largest_shape(largest: Mapping[sympy.Basic, sympy.Integer], node: fx.Node) -> tuple[int, ...]:
+    """The sizes at the example, where `largest` says how large those may be that depend on values."""
+    shape = zip(cast(torch.Tensor, nodes.value(node)).shape, _shape(node), strict=True)
+    known = ((size, found.xreplace(largest)) if isinstance(found, sympy.Basic) else (size, found) for size, found in shape)
+    return tuple(int(found) if isinstance(found, int) or found.is_number else fake.hint(size) for size, found in known)
 
 
 def _weights_of(node: fx.Node) -> dict[str, int]:

@@ -162,6 +162,21 @@ class Editor:
         program.edits += 1
         self.rewritten += 1
 
+    def move_before(self, node: fx.Node, place: fx.Node) -> None:
+        """Let a value be computed in front of `place`, with what it is computed from; nothing of it may depend on `place`."""
+        needed, pending = set[fx.Node](), [node]
+        while pending:
+            found = pending.pop()
+            if found not in needed:
+                needed.add(found)
+                pending += found.all_input_nodes
+        late = False
+        for found in list(self.program.graph.nodes):
+            late = late or found is place
+            if late and found in needed:
+                place.prepend(found)
+                self.program.edits += 1
+
     def erase(self, node: fx.Node) -> None:
         """Remove a node nothing reads. Counts as one place rewritten."""
         self.program.graph.erase_node(node)

@@ -56,9 +56,13 @@ class Pass(ABC):
     """One step of a pipeline: a frozen dataclass whose fields are its options.
 
     The class name in kebab case is its name in pipeline text. A subclass derives from one of the four kinds.
+
+    redefines: whether it changes what is answered by agreement, rather than how exactly: the passes behind it are measured
+        against the answers after it.
     """
 
     kind: ClassVar[str]
+    redefines: ClassVar[bool] = False
     requires: ClassVar[tuple[Requirement, ...]] = ()
 
     @classmethod

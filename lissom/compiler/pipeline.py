@@ -217,6 +217,8 @@ class _Run:
             metric=metric,
         )
         self.program, self.outputs = after, outputs
+        if item.redefines:
+            self.original = outputs
         self.history.record(step, after.text())
 
     def _check_requirements(self, item: Pass) -> None:

@@ -1,0 +1,184 @@
+"""Which input says where padding is, found by computing what depends on it; and what a value is at padding positions.
+
+A padding mask is an input [batch, tokens] whose zeros hide keys from attention. The parts of a program that make masks and
+positions are small; they are run here on masks of every kind: full, padded on either side, with holes, and empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import sympy
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.execute import call
+from lissom.compiler.linears import is_attention, is_linear
+from lissom.compiler.program import Program
+from lissom.compiler.signature import evaluate
+from lissom.compiler.types import ScalarType, TensorType
+
+aten = torch.ops.aten
+
+_BATCH, _TOKENS = 8, 9
+"""Sizes of the probes, where a program does not fix or bound them."""
+_MOST = 400
+"""Calls that may make up a mask."""
+HIDDEN = -1e4
+"""Scores with this or less added have a weight of exactly zero beside any other."""
+
+Values = Mapping[fx.Node, torch.Tensor]
+Check = Callable[[Values], bool]
+
+
+def mask_of(attention: fx.Node) -> fx.Node | None:
+    """What is added to, or hides, the scores of an attention; None for nothing."""
+    name = "attn_mask" if attention.target is aten.scaled_dot_product_attention.default else "bias"
+    found = nodes.argument(attention, name)
+    return found if isinstance(found, fx.Node) else None
+
+
+def padding_masks(program: Program) -> tuple[fx.Node, ...]:
+    """The inputs [batch, tokens] whose zeros hide keys from an attention; ask for it as `program.fact(padding_masks)`."""
+    candidates = [node for node in program.placeholders if _may_be_mask(nodes.node_type(node))]
+    masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    return tuple(
+        candidate
+        for candidate in candidates
+        if any(holds(program, candidate, [mask], partial(_mask_hides, mask, candidate)) for mask in masks)
+    )
+
+
+def kept_rows(mask: torch.Tensor) -> torch.Tensor:
+    """Which positions are tokens, [batch, tokens]; in a row without any, all, since attention there sees what is hidden."""
+    real = mask != 0
+    return real | ~real.any(1, keepdim=True)
+
+
+def _mask_hides(mask: fx.Node, candidate: fx.Node, values: Values) -> bool:
+    kept = kept_rows(values[candidate])
+    return hides(values[mask], kept, own=values[mask].shape[-2:] == (kept.shape[1],) * 2)
+
+
+def hides(mask: torch.Tensor, kept: torch.Tensor, *, own: bool) -> bool:
+    """True when the mask hides every key that is not kept from every query, or from every query that is kept.
+
+    mask: broadcast to [batch, heads, queries, keys]; kept: [batch, tokens]; own: whether the queries are the same tokens.
+    """
+    if not 2 <= mask.dim() <= 4 or mask.shape[-1] != kept.shape[1] or (mask.dim() == 4 and mask.shape[0] not in (1, len(kept))):
+        return False
+    hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
+    hidden = hidden[(None,) * (4 - mask.dim())]
+    wanted = ~kept[:, None, None, :]
+    if own:
+        wanted = wanted & kept[:, None, :, None]
+    return bool((hidden | ~wanted).all())
+
+
+def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int, int], rank: int) -> bool:
+    """True when the value, broadcast to a tensor of this rank, is zero or False at every position that is not kept.
+
+    place: the dimensions of batch and tokens.
+    """
+    value = value[(None,) * (rank - value.dim())]
+    rows = value.movedim(place, (0, 1)).flatten(2).ne(0).any(-1) if rank > 2 else value.ne(0)
+    return not bool((rows.expand(kept.shape) & ~kept).any())
+
+
+def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Check) -> bool:
+    """True when the check holds of the values of `wanted` and of the mask on all probes; False where there are none."""
+    order = _order(program, [mask, *wanted])
+    if order is None or mask not in order:
+        return False
+    try:
+        return all(check(values) for values in _probes(program, mask, order))
+    # A part of a program that cannot be run on a probe says nothing of what it does.
+    except Exception:
+        return False
+
+
+def _may_be_mask(found: object) -> bool:
+    return isinstance(found, TensorType) and found.rank == 2 and not found.dtype.is_complex
+
+
+def _order(program: Program, wanted: Sequence[fx.Node]) -> list[fx.Node] | None:
+    """What the nodes are computed from, in order; None when linear layers or attentions are among it."""
+    pending, seen = list(wanted), set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        if len(seen) > _MOST or (node.op == "call_function" and (is_linear(node) or is_attention(node))):
+            return None
+        seen.add(node)
+        if not _is_size(node):
+            pending += node.all_input_nodes
+    return [node for node in program.graph.nodes if node in seen]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return nodes.is_call(node, aten.sym_size.int)
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Masks to try: [many, tokens] of zeros and ones."""
+
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: int) -> _Patterns:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.ones(_BATCH, tokens, dtype=torch.bool)
+        rows[0, (tokens + 1) // 2 :] = False
+        rows[1, 1:] = False
+        rows[2, : tokens // 2] = False
+        rows[3, :-1] = False
+        rows[4] = torch.rand(tokens, generator=generator) > 0.5
+        rows[5] = False
+        rows[6, -1:] = False
+        return cls(rows)
+
+
+def _probes(program: Program, mask: fx.Node, order: Sequence[fx.Node]) -> Iterator[Values]:
+    sizes: dict[sympy.Symbol, int] = {}
+    shape = nodes.tensor_type(mask).shape
+    for index, (symbol, dimension) in enumerate(program.signature.dimensions.items()):
+        # Sizes that need not be equal are not.
+        size = max(_BATCH if symbol == shape[0] else _TOKENS + index, dimension.minimum)
+        sizes[symbol] = min(size, dimension.maximum or size)
+    batch, tokens = (evaluate(size, sizes) for size in shape)
+    rows = _Patterns.of(tokens).rows
+    rows = rows[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
+    for group in rows.split(batch):
+        values: dict[fx.Node, object] = {}
+        with torch.no_grad():
+            for node in order:
+                values[node] = _value(program, node, mask, group, sizes, values)
+        yield cast(Values, values)
+
+
+def _value(
+    program: Program,
+    node: fx.Node,
+    mask: fx.Node,
+    group: torch.Tensor,
+    sizes: Mapping[sympy.Symbol, int],
+    values: Mapping[fx.Node, object],
+) -> object:
+    if node.op == "placeholder":
+        found = nodes.tensor_type(node)
+        if node is mask:
+            return group.to(found.device, found.dtype)
+        return torch.ones([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
+    if node.op == "get_attr":
+        return program.weight(str(node.target))
+    if _is_size(node):
+        found = nodes.node_type(node)
+        assert isinstance(found, ScalarType)
+        return evaluate(cast(int, found.value), sizes)
+    return call(node, values.__getitem__)

@@ -1,0 +1,253 @@
+"""Compute only the positions that are read: a choice of positions moves up through everything that works position by position.
+
+    f(x)[:, p]  ->  f(x[:, p])                              linear layers, norms, activations, sums, reshapes to heads and back
+    attention(q, k, v, mask)[:, :, p]  ->  attention(q[:, :, p], k, v, mask[:, :, p])       causal: keys 0 to p, as a mask
+
+A classifier reads `[CLS]`, a decoder its last token, a pooler one computed position a row; the last layer's queries, its output
+projection and its feed-forward are then needed at these positions only. Keys and values are still computed for all.
+
+The demand of every value is found from its readers, last to first: it is a choice of positions when all of them read the same,
+and everything otherwise. A value is computed at the choice where a product of matrices gets smaller for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.flat_products import unflatten_where
+from lissom.compiler.flops import is_counted
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.linears import is_attention, is_linear
+from lissom.compiler.positions import Slot, operands, position_sources, row_position, shape_of, with_operands
+
+aten = torch.ops.aten
+
+_END = 2**63 - 1
+_RESHAPES = {aten.reshape.default, aten.view.default}
+
+
+@dataclass(frozen=True)
+class EliminateDeadTokens(Rewrite):
+    """Computes values only at the positions that are read, where that saves products of matrices."""
+
+    def run(self, edit: Editor) -> None:
+        unflatten_where(edit, lambda trial: bool(_useful(trial, _demands(trial)[0])))
+        demands, roots = _demands(edit)
+        useful = _useful(edit, demands)
+        if useful:
+            _Narrower(edit, {node: demands[node] for node in demands if node in useful}).run(roots)
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """The positions of one dimension that are read.
+
+    start: the first of `count` neighbours, from the end where negative; or a value [batch], one position a row.
+    """
+
+    dim: int
+    start: int | fx.Node
+    count: int = 1
+
+
+def _demands(edit: Editor) -> tuple[dict[fx.Node, _Demand], dict[fx.Node, _Demand]]:
+    """The values whose readers all want the same positions, and the choices that want them: what each wants of its operand."""
+    demands: dict[fx.Node, _Demand] = {}
+    roots: dict[fx.Node, _Demand] = {}
+    for node in reversed(edit.program.nodes()):
+        wanted = {_demand_of(user, slot, demands, roots) for user in node.users for slot in _slots(user, node)}
+        (found,) = wanted if len(wanted) == 1 else (None,)
+        if found is not None and _narrows(node, found):
+            demands[node] = found
+        elif (choice := _choice(edit, node)) is not None:
+            roots[node] = choice
+    return demands, roots
+
+
+def _slots(user: fx.Node, node: fx.Node) -> list[Slot]:
+    """Where a reader reads the value; a place of its own for readers that are no calls of operators."""
+    found = [slot for slot, item in operands(user).items() if item is node] if user.op == "call_function" else []
+    return found or [-1]
+
+
+def _demand_of(
+    user: fx.Node, slot: Slot, demands: Mapping[fx.Node, _Demand], roots: Mapping[fx.Node, _Demand]
+) -> _Demand | None:
+    """What a reader wants of an operand; None for all of it."""
+    if user in roots:
+        return roots[user] if slot == 0 else None
+    wanted = demands.get(user)
+    if wanted is None:
+        return None
+    dim = (position_sources(user, wanted.dim) or {}).get(slot)
+    if dim is None:
+        return None
+    by_row = isinstance(wanted.start, fx.Node)
+    if by_row and (position_sources(user, 0) or {}).get(slot) != 0:
+        return None
+    return _Demand(dim, wanted.start, wanted.count)
+
+
+def _narrows(node: fx.Node, wanted: _Demand) -> bool:
+    """True when the call can be made for these positions alone."""
+    sources = position_sources(node, wanted.dim)
+    if sources is None or (is_attention(node) and set(sources).isdisjoint({0})):
+        return False
+    if _is_causal(node):
+        q, k = node.args[:2]
+        if shape_of(q)[-2] != shape_of(k)[-2] or wanted.dim != len(shape_of(node)) - 2 or nodes.argument(node, "dropout_p"):
+            return False
+    if not isinstance(wanted.start, fx.Node):
+        return True
+    # One position a row: the rows stay in front, and what has none can be given some.
+    rows = position_sources(node, 0)
+    return rows is not None and all(rows.get(slot, 0) == 0 for slot in sources)
+
+
+def _read(node: fx.Node, sources: Mapping[Slot, int]) -> list[tuple[fx.Node, int]]:
+    slots = operands(node)
+    return [(slots[slot], dim) for slot, dim in sources.items()]
+
+
+def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
+    """What a call chooses of its operand; None when it chooses nothing, or more than half."""
+    found: _Demand | None = None
+    if nodes.is_call(node, aten.select.int) and isinstance(node.args[2], int):
+        found = _Demand(cast(int, node.args[1]) % len(shape_of(node.args[0])), node.args[2])
+    elif nodes.is_call(node, aten.slice.Tensor):
+        dim = cast(int, nodes.argument(node, "dim")) % len(shape_of(node))
+        start, count = nodes.argument(node, "start") or 0, shape_of(node)[dim]
+        if isinstance(start, int) and isinstance(count, int) and nodes.argument(node, "step") == 1:
+            found = _Demand(dim, start, count)
+    elif nodes.is_call(node, aten.index.Tensor) and (position := row_position(edit.program, node)) is not None:
+        found = _Demand(1, position)
+    if found is None or _depends_on_layers(found.start):
+        return None
+    sizes = cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0]))).shape
+    return found if 2 * found.count <= fake.hint(sizes[found.dim]) else None
+
+
+def _depends_on_layers(start: int | fx.Node) -> bool:
+    """True for positions that are known only after a layer was computed."""
+    pending: list[int | fx.Node] = [start]
+    seen = set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if isinstance(node, fx.Node) and node not in seen:
+            if node.op == "call_function" and (is_linear(node) or is_attention(node)):
+                return True
+            seen.add(node)
+            pending += node.all_input_nodes
+    return False
+
+
+def _useful(edit: Editor, demands: Mapping[fx.Node, _Demand]) -> set[fx.Node]:
+    """The values to compute at their choice: products of matrices, and what is computed from these."""
+    useful: set[fx.Node] = set()
+    for node in edit.program.nodes():
+        if node in demands:
+            sources = position_sources(node, demands[node].dim) or {}
+            if is_counted(node) or any(item in useful for item, _ in _read(node, sources)):
+                useful.add(node)
+    return useful
+
+
+def _is_causal(node: fx.Node) -> bool:
+    return nodes.is_call(node, aten.scaled_dot_product_attention.default) and bool(nodes.argument(node, "is_causal"))
+
+
+@dataclass
+class _Narrower:
+    """Makes calls for chosen positions."""
+
+    edit: Editor
+    demands: Mapping[fx.Node, _Demand]
+    narrowed: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    taken: dict[tuple[fx.Node, _Demand], fx.Node] = field(default_factory=dict["tuple[fx.Node, _Demand]", fx.Node])
+    rows: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+
+    def run(self, roots: Mapping[fx.Node, _Demand]) -> None:
+        edit, first = self.edit, next(iter(sorted(self.demands, key=list(self.edit.program.graph.nodes).index)))
+        for start in dict.fromkeys(item.start for item in self.demands.values()):
+            if isinstance(start, fx.Node):
+                edit.move_before(start, first)
+        for node in edit.nodes():
+            if node in self.demands:
+                with edit.before(node):
+                    self.narrowed[node] = self._narrow(node, self.demands[node])
+            elif node in roots and node.args[0] in self.narrowed:
+                found = self.narrowed[node.args[0]]
+                if node.target is not aten.slice.Tensor:
+                    with edit.before(node):
+                        found = edit.call(aten.select.int, found, roots[node].dim, 0)
+                edit.replace(node, found)
+
+    def _narrow(self, node: fx.Node, wanted: _Demand) -> fx.Node:
+        """The call for the positions wanted alone, in dimensions as before."""
+        sources = position_sources(node, wanted.dim) or {}
+        rank = len(shape_of(node))
+        changed: dict[Slot, object] = {}
+        for slot, item in operands(node).items():
+            if slot in sources:
+                changed[slot] = self.narrowed.get(item) or self._take(
+                    item, _Demand(sources[slot], wanted.start, wanted.count), rank
+                )
+        args, kwargs = with_operands(node, changed)
+        if node.target in _RESHAPES or node.target is aten.expand.default:
+            sizes = cast("list[object]", args[1])
+            sizes[wanted.dim] = wanted.count
+        if _is_causal(node):
+            mask = self._causal_rows(node, wanted)
+            kept = {name: nodes.argument(node, name) for name in ("scale", "enable_gqa")}
+            args, kwargs = [*args[:3], *([mask] if mask is not None else [])], {key: kept[key] for key in kept if kept[key]}
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return self.edit.item(cast(fx.Node, args[0]), cast(int, args[1]))
+        return self.edit.call(node.target, *args, **kwargs)
+
+    def _take(self, item: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
+        """The chosen positions of a value that is computed whole; for a call whose result has this rank."""
+        if (item, wanted) not in self.taken:
+            self.taken[item, wanted] = self._chosen(item, wanted, rank)
+        return self.taken[item, wanted]
+
+    def _chosen(self, item: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
+        call, dim, start = self.edit.call, wanted.dim, wanted.start
+        if not isinstance(start, fx.Node):
+            end = start + wanted.count
+            return call(aten.slice.Tensor, item, dim, start, _END if start < 0 and end >= 0 else end)
+        for _ in range(rank - len(shape_of(item))):
+            item, dim = call(aten.unsqueeze.default, item, 0), dim + 1
+        if shape_of(item)[0] == 1:
+            return call(aten.transpose.int, call(aten.index.Tensor, item, [*[None] * dim, start]), 0, dim)
+        if dim != 1:
+            item = call(aten.transpose.int, item, 1, dim)
+        found = call(aten.unsqueeze.default, call(aten.index.Tensor, item, [self._row_numbers(start), start]), 1)
+        return call(aten.transpose.int, found, 1, dim) if dim != 1 else found
+
+    def _row_numbers(self, start: fx.Node) -> fx.Node:
+        """0, 1, ... for each row of the batch."""
+        if start not in self.rows:
+            ones = self.edit.call(aten.ones_like.default, start, dtype=torch.int64)
+            self.rows[start] = self.edit.call(aten.sub.Scalar, self.edit.call(aten.cumsum.default, ones, 0), 1)
+        return self.rows[start]
+
+    def _causal_rows(self, node: fx.Node, wanted: _Demand) -> fx.Node | None:
+        """Which keys the chosen queries of a causal attention see, [.., chosen, keys]; None for all."""
+        if (wanted.start, wanted.count) == (-1, 1):
+            return None
+        call, k = self.edit.call, cast(fx.Node, node.args[1])
+        counted = call(aten.arange.default, self.edit.size(k, len(shape_of(k)) - 2), device=nodes.tensor_type(k).device)
+        if isinstance(wanted.start, fx.Node):
+            position = call(aten.index.Tensor, counted, [wanted.start])
+            position = call(aten.reshape.default, position, [-1, *[1] * (len(shape_of(node)) - 1)])
+        else:
+            position = call(aten.unsqueeze.default, self._chosen(counted, _Demand(0, wanted.start, wanted.count), 1), 1)
+        return call(aten.le.Tensor, call(aten.unsqueeze.default, counted, 0), position)

@@ -1,0 +1,60 @@
+"""Agree that outputs are zero at padding positions, so that what is computed there need not be computed.
+
+    y[b, t] = 0 where mask[b, t] = 0
+
+A model gives some value at every position, padding too, and no exact pass may change it. Most callers never look at these
+values: mean pooling multiplies them with the mask, a loss ignores them. Saying so is the caller's choice, and this pass is how
+it is said; `pack-tokens` then finds what nothing reads. What follows is measured against the answers with zeros in them.
+
+The mask is the input [batch, tokens] whose zeros hide keys from attention. It is found by computing what is made of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Approximation
+from lissom.compiler.padding import padding_masks
+from lissom.compiler.types import TensorType
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ZeroPadding(Approximation):
+    """Makes outputs zero at padding positions."""
+
+    redefines: ClassVar[bool] = True
+
+    def run(self, edit: Editor) -> None:
+        masks = edit.program.fact(padding_masks)
+        padding: dict[fx.Node, fx.Node] = {}
+        for output in edit.program.output.all_input_nodes:
+            fitting = [mask for mask in masks if _is_per_token(output, mask)]
+            if len(fitting) > 1:
+                edit.skip(output, "two inputs could be its padding mask")
+            if len(fitting) != 1:
+                continue
+            (mask,) = fitting
+            with edit.before(edit.program.output, like=[output]):
+                if mask not in padding:
+                    padding[mask] = edit.call(aten.eq.Scalar, mask, 0)
+                hidden = padding[mask]
+                for _ in range(nodes.tensor_type(output).rank - 2):
+                    hidden = edit.call(aten.unsqueeze.default, hidden, -1)
+                zeroed = edit.call(aten.masked_fill.Scalar, output, hidden, 0.0)
+            edit.program.output.replace_input_with(output, zeroed)
+            edit.rewritten += 1
+
+
+def _is_per_token(output: fx.Node, mask: fx.Node) -> bool:
+    """True for floating values with the mask's dimensions in front."""
+    found = nodes.node_type(output)
+    shape = nodes.tensor_type(mask).shape
+    return isinstance(found, TensorType) and found.dtype.is_floating_point and found.shape[:2] == shape

@@ -1,0 +1,60 @@
+"""Tests of padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional
+
+from lissom.compiler.padding import hides, kept_rows, padding_masks, zero_where_hidden
+from tests.models import normal
+from tests.passes.harness import Calls, capture_model
+
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+def attend(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    y = x[:, None]
+    return functional.scaled_dot_product_attention(y, y, y, attn_mask=mask)[:, 0]
+
+
+def causal(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return attend(x, torch.ones(x.shape[1], x.shape[1]).tril().bool() & (mask[:, None, None, :] != 0))
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda x, mask: attend(x, mask[:, None, None, :] != 0), ["y"]),
+        (lambda x, mask: attend(x, (1.0 - mask[:, None, None, :].float()) * -1e9), ["y"]),
+        (causal, ["y"]),
+        (lambda x, mask: attend(x, mask[:, None, None, :].float() * 0.5), []),
+        (lambda x, mask: attend(x, mask[:, None, None, :] == 0), []),
+        (lambda x, mask: attend(x, mask[:, None, :, None] != 0), []),
+        (lambda x, mask: attend(x * mask[..., None], torch.ones(x.shape[1], x.shape[1]).bool()), []),
+    ],
+    ids=["flags", "numbers", "causal", "a bias", "the other way round", "queries", "no mask"],
+)
+def test_masks_are_found_by_what_they_hide(function: Callable, found: list[str]) -> None:
+    program = capture_model(Calls(function), normal(2, 3, 4), MASK).program
+    assert [node.name for node in padding_masks(program)] == found
+
+
+def test_a_row_without_tokens_is_kept_whole() -> None:
+    assert kept_rows(torch.tensor([[1, 0], [0, 0]])).tolist() == [[True, False], [True, True]]
+
+
+def test_hiding_is_asked_of_kept_queries_where_they_are_the_same_tokens() -> None:
+    kept = torch.tensor([[True, False]])
+    mask = torch.tensor([[[[True, False], [True, True]]]])
+    assert hides(mask, kept, own=True)
+    assert not hides(mask, kept, own=False)
+
+
+def test_zeros_are_looked_for_where_nothing_is_kept() -> None:
+    kept = torch.tensor([[True, False]])
+    assert zero_where_hidden(torch.tensor([[[3.0], [0.0]]]), kept, (0, 1), 3)
+    assert not zero_where_hidden(torch.tensor([[[0.0], [3.0]]]), kept, (0, 1), 3)
+    assert not zero_where_hidden(torch.tensor(1.0), kept, (0, 1), 3)
