@@ -68,12 +68,20 @@ def head_columns(program: Program, site: AttentionSite) -> Columns:
 
     Raises: UnsupportedError when no layer reads the heads, or its weight does not tell them apart.
     """
+    found = find_head_columns(program, site)
+    if isinstance(found, str):
+        raise UnsupportedError(f"{place(program, site.node)}: {found}")
+    return found
+
+
+def find_head_columns(program: Program, site: AttentionSite) -> Columns | str:
+    """The columns that read each query head of an attention, or why there are none."""
     if site.output is None:
-        raise UnsupportedError(f"no layer projects the heads of {place(program, site.node)} out")
+        return "no layer projects its heads out"
     if nodes.tensor_type(site.node).rank < 3:
-        raise UnsupportedError(f"{place(program, site.node)} has no dimension of heads")
+        return "it has no dimension of heads"
     found = program.fact(axes)
-    return _columns(program, found, site.output, found.axis(site.node, -3), site.heads, "heads")
+    return _columns(found, site.output, found.axis(site.node, -3), site.heads, "heads")
 
 
 def neuron_columns(program: Program, site: FeedForwardSite) -> Columns:
@@ -81,21 +89,34 @@ def neuron_columns(program: Program, site: FeedForwardSite) -> Columns:
 
     Raises: UnsupportedError when the weight does not tell the neurons apart.
     """
+    found = find_neuron_columns(program, site)
+    if isinstance(found, str):
+        raise UnsupportedError(f"{place(program, site.down)}: {found}")
+    return found
+
+
+def find_neuron_columns(program: Program, site: FeedForwardSite) -> Columns | str:
+    """The columns that read each neuron of a feed-forward, or why there are none."""
     found = program.fact(axes)
-    features = 1 if site.down.target in _CONVOLUTIONS else -1
-    return _columns(program, found, site.down, found.axis(input_of(site.down), features), site.width, "neurons")
+    return _columns(found, site.down, found.axis(input_of(site.down), feature_dim(site.down)), site.width, "neurons")
 
 
-def _columns(program: Program, found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) -> Columns:
+def feature_dim(layer: fx.Node) -> int:
+    """The dimension of its features in what a linear layer reads and gives."""
+    return 1 if layer.target in _CONVOLUTIONS else -1
+
+
+def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) -> Columns | str:
     weight = weight_of(layer)
     assert weight is not None, "a site ends in a linear layer"
     numbering = list(axis.atoms())
     for dim, other in enumerate(cast("tuple[Axis, ...]", found.of[weight])):
-        shared = tuple(atom for atom in dict.fromkeys(numbering) if atom in set(other.atoms()))
+        present = set(other.atoms())
+        shared = tuple(atom for atom in dict.fromkeys(numbering) if atom in present)
         if math.prod(cast(int, atom.size) for atom in shared) == count and (shared or count == 1):
             return Columns(layer, weight, dim, unit_of(other, shared), count, shared)
-    reason = next((atom.pinned for atom in numbering if atom.pinned), "") or "they are not a dimension of its weight"
-    raise UnsupportedError(f"the {units} that {place(program, layer)} reads cannot be told apart: {reason}")
+    reason = next((atom.pinned for atom in numbering if atom.pinned), "") or "no dimension of its weight numbers them"
+    return f"the {units} that '{layer.name}' reads cannot be told apart: {reason}"
 
 
 def unit_of(axis: Axis, numbering: Sequence[Axis]) -> torch.Tensor:

@@ -68,5 +68,5 @@ class Unprojected(nn.Module):
 def test_heads_that_nothing_projects_are_refused():
     case = Case(seeded(Unprojected), (normal(2, 5, 8),))
     program = capture(case.model, case.args).program
-    with pytest.raises(UnsupportedError, match="no layer projects the heads of"):
+    with pytest.raises(UnsupportedError, match="no layer projects its heads out"):
         head_columns(program, program.fact(structure).attention[0])
