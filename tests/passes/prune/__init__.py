@@ -1,1 +1,1 @@
-"""Tests of pruning."""
+"""Tests of lissom.passes.prune."""
