@@ -250,6 +250,7 @@ def _register(rule: Rule, *names: str) -> None:
 
 
 _register(_first, "dropout", "lift_fresh_copy", "log_sigmoid", "hardswish", "softplus", "bernoulli")
+_register(_first, "_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as", "contiguous", "clone", "detach", "alias")
 _register(
     _pointwise,
     "__and__.Tensor",
