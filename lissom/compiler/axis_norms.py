@@ -60,7 +60,9 @@ def _rescale(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
     with edit.before(node):
         if not isinstance(weight, fx.Node):
             typed = nodes.tensor_type(node)
-            weight = edit.weight(f"{node.name}.weight", torch.full((size,), math.sqrt(ratio), dtype=typed.dtype, device=typed.device))
+            weight = edit.weight(
+                f"{node.name}.weight", torch.full((size,), math.sqrt(ratio), dtype=typed.dtype, device=typed.device)
+            )
         elif weight.op == "get_attr" and len(weight.users) == 1:
             edit.set_weight(weight, _values(edit, weight) * math.sqrt(ratio), retype=False)
         elif weight.op == "get_attr":

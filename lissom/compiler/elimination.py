@@ -1,4 +1,4 @@
-"""Remove units that nothing would miss, and take out branches that are constant: what the eliminations of dead structure share."""
+"""What the eliminations of dead structure share: remove units that nothing would miss, take out branches that are constant."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _eliminate_alone(edit: Editor, node: fx.Node, places: Sequence[tuple[fx.Node
 
 
 def _place(found: Axes, atom: Axis) -> tuple[fx.Node, int, int]:
-    """A dimension that has the axis, and which of its atoms it is there: it is found again there after the program has changed."""
+    """A dimension that has the axis, and which of its atoms it is: there it is found again after the program has changed."""
     place = found.occurrences(atom)[0]
     return place.node, place.dim, list(found.axis(place.node, place.dim).atoms()).index(atom.find())
 
@@ -276,7 +276,11 @@ def _computed(edit: Editor, factors: Sequence[Size], inputs: Mapping[Size, tuple
     found: fx.Node | int = 1
     for factor in factors:
         size = factor if isinstance(factor, int) else edit.size(*inputs[factor])
-        found = size if found == 1 else edit.compute_size(operator.mul, size, found) if isinstance(size, fx.Node) else (
-            edit.compute_size(operator.mul, found, size) if isinstance(found, fx.Node) else found * size
+        found = (
+            size
+            if found == 1
+            else edit.compute_size(operator.mul, size, found)
+            if isinstance(size, fx.Node)
+            else (edit.compute_size(operator.mul, found, size) if isinstance(found, fx.Node) else found * size)
         )
     return found

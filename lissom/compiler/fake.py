@@ -63,7 +63,8 @@ def _fake_pad(node: fx.Node) -> object:
     if node.target is aten.pad.default and nodes.argument(node, "mode") != "constant":
         return call(node, nodes.value)
     x = cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0])))
-    pad = cast("list[int]", fx.map_arg(cast("list[fx.node.Argument]", node.args[1]), nodes.value))
+    listed = cast("list[object]", node.args[1])
+    pad = cast("list[int]", [nodes.value(size) if isinstance(size, fx.Node) else size for size in listed])
     shape = list(x.shape)
     for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
         shape[-dim] = shape[-dim] + before + after

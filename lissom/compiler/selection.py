@@ -21,7 +21,7 @@ MASK, QUERY_AND_KEY, VALUE = (3,), (0, 1), (2,)
 
 
 def select_heads(edit: Editor, attention: fx.Node, arguments: Iterable[int]) -> list[fx.Node]:
-    """Let an attention choose all heads of these arguments by number; the choices made, none where there are no heads to choose."""
+    """Let an attention choose all heads of these arguments by number, where they have heads; the choices made."""
     made: list[fx.Node] = []
     for index in arguments:
         item, name = _argument(attention, index)

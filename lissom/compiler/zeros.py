@@ -1,7 +1,8 @@
 """Where values are exactly zero whatever the inputs are, told from zeros in the weights.
 
-For every dimension of every value: the indices at which the whole value is zero. A row of zeros in a weight without a bias makes
-a feature zero; a product is zero where either factor is; a sum is where both terms are; what moves values moves their zeros.
+For every dimension of every value: the indices at which the whole value is zero. A row of zeros in a weight without a bias
+makes a feature zero; a product is zero where either factor is; a sum is where both terms are; what moves values moves their
+zeros.
 Inputs are taken to be finite: zero times infinity is no zero.
 """
 
@@ -27,7 +28,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Zero:
-    """Where one value is zero. at: dimension → [size] of booleans, the dimensions with a zero in them only; whole: everywhere."""
+    """Where one value is zero.
+
+    at: for the dimensions with a zero in them, at which of their indices, [size] of booleans. whole: everywhere.
+    """
 
     at: Mapping[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
     whole: bool = False
@@ -84,7 +88,9 @@ def zero_at(found: Zeros, node: fx.Node, dim: int) -> torch.Tensor:
     """The indices of a dimension of fixed size at which the value is zero, [size] of booleans."""
     shape = nodes.tensor_type(node).shape
     size, zero = cast(int, shape[dim]), found.get(node, NOWHERE)
-    return torch.ones(size, dtype=torch.bool) if zero.whole else zero.at.get(dim % len(shape), torch.zeros(size, dtype=torch.bool))
+    return (
+        torch.ones(size, dtype=torch.bool) if zero.whole else zero.at.get(dim % len(shape), torch.zeros(size, dtype=torch.bool))
+    )
 
 
 def _of_weight(weight: torch.Tensor) -> Zero:
@@ -165,7 +171,7 @@ def _quotient(node: fx.Node, known: _Known) -> Zero:
 
 
 def _power(node: fx.Node, known: _Known) -> Zero:
-    exponent = node.args[1]
+    exponent = nodes.argument(node, "exponent")
     return known.of(node.args[0]) if isinstance(exponent, (int, float)) and exponent > 0 else NOWHERE
 
 

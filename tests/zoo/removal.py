@@ -1,4 +1,4 @@
-"""`python -m tests.zoo.removal`: mask random heads and neurons of every model of the zoo, remove them, and compare the outputs."""
+"""`python -m tests.zoo.removal`: mask random heads and neurons of every model of the zoo, remove them, compare the outputs."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def mask_randomly(program: Program, generator: random.Random) -> dict[str, list[
         if weight not in units:
             units[weight] = _some_units(columns.count, site, generator)
             edit.set_weight(columns.weight, columns.zeroed(program.weight(weight), units[weight]))
-            bias = columns.layer.args[2] if len(columns.layer.args) > 2 and columns.layer.target is torch.ops.aten.linear.default else None
-            if len(units[weight]) == columns.count and bias is not None and generator.random() < 0.5:
-                edit.set_weight(bias, torch.zeros_like(program.weight(str(bias.target))))
+            bias = columns.layer.args[2:3] if columns.layer.target is torch.ops.aten.linear.default else ()
+            if len(units[weight]) == columns.count and bias and generator.random() < 0.5:
+                edit.set_weight(bias[0], torch.zeros_like(program.weight(str(bias[0].target))))
     return {name: sorted(units[str(columns.weight.target)]) for name, (columns, _) in found.items()}
 
 
@@ -151,9 +151,7 @@ def _skips(history: History) -> list[Any]:
     return [skip for step in history.steps for skip in step.skipped]
 
 
-def _left(
-    after: Program, found: dict[str, tuple[Columns, AttentionSite | None]], dead: dict[str, list[int]]
-) -> dict[str, Any]:
+def _left(after: Program, found: dict[str, tuple[Columns, AttentionSite | None]], dead: dict[str, list[int]]) -> dict[str, Any]:
     """Of the sites with dead units: how many were treated fully, and what is left of the others beyond what has to be."""
     present, _ = read_columns(after)
     touched = [name for name, units in dead.items() if units]

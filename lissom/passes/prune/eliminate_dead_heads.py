@@ -19,7 +19,6 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.attention_sites import AttentionSite
-from lissom.compiler.axes import axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.dead import dead_units
 from lissom.compiler.editor import Editor
@@ -83,5 +82,4 @@ def _obstacle(edit: Editor, site: AttentionSite, columns: Columns) -> str:
     if reason:
         return reason
     missed = _dead_heads(edit, site, columns) & ~dead_units(edit.program, columns.axes).flatten()
-    shared = f"what numbers them numbers other heads too, in {len(edit.program.fact(axes).occurrences(columns.axes[0]))} places"
-    return shared if bool(missed.any()) else ""
+    return "what they share an axis with needs them" if bool(missed.any()) else ""

@@ -1,7 +1,7 @@
 """Remove feed-forward neurons that contribute nothing.
 
-A neuron is dead when its column of the down projection is zero, or when its activation is: a row of zeros in the gate, or in the
-up projection, without a bias. Its rows go from up and gate, its column from down, and whatever lies between loses it too.
+A neuron is dead when its column of the down projection is zero, or when its activation is: a row of zeros in the gate, or in
+the up projection, without a bias. Its rows go from up and gate, its column from down, and whatever lies between loses it too.
 
     W₂ f(W₁ x) = Σ W₂[:, i] f(W₁[i] x)                          the sum over neurons: a term with W₂[:, i] = 0 can go
 
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.axes import axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.dead import dead_units
 from lissom.compiler.editor import Editor
@@ -71,4 +70,4 @@ def _obstacle(edit: Editor, columns: Columns) -> str:
     if reason := obstacle(edit, columns.axes):
         return reason
     gone = [bool(dead_units(edit.program, (atom,)).any()) for atom in columns.axes]
-    return "" if any(gone) else f"{len(edit.program.fact(axes).occurrences(columns.axes[0]))} places share their axis and need them"
+    return "" if any(gone) else "another layer reads the same neurons and needs them"

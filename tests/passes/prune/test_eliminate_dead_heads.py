@@ -38,7 +38,7 @@ def test_rewrites() -> None:
 
 
 def test_leaves_other_graphs_alone() -> None:
-    program, history = rewrite(EliminateDeadHeads(), seeded(lambda: Attention(dead=())), normal(2, 5, 8))
+    _, history = rewrite(EliminateDeadHeads(), seeded(lambda: Attention(dead=())), normal(2, 5, 8))
     assert history.texts[0] == history.texts[1]
     assert history.steps[1].rewritten == 0
     assert reasons(history) == []
