@@ -81,7 +81,8 @@ def axes(program: Program) -> Axes:
             else:
                 axis_rules.read_sizes(node, of)
         elif isinstance(found, TensorType):
-            of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else "")
+            state = "state that the program keeps" if str(node.target) in program.state else ""
+            of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else state)
     for leaf in program.output.all_input_nodes:
         for axis in of.get(leaf, ()):
             if isinstance(axis, Axis):

@@ -44,6 +44,11 @@ class Columns:
     count: int
     axes: tuple[Axis, ...]
 
+    @property
+    def alone(self) -> bool:
+        """Whether the layer reads nothing beside the units."""
+        return bool((self.unit >= 0).all())
+
     def indices(self, units: int | Iterable[int]) -> torch.Tensor:
         """The indices along `dim` that read these units, [indices], in order."""
         wanted = torch.tensor([units] if isinstance(units, int) else [*units], dtype=torch.long)

@@ -35,7 +35,8 @@ class EliminateDeadHeads(Rewrite):
     """Removes attention heads that contribute nothing, and attentions without a head that does."""
 
     def run(self, edit: Editor) -> None:
-        for columns in [found for site, found in _dead_sites(edit, report=True) if bool(_dead_heads(edit, site, found).all())]:
+        found = _dead_sites(edit, report=True)
+        for columns in [item for site, item in found if item.alone and bool(_dead_heads(edit, site, item).all())]:
             if reason := replace_by_constant(edit, columns.layer):
                 edit.skip(columns.layer, f"all heads it reads are dead, but {reason}")
         made: list[fx.Node] = []

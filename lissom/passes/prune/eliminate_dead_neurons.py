@@ -32,7 +32,8 @@ class EliminateDeadNeurons(Rewrite):
     """Removes feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
 
     def run(self, edit: Editor) -> None:
-        for columns in [found for found in _dead_sites(edit, report=True) if bool(_dead_neurons(edit, found).all())]:
+        found = _dead_sites(edit, report=True)
+        for columns in [item for item in found if item.alone and bool(_dead_neurons(edit, item).all())]:
             if reason := replace_by_constant(edit, columns.layer):
                 edit.skip(columns.layer, f"all neurons it reads are dead, but {reason}")
         chosen: dict[Axis, fx.Node] = {}

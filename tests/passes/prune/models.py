@@ -17,7 +17,7 @@ from lissom.compiler.spelling import parse_pipeline
 from lissom.compiler.structure import Structure, structure
 from lissom.compiler.verify import compare, run_samples, tolerance_of
 from lissom.passes import PASSES, RECIPES
-from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.zoo.removal import canonical
 
 MODELS = {"bert": tiny_bert, "gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
@@ -71,7 +71,3 @@ def eliminate(passes: str, program: Program, samples: list[Sample]) -> tuple[Pro
 
 def reasons(history: History) -> list[str]:
     return [skip.reason for step in history.steps for skip in step.skipped]
-
-
-def case_of(name: str) -> Case:
-    return MODELS[name]()

@@ -136,6 +136,24 @@ def test_heads_whose_values_are_zero_are_dead() -> None:
     assert sites_of(program).attention[0].heads == 3
 
 
+def test_a_projection_that_reads_more_than_heads_is_no_constant_without_them() -> None:
+    class Fused(Attention):
+        def __init__(self) -> None:
+            super().__init__(dead=())
+            self.out, self.up = nn.Linear(14, 8), nn.Linear(8, 6)
+            with torch.no_grad():
+                self.out.weight[:, :8] = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (layer(x).unflatten(-1, (4, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+            heads = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return x + self.out(torch.cat((heads, nn.functional.gelu(self.up(x))), -1))
+
+    program, _ = rewrite(EliminateDeadHeads(), seeded(Fused), normal(2, 5, 8))
+    assert program.weight("up.weight").shape == (6, 8)
+    assert program.weight("v.weight").shape[0] in (2, 8)
+
+
 def test_an_attention_that_nothing_projects_is_reported() -> None:
     class Bare(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
