@@ -22,11 +22,11 @@ from tests.zoo.known import CANNOT_BE_CAPTURED
 from tests.zoo.removal import REWRITES, canonical, expected_left, mask_randomly, read_columns
 
 ENTRIES = {entry.name: entry for entry in entries()}
-FEW = ("masked/bert", "causal/llama", "causal/gpt2", "encoder-decoder/t5", "hand-written/chunk")
+FEW = ("masked/bert", "causal/llama", "causal/gpt2", "hand-written/chunk")
 MORE = (
     *("causal/bloom", "causal/falcon", "causal/gemma2", "causal/xlnet", "causal/mixtral", "masked/deberta-v2"),
-    *("encoder-decoder/bart", "vision/swin", "vision/vit", "speech/whisper", "speech/hubert", "hand-written/packed-einsum"),
-    *("hand-written/multi-query", "hand-written/folded-baddbmm", "hand-written/nn-transformer"),
+    *("encoder-decoder/t5", "encoder-decoder/bart", "vision/swin", "vision/vit", "speech/whisper", "speech/hubert"),
+    *("hand-written/packed-einsum", "hand-written/multi-query", "hand-written/folded-baddbmm", "hand-written/nn-transformer"),
 )
 
 
@@ -60,7 +60,7 @@ def check(program: Program, samples: list[Sample], seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", [*FEW, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)])
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**20))
 def test_a_random_pattern(name: str, seed: int) -> None:
     program, samples = masked_source(name)
