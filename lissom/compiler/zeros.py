@@ -176,7 +176,7 @@ def _power(node: fx.Node, known: _Known) -> Zero:
 
 
 def _linear(node: fx.Node, known: _Known) -> Zero:
-    bias = known.of(node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"))
+    bias = known.of(nodes.argument(node, "bias"))
     return _contracted(node, known, node.args[0], node.args[1], bias, rows=0)
 
 
