@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -13,9 +14,10 @@ from torch import fx, nn
 from lissom.compiler import node as nodes
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
+from lissom.compiler.axis_norms import NORMS_OVER, follow_norm, normed_axes
 from lissom.compiler.axis_views import slice_bounds
 from lissom.compiler.editor import Editor
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.errors import LissomError, UnsupportedError
 from lissom.compiler.text import target_text
 from lissom.compiler.types import format_size
 
@@ -32,22 +34,49 @@ _SIZES_AT: dict[object, int] = {
     aten.new_zeros.default: 1,
     aten.new_ones.default: 1,
     aten.new_full.default: 1,
-    aten.layer_norm.default: 1,
-    aten.rms_norm.default: 1,
 }
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
-def remove_indices(edit: Editor, removed: Mapping[Axis, Collection[int]]) -> None:
+def remove_indices(
+    edit: Editor, removed: Mapping[Axis, Collection[int]], found: Axes | None = None, *, zero: bool = False
+) -> None:
     """Remove indices of atomic axes from the program: every weight that has the axis is cut, every literal size follows.
 
     The outputs are unchanged when what is removed contributed nothing: zero rows where the axis is contracted.
+    found: the axes these are of, where weights were given other values since; by default the program's as it is.
+    zero: whether what is removed is exactly zero wherever a norm reads it; norms are then told how much there was.
 
-    Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices.
+    Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices. The
+        program is then what it was.
     """
-    found = edit.program.fact(axes)
-    keep = {axis.find(): _kept(edit, found, axis.find(), set(indices)) for axis, indices in removed.items()}
+    found = found or edit.program.fact(axes)
+    keep = {axis.find(): _kept(edit, found, axis.find(), set(indices), zero) for axis, indices in removed.items()}
+    with _all_or_nothing(edit):
+        _remove(edit, found, keep)
+
+
+@contextmanager
+def _all_or_nothing(edit: Editor) -> Generator[None]:
+    """Put every call and weight back as it was when an edit inside fails."""
+    calls = [(node, node.target, node.args, node.kwargs) for node in edit.program.nodes()]
+    weights, rewritten = edit.program.weights(), edit.rewritten
+    reads = [node for node in edit.program.graph.nodes if node.op == "get_attr"]
+    try:
+        yield
+    except LissomError:
+        for node, target, args, kwargs in calls:
+            node.target, node.args, node.kwargs = target, args, kwargs
+        for node in reads:
+            if edit.program.weight(str(node.target)) is not weights[str(node.target)]:
+                edit.set_weight(node, weights[str(node.target)], retype=False)
+        edit.retype()
+        edit.rewritten = rewritten
+        raise
+
+
+def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     changed: list[fx.Node] = []
     for node, value in found.of.items():
         touched = any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(value))
@@ -81,8 +110,8 @@ def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
     return found
 
 
-def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int]) -> torch.Tensor:
-    obstacle = "it is made of several axes" if axis.form != "atom" else found.obstacle(axis)
+def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int], zero: bool) -> torch.Tensor:
+    obstacle = "it is made of several axes" if axis.form != "atom" else found.obstacle(axis, zero=zero)
     if obstacle:
         size = format_size(axis.size, edit.program.signature.name_of)
         raise UnsupportedError(f"indices of this axis of size {size} cannot be removed: {obstacle}")
@@ -121,7 +150,9 @@ def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch
 def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     """Correct the sizes and positions written into a call whose axes lose indices."""
     target = node.target
-    if target in _SIZES_AT:
+    if target in NORMS_OVER and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
+        follow_norm(edit, node, found, lambda axis: mask(axis, keep))
+    elif target in _SIZES_AT:
         _set_argument(node, _SIZES_AT[target], _new_sizes(edit, node, _SIZES_AT[target], found, keep))
     elif target in _SPLITS:
         _follow_split(node, found, keep)
@@ -132,7 +163,12 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
     elif target in _CONVOLUTIONS and nodes.argument(node, "groups") != 1:
         channels = _size(cast(Axis, found.of[node.all_input_nodes[0]][1]), keep)
         _set_named(node, "groups", channels)
-    elif target in (aten.flatten.using_ints, aten.repeat.default, aten.repeat_interleave.self_int):
+    elif target is aten.repeat_interleave.self_int:
+        _set_argument(node, 1, _copies(node, cast(int, node.args[2] if len(node.args) > 2 else 0), found, keep))
+    elif target is aten.repeat.default:
+        counts = [_copies(node, dim, found, keep) for dim in range(len(cast("list[object]", node.args[1])))]
+        _set_argument(node, 1, counts)
+    elif target is aten.flatten.using_ints:
         return
     else:
         _refuse_literals(node)
@@ -142,9 +178,7 @@ def _new_sizes(edit: Editor, node: fx.Node, index: int, found: Axes, keep: Mappi
     """The list of sizes of a call, its fixed numbers corrected; -1 and sizes read at run time stay."""
     old = cast("list[object]", node.args[index])
     dims = cast("tuple[Axis, ...]", found.of[node])
-    if node.target in (aten.layer_norm.default, aten.rms_norm.default):
-        dims = dims[-len(old) :]
-    elif node.target is aten.unflatten.int:
+    if node.target is aten.unflatten.int:
         first = cast(int, node.args[1]) % (len(dims) - len(old) + 1)
         dims = dims[first : first + len(old)]
     return [_new_size(edit, node, size, axis, keep) for size, axis in zip(old, dims, strict=True)]
@@ -185,6 +219,16 @@ def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor])
     kept = mask(axis, keep)
     node.args = (node.args[0], dim, int(kept[: bounds[0]].sum()), int(kept[: bounds[1]].sum()))
     node.kwargs = {}
+
+
+def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
+    """How often a call repeats a dimension, once the indices are gone: what is left over what is left of its source."""
+    source, result = (cast("tuple[Axis, ...]", found.of[item]) for item in (cast(fx.Node, node.args[0]), node))
+    count = node.args[1] if isinstance(node.args[1], int) else cast("list[object]", node.args[1])[dim]
+    axis, added = result[dim], len(result) - len(source)
+    if keep.keys().isdisjoint(axis.atoms()) or not isinstance(count, int):
+        return count
+    return _size(axis, keep) // (_size(source[dim - added], keep) if dim >= added else 1)
 
 
 def _keep_scale(node: fx.Node, found: Axes) -> None:

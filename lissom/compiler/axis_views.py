@@ -102,7 +102,9 @@ def repeat_interleave(node: fx.Node, known: Known) -> Value:
 
 def cat(node: fx.Node, known: Known) -> Value:
     """Axes laid end to end along one dimension; the others are the same."""
-    parts = [dims for item in cast("list[fx.Node]", node.args[0]) if len(dims := of(item, known)) > 0]
+    items = [of(item, known) for item in cast("list[fx.Node]", node.args[0])]
+    # An empty tensor of rank 1 goes with any others.
+    parts = [dims for dims in items if len(dims) == max(map(len, items))]
     index = dim_of(node, 1, len(parts[0]))
     others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(dims)) for dims in parts]
     found = list(broadcast(others, len(parts[0]), "cat"))

@@ -24,6 +24,10 @@ from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.precision.cast import Cast
+from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
+from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
+from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
+from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
 from lissom.passes.prune.eliminate_dead_tokens import EliminateDeadTokens
 from lissom.passes.prune.pack_tokens import PackTokens
 from lissom.passes.prune.zero_padding import ZeroPadding
@@ -44,6 +48,10 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadTokens,
         ZeroPadding,
         PackTokens,
+        EliminateDeadHeads,
+        EliminateDeadNeurons,
+        EliminateDeadLayers,
+        EliminateDeadHidden,
         Cast,
         MergeProjections,
         FuseRotary,

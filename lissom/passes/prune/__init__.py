@@ -1,1 +1,1 @@
-"""Choosing what a model can do without, and removing it: heads, neurons, layers, channels, weights, tokens."""
+"""Pruning: approximations that choose and zero structure, and exact rewrites that remove what is zero."""
