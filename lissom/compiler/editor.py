@@ -34,6 +34,7 @@ class Editor:
     data: calibration inputs, flat; empty when the caller gave none.
     rewritten: how many places the pass changed.
     skipped: the places it could not treat, with the reason.
+    notes: sentences on the pass as a whole, for the reader of the history.
     current: the node the pass is looking at, for error messages.
     """
 
@@ -43,6 +44,7 @@ class Editor:
         self.data = data
         self.rewritten = 0
         self.skipped: list[Skip] = []
+        self.notes: list[str] = []
         self.current: fx.Node | None = None
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
@@ -65,6 +67,10 @@ class Editor:
     def skip(self, node: fx.Node, reason: str) -> None:
         """Report a place the pass leaves as it is."""
         self.skipped.append(Skip(node.name, text.place(self.program, node), reason))
+
+    def note(self, sentence: str) -> None:
+        """Tell the reader of the history something about the pass as a whole."""
+        self.notes.append(sentence)
 
     @contextmanager
     def before(self, node: fx.Node, like: Sequence[fx.Node] = ()) -> Generator[None]:

@@ -215,6 +215,7 @@ class _Run:
             relative_error=error,
             cosine=cosine,
             metric=metric,
+            notes=tuple(edit.notes),
         )
         self.program, self.outputs = after, outputs
         self.history.record(step, after.text())

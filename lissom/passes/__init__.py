@@ -24,6 +24,7 @@ from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.precision.cast import Cast
+from lissom.passes.prune.sparsify import Sparsify
 
 PASSES: Mapping[str, type[Pass]] = {
     item.name(): item
@@ -38,6 +39,7 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseActivations,
         RaiseRotary,
         RaiseAttention,
+        Sparsify,
         Cast,
         MergeProjections,
         FuseRotary,

@@ -1,0 +1,1 @@
+"""Pruning: approximations choose what goes and zero it, rewrites take it out."""
