@@ -38,7 +38,7 @@ class Matrix:
         return weight.T if self.transposed else weight
 
     def write(self, edit: Editor, matrix: torch.Tensor) -> None:
-        """Give the weight new values, in this program only. matrix: [features out, features in]. Counts as one place rewritten."""
+        """Give the weight new values, in this program only; one place rewritten. matrix: [features out, features in]."""
         matrix = matrix.to(edit.program.weight(self.name).dtype)
         edit.set_weight(self.node, (matrix.T if self.transposed else matrix).contiguous())
         edit.rewritten += 1

@@ -1,9 +1,9 @@
-"""Sequential calibration: run all samples through a program at once, and halt before chosen layers so that they can be changed.
+"""Sequential calibration: run all samples through a program at once, and halt before chosen layers so that they can change.
 
-Every sample is run up to the first chosen layer; the caller sees what the layer reads and may give it another weight; then every
-sample is run on with that weight. So each layer is calibrated on what the layers before it give after they were changed, at the
-cost of one run of the program. Kept between two halts is only what is read later: the residual stream, the masks and what the
-next layer reads, of every sample.
+Every sample is run up to the first chosen layer; the caller sees what the layer reads and may give it another weight; then
+every sample is run on with that weight. So each layer is calibrated on what the layers before it give after they were changed,
+at the cost of one run of the program. Kept between two halts is only what is read later: the residual stream, the masks and
+what the next layer reads, of every sample.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """Set weights of linear layers to zero, one by one: a share of them, or all but N in every M neighbours.
 
-The layers of attention and feed-forward keep their shape; their matrices W: [features out, features in] get zeros. Three criteria
-say which weights matter least. X: [tokens, features in] is what a layer reads of the calibration data, padding left out.
+Layers keep their shape; their matrices W: [features out, features in] get zeros. All linear layers are treated but output
+heads and the routers of mixtures. Three criteria say which weights matter least. X: [tokens, features in] is what a layer reads
+of the calibration data, padding left out.
 
 - `magnitude`: |W_ij|, compared within the layer, or within all layers when `scope` is `global`. Needs no data.
 - `wanda`: |W_ij| · ‖X_j‖₂, compared within each row i. Sun et al. 2023, A Simple and Effective Pruning Approach for Large
   Language Models, equation 1. https://arxiv.org/abs/2306.11695
 - `sparsegpt`: the weights that stay are changed to make up for those that go. With H = XᵀX + λI and U the upper Cholesky factor
-  of H⁻¹, columns are treated from the first to the last. Of each block of columns those weights go whose W_ij² / U_jj² is least,
-  compared within the block, or within each M neighbours of a row; and each that goes is passed on to the columns behind it:
-  W_i,j: −= (W_ij / U_jj) · U_j,j:, at once within the block, and for the columns behind the block when it is finished. λ is
-  `damping` times the mean of the diagonal of XᵀX. Frantar & Alistarh 2023, SparseGPT: Massive Language Models Can Be Accurately
-  Pruned in One-Shot, algorithm 1. https://arxiv.org/abs/2301.00774 A feature that is always zero keeps no weight.
+  of H⁻¹, columns are treated from the first to the last. Of each block of columns those weights go whose W_ij² / U_jj² is
+  least, compared within the block, or within each M neighbours of a row; and each that goes is passed on to the columns behind
+  it: W_i,j: −= (W_ij / U_jj) · U_j,j:, at once within the block, and for the columns behind the block when it is finished. λ is
+  `damping` times the mean of the diagonal of XᵀX. A feature that is always zero keeps no weight. Frantar & Alistarh 2023,
+  SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, algorithm 1. https://arxiv.org/abs/2301.00774
 
 The two that need data treat the layers in the order in which they run, each on what the layers before it give after they were
 treated. A matrix that several layers share is treated first, on what all of them read in the program as it came.
@@ -82,7 +83,9 @@ class Sparsify(Approximation):
         if self.damping <= 0 or self.block_size < 1:
             raise UnsupportedError("sparsify takes damping= above 0 and block_size= of 1 or more")
         if self.criterion == "sparsegpt" and form is not None and self.block_size % form[1]:
-            raise UnsupportedError(f"sparsegpt takes block_size= in multiples of the {form[1]} of its pattern, not {self.block_size}")
+            raise UnsupportedError(
+                f"sparsegpt takes block_size= in multiples of the {form[1]} of its pattern, not {self.block_size}"
+            )
         if self.scope == "global" and (self.criterion != "magnitude" or self.pattern is not None):
             raise UnsupportedError(
                 "sparsify{scope=global} ranks by magnitude and takes no pattern; wanda and sparsegpt compare weights within a "
@@ -114,7 +117,7 @@ class Sparsify(Approximation):
                 kept = largest(weight.abs(), form)
             else:
                 kept = weight.abs() > (least if self.scope == "global" else threshold([weight], self.keep))
-            matrix.write(edit, weight * kept)
+            matrix.write(edit, weight.masked_fill(~kept, 0))
 
     def _prune(self) -> Prune:
         form = _parse(self.pattern)
@@ -141,8 +144,8 @@ def _layers(
 ) -> Iterable[tuple[fx.Node, Matrix]]:
     """The layers to treat; those that cannot be are reported."""
     found = edit.program.fact(structure)
-    passed_over = {site.router for site in found.mixtures} | (set() if output_heads else {*found.output_heads})
-    tables = {item.node.args[0] for item in found.embeddings} if output_heads else set[object]()
+    passed_over = {site.router for site in found.mixtures} | (set[fx.Node]() if output_heads else {*found.output_heads})
+    tables = {item.node.all_input_nodes[0] for item in found.embeddings} if output_heads else set[fx.Node]()
     for node in edit.nodes():
         if not is_linear(node) or node in passed_over or node in found.convolutions:
             continue
@@ -156,7 +159,7 @@ def _layers(
             yield node, matrix
 
 
-def _obstacle(matrix: Matrix, tables: set[object], pattern: tuple[int, int] | None) -> str | None:
+def _obstacle(matrix: Matrix, tables: set[fx.Node], pattern: tuple[int, int] | None) -> str | None:
     """Why a layer's weights cannot be zeroed; None when they can."""
     if matrix.node not in tables and not all(is_linear(reader) for reader in readers_of(matrix.node)):
         return "its weight is read by more than linear layers"
@@ -215,7 +218,7 @@ def wanda(weight: torch.Tensor, read: Moments, keep: float, pattern: tuple[int, 
     """The matrix with zeros where |W_ij| · ‖X_j‖₂ is least in each row, or in each M neighbours of it."""
     scores = weight.abs().float() * read.norms
     columns = weight.shape[1]
-    return weight * largest(scores, pattern or (max(1, round(keep * columns)), columns))
+    return weight.masked_fill(~largest(scores, pattern or (max(1, round(keep * columns)), columns)), 0)
 
 
 def sparsegpt(
@@ -228,6 +231,7 @@ def sparsegpt(
     factor = inverse_factor(read.gram, damping)
     for start in range(0, result.shape[1], block_size):
         block, upper = result[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
+        # Zeros are written, not multiplied: a negative zero has a bit set, and is no zero to what compresses or removes.
         kept = largest_share(block.square() / upper.diagonal().square(), keep)
         errors = torch.zeros_like(block)
         for index in range(block.shape[1]):
@@ -236,7 +240,7 @@ def sparsegpt(
                 kept[:, group] = largest(block[:, group].square() / upper.diagonal()[group].square(), pattern)
             errors[:, index] = block[:, index] * ~kept[:, index] / upper[index, index]
             block[:, index + 1 :] -= errors[:, index, None] * upper[index, index + 1 :]
-            block[:, index] *= kept[:, index]
+            block[~kept[:, index], index] = 0
         result[:, start + block_size :] -= errors @ factor[start : start + block_size, start + block_size :]
     return result
 
