@@ -24,6 +24,10 @@ from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.precision.cast import Cast
+from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
+from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
+from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
+from lissom.passes.prune.prune_layers import PruneLayers
 from lissom.passes.prune.sparsify import Sparsify
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -39,7 +43,11 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseActivations,
         RaiseRotary,
         RaiseAttention,
+        PruneLayers,
         Sparsify,
+        EliminateDeadHeads,
+        EliminateDeadNeurons,
+        EliminateDeadLayers,
         Cast,
         MergeProjections,
         FuseRotary,

@@ -1,1 +1,1 @@
-"""Pruning: approximations choose what goes and zero it, rewrites take it out."""
+"""Pruning: approximations that choose and zero structure, and exact rewrites that remove what is zero."""
