@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import fx
 
@@ -25,19 +26,19 @@ _FAR = 12
 class Branch:
     """One branch.
 
-    last: the linear layer that ends it. before, after: the residual stream before and after it. total: the sum.
-    addend: the operand of the sum that is not the stream. post_norm: whether `after` is a norm of the sum.
+    last: the linear layer that ends it. before, after: the residual stream before and after it.
+    total: the first sum behind it, of `addend`, which comes from it, and `rest`. Where branches are in parallel, that is the
+        sum of two of them; else it is the sum with the stream, and `rest` is `before`.
+    post_norm: whether `after` is a norm of the sum with the stream.
     """
 
     last: fx.Node
     before: fx.Node
+    after: fx.Node
     total: fx.Node
     addend: fx.Node
-    after: fx.Node
-
-    @property
-    def post_norm(self) -> bool:
-        return self.after is not self.total
+    rest: fx.Node
+    post_norm: bool
 
 
 def branch_of(site: AttentionSite | FeedForwardSite) -> Branch | str:
@@ -47,28 +48,32 @@ def branch_of(site: AttentionSite | FeedForwardSite) -> Branch | str:
     if last is None or not firsts:
         return "it has no layers that lead into it and out of it"
     behind = _behind(input_of(firsts[0]))
-    total = site.residual
+    total = stream = site.residual
     for _ in range(_SUMS):
-        if total is None:
+        if total is None or stream is None:
             break
-        for before, addend in (_operands(total), _operands(total)[::-1]):
+        for before in stream.all_input_nodes:
             if (bare := _bare(before)) in behind:
+                addend, rest = _operands(total, last)
                 plain = not any(nodes.is_call(node, *NORMS) for node in behind[: behind.index(bare)])
-                norm = _only_norm(total) if plain and not _norm_between(addend, last) else None
-                return Branch(last, before, total, addend, norm or total)
-        total = residual_of(total)
+                norm = _only_norm(stream) if plain and not _norm_between(addend, last) else None
+                return Branch(last, before, norm or stream, total, addend, rest, norm is not None)
+        stream = residual_of(stream)
     return "the sum that takes it back into the residual stream cannot be told"
 
 
 def follow(branches: Sequence[Branch]) -> bool:
     """True when each branch reads what the one before it leaves, or ends in the same sum, so that nothing lies between them."""
-    pairs = zip(branches, branches[1:], strict=False)
-    return all(_bare(later.before) is _bare(earlier.after) or later.total is earlier.total for earlier, later in pairs)
+    pairs = pairwise(branches)
+    return all(_bare(later.before) is _bare(earlier.after) or later.after is earlier.after for earlier, later in pairs)
 
 
-def _operands(total: fx.Node) -> tuple[fx.Node, fx.Node]:
-    left, right = total.all_input_nodes if len(total.all_input_nodes) == 2 else total.all_input_nodes * 2
-    return left, right
+def _operands(total: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What a sum takes from the layer, and what else."""
+    node = last
+    while total not in node.users:
+        (node,) = node.users
+    return node, next((item for item in total.all_input_nodes if item is not node), node)
 
 
 def _bare(node: fx.Node) -> fx.Node:

@@ -276,11 +276,7 @@ def _computed(edit: Editor, factors: Sequence[Size], inputs: Mapping[Size, tuple
     found: fx.Node | int = 1
     for factor in factors:
         size = factor if isinstance(factor, int) else edit.size(*inputs[factor])
-        found = (
-            size
-            if found == 1
-            else edit.compute_size(operator.mul, size, found)
-            if isinstance(size, fx.Node)
-            else (edit.compute_size(operator.mul, found, size) if isinstance(found, fx.Node) else found * size)
+        found = size if found == 1 else edit.compute_size(operator.mul, size, found) if isinstance(size, fx.Node) else (
+            edit.compute_size(operator.mul, found, size) if isinstance(found, fx.Node) else found * size
         )
     return found

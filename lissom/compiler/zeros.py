@@ -84,9 +84,7 @@ def zero_at(found: Zeros, node: fx.Node, dim: int) -> torch.Tensor:
     """The indices of a dimension of fixed size at which the value is zero, [size] of booleans."""
     shape = nodes.tensor_type(node).shape
     size, zero = cast(int, shape[dim]), found.get(node, NOWHERE)
-    return (
-        torch.ones(size, dtype=torch.bool) if zero.whole else zero.at.get(dim % len(shape), torch.zeros(size, dtype=torch.bool))
-    )
+    return torch.ones(size, dtype=torch.bool) if zero.whole else zero.at.get(dim % len(shape), torch.zeros(size, dtype=torch.bool))
 
 
 def _of_weight(weight: torch.Tensor) -> Zero:

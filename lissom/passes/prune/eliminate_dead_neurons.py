@@ -33,8 +33,8 @@ class EliminateDeadNeurons(Rewrite):
     """Removes feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
 
     def run(self, edit: Editor) -> None:
-        for columns in _dead_sites(edit, report=True):
-            if bool(_dead_neurons(edit, columns).all()) and (reason := replace_by_constant(edit, columns.layer)):
+        for columns in [found for found in _dead_sites(edit, report=True) if bool(_dead_neurons(edit, found).all())]:
+            if reason := replace_by_constant(edit, columns.layer):
                 edit.skip(columns.layer, f"all neurons it reads are dead, but {reason}")
         chosen: dict[Axis, fx.Node] = {}
         for columns in _dead_sites(edit):
@@ -71,8 +71,4 @@ def _obstacle(edit: Editor, columns: Columns) -> str:
     if reason := obstacle(edit, columns.axes):
         return reason
     gone = [bool(dead_units(edit.program, (atom,)).any()) for atom in columns.axes]
-    return (
-        ""
-        if any(gone)
-        else f"{len(edit.program.fact(axes).occurrences(columns.axes[0]))} places share their axis and need them"
-    )
+    return "" if any(gone) else f"{len(edit.program.fact(axes).occurrences(columns.axes[0]))} places share their axis and need them"

@@ -7,11 +7,11 @@
 - `magnitude` needs none: the Frobenius norm of the last matrices of the layer's branches, which bounds what they can add. It is
   weaker, as it does not know what they read.
 
-How a layer is taken out depends on where its norms are. Pre-norm, y = x + f(norm(x)): weight and bias of the last layer of each
-branch are set to zero, so that y = x, and `eliminate-dead-layers` takes the branch out. Post-norm, y = norm(x + f(x)), as in BERT:
-with f = 0 the stream would be normed once more with the weights of another layer, so the layer is passed by with its norms,
-y = x, which this pass does itself. So are layers whose weights others share, as in ALBERT, and those whose branch ends in a norm
-with a bias.
+How a layer is taken out depends on where its norms are. Pre-norm, y = x + f(norm(x)): weight and bias of the last layer of
+each branch are set to zero, so that y = x, and `eliminate-dead-layers` takes the branch out. Post-norm, y = norm(x + f(x)), as
+in BERT: with f = 0 the stream would be normed once more and changed, so the layer is passed by with its norms,
+y = x, which this pass does itself. So are layers whose weights others share, as in ALBERT, and those whose branch ends in a
+norm with a bias.
 """
 
 from __future__ import annotations
@@ -56,12 +56,13 @@ class PruneLayers(Approximation):
             raise UnsupportedError(f"prune-layers keeps a share of the layers above 0 and below 1, not keep={self.keep:g}")
 
     def run(self, edit: Editor) -> None:
-        found = [(layer, _unit(edit.program, layer, self.part)) for layer in edit.program.fact(structure).layers]
-        found = [(layer, unit) for layer, unit in found if unit]
+        found: dict[str, list[Branch] | str] = {}
+        for layer in edit.program.fact(structure).layers:
+            found |= _units(edit.program, layer, self.part)
         protect = self.protect.split()
-        staying = {layer.path: unit for layer, unit in found if isinstance(unit, str)}
-        staying |= {layer.path: "it is protected" for layer, _ in found if any_protected(layer.path, protect)}
-        units = {layer.path: unit for layer, unit in found if layer.path not in staying and not isinstance(unit, str)}
+        staying = {name: unit for name, unit in found.items() if isinstance(unit, str)}
+        staying |= {name: "it is protected" for name in found if any_protected(name.partition(" ")[0], protect)}
+        units = {name: unit for name, unit in found.items() if name not in staying and not isinstance(unit, str)}
         count = self._count(len(found), staying)
         scores = self._scores(edit, units)
         chosen = sorted(units, key=scores.__getitem__)[:count]
@@ -99,8 +100,26 @@ class PruneLayers(Approximation):
         return _influences(edit, units)
 
 
-def _unit(program: Program, layer: Layer, part: str) -> list[Branch] | str:
-    """The branches to remove together, in order; why they cannot be; nothing where the layer has none of that kind."""
+def _units(program: Program, layer: Layer, part: str) -> dict[str, list[Branch] | str]:
+    """The branches to remove together, in order, or why they cannot be; none where the layer has none of that kind.
+
+    A layer that is called several times, as in ALBERT, is one each time: `layers.0`, `layers.0 (call 2)`.
+    """
+    branches = _branches(program, layer, part)
+    if isinstance(branches, str):
+        return {layer.path: branches}
+    calls: list[list[Branch]] = []
+    for branch in branches:
+        if not calls or any(weight_of(branch.last) is weight_of(other.last) for other in calls[-1]):
+            calls.append([])
+        calls[-1].append(branch)
+    names = [layer.path, *(f"{layer.path} (call {index})" for index in range(2, len(calls) + 1))]
+    reason = "between its parts something else changes the residual stream"
+    return {name: call if follow(call) else reason for name, call in zip(names, calls, strict=False)}
+
+
+def _branches(program: Program, layer: Layer, part: str) -> list[Branch] | str:
+    """The branches of a layer in order, or why they cannot be told."""
     sites = [*(layer.attention if part != "feed-forward" else ()), *(layer.feed_forward if part != "attention" else ())]
     mixtures = [site.path for site in program.fact(structure).mixtures]
     if part == "layer" and any(f"{path}.".startswith(f"{layer.path}.") for path in mixtures):
@@ -115,7 +134,7 @@ def _unit(program: Program, layer: Layer, part: str) -> list[Branch] | str:
         branches.append(branch)
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     branches.sort(key=lambda branch: order[branch.total])
-    return branches if follow(branches) else "between its parts something else changes the residual stream"
+    return branches
 
 
 def _influences(edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float]:
@@ -151,8 +170,9 @@ def _remove(edit: Editor, branches: Sequence[Branch]) -> None:
     for branch in reversed([branch for branch in branches if branch not in dead]):
         for weight, tensor in zeroed.get(branch, ()):
             edit.set_weight(weight, tensor)
-        # Branches in parallel end in one sum, which the last of them has passed by already.
-        if not branch.after._erased:
+        if not branch.post_norm and not branch.total._erased:
+            edit.replace(branch.total, branch.rest)
+        elif not branch.after._erased:
             edit.replace(branch.after, branch.before)
 
 
