@@ -9,6 +9,7 @@ from lissom.ops.fused_attention import fused_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
+from lissom.ops.sparse_linear import sparse_linear
 
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {attention: attention_reference, rotary: rotary_reference}
 """Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
@@ -26,4 +27,5 @@ __all__ = [
     "packed_linear",
     "packed_linear_norm",
     "rotary",
+    "sparse_linear",
 ]

@@ -23,10 +23,12 @@ from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
+from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.precision.cast import Cast
 from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
 from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
 from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
+from lissom.passes.prune.prune_hidden import PruneHidden
 from lissom.passes.prune.prune_layers import PruneLayers
 from lissom.passes.prune.sparsify import Sparsify
 
@@ -43,6 +45,7 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseActivations,
         RaiseRotary,
         RaiseAttention,
+        PruneHidden,
         PruneLayers,
         Sparsify,
         EliminateDeadHeads,
@@ -55,6 +58,7 @@ PASSES: Mapping[str, type[Pass]] = {
         FuseRmsNorm,
         PackLinear,
         FuseEpilogues,
+        PackSparse,
     )
 }
 
