@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.axis_views import slice_bounds
 from lissom.compiler.editor import Editor
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.errors import LissomError, UnsupportedError
 from lissom.compiler.text import target_text
 from lissom.compiler.types import format_size
 
@@ -39,15 +40,41 @@ _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, a
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
-def remove_indices(edit: Editor, removed: Mapping[Axis, Collection[int]]) -> None:
+def remove_indices(edit: Editor, removed: Mapping[Axis, Collection[int]], found: Axes | None = None) -> None:
     """Remove indices of atomic axes from the program: every weight that has the axis is cut, every literal size follows.
 
     The outputs are unchanged when what is removed contributed nothing: zero rows where the axis is contracted.
+    found: the axes these are of, where weights were given other values since; by default the program's as it is.
 
-    Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices.
+    Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices. The
+        program is then what it was.
     """
-    found = edit.program.fact(axes)
+    found = found or edit.program.fact(axes)
     keep = {axis.find(): _kept(edit, found, axis.find(), set(indices)) for axis, indices in removed.items()}
+    with _all_or_nothing(edit):
+        _remove(edit, found, keep)
+
+
+@contextmanager
+def _all_or_nothing(edit: Editor) -> Generator[None]:
+    """Put every call and weight back as it was when an edit inside fails."""
+    calls = [(node, node.target, node.args, node.kwargs) for node in edit.program.nodes()]
+    weights, rewritten = edit.program.weights(), edit.rewritten
+    reads = [node for node in edit.program.graph.nodes if node.op == "get_attr"]
+    try:
+        yield
+    except LissomError:
+        for node, target, args, kwargs in calls:
+            node.target, node.args, node.kwargs = target, args, kwargs
+        for node in reads:
+            if edit.program.weight(str(node.target)) is not weights[str(node.target)]:
+                edit.set_weight(node, weights[str(node.target)], retype=False)
+        edit.retype()
+        edit.rewritten = rewritten
+        raise
+
+
+def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     changed: list[fx.Node] = []
     for node, value in found.of.items():
         touched = any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(value))
@@ -132,7 +159,12 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
     elif target in _CONVOLUTIONS and nodes.argument(node, "groups") != 1:
         channels = _size(cast(Axis, found.of[node.all_input_nodes[0]][1]), keep)
         _set_named(node, "groups", channels)
-    elif target in (aten.flatten.using_ints, aten.repeat.default, aten.repeat_interleave.self_int):
+    elif target is aten.repeat_interleave.self_int:
+        _set_argument(node, 1, _copies(node, cast(int, node.args[2] if len(node.args) > 2 else 0), found, keep))
+    elif target is aten.repeat.default:
+        counts = [_copies(node, dim, found, keep) for dim in range(len(cast("list[object]", node.args[1])))]
+        _set_argument(node, 1, counts)
+    elif target is aten.flatten.using_ints:
         return
     else:
         _refuse_literals(node)
@@ -185,6 +217,16 @@ def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor])
     kept = mask(axis, keep)
     node.args = (node.args[0], dim, int(kept[: bounds[0]].sum()), int(kept[: bounds[1]].sum()))
     node.kwargs = {}
+
+
+def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
+    """How often a call repeats a dimension, once the indices are gone: what is left over what is left of its source."""
+    source, result = (cast("tuple[Axis, ...]", found.of[item]) for item in (cast(fx.Node, node.args[0]), node))
+    count = node.args[1] if isinstance(node.args[1], int) else cast("list[object]", node.args[1])[dim]
+    axis, added = result[dim], len(result) - len(source)
+    if keep.keys().isdisjoint(axis.atoms()) or not isinstance(count, int):
+        return count
+    return _size(axis, keep) // (_size(source[dim - added], keep) if dim >= added else 1)
 
 
 def _keep_scale(node: fx.Node, found: Axes) -> None:

@@ -89,7 +89,7 @@ class Editor:
         size = nodes.tensor_type(node).shape[dim]
         return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim)
 
-    def compute_size(self, function: Callable[[int, int], int], size: fx.Node, number: int) -> fx.Node:
+    def compute_size(self, function: Callable[[int, int], int], size: fx.Node, number: fx.Node | int) -> fx.Node:
         """A size computed from another while the program runs, such as `operator.mul(batch, 4)`; use inside `before`."""
         return self._call_plain(function, size, number)
 

@@ -24,6 +24,9 @@ from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.precision.cast import Cast
+from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
+from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
+from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
 
 PASSES: Mapping[str, type[Pass]] = {
     item.name(): item
@@ -38,6 +41,9 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseActivations,
         RaiseRotary,
         RaiseAttention,
+        EliminateDeadHeads,
+        EliminateDeadNeurons,
+        EliminateDeadLayers,
         Cast,
         MergeProjections,
         FuseRotary,

@@ -1,0 +1,1 @@
+"""Pruning: approximations that choose and zero structure, and exact rewrites that remove what is zero."""

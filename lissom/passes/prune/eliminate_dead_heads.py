@@ -1,0 +1,87 @@
+"""Remove attention heads that contribute nothing.
+
+A head is dead when every column of the output projection that reads it is zero, or its values are. Its rows go from the query,
+key and value projections, its columns from the output projection, and every size follows. Key/value heads that several query
+heads share go with the last of their group; of what is left, as many query heads go from each group as every group can spare.
+
+    softmax(Q Kᵀ) V Wₒ = Σ softmax(Qₕ Kₕᵀ) Vₕ Wₒ[h]             the sum over heads: a term with Wₒ[h] = 0 can go
+
+Michel, Levy, Neubig 2019, "Are Sixteen Heads Really Better than One?", §2.2 masks heads; this removes them.
+Inputs are taken to be finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.attention_sites import AttentionSite
+from lissom.compiler.axes import axes
+from lissom.compiler.axis import Axis
+from lissom.compiler.dead import dead_units
+from lissom.compiler.editor import Editor
+from lissom.compiler.elimination import eliminate, obstacle, replace_by_constant
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.removal import Columns, find_head_columns
+from lissom.compiler.selection import MASK, QUERY_AND_KEY, VALUE, drop_selections, select_heads
+from lissom.compiler.structure import structure
+from lissom.compiler.zeros import zero_at, zeros
+
+
+@dataclass(frozen=True)
+class EliminateDeadHeads(Rewrite):
+    """Removes attention heads that contribute nothing, and attentions without a head that does."""
+
+    def run(self, edit: Editor) -> None:
+        for site, columns in _dead_sites(edit, report=True):
+            if bool(_dead_heads(edit, site, columns).all()) and (reason := replace_by_constant(edit, columns.layer)):
+                edit.skip(columns.layer, f"all heads it reads are dead, but {reason}")
+        made: list[fx.Node] = []
+        for arguments in (MASK, MASK, QUERY_AND_KEY, QUERY_AND_KEY, VALUE):
+            for site, columns in _dead_sites(edit):
+                if _obstacle(edit, site, columns):
+                    made += select_heads(edit, site.node, arguments)
+        chosen: list[tuple[fx.Node, tuple[Axis, ...]]] = []
+        for site, columns in _dead_sites(edit):
+            if reason := _obstacle(edit, site, columns):
+                edit.skip(site.node, f"dead heads stay: {reason}")
+            else:
+                chosen.append((site.node, columns.axes))
+        eliminate(edit, chosen, "heads")
+        drop_selections(edit, made)
+
+
+def _dead_sites(edit: Editor, *, report: bool = False) -> list[tuple[AttentionSite, Columns]]:
+    """The attentions with heads that contribute nothing; report: whether to note those whose heads are not told apart."""
+    found: list[tuple[AttentionSite, Columns]] = []
+    program = edit.program
+    for site in program.fact(structure).attention:
+        columns = find_head_columns(program, site)
+        if isinstance(columns, str):
+            if report:
+                edit.skip(site.node, columns)
+        elif bool(_dead_heads(edit, site, columns).any()):
+            found.append((site, columns))
+    return found
+
+
+def _dead_heads(edit: Editor, site: AttentionSite, columns: Columns) -> torch.Tensor:
+    """The heads without a column that is not zero, or without a value that is not, [heads]."""
+    program = edit.program
+    dead = columns.dead(program.weight(str(columns.weight.target)))
+    if nodes.tensor_type(site.node).shape[-3] == columns.count:
+        dead |= zero_at(program.fact(zeros), site.node, nodes.tensor_type(site.node).rank - 3)
+    return dead
+
+
+def _obstacle(edit: Editor, site: AttentionSite, columns: Columns) -> str:
+    """Why the dead heads of a site cannot go; empty when they can."""
+    reason = obstacle(edit, columns.axes)
+    if reason:
+        return reason
+    missed = _dead_heads(edit, site, columns) & ~dead_units(edit.program, columns.axes).flatten()
+    shared = f"what numbers them numbers other heads too, in {len(edit.program.fact(axes).occurrences(columns.axes[0]))} places"
+    return shared if bool(missed.any()) else ""

@@ -1,0 +1,49 @@
+"""Remove branches that add nothing to the residual stream.
+
+    x + f(x) = x                                                where f(x) is zero whatever x is
+
+An attention or a feed-forward is such a branch when weight and bias of its last layer are zero, and what follows on the way to the
+sum keeps zero: a scale, a norm without a bias, a reshape. The sum goes, and with it all that only the branch computed.
+Inputs are taken to be finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.structure import structure
+from lissom.compiler.zeros import is_zero, zeros
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class EliminateDeadLayers(Rewrite):
+    """Removes attentions and feed-forwards that add zero to the residual stream."""
+
+    def run(self, edit: Editor) -> None:
+        found, sites = edit.program.fact(zeros), edit.program.fact(structure)
+        outputs = [site.output or site.node for site in sites.attention] + [site.down for site in sites.feed_forward]
+        for node in edit.nodes(aten.add.Tensor):
+            other = _other_than_zero(node, lambda item: is_zero(found, item))
+            if other is not None:
+                edit.replace(node, other)
+        edit.program.drop_dead()
+        for node in outputs:
+            if is_zero(found, node) and not node._erased:
+                edit.skip(node, "it yields zero, but what reads it is no sum of two values of one size")
+
+
+def _other_than_zero(node: fx.Node, zero) -> fx.Node | None:  # noqa: ANN001
+    if node.kwargs or len(node.args) != 2:
+        return None
+    for item, other in (node.args, reversed(node.args)):
+        if zero(item) and nodes.is_tensor(other) and nodes.node_type(other) == nodes.node_type(node):
+            return other
+    return None

@@ -1,0 +1,74 @@
+"""Remove feed-forward neurons that contribute nothing.
+
+A neuron is dead when its column of the down projection is zero, or when its activation is: a row of zeros in the gate, or in the
+up projection, without a bias. Its rows go from up and gate, its column from down, and whatever lies between loses it too.
+
+    W₂ f(W₁ x) = Σ W₂[:, i] f(W₁[i] x)                          the sum over neurons: a term with W₂[:, i] = 0 can go
+
+Li et al. 2017, "Pruning Filters for Efficient ConvNets", §3.1, for the removal of both sides of a unit.
+Inputs are taken to be finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.axes import axes
+from lissom.compiler.axis import Axis
+from lissom.compiler.dead import dead_units
+from lissom.compiler.editor import Editor
+from lissom.compiler.elimination import eliminate, obstacle, replace_by_constant
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.linears import input_of
+from lissom.compiler.removal import Columns, feature_dim, find_neuron_columns
+from lissom.compiler.structure import structure
+from lissom.compiler.zeros import zero_at, zeros
+
+
+@dataclass(frozen=True)
+class EliminateDeadNeurons(Rewrite):
+    """Removes feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
+
+    def run(self, edit: Editor) -> None:
+        for columns in _dead_sites(edit, report=True):
+            if bool(_dead_neurons(edit, columns).all()) and (reason := replace_by_constant(edit, columns.layer)):
+                edit.skip(columns.layer, f"all neurons it reads are dead, but {reason}")
+        chosen: dict[Axis, fx.Node] = {}
+        for columns in _dead_sites(edit):
+            if reason := _obstacle(edit, columns):
+                edit.skip(columns.layer, f"dead neurons stay: {reason}")
+            else:
+                chosen |= dict.fromkeys(columns.axes, columns.layer)
+        eliminate(edit, [(layer, (atom,)) for atom, layer in chosen.items()], "neurons")
+
+
+def _dead_sites(edit: Editor, *, report: bool = False) -> list[Columns]:
+    """What reads the feed-forwards with neurons that contribute nothing; report: whether to note those not told apart."""
+    found: list[Columns] = []
+    for site in edit.program.fact(structure).feed_forward:
+        columns = find_neuron_columns(edit.program, site)
+        if isinstance(columns, str):
+            if report:
+                edit.skip(site.down, columns)
+        elif bool(_dead_neurons(edit, columns).any()):
+            found.append(columns)
+    return found
+
+
+def _dead_neurons(edit: Editor, columns: Columns) -> torch.Tensor:
+    """The neurons whose column or whose activation is zero, [neurons]."""
+    dead = columns.dead(edit.program.weight(str(columns.weight.target)))
+    before = input_of(columns.layer)
+    values = zero_at(edit.program.fact(zeros), before, feature_dim(columns.layer))
+    return dead | values if len(values) == len(dead) else dead
+
+
+def _obstacle(edit: Editor, columns: Columns) -> str:
+    """Why the dead neurons of a site cannot go; empty when they can."""
+    if reason := obstacle(edit, columns.axes):
+        return reason
+    gone = [bool(dead_units(edit.program, (atom,)).any()) for atom in columns.axes]
+    return "" if any(gone) else f"{len(edit.program.fact(axes).occurrences(columns.axes[0]))} places share their axis and need them"

@@ -1,0 +1,220 @@
+"""`python -m tests.zoo.removal`: mask random heads and neurons of every model of the zoo, remove them, and compare the outputs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from lissom.compiler.attention_sites import AttentionSite
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.history import History
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.program import Program
+from lissom.compiler.removal import Columns, head_columns, neuron_columns
+from lissom.compiler.samples import Sample, check_samples
+from lissom.compiler.spelling import parse_pipeline
+from lissom.compiler.structure import structure
+from lissom.compiler.verify import compare, run_samples, tolerance_of, verify_structure
+from lissom.frontends.export import capture
+from lissom.passes import PASSES, RECIPES
+from tests.models import Case
+from tests.zoo.entry import Entry
+
+REWRITES = "eliminate-dead-heads,eliminate-dead-neurons,eliminate-dead-layers"
+
+
+def canonical(case: Case) -> tuple[Program, list[Sample]]:
+    """The program of a model after the exact recipe, and inputs at two sizes."""
+    captured = capture(case.model, case.args, case.kwargs)
+    samples = check_samples(captured.program.signature, captured.example)
+    program, _ = Pipeline(parse_pipeline(RECIPES["exact"], PASSES), checks="off").run(captured.program)
+    return program, samples
+
+
+def read_columns(program: Program) -> tuple[dict[str, tuple[Columns, AttentionSite | None]], dict[str, str]]:
+    """By the name of their operator, the sites whose units are told apart; and of the others, why they are not."""
+    found: dict[str, tuple[Columns, AttentionSite | None]] = {}
+    refused: dict[str, str] = {}
+    facts = program.fact(structure)
+    for site in facts.attention:
+        try:
+            found[site.node.name] = head_columns(program, site), site
+        except UnsupportedError as error:
+            refused[site.node.name] = str(error)
+    for site in facts.feed_forward:
+        try:
+            found[site.down.name] = neuron_columns(program, site), None
+        except UnsupportedError as error:
+            refused[site.down.name] = str(error)
+    return found, refused
+
+
+def mask_randomly(program: Program, generator: random.Random) -> dict[str, list[int]]:
+    """Zero the columns of random heads and neurons, in this program only; by site, which units are dead then."""
+    edit = Editor(program, "mask")
+    found, _ = read_columns(program)
+    units: dict[str, set[int]] = {}
+    for columns, site in found.values():
+        weight = str(columns.weight.target)
+        if weight not in units:
+            units[weight] = _some_units(columns.count, site, generator)
+            edit.set_weight(columns.weight, columns.zeroed(program.weight(weight), units[weight]))
+            bias = columns.layer.args[2] if len(columns.layer.args) > 2 and columns.layer.target is torch.ops.aten.linear.default else None
+            if len(units[weight]) == columns.count and bias is not None and generator.random() < 0.5:
+                edit.set_weight(bias, torch.zeros_like(program.weight(str(bias.target))))
+    return {name: sorted(units[str(columns.weight.target)]) for name, (columns, _) in found.items()}
+
+
+def _some_units(count: int, site: AttentionSite | None, generator: random.Random) -> set[int]:
+    """None, some or all of the units; of grouped heads often whole groups or as many of each group."""
+    if generator.random() < 0.12:
+        return set(range(count))
+    dead = set(generator.sample(range(count), generator.randrange(count)))
+    if site is None or not 1 <= site.key_value_heads < count or count % site.key_value_heads:
+        return dead
+    within = count // site.key_value_heads
+    if generator.random() < 0.4:
+        dead |= set(range(within))
+    if generator.random() < 0.6 and within > 1:
+        dead |= {group * within + generator.randrange(within) for group in range(site.key_value_heads)}
+    return dead
+
+
+def expected_left(columns: Columns, site: AttentionSite | None, dead: Sequence[int]) -> int:
+    """How many dead heads have to stay because groups keep equal numbers."""
+    groups = site.key_value_heads if site is not None else columns.count
+    if groups < 1 or columns.count % groups or len(dead) == columns.count:
+        return 0
+    within = columns.count // groups
+    counts = Counter(unit // within for unit in dead)
+    living = [counts[group] for group in range(groups) if counts[group] < within]
+    return sum(living) - min(living) * len(living)
+
+
+def remove(entry: Entry, report: Callable[[dict[str, Any]], None], seed: int = 0) -> None:
+    """Mask and remove in one model; report: called with what is found so far."""
+    record: dict[str, Any] = {"failed": None, "error": None, "phase": "build"}
+    torch.manual_seed(0)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            _remove(entry, record, report, seed)
+    except Exception as error:
+        record["failed"], record["error"] = record["phase"], f"{type(error).__name__}: {str(error)[:600]}"
+    record["phase"] = None
+    report(record)
+
+
+def _remove(entry: Entry, record: dict[str, Any], report: Callable[[dict[str, Any]], None], seed: int) -> None:
+    def phase(name: str) -> None:
+        record["phase"] = name
+        report(record)
+
+    phase("capture")
+    masked, samples = canonical(entry.build())
+    phase("mask")
+    found, refused = read_columns(masked)
+    dead = mask_randomly(masked, random.Random(f"{entry.name} {seed}"))
+    phase("remove")
+    after, history = Pipeline(parse_pipeline(REWRITES, PASSES), checks="off").run(masked)
+    verify_structure(after, masked)
+    phase("compare")
+    error = compare(run_samples(masked, samples), run_samples(after, samples)).relative_error
+    phase("count")
+    record |= {
+        "error_found": error,
+        "equal": error <= tolerance_of(masked),
+        "sites": len(found) + len(refused),
+        "refused": refused,
+        "parameters": [masked.parameter_count, after.parameter_count],
+        **_left(after, found, dead),
+        "skipped": [f"{skip.place}: {skip.reason}" for skip in _skips(history)],
+    }
+
+
+def _skips(history: History) -> list[Any]:
+    return [skip for step in history.steps for skip in step.skipped]
+
+
+def _left(
+    after: Program, found: dict[str, tuple[Columns, AttentionSite | None]], dead: dict[str, list[int]]
+) -> dict[str, Any]:
+    """Of the sites with dead units: how many were treated fully, and what is left of the others beyond what has to be."""
+    present, _ = read_columns(after)
+    touched = [name for name, units in dead.items() if units]
+    left: dict[str, int] = {}
+    for name in touched:
+        columns, site = found[name]
+        expected = columns.count - len(dead[name]) + expected_left(columns, site, dead[name])
+        if name in present and present[name][0].count > expected:
+            left[name] = present[name][0].count - expected
+    return {"masked": len(touched), "treated": len(touched) - len(left), "left": left}
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line: the model and what came of it."""
+    start = f"{record['name']} ({record['total_seconds']:.1f} s): "
+    if record.get("failed"):
+        return f"{start}{record['failed']}: {record['error']}"
+    before, now = record["parameters"]
+    outcome = "equal" if record["equal"] else f"DIFFERS by {record['error_found']:.2g}"
+    more = "".join(f"\n    {line}" for line in [*record["refused"].values(), *record["skipped"]])
+    return f"{start}{outcome}, {record['treated']} of {record['masked']} masked of {record['sites']}, {before} -> {now}{more}"
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """What came of all models: how many are equal, the share of sites treated, and what stands in the way of the others."""
+    done = [record for record in records if not record.get("failed")]
+    lines = [
+        f"{len(records)} models, {len(done)} captured and treated, {sum(record['equal'] for record in done)} equal",
+        f"{sum(r['treated'] for r in done)} of {sum(r['masked'] for r in done)} masked sites treated; "
+        f"{sum(len(r['refused']) for r in done)} of {sum(r['sites'] for r in done)} sites without units of their own",
+    ]
+    failed = Counter((record["failed"], record["error"][:100]) for record in records if record.get("failed"))
+    lines += [f"  failed {count} x {phase}: {error}" for (phase, error), count in failed.most_common()]
+    lines += [f"  DIFFERS {record['name']}" for record in done if not record["equal"]]
+    lines += [f"  left {record['name']}: {record['left']}" for record in done if record["left"]]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from tests.zoo import runner
+    from tests.zoo.catalogue import entries
+
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo.removal", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
+    parser.add_argument("--seed", type=int, default=0, help="which pattern of heads and neurons")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1)")
+    parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds one model may take (default 150)")
+    parser.add_argument("--output", type=Path, default=Path("zoo-removal.json"), help="where the records go, one a line")
+    options = parser.parse_args(arguments)
+    chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
+    options.output.unlink(missing_ok=True)
+
+    def check(entry: Entry, report: Callable[[dict[str, Any]], None], backend: str) -> None:
+        remove(entry, report, options.seed)
+
+    with mock.patch.object(runner, "check", check), mock.patch.object(runner, "describe", describe):
+        runner.run(chosen, options.output, seconds=options.limit_seconds, jobs=options.jobs)
+    records = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
+    print(table(records))
+    return 1 if any(not record.get("failed") and not record["equal"] for record in records) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
