@@ -163,6 +163,20 @@ class Projections(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v)
 
 
+class SelfAttention(nn.Module):
+    """Attention with its output projection, the input added back."""
+
+    def __init__(self, width: int = 256, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.output = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return x + self.output(mixed.transpose(1, 2).flatten(2))
+
+
 class EinsumScores(nn.Module):
     """The scores of attention as an einsum over [batch, tokens, heads, head_dim], as in XLNet."""
 
@@ -202,6 +216,8 @@ EXAMPLES = {
     "raise-rotary": Example(Rotary, "torch.randn(4, 128, 256)"),
     "merge-projections": Example(Projections, "torch.randn(4, 128, 256)", "merge-projections{always=true}"),
     "cast": Example(Block, "torch.randn(4, 128, 256)", "cast{dtype=bf16}"),
+    "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5},eliminate-dead-heads"),
+    "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5},eliminate-dead-neurons"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),
     "fuse-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-rms-norm"),
     "fuse-rotary": Example(Rotary, "torch.randn(4, 128, 256)", "fuse-rotary"),

@@ -27,6 +27,8 @@ from lissom.passes.precision.cast import Cast
 from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
 from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
 from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
+from lissom.passes.prune.prune_heads import PruneHeads
+from lissom.passes.prune.prune_neurons import PruneNeurons
 
 PASSES: Mapping[str, type[Pass]] = {
     item.name(): item
@@ -41,6 +43,8 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseActivations,
         RaiseRotary,
         RaiseAttention,
+        PruneHeads,
+        PruneNeurons,
         EliminateDeadHeads,
         EliminateDeadNeurons,
         EliminateDeadLayers,
