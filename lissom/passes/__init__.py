@@ -25,6 +25,7 @@ from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.precision.cast import Cast
 from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
+from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
 from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
 from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
 from lissom.passes.prune.prune_heads import PruneHeads
@@ -48,6 +49,7 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadHeads,
         EliminateDeadNeurons,
         EliminateDeadLayers,
+        EliminateDeadHidden,
         Cast,
         MergeProjections,
         FuseRotary,

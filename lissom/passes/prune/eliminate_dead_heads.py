@@ -36,14 +36,14 @@ class EliminateDeadHeads(Rewrite):
     """Removes attention heads that contribute nothing, and attentions without a head that does."""
 
     def run(self, edit: Editor) -> None:
-        for site, columns in _dead_sites(edit, report=True):
-            if bool(_dead_heads(edit, site, columns).all()) and (reason := replace_by_constant(edit, columns.layer)):
+        for columns in [found for site, found in _dead_sites(edit, report=True) if bool(_dead_heads(edit, site, found).all())]:
+            if reason := replace_by_constant(edit, columns.layer):
                 edit.skip(columns.layer, f"all heads it reads are dead, but {reason}")
         made: list[fx.Node] = []
+        # A choice keeps what it chooses from as it is, which may stand against another attention: so masks are looked at twice.
         for arguments in (MASK, MASK, QUERY_AND_KEY, QUERY_AND_KEY, VALUE):
-            for site, columns in _dead_sites(edit):
-                if _obstacle(edit, site, columns):
-                    made += select_heads(edit, site.node, arguments)
+            for site in [site for site, columns in _dead_sites(edit) if _obstacle(edit, site, columns)]:
+                made += select_heads(edit, site.node, arguments)
         chosen: list[tuple[fx.Node, tuple[Axis, ...]]] = []
         for site, columns in _dead_sites(edit):
             if reason := _obstacle(edit, site, columns):

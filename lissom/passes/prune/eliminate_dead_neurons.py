@@ -33,8 +33,8 @@ class EliminateDeadNeurons(Rewrite):
     """Removes feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
 
     def run(self, edit: Editor) -> None:
-        for columns in _dead_sites(edit, report=True):
-            if bool(_dead_neurons(edit, columns).all()) and (reason := replace_by_constant(edit, columns.layer)):
+        for columns in [found for found in _dead_sites(edit, report=True) if bool(_dead_neurons(edit, found).all())]:
+            if reason := replace_by_constant(edit, columns.layer):
                 edit.skip(columns.layer, f"all neurons it reads are dead, but {reason}")
         chosen: dict[Axis, fx.Node] = {}
         for columns in _dead_sites(edit):

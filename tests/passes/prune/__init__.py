@@ -1,1 +1,1 @@
-"""Tests of lissom.passes.precision."""
+"""Tests of lissom.passes.prune."""
