@@ -163,6 +163,20 @@ class Projections(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v)
 
 
+class SelfAttention(nn.Module):
+    """Attention with its output projection, the input added back."""
+
+    def __init__(self, width: int = 256, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.output = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return x + self.output(mixed.transpose(1, 2).flatten(2))
+
+
 class EinsumScores(nn.Module):
     """The scores of attention as an einsum over [batch, tokens, heads, head_dim], as in XLNet."""
 
@@ -190,6 +204,70 @@ class Block(nn.Module):
         return self.norm(self.down(functional.gelu(self.up(x))) + x)
 
 
+class DeadHeads(nn.Module):
+    """Self-attention of four heads, two of which the output projection does not read."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        with torch.no_grad():
+            self.out.weight.view(width, heads, -1)[:, [1, 3]] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class DeadNeurons(nn.Module):
+    """A feed-forward block of which the down projection does not read the second half of its neurons."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        with torch.no_grad():
+            self.down.weight[:, 2 * width :] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(functional.gelu(self.up(x)))
+
+
+class DeadBranch(nn.Module):
+    """Two feed-forward branches, the first of which adds zero."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(2))
+        nn.init.zeros_(self.downs[0].weight)
+        nn.init.zeros_(self.downs[0].bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(functional.gelu(up(x)))
+        return x
+
+
+class DeadChannels(nn.Module):
+    """A stream of 256 channels between two layers, half of which nothing writes to."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, width, bias=False)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        self.last = nn.Linear(width, 64)
+        with torch.no_grad():
+            self.first.weight[width // 2 :] = 0
+            self.down.weight[width // 2 :] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(x + self.down(functional.gelu(self.up(self.norm(x)))))
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -202,10 +280,16 @@ EXAMPLES = {
     "raise-rotary": Example(Rotary, "torch.randn(4, 128, 256)"),
     "merge-projections": Example(Projections, "torch.randn(4, 128, 256)", "merge-projections{always=true}"),
     "cast": Example(Block, "torch.randn(4, 128, 256)", "cast{dtype=bf16}"),
+    "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5},eliminate-dead-heads"),
+    "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5},eliminate-dead-neurons"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),
     "fuse-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-rms-norm"),
     "fuse-rotary": Example(Rotary, "torch.randn(4, 128, 256)", "fuse-rotary"),
     "pack-linear": Example(Block, "torch.randn(4, 128, 256)", "pack-linear"),
     "fuse-epilogues": Example(Block, "torch.randn(4, 128, 256)", "pack-linear,fuse-epilogues"),
     "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),
+    "eliminate-dead-heads": Example(DeadHeads, "torch.randn(4, 128, 256)", "eliminate-dead-heads"),
+    "eliminate-dead-neurons": Example(DeadNeurons, "torch.randn(4, 128, 256)", "eliminate-dead-neurons"),
+    "eliminate-dead-layers": Example(DeadBranch, "torch.randn(4, 128, 256)", "eliminate-dead-layers"),
+    "eliminate-dead-hidden": Example(DeadChannels, "torch.randn(4, 128, 64)", "eliminate-dead-hidden"),
 }

@@ -53,14 +53,17 @@ class Axes:
             if isinstance(found, Axis) and not atoms.isdisjoint(found.atoms())
         ]
 
-    def obstacle(self, axis: Axis) -> str:
-        """Why indices of the axis cannot be removed; empty when they can."""
+    def obstacle(self, axis: Axis, *, zero: bool = False) -> str:
+        """Why indices of the axis cannot be removed; empty when they can.
+
+        zero: whether what is removed is exactly zero wherever a norm reads it.
+        """
         for atom in axis.atoms():
             if atom.pinned:
                 return atom.pinned
             if not isinstance(atom.size, int):
                 return "its size varies from call to call"
-            if atom.whole:
+            if atom.whole or (atom.normed and not zero):
                 return "an operator reads all of it at once, so its length changes the numbers"
         return ""
 

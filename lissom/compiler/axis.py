@@ -19,7 +19,8 @@ from lissom.compiler.types import Size
 class Axis:
     """One axis. `parts` are the factors of a product or the segments of a sum.
 
-    whole: an operator reads all of it at once (softmax, normalisation), so its length changes the numbers.
+    whole: an operator reads all of it at once (softmax, a mean), so its length changes the numbers.
+    normed: a norm does, which can be told how many indices there were; what goes must be zero then.
     pinned: why it must stay as it is; empty when it may change.
     """
 
@@ -27,6 +28,7 @@ class Axis:
     form: str = "atom"
     parts: tuple[Axis, ...] = ()
     whole: bool = False
+    normed: bool = False
     pinned: str = ""
     same_as: Axis | None = field(default=None, repr=False)
 
@@ -98,6 +100,12 @@ def mark_whole(axis: Axis) -> None:
         atom.whole = True
 
 
+def mark_normed(axis: Axis) -> None:
+    """Note that a norm runs over the axis."""
+    for atom in axis.atoms():
+        atom.normed = True
+
+
 def unify(left: Axis, right: Axis, reason: str) -> None:
     """Make two axes the same, refining either as far as needed; where that is not possible, both are pinned."""
     left, right = left.find(), right.find()
@@ -129,6 +137,8 @@ def _absorb(atom: Axis, other: Axis) -> None:
     atom.same_as = other
     if atom.whole:
         mark_whole(other)
+    if atom.normed:
+        mark_normed(other)
     if atom.pinned:
         pin(other, atom.pinned)
 
@@ -232,7 +242,7 @@ def _cut_sum(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
 
 
 def _like(axis: Axis, size: Size) -> Axis:
-    return Axis(size, whole=axis.whole, pinned=axis.pinned)
+    return Axis(size, whole=axis.whole, normed=axis.normed, pinned=axis.pinned)
 
 
 def quotient(size: Size, divisor: Size) -> Size | None:

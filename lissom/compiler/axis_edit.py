@@ -14,6 +14,7 @@ from torch import fx, nn
 from lissom.compiler import node as nodes
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
+from lissom.compiler.axis_norms import NORMS_OVER, follow_norm, normed_axes
 from lissom.compiler.axis_views import slice_bounds
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import LissomError, UnsupportedError
@@ -33,24 +34,25 @@ _SIZES_AT: dict[object, int] = {
     aten.new_zeros.default: 1,
     aten.new_ones.default: 1,
     aten.new_full.default: 1,
-    aten.layer_norm.default: 1,
-    aten.rms_norm.default: 1,
 }
 _SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
-def remove_indices(edit: Editor, removed: Mapping[Axis, Collection[int]], found: Axes | None = None) -> None:
+def remove_indices(
+    edit: Editor, removed: Mapping[Axis, Collection[int]], found: Axes | None = None, *, zero: bool = False
+) -> None:
     """Remove indices of atomic axes from the program: every weight that has the axis is cut, every literal size follows.
 
     The outputs are unchanged when what is removed contributed nothing: zero rows where the axis is contracted.
     found: the axes these are of, where weights were given other values since; by default the program's as it is.
+    zero: whether what is removed is exactly zero wherever a norm reads it; norms are then told how much there was.
 
     Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices. The
         program is then what it was.
     """
     found = found or edit.program.fact(axes)
-    keep = {axis.find(): _kept(edit, found, axis.find(), set(indices)) for axis, indices in removed.items()}
+    keep = {axis.find(): _kept(edit, found, axis.find(), set(indices), zero) for axis, indices in removed.items()}
     with _all_or_nothing(edit):
         _remove(edit, found, keep)
 
@@ -108,8 +110,8 @@ def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
     return found
 
 
-def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int]) -> torch.Tensor:
-    obstacle = "it is made of several axes" if axis.form != "atom" else found.obstacle(axis)
+def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int], zero: bool) -> torch.Tensor:
+    obstacle = "it is made of several axes" if axis.form != "atom" else found.obstacle(axis, zero=zero)
     if obstacle:
         size = format_size(axis.size, edit.program.signature.name_of)
         raise UnsupportedError(f"indices of this axis of size {size} cannot be removed: {obstacle}")
@@ -148,7 +150,9 @@ def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch
 def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     """Correct the sizes and positions written into a call whose axes lose indices."""
     target = node.target
-    if target in _SIZES_AT:
+    if target in NORMS_OVER and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
+        follow_norm(edit, node, found, lambda axis: mask(axis, keep))
+    elif target in _SIZES_AT:
         _set_argument(node, _SIZES_AT[target], _new_sizes(edit, node, _SIZES_AT[target], found, keep))
     elif target in _SPLITS:
         _follow_split(node, found, keep)
@@ -174,9 +178,7 @@ def _new_sizes(edit: Editor, node: fx.Node, index: int, found: Axes, keep: Mappi
     """The list of sizes of a call, its fixed numbers corrected; -1 and sizes read at run time stay."""
     old = cast("list[object]", node.args[index])
     dims = cast("tuple[Axis, ...]", found.of[node])
-    if node.target in (aten.layer_norm.default, aten.rms_norm.default):
-        dims = dims[-len(old) :]
-    elif node.target is aten.unflatten.int:
+    if node.target is aten.unflatten.int:
         first = cast(int, node.args[1]) % (len(dims) - len(old) + 1)
         dims = dims[first : first + len(old)]
     return [_new_size(edit, node, size, axis, keep) for size, axis in zip(old, dims, strict=True)]

@@ -10,7 +10,7 @@ from torch import fx
 
 from lissom.compiler import axis_views
 from lissom.compiler import node as nodes
-from lissom.compiler.axis import Axis, cut, divide, mark_whole, pin, unify
+from lissom.compiler.axis import Axis, cut, divide, mark_normed, mark_whole, pin, unify
 from lissom.compiler.axis_base import Dims, Known, Rule, Value, broadcast, dim_of, fresh, of, tensors, unknown
 from lissom.compiler.text import target_text
 from lissom.compiler.types import TensorType
@@ -135,7 +135,7 @@ def _normalise(node: fx.Node, known: Known) -> Value:
             for axis, other in zip(dims[-count:], of(item, known), strict=True):
                 unify(axis, other, "a weight of a norm")
     for axis in dims[-count:]:
-        mark_whole(axis)
+        mark_normed(axis)
     return dims
 
 

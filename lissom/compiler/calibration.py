@@ -25,7 +25,7 @@ from lissom.compiler.samples import Sample
 from lissom.compiler.structure import structure
 
 Visit = Callable[[fx.Node, torch.Tensor], None]
-VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor], None]
+VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 Progress = Callable[[int, int], None]
 """Called with the samples finished and the samples in all."""
 
@@ -45,10 +45,26 @@ class Moments:
     def empty(features: int, device: torch.device | None = None) -> Moments:
         return Moments(0, torch.zeros(features, device=device), torch.zeros(features, features, device=device))
 
+    @staticmethod
+    def sum(parts: Sequence[Moments]) -> Moments:
+        """The sums over the tokens of all parts."""
+        total = Moments.empty(len(parts[0].total), parts[0].total.device)
+        for part in parts:
+            total.count += part.count
+            total.total += part.total
+            total.gram += part.gram
+        return total
+
     @property
     def norms(self) -> torch.Tensor:
         """‖x_j‖₂ of every feature over all tokens, [features]."""
         return self.gram.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """The mean of (x - mean)·(x - mean)ᵀ, [features, features]."""
+        mean = self.total / max(self.count, 1)
+        return self.gram / max(self.count, 1) - torch.outer(mean, mean)
 
     def add(self, rows: torch.Tensor) -> None:
         """rows: [tokens, features]."""
@@ -56,18 +72,6 @@ class Moments:
         self.count += len(rows)
         self.total += rows.sum(0)
         self.gram.addmm_(rows.T, rows)
-
-
-@dataclass
-class Sensitivity:
-    """Sums over samples of how the likelihood changes with a gate on each feature of one node, g = Σ_tokens x · ∂L/∂x.
-
-    count: samples. absolute: Σ |g|. squared: Σ g². Both hold one number a unit, a run of neighbouring features.
-    """
-
-    count: int
-    absolute: torch.Tensor
-    squared: torch.Tensor
 
 
 def token_mask(program: Program, sample: Sample, node: fx.Node) -> torch.Tensor | None:
@@ -120,10 +124,10 @@ def observe_gradients(
     progress: Progress | None = None,
     seed: int = 0,
 ) -> None:
-    """Run every sample forth and back and call `visit` with each chosen node, its value and the gradient ∂L/∂value.
+    """Run every sample forth and back; `visit` gets each chosen node, its value, the gradient ∂L/∂value and its mask.
 
-    Both have the node's own shape; at padding both are zero. L is the log-likelihood of outputs drawn from the program itself,
-    see above; `seed` fixes the draw.
+    The first two have the node's own shape, and are zero at padding; for the mask see `token_mask`. L is the
+    log-likelihood of outputs drawn from the program itself, see above; `seed` fixes the draw.
     """
     generator = torch.Generator().manual_seed(seed)
     for finished, sample in enumerate(data):
@@ -136,36 +140,9 @@ def observe_gradients(
         for (node, value, mask), gradient in zip(found, gradients, strict=True):
             gradient = torch.zeros_like(value) if gradient is None else gradient
             real = 1.0 if mask is None else mask[..., None]
-            visit(node, value.detach() * real, gradient * real)
+            visit(node, value.detach() * real, gradient * real, mask)
         if progress is not None:
             progress(finished + 1, len(data))
-
-
-def sensitivities(
-    program: Program,
-    data: Sequence[Sample],
-    unit_sizes: dict[fx.Node, int],
-    progress: Progress | None = None,
-    seed: int = 0,
-) -> dict[fx.Node, Sensitivity]:
-    """How the likelihood changes with a gate on every unit; each row of a batch is a sample of its own.
-
-    unit_sizes: for each node, how many neighbouring features one gate closes.
-    """
-    sums: dict[fx.Node, Sensitivity] = {}
-    for node, size in unit_sizes.items():
-        zeros = torch.zeros(_features(node) // size, device=nodes.tensor_type(node).device)
-        sums[node] = Sensitivity(0, zeros, zeros.clone())
-
-    def add(node: fx.Node, value: torch.Tensor, gradient: torch.Tensor) -> None:
-        product = (value * gradient).flatten(1, -2) if value.dim() > 2 else (value * gradient)[:, None]
-        gates = product.sum(1).float().unflatten(-1, (-1, unit_sizes[node])).sum(-1)
-        sums[node].count += len(gates)
-        sums[node].absolute += gates.abs().sum(0)
-        sums[node].squared += gates.square().sum(0)
-
-    observe_gradients(program, data, unit_sizes, add, progress, seed)
-    return sums
 
 
 def _features(node: fx.Node) -> int:

@@ -39,7 +39,7 @@ def dead_units(program: Program, numbering: Sequence[Axis]) -> torch.Tensor:
     for places in contractions(program):
         touched = [place for place in places if not set(numbering).isdisjoint(found.axis(*place).atoms())]
         if touched:
-            dead &= torch.stack([_zero_units(found, zero, place, numbering) for place in touched]).any(0)
+            dead &= torch.stack([zero_units(found, zero, place, numbering) for place in touched]).any(0)
     return dead
 
 
@@ -78,7 +78,7 @@ def _summed_by_einsum(node: fx.Node) -> list[list[Place]]:
     return [[(item, term.index(letter)) for term, item in operands if letter in term] for letter in letters]
 
 
-def _zero_units(found: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:
+def zero_units(found: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:
     """The units whose indices along one dimension are all zero, [sizes of the axes that number them]."""
     axis = found.axis(*place)
     present = [atom for atom in numbering if atom in set(axis.atoms())]

@@ -21,6 +21,8 @@ from lissom.compiler import node as nodes
 from lissom.compiler.execute import call
 from lissom.compiler.types import ScalarType, Size, TensorType, ValueType, size_of, type_of
 
+aten = torch.ops.aten
+
 
 class FlatModule(_LazyGraphModule):
     """A graph module that generates its Python code at its first call, so that edits and copies cost nothing."""
@@ -51,7 +53,21 @@ def typing_scope(mode: FakeTensorMode) -> Generator[None]:
 def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
     """The fake value of a call node from the fake values of its arguments."""
     with typing_scope(mode):
+        if nodes.is_call(node, aten.constant_pad_nd.default, aten.pad.default):
+            return _fake_pad(node)
         return call(node, nodes.value)
+
+
+def _fake_pad(node: fx.Node) -> object:
+    """The fake value of a padding; the operator itself would fix symbolic sizes at those of the example."""
+    if node.target is aten.pad.default and nodes.argument(node, "mode") != "constant":
+        return call(node, nodes.value)
+    x = cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0])))
+    pad = cast("list[int]", fx.map_arg(cast("list[fx.node.Argument]", node.args[1]), nodes.value))
+    shape = list(x.shape)
+    for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        shape[-dim] = shape[-dim] + before + after
+    return x.new_empty(shape)
 
 
 def fake_weight(mode: FakeTensorMode, weight: torch.Tensor) -> torch.Tensor:

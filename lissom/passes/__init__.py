@@ -26,10 +26,13 @@ from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.precision.cast import Cast
 from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
+from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
 from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
 from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
+from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_hidden import PruneHidden
 from lissom.passes.prune.prune_layers import PruneLayers
+from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.prune.sparsify import Sparsify
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -45,12 +48,15 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseActivations,
         RaiseRotary,
         RaiseAttention,
-        PruneHidden,
+        PruneHeads,
+        PruneNeurons,
         PruneLayers,
+        PruneHidden,
         Sparsify,
         EliminateDeadHeads,
         EliminateDeadNeurons,
         EliminateDeadLayers,
+        EliminateDeadHidden,
         Cast,
         MergeProjections,
         FuseRotary,

@@ -31,7 +31,7 @@ from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.kinds import Approximation
 from lissom.compiler.linears import weight_of
 from lissom.compiler.program import Program
-from lissom.compiler.protection import any_protected
+from lissom.compiler.protection import is_path_protected
 from lissom.compiler.structure import Layer, structure
 from lissom.compiler.zeros import is_zero, zeros
 
@@ -43,7 +43,7 @@ class PruneLayers(Approximation):
     keep: the share of the layers that stays, above 0 and below 1, rounded to whole layers.
     part: what goes of a layer: all of it, or its `attention` or `feed-forward` alone.
     criterion: how layers are ranked; `influence` needs calibration data.
-    protect: patterns of module paths, separated by spaces, of layers that stay: `encoder.layer.0 encoder.layer.5`.
+    protect: module paths of layers that stay, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
     """
 
     keep: float = 0.75
@@ -59,9 +59,8 @@ class PruneLayers(Approximation):
         found: dict[str, list[Branch] | str] = {}
         for layer in edit.program.fact(structure).layers:
             found |= _units(edit.program, layer, self.part)
-        protect = self.protect.split()
         staying = {name: unit for name, unit in found.items() if isinstance(unit, str)}
-        staying |= {name: "it is protected" for name in found if any_protected(name.partition(" ")[0], protect)}
+        staying |= {name: "it is protected" for name in found if is_path_protected(name.partition(" ")[0], self.protect)}
         units = {name: unit for name, unit in found.items() if name not in staying and not isinstance(unit, str)}
         count = self._count(len(found), staying)
         scores = self._scores(edit, units)

@@ -58,7 +58,7 @@ class Sparsify(Approximation):
     pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours along a row stay.
     criterion: how weights are ranked; all but `magnitude` need calibration data.
     scope: whether weights compete within a layer or, by magnitude alone, within the whole program.
-    protect: patterns of module paths, separated by spaces, whose layers are left alone: `*.layer.0.* *.pooler`.
+    protect: module paths whose layers are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
     output_heads: whether output heads are treated too, and with them the embeddings they share.
     damping: what is added to the diagonal of XᵀX for `sparsegpt`, as a share of its mean.
     block_size: columns that `sparsegpt` ranks together.
@@ -93,7 +93,7 @@ class Sparsify(Approximation):
             )
 
     def run(self, edit: Editor) -> None:
-        layers = dict(_layers(edit, self.output_heads, self.protect.split(), _parse(self.pattern)))
+        layers = dict(_layers(edit, self.output_heads, self.protect, _parse(self.pattern)))
         if self.criterion == "magnitude":
             self._rank_by_magnitude(edit, layers)
         elif not edit.data:
@@ -140,7 +140,7 @@ def _parse(pattern: str | None) -> tuple[int, int] | None:
 
 
 def _layers(
-    edit: Editor, output_heads: bool, protect: Sequence[str], pattern: tuple[int, int] | None
+    edit: Editor, output_heads: bool, protect: str, pattern: tuple[int, int] | None
 ) -> Iterable[tuple[fx.Node, Matrix]]:
     """The layers to treat; those that cannot be are reported."""
     found = edit.program.fact(structure)
@@ -181,7 +181,8 @@ def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> Non
             _write(edit, layers[readers[0]], prune, _sum([seen[input_of(node)] for node in readers]))
     alone = [readers[0] for readers in sharing.values() if len(readers) == 1]
     known: tuple[fx.Node, Moments] | None = None
-    for node, read in sweep(edit.program, edit.data, alone):
+    for finished, (node, read) in enumerate(sweep(edit.program, edit.data, alone)):
+        edit.report("layers", finished, len(alone))
         edit.current = node
         if known is None or known[0] is not input_of(node):
             sums = Moments.empty(read[0].shape[-1], read[0].device)

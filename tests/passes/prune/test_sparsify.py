@@ -230,7 +230,7 @@ def test_embeddings_and_output_heads_are_left_alone_unless_asked_for() -> None:
 
 
 def test_protected_layers_are_left_alone() -> None:
-    program, history = pruned(tiny_llama, 'sparsify{protect="model.layers.0 *.down_proj"}')
+    program, history = pruned(tiny_llama, 'sparsify{protect="model.layers.0,*.down_proj"}')
     assert {name for name in program.weights() if "proj" in name and zeros(program, name) == 0} == {
         *(name for name in program.weights() if "proj" in name and ".layers.0." in name),
         "model.layers.1.mlp.down_proj.weight",

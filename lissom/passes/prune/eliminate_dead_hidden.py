@@ -1,0 +1,112 @@
+"""Remove channels of the residual stream that are zero throughout.
+
+A channel is dead when whatever writes to it writes exactly zero (embeddings, output and down projections, biases), and whatever
+reads it multiplies it, or what a norm makes of it, by zero. It goes from every weight that has it, tied embeddings included.
+Norms keep dividing by the original number of channels n, of which k are left:
+
+    rms_norm:    x / √(Σx²/n + ε) · w  =  x / √(Σx²/k + ε n/k) · w √(n/k)
+    layer_norm:  zeros are put back before it and cut off behind it
+
+Channels that the program gives back are put back as zeros. Xia et al. 2023 ("Sheared LLaMA"), §2.1, prune the hidden dimension.
+Inputs are taken to be finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.axes import axes
+from lissom.compiler.axis import Axis
+from lissom.compiler.axis_edit import remove_indices
+from lissom.compiler.axis_norms import NORMS_OVER, normed_axes
+from lissom.compiler.dead import dead_units, zero_units
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import LissomError
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.structure import structure
+from lissom.compiler.zeros import zero_at, zeros
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class EliminateDeadHidden(Rewrite):
+    """Removes channels of the residual stream that are zero throughout."""
+
+    def run(self, edit: Editor) -> None:
+        held = list(_hold_outputs(edit))
+        chosen: dict[Axis, list[int]] = {}
+        places: dict[Axis, fx.Node] = {}
+        found = edit.program.fact(axes)
+        for axis, node in _hidden(edit).items():
+            dead = _dead_channels(edit, axis)
+            reason = found.obstacle(axis, zero=True) if bool(dead.any()) else ""
+            if reason:
+                edit.skip(node, f"{int(dead.sum())} dead channels stay: {reason}")
+            elif bool(dead.any()):
+                chosen[axis], places[axis] = dead.nonzero().flatten().tolist(), node
+        if chosen:
+            try:
+                remove_indices(edit, chosen, zero=True)
+            except LissomError as error:
+                for node in places.values():
+                    edit.skip(node, f"dead channels stay: {error}")
+        _release_outputs(edit, held)
+
+
+def _hidden(edit: Editor) -> dict[Axis, fx.Node]:
+    """The axes of the residual stream, with a sum they are in."""
+    found, sites = edit.program.fact(axes), edit.program.fact(structure)
+    sums = [site.residual for site in (*sites.attention, *sites.feed_forward) if site.residual is not None]
+    return {atom: node for node in reversed(sums) for atom in found.axis(node, -1).atoms() if isinstance(atom.size, int)}
+
+
+def _dead_channels(edit: Editor, axis: Axis) -> torch.Tensor:
+    """The channels that are zero wherever a norm reads them, and contribute nothing to any sum, [size of the axis]."""
+    program = edit.program
+    found, zero = program.fact(axes), program.fact(zeros)
+    dead = dead_units(program, (axis,))
+    for node in program.nodes(*NORMS_OVER):
+        if any(axis in set(other.atoms()) for other in normed_axes(node, found)):
+            dead &= zero_units(found, zero, (cast(fx.Node, node.args[0]), -1), (axis,))
+    if bool(dead.all()):
+        dead[0] = False
+    return dead
+
+
+def _hold_outputs(edit: Editor) -> Iterator[fx.Node]:
+    """Multiply outputs that have dead channels with the identity, whose rows can go with the channels, columns staying."""
+    program = edit.program
+    zero = program.fact(zeros)
+    for node in list(program.output.all_input_nodes):
+        typed = nodes.tensor_type(node) if nodes.is_tensor(node) else None
+        size = typed.shape[-1] if typed is not None and typed.rank > 1 and typed.dtype.is_floating_point else None
+        if typed is None or not isinstance(size, int) or not bool(zero_at(zero, node, -1).any()):
+            continue
+        with edit.before(program.output):
+            identity = edit.weight(f"{node.name}.channels", torch.eye(size, dtype=typed.dtype, device=typed.device))
+            whole = edit.call(aten.matmul.default, node, identity)
+        program.output.replace_input_with(node, whole)
+        yield whole
+
+
+def _release_outputs(edit: Editor, held: list[fx.Node]) -> None:
+    """Put zeros back into the outputs where channels went, without a product."""
+    for whole in held:
+        value, chosen = cast("tuple[fx.Node, fx.Node]", whole.args)
+        rows = edit.program.weight(str(chosen.target)).detach().cpu()
+        if rows.shape[0] < rows.shape[1]:
+            # The channel a column comes from; the zero that is padded on where there is none.
+            source = torch.where(rows.any(0), rows.argmax(0), rows.shape[0])
+            with edit.before(whole):
+                numbers = edit.weight(f"{value.name}.restored", source.to(nodes.tensor_type(value).device))
+                padded = edit.call(aten.constant_pad_nd.default, value, [0, 1])
+                value = edit.call(aten.index_select.default, padded, nodes.tensor_type(value).rank - 1, numbers)
+        edit.replace(whole, value)
+        edit.rewritten -= 1

@@ -1,0 +1,77 @@
+"""What tests of pruning share: canonical programs with structure that is dead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+import torch
+
+from lissom.compiler.editor import Editor
+from lissom.compiler.history import History
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.program import Program
+from lissom.compiler.removal import head_columns, neuron_columns
+from lissom.compiler.samples import Sample
+from lissom.compiler.spelling import parse_pipeline
+from lissom.compiler.structure import Structure, structure
+from lissom.compiler.verify import compare, run_samples, tolerance_of
+from lissom.passes import PASSES, RECIPES
+from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.zoo.removal import canonical
+
+MODELS = {"bert": tiny_bert, "gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
+
+
+@cache
+def _canonical(name: str) -> tuple[Program, list[Sample]]:
+    with torch.no_grad():
+        return canonical(MODELS[name]())
+
+
+def program_of(name: str) -> tuple[Program, list[Sample]]:
+    """A program of one of the models after the exact recipe, the caller's own, and inputs at two sizes."""
+    program, samples = _canonical(name)
+    return program.copy(), samples
+
+
+def sites_of(program: Program) -> Structure:
+    return program.fact(structure)
+
+
+def zero_heads(program: Program, index: int, heads: Iterable[int]) -> None:
+    """Zero the columns that read these heads of the attention of that number."""
+    columns = head_columns(program, sites_of(program).attention[index])
+    weight = program.weight(str(columns.weight.target))
+    Editor(program, "mask").set_weight(columns.weight, columns.zeroed(weight, heads))
+
+
+def zero_neurons(program: Program, index: int, neurons: Iterable[int]) -> None:
+    """Zero the columns that read these neurons of the feed-forward of that number."""
+    columns = neuron_columns(program, sites_of(program).feed_forward[index])
+    weight = program.weight(str(columns.weight.target))
+    Editor(program, "mask").set_weight(columns.weight, columns.zeroed(weight, neurons))
+
+
+def zero_bias(program: Program, layer: torch.fx.Node) -> None:
+    """Zero the bias of a linear layer."""
+    bias = layer.args[0] if layer.target is torch.ops.aten.addmm.default else layer.args[2]
+    Editor(program, "mask").set_weight(bias, torch.zeros_like(program.weight(str(bias.target))))
+
+
+def eliminate(passes: str, program: Program, samples: list[Sample]) -> tuple[Program, History]:
+    """The program after these passes, compared with the one before at two sizes."""
+    after, history = Pipeline(parse_pipeline(passes, PASSES, RECIPES), samples).run(program)
+    with torch.no_grad():
+        error = compare(run_samples(program, samples), run_samples(after, samples)).relative_error
+    # What was removed were exact zeros; what is left is summed in another order.
+    assert error <= tolerance_of(program)
+    return after, history
+
+
+def reasons(history: History) -> list[str]:
+    return [skip.reason for step in history.steps for skip in step.skipped]
+
+
+def case_of(name: str) -> Case:
+    return MODELS[name]()
