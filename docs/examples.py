@@ -268,6 +268,52 @@ class DeadChannels(nn.Module):
         return self.last(x + self.down(functional.gelu(self.up(self.norm(x)))))
 
 
+class Deep(nn.Module):
+    """Two feed-forwards, one after the other."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            x = x + down(functional.gelu(up(norm(x))))
+        return x
+
+
+class Stream(nn.Module):
+    """A stream of 256 channels between two layers."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, width)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.last = nn.Linear(width, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(x + self.down(functional.gelu(self.up(self.norm(x)))))
+
+
+class TwoInFour(nn.Module):
+    """A feed-forward in bfloat16, of whose every four neighbouring weights two are zero."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, dtype=torch.bfloat16)
+        self.down = nn.Linear(4 * width, width, dtype=torch.bfloat16)
+        with torch.no_grad():
+            for layer in (self.up, self.down):
+                layer.weight.view(-1, 4)[:, ::2] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(functional.gelu(self.up(x)))
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -292,4 +338,14 @@ EXAMPLES = {
     "eliminate-dead-neurons": Example(DeadNeurons, "torch.randn(4, 128, 256)", "eliminate-dead-neurons"),
     "eliminate-dead-layers": Example(DeadBranch, "torch.randn(4, 128, 256)", "eliminate-dead-layers"),
     "eliminate-dead-hidden": Example(DeadChannels, "torch.randn(4, 128, 64)", "eliminate-dead-hidden"),
+    "prune-layers": Example(
+        Deep, "torch.randn(4, 128, 256)", "prune-layers{keep=0.5,criterion=magnitude},eliminate-dead-layers"
+    ),
+    "prune-hidden": Example(
+        Stream,
+        "torch.randn(4, 128, 64)",
+        "prune-hidden{keep=0.5,criterion=magnitude,reconstruct=false},eliminate-dead-hidden",
+    ),
+    "sparsify": Example(Block, "torch.randn(4, 128, 256)", "sparsify{keep=0.5}"),
+    "pack-sparse": Example(TwoInFour, "torch.randn(4, 128, 256).bfloat16()", "pack-sparse{always=true}"),
 }

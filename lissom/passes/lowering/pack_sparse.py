@@ -4,7 +4,7 @@ Of every four neighbouring weights two are skipped, which halves the arithmetic 
 makes a layer faster depends on its sizes and the device, so by default each is timed both ways at the sizes of the example, and
 packed where that is faster. It takes compute capability 8.0 or newer, bfloat16 or float16, and weights whose sizes are
 multiples of 32 and 64; NVIDIA 2020, A100 Tensor Core GPU Architecture, section on structured sparsity. Dense layers are
-passed over.
+passed over. Only on such a device is it of use: elsewhere the operator puts the weight together again at every call.
 """
 
 from __future__ import annotations

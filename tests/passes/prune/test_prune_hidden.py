@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.compiler import node as nodes
 from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.history import History
 from lissom.compiler.pipeline import Pipeline
@@ -88,6 +89,15 @@ def test_what_reads_a_dead_channel_reads_nothing(name: str) -> None:
         )
         dim = 1 if "c_" not in name else 0
         assert int((weight == 0).all(1 - dim).sum()) == 8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_zeroed_is_then_eliminated_exactly(name: str) -> None:
+    program, history = pruned(MODELS[name], "prune-hidden{keep=0.5},eliminate-dead-hidden")
+    assert history.steps[2].relative_error is not None and history.steps[2].relative_error < 1e-5
+    sites = program.fact(structure)
+    widths = {nodes.tensor_type(site.residual).shape[-1] for site in (*sites.attention, *sites.feed_forward)}
+    assert widths == {8}
 
 
 def test_magnitude_and_energy_are_sums_of_shares() -> None:
