@@ -163,6 +163,20 @@ class Projections(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v)
 
 
+class SelfAttention(nn.Module):
+    """Attention with its output projection, the input added back."""
+
+    def __init__(self, width: int = 256, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.output = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return x + self.output(mixed.transpose(1, 2).flatten(2))
+
+
 class EinsumScores(nn.Module):
     """The scores of attention as an einsum over [batch, tokens, heads, head_dim], as in XLNet."""
 
@@ -289,6 +303,52 @@ class DeadChannels(nn.Module):
         return self.last(x + self.down(functional.gelu(self.up(self.norm(x)))))
 
 
+class Deep(nn.Module):
+    """Two feed-forwards, one after the other."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            x = x + down(functional.gelu(up(norm(x))))
+        return x
+
+
+class Stream(nn.Module):
+    """A stream of 256 channels between two layers."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, width)
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.last = nn.Linear(width, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(x + self.down(functional.gelu(self.up(self.norm(x)))))
+
+
+class TwoInFour(nn.Module):
+    """A feed-forward in bfloat16, of whose every four neighbouring weights two are zero."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, dtype=torch.bfloat16)
+        self.down = nn.Linear(4 * width, width, dtype=torch.bfloat16)
+        with torch.no_grad():
+            for layer in (self.up, self.down):
+                layer.weight.view(-1, 4)[:, ::2] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(functional.gelu(self.up(x)))
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -304,6 +364,8 @@ EXAMPLES = {
     "zero-padding": Example(Padded, _RAGGED, "zero-padding"),
     "pack-tokens": Example(Padded, _RAGGED, "zero-padding,pack-tokens"),
     "cast": Example(Block, "torch.randn(4, 128, 256)", "cast{dtype=bf16}"),
+    "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5},eliminate-dead-heads"),
+    "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5},eliminate-dead-neurons"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),
     "fuse-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-rms-norm"),
     "fuse-rotary": Example(Rotary, "torch.randn(4, 128, 256)", "fuse-rotary"),
@@ -314,4 +376,14 @@ EXAMPLES = {
     "eliminate-dead-neurons": Example(DeadNeurons, "torch.randn(4, 128, 256)", "eliminate-dead-neurons"),
     "eliminate-dead-layers": Example(DeadBranch, "torch.randn(4, 128, 256)", "eliminate-dead-layers"),
     "eliminate-dead-hidden": Example(DeadChannels, "torch.randn(4, 128, 64)", "eliminate-dead-hidden"),
+    "prune-layers": Example(
+        Deep, "torch.randn(4, 128, 256)", "prune-layers{keep=0.5,criterion=magnitude},eliminate-dead-layers"
+    ),
+    "prune-hidden": Example(
+        Stream,
+        "torch.randn(4, 128, 64)",
+        "prune-hidden{keep=0.5,criterion=magnitude,reconstruct=false},eliminate-dead-hidden",
+    ),
+    "sparsify": Example(Block, "torch.randn(4, 128, 256)", "sparsify{keep=0.5}"),
+    "pack-sparse": Example(TwoInFour, "torch.randn(4, 128, 256).bfloat16()", "pack-sparse{always=true}"),
 }

@@ -1,12 +1,19 @@
-"""Weights in a safetensors file: each block of memory once, in the order it lies there, mapped into memory when read."""
+"""Weights in a safetensors file: each block of memory once, in the order it lies there, mapped into memory when read.
+
+A weight with many zeros is written as a bit for each of its elements, 1 where it is not zero, and the values that are not. At
+N:M this takes M bits a group; indices would take N·log₂M, which is the same at 2:4 and more at 4:8. Zero means all bits zero,
+so that a negative zero comes back as one. Such a weight is put together in memory when read.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
+import numpy
 import torch
 from torch import nn
 
@@ -17,6 +24,12 @@ from lissom.compiler.program import Program
 Place = Callable[[torch.device], torch.device]
 """Where a tensor saved on a device goes."""
 ALIGNMENT = 64
+_BITS: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""For the bytes of an element, the numbers its bits are looked at as."""
+SMALLEST = 4096
+"""Bytes below which a weight is not worth compressing."""
+SAVING = 0.9
+"""A weight is compressed when that makes it smaller than this share of its bytes; else it is mapped, which costs no memory."""
 _KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
 _DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -46,6 +59,7 @@ def save_weights(program: Program, path: Path) -> dict[str, object]:
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[object, str] = {}
+    compressed: set[str] = set()
     entries: dict[str, object] = {}
     for name, weight in program.weights().items():
         if type(weight) not in _KINDS or weight.layout is not torch.strided or weight.dtype not in _DTYPES:
@@ -55,10 +69,47 @@ def save_weights(program: Program, path: Path) -> dict[str, object]:
             )
         stored, entry = _as_stored(weight)
         key = (stored.data_ptr(), stored.dtype, stored.device, stored.shape, stored.stride()) if stored.numel() else name
-        tensors.setdefault(names.setdefault(key, name), stored)
-        entries[name] = {"tensor": names[key], "device": str(weight.device), **entry}
+        if key not in names:
+            parts = _compress(name, stored)
+            tensors |= parts or {name: stored}
+            compressed |= {name} if parts else set()
+        first = names.setdefault(key, name)
+        entry |= {"nonzero": list(stored.shape)} if first in compressed else {}
+        entries[name] = {"tensor": first, "device": str(weight.device), **entry}
     _write(tensors, path)
     return entries
+
+
+def _compress(name: str, stored: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """A tensor as the bits and the values described above, by their names in the file; None when that saves little."""
+    if stored.nbytes < SMALLEST or stored.is_complex():
+        return None
+    nonzero = stored.reshape(-1).view(_BITS[stored.itemsize]).cpu() != 0
+    if stored.numel() / 8 + int(nonzero.sum()) * stored.itemsize > SAVING * stored.nbytes:
+        return None
+    bits = torch.from_numpy(numpy.packbits(nonzero.numpy(), bitorder="little"))
+    bits_name, values_name = _part_names(name)
+    return {bits_name: bits, values_name: stored.reshape(-1).cpu()[nonzero]}
+
+
+def _part_names(name: str) -> tuple[str, str]:
+    return f"{name}:nonzero", f"{name}:values"
+
+
+def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """The tensor that `_compress` took apart.
+
+    Raises: ValueError when the two do not fit the shape.
+    """
+    count = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8) or min(shape, default=0) < 0:
+        raise ValueError(f"{bits.numel()} bytes of bits do not fit a weight of {shape}")
+    nonzero = torch.from_numpy(numpy.unpackbits(bits.numpy(), count=count, bitorder="little")).bool()
+    if values.dim() != 1 or int(nonzero.sum()) != values.numel():
+        raise ValueError(f"{values.numel()} values do not fit {int(nonzero.sum())} places")
+    found = torch.zeros(count, dtype=values.dtype)
+    found[nonzero] = values
+    return found.reshape(shape)
 
 
 def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
@@ -111,11 +162,22 @@ def load_weights(entries: Mapping[str, object], path: Path, place: Place) -> dic
 
     try:
         with safe_open(path, framework="pt") as file:
-            devices = {take(item, "tensor", str): place(torch.device(take(item, "device", str))) for item in entries.values()}
-            tensors: dict[str, torch.Tensor] = {name: _aligned(file.get_tensor(name)).to(devices[name]) for name in devices}
+            wanted = {take(item, "tensor", str): item for item in entries.values()}
+            tensors = {
+                name: _read(file.get_tensor, name, item).to(place(torch.device(take(item, "device", str))))
+                for name, item in wanted.items()
+            }
     except SafetensorError as error:
         raise ValueError(f"the weights cannot be read: {error}") from error
     return {name: _as_used(tensors[take(entry, "tensor", str)], entry) for name, entry in entries.items()}
+
+
+def _read(tensor_of: Callable[[str], torch.Tensor], name: str, entry: object) -> torch.Tensor:
+    """A tensor of the file, put together where it was taken apart."""
+    if "nonzero" not in cast("dict[str, object]", entry):
+        return _aligned(tensor_of(name))
+    bits, values = map(tensor_of, _part_names(name))
+    return _decompress(bits, values, list(take_list(entry, "nonzero", number)))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

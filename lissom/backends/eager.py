@@ -28,6 +28,7 @@ from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
+from lissom.passes.lowering.pack_sparse import PackSparse
 
 aten = torch.ops.aten
 
@@ -53,6 +54,8 @@ class Eager(Backend):
     movable: ClassVar[bool] = True
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
+        if device.type == "cuda":
+            return (PackSparse(),)
         if device.type != "cpu":
             return ()
         # Without kernels the passes behind it say why; merged projections would then be read with gaps.

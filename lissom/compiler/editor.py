@@ -32,17 +32,30 @@ class Editor:
 
     program: the program being changed.
     data: calibration inputs, flat; empty when the caller gave none.
+    reference: the program before the first pass that changed numbers; None where that is this one.
     rewritten: how many places the pass changed.
     skipped: the places it could not treat, with the reason.
+    notes: sentences on the pass as a whole, for the reader of the history.
     current: the node the pass is looking at, for error messages.
     """
 
-    def __init__(self, program: Program, pass_name: str, data: Sequence[Sample] = ()) -> None:
+    def __init__(
+        self,
+        program: Program,
+        pass_name: str,
+        data: Sequence[Sample] = (),
+        *,
+        reference: Program | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
         self.program = program
         self.pass_name = pass_name
         self.data = data
+        self.reference = reference
+        self._progress = progress
         self.rewritten = 0
         self.skipped: list[Skip] = []
+        self.notes: list[str] = []
         self.current: fx.Node | None = None
 
     def nodes(self, *targets: object) -> Iterator[fx.Node]:
@@ -62,9 +75,18 @@ class Editor:
             else:
                 self.skip(node, reason)
 
+    def report(self, what: str, finished: int, total: int) -> None:
+        """Say how far a pass that takes long has come: what it does now, and how many of how many steps are finished."""
+        if self._progress is not None:
+            self._progress(what, finished, total)
+
     def skip(self, node: fx.Node, reason: str) -> None:
         """Report a place the pass leaves as it is."""
         self.skipped.append(Skip(node.name, text.place(self.program, node), reason))
+
+    def note(self, sentence: str) -> None:
+        """Tell the reader of the history something about the pass as a whole."""
+        self.notes.append(sentence)
 
     @contextmanager
     def before(self, node: fx.Node, like: Sequence[fx.Node] = ()) -> Generator[None]:

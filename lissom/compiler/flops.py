@@ -60,6 +60,11 @@ def _packed(node: fx.Node, shape_of: ShapeOf) -> Size:
     return product(shape_of(node)) * _operand(node, 0, shape_of)[-1]
 
 
+def _half_packed(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """A linear layer of whose weights half are kept and multiplied with, [features, inputs / 2]."""
+    return product(shape_of(node)) * _operand(node, 1, shape_of)[-1]
+
+
 def _grouped_product(node: fx.Node, shape_of: ShapeOf) -> Size:
     """Rows [tokens, in_features], each with the matrix of its group of [groups, in_features, out_features]."""
     return product(_operand(node, 0, shape_of)) * _operand(node, 1, shape_of)[-1]
@@ -148,6 +153,7 @@ _FOREIGN: dict[str, Formula] = {
     "lissom.attention.default": _attention,
     "lissom.fused_attention.default": _attention,
     "lissom.packed_linear.default": _packed,
+    "lissom.sparse_linear.default": _half_packed,
     "lissom.packed_linear_norm.default": _packed,
     "lissom.grouped_product.default": _grouped_product,
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, NoReturn, get_args
 
 import torch
@@ -25,7 +26,7 @@ from lissom.compiler.errors import (
     VerifyError,
 )
 from lissom.compiler.history import History, Size, Step, changed_calls
-from lissom.compiler.kinds import Annotation, Pass, Rewrite, Training
+from lissom.compiler.kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import format_pass, format_pipeline
@@ -120,9 +121,14 @@ class Pipeline:
     def _steps(self, run: _Run, passes: Sequence[Pass], finished: int, count: int) -> None:
         with _heap_set_aside(), _stopped_with(run.history):
             for index, item in enumerate(passes, finished):
-                if self.progress is not None:
-                    self.progress(format_pass(item), index, count)
-                run.step(item)
+                show = partial(self._show, format_pass(item), index, count)
+                show()
+                run.step(item, show)
+
+    def _show(self, spelling: str, index: int, count: int, what: str = "", finished: int = 0, total: int = 0) -> None:
+        """Report the pass that runs, and what it is doing where it says so."""
+        if self.progress is not None:
+            self.progress(f"{spelling}: {what}, {finished} of {total}" if what else spelling, index, count)
 
 
 @contextmanager
@@ -155,7 +161,7 @@ def _heap_set_aside() -> Generator[None]:
 
 @dataclass
 class _Run:
-    """One run of a pipeline: the program so far, and the outputs it is compared with."""
+    """One run of a pipeline: the program so far, the outputs it is compared with, and the program before numbers changed."""
 
     pipeline: Pipeline
     program: Program
@@ -164,6 +170,7 @@ class _Run:
     original: list[list[object]] = field(init=False)
     outputs: list[list[object]] = field(init=False)
     score: float | None = field(init=False, default=None)
+    reference: Program | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         samples = self.pipeline.samples if self.pipeline.checks == "numeric" else ()
@@ -180,12 +187,12 @@ class _Run:
         other.history = replace(self.history, pipeline=pipeline, steps=[*self.history.steps], texts=[*self.history.texts])
         return other
 
-    def step(self, item: Pass) -> None:
+    def step(self, item: Pass, show: Callable[[str, int, int], None]) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""
         self._check_requirements(item)
         started = time.perf_counter()
         after = self.program.copy()
-        edit = Editor(after, item.name(), self.pipeline.data)
+        edit = Editor(after, item.name(), self.pipeline.data, reference=self.reference, progress=show)
         if isinstance(item, Training):
             _own_weights(after)
         self._run_pass(item, edit)
@@ -215,7 +222,10 @@ class _Run:
             relative_error=error,
             cosine=cosine,
             metric=metric,
+            notes=tuple(edit.notes),
         )
+        if self.reference is None and isinstance(item, (Approximation, Training)):
+            self.reference = self.program
         self.program, self.outputs = after, outputs
         if item.redefines:
             self.original = outputs

@@ -14,7 +14,7 @@ from lissom.compiler.kinds import Pass
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _OPTION = re.compile(r"[a-z_][a-z0-9_]*")
 _BARE = re.compile(r"[A-Za-z0-9_.*+/:\-]+")
-_LOOKS_TYPED = re.compile(r"none|true|false|[-+]?(inf|nan|[0-9.].*)")
+_LOOKS_TYPED = re.compile(r"none|true|false|[-+]?(inf|nan|[0-9.][^:]*)")
 _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 

@@ -10,6 +10,7 @@ from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
+from lissom.ops.sparse_linear import sparse_linear
 
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     attention: attention_reference,
@@ -32,4 +33,5 @@ __all__ = [
     "packed_linear",
     "packed_linear_norm",
     "rotary",
+    "sparse_linear",
 ]

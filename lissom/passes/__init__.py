@@ -23,6 +23,7 @@ from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
+from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.precision.cast import Cast
 from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
 from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
@@ -30,6 +31,11 @@ from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
 from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
 from lissom.passes.prune.eliminate_dead_tokens import EliminateDeadTokens
 from lissom.passes.prune.pack_tokens import PackTokens
+from lissom.passes.prune.prune_heads import PruneHeads
+from lissom.passes.prune.prune_hidden import PruneHidden
+from lissom.passes.prune.prune_layers import PruneLayers
+from lissom.passes.prune.prune_neurons import PruneNeurons
+from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.prune.zero_padding import ZeroPadding
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -48,6 +54,11 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadTokens,
         ZeroPadding,
         PackTokens,
+        PruneHeads,
+        PruneNeurons,
+        PruneLayers,
+        PruneHidden,
+        Sparsify,
         EliminateDeadHeads,
         EliminateDeadNeurons,
         EliminateDeadLayers,
@@ -59,6 +70,7 @@ PASSES: Mapping[str, type[Pass]] = {
         FuseRmsNorm,
         PackLinear,
         FuseEpilogues,
+        PackSparse,
     )
 }
 

@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import lissom
 from lissom.artifacts.artifact import WEIGHTS
+from lissom.artifacts.weights import load_weights, save_weights
 from lissom.compiler.errors import ArtifactError
 from tests.artifacts.saving import compiled, compiled_module, reloaded
-from tests.models import captured, normal
+from tests.models import FeedForward, captured, normal, seeded
 
 
 class Weighted(nn.Module):
@@ -145,3 +147,87 @@ def test_weights_lie_where_pytorch_would_put_them(tmp_path):
     assert all(tensor.data_ptr() % 64 == 0 for tensor in weights.values())
     header = (tmp_path / "artifact" / WEIGHTS).read_bytes()
     assert (8 + int.from_bytes(header[:8], "little")) % 64 == 0
+
+
+def pruned(*shape: int, keep: float = 0.5, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    weight = normal(*shape)
+    return weight.masked_fill(weight.abs() < weight.abs().quantile(1 - keep), 0).to(dtype)
+
+
+def bits_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
+def test_a_weight_with_many_zeros_takes_less_and_comes_back_bit_for_bit(tmp_path, dtype):
+    weight = pruned(96, 71, keep=0.25).mul(30).to(dtype)
+    wanted, found, stored = check(tmp_path, a=nn.Parameter(weight, requires_grad=False))
+    assert sorted(stored) == ["a:nonzero", "a:values"]
+    assert bits_of(found["a"]) == bits_of(wanted["a"])
+    count = int((weight != 0).sum())
+    assert stored["a:values"].numel() == count
+    assert sum(tensor.nbytes for tensor in stored.values()) == -(-weight.numel() // 8) + count * weight.itemsize
+
+
+def test_negative_zeros_nans_and_infinities_come_back(tmp_path):
+    weight = torch.zeros(4096)
+    weight[:6] = torch.tensor([-0.0, 0.0, torch.inf, -torch.inf, 1e-45, 1.0])
+    weight[4095] = -0.0
+    wanted, found, stored = check(tmp_path, a=weight)
+    assert bits_of(found["a"]) == bits_of(wanted["a"])
+    assert torch.signbit(found["a"]).nonzero().flatten().tolist() == [0, 3, 4095]
+    assert stored["a:values"].numel() == 6
+
+
+def test_a_pattern_of_two_in_four_takes_nine_sixteenths(tmp_path):
+    groups = normal(64, 16, 4)
+    weight = groups.scatter(-1, groups.abs().topk(2, -1, largest=False).indices, 0).flatten(1).bfloat16()
+    _, _, stored = check(tmp_path, a=weight)
+    assert sum(tensor.nbytes for tensor in stored.values()) / weight.nbytes == 9 / 16
+
+
+def test_what_saves_little_is_mapped_as_it_is(tmp_path):
+    _, _, stored = check(tmp_path, dense=normal(64, 64), nearly=pruned(64, 64, keep=0.9), small=torch.zeros(8, 8))
+    assert sorted(stored) == ["dense", "nearly", "small"]
+
+
+def test_compressed_weights_stay_tied_and_keep_their_strides(tmp_path):
+    weight = pruned(48, 40)
+    wanted, found, stored = check(tmp_path, a=weight, b=weight[:], c=weight.T)
+    assert sorted(stored) == ["a:nonzero", "a:values"]
+    assert found["a"].data_ptr() == found["b"].data_ptr() == found["c"].data_ptr()
+    assert wanted["c"].stride() == found["c"].stride()
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values())
+
+
+def test_a_pruned_model_takes_less_and_answers_the_same(tmp_path):
+    module, x = seeded(lambda: FeedForward(64, 128)), normal(2, 64)
+    dense, sparse = (lissom.compile(module, x, passes=passes) for passes in ("exact", "sparsify{keep=0.25}"))
+    sizes = []
+    for name, model in (("dense", dense), ("sparse", sparse)):
+        model.save(tmp_path / name)
+        sizes.append((tmp_path / name / WEIGHTS).stat().st_size)
+        assert torch.equal(lissom.load(tmp_path / name)(x), model(x))
+    # A quarter of the values and a bit each: 28 %; the rest is names.
+    assert sizes[1] < 0.4 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"nonzero": [64, 65]}, "512 bytes of bits do not fit a weight of [64, 65]"),
+        ({"nonzero": [-64, -64]}, "512 bytes of bits do not fit a weight of [-64, -64]"),
+        ({"nonzero": [4090]}, "1024 values do not fit 1022 places"),
+        ({"nonzero": "all"}, "the field 'nonzero' is 'all', which is no list"),
+    ],
+)
+def test_a_compressed_weight_that_does_not_fit_is_refused(tmp_path, entry, message):
+    weight = torch.zeros(4096)
+    weight[3::4] = 1
+    program = captured("tied")
+    program.set_weight("head.weight", weight.reshape(64, 64))
+    entries = save_weights(program, tmp_path / "file")
+    assert entries["head.weight"]["nonzero"] == [64, 64]
+    with pytest.raises(ValueError) as refusal:
+        load_weights({"head.weight": entries["head.weight"] | entry}, tmp_path / "file", lambda device: device)
+    assert str(refusal.value) == message

@@ -1,0 +1,203 @@
+"""What passes cost: retrieval and cosine of all-MiniLM-L6-v2, and perplexity of Gemma 3 270M, on texts of WordNet.
+
+    python benchmarks/quality.py minilm --passes "prune-neurons{keep=0.75}" "prune-heads{keep=0.75},prune-neurons{keep=0.75}"
+    python benchmarks/quality.py gemma3-270m --passes "prune-neurons{keep=0.75}"
+
+MiniLM: each usage example is looked up among the glosses of all evaluated synsets, by the cosine of mean-pooled embeddings.
+recall@k is the share of examples whose own gloss is among the k nearest. The difference from the original is that of the same
+examples, with its 95 % interval from 2,000 bootstrap draws of them. The cosine is that of the embeddings of the glosses to the original's.
+Gemma: perplexity of the evaluated glosses, one a line, read in windows of 256 tokens.
+Calibration texts are those of other synsets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import lissom
+from lissom.compiler.program import Program
+from lissom.frontends.huggingface import Checkpoint, load
+from lissom.inspect.machine import core_count, device_name
+
+PAIRS = Path(__file__).parent / "data" / "wordnet_pairs.tsv"
+DRAWS = 2000
+BATCH = 64
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Usage examples and the glosses they belong to, in one order."""
+
+    glosses: list[str]
+    examples: list[str]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What a model finds.
+
+    ranks: for each example, how many glosses are nearer to it than its own. embeddings: of the glosses, [glosses, features].
+    """
+
+    ranks: torch.Tensor
+    embeddings: torch.Tensor
+
+    def recall(self, k: int) -> float:
+        """The share of examples whose own gloss is among the k nearest."""
+        return float((self.ranks < k).double().mean())
+
+
+def read_pairs(split: str, limit: int | None = None) -> Texts:
+    """The pairs of a split: `evaluation` or `calibration`."""
+    rows = [line.split("\t") for line in PAIRS.read_text(encoding="utf-8").splitlines()]
+    chosen = [row for row in rows if row[0] == split][:limit]
+    return Texts([row[2] for row in chosen], [row[3] for row in chosen])
+
+
+def calibration_batches(checkpoint: Checkpoint, texts: int = 2000, batch: int = BATCH) -> list[dict[str, torch.Tensor]]:
+    """Batches of calibration texts, glosses and examples alike, of similar length so that little is padded."""
+    found = read_pairs("calibration", (texts + 1) // 2)
+    pool = sorted((found.glosses + found.examples)[:texts], key=len)
+    return [checkpoint.encode(pool[start : start + batch]) for start in range(0, len(pool), batch)]
+
+
+def embed(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[str]) -> torch.Tensor:
+    """Mean-pooled embeddings of unit length, [texts, features]."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    found = torch.empty(0)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        inputs = checkpoint.encode([texts[index] for index in chosen])
+        with torch.inference_mode():
+            hidden = call(**inputs)[0]  # pyright: ignore[reportIndexIssue]
+        mask = inputs["attention_mask"][..., None].to(hidden.dtype)
+        pooled = (hidden * mask).sum(1) / mask.sum(1)
+        found = found if len(found) else torch.empty(len(texts), pooled.shape[-1])
+        found[chosen] = torch.nn.functional.normalize(pooled.float(), dim=-1)
+    return found
+
+
+def retrieve(call: Callable[..., object], checkpoint: Checkpoint, texts: Texts) -> Retrieval:
+    """Look every example up among the glosses."""
+    glosses, examples = embed(call, checkpoint, texts.glosses), embed(call, checkpoint, texts.examples)
+    scores = examples @ glosses.T
+    return Retrieval((scores > scores.diagonal()[:, None]).sum(1), glosses)
+
+
+def difference(original: Retrieval, found: Retrieval, k: int) -> tuple[float, float, float]:
+    """The relative change of recall@k, and the ends of its 95 % interval, from paired bootstrap draws."""
+    before, after = (original.ranks < k).double(), (found.ranks < k).double()
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(before), (DRAWS, len(before)), generator=generator)
+    changes = after[draws].mean(1) / before[draws].mean(1) - 1
+    low, high = changes.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(after.mean() / before.mean() - 1), low, high
+
+
+def cosine(original: Retrieval, found: Retrieval) -> torch.Tensor:
+    """The cosine of each gloss's embedding to the original's."""
+    return (original.embeddings * found.embeddings).sum(-1)
+
+
+def perplexity(call: Callable[..., object], checkpoint: Checkpoint, tokens: int = 4096) -> float:
+    """exp of the mean negative log-likelihood of the evaluated glosses, tokens of them read in windows."""
+    assert checkpoint.tokenizer is not None
+    ids = checkpoint.tokenizer("\n".join(read_pairs("evaluation").glosses), return_tensors="pt")["input_ids"][:, : tokens + 1]
+    total, count = 0.0, 0
+    for start in range(0, ids.shape[1] - 1, WINDOW):
+        piece = ids[:, start : start + WINDOW + 1]
+        with torch.inference_mode():
+            logits = call(**decoder_inputs(checkpoint, piece[:, :-1]))[0]  # pyright: ignore[reportIndexIssue]
+        losses = torch.nn.functional.cross_entropy(logits[0].float(), piece[0, 1:], reduction="sum")
+        total, count = total + float(losses), count + piece.shape[1] - 1
+    return float(torch.tensor(total / count).exp())
+
+
+def decoder_inputs(checkpoint: Checkpoint, ids: torch.Tensor) -> dict[str, object]:
+    """The arguments of the decoder for these tokens, all of them real: [1, tokens]."""
+    given = dict(checkpoint.example_inputs)
+    return {**given, "input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if "attention_mask" in given else {})
+
+
+def decoder_batches(checkpoint: Checkpoint, tokens: int = 8192) -> list[dict[str, object]]:
+    """Calibration texts in windows of tokens, one window a batch."""
+    assert checkpoint.tokenizer is not None
+    found = read_pairs("calibration")
+    text = "\n".join(line for pair in zip(found.glosses, found.examples, strict=True) for line in pair)
+    ids = checkpoint.tokenizer(text, return_tensors="pt")["input_ids"][:, :tokens]
+    return [decoder_inputs(checkpoint, piece) for piece in ids.split(WINDOW, 1)]
+
+
+def optimized(checkpoint: Checkpoint, passes: str, data: Sequence[dict[str, object]]) -> tuple[Program, float]:
+    """The program after these passes, and the seconds they took."""
+    started = time.perf_counter()
+    found = lissom.optimize(checkpoint.model, checkpoint.example_inputs, passes=passes, data=data, checks="structural")
+    return found.program, time.perf_counter() - started
+
+
+def minilm_table(checkpoint: Checkpoint, pipelines: Sequence[str], texts: Texts, calibration: int) -> str:
+    """Recall and cosine of the original and after each pipeline, as Markdown."""
+    original = retrieve(checkpoint.model, checkpoint, texts)
+    lines = [
+        "| passes | parameters | recall@1 | change (95 %) | recall@10 | change (95 %) | cosine, mean | cosine, 5th percentile | s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| none | | {original.recall(1):.3f} | | {original.recall(10):.3f} | | 1 | 1 | |",
+    ]
+    for passes in pipelines:
+        program, seconds = optimized(checkpoint, passes, calibration_batches(checkpoint, calibration))
+        found = retrieve(program, checkpoint, texts)
+        near = cosine(original, found)
+        cells = [f"`{passes}`", f"{program.parameter_count:,}"]
+        for k in (1, 10):
+            change, low, high = difference(original, found, k)
+            cells += [f"{found.recall(k):.3f}", f"{change:+.1%} ({low:+.1%} to {high:+.1%})"]
+        cells += [f"{float(near.mean()):.4f}", f"{float(near.quantile(0.05)):.4f}", f"{seconds:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], file=sys.stderr)
+    return "\n".join(lines) + "\n"
+
+
+def gemma_table(checkpoint: Checkpoint, pipelines: Sequence[str], tokens: int) -> str:
+    """Perplexity of the original and after each pipeline, as Markdown."""
+    lines = ["| passes | perplexity | s |", "|---|---:|---:|"]
+    lines.append(f"| none | {perplexity(checkpoint.model, checkpoint, tokens):.2f} | |")
+    for passes in pipelines:
+        program, seconds = optimized(checkpoint, passes, decoder_batches(checkpoint))
+        lines.append(f"| `{passes}` | {perplexity(program, checkpoint, tokens):.2f} | {seconds:.0f} |")
+        print(lines[-1], file=sys.stderr)
+    return "\n".join(lines) + "\n"
+
+
+def conditions() -> str:
+    """The machine and the versions the figures were taken with."""
+    return f"{device_name(torch.device('cpu'))}, {core_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}, lissom {lissom.__version__}"
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", choices=["minilm", "gemma3-270m"])
+    parser.add_argument("--passes", nargs="*", default=[], help="pipelines to measure, each a text of its own")
+    parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
+    parser.add_argument("--texts", type=int, default=2000, help="calibration texts of MiniLM; %(default)s by default")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens Gemma reads; %(default)s by default")
+    options = parser.parse_args()
+    checkpoint = load(options.model)
+    if options.model == "minilm":
+        print(minilm_table(checkpoint, options.passes, read_pairs("evaluation", options.pairs), options.texts))
+    else:
+        print(gemma_table(checkpoint, options.passes, options.tokens))
+    print(conditions())
+
+
+if __name__ == "__main__":
+    main()

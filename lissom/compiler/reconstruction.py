@@ -1,0 +1,220 @@
+"""Fit the weights that stay after units have gone, so that the program answers as before; in closed form, without training.
+
+Two ways, both least squares over the tokens of calibration data:
+
+- `refit` goes through the layers that end a branch, attentions and feed-forwards alike, in the order of the program. x̃ is what
+  a layer reads in the program as it is by then, with all that was pruned and refitted before it; r̃ and r are the residual
+  streams it is added to, in this program and in the one before anything was pruned. Its weight and bias become those of
+
+      min over W̃, b̃   Σ_tokens ‖(r̃ + W̃·x̃ + b̃) - (r + W·x + b)‖² + λ ‖W̃ - W‖²
+
+  so that it also makes up for what earlier layers left wrong. λ is chosen by cross-validation. Columns of zeros stay zero.
+  With a norm between the layer and the sum, the layer's own result is the target. He et al. 2017, Channel Pruning for
+  Accelerating Very Deep Neural Networks, §3.2, whose regression has x̃ too; r̃ - r and the pull to W are ours.
+- `scale_units` gives each unit that stays one factor m_u, folded into its columns: Kwon et al. 2022, A Fast Post-Training
+  Pruning Framework for Transformers, eq. 12. We solve the normal equations, with x of the program before this pass:
+
+      min over m   Σ_tokens ‖Σ_u m_u W_u x_u - W·x‖²
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.calibration import Moments, Progress, real_rows, token_mask
+from lissom.compiler.editor import Editor
+from lissom.compiler.linears import input_of
+from lissom.compiler.program import Program
+from lissom.compiler.removal import Columns, find_head_columns, find_neuron_columns
+from lissom.compiler.samples import Sample
+from lissom.compiler.stream import Stream
+from lissom.compiler.structure import structure
+from lissom.compiler.unit_sites import UnitSite, matrix_of, set_matrix
+
+aten = torch.ops.aten
+
+RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+"""What λ is chosen from, as shares of the mean of the diagonal of Σ x̃·x̃ᵀ over half the data."""
+_DAMPING = 1e-2
+_LARGEST_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A layer that ends a branch, and the same place in the program before anything was pruned.
+
+    bias: the node that reads its bias; None where it has none of its own. start: a value on the way to it, past which few
+    features are held. other: what is added to its result; None where something lies between, such as a norm.
+    reference: in the other program, the sum; where there is no `other`, the layer.
+    """
+
+    columns: Columns
+    bias: fx.Node | None
+    start: fx.Node
+    other: fx.Node | None
+    reference: fx.Node
+
+    @property
+    def layer(self) -> fx.Node:
+        return self.columns.layer
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens of what a layer reads, x: [in_features], and what it should give, y: [out_features].
+
+    read: Σ x and Σ x·xᵀ. wanted: Σ y. product: Σ x·yᵀ.
+    """
+
+    read: Moments
+    wanted: torch.Tensor
+    product: torch.Tensor
+
+    @staticmethod
+    def empty(in_features: int, out_features: int) -> NormalEquations:
+        return NormalEquations(Moments.empty(in_features), torch.zeros(out_features), torch.zeros(in_features, out_features))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: [tokens, in_features]; y: [tokens, out_features]."""
+        x, y = x.float(), y.float()
+        self.read.add(x)
+        self.wanted += y.sum(0)
+        self.product.addmm_(x.T, y)
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """The sums over the tokens of both."""
+        read = Moments.sum([self.read, other.read])
+        return NormalEquations(read, self.wanted + other.wanted, self.product + other.product)
+
+    def centred(self, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ x·xᵀ and Σ x·yᵀ in float64, the means taken off where a bias holds them."""
+        gram, product = self.read.gram.double(), self.product.double()
+        if with_bias and self.read.count:
+            mean = self.read.total.double() / self.read.count
+            gram = gram - self.read.count * torch.outer(mean, mean)
+            product = product - torch.outer(mean, self.wanted.double())
+        return gram, product
+
+
+def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight, [out_features, in_features], and bias that fit the data and stay near the weight given.
+
+    λ is the one of `RIDGES` with which the weight fitted to either half of the data does best on the other.
+    """
+    start = weight.double()
+    parts = [half.centred(with_bias=with_bias) for half in halves]
+    scale = sum(float(gram.diagonal().mean()) for gram, _ in parts) / len(parts)
+    errors = [
+        sum(_error(*other, _ridge(*one, start, ridge * scale)) for one, other in (parts, parts[::-1])) for ridge in RIDGES
+    ]
+    best = RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+    whole = halves[0].plus(halves[1])
+    fitted = _ridge(*whole.centred(with_bias=with_bias), start, best * scale)
+    count = max(whole.read.count, 1)
+    bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count
+    return fitted.float(), bias.float()
+
+
+def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
+    """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²."""
+    damped = gram + max(ridge, 1e-9) * torch.eye(len(gram), dtype=gram.dtype)
+    return start + torch.cholesky_solve(product - gram @ start.T, torch.linalg.cholesky(damped)).T
+
+
+def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:
+    """Σ ‖W·x - y‖² without the part that does not depend on W."""
+    return float(((weight @ gram - 2 * product.T) * weight).sum())
+
+
+def refit(edit: Editor, reference: Program, data: Sequence[Sample], progress: Progress | None = None) -> None:
+    """Refit every layer that ends a branch to what the reference program has in its place; see above."""
+    endings = _endings(edit, reference)
+    pruned, whole = Stream(edit.program, data), Stream(reference, data)
+    for index, ending in enumerate(endings):
+        _refit(edit, ending, pruned, whole, data)
+        if progress is not None:
+            progress(index + 1, len(endings))
+
+
+def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Sequence[Sample]) -> None:
+    layer, columns = ending.layer, ending.columns
+    weight = matrix_of(edit.program, columns)
+    alive = (weight != 0).any(0).nonzero().flatten()
+    halves = [NormalEquations.empty(len(alive), len(weight)) for _ in range(2)]
+    for index, sample in enumerate(data):
+        # Stopped before what is wide is computed, and peeked at from there, so that only little is held.
+        pruned.advance(index, ending.start)
+        (target,) = whole.advance(index, ending.reference, [ending.reference])
+        x, *others = pruned.peek(index, [input_of(layer), *([ending.other] if ending.other else [])])
+        for other in others:
+            target = target - other
+        mask = token_mask(edit.program, sample, layer)
+        halves[index % 2].add(real_rows(x, mask)[:, alive], real_rows(target, mask))
+    fitted, bias = solve(halves, weight[:, alive], with_bias=ending.bias is not None)
+    weight[:, alive] = fitted
+    set_matrix(edit, columns, weight)
+    if ending.bias is not None:
+        edit.set_weight(ending.bias, bias.to(nodes.tensor_type(ending.bias).dtype))
+
+
+def _endings(edit: Editor, reference: Program) -> list[Ending]:
+    """The layers to refit, in the order of the program: those whose weight no other layer reads, known in both programs."""
+    program = edit.program
+    found = program.fact(structure)
+    heads = (
+        (find_head_columns(program, site), site.residual, input_of(site.output)) for site in found.attention if site.output
+    )
+    neurons = ((find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward)
+    endings = [
+        _ending(program, reference, columns, residual, start)
+        for columns, residual, start in chain(heads, neurons)
+        if isinstance(columns, Columns)
+    ]
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    return sorted((item for item in endings if item is not None), key=lambda item: order[item.layer])
+
+
+def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | None:
+    layer = columns.layer
+    own = nodes.is_call(layer, aten.linear.default) and layer.args[1] is columns.weight and len(columns.weight.users) == 1
+    known = {node.name: node for node in reference.graph.nodes}
+    if not own or not _same_type(known.get(layer.name), layer):
+        return None
+    given = layer.args[2] if len(layer.args) > 2 else None
+    bias = given if isinstance(given, fx.Node) and given.op == "get_attr" and len(given.users) == 1 else None
+    joined = residual is not None and layer in residual.all_input_nodes and nodes.argument(residual, "alpha") == 1
+    if residual is None or not joined or not _same_type(known.get(residual.name), residual):
+        return Ending(columns, bias, start, None, known[layer.name])
+    other = next((item for item in residual.all_input_nodes if item is not layer), None)
+    return Ending(columns, bias, start, other, known[residual.name])
+
+
+def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
+    return left is not None and nodes.node_type(left) == nodes.node_type(right)
+
+
+def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.Tensor) -> torch.Tensor:
+    """The weight of a site without the units gone, those that stay scaled; moments: of what its layers read."""
+    weight = site.matrix(program)
+    stay = torch.ones(site.count, dtype=torch.bool)
+    stay[gone] = False
+    products = (weight.T @ weight) * moments.gram
+    blocks = torch.stack([products[columns].sum(0) for columns in site.units])
+    between = torch.stack([blocks[:, columns].sum(1) for columns in site.units], 1).double()
+    factors = torch.zeros(site.count, dtype=torch.float64)
+    system = between[stay][:, stay]
+    system.diagonal().add_(max(_DAMPING * float(system.diagonal().mean()), 1e-12))
+    # Towards one: units whose factor the data does not tell keep their weights.
+    missing = between[stay].sum(1) - between[stay][:, stay].sum(1)
+    factors[stay] = 1 + torch.linalg.solve(system, missing)
+    if float(factors.abs().max()) > _LARGEST_FACTOR:
+        factors = stay.double()
+    scaled = torch.zeros_like(weight)
+    scaled[:, site.units] = weight[:, site.units] * factors[:, None].float()
+    return scaled

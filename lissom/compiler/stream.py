@@ -1,0 +1,63 @@
+"""Samples on their way through a program, stopped between two nodes, so that weights further on fit what arrives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.execute import call, last_uses_of
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+
+
+class Stream:
+    """The values of some samples at one place of a program each; only those that are read further on are held.
+
+    Weights are read when a node is computed, so one that is set behind the place of a sample counts.
+    """
+
+    def __init__(self, program: Program, data: Sequence[Sample]) -> None:
+        self.program = program
+        self._order = list(program.graph.nodes)
+        self._index = {node: index for index, node in enumerate(self._order)}
+        self._last_uses = last_uses_of(program.graph)
+        self._held: list[dict[fx.Node, object]] = [dict(zip(program.placeholders, sample, strict=True)) for sample in data]
+        self._place = [0 for _ in data]
+
+    def peek(self, sample: int, wanted: Sequence[fx.Node]) -> list[torch.Tensor]:
+        """What nodes further on yield for one sample, which stays where it is."""
+        values = dict(self._held[sample])
+        needed, pending = set[fx.Node](), list(wanted)
+        while pending:
+            node = pending.pop()
+            if node not in needed and node not in values and node.op == "call_function":
+                needed.add(node)
+                pending += node.all_input_nodes
+        for node in sorted(needed, key=self._index.__getitem__):
+            values[node] = self._call(node, values)
+        return [cast(torch.Tensor, values[node]) for node in wanted]
+
+    def advance(self, sample: int, last: fx.Node, wanted: Sequence[fx.Node] = ()) -> list[torch.Tensor]:
+        """Move one sample past `last`; gives what the wanted nodes yield, which are held or lie on the way."""
+        held = self._held[sample]
+        found = {node: held[node] for node in wanted if node in held}
+        end = self._index[last] + 1
+        for node in self._order[self._place[sample] : end]:
+            if node.op == "call_function":
+                held[node] = self._call(node, held)
+            if node in wanted:
+                found[node] = held[node]
+            for used in self._last_uses.get(node, ()):
+                held.pop(used, None)
+        self._place[sample] = max(self._place[sample], end)
+        return [cast(torch.Tensor, found[node]) for node in wanted]
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, object]) -> object:
+        def value_of(used: fx.Node) -> object:
+            return self.program.weight(str(used.target)) if used.op == "get_attr" else values[used]
+
+        with torch.no_grad():
+            return call(node, value_of)

@@ -1,0 +1,75 @@
+"""`lissom::sparse_linear`: a linear layer of whose every four neighbouring weights at most two are not zero.
+
+y = x Wᵀ + b
+
+W [features, inputs] is kept as the values of two places of every four, [features, inputs / 2], and where these places are, in
+the layout of CUTLASS, two bits each, [features, inputs / 16] of int16. Both are ordinary tensors, so they can be stored, moved
+and unpacked. On CUDA tensor cores skip the other two places; elsewhere the weight is put together again at every call, which is
+slow. https://docs.pytorch.org/docs/stable/sparse.html#sparse-semi-structured-tensors
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+from torch.sparse import SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+DTYPES = (torch.bfloat16, torch.float16)
+ROWS, COLUMNS = 32, 64
+"""What the sizes of a weight must be multiples of."""
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_LIBRARY.define(
+    "sparse_linear(Tensor x, Tensor values, Tensor places, Tensor? bias=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def is_two_in_four(weight: torch.Tensor) -> bool:
+    """True when at most two of every four neighbours along a row are not zero, and half of all at most. weight: a matrix."""
+    if weight.dim() != 2 or weight.shape[1] % 4:
+        return False
+    return bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
+
+
+def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and places of a weight [features, inputs] of one of DTYPES whose sizes are multiples of ROWS and COLUMNS."""
+    values, places = sparse_semi_structured_from_dense_cutlass(weight.contiguous())
+    return values, places
+
+
+def unpack(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """The weight that `pack` was given."""
+    return sparse_semi_structured_to_dense_cutlass(values, places)
+
+
+def sparse_linear_reference(
+    x: torch.Tensor, values: torch.Tensor, places: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    return functional.linear(x, unpack(values, places), bias)
+
+
+def _sparse_linear_cuda(
+    x: torch.Tensor, values: torch.Tensor, places: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    shape = torch.Size((values.shape[0], 2 * values.shape[1]))
+    weight = SparseSemiStructuredTensorCUTLASS(
+        shape, packed=values, meta=places, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None
+    )  # pyright: ignore[reportCallIssue]
+    return functional.linear(x, weight, bias)
+
+
+def _shape_of(x: torch.Tensor, values: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+_LIBRARY.impl("sparse_linear", sparse_linear_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("sparse_linear", _sparse_linear_cuda, "CUDA")
+torch.library.register_fake("lissom::sparse_linear", _shape_of, lib=_LIBRARY)
+
+sparse_linear = torch.ops.lissom.sparse_linear.default
+"""The operator. x: [..., inputs], of a dtype in DTYPES; values, places: packed; bias: [features]. Returns [..., features]."""

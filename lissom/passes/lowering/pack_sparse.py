@@ -1,0 +1,102 @@
+"""Pack linear layers whose weights are 2:4 for the sparse tensor cores of CUDA devices: `lissom::sparse_linear`.
+
+Of every four neighbouring weights two are skipped, which halves the arithmetic and nearly the bytes of the weight. Whether that
+makes a layer faster depends on its sizes and the device, so by default each is timed both ways at the sizes of the example, and
+packed where that is faster. It takes compute capability 8.0 or newer, bfloat16 or float16, and weights whose sizes are
+multiples of 32 and 64; NVIDIA 2020, A100 Tensor Core GPU Architecture, section on structured sparsity. Dense layers are
+passed over. Only on such a device is it of use: elsewhere the operator puts the weight together again at every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.utils.benchmark import Timer
+
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.ops.sparse_linear import COLUMNS, DTYPES, ROWS, is_two_in_four, pack, sparse_linear
+
+aten = torch.ops.aten
+
+_SECONDS = 0.05
+_GAIN = 0.97
+"""Packing must take less than this share of the dense layer's time, so that noise does not decide."""
+
+
+@dataclass(frozen=True)
+class PackSparse(Rewrite):
+    """Turns linear layers with 2:4 weights into `lissom::sparse_linear`, where that is measured faster.
+
+    always: pack without measuring, on any device.
+    """
+
+    always: bool = False
+
+    def run(self, edit: Editor) -> None:
+        packed: dict[str, tuple[fx.Node, fx.Node]] = {}
+        sparse = [node for node in edit.nodes(aten.linear.default) if _is_sparse(edit, node)]
+        for node in sparse:
+            edit.current = node
+            reason = _obstacle(node, any_device=self.always) or ("" if self.always else _slower(edit, node))
+            if reason:
+                edit.skip(node, reason)
+                continue
+            x, weight, *bias = node.args
+            name = str(weight.target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+            with edit.before(node):
+                if name not in packed:
+                    parts = zip(("values", "places"), pack(edit.program.weight(name).detach()), strict=True)
+                    first, second = (
+                        edit.weight(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False) if part == "values" else tensor)
+                        for part, tensor in parts
+                    )
+                    packed[name] = first, second
+                call = edit.call(sparse_linear, x, *packed[name], *(item for item in bias if item is not None))
+            edit.replace(node, call)
+
+
+def _is_sparse(edit: Editor, linear: fx.Node) -> bool:
+    weight = linear.args[1]
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and is_two_in_four(edit.program.weight(str(weight.target)))
+
+
+def _obstacle(linear: fx.Node, *, any_device: bool) -> str | None:
+    """Why a layer with a 2:4 weight cannot be packed; None when it can."""
+    x, weight = nodes.tensor_type(linear.args[0]), nodes.tensor_type(linear.args[1])
+    if any(user.target is not aten.linear.default for user in linear.args[1].users):  # pyright: ignore
+        return "its weight is read elsewhere too"
+    if x.device.type != "cuda" and not any_device:
+        return "its weight is 2:4, which makes it no faster on a CPU"
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "its weight is 2:4, for which this device has no tensor cores"
+    if weight.dtype not in DTYPES or x.dtype != weight.dtype:
+        return "its weight is 2:4, which is fast in bfloat16 and float16 only: put cast before"
+    if int(weight.shape[0]) % ROWS or int(weight.shape[1]) % COLUMNS:  # pyright: ignore[reportArgumentType]
+        return f"its weight is 2:4, but its sizes are no multiples of {ROWS} and {COLUMNS}"
+    return None
+
+
+def _slower(edit: Editor, linear: fx.Node) -> str:
+    """What was measured, where packing does not make a layer faster."""
+    value = nodes.value(linear.args[0])  # pyright: ignore[reportArgumentType]
+    shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
+    weight = edit.program.weight(str(linear.args[1].target)).detach()  # pyright: ignore
+    x = torch.randn(shape, device=weight.device).to(weight.dtype)
+    calls = {"dense": partial(functional.linear, x, weight), "packed": partial(sparse_linear, x, *pack(weight))}
+    seconds = {name: _median(call) for name, call in calls.items()}
+    if seconds["packed"] <= _GAIN * seconds["dense"]:
+        return ""
+    return f"packed 2:4 it takes {1e3 * seconds['packed']:.3g} ms, dense {1e3 * seconds['dense']:.3g} ms"
+
+
+def _median(call: Callable[[], torch.Tensor]) -> float:
+    with torch.inference_mode():
+        return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=_SECONDS).median

@@ -1,0 +1,253 @@
+"""Narrow the residual stream: one set of channels goes from all layers, embeddings and norms together.
+
+All weights that have the stream's width as a dimension get zeros at the channels that go: what writes to the stream then writes
+zero to them, norms give zero for them, and what reads them reads nothing. `eliminate-dead-hidden` can cut them off.
+
+- `energy`: Σ_r E[x_c²] · ‖W_r[:, c]‖² over the layers r that read the stream, each as a share of its sum over channels, with x
+  what the layer reads of the calibration data, padding left out. It is Wanda's score of a weight, squared and summed over rows
+  and layers: Sun et al. 2023, equation 1. https://arxiv.org/abs/2306.11695
+- `magnitude`: Σ_w ‖w[c]‖² over the weights w, each as a share of its sum over channels. Needs no data. Fang et al. 2023,
+  DepGraph: Towards Any Structural Pruning, equation 4. https://arxiv.org/abs/2301.12900
+
+With `reconstruct`, layers that read the stream are fitted anew, one after the other: x, x̃ are what a layer reads in the program
+as it came and in the narrowed one so far, and W̃ minimises E‖W x + b − W̃ x̃ − b̃‖² + λ‖W̃‖², so
+
+    W̃ = W · Cov(x, x̃) (Cov(x̃, x̃) + λI)⁻¹        b̃ = b + W E[x] − W̃ E[x̃]
+
+with λ a hundredth of the mean of Var(x̃); without a bias the moments are not centred. He et al. 2017, Channel Pruning for
+Accelerating Very Deep Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 A head tied to an embedding keeps its
+weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.axes import Axes, axes
+from lissom.compiler.axis import Axis
+from lissom.compiler.axis_edit import mask
+from lissom.compiler.calibration import observe
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.linears import input_of, is_linear
+from lissom.compiler.matrices import Matrix, matrix_of, readers_of
+from lissom.compiler.program import Program
+from lissom.compiler.structure import structure
+from lissom.compiler.sweep import sweep
+from lissom.compiler.text import place
+from lissom.compiler.zeros import zero_at, zeros
+
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class PruneHidden(Approximation):
+    """Zeroes the channels of the residual stream that matter least, in everything that has them.
+
+    keep: the share of the channels that stays, above 0 and below 1.
+    round_to: the number that stays is rounded to a multiple of this.
+    criterion: how channels are ranked; `energy` needs calibration data.
+    reconstruct: whether what reads the stream is fitted to what it gave before; needs calibration data.
+    """
+
+    keep: float = 0.75
+    round_to: int = 8
+    criterion: Literal["energy", "magnitude"] = "energy"
+    reconstruct: bool = True
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < 1 or self.round_to < 1:
+            raise UnsupportedError("prune-hidden takes keep= above 0 and below 1, and round_to= of 1 or more")
+
+    def run(self, edit: Editor) -> None:
+        if not edit.data and (self.reconstruct or self.criterion == "energy"):
+            raise RequirementError(
+                "prune-hidden needs calibration data: pass data=, or choose criterion=magnitude and reconstruct=false"
+            )
+        dense = edit.program.copy()
+        kept: dict[fx.Node, torch.Tensor] = {}
+        for axis, total in _streams(edit.program).items():
+            scores = _energies(edit, axis) if self.criterion == "energy" else _magnitudes(edit.program, axis)
+            kept[total] = self._kept(edit, total, scores)
+        _zero(edit, _on_axes(edit.program, kept))
+        _check(edit, _on_axes(edit.program, kept))
+        if self.reconstruct:
+            _reconstruct(edit, dense, _on_axes(edit.program, kept))
+
+    def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor) -> torch.Tensor:
+        """Which channels stay, [channels] of booleans."""
+        channels, step = len(scores), self.round_to
+        count = max(step, round(self.keep * channels / step) * step)
+        if count >= channels:
+            most = (channels - 1) // step * step
+            possible = f"keep={most / channels:.2g} or less is possible" if most else "leave out round_to="
+            raise UnsupportedError(
+                f"prune-hidden{{keep={self.keep:g}}} removes none of the {channels} channels of {place(edit.program, total)}, "
+                f"rounded to multiples of {step}; {possible}"
+            )
+        kept = torch.zeros(channels, dtype=torch.bool)
+        kept[scores.topk(count).indices.cpu()] = True
+        return kept
+
+
+def _streams(program: Program) -> dict[Axis, fx.Node]:
+    """The axes of channels of the residual streams, each with a sum that has it.
+
+    Raises: UnsupportedError when there are none, or one is more than a plain axis.
+    """
+    found, sites = program.fact(axes), program.fact(structure)
+    streams: dict[Axis, fx.Node] = {}
+    for total in [site.residual for site in (*sites.attention, *sites.feed_forward)]:
+        if total is not None:
+            streams.setdefault(found.axis(total, -1), total)
+    if not streams:
+        raise UnsupportedError("prune-hidden finds no residual stream in this program")
+    for axis, total in streams.items():
+        if axis.form != "atom" or not isinstance(axis.size, int):
+            raise UnsupportedError(
+                f"prune-hidden cannot tell the channels of {place(program, total)} apart: "
+                f"the model folds them into other dimensions"
+            )
+    return streams
+
+
+def _on_axes(program: Program, kept: Mapping[fx.Node, torch.Tensor]) -> dict[Axis, torch.Tensor]:
+    """The channels that stay, by their axes in the program as it is now."""
+    found = program.fact(axes)
+    return {found.axis(total, -1): channels for total, channels in kept.items()}
+
+
+def _weights_on(program: Program, found: Axes, streams: Sequence[Axis]) -> list[tuple[fx.Node, int]]:
+    """The floating-point weights with one of the axes, and in which dimension."""
+    places = [(occurrence.node, occurrence.dim) for axis in streams for occurrence in found.occurrences(axis)]
+    return [
+        (node, dim)
+        for node, dim in dict.fromkeys(places)
+        if node.op == "get_attr" and program.weight(str(node.target)).is_floating_point()
+    ]
+
+
+def _readers(program: Program, found: Axes, axis: Axis) -> list[fx.Node]:
+    """The linear layers that read channels of the axis."""
+    return [node for node in program.nodes() if is_linear(node) and found.axis(input_of(node), -1) is axis]
+
+
+def _magnitudes(program: Program, axis: Axis) -> torch.Tensor:
+    found, scores = program.fact(axes), torch.zeros(int(axis.size))  # pyright: ignore[reportArgumentType]
+    for node, dim in _weights_on(program, found, [axis]):
+        if found.axis(node, dim) is axis:
+            weight = program.weight(str(node.target)).detach().float().cpu()
+            scores += _shares(weight.square().movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square())
+    return scores
+
+
+def _energies(edit: Editor, axis: Axis) -> torch.Tensor:
+    found, scores = edit.program.fact(axes), torch.zeros(int(axis.size))  # pyright: ignore[reportArgumentType]
+    readers = _readers(edit.program, found, axis)
+    squares: dict[fx.Node, torch.Tensor] = {}
+
+    def visit(node: fx.Node, rows: torch.Tensor) -> None:
+        squares[node] = squares.get(node, 0) + rows.float().square().sum(0).cpu()  # pyright: ignore[reportArgumentType]
+
+    observe(edit.program, edit.data, {input_of(node) for node in readers}, visit)
+    for node in readers:
+        matrix = matrix_of(node)
+        weight = matrix.read(edit.program).float().square().sum(0).cpu() if isinstance(matrix, Matrix) else 1.0
+        scores += _shares(squares[input_of(node)] * weight)
+    return scores
+
+
+def _shares(values: torch.Tensor) -> torch.Tensor:
+    return values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def _zero(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
+    """Zero the channels that go in every weight that has them."""
+    found = edit.program.fact(axes)
+    gone = {place: ~mask(found.axis(*place), kept) for place in _weights_on(edit.program, found, [*kept])}
+    for (node, dim), indices in gone.items():
+        weight = edit.program.weight(str(node.target)).detach()
+        edit.set_weight(node, weight.index_fill(dim, indices.nonzero().flatten().to(weight.device), 0))
+        edit.rewritten += 1
+
+
+def _check(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
+    """Refuse a program in which something else than a weight writes to the stream."""
+    found, known, sites = edit.program.fact(zeros), edit.program.fact(axes), edit.program.fact(structure)
+    for total in [site.residual for site in (*sites.attention, *sites.feed_forward)]:
+        if total is None:
+            continue
+        channels = kept[known.axis(total, -1)]
+        if not bool((zero_at(found, total, -1) | channels).all()):
+            raise UnsupportedError(
+                f"prune-hidden cannot keep channels of {place(edit.program, total)} at zero: something that is no weight, "
+                f"such as computed positions, writes to the residual stream"
+            )
+
+
+def _reconstruct(edit: Editor, dense: Program, kept: Mapping[Axis, torch.Tensor]) -> None:
+    """Fit the layers that read the stream, in order, to what they gave in the dense program."""
+    found = edit.program.fact(axes)
+    chosen: dict[fx.Node, tuple[Matrix, Axis]] = {}
+    for axis in kept:
+        for node in _readers(edit.program, found, axis):
+            matrix = matrix_of(node)
+            if isinstance(matrix, str):
+                edit.skip(node, f"it is not fitted anew: {matrix}")
+            elif len(readers_of(matrix.node)) > 1:
+                edit.skip(node, "it is not fitted anew: its weight is read elsewhere too")
+            else:
+                chosen[node] = matrix, axis
+    originals = {node.name: node for node in dense.nodes()}
+    before_and_now = (
+        sweep(dense, edit.data, [originals[node.name] for node in chosen]),
+        sweep(edit.program, edit.data, [*chosen]),
+    )
+    for (_, wanted), (node, read) in zip(*before_and_now, strict=True):
+        edit.current = node
+        matrix, axis = chosen[node]
+        bias = _bias(node)
+        before = Matrix(matrix.node, matrix.transposed).read(dense).float()
+        weight, shift = fit(before, wanted, read, kept[axis].to(before.device), centred=bias is not None)
+        # A layer that writes to the stream as well keeps its zeros.
+        silent = ~matrix.read(edit.program).any(1) & before.any(1)
+        matrix.write(edit, weight.masked_fill(silent[:, None], 0))
+        edit.rewritten -= 1
+        if bias is not None:
+            tensor = edit.program.weight(str(bias.target)).detach()
+            edit.set_weight(bias, (tensor + shift.masked_fill(silent, 0)).to(tensor.dtype))
+
+
+def _bias(node: fx.Node) -> fx.Node | None:
+    """The bias of a linear layer, where it is a weight that it alone reads."""
+    items = [item for item in node.all_input_nodes if item.op == "get_attr" and nodes.tensor_type(item).rank == 1]
+    return items[0] if len(items) == 1 and len(items[0].users) == 1 else None
+
+
+def fit(
+    weight: torch.Tensor, wanted: Sequence[torch.Tensor], read: Sequence[torch.Tensor], kept: torch.Tensor, *, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W̃ and b̃ − b of the head of this file. wanted, read: x and x̃ of each sample, [tokens, features]; kept: [features]."""
+    features = weight.shape[1]
+    cross, gram = torch.zeros(2, features, features, dtype=torch.float64, device=weight.device)
+    sums, count = torch.zeros(2, features, dtype=torch.float64, device=weight.device), 0
+    for x, y in zip(wanted, read, strict=True):
+        cross += (x.float().T @ y.float()).double()
+        gram += (y.float().T @ y.float()).double()
+        sums += torch.stack([x.double().sum(0), y.double().sum(0)])
+        count += len(x)
+    means = sums / count if centred else torch.zeros_like(sums)
+    cross, gram = cross / count - means[0, :, None] * means[1], gram / count - means[1, :, None] * means[1]
+    gram = gram[kept][:, kept]
+    gram.diagonal().add_(DAMPING * gram.diagonal().mean())
+    result = torch.zeros_like(weight)
+    result[:, kept] = torch.linalg.solve(gram, (weight.double() @ cross[:, kept]).T).T.to(weight.dtype)
+    return result, (weight.double() @ means[0] - result.double() @ means[1]).to(weight.dtype)

@@ -1,0 +1,52 @@
+"""Prune feed-forward neurons: choose those that matter least, zero what reads them, and let the rest make up for them.
+
+A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i] x). Neuron i is pruned by zeroing W₂[:, i];
+`eliminate-dead-neurons` then removes it. Criteria, with formulas and sources, are in `lissom/compiler/importance.py`, and what
+is done to the weights that stay in `lissom/compiler/reconstruction.py`:
+
+- `second-order` takes neurons one after another, each time the one whose loss the others can make up for best, and then refits
+  every layer that ends a branch to the original model, in the order of the program. It is the best here, and what `auto` means
+  with calibration data.
+- `reconstruction` searches a mask by Fisher information and scales the neurons that stay. Kwon et al. 2022.
+- `magnitude`, `wanda`, `gradient` and `taylor` choose and zero. `magnitude` needs no data, and is what `auto` means without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.ranking import Amount
+from lissom.compiler.unit_pruning import Criterion, UnitPruning
+from lissom.compiler.unit_sites import neuron_sites
+
+
+@dataclass(frozen=True)
+class PruneNeurons(Approximation):
+    """Zeroes the feed-forward neurons that matter least, and refits what stays where there is calibration data.
+
+    keep: the share of neurons that stays, over 0 to 1.
+    criterion: how neurons are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
+    scope: `global` ranks the neurons of all layers together, `layer` takes the same share of each.
+    round_to: the neurons left in a layer are a multiple of this.
+    protect: module paths that keep all neurons, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    norm: the norm of weights that `magnitude` takes.
+    """
+
+    keep: float
+    criterion: Criterion = "auto"
+    scope: Literal["global", "layer"] = "global"
+    round_to: int = 1
+    protect: str = ""
+    norm: Literal["l1", "l2"] = "l2"
+
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    def __post_init__(self) -> None:
+        Amount(self.keep, self.scope, self.round_to)
+
+    def run(self, edit: Editor) -> None:
+        amount = Amount(self.keep, self.scope, self.round_to)
+        UnitPruning("neurons", amount, self.protect, self.criterion, self.norm).prune(edit, neuron_sites(edit))

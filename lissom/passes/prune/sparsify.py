@@ -1,0 +1,262 @@
+"""Set weights of linear layers to zero, one by one: a share of them, or all but N in every M neighbours.
+
+Layers keep their shape; their matrices W: [features out, features in] get zeros. All linear layers are treated but output
+heads and the routers of mixtures. Three criteria say which weights matter least. X: [tokens, features in] is what a layer reads
+of the calibration data, padding left out.
+
+- `magnitude`: |W_ij|, compared within the layer, or within all layers when `scope` is `global`. Needs no data.
+- `wanda`: |W_ij| · ‖X_j‖₂, compared within each row i. Sun et al. 2023, A Simple and Effective Pruning Approach for Large
+  Language Models, equation 1. https://arxiv.org/abs/2306.11695
+- `sparsegpt`: the weights that stay are changed to make up for those that go. With H = XᵀX + λI and U the upper Cholesky factor
+  of H⁻¹, columns are treated from the first to the last. Of each block of columns those weights go whose W_ij² / U_jj² is
+  least, compared within the block, or within each M neighbours of a row; and each that goes is passed on to the columns behind
+  it: W_i,j: −= (W_ij / U_jj) · U_j,j:, at once within the block, and for the columns behind the block when it is finished. λ is
+  `damping` times the mean of the diagonal of XᵀX. A feature that is always zero keeps no weight. Frantar & Alistarh 2023,
+  SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, algorithm 1. https://arxiv.org/abs/2301.00774
+
+The two that need data treat the layers in the order in which they run, each on what the layers before it give after they were
+treated. A matrix that several layers share is treated first, on what all of them read in the program as it came.
+
+In the pattern N:M at most N of every M neighbours along a row stay. CUDA runs 2:4 in bfloat16 and float16 (`pack-sparse`);
+elsewhere zeros make nothing faster, and the report says so. Artifacts become smaller in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.calibration import Moments, moments
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.linears import input_of, is_linear
+from lissom.compiler.matrices import Matrix, matrix_of, readers_of
+from lissom.compiler.protection import is_protected
+from lissom.compiler.structure import structure
+from lissom.compiler.sweep import sweep
+
+Prune = Callable[[torch.Tensor, Moments], torch.Tensor]
+"""From a matrix [features out, features in] and the moments of what it reads to the matrix with zeros."""
+NOTE = (
+    "zeros in weights make nothing faster by themselves: every backend multiplies with them, but for eager on CUDA, "
+    "which runs the pattern 2:4 in bfloat16 and float16 as such"
+)
+
+
+@dataclass(frozen=True)
+class Sparsify(Approximation):
+    """Sets weights of linear layers to zero where they matter least.
+
+    keep: the share of each layer's weights that stays, above 0 and up to 1; of all layers' together when `scope` is `global`.
+    pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours along a row stay.
+    criterion: how weights are ranked; all but `magnitude` need calibration data.
+    scope: whether weights compete within a layer or, by magnitude alone, within the whole program.
+    protect: module paths whose layers are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    output_heads: whether output heads are treated too, and with them the embeddings they share.
+    damping: what is added to the diagonal of XᵀX for `sparsegpt`, as a share of its mean.
+    block_size: columns that `sparsegpt` ranks together.
+    """
+
+    keep: float = 0.5
+    pattern: str | None = None
+    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
+    scope: Literal["layer", "global"] = "layer"
+    protect: str = ""
+    output_heads: bool = False
+    damping: float = 0.01
+    block_size: int = 128
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep <= 1:
+            raise UnsupportedError(f"sparsify keeps a share of the weights above 0 and up to 1, not keep={self.keep:g}")
+        if self.pattern is not None and self.keep != Sparsify.keep:
+            raise UnsupportedError("sparsify takes keep= or pattern=, not both")
+        form = _parse(self.pattern)
+        if self.damping <= 0 or self.block_size < 1:
+            raise UnsupportedError("sparsify takes damping= above 0 and block_size= of 1 or more")
+        if self.criterion == "sparsegpt" and form is not None and self.block_size % form[1]:
+            raise UnsupportedError(
+                f"sparsegpt takes block_size= in multiples of the {form[1]} of its pattern, not {self.block_size}"
+            )
+        if self.scope == "global" and (self.criterion != "magnitude" or self.pattern is not None):
+            raise UnsupportedError(
+                "sparsify{scope=global} ranks by magnitude and takes no pattern; wanda and sparsegpt compare weights within a "
+                "row and a block of columns, and a pattern within its M: leave out scope=, or choose criterion=magnitude"
+            )
+
+    def run(self, edit: Editor) -> None:
+        layers = dict(_layers(edit, self.output_heads, self.protect, _parse(self.pattern)))
+        if self.criterion == "magnitude":
+            self._rank_by_magnitude(edit, layers)
+        elif not edit.data:
+            raise RequirementError(
+                f"sparsify{{criterion={self.criterion}}} needs calibration data: pass data=, or choose criterion=magnitude"
+            )
+        else:
+            _calibrate(edit, layers, self._prune())
+        if edit.rewritten:
+            edit.note(NOTE)
+
+    def _rank_by_magnitude(self, edit: Editor, layers: dict[fx.Node, Matrix]) -> None:
+        matrices = {matrix.name: matrix for matrix in layers.values()}
+        least = 0.0
+        if self.scope == "global" and matrices:
+            least = threshold([matrix.read(edit.program) for matrix in matrices.values()], self.keep)
+        for matrix in matrices.values():
+            weight = matrix.read(edit.program)
+            form = _parse(self.pattern)
+            if form is not None:
+                kept = largest(weight.abs(), form)
+            else:
+                kept = weight.abs() > (least if self.scope == "global" else threshold([weight], self.keep))
+            matrix.write(edit, weight.masked_fill(~kept, 0))
+
+    def _prune(self) -> Prune:
+        form = _parse(self.pattern)
+        if self.criterion == "wanda":
+            return partial(wanda, keep=self.keep, pattern=form)
+        return partial(sparsegpt, keep=self.keep, pattern=form, damping=self.damping, block_size=self.block_size)
+
+
+def _parse(pattern: str | None) -> tuple[int, int] | None:
+    """N and M of `N:M`.
+
+    Raises: UnsupportedError when it is none.
+    """
+    if pattern is None:
+        return None
+    n, colon, m = pattern.partition(":")
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        raise UnsupportedError(f"pattern={pattern} is not known; write N:M with 0 < N < M, such as 2:4")
+    return int(n), int(m)
+
+
+def _layers(
+    edit: Editor, output_heads: bool, protect: str, pattern: tuple[int, int] | None
+) -> Iterable[tuple[fx.Node, Matrix]]:
+    """The layers to treat; those that cannot be are reported."""
+    found = edit.program.fact(structure)
+    passed_over = {site.router for site in found.mixtures} | (set[fx.Node]() if output_heads else {*found.output_heads})
+    tables = {item.node.all_input_nodes[0] for item in found.embeddings} if output_heads else set[fx.Node]()
+    for node in edit.nodes():
+        if not is_linear(node) or node in passed_over or node in found.convolutions:
+            continue
+        matrix = matrix_of(node)
+        reason = matrix if isinstance(matrix, str) else _obstacle(matrix, tables, pattern)
+        if is_protected(node, protect):
+            reason = "it is protected"
+        if reason is not None:
+            edit.skip(node, reason)
+        elif isinstance(matrix, Matrix):
+            yield node, matrix
+
+
+def _obstacle(matrix: Matrix, tables: set[fx.Node], pattern: tuple[int, int] | None) -> str | None:
+    """Why a layer's weights cannot be zeroed; None when they can."""
+    if matrix.node not in tables and not all(is_linear(reader) for reader in readers_of(matrix.node)):
+        return "its weight is read by more than linear layers"
+    size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
+    if pattern is not None and int(size) % pattern[1]:  # pyright: ignore[reportArgumentType]
+        return f"its {size} features in are no multiple of {pattern[1]}"
+    return None
+
+
+def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> None:
+    """Shared matrices first, on what all their layers read; then the others one after the other, each on the result so far."""
+    sharing: dict[str, list[fx.Node]] = {}
+    for node, matrix in layers.items():
+        sharing.setdefault(matrix.name, []).append(node)
+    shared = {name: readers for name, readers in sharing.items() if len(readers) > 1}
+    if shared:
+        seen = moments(edit.program, edit.data, {input_of(node) for readers in shared.values() for node in readers})
+        for readers in shared.values():
+            _write(edit, layers[readers[0]], prune, _sum([seen[input_of(node)] for node in readers]))
+    alone = [readers[0] for readers in sharing.values() if len(readers) == 1]
+    known: tuple[fx.Node, Moments] | None = None
+    for finished, (node, read) in enumerate(sweep(edit.program, edit.data, alone)):
+        edit.report("layers", finished, len(alone))
+        edit.current = node
+        if known is None or known[0] is not input_of(node):
+            sums = Moments.empty(read[0].shape[-1], read[0].device)
+            for rows in read:
+                sums.add(rows)
+            known = input_of(node), sums
+        _write(edit, layers[node], prune, known[1])
+
+
+def _sum(found: Sequence[Moments]) -> Moments:
+    total, gram = (torch.stack([getattr(item, name) for item in found]).sum(0) for name in ("total", "gram"))
+    return Moments(sum(item.count for item in found), total, gram)
+
+
+def _write(edit: Editor, matrix: Matrix, prune: Prune, read: Moments) -> None:
+    matrix.write(edit, prune(matrix.read(edit.program), read))
+
+
+def threshold(weights: Sequence[torch.Tensor], keep: float) -> float:
+    """The magnitude that `keep` of all these weights exceed."""
+    sizes = torch.cat([weight.abs().flatten().float() for weight in weights])
+    gone = sizes.numel() - max(1, round(keep * sizes.numel()))
+    return float(sizes.kthvalue(gone).values) if gone else -1.0
+
+
+def largest(scores: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
+    """True for the N largest of every M neighbours along a row. scores: [rows, columns]."""
+    n, m = pattern
+    groups = scores.unflatten(1, (-1, m))
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, -1).indices, True).flatten(1)
+
+
+def wanda(weight: torch.Tensor, read: Moments, keep: float, pattern: tuple[int, int] | None) -> torch.Tensor:
+    """The matrix with zeros where |W_ij| · ‖X_j‖₂ is least in each row, or in each M neighbours of it."""
+    scores = weight.abs().float() * read.norms
+    columns = weight.shape[1]
+    return weight.masked_fill(~largest(scores, pattern or (max(1, round(keep * columns)), columns)), 0)
+
+
+def sparsegpt(
+    weight: torch.Tensor, read: Moments, keep: float, pattern: tuple[int, int] | None, damping: float, block_size: int
+) -> torch.Tensor:
+    """The matrix with zeros, and with what stays changed to make up for them; see the head of this file."""
+    result = weight.float().clone()
+    dead = read.gram.diagonal() == 0
+    result[:, dead] = 0
+    factor = inverse_factor(read.gram, damping)
+    for start in range(0, result.shape[1], block_size):
+        block, upper = result[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
+        # Zeros are written, not multiplied: a negative zero has a bit set, and is no zero to what compresses or removes.
+        kept = largest_share(block.square() / upper.diagonal().square(), keep)
+        errors = torch.zeros_like(block)
+        for index in range(block.shape[1]):
+            if pattern and index % pattern[1] == 0:
+                group = slice(index, index + pattern[1])
+                kept[:, group] = largest(block[:, group].square() / upper.diagonal()[group].square(), pattern)
+            errors[:, index] = block[:, index] * ~kept[:, index] / upper[index, index]
+            block[:, index + 1 :] -= errors[:, index, None] * upper[index, index + 1 :]
+            block[~kept[:, index], index] = 0
+        result[:, start + block_size :] -= errors @ factor[start : start + block_size, start + block_size :]
+    return result
+
+
+def largest_share(scores: torch.Tensor, keep: float) -> torch.Tensor:
+    """True for the share of the scores that is largest, wherever they are."""
+    gone = scores.numel() - max(1, round(keep * scores.numel()))
+    return scores > scores.flatten().kthvalue(gone).values if gone else torch.ones_like(scores, dtype=torch.bool)
+
+
+def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of (XᵀX + λI)⁻¹, float32, computed in float64. gram: XᵀX."""
+    hessian = gram.double()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True).float()

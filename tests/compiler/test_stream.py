@@ -1,0 +1,53 @@
+"""Tests of lissom.compiler.stream."""
+
+from __future__ import annotations
+
+import torch
+
+import lissom
+from lissom.compiler.editor import Editor
+from lissom.compiler.linears import input_of
+from lissom.compiler.stream import Stream
+from lissom.compiler.structure import structure
+from tests.models import tiny_bert
+
+
+def test_a_stream_arrives_at_what_a_run_gives() -> None:
+    case = tiny_bert()
+    program = lissom.optimize(case.model, case.inputs).program
+    data = [program.signature.flatten((), case.kwargs)] * 2
+    wanted: dict[torch.fx.Node, torch.Tensor] = {}
+    with torch.no_grad():
+        program.run(data[0], lambda node, value: wanted.update({node: value}))
+    stream = Stream(program, data)
+    downs = [site.down for site in program.fact(structure).feed_forward]
+    for down in downs:
+        before = input_of(down)
+        for sample in range(2):
+            (seen,) = stream.peek(sample, [before])
+            (found,) = stream.advance(sample, down, [down])
+            torch.testing.assert_close(seen, wanted[before], rtol=0, atol=0)
+            torch.testing.assert_close(found, wanted[down], rtol=0, atol=0)
+
+
+def test_little_is_held_between_layers() -> None:
+    case = tiny_bert()
+    program = lissom.optimize(case.model, case.inputs).program
+    stream = Stream(program, [program.signature.flatten((), case.kwargs)])
+    site = program.fact(structure).feed_forward[0]
+    stream.advance(0, site.residual)
+    # The sum, the mask, and sizes.
+    assert sum(isinstance(value, torch.Tensor) for value in stream._held[0].values()) <= 3
+
+
+def test_a_weight_set_behind_a_sample_counts() -> None:
+    case = tiny_bert()
+    program = lissom.optimize(case.model, case.inputs).program.copy()
+    stream = Stream(program, [program.signature.flatten((), case.kwargs)])
+    site = program.fact(structure).feed_forward[0]
+    stream.advance(0, input_of(site.up[0]))
+    weight = site.down.args[1]
+    Editor(program, "test").set_weight(weight, torch.zeros_like(program.weight(str(weight.target))))
+    (found,) = stream.peek(0, [site.down])
+    bias = program.weight(str(site.down.args[2].target))
+    torch.testing.assert_close(found, bias.expand_as(found))

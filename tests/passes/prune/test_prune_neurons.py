@@ -1,0 +1,101 @@
+"""Tests of prune-neurons."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lissom
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import LissomError, RequirementError, UnsupportedError
+from lissom.compiler.program import Program
+from lissom.compiler.unit_sites import neuron_sites
+from lissom.passes.prune.prune_neurons import PruneNeurons
+from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from tests.passes.harness import check_golden
+
+CRITERIA = ("magnitude", "wanda", "gradient", "taylor", "reconstruction", "second-order")
+MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
+
+
+def dead_units(program: Program) -> list[int]:
+    """How many units of each site have nothing but zeros in their columns."""
+    found = []
+    for site in neuron_sites(Editor(program, "test")):
+        empty = (site.matrix(program) == 0).all(0)
+        found.append(int(empty[site.units].all(1).sum()))
+    return found
+
+
+def all_units(program: Program) -> list[int]:
+    return [site.count for site in neuron_sites(Editor(program, "test"))]
+
+
+def test_rewrites() -> None:
+    """Weights change and the form does not: the golden holds what is reported, as there is no difference in the text."""
+    case = tiny_bert()
+    found = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}")
+    step = found.report.history.steps[-1]
+    diff = found.report.history.diff(step.index - 1, step.index)
+    check_golden("prune_neurons", f"{step.spelling}: {step.summary}; difference: {diff or 'none'}\n")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_as_many_units_go_as_asked(name: str, criterion: str) -> None:
+    case: Case = MODELS[name]()
+    passes = f"prune-neurons{{keep=0.5,criterion={criterion}}}"
+    found = lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs] * 2)
+    units = sum(all_units(found.program))
+    assert sum(dead_units(found.program)) == units - round(0.5 * units)
+    assert found.report.history.steps[-1].rewritten == sum(dead_units(found.program))
+
+
+def test_without_data_the_magnitude_decides_and_criteria_that_need_data_refuse() -> None:
+    case = tiny_bert()
+    plain = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}").program
+    named = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,criterion=magnitude}").program
+    assert all(torch.equal(plain.weight(name), named.weight(name)) for name in plain.weights())
+    with pytest.raises(RequirementError, match=r"prune-neurons\{criterion=wanda\} needs calibration data: pass data=, or choose"):
+        lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,criterion=wanda}")
+
+
+def test_a_layer_scope_takes_the_same_of_each_and_protected_layers_keep_all() -> None:
+    case = tiny_bert()
+    found = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,scope=layer,protect=encoder.layer.0}").program
+    assert dead_units(found) == [0, all_units(found)[1] // 2]
+
+
+def test_a_share_no_site_can_meet_is_refused() -> None:
+    case = tiny_bert()
+    with pytest.raises(UnsupportedError, match=r"keep=0.001 leaves 0 of .* neurons, but every other site .* give keep="):
+        lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.001}")
+    with pytest.raises(LissomError, match="give a share over 0 and up to 1"):
+        PruneNeurons(keep=0.0)
+
+
+def test_keeping_all_changes_nothing() -> None:
+    case = tiny_bert()
+    found = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=1.0}", data=[case.inputs])
+    assert found.report.history.steps[-1].rewritten == 0
+    assert found.report.history.steps[-1].relative_error == 0
+
+
+def test_the_model_keeps_its_weights() -> None:
+    case = tiny_bert()
+    before = {name: weight.clone() for name, weight in case.model.named_parameters()}
+    lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}", data=[case.inputs] * 2)
+    assert all(torch.equal(weight, before[name]) for name, weight in case.model.named_parameters())
+
+
+def test_what_is_pruned_can_be_removed() -> None:
+    case = tiny_bert()
+    passes = "prune-neurons{keep=0.5},eliminate-dead-neurons"
+    found = lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs] * 2)
+    before, after = (step.size.parameter_bytes for step in found.report.history.steps[-2:])
+    assert after < before
+
+
+def test_leaves_other_programs_alone() -> None:
+    plain = lissom.optimize(torch.nn.Linear(3, 5), torch.randn(2, 3), passes=[PruneNeurons(keep=0.5)])
+    assert plain.report.history.diff(0, len(plain.report.history.steps) - 1) == ""

@@ -1,0 +1,294 @@
+"""Tests of sparsify, with second-order pruning written out weight by weight as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.compiler.calibration import Moments
+from lissom.compiler.errors import LissomError, RequirementError, UnsupportedError
+from lissom.compiler.history import History
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.program import Program
+from lissom.compiler.spelling import format_pass, parse_pipeline
+from lissom.passes import PASSES
+from lissom.passes.prune.sparsify import NOTE, Sparsify, largest_share, sparsegpt, wanda
+from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.passes.harness import check_golden, rewrite
+
+MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
+CRITERIA = ("magnitude", "wanda", "sparsegpt")
+MATRICES = {"tiny_bert": 12, "tiny_gpt2": 8, "tiny_llama": 14, "tiny_t5": 14}
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    """Batches of token ids, padded at the end."""
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    return [{"input_ids": tokens(seed=seed), "attention_mask": mask} for seed in range(3)]
+
+
+def moments_of(rows: torch.Tensor) -> Moments:
+    found = Moments.empty(rows.shape[1])
+    found.add(rows)
+    return found
+
+
+def zeros(program: Program, name: str) -> float:
+    return float((program.weight(name) == 0).float().mean())
+
+
+@cache
+def exact(build: Callable[[], Case]) -> Program:
+    case = build()
+    return lissom.optimize(case.model, case.inputs).program
+
+
+def pruned(build: Callable[[], Case], passes: str) -> tuple[Program, History]:
+    """The model after a pipeline text, which is given three batches as data."""
+    program = exact(build)
+    data = [program.signature.flatten((), batch) for batch in batches()]
+    return Pipeline(parse_pipeline(passes, PASSES), samples=data[:1], data=data).run(program)
+
+
+def obs(weight: torch.Tensor, rows: torch.Tensor, gone: torch.Tensor, damping: float) -> torch.Tensor:
+    """Optimal brain surgeon from left to right, in float64, with the inverse Hessian of what is left computed anew each time.
+
+    gone: [rows, columns], which weights go. What stays behind a weight that goes is changed by −w / [H⁻¹]₀₀ · [H⁻¹]₀.
+    """
+    weight, hessian = weight.double().clone(), rows.double().T @ rows.double()
+    hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    for column in range(weight.shape[1]):
+        inverse = torch.linalg.inv(hessian[column:, column:])
+        for row in range(weight.shape[0]):
+            if gone[row, column]:
+                weight[row, column:] -= weight[row, column] / inverse[0, 0] * inverse[0]
+                weight[row, column] = 0
+    return weight
+
+
+def test_rewrites() -> None:
+    """Only values change, so the text stays as it is; what was done stands in the notes."""
+    _, history = rewrite(Sparsify(keep=0.25), seeded(FeedForward), normal(2, 5, 8))
+    step = history.steps[1]
+    assert step.relative_error is not None and step.relative_error > 0
+    check_golden("sparsify", f"{history.texts[1]}\n{step.summary}\n{' '.join(step.notes)}\n")
+    assert step.notes == (NOTE,)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_keeps_its_share_and_its_shape(name: str, criterion: str) -> None:
+    dense = exact(MODELS[name])
+    program, _ = pruned(MODELS[name], f"sparsify{{keep=0.5,criterion={criterion}}}")
+    changed = [key for key, weight in program.weights().items() if not torch.equal(weight, dense.weight(key))]
+    assert len(changed) == MATRICES[name]
+    for key in changed:
+        assert program.weight(key).shape == dense.weight(key).shape
+        assert not torch.signbit(program.weight(key)[program.weight(key) == 0]).any()
+        # A block of columns or a row keeps a whole number of weights.
+        assert zeros(program, key) == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_pattern_holds_along_the_features_in(criterion: str) -> None:
+    """GPT-2 keeps its matrices the other way round."""
+    for build, name, dim in (
+        (tiny_gpt2, "h.0.mlp.c_proj.weight", 0),
+        (tiny_llama, "model.layers.0.mlp.down_proj.weight", 1),
+    ):
+        program, _ = pruned(build, f"sparsify{{pattern=2:4,criterion={criterion}}}")
+        groups = (program.weight(name) != 0).unflatten(dim, (-1, 4)).sum(dim + 1)
+        assert (groups == 2).all()
+
+
+def test_magnitude_keeps_the_largest() -> None:
+    dense = exact(tiny_llama).weights()
+    for scope in ("layer", "global"):
+        program, _ = pruned(tiny_llama, f"sparsify{{keep=0.25,scope={scope}}}")
+        names = [name for name in program.weights() if "proj" in name]
+        for group in [[name] for name in names] if scope == "layer" else [names]:
+            flat = torch.cat([dense[name].detach().flatten() for name in group])
+            kept = torch.cat([program.weight(name).detach().flatten() for name in group])
+            order = sorted(range(len(flat)), key=lambda index: -abs(float(flat[index])))
+            wanted = torch.zeros_like(flat)
+            wanted[order[: round(0.25 * len(flat))]] = flat[order[: round(0.25 * len(flat))]]
+            assert torch.equal(kept, wanted)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (1, 3)])
+def test_wanda_ranks_each_row_by_size_times_norm(pattern: tuple[int, int] | None) -> None:
+    weight, rows = normal(5, 12), normal(30, 12, seed=1) * torch.linspace(0.1, 3, 12)
+    found = wanda(weight, moments_of(rows), keep=1 / 3, pattern=pattern)
+    n, m = pattern or (4, 12)
+    for i in range(5):
+        for start in range(0, 12, m):
+            scores = {
+                j: abs(float(weight[i, j])) * sum(float(x) ** 2 for x in rows[:, j]) ** 0.5 for j in range(start, start + m)
+            }
+            kept = set(sorted(scores, key=scores.__getitem__)[-n:])
+            assert {start + int(j) for j in found[i, start : start + m].nonzero()} == kept
+    assert torch.equal(found[found != 0], weight[found != 0])
+
+
+@pytest.mark.parametrize("block_size", [4, 8, 128])
+@pytest.mark.parametrize("pattern", [None, (2, 4)])
+def test_sparsegpt_is_optimal_brain_surgeon(block_size: int, pattern: tuple[int, int] | None) -> None:
+    """What the weights that stay become, given which go; blocks of any size give the same."""
+    mixing = normal(12, 12, seed=2)
+    weight, rows = normal(5, 12), normal(40, 12, seed=1) @ mixing
+    found = sparsegpt(weight, moments_of(rows), 0.5, pattern, damping=0.01, block_size=block_size)
+    wanted = obs(weight, rows, found == 0, damping=0.01)
+    # Sums of products of order 1 in float32, through an inverse of condition 1e3.
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)
+    assert float((found == 0).float().mean()) == 0.5
+
+
+def test_sparsegpt_chooses_what_costs_least() -> None:
+    """The first block goes by W² / U², U the upper factor of the inverse, here from a QR decomposition."""
+    weight, rows = normal(6, 8), normal(50, 8, seed=1) @ normal(8, 8, seed=2)
+    found = sparsegpt(weight, moments_of(rows), 0.5, None, damping=0.01, block_size=8)
+    hessian = rows.double().T @ rows.double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    # 1 / U_jj² is what is left of H_jj when column j is explained by those behind it.
+    remaining = torch.tensor([1 / float(torch.linalg.inv(hessian[j:, j:])[0, 0]) for j in range(8)])
+    scores = weight.double().square() * remaining
+    assert torch.equal(found != 0, scores > scores.flatten().sort().values[23])
+
+
+def test_sparsegpt_gives_less_error_than_wanda_and_wanda_less_than_magnitude() -> None:
+    mixing = normal(64, 64, seed=2) * normal(64, seed=3).exp()
+    weight, rows = normal(32, 64), normal(400, 64, seed=1) @ mixing
+    read = moments_of(rows)
+    found = {
+        "magnitude": weight.masked_fill(~largest_share(weight.abs(), 0.5), 0),
+        "wanda": wanda(weight, read, 0.5, None),
+        "sparsegpt": sparsegpt(weight, read, 0.5, None, 0.01, 16),
+    }
+    errors = {name: float((rows @ (item - weight).T).norm()) for name, item in found.items()}
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+
+
+def test_a_feature_that_is_always_zero_keeps_no_weight() -> None:
+    rows = normal(40, 8)
+    rows[:, 3] = 0
+    found = sparsegpt(normal(4, 8), moments_of(rows), 0.5, None, 0.01, 128)
+    assert torch.isfinite(found).all() and (found[:, 3] == 0).all()
+
+
+class Chain(nn.Module):
+    """Two layers, of which the second reads what the first gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x))) * 2 + x
+
+
+def test_a_layer_is_calibrated_on_what_the_pruned_ones_give() -> None:
+    module, data = seeded(Chain), [normal(6, 5, 8, seed=seed) for seed in (1, 2)]
+    program = lissom.optimize(module, data[0], passes="sparsify{keep=0.5,criterion=sparsegpt}", data=data).program
+    rows = torch.cat([item.flatten(0, 1) for item in data])
+    first = sparsegpt(module.first.weight.detach(), moments_of(rows), 0.5, None, 0.01, 128)
+    between = torch.relu(nn.functional.linear(rows, first, module.first.bias)).detach()
+    second = sparsegpt(module.second.weight.detach(), moments_of(between), 0.5, None, 0.01, 128)
+    torch.testing.assert_close(program.weight("first.weight").detach(), first)
+    torch.testing.assert_close(program.weight("second.weight").detach(), second)
+
+
+class Twice(nn.Module):
+    """One layer applied twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.relu(self.layer(x))) * 2
+
+
+def test_a_shared_matrix_is_calibrated_on_all_that_its_layers_read() -> None:
+    module, x = seeded(Twice), normal(6, 5, 8)
+    program = lissom.optimize(module, x, passes="sparsify{criterion=wanda}", data=[x]).program
+    rows = torch.cat([x, torch.relu(module.layer(x))]).flatten(0, 1).detach()
+    wanted = wanda(module.layer.weight.detach(), moments_of(rows), 0.5, None)
+    assert torch.equal(program.weight("layer.weight"), wanted)
+
+
+def test_embeddings_and_output_heads_are_left_alone_unless_asked_for() -> None:
+    assert zeros(pruned(tiny_llama, "sparsify")[0], "lm_head.weight") == 0
+    program, _ = pruned(tiny_llama, "sparsify{output_heads=true}")
+    assert zeros(program, "lm_head.weight") == pytest.approx(0.5, abs=0.01)
+    assert zeros(program, "model.embed_tokens.weight") == 0
+
+
+def test_protected_layers_are_left_alone() -> None:
+    program, history = pruned(tiny_llama, 'sparsify{protect="model.layers.0,*.down_proj"}')
+    assert {name for name in program.weights() if "proj" in name and zeros(program, name) == 0} == {
+        *(name for name in program.weights() if "proj" in name and ".layers.0." in name),
+        "model.layers.1.mlp.down_proj.weight",
+    }
+    assert history.steps[-1].summary == "rewrote 6 of 14; skipped 8: it is protected (8)"
+
+
+def test_what_does_not_divide_is_reported() -> None:
+    _, history = rewrite(Sparsify(pattern="2:5"), seeded(lambda: FeedForward(8, 10)), normal(2, 5, 8))
+    assert history.steps[1].summary == "rewrote 1 of 2; skipped 1: its 8 features in are no multiple of 5"
+
+
+def test_the_model_keeps_its_weights() -> None:
+    module = seeded(FeedForward)
+    before = {name: weight.clone() for name, weight in module.named_parameters()}
+    lissom.optimize(module, normal(2, 5, 8), passes="sparsify{criterion=sparsegpt}", data=[normal(2, 5, 8)])
+    assert all(torch.equal(weight, before[name]) for name, weight in module.named_parameters())
+
+
+def test_without_data_the_criteria_that_need_it_say_so() -> None:
+    with pytest.raises(RequirementError, match=r"sparsify\{criterion=wanda\} needs calibration data: pass data=, or choose"):
+        rewrite(Sparsify(criterion="wanda"), seeded(FeedForward), normal(2, 5, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0.0}, "sparsify keeps a share of the weights above 0 and up to 1, not keep=0"),
+        ({"keep": 0.3, "pattern": "2:4"}, "sparsify takes keep= or pattern=, not both"),
+        ({"pattern": "4:2"}, "pattern=4:2 is not known; write N:M with 0 < N < M, such as 2:4"),
+        ({"pattern": "half"}, "pattern=half is not known"),
+        ({"scope": "global", "criterion": "wanda"}, "ranks by magnitude and takes no pattern"),
+        ({"damping": 0.0}, "sparsify takes damping= above 0 and block_size= of 1 or more"),
+        (
+            {"block_size": 6, "pattern": "2:4", "criterion": "sparsegpt"},
+            "sparsegpt takes block_size= in multiples of the 4 of its pattern, not 6",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UnsupportedError) as refusal:
+        Sparsify(**options)
+    assert message in str(refusal.value)
+
+
+def test_the_pattern_is_spelt_as_it_is_written() -> None:
+    (found,) = parse_pipeline("sparsify{pattern=2:4,criterion=wanda}", PASSES)
+    assert (found, format_pass(found)) == (Sparsify(pattern="2:4", criterion="wanda"), "sparsify{pattern=2:4,criterion=wanda}")
+
+
+def test_composes() -> None:
+    case = tiny_bert()
+    fast = lissom.compile(case.model, case.inputs, passes="sparsify{pattern=2:4},cast{dtype=bf16}")
+    assert NOTE in [note for step in fast.report.history.steps for note in step.notes]
+    with torch.no_grad():
+        assert fast(**case.kwargs).last_hidden_state.shape == (2, 5, 16)
+
+
+def test_a_number_with_a_colon_is_a_word() -> None:
+    with pytest.raises(LissomError, match="option 'keep' of sparsify takes a number"):
+        parse_pipeline("sparsify{keep=2:4}", PASSES)
