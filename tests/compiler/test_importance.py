@@ -58,7 +58,7 @@ def test_wanda_is_weights_times_norms() -> None:
 
 
 def test_the_squared_gradient_of_gates_is_the_gauss_newton_diagonal() -> None:
-    """The residual sum is y = x + W·a: a gate on a_j moves y at every token by W[:, j]·a_j, so E g² = Σ ‖W[:, j]‖² a_j² / mean y²."""
+    """For y = x + W·a a gate on a_j moves y by W[:, j]·a_j, so E g² = ‖W[:, j]‖² a_j² / mean y²."""
     program, data, sites = feed_forward()
     sample = [data[0][0][:1, :1]]
     found = gate_moments(program, sites, [sample] * 3000)[0]

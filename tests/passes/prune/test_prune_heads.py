@@ -56,13 +56,14 @@ def test_without_data_the_magnitude_decides_and_criteria_that_need_data_refuse()
     plain = lissom.optimize(case.model, case.inputs, passes="prune-heads{keep=0.5}").program
     named = lissom.optimize(case.model, case.inputs, passes="prune-heads{keep=0.5,criterion=magnitude}").program
     assert all(torch.equal(plain.weight(name), named.weight(name)) for name in plain.weights())
-    with pytest.raises(RequirementError, match=r"prune-heads\{criterion=wanda\} needs calibration data: pass data=, or choose"):
+    with pytest.raises(RequirementError, match=r"prune-heads\{criterion=wanda\} needs calibration data: pass data="):
         lissom.optimize(case.model, case.inputs, passes="prune-heads{keep=0.5,criterion=wanda}")
 
 
 def test_a_layer_scope_takes_the_same_of_each_and_protected_layers_keep_all() -> None:
     case = tiny_bert()
-    found = lissom.optimize(case.model, case.inputs, passes="prune-heads{keep=0.5,scope=layer,protect=encoder.layer.0}").program
+    passes = "prune-heads{keep=0.5,scope=layer,protect=encoder.layer.0}"
+    found = lissom.optimize(case.model, case.inputs, passes=passes).program
     assert dead_units(found) == [0, all_units(found)[1] // 2]
 
 
