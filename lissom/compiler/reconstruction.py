@@ -36,6 +36,7 @@ from lissom.compiler.samples import Sample
 from lissom.compiler.stream import Stream
 from lissom.compiler.structure import structure
 from lissom.compiler.unit_sites import UnitSite, matrix_of, set_matrix
+from lissom.compiler.verify import kept_state
 
 aten = torch.ops.aten
 
@@ -77,8 +78,9 @@ class NormalEquations:
     product: torch.Tensor
 
     @staticmethod
-    def empty(in_features: int, out_features: int) -> NormalEquations:
-        return NormalEquations(Moments.empty(in_features), torch.zeros(out_features), torch.zeros(in_features, out_features))
+    def empty(in_features: int, out_features: int, device: torch.device | None = None) -> NormalEquations:
+        read, wanted = Moments.empty(in_features, device), torch.zeros(out_features, device=device)
+        return NormalEquations(read, wanted, torch.zeros(in_features, out_features, device=device))
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x: [tokens, in_features]; y: [tokens, out_features]."""
@@ -123,7 +125,7 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
 
 def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
     """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²."""
-    damped = gram + max(ridge, 1e-9) * torch.eye(len(gram), dtype=gram.dtype)
+    damped = gram + max(ridge, 1e-9) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return start + torch.cholesky_solve(product - gram @ start.T, torch.linalg.cholesky(damped)).T
 
 
@@ -135,18 +137,19 @@ def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> f
 def refit(edit: Editor, reference: Program, data: Sequence[Sample], progress: Progress | None = None) -> None:
     """Refit every layer that ends a branch to what the reference program has in its place; see above."""
     endings = _endings(edit, reference)
-    pruned, whole = Stream(edit.program, data), Stream(reference, data)
-    for index, ending in enumerate(endings):
-        _refit(edit, ending, pruned, whole, data)
-        if progress is not None:
-            progress(index + 1, len(endings))
+    with kept_state(edit.program):
+        pruned, whole = Stream(edit.program, data), Stream(reference, data)
+        for index, ending in enumerate(endings):
+            _refit(edit, ending, pruned, whole, data)
+            if progress is not None:
+                progress(index + 1, len(endings))
 
 
 def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Sequence[Sample]) -> None:
     layer, columns = ending.layer, ending.columns
     weight = matrix_of(edit.program, columns)
     alive = (weight != 0).any(0).nonzero().flatten()
-    halves = [NormalEquations.empty(len(alive), len(weight)) for _ in range(2)]
+    halves = [NormalEquations.empty(len(alive), len(weight), weight.device) for _ in range(2)]
     for index, sample in enumerate(data):
         # Stopped before what is wide is computed, and peeked at from there, so that only little is held.
         pruned.advance(index, ending.start)
@@ -155,7 +158,10 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
         for other in others:
             target = target - other
         mask = token_mask(edit.program, sample, layer)
-        halves[index % 2].add(real_rows(x, mask)[:, alive], real_rows(target, mask))
+        rows, wanted = real_rows(x, mask)[:, alive], real_rows(target, mask)
+        middle = len(rows) // 2
+        halves[0].add(rows[:middle], wanted[:middle])
+        halves[1].add(rows[middle:], wanted[middle:])
     fitted, bias = solve(halves, weight[:, alive], with_bias=ending.bias is not None)
     weight[:, alive] = fitted
     set_matrix(edit, columns, weight)
@@ -201,10 +207,10 @@ def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
 
 def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.Tensor) -> torch.Tensor:
     """The weight of a site without the units gone, those that stay scaled; moments: of what its layers read."""
-    weight = site.matrix(program)
+    weight, gram = site.matrix(program).cpu(), moments.gram.cpu()
     stay = torch.ones(site.count, dtype=torch.bool)
     stay[gone] = False
-    products = (weight.T @ weight) * moments.gram
+    products = (weight.T @ weight) * gram
     blocks = torch.stack([products[columns].sum(0) for columns in site.units])
     between = torch.stack([blocks[:, columns].sum(1) for columns in site.units], 1).double()
     factors = torch.zeros(site.count, dtype=torch.float64)
