@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import fx
@@ -170,35 +169,49 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
 
 
 def _endings(edit: Editor, reference: Program) -> list[Ending]:
-    """The layers to refit, in the order of the program: those whose weight no other layer reads, known in both programs."""
+    """The layers to refit, in the order of the program; the others are reported."""
     program = edit.program
     found = program.fact(structure)
-    heads = (
+    sites = [
         (find_head_columns(program, site), site.residual, input_of(site.output)) for site in found.attention if site.output
-    )
-    neurons = ((find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward)
-    endings = [
-        _ending(program, reference, columns, residual, start)
-        for columns, residual, start in chain(heads, neurons)
-        if isinstance(columns, Columns)
     ]
+    sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]
+    endings: list[Ending] = []
+    for columns, residual, start in sites:
+        if isinstance(columns, str):
+            continue
+        ending = _ending(program, reference, columns, residual, start)
+        if isinstance(ending, Ending):
+            endings.append(ending)
+        else:
+            edit.skip(columns.layer, f"its weights are not refitted: {ending}")
     order = {node: index for index, node in enumerate(program.graph.nodes)}
-    return sorted((item for item in endings if item is not None), key=lambda item: order[item.layer])
+    return sorted(endings, key=lambda item: order[item.layer])
 
 
-def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | None:
+def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | str:
+    """The layer as one to refit, or why it is none."""
     layer = columns.layer
-    own = nodes.is_call(layer, aten.linear.default) and layer.args[1] is columns.weight and len(columns.weight.users) == 1
     known = {node.name: node for node in reference.graph.nodes}
-    if not own or not _same_type(known.get(layer.name), layer):
-        return None
+    if not nodes.is_call(layer, aten.linear.default) or layer.args[1] is not columns.weight:
+        return "it is no plain linear layer"
+    if _reads(program, columns.weight) > 1:
+        return "other layers share its weight"
+    if not _same_type(known.get(layer.name), layer):
+        return "the program before pruning has no such layer"
     given = layer.args[2] if len(layer.args) > 2 else None
-    bias = given if isinstance(given, fx.Node) and given.op == "get_attr" and len(given.users) == 1 else None
+    own = isinstance(given, fx.Node) and given.op == "get_attr" and _reads(program, given) == 1
+    bias = given if isinstance(given, fx.Node) and own else None
     joined = residual is not None and layer in residual.all_input_nodes and nodes.argument(residual, "alpha") == 1
     if residual is None or not joined or not _same_type(known.get(residual.name), residual):
         return Ending(columns, bias, start, None, known[layer.name])
     other = next((item for item in residual.all_input_nodes if item is not layer), None)
     return Ending(columns, bias, start, other, known[residual.name])
+
+
+def _reads(program: Program, weight: fx.Node) -> int:
+    """How often the program reads a weight."""
+    return sum(len(node.users) for node in program.graph.nodes if node.op == "get_attr" and node.target == weight.target)
 
 
 def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
