@@ -137,7 +137,10 @@ def observe_gradients(
             outputs = _run(program, sample, chosen, partial(_track, found))
             likelihood = _likelihood(program, sample, outputs, generator)
             values = [value for _, value, _ in found]
-            gradients = cast("list[torch.Tensor | None]", torch.autograd.grad(likelihood, values, allow_unused=True))
+            # Outputs that no chosen value reaches have no gradient.
+            reached = bool(values) and likelihood.requires_grad
+            given = torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values]
+            gradients = cast("list[torch.Tensor | None]", given)
         for (node, value, mask), gradient in zip(found, gradients, strict=True):
             gradient = torch.zeros_like(value) if gradient is None else gradient
             real = 1.0 if mask is None else mask[..., None]

@@ -125,7 +125,7 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
 def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
     """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²."""
     damped = gram + max(ridge, 1e-9) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return start + torch.cholesky_solve(product - gram @ start.T, torch.linalg.cholesky(damped)).T
+    return start + torch.linalg.solve(damped, product - gram @ start.T).T
 
 
 def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:
@@ -148,6 +148,8 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
     layer, columns = ending.layer, ending.columns
     weight = matrix_of(edit.program, columns)
     alive = (weight != 0).any(0).nonzero().flatten()
+    if not len(alive):
+        return
     halves = [NormalEquations.empty(len(alive), len(weight), weight.device) for _ in range(2)]
     for index, sample in enumerate(data):
         # Stopped before what is wide is computed, and peeked at from there, so that only little is held.
