@@ -9,7 +9,7 @@ from lissom.compiler.calibration import Moments
 from lissom.compiler.editor import Editor
 from lissom.compiler.program import Program
 from lissom.compiler.reconstruction import RIDGES, NormalEquations, refit, scale_units, solve
-from lissom.compiler.samples import Sample
+from lissom.compiler.samples import Sample, resize
 from lissom.compiler.unit_sites import neuron_sites, set_matrix
 from tests.models import FeedForward, normal, seeded, tiny_bert
 
@@ -94,7 +94,9 @@ def test_refitting_is_least_squares_and_leaves_zeros() -> None:
 def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
     case = tiny_bert()
     program = lissom.optimize(case.model, case.inputs).program
-    data = [program.signature.flatten((), case.kwargs)] * 2
+    example = program.signature.flatten((), case.kwargs)
+    sizes = dict.fromkeys(program.signature.dimensions, 12)
+    data = [resize(program.signature, example, sizes, seed) for seed in range(6)]
     edit = Editor(program.copy(), "prune")
     site = neuron_sites(edit)[0]
     weight = site.matrix(edit.program)
@@ -102,7 +104,7 @@ def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
     set_matrix(edit, site.columns, weight)
     before = error(edit.program, program, data)
     refit(edit, program, data)
-    assert error(edit.program, program, data) < 0.2 * before
+    assert error(edit.program, program, data) < 0.5 * before
 
 
 def test_a_layer_the_reference_does_not_know_is_left_alone() -> None:
