@@ -69,21 +69,24 @@ class Ending:
 class NormalEquations:
     """Sums over tokens of what a layer reads, x: [in_features], and what it should give, y: [out_features].
 
-    read: Σ x and Σ x·xᵀ. wanted: Σ y. product: Σ x·yᵀ.
+    read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ. wanted: Σ y. product: Σ (x - shift)·yᵀ.
+    shift: about the mean of x, so that its variance is no small difference of large numbers; zero where there is no bias.
     """
 
     read: Moments
     wanted: torch.Tensor
     product: torch.Tensor
+    shift: torch.Tensor
 
     @staticmethod
-    def empty(in_features: int, out_features: int, device: torch.device | None = None) -> NormalEquations:
-        read, wanted = Moments.empty(in_features, device), torch.zeros(out_features, device=device)
-        return NormalEquations(read, wanted, torch.zeros(in_features, out_features, device=device))
+    def empty(shift: torch.Tensor, out_features: int) -> NormalEquations:
+        size, device = len(shift), shift.device
+        product = torch.zeros(size, out_features, device=device)
+        return NormalEquations(Moments.empty(size, device), torch.zeros(out_features, device=device), product, shift)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x: [tokens, in_features]; y: [tokens, out_features]."""
-        x, y = x.float(), y.float()
+        x, y = x.float() - self.shift, y.float()
         self.read.add(x)
         self.wanted += y.sum(0)
         self.product.addmm_(x.T, y)
@@ -91,7 +94,7 @@ class NormalEquations:
     def plus(self, other: NormalEquations) -> NormalEquations:
         """The sums over the tokens of both."""
         read = Moments.sum([self.read, other.read])
-        return NormalEquations(read, self.wanted + other.wanted, self.product + other.product)
+        return NormalEquations(read, self.wanted + other.wanted, self.product + other.product, self.shift)
 
     def centred(self, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Σ x·xᵀ and Σ x·yᵀ in float64, the means taken off where a bias holds them."""
@@ -118,7 +121,7 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
     whole = halves[0].plus(halves[1])
     fitted = _ridge(*whole.centred(with_bias=with_bias), start, best * scale)
     count = max(whole.read.count, 1)
-    bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count
+    bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count - fitted @ whole.shift.double()
     return fitted.float(), bias.float()
 
 
@@ -150,7 +153,7 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
     alive = (weight != 0).any(0).nonzero().flatten()
     if not len(alive):
         return
-    halves = [NormalEquations.empty(len(alive), len(weight), weight.device) for _ in range(2)]
+    halves: list[NormalEquations] = []
     for index, sample in enumerate(data):
         # Stopped before what is wide is computed, and peeked at from there, so that only little is held.
         pruned.advance(index, ending.start)
@@ -160,6 +163,9 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
             target = target - other
         mask = token_mask(edit.program, sample, layer)
         rows, wanted = real_rows(x, mask)[:, alive], real_rows(target, mask)
+        if not halves:
+            shift = rows.float().mean(0) if ending.bias is not None else torch.zeros_like(rows[0], dtype=torch.float32)
+            halves = [NormalEquations.empty(shift, len(weight)) for _ in range(2)]
         middle = len(rows) // 2
         halves[0].add(rows[:middle], wanted[:middle])
         halves[1].add(rows[middle:], wanted[middle:])

@@ -14,8 +14,8 @@ from lissom.compiler.unit_sites import neuron_sites, set_matrix
 from tests.models import FeedForward, normal, seeded, tiny_bert
 
 
-def filled(x: torch.Tensor, y: torch.Tensor) -> list[NormalEquations]:
-    halves = [NormalEquations.empty(x.shape[1], y.shape[1]) for _ in range(2)]
+def filled(x: torch.Tensor, y: torch.Tensor, shift: float = 0.0) -> list[NormalEquations]:
+    halves = [NormalEquations.empty(torch.full((x.shape[1],), shift), y.shape[1]) for _ in range(2)]
     for index, (some, wanted) in enumerate(zip(x.split(10), y.split(10), strict=True)):
         halves[index % 2].add(some, wanted)
     return halves
@@ -25,7 +25,7 @@ def test_a_solution_is_ridge_regression_with_the_chosen_ridge() -> None:
     generator = torch.Generator().manual_seed(0)
     x, start = torch.randn(60, 5, generator=generator) + 2, torch.randn(3, 5, generator=generator)
     y = x @ torch.randn(5, 3, generator=generator) + torch.randn(60, 3, generator=generator)
-    weight, bias = solve(filled(x, y), start, with_bias=True)
+    weight, bias = solve(filled(x, y, shift=1.5), start, with_bias=True)
     centred, wanted = (x - x.mean(0)).double(), (y - y.mean(0)).double()
     gram = centred.T @ centred
     found = []
