@@ -164,7 +164,9 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
         mask = token_mask(edit.program, sample, layer)
         rows, wanted = real_rows(x, mask)[:, alive], real_rows(target, mask)
         if not halves:
-            shift = rows.float().mean(0) if ending.bias is not None else torch.zeros_like(rows[0], dtype=torch.float32)
+            shift = (
+                rows.float().mean(0).nan_to_num() if ending.bias is not None else torch.zeros(len(alive), device=weight.device)
+            )
             halves = [NormalEquations.empty(shift, len(weight)) for _ in range(2)]
         middle = len(rows) // 2
         halves[0].add(rows[:middle], wanted[:middle])
