@@ -23,6 +23,7 @@ from lissom.compiler.linears import as_int
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.structure import structure
+from lissom.compiler.verify import kept_state
 
 Visit = Callable[[fx.Node, torch.Tensor], None]
 VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
@@ -100,7 +101,7 @@ def observe(
     program: Program, data: Sequence[Sample], chosen: Collection[fx.Node], visit: Visit, progress: Progress | None = None
 ) -> None:
     """Run every sample and call `visit` with each chosen node and the features of its real tokens, [tokens, features]."""
-    with torch.no_grad():
+    with torch.no_grad(), kept_state(program):
         for finished, sample in enumerate(data):
             _run(program, sample, chosen, lambda node, value, mask: visit(node, real_rows(value, mask)))
             if progress is not None:
@@ -132,11 +133,14 @@ def observe_gradients(
     generator = torch.Generator().manual_seed(seed)
     for finished, sample in enumerate(data):
         found: list[tuple[fx.Node, torch.Tensor, torch.Tensor | None]] = []
-        with torch.enable_grad():
+        with torch.enable_grad(), kept_state(program):
             outputs = _run(program, sample, chosen, partial(_track, found))
             likelihood = _likelihood(program, sample, outputs, generator)
             values = [value for _, value, _ in found]
-            gradients = cast("list[torch.Tensor | None]", torch.autograd.grad(likelihood, values, allow_unused=True))
+            # Outputs that no chosen value reaches have no gradient.
+            reached = bool(values) and likelihood.requires_grad
+            given = torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values]
+            gradients = cast("list[torch.Tensor | None]", given)
         for (node, value, mask), gradient in zip(found, gradients, strict=True):
             gradient = torch.zeros_like(value) if gradient is None else gradient
             real = 1.0 if mask is None else mask[..., None]

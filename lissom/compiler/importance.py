@@ -57,13 +57,12 @@ def wanda(
     program: Program, sites: Sequence[UnitSite], data: Sequence[Sample], progress: Progress | None = None
 ) -> list[Ranking]:
     """Rankings by weights and the activations they meet."""
-    read = {node: Moments.empty(1) for site in sites for node in inputs_of(site)}
-    squares = {node: torch.zeros(()) for node in read}
+    squares = {node: torch.zeros(()) for site in sites for node in inputs_of(site)}
 
     def add(node: fx.Node, rows: torch.Tensor) -> None:
-        squares[node] = squares[node] + rows.float().square().sum(0)
+        squares[node] = squares[node].to(rows.device) + rows.float().square().sum(0)
 
-    calibration.observe(program, data, read, add, progress)
+    calibration.observe(program, data, squares, add, progress)
     found: list[Ranking] = []
     for site in sites:
         norms = torch.stack([squares[node] for node in inputs_of(site)]).sum(0).sqrt()
@@ -139,23 +138,23 @@ def second_order(
     """Rankings by what is lost after the other units have made up for a unit."""
     read = {node: index for index, site in enumerate(sites) for node in inputs_of(site)}
     given = {layer: index for index, site in enumerate(sites) for layer in site.layers}
-    moments = [Moments.empty(_features(input_of(site.columns.layer))) for site in sites]
-    metrics = [torch.zeros(_features(site.columns.layer), _features(site.columns.layer)) for site in sites]
+    devices = [nodes.tensor_type(site.columns.layer).device for site in sites]
+    moments = [Moments.empty(_features(input_of(site.columns.layer)), at) for site, at in zip(sites, devices, strict=True)]
+    metrics = [Moments.empty(_features(site.columns.layer), at) for site, at in zip(sites, devices, strict=True)]
 
     def add(node: fx.Node, value: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
         if node in read:
             moments[read[node]].add(real_rows(value, mask))
         if node in given:
-            rows = real_rows(gradient, mask).float()
-            metrics[given[node]].addmm_(rows.T, rows)
+            metrics[given[node]].add(real_rows(gradient, mask))
 
     calibration.observe_gradients(program, spread(data), {**read, **given}, add, progress)
     found: list[Ranking] = []
     for index, site in enumerate(sites):
-        covariance, metric = moments[index].covariance, metrics[index] / max(moments[index].count, 1)
-        found.append(removal_path(site.matrix(program), covariance, metric, site.units))
-        # Two matrices of the width of a feed-forward are freed before the next one is inverted.
-        moments[index], metrics[index] = Moments.empty(1), torch.zeros(())
+        covariance, metric = moments[index].covariance, metrics[index].gram / max(metrics[index].count, 1)
+        found.append(removal_path(site.matrix(program).cpu(), covariance.cpu(), metric.cpu(), site.units))
+        # A matrix of the width of a feed-forward is freed before the next one is inverted.
+        moments[index] = Moments.empty(1)
     return found
 
 

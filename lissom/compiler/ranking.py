@@ -25,6 +25,7 @@ class Ranking:
     @staticmethod
     def of(scores: torch.Tensor) -> Ranking:
         """The ranking of units that each have a score of their own; the least goes first."""
+        scores = scores.cpu()
         order = torch.argsort(scores, stable=True)
         return Ranking(order, scores[order])
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import fx
@@ -36,6 +35,7 @@ from lissom.compiler.samples import Sample
 from lissom.compiler.stream import Stream
 from lissom.compiler.structure import structure
 from lissom.compiler.unit_sites import UnitSite, matrix_of, set_matrix
+from lissom.compiler.verify import kept_state
 
 aten = torch.ops.aten
 
@@ -69,20 +69,24 @@ class Ending:
 class NormalEquations:
     """Sums over tokens of what a layer reads, x: [in_features], and what it should give, y: [out_features].
 
-    read: Σ x and Σ x·xᵀ. wanted: Σ y. product: Σ x·yᵀ.
+    read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ. wanted: Σ y. product: Σ (x - shift)·yᵀ.
+    shift: about the mean of x, so that its variance is no small difference of large numbers; zero where there is no bias.
     """
 
     read: Moments
     wanted: torch.Tensor
     product: torch.Tensor
+    shift: torch.Tensor
 
     @staticmethod
-    def empty(in_features: int, out_features: int) -> NormalEquations:
-        return NormalEquations(Moments.empty(in_features), torch.zeros(out_features), torch.zeros(in_features, out_features))
+    def empty(shift: torch.Tensor, out_features: int) -> NormalEquations:
+        size, device = len(shift), shift.device
+        product = torch.zeros(size, out_features, device=device)
+        return NormalEquations(Moments.empty(size, device), torch.zeros(out_features, device=device), product, shift)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """x: [tokens, in_features]; y: [tokens, out_features]."""
-        x, y = x.float(), y.float()
+        x, y = x.float() - self.shift, y.float()
         self.read.add(x)
         self.wanted += y.sum(0)
         self.product.addmm_(x.T, y)
@@ -90,7 +94,7 @@ class NormalEquations:
     def plus(self, other: NormalEquations) -> NormalEquations:
         """The sums over the tokens of both."""
         read = Moments.sum([self.read, other.read])
-        return NormalEquations(read, self.wanted + other.wanted, self.product + other.product)
+        return NormalEquations(read, self.wanted + other.wanted, self.product + other.product, self.shift)
 
     def centred(self, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Σ x·xᵀ and Σ x·yᵀ in float64, the means taken off where a bias holds them."""
@@ -117,14 +121,14 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
     whole = halves[0].plus(halves[1])
     fitted = _ridge(*whole.centred(with_bias=with_bias), start, best * scale)
     count = max(whole.read.count, 1)
-    bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count
+    bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count - fitted @ whole.shift.double()
     return fitted.float(), bias.float()
 
 
 def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
     """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²."""
-    damped = gram + max(ridge, 1e-9) * torch.eye(len(gram), dtype=gram.dtype)
-    return start + torch.cholesky_solve(product - gram @ start.T, torch.linalg.cholesky(damped)).T
+    damped = gram + max(ridge, 1e-9) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return start + torch.linalg.solve(damped, product - gram @ start.T).T
 
 
 def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:
@@ -135,18 +139,21 @@ def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> f
 def refit(edit: Editor, reference: Program, data: Sequence[Sample], progress: Progress | None = None) -> None:
     """Refit every layer that ends a branch to what the reference program has in its place; see above."""
     endings = _endings(edit, reference)
-    pruned, whole = Stream(edit.program, data), Stream(reference, data)
-    for index, ending in enumerate(endings):
-        _refit(edit, ending, pruned, whole, data)
-        if progress is not None:
-            progress(index + 1, len(endings))
+    with kept_state(edit.program):
+        pruned, whole = Stream(edit.program, data), Stream(reference, data)
+        for index, ending in enumerate(endings):
+            _refit(edit, ending, pruned, whole, data)
+            if progress is not None:
+                progress(index + 1, len(endings))
 
 
 def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Sequence[Sample]) -> None:
     layer, columns = ending.layer, ending.columns
     weight = matrix_of(edit.program, columns)
     alive = (weight != 0).any(0).nonzero().flatten()
-    halves = [NormalEquations.empty(len(alive), len(weight)) for _ in range(2)]
+    if not len(alive):
+        return
+    halves: list[NormalEquations] = []
     for index, sample in enumerate(data):
         # Stopped before what is wide is computed, and peeked at from there, so that only little is held.
         pruned.advance(index, ending.start)
@@ -155,7 +162,15 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
         for other in others:
             target = target - other
         mask = token_mask(edit.program, sample, layer)
-        halves[index % 2].add(real_rows(x, mask)[:, alive], real_rows(target, mask))
+        rows, wanted = real_rows(x, mask)[:, alive], real_rows(target, mask)
+        if not halves:
+            shift = (
+                rows.float().mean(0).nan_to_num() if ending.bias is not None else torch.zeros(len(alive), device=weight.device)
+            )
+            halves = [NormalEquations.empty(shift, len(weight)) for _ in range(2)]
+        middle = len(rows) // 2
+        halves[0].add(rows[:middle], wanted[:middle])
+        halves[1].add(rows[middle:], wanted[middle:])
     fitted, bias = solve(halves, weight[:, alive], with_bias=ending.bias is not None)
     weight[:, alive] = fitted
     set_matrix(edit, columns, weight)
@@ -164,35 +179,49 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
 
 
 def _endings(edit: Editor, reference: Program) -> list[Ending]:
-    """The layers to refit, in the order of the program: those whose weight no other layer reads, known in both programs."""
+    """The layers to refit, in the order of the program; the others are reported."""
     program = edit.program
     found = program.fact(structure)
-    heads = (
+    sites = [
         (find_head_columns(program, site), site.residual, input_of(site.output)) for site in found.attention if site.output
-    )
-    neurons = ((find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward)
-    endings = [
-        _ending(program, reference, columns, residual, start)
-        for columns, residual, start in chain(heads, neurons)
-        if isinstance(columns, Columns)
     ]
+    sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]
+    endings: list[Ending] = []
+    for columns, residual, start in sites:
+        if isinstance(columns, str):
+            continue
+        ending = _ending(program, reference, columns, residual, start)
+        if isinstance(ending, Ending):
+            endings.append(ending)
+        else:
+            edit.skip(columns.layer, f"its weights are not refitted: {ending}")
     order = {node: index for index, node in enumerate(program.graph.nodes)}
-    return sorted((item for item in endings if item is not None), key=lambda item: order[item.layer])
+    return sorted(endings, key=lambda item: order[item.layer])
 
 
-def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | None:
+def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | str:
+    """The layer as one to refit, or why it is none."""
     layer = columns.layer
-    own = nodes.is_call(layer, aten.linear.default) and layer.args[1] is columns.weight and len(columns.weight.users) == 1
     known = {node.name: node for node in reference.graph.nodes}
-    if not own or not _same_type(known.get(layer.name), layer):
-        return None
+    if not nodes.is_call(layer, aten.linear.default) or layer.args[1] is not columns.weight:
+        return "it is no plain linear layer"
+    if _reads(program, columns.weight) > 1:
+        return "other layers share its weight"
+    if not _same_type(known.get(layer.name), layer):
+        return "the program before pruning has no such layer"
     given = layer.args[2] if len(layer.args) > 2 else None
-    bias = given if isinstance(given, fx.Node) and given.op == "get_attr" and len(given.users) == 1 else None
+    own = isinstance(given, fx.Node) and given.op == "get_attr" and _reads(program, given) == 1
+    bias = given if isinstance(given, fx.Node) and own else None
     joined = residual is not None and layer in residual.all_input_nodes and nodes.argument(residual, "alpha") == 1
     if residual is None or not joined or not _same_type(known.get(residual.name), residual):
         return Ending(columns, bias, start, None, known[layer.name])
     other = next((item for item in residual.all_input_nodes if item is not layer), None)
     return Ending(columns, bias, start, other, known[residual.name])
+
+
+def _reads(program: Program, weight: fx.Node) -> int:
+    """How often the program reads a weight."""
+    return sum(len(node.users) for node in program.graph.nodes if node.op == "get_attr" and node.target == weight.target)
 
 
 def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
@@ -201,10 +230,10 @@ def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
 
 def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.Tensor) -> torch.Tensor:
     """The weight of a site without the units gone, those that stay scaled; moments: of what its layers read."""
-    weight = site.matrix(program)
+    weight, gram = site.matrix(program).cpu(), moments.gram.cpu()
     stay = torch.ones(site.count, dtype=torch.bool)
     stay[gone] = False
-    products = (weight.T @ weight) * moments.gram
+    products = (weight.T @ weight) * gram
     blocks = torch.stack([products[columns].sum(0) for columns in site.units])
     between = torch.stack([blocks[:, columns].sum(1) for columns in site.units], 1).double()
     factors = torch.zeros(site.count, dtype=torch.float64)

@@ -12,7 +12,6 @@ from lissom.compiler import importance
 from lissom.compiler.calibration import Moments, Progress, moments
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import RequirementError
-from lissom.compiler.program import Program
 from lissom.compiler.ranking import Amount, Choice, Ranking, allocate, check_amount
 from lissom.compiler.reconstruction import refit, scale_units
 from lissom.compiler.unit_sites import UnitSite, set_matrix
@@ -51,7 +50,7 @@ class UnitPruning:
         if criterion == "reconstruction":
             self._search_masks(edit, sites, choices)
             return
-        ranked = self._rank(edit.program, sites, edit, criterion)
+        ranked = self._rank(edit, sites, criterion)
         for site, gone in zip(sites, allocate(self.amount, choices, ranked), strict=True):
             weight = site.matrix(edit.program)
             weight[:, site.units[gone].flatten()] = 0
@@ -70,16 +69,16 @@ class UnitPruning:
             )
         return self.criterion
 
-    def _rank(self, program: Program, sites: Sequence[UnitSite], edit: Editor, criterion: Criterion) -> list[Ranking]:
+    def _rank(self, edit: Editor, sites: Sequence[UnitSite], criterion: Criterion) -> list[Ranking]:
         if criterion == "magnitude":
-            return importance.magnitude(program, sites, self.norm)
+            return importance.magnitude(edit.program, sites, self.norm)
         by_data: dict[str, Callable[..., list[Ranking]]] = {
             "gradient": importance.gradient,
             "taylor": importance.taylor,
             "wanda": importance.wanda,
             "second-order": importance.second_order,
         }
-        return by_data[criterion](program, sites, edit.data, _reporter(edit, "rank"))
+        return by_data[criterion](edit.program, sites, edit.data, _reporter(edit, "rank"))
 
     def _search_masks(self, edit: Editor, sites: Sequence[UnitSite], choices: Sequence[Choice]) -> None:
         """Kwon et al. 2022: a mask by the Fisher diagonal, rearranged by its blocks, then scales by least squares."""

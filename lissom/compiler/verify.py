@@ -194,13 +194,13 @@ def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object
     """The program's flat outputs on each sample, then the state it leaves, without gradients. State is put back afterwards."""
     outputs = []
     for sample in samples:
-        with torch.no_grad(), _kept_state(program):
+        with torch.no_grad(), kept_state(program):
             outputs.append([*program.run(sample), *(program.weight(name).clone() for name in program.state)])
     return outputs
 
 
 @contextmanager
-def _kept_state(program: Program) -> Generator[None]:
+def kept_state(program: Program) -> Generator[None]:
     """Put the program's state back to what it was."""
     saved = {name: program.weight(name).clone() for name in program.state}
     try:
@@ -258,7 +258,7 @@ def first_difference(before: Program, after: Program, sample: Sample, tolerance:
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other.
     """
     values: dict[str, object] = {}
-    with torch.no_grad(), _kept_state(before):
+    with torch.no_grad(), kept_state(before):
         before.run(sample, lambda node, value: values.update({node.name: _lasting(node, value)}))
     found: list[tuple[fx.Node, float]] = []
 
@@ -270,7 +270,7 @@ def first_difference(before: Program, after: Program, sample: Sample, tolerance:
         if error > tolerance:
             found.append((node, error))
 
-    with torch.no_grad(), _kept_state(after):
+    with torch.no_grad(), kept_state(after):
         after.run(sample, observe)
     return found[0] if found else None
 

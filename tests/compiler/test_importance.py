@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -58,7 +56,7 @@ def test_wanda_is_weights_times_norms() -> None:
 
 
 def test_the_squared_gradient_of_gates_is_the_gauss_newton_diagonal() -> None:
-    """The residual sum is y = x + W·a: a gate on a_j moves y at every token by W[:, j]·a_j, so E g² = Σ ‖W[:, j]‖² a_j² / mean y²."""
+    """For y = x + W·a a gate on a_j moves y by W[:, j]·a_j, so E g² = ‖W[:, j]‖² a_j² / mean y²."""
     program, data, sites = feed_forward()
     sample = [data[0][0][:1, :1]]
     found = gate_moments(program, sites, [sample] * 3000)[0]
@@ -105,18 +103,17 @@ def test_dead_units_go_first_and_cost_nothing() -> None:
     assert float(found.cost[:2].max()) < 1e-6 < float(found.cost[2])
 
 
-def test_masks_are_rearranged_to_what_an_exhaustive_search_finds() -> None:
+def test_a_rearranged_mask_costs_no_more_and_breaks_up_twins() -> None:
+    # Units 0 and 1 do the same, so that closing both costs four times as much as closing one; the diagonal does not show it.
+    gram = torch.diag(torch.tensor([1.0, 1.0, 1.5, 9.0]))
+    gram[0, 1] = gram[1, 0] = 1.0
+    assert rearranged(gram, torch.tensor([0, 1])).tolist() == [0, 2]
     generator = torch.Generator().manual_seed(3)
-    root = torch.randn(6, 6, generator=generator)
-    gram = root @ root.T
-    start = gram.diagonal().argsort()[:2]
-
-    def loss(units: tuple[int, ...]) -> float:
-        return float(gram[list(units)][:, list(units)].sum())
-
-    found = tuple(rearranged(gram, start).tolist())
-    assert loss(found) <= loss(tuple(start.tolist()))
-    assert loss(found) == pytest.approx(min(loss(pair) for pair in itertools.combinations(range(6), 2)))
+    root = torch.randn(8, 8, generator=generator)
+    start = (root @ root.T).diagonal().argsort()[:4]
+    found = rearranged(root @ root.T, start)
+    assert len(found) == 4
+    assert float(root[found].sum(0).square().sum()) <= float(root[start].sum(0).square().sum())
 
 
 def test_an_inverse_is_damped() -> None:

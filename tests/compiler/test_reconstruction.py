@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 
 import lissom
-from lissom.compiler import reconstruction
 from lissom.compiler.calibration import Moments
 from lissom.compiler.editor import Editor
 from lissom.compiler.program import Program
 from lissom.compiler.reconstruction import RIDGES, NormalEquations, refit, scale_units, solve
-from lissom.compiler.samples import Sample
+from lissom.compiler.samples import Sample, resize
 from lissom.compiler.unit_sites import neuron_sites, set_matrix
 from tests.models import FeedForward, normal, seeded, tiny_bert
 
 
-def filled(x: torch.Tensor, y: torch.Tensor) -> list[NormalEquations]:
-    halves = [NormalEquations.empty(x.shape[1], y.shape[1]) for _ in range(2)]
+def filled(x: torch.Tensor, y: torch.Tensor, shift: float = 0.0) -> list[NormalEquations]:
+    halves = [NormalEquations.empty(torch.full((x.shape[1],), shift), y.shape[1]) for _ in range(2)]
     for index, (some, wanted) in enumerate(zip(x.split(10), y.split(10), strict=True)):
         halves[index % 2].add(some, wanted)
     return halves
@@ -26,7 +25,7 @@ def test_a_solution_is_ridge_regression_with_the_chosen_ridge() -> None:
     generator = torch.Generator().manual_seed(0)
     x, start = torch.randn(60, 5, generator=generator) + 2, torch.randn(3, 5, generator=generator)
     y = x @ torch.randn(5, 3, generator=generator) + torch.randn(60, 3, generator=generator)
-    weight, bias = solve(filled(x, y), start, with_bias=True)
+    weight, bias = solve(filled(x, y, shift=1.5), start, with_bias=True)
     centred, wanted = (x - x.mean(0)).double(), (y - y.mean(0)).double()
     gram = centred.T @ centred
     found = []
@@ -95,7 +94,9 @@ def test_refitting_is_least_squares_and_leaves_zeros() -> None:
 def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
     case = tiny_bert()
     program = lissom.optimize(case.model, case.inputs).program
-    data = [program.signature.flatten((), case.kwargs)] * 2
+    example = program.signature.flatten((), case.kwargs)
+    sizes = dict.fromkeys(program.signature.dimensions, 12)
+    data = [resize(program.signature, example, sizes, seed) for seed in range(6)]
     edit = Editor(program.copy(), "prune")
     site = neuron_sites(edit)[0]
     weight = site.matrix(edit.program)
@@ -103,7 +104,7 @@ def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
     set_matrix(edit, site.columns, weight)
     before = error(edit.program, program, data)
     refit(edit, program, data)
-    assert error(edit.program, program, data) < 0.2 * before
+    assert error(edit.program, program, data) < 0.5 * before
 
 
 def test_a_layer_the_reference_does_not_know_is_left_alone() -> None:
@@ -111,9 +112,11 @@ def test_a_layer_the_reference_does_not_know_is_left_alone() -> None:
     other = lissom.optimize(seeded(lambda: FeedForward(8, 20)), normal(2, 5, 8)).program
     other.nodes(torch.ops.aten.linear.default)[1].name = "elsewhere"
     text = edit.program.text()
-    assert reconstruction._endings(edit, other) == []
     refit(edit, other, data)
     assert edit.program.text() == text
+    assert [item.reason for item in edit.skipped] == [
+        "its weights are not refitted: the program before pruning has no such layer"
+    ]
 
 
 def test_units_are_scaled_by_least_squares() -> None:
