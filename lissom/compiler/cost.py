@@ -223,7 +223,9 @@ def _largest_shape(largest: Mapping[sympy.Basic, sympy.Integer], node: fx.Node) 
     """The sizes at the example, where `largest` says how large those may be that depend on values."""
     shape = zip(cast(torch.Tensor, nodes.value(node)).shape, _shape(node), strict=True)
     known = ((size, found.xreplace(largest)) if isinstance(found, sympy.Basic) else (size, found) for size, found in shape)
-    return tuple(int(found) if isinstance(found, int) or found.is_number else fake.hint(size) for size, found in known)
+    return tuple(
+        found if isinstance(found, int) else int(str(found)) if found.is_number else fake.hint(size) for size, found in known
+    )
 
 
 def _weights_of(node: fx.Node) -> dict[str, int]:

@@ -50,7 +50,7 @@ class PaddingReadError(Exception):
     def __init__(self, node: fx.Node, use: Use) -> None:
         super().__init__(use)
         self.node = node
-        self.use = use
+        self.use: Use = use
 
 
 @dataclass
