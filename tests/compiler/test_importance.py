@@ -109,7 +109,7 @@ def test_a_rearranged_mask_costs_no_more_and_breaks_up_twins() -> None:
     gram[0, 1] = gram[1, 0] = 1.0
     assert rearranged(gram, torch.tensor([0, 1])).tolist() == [0, 2]
     generator = torch.Generator().manual_seed(3)
-    root = torch.randn(8, 8, generator=generator)
+    root = torch.randn(8, 8, generator=generator, dtype=torch.float64)
     start = (root @ root.T).diagonal().argsort()[:4]
     found = rearranged(root @ root.T, start)
     assert len(found) == 4

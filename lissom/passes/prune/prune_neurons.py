@@ -5,7 +5,7 @@ A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i]
 is done to the weights that stay in `lissom/compiler/reconstruction.py`:
 
 - `second-order` takes neurons one after another, each time the one whose loss the others can make up for best, and then refits
-  every layer that ends a branch to the original model, in the order of the program. It is the best here, and what `auto` means
+  every layer that ends a branch to the original model, in the order of the program. It is what `auto` means
   with calibration data.
 - `reconstruction` searches a mask by Fisher information and scales the neurons that stay. Kwon et al. 2022.
 - `magnitude`, `wanda`, `gradient` and `taylor` choose and zero. `magnitude` needs no data, and is what `auto` means without.
