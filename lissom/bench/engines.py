@@ -203,10 +203,10 @@ def ctranslate2(task: Task, *, compute_type: str) -> Build:
     return build
 
 
-def lissom(task: Task, *, passes: str = "exact") -> Build:
-    """Lissom on the backend eager: one compile for all shapes."""
+def lissom(task: Task, *, passes: str = "exact", backend: str = "eager") -> Build:
+    """Lissom on the backends eager or onnxruntime: one compile for all shapes."""
     model = task.model
-    compiled = api.compile(model.source.model, model.example | dict(model.constants), passes=passes)
+    compiled = api.compile(model.source.model, model.example | dict(model.constants), passes=passes, backend=backend)
     return lambda inputs: partial(compiled, **inputs, **model.constants)
 
 
@@ -241,6 +241,8 @@ _TABLE = (
     Engine("ctranslate2-int8", "CTranslate2 int8", ("ctranslate2",), partial(ctranslate2, compute_type="int8")),
     Engine("lissom", "Lissom fp32", (), lissom),
     Engine("lissom-bf16", "Lissom bf16", (), partial(lissom, passes="cast{dtype=bf16}")),
+    Engine("lissom-packed", "Lissom fp32, padding left out", (), partial(lissom, passes="zero-padding,pack-tokens")),
+    Engine("lissom-onnxruntime", "Lissom fp32 on ONNX Runtime", _EXPORT, partial(lissom, backend="onnxruntime")),
     Engine("lissom-inductor", "Lissom fp32 on inductor", (), lissom_inductor),
 )
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _TABLE}
