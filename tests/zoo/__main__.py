@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given again")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
-    parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds one model may take (default 150)")
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
     parser.add_argument(
         "--output", type=Path, default=Path("zoo.json"), help="where the records go, one a line (default zoo.json)"
