@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import fx
@@ -14,6 +13,7 @@ from lissom.compiler.axis import Axis
 from lissom.compiler.editor import Editor
 from lissom.compiler.linears import input_of
 from lissom.compiler.program import Program
+from lissom.compiler.protection import is_path_protected
 from lissom.compiler.removal import Columns, find_head_columns, find_neuron_columns
 from lissom.compiler.structure import structure
 
@@ -46,8 +46,7 @@ class UnitSite:
 
     def is_protected(self, patterns: str) -> bool:
         """True when the path matches one of the patterns, which blanks or commas divide; a module covers what it holds."""
-        found = patterns.replace(",", " ").split()
-        return any(fnmatchcase(self.path, item) or fnmatchcase(self.path, f"{item}.*") for item in found)
+        return is_path_protected(self.path, patterns)
 
     def data_obstacle(self, program: Program) -> str:
         """Why nothing can be learnt from what its layer reads; empty when it can."""
