@@ -13,6 +13,7 @@ from torch import fx
 from lissom.compiler import node as nodes
 from lissom.compiler import text
 from lissom.compiler.editor import Editor
+from lissom.compiler.linears import is_quantizer
 from lissom.compiler.program import Program
 
 
@@ -37,17 +38,17 @@ class Requirement:
         return f"{pass_name} requires that {self.fact}; {shown} breaks it{history}: {self.remedy}"
 
 
-def _first_integer_weight(program: Program) -> fx.Node | None:
+def _first_quantized_weight(program: Program) -> fx.Node | None:
     for node in program.nodes():
         for used in node.all_input_nodes if "linear" in str(node.target) else ():
-            if used.op == "get_attr" and not nodes.tensor_type(used).dtype.is_floating_point:
+            if is_quantizer(used) or (used.op == "get_attr" and not nodes.tensor_type(used).dtype.is_floating_point):
                 return used
     return None
 
 
 FLOATING_POINT_WEIGHTS = Requirement(
     "weights of linear layers are floating point",
-    _first_integer_weight,
+    _first_quantized_weight,
     "put this pass before the one that quantizes",
 )
 

@@ -15,6 +15,8 @@ LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.
 """Operators that multiply with a weight. A `matmul` with a weight counts too."""
 ATTENTION = {"aten.scaled_dot_product_attention.default", "lissom.attention.default"}
 """Attention operators, by name."""
+QUANTIZERS = {"lissom.fake_quantize.default", "lissom.fake_quantize_dynamic.default", "lissom.dequantize.default"}
+"""Operators of quantization, by name."""
 NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default}
 _AFFINE = {
     "add", "sub", "rsub", "mul", "div", "neg", "clone", "where", "masked_fill", "copy", "detach", "alias", "minimum", "maximum",
@@ -59,21 +61,26 @@ def is_attention(node: fx.Node) -> bool:
     return str(node.target) in ATTENTION
 
 
+def is_quantizer(node: fx.Node) -> bool:
+    """True for an operator that rounds its first argument to a short format, or turns one in such a format back."""
+    return str(node.target) in QUANTIZERS
+
+
 def is_linear(node: fx.Node) -> bool:
     """True for a product with a weight: linear, addmm, a convolution, or a matmul whose second factor is a weight."""
     return weight_of(node) is not None
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:
-    """The weight a linear layer multiplies with, seen through views and casts; None when the node is no linear layer."""
+    """The weight a linear layer multiplies with, seen through views, casts and rounding; None for any other node."""
     if node.target in (aten.addmm.default, aten.baddbmm.default):
         found = node.args[2]
     elif node.target in LINEAR or node.target in (aten.matmul.default, aten.bmm.default):
         found = node.args[1]
     else:
         return None
-    while nodes.is_call(found, *_WEIGHT_VIEWS):
-        found = found.args[0]
+    while nodes.is_call(found, *_WEIGHT_VIEWS) or (isinstance(found, fx.Node) and is_quantizer(found)):
+        found = found.args[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
     return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
 
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
-from lissom.compiler.linears import weight_of
+from lissom.compiler.linears import is_quantizer, weight_of
 from lissom.compiler.program import Program
 
 aten = torch.ops.aten
@@ -53,6 +53,8 @@ def matrix_of(linear: fx.Node) -> Matrix | str:
     found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target in _PRODUCTS
     while nodes.is_call(found, *_TRANSPOSES):
         found, transposed = found.args[0], not transposed
+    if isinstance(found, fx.Node) and is_quantizer(found):
+        return "its weight is quantized already"
     if found is not weight:
         return "its weight is cut, cast or reshaped before it is used"
     form = nodes.tensor_type(weight)

@@ -37,6 +37,8 @@ from lissom.passes.prune.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.prune.zero_padding import ZeroPadding
+from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
+from lissom.passes.quantize.quantize import Quantize
 
 PASSES: Mapping[str, type[Pass]] = {
     item.name(): item
@@ -63,6 +65,8 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadNeurons,
         EliminateDeadLayers,
         EliminateDeadHidden,
+        Quantize,
+        FoldQuantizedWeights,
         Cast,
         MergeProjections,
         FuseRotary,

@@ -7,6 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,9 +17,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     from tests.zoo.catalogue import entries
-    from tests.zoo.check import BACKENDS
+    from tests.zoo.check import BACKENDS, check, describe
     from tests.zoo.coverage import headline, load, page, surprises
     from tests.zoo.entry import FAMILIES
+    from tests.zoo.fresh import loader
     from tests.zoo.runner import run
 
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     backends = options.backend or tuple(BACKENDS)
     limit, jobs = options.limit_seconds, options.jobs
-    run(chosen, options.output, seconds=limit, jobs=jobs, backends=backends, reload=not options.no_reload)
+    with nullcontext() if options.no_reload else loader() as address:
+        run(chosen, options.output, partial(check, backends=backends, loader=address), describe, seconds=limit, jobs=jobs)
     records = load(options.output)
     whole = not (options.family or options.only)
     if options.page or whole:

@@ -262,3 +262,25 @@ def _place(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "/lissom/" in frame.filename] or list(frames)
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line: the model, how long it took, and what came of it."""
+    if record.get("failed"):
+        outcome = f"{record['failed']}: {record['error']}"
+    elif not record["agrees"]:
+        outcome = f"the program differs by {record['capture_error']:.2g}"
+    else:
+        told = ", ".join(f"{name} {_outcome(found)}" for name, found in record["backends"].items())
+        outcome = f"{told}, {record['softmax']} softmax left of {record['attention'] + record['softmax']}"
+    return f"{record['name']} ({record['total_seconds']:.1f} s): {outcome}"
+
+
+def _outcome(found: dict[str, Any]) -> str:
+    if found.get("failed"):
+        return f"{found['failed']}: {found['error']}"
+    if not found["equal"]:
+        return f"differs by {found['error_found']:.2g}" if found["structure"] else "has another structure"
+    if not found.get("reloaded", True):
+        return f"differs by {found['reload_error']:.2g} when loaded again"
+    return "equal"

@@ -10,9 +10,9 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -191,8 +191,8 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from tests.zoo import runner
     from tests.zoo.catalogue import entries
+    from tests.zoo.runner import run
 
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.removal", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
@@ -204,11 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
     options.output.unlink(missing_ok=True)
 
-    def check(entry: Entry, report: Callable[[dict[str, Any]], None], backend: str) -> None:
-        remove(entry, report, options.seed)
-
-    with mock.patch.object(runner, "check", check), mock.patch.object(runner, "describe", describe):
-        runner.run(chosen, options.output, seconds=options.limit_seconds, jobs=options.jobs)
+    check = partial(remove, seed=options.seed)
+    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
     records = [json.loads(line) for line in options.output.read_text(encoding="utf-8").splitlines()]
     print(table(records))
     return 1 if any(not record.get("failed") and not record["equal"] for record in records) else 0

@@ -9,7 +9,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,23 +20,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tests.zoo import catalogue
-from tests.zoo.check import EAGER, check
 from tests.zoo.entry import Entry
-from tests.zoo.fresh import loader
 
 MOST_BYTES = 6 << 30
 _WARMING = ("causal/llama", "encoder-decoder/bart", "vision/vit")
 _PATIENCE = 8
 """How much longer than its processor time a model may take by the clock, on a machine that is busy."""
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """What is asked of every model: the backends it runs on, and where what was compiled is loaded again."""
-
-    backends: tuple[str, ...]
-    loader: str | None
+Check = Callable[[Entry, Callable[[Record], None]], None]
+"""Finds out about one model, and calls what it is given with the facts known so far."""
 
 
 @dataclass
@@ -53,27 +45,24 @@ class _Job:
 def run(
     entries: Sequence[Entry],
     output: Path,
+    check: Check,
+    describe: Callable[[Record], str],
     *,
     seconds: float = 60.0,
     jobs: int = 2,
-    backends: Sequence[str] = (EAGER,),
-    reload: bool = True,
 ) -> list[Record]:
     """The records of the models, in the order they were finished; each is appended to `output`, one a line,
     so that an interrupted run loses nothing.
 
+    check: what is found out about each model, in a process of its own. describe: one line about a record.
     seconds: the processor time one model may take before its process is killed. jobs: how many run at a time.
-    backends: what runs each model. reload: save what was compiled, and load it in a process that never saw the model.
 
     The children are forks of this process, so what it has imported costs them nothing.
     """
     records: list[Record] = []
-    with ExitStack() as stack:
-        address = stack.enter_context(loader()) if reload else None
-        _warm({entry.family for entry in entries}, backends)
-        file = stack.enter_context(output.open("a", encoding="utf-8"))
-        advance = stack.enter_context(_bar(len(entries)))
-        for record in _records(iter(entries), seconds, jobs, _Ask(tuple(backends), address)):
+    _warm({entry.family for entry in entries}, check)
+    with output.open("a", encoding="utf-8") as file, _bar(len(entries), describe) as advance:
+        for record in _records(iter(entries), seconds, jobs, check):
             records.append(record)
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -81,12 +70,12 @@ def run(
     return records
 
 
-def _records(entries: Iterator[Entry], seconds: float, jobs: int, ask: _Ask) -> Iterator[Record]:
+def _records(entries: Iterator[Entry], seconds: float, jobs: int, check: Check) -> Iterator[Record]:
     running: list[_Job] = []
     try:
         while True:
             while len(running) < jobs and (entry := next(entries, None)) is not None:
-                running.append(_start(entry, ask))
+                running.append(_start(entry, check))
             if not running:
                 return
             wait([job.reader for job in running], timeout=0.5)
@@ -99,10 +88,10 @@ def _records(entries: Iterator[Entry], seconds: float, jobs: int, ask: _Ask) -> 
             job.process.kill()
 
 
-def _start(entry: Entry, ask: _Ask) -> _Job:
+def _start(entry: Entry, check: Check) -> _Job:
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(entry, writer, ask), daemon=True)
+    process = context.Process(target=_child, args=(entry, writer, check), daemon=True)
     process.start()
     writer.close()
     return _Job(entry, process, reader, time.perf_counter(), {"name": entry.name, "family": entry.family})
@@ -141,19 +130,19 @@ def _processor_seconds(process: BaseProcess) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _child(entry: Entry, writer: Connection, ask: _Ask) -> None:
+def _child(entry: Entry, writer: Connection, check: Check) -> None:
     """Check one model and tell what is found, with nothing on the terminal."""
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
     started = time.process_time()
-    check(entry, writer.send, ask.backends, ask.loader)
+    check(entry, writer.send)
     writer.send({"total_seconds": round(time.process_time() - started, 2)})
     writer.close()
 
 
-def _warm(families: Collection[str], backends: Sequence[str]) -> None:
+def _warm(families: Collection[str], check: Check) -> None:
     """Import what many children need, and check a few models here, which fills the caches of what captures them.
 
     PyTorch is kept on one thread: a pool of threads does not survive a fork.
@@ -165,11 +154,11 @@ def _warm(families: Collection[str], backends: Sequence[str]) -> None:
             importlib.import_module(library)
     for entry in catalogue.entries():
         if entry.name in _WARMING:
-            check(entry, lambda record: None, backends)
+            check(entry, lambda record: None)
 
 
 @contextmanager
-def _bar(total: int) -> Generator[Callable[[Record], None]]:
+def _bar(total: int, describe: Callable[[Record], str]) -> Generator[Callable[[Record], None]]:
     """A progress bar on a terminal, one line a model elsewhere."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -185,25 +174,3 @@ def _bar(total: int) -> Generator[Callable[[Record], None]]:
             bar.refresh()
 
         yield advance
-
-
-def describe(record: Record) -> str:
-    """One line: the model, how long it took, and what came of it."""
-    if record.get("failed"):
-        outcome = f"{record['failed']}: {record['error']}"
-    elif not record["agrees"]:
-        outcome = f"the program differs by {record['capture_error']:.2g}"
-    else:
-        told = ", ".join(f"{name} {_outcome(found)}" for name, found in record["backends"].items())
-        outcome = f"{told}, {record['softmax']} softmax left of {record['attention'] + record['softmax']}"
-    return f"{record['name']} ({record['total_seconds']:.1f} s): {outcome}"
-
-
-def _outcome(found: Record) -> str:
-    if found.get("failed"):
-        return f"{found['failed']}: {found['error']}"
-    if not found["equal"]:
-        return f"differs by {found['error_found']:.2g}" if found["structure"] else "has another structure"
-    if not found.get("reloaded", True):
-        return f"differs by {found['reload_error']:.2g} when loaded again"
-    return "equal"

@@ -1,0 +1,135 @@
+"""The numbers a short format can hold, and tensors in it: x ≈ (q - zero_point) · scale, q whole and in range, or q in fp8.
+
+One scale may serve a whole tensor or a block of it. The shape of the scale tells which: it has as many dimensions as x, or
+none, and each of its sizes divides that of x. For a weight [out, in] that is
+
+    []  or [1, 1]       the tensor         [out, 1]        each output channel
+    [1, in]             each input         [out, in / g]   each group of g neighbours within a channel
+
+Formats of four bits are stored two to a byte along the last dimension, the first of two in the low half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """A storage format. low, high: the range of q. bits: what one takes. storage: the dtype it is stored in.
+
+    symmetric: whether zero_point is always 0. largest: of q when a range is mapped to it evenly to both sides.
+    """
+
+    name: str
+    low: float
+    high: float
+    bits: int
+    storage: torch.dtype
+    symmetric: bool
+
+    @property
+    def is_integer(self) -> bool:
+        return not self.storage.is_floating_point
+
+
+FP8_LARGEST = 448.0
+FORMATS: Mapping[str, Format] = {
+    item.name: item
+    for item in (
+        Format("int8", -128, 127, 8, torch.int8, True),
+        Format("uint8", 0, 255, 8, torch.uint8, False),
+        Format("int4", -8, 7, 4, torch.uint8, True),
+        Format("uint4", 0, 15, 4, torch.uint8, False),
+        Format("fp8", -FP8_LARGEST, FP8_LARGEST, 8, torch.float8_e4m3fn, True),
+    )
+}
+"""By name. `int8` and `int4` are symmetric, `uint8` and `uint4` have a zero point, `fp8` is e4m3 without infinities."""
+
+_LEAST = 1e-30
+"""Scales are no smaller, so that a block of zeros has one."""
+
+
+def scale_for(low: torch.Tensor, high: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point with which the range from low to high is held; zero always is. Both have the shape of low.
+
+    symmetric: scale = max(|low|, |high|) / high of the format; else scale = (high - low) / (high - low of the format) and
+    zero_point = round(-low / scale).
+    """
+    low, high = low.float().clamp_max(0), high.float().clamp_min(0)
+    if form.symmetric:
+        return (torch.maximum(-low, high) / form.high).clamp_min(_LEAST), None
+    scale = ((high - low) / (form.high - form.low)).clamp_min(_LEAST)
+    return scale, (form.low - low / scale).round().clamp(form.low, form.high)
+
+
+def block_range(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest value of each block, in that shape: that of the scale."""
+    parts = _split(x, shape)
+    dims = tuple(range(1, parts.dim(), 2))
+    return parts.amin(dims).reshape(shape), parts.amax(dims).reshape(shape)
+
+
+def block_sum(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The sum over each block, in that shape: that of the scale."""
+    parts = _split(x, shape)
+    return parts.sum(tuple(range(1, parts.dim(), 2))).reshape(shape)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
+    """The nearest q, ties to even, one element each (four-bit formats too), in the shape of x.
+
+    x · (1 / scale) is rounded, not x / scale: that is what kernels do.
+    """
+    scaled = _by_block(x.float(), 1.0 / scale.float(), torch.mul)
+    if not form.is_integer:
+        return scaled.clamp(form.low, form.high).to(form.storage)
+    whole = scaled.round()
+    if zero_point is not None:
+        whole = _by_block(whole, zero_point.float(), torch.add)
+    return whole.clamp(form.low, form.high).to(torch.int8 if form.low < 0 else torch.uint8)
+
+
+def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """(q - zero_point) · scale in that dtype; q: one element each."""
+    value = q.float()
+    if zero_point is not None:
+        value = _by_block(value, zero_point.float(), torch.sub)
+    return _by_block(value, scale.float(), torch.mul).to(dtype)
+
+
+def within(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
+    """Where x lies in the range its block can hold."""
+    middle = 0.0 if zero_point is None else zero_point
+    ends = [(end - middle) * scale for end in (form.low, form.high)]
+    return _by_block(x, ends[0], torch.ge) & _by_block(x, ends[1], torch.le)
+
+
+def pack_halves(q: torch.Tensor) -> torch.Tensor:
+    """Two four-bit elements a byte, [..., n] to [..., n / 2] of uint8; n is even."""
+    low, high = (q.to(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
+
+
+def unpack_halves(packed: torch.Tensor, form: Format) -> torch.Tensor:
+    """The four-bit elements, [..., n / 2] to [..., n]."""
+    q = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+    return (q.to(torch.int8) ^ 8) - 8 if form.low < 0 else q
+
+
+def _by_block(x: torch.Tensor, values: torch.Tensor, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """function(x, value of its block), elementwise."""
+    if values.dim() == 0 or all(size in (1, whole) for size, whole in zip(values.shape, x.shape, strict=True)):
+        return function(x, values)
+    parts = _split(x, tuple(values.shape))
+    spread = values.reshape([size for pair in zip(values.shape, (1,) * values.dim(), strict=True) for size in pair])
+    return function(parts, spread).reshape(x.shape)
+
+
+def _split(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """[d0, d1] as [s0, d0 / s0, s1, d1 / s1] for blocks of the shape [s0, s1]."""
+    sizes = shape or (1,) * x.dim()
+    return x.reshape([size for whole, parts in zip(x.shape, sizes, strict=True) for size in (parts, whole // parts)])

@@ -1,0 +1,117 @@
+"""Quantization in the graph: `lissom::fake_quantize`, `lissom::fake_quantize_dynamic`, `lissom::dequantize`.
+
+fake_quantize is quantize followed by dequantize, Q/DQ for short, with a scale that is known:
+
+    y = (clamp(round(x / scale) + zero_point, low, high) - zero_point) · scale
+
+fake_quantize_dynamic takes the scale from x itself, one a token (all but the last dimension) or one for the whole tensor. Its
+result is a floating-point tensor, so a quantized program runs and trains as it is: the gradient passes straight through where x
+lies in the range, and is zero where x is cut off. Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference, §3. Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, §4.
+
+dequantize turns stored integers, or fp8, back into floating point; see `lissom/compiler/grids.py` for formats and scales.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lissom.compiler import grids
+from lissom.compiler.grids import FORMATS
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+for _schema in (
+    "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, str format) -> Tensor",
+    'fake_quantize_dynamic(Tensor x, *, str format, str granularity="token") -> Tensor',
+    "dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, str format, ScalarType dtype) -> Tensor",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point of x by its own range: [..., 1] for `token`, [] for `tensor`."""
+    if granularity == "token":
+        low, high = x.aminmax(dim=-1, keepdim=True)
+    else:
+        low, high = x.aminmax()
+    return grids.scale_for(low, high, FORMATS[format])
+
+
+def fake_quantize_reference(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    return grids.dequantize(grids.quantize(x, scale, zero_point, FORMATS[format]), scale, zero_point, x.dtype)
+
+
+def fake_quantize_dynamic_reference(x: torch.Tensor, *, format: str, granularity: str = "token") -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    return fake_quantize_reference(x, *dynamic_scale(x, format, granularity), format=format)
+
+
+def dequantize_reference(
+    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    form = FORMATS[format]
+    return grids.dequantize(grids.unpack_halves(q, form) if form.bits == 4 else q, scale, zero_point, dtype)
+
+
+def _fake(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_dequantize(
+    q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str, dtype: torch.dtype
+) -> torch.Tensor:
+    size = q.shape[-1] * (2 if FORMATS[format].bits == 4 else 1)
+    return q.new_empty((*q.shape[:-1], size), dtype=dtype)
+
+
+def _remember(
+    ctx: Any,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    keyword_only_inputs: dict[str, str],
+    output: torch.Tensor,
+) -> None:
+    x, scale, zero_point = inputs
+    ctx.save_for_backward(grids.within(x, scale, zero_point, FORMATS[keyword_only_inputs["format"]]))
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    (inside,) = ctx.saved_tensors
+    return gradient * inside, None, None
+
+
+def _remember_nothing(ctx: Any, inputs: object, keyword_only_inputs: object, output: torch.Tensor) -> None:
+    pass
+
+
+def _straight_through(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient
+
+
+_LIBRARY.impl("fake_quantize", fake_quantize_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("fake_quantize_dynamic", fake_quantize_dynamic_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("dequantize", dequantize_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("lissom::fake_quantize", _fake, lib=_LIBRARY)
+torch.library.register_fake("lissom::fake_quantize_dynamic", _fake, lib=_LIBRARY)
+torch.library.register_fake("lissom::dequantize", _fake_dequantize, lib=_LIBRARY)
+torch.library.register_autograd("lissom::fake_quantize", _backward, setup_context=_remember, lib=_LIBRARY)
+torch.library.register_autograd(
+    "lissom::fake_quantize_dynamic", _straight_through, setup_context=_remember_nothing, lib=_LIBRARY
+)
+
+fake_quantize = torch.ops.lissom.fake_quantize.default
+"""The operator. x: any shape; scale, zero_point: [] or a block each, see `lissom/compiler/grids.py`; format: a name in FORMATS.
+Returns x's shape and dtype. Differentiable in x."""
+
+fake_quantize_dynamic = torch.ops.lissom.fake_quantize_dynamic.default
+"""The operator. x: [..., features]; format: a name in FORMATS; granularity: `token` or `tensor`. Differentiable: no value is
+out of range."""
+
+dequantize = torch.ops.lissom.dequantize.default
+"""The operator. q: stored elements, for four-bit formats [..., features / 2]; scale, zero_point: as above; dtype: of the
+result, [..., features]."""

@@ -1,0 +1,53 @@
+"""Store rounded weights as the integers (or fp8) they are rounded to: fake_quantize(W) becomes dequantize(W_q).
+
+The values are the same to the last bit. A table of embeddings is looked up before it is turned back, so that only the rows
+looked up are: embedding(dequantize(W_q), ids) becomes dequantize(embedding(W_q, ids)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import grids
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.grids import FORMATS
+from lissom.compiler.kinds import Rewrite
+from lissom.ops.quantization import dequantize, fake_quantize
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldQuantizedWeights(Rewrite):
+    """Stores weights in the format that `lissom::fake_quantize` rounds them to."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(fake_quantize):
+            weight = node.args[0]
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                _fold(edit, node, weight)
+
+
+def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
+    form = FORMATS[str(node.kwargs["format"])]
+    value = edit.program.weight(str(weight.target)).detach()
+    if form.bits == 4 and value.shape[-1] % 2:
+        edit.skip(node, f"its last dimension, {value.shape[-1]}, is odd, and two of four bits share a byte")
+        return
+    scale, *zero_point = (edit.program.weight(str(item.target)) for item in node.all_input_nodes[1:])
+    q = grids.quantize(value, scale, zero_point[0] if zero_point else None, form)
+    dtype = nodes.tensor_type(node).dtype
+    with edit.before(node):
+        stored = edit.weight(f"{weight.target}_{form.name}", grids.pack_halves(q) if form.bits == 4 else q)
+        folded = edit.call(dequantize, stored, *node.all_input_nodes[1:], format=form.name, dtype=dtype)
+    edit.replace(node, folded)
+    for look_up in [user for user in folded.users if user.target is aten.embedding.default and user.args[0] is folded]:
+        with edit.before(look_up):
+            ids = look_up.args[1]
+            rows = [edit.call(aten.embedding.default, item, ids) for item in (stored, *folded.all_input_nodes[1:])]
+            looked_up = edit.call(dequantize, *rows, format=form.name, dtype=dtype)
+        edit.replace(look_up, looked_up)

@@ -1,0 +1,260 @@
+"""Quantize linear layers: round weights, and what the layers read, to the values a short format holds.
+
+x_q = clamp(round(x / s) + z),  x ≈ s · (x_q - z).  Nodes are `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`,
+quantize followed by dequantize: the program stays one in floating point that runs, trains and exports. Exact passes fold the
+weights into stored integers, and backends fuse the nodes into integer kernels. Jacob et al. 2018, Quantization and Training of
+Neural Networks for Efficient Integer-Arithmetic-Only Inference.
+
+| scheme | weights | what layers read |
+|---|---|---|
+| int8-dynamic | int8, a scale a channel | uint8, scale and zero point of each token, or of the tensor, found at run time |
+| int8-static | int8, a scale a channel | uint8, one scale and zero point from calibration data |
+| int8-weight | int8, a scale a channel | as it is |
+| int4-weight | int4, a scale for 32 neighbours | as it is |
+| fp8 | e4m3, a scale a channel | e4m3, a scale of each token, or of the tensor, found at run time |
+
+The residual stream, norms and softmax stay in floating point; `residual` and `attention` ask for more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.compiler.grids import FORMATS, Format, scale_for
+from lissom.compiler.kinds import Approximation
+from lissom.compiler.linears import input_of, is_attention, is_linear
+from lissom.compiler.matrices import Matrix, matrix_of
+from lissom.compiler.observers import Observer, observed_ranges, weight_scale
+from lissom.compiler.protection import is_protected
+from lissom.compiler.structure import structure
+from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
+
+aten = torch.ops.aten
+
+Scheme = Literal["int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8"]
+_DEFAULT_GROUP = 32
+_HALF = torch.finfo(torch.float16)
+
+
+@dataclass(frozen=True)
+class Quantize(Approximation):
+    """Rounds linear layers to a short format.
+
+    scheme: which numbers are rounded, and when their scale is found; see the table. `int8-static` needs calibration data.
+    granularity: of a weight's scale: `tensor`, `channel`, `group`; `auto` is the scheme's own.
+    group: how many neighbours of a channel share a scale where the granularity is `group`.
+    symmetric: whether weights have no zero point; without it they are held as uint8 or uint4.
+    activations: what shares a scale at run time, `token` or `tensor`.
+    observer: how the range of activations is chosen from calibration data, `min-max`, `percentile`, `mse` or `entropy`.
+    share: of the values that `percentile` keeps in range.
+    weight_observer: how the range of weights is chosen, `min-max` or `mse`.
+    embeddings: whether tables of embeddings are rounded too, and with them the output heads they are tied to.
+    output_heads: whether output heads with a weight of their own are.
+    attention: whether queries, keys and values are rounded too, as they go into attention.
+    residual: whether sums of the residual stream are.
+    skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    only: module paths that alone are treated, in the same form.
+    """
+
+    scheme: Scheme = "int8-dynamic"
+    granularity: Literal["auto", "tensor", "channel", "group"] = "auto"
+    group: int = _DEFAULT_GROUP
+    symmetric: bool = True
+    activations: Literal["token", "tensor"] = "token"
+    observer: Observer = "min-max"
+    share: float = 0.9999
+    weight_observer: Literal["min-max", "mse"] = "min-max"
+    embeddings: bool = False
+    output_heads: bool = False
+    attention: bool = False
+    residual: bool = False
+    skip: str = ""
+    only: str = ""
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise UnsupportedError(f"quantize takes group= of 1 or more neighbours, not {self.group}")
+        if not 0.5 < self.share <= 1:
+            raise UnsupportedError(f"quantize takes share= above 0.5 and up to 1, not {self.share:g}")
+        if self.scheme == "fp8" and not self.symmetric:
+            raise UnsupportedError("quantize{scheme=fp8} has no zero points: leave out symmetric=false")
+        if (self.attention or self.residual) and self.scheme.endswith("-weight"):
+            raise UnsupportedError(
+                f"quantize{{scheme={self.scheme}}} rounds weights alone: leave out attention= and residual=, or choose "
+                "int8-dynamic, int8-static or fp8"
+            )
+
+    @property
+    def weight_format(self) -> Format:
+        """What weights are held in."""
+        if self.scheme == "fp8":
+            return FORMATS["fp8"]
+        return FORMATS[("" if self.symmetric else "u") + ("int4" if self.scheme == "int4-weight" else "int8")]
+
+    @property
+    def activation_format(self) -> Format | None:
+        """What is held of the values layers read; None where they stay as they are."""
+        if self.scheme.endswith("-weight"):
+            return None
+        return FORMATS["fp8" if self.scheme == "fp8" else "uint8"]
+
+    def run(self, edit: Editor) -> None:
+        if self.scheme == "int8-static" and not edit.data:
+            raise RequirementError(
+                "quantize{scheme=int8-static} needs calibration data: pass data=, or choose scheme=int8-dynamic"
+            )
+        layers = self._layers(edit)
+        values = dict.fromkeys(input_of(layer) for layer in layers)
+        if self.attention:
+            values |= dict.fromkeys(item for node in edit.nodes() if is_attention(node) for item in node.args[:3])
+        if self.residual:
+            values |= dict.fromkeys(_residual_sums(edit))
+        if self.activation_format is not None:
+            self._round_values(edit, [item for item in values if isinstance(item, fx.Node)], set(layers))
+        for matrix in {matrix.name: matrix for matrix in layers.values()}.values():
+            self._round_weight(edit, matrix.node, transposed=matrix.transposed)
+        if self.embeddings:
+            for item in edit.program.fact(structure).embeddings:
+                self._round_table(edit, item.node)
+
+    def _chosen(self, edit: Editor, node: fx.Node) -> bool:
+        """True where the patterns let a node be treated; else it is reported."""
+        if is_protected(node, self.skip):
+            edit.skip(node, "skip= names it")
+        elif self.only and not is_protected(node, self.only):
+            edit.skip(node, "only= does not name it")
+        else:
+            return True
+        return False
+
+    def _layers(self, edit: Editor) -> dict[fx.Node, Matrix]:
+        """The linear layers to treat, and where their matrices are; the others are reported."""
+        found = edit.program.fact(structure)
+        tables = {weight for item in found.embeddings if (weight := _table(item.node)) is not None}
+        layers: dict[fx.Node, Matrix] = {}
+        for node in edit.nodes():
+            if not is_linear(node) or node in found.convolutions or not self._chosen(edit, node):
+                continue
+            matrix = matrix_of(node)
+            reason = matrix if isinstance(matrix, str) else self._obstacle(edit, node, matrix, tables)
+            if reason is not None:
+                edit.skip(node, reason)
+            elif isinstance(matrix, Matrix):
+                layers[node] = matrix
+        return layers
+
+    def _obstacle(self, edit: Editor, node: fx.Node, matrix: Matrix, tables: set[fx.Node]) -> str | None:
+        tied = matrix.node in tables
+        if tied and not self.embeddings:
+            return "its weight is a table of embeddings too; embeddings=true treats both"
+        if not tied and node in edit.program.fact(structure).output_heads and not self.output_heads:
+            return "it is an output head; output_heads=true treats it"
+        if nodes.tensor_type(input_of(node)).dtype == torch.float64:
+            return "it computes in float64"
+        size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
+        return self._shape_obstacle(int(size))  # pyright: ignore[reportArgumentType]
+
+    def _shape_obstacle(self, size: int) -> str | None:
+        if self._granularity == "group" and size % self.group:
+            return f"its {size} features in are no multiple of group={self.group}"
+        if self.weight_format.bits == 4 and size % 2:
+            return f"its {size} features in are odd, and two of four bits share a byte"
+        return None
+
+    @property
+    def _granularity(self) -> str:
+        if self.granularity != "auto":
+            return self.granularity
+        return "group" if self.scheme == "int4-weight" else "channel"
+
+    def _round_weight(self, edit: Editor, node: fx.Node, *, transposed: bool = False) -> None:
+        """Let everything that reads a weight read it rounded."""
+        weight = edit.program.weight(str(node.target)).detach()
+        outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+        shape = {
+            "tensor": (1, 1),
+            "channel": (outputs, 1),
+            "group": (outputs, inputs // self.group),
+        }[self._granularity]
+        form = self.weight_format
+        scale, zero_point = weight_scale(weight, shape[::-1] if transposed else shape, form, self.weight_observer)
+        if self._granularity == "group" and float(scale.min()) > _HALF.tiny and float(scale.max()) < _HALF.max:
+            scale = scale.half()
+        readers = list(node.users)
+        with edit.before(readers[0], like=[node]):
+            scales = [edit.weight(f"{node.target}_scale", scale)]
+            if zero_point is not None:
+                scales.append(edit.weight(f"{node.target}_zero_point", zero_point.to(torch.uint8)))
+            rounded = edit.call(fake_quantize, node, *scales, format=form.name)
+        for reader in readers:
+            reader.replace_input_with(node, rounded)
+        edit.rewritten += 1
+
+    def _round_table(self, edit: Editor, look_up: fx.Node) -> None:
+        """Round a table of embeddings, unless an output head that shares it has had it rounded."""
+        table = _table(look_up)
+        if table is None or look_up.args[0] is not table or not self._chosen(edit, look_up):
+            return
+        reason = self._shape_obstacle(int(nodes.tensor_type(table).shape[1]))  # pyright: ignore[reportArgumentType]
+        if reason is not None:
+            edit.skip(look_up, reason)
+        else:
+            self._round_weight(edit, table)
+
+    def _round_values(self, edit: Editor, values: list[fx.Node], layers: set[fx.Node]) -> None:
+        """Let the layers, and attention and the residual stream where asked, read these values rounded."""
+        form = self.activation_format
+        assert form is not None
+        ranges: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
+        if self.scheme == "int8-static":
+            progress = _Reporter(edit)
+            ranges = observed_ranges(
+                edit.program, edit.data, set(values), self.observer, form, share=self.share, progress=progress
+            )
+        sums = set(_residual_sums(edit)) if self.residual else set[fx.Node]()
+        for value in values:
+            asked = [user for user in value.users if user in layers or (self.attention and is_attention(user)) or value in sums]
+            if not asked:
+                continue
+            with edit.before(asked[0], like=[value] if value.op == "call_function" else [asked[0]]):
+                if value in ranges:
+                    scale, zero_point = scale_for(*ranges[value], form)
+                    named = value.name
+                    parts = [edit.weight(f"{named}_scale", scale)]
+                    if zero_point is not None:
+                        parts.append(edit.weight(f"{named}_zero_point", zero_point.to(torch.uint8)))
+                    rounded = edit.call(fake_quantize, value, *parts, format=form.name)
+                else:
+                    rounded = edit.call(fake_quantize_dynamic, value, format=form.name, granularity=self.activations)
+            for user in asked:
+                user.replace_input_with(value, rounded)
+            edit.rewritten += 1
+
+
+@dataclass
+class _Reporter:
+    edit: Editor
+    what: str = field(default="observe")
+
+    def __call__(self, finished: int, total: int) -> None:
+        self.edit.report(self.what, finished, total)
+
+
+def _table(look_up: fx.Node) -> fx.Node | None:
+    """The weight an embedding looks up in."""
+    found = look_up.args[0]
+    return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
+
+
+def _residual_sums(edit: Editor) -> list[fx.Node]:
+    """The sums in which branches meet the residual stream."""
+    found = edit.program.fact(structure)
+    sums = [site.residual for site in (*found.attention, *found.feed_forward)]
+    return list(dict.fromkeys(item for item in sums if item is not None))
