@@ -14,6 +14,7 @@ import torch
 from lissom.compiler.errors import InputError, UnsupportedError, VerifyError
 from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
+from lissom.compiler.rounding import SHARE, rounding_loss, rounds_values
 from lissom.compiler.samples import Sample, check_samples, resize
 from lissom.compiler.verify import compare, run_original, tolerance_of
 
@@ -70,6 +71,8 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     """
     samples, wanted = run_original(program, [*check_samples(program.signature, example), *_smallest(program, example)])
     allowed = tolerance_of(program)
+    if rounds_values(program):
+        allowed = max(allowed, SHARE * rounding_loss(program, samples, wanted))
     for sample, outputs in zip(samples, wanted, strict=True):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
         try:

@@ -28,6 +28,7 @@ from lissom.compiler.errors import (
 from lissom.compiler.history import History, Size, Step, changed_calls
 from lissom.compiler.kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.program import Program
+from lissom.compiler.rounding import LOCAL_TOLERANCE, local_error, rounds_values
 from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import format_pass, format_pipeline
 from lissom.compiler.verify import (
@@ -273,11 +274,17 @@ class _Run:
         if isinstance(item, (Rewrite, Annotation)):
             divergence = compare(self.outputs, outputs)
             allowed = 0.0 if isinstance(item, Annotation) else tolerance_of(self.program)
-            if divergence.relative_error > allowed:
+            if divergence.relative_error > allowed and not self._rounds_alike(item, after):
                 self._refuse(after, divergence, allowed)
             return divergence.relative_error, compare(self.original, outputs).cosine, outputs
         divergence = compare(self.original, outputs)
         return divergence.relative_error, divergence.cosine, outputs
+
+    def _rounds_alike(self, item: Pass, after: Program) -> bool:
+        """True when both programs round values, and differ by that alone."""
+        if isinstance(item, Annotation) or not rounds_values(self.program):
+            return False
+        return local_error(self.program, after, self.samples) <= LOCAL_TOLERANCE
 
     def _refuse(self, after: Program, divergence: Divergence, allowed: float) -> NoReturn:
         message = (

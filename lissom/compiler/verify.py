@@ -259,14 +259,14 @@ def first_difference(before: Program, after: Program, sample: Sample, tolerance:
     """
     values: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
-        before.run(sample, lambda node, value: values.update({node.name: _lasting(node, value)}))
+        before.run(sample, lambda node, value: values.update({node.name: lasting(node, value)}))
     found: list[tuple[fx.Node, float]] = []
 
     def observe(node: fx.Node, value: object) -> None:
         name = node.name if node.name in values else nodes.origin(node).replaces
         if found or name not in values:
             return
-        error = _worst_error(values[name], value)
+        error = worst_error(values[name], value)
         if error > tolerance:
             found.append((node, error))
 
@@ -275,12 +275,13 @@ def first_difference(before: Program, after: Program, sample: Sample, tolerance:
     return found[0] if found else None
 
 
-def _lasting(node: fx.Node, value: object) -> object:
+def lasting(node: fx.Node, value: object) -> object:
     """The value as it will stay; what a write of state yields is the state itself, which is put back."""
     return value.clone() if nodes.is_state_write(node) and isinstance(value, torch.Tensor) else value
 
 
-def _worst_error(wanted: object, found: object) -> float:
+def worst_error(wanted: object, found: object) -> float:
+    """The relative error of two values, the worst of their parts where they have several."""
     if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)):
-        return max(map(_worst_error, wanted, found), default=0.0)
+        return max(map(worst_error, wanted, found), default=0.0)
     return relative_error(wanted, found)

@@ -1,0 +1,82 @@
+"""Programs that round values while they run, as quantized ones do: how far two correct ones may differ.
+
+A value half way between two steps may go either way, by the last bit of a sum taken in another order; everything behind it
+follows, and at the end two correct programs differ by more than sums do. So they are not compared at the end alone:
+
+- `local_error` gives every node of the one program the values its inputs have in the other. Then a single rounding counts.
+- `rounding_loss` is what all the rounding changes at the end. Two correct programs differ by a part of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.execute import call
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.verify import compare, kept_state, lasting, run_samples, worst_error
+
+LOCAL_TOLERANCE = 5e-3
+"""One value of eight bits rounded the other way moves a sum over sixteen or more by less, relative to the largest sum."""
+SHARE = 0.5
+"""Two programs rounded alike differ by less than this share of what rounding changes; independent rounding would be 1.4."""
+_FAKE = {"lissom.fake_quantize.default", "lissom.fake_quantize_dynamic.default"}
+_ROUNDING = {*_FAKE, "lissom.quantized_linear.default", "lissom.quantized_linear_norm.default"}
+
+
+def rounds_values(program: Program) -> bool:
+    """True when values are rounded while the program runs, not its weights alone."""
+    return any(_rounds(node, _ROUNDING) for node in program.nodes())
+
+
+def local_error(before: Program, after: Program, samples: Sequence[Sample]) -> float:
+    """The largest relative error of a node of `after`, given the values that its inputs have in `before`.
+
+    Nodes correspond by name, or by the name a pass recorded when it replaced one by the other; between them, values of `after`.
+    """
+    return max((_forced_error(before, after, sample) for sample in samples), default=0.0)
+
+
+def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence[Sequence[object]]) -> float:
+    """The relative error of a program's outputs to those it has without its Q/DQ nodes on values."""
+    plain = program.copy()
+    for node in plain.nodes():
+        if _rounds(node, _FAKE):
+            node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]
+            plain.graph.erase_node(node)
+    return compare(run_samples(plain, samples), outputs).relative_error
+
+
+def _rounds(node: fx.Node, operators: set[str]) -> bool:
+    return str(node.target) in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
+
+
+def _forced_error(before: Program, after: Program, sample: Sample) -> float:
+    known: dict[str, object] = {}
+    with torch.no_grad(), kept_state(before):
+        wanted = before.run(sample, lambda node, value: known.update({node.name: lasting(node, value)}))
+    values: dict[fx.Node, object] = dict(zip(after.placeholders, sample, strict=True))
+    worst = 0.0
+    with torch.no_grad(), kept_state(after):
+        for node in after.graph.nodes:
+            if node.op == "get_attr":
+                values[node] = after.weight(str(node.target))
+            elif node.op == "call_function":
+                values[node] = found = call(node, values.__getitem__)
+                name = node.name if node.name in known else nodes.origin(node).replaces
+                if name in known and _alike(known[name], found):
+                    worst = max(worst, worst_error(known[name], found))
+                    values[node] = known[name]
+    results = [values[item] if isinstance(item, fx.Node) else item for item in after.output.args[0]]  # pyright: ignore
+    return max(worst, compare([wanted], [results]).relative_error)
+
+
+def _alike(wanted: object, found: object) -> bool:
+    """True for values of one form; where a pass changed the form, what comes behind it is compared."""
+    if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
+        return wanted.shape == found.shape and wanted.dtype == found.dtype
+    return type(wanted) is type(found)
