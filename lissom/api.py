@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from lissom.frontends.export import capture
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
+from lissom.payoff import Payoff
 
 Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
 
@@ -114,6 +115,7 @@ def compile(
     data: Iterable[Inputs] = (),
     metric: Metric | None = None,
     max_drop: float | None = None,
+    only_if_faster: bool = True,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Optimize a model for inference.
@@ -132,6 +134,8 @@ def compile(
     checks: after every pass, `numeric` compares outputs, `structural` checks form and types, `off` nothing.
     data: calibration inputs, each like example_inputs, for passes that need some.
     metric: scores a callable that takes the model's arguments, higher is better; max_drop: how much lossy passes may cost.
+    only_if_faster: undo a lossy pass whose program, lowered for the backend, is neither faster nor smaller than without it; the
+        history says so with the figures of both.
     progress: called with what is done now, steps finished, steps in all; by default a bar on a terminal.
 
     Raises: a LissomError of the kind that fits: CaptureError, InputError, PipelineTextError, UnsupportedError,
@@ -155,7 +159,10 @@ def compile(
     with progress_bar("compile") as bar:
         show = progress or bar
         job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, count)
-        lowered = job.pipeline.run_each(job.program, lowerings, job.history)
+        judge = (
+            Payoff([item for item in backends if item.name in lowerings], lowerings, job.example) if only_if_faster else None
+        )
+        lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
         built = build_fastest(backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count))
     report = Report(f"{built.program.name} on {built.backend.name}", built.history)
     return CompiledModel(built.program, built.executable, report, built.backend)

@@ -68,13 +68,14 @@ def run_compile(
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write what was compiled to this directory.")] = None,
+    only_if_faster: Annotated[bool, typer.Option(help="Undo lossy passes that make nothing faster or smaller here.")] = True,
 ) -> None:
     """Compile a model and print what every pass did."""
     for path in filter(None, (history, text)):
         check_writable(path)
     if save is not None:
         check_target(save.absolute())
-    compiled = _compile(model, passes, backend, device, checks)
+    compiled = _compile(model, passes, backend, device, checks, only_if_faster=only_if_faster)
     console.print(compiled.report)
     if save is not None:
         assert isinstance(compiled, api.CompiledModel)
@@ -252,7 +253,7 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def _compile(
-    model: str, passes: str, backend: str | None, device: str | None, checks: str
+    model: str, passes: str, backend: str | None, device: str | None, checks: str, *, only_if_faster: bool = True
 ) -> api.CompiledModel | api.Optimized:
     """The model compiled for a backend, or with the passes alone where none is named."""
     # What is wrong with the options is said before a large model is read.
@@ -262,7 +263,7 @@ def _compile(
         find_backends(backend)
     api.check_device(device)
     source = load(model)
-    run = api.optimize if backend is None else partial(api.compile, backend=backend)
+    run = api.optimize if backend is None else partial(api.compile, backend=backend, only_if_faster=only_if_faster)
     try:
         compiled = run(
             source.model,

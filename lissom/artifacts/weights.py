@@ -80,12 +80,33 @@ def save_weights(program: Program, path: Path) -> dict[str, object]:
     return entries
 
 
-def _compress(name: str, stored: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """A tensor as the bits and the values described above, by their names in the file; None when that saves little."""
+def stored_bytes(program: Program) -> int:
+    """The bytes its weights take in an artifact, compressed where they would be."""
+    sizes: dict[object, int] = {}
+    for weight in program.weights().values():
+        stored, _ = _as_stored(weight)
+        nonzero = _nonzero(stored)
+        size = stored.nbytes if nonzero is None else _compressed_bytes(stored, nonzero)
+        sizes[stored.data_ptr(), stored.dtype, stored.shape] = size
+    return sum(sizes.values())
+
+
+def _nonzero(stored: torch.Tensor) -> torch.Tensor | None:
+    """Where a tensor is not zero, of booleans, [elements]; None when leaving out zeros saves little."""
     if stored.nbytes < SMALLEST or stored.is_complex():
         return None
     nonzero = stored.reshape(-1).view(_BITS[stored.itemsize]).cpu() != 0
-    if stored.numel() / 8 + int(nonzero.sum()) * stored.itemsize > SAVING * stored.nbytes:
+    return nonzero if _compressed_bytes(stored, nonzero) <= SAVING * stored.nbytes else None
+
+
+def _compressed_bytes(stored: torch.Tensor, nonzero: torch.Tensor) -> int:
+    return -(-stored.numel() // 8) + int(nonzero.sum()) * stored.itemsize
+
+
+def _compress(name: str, stored: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """A tensor as the bits and the values described above, by their names in the file; None when that saves little."""
+    nonzero = _nonzero(stored)
+    if nonzero is None:
         return None
     bits = torch.from_numpy(numpy.packbits(nonzero.numpy(), bitorder="little"))
     bits_name, values_name = _part_names(name)

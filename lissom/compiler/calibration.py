@@ -35,10 +35,10 @@ Progress = Callable[[int, int], None]
 class Moments:
     """Sums over the real tokens of what one node yields, x: [features].
 
-    count: tokens. total: Σ x, [features]. gram: Σ x·xᵀ, [features, features].
+    count: tokens. total: Σ x, [features]. gram: Σ x·xᵀ, [features, features]. Where tokens have weights, each counts as often.
     """
 
-    count: int
+    count: float
     total: torch.Tensor
     gram: torch.Tensor
 
@@ -67,12 +67,13 @@ class Moments:
         mean = self.total / max(self.count, 1)
         return self.gram / max(self.count, 1) - torch.outer(mean, mean)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """rows: [tokens, features]."""
+    def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """rows: [tokens, features]; weights: [tokens], 1 each by default."""
         rows = rows.float()
-        self.count += len(rows)
-        self.total += rows.sum(0)
-        self.gram.addmm_(rows.T, rows)
+        weighted = rows if weights is None else rows * weights[:, None]
+        self.count += len(rows) if weights is None else float(weights.sum())
+        self.total += weighted.sum(0)
+        self.gram.addmm_(weighted.T, rows)
 
 
 def token_mask(program: Program, sample: Sample, node: fx.Node) -> torch.Tensor | None:

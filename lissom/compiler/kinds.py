@@ -83,9 +83,14 @@ class Rewrite(Pass):
 
 
 class Approximation(Pass):
-    """Changes the numbers, not the form: measured against the original and charged to the budget."""
+    """Changes the numbers, not the form: measured against the original and charged to the budget.
+
+    cheapens: whether it is there to make the program faster or smaller, with the exact passes behind it, and not worth its
+        loss where it does neither; False where it makes other passes possible, or lets them lose less.
+    """
 
     kind = "approximation"
+    cheapens: ClassVar[bool] = True
 
 
 class Annotation(Pass):

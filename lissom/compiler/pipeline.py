@@ -44,6 +44,7 @@ from lissom.compiler.verify import (
 Checks = Literal["numeric", "structural", "off"]
 Metric = Callable[[Program], float]
 Progress = Callable[[str, int, int], None]
+Judge = Callable[[Program, Program], str | None]
 
 
 def check_options(checks: Checks, metric: Metric | None = None, max_drop: float | None = None) -> None:
@@ -66,6 +67,8 @@ class Pipeline:
     data: flat calibration inputs for passes that need some.
     metric: scores a program, higher is better; max_drop: how far below the original's score a program may fall.
     progress: called before each pass with its text, its number and the count.
+    judge: called with the program before a pass that cheapens it by a loss, and the one after it and the passes that belong
+        to it, those up to the next such pass; says why the loss is not worth it, or None. Then that pass is undone.
     """
 
     passes: Sequence[Pass]
@@ -75,6 +78,7 @@ class Pipeline:
     metric: Metric | None = None
     max_drop: float | None = None
     progress: Progress | None = None
+    judge: Judge | None = None
 
     def __post_init__(self) -> None:
         check_options(self.checks, self.metric, self.max_drop)
@@ -121,8 +125,30 @@ class Pipeline:
 
     def _steps(self, run: _Run, passes: Sequence[Pass], finished: int, count: int) -> None:
         with _heap_set_aside(), _stopped_with(run.history):
+            trial: _Trial | None = None
             for index, item in enumerate(passes, finished):
                 show = partial(self._show, format_pass(item), index, count)
+                if self.judge is not None and isinstance(item, Approximation) and item.cheapens:
+                    self._settle(run, trial)
+                    trial = _Trial(item, copy(run), len(run.history.steps))
+                elif trial is not None:
+                    trial.following.append((item, show))
+                show()
+                run.step(item, show)
+            self._settle(run, trial)
+
+    def _settle(self, run: _Run, trial: _Trial | None) -> None:
+        """Undo a lossy pass that the judge finds not worth its loss, and what else loses behind it; exact passes run again."""
+        if trial is None or self.judge is None:
+            return
+        reason = self.judge(trial.start.program, run.program)
+        if reason is None:
+            return
+        seconds = sum(step.seconds + step.check_seconds for step in run.history.steps[trial.steps :])
+        run.go_back(trial.start, trial.steps)
+        run.record_undone(trial.item, seconds, reason)
+        for item, show in trial.following:
+            if isinstance(item, (Rewrite, Annotation)):
                 show()
                 run.step(item, show)
 
@@ -161,6 +187,19 @@ def _heap_set_aside() -> Generator[None]:
 
 
 @dataclass
+class _Trial:
+    """A lossy pass that is still to be judged.
+
+    start: the run before it. steps: how many the history had. following: the passes behind it that belong to it.
+    """
+
+    item: Pass
+    start: _Run
+    steps: int
+    following: list[tuple[Pass, Callable[..., None]]] = field(default_factory=list["tuple[Pass, Callable[..., None]]"])
+
+
+@dataclass
 class _Run:
     """One run of a pipeline: the program so far, the outputs it is compared with, and the program before numbers changed."""
 
@@ -187,6 +226,31 @@ class _Run:
         other = copy(self)
         other.history = replace(self.history, pipeline=pipeline, steps=[*self.history.steps], texts=[*self.history.texts])
         return other
+
+    def go_back(self, start: _Run, steps: int) -> None:
+        """Be as `start` was, whose history had so many steps."""
+        del self.history.steps[steps:], self.history.texts[steps:]
+        self.program, self.original, self.outputs, self.reference = (
+            start.program,
+            start.original,
+            start.outputs,
+            start.reference,
+        )
+
+    def record_undone(self, item: Pass, seconds: float, reason: str) -> None:
+        """Tell of a pass that ran and was undone."""
+        last = self.history.steps[-1]
+        step = Step(
+            index=len(self.history.steps),
+            spelling=format_pass(item),
+            kind=item.kind,
+            seconds=seconds,
+            check_seconds=0.0,
+            size=last.size,
+            metric=last.metric,
+            notes=(f"rolled back: {reason}",),
+        )
+        self.history.record(step, self.program.text())
 
     def step(self, item: Pass, show: Callable[[str, int, int], None]) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""

@@ -6,11 +6,12 @@ Two ways, both least squares over the tokens of calibration data:
   a layer reads in the program as it is by then, with all that was pruned and refitted before it; r̃ and r are the residual
   streams it is added to, in this program and in the one before anything was pruned. Its weight and bias become those of
 
-      min over W̃, b̃   Σ_tokens ‖(r̃ + W̃·x̃ + b̃) - (r + W·x + b)‖² + λ ‖W̃ - W‖²
+      min over W̃, b̃   Σ_tokens ‖(r̃ + W̃·x̃ + b̃) - (r + W·x + b)‖² / var(r + W·x + b) + λ ‖W̃ - W‖²
 
-  so that it also makes up for what earlier layers left wrong. λ is chosen by cross-validation. Columns of zeros stay zero.
-  With a norm between the layer and the sum, the layer's own result is the target. He et al. 2017, Channel Pruning for
-  Accelerating Very Deep Neural Networks, §3.2, whose regression has x̃ too; r̃ - r and the pull to W are ours.
+  so that it also makes up for what earlier layers left wrong. The variance is over the features of a token: the norm that reads
+  the sum divides by its root. λ is chosen by cross-validation. Columns of zeros stay zero. With a norm between the layer and
+  the sum, the layer's own result is the target, and each token counts alike. He et al. 2017, Channel Pruning for Accelerating
+  Very Deep Neural Networks, §3.2, whose regression has x̃ too; r̃ - r, the variance and the pull to W are ours.
 - `scale_units` gives each unit that stays one factor m_u, folded into its columns: Kwon et al. 2022, A Fast Post-Training
   Pruning Framework for Transformers, eq. 12. We solve the normal equations, with x of the program before this pass:
 
@@ -42,6 +43,7 @@ aten = torch.ops.aten
 RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """What λ is chosen from, as shares of the mean of the diagonal of Σ x̃·x̃ᵀ over half the data."""
 _DAMPING = 1e-2
+_LEAST_VARIANCE = 1e-6
 _LARGEST_FACTOR = 10.0
 
 
@@ -67,7 +69,7 @@ class Ending:
 
 @dataclass
 class NormalEquations:
-    """Sums over tokens of what a layer reads, x: [in_features], and what it should give, y: [out_features].
+    """Sums over tokens of what a layer reads, x: [in_features], and what it should give, y: [out_features], by their weights.
 
     read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ. wanted: Σ y. product: Σ (x - shift)·yᵀ.
     shift: about the mean of x, so that its variance is no small difference of large numbers; zero where there is no bias.
@@ -84,12 +86,12 @@ class NormalEquations:
         product = torch.zeros(size, out_features, device=device)
         return NormalEquations(Moments.empty(size, device), torch.zeros(out_features, device=device), product, shift)
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x: [tokens, in_features]; y: [tokens, out_features]."""
-        x, y = x.float() - self.shift, y.float()
-        self.read.add(x)
-        self.wanted += y.sum(0)
-        self.product.addmm_(x.T, y)
+    def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
+        """x: [tokens, in_features]; y: [tokens, out_features]; weights: [tokens]."""
+        x, weighted = x.float() - self.shift, y.float() * weights[:, None]
+        self.read.add(x, weights)
+        self.wanted += weighted.sum(0)
+        self.product.addmm_(x.T, weighted)
 
     def plus(self, other: NormalEquations) -> NormalEquations:
         """The sums over the tokens of both."""
@@ -120,7 +122,7 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
     best = RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
     whole = halves[0].plus(halves[1])
     fitted = _ridge(*whole.centred(with_bias=with_bias), start, best * scale)
-    count = max(whole.read.count, 1)
+    count = whole.read.count or 1.0
     bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count - fitted @ whole.shift.double()
     return fitted.float(), bias.float()
 
@@ -128,7 +130,7 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
 def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
     """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²."""
     damped = gram + max(ridge, 1e-9) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return start + torch.linalg.solve(damped, product - gram @ start.T).T
+    return start + torch.cholesky_solve(product - gram @ start.T, torch.linalg.cholesky(damped)).T
 
 
 def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:
@@ -159,9 +161,10 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
         pruned.advance(index, ending.start)
         (target,) = whole.advance(index, ending.reference, [ending.reference])
         x, *others = pruned.peek(index, [input_of(layer), *([ending.other] if ending.other else [])])
+        mask = token_mask(edit.program, sample, layer)
+        weights = _weights(real_rows(target, mask), stream=bool(others))
         for other in others:
             target = target - other
-        mask = token_mask(edit.program, sample, layer)
         rows, wanted = real_rows(x, mask)[:, alive], real_rows(target, mask)
         if not halves:
             shift = (
@@ -169,13 +172,20 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
             )
             halves = [NormalEquations.empty(shift, len(weight)) for _ in range(2)]
         middle = len(rows) // 2
-        halves[0].add(rows[:middle], wanted[:middle])
-        halves[1].add(rows[middle:], wanted[middle:])
+        halves[0].add(rows[:middle], wanted[:middle], weights[:middle])
+        halves[1].add(rows[middle:], wanted[middle:], weights[middle:])
     fitted, bias = solve(halves, weight[:, alive], with_bias=ending.bias is not None)
     weight[:, alive] = fitted
     set_matrix(edit, columns, weight)
     if ending.bias is not None:
         edit.set_weight(ending.bias, bias.to(nodes.tensor_type(ending.bias).dtype))
+
+
+def _weights(rows: torch.Tensor, *, stream: bool) -> torch.Tensor:
+    """What each token counts, [tokens]: one over the variance of the residual stream; rows: [tokens, features] of it."""
+    if not stream or rows.shape[-1] < 2:
+        return torch.ones(len(rows), device=rows.device)
+    return 1 / rows.float().var(-1).clamp_min(_LEAST_VARIANCE)
 
 
 def _endings(edit: Editor, reference: Program) -> list[Ending]:

@@ -31,6 +31,7 @@ class ZeroPadding(Approximation):
     """Makes outputs zero at padding positions."""
 
     redefines: ClassVar[bool] = True
+    cheapens: ClassVar[bool] = False
 
     def run(self, edit: Editor) -> None:
         masks = edit.program.fact(padding_masks)
