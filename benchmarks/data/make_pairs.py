@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 PAIRS = HERE / "wordnet_pairs.tsv"
 PARTS = {"noun": 2000, "verb": 1200, "adj": 1000}
 """Evaluation synsets of each part of speech."""
-CALIBRATION = 1200
+CALIBRATION = 2400
 WORDS = range(3, 41)
 HARSH = re.compile(
     r"\b(kill|murder|rape|sex|naked|breast|genital|prostitut|slave|suicid|drug|terroris|tortur|bomb|urin|blood|corpse|dead|death|"

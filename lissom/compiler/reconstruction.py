@@ -20,8 +20,9 @@ Two ways, both least squares over the tokens of calibration data:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import fx
@@ -111,20 +112,33 @@ class NormalEquations:
 def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight, [out_features, in_features], and bias that fit the data and stay near the weight given.
 
-    λ is the one of `RIDGES` with which the weight fitted to either half of the data does best on the other.
+    λ is the one of `RIDGES` with which the weight fitted to either half of the data does best on the other. The error has one
+    valley over λ, so the ridges are tried from the middle down its slope.
     """
     start = weight.double()
     parts = [half.centred(with_bias=with_bias) for half in halves]
     scale = sum(float(gram.diagonal().mean()) for gram, _ in parts) / len(parts)
-    errors = [
-        sum(_error(*other, _ridge(*one, start, ridge * scale)) for one, other in (parts, parts[::-1])) for ridge in RIDGES
-    ]
-    best = RIDGES[min(range(len(RIDGES)), key=errors.__getitem__)]
+
+    @cache
+    def error(index: int) -> float:
+        ridge = RIDGES[index] * scale
+        return sum(_error(*other, _ridge(*one, start, ridge)) for one, other in (parts, parts[::-1]))
+
+    best = RIDGES[_valley(error, len(RIDGES))]
     whole = halves[0].plus(halves[1])
     fitted = _ridge(*whole.centred(with_bias=with_bias), start, best * scale)
     count = whole.read.count or 1.0
     bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count - fitted @ whole.shift.double()
     return fitted.float(), bias.float()
+
+
+def _valley(error: Callable[[int], float], count: int) -> int:
+    """The index whose error is least, walking downhill from the middle."""
+    best = count // 2
+    for step in (-1, 1):
+        while 0 <= best + step < count and error(best + step) < error(best):
+            best += step
+    return best
 
 
 def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -138,9 +152,19 @@ def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> f
     return float(((weight @ gram - 2 * product.T) * weight).sum())
 
 
-def refit(edit: Editor, reference: Program, data: Sequence[Sample], progress: Progress | None = None) -> None:
-    """Refit every layer that ends a branch to what the reference program has in its place; see above."""
-    endings = _endings(edit, reference)
+def refit(
+    edit: Editor,
+    reference: Program,
+    data: Sequence[Sample],
+    progress: Progress | None = None,
+    *,
+    feed_forward: bool = True,
+) -> None:
+    """Refit every layer that ends a branch to what the reference program has in its place; see above.
+
+    feed_forward: False leaves feed-forwards as they are, and refits attentions alone.
+    """
+    endings = _endings(edit, reference, feed_forward=feed_forward)
     with kept_state(edit.program):
         pruned, whole = Stream(edit.program, data), Stream(reference, data)
         for index, ending in enumerate(endings):
@@ -188,14 +212,15 @@ def _weights(rows: torch.Tensor, *, stream: bool) -> torch.Tensor:
     return 1 / rows.float().var(-1).clamp_min(_LEAST_VARIANCE)
 
 
-def _endings(edit: Editor, reference: Program) -> list[Ending]:
+def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[Ending]:
     """The layers to refit, in the order of the program; the others are reported."""
     program = edit.program
     found = program.fact(structure)
     sites = [
         (find_head_columns(program, site), site.residual, input_of(site.output)) for site in found.attention if site.output
     ]
-    sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]
+    if feed_forward:
+        sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]
     endings: list[Ending] = []
     for columns, residual, start in sites:
         if isinstance(columns, str):

@@ -56,7 +56,9 @@ class UnitPruning:
             weight[:, site.units[gone].flatten()] = 0
             self._set(edit, site, weight, gone)
         if criterion == "second-order":
-            refit(edit, reference, edit.data, _reporter(edit, "refit"))
+            # Refitting the feed-forwards for lost heads too gains little (MiniLM at 0.75: cosine 0.9932 for 0.9925), takes
+            # more than twice the time, and is worth less than nothing where their neurons are pruned next.
+            refit(edit, reference, edit.data, _reporter(edit, "refit"), feed_forward=self.units != "heads")
 
     def _criterion(self, edit: Editor) -> Criterion:
         """The criterion to use: with `auto`, the best there is data for."""

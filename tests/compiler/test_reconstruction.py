@@ -17,7 +17,7 @@ from tests.models import FeedForward, normal, seeded, tiny_bert
 def filled(x: torch.Tensor, y: torch.Tensor, shift: float = 0.0) -> list[NormalEquations]:
     halves = [NormalEquations.empty(torch.full((x.shape[1],), shift), y.shape[1]) for _ in range(2)]
     for index, (some, wanted) in enumerate(zip(x.split(10), y.split(10), strict=True)):
-        halves[index % 2].add(some, wanted)
+        halves[index % 2].add(some, wanted, torch.ones(len(some)))
     return halves
 
 
@@ -46,6 +46,17 @@ def test_noise_is_met_with_a_large_ridge_and_signal_with_a_small_one() -> None:
     signal, _ = solve(filled(x, x @ right.T), start, with_bias=False)
     assert float((noise - start).norm()) < 0.6 * float(start.norm())
     assert float((signal - right).norm()) < 0.05 * float(right.norm())
+
+
+def test_a_token_of_weight_two_counts_as_two_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(8, 3, generator=generator), torch.randn(8, 2, generator=generator)
+    once, twice = (NormalEquations.empty(torch.full((3,), 0.5), 2) for _ in range(2))
+    once.add(x, y, torch.tensor([1.0, 2.0] * 4))
+    twice.add(torch.cat([x, x[1::2]]), torch.cat([y, y[1::2]]), torch.ones(12))
+    for with_bias in (False, True):
+        for one, two in zip(once.centred(with_bias=with_bias), twice.centred(with_bias=with_bias), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def pruned(keep: int) -> tuple[Editor, Program, list[Sample]]:

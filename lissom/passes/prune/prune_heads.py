@@ -6,8 +6,8 @@ key/value head serves all, query heads go one by one. Criteria, with formulas an
 `lissom/compiler/importance.py`, and what is done to the weights that stay in `lissom/compiler/reconstruction.py`:
 
 - `second-order` takes heads one after another, each time the one whose loss the others can make up for best, and then refits
-  every layer that ends a branch to the original model, in the order of the program. It is what `auto` means
-  with calibration data.
+  the output projection of every attention to the original model, in the order of the program. It is what `auto` means with
+  calibration data.
 - `reconstruction` searches a mask by Fisher information and scales the heads that stay. Kwon et al. 2022.
 - `magnitude`, `wanda`, `gradient` and `taylor` choose and zero. `magnitude` needs no data, and is what `auto` means without.
 """

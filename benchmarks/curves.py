@@ -1,0 +1,226 @@
+"""Quality, latency and bytes against the share kept, for every pass that prunes, without retraining: docs/curves.md.
+
+    python benchmarks/curves.py minilm
+    python benchmarks/curves.py gemma3-270m
+    python benchmarks/curves.py --draw
+
+Each point is added to curves.json as soon as it is measured, and a run goes on where the last one stopped. Quality is that of
+quality.py. Latency is of the compiled program beside our own unpruned one, in turn in one process, so that the ratio means
+something on a machine that does other work. Bytes are those of the weights in an artifact.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from quality import (
+    calibration_batches,
+    conditions,
+    cosine,
+    decoder_batches,
+    decoder_inputs,
+    difference,
+    perplexity,
+    read_pairs,
+    retrieve,
+)
+
+import lissom
+from lissom.api import CompiledModel
+from lissom.artifacts.weights import stored_bytes
+from lissom.frontends.huggingface import Checkpoint, load
+from lissom.inspect.timing import time_calls
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "curves.json"
+PAGE = HERE.parent / "docs" / "curves.md"
+ELIMINATE = "eliminate-dead-heads,eliminate-dead-neurons,eliminate-dead-layers,eliminate-dead-hidden"
+PASSES = {
+    "minilm": ("prune-heads", "prune-neurons", "prune-heads+prune-neurons", "prune-layers", "prune-hidden", "sparsify"),
+    "gemma3-270m": ("prune-heads", "prune-neurons", "prune-layers", "sparsify"),
+}
+KEEPS = {"minilm": (0.9, 0.8, 0.7, 0.6, 0.5), "gemma3-270m": (0.9, 0.75, 0.5)}
+SHAPES = {"minilm": (32, 128), "gemma3-270m": (1, 128)}
+OPTIONS = {"sparsify": ",criterion=sparsegpt"}
+TITLES = {"minilm": "all-MiniLM-L6-v2", "gemma3-270m": "Gemma 3 270M"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pass, or two, at one share kept.
+
+    quality: by name; `recall@10` and `cosine`, or `perplexity`. latency, size: shares of the unpruned program's.
+    """
+
+    model: str
+    passes: str
+    keep: float
+    quality: dict[str, float]
+    latency: float
+    size: float
+    seconds: float
+    machine: str
+
+
+def read_points() -> list[Point]:
+    """What has been measured so far."""
+    return [Point(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
+
+
+def pipeline(passes: str, keep: float) -> str:
+    """The passes as text, what they leave dead removed."""
+    chosen = [f"{name}{{keep={keep:g}{OPTIONS.get(name, '')}}}" for name in passes.split("+")]
+    return ",".join([*chosen, ELIMINATE])
+
+
+def missing(model: str, points: Sequence[Point]) -> Iterator[tuple[str, float]]:
+    """The points that are not there yet, the mildest of every pass first."""
+    known = {(point.passes, point.keep) for point in points if point.model == model}
+    for keep in KEEPS[model]:
+        for passes in PASSES[model]:
+            if (passes, keep) not in known:
+                yield passes, keep
+
+
+def measure(model: str) -> None:
+    """Measure what is missing of a model's curves."""
+    checkpoint = load(model)
+    rows, tokens = SHAPES[model]
+    if model == "minilm":
+        data = calibration_batches(checkpoint)
+        timed = dict(checkpoint.encode(["a sentence " * tokens] * rows, tokens))
+    else:
+        data = decoder_batches(checkpoint)
+        timed = decoder_inputs(checkpoint, torch.arange(100, 100 + tokens)[None])
+    whole = lissom.compile(checkpoint.model, checkpoint.example_inputs)
+    size = stored_bytes(whole.program)
+    score = scorer(model, checkpoint)
+    print(f"{model}: unpruned {score(None)}", file=sys.stderr)
+    for passes, keep in missing(model, read_points()):
+        started = time.perf_counter()
+        found = lissom.compile(
+            checkpoint.model,
+            checkpoint.example_inputs,
+            passes=pipeline(passes, keep),
+            data=data,
+            checks="structural",
+            only_if_faster=False,
+        )
+        seconds = time.perf_counter() - started
+        calls = {name: lambda item=item: item(**timed) for name, item in (("whole", whole), ("found", found))}
+        timings = time_calls(calls, 5.0)
+        latency = timings["found"].median_ms / timings["whole"].median_ms
+        point = Point(model, passes, keep, score(found), latency, stored_bytes(found.program) / size, seconds, conditions())
+        print(point, file=sys.stderr)
+        write(RECORDS, json.dumps([asdict(item) for item in (*read_points(), point)], indent=1) + "\n")
+
+
+def scorer(model: str, checkpoint: Checkpoint) -> Callable[[CompiledModel | None], dict[str, float]]:
+    """Gives the quality of a compiled model, or of the original for None."""
+    if model != "minilm":
+        return lambda found: {"perplexity": perplexity(found or checkpoint.model, checkpoint)}
+    texts = read_pairs("evaluation")
+    original = retrieve(checkpoint.model, checkpoint, texts)
+
+    def score(found: CompiledModel | None) -> dict[str, float]:
+        reached = retrieve(found, checkpoint, texts) if found else original
+        change, low, high = difference(original, reached, 10)
+        near = float(cosine(original, reached).mean())
+        return {"recall@10": reached.recall(10), "change": change, "low": low, "high": high, "cosine": near}
+
+    return score
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def draw(model: str, points: Sequence[Point], path: Path) -> None:
+    """Three plots side by side: quality, latency and bytes against the share kept."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "lissom"
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    quality = "recall@10" if model == "minilm" else "perplexity"
+    for passes in PASSES[model]:
+        chosen = sorted((point for point in points if point.passes == passes), key=lambda point: point.keep)
+        keeps = [point.keep for point in chosen]
+        for axis, values in zip(
+            axes,
+            ([p.quality[quality] for p in chosen], [p.latency for p in chosen], [p.size for p in chosen]),
+            strict=True,
+        ):
+            axis.plot(keeps, values, marker="o", label=passes)
+    if model != "minilm":
+        axes[0].set_yscale("log")
+    for axis, title in zip(axes, (quality, "latency, share of unpruned", "bytes, share of unpruned"), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("keep")
+        axis.invert_xaxis()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def page(points: Sequence[Point]) -> str:
+    """The page: for each model its figure and its table."""
+    lines = [
+        "<!-- Made by benchmarks/curves.py. -->\n",
+        "# What pruning costs and gains\n",
+        "Quality, latency and bytes against the share kept, without retraining, what is dead removed behind it. `sparsify`",
+        "takes `criterion=sparsegpt`; all others their defaults. Quality is described in `benchmarks/quality.py`; latency is that",
+        "of the CPU backend as a share of our own unpruned program's, the two run in turn; bytes are those of the weights in an",
+        "artifact.\n",
+    ]
+    for model, title in TITLES.items():
+        chosen = [point for point in points if point.model == model]
+        if not chosen:
+            continue
+        rows, tokens = SHAPES[model]
+        lines += [f"## {title}, latency at {rows} x {tokens}\n", f"![{title}](curves-{model}.svg)\n"]
+        head = "recall@10, change (95 %) | cosine" if model == "minilm" else "perplexity"
+        lines += [
+            f"| passes | keep | {head} | latency | bytes | s |",
+            "|---|---:|---:|" + "---:|" * (4 if model == "minilm" else 3),
+        ]
+        for point in sorted(chosen, key=lambda item: (PASSES[model].index(item.passes), -item.keep)):
+            found = point.quality
+            if model == "minilm":
+                cells = f"{found['change']:+.1%} ({found['low']:+.1%} to {found['high']:+.1%}) | {found['cosine']:.4f}"
+            else:
+                cells = f"{found['perplexity']:.1f}"
+            gains = f"{point.latency:.2f} | {point.size:.2f} | {point.seconds:.0f}"
+            lines.append(f"| `{point.passes}` | {point.keep:g} | {cells} | {gains} |")
+        lines.append(f"\n{chosen[-1].machine}.\n")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, then draw what there is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", nargs="?", choices=list(TITLES), help="whose curves to measure")
+    parser.add_argument("--draw", action="store_true", help="draw what has been measured, and measure nothing")
+    options = parser.parse_args()
+    if options.model and not options.draw:
+        measure(options.model)
+    points = read_points()
+    for model in TITLES:
+        chosen = [point for point in points if point.model == model]
+        if chosen:
+            draw(model, chosen, PAGE.parent / f"curves-{model}.svg")
+    write(PAGE, page(points))
+
+
+if __name__ == "__main__":
+    main()
