@@ -93,6 +93,13 @@ def token_mask(program: Program, sample: Sample, node: fx.Node) -> torch.Tensor 
     return None
 
 
+def spread(data: Sequence[Sample], tokens: int) -> list[Sample]:
+    """Samples spread over the data, as many as hold about so many tokens; all of them when they hold fewer."""
+    held = sum(max(tensor.shape[:2].numel() for tensor in sample) for sample in data)
+    wanted = max(1, min(len(data), round(len(data) * tokens / max(held, 1))))
+    return [data[index * len(data) // wanted] for index in range(wanted)]
+
+
 def real_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The features of the real tokens, [tokens, features]. value: [..., features]; mask: [...]."""
     return value.reshape(-1, value.shape[-1]) if mask is None else value[mask]

@@ -27,7 +27,7 @@ from torch import fx
 
 from lissom.compiler import calibration
 from lissom.compiler import node as nodes
-from lissom.compiler.calibration import Moments, Progress, real_rows
+from lissom.compiler.calibration import Moments, Progress, real_rows, spread
 from lissom.compiler.linears import as_int, input_of
 from lissom.compiler.program import Program
 from lissom.compiler.ranking import Ranking
@@ -148,7 +148,7 @@ def second_order(
         if node in given:
             metrics[given[node]].add(real_rows(gradient, mask))
 
-    calibration.observe_gradients(program, spread(data), {**read, **given}, add, progress)
+    calibration.observe_gradients(program, spread(data, _SELECTION_TOKENS), {**read, **given}, add, progress)
     found: list[Ranking] = []
     for index, site in enumerate(sites):
         covariance, metric = moments[index].covariance, metrics[index].gram / max(metrics[index].count, 1)
@@ -218,13 +218,6 @@ def damped_inverse(matrix: torch.Tensor) -> torch.Tensor:
 def inputs_of(site: UnitSite) -> list[fx.Node]:
     """What the layers of a site read."""
     return [input_of(layer) for layer in site.layers]
-
-
-def spread(data: Sequence[Sample]) -> list[Sample]:
-    """Samples spread over the data, as many as hold about 8,192 tokens; all of them when they hold fewer."""
-    tokens = sum(max(tensor.shape[:2].numel() for tensor in sample) for sample in data)
-    wanted = max(1, min(len(data), round(len(data) * _SELECTION_TOKENS / max(tokens, 1))))
-    return [data[index * len(data) // wanted] for index in range(wanted)]
 
 
 def _relative(scores: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
-from lissom.compiler.calibration import Moments, Progress, real_rows, token_mask
+from lissom.compiler.calibration import Moments, Progress, real_rows, spread, token_mask
 from lissom.compiler.editor import Editor
 from lissom.compiler.linears import input_of
 from lissom.compiler.program import Program
@@ -43,6 +43,8 @@ aten = torch.ops.aten
 
 RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """What λ is chosen from, as shares of the mean of the diagonal of Σ x̃·x̃ᵀ over half the data."""
+_TOKENS_A_FEATURE = 40
+"""Tokens a layer is fitted to, for each feature it reads; with more the fit hardly changes."""
 _DAMPING = 1e-2
 _LEAST_VARIANCE = 1e-6
 _LARGEST_FACTOR = 10.0
@@ -104,8 +106,8 @@ class NormalEquations:
         gram, product = self.read.gram.double(), self.product.double()
         if with_bias and self.read.count:
             mean = self.read.total.double() / self.read.count
-            gram = gram - self.read.count * torch.outer(mean, mean)
-            product = product - torch.outer(mean, self.wanted.double())
+            gram.addr_(mean, mean, alpha=-self.read.count)
+            product.addr_(mean, self.wanted.double(), alpha=-1)
         return gram, product
 
 
@@ -125,6 +127,7 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
         return sum(_error(*other, _ridge(*one, start, ridge)) for one, other in (parts, parts[::-1]))
 
     best = RIDGES[_valley(error, len(RIDGES))]
+    parts.clear()
     whole = halves[0].plus(halves[1])
     fitted = _ridge(*whole.centred(with_bias=with_bias), start, best * scale)
     count = whole.read.count or 1.0
@@ -143,8 +146,10 @@ def _valley(error: Callable[[int], float], count: int) -> int:
 
 def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
     """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²."""
-    damped = gram + max(ridge, 1e-9) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return start + torch.cholesky_solve(product - gram @ start.T, torch.linalg.cholesky(damped)).T
+    damped = gram.clone()
+    damped.diagonal().add_(max(ridge, 1e-9))
+    torch.linalg.cholesky(damped, out=damped)
+    return start + torch.cholesky_solve(product - gram @ start.T, damped).T
 
 
 def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:
@@ -165,6 +170,9 @@ def refit(
     feed_forward: False leaves feed-forwards as they are, and refits attentions alone.
     """
     endings = _endings(edit, reference, feed_forward=feed_forward)
+    data = spread(
+        data, _TOKENS_A_FEATURE * max((nodes.tensor_type(input_of(item.layer)).shape[-1] for item in endings), default=1)
+    )
     with kept_state(edit.program):
         pruned, whole = Stream(edit.program, data), Stream(reference, data)
         for index, ending in enumerate(endings):
@@ -217,7 +225,9 @@ def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[En
     program = edit.program
     found = program.fact(structure)
     sites = [
-        (find_head_columns(program, site), site.residual, input_of(site.output)) for site in found.attention if site.output
+        (find_head_columns(program, site), site.residual, input_of(site.q[0] if site.q else site.output))
+        for site in found.attention
+        if site.output
     ]
     if feed_forward:
         sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]

@@ -8,15 +8,21 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler import node as nodes
 from lissom.compiler.execute import call, last_uses_of
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
+
+_LEAST = 1e-2
+"""Below it, float16 has fewer bits for values that matter."""
 
 
 class Stream:
     """The values of some samples at one place of a program each; only those that are read further on are held.
 
-    Weights are read when a node is computed, so one that is set behind the place of a sample counts.
+    They are held as float16 where that can hold them: its eleven bits are many for sums over thousands of tokens, and half the
+    memory is that of the residual streams of all the data. Weights are read when a node is computed, so one that is set behind
+    the place of a sample counts.
     """
 
     def __init__(self, program: Program, data: Sequence[Sample]) -> None:
@@ -29,7 +35,7 @@ class Stream:
 
     def peek(self, sample: int, wanted: Sequence[fx.Node]) -> list[torch.Tensor]:
         """What nodes further on yield for one sample, which stays where it is."""
-        values = dict(self._held[sample])
+        values = {node: _read(node, value) for node, value in self._held[sample].items()}
         needed, pending = set[fx.Node](), list(wanted)
         while pending:
             node = pending.pop()
@@ -42,7 +48,7 @@ class Stream:
 
     def advance(self, sample: int, last: fx.Node, wanted: Sequence[fx.Node] = ()) -> list[torch.Tensor]:
         """Move one sample past `last`; gives what the wanted nodes yield, which are held or lie on the way."""
-        held = self._held[sample]
+        held = {node: _read(node, value) for node, value in self._held[sample].items()}
         found = {node: held[node] for node in wanted if node in held}
         end = self._index[last] + 1
         for node in self._order[self._place[sample] : end]:
@@ -53,6 +59,7 @@ class Stream:
             for used in self._last_uses.get(node, ()):
                 held.pop(used, None)
         self._place[sample] = max(self._place[sample], end)
+        self._held[sample] = {node: _short(value) for node, value in held.items()}
         return [cast(torch.Tensor, found[node]) for node in wanted]
 
     def _call(self, node: fx.Node, values: dict[fx.Node, object]) -> object:
@@ -61,3 +68,16 @@ class Stream:
 
         with torch.no_grad():
             return call(node, value_of)
+
+
+def _short(value: object) -> object:
+    """A float32 tensor as float16, where no value of it is too large or but a rounding of zero."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or not value.numel():
+        return value
+    largest = float(value.abs().max())
+    return value.half() if _LEAST < largest < torch.finfo(torch.float16).max / 2 else value
+
+
+def _read(node: fx.Node, value: object) -> object:
+    """The tensor in the dtype the node yields."""
+    return value.to(nodes.tensor_type(node).dtype) if isinstance(value, torch.Tensor) else value

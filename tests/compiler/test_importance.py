@@ -7,8 +7,9 @@ import torch
 
 import lissom
 from lissom.compiler import importance
+from lissom.compiler.calibration import spread
 from lissom.compiler.editor import Editor
-from lissom.compiler.importance import GateMoments, damped_inverse, gate_moments, rearranged, removal_path, spread
+from lissom.compiler.importance import GateMoments, damped_inverse, gate_moments, rearranged, removal_path
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.unit_sites import UnitSite, head_sites, neuron_sites
@@ -123,9 +124,9 @@ def test_an_inverse_is_damped() -> None:
 
 def test_samples_are_spread_over_the_data() -> None:
     data = [[torch.zeros(64, 64)] for _ in range(10)]
-    assert len(spread(data)) == 2
-    assert len(spread(data[:1])) == 1
-    assert len(spread([[torch.zeros(2, 3)]] * 4)) == 4
+    assert len(spread(data, 8192)) == 2
+    assert len(spread(data[:1], 8192)) == 1
+    assert len(spread([[torch.zeros(2, 3)]] * 4, 8192)) == 4
 
 
 def test_gates_of_heads_are_summed_over_their_features() -> None:
