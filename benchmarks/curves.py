@@ -183,7 +183,8 @@ def page(points: Sequence[Point]) -> str:
         "Quality, latency and bytes against the share kept, without retraining, what is dead removed behind it.",
         "`sparsify` takes `criterion=sparsegpt`; all others their defaults. Quality is described in `benchmarks/quality.py`;",
         "latency is that of the CPU backend as a share of our own unpruned program's, the two run in turn; bytes are those of",
-        "the weights in an artifact. Passes that learn from data had 2,000 calibration texts, or 8,192 tokens for the decoder.\n",
+        "the weights in an artifact. Passes that learn from data had 2,000 calibration texts, or 8,192 tokens for the",
+        "decoder.\n",
     ]
     for model, title in TITLES.items():
         chosen = [point for point in points if point.model == model]
