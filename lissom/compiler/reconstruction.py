@@ -117,19 +117,25 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
     λ is the one of `RIDGES` with which the weight fitted to either half of the data does best on the other. The error has one
     valley over λ, so the ridges are tried from the middle down its slope.
     """
-    start = weight.double()
-    parts = [half.centred(with_bias=with_bias) for half in halves]
+    # float32 is enough to choose by, and half the memory.
+    parts = [(gram.float(), product.float()) for gram, product in (half.centred(with_bias=with_bias) for half in halves)]
     scale = sum(float(gram.diagonal().mean()) for gram, _ in parts) / len(parts)
 
     @cache
     def error(index: int) -> float:
         ridge = RIDGES[index] * scale
-        return sum(_error(*other, _ridge(*one, start, ridge)) for one, other in (parts, parts[::-1]))
+        fitted = [_ridge(*part, weight, ridge) for part in parts]
+        return sum(
+            float("inf") if found is None else _error(*other, found) for found, other in zip(fitted, parts[::-1], strict=True)
+        )
 
-    best = RIDGES[_valley(error, len(RIDGES))]
+    best = _valley(error, len(RIDGES))
     parts.clear()
     whole = halves[0].plus(halves[1])
-    fitted = _ridge(*whole.centred(with_bias=with_bias), start, best * scale)
+    start = weight.double()
+    equations = whole.centred(with_bias=with_bias)
+    fits = (_ridge(*equations, start, ridge * scale) for ridge in RIDGES[best:])
+    fitted = next((found for found in fits if found is not None), start)
     count = whole.read.count or 1.0
     bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count - fitted @ whole.shift.double()
     return fitted.float(), bias.float()
@@ -144,12 +150,14 @@ def _valley(error: Callable[[int], float], count: int) -> int:
     return best
 
 
-def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
-    """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²."""
+def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²; None where the sums are too rough for so small a ridge."""
     damped = gram.clone()
     damped.diagonal().add_(max(ridge, 1e-9))
-    torch.linalg.cholesky(damped, out=damped)
-    return start + torch.cholesky_solve(product - gram @ start.T, damped).T
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        return None
+    return start + torch.cholesky_solve(product - gram @ start.T, factor).T
 
 
 def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:

@@ -48,6 +48,15 @@ def test_noise_is_met_with_a_large_ridge_and_signal_with_a_small_one() -> None:
     assert float((signal - right).norm()) < 0.05 * float(right.norm())
 
 
+def test_sums_too_rough_for_any_ridge_leave_the_weight() -> None:
+    start = torch.ones(2, 3)
+    halves = filled(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.zeros(40, 2))
+    for half in halves:
+        half.read.gram.fill_diagonal_(-1.0)
+    weight, _ = solve(halves, start, with_bias=False)
+    torch.testing.assert_close(weight, start)
+
+
 def test_a_token_of_weight_two_counts_as_two_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(8, 3, generator=generator), torch.randn(8, 2, generator=generator)
