@@ -14,7 +14,7 @@ runs in float16 only if all it reads and gives stays below 65504 / `margin`, and
 smallest normal number. Others run in float32, and so does what follows until it fits again. Padding counts too. Weights are
 looked at in the same way, without the margin. What is summed or compared inside a kernel is not measured, since kernels do that
 in float32; only of `lissom::attention`, whose scores are of its operands' dtype, is |q kᵀ| bounded by ‖q‖ ‖k‖. Micikevicius et
-al. 2018, Mixed Precision Training, §3, keep the same sums in float32. https://arxiv.org/abs/1710.03740
+al. 2018, Mixed Precision Training, §3.3, keep the same sums in float32. https://arxiv.org/abs/1710.03740
 
 Outputs are cast back, so the program answers in the dtypes it had. A mask that hides by a number is clamped to bfloat16's
 lowest, which float32's would overflow; to half of float16's lowest, as scores are added to it.
@@ -232,12 +232,13 @@ class _Guard:
             where = f" in {path}" if path and worst.op != "get_attr" else ""
             bound = f"{_LARGEST:.0f}" if worst.op == "get_attr" else limit
             parts.append(
-                f"{len(self.overflowing)} values or weights may overflow, of which the largest is {named}{where}, "
+                f"{len(self.overflowing)} may overflow, the largest being {named}{where}, "
                 f"{self.overflowing[worst]:.2g} over {bound}"
             )
         if self.vanishing:
-            parts.append(f"{len(self.vanishing)} values or weights would lose much to underflow")
-        self.edit.note(f"kept {len(kept)} of {len(values)} values in float32: {'; '.join(parts)}; the rest follows")
+            parts.append(f"{len(self.vanishing)} would lose much to underflow")
+        found = " and ".join(parts)
+        self.edit.note(f"kept {len(kept)} of {len(values)} values in float32: of values and weights {found}; the rest follows")
 
 
 @dataclass

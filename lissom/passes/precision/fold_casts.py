@@ -2,6 +2,8 @@
 
 cast_C(cast_B(x)) = cast_C(x) where B holds every value of A, the dtype of x, and = x where C is A. A cast that rounds is kept:
 float32 → bfloat16 → float32 is not the identity. A weight that is only read cast to a shorter dtype is kept in that one.
+A cast also stays where the program rests on its being a copy: of state, of what the caller would else be given itself, or of a
+layout in memory that is read as such.
 """
 
 from __future__ import annotations
@@ -75,4 +77,6 @@ def _obstacle(node: fx.Node, weight: fx.Node) -> str | None:
     if dtype_of(node).itemsize > dtype_of(weight).itemsize:
         return "the weight would take more bytes"
     others = [user for user in weight.users if cast_from(user) is None or dtype_of(user) != dtype_of(node)]
-    return "the weight is read in its own dtype too, and would be held twice" if others else None
+    if others:
+        return "the weight is read in its own dtype too, and would be held twice"
+    return None

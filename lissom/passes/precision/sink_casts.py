@@ -8,6 +8,8 @@ come to stand next to each other, `fold-casts` removes them. A cast never comes 
   widened; not behind what repeats values.
 - one that narrows goes in front of reshapes, permutations and expansions, in front of a split all of whose pieces are narrowed,
   and of a concatenation of parts some of which were widened; not in front of slices.
+
+A cast stays where others read what it gives, or the moved values, too, and where the program rests on its being a copy.
 """
 
 from __future__ import annotations
