@@ -349,6 +349,36 @@ class TwoInFour(nn.Module):
         return self.down(functional.gelu(self.up(x)))
 
 
+class CastsByHand(nn.Module):
+    """A feed-forward kept in float32 and computed in bfloat16, cast around every step, as automatic mixed precision does."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (self.up, self.down):
+            weight, bias = layer.weight.bfloat16(), layer.bias.bfloat16()
+            x = functional.silu(functional.linear(x.bfloat16(), weight, bias).float())
+            x = x.bfloat16().float()
+        return x
+
+
+class HeadsInFloat(nn.Module):
+    """Attention in bfloat16 that takes its heads apart in float32."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(width, 3 * width, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.project(x).float().chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2).bfloat16() for part in parts)
+        return functional.scaled_dot_product_attention(q, k, v)
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -364,6 +394,8 @@ EXAMPLES = {
     "zero-padding": Example(Padded, _RAGGED, "zero-padding"),
     "pack-tokens": Example(Padded, _RAGGED, "zero-padding,pack-tokens"),
     "cast": Example(Block, "torch.randn(4, 128, 256)", "cast{dtype=bf16}"),
+    "fold-casts": Example(CastsByHand, "torch.randn(4, 128, 256)", "fold-casts"),
+    "sink-casts": Example(HeadsInFloat, "torch.randn(4, 128, 256).bfloat16()", "sink-casts"),
     "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5},eliminate-dead-heads"),
     "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5},eliminate-dead-neurons"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),

@@ -25,6 +25,8 @@ from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.precision.cast import Cast
+from lissom.passes.precision.fold_casts import FoldCasts
+from lissom.passes.precision.sink_casts import SinkCasts
 from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
 from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
 from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
@@ -68,6 +70,8 @@ PASSES: Mapping[str, type[Pass]] = {
         Quantize,
         FoldQuantizedWeights,
         Cast,
+        FoldCasts,
+        SinkCasts,
         MergeProjections,
         FuseRotary,
         FuseAttention,
@@ -83,6 +87,7 @@ RECIPES: Mapping[str, str] = {
         "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"
         "raise-rms-norm,raise-softmax,raise-activations,raise-rotary,raise-attention,merge-common-subexpressions"
     ),
+    "mixed-precision": "cast,sink-casts,fold-casts",
 }
 
 

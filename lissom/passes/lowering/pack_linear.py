@@ -52,4 +52,6 @@ def _obstacle(linear: fx.Node) -> str | None:
         return "its weight is no matrix of the input's dtype"
     if x.dtype == torch.bfloat16 and int(form.shape[1]) % 2:  # pyright: ignore[reportArgumentType]
         return "its number of inputs is odd, and bfloat16 takes two at once"
+    if x.dtype == torch.float16 and x.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return "this processor has no float16 arithmetic, and multiplies slower in it than in float32: take cast{dtype=bf16}"
     return missing_kernel(x.dtype, x.device)

@@ -1,36 +1,51 @@
-"""Compute in bfloat16: products of matrices, embeddings and the residual stream; softmax and statistics stay in float32.
+"""Compute in bfloat16 or float16: products of matrices, embeddings and the residual stream, where their numbers fit.
 
-bfloat16 keeps float32's range and 8 of its 24 bits. Each operator falls into one of four groups:
+bfloat16 keeps float32's range and 8 of its 24 bits. float16 keeps 11 bits and ends at 65504; below 6·10⁻⁵ it loses bits, and
+below 3·10⁻⁸ everything. Each operator falls into one of four groups:
 
-- products, convolutions, attention, embeddings and norms run in bfloat16. Their kernels sum in float32, and norms and attention
-  compute their statistics and softmax in float32 inside.
-- element-wise operators and those that only move values follow what they are given: bfloat16 as soon as one of it is.
+- products, convolutions, attention, embeddings and norms run in the shorter dtype. Their kernels sum in float32, and norms and
+  attention compute their statistics and softmax in float32 inside.
+- element-wise operators and those that only move values follow what they are given: short as soon as one of it is.
 - softmax, exponentials, powers, sums and everything not named here run in float32, on values cast back.
-- what is computed from positions or masks alone meets no bfloat16 value, and so stays as it is until it joins one.
+- what is computed from positions or masks alone meets no short value, and so stays as it is until it joins one.
+
+For float16 the first two groups are bounded by measurement. Every value is looked at on calibration data, in float32; a call
+runs in float16 only if all it reads and gives stays below 65504 / `margin`, and no more than `underflow` of it below the
+smallest normal number. Others run in float32, and so does what follows until it fits again. Padding counts too. Weights are
+looked at in the same way, without the margin. What is summed or compared inside a kernel is not measured, since kernels do that
+in float32; only of `lissom::attention`, whose scores are of its operands' dtype, is |q kᵀ| bounded by ‖q‖ ‖k‖. Micikevicius et
+al. 2018, Mixed Precision Training, §3.3, keep the same sums in float32. https://arxiv.org/abs/1710.03740
 
 Outputs are cast back, so the program answers in the dtypes it had. A mask that hides by a number is clamped to bfloat16's
-lowest, which float32's would overflow.
+lowest, which float32's would overflow; to half of float16's lowest, as scores are added to it.
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import fx, nn
 
 from lissom.compiler import node as nodes
+from lissom.compiler.casts import dtype_of
 from lissom.compiler.editor import Editor
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.kinds import Approximation
 from lissom.compiler.match import RESHAPES, is_view
+from lissom.compiler.protection import is_protected
+from lissom.compiler.ranges import Range, measured_ranges, range_of
+from lissom.compiler.structure import structure
 from lissom.ops.attention import attention
 from lissom.ops.rotary import rotary
 
 aten = torch.ops.aten
 
-DTYPES = {"bf16": torch.bfloat16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LARGEST = torch.finfo(torch.float16).max
 
 _LOW = {
     aten.linear.default,
@@ -87,29 +102,151 @@ _FOLLOWS = {
     aten.repeat_interleave.self_int,
 }
 _MASKS: dict[object, str] = {aten.scaled_dot_product_attention.default: "attn_mask", attention: "bias"}
+Misfit = Literal["overflow", "underflow"]
+_ADDENDS: dict[object, str] = {
+    aten.addmm.default: "self",
+    aten.baddbmm.default: "self",
+    **dict.fromkeys((aten.linear.default, aten.layer_norm.default, aten.group_norm.default), "bias"),
+    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), "bias"),
+    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding), "bias"),
+}
+"""Operands that are added to larger numbers, so that small ones may vanish."""
 
 
 @dataclass(frozen=True)
 class Cast(Approximation):
     """Computes in a shorter floating type.
 
-    dtype: `bf16`.
+    dtype: `bf16`, or `fp16`, which needs calibration data to find what overflows.
+    margin: how many times larger than any value seen a value may become before it overflows float16; 1 or more.
+    underflow: the share of a value's non-zero numbers that may lie below float16's smallest normal number, 0 to 1.
+    skip: module paths that stay in float32, with `*` and `?`, divided by commas: `"encoder.layer.0,*.lm_head"`.
     """
 
     dtype: str = "bf16"
+    margin: float = 4.0
+    underflow: float = 0.5
+    skip: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise UnsupportedError(f"cast{{dtype={self.dtype}}} is not known; choose {', '.join(DTYPES)}")
+        if not self.margin >= 1:
+            raise UnsupportedError(f"cast takes margin= of 1 or more, not {self.margin:g}")
+        if not 0 <= self.underflow <= 1:
+            raise UnsupportedError(f"cast takes underflow= of 0 to 1, not {self.underflow:g}")
 
     def run(self, edit: Editor) -> None:
-        _Caster(edit, DTYPES[self.dtype]).run()
+        low = DTYPES[self.dtype]
+        if low is not torch.float16:
+            _Caster(edit, low, self.skip).run()
+            return
+        if not edit.data:
+            raise RequirementError(
+                "cast{dtype=fp16} needs calibration data to find what overflows: pass data=, or choose dtype=bf16"
+            )
+        guard = _Guard(edit, self.margin, self.underflow)
+        _Caster(edit, low, self.skip, guard).run()
+        guard.report()
+
+
+@dataclass
+class _Guard:
+    """What float16 can hold: the ranges of all values of a program, and what was found not to fit."""
+
+    edit: Editor
+    margin: float
+    underflow: float
+    ranges: dict[fx.Node, Range] = field(init=False)
+    sums: set[object] = field(init=False)
+    candidates: set[fx.Node] = field(default_factory=set[fx.Node])
+    overflowing: dict[fx.Node, float] = field(default_factory=dict[fx.Node, float])
+    vanishing: set[fx.Node] = field(default_factory=set[fx.Node])
+
+    def __post_init__(self) -> None:
+        program = self.edit.program
+        found = program.fact(structure)
+        self.sums = {site.residual for site in (*found.attention, *found.feed_forward)}
+        values = {node for node in program if node.op in ("placeholder", "call_function")}
+        progress = partial(self.edit.report, "measure")
+        self.ranges = measured_ranges(program, self.edit.data, values, torch.float16, progress)
+
+    def consider(self, node: fx.Node, *, follows: bool) -> None:
+        """Count a call that would run in float16 if everything fitted."""
+        if node.target in _LOW or (follows and not self.candidates.isdisjoint(node.all_input_nodes)):
+            self.candidates.add(node)
+
+    def misfit(self, node: fx.Node) -> Misfit | None:
+        """Why a call cannot run in float16; None when it can."""
+        mask, addend = (nodes.argument(node, of[node.target]) if node.target in of else None for of in (_MASKS, _ADDENDS))
+        found = [
+            self._misfit(item, mask=item is mask, added=item is addend)
+            for item in (*node.all_input_nodes, node)
+            if _is_floating(item) and nodes.tensor_type(item).rank > 0
+        ]
+        if node.target is attention:
+            found.append(self._score_misfit(node))
+        return "overflow" if "overflow" in found else "underflow" if "underflow" in found else None
+
+    def _misfit(self, item: fx.Node, *, mask: bool, added: bool) -> Misfit | None:
+        found = self._range(item)
+        if found is None:
+            return None
+        # Negative numbers of a mask are clamped.
+        largest = found.high if mask else found.largest
+        if largest > (_LARGEST if item.op == "get_attr" else _LARGEST / self.margin):
+            self.overflowing[item] = largest
+            return "overflow"
+        if found.small > self.underflow and not (mask or added):
+            self.vanishing.add(item)
+            return "underflow"
+        return None
+
+    def _score_misfit(self, node: fx.Node) -> Misfit | None:
+        q, k = (self._range(item) for item in node.all_input_nodes[:2])
+        largest = q.norm * k.norm if q is not None and k is not None else 0.0
+        if largest <= _LARGEST / 2:
+            return None
+        self.overflowing[node] = largest
+        return "overflow"
+
+    def _range(self, item: fx.Node) -> Range | None:
+        if item not in self.ranges and item.op == "get_attr":
+            self.ranges[item] = range_of(self.edit.program.weight(str(item.target)), torch.float16)
+        return self.ranges.get(item)
+
+    def report(self) -> None:
+        """Tell the history how much was kept, and why."""
+        values = [node for node in self.candidates if nodes.is_tensor(node)]
+        kept, limit = [node for node in values if dtype_of(node) != torch.float16], f"{_LARGEST:.0f}/{self.margin:g}"
+        if not kept:
+            self.edit.note(f"all {len(values)} values fit float16, with none over {limit}")
+            return
+        parts: list[str] = []
+        if self.overflowing:
+            worst = max(self.overflowing, key=lambda item: self.overflowing[item])
+            path = nodes.origin(worst).module_path
+            named = (
+                "the residual stream" if worst in self.sums else f"'{worst.target if worst.op == 'get_attr' else worst.name}'"
+            )
+            where = f" in {path}" if path and worst.op != "get_attr" else ""
+            bound = f"{_LARGEST:.0f}" if worst.op == "get_attr" else limit
+            parts.append(
+                f"{len(self.overflowing)} may overflow, the largest being {named}{where}, "
+                f"{self.overflowing[worst]:.2g} over {bound}"
+            )
+        if self.vanishing:
+            parts.append(f"{len(self.vanishing)} would lose much to underflow")
+        found = " and ".join(parts)
+        self.edit.note(f"kept {len(kept)} of {len(values)} values in float32: of values and weights {found}; the rest follows")
 
 
 @dataclass
 class _Caster:
     edit: Editor
     low: torch.dtype
+    skip: str = ""
+    guard: _Guard | None = None
     casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = field(default_factory=dict[tuple[fx.Node, torch.dtype], fx.Node])
     changed: set[fx.Node] = field(default_factory=set[fx.Node])
 
@@ -132,11 +269,28 @@ class _Caster:
 
     def _dtype_for(self, node: fx.Node) -> torch.dtype | None:
         """The floating type a node's operands shall have; None to leave them as they are."""
-        if node.target in _LOW:
-            return self.low
-        if not any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in node.all_input_nodes):
-            return None
-        return self.low if node.target in _FOLLOWS or is_view(node) else torch.float32
+        follows = node.target in _FOLLOWS or is_view(node)
+        short = any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in node.all_input_nodes)
+        if self.guard is not None and not is_protected(node, self.skip):
+            self.guard.consider(node, follows=follows)
+        if node.target in _LOW or (short and follows):
+            reason = self._obstacle(node)
+            if reason is None:
+                return self.low
+            self.edit.skip(node, reason)
+        return torch.float32 if short else None
+
+    def _obstacle(self, node: fx.Node) -> str | None:
+        """Why a call stays in float32; None when it can run in the shorter dtype."""
+        if is_protected(node, self.skip):
+            return "skip= names it"
+        match self.guard.misfit(node) if self.guard is not None else None:
+            case "overflow":
+                return "a value it reads or gives may overflow float16"
+            case "underflow":
+                return "a value it reads or gives would lose much to underflow in float16"
+            case None:
+                return None
 
     def _cast(self, item: fx.Node, dtype: torch.dtype, reader: fx.Node, *, clamp: bool = False) -> fx.Node:
         """The value in that dtype, cast where it is first needed; a weight is cast once and for all."""
@@ -148,7 +302,7 @@ class _Caster:
         key = (item, dtype)
         if key not in self.casts:
             with self.edit.before(reader):
-                value = self.edit.call(aten.clamp_min.default, item, torch.finfo(dtype).min) if clamp else item
+                value = self.edit.call(aten.clamp_min.default, item, _lowest(dtype)) if clamp else item
                 self.casts[key] = self.edit.call(aten.to.dtype, value, dtype)
         return self.casts[key]
 
@@ -174,6 +328,12 @@ class _Caster:
             self.edit.rewritten += 1
         if nodes.node_type(node) != before:
             self.changed.add(node)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """What hides a position in a mask of that dtype."""
+    lowest = torch.finfo(dtype).min
+    return lowest / 2 if dtype == torch.float16 else lowest
 
 
 def _is_floating(item: fx.Node) -> bool:

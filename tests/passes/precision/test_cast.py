@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import lissom
+from lissom.backends import BACKENDS
 from lissom.compiler import node as nodes
-from lissom.compiler.errors import LissomError
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import LissomError, RequirementError
+from lissom.compiler.history import Step
+from lissom.compiler.kinds import Approximation
 from lissom.compiler.program import Program
-from lissom.passes.precision.cast import Cast
+from lissom.ops.attention import attention
+from lissom.passes.precision.cast import Cast, _Caster
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import aten, calls, check_golden, rewrite
 
@@ -90,3 +100,243 @@ def test_the_model_keeps_its_weights() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(LissomError, match=r"cast\{dtype=int3\} is not known; choose bf16"):
         Cast(dtype="int3")
+
+
+@dataclass(frozen=True)
+class CastAll(Approximation):
+    """Casts to float16 whatever may overflow it."""
+
+    def run(self, edit: Editor) -> None:
+        _Caster(edit, torch.float16).run()
+
+
+def halved(module: nn.Module, *inputs: torch.Tensor, options: str = "") -> tuple[Program, Step]:
+    """The program in float16, calibrated on its own inputs, and what cast said."""
+    optimized = lissom.optimize(module, inputs, passes=f"cast{{dtype=fp16{options}}}", data=[inputs])
+    return optimized.program, optimized.report.history.steps[-1]
+
+
+def relative(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    return float((wanted - found).detach().abs().max() / wanted.detach().abs().max())
+
+
+def linears(program: Program) -> list[torch.dtype]:
+    return [nodes.tensor_type(node).dtype for node in program.nodes(aten.linear.default)]
+
+
+def test_float16_needs_calibration_data() -> None:
+    wanted = r"cast\{dtype=fp16\} needs calibration data to find what overflows: pass data=, or choose dtype=bf16"
+    with pytest.raises(RequirementError, match=wanted):
+        lissom.optimize(seeded(FeedForward), normal(2, 5, 8), passes="cast{dtype=fp16}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_is_cast_where_everything_fits(name: str) -> None:
+    case: Case = MODELS[name]()
+    optimized = lissom.optimize(case.model, case.inputs, passes="cast{dtype=fp16}", data=[case.inputs])
+    step = optimized.report.history.steps[-1]
+    assert dtypes_of(optimized.program, aten.linear.default, aten.addmm.default) == {torch.float16}
+    assert step.notes[0].startswith("all ")
+    assert step.notes[0].endswith(" values fit float16, with none over 65504/4")
+    # Two layers, some ten roundings to 11 bits each.
+    assert step.relative_error is not None and 0 < step.relative_error < 5e-3
+
+
+def padded(case: Case) -> dict[str, object]:
+    """The inputs of a case with padding behind the second sequence."""
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    return {**case.kwargs, "attention_mask": mask}
+
+
+@pytest.mark.parametrize(("name", "weight"), [("tiny_t5", "wo.weight"), ("tiny_llama", "down_proj.weight")])
+def test_a_residual_stream_that_overflows_stays_in_float32(name: str, weight: str) -> None:
+    case: Case = MODELS[name]()
+    inputs = padded(case)
+    with torch.no_grad():
+        for path, tensor in case.model.named_parameters():
+            if path.endswith(weight):
+                tensor.mul_(1e6)
+        wanted = first_output(case.model(**inputs))
+    careful = lissom.optimize(case.model, inputs, passes="cast{dtype=fp16}", data=[inputs])
+    careless = lissom.optimize(case.model, inputs, passes=[CastAll()])
+    found = first_output(careful.program(**inputs))
+    assert not first_output(careless.program(**inputs)).isfinite().all()
+    assert found.isfinite().all()
+    # Some ten roundings to 11 bits in each of two layers.
+    assert relative(wanted, found) < 1e-2
+    step = careful.report.history.steps[-1]
+    assert " values in float32: of values and weights " in step.notes[0]
+    assert " may overflow, the largest being " in step.notes[0]
+    assert linears(careful.program).count(torch.float16) > 8
+    assert {skip.reason for skip in step.skipped} == {"a value it reads or gives may overflow float16"}
+
+
+def test_the_note_names_the_residual_stream() -> None:
+    case = tiny_t5()
+    with torch.no_grad():
+        for block in case.model.encoder.block:  # pyright: ignore
+            block.layer[1].DenseReluDense.wo.weight.mul_(1e6)
+    optimized = lissom.optimize(case.model, case.inputs, passes="cast{dtype=fp16}", data=[case.inputs])
+    assert "the largest being the residual stream in encoder.block.1" in optimized.report.history.steps[-1].notes[0]
+
+
+class Scaled(nn.Module):
+    """A layer whose result is scaled before the next one reads it."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = nn.Linear(8, 8), nn.Linear(8, 8), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(functional.layer_norm(self.first(x) * self.scale, (8,), eps=1e-20))
+
+
+@pytest.mark.parametrize(("margin", "kept"), [(1, 0), (2, 0), (4, 2), (100, 2)])
+def test_the_margin_is_kept(margin: int, kept: int) -> None:
+    module, x = seeded(lambda: Scaled(1.0)), normal(2, 5, 8)
+    module.scale = 30000 / float(module.first(x).detach().abs().max())  # pyright: ignore
+    program, step = halved(module, x, options=f",margin={margin}")
+    assert linears(program) == [torch.float16] * 2
+    assert len(step.skipped) == kept
+    assert dtypes_of(program, aten.layer_norm.default) == {torch.float32 if kept else torch.float16}
+    assert relative(module(x), program(x)) < 5e-3  # pyright: ignore
+
+
+def test_weights_have_no_margin() -> None:
+    module = seeded(lambda: nn.Linear(8, 8))
+    with torch.no_grad():
+        module.weight[0, 0] = 60000
+    x = normal(2, 8) * 0.01
+    assert linears(halved(module, x)[0]) == [torch.float16]
+    with torch.no_grad():
+        module.weight[0, 0] = 66000
+    program, step = halved(module, x)
+    assert linears(program) == [torch.float32]
+    assert step.notes == (
+        "kept 1 of 1 values in float32: of values and weights 1 may overflow, the largest being 'weight', 6.6e+04 over 65504; "
+        "the rest follows",
+    )
+
+
+def test_what_vanishes_stays_in_float32() -> None:
+    module = seeded(lambda: Scaled(1e-7))
+    x = normal(2, 5, 8)
+    program, step = halved(module, x)
+    assert dtypes_of(program, aten.layer_norm.default) == {torch.float32}
+    assert {skip.reason for skip in step.skipped} == {"a value it reads or gives would lose much to underflow in float16"}
+    assert "of values and weights 1 would lose much to underflow" in step.notes[0]
+    assert relative(module(x), program(x)) < 5e-3  # pyright: ignore
+    assert dtypes_of(halved(module, x, options=",underflow=1")[0], aten.layer_norm.default) == {torch.float16}
+
+
+def test_a_small_bias_may_vanish() -> None:
+    module = seeded(lambda: nn.Linear(8, 8))
+    with torch.no_grad():
+        module.bias.mul_(1e-6)
+    assert linears(halved(module, normal(2, 8))[0]) == [torch.float16]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_named_modules_stay_in_float32(dtype: str) -> None:
+    module, x = seeded(FeedForward), normal(2, 5, 8)
+    optimized = lissom.optimize(module, x, passes=f'cast{{dtype={dtype},skip="up"}}', data=[x])
+    assert torch.float32 in linears(optimized.program)
+    assert set(linears(optimized.program)) != {torch.float32}
+    assert [skip.reason for skip in optimized.report.history.steps[-1].skipped] == ["skip= names it"]
+
+
+def test_scores_that_may_overflow_stay_in_float32() -> None:
+    class Capped(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            scores = 50 * torch.tanh(q @ k.transpose(-1, -2) * 0.25 / 50)
+            return torch.softmax(scores, -1) @ k
+
+    q, k = normal(1, 2, 5, 16), normal(1, 2, 5, 16, seed=1)
+    assert dtypes_of(halved(Capped(), q, k)[0], attention) == {torch.float16}
+    program, _ = halved(Capped(), q * 200, k * 200)
+    assert dtypes_of(program, attention) == {torch.float32}
+    assert relative(Capped()(q * 200, k * 200), program(q * 200, k * 200)) < 5e-3  # pyright: ignore
+
+
+HALF_KERNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "layer_norm": lambda x: functional.layer_norm(x, (64,)),
+    "rms_norm": lambda x: functional.rms_norm(x, (64,), None, 1e-6),
+    "group_norm": lambda x: functional.group_norm(x.transpose(1, 2), 8),
+    "attention": lambda x: functional.scaled_dot_product_attention(x, x, x),
+    "attention with a mask": lambda x: functional.scaled_dot_product_attention(
+        x, x, x, torch.full((5, 5), -32752.0, dtype=x.dtype).triu(1)
+    ),
+    "masked attention of four dimensions": lambda x: functional.scaled_dot_product_attention(
+        x[None], x[None], x[None], torch.full((5, 5), -32752.0, dtype=x.dtype).triu(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 100.0])
+@pytest.mark.parametrize("name", HALF_KERNELS)
+def test_kernels_sum_float16_in_float32(name: str, size: float) -> None:
+    """Squares overflow float16 from 256 on, and sums of them before: a kernel that sums in float16 would show."""
+    function = HALF_KERNELS[name]
+    x = (normal(2, 5, 64) * size).half()
+    x[0, 0, :4] *= 3
+    wanted, found = function(x.float()), function(x).float()
+    # The rounding of the result, and of probabilities between attention's two products.
+    assert float((wanted - found).abs().max()) <= 4e-3 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        functional.linear,
+        lambda x, w: x @ w.T,
+        lambda x, w: torch.bmm(x[None], w.T[None]),
+        lambda x, w: torch.addmm(torch.zeros(1, dtype=x.dtype), x, w.T),
+        lambda x, w: torch.baddbmm(torch.zeros(1, 1, 1, dtype=x.dtype), x[None], w.T[None]),
+        lambda x, w: functional.conv1d(x[..., None], w[..., None]),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_products_sum_float16_in_float32(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: int) -> None:
+    """The first half of each sum reaches 2·10⁷, and the second takes it back."""
+    x, weight = torch.full((rows, 4096), 100.0).half(), torch.full((3, 4096), 100.0).half()
+    weight[:, 2048:] = -100
+    assert torch.equal(product(x, weight).flatten(), torch.zeros(3 * rows).half())
+
+
+def test_pack_linear_says_that_float16_is_slow() -> None:
+    if torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        pytest.skip("this processor has float16 arithmetic")
+    x = normal(2, 5, 8)
+    fast = lissom.compile(seeded(FeedForward), x, passes="cast{dtype=fp16}", data=[x])
+    step = next(step for step in fast.report.history.steps if step.spelling == "pack-linear")
+    assert {skip.reason for skip in step.skipped} == {
+        "this processor has no float16 arithmetic, and multiplies slower in it than in float32: take cast{dtype=bf16}"
+    }
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "inductor"])
+def test_an_artifact_in_float16_is_loaded_as_it_was(backend: str, tmp_path: Path) -> None:
+    case = tiny_bert()
+    inputs = padded(case)
+    passes = "cast{dtype=fp16},sink-casts,fold-casts"
+    fast = lissom.compile(case.model, inputs, passes=passes, backend=backend, data=[inputs])
+    fast.save(tmp_path / "saved")
+    loaded = lissom.load(tmp_path / "saved")
+    with torch.no_grad():
+        wanted = first_output(case.model(**inputs))
+        found, again = first_output(fast(**inputs)), first_output(loaded(**inputs))
+    assert torch.equal(found, again)
+    assert relative(wanted, found) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"margin": 0.5}, "cast takes margin= of 1 or more, not 0.5"),
+        ({"underflow": 1.5}, "cast takes underflow= of 0 to 1, not 1.5"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, float], text: str) -> None:
+    with pytest.raises(LissomError, match=text):
+        Cast(**options)  # pyright: ignore

@@ -1,0 +1,82 @@
+"""Fold casts that change nothing: there and back, one after the other, and casts of weights.
+
+cast_C(cast_B(x)) = cast_C(x) where B holds every value of A, the dtype of x, and = x where C is A. A cast that rounds is kept:
+float32 → bfloat16 → float32 is not the identity. A weight that is only read cast to a shorter dtype is kept in that one.
+A cast also stays where the program rests on its being a copy: of state, of what the caller would else be given itself, or of a
+layout in memory that is read as such.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler.casts import cast_from, dtype_of, holds, rests_on_copy
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import CASTS
+from lissom.compiler.types import short_dtype
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldCasts(Rewrite):
+    """Removes casts that lose nothing and are undone, and casts weights once and for all."""
+
+    def run(self, edit: Editor) -> None:
+        kept: dict[str, fx.Node] = {}
+        for node in edit.nodes(*CASTS):
+            source = cast_from(node)
+            if source is None:
+                continue
+            origin = _exact_origin(source)
+            if dtype_of(origin) == dtype_of(node):
+                reason = rests_on_copy(edit.program, node, origin)
+                if reason is not None:
+                    edit.skip(node, reason)
+                else:
+                    edit.replace(node, origin)
+            elif origin is not source:
+                with edit.before(node):
+                    direct = edit.call(aten.to.dtype, origin, dtype_of(node))
+                edit.replace(node, direct)
+            elif source.op == "get_attr":
+                _fold_weight(edit, node, source, kept)
+
+
+def _exact_origin(value: fx.Node) -> fx.Node:
+    """The value before the casts that lost nothing."""
+    while (source := cast_from(value)) is not None and holds(dtype_of(value), dtype_of(source)):
+        value = source
+    return value
+
+
+def _fold_weight(edit: Editor, node: fx.Node, weight: fx.Node, kept: dict[str, fx.Node]) -> None:
+    """Let what reads a weight cast read one that is kept so. kept: by their names, those made before."""
+    dtype, program = dtype_of(node), edit.program
+    reason = rests_on_copy(program, node, weight) or _obstacle(node, weight)
+    if reason is not None:
+        edit.skip(node, reason)
+        return
+    name = f"{weight.target}_{short_dtype(dtype)}"
+    if name not in kept:
+        tensor = program.weight(str(weight.target))
+        cast = tensor.detach().to(dtype)
+        trainable = isinstance(tensor, nn.Parameter) and dtype.is_floating_point
+        # In front of the weight, so that casts in any order find it.
+        with edit.before(weight, like=[node]):
+            kept[name] = edit.weight(name, nn.Parameter(cast, requires_grad=tensor.requires_grad) if trainable else cast)
+    edit.replace(node, kept[name])
+
+
+def _obstacle(node: fx.Node, weight: fx.Node) -> str | None:
+    """Why a weight cannot be kept as it is cast; None when it can."""
+    if dtype_of(node).itemsize > dtype_of(weight).itemsize:
+        return "the weight would take more bytes"
+    others = [user for user in weight.users if cast_from(user) is None or dtype_of(user) != dtype_of(node)]
+    if others:
+        return "the weight is read in its own dtype too, and would be held twice"
+    return None

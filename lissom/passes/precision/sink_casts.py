@@ -1,0 +1,210 @@
+"""Move casts to where fewer bytes pass them: past operators that only move values, to the side on which values are longer.
+
+move(widen(x)) = widen(move(x)) and narrow(move(x)) = move(narrow(x)), as a cast treats every value by itself. A cast that
+widens goes behind what it feeds, one that narrows in front of what feeds it, so moves are of the shorter dtype; where two casts
+come to stand next to each other, `fold-casts` removes them. A cast never comes to treat more values than before:
+
+- one that widens goes behind reshapes, permutations, slices, and splits, and behind a concatenation all of whose parts are
+  widened; not behind what repeats values.
+- one that narrows goes in front of reshapes, permutations and expansions, in front of a split all of whose pieces are narrowed,
+  and of a concatenation of parts some of which were widened; not in front of slices.
+
+A cast stays where others read what it gives, or the moved values, too, and where the program rests on its being a copy.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.casts import cast_from, dtype_of, holds, rests_on_copy
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import CASTS
+
+aten = torch.ops.aten
+
+_SAME_SIZE = {
+    aten.reshape.default,
+    aten.view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.roll.default,
+    aten.flip.default,
+}
+_SHRINK = {aten.slice.Tensor, aten.select.int}
+_GROW = {aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int}
+_SPLIT = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
+_JOIN = {aten.cat.default, aten.stack.default}
+
+
+@dataclass(frozen=True)
+class SinkCasts(Rewrite):
+    """Moves casts past operators that only move values, to where fewer bytes are moved."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(*_SAME_SIZE, *_SHRINK, *_SPLIT, *_JOIN):
+            if node.target in _JOIN:
+                _widen_behind_join(edit, node)
+            elif node.target in _SPLIT:
+                _widen_behind_split(edit, node)
+            elif _is_widened(node.args[0]) and not _reports(edit, node, node):
+                _widen_behind(edit, node)
+        # From the last to the first, as casts move that way.
+        for node in reversed(list(edit.nodes(*CASTS, *_SPLIT))):
+            if node._erased:
+                continue
+            edit.current = node
+            if node.target in _SPLIT:
+                _narrow_before_split(edit, node)
+            elif _narrows(node):
+                _narrow_before(edit, node)
+
+
+def _is_widened(value: object) -> bool:
+    """True for a cast that loses nothing and has no other reader."""
+    source = cast_from(value)
+    if source is None or not isinstance(value, fx.Node):
+        return False
+    return _widens(value, source) and len(value.users) == 1
+
+
+def _widens(cast: fx.Node, source: fx.Node) -> bool:
+    return holds(dtype_of(cast), dtype_of(source)) and dtype_of(cast).itemsize > dtype_of(source).itemsize
+
+
+def _narrows(node: fx.Node) -> bool:
+    source = cast_from(node)
+    return source is not None and dtype_of(node).itemsize < dtype_of(source).itemsize
+
+
+def _reports(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
+    """True, and reported, where a value's memory must stay a copy, or as it is laid out."""
+    reason = rests_on_copy(edit.program, node, source)
+    if reason is not None:
+        edit.skip(node, reason)
+    return reason is not None
+
+
+def _again(edit: Editor, move: fx.Node, value: fx.Node) -> fx.Node:
+    """The same move of another value."""
+    target: torch._ops.OpOverload = move.target  # pyright: ignore[reportAssignmentType]
+    return edit.call(target, value, *move.args[1:], **move.kwargs)
+
+
+def _cast(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The value in that dtype; what a cast from that dtype, which lost nothing, was made of where it is one."""
+    source = cast_from(value)
+    if source is not None and dtype_of(source) == dtype and holds(dtype_of(value), dtype):
+        return source
+    return edit.call(aten.to.dtype, value, dtype)
+
+
+def _uncast(widened: fx.Node) -> fx.Node:
+    return widened.args[0]  # pyright: ignore[reportReturnType]
+
+
+def _widen_behind(edit: Editor, move: fx.Node) -> None:
+    widened: fx.Node = move.args[0]  # pyright: ignore[reportAssignmentType]
+    with edit.before(move):
+        moved = _again(edit, move, _uncast(widened))
+        replaced = edit.call(aten.to.dtype, moved, dtype_of(move))
+    edit.replace(move, replaced)
+
+
+def _widen_behind_split(edit: Editor, split: fx.Node) -> None:
+    widened = split.args[0]
+    pieces = list(split.users)
+    if not _is_widened(widened) or not _only_pieces(pieces):
+        return
+    dtype = dtype_of(widened)
+    with edit.before(split):
+        parts = _again(edit, split, widened.args[0])  # pyright: ignore
+    for piece in pieces:
+        with edit.before(piece):
+            replaced = edit.call(aten.to.dtype, edit.item(parts, int(piece.args[1])), dtype)  # pyright: ignore
+        edit.replace(piece, replaced)
+
+
+def _only_pieces(pieces: list[fx.Node]) -> bool:
+    return bool(pieces) and all(nodes.is_call(piece, operator.getitem) for piece in pieces)
+
+
+def _widen_behind_join(edit: Editor, join: fx.Node) -> None:
+    parts = list(join.all_input_nodes)
+    if not all(map(_is_widened, parts)) or len({dtype_of(cast_from(part)) for part in parts}) > 1:
+        return
+    if len(set(map(dtype_of, parts))) > 1:
+        return
+    with edit.before(join):
+        joined = _joined(edit, join, _uncast)
+        replaced = edit.call(aten.to.dtype, joined, dtype_of(join))
+    edit.replace(join, replaced)
+
+
+def _joined(edit: Editor, join: fx.Node, value_of: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    parts: list[fx.Node] = join.args[0]  # pyright: ignore[reportAssignmentType]
+    target: torch._ops.OpOverload = join.target  # pyright: ignore[reportAssignmentType]
+    return edit.call(target, [value_of(part) for part in parts], *join.args[1:], **join.kwargs)
+
+
+def _narrow_before(edit: Editor, cast: fx.Node) -> None:
+    """Bring a cast that narrows in front of all the moves that lead to it alone."""
+    dtype, value = dtype_of(cast), cast.args[0]
+    moves: list[fx.Node] = []
+    while nodes.is_call(value, *_SAME_SIZE, *_GROW) and len(value.users) == 1:
+        moves.append(value)
+        value = value.args[0]
+    assert isinstance(value, fx.Node)
+    joins = nodes.is_call(value, *_JOIN) and len(value.users) == 1 and _has_widened(value, dtype)
+    if not (moves or joins) or _reports(edit, cast, value):
+        return
+    with edit.before(cast, like=[*reversed(moves), cast]):
+        narrow = _joined(edit, value, partial(_cast, edit, dtype=dtype)) if joins else _cast(edit, value, dtype)
+        for move in reversed(moves):
+            narrow = _again(edit, move, narrow)
+    edit.replace(cast, narrow)
+
+
+def _has_widened(join: fx.Node, dtype: torch.dtype) -> bool:
+    """True where a part of a concatenation was widened from that dtype, and all are floating-point numbers."""
+    sources = [cast_from(part) for part in join.all_input_nodes]
+    widened = [source is not None and dtype_of(source) == dtype for source in sources]
+    return any(widened) and len({dtype_of(part) for part in join.all_input_nodes}) == 1
+
+
+def _narrow_before_split(edit: Editor, split: fx.Node) -> None:
+    pieces = list(split.users)
+    if not _only_pieces(pieces) or len(pieces) < _count(split):
+        return
+    casts = [user for piece in pieces for user in piece.users]
+    if len(casts) != len(pieces) or not all(map(_narrows, casts)) or len(set(map(dtype_of, casts))) > 1:
+        return
+    value: fx.Node = split.args[0]  # pyright: ignore[reportAssignmentType]
+    with edit.before(split):
+        parts = _again(edit, split, _cast(edit, value, dtype_of(casts[0])))
+    for cast in casts:
+        piece: fx.Node = cast.args[0]  # pyright: ignore[reportAssignmentType]
+        with edit.before(cast):
+            replaced = edit.item(parts, int(piece.args[1]))  # pyright: ignore[reportArgumentType]
+        edit.replace(cast, replaced)
+
+
+def _count(split: fx.Node) -> int:
+    """How many pieces a split has."""
+    found = nodes.node_type(split)
+    return len(found) if isinstance(found, tuple) else 0
