@@ -22,7 +22,7 @@ from lissom.compiler.program import Program
 from lissom.ops.attention import attention
 from lissom.passes.precision.cast import Cast, _Caster
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tests.passes.harness import aten, calls, check_golden, rewrite
+from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
 
@@ -340,3 +340,17 @@ def test_an_artifact_in_float16_is_loaded_as_it_was(backend: str, tmp_path: Path
 def test_options_out_of_range_are_refused(options: dict[str, float], text: str) -> None:
     with pytest.raises(LissomError, match=text):
         Cast(**options)  # pyright: ignore
+
+
+@every_backend
+def test_composes(backend: str) -> None:
+    case = tiny_t5()
+    inputs = padded(case)
+    with torch.no_grad():
+        for block in case.model.encoder.block:  # pyright: ignore
+            block.layer[1].DenseReluDense.wo.weight.mul_(1e6)
+        wanted = first_output(case.model(**inputs))
+        fast = lissom.compile(case.model, inputs, passes="cast{dtype=fp16}", backend=backend, data=[inputs])
+        found = first_output(fast(**inputs))
+    # Some ten roundings to 11 bits in each of two layers; the stream is in float32.
+    assert relative(wanted, found) < 1e-2
