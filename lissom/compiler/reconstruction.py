@@ -31,6 +31,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler.calibration import Moments, Progress, real_rows, spread, token_mask
 from lissom.compiler.editor import Editor
 from lissom.compiler.linears import input_of
+from lissom.compiler.memory import give_back_memory
 from lissom.compiler.program import Program
 from lissom.compiler.removal import Columns, find_head_columns, find_neuron_columns
 from lissom.compiler.samples import Sample
@@ -111,8 +112,8 @@ class NormalEquations:
         return gram, product
 
 
-def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight, [out_features, in_features], and bias that fit the data and stay near the weight given.
+def solve(halves: list[NormalEquations], weight: torch.Tensor, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight, [out_features, in_features], and bias that fit the data and stay near the weight given; empties `halves`.
 
     λ is the one of `RIDGES` with which the weight fitted to either half of the data does best on the other. The error has one
     valley over λ, so the ridges are tried from the middle down its slope.
@@ -132,6 +133,7 @@ def solve(halves: Sequence[NormalEquations], weight: torch.Tensor, *, with_bias:
     best = _valley(error, len(RIDGES))
     parts.clear()
     whole = halves[0].plus(halves[1])
+    halves.clear()
     start = weight.double()
     equations = whole.centred(with_bias=with_bias)
     fits = (_ridge(*equations, start, ridge * scale) for ridge in RIDGES[best:])
@@ -155,6 +157,7 @@ def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge
     damped = gram.clone()
     damped.diagonal().add_(max(ridge, 1e-9))
     factor, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if int(failed):
         return None
     return start + torch.cholesky_solve(product - gram @ start.T, factor).T
@@ -185,6 +188,7 @@ def refit(
         pruned, whole = Stream(edit.program, data), Stream(reference, data)
         for index, ending in enumerate(endings):
             _refit(edit, ending, pruned, whole, data)
+            give_back_memory()
             if progress is not None:
                 progress(index + 1, len(endings))
 

@@ -47,7 +47,15 @@ def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
     edit.replace(node, folded)
     for look_up in [user for user in folded.users if user.target is aten.embedding.default and user.args[0] is folded]:
         with edit.before(look_up):
-            ids = look_up.args[1]
-            rows = [edit.call(aten.embedding.default, item, ids) for item in (stored, *folded.all_input_nodes[1:])]
+            rows = [_rows(edit, item, look_up.args[1]) for item in (stored, *folded.all_input_nodes[1:])]
             looked_up = edit.call(dequantize, *rows, format=form.name, dtype=dtype)
         edit.replace(look_up, looked_up)
+
+
+def _rows(edit: Editor, table: fx.Node, ids: object) -> fx.Node:
+    """The rows of a table that are looked up; of scales that all rows share, the only one."""
+    shape = nodes.tensor_type(table).shape
+    if shape[0] != 1:
+        return edit.call(aten.embedding.default, table, ids)
+    rank = nodes.tensor_type(ids).rank  # pyright: ignore[reportArgumentType]
+    return edit.call(aten.reshape.default, table, [*([1] * rank), *shape[1:]])

@@ -1,0 +1,90 @@
+"""Tests of lissom.compiler.observers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.compiler import grids
+from lissom.compiler.grids import FORMATS
+from lissom.compiler.observers import Observer, choose_range, observed_ranges, weight_scale
+
+FORM = FORMATS["uint8"]
+
+
+def histogram(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    low, high = values.aminmax()
+    return torch.histc(values, 2048, float(low), float(high)).double(), low, high
+
+
+def outliers() -> torch.Tensor:
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    values[0] = 40.0
+    return values
+
+
+def squared_error(values: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> float:
+    scale, zero_point = grids.scale_for(low, high, FORM)
+    found = grids.dequantize(grids.quantize(values, scale, zero_point, FORM), scale, zero_point, torch.float32)
+    return float((found - values).square().mean())
+
+
+def test_min_max_keeps_everything() -> None:
+    counts, low, high = histogram(outliers())
+    assert choose_range(counts, low, high, "min-max", FORM) == (low, high)
+
+
+def test_a_percentile_cuts_the_outlier_and_little_more() -> None:
+    values = outliers()
+    low, high = choose_range(*histogram(values), "percentile", FORM, 0.999)
+    inside = ((values >= low) & (values <= high)).double().mean()
+    assert 0.9985 <= float(inside) <= 0.9999
+    assert float(high) < 5
+
+
+@pytest.mark.parametrize("observer", ["mse", "entropy"])
+def test_an_outlier_is_cut_off_where_that_costs_less(observer: Observer) -> None:
+    counts, low, high = histogram(outliers())
+    found = choose_range(counts, low, high, observer, FORMATS["uint4"])
+    assert float(found[1]) < 0.5 * float(high)
+
+
+def test_mse_is_the_best_of_the_factors() -> None:
+    values = outliers()
+    counts, low, high = histogram(values)
+    found = squared_error(values, *choose_range(counts, low, high, "mse", FORM))
+    best = min(squared_error(values, factor * low, factor * high) for factor in torch.linspace(1, 0.2, 81))
+    assert found <= best * 1.05
+
+
+@pytest.mark.parametrize("observer", ["min-max", "percentile", "mse", "entropy"])
+def test_constants_and_nothing_have_a_range(observer: Observer) -> None:
+    zero = torch.tensor(0.0)
+    assert choose_range(torch.zeros(2048).double(), zero, zero, observer, FORM) == (zero, zero)
+
+
+def test_ranges_are_those_of_all_samples() -> None:
+    program = lissom.optimize(nn.Sequential(nn.ReLU(), nn.Linear(4, 2)), torch.ones(2, 4)).program
+    relu = program.nodes(torch.ops.aten.relu.default)[0]
+    data = [[torch.full((2, 4), 3.0)], [torch.full((2, 4), -1.0)], [torch.full((2, 4), 7.0)]]
+    low, high = observed_ranges(program, data, {relu}, "min-max", FORM)[relu]
+    assert (float(low), float(high)) == (0.0, 7.0)
+    low, high = observed_ranges(program, data, {relu}, "mse", FORM)[relu]
+    assert float(high) == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize("name", ["int4", "uint4"])
+def test_scales_of_weights_by_squared_error_lose_less_in_every_block(name: str) -> None:
+    form = FORMATS[name]
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) ** 3
+
+    def errors(observer: str) -> torch.Tensor:
+        scale, zero_point = weight_scale(weight, (6, 2), form, observer)  # pyright: ignore[reportArgumentType]
+        found = grids.dequantize(grids.quantize(weight, scale, zero_point, form), scale, zero_point, torch.float32)
+        return (found - weight).square().view(6, 2, 32).sum(-1)
+
+    plain, best = errors("min-max"), errors("mse")
+    assert bool((best <= plain * 1.0001).all())
+    assert float(best.sum()) < 0.99 * float(plain.sum())

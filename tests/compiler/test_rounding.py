@@ -1,0 +1,76 @@
+"""Tests of lissom.compiler.rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import lissom
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import VerifyError
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.rounding import LOCAL_TOLERANCE, local_error, rounding_loss, rounds_values
+from lissom.passes import PASSES
+from tests.models import tiny_bert
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Shake(Rewrite):
+    """Multiplies what every layer norm gives; by a millionth, as a sum in another order would, or by more."""
+
+    by: float
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(aten.layer_norm.default):
+            readers = list(node.users)
+            with edit.before(node.next):
+                moved = edit.call(aten.mul.Tensor, node, 1 + self.by)
+            for reader in readers:
+                reader.replace_input_with(node, moved)
+            edit.rewritten += 1
+
+
+def test_weights_alone_are_no_rounding_of_values() -> None:
+    case = tiny_bert()
+    plain = lissom.optimize(case.model, case.inputs).program
+    weights = lissom.optimize(case.model, case.inputs, passes="quantize{scheme=int8-weight}").program
+    values = lissom.optimize(case.model, case.inputs, passes="quantize").program
+    assert [rounds_values(item) for item in (plain, weights, values)] == [False, False, True]
+
+
+def test_a_last_bit_is_told_from_a_mistake() -> None:
+    case = tiny_bert()
+    passes = [PASSES["quantize"]()]
+    lissom.optimize(case.model, case.inputs, passes=[*passes, Shake(1e-6)])
+    with pytest.raises(VerifyError, match="its outputs differ from the program before"):
+        lissom.optimize(case.model, case.inputs, passes=[*passes, Shake(0.02)])
+
+
+def test_every_node_is_given_what_its_inputs_were() -> None:
+    case = tiny_bert()
+    before = lissom.optimize(case.model, case.inputs, passes="quantize").program
+    sample = before.signature.flatten((), case.kwargs)
+    assert local_error(before, before, [sample]) == 0
+    after = before.copy()
+    edit = Editor(after, "break")
+    weight = after.nodes(aten.layer_norm.default)[0].args[2]
+    edit.set_weight(weight, after.weight(str(weight.target)) * 1.05)
+    assert local_error(before, after, [sample]) == pytest.approx(0.05, rel=0.1)
+    assert local_error(before, after, [sample]) > LOCAL_TOLERANCE
+
+
+def test_the_loss_of_rounding_is_that_to_the_program_without() -> None:
+    case = tiny_bert()
+    program = lissom.optimize(case.model, case.inputs, passes="quantize").program
+    weights = lissom.optimize(case.model, case.inputs, passes="quantize{scheme=int8-weight}").program
+    sample = program.signature.flatten((), case.kwargs)
+    with torch.no_grad():
+        outputs, plain = program.run(sample), weights.run(sample)
+    wanted = max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(outputs, plain, strict=True) if isinstance(a, torch.Tensor)
+    )
+    assert rounding_loss(program, [sample], [outputs]) == pytest.approx(wanted, rel=1e-3)

@@ -1,0 +1,73 @@
+"""Tests of lissom.ops.quantization."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from lissom.compiler import grids
+from lissom.compiler.grids import FORMATS
+from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
+
+
+def scales(x: torch.Tensor, shape: tuple[int, ...], name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return grids.scale_for(*grids.block_range(x, shape), FORMATS[name])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_values_turn_back_into_the_rounded_ones(name: str, dtype: torch.dtype) -> None:
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    scale, zero_point = scales(x.float(), (6, 2), name)
+    q = grids.quantize(x, scale, zero_point, FORMATS[name])
+    stored = grids.pack_halves(q) if FORMATS[name].bits == 4 else q
+    rounded = fake_quantize(x, scale, zero_point, format=name)
+    assert rounded.dtype == dtype
+    torch.testing.assert_close(dequantize(stored, scale, zero_point, format=name, dtype=dtype), rounded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["uint8", "int8", "fp8"])
+def test_a_token_is_rounded_as_it_would_be_alone(name: str) -> None:
+    x = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 10.0, 100.0])[:, None]
+    found = fake_quantize_dynamic(x, format=name)
+    for batch in range(2):
+        for token in range(3):
+            alone = fake_quantize_dynamic(x[batch, token], format=name, granularity="tensor")
+            torch.testing.assert_close(found[batch, token], alone, rtol=0, atol=0)
+
+
+def test_per_tensor_takes_one_scale() -> None:
+    x = torch.tensor([[0.0, 0.1], [0.0, 255.0]])
+    assert fake_quantize_dynamic(x, format="uint8", granularity="tensor").tolist() == [[0.0, 0.0], [0.0, 255.0]]
+
+
+def test_the_gradient_passes_straight_through_where_values_fit() -> None:
+    x = torch.tensor([-3.0, 0.3, 0.5, 3.0], requires_grad=True)
+    fake_quantize(x, torch.tensor(1 / 127), format="int8").sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
+    y = torch.randn(3, 4, requires_grad=True)
+    (fake_quantize_dynamic(y, format="uint8") * torch.arange(4.0)).sum().backward()
+    assert y.grad is not None
+    assert y.grad.tolist() == [[0.0, 1.0, 2.0, 3.0]] * 3
+
+
+def test_products_with_stored_weights_are_differentiable() -> None:
+    q, scale = torch.randint(-127, 128, (3, 4), dtype=torch.int8), torch.rand(3, 1, dtype=torch.float64)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return x @ dequantize(q, scale, format="int8", dtype=torch.float64).T
+
+    assert gradcheck(product, torch.randn(2, 4, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("name", ["int8", "uint4", "fp8"])
+def test_the_operators_are_well_behaved(name: str) -> None:
+    x = torch.randn(6, 8, requires_grad=True)
+    scale, zero_point = scales(x.detach(), (6, 1), name)
+    torch.library.opcheck(fake_quantize, (x, scale, zero_point), {"format": name})
+    torch.library.opcheck(fake_quantize_dynamic, (x,), {"format": "uint8"})
+    q = grids.quantize(x.detach(), scale, zero_point, FORMATS[name])
+    stored = grids.pack_halves(q) if FORMATS[name].bits == 4 else q
+    torch.library.opcheck(dequantize, (stored, scale, zero_point), {"format": name, "dtype": torch.float32})

@@ -1,0 +1,199 @@
+"""Tests of quantize."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.compiler.grids import FORMATS
+from lissom.compiler.program import Program
+from lissom.compiler.spelling import parse_pipeline
+from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
+from lissom.passes import PASSES
+from lissom.passes.quantize.quantize import Quantize
+from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama
+
+aten = torch.ops.aten
+SCHEMES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8")
+
+
+def quantized(case: Case, passes: str) -> Program:
+    return lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs]).program
+
+
+def rounded_weights(program: Program) -> dict[str, torch.fx.Node]:
+    return {str(node.args[0].target): node for node in program.nodes(fake_quantize) if node.args[0].op == "get_attr"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2, tiny_llama])
+def test_a_quantized_model_answers_nearly_as_before(make: type, scheme: str) -> None:
+    case = make()
+    group = "" if scheme != "int4-weight" else ",group=8"
+    found = lissom.optimize(case.model, case.inputs, passes=f"quantize{{scheme={scheme}{group}}}", data=[case.inputs])
+    step = found.report.history.steps[-1]
+    assert step.rewritten > 4
+    assert step.cosine is not None
+    assert 0.98 < step.cosine < 1
+
+
+def test_weights_and_what_layers_read_are_rounded_and_nothing_else() -> None:
+    case = tiny_bert()
+    program = quantized(case, "quantize")
+    linears = program.nodes(aten.linear.default)
+    inner = [node for node in linears if node.args[1].target is fake_quantize]
+    assert len(inner) >= 12
+    assert all(node.args[0].target is fake_quantize_dynamic for node in inner)
+    readers = {reader for node in program.nodes(fake_quantize_dynamic) for reader in node.users}
+    assert readers == set(inner)
+
+
+def test_queries_keys_and_values_read_one_rounded_value() -> None:
+    case = tiny_bert()
+    values = quantized(case, "quantize").nodes(fake_quantize_dynamic)
+    assert max(len(node.users) for node in values) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ("granularity=tensor", lambda o, i: (1, 1)),
+        ("granularity=channel", lambda o, i: (o, 1)),
+        ("granularity=group,group=8", lambda o, i: (o, i // 8)),
+    ],
+)
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
+def test_scales_have_the_granularity_asked_for(make: type, options: str, shape: object) -> None:
+    program = quantized(make(), f"quantize{{scheme=int8-weight,{options}}}")
+    found = rounded_weights(program)
+    assert found
+    for name, node in found.items():
+        weight, scale = program.weight(name), program.weight(str(node.args[1].target))
+        # GPT-2 keeps its weights the other way round.
+        turned = not name.endswith("weight") or any(user.target is not aten.linear.default for user in node.users)
+        outputs, inputs = weight.shape[::-1] if turned else weight.shape
+        wanted = shape(outputs, inputs)
+        assert tuple(scale.shape) == (wanted[::-1] if turned else wanted)
+
+
+def test_asymmetric_weights_have_zero_points_in_range() -> None:
+    program = quantized(tiny_bert(), "quantize{scheme=int4-weight,group=8,symmetric=false}")
+    for node in rounded_weights(program).values():
+        zero_point = program.weight(str(node.args[2].target))
+        assert node.kwargs["format"] == "uint4"
+        assert zero_point.dtype == torch.uint8
+        assert int(zero_point.max()) <= FORMATS["uint4"].high
+
+
+def test_static_scales_are_those_of_the_data() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    data = [torch.full((2, 4), float(size)) for size in (1, 5)]
+    program = lissom.optimize(
+        model, torch.ones(2, 4), passes="quantize{scheme=int8-static,output_heads=true}", data=data
+    ).program
+    first = next(node for node in program.nodes(fake_quantize) if node.args[0].op == "placeholder")
+    assert float(program.weight(str(first.args[1].target))) == pytest.approx(5 / 255)
+    assert int(program.weight(str(first.args[2].target))) == 0
+
+
+class Tied(nn.Module):
+    """Looks words up, and scores them with the same table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.gelu(self.mix(self.words(ids))), self.words.weight)
+
+
+def test_a_tied_table_is_rounded_once_for_both_when_asked() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    plain = lissom.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight}")
+    assert list(rounded_weights(plain.program)) == ["mix.weight"]
+    assert any("is a table of embeddings too" in skip.reason for skip in plain.report.history.steps[-1].skipped)
+    both = lissom.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight,embeddings=true}").program
+    table = both.nodes(aten.embedding.default)[0].args[0]
+    assert table.target is fake_quantize
+    assert {user.target for user in table.users} == {aten.embedding.default, aten.linear.default}
+
+
+def test_layers_named_are_skipped_or_alone_treated() -> None:
+    case = tiny_bert()
+    every = len(rounded_weights(quantized(case, "quantize")))
+    without = quantized(case, 'quantize{skip="encoder.layer.0"}')
+    alone = quantized(case, 'quantize{only="encoder.layer.0"}')
+    assert not any("layer.0" in name for name in rounded_weights(without))
+    assert all("layer.0" in name for name in rounded_weights(alone))
+    assert len(rounded_weights(without)) + len(rounded_weights(alone)) == every
+
+
+def test_attention_and_residual_stream_are_rounded_when_asked() -> None:
+    case = tiny_bert()
+    program = quantized(case, "quantize{attention=true,residual=true}")
+    attention = program.nodes(aten.scaled_dot_product_attention.default)
+    assert all(item.target is fake_quantize_dynamic for node in attention for item in node.args[:3])
+    norms = program.nodes(aten.layer_norm.default)
+    assert sum(node.args[0].target is fake_quantize_dynamic for node in norms) == 2 * len(attention)
+
+
+def test_a_second_pass_leaves_what_is_quantized() -> None:
+    case = tiny_bert()
+    passes = 'quantize{scheme=int8-weight,only="*.attention"},quantize{scheme=int4-weight,group=8}'
+    found = lissom.optimize(case.model, case.inputs, passes=passes)
+    formats = {name: node.kwargs["format"] for name, node in rounded_weights(found.program).items()}
+    assert all(form == ("int8" if ".attention." in name else "int4") for name, form in formats.items())
+    assert set(formats.values()) == {"int8", "int4"}
+    assert any("quantized already" in skip.reason for skip in found.report.history.steps[-1].skipped)
+
+
+def test_it_trains_straight_through() -> None:
+    case = tiny_bert()
+    program = quantized(case, "quantize")
+    sample = program.signature.flatten((), case.kwargs)
+    total = sum(item.float().square().sum() for item in program.run(sample) if isinstance(item, torch.Tensor))
+    total.backward()
+    trained = [program.weight(name) for name in rounded_weights(program)]
+    reached = [weight for weight in trained if weight.grad is not None and float(weight.grad.abs().sum()) > 0]
+    assert len(reached) >= len(trained) - 1  # the pooler may not be read
+    case.model.zero_grad()
+
+
+def test_pruning_behind_it_is_refused() -> None:
+    case = tiny_bert()
+    with pytest.raises(RequirementError, match="put this pass before the one that quantizes"):
+        lissom.optimize(case.model, case.inputs, passes="quantize,prune-heads{keep=0.5}")
+
+
+def test_static_without_data_is_refused() -> None:
+    case = tiny_bert()
+    with pytest.raises(RequirementError, match=r"quantize\{scheme=int8-static\} needs calibration data"):
+        lissom.optimize(case.model, case.inputs, passes="quantize{scheme=int8-static}")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("quantize{group=0}", "group= of 1 or more"),
+        ("quantize{share=0.2}", "share= above 0.5"),
+        ("quantize{scheme=fp8,symmetric=false}", "has no zero points"),
+        ("quantize{scheme=int8-weight,attention=true}", "rounds weights alone"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(text: str, sentence: str) -> None:
+    with pytest.raises(UnsupportedError, match=sentence):
+        parse_pipeline(text, PASSES)
+
+
+def test_a_width_no_group_divides_is_reported() -> None:
+    found = lissom.optimize(
+        nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 8)),
+        torch.ones(2, 12),
+        passes=[Quantize("int4-weight", group=8)],
+    )
+    reasons = [skip.reason for skip in found.report.history.steps[-1].skipped]
+    assert "its 12 features in are no multiple of group=8" in reasons
