@@ -154,13 +154,12 @@ def _valley(error: Callable[[int], float], count: int) -> int:
 
 def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor | None:
     """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²; None where the sums are too rough for so small a ridge."""
-    damped = gram.clone()
-    damped.diagonal().add_(max(ridge, 1e-9))
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    del damped
-    if int(failed):
-        return None
-    return start + torch.cholesky_solve(product - gram @ start.T, factor).T
+    missing = product - gram @ start.T
+    # On the spot, and taken off again: a copy of the sums would be the largest thing held.
+    gram.diagonal().add_(max(ridge, 1e-9))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    gram.diagonal().sub_(max(ridge, 1e-9))
+    return None if int(failed) else start + torch.cholesky_solve(missing, factor).T
 
 
 def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:
