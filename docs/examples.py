@@ -13,12 +13,14 @@ from torch.nn import functional
 class Example:
     """A small model for one pass.
 
-    inputs: Python text that makes its inputs. passes: the pipeline the pass is shown in.
+    inputs: Python text that makes its inputs. passes: the pipeline the pass is shown in. data: Python text that makes
+    calibration data, for passes that need some.
     """
 
     model: type[nn.Module]
     inputs: str
     passes: str = "exact"
+    data: str = ""
 
 
 class UnusedPooler(nn.Module):
@@ -386,4 +388,7 @@ EXAMPLES = {
     ),
     "sparsify": Example(Block, "torch.randn(4, 128, 256)", "sparsify{keep=0.5}"),
     "pack-sparse": Example(TwoInFour, "torch.randn(4, 128, 256).bfloat16()", "pack-sparse{always=true}"),
+    "gptq": Example(
+        Block, "torch.randn(4, 128, 256)", "quantize{scheme=int4-weight},gptq", "[torch.randn(4, 128, 256) for _ in range(4)]"
+    ),
 }

@@ -38,6 +38,7 @@ from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.prune.zero_padding import ZeroPadding
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
+from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -66,6 +67,7 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadLayers,
         EliminateDeadHidden,
         Quantize,
+        Gptq,
         FoldQuantizedWeights,
         Cast,
         MergeProjections,
