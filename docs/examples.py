@@ -351,6 +351,21 @@ class TwoInFour(nn.Module):
         return self.down(functional.gelu(self.up(x)))
 
 
+class PreNorm(nn.Module):
+    """A feed-forward block with the norm before it, as in GPT-2; some channels of its norm are large."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        with torch.no_grad():
+            self.norm.weight[::64] = 30.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(functional.relu(self.up(self.norm(x))))
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -390,5 +405,14 @@ EXAMPLES = {
     "pack-sparse": Example(TwoInFour, "torch.randn(4, 128, 256).bfloat16()", "pack-sparse{always=true}"),
     "gptq": Example(
         Block, "torch.randn(4, 128, 256)", "quantize{scheme=int4-weight},gptq", "[torch.randn(4, 128, 256) for _ in range(4)]"
+    ),
+    "smooth-quant": Example(
+        PreNorm,
+        "torch.randn(4, 128, 256)",
+        "smooth-quant,quantize{scheme=int8-static}",
+        "[torch.randn(4, 128, 256) for _ in range(4)]",
+    ),
+    "awq": Example(
+        PreNorm, "torch.randn(4, 128, 256)", "awq,quantize{scheme=int4-weight}", "[torch.randn(4, 128, 256) for _ in range(4)]"
     ),
 }
