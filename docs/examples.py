@@ -415,4 +415,11 @@ EXAMPLES = {
     "awq": Example(
         PreNorm, "torch.randn(4, 128, 256)", "awq,quantize{scheme=int4-weight}", "[torch.randn(4, 128, 256) for _ in range(4)]"
     ),
+    "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
+    "correct-bias": Example(
+        Block,
+        "torch.randn(4, 128, 256)",
+        "quantize{scheme=int4-weight},correct-bias",
+        "[torch.randn(4, 128, 256) for _ in range(4)]",
+    ),
 }

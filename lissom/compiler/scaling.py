@@ -98,20 +98,23 @@ class ScalingSite:
 
 
 def scaling_sites(edit: Editor, *, norms: bool = True, linears: bool = True) -> list[ScalingSite]:
-    """The sites of a program, those a norm makes and those a linear layer makes; places that are none are reported."""
+    """The sites of a program, those a norm makes and those a linear layer makes.
+
+    Norms, values of attentions and the first layers of feed-forwards that make none are reported.
+    """
     found = edit.program.fact(structure)
-    producers = list[fx.Node](found.norms if norms else ())
-    if linears:
-        ends = [site.v for site in found.attention if site.output is not None] + [site.up for site in found.feed_forward]
-        producers += dict.fromkeys(item for end in ends for item in end)
-    order = {node: index for index, node in enumerate(edit.program.graph.nodes)}
+    known = set[fx.Node](found.norms)
+    known |= {layer for site in found.attention if site.output is not None for layer in site.v}
+    known |= {layer for site in found.feed_forward for layer in site.up}
     sites: list[ScalingSite] = []
-    for producer in sorted(producers, key=order.__getitem__):
-        site = _site(edit.program, producer)
-        if isinstance(site, str):
-            edit.skip(producer, site)
-        else:
+    for node in edit.program.nodes():
+        if not (norms if node in found.norms else linears and is_linear(node) and node not in found.convolutions):
+            continue
+        site = _site(edit.program, node)
+        if not isinstance(site, str):
             sites.append(site)
+        elif node in known:
+            edit.skip(node, site)
     return sites
 
 

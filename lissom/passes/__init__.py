@@ -38,6 +38,8 @@ from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.prune.zero_padding import ZeroPadding
 from lissom.passes.quantize.awq import Awq
+from lissom.passes.quantize.correct_bias import CorrectBias
+from lissom.passes.quantize.equalize import Equalize
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
@@ -68,10 +70,12 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadNeurons,
         EliminateDeadLayers,
         EliminateDeadHidden,
+        Equalize,
         SmoothQuant,
         Awq,
         Quantize,
         Gptq,
+        CorrectBias,
         FoldQuantizedWeights,
         Cast,
         MergeProjections,
