@@ -13,12 +13,14 @@ from torch.nn import functional
 class Example:
     """A small model for one pass.
 
-    inputs: Python text that makes its inputs. passes: the pipeline the pass is shown in.
+    inputs: Python text that makes its inputs. passes: the pipeline the pass is shown in. data: Python text that makes
+    calibration data, for passes that need some.
     """
 
     model: type[nn.Module]
     inputs: str
     passes: str = "exact"
+    data: str = ""
 
 
 class UnusedPooler(nn.Module):
@@ -379,6 +381,21 @@ class HeadsInFloat(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v)
 
 
+class PreNorm(nn.Module):
+    """A feed-forward block with the norm before it, as in GPT-2; some channels of its norm are large."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        with torch.no_grad():
+            self.norm.weight[::64] = 30.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(functional.relu(self.up(self.norm(x))))
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -422,4 +439,23 @@ EXAMPLES = {
     ),
     "sparsify": Example(Block, "torch.randn(4, 128, 256)", "sparsify{keep=0.5}"),
     "pack-sparse": Example(TwoInFour, "torch.randn(4, 128, 256).bfloat16()", "pack-sparse{always=true}"),
+    "gptq": Example(
+        Block, "torch.randn(4, 128, 256)", "quantize{scheme=int4-weight},gptq", "[torch.randn(4, 128, 256) for _ in range(4)]"
+    ),
+    "smooth-quant": Example(
+        PreNorm,
+        "torch.randn(4, 128, 256)",
+        "smooth-quant,quantize{scheme=int8-static}",
+        "[torch.randn(4, 128, 256) for _ in range(4)]",
+    ),
+    "awq": Example(
+        PreNorm, "torch.randn(4, 128, 256)", "awq,quantize{scheme=int4-weight}", "[torch.randn(4, 128, 256) for _ in range(4)]"
+    ),
+    "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
+    "correct-bias": Example(
+        Block,
+        "torch.randn(4, 128, 256)",
+        "quantize{scheme=int4-weight},correct-bias",
+        "[torch.randn(4, 128, 256) for _ in range(4)]",
+    ),
 }

@@ -41,8 +41,10 @@ def measure(example: Example, name: str, seconds: float) -> Gain:
     passes = resolve_passes(example.passes)
     at = next(index for index, item in enumerate(passes) if item.name() == name)
     samples = check_samples(captured.program.signature, captured.example)
-    before, _ = Pipeline(passes[:at], samples).run(captured.program)
-    after, history = Pipeline([passes[at]], samples).run(before)
+    given = eval(example.data or "[]", {"torch": torch})
+    data = [captured.program.signature.flatten(*split_inputs(item)) for item in given]
+    before, _ = Pipeline(passes[:at], samples, data=data).run(captured.program)
+    after, history = Pipeline([passes[at]], samples, data=data).run(before)
     eager = find_backend("eager")
     runs = [eager.build(before, captured.example), eager.build(after, captured.example)]
     timed = time_calls({str(index): lambda run=run: run(captured.example) for index, run in enumerate(runs)}, seconds)

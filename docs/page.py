@@ -81,6 +81,7 @@ def _code(item: type[Pass], example: Example) -> str:
     imports = ["import torch", "from torch import nn"]
     imports += ["from torch.nn import functional"] if "functional." in source else []
     passes = "" if example.passes == "exact" else f', passes="{example.passes}"'
+    passes += f", data={example.data}" if example.data else ""
     return "\n".join(
         [
             *imports,

@@ -63,6 +63,34 @@ def matrix_of(linear: fx.Node) -> Matrix | str:
     return Matrix(weight, transposed)
 
 
+@dataclass(frozen=True)
+class RoundedMatrix(Matrix):
+    """Where a rounded matrix is kept, and the Q/DQ node that rounds it."""
+
+    quantizer: fx.Node
+
+    def read_scale(self, program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and zero point, each [blocks of features out, blocks of features in]."""
+        values = [program.weight(str(item.target)).detach() for item in self.quantizer.all_input_nodes[1:]]
+        turned = [value.reshape(1, 1) if value.dim() == 0 else value.T if self.transposed else value for value in values]
+        return turned[0], turned[1] if len(turned) > 1 else None
+
+
+def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
+    """Where the matrix is that `lissom::fake_quantize` rounds for a layer, or why there is none."""
+    if linear.target is not aten.linear.default and linear.target not in _PRODUCTS:
+        return "it is a convolution or a product of batches"
+    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target in _PRODUCTS
+    while nodes.is_call(found, *_TRANSPOSES):
+        found, transposed = found.args[0], not transposed
+    if not isinstance(found, fx.Node) or str(found.target) != "lissom.fake_quantize.default":
+        return "its weight is not rounded"
+    weight = found.args[0]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != 2:
+        return "its weight is computed before it is rounded"
+    return RoundedMatrix(weight, transposed, found)
+
+
 def readers_of(weight: fx.Node) -> list[fx.Node]:
     """The nodes that compute with a weight, past transposes of it."""
     found: list[fx.Node] = []

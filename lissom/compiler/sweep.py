@@ -3,19 +3,20 @@
 Every sample is run up to the first chosen layer; the caller sees what the layer reads and may give it another weight; then
 every sample is run on with that weight. So each layer is calibrated on what the layers before it give after they were changed,
 at the cost of one run of the program. Kept between two halts is only what is read later: the residual stream, the masks and
-what the next layer reads, of every sample.
+what the next layer reads, of every sample. What depends on no input is computed once for all samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Generator, Mapping, MutableMapping, Sequence
 from operator import attrgetter
 from typing import cast
 
 import torch
 from torch import fx
 
-from lissom.compiler.calibration import real_rows, token_mask
+from lissom.compiler.calibration import Moments, real_rows, token_mask
 from lissom.compiler.execute import call
 from lissom.compiler.linears import input_of
 from lissom.compiler.program import Program
@@ -29,20 +30,67 @@ def sweep(
 
     The caller may set weights of the layers to come, that of the layer just given included, before it asks for the next.
     """
-    needed = _ancestors(layers)
-    late = _computed_from_weights(program, layers)
+    constant = _computed_from_weights(program)
+    return _sweep(program, data, layers, constant, _behind(layers, constant))
+
+
+def sweep_moments(
+    program: Program, data: Sequence[Sample], weights: Mapping[fx.Node, str], first: Collection[str] = ()
+) -> Generator[tuple[fx.Node, Moments]]:
+    """For each weight one of the layers that multiply with it, and the moments of what all of them read.
+
+    weights: the name of each layer's weight. Those that several layers share, and those named in `first`, come first, all with
+    the moments of the program as it is; then the others as in `sweep`. The caller may set the weight of the layer given.
+    """
+    readers: dict[str, list[fx.Node]] = {}
+    for layer, name in weights.items():
+        readers.setdefault(name, []).append(layer)
+    early = {name: layers for name, layers in readers.items() if len(layers) > 1 or name in first}
+    chosen = {layer for layers in early.values() for layer in layers}
+    seen: dict[fx.Node, Moments] = {}
+    for layer, read in _sweep(program, data, chosen, _computed_from_weights(program), set()):
+        if input_of(layer) not in seen:
+            seen[input_of(layer)] = moments_of(read)
+    for layers in early.values():
+        yield layers[0], Moments.sum([seen[input_of(layer)] for layer in layers])
+    known: tuple[fx.Node, Moments] | None = None
+    for layer, read in sweep(program, data, [layer for layer in weights if layer not in chosen]):
+        if known is None or known[0] is not input_of(layer):
+            known = input_of(layer), moments_of(read)
+        yield layer, known[1]
+
+
+def moments_of(read: Sequence[torch.Tensor]) -> Moments:
+    """The moments of what `sweep` gives."""
+    sums = Moments.empty(read[0].shape[-1], read[0].device)
+    for rows in read:
+        sums.add(rows)
+    return sums
+
+
+def _sweep(
+    program: Program, data: Sequence[Sample], layers: Collection[fx.Node], constant: set[fx.Node], late: set[fx.Node]
+) -> Generator[tuple[fx.Node, list[torch.Tensor]]]:
+    """constant: what no input reaches, computed once for all samples; late: what is computed each time it is read."""
+    needed = _behind(layers)
     order = [node for node in program.graph.nodes if node in needed and node not in late]
     last_uses = _last_uses(order)
+    fixed: dict[fx.Node, object] = {}
     values = [dict[fx.Node, object](zip(program.placeholders, sample, strict=True)) for sample in data]
     start = 0
     for end, layer in enumerate(order):
         if layer not in layers:
             continue
+        piece = order[start:end]
+        _run(program, [node for node in piece if node in constant], fixed, late, {})
         read: list[torch.Tensor] = []
         for sample, known in zip(data, values, strict=True):
-            _run(program, order[start:end], known, late, last_uses)
-            value = cast(torch.Tensor, known[input_of(layer)])
+            held = ChainMap(known, fixed)
+            _run(program, [node for node in piece if node not in constant], held, late, last_uses)
+            value = cast(torch.Tensor, held[input_of(layer)])
             read.append(real_rows(value, token_mask(program, sample, input_of(layer))))
+        for used in (used for node in piece for used in last_uses[node]):
+            fixed.pop(used, None)
         start = end
         yield layer, read
 
@@ -50,9 +98,9 @@ def sweep(
 def _run(
     program: Program,
     order: Sequence[fx.Node],
-    values: dict[fx.Node, object],
+    values: MutableMapping[fx.Node, object],
     late: Collection[fx.Node],
-    last_uses: dict[fx.Node, list[fx.Node]],
+    last_uses: Mapping[fx.Node, Sequence[fx.Node]],
 ) -> None:
     """Compute these nodes for one sample, and let go of what nothing reads any more."""
 
@@ -68,7 +116,7 @@ def _run(
                 values[node] = weight.clone() if str(node.target) in program.state else weight
             elif node.op == "call_function":
                 values[node] = call(node, value_of)
-            for used in last_uses[node]:
+            for used in last_uses.get(node, ()):
                 values.pop(used, None)
 
 
@@ -82,10 +130,13 @@ def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _ancestors(layers: Collection[fx.Node]) -> set[fx.Node]:
-    """The layers and everything they are computed from; writes of state are not followed."""
+def _behind(ends: Collection[fx.Node], within: Collection[fx.Node] | None = None) -> set[fx.Node]:
+    """What these layers are computed from, with the layers themselves; or only what of it lies `within`.
+
+    Writes of state are not followed.
+    """
     found: set[fx.Node] = set()
-    pending = list(layers)
+    pending = [*ends] if within is None else [used for end in ends for used in end.all_input_nodes if used in within]
     while pending:
         node = pending.pop()
         if node not in found:
@@ -94,12 +145,12 @@ def _ancestors(layers: Collection[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _computed_from_weights(program: Program, layers: Collection[fx.Node]) -> set[fx.Node]:
-    """The layers' weights and views of them, which must be read when they are used and not before."""
+def _computed_from_weights(program: Program) -> set[fx.Node]:
+    """Weights, and what is computed from weights alone."""
     constant: set[fx.Node] = set()
     for node in program.graph.nodes:
         weight = node.op == "get_attr" and str(node.target) not in program.state
         inputs = node.all_input_nodes
         if weight or (node.op == "call_function" and inputs and constant.issuperset(inputs)):
             constant.add(node)
-    return _ancestors([used for layer in layers for used in layer.all_input_nodes if used in constant])
+    return constant

@@ -39,8 +39,13 @@ from lissom.passes.prune.prune_layers import PruneLayers
 from lissom.passes.prune.prune_neurons import PruneNeurons
 from lissom.passes.prune.sparsify import Sparsify
 from lissom.passes.prune.zero_padding import ZeroPadding
+from lissom.passes.quantize.awq import Awq
+from lissom.passes.quantize.correct_bias import CorrectBias
+from lissom.passes.quantize.equalize import Equalize
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
+from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
+from lissom.passes.quantize.smooth_quant import SmoothQuant
 
 PASSES: Mapping[str, type[Pass]] = {
     item.name(): item
@@ -67,7 +72,12 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadNeurons,
         EliminateDeadLayers,
         EliminateDeadHidden,
+        Equalize,
+        SmoothQuant,
+        Awq,
         Quantize,
+        Gptq,
+        CorrectBias,
         FoldQuantizedWeights,
         Cast,
         FoldCasts,

@@ -32,15 +32,16 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
-from lissom.compiler.calibration import Moments, moments
+from lissom.compiler.calibration import Moments
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.compiler.hessian import inverse_factor
 from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Approximation
-from lissom.compiler.linears import input_of, is_linear
+from lissom.compiler.linears import is_linear
 from lissom.compiler.matrices import Matrix, matrix_of, readers_of
 from lissom.compiler.protection import is_protected
 from lissom.compiler.structure import structure
-from lissom.compiler.sweep import sweep
+from lissom.compiler.sweep import sweep_moments
 
 Prune = Callable[[torch.Tensor, Moments], torch.Tensor]
 """From a matrix [features out, features in] and the moments of what it reads to the matrix with zeros."""
@@ -171,34 +172,11 @@ def _obstacle(matrix: Matrix, tables: set[fx.Node], pattern: tuple[int, int] | N
 
 def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> None:
     """Shared matrices first, on what all their layers read; then the others one after the other, each on the result so far."""
-    sharing: dict[str, list[fx.Node]] = {}
-    for node, matrix in layers.items():
-        sharing.setdefault(matrix.name, []).append(node)
-    shared = {name: readers for name, readers in sharing.items() if len(readers) > 1}
-    if shared:
-        seen = moments(edit.program, edit.data, {input_of(node) for readers in shared.values() for node in readers})
-        for readers in shared.values():
-            _write(edit, layers[readers[0]], prune, _sum([seen[input_of(node)] for node in readers]))
-    alone = [readers[0] for readers in sharing.values() if len(readers) == 1]
-    known: tuple[fx.Node, Moments] | None = None
-    for finished, (node, read) in enumerate(sweep(edit.program, edit.data, alone)):
-        edit.report("layers", finished, len(alone))
+    names = {node: matrix.name for node, matrix in layers.items()}
+    for finished, (node, read) in enumerate(sweep_moments(edit.program, edit.data, names)):
+        edit.report("layers", finished, len(set(names.values())))
         edit.current = node
-        if known is None or known[0] is not input_of(node):
-            sums = Moments.empty(read[0].shape[-1], read[0].device)
-            for rows in read:
-                sums.add(rows)
-            known = input_of(node), sums
-        _write(edit, layers[node], prune, known[1])
-
-
-def _sum(found: Sequence[Moments]) -> Moments:
-    total, gram = (torch.stack([getattr(item, name) for item in found]).sum(0) for name in ("total", "gram"))
-    return Moments(sum(item.count for item in found), total, gram)
-
-
-def _write(edit: Editor, matrix: Matrix, prune: Prune, read: Moments) -> None:
-    matrix.write(edit, prune(matrix.read(edit.program), read))
+        layers[node].write(edit, prune(layers[node].read(edit.program), read))
 
 
 def threshold(weights: Sequence[torch.Tensor], keep: float) -> float:
@@ -250,13 +228,3 @@ def largest_share(scores: torch.Tensor, keep: float) -> torch.Tensor:
     """True for the share of the scores that is largest, wherever they are."""
     gone = scores.numel() - max(1, round(keep * scores.numel()))
     return scores > scores.flatten().kthvalue(gone).values if gone else torch.ones_like(scores, dtype=torch.bool)
-
-
-def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of (XᵀX + λI)⁻¹, float32, computed in float64. gram: XᵀX."""
-    hessian = gram.double()
-    diagonal = hessian.diagonal()
-    diagonal[diagonal == 0] = 1
-    diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()

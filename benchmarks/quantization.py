@@ -1,0 +1,183 @@
+"""What rounding costs: perplexity of Gemma 3 270M, retrieval and cosine of all-MiniLM-L6-v2, by scheme and accuracy method.
+
+    python benchmarks/quantization.py gemma3-270m
+    python benchmarks/quantization.py minilm
+    python benchmarks/quantization.py gemma3-270m --passes "awq,quantize{scheme=int4-weight},gptq" --tokens 4096
+
+Gemma: perplexity of the evaluated glosses, joined line by line and read in windows, each of which begins with the token that
+texts begin with. `stored`: the bytes of all weights after `fold-quantized-weights`, also as a share of the file that the model
+came from, in which they have 4 to 8 bits. Its embeddings have 8, in groups of 32: the benchmark says whether int8 in groups of
+32 gives them back to the last bit.
+MiniLM: see quality.py. `s` are the seconds of all passes, the exact ones and, for MiniLM, capturing included.
+Calibration texts are those of other synsets. `--update` puts the table into benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+from quality import conditions, decoder_inputs, minilm_table, read_pairs
+from readme import put_table
+
+import lissom
+from lissom.compiler import grids
+from lissom.compiler.observers import weight_scale
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.program import Program
+from lissom.compiler.spelling import parse_pipeline
+from lissom.frontends.huggingface import Checkpoint, find_directory, load
+from lissom.passes import PASSES, RECIPES
+from lissom.passes.canonical.fold_constants import FoldConstants
+from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
+
+WINDOW = 512
+_TABLES = 'quantize{scheme=int8-weight,granularity=group,group=32,embeddings=true,only="model.embed_tokens,lm_head"}'
+_INT4 = "quantize{scheme=int4-weight}"
+_MSE = "quantize{scheme=int4-weight,weight_observer=mse}"
+_ZERO_POINTS = "quantize{scheme=int4-weight,symmetric=false,weight_observer=mse}"
+_COARSE_TABLES = (
+    "quantize{scheme=int4-weight,group=64,symmetric=false,weight_observer=mse,embeddings=true,"
+    'only="model.embed_tokens,lm_head"}'
+)
+_ALL = "quantize{scheme=int4-weight,embeddings=true}"
+_ALL_MSE = "quantize{scheme=int4-weight,embeddings=true,weight_observer=mse}"
+GEMMA = (
+    _TABLES,
+    f"{_TABLES},{_INT4}",
+    f"{_TABLES},{_MSE}",
+    f"{_TABLES},{_INT4},gptq{{tables=false}}",
+    f"{_TABLES},{_MSE},gptq{{tables=false}}",
+    f"{_TABLES},{_MSE},gptq{{tables=false,act_order=false}}",
+    f"{_TABLES},{_INT4},gptq{{tables=false,act_order=false,rescale=mse}}",
+    f"awq,{_TABLES},{_INT4}",
+    f"awq{{weight_observer=mse}},{_TABLES},{_MSE}",
+    f"awq{{weight_observer=mse}},{_TABLES},{_MSE},gptq{{tables=false}}",
+    f"{_TABLES},{_ZERO_POINTS},gptq{{tables=false}}",
+    f"awq{{symmetric=false,weight_observer=mse}},{_TABLES},{_ZERO_POINTS},gptq{{tables=false}}",
+    _ALL,
+    _ALL_MSE,
+    f"{_ALL},gptq",
+    f"{_ALL_MSE},gptq{{tables=false}}",
+    f"{_ALL_MSE},gptq",
+    f"awq{{weight_observer=mse}},{_ALL_MSE}",
+    f"awq{{weight_observer=mse}},{_ALL_MSE},gptq",
+    f"{_COARSE_TABLES},{_ZERO_POINTS},gptq",
+    f"{_COARSE_TABLES},{_ZERO_POINTS},gptq{{tables=false}}",
+)
+MINILM = (
+    "quantize{scheme=int8-dynamic}",
+    *(f"quantize{{scheme=int8-static,observer={name}}}" for name in ("min-max", "percentile", "mse", "entropy")),
+    "smooth-quant,quantize{scheme=int8-static}",
+    "smooth-quant,quantize{scheme=int8-static},correct-bias",
+    "equalize,quantize{scheme=int8-dynamic,granularity=tensor}",
+    "quantize{scheme=int8-weight}",
+    "quantize{scheme=int4-weight}",
+    "quantize{scheme=int4-weight,weight_observer=mse},gptq",
+    "awq,quantize{scheme=int4-weight}",
+    "awq{weight_observer=mse},quantize{scheme=int4-weight,weight_observer=mse},gptq",
+    "quantize{scheme=fp8}",
+)
+
+
+def windows(checkpoint: Checkpoint, split: str, tokens: int) -> list[torch.Tensor]:
+    """Windows of token ids, [1, WINDOW]: the token texts begin with, then text; tokens: of the text in all."""
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    found = read_pairs(split)
+    lines = found.glosses if split == "evaluation" else [*found.glosses, *found.examples]
+    ids = tokenizer("\n".join(lines), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :tokens]
+    return [torch.cat([torch.tensor([[tokenizer.bos_token_id]]), piece], 1) for piece in ids.split(WINDOW - 1, 1)]
+
+
+def losses(program: Program, checkpoint: Checkpoint, texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The negative log-likelihood of every token but the first of each window."""
+    found = []
+    for ids in texts:
+        with torch.inference_mode():
+            logits = program(**decoder_inputs(checkpoint, ids))[0]  # pyright: ignore[reportIndexIssue]
+        found.append(torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none"))
+    return torch.cat(found).double()
+
+
+def file_bytes(name: str) -> int:
+    """The bytes of the GGUF file of a packaged model."""
+    return sum(path.stat().st_size for path in find_directory(name).glob("*.gguf"))
+
+
+def finds_the_grid(checkpoint: Checkpoint) -> bool:
+    """Whether int8 in groups of 32 gives the table of embeddings back to the last bit."""
+    table = checkpoint.model.get_input_embeddings().weight.detach()  # pyright: ignore
+    scale, _ = weight_scale(table, (table.shape[0], table.shape[1] // 32), grids.FORMATS["int8"], "min-max")
+    return torch.equal(
+        grids.dequantize(grids.quantize(table, scale.half(), None, grids.FORMATS["int8"]), scale.half(), None, table.dtype),
+        table,
+    )
+
+
+def gemma_table(name: str, pipelines: Sequence[str], calibration: int, evaluation: int) -> str:
+    """The perplexity of the program and after each pipeline, as Markdown."""
+    checkpoint = load(name)
+    dense = lissom.optimize(checkpoint.model, checkpoint.example_inputs, checks="structural").program
+    texts = windows(checkpoint, "evaluation", evaluation)
+    data = [
+        dense.signature.flatten((), decoder_inputs(checkpoint, ids)) for ids in windows(checkpoint, "calibration", calibration)
+    ]
+    size = file_bytes(name)
+    base = losses(dense, checkpoint, texts)
+    lines = [
+        "| passes | perplexity | change (± standard error) | stored, MB | of the file | s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines.append(f"| none | {float(base.mean().exp()):.2f} | | {dense.parameter_bytes / 1e6:.0f} | | |")
+    print(lines[-1], file=sys.stderr, flush=True)
+    for passes in pipelines:
+        started = time.perf_counter()
+        chosen = parse_pipeline(passes, PASSES, RECIPES)
+        program, _ = Pipeline(chosen, checks="structural", data=data).run(dense)
+        seconds = time.perf_counter() - started
+        stored, _ = Pipeline([FoldQuantizedWeights()], checks="structural").run(program)
+        # Weights are rounded once, not at every call; the numbers are the same.
+        quick, _ = Pipeline([FoldConstants()], checks="structural").run(program)
+        found = losses(quick, checkpoint, texts)
+        change = found - base
+        error = float(change.std() / len(change) ** 0.5)
+        cells = [f"`{passes}`", f"{float(found.mean().exp()):.2f}", f"{float(change.mean().exp()) - 1:+.2%} (± {error:.2%})"]
+        cells += [f"{stored.parameter_bytes / 1e6:.1f}", f"{stored.parameter_bytes / size:.3f}", f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    about = f"{len(base):,} tokens evaluated, {calibration:,} for calibration, windows of {WINDOW}; file: {size / 1e6:.0f} MB"
+    grid = "gives" if finds_the_grid(checkpoint) else "does not give"
+    lines += ["", f"{about}. int8 in groups of 32 {grid} the table of embeddings back to the last bit."]
+    return "\n".join([*lines, "", f"{conditions()}, {torch.get_num_threads()} threads."]) + "\n"
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", choices=["minilm", "gemma3-270m"])
+    parser.add_argument(
+        "--passes", nargs="*", help="pipelines to measure, each a text of its own; those of the table by default"
+    )
+    parser.add_argument("--tokens", type=int, default=20480, help="tokens Gemma is evaluated on; %(default)s by default")
+    parser.add_argument("--calibration", type=int, default=8192, help="tokens Gemma is calibrated on; %(default)s by default")
+    parser.add_argument("--texts", type=int, default=100, help="calibration texts of MiniLM; %(default)s by default")
+    parser.add_argument("--pairs", type=int, help="evaluated synsets of MiniLM; all of them by default")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
+    options = parser.parse_args()
+    if options.model == "minilm":
+        checkpoint = load("minilm")
+        printed = minilm_table(checkpoint, options.passes or MINILM, read_pairs("evaluation", options.pairs), options.texts)
+        printed += f"\n{options.texts} calibration texts. {conditions()}, {torch.get_num_threads()} threads.\n"
+    else:
+        printed = gemma_table("gemma3-270m", options.passes or GEMMA, options.calibration, options.tokens)
+    print(printed)
+    if options.update:
+        put_table(f"quantization {options.model}", printed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""The Hessian of a layer's squared error, H = XᵀX, and the factor of its inverse that second-order methods go by."""
+
+from __future__ import annotations
+
+import torch
+
+
+def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of (XᵀX + λI)⁻¹, float32, computed in float64.
+
+    gram: XᵀX, [features, features]. λ is `damping` times the mean of its diagonal; features that are always zero count as one.
+    """
+    hessian = gram.double()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True).float()

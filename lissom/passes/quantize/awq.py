@@ -1,0 +1,146 @@
+"""Scale the channels that matter most before weights are rounded, as much as serves what layers give.
+
+A weight that multiplies a large channel errs more for the same rounding. With a factor s_j for each channel j,
+
+    W·x ≈ Q(W diag(s)) · (diag(s)⁻¹ x),   s_j = mean|X_j|^β / √(max · min of these)
+
+and β the one of 20 values from 0 to 0.95 for which the error Σ ‖Q(W diag(s)) diag(s)⁻¹ X - W·X‖² of all layers that read the
+channels is least; β = 0 leaves them as they are. Q: what `quantize` with the same options will round to. Lin et al. 2023, AWQ:
+Activation-aware Weight Quantization for LLM Compression and Acceleration, equations 4 and 5.
+https://arxiv.org/abs/2306.00978
+
+diag(s)⁻¹ is folded into what makes the channels, a norm or the linear layer before, as in `smooth-quant`. The numbers stay as
+they are: the pass comes before `quantize`, and after it `gptq` may follow. The clipping that the paper searches for is
+`quantize{weight_observer=mse}`.
+
+The error is computed from the sum of x·xᵀ over the tokens of the calibration data, padding left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.compiler import grids
+from lissom.compiler.calibration import Moments
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.compiler.grids import FORMATS, Format
+from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Rewrite
+from lissom.compiler.linears import input_of
+from lissom.compiler.observers import weight_scale
+from lissom.compiler.scaling import Reader, ScalingSite, chosen_sites
+from lissom.compiler.sweep import moments_of, sweep
+
+STEPS = 20
+_LEAST = 1e-4
+Round = Callable[[torch.Tensor], torch.Tensor]
+"""From a matrix [features out, features in] to the one it is rounded to."""
+
+
+@dataclass(frozen=True)
+class Awq(Rewrite):
+    """Scales channels so that rounding weights costs least.
+
+    scheme: the format of weights to come, `int4-weight` or `int8-weight`.
+    granularity: of their scales, `tensor`, `channel` or `group`; `auto` is the scheme's own.
+    group: how many neighbours of a channel share a scale where the granularity is `group`.
+    symmetric: whether weights will have no zero point.
+    weight_observer: how their range will be chosen, `min-max` or `mse`.
+    norms: whether channels that a norm makes are scaled.
+    linears: whether channels that a linear layer makes are.
+    skip: module paths of norms and layers whose channels are left alone, with `*` and `?`: `"encoder.layer.0,*.11"`.
+    only: module paths whose channels alone are treated, in the same form.
+    """
+
+    scheme: Literal["int4-weight", "int8-weight"] = "int4-weight"
+    granularity: Literal["auto", "tensor", "channel", "group"] = "auto"
+    group: int = 32
+    symmetric: bool = True
+    weight_observer: Literal["min-max", "mse"] = "min-max"
+    norms: bool = True
+    linears: bool = True
+    skip: str = ""
+    only: str = ""
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise UnsupportedError(f"awq takes group= of 1 or more neighbours, not {self.group}")
+
+    def run(self, edit: Editor) -> None:
+        if not edit.data:
+            raise RequirementError("awq needs calibration data: pass data=, or use equalize, which needs none")
+        sites = chosen_sites(edit, norms=self.norms, linears=self.linears, skip=self.skip, only=self.only)
+        read = _observed(edit, {input_of(reader.layer) for site in sites for reader in site.readers}, sites)
+        for finished, site in enumerate(sites):
+            edit.report("search", finished, len(sites))
+            edit.current = site.producer
+            factors = self._search(edit, site, read)
+            if factors is not None:
+                site.scale(edit, factors)
+
+    def _search(
+        self, edit: Editor, site: ScalingSite, read: Mapping[fx.Node, tuple[torch.Tensor, Moments]]
+    ) -> torch.Tensor | None:
+        """The factors of a site's channels; None where none are better than 1."""
+        sizes = torch.stack([site.by_channel(reader, read[input_of(reader.layer)][0]) for reader in site.readers]).amax(0)
+
+        def error(factors: torch.Tensor) -> float:
+            return sum(
+                self._error(edit, site, reader, factors, read[input_of(reader.layer)][1].gram) for reader in site.readers
+            )
+
+        return best_factors(sizes, error)
+
+    def _error(self, edit: Editor, site: ScalingSite, reader: Reader, factors: torch.Tensor, gram: torch.Tensor) -> float:
+        return rounding_error(reader.matrix.read(edit.program).float(), site.columns(reader, factors), gram, self._round)
+
+    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+        form = self._form
+        rows, columns = weight.shape
+        kind = self.granularity
+        if kind == "auto":
+            kind = "group" if self.scheme == "int4-weight" else "channel"
+        groups = columns // self.group if kind == "group" and columns % self.group == 0 else 1
+        scale, zero_point = weight_scale(weight, (1 if kind == "tensor" else rows, groups), form, self.weight_observer)
+        return grids.dequantize(grids.quantize(weight, scale, zero_point, form), scale, zero_point, torch.float32)
+
+    @property
+    def _form(self) -> Format:
+        return FORMATS[("" if self.symmetric else "u") + self.scheme.removesuffix("-weight")]
+
+
+def _observed(edit: Editor, values: set[fx.Node], sites: list[ScalingSite]) -> dict[fx.Node, tuple[torch.Tensor, Moments]]:
+    """mean|x_j| of each feature of these values, and their moments."""
+    layers = [reader.layer for site in sites for reader in site.readers]
+    found: dict[fx.Node, tuple[torch.Tensor, Moments]] = {}
+    for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, layers)):
+        edit.report("observe", finished, len(layers))
+        if input_of(layer) not in found:
+            moments = moments_of(read)
+            sizes = torch.stack([rows.float().abs().sum(0) for rows in read]).sum(0) / max(moments.count, 1)
+            found[input_of(layer)] = sizes, moments
+    return {node: found[node] for node in values}
+
+
+def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) -> torch.Tensor | None:
+    """The factors sizes^β, evened out, with the least error; None where β = 0 has it. sizes: mean|X_j|, [channels]."""
+    least, best = error(torch.ones_like(sizes)), None
+    for step in range(1, STEPS):
+        factors = sizes.clamp_min(_LEAST).pow(step / STEPS)
+        factors = factors / (factors.max() * factors.min()).sqrt()
+        found = error(factors)
+        if found < least:
+            least, best = found, factors
+    return best
+
+
+def rounding_error(weight: torch.Tensor, factors: torch.Tensor, gram: torch.Tensor, rounded: Round) -> float:
+    """Σ ‖(Q(W diag(s)) diag(s)⁻¹ - W) x‖² over the tokens. weight: [features out, features in]; gram: Σ x·xᵀ."""
+    error = rounded(weight * factors) / factors - weight
+    return float(((error @ gram) * error).sum())

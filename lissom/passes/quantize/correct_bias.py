@@ -1,0 +1,153 @@
+"""Take the mean error that rounding leaves in what a layer gives out of its bias.
+
+Rounded weights, and rounded inputs, shift the mean of what a layer gives. With E the mean over the tokens of the calibration
+data, padding left out, W and x the layer's weight and what it read before the first pass that changed numbers, and W̃ and x̃
+those it has now,
+
+    b += W·E[x] - W̃·E[x̃]
+
+Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, §4.2, equations 16 and 17; E is from
+data in place of batch norms, as in Finkelstein et al. 2019, Fighting Quantization Bias With Bias.
+https://arxiv.org/abs/1906.04721, https://arxiv.org/abs/1906.03193
+
+The pass comes after `quantize`, and after `gptq` where there is one. Layers are treated in the order in which they run, each on
+what the layers before it give after they were corrected. A layer without a bias gets one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import RequirementError
+from lissom.compiler.execute import evaluate_nodes
+from lissom.compiler.kinds import Approximation
+from lissom.compiler.linears import is_linear
+from lissom.compiler.matrices import RoundedMatrix, matrix_of, rounded_matrix_of
+from lissom.compiler.program import Program
+from lissom.compiler.protection import is_protected
+from lissom.compiler.structure import structure
+from lissom.compiler.sweep import sweep
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CorrectBias(Approximation):
+    """Shifts biases of rounded layers so that what they give has the mean it had.
+
+    output_heads: whether layers over a vocabulary, and others that the program ends in, are treated too.
+    skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    only: module paths that alone are treated, in the same form.
+    """
+
+    output_heads: bool = False
+    skip: str = ""
+    only: str = ""
+
+    def run(self, edit: Editor) -> None:
+        if not edit.data:
+            raise RequirementError("correct-bias needs calibration data: pass data=")
+        layers = self._layers(edit)
+        for layer in layers:
+            _own_bias(edit, layer)
+        wanted = _means(edit, layers)
+        for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, list(layers))):
+            edit.report("layers", finished, len(layers))
+            edit.current = layer
+            mean = torch.cat(read).double().mean(0)
+            bias = _bias_of(layer)
+            assert bias is not None
+            held = edit.program.weight(str(bias.target)).detach()
+            shift = wanted[layer] - _rounded(edit.program, layers[layer]).double() @ mean
+            edit.set_weight(bias, (held.double() + shift).to(held.dtype))
+            edit.rewritten += 1
+
+    def _layers(self, edit: Editor) -> dict[fx.Node, RoundedMatrix]:
+        """The linear layers to treat, and where their matrices are; the others are reported."""
+        layers: dict[fx.Node, RoundedMatrix] = {}
+        for node in edit.nodes():
+            if not is_linear(node):
+                continue
+            matrix = rounded_matrix_of(node)
+            reason = matrix if isinstance(matrix, str) else self._obstacle(edit, node)
+            if reason is not None:
+                edit.skip(node, reason)
+            elif isinstance(matrix, RoundedMatrix):
+                layers[node] = matrix
+        return layers
+
+    def _obstacle(self, edit: Editor, node: fx.Node) -> str | None:
+        if is_protected(node, self.skip):
+            return "skip= names it"
+        if self.only and not is_protected(node, self.only):
+            return "only= does not name it"
+        if node in edit.program.fact(structure).output_heads and not self.output_heads:
+            return "it is an output head; output_heads=true treats it"
+        if _original(edit, node) is None:
+            return "the program before rounding has no such layer"
+        given = _bias_argument(node)
+        if given is None:
+            return None if node.target is aten.linear.default else "it is a plain product, which has no place for a bias"
+        if not isinstance(given, fx.Node) or given.op != "get_attr" or len(given.users) > 1:
+            return "its bias is computed, or read elsewhere too"
+        return None
+
+
+def _original(edit: Editor, layer: fx.Node) -> fx.Node | None:
+    """The layer in the program before numbers were changed, its weight as it was."""
+    if edit.reference is None:
+        return None
+    found = next((node for node in edit.reference.nodes() if node.name == layer.name), None)
+    if found is None or not is_linear(found) or isinstance(matrix_of(found), str):
+        return None
+    return found if nodes.node_type(found) == nodes.node_type(layer) else None
+
+
+def _means(edit: Editor, layers: dict[fx.Node, RoundedMatrix]) -> dict[fx.Node, torch.Tensor]:
+    """W·E[x] of each layer in the program before numbers were changed, [features out]."""
+    reference = edit.reference
+    originals = {layer: original for layer in layers if (original := _original(edit, layer)) is not None}
+    if reference is None or not originals:
+        return {}
+    found: dict[fx.Node, torch.Tensor] = {}
+    back = {original: layer for layer, original in originals.items()}
+    for original, read in sweep(reference, edit.data, list(back)):
+        matrix = matrix_of(original)
+        assert not isinstance(matrix, str)
+        found[back[original]] = matrix.read(reference).double() @ torch.cat(read).double().mean(0)
+    return found
+
+
+def _rounded(program: Program, matrix: RoundedMatrix) -> torch.Tensor:
+    """The matrix as it is rounded, [features out, features in]."""
+    weight = evaluate_nodes(program.graph_module, matrix.quantizer)
+    return weight.T if matrix.transposed else weight
+
+
+def _bias_argument(layer: fx.Node) -> object:
+    if layer.target is aten.addmm.default:
+        return layer.args[0]
+    return layer.args[2] if layer.target is aten.linear.default and len(layer.args) > 2 else None
+
+
+def _bias_of(layer: fx.Node) -> fx.Node | None:
+    found = _bias_argument(layer)
+    return found if isinstance(found, fx.Node) else None
+
+
+def _own_bias(edit: Editor, layer: fx.Node) -> None:
+    """Give a linear layer without a bias one of zeros."""
+    if _bias_of(layer) is not None:
+        return
+    form = nodes.tensor_type(layer)
+    path = nodes.origin(layer).module_path or layer.name
+    zeros = torch.zeros(int(form.shape[-1]), dtype=form.dtype, device=form.device)  # pyright: ignore[reportArgumentType]
+    with edit.before(layer):
+        bias = edit.weight(f"{path}.bias", zeros)
+    edit.change_call(layer, aten.linear.default, *layer.args[:2], bias)
+    edit.rewritten -= 1

@@ -1,0 +1,64 @@
+"""Even out the ranges of channels between consecutive linear layers, so that one scale for a whole weight serves them all.
+
+Where the layers are W₂·f(W₁·x + b₁), and f is a view, an attention from its values, a product with something else or ReLU, so
+that f(s·x) = s·f(x) for s > 0, the rows of W₁ and b₁ may be divided by s_j and the columns of W₂ multiplied by it. With r₁_j
+the largest magnitude in the rows that make channel j, and r₂_j that in the columns that read it,
+
+    s_j = √(r₁_j · r₂_j) / r₂_j      so that both become √(r₁_j · r₂_j)
+
+Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, §4.1, equation 11.
+https://arxiv.org/abs/1906.04721
+
+Such layers are the values of an attention and its output projection, and `up` and `down` where ReLU or the product of a gated
+feed-forward lies between. Where layers follow each other, all pairs are gone through until factors stay at 1. The numbers stay
+as they are: the pass comes before `quantize`, and serves a granularity of `tensor` most. It needs no data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Rewrite
+from lissom.compiler.scaling import ScalingSite, chosen_sites
+
+_CLOSE = 1e-3
+_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Equalize(Rewrite):
+    """Scales channels between linear layers so that both sides have one range.
+
+    skip: module paths of the layers that make channels which are left alone, with `*` and `?`: `"encoder.layer.0,*.11"`.
+    only: module paths of those that alone are treated, in the same form.
+    """
+
+    skip: str = ""
+    only: str = ""
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    def run(self, edit: Editor) -> None:
+        sites = chosen_sites(edit, norms=False, linears=True, skip=self.skip, only=self.only)
+        for _ in range(_ROUNDS):
+            changes = [_equalize(edit, site) for site in sites]
+            if max(changes, default=0.0) < _CLOSE:
+                break
+
+
+def _equalize(edit: Editor, site: ScalingSite) -> float:
+    """Scale the channels of a site; returns how far from 1 the factors are, as a logarithm."""
+    columns = [reader.matrix.read(edit.program).float().abs().amax(0) for reader in site.readers]
+    read = torch.stack([site.by_channel(*pair) for pair in zip(site.readers, columns, strict=True)]).amax(0)
+    factors = balance(site.rows(edit.program), read)
+    change = float(factors.log().abs().max())
+    if change >= _CLOSE:
+        site.scale(edit, factors)
+    return change
+
+
+def balance(made: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """What each channel is divided by, [channels]; 1 where it is made or read by zeros alone."""
+    return torch.where((made > 0) & (read > 0), (made / read).sqrt(), torch.ones_like(made))

@@ -1,0 +1,85 @@
+"""Move the difficulty of rounding from what linear layers read to their weights, channel by channel.
+
+Some channels of what a layer reads are far larger than others, and a scale that all share is set by them. With a factor s_j for
+each channel j,
+
+    W·x = (W diag(s)) · (diag(s)⁻¹ x),   s_j = max|X_j|^α / max|W_j|^(1 - α)
+
+x / s is folded into what makes x, and the columns of W are multiplied. Xiao et al. 2022, SmoothQuant: Accurate and Efficient
+Post-Training Quantization for Large Language Models, equations 3 and 4. https://arxiv.org/abs/2211.10438
+
+X: [tokens, features in] of the calibration data, padding left out; max|W_j| is taken over all layers that read the channel. The
+numbers stay as they are, so the pass comes before `quantize`.
+
+What can make x is a norm, as in the paper; and, ours, the linear layer before: the values of an attention for its output
+projection, `up` for `down` where ReLU or the product of a gated feed-forward lies between. All that reads x has to be a linear
+layer. So the norms of BERT are left alone: what they give is the residual stream as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import fx
+
+from lissom.compiler.calibration import observe
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Rewrite
+from lissom.compiler.linears import input_of
+from lissom.compiler.scaling import chosen_sites
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Rewrite):
+    """Scales what linear layers read so that it and their weights are about as hard to round.
+
+    alpha: how much of the difficulty goes to the weights, 0 to 1.
+    norms: whether channels that a norm makes are scaled.
+    linears: whether channels that a linear layer makes are.
+    skip: module paths of norms and layers whose channels are left alone, with `*` and `?`: `"encoder.layer.0,*.11"`.
+    only: module paths whose channels alone are treated, in the same form.
+    """
+
+    alpha: float = 0.5
+    norms: bool = True
+    linears: bool = True
+    skip: str = ""
+    only: str = ""
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UnsupportedError(f"smooth-quant takes alpha= from 0 to 1, not {self.alpha:g}")
+
+    def run(self, edit: Editor) -> None:
+        if not edit.data:
+            raise RequirementError("smooth-quant needs calibration data: pass data=, or use equalize, which needs none")
+        sites = chosen_sites(edit, norms=self.norms, linears=self.linears, skip=self.skip, only=self.only)
+        largest = largest_values(edit, {input_of(reader.layer) for site in sites for reader in site.readers})
+        for site in sites:
+            read = [site.by_channel(reader, largest[input_of(reader.layer)]) for reader in site.readers]
+            columns = [reader.matrix.read(edit.program).float().abs().amax(0) for reader in site.readers]
+            weights = [site.by_channel(*pair) for pair in zip(site.readers, columns, strict=True)]
+            site.scale(edit, smoothing(torch.stack(read).amax(0), torch.stack(weights).amax(0), self.alpha))
+
+
+def largest_values(edit: Editor, chosen: set[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+    """max|x_j| of each feature of what these nodes yield on the calibration data."""
+    found: dict[fx.Node, torch.Tensor] = {}
+
+    def widen(node: fx.Node, rows: torch.Tensor) -> None:
+        if len(rows):
+            sizes = rows.float().abs().amax(0)
+            found[node] = torch.maximum(found[node], sizes) if node in found else sizes
+
+    observe(edit.program, edit.data, chosen, widen, partial(edit.report, "observe"))
+    return found
+
+
+def smoothing(read: torch.Tensor, weights: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The factor of each channel, [channels]; 1 where either is zero. read: max|X_j|; weights: max|W_j|."""
+    factors = read.pow(alpha) / weights.pow(1 - alpha)
+    return torch.where((read > 0) & (weights > 0), factors, torch.ones_like(factors))
