@@ -414,9 +414,7 @@ EXAMPLES = {
     "fold-casts": Example(CastsByHand, "torch.randn(4, 128, 256)", "fold-casts"),
     "sink-casts": Example(HeadsInFloat, "torch.randn(4, 128, 256).bfloat16()", "sink-casts"),
     "quantize": Example(Block, "torch.randn(4, 128, 256)", "quantize"),
-    "fold-quantized-weights": Example(
-        Block, "torch.randn(4, 128, 256)", "quantize{scheme=int8-weight},fold-quantized-weights"
-    ),
+    "fold-quantized-weights": Example(Block, "torch.randn(4, 128, 256)", "quantize{scheme=int8-weight},fold-quantized-weights"),
     "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5},eliminate-dead-heads"),
     "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5},eliminate-dead-neurons"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),

@@ -20,6 +20,7 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.linears import as_int
+from lissom.compiler.memory import give_back_memory
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.structure import structure
@@ -153,6 +154,8 @@ def observe_gradients(
             gradient = torch.zeros_like(value) if gradient is None else gradient
             real = 1.0 if mask is None else mask[..., None]
             visit(node, value.detach() * real, gradient * real, mask)
+        del found, outputs, likelihood, values, given, gradients
+        give_back_memory()
         if progress is not None:
             progress(finished + 1, len(data))
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import lissom
 from lissom.ops.quantization import dequantize, fake_quantize
 from tests.models import tiny_bert, tiny_gpt2
+from tests.passes.harness import check_golden, rewrite
 
 aten = torch.ops.aten
 PASSES = {
@@ -18,6 +20,12 @@ PASSES = {
     "fp8": "quantize{scheme=fp8}",
     "dynamic": "quantize",
 }
+
+
+def test_golden() -> None:
+    module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8))
+    _, history = rewrite("quantize{scheme=int8-weight},fold-quantized-weights", module, torch.randn(2, 3, 8))
+    check_golden("fold_quantized_weights", history.diff(1, 2))
 
 
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)

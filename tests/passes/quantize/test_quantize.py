@@ -15,9 +15,16 @@ from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes import PASSES
 from lissom.passes.quantize.quantize import Quantize
 from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama
+from tests.passes.harness import check_golden, rewrite
 
 aten = torch.ops.aten
 SCHEMES = ("int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8")
+
+
+def test_golden() -> None:
+    module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8), nn.LayerNorm(8))
+    _, history = rewrite("quantize", module, torch.randn(2, 3, 8))
+    check_golden("quantize", history.diff(0, 1))
 
 
 def quantized(case: Case, passes: str) -> Program:
