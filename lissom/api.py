@@ -114,6 +114,7 @@ def compile(
     data: Iterable[Inputs] = (),
     metric: Metric | None = None,
     max_drop: float | None = None,
+    simulate: bool = False,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Optimize a model for inference.
@@ -132,6 +133,8 @@ def compile(
     checks: after every pass, `numeric` compares outputs, `structural` checks form and types, `off` nothing.
     data: calibration inputs, each like example_inputs, for passes that need some.
     metric: scores a callable that takes the model's arguments, higher is better; max_drop: how much lossy passes may cost.
+    simulate: let quantized layers that the backend has no kernel for be computed in floating point, on rounded values: the
+        same numbers, and no faster than before. Without, they are refused.
     progress: called with what is done now, steps finished, steps in all; by default a bar on a terminal.
 
     Raises: a LissomError of the kind that fits: CaptureError, InputError, PipelineTextError, UnsupportedError,
@@ -156,7 +159,9 @@ def compile(
         show = progress or bar
         job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, count)
         lowered = job.pipeline.run_each(job.program, lowerings, job.history)
-        built = build_fastest(backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count))
+        built = build_fastest(
+            backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count), simulate=simulate
+        )
     report = Report(f"{built.program.name} on {built.backend.name}", built.history)
     return CompiledModel(built.program, built.executable, report, built.backend)
 
