@@ -49,6 +49,18 @@ def write_form(exported: ir.Model, chosen: Collection[str] = (), *, accuracy_lev
     return model, places
 
 
+def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
+    """The exported model as it is, and how far each layer computed from integers is from it, as a result more for each."""
+    model = exported.clone()
+    expand_integers(model, accuracy_level, beside=True)
+    expand_attention(model, fused=False)
+    expand_rotary(model, fused=False)
+    expand_quantization(model)
+    model.opset_imports.pop(DOMAIN, None)
+    tidy(model)
+    return model
+
+
 def _keep_norms_apart(model: ir.Model) -> int:
     """Write the sum in front of each layer norm as `Sum`, which ONNX Runtime does not fuse with it; how many there were.
 

@@ -112,24 +112,29 @@ def quantized_layers(model: ir.Model) -> list[Layer]:
     return [layer for layer in found if layer is not None]
 
 
-def expand_integers(model: ir.Model, accuracy_level: int = 0) -> int:
-    """Compute layers from integers where that can be; how many are."""
+def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False) -> int:
+    """Compute layers from integers where that can be; how many are.
+
+    beside: let the graph go on with each layer as it is, and give how far the product of integers is from it, as a result of
+    the model more for each: max |found - wanted| / max |wanted|, of the same values.
+    """
     groups: dict[ir.Value, list[Layer]] = defaultdict(list)
     for layer in quantized_layers(model):
         if layer.obstacle is None and _level_obstacle(layer, accuracy_level) is None:
             groups[layer.x].append(layer)
     for group in groups.values():
-        values = None
+        tape, rounded = Tape(model), group[0].rounded
+        values = _integers(tape, rounded, _rows(group)) if rounded is not None else None
+        model.graph.insert_before(group[0].product, _from(tape, group[0]))
         for layer in group:
             tape = Tape(model)
-            if layer.rounded is None:
-                _finish(tape, layer, _few_bits(tape, layer, accuracy_level))
-                continue
-            values = values or _integers(tape, layer.rounded, _rows(group))
-            if values.by_row is None:
-                _finish(tape, layer, _scaled_once(tape, layer, values), biased=True)
+            if values is None:
+                result, biased = _few_bits(tape, layer, accuracy_level), False
+            elif values.by_row is None:
+                result, biased = _scaled_once(tape, layer, values), True
             else:
-                _finish(tape, layer, _scaled_by_row(tape, layer, values))
+                result, biased = _scaled_by_row(tape, layer, values), False
+            _finish(tape, layer, result, biased, beside)
     if groups:
         model.opset_imports[CONTRIB] = 1
     return sum(map(len, groups.values()))
@@ -348,21 +353,39 @@ def _sum_behind(layer: Layer) -> ir.Node | None:
     return node if node is not None and node.op_type == "Add" and node.inputs[0] is not node.inputs[1] else None
 
 
-def _finish(tape: Tape, layer: Layer, result: ir.Value, biased: bool = False) -> None:
-    """Let the graph use a result in the place of a layer's. biased: its bias is in it, where there is one to be."""
-    product, old = layer.product, layer.product.outputs[0]
+def _finish(tape: Tape, layer: Layer, result: ir.Value, biased: bool, beside: bool) -> None:
+    """Let the graph use a result in the place of a layer's, or tell how far it is from it. biased: a bias is in it, if any."""
+    graph, last = tape.model.graph, layer.product
     bias = _bias(layer) if biased else None
-    own = product.inputs[2] if len(product.inputs) > 2 else None
+    own = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None
     if bias is not None and own is None:
-        add = _sum_behind(layer)
-        assert add is not None
-        old = add.outputs[0]
+        last = _sum_behind(layer) or last
     elif own is not None and bias is None:
         result = tape.op("Add", [result, own])
-    for node in tape.nodes:
-        node.metadata_props.update(product.metadata_props)
-    tape.model.graph.insert_before(product, tape.nodes)
+    old = last.outputs[0]
+    if beside:
+        graph.outputs.append(_distance(tape, old, result, f"error_{len(graph.outputs)}"))
+        graph.insert_after(last, _from(tape, layer))
+        return
+    graph.insert_before(layer.product, _from(tape, layer))
     result.shape, result.type = old.shape, old.type
     name = old.name
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     old.name, result.name = None, name
+
+
+def _from(tape: Tape, layer: Layer) -> Sequence[ir.Node]:
+    """The nodes recorded, as from the module of a layer."""
+    for node in tape.nodes:
+        node.metadata_props.update(layer.product.metadata_props)
+    return tape.nodes
+
+
+def _distance(tape: Tape, wanted: ir.Value, found: ir.Value, name: str) -> ir.Value:
+    """max |found - wanted| / max |wanted|, of values under 1e-6 throughout by 1e-6."""
+    largest = [
+        tape.op("ReduceMax", [tape.op("Abs", [item])], {"keepdims": 0}) for item in (tape.op("Sub", [found, wanted]), wanted)
+    ]
+    result = tape.op("Div", [largest[0], tape.op("Max", [largest[1], tape.number(1e-6)])])
+    result.name, result.shape, result.type = name, ir.Shape(()), ir.TensorType(ir.DataType.FLOAT)
+    return result
