@@ -104,7 +104,13 @@ def _rounded_operands(node: fx.Node) -> list[fx.Node]:
         candidates = node.all_input_nodes[::-1]
     else:
         return []
-    return [item for item in candidates if isinstance(item, fx.Node) and is_quantizer(item)]
+    return [item for item in candidates if isinstance(item, fx.Node) and is_quantizer(item) and not _is_looked_up(item)]
+
+
+def _is_looked_up(quantizer: fx.Node) -> bool:
+    """True for rows of a table that are turned back: what reads them reads floating point."""
+    first = quantizer.args[0]
+    return "dequantize" in str(quantizer.target) and isinstance(first, fx.Node) and first.op != "get_attr"
 
 
 def _rounding_of(weight: fx.Node, layer: fx.Node) -> fx.Node | None:

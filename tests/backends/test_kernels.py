@@ -76,8 +76,9 @@ def test_the_refusal_names_layer_format_reason_and_what_to_do():
     with pytest.raises(UnsupportedError) as caught:
         refuse("eager", layers, 3)
     assert str(caught.value) == (
-        "backend 'eager' has no kernel for 1 of 3 quantized layers, first 'encoder.up' with fp8 weights: products of fp8 need a "
-        "CUDA device; choose another scheme or backend, or simulate=True to compute them in floating point, no faster than before"
+        "backend 'eager' has no kernel for 1 of 3 quantized layers, first 'encoder.up' with fp8 weights: products of fp8 need "
+        "a CUDA device; choose another scheme or backend, or simulate=True to compute them in floating point, no faster than "
+        "before"
     )
     refuse("eager", [], 3)
 
@@ -90,12 +91,10 @@ def test_the_account_counts_and_gives_each_reason_once():
 
 def test_a_pass_that_left_a_layer_says_why():
     layers = [SimulatedLayer(name, name, "int8 weights") for name in ("a", "b")]
+    left = [("pack-quantized-linear", "a", "too narrow"), ("pack-linear", "b", "its weight is computed")]
     steps = [
         Step(1, spelling, "rewrite", 0, 0, Size(0, 0, 0, 0), skipped=(Skip(node, "", reason),))
-        for spelling, node, reason in [
-            ("pack-quantized-linear", "a", "too narrow"),
-            ("pack-linear", "b", "its weight is computed"),
-        ]
+        for spelling, node, reason in left
     ]
     assert [layer.reason for layer in explain(layers, steps)] == ["too narrow", SimulatedLayer.reason]
 
@@ -104,7 +103,7 @@ def test_a_pass_that_left_a_layer_says_why():
 def test_a_scheme_without_a_kernel_is_refused(backend):
     case = feed_forward()
     with pytest.raises(
-        UnsupportedError, match=f"backend '{backend}' has no kernel for 2 quantized layers, first 'up' with fp8 weig"
+        UnsupportedError, match=f"'{backend}' has no kernel for 2 quantized layers, first 'up' with fp8 weights"
     ):
         lissom.compile(case.model, case.inputs, passes=FP8, backend=backend)
 

@@ -59,8 +59,10 @@ class Tables(nn.Module):
         return self.head(torch.tanh(self.inner(self.table(ids))))
 
 
-def exported(model, inputs, passes, data=()):
-    program = lissom.optimize(model, inputs, passes=f"{passes},fold-quantized-weights", data=data).program
+def exported(model, inputs, options, data=()):
+    """The program after `quantize` with these options, and its exported model."""
+    passes = f"quantize{{output_heads=true{options and f',{options}'}}},fold-quantized-weights"
+    program = lissom.optimize(model, inputs, passes=passes, data=data).program
     found = capture(model, (inputs,))
     return program, export_onnx(program, found.example)
 
@@ -106,12 +108,12 @@ def rounded_weight(matrix, group, bits):
 def test_values_and_weights_are_multiplied_as_integers(scheme, turned, tmp_path):
     model = seeded(lambda: Layer(turned=turned))
     data = normal(4, 6, WIDE, seed=9)
-    passes = {
-        "token": "quantize",
-        "tensor": "quantize{activations=tensor}",
-        "static": "quantize{scheme=int8-static}",
+    options = {
+        "token": "",
+        "tensor": "activations=tensor",
+        "static": "scheme=int8-static",
     }[scheme]
-    program, export = exported(model, normal(2, 5, WIDE), passes, [data] if scheme == "static" else ())
+    program, export = exported(model, normal(2, 5, WIDE), options, [data] if scheme == "static" else ())
     assert simulated(quantized_layers(export), 0) == []
     written, places = write_form(export, [INTEGERS])
     assert places[INTEGERS] == 1
@@ -132,7 +134,7 @@ def test_zero_points_that_would_take_many_rows_are_taken_out_behind_the_product(
     model = seeded(Layer)
     with torch.no_grad():
         model.layer.weight.abs_()
-    program, export = exported(model, normal(2, 5, WIDE), "quantize")
+    program, export = exported(model, normal(2, 5, WIDE), "")
     x = normal(2, 5, WIDE, seed=3)
     (found,), operators = run(program, write_form(export, [INTEGERS])[0], tmp_path, x)
     assert operators.count(CHANNEL) == 1
@@ -148,7 +150,7 @@ def test_zero_points_that_would_take_many_rows_are_taken_out_behind_the_product(
 @pytest.mark.parametrize(("group", "features"), [(16, 96), (32, 96), (64, 192), (48, 96)])
 def test_weights_of_four_bits_stay_as_they_are_stored(group, features, bias, tmp_path):
     model = seeded(lambda: Layer(features, 10, bias))
-    program, export = exported(model, normal(2, 5, features), f"quantize{{scheme=int4-weight,group={group}}}")
+    program, export = exported(model, normal(2, 5, features), f"scheme=int4-weight,group={group}")
     weight, scale = rounded_weight(model.matrix, group, 4)
     for shape in SHAPES:
         x = normal(*shape, features, seed=3)
@@ -159,23 +161,24 @@ def test_weights_of_four_bits_stay_as_they_are_stored(group, features, bias, tmp
         np.testing.assert_allclose(found, x.double().numpy() @ (weight * scale) + model.bias, rtol=1e-4, atol=1e-5)
 
 
-PASSES = [
-    "quantize{symmetric=false}",
-    "quantize{granularity=tensor}",
-    "quantize{activations=tensor,symmetric=false}",
-    "quantize{scheme=int4-weight,group=16,symmetric=false}",
-    "quantize{scheme=int4-weight,granularity=channel}",
-    "quantize{scheme=int8-weight}",
-    "quantize{scheme=fp8}",
-    "quantize{scheme=fp8,activations=tensor}",
+OPTIONS = [
+    "symmetric=false",
+    "granularity=tensor",
+    "activations=tensor,symmetric=false",
+    "scheme=int4-weight,group=16,symmetric=false",
+    "scheme=int4-weight,granularity=channel",
+    "scheme=int8-weight",
+    "scheme=fp8",
+    "scheme=fp8,activations=tensor",
 ]
 
 
 @pytest.mark.parametrize("form", [(), (INTEGERS,)], ids=["plain", "integers"])
-@pytest.mark.parametrize("passes", PASSES)
-def test_every_format_gives_what_the_program_gives(passes, form, tmp_path):
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_format_gives_what_the_program_gives(options, form, tmp_path):
     model = seeded(Layer)
-    program, export = exported(model, normal(2, 5, WIDE), passes)
+    program, export = exported(model, normal(2, 5, WIDE), options)
+    assert len(quantized_layers(export)) == 1
     x = normal(3, 4, WIDE, seed=3)
     (found,), _ = run(program, write_form(export, form)[0], tmp_path, x)
     # Both sum float32 in some order; no value of these is half way between two steps.
@@ -189,7 +192,7 @@ def test_every_format_gives_what_the_program_gives(passes, form, tmp_path):
 def test_tables_are_looked_up_before_they_are_turned_back(options, form, tmp_path):
     model = seeded(Tables)
     ids = torch.tensor([[3, 0, 19], [5, 5, 1]])
-    program, export = exported(model, ids, f"quantize{{scheme={options},embeddings=true}}")
+    program, export = exported(model, ids, f"scheme={options},embeddings=true")
     (found,), operators = run(program, write_form(export, form)[0], tmp_path, ids)
     # Sums of 32 terms of float32, twice.
     torch.testing.assert_close(torch.from_numpy(found), program.run([ids])[0], rtol=1e-4, atol=1e-5)
@@ -197,16 +200,16 @@ def test_tables_are_looked_up_before_they_are_turned_back(options, form, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("passes", "reason"),
+    ("options", "reason"),
     [
-        ("quantize{scheme=fp8}", "ONNX Runtime has no products of fp8 on a CPU"),
-        ("quantize{granularity=group}", "a product of integers takes a scale for each channel, and it has one for each group"),
-        ("quantize{scheme=int4-weight,group=8}", "MatMulNBits takes groups of 16 neighbours and more, and it has 8"),
-        ("quantize{scheme=int8-weight}", "as OnnxRuntime(accuracy_level=4) lets it"),
+        ("scheme=fp8", "ONNX Runtime has no products of fp8 on a CPU"),
+        ("granularity=group", "a product of integers takes a scale for each channel, and it has one for each group"),
+        ("scheme=int4-weight,group=8", "MatMulNBits takes groups of 16 neighbours and more, and it has 8"),
+        ("scheme=int8-weight", "as OnnxRuntime(accuracy_level=4) lets it"),
     ],
 )
-def test_a_layer_without_a_product_of_integers_says_why(passes, reason):
-    _, export = exported(seeded(Layer), normal(2, 5, WIDE), passes)
+def test_a_layer_without_a_product_of_integers_says_why(options, reason):
+    _, export = exported(seeded(Layer), normal(2, 5, WIDE), options)
     (left,) = simulated(quantized_layers(export), 0)
     assert reason in left.reason
     assert left.module == "layer"
@@ -214,12 +217,12 @@ def test_a_layer_without_a_product_of_integers_says_why(passes, reason):
 
 
 @pytest.mark.parametrize("accuracy_level", [0, 4])
-@pytest.mark.parametrize("passes", ["quantize", "quantize{activations=tensor}", "quantize{scheme=int4-weight}"])
-def test_products_are_compared_beside_each_other(passes, accuracy_level, tmp_path):
-    program, export = exported(seeded(Layer), normal(2, 5, WIDE), passes)
+@pytest.mark.parametrize("options", ["", "activations=tensor", "scheme=int4-weight"])
+def test_products_are_compared_beside_each_other(options, accuracy_level, tmp_path):
+    program, export = exported(seeded(Layer), normal(2, 5, WIDE), options)
     x = normal(3, 4, WIDE, seed=3)
     (found, error), _ = run(program, write_check(export, accuracy_level), tmp_path, x)
     torch.testing.assert_close(torch.from_numpy(found), program.run([x])[0], rtol=1e-4, atol=1e-5)
-    rounds = accuracy_level and "int4" in passes
+    rounds = accuracy_level and "int4" in options
     # Float32 sums; or values rounded to eight bits in groups, 4e-3 of the largest each.
     assert (1e-4 if rounds else 0.0) <= error < (3e-2 if rounds else 1e-5)

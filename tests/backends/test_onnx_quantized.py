@@ -121,7 +121,7 @@ def test_weights_of_eight_bits_are_multiplied_where_values_may_be_rounded():
 def test_a_scheme_without_a_kernel_is_refused_and_simulated_where_asked():
     refusal = (
         "backend 'onnxruntime' has no kernel for 12 quantized layers, first 'encoder.layer.0.attention.self.query' with fp8 "
-        "weights on fp8 values: ONNX Runtime has no products of fp8 on a CPU; choose another scheme or backend, or simulate=True"
+        "weights on fp8 values: ONNX Runtime has no products of fp8 on a CPU; choose another scheme"
     )
     with pytest.raises(UnsupportedError, match=re.escape(refusal)):
         compiled_bert("quantize{scheme=fp8}", backend=FAST)
@@ -138,5 +138,7 @@ def test_wrong_kernels_are_found_before_they_are_used(monkeypatch):
     right = onnx_integers._with_rows
     monkeypatch.setattr(onnx_integers, "_with_rows", lambda stored, rows: right(stored, rows) // 2)
     model = seeded(lambda: nn.Linear(192, 8))
-    with pytest.raises(UnsupportedError, match="its integer kernels fail here or are wrong: .*a product of integers is off by"):
-        lissom.compile(model, normal(2, 3, 192), passes=DYNAMIC, backend=FAST)
+    with pytest.raises(
+        UnsupportedError, match=r"its integer kernels fail here or are wrong: .*a product of integers is off by"
+    ):
+        lissom.compile(model, normal(2, 3, 192), passes="quantize{output_heads=true}", backend=FAST)
