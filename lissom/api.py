@@ -116,6 +116,7 @@ def compile(
     metric: Metric | None = None,
     max_drop: float | None = None,
     only_if_faster: bool = True,
+    simulate: bool = False,
     progress: Progress | None = None,
 ) -> CompiledModel:
     """Optimize a model for inference.
@@ -136,6 +137,8 @@ def compile(
     metric: scores a callable that takes the model's arguments, higher is better; max_drop: how much lossy passes may cost.
     only_if_faster: undo a lossy pass whose program, lowered for the backend, is neither faster nor smaller than without it; the
         history says so with the figures of both.
+    simulate: let quantized layers that the backend has no kernel for be computed in floating point, on rounded values: the
+        same numbers, and no faster than before. Without, they are refused.
     progress: called with what is done now, steps finished, steps in all; by default a bar on a terminal.
 
     Raises: a LissomError of the kind that fits: CaptureError, InputError, PipelineTextError, UnsupportedError,
@@ -159,11 +162,13 @@ def compile(
     with progress_bar("compile") as bar:
         show = progress or bar
         job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, count)
-        judge = (
-            Payoff([item for item in backends if item.name in lowerings], lowerings, job.example) if only_if_faster else None
-        )
+        # What is simulated is slower by nature, and wanted all the same.
+        rivals = [item for item in backends if item.name in lowerings and only_if_faster and not simulate]
+        judge = Payoff(rivals, lowerings, job.example) if rivals else None
         lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
-        built = build_fastest(backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count))
+        built = build_fastest(
+            backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count), simulate=simulate
+        )
     report = Report(f"{built.program.name} on {built.backend.name}", built.history)
     return CompiledModel(built.program, built.executable, report, built.backend)
 

@@ -44,6 +44,9 @@ Passes = Annotated[str, typer.Option(help="Pipeline text, for example 'remove-no
 Backend = Annotated[str, typer.Option(help="What runs the result.")]
 Device = Annotated[str | None, typer.Option(help="Where the result runs, for example cuda:0; the CPU by default.")]
 Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
+Simulate = Annotated[
+    bool, typer.Option("--simulate", help="Compute quantized layers without a kernel in floating point, on rounded values.")
+]
 
 
 @app.command("demo")
@@ -65,6 +68,7 @@ def run_compile(
     backend: Backend = "eager",
     device: Device = None,
     checks: Checks = "numeric",
+    simulate: Simulate = False,
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write what was compiled to this directory.")] = None,
@@ -75,7 +79,7 @@ def run_compile(
         check_writable(path)
     if save is not None:
         check_target(save.absolute())
-    compiled = _compile(model, passes, backend, device, checks, only_if_faster=only_if_faster)
+    compiled = _compile(model, passes, backend, device, checks, only_if_faster=only_if_faster, simulate=simulate)
     console.print(compiled.report)
     if save is not None:
         assert isinstance(compiled, api.CompiledModel)
@@ -130,7 +134,8 @@ def run_show(
             raise typer.BadParameter("--passes and --backend do not go with a saved model")
         compiled = _load(Path(model), None)
     else:
-        compiled = _compile(model, passes, backend, None, checks)
+        # What is only shown may have layers without a kernel.
+        compiled = _compile(model, passes, backend, None, checks, simulate=True)
     if structure or axes:
         found = [structure_tables(compiled.program)] if structure else []
         console.print(*found, *([axes_table(compiled.program)] if axes else []), sep="\n")
@@ -253,7 +258,14 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def _compile(
-    model: str, passes: str, backend: str | None, device: str | None, checks: str, *, only_if_faster: bool = True
+    model: str,
+    passes: str,
+    backend: str | None,
+    device: str | None,
+    checks: str,
+    *,
+    only_if_faster: bool = True,
+    simulate: bool = False,
 ) -> api.CompiledModel | api.Optimized:
     """The model compiled for a backend, or with the passes alone where none is named."""
     # What is wrong with the options is said before a large model is read.
@@ -263,7 +275,8 @@ def _compile(
         find_backends(backend)
     api.check_device(device)
     source = load(model)
-    run = api.optimize if backend is None else partial(api.compile, backend=backend, only_if_faster=only_if_faster)
+    options = {"backend": backend, "only_if_faster": only_if_faster, "simulate": simulate}
+    run = api.optimize if backend is None else partial(api.compile, **options)
     try:
         compiled = run(
             source.model,

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lissom.bench.worker import Failure
 from lissom.cli import app, main, write_whole
+from lissom.compiler.errors import UnsupportedError
 from lissom.inspect.machine import cache_path, save_machine
 from lissom.passes import PASSES, RECIPES
 from tests.frontends.test_huggingface import directory  # noqa: F401
@@ -80,6 +81,14 @@ def test_compile_prints_the_report_and_writes_history_and_text(model, tmp_path):
 def test_compile_takes_passes_checks_and_device(model):
     shown = invoke("compile", model, "--passes", "remove-no-ops", "--checks", "structural", "--device", "cpu")
     assert "form and types were checked after every step, numbers were not" in " ".join(shown.split())
+
+
+def test_a_scheme_without_a_kernel_is_compiled_where_it_is_asked_to_be_simulated(model):
+    arguments = ("compile", model, "--passes", "quantize{scheme=fp8}", "--checks", "structural")
+    refused = runner.invoke(app, arguments)
+    assert isinstance(refused.exception, UnsupportedError)
+    assert "products of fp8 need a CUDA device; choose another scheme or backend, or simulate=True" in str(refused.exception)
+    assert "quantized layers run in integers" in " ".join(invoke(*arguments, "--simulate").split())
 
 
 def test_a_file_is_written_whole(tmp_path):

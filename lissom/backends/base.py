@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from lissom.backends.kernels import SimulatedLayer, simulated_layers
 from lissom.compiler.errors import InputError, UnsupportedError, VerifyError
 from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
@@ -35,6 +36,13 @@ class Backend(ABC):
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         """Exact passes that bring a program on `device` into the form this backend runs fast; checked like any other."""
         return ()
+
+    def simulated(self, program: Program) -> Sequence[SimulatedLayer]:
+        """The quantized layers of a lowered program that this backend has no kernel for.
+
+        A backend that learns it when it builds says so of the executable, as its `simulated`, and nothing here.
+        """
+        return simulated_layers(program)
 
     def missing(self) -> str | None:
         """Why this machine cannot run it, in one sentence; None when it can."""
@@ -64,13 +72,16 @@ class Backend(ABC):
         raise UnsupportedError(f"what backend '{self.name}' builds cannot be loaded; compile the model again")
 
 
-def confirm(name: str, executable: Executable, program: Program, example: Sample) -> None:
+def confirm(name: str, executable: Executable, program: Program, example: Sample, allowed: float = 0.0) -> float:
     """Run what a backend built from a program without state beside it: on the example, at other sizes, and at the smallest.
+
+    allowed: the relative error it may show, where that is more than two correct programs may. Returns the one it shows.
 
     Raises: VerifyError when it does not run, or gives something else.
     """
     samples, wanted = run_original(program, [*check_samples(program.signature, example), *_smallest(program, example)])
-    allowed = tolerance_of(program)
+    allowed = max(allowed, tolerance_of(program))
+    worst = 0.0
     if rounds_values(program):
         allowed = max(allowed, SHARE * rounding_loss(program, samples, wanted))
     for sample, outputs in zip(samples, wanted, strict=True):
@@ -83,11 +94,13 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
                 f"{type(error).__name__}: {error}; choose another backend"
             ) from error
         error = compare([outputs], [found]).relative_error
+        worst = max(worst, error)
         if error > allowed:
             raise VerifyError(
                 f"what backend '{name}' built from {program.name} differs from the program by {error:.2g} relative on inputs "
                 f"{shapes}, allowed {allowed:.2g}; choose another backend"
             )
+    return worst
 
 
 def _smallest(program: Program, example: Sample) -> list[Sample]:

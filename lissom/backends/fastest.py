@@ -9,6 +9,7 @@ from functools import partial
 
 from lissom.backends import FASTEST
 from lissom.backends.base import Backend, Executable
+from lissom.backends.kernels import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.compiler.errors import LissomError, UnsupportedError
 from lissom.compiler.history import History
 from lissom.compiler.program import Program
@@ -36,11 +37,14 @@ def build_fastest(
     lowered: Mapping[str, tuple[Program, History] | LissomError],
     example: Sample,
     progress: Callable[[str, int], None],
+    *,
+    simulate: bool = False,
 ) -> Built:
     """Build the program of every backend, and keep the one that answers the example soonest; a single one is not timed.
 
     lowered: for each backend's name its lowered program, or why there is none. progress: called with what is done now, and
-    how many builds are left. The history says how long each took, and why any could not run.
+    how many builds are left. simulate: let quantized layers without a kernel run in floating point; else they are refused.
+    The history says how long each took, and why any could not run.
 
     Raises: the error of a single backend; UnsupportedError when several fail and none is left.
     """
@@ -54,7 +58,7 @@ def build_fastest(
                 raise found
             progress(f"build {name}", left)
             left -= 1
-            built[name] = _build(backend, *found, example)
+            built[name] = _build(backend, *found, example, simulate)
         except Exception as error:
             if len(lowered) == 1:
                 raise
@@ -75,12 +79,21 @@ def build_fastest(
     return best
 
 
-def _build(backend: Backend, program: Program, history: History, example: Sample) -> Built:
+def _build(backend: Backend, program: Program, history: History, example: Sample, simulate: bool) -> Built:
+    left = explain(backend.simulated(program), history.steps)
+    total = len(left) + count_kernels(program)
+    if not simulate:
+        refuse(backend.name, left, total)
     started = time.perf_counter()
     executable = backend.build(program, example)
     seconds = time.perf_counter() - started
+    if not simulate:
+        found: Sequence[SimulatedLayer] = getattr(executable, "simulated", ())
+        refuse(backend.name, found, getattr(executable, "quantized", len(found)))
     if seconds > _SLOW_BUILD:
         history.note(f"{backend.name} built the program in {seconds:.1f} s")
+    if total:
+        history.note(account(left, total))
     for sentence in getattr(executable, "notes", ()):
         history.note(sentence)
     return Built(backend, program, history, executable)

@@ -47,7 +47,7 @@ def _operands(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value]:
 def _turned(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
     """(a, b) → (a · cos − b · sin, b · cos + a · sin), one operator each; a, b: halves or neighbours."""
     x, cos, sin = _operands(node)
-    features, interleaved = _last(x), bool(node.attributes.get_int("interleaved", 0))
+    features, interleaved = fixed_last(x), bool(node.attributes.get_int("interleaved", 0))
     if interleaved:
         rows = tape.op("Shape", [x], {"start": 0, "end": -1})
         pairs = tape.op("Reshape", [x, tape.op("Concat", [rows, _integers(tape, features // 2, 2)], {"axis": 0})])
@@ -55,7 +55,7 @@ def _turned(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
         a, b = (tape.op("Squeeze", [half, _integers(tape, -1)]) for half in halves)
     else:
         a, b = tape.op_multi_out("Split", [x], {"axis": -1, "num_outputs": 2}, num_outputs=2)
-    if _last(cos) != features:
+    if fixed_last(cos) != features:
         first = tape.op("Sub", [tape.op("Mul", [a, cos]), tape.op("Mul", [b, sin])])
         second = tape.op("Add", [tape.op("Mul", [b, cos]), tape.op("Mul", [a, sin])])
         return _joined(tape, first, second, x, interleaved)
@@ -77,16 +77,16 @@ def _rotary_embedding(tape: ir.tape.Tape, node: ir.Node) -> ir.Value | None:
     It wants one angle a pair, so tables that hold each twice are cut to their first half.
     """
     x, cos, sin = _operands(node)
-    features, interleaved = _last(x), bool(node.attributes.get_int("interleaved", 0))
+    features, interleaved = fixed_last(x), bool(node.attributes.get_int("interleaved", 0))
     if len(_sizes(x)) != 4 or any(len(_sizes(table)) != 4 or _sizes(table)[1] != 1 for table in (cos, sin)):
         return None
-    if _last(cos) == features and (interleaved or not (_is_doubled(cos) and _is_doubled(sin))):
+    if fixed_last(cos) == features and (interleaved or not (_is_doubled(cos) and _is_doubled(sin))):
         return None
     tables: list[ir.Value] = []
     batch = tape.op("Shape", [x], {"start": 0, "end": 1})
     for table in (cos, sin):
         flat = tape.op("Squeeze", [table, _integers(tape, 1)])
-        if _last(table) == features:
+        if fixed_last(table) == features:
             flat = tape.op("Slice", [flat, *(_integers(tape, number) for number in (0, features // 2, -1))])
         wanted = tape.op("Concat", [batch, _integers(tape, 1, 1)], {"axis": 0})
         tables.append(tape.op("Expand", [flat, wanted]))
@@ -142,7 +142,7 @@ def merge_projections(model: ir.Model) -> int:
 
 
 def _as_projection(node: ir.Node) -> _Projection | None:
-    weight = _constant(node.inputs[1]) if node.op_type == "MatMul" and node.domain == "" else None
+    weight = constant_of(node.inputs[1]) if node.op_type == "MatMul" and node.domain == "" else None
     result = node.outputs[0]
     if weight is None or weight.ndim != 2:
         return None
@@ -150,7 +150,7 @@ def _as_projection(node: ir.Node) -> _Projection | None:
     reader = uses[0].node if len(uses) == 1 and not result.is_graph_output() else None
     if reader is None or reader.op_type != "Add":
         return None if result.is_graph_output() else _Projection(node, None, weight, None)
-    bias = next((found for item in reader.inputs if item is not result and (found := _constant(item)) is not None), None)
+    bias = next((found for item in reader.inputs if item is not result and (found := constant_of(item)) is not None), None)
     if bias is None or bias.shape != weight.shape[1:]:
         return _Projection(node, None, weight, None)
     return None if reader.outputs[0].is_graph_output() else _Projection(node, reader, weight, bias)
@@ -202,7 +202,7 @@ def write_out_rms_norms(model: ir.Model) -> int:
     return count
 
 
-def _constant(value: ir.Value | None) -> np.ndarray | None:
+def constant_of(value: ir.Value | None) -> np.ndarray | None:
     """What an initializer or a constant holds; None for anything computed."""
     found = ir.convenience.get_const_tensor(value) if value is not None else None
     return None if found is None else found.numpy()
@@ -216,7 +216,8 @@ def _sizes(value: ir.Value) -> Sequence[int | ir.SymbolicDim]:
     return tuple(value.shape or ())
 
 
-def _last(value: ir.Value) -> int:
+def fixed_last(value: ir.Value) -> int:
+    """The last size, which does not vary."""
     size = _sizes(value)[-1]
     if not isinstance(size, int):
         raise ValueError(f"the last size of '{value.name}' is {size}; it has to be fixed")

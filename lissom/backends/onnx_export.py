@@ -209,12 +209,17 @@ def _named(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | 
     return re.sub(r"[A-Za-z_]\w*", lambda word: names.get(word[0], word[0]), str(size.value))
 
 
+def module_of(node: ir.Node) -> str:
+    """The path of the module a node comes from."""
+    scopes = ast.literal_eval(node.metadata_props.get(_PATHS, "[]"))
+    path = node.metadata_props.get("module", scopes[-2] if len(scopes) > 1 else "")
+    return "" if path.startswith(_NO_MODULE) else path
+
+
 def _name_nodes(model: ir.Model) -> None:
     taken: Counter[str] = Counter()
     for node in model.graph.all_nodes():
-        scopes = ast.literal_eval(node.metadata_props.get(_PATHS, "[]"))
-        path = node.metadata_props.get("module", scopes[-2] if len(scopes) > 1 else "")
-        path = "" if path.startswith(_NO_MODULE) else path
+        path = module_of(node)
         name = f"{path}/{node.op_type}".lstrip("/")
         taken[name] += 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"

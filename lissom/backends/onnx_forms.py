@@ -9,6 +9,8 @@ import onnx_ir as ir
 from lissom.backends.onnx_attention import expand_attention
 from lissom.backends.onnx_blocks import expand_rotary, merge_projections, write_out_rms_norms
 from lissom.backends.onnx_export import tidy
+from lissom.backends.onnx_integers import expand_integers
+from lissom.backends.onnx_quantization import expand_quantization
 from lissom.backends.onnx_translation import DOMAIN
 
 ATTENTION, NORMS, ROTARY, RMS_NORMS, PROJECTIONS = "attention", "norms", "rotary", "rms-norms", "projections"
@@ -23,15 +25,21 @@ CHOICES: Mapping[str, str] = {
 """What may be done to a model, in the order it is tried, in words."""
 
 
-def write_form(exported: ir.Model, chosen: Collection[str] = ()) -> tuple[ir.Model, dict[str, int]]:
-    """The exported model with what was chosen of CHOICES done to it, and in how many places each was."""
+INTEGERS = "integers"
+"""That quantized layers are computed from integers, which is not timed: what is asked for is done where it can be."""
+
+
+def write_form(exported: ir.Model, chosen: Collection[str] = (), *, accuracy_level: int = 0) -> tuple[ir.Model, dict[str, int]]:
+    """The exported model with what was chosen of CHOICES and INTEGERS done to it, and in how many places each was."""
     model = exported.clone()
     places = {
+        INTEGERS: expand_integers(model, accuracy_level) if INTEGERS in chosen else 0,
         ATTENTION: expand_attention(model, ATTENTION in chosen),
         ROTARY: expand_rotary(model, ROTARY in chosen),
         NORMS: _keep_norms_apart(model) if NORMS in chosen else 0,
         RMS_NORMS: write_out_rms_norms(model) if RMS_NORMS in chosen else 0,
     }
+    expand_quantization(model)
     model.opset_imports.pop(DOMAIN, None)
     tidy(model)
     if PROJECTIONS in chosen:
@@ -39,6 +47,18 @@ def write_form(exported: ir.Model, chosen: Collection[str] = ()) -> tuple[ir.Mod
         places[PROJECTIONS] = merge_projections(model)
         tidy(model)
     return model, places
+
+
+def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
+    """The exported model as it is, and how far each layer computed from integers is from it, as a result more for each."""
+    model = exported.clone()
+    expand_integers(model, accuracy_level, beside=True)
+    expand_attention(model, fused=False)
+    expand_rotary(model, fused=False)
+    expand_quantization(model)
+    model.opset_imports.pop(DOMAIN, None)
+    tidy(model)
+    return model
 
 
 def _keep_norms_apart(model: ir.Model) -> int:

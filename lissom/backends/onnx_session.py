@@ -6,8 +6,10 @@ import shutil
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
 import onnxruntime
 import torch
 from onnx_ir import tensor_adapters
@@ -15,6 +17,7 @@ from torch import fx
 
 from lissom.backends.batches import Cutting
 from lissom.backends.compiled import device_of, leaves_of
+from lissom.backends.kernels import SimulatedLayer
 from lissom.backends.onnx_export import input_names, output_names, results_of
 from lissom.compiler.errors import UnsupportedError, nearest
 from lissom.compiler.program import Program
@@ -42,6 +45,7 @@ class Session:
     path: the model's file; weights lie beside it. Its folder is deleted with this object, unless it is to be kept.
     notes: sentences for the reader.
     cutting: how large batches are cut into pieces; None to run them whole.
+    quantized: how many layers are quantized; simulated: those of them that run in floating point.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Session:
         self.path = path
         self.notes = tuple(notes)
         self.cutting: Cutting | None = None
+        self.quantized = 0
+        self.simulated: Sequence[SimulatedLayer] = ()
         self._session = session
         self._device = device_of(program)
         self._inputs = input_names(program)
@@ -90,27 +96,46 @@ class Session:
         return [torch.from_dlpack(value) for value in binding.get_outputs()]
 
 
-def open_session(
-    path: Path,
-    providers: Sequence[tuple[str, Mapping[str, str]]],
-    *,
-    threads: int,
-    arena: bool = True,
-    optimization: str = "all",
-) -> onnxruntime.InferenceSession:
-    """The model opened on these execution providers, the first that can run a node first."""
+@dataclass(frozen=True)
+class SessionOptions:
+    """How a model is opened.
+
+    providers: with their options; the first that can run a node runs it. threads: for one operator.
+    arena, optimization: as of the backend.
+    """
+
+    providers: Sequence[tuple[str, Mapping[str, str]]]
+    threads: int
+    arena: bool = True
+    optimization: str = "all"
+
+
+def open_session(path: Path, chosen: SessionOptions, optimized: Path | None = None) -> onnxruntime.InferenceSession:
+    """The model opened. optimized: where the graph that ONNX Runtime makes of it is written, its weights beside it."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = chosen.threads
     options.inter_op_num_threads = 1
-    options.enable_cpu_mem_arena = arena
-    options.graph_optimization_level = LEVELS[optimization]
+    options.enable_cpu_mem_arena = chosen.arena
+    options.graph_optimization_level = LEVELS[chosen.optimization]
     # Errors only: what it warns of is how it runs things.
     options.log_severity_level = 3
+    # What a model says of rounding is done as it says: what meets weights of few bits would be rounded too.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Between calls the processor is for others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if providers[0][0] != CPU:
+    if chosen.providers[0][0] != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    return onnxruntime.InferenceSession(path, options, providers=[(name, dict(given)) for name, given in providers])
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{optimized.name}.data")
+    return onnxruntime.InferenceSession(path, options, providers=[(name, dict(given)) for name, given in chosen.providers])
+
+
+def optimized_operators(path: Path, chosen: SessionOptions, folder: Path) -> Counter[str]:
+    """The operators of the graph that ONNX Runtime makes of a model, and how often each is there. folder: to write it to."""
+    file = folder / "optimized.onnx"
+    open_session(path, chosen, file)
+    return Counter(node.op_type for node in ir.load(file).graph.all_nodes())
 
 
 def choose_providers(

@@ -1,7 +1,7 @@
 """Operators that torch's ONNX exporter lacks, or that are wanted as one node: each as a function that writes ONNX nodes.
 
-Attention and rotary embeddings are written as nodes of the domain `lissom`, which no runtime knows: `onnx_attention` and
-`onnx_blocks` put in their place what the runtime at hand is fast at.
+Attention, rotary embeddings and quantization are written as nodes of the domain `lissom`, which no runtime knows:
+`onnx_attention`, `onnx_blocks` and `onnx_quantization` put in their place what the runtime at hand is fast at.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from onnxscript import evaluator, values
 
 from lissom.ops import attention, grouped_product, rotary
+from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
 
@@ -22,6 +23,8 @@ OPSET = 23
 DOMAIN = "lissom"
 ATTENTION, ROTARY = "Attention", "Rotary"
 """The domain and names of nodes that stand for an attention and a rotary embedding."""
+ROUND, ROUND_DYNAMIC, DEQUANTIZE = "FakeQuantize", "FakeQuantizeDynamic", "Dequantize"
+"""Those of nodes that stand for the operators of quantization."""
 
 op: Any = values.Opset("", OPSET)
 
@@ -72,6 +75,23 @@ def _rotary(x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bool = False
     return _recorded(ir.Node(DOMAIN, ROTARY, [x, cos, sin], options, num_outputs=1, version=1))[0]
 
 
+def _fake_quantize(x: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "") -> ir.Value:
+    options = ir.convenience.convert_attributes({"format": format})
+    return _recorded(ir.Node(DOMAIN, ROUND, [x, scale, zero_point], options, num_outputs=1, version=1))[0]
+
+
+def _fake_quantize_dynamic(x: ir.Value, format: str = "", granularity: str = "token") -> ir.Value:
+    options = ir.convenience.convert_attributes({"format": format, "granularity": granularity})
+    return _recorded(ir.Node(DOMAIN, ROUND_DYNAMIC, [x], options, num_outputs=1, version=1))[0]
+
+
+def _dequantize(
+    q: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "", dtype: int = ir.DataType.FLOAT
+) -> ir.Value:
+    options = ir.convenience.convert_attributes({"format": format})
+    return _recorded(ir.Node(DOMAIN, DEQUANTIZE, [q, scale, zero_point], options, num_outputs=1, version=1))[0]
+
+
 def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Value:
     """Rows [offs[i - 1], offs[i]) times weight[i], and zeros for rows behind; input: [rows, k], weight: [groups, k, n]."""
     groups = _fixed(weight, 0)
@@ -118,6 +138,9 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     attention: _attention,
     rotary: _rotary,
     grouped_product: _grouped_product,
+    fake_quantize: _fake_quantize,
+    fake_quantize_dynamic: _fake_quantize_dynamic,
+    dequantize: _dequantize,
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill.Tensor: _masked_fill,
     aten.where.self: _where,

@@ -13,28 +13,35 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from lissom.backends.base import Backend, Executable, confirm
 from lissom.backends.compiled import check_plain, kind_and_reason
+from lissom.backends.kernels import SimulatedLayer, account
 from lissom.compiler import node as nodes
 from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError, VerifyError
+from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
+from lissom.compiler.rounding import LOCAL_TOLERANCE
 from lissom.compiler.samples import Sample, resize
 from lissom.inspect.timing import time_calls
+from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from lissom.backends.onnx_session import Session
+    from lissom.backends.onnx_integers import Layer
+    from lissom.backends.onnx_session import Session, SessionOptions
 
 CUTTING = "batches.json"
 """The file of an artifact that says in which pieces batches are computed."""
 _GAIN = 0.98
 """A fusion must take less than this share of the time without, so that noise does not decide."""
+_ROUNDED, _ROUNDED_LOCALLY = 0.5, 0.03
+"""What rounding values to eight bits, by 4e-3 of the largest of a group, may come to over tens of layers, and in one."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class OnnxRuntime(Backend):
     arena: keep memory between calls.
     optimization: how much ONNX Runtime rewrites the graph when it opens it.
     timing_seconds: how long each form the model can be written in is timed, at each of two sizes.
+    accuracy_level: how layers with weights of few bits and values in floating point are multiplied: 0 as they say; 4 with the
+        values rounded to eight bits too, for each group of neighbours, which is faster, and the report gives the error.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -57,6 +66,14 @@ class OnnxRuntime(Backend):
     arena: bool = True
     optimization: Literal["none", "basic", "extended", "all"] = "all"
     timing_seconds: float = 0.3
+    accuracy_level: Literal[0, 4] = 0
+
+    def lowering(self, device: torch.device) -> Sequence[Pass]:
+        return (FoldQuantizedWeights(),)
+
+    def simulated(self, program: Program) -> Sequence[SimulatedLayer]:
+        """None: it is seen from the session that is built, which says so."""
+        return ()
 
     def missing(self) -> str | None:
         absent = [name for name in ("onnxruntime", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -76,21 +93,21 @@ class OnnxRuntime(Backend):
         _check(program)
         # Here, because they are an extra and take a second or two to import.
         from lissom.backends.batches import fastest_cutting
-        from lissom.backends.onnx_forms import CHOICES, write_form
+        from lissom.backends.onnx_forms import CHOICES
 
         try:
-            exported, best = self._export(program, example, decompose=False)
+            start = self._start(program, example, decompose=False)
         # What the exporter cannot translate, or translates wrongly, it may know when it is taken apart.
         except (UnsupportedError, VerifyError):
-            exported, best = self._export(program, example, decompose=True)
-        chosen, notes = list[str](), list[str]()
+            start = self._start(program, example, decompose=True)
+        best, chosen, notes = start.session, [start.form] if start.form else [], start.notes
         for choice, words in CHOICES.items():
-            model, places = write_form(exported, [*chosen, choice])
+            model, places = self._write(start.exported, [*chosen, choice])
             if not places[choice]:
                 continue
             try:
                 other = self._open(program, model)
-                confirm(self.name, other, program, example)
+                confirm(self.name, other, program, example, start.allowed)
             # Some versions and providers lack an operator, or have one that is wrong.
             except Exception as error:
                 notes.append(f"{words}, {places[choice]} times, is not used: {_reason(error)}")
@@ -103,26 +120,87 @@ class OnnxRuntime(Backend):
         if cutting is not None:
             best.cutting = cutting[0]
             notes.append(f"large batches are computed in pieces: {cutting[1]}")
+        if start.layers:
+            best.quantized, best.simulated = len(start.layers), start.left
+            notes.insert(0, account(start.left, len(start.layers), self._products(program, best)))
         best.notes += tuple(notes)
         return best
 
-    def _export(self, program: Program, example: Sample, decompose: bool) -> tuple[ir.Model, Session]:
-        """The exported model, and its plain form opened and confirmed. Raises: UnsupportedError, VerifyError."""
+    def _products(self, program: Program, session: Session) -> str:
+        """The products of integers in the graph ONNX Runtime makes of a session's model, and how many: `36 MatMulNBits`."""
+        from lissom.backends.onnx_integers import PRODUCTS
+        from lissom.backends.onnx_session import optimized_operators
+
+        with TemporaryDirectory(prefix="lissom-") as folder:
+            found = optimized_operators(session.path, self._options(program), Path(folder))
+        return ", ".join(f"{count} {name}" for name, count in found.most_common() if name in PRODUCTS)
+
+    def _start(self, program: Program, example: Sample, decompose: bool) -> _Start:
+        """The exported model, and its first form opened and confirmed. Raises: UnsupportedError, VerifyError."""
         from lissom.backends.onnx_export import export_onnx
-        from lissom.backends.onnx_forms import write_form
+        from lissom.backends.onnx_forms import INTEGERS
+        from lissom.backends.onnx_integers import quantized_layers, simulated
 
         try:
             exported = export_onnx(program, example, decompose)
-            session = self._open(program, write_form(exported)[0])
         except UnsupportedError:
             raise
         # Neither the exporter's errors nor the runtime's have a common class.
         except Exception as error:
-            raise UnsupportedError(
-                f"ONNX Runtime cannot run {program.name}: {_reason(error)}; choose backend 'eager'"
-            ) from error
+            raise self._unsupported(program, error) from error
+        layers = quantized_layers(exported)
+        left = simulated(layers, self.accuracy_level)
+        if len(left) < len(layers):
+            try:
+                notes = [self._check_integers(program, example, exported)]
+                session = self._open(program, self._write(exported, [INTEGERS])[0])
+                allowed = _ROUNDED if self.accuracy_level and any(layer.rounded is None for layer in layers) else 0.0
+                error = confirm(self.name, session, program, example, allowed)
+                if allowed:
+                    notes.append(f"accuracy_level={self.accuracy_level} changes what is answered by {error:.1g} relative")
+                return _Start(exported, session, INTEGERS, allowed, layers, left, notes)
+            # Processors without such instructions, and some versions, add up integers wrongly.
+            except Exception as error:
+                left = simulated(layers, self.accuracy_level, f"its integer kernels fail here or are wrong: {_reason(error)}")
+        try:
+            session = self._open(program, self._write(exported, [])[0])
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            raise self._unsupported(program, error) from error
         confirm(self.name, session, program, example)
-        return exported, session
+        return _Start(exported, session, "", 0.0, layers, left, [])
+
+    def _check_integers(self, program: Program, example: Sample, exported: ir.Model) -> str:
+        """Compare each product of integers with the same in floating point, given the same values; what was found, in words.
+
+        Behind values that are rounded two correct programs drift apart, so the end of a program tells little of its parts.
+
+        Raises: VerifyError when one differs.
+        """
+        from lissom.backends.onnx_export import input_names, output_names, save_onnx
+        from lissom.backends.onnx_forms import write_check
+        from lissom.backends.onnx_session import open_session
+
+        with TemporaryDirectory(prefix="lissom-") as folder:
+            path = save_onnx(write_check(exported, self.accuracy_level), Path(folder))
+            session = open_session(path, self._options(program))
+            names = [item.name for item in session.get_outputs()][len(output_names(program)) :]
+            given = zip(input_names(program), example, strict=True)
+            errors = session.run(names, {name: tensor.cpu().numpy() for name, tensor in given})
+        worst = max(float(error) for error in errors)
+        allowed = _ROUNDED_LOCALLY if self.accuracy_level else LOCAL_TOLERANCE
+        if not worst <= allowed:
+            raise VerifyError(f"a product of integers is off by {worst:.2g} relative, allowed {allowed:.2g}")
+        return f"products of integers differ from the same in floating point by {worst:.1g} relative at most"
+
+    def _unsupported(self, program: Program, error: Exception) -> UnsupportedError:
+        return UnsupportedError(f"ONNX Runtime cannot run {program.name}: {_reason(error)}; choose backend 'eager'")
+
+    def _write(self, exported: ir.Model, chosen: Sequence[str]) -> tuple[ir.Model, dict[str, int]]:
+        from lissom.backends.onnx_forms import write_form
+
+        return write_form(exported, chosen, accuracy_level=self.accuracy_level)
 
     def _open(self, program: Program, model: ir.Model) -> Session:
         from lissom.backends.onnx_export import save_onnx
@@ -135,14 +213,19 @@ class OnnxRuntime(Backend):
             raise
 
     def _session(self, program: Program, path: Path, keep: bool) -> Session:
-        from lissom.backends.onnx_session import Session, choose_providers, fallen_back, open_session, placed_nodes
+        from lissom.backends.onnx_session import Session, fallen_back, open_session, placed_nodes
 
-        providers = choose_providers(program, self.providers, self.provider_options)
-        threads = self.threads or torch.get_num_threads()
-        session = open_session(path, providers, threads=threads, arena=self.arena, optimization=self.optimization)
-        first = providers[0][0]
+        options = self._options(program)
+        session = open_session(path, options)
+        first = options.providers[0][0]
         warning = fallen_back(placed_nodes(session), first) if first != "CPUExecutionProvider" else None
         return Session(program, path, session, [warning] if warning else [], keep)
+
+    def _options(self, program: Program) -> SessionOptions:
+        from lissom.backends.onnx_session import SessionOptions, choose_providers
+
+        providers = choose_providers(program, self.providers, self.provider_options)
+        return SessionOptions(providers, self.threads or torch.get_num_threads(), self.arena, self.optimization)
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """The ONNX file, which any ONNX Runtime opens, and its weights."""
@@ -172,6 +255,22 @@ class OnnxRuntime(Backend):
         # ONNX Runtime's errors have no common class.
         except Exception as error:
             raise ArtifactError(f"'{folder / MODEL}' does not open: {_reason(error)}; compile the model again") from error
+
+
+@dataclass(frozen=True)
+class _Start:
+    """An exported model, and its first form: `integers`, or as it is. allowed: the error that form may show.
+
+    layers: those that are quantized. left: those of them that have no kernel. notes: for the reader.
+    """
+
+    exported: ir.Model
+    session: Session
+    form: str
+    allowed: float
+    layers: Sequence[Layer]
+    left: Sequence[SimulatedLayer]
+    notes: list[str]
 
 
 def _check(program: Program) -> None:

@@ -204,9 +204,10 @@ def ctranslate2(task: Task, *, compute_type: str) -> Build:
 
 
 def lissom(task: Task, *, passes: str = "exact", backend: str = "eager") -> Build:
-    """Lissom on the backends eager or onnxruntime: one compile for all shapes."""
-    model = task.model
-    compiled = api.compile(model.source.model, model.example | dict(model.constants), passes=passes, backend=backend)
+    """Lissom on the backends eager or onnxruntime: one compile for all shapes; passes that calibrate do on 100 texts."""
+    model, constants = task.model, dict(task.model.constants)
+    data = [inputs | constants for inputs in task.calibration] if "int8-static" in passes else []
+    compiled = api.compile(model.source.model, model.example | constants, passes=passes, backend=backend, data=data)
     return lambda inputs: partial(compiled, **inputs, **model.constants)
 
 
@@ -244,6 +245,24 @@ _TABLE = (
     Engine("lissom-int8", "Lissom int8, bf16 rest", (), partial(lissom, passes="cast{dtype=bf16},quantize")),
     Engine("lissom-packed", "Lissom fp32, padding left out", (), partial(lissom, passes="zero-padding,pack-tokens")),
     Engine("lissom-onnxruntime", "Lissom fp32 on ONNX Runtime", _EXPORT, partial(lissom, backend="onnxruntime")),
+    Engine(
+        "lissom-onnxruntime-int8",
+        "Lissom int8 a token on ONNX Runtime",
+        _EXPORT,
+        partial(lissom, passes="quantize{scheme=int8-dynamic}", backend="onnxruntime"),
+    ),
+    Engine(
+        "lissom-onnxruntime-int8-tensor",
+        "Lissom int8 a tensor on ONNX Runtime",
+        _EXPORT,
+        partial(lissom, passes="quantize{scheme=int8-dynamic,activations=tensor}", backend="onnxruntime"),
+    ),
+    Engine(
+        "lissom-onnxruntime-int8-static",
+        "Lissom int8 calibrated on ONNX Runtime",
+        _EXPORT,
+        partial(lissom, passes="quantize{scheme=int8-static}", backend="onnxruntime"),
+    ),
     Engine("lissom-inductor", "Lissom fp32 on inductor", (), lissom_inductor),
 )
 ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _TABLE}

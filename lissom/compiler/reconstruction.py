@@ -30,7 +30,7 @@ from torch import fx
 from lissom.compiler import node as nodes
 from lissom.compiler.calibration import Moments, Progress, real_rows, spread, token_mask
 from lissom.compiler.editor import Editor
-from lissom.compiler.linears import input_of
+from lissom.compiler.linears import as_int, input_of
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.program import Program
 from lissom.compiler.removal import Columns, find_head_columns, find_neuron_columns
@@ -180,9 +180,8 @@ def refit(
     feed_forward: False leaves feed-forwards as they are, and refits attentions alone.
     """
     endings = _endings(edit, reference, feed_forward=feed_forward)
-    data = spread(
-        data, _TOKENS_A_FEATURE * max((nodes.tensor_type(input_of(item.layer)).shape[-1] for item in endings), default=1)
-    )
+    widest = max((as_int(nodes.tensor_type(input_of(item.layer)).shape[-1]) for item in endings), default=1)
+    data = spread(data, _TOKENS_A_FEATURE * widest)
     with kept_state(edit.program):
         pruned, whole = Stream(edit.program, data), Stream(reference, data)
         for index, ending in enumerate(endings):
