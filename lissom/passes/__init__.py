@@ -23,6 +23,7 @@ from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
+from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.precision.cast import Cast
 from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
@@ -72,6 +73,7 @@ PASSES: Mapping[str, type[Pass]] = {
         FuseRotary,
         FuseAttention,
         FuseRmsNorm,
+        PackQuantizedLinear,
         PackLinear,
         FuseEpilogues,
         PackSparse,
