@@ -87,17 +87,23 @@ inline void block(const Linear<T>& call, Source& source, int64_t begin, int64_t 
           Vec sums[R][kWide] = {};
           if (bottom == end) source.template tile<R, true>(top, panel, column, sums);
           else source.template tile<R, false>(top, panel, column, sums);
+#pragma GCC unroll 2
           for (int v = 0; v < kWide; ++v) {
             int64_t c = panel * kPanel + column + v * kLanes, left = n - c;
             if (left <= 0) break;
             Vec bias = call.bias ? load_some(call.bias + c, left) : splat(0.0f);
-            for (int r = 0; r < R; ++r) {
-              Vec value = activate(call.activation, sums[r][v] + bias);
+            auto finish = [&](int r, Vec value) {
               if (call.other) {
                 Vec other = load_some(call.other + (top + r) * n + c, left);
                 value = call.multiplies ? value * other : value + other;
               }
               store_some(to + (top + r - origin) * n + c, value, left);
+            };
+            if (call.activation == Activation::kNone && left >= kLanes && !call.other) {
+#pragma GCC unroll 16
+              for (int r = 0; r < R; ++r) store(to + (top + r - origin) * n + c, sums[r][v] + bias);
+            } else {
+              for (int r = 0; r < R; ++r) finish(r, activate(call.activation, sums[r][v] + bias));
             }
           }
         }
@@ -107,12 +113,13 @@ inline void block(const Linear<T>& call, Source& source, int64_t begin, int64_t 
 }
 
 constexpr int64_t kCached = 1 << 19;  // bytes of inputs that stay in the second-level cache while all panels pass
+constexpr int64_t kMost = 8 * kRows;  // rows of a block: enough to pay for fetching the weights, few enough for results to stay
 
 template <typename T, typename Source>
 void run(const Linear<T>& call, const Source& source) {
   int64_t threads = at::get_num_threads();
   int64_t panels = ceil_div(call.features, kPanel);
-  int64_t most = std::max<int64_t>(kCached / source.row_bytes() / kRows, 2) * kRows;
+  int64_t most = std::min(std::max<int64_t>(kCached / source.row_bytes() / kRows, 2) * kRows, kMost);
   // Few rows: threads share the columns, so that each reads its part of the weights once. Many: they share the rows.
   int64_t across = call.rows < 3 * kRows * threads ? std::min(threads, panels) : 1;
   int64_t blocks = across > 1 ? ceil_div(call.rows, most) : ceil_div(ceil_div(call.rows, most), threads) * threads;

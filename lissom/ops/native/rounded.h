@@ -38,13 +38,14 @@ struct Range {
   __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
   __mmask16 spoilt = 0;
 
-  template <typename T>
+  // A row that is rounded next need not be looked through for NaN here.
+  template <bool finds_spoilt, typename T>
   void take(const T* x, int64_t n) {
     for (int64_t c = 0; c < n; c += kLanes) {
       __m512 value = (__m512)load_some(x + c, n - c);
       low = _mm512_min_ps(low, value);
       high = _mm512_max_ps(high, value);
-      spoilt |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      if (finds_spoilt) spoilt |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
     }
   }
 
@@ -103,7 +104,7 @@ struct Rounded {
     std::vector<Range> ranges(pieces);
     at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
       for (int64_t piece = from; piece < to; ++piece)
-        ranges[piece].take(x + piece * step * inputs, std::min(step, rows - piece * step) * inputs);
+        ranges[piece].template take<true>(x + piece * step * inputs, std::min(step, rows - piece * step) * inputs);
     });
     Range whole;
     for (const Range& found : ranges) {
@@ -122,7 +123,7 @@ struct Rounded {
         Grid& mine = grids[row - begin];
         if (rounding == Rounding::kToken) {
           Range range;
-          range.take(x + row * inputs, inputs);
+          range.template take<false>(x + row * inputs, inputs);
           mine = range.grid();
         } else {
           mine = grid;
@@ -137,6 +138,7 @@ struct Rounded {
     IntVec totals[R][kWide] = {};
     const int8_t* columns = weight + panel * padded * kPanel + column * kPair<int8_t>;
     multiply<R, fetches>(bytes.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
+#pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       int64_t c = panel * kPanel + column + v * kLanes;
       Vec factor = load(scale + c);

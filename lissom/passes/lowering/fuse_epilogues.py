@@ -1,6 +1,6 @@
 """Let the kernel of a packed linear layer do what follows it: an activation, a sum or product with another value, a layer norm.
 
-Written for `lissom::packed_linear`; the same goes for `lissom::quantized_linear`:
+Shown for `lissom::packed_linear`; the same goes for `lissom::quantized_linear`:
 
     relu | gelu | silu (packed_linear(x))       ->  packed_linear(x, activation=…)
     packed_linear(x) + other, … · other         ->  packed_linear(x, other, combine=…)
@@ -27,7 +27,7 @@ from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
 
 aten = torch.ops.aten
 
-_NORMED = {packed_linear: packed_linear_norm, quantized_linear: quantized_linear_norm}
+_NORMED: dict[object, torch._ops.OpOverload] = {packed_linear: packed_linear_norm, quantized_linear: quantized_linear_norm}
 """The operators whose kernels take epilogues, each with its relative that has a norm behind it."""
 _COMBINE: dict[object, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
 
@@ -55,9 +55,7 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
     if reader.target in _COMBINE and other is None and not reader.kwargs:
         value = reader.args[1] if reader.args[0] is linear else reader.args[0]
         if value is not linear and nodes.is_tensor(value) and _same_type(edit, value, linear):
-            return _replace(
-                edit, linear, reader, {**operands, "other": value}, {**options, "combine": _COMBINE[reader.target]}
-            )
+            return _replace(edit, linear, reader, {**operands, "other": value}, {**options, "combine": _COMBINE[reader.target]})
     plain = options.pop("activation", "none") == "none" and options.pop("combine", "add") == "add"
     if reader.target is aten.layer_norm.default and plain and _over_features(reader, options["features"]):
         norm = {f"norm_{name}": nodes.argument(reader, name) for name in ("weight", "bias")}
@@ -71,11 +69,9 @@ def _operands(linear: fx.Node) -> dict[str, object]:
     return {item.name: nodes.argument(linear, item.name) for item in schema.arguments if not item.kwarg_only}
 
 
-def _replace(
-    edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str, object], options: dict[str, Any]
-) -> fx.Node:
+def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str, object], options: dict[str, Any]) -> fx.Node:
     """Let the layer's kernel, or its relative with a norm, do what the reader does."""
-    target = cast(torch._ops.OpOverload, _NORMED[linear.target] if "eps" in options else linear.target)
+    target = _NORMED[linear.target] if "eps" in options else cast(torch._ops.OpOverload, linear.target)
     given = list(operands.values())
     while given[-1] is None:
         given.pop()

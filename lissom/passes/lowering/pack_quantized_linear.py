@@ -90,7 +90,9 @@ class _Layer:
             return "what it reads is not rounded"
         if self.values.kwargs["format"] != FORMAT:
             return f"what it reads is rounded to {self.values.kwargs['format']}, and the kernel rounds to {FORMAT}"
-        if self.values.target is fake_quantize and any(nodes.tensor_type(item).rank for item in self.values.all_input_nodes[1:]):
+        if self.values.target is fake_quantize and any(
+            nodes.tensor_type(item).rank for item in self.values.all_input_nodes[1:]
+        ):
             return "what it reads is rounded with more than one scale"
         if inputs > MOST_INPUTS:
             return f"it sums {inputs} products, and sums of 32 bits hold {MOST_INPUTS}"
