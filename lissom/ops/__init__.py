@@ -12,6 +12,7 @@ from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
 from lissom.ops.sparse_linear import sparse_linear
+from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm
 
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     attention: attention_reference,
@@ -25,6 +26,8 @@ KERNELS = (
     packed_linear_norm,
     quantized_linear,
     quantized_linear_norm,
+    weight_quantized_linear,
+    weight_quantized_linear_norm,
     fused_attention,
     fused_rms_norm,
     fused_rotary,
@@ -45,4 +48,6 @@ __all__ = [
     "quantized_linear_norm",
     "rotary",
     "sparse_linear",
+    "weight_quantized_linear",
+    "weight_quantized_linear_norm",
 ]

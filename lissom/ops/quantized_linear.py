@@ -122,9 +122,9 @@ torch.library.register_fake("lissom::quantized_linear_norm", _shape_of, lib=_LIB
 
 quantized_linear = torch.ops.lissom.quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: of each feature's weights, float32 and
-int32, filled up to whole panels; x_scale, x_zero_point: of x where they are known, []; bias: [features]; other: [..., features],
-like the result; features: of the result; granularity: `token` or `tensor`, what shares a scale of x where none is given;
-activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
+int32, filled up to whole panels; x_scale, x_zero_point: of x where they are known, []; bias: [features]; other: like the
+result, [..., features]; features: of the result; granularity: `token` or `tensor`, what shares a scale of x where none is
+given; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 quantized_linear_norm = torch.ops.lissom.quantized_linear_norm.default
 """The same with a layer norm over the features behind it; norm_weight, norm_bias: [features]."""

@@ -75,6 +75,14 @@ def missing_byte_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     return reason
 
 
+def missing_stored_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
+    """The same for products of values of that dtype with integers stored in eight or four bits."""
+    reason = missing_kernel(dtype, device)
+    if reason is None and not torch.ops.lissom.has_stored():
+        return "this processor lacks AVX-512 BW, with which the kernel turns stored integers into floats"
+    return reason
+
+
 def one_call(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function with its kernels' large results reusing each other's memory; 64 MB at most stay with the thread."""
     begin, end = torch.ops.lissom.begin_call.default, torch.ops.lissom.end_call.default

@@ -2,10 +2,10 @@
 //
 // The product, x W^T, comes from a source, which knows how x and W are kept. A source has
 //   prepare(begin, end)       before rows [begin, end) are asked for, by the thread that asks
-//   open(panel, rows)         before so many rows of the panel are
-//   tile<R, fetches>(...)     R rows of one chunk of columns, in floats
+//   open(panel, rows)         what tiles of so many rows read of a panel
+//   tile<R, fetches>(...)     R rows of one chunk of its columns, in floats
 //   row_bytes()               what one row takes in the cache
-// and is copied for each thread.
+// and is copied for each thread that prepares rows of its own.
 #pragma once
 
 #include "tile.h"
@@ -26,12 +26,12 @@ struct Plain {
 
   int64_t row_bytes() const { return inputs * sizeof(T); }
   void prepare(int64_t, int64_t) {}
-  void open(int64_t, int64_t) {}
+  const T* open(int64_t panel, int64_t) const { return weight + panel * inputs * kPanel; }
 
   template <int R, bool fetches>
-  void tile(int64_t row, int64_t panel, int column, Vec (&sums)[R][kWide]) const {
+  void tile(const T* opened, int64_t row, int64_t, int column, Vec (&sums)[R][kWide]) const {
     constexpr int pair = kPair<T>;
-    multiply<R, fetches>(x + row * inputs, inputs, weight + panel * inputs * kPanel + column * pair, inputs / pair, sums);
+    multiply<R, fetches>(x + row * inputs, inputs, opened + column * pair, inputs / pair, sums);
   }
 };
 
@@ -75,18 +75,18 @@ inline void normalize(const Linear<T>& call, const float* from, T* to) {
 
 // Rows [begin, end) of panels [first, last); sums go to `to`, which has `features` columns and starts at row `origin`.
 template <typename T, typename Source, typename Out>
-inline void block(const Linear<T>& call, Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
+inline void block(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
                   int64_t origin) {
   int64_t n = call.features;
   for (int64_t panel = first; panel < last; ++panel) {
-    source.open(panel, end - begin);
+    auto opened = source.open(panel, end - begin);
     in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
       with_rows(static_cast<int>(bottom - top), [&](auto count) {
         constexpr int R = decltype(count)::value;
         for (int column = 0; column < kPanel; column += kChunk) {
           Vec sums[R][kWide] = {};
-          if (bottom == end) source.template tile<R, true>(top, panel, column, sums);
-          else source.template tile<R, false>(top, panel, column, sums);
+          if (bottom == end) source.template tile<R, true>(opened, top, panel, column, sums);
+          else source.template tile<R, false>(opened, top, panel, column, sums);
 #pragma GCC unroll 2
           for (int v = 0; v < kWide; ++v) {
             int64_t c = panel * kPanel + column + v * kLanes, left = n - c;
@@ -135,7 +135,7 @@ void run(const Linear<T>& call, const Source& source) {
       int64_t begin = call.rows * index / blocks, end = call.rows * (index + 1) / blocks;
       int64_t first = panels * part / across, last = panels * (part + 1) / across;
       if (across == 1) own.prepare(begin, end);
-      Source& mine = across == 1 ? own : whole;
+      const Source& mine = across == 1 ? own : whole;
       if (split_norm) {
         block(call, mine, begin, end, first, last, shared.data(), 0);
       } else if (call.norms) {

@@ -4,6 +4,7 @@
 #include "memory.h"
 #include "rounded.h"
 #include "rows.h"
+#include "stored.h"
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -141,6 +142,49 @@ Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor
 
 #endif
 
+#if defined(__AVX512BW__)
+
+template <typename T>
+Tensor stored_of(const Tensor& given, const StoredWeight& weight, const Around& around) {
+  Tensor x = given.contiguous();
+  TORCH_CHECK(weight.inputs % kPair<T> == 0, "bfloat16 takes two inputs at once");
+  return linear_of<T>(x, Stored<T>{x.const_data_ptr<T>(), weight, x.numel() / std::max<int64_t>(weight.inputs, 1)}, around);
+}
+
+Tensor stored(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, c10::string_view format,
+              const Around& around) {
+  int64_t columns = ceil_div(around.features, kPanel) * kPanel, groups = scale.size(0), inputs = x.size(-1);
+  bool four_bits = format.ends_with("int4");
+  TORCH_CHECK(four_bits || format.ends_with("int8"), "weights are stored in eight or four bits");
+  TORCH_CHECK(q.is_contiguous() && q.numel() == inputs * columns / (four_bits ? 2 : 1), "a packed weight holds inputs x features");
+  TORCH_CHECK(scale.is_contiguous() && scale.numel() == groups * columns && groups > 0 && inputs % groups == 0,
+              "scales are [groups, packed features]");
+  bool half = scale.scalar_type() == at::kHalf;
+  TORCH_CHECK(half || scale.scalar_type() == at::kFloat, "scales are float16 or float32");
+  if (zero_point)
+    TORCH_CHECK(zero_point->is_contiguous() && zero_point->sizes() == scale.sizes() && zero_point->scalar_type() == at::kByte,
+                "zero points are like scales, in bytes");
+  StoredWeight weight{static_cast<const uint8_t*>(q.const_data_ptr()), four_bits, format[0] != 'u', scale.const_data_ptr(), half,
+                      zero_point ? zero_point->const_data_ptr<uint8_t>() : nullptr, inputs, groups, columns};
+  return by_dtype(x, [&] { return stored_of<float>(x, weight, around); }, [&] { return stored_of<BFloat16>(x, weight, around); });
+}
+
+Tensor weight_quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point, Optional bias,
+                               Optional other, int64_t features, c10::string_view format, c10::string_view activation,
+                               c10::string_view combine) {
+  return stored(x, weight, scale, zero_point, format,
+                {bias, other, {}, {}, features, activation_of(activation), combine == "mul"});
+}
+
+Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point,
+                                    Optional bias, Optional other, Optional norm_weight, Optional norm_bias, int64_t features,
+                                    c10::string_view format, double eps) {
+  return stored(x, weight, scale, zero_point, format,
+                {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
+}
+
+#endif
+
 Strides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
@@ -228,6 +272,7 @@ Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool 
 
 bool has_bfloat16() { return kHasBFloat16; }
 bool has_bytes() { return kHasBytes; }
+bool has_stored() { return kHasStored; }
 
 }  // namespace
 
@@ -238,6 +283,10 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("quantized_linear", quantized_linear);
   library.impl("quantized_linear_norm", quantized_linear_norm);
 #endif
+#if defined(__AVX512BW__)
+  library.impl("weight_quantized_linear", weight_quantized_linear);
+  library.impl("weight_quantized_linear_norm", weight_quantized_linear_norm);
+#endif
   library.impl("fused_attention", fused_attention);
   library.impl("fused_rms_norm", fused_rms_norm);
   library.impl("fused_rotary", fused_rotary);
@@ -246,6 +295,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
 TORCH_LIBRARY_FRAGMENT(lissom, library) {
   library.def("has_bfloat16() -> bool", has_bfloat16);
   library.def("has_bytes() -> bool", has_bytes);
+  library.def("has_stored() -> bool", has_stored);
   library.def("begin_call() -> ()", begin_call);
   library.def("end_call() -> ()", end_call);
 }

@@ -95,7 +95,7 @@ struct Rounded {
   std::vector<Grid> grids{};
 
   int64_t row_bytes() const { return padded; }
-  void open(int64_t, int64_t) {}
+  const int8_t* open(int64_t panel, int64_t) const { return weight + panel * padded * kPanel; }
 
   // Finds the grid of the whole of x.
   void measure() {
@@ -134,9 +134,9 @@ struct Rounded {
   }
 
   template <int R, bool fetches>
-  void tile(int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
+  void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
     IntVec totals[R][kWide] = {};
-    const int8_t* columns = weight + panel * padded * kPanel + column * kPair<int8_t>;
+    const int8_t* columns = opened + column * kPair<int8_t>;
     multiply<R, fetches>(bytes.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {

@@ -1,6 +1,6 @@
 """Let the kernel of a packed linear layer do what follows it: an activation, a sum or product with another value, a layer norm.
 
-Shown for `lissom::packed_linear`; the same goes for `lissom::quantized_linear`:
+Shown for `lissom::packed_linear`; the same goes for `lissom::quantized_linear` and `lissom::weight_quantized_linear`:
 
     relu | gelu | silu (packed_linear(x))       ->  packed_linear(x, activation=…)
     packed_linear(x) + other, … · other         ->  packed_linear(x, other, combine=…)
@@ -24,10 +24,15 @@ from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
+from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm
 
 aten = torch.ops.aten
 
-_NORMED: dict[object, torch._ops.OpOverload] = {packed_linear: packed_linear_norm, quantized_linear: quantized_linear_norm}
+_NORMED: dict[object, torch._ops.OpOverload] = {
+    packed_linear: packed_linear_norm,
+    quantized_linear: quantized_linear_norm,
+    weight_quantized_linear: weight_quantized_linear_norm,
+}
 """The operators whose kernels take epilogues, each with its relative that has a norm behind it."""
 _COMBINE: dict[object, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
 

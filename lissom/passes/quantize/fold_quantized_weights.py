@@ -48,6 +48,13 @@ def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
     for look_up in [user for user in folded.users if user.target is aten.embedding.default and user.args[0] is folded]:
         with edit.before(look_up):
             ids = look_up.args[1]
-            rows = [edit.call(aten.embedding.default, item, ids) for item in (stored, *folded.all_input_nodes[1:])]
+            rows = [_rows(edit, item, ids) for item in (stored, *folded.all_input_nodes[1:])]
             looked_up = edit.call(dequantize, *rows, format=form.name, dtype=dtype)
         edit.replace(look_up, looked_up)
+
+
+def _rows(edit: Editor, item: fx.Node, ids: object) -> fx.Node:
+    """The rows looked up of what a weight is stored in; a scale of the whole table stays one; use inside `edit.before`."""
+    if all(size == 1 for size in nodes.tensor_type(item).shape):
+        return edit.call(aten.reshape.default, item, [])
+    return edit.call(aten.embedding.default, item, ids)
