@@ -421,6 +421,9 @@ EXAMPLES = {
     "fuse-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-rms-norm"),
     "fuse-rotary": Example(Rotary, "torch.randn(4, 128, 256)", "fuse-rotary"),
     "pack-linear": Example(Block, "torch.randn(4, 128, 256)", "pack-linear"),
+    "pack-quantized-linear": Example(
+        Block, "torch.randn(4, 128, 256)", "quantize,fold-quantized-weights,pack-quantized-linear"
+    ),
     "fuse-epilogues": Example(Block, "torch.randn(4, 128, 256)", "pack-linear,fuse-epilogues"),
     "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),
     "eliminate-dead-heads": Example(DeadHeads, "torch.randn(4, 128, 256)", "eliminate-dead-heads"),

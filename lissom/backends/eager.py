@@ -28,7 +28,9 @@ from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
+from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
+from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 aten = torch.ops.aten
 
@@ -60,7 +62,8 @@ class Eager(Backend):
             return ()
         # Without kernels the passes behind it say why; merged projections would then be read with gaps.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
-        return (*merge, FuseRotary(), FuseAttention(), FuseRmsNorm(), PackLinear(), FuseEpilogues())
+        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues())
+        return (FoldQuantizedWeights(), *merge, FuseRotary(), FuseAttention(), FuseRmsNorm(), *products)
 
     def build(self, program: Program, example: Sample) -> Executable:
         program = with_fast_layout(program)

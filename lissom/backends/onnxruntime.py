@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -187,7 +187,7 @@ class OnnxRuntime(Backend):
             session = open_session(path, self._options(program))
             names = [item.name for item in session.get_outputs()][len(output_names(program)) :]
             given = zip(input_names(program), example, strict=True)
-            errors = session.run(names, {name: tensor.cpu().numpy() for name, tensor in given})
+            errors: list[Any] = session.run(names, {name: tensor.cpu().numpy() for name, tensor in given})
         worst = max(float(error) for error in errors)
         allowed = _ROUNDED_LOCALLY if self.accuracy_level else LOCAL_TOLERANCE
         if not worst <= allowed:

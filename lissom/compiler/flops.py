@@ -155,6 +155,10 @@ _FOREIGN: dict[str, Formula] = {
     "lissom.packed_linear.default": _packed,
     "lissom.sparse_linear.default": _half_packed,
     "lissom.packed_linear_norm.default": _packed,
+    "lissom.quantized_linear.default": _packed,
+    "lissom.quantized_linear_norm.default": _packed,
+    "lissom.weight_quantized_linear.default": _packed,
+    "lissom.weight_quantized_linear_norm.default": _packed,
     "lissom.grouped_product.default": _grouped_product,
 }
 """The same for our own operators, by name."""

@@ -9,8 +9,10 @@ from lissom.ops.fused_attention import fused_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
+from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
 from lissom.ops.sparse_linear import sparse_linear
+from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm
 
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     attention: attention_reference,
@@ -19,7 +21,17 @@ IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
 }
 """Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
 
-KERNELS = (packed_linear, packed_linear_norm, fused_attention, fused_rms_norm, fused_rotary)
+KERNELS = (
+    packed_linear,
+    packed_linear_norm,
+    quantized_linear,
+    quantized_linear_norm,
+    weight_quantized_linear,
+    weight_quantized_linear_norm,
+    fused_attention,
+    fused_rms_norm,
+    fused_rotary,
+)
 """The operators programs are lowered to on a CPU; `lissom.ops.native` has their kernels."""
 
 __all__ = [
@@ -32,6 +44,10 @@ __all__ = [
     "grouped_product",
     "packed_linear",
     "packed_linear_norm",
+    "quantized_linear",
+    "quantized_linear_norm",
     "rotary",
     "sparse_linear",
+    "weight_quantized_linear",
+    "weight_quantized_linear_norm",
 ]

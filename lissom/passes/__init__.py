@@ -23,6 +23,7 @@ from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
+from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.precision.cast import Cast
 from lissom.passes.precision.fold_casts import FoldCasts
@@ -86,6 +87,7 @@ PASSES: Mapping[str, type[Pass]] = {
         FuseRotary,
         FuseAttention,
         FuseRmsNorm,
+        PackQuantizedLinear,
         PackLinear,
         FuseEpilogues,
         PackSparse,

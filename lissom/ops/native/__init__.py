@@ -67,6 +67,22 @@ def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     return None if dtype in kernel_dtypes() else f"there is no kernel for {dtype} on this machine"
 
 
+def missing_byte_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
+    """The same for products of eight-bit numbers, on values of that dtype."""
+    reason = missing_kernel(dtype, device)
+    if reason is None and not torch.ops.lissom.has_bytes():
+        return "this processor lacks AVX-512 VNNI, whose instruction the kernel multiplies bytes with"
+    return reason
+
+
+def missing_stored_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
+    """The same for products of values of that dtype with integers stored in eight or four bits."""
+    reason = missing_kernel(dtype, device)
+    if reason is None and not torch.ops.lissom.has_stored():
+        return "this processor lacks AVX-512 BW, with which the kernel turns stored integers into floats"
+    return reason
+
+
 def one_call(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function with its kernels' large results reusing each other's memory; 64 MB at most stay with the thread."""
     begin, end = torch.ops.lissom.begin_call.default, torch.ops.lissom.end_call.default

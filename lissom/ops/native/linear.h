@@ -1,4 +1,11 @@
-// y = activation(x W^T + bias), then + other or * other, then perhaps a layer norm of each row.
+// y = activation(product + bias), then + other or * other, then perhaps a layer norm of each row.
+//
+// The product, x W^T, comes from a source, which knows how x and W are kept. A source has
+//   prepare(begin, end)       before rows [begin, end) are asked for, by the thread that asks
+//   open(panel, rows)         what tiles of so many rows read of a panel
+//   tile<R, fetches>(...)     R rows of one chunk of its columns, in floats
+//   row_bytes()               what one row takes in the cache
+// and is copied for each thread that prepares rows of its own.
 #pragma once
 
 #include "tile.h"
@@ -10,14 +17,30 @@
 
 namespace lissom {
 
+// x and W of one type.
+template <typename T>
+struct Plain {
+  const T* x;       // [rows, inputs]
+  const T* weight;  // packed, [panels, inputs / pair, kPanel, pair]
+  int64_t inputs;
+
+  int64_t row_bytes() const { return inputs * sizeof(T); }
+  void prepare(int64_t, int64_t) {}
+  const T* open(int64_t panel, int64_t) const { return weight + panel * inputs * kPanel; }
+
+  template <int R, bool fetches>
+  void tile(const T* opened, int64_t row, int64_t, int column, Vec (&sums)[R][kWide]) const {
+    constexpr int pair = kPair<T>;
+    multiply<R, fetches>(x + row * inputs, inputs, opened + column * pair, inputs / pair, sums);
+  }
+};
+
 template <typename T>
 struct Linear {
-  const T* x;          // [rows, inputs]
-  const T* weight;     // packed, [panels, inputs / pair, kPanel, pair]
   const T* bias;       // [features], or null
   const T* other;      // [rows, features], or null
   T* y;                // [rows, features]
-  int64_t rows, inputs, features;
+  int64_t rows, features;
   Activation activation;
   bool multiplies;     // other is multiplied in, not added
   const T* norm_weight;  // [features], or null
@@ -51,31 +74,36 @@ inline void normalize(const Linear<T>& call, const float* from, T* to) {
 }
 
 // Rows [begin, end) of panels [first, last); sums go to `to`, which has `features` columns and starts at row `origin`.
-template <typename T, typename Out>
-inline void block(const Linear<T>& call, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to, int64_t origin) {
-  constexpr int pair = kPair<T>;
-  int64_t steps = call.inputs / pair, n = call.features;
+template <typename T, typename Source, typename Out>
+inline void block(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
+                  int64_t origin) {
+  int64_t n = call.features;
   for (int64_t panel = first; panel < last; ++panel) {
-    const T* weight = call.weight + panel * call.inputs * kPanel;
+    auto opened = source.open(panel, end - begin);
     in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
       with_rows(static_cast<int>(bottom - top), [&](auto count) {
         constexpr int R = decltype(count)::value;
         for (int column = 0; column < kPanel; column += kChunk) {
           Vec sums[R][kWide] = {};
-          const T *x = call.x + top * call.inputs, *columns = weight + column * pair;
-          if (bottom == end) multiply<R, true>(x, call.inputs, columns, steps, sums);
-          else multiply<R>(x, call.inputs, columns, steps, sums);
+          if (bottom == end) source.template tile<R, true>(opened, top, panel, column, sums);
+          else source.template tile<R, false>(opened, top, panel, column, sums);
+#pragma GCC unroll 2
           for (int v = 0; v < kWide; ++v) {
             int64_t c = panel * kPanel + column + v * kLanes, left = n - c;
             if (left <= 0) break;
             Vec bias = call.bias ? load_some(call.bias + c, left) : splat(0.0f);
-            for (int r = 0; r < R; ++r) {
-              Vec value = activate(call.activation, sums[r][v] + bias);
+            auto finish = [&](int r, Vec value) {
               if (call.other) {
                 Vec other = load_some(call.other + (top + r) * n + c, left);
                 value = call.multiplies ? value * other : value + other;
               }
               store_some(to + (top + r - origin) * n + c, value, left);
+            };
+            if (call.activation == Activation::kNone && left >= kLanes && !call.other) {
+#pragma GCC unroll 16
+              for (int r = 0; r < R; ++r) store(to + (top + r - origin) * n + c, sums[r][v] + bias);
+            } else {
+              for (int r = 0; r < R; ++r) finish(r, activate(call.activation, sums[r][v] + bias));
             }
           }
         }
@@ -85,32 +113,38 @@ inline void block(const Linear<T>& call, int64_t begin, int64_t end, int64_t fir
 }
 
 constexpr int64_t kCached = 1 << 19;  // bytes of inputs that stay in the second-level cache while all panels pass
+constexpr int64_t kMost = 8 * kRows;  // rows of a block: enough to pay for fetching the weights, few enough for results to stay
 
-template <typename T>
-void run(const Linear<T>& call) {
+template <typename T, typename Source>
+void run(const Linear<T>& call, const Source& source) {
   int64_t threads = at::get_num_threads();
   int64_t panels = ceil_div(call.features, kPanel);
-  int64_t most = std::max<int64_t>(kCached / (call.inputs * sizeof(T)) / kRows, 2) * kRows;
+  int64_t most = std::min(std::max<int64_t>(kCached / source.row_bytes() / kRows, 2) * kRows, kMost);
   // Few rows: threads share the columns, so that each reads its part of the weights once. Many: they share the rows.
   int64_t across = call.rows < 3 * kRows * threads ? std::min(threads, panels) : 1;
   int64_t blocks = across > 1 ? ceil_div(call.rows, most) : ceil_div(ceil_div(call.rows, most), threads) * threads;
   bool split_norm = call.norms && across > 1;
   std::vector<float> shared(split_norm ? call.rows * call.features : 0);
+  Source whole = source;
+  if (across > 1) whole.prepare(0, call.rows);
   at::parallel_for(0, blocks * across, 1, [&](int64_t from, int64_t to) {
     std::vector<float> held;
+    Source own = source;
     for (int64_t item = from; item < to; ++item) {
       int64_t part = item / blocks, index = item % blocks;
       int64_t begin = call.rows * index / blocks, end = call.rows * (index + 1) / blocks;
       int64_t first = panels * part / across, last = panels * (part + 1) / across;
+      if (across == 1) own.prepare(begin, end);
+      const Source& mine = across == 1 ? own : whole;
       if (split_norm) {
-        block(call, begin, end, first, last, shared.data(), 0);
+        block(call, mine, begin, end, first, last, shared.data(), 0);
       } else if (call.norms) {
         held.resize((end - begin) * call.features);
-        block(call, begin, end, first, last, held.data(), begin);
+        block(call, mine, begin, end, first, last, held.data(), begin);
         for (int64_t row = begin; row < end; ++row)
           normalize(call, held.data() + (row - begin) * call.features, call.y + row * call.features);
       } else {
-        block(call, begin, end, first, last, call.y, 0);
+        block(call, mine, begin, end, first, last, call.y, 0);
       }
     }
   });

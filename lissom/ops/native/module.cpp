@@ -2,7 +2,9 @@
 #include "attention.h"
 #include "linear.h"
 #include "memory.h"
+#include "rounded.h"
 #include "rows.h"
+#include "stored.h"
 
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
@@ -22,7 +24,7 @@ Activation activation_of(c10::string_view name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "silu") return Activation::kSilu;
-  TORCH_CHECK(false, "lissom::packed_linear has no activation '", std::string(name), "'");
+  TORCH_CHECK(false, "a linear layer's kernel has no activation '", std::string(name), "'");
 }
 
 // Calls the function for the tensor's dtype, float32 or bfloat16.
@@ -43,42 +45,145 @@ struct Held {  // keeps a contiguous tensor of the call's dtype alive, and point
   const T* pointer() const { return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr; }
 };
 
-template <typename T>
-Tensor linear_of(const Tensor& given, const Tensor& weight, Optional bias, Optional other, Optional norm_weight,
-                 Optional norm_bias, bool norms, double eps, int64_t features, Activation activation, bool multiplies) {
-  Tensor x = given.contiguous();
-  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == x.scalar_type(), "a packed weight is of the input's dtype");
+// What a linear layer's kernel does beside the product.
+struct Around {
+  Optional bias, other, norm_weight, norm_bias;
+  int64_t features;
+  Activation activation = Activation::kNone;
+  bool multiplies = false, norms = false;
+  double eps = 0;
+};
+
+template <typename T, typename Source>
+Tensor linear_of(const Tensor& x, const Source& source, const Around& around) {
   auto sizes = x.sizes().vec();
-  int64_t inputs = sizes.back();
-  TORCH_CHECK(weight.numel() == ceil_div(features, kPanel) * kPanel * inputs, "a packed weight holds inputs x features");
-  sizes.back() = features;
+  sizes.back() = around.features;
   Tensor y = fresh(sizes, x.options());
-  Held<T> b(bias, x), o(other, x), nw(norm_weight, x), nb(norm_bias, x);
-  TORCH_CHECK(!other || o.tensor.numel() == y.numel(), "what is added to the product has its shape");
+  Held<T> b(around.bias, x), o(around.other, x), nw(around.norm_weight, x), nb(around.norm_bias, x);
+  TORCH_CHECK(!around.other || o.tensor.numel() == y.numel(), "what is added to the product has its shape");
   for (const auto& item : {b, nw, nb})
-    TORCH_CHECK(!item.tensor.defined() || item.tensor.numel() == features, "a bias or a norm has one number a feature");
+    TORCH_CHECK(!item.tensor.defined() || item.tensor.numel() == around.features, "a bias or a norm has one number a feature");
   if (y.numel() == 0) return y;
-  run(Linear<T>{x.const_data_ptr<T>(), weight.const_data_ptr<T>(), b.pointer(), o.pointer(), y.mutable_data_ptr<T>(),
-                x.numel() / std::max<int64_t>(inputs, 1), inputs, features, activation, multiplies, nw.pointer(), nb.pointer(),
-                norms, static_cast<float>(eps)});
+  run(Linear<T>{b.pointer(), o.pointer(), y.mutable_data_ptr<T>(), y.numel() / around.features, around.features,
+                around.activation, around.multiplies, nw.pointer(), nb.pointer(), around.norms, static_cast<float>(around.eps)},
+      source);
   return y;
+}
+
+template <typename T>
+Tensor plain_of(const Tensor& given, const Tensor& weight, const Around& around) {
+  Tensor x = given.contiguous();
+  int64_t inputs = x.size(-1);
+  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == x.scalar_type(), "a packed weight is of the input's dtype");
+  TORCH_CHECK(weight.numel() == ceil_div(around.features, kPanel) * kPanel * inputs, "a packed weight holds inputs x features");
+  return linear_of<T>(x, Plain<T>{x.const_data_ptr<T>(), weight.const_data_ptr<T>(), inputs}, around);
+}
+
+Tensor plain(const Tensor& x, const Tensor& weight, const Around& around) {
+  return by_dtype(x, [&] { return plain_of<float>(x, weight, around); }, [&] { return plain_of<BFloat16>(x, weight, around); });
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, Optional bias, Optional other, int64_t features,
                      c10::string_view activation, c10::string_view combine) {
-  auto call = [&](auto function) {
-    return function(x, weight, bias, other, {}, {}, false, 0, features, activation_of(activation), combine == "mul");
-  };
-  return by_dtype(x, [&] { return call(linear_of<float>); }, [&] { return call(linear_of<BFloat16>); });
+  return plain(x, weight, {bias, other, {}, {}, features, activation_of(activation), combine == "mul"});
 }
 
 Tensor packed_linear_norm(const Tensor& x, const Tensor& weight, Optional bias, Optional other, Optional norm_weight,
                           Optional norm_bias, int64_t features, double eps) {
-  auto call = [&](auto function) {
-    return function(x, weight, bias, other, norm_weight, norm_bias, true, eps, features, Activation::kNone, false);
-  };
-  return by_dtype(x, [&] { return call(linear_of<float>); }, [&] { return call(linear_of<BFloat16>); });
+  return plain(x, weight, {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
+
+#if defined(__AVX512VNNI__)
+
+// How a quantized layer's weight is kept, and how x is rounded.
+struct Bytes {
+  const Tensor &weight, &scale, &sums;
+  Optional x_scale, x_zero_point;
+  c10::string_view granularity;
+};
+
+template <typename T>
+Tensor rounded_of(const Tensor& given, const Bytes& bytes, const Around& around) {
+  Tensor x = given.contiguous();
+  int64_t inputs = x.size(-1), padded = ceil_div(inputs, 4) * 4, columns = ceil_div(around.features, kPanel) * kPanel;
+  TORCH_CHECK(bytes.weight.is_contiguous() && bytes.weight.numel() == columns * padded, "a packed weight holds inputs x features");
+  for (const Tensor& item : {bytes.scale, bytes.sums})
+    TORCH_CHECK(item.is_contiguous() && item.numel() == columns, "scales and sums have one number a packed feature");
+  TORCH_CHECK(bytes.granularity == "token" || bytes.granularity == "tensor", "x is rounded by token or by tensor");
+  Rounded<T> source{x.const_data_ptr<T>(), bytes.weight.const_data_ptr<int8_t>(), bytes.scale.const_data_ptr<float>(),
+                    bytes.sums.const_data_ptr<int32_t>(), x.numel() / std::max<int64_t>(inputs, 1), inputs, padded,
+                    bytes.granularity == "token" ? Rounding::kToken : Rounding::kTensor, Grid{}};
+  if (bytes.x_scale) {
+    float scale = bytes.x_scale->item<float>();
+    source.rounding = Rounding::kKnown;
+    source.grid = {scale, 1.0f / scale, bytes.x_zero_point ? bytes.x_zero_point->item<int32_t>() : 0};
+  }
+  if (inputs > 0) source.measure();
+  return linear_of<T>(x, source, around);
+}
+
+Tensor rounded(const Tensor& x, const Bytes& bytes, const Around& around) {
+  return by_dtype(x, [&] { return rounded_of<float>(x, bytes, around); }, [&] { return rounded_of<BFloat16>(x, bytes, around); });
+}
+
+Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
+                        Optional x_zero_point, Optional bias, Optional other, int64_t features, c10::string_view granularity,
+                        c10::string_view activation, c10::string_view combine) {
+  return rounded(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
+                 {bias, other, {}, {}, features, activation_of(activation), combine == "mul"});
+}
+
+Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
+                             Optional x_zero_point, Optional bias, Optional other, Optional norm_weight, Optional norm_bias,
+                             int64_t features, c10::string_view granularity, double eps) {
+  return rounded(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
+                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
+}
+
+#endif
+
+#if defined(__AVX512BW__)
+
+template <typename T>
+Tensor stored_of(const Tensor& given, const StoredWeight& weight, const Around& around) {
+  Tensor x = given.contiguous();
+  TORCH_CHECK(weight.inputs % kPair<T> == 0, "bfloat16 takes two inputs at once");
+  return linear_of<T>(x, Stored<T>{x.const_data_ptr<T>(), weight, x.numel() / std::max<int64_t>(weight.inputs, 1)}, around);
+}
+
+Tensor stored(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, c10::string_view format,
+              const Around& around) {
+  int64_t columns = ceil_div(around.features, kPanel) * kPanel, groups = scale.size(0), inputs = x.size(-1);
+  bool four_bits = format.ends_with("int4");
+  TORCH_CHECK(four_bits || format.ends_with("int8"), "weights are stored in eight or four bits");
+  TORCH_CHECK(q.is_contiguous() && q.numel() == inputs * columns / (four_bits ? 2 : 1), "a packed weight holds inputs x features");
+  TORCH_CHECK(scale.is_contiguous() && scale.numel() == groups * columns && groups > 0 && inputs % groups == 0,
+              "scales are [groups, packed features]");
+  bool half = scale.scalar_type() == at::kHalf;
+  TORCH_CHECK(half || scale.scalar_type() == at::kFloat, "scales are float16 or float32");
+  if (zero_point)
+    TORCH_CHECK(zero_point->is_contiguous() && zero_point->sizes() == scale.sizes() && zero_point->scalar_type() == at::kByte,
+                "zero points are like scales, in bytes");
+  StoredWeight weight{static_cast<const uint8_t*>(q.const_data_ptr()), four_bits, format[0] != 'u', scale.const_data_ptr(), half,
+                      zero_point ? zero_point->const_data_ptr<uint8_t>() : nullptr, inputs, groups, columns};
+  return by_dtype(x, [&] { return stored_of<float>(x, weight, around); }, [&] { return stored_of<BFloat16>(x, weight, around); });
+}
+
+Tensor weight_quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point, Optional bias,
+                               Optional other, int64_t features, c10::string_view format, c10::string_view activation,
+                               c10::string_view combine) {
+  return stored(x, weight, scale, zero_point, format,
+                {bias, other, {}, {}, features, activation_of(activation), combine == "mul"});
+}
+
+Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point,
+                                    Optional bias, Optional other, Optional norm_weight, Optional norm_bias, int64_t features,
+                                    c10::string_view format, double eps) {
+  return stored(x, weight, scale, zero_point, format,
+                {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
+}
+
+#endif
 
 Strides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
@@ -166,12 +271,22 @@ Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool 
 }
 
 bool has_bfloat16() { return kHasBFloat16; }
+bool has_bytes() { return kHasBytes; }
+bool has_stored() { return kHasStored; }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("packed_linear", packed_linear);
   library.impl("packed_linear_norm", packed_linear_norm);
+#if defined(__AVX512VNNI__)
+  library.impl("quantized_linear", quantized_linear);
+  library.impl("quantized_linear_norm", quantized_linear_norm);
+#endif
+#if defined(__AVX512BW__)
+  library.impl("weight_quantized_linear", weight_quantized_linear);
+  library.impl("weight_quantized_linear_norm", weight_quantized_linear_norm);
+#endif
   library.impl("fused_attention", fused_attention);
   library.impl("fused_rms_norm", fused_rms_norm);
   library.impl("fused_rotary", fused_rotary);
@@ -179,6 +294,8 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {
   library.def("has_bfloat16() -> bool", has_bfloat16);
+  library.def("has_bytes() -> bool", has_bytes);
+  library.def("has_stored() -> bool", has_stored);
   library.def("begin_call() -> ()", begin_call);
   library.def("end_call() -> ()", end_call);
 }

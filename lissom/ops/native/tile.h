@@ -1,7 +1,7 @@
 // The heart of every product here: a tile of sums in registers, rows of a matrix times a panel of packed columns.
 //
 // A panel holds kPanel columns of one matrix: for floats [steps, kPanel], for bfloat16 [steps, kPanel, 2], where one step
-// takes two values along the summed axis, as the machine's instruction does.
+// takes two values along the summed axis, as the machine's instruction does; for bytes [steps, kPanel, 4], likewise.
 #pragma once
 
 #include "vector.h"
@@ -16,7 +16,7 @@ constexpr int kChunk = kWide * kLanes;                  // columns of a tile
 static_assert(kPanel % kChunk == 0);
 
 template <typename T>
-constexpr int kPair = std::is_same_v<T, BFloat16> ? 2 : 1;  // values a step takes along the summed axis
+constexpr int kPair = 4 / sizeof(T);  // values a step takes along the summed axis
 
 inline Vec product(const float* a, const float* b, Vec sum) { return sum + splat(*a) * load(b); }
 
@@ -30,13 +30,26 @@ inline Vec product(const BFloat16* a, const BFloat16* b, Vec sum) {
 inline Vec product(const BFloat16*, const BFloat16*, Vec sum) { return sum; }  // never called: kHasBFloat16 is false
 #endif
 
+#if defined(__AVX512VNNI__)
+constexpr bool kHasBytes = true;
+inline IntVec product(const uint8_t* a, const int8_t* b, IntVec sum) {
+  int32_t four;
+  std::memcpy(&four, a, sizeof four);
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), _mm512_loadu_si512(b));
+}
+#else
+constexpr bool kHasBytes = false;
+inline IntVec product(const uint8_t*, const int8_t*, IntVec sum) { return sum; }  // never called
+#endif
+
 // sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.  If it fetches, what lies one panel further
 // is brought into the cache meanwhile: the next panel of the weights, which may come from far.
-template <int R, bool fetches = false, typename T>
+template <int R, bool fetches = false, typename A, typename B, typename Sum>
 inline __attribute__((always_inline)) void multiply(
-    const T* a, int64_t stride, const T* b, int64_t steps, Vec (&sums)[R][kWide]) {
-  constexpr int pair = kPair<T>;
-  const T* rows[(R + 2) / 3];
+    const A* a, int64_t stride, const B* b, int64_t steps, Sum (&sums)[R][kWide]) {
+  constexpr int pair = kPair<A>;
+  static_assert(sizeof(A) == sizeof(B));
+  const A* rows[(R + 2) / 3];
   const char* coming = reinterpret_cast<const char*>(b + steps * kPanel * pair);
 #pragma GCC unroll 8
   for (int r = 0; r < R; r += 3) rows[r / 3] = a + r * stride;
@@ -44,7 +57,7 @@ inline __attribute__((always_inline)) void multiply(
     if (fetches) {
 #pragma GCC unroll 2
       for (int v = 0; v < kWide; ++v) __builtin_prefetch(coming + v * 64, 0, 2);
-      coming += kPanel * pair * sizeof(T);
+      coming += kPanel * pair * sizeof(B);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {

@@ -4,6 +4,7 @@
 #include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -145,7 +146,43 @@ inline Vec hyperbolic_tangent(Vec x) {
 
 enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
-// x times the normal distribution's Φ(x); Abramowitz and Stegun 7.1.26 for the tail, 1.5e-7 absolute.
+#if defined(__AVX512F__)
+
+// Φ(a) - 1/2 for a >= 0, Φ the normal distribution: Taylor's polynomials about sixteen points kStep apart, in a / kStep; beyond
+// the last it is 1/2.  1.1e-7 absolute.
+struct HalfNormal {
+  static constexpr float kStep = 0.36f;
+  alignas(64) float terms[6][16] = {};
+
+  HalfNormal() {
+    for (int i = 0; i < 15; ++i) {
+      double m = kStep * static_cast<double>(i), density = std::exp(-m * m / 2) / std::sqrt(2 * 3.14159265358979323846);
+      double slopes[6] = {0, 1, -m, m * m - 1, 3 * m - m * m * m, m * m * m * m - 6 * m * m + 3};  // of Φ, over the density
+      terms[0][i] = std::erf(m / std::sqrt(2.0)) / 2;
+      for (double scale = kStep, k = 1; k < 6; ++k, scale *= kStep / k) terms[int(k)][i] = density * slopes[int(k)] * scale;
+    }
+    terms[0][15] = 0.5f;
+  }
+};
+
+inline const HalfNormal kHalfNormal;
+
+// x Φ(x) = x / 2 + |x| (Φ(|x|) - 1/2)
+inline Vec gelu(Vec x) {
+  __m512 positive = _mm512_abs_ps((__m512)x);
+  __m512 place = _mm512_min_ps(_mm512_mul_ps(positive, _mm512_set1_ps(1 / HalfNormal::kStep)), _mm512_set1_ps(15.0f));
+  __m512i index = _mm512_cvtps_epi32(place);
+  Vec rest = (Vec)_mm512_sub_ps(place, _mm512_cvtepi32_ps(index));
+  auto term = [&](int k) { return (Vec)_mm512_permutexvar_ps(index, _mm512_load_ps(kHalfNormal.terms[k])); };
+  Vec p = term(5);
+#pragma GCC unroll 5
+  for (int k = 4; k >= 0; --k) p = p * rest + term(k);
+  return x * 0.5f + (Vec)positive * p;
+}
+
+#else
+
+// x Φ(x), Φ the normal distribution; Abramowitz and Stegun 7.1.26 for the tail, 1.5e-7 absolute.
 inline Vec gelu(Vec x) {
   Vec z = x * 0.70710678f;
   Vec positive = maximum(z, -z);
@@ -158,6 +195,8 @@ inline Vec gelu(Vec x) {
   Vec tail = 0.5f * p * t * exponential(-z * z);
   return x * (x < splat(0.0f) ? tail : 1.0f - tail);
 }
+
+#endif
 
 inline Vec activate(Activation activation, Vec x) {
   switch (activation) {

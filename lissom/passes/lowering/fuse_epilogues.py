@@ -1,5 +1,7 @@
 """Let the kernel of a packed linear layer do what follows it: an activation, a sum or product with another value, a layer norm.
 
+Shown for `lissom::packed_linear`; the same goes for `lissom::quantized_linear` and `lissom::weight_quantized_linear`:
+
     relu | gelu | silu (packed_linear(x))       ->  packed_linear(x, activation=…)
     packed_linear(x) + other, … · other         ->  packed_linear(x, other, combine=…)
     layer_norm(packed_linear(x) + other)        ->  packed_linear_norm(x, other)
@@ -11,6 +13,7 @@ that is read elsewhere too, as the residual stream of a model with norms in fron
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -20,9 +23,17 @@ from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
+from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
+from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm
 
 aten = torch.ops.aten
 
+_NORMED: dict[object, torch._ops.OpOverload] = {
+    packed_linear: packed_linear_norm,
+    quantized_linear: quantized_linear_norm,
+    weight_quantized_linear: weight_quantized_linear_norm,
+}
+"""The operators whose kernels take epilogues, each with its relative that has a norm behind it."""
 _COMBINE: dict[object, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
 
 
@@ -31,7 +42,7 @@ class FuseEpilogues(Rewrite):
     """Fuses activations, sums, products and layer norms into the packed linear layers they follow."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(packed_linear):
+        for node in edit.nodes(*_NORMED):
             while node is not None:
                 node = _fuse(edit, node)
 
@@ -41,34 +52,38 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
     if len(linear.users) != 1:
         return None
     reader = next(iter(linear.users))
-    options = dict(linear.kwargs)
-    x, weight, bias, other = (*linear.args, None, None)[:4]
+    options, operands = dict(linear.kwargs), _operands(linear)
+    other = operands["other"]
     activation = _activation(reader)
     if activation and options.get("activation", "none") == "none" and other is None:
-        return _replace(edit, linear, reader, packed_linear, x, weight, bias, **{**options, "activation": activation})
+        return _replace(edit, linear, reader, operands, {**options, "activation": activation})
     if reader.target in _COMBINE and other is None and not reader.kwargs:
         value = reader.args[1] if reader.args[0] is linear else reader.args[0]
         if value is not linear and nodes.is_tensor(value) and _same_type(edit, value, linear):
-            return _replace(
-                edit, linear, reader, packed_linear, x, weight, bias, value, **options, combine=_COMBINE[reader.target]
-            )
-    plain = options.get("activation", "none") == "none" and options.get("combine", "add") == "add"
+            return _replace(edit, linear, reader, {**operands, "other": value}, {**options, "combine": _COMBINE[reader.target]})
+    plain = options.pop("activation", "none") == "none" and options.pop("combine", "add") == "add"
     if reader.target is aten.layer_norm.default and plain and _over_features(reader, options["features"]):
-        norm_weight, norm_bias = nodes.argument(reader, "weight"), nodes.argument(reader, "bias")
-        call = (x, weight, bias, other, norm_weight, norm_bias)
-        return _replace(
-            edit, linear, reader, packed_linear_norm, *call, features=options["features"], eps=nodes.argument(reader, "eps")
-        )
+        norm = {f"norm_{name}": nodes.argument(reader, name) for name in ("weight", "bias")}
+        _replace(edit, linear, reader, {**operands, **norm}, {**options, "eps": nodes.argument(reader, "eps")})
     return None
 
 
-def _replace(
-    edit: Editor, linear: fx.Node, reader: fx.Node, target: torch._ops.OpOverload, *args: object, **options: object
-) -> fx.Node | None:
+def _operands(linear: fx.Node) -> dict[str, object]:
+    """What the call gives for the operator's positional parameters, by name."""
+    schema = cast(torch._ops.OpOverload, linear.target)._schema
+    return {item.name: nodes.argument(linear, item.name) for item in schema.arguments if not item.kwarg_only}
+
+
+def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str, object], options: dict[str, Any]) -> fx.Node:
+    """Let the layer's kernel, or its relative with a norm, do what the reader does."""
+    target = _NORMED[linear.target] if "eps" in options else cast(torch._ops.OpOverload, linear.target)
+    given = list(operands.values())
+    while given[-1] is None:
+        given.pop()
     with edit.before(reader, like=[linear]):
-        call = edit.call(target, *args, **options)
+        call = edit.call(target, *given, **options)
     edit.replace(reader, call)
-    return call if target is packed_linear else None
+    return call
 
 
 def _activation(node: fx.Node) -> str | None:

@@ -5,13 +5,14 @@
 One large product of matrices keeps the cores busier than several small ones, and the value is read once; but what follows then
 reads rows with gaps. Which wins depends on the sizes and the machine, so by default each group is timed both ways at the sizes
 of the example, and merged where that is faster. Merged layers have new weights, which take the place of the old ones in the
-program; a model that is kept beside it keeps its own.
+program; a model that is kept beside it keeps its own. Weights stored in integers are merged as they are, scales with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import fx, nn
@@ -22,6 +23,7 @@ from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
+from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten
 
@@ -59,12 +61,12 @@ class MergeProjections(Rewrite):
 
 def _groups(edit: Editor) -> list[list[fx.Node]]:
     """Linear layers of one input whose weights are read by them alone, two or more to a group."""
-    readers: dict[tuple[object, bool], list[fx.Node]] = {}
+    readers: dict[tuple[object, ...], list[fx.Node]] = {}
     for node in edit.nodes(aten.linear.default):
         x, weight = node.args[:2]
         bias = node.args[2] if len(node.args) > 2 else None
         if _owned(weight) and (bias is None or _owned(bias)) and nodes.tensor_type(weight).rank == 2:
-            readers.setdefault((x, bias is None), []).append(node)
+            readers.setdefault((x, bias is None, *_storage(weight)), []).append(node)
     return [found for found in readers.values() if len(found) > 1]
 
 
@@ -73,8 +75,21 @@ def _is_gate(linear: fx.Node) -> bool:
     return all(user.target in (aten.silu.default, aten.gelu.default, aten.relu.default) for user in linear.users)
 
 
-def _owned(item: object) -> bool:
-    return isinstance(item, fx.Node) and item.op == "get_attr" and len(item.users) == 1
+def _owned(item: object) -> TypeGuard[fx.Node]:
+    """True for a weight, or a dequantized one, that nothing else reads."""
+    if not isinstance(item, fx.Node) or len(item.users) != 1:
+        return False
+    if item.target is dequantize:
+        return all(part.op == "get_attr" and len(part.users) == 1 for part in item.all_input_nodes)
+    return item.op == "get_attr"
+
+
+def _storage(weight: fx.Node) -> tuple[object, ...]:
+    """What weights must have in common to be merged: where they are stored in a short format, that and their blocks."""
+    if weight.op == "get_attr":
+        return ()
+    scale = nodes.tensor_type(weight.args[1])
+    return weight.kwargs["format"], len(weight.all_input_nodes), scale.dtype, scale.shape[1:]
 
 
 def _sizes(group: Sequence[fx.Node]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
@@ -116,17 +131,34 @@ def _measure(
     return times[0].median, times[1].median
 
 
-def _weight(edit: Editor, linear: fx.Node, index: int) -> torch.Tensor:
-    return edit.program.weight(str(linear.args[index].target)).detach()  # pyright: ignore
+def _join(edit: Editor, weights: Sequence[fx.Node], name: str) -> fx.Node:
+    """A weight that is these, one below the other; use inside `edit.before`."""
+    if weights[0].target is dequantize:
+        parts = zip(*(_parts(edit, weight) for weight in weights), strict=True)
+        leaves = (name, f"{name}_scale", f"{name}_zero_point")
+        stored = [edit.weight(leaf, torch.cat(part)) for leaf, part in zip(leaves, parts, strict=False)]
+        return edit.call(dequantize, *stored, **weights[0].kwargs)
+    return edit.weight(name, nn.Parameter(torch.cat([_tensor(edit, weight) for weight in weights])))
+
+
+def _parts(edit: Editor, weight: fx.Node) -> list[torch.Tensor]:
+    """The tensors a dequantized weight is stored in; a scale of the whole tensor as one of each of its rows."""
+    q, *grid = (_tensor(edit, item) for item in weight.all_input_nodes)
+    return [q, *(item.expand(q.shape[0], 1) if item.numel() == 1 else item for item in grid)]
+
+
+def _tensor(edit: Editor, weight: fx.Node) -> torch.Tensor:
+    return edit.program.weight(str(weight.target)).detach()
 
 
 def _merge(edit: Editor, group: Sequence[fx.Node]) -> None:
     x, *operands = group[0].args
-    layer = str(operands[0].target).rpartition(".")[0]  # pyright: ignore
+    first = operands[0] if operands[0].op == "get_attr" else operands[0].args[0]  # pyright: ignore
+    layer = str(first.target).rpartition(".")[0]  # pyright: ignore
     path = f"{layer.rpartition('.')[0]}.merged".lstrip(".")
     with edit.before(group[0], like=list(group)):
         reads = [
-            edit.weight(f"{path}.{leaf}", nn.Parameter(torch.cat([_weight(edit, node, index) for node in group])))
+            _join(edit, [node.args[index] for node in group], f"{path}.{leaf}")  # pyright: ignore
             for index, leaf in enumerate(("weight", "bias")[: len(operands)], 1)
         ]
         product = edit.call(aten.linear.default, x, *reads)

@@ -1,0 +1,130 @@
+"""`lissom::quantized_linear` and `lissom::quantized_linear_norm`: a linear layer of bytes, and what surrounds it.
+
+y = activation(Q(x) Wᵀ + b) + other, or activation(Q(x) Wᵀ + b) · other
+z = layer_norm(Q(x) Wᵀ + b + other)
+
+Q rounds x inside the kernel, as `lissom::fake_quantize_dynamic` and `lissom::fake_quantize` do in the format `uint8`. W is held
+in int8 with one scale a feature. Products and sums are whole numbers; they become floating point once, at the end:
+
+    Q(x) Wᵀ = s_x · s_w · (Σ x_q w_q - z_x · Σ w_q)
+
+Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, eq. 7.
+
+A packed weight holds panels of 32 output features, [panels, inputs / 4, 32, 4]: the instruction takes four values at once along
+the summed axis. Inputs are filled up with zeros to a multiple of four, features to whole panels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from lissom.ops.packed_linear import ACTIVATIONS, PANEL
+from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
+
+FORMAT = "uint8"
+"""What x is rounded to."""
+MOST_INPUTS = 2**16
+"""More products of bytes could leave the range of a sum of 32 bits."""
+_STEP = 4
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_OPERANDS = "Tensor x, Tensor weight, Tensor scale, Tensor sums, Tensor? x_scale=None, Tensor? x_zero_point=None"
+_LIBRARY.define(
+    f"quantized_linear({_OPERANDS}, Tensor? bias=None, Tensor? other=None, *, int features, "
+    'str granularity="token", str activation="none", str combine="add") -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"quantized_linear_norm({_OPERANDS}, Tensor? bias=None, Tensor? other=None, Tensor? norm_weight=None, "
+    'Tensor? norm_bias=None, *, int features, str granularity="token", float eps) -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
+    """The packed form of a weight [features, inputs] of int8."""
+    features, inputs = weight.shape
+    panels, steps = -(-features // PANEL), -(-inputs // _STEP)
+    filled = functional.pad(weight, (0, steps * _STEP - inputs, 0, panels * PANEL - features))
+    return filled.view(panels, PANEL, steps, _STEP).transpose(1, 2).contiguous()
+
+
+def unpack_bytes(packed: torch.Tensor, features: int, inputs: int) -> torch.Tensor:
+    """The weight [features, inputs] a packed one was made from."""
+    return packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)[:features, :inputs]
+
+
+def fill_panels(values: torch.Tensor, features: int) -> torch.Tensor:
+    """One number a feature, or one for all of them, as one a feature of whole panels."""
+    return functional.pad(values.reshape(-1).expand(features), (0, -features % PANEL)).contiguous()
+
+
+def quantized_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    sums: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *,
+    features: int,
+    granularity: str = "token",
+    activation: str = "none",
+    combine: str = "add",
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    if x_scale is None:
+        rounded = fake_quantize_dynamic_reference(x.float(), format=FORMAT, granularity=granularity)
+    else:
+        rounded = fake_quantize_reference(x.float(), x_scale, x_zero_point, format=FORMAT)
+    matrix = unpack_bytes(weight, features, x.shape[-1]).float() * scale[:features, None]
+    y = ACTIVATIONS[activation](functional.linear(rounded, matrix, None if bias is None else bias.float()))
+    if other is not None:
+        y = y * other.float() if combine == "mul" else y + other.float()
+    return y.to(x.dtype)
+
+
+def quantized_linear_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    sums: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    *,
+    features: int,
+    granularity: str = "token",
+    eps: float,
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    operands = (x, weight, scale, sums, x_scale, x_zero_point, bias, other)
+    y = quantized_linear_reference(*operands, features=features, granularity=granularity)
+    return functional.layer_norm(y, (features,), norm_weight, norm_bias, eps)
+
+
+_LIBRARY.impl("quantized_linear", quantized_linear_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("quantized_linear_norm", quantized_linear_norm_reference, "CompositeExplicitAutograd")
+
+
+def _shape_of(x: torch.Tensor, *_: object, features: int, **__: object) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], features))
+
+
+torch.library.register_fake("lissom::quantized_linear", _shape_of, lib=_LIBRARY)
+torch.library.register_fake("lissom::quantized_linear_norm", _shape_of, lib=_LIBRARY)
+
+quantized_linear = torch.ops.lissom.quantized_linear.default
+"""The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: of each feature's weights, float32 and
+int32, filled up to whole panels; x_scale, x_zero_point: of x where they are known, []; bias: [features]; other: like the
+result, [..., features]; features: of the result; granularity: `token` or `tensor`, what shares a scale of x where none is
+given; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
+
+quantized_linear_norm = torch.ops.lissom.quantized_linear_norm.default
+"""The same with a layer norm over the features behind it; norm_weight, norm_bias: [features]."""

@@ -1,0 +1,127 @@
+"""`lissom::weight_quantized_linear` and its relative with a norm: a linear layer whose weight is stored in eight or four bits.
+
+y = activation(x Wᵀ + b) + other, or activation(x Wᵀ + b) · other,   W = (W_q - zero_point) · scale
+z = layer_norm(x Wᵀ + b + other)
+
+x stays in floating point, and so do products and sums: what is saved is reading the weight from memory, most of the time that
+one row takes. The kernel turns integers into floats in registers for a few rows, and a panel at a time for more.
+
+A packed weight holds panels of 32 output features, [panels, inputs, 32] in bytes, or in four bits [panels, inputs, 16], where
+features c and c + 16 of a panel share a byte, c in its low half. Scales and zero points are [groups, packed features].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from lissom.compiler.grids import FORMATS, unpack_halves
+from lissom.ops.packed_linear import ACTIVATIONS, PANEL
+from lissom.ops.quantization import dequantize_reference
+
+FORMS = tuple(name for name, form in FORMATS.items() if form.is_integer)
+"""The formats a weight may be stored in."""
+SCALES = (torch.float16, torch.float32)
+"""The dtypes of scales."""
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_OPERANDS = "Tensor x, Tensor weight, Tensor scale, Tensor? zero_point=None, Tensor? bias=None, Tensor? other=None"
+_LIBRARY.define(
+    f'weight_quantized_linear({_OPERANDS}, *, int features, str format, str activation="none", str combine="add") -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"weight_quantized_linear_norm({_OPERANDS}, Tensor? norm_weight=None, Tensor? norm_bias=None, *, int features, "
+    "str format, float eps) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def pack_stored(q: torch.Tensor, format: str) -> torch.Tensor:
+    """The packed form of a weight, [features, inputs], one element each, whatever its format."""
+    features, inputs = q.shape
+    panels = -(-features // PANEL)
+    filled = functional.pad(q, (0, 0, 0, panels * PANEL - features)).view(panels, PANEL, inputs).transpose(1, 2)
+    if FORMATS[format].bits == 8:
+        return filled.contiguous()
+    low, high = (filled.to(torch.uint8) & 15).split(PANEL // 2, -1)
+    return (low | (high << 4)).contiguous()
+
+
+def unpack_stored(packed: torch.Tensor, format: str, features: int) -> torch.Tensor:
+    """The weight [features, inputs] a packed one was made from."""
+    form = FORMATS[format]
+    if form.bits == 4:
+        # Two to a byte along the last dimension is what `unpack_halves` takes.
+        halves = unpack_halves(packed, form).unflatten(-1, (-1, 2))
+        packed = torch.cat((halves[..., 0], halves[..., 1]), -1)
+    return packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)[:features]
+
+
+def pack_blocks(values: torch.Tensor, features: int) -> torch.Tensor:
+    """Scales or zero points of a weight's blocks, [features or 1, groups] or [], as [groups, packed features]."""
+    blocks = values.reshape(-1, values.shape[-1] if values.dim() else 1).expand(features, -1)
+    return functional.pad(blocks.T, (0, -features % PANEL)).contiguous()
+
+
+def weight_quantized_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *,
+    features: int,
+    format: str,
+    activation: str = "none",
+    combine: str = "add",
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    q = unpack_stored(weight, format, features)
+    blocks = [None if item is None else item.T[:features].contiguous() for item in (scale, zero_point)]
+    # One element each, as formats of eight bits are.
+    matrix = dequantize_reference(q, blocks[0], blocks[1], format="int8", dtype=x.dtype)  # pyright: ignore[reportArgumentType]
+    y = ACTIVATIONS[activation](functional.linear(x, matrix, bias))
+    if other is None:
+        return y
+    return y * other if combine == "mul" else y + other
+
+
+def weight_quantized_linear_norm_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    norm_weight: torch.Tensor | None = None,
+    norm_bias: torch.Tensor | None = None,
+    *,
+    features: int,
+    format: str,
+    eps: float,
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    y = weight_quantized_linear_reference(x, weight, scale, zero_point, bias, other, features=features, format=format)
+    return functional.layer_norm(y, (features,), norm_weight, norm_bias, eps)
+
+
+_LIBRARY.impl("weight_quantized_linear", weight_quantized_linear_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("weight_quantized_linear_norm", weight_quantized_linear_norm_reference, "CompositeExplicitAutograd")
+
+
+def _shape_of(x: torch.Tensor, *_: object, features: int, **__: object) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], features))
+
+
+torch.library.register_fake("lissom::weight_quantized_linear", _shape_of, lib=_LIBRARY)
+torch.library.register_fake("lissom::weight_quantized_linear_norm", _shape_of, lib=_LIBRARY)
+
+weight_quantized_linear = torch.ops.lissom.weight_quantized_linear.default
+"""The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, zero_point: [groups, packed features], float16 or
+float32, and uint8; bias: [features]; other: [..., features], like the result; features: of the result; format: of the weight, a
+name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
+
+weight_quantized_linear_norm = torch.ops.lissom.weight_quantized_linear_norm.default
+"""The same with a layer norm over the features behind it; norm_weight, norm_bias: [features]."""

@@ -1,0 +1,225 @@
+"""`lissom::quantized_linear` and its relative with a norm: kernel and reference against whole numbers in NumPy."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.ops.native import missing_byte_kernel
+from lissom.ops.packed_linear import ACTIVATIONS
+from lissom.ops.quantized_linear import (
+    fill_panels,
+    pack_bytes,
+    quantized_linear,
+    quantized_linear_norm,
+    quantized_linear_norm_reference,
+    quantized_linear_reference,
+    unpack_bytes,
+)
+
+DTYPES = [torch.float32, torch.bfloat16]
+CPU = torch.device("cpu")
+# The operator calls the C++ kernel where this processor has one for the dtype, else the reference.
+FORMS = {
+    "operator": (quantized_linear, quantized_linear_norm),
+    "reference": (quantized_linear_reference, quantized_linear_norm_reference),
+}
+# float32: whole numbers turned into floats once, times two scales; an activation good to 2e-7.  The reference sums floats.
+# bfloat16: one rounding of the result.
+ALLOWED = {torch.float32: 3e-6, torch.bfloat16: 5e-3}
+
+
+def numbers(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(sizes))
+    return torch.randn(sizes, generator=generator).to(dtype)
+
+
+def layer(features: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight of bytes, all values in it, and a scale for each feature."""
+    generator = torch.Generator().manual_seed(features + inputs)
+    return (
+        torch.randint(-128, 128, (features, inputs), generator=generator).to(torch.int8),
+        (torch.rand(features, generator=generator) + 0.5) / (128 * inputs**0.5),
+    )
+
+
+def packed(q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return pack_bytes(q), fill_panels(scale, len(q)), fill_panels(q.sum(1, dtype=torch.int32), len(q))
+
+
+def bytes_of(x: np.ndarray, granularity: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x in bytes with its scale and zero point, in float32 step by step as the formula says."""
+    rows = x if granularity == "token" else x.reshape(1, -1)
+    low = np.minimum(rows.min(-1, keepdims=True), np.float32(0))
+    high = np.maximum(rows.max(-1, keepdims=True), np.float32(0))
+    scale = np.maximum((high - low) / np.float32(255), np.float32(1e-30))
+    zero = np.clip(np.rint(-low / scale), 0, 255)
+    return np.clip(np.rint(x * (np.float32(1) / scale)) + zero, 0, 255).astype(np.int64), scale, zero.astype(np.int64)
+
+
+def product(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, granularity: str) -> torch.Tensor:
+    """The layer in whole numbers of 64 bits, in float64 at the end."""
+    whole, step, zero = bytes_of(x.float().numpy(), granularity)
+    sums = (whole - zero) @ q.numpy().astype(np.int64).T
+    return torch.from_numpy(sums * (step.astype(np.float64) * scale.double().numpy()))
+
+
+def error(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    assert found.shape == wanted.shape
+    return float((wanted - found.double()).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize(("features", "inputs"), [(1, 1), (31, 3), (32, 4), (33, 5), (96, 64)])
+def test_packing_loses_nothing(features: int, inputs: int) -> None:
+    q, _ = layer(features, inputs)
+    assert torch.equal(unpack_bytes(pack_bytes(q), features, inputs), q)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 7, 14, 15, 43, 130]),
+    inputs=st.sampled_from([1, 3, 4, 17, 64, 190]),
+    features=st.sampled_from([1, 31, 32, 33, 100]),
+    granularity=st.sampled_from(["token", "tensor"]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    combine=st.sampled_from(["none", "add", "mul"]),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    form=st.sampled_from(list(FORMS)),
+)
+def test_numbers(
+    rows: int,
+    inputs: int,
+    features: int,
+    granularity: str,
+    activation: str,
+    combine: str,
+    with_bias: bool,
+    dtype: torch.dtype,
+    form: str,
+) -> None:
+    x, (q, scale) = numbers(rows, inputs, dtype=dtype) + 0.3, layer(features, inputs)
+    bias = numbers(features, dtype=dtype) if with_bias else None
+    other = numbers(rows, features, dtype=dtype, seed=1) if combine != "none" else None
+    wanted = product(x, q, scale, granularity)
+    wanted = ACTIVATIONS[activation](wanted + (bias.double() if bias is not None else 0))
+    if other is not None:
+        wanted = wanted * other.double() if combine == "mul" else wanted + other.double()
+    options = {"combine": combine} if other is not None else {}
+    operands = (x, *packed(q, scale), None, None, bias, other)
+    found = FORMS[form][0](*operands, features=features, granularity=granularity, activation=activation, **options)
+    assert found.dtype == dtype
+    # A result may be small where its terms cancel; they are of the order of one.
+    assert error(wanted, found) < ALLOWED[dtype] * max(1.0, 1 / float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_numbers_with_a_norm(rows: int, dtype: torch.dtype, form: str) -> None:
+    x, (q, scale) = numbers(rows, 40, dtype=dtype), layer(33, 40)
+    bias, other, gain, shift = (numbers(*sizes, dtype=dtype, seed=2) for sizes in ((33,), (rows, 33), (33,), (33,)))
+    total = product(x, q, scale, "token") + bias.double() + other.double()
+    wanted = torch.nn.functional.layer_norm(total, (33,), gain.double(), shift.double(), 1e-5)
+    operands = (x, *packed(q, scale), None, None, bias, other, gain, shift)
+    found = FORMS[form][1](*operands, features=33, eps=1e-5)
+    # A norm of 33 values of order 1 magnifies little; the reference rounds once more, in front of it.
+    assert error(wanted, found) < ALLOWED[dtype] * (1 if form == "operator" or dtype == torch.float32 else 4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("zero_point", [None, 0, 101, 255])
+def test_a_known_scale_cuts_off_what_it_cannot_hold(dtype: torch.dtype, zero_point: int | None, form: str) -> None:
+    x, (q, scale) = numbers(9, 20, dtype=dtype), layer(40, 20)
+    x[0, 0], x[1, 1], x[2, 2] = 1e30, -1e30, 1e9
+    step, zero = np.float32(0.011), zero_point or 0
+    whole = np.clip(np.rint(x.float().numpy() * (np.float32(1) / step)) + zero, 0, 255).astype(np.int64) - zero
+    wanted = torch.from_numpy((whole @ q.numpy().astype(np.int64).T) * (float(step) * scale.double().numpy()))
+    known = (torch.tensor(step), None if zero_point is None else torch.tensor(zero_point, dtype=torch.uint8))
+    found = FORMS[form][0](x, *packed(q, scale), *known, features=40)
+    assert error(wanted, found) < ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_values_are_rounded_as_the_formula_says_to_the_last_bit(granularity: str) -> None:
+    """One product a feature and scales of one: the result is what x was rounded to."""
+    for seed in range(20):
+        x = numbers(37, 32, seed=seed) * 10.0 ** (seed - 10)
+        q = torch.eye(32).to(torch.int8)
+        found = quantized_linear(x, *packed(q, torch.ones(32)), features=32, granularity=granularity)
+        assert torch.equal(found, torch.ops.lissom.fake_quantize_dynamic(x, format="uint8", granularity=granularity))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_without_spread(form: str) -> None:
+    """Rows of zeros, of one value, of values of one sign, next to ordinary ones."""
+    x = torch.stack([torch.zeros(24), torch.full((24,), 3.0), torch.full((24,), -2.0), numbers(24).abs(), numbers(24)])
+    q, scale = layer(33, 24)
+    found = FORMS[form][0](x, *packed(q, scale), features=33)
+    assert error(product(x, q, scale, "token"), found) < ALLOWED[torch.float32]
+    assert torch.equal(found[0], torch.zeros(33))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_without_numbers_is_seen_to_be_so(value: float, dtype: torch.dtype) -> None:
+    x, (q, scale) = numbers(20, 30, dtype=dtype), layer(33, 30)
+    clean = quantized_linear(x, *packed(q, scale), features=33)
+    x[5, 17] = value
+    found = quantized_linear(x, *packed(q, scale), features=33)
+    assert found[5].isnan().all()
+    assert torch.equal(found[:5], clean[:5])
+    assert torch.equal(found[6:], clean[6:])
+    assert quantized_linear(x, *packed(q, scale), features=33, granularity="tensor").isnan().all()
+
+
+def test_rows_are_independent_of_the_batch() -> None:
+    """A row's answer does not depend on how many others are computed beside it, nor on how they are shared out."""
+    x, (q, scale) = numbers(300, 64), layer(96, 64)
+    whole = quantized_linear(x, *packed(q, scale), features=96)
+    for rows in (1, 7, 29, 84, 113):
+        assert torch.equal(quantized_linear(x[:rows], *packed(q, scale), features=96), whole[:rows])
+
+
+def test_inputs_of_any_layout_and_rank() -> None:
+    x, (q, scale) = numbers(4, 3, 5, 8), layer(6, 8)
+    turned = x.transpose(0, 2)
+    found = quantized_linear(turned, *packed(q, scale), features=6)
+    assert error(product(turned.contiguous(), q, scale, "token"), found) < ALLOWED[torch.float32]
+    assert quantized_linear(x[:0], *packed(q, scale), features=6).shape == (0, 3, 5, 6)
+
+
+@pytest.mark.skipif(missing_byte_kernel(torch.float32, CPU) is not None, reason="no kernel for bytes here")
+def test_a_wrong_weight_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="inputs x features"):
+        quantized_linear(numbers(2, 8), *packed(*layer(6, 9)), features=6)
+    with pytest.raises(RuntimeError, match="by token or by tensor"):
+        quantized_linear(numbers(2, 8), *packed(*layer(6, 8)), features=6, granularity="channel")
+
+
+def test_what_has_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing_byte_kernel(torch.float32, CPU) is not None:
+        pytest.skip("no kernel for bytes here")
+    assert "no kernel for torch.float64" in str(missing_byte_kernel(torch.float64, CPU))
+    monkeypatch.setattr(torch.ops.lissom, "has_bytes", lambda: False)
+    assert "lacks AVX-512 VNNI" in str(missing_byte_kernel(torch.float32, CPU))
+
+
+def test_without_kernels_the_reference_runs() -> None:
+    script = (
+        "import torch\n"
+        "from lissom.ops.quantized_linear import pack_bytes, fill_panels, quantized_linear\n"
+        "x, q = torch.randn(3, 8), torch.randint(-9, 9, (6, 8)).to(torch.int8)\n"
+        "y = quantized_linear(x, pack_bytes(q), fill_panels(torch.ones(6), 6), fill_panels(q.sum(1), 6), features=6)\n"
+        "torch.testing.assert_close(y, x @ q.float().T, rtol=0, atol=1)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "LISSOM_NATIVE": "0"})

@@ -1,0 +1,146 @@
+"""`lissom::weight_quantized_linear` and its relative with a norm: kernel and reference against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lissom.ops.native import missing_stored_kernel
+from lissom.ops.packed_linear import ACTIVATIONS
+from lissom.ops.weight_quantized_linear import (
+    FORMS,
+    pack_blocks,
+    pack_stored,
+    unpack_stored,
+    weight_quantized_linear,
+    weight_quantized_linear_norm,
+    weight_quantized_linear_norm_reference,
+    weight_quantized_linear_reference,
+)
+
+DTYPES = [torch.float32, torch.bfloat16]
+# The operator calls the C++ kernel where this processor has one, else the reference.
+PATHS = {
+    "operator": (weight_quantized_linear, weight_quantized_linear_norm),
+    "reference": (weight_quantized_linear_reference, weight_quantized_linear_norm_reference),
+}
+# float32: sums of up to 192 products, in another order.  bfloat16: weights and result rounded to 8 bits, as the Q/DQ program's.
+ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
+
+
+def numbers(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(sizes))
+    return torch.randn(sizes, generator=generator).to(dtype)
+
+
+def layer(
+    features: int, inputs: int, groups: int, form: str, scales: torch.dtype = torch.float16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """A weight's integers, its scales, and its zero points where the format has them."""
+    generator = torch.Generator().manual_seed(features + inputs + groups)
+    low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
+    q = torch.randint(low, high, (features, inputs), generator=generator).to(torch.uint8 if low == 0 else torch.int8)
+    scale = ((torch.rand(features, groups, generator=generator) + 0.5) / ((high - low) * inputs**0.5)).to(scales)
+    zero = torch.randint(0, high, (features, groups), generator=generator).to(torch.uint8) if low == 0 else None
+    return q, scale, zero
+
+
+def packed(
+    q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, form: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    return pack_stored(q, form), pack_blocks(scale, len(q)), None if zero is None else pack_blocks(zero, len(q))
+
+
+def matrix(q: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    spread = q.shape[1] // scale.shape[1]
+    middle = 0 if zero is None else zero.double().repeat_interleave(spread, 1)
+    return (q.double() - middle) * scale.double().repeat_interleave(spread, 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("features", "inputs"), [(1, 2), (31, 4), (33, 6), (96, 64)])
+def test_packing_loses_nothing(form: str, features: int, inputs: int) -> None:
+    q, _, _ = layer(features, inputs, 1, form)
+    packed_q = pack_stored(q, form)
+    assert torch.equal(unpack_stored(packed_q, form, features), q)
+    assert packed_q.numel() == -(-features // 32) * 32 * inputs // (2 if form.endswith("4") else 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 3, 4, 5, 15, 43, 130]),
+    shape=st.sampled_from([(2, 1), (6, 3), (64, 2), (64, 1), (192, 6)]),
+    features=st.sampled_from([1, 31, 32, 33, 100]),
+    form=st.sampled_from(FORMS),
+    scales=st.sampled_from([torch.float16, torch.float32]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    combine=st.sampled_from(["none", "add", "mul"]),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    path=st.sampled_from(list(PATHS)),
+)
+def test_numbers(
+    rows: int,
+    shape: tuple[int, int],
+    features: int,
+    form: str,
+    scales: torch.dtype,
+    activation: str,
+    combine: str,
+    with_bias: bool,
+    dtype: torch.dtype,
+    path: str,
+) -> None:
+    x, weight = numbers(rows, shape[0], dtype=dtype), layer(features, *shape, form, scales)
+    bias = numbers(features, dtype=dtype) if with_bias else None
+    other = numbers(rows, features, dtype=dtype, seed=1) if combine != "none" else None
+    total = x.double() @ matrix(*weight).T
+    wanted = ACTIVATIONS[activation](total + (bias.double() if bias is not None else 0))
+    if other is not None:
+        wanted = wanted * other.double() if combine == "mul" else wanted + other.double()
+    options = {"combine": combine} if other is not None else {}
+    operands = (x, *packed(*weight, form), bias, other)
+    found = PATHS[path][0](*operands, features=features, format=form, activation=activation, **options)
+    assert (found.dtype, found.shape) == (dtype, wanted.shape)
+    # Terms are of order one, so a result that is smaller is one of cancelling.
+    scale = max(1.0, float(wanted.abs().max()), float(total.abs().max()))
+    allowed = ALLOWED[dtype] * (1 if path == "operator" or dtype == torch.float32 else 3)
+    assert float((wanted - found.double()).abs().max()) < allowed * scale
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_numbers_with_a_norm(rows: int, dtype: torch.dtype, path: str) -> None:
+    x, weight = numbers(rows, 64, dtype=dtype), layer(33, 64, 2, "uint4")
+    bias, other, gain, shift = (numbers(*sizes, dtype=dtype, seed=2) for sizes in ((33,), (rows, 33), (33,), (33,)))
+    total = x.double() @ matrix(*weight).T + bias.double() + other.double()
+    wanted = torch.nn.functional.layer_norm(total, (33,), gain.double(), shift.double(), 1e-5)
+    found = PATHS[path][1](x, *packed(*weight, "uint4"), bias, other, gain, shift, features=33, format="uint4", eps=1e-5)
+    assert float((wanted - found.double()).abs().max() / wanted.abs().max()) < ALLOWED[dtype] * 2
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_what_is_no_number_stays_so(rows: int) -> None:
+    x, weight = numbers(rows, 64), layer(33, 64, 2, "int8")
+    x[0, 3] = torch.nan
+    found = weight_quantized_linear(x, *packed(*weight, "int8"), features=33, format="int8")
+    assert found[0].isnan().all()
+    assert not found[1:].isnan().any()
+
+
+def test_inputs_of_any_layout_and_rank() -> None:
+    x, weight = numbers(4, 3, 5, 8), layer(6, 8, 2, "int4")
+    found = weight_quantized_linear(x.transpose(0, 2), *packed(*weight, "int4"), features=6, format="int4")
+    wanted = x.transpose(0, 2).double() @ matrix(*weight).T
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=ALLOWED[torch.float32])
+    assert weight_quantized_linear(x[:0], *packed(*weight, "int4"), features=6, format="int4").shape == (0, 3, 5, 6)
+
+
+def test_a_wrong_weight_is_refused() -> None:
+    if missing_stored_kernel(torch.float32, torch.device("cpu")) is not None:
+        pytest.skip("no kernel for stored integers here")
+    with pytest.raises(RuntimeError, match="inputs x features"):
+        weight_quantized_linear(numbers(2, 8), *packed(*layer(6, 6, 1, "int8"), "int8"), features=6, format="int8")

@@ -1,0 +1,219 @@
+"""Tests of pack-quantized-linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import lissom
+from lissom.compiler.history import History
+from lissom.compiler.program import Program
+from lissom.ops import quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
+from lissom.ops.native import missing_byte_kernel
+from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
+from lissom.ops.quantized_linear import unpack_bytes
+from tests.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
+from tests.passes.harness import aten, calls, check_golden, rewrite
+
+LOWERING = ",fold-quantized-weights,pack-quantized-linear"
+needs_kernel = pytest.mark.skipif(
+    missing_byte_kernel(torch.float32, torch.device("cpu")) is not None, reason="no kernel for bytes here"
+)
+pytestmark = needs_kernel
+
+
+class Two(nn.Module):
+    """A layer with a bias and one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 40), nn.Linear(40, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+class Tied(nn.Module):
+    """An output head that is the embedding, and a layer used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.twice = nn.Embedding(35, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.twice(self.twice(self.table(tokens))), self.table.weight)
+
+
+class Turned(nn.Module):
+    """Weights kept as [features in, features out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.bias = (nn.Parameter(normal(*sizes)) for sizes in ((6, 34), (34, 4), (4,)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, torch.mm(x, self.first), self.second)
+
+
+def rounded(module: nn.Module, *args: torch.Tensor, options: str = "") -> Program:
+    """The module with Q/DQ; its last layer is an output head, as far as can be seen."""
+    return rewrite(f"quantize{{output_heads=true{options}}}", module, *args)[0]
+
+
+def packed(module: nn.Module, *args: torch.Tensor, options: str = "") -> tuple[Program, History]:
+    return rewrite(f"quantize{{output_heads=true{options}}}{LOWERING}", module, *args)
+
+
+def reasons(history: History) -> list[str]:
+    return [skip.reason for skip in history.steps[-1].skipped]
+
+
+def close(left: torch.Tensor, right: torch.Tensor, allowed: float) -> None:
+    assert float((left - right).detach().norm() / right.detach().norm()) < allowed
+
+
+def test_rewrites() -> None:
+    _, history = packed(seeded(Two), normal(2, 5, 6))
+    check_golden("pack_quantized_linear", history.diff(2, 3))
+
+
+@pytest.mark.parametrize("options", ["", ",granularity=tensor", ",activations=tensor"])
+def test_numbers(options: str) -> None:
+    module = seeded(Two)
+    before = rounded(module, normal(2, 5, 6), options=options)
+    program, _ = packed(module, normal(2, 5, 6), options=options)
+    assert calls(program, quantized_linear) == 2
+    assert calls(program, aten.linear.default, dequantize, fake_quantize_dynamic) == 0
+    x = normal(3, 7, 6, seed=1)
+    # The second layer's input is half way between two steps in few places, if in any; there one step is 1/255 of its range.
+    close(program(x), before(x), 2e-3)
+
+
+def test_a_packed_weight_takes_the_place_of_the_stored_one() -> None:
+    program, _ = packed(seeded(Two), normal(2, 5, 6))
+    folded, _ = rewrite("quantize,fold-quantized-weights", seeded(Two), normal(2, 5, 6))
+    kept = [f"{name}.weight_int8_packed{leaf}" for name in ("down", "up") for leaf in ("", "_scale", "_sums")]
+    assert sorted(program.weights()) == sorted([*kept, "up.bias"])
+    q = unpack_bytes(program.weight("up.weight_int8_packed"), 40, 6)
+    assert torch.equal(q, folded.weight("up.weight_int8"))
+    assert torch.equal(program.weight("up.weight_int8_packed_sums")[:40], q.sum(1, dtype=torch.int32))
+
+
+def test_weights_kept_the_other_way_round_are_turned() -> None:
+    module = seeded(Turned)
+    before = rounded(module, normal(9, 6))
+    program, _ = packed(module, normal(9, 6))
+    assert [str(node.target) for node in program.nodes()] == ["lissom.quantized_linear.default"] * 2
+    close(program(normal(9, 6)), before(normal(9, 6)), 2e-3)
+
+
+def test_a_table_that_is_an_output_head_too_is_held_once_and_looked_up_packed() -> None:
+    module = seeded(Tied)
+    tokens = torch.tensor([[1, 2, 34], [31, 32, 33]])
+    before = rounded(module, tokens, options=",embeddings=true")
+    program, _ = packed(module, tokens, options=",embeddings=true")
+    assert calls(program, quantized_linear) == 3
+    stored = [name for name, weight in program.weights().items() if weight.numel() > 100 and weight.dtype == torch.int8]
+    assert sorted(stored) == ["table.weight_int8_packed", "twice.weight_int8_packed"]
+    close(program(tokens), before(tokens), 2e-3)
+
+
+STORED = [
+    "int8-weight",
+    "int8-weight,symmetric=false",
+    "int8-weight,granularity=tensor",
+    "int8-weight,granularity=group,group=2",
+    "int4-weight,group=2",
+    "int4-weight,group=2,symmetric=false",
+    "int4-weight,granularity=channel",
+]
+
+
+@pytest.mark.parametrize("options", STORED)
+@pytest.mark.parametrize("make", [Two, Turned, Tied])
+def test_weights_alone_in_integers(make: Callable[[], nn.Module], options: str) -> None:
+    module = seeded(make)
+    example = torch.tensor([[1, 2, 34], [18, 32, 33]]) if make is Tied else normal(9, 6)
+    options = f",scheme={options}" + (",embeddings=true" if make is Tied else "")
+    before = rounded(module, example, options=options)
+    program, _ = packed(module, example, options=options)
+    assert calls(program, weight_quantized_linear) == calls(before, aten.linear.default, aten.addmm.default, aten.mm.default)
+    # Sums of up to forty products of floats in another order.
+    torch.testing.assert_close(program(example), before(example), rtol=1e-5, atol=1e-5)
+    stored = [name for name, weight in program.weights().items() if not weight.is_floating_point() and weight.numel() > 500]
+    assert len(stored) < 3
+
+
+def test_a_known_scale_goes_into_the_kernel() -> None:
+    module, x = seeded(Two), normal(2, 5, 6)
+    data = [normal(2, 5, 6, seed=seed) for seed in range(4)]
+    compiled = lissom.compile(module, x, passes="quantize{scheme=int8-static,output_heads=true}", data=data)
+    (first, *_) = compiled.program.nodes(quantized_linear)
+    assert calls(compiled.program, quantized_linear) == 2
+    assert calls(compiled.program, fake_quantize) == 0
+    assert str(first.args[4].target).endswith("_scale")  # pyright: ignore
+    close(compiled(x), module(x), 0.02)
+
+
+LEFT = {
+    ",symmetric=false": "its weight is in uint8, and the kernel multiplies with int8",
+    ",granularity=group,group=2": "its weight has a scale for each group, and sums of bytes are scaled once a feature",
+    ",scheme=fp8": "its weight is in fp8, and the kernel multiplies with int8",
+}
+
+
+@pytest.mark.parametrize("options", LEFT)
+def test_what_has_no_kernel_is_left_with_the_reason(options: str) -> None:
+    program, history = packed(seeded(Two), normal(2, 5, 6), options=options)
+    assert calls(program, aten.linear.default) == 2
+    assert reasons(history) == [LEFT[options]] * 2
+
+
+def test_leaves_other_graphs_alone() -> None:
+    _, history = rewrite("pack-quantized-linear", seeded(Two), normal(2, 5, 6))
+    assert history.texts[0] == history.texts[1]
+    assert not reasons(history)
+
+
+MODELS = {
+    # Layers a block: q, k and v are one, and what follows a layer is fused into it.
+    "bert": (tiny_bert, {quantized_linear: 2, quantized_linear_norm: 2}),
+    "gpt2": (tiny_gpt2, {quantized_linear: 4}),
+    "llama": (tiny_llama, {quantized_linear: 5}),
+}
+
+
+@pytest.mark.parametrize("cast", ["", "cast{dtype=bf16},"])
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models_run_on_integers(name: str, cast: str) -> None:
+    make, wanted = MODELS[name]
+    case: Case = make()
+    compiled = lissom.compile(case.model, case.inputs, passes=f"{cast}quantize", checks="numeric")
+    program, layers = compiled.program, case.model.config.num_hidden_layers
+    assert {target: calls(program, target) for target in wanted} == {key: count * layers for key, count in wanted.items()}
+    assert calls(program, dequantize, fake_quantize, fake_quantize_dynamic) == 0
+    step = next(item for item in compiled.report.history.steps if item.spelling == "pack-quantized-linear")
+    assert not step.skipped
+
+
+@pytest.mark.parametrize("scheme", ["int8-weight", "int4-weight,group=8"])
+@pytest.mark.parametrize("cast", ["", "cast{dtype=bf16},"])
+def test_whole_models_run_on_stored_integers(scheme: str, cast: str) -> None:
+    case = tiny_bert()
+    passes = f"{cast}quantize{{scheme={scheme}}}"
+    program = lissom.compile(case.model, case.inputs, passes=passes, checks="numeric").program
+    assert (calls(program, weight_quantized_linear), calls(program, weight_quantized_linear_norm)) == (4, 4)
+    assert calls(program, dequantize) == 0
+
+
+def test_composes_and_is_saved_and_loaded(tmp_path: Path) -> None:
+    case = tiny_bert()
+    compiled = lissom.compile(case.model, case.inputs, passes="prune-heads{keep=0.5},eliminate-dead-heads,cast,quantize")
+    compiled.save(tmp_path / "saved")
+    loaded = lissom.load(tmp_path / "saved")
+    call: Callable[..., object] = lambda run: run(**case.inputs).last_hidden_state  # noqa: E731
+    assert torch.equal(call(loaded), call(compiled))  # pyright: ignore
