@@ -28,7 +28,7 @@ from lissom.compiler.errors import (
 from lissom.compiler.history import History, Size, Step, changed_calls
 from lissom.compiler.kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.program import Program
-from lissom.compiler.rounding import LOCAL_TOLERANCE, local_error, rounds_values
+from lissom.compiler.rounding import local_error, local_tolerance, rounds_values
 from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import format_pass, format_pipeline
 from lissom.compiler.verify import (
@@ -348,7 +348,7 @@ class _Run:
         """True when both programs round values, and differ by that alone."""
         if isinstance(item, Annotation) or not rounds_values(self.program):
             return False
-        return local_error(self.program, after, self.samples) <= LOCAL_TOLERANCE
+        return local_error(self.program, after, self.samples) <= local_tolerance(self.program)
 
     def _refuse(self, after: Program, divergence: Divergence, allowed: float) -> NoReturn:
         message = (

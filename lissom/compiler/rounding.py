@@ -37,6 +37,12 @@ def rounds_values(program: Program) -> bool:
     return any(_rounds(node, _ROUNDING) for node in program.nodes())
 
 
+def local_tolerance(program: Program) -> float:
+    """The `local_error` a correct program may show: of one value rounded the other way, in the dtypes computed in."""
+    dtypes = {nodes.tensor_type(node).dtype for node in program.nodes() if nodes.is_tensor(node)}
+    return LOCAL_TOLERANCE + 2 * max((_ROUNDINGS.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+
+
 def local_error(before: Program, after: Program, samples: Sequence[Sample]) -> float:
     """The largest relative error of a node of `after`, given the values that its inputs have in `before`.
 

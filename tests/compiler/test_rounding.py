@@ -11,7 +11,7 @@ import lissom
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import VerifyError
 from lissom.compiler.kinds import Rewrite
-from lissom.compiler.rounding import LOCAL_TOLERANCE, local_error, rounding_loss, rounds_values
+from lissom.compiler.rounding import LOCAL_TOLERANCE, local_error, local_tolerance, rounding_loss, rounds_values
 from lissom.passes import PASSES
 from tests.models import tiny_bert
 
@@ -61,6 +61,14 @@ def test_every_node_is_given_what_its_inputs_were() -> None:
     edit.set_weight(weight, after.weight(str(weight.target)) * 1.05)
     assert local_error(before, after, [sample]) == pytest.approx(0.05, rel=0.1)
     assert local_error(before, after, [sample]) > LOCAL_TOLERANCE
+
+
+def test_short_dtypes_are_allowed_their_own_rounding() -> None:
+    case = tiny_bert()
+    short = lissom.optimize(case.model, case.inputs, passes="cast{dtype=bf16},quantize").program
+    plain = lissom.optimize(case.model, case.inputs, passes="quantize").program
+    assert local_tolerance(plain) == LOCAL_TOLERANCE
+    assert local_tolerance(short) == pytest.approx(LOCAL_TOLERANCE + 8e-3)
 
 
 def test_the_loss_of_rounding_is_that_to_the_program_without() -> None:
