@@ -89,7 +89,7 @@ class CorrectBias(Approximation):
         if node in edit.program.fact(structure).output_heads and not self.output_heads:
             return "it is an output head; output_heads=true treats it"
         if _original(edit, node) is None:
-            return "the program before rounding has no such layer"
+            return "the program before rounding is not known here, or has no such layer"
         given = _bias_argument(node)
         if given is None:
             return None if node.target is aten.linear.default else "it is a plain product, which has no place for a bias"
