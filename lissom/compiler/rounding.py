@@ -22,6 +22,8 @@ from lissom.compiler.verify import compare, kept_state, lasting, run_samples, wo
 
 LOCAL_TOLERANCE = 5e-3
 """One value of eight bits rounded the other way moves a sum over sixteen or more by less, relative to the largest sum."""
+_ROUNDINGS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+"""What one rounding to a short dtype costs; a node rounds what it reads and what it gives."""
 SHARE = 2.0
 """Two programs rounded alike differ by less than this many times what rounding changes.
 
