@@ -241,6 +241,12 @@ _TABLE = (
     Engine("ctranslate2-int8", "CTranslate2 int8", ("ctranslate2",), partial(ctranslate2, compute_type="int8")),
     Engine("lissom", "Lissom fp32", (), lissom),
     Engine("lissom-bf16", "Lissom bf16", (), partial(lissom, passes="cast{dtype=bf16}")),
+    Engine(
+        "lissom-int8",
+        "Lissom int8, the rest bf16",
+        (),
+        partial(lissom, passes="cast{dtype=bf16},quantize{scheme=int8-dynamic}"),
+    ),
     Engine("lissom-packed", "Lissom fp32, padding left out", (), partial(lissom, passes="zero-padding,pack-tokens")),
     Engine("lissom-onnxruntime", "Lissom fp32 on ONNX Runtime", _EXPORT, partial(lissom, backend="onnxruntime")),
     Engine("lissom-inductor", "Lissom fp32 on inductor", (), lissom_inductor),
