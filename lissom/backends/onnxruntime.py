@@ -187,7 +187,7 @@ class OnnxRuntime(Backend):
             session = open_session(path, self._options(program))
             names = [item.name for item in session.get_outputs()][len(output_names(program)) :]
             given = zip(input_names(program), example, strict=True)
-            errors: list[Any] = session.run(names, {name: tensor.cpu().numpy() for name, tensor in given})
+            errors: Any = session.run(names, {name: tensor.cpu().numpy() for name, tensor in given})
         worst = max(float(error) for error in errors)
         allowed = _ROUNDED_LOCALLY if self.accuracy_level else LOCAL_TOLERANCE
         if not worst <= allowed:
