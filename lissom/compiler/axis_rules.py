@@ -101,7 +101,9 @@ def _embedding(node: fx.Node, known: Known) -> Value:
 
 def reduced_dims(node: fx.Node, rank: int) -> set[int]:
     """The dimensions a reduction removes."""
-    found = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    # Norms have their order in front of the dimensions.
+    index = 2 if node.target in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim) else 1
+    found = node.args[index] if len(node.args) > index else node.kwargs.get("dim")
     if found is None or found == []:
         return set(range(rank))
     return {cast(int, dim) % rank for dim in (found if isinstance(found, (list, tuple)) else [found])}

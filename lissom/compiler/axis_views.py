@@ -181,6 +181,9 @@ def slice_of(node: fx.Node, known: Known) -> Value:
     if axis.size == wanted:
         return tuple(dims)
     bounds = slice_bounds(node, axis.size)
+    if bounds is not None and bounds[0] >= bounds[1]:
+        dims[index] = Axis(0)
+        return tuple(dims)
     sizes = [bounds[0], bounds[1] - bounds[0], cast(int, axis.size) - bounds[1]] if bounds else []
     pieces = pieces_of(axis, [size for size in sizes if size > 0]) if sizes else None
     if pieces is None:

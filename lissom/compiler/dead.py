@@ -75,7 +75,13 @@ def _summed_by_einsum(node: fx.Node) -> list[list[Place]]:
     inputs, _, output = cast(str, node.args[0]).replace(" ", "").partition("->")
     operands = list(zip(inputs.split(","), cast("list[fx.Node]", node.args[1]), strict=True))
     letters = dict.fromkeys(letter for letter in inputs if letter.isalpha() and letter not in output)
-    return [[(item, term.index(letter)) for term, item in operands if letter in term] for letter in letters]
+    return [[(item, _dim_of(term, letter)) for term, item in operands if letter in term] for letter in letters]
+
+
+def _dim_of(term: str, letter: str) -> int:
+    """The dimension a letter of an einsum's term stands for, counted from the end behind an ellipsis."""
+    index = term.index(letter)
+    return index - len(term) if "..." in term[:index] else index
 
 
 def zero_units(found: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:

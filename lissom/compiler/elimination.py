@@ -149,10 +149,10 @@ def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], u
     plans = [plan for plan in plans if plan.removed]
     if not plans:
         return
+    places = [[_place(edit.program.fact(axes), atom) for atom in plan.numbering] for plan in plans]
     try:
         _carry_out(edit, plans)
     except LissomError:
-        places = [[_place(edit.program.fact(axes), atom) for atom in plan.numbering] for plan in plans]
         for plan, found in zip(plans, places, strict=True):
             _eliminate_alone(edit, plan.node, found, units)
 

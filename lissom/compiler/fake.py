@@ -89,6 +89,14 @@ def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> 
     return _same(left, right, partial(_same_size_at_example, mode))
 
 
+def depends_on_values(mode: FakeTensorMode, found: ValueType) -> bool:
+    """True for a tensor as large as the values of the inputs say: its size gets a new name each time it is typed."""
+    if not isinstance(found, TensorType) or mode.shape_env is None:
+        return False
+    known = _known_sizes(mode.shape_env)
+    return any(symbol not in known for size in found.shape if isinstance(size, sympy.Basic) for symbol in size.free_symbols)
+
+
 def _same(left: ValueType, right: ValueType, same_size: Callable[[Size | float, Size | float], bool]) -> bool:
     match left, right:
         case TensorType(), TensorType():
