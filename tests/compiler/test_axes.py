@@ -181,3 +181,36 @@ def test_refusals_say_what_stands_in_the_way(pick, indices, sentence):
     program = canonical("bert")[0].copy()
     with pytest.raises(UnsupportedError, match=sentence.replace("(", r"\(")):
         remove_indices(Editor(program, "remove"), {pick(program): list(indices)})
+
+
+class _Odd(nn.Module):
+    """A slice that takes nothing, a norm that keeps its dimension, and an einsum with an ellipsis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x).relu()
+        hidden = torch.cat((hidden[..., :16], hidden[..., 16:]), -1)
+        hidden = hidden / (torch.linalg.vector_norm(hidden, 2, -1, keepdim=True) + 1)
+        scores = torch.einsum("...td,...sd->...ts", hidden, hidden)
+        return self.down(torch.einsum("...ts,...sd->...td", scores, hidden))
+
+
+def test_empty_slices_norms_and_ellipses_have_axes():
+    case = seeded(_Odd)
+    captured = capture(case, (torch.randn(2, 5, 8),), {})
+    samples = check_samples(captured.program.signature, captured.example)
+    program = captured.program
+    edit = Editor(program.copy(), "mask")
+    down = next(node for node in edit.program.nodes(torch.ops.aten.linear.default) if "down" in str(node.args[1].target))
+    weight = edit.program.weight(str(down.args[1].target)).detach().clone()
+    weight[:, ::2] = 0
+    edit.set_weight(down.args[1], weight)
+    passes = parse_pipeline("eliminate-dead-neurons,eliminate-dead-heads", PASSES)
+    after, _ = Pipeline(passes, samples=samples).run(edit.program)
+    verify_structure(after, edit.program)
+    found = after.fact(axes)
+    norm = after.nodes(torch.ops.aten.linalg_vector_norm.default)[0]
+    assert [found.axis(norm, dim).size for dim in (-1,)] == [1]
