@@ -47,7 +47,7 @@ PASSES = {
     "gemma3-270m": ("prune-heads", "prune-neurons", "prune-layers", "sparsify"),
 }
 KEEPS = {"minilm": (0.9, 0.75, 0.5), "gemma3-270m": (0.75, 0.5)}
-TEXTS, PAIRS = 2000, 2000
+TEXTS, PAIRS = 4000, 2000
 """Of MiniLM: calibration texts, and synsets evaluated."""
 SHAPES = {"minilm": (32, 128), "gemma3-270m": (1, 128)}
 OPTIONS = {"sparsify": ",criterion=sparsegpt"}
@@ -183,7 +183,7 @@ def page(points: Sequence[Point]) -> str:
         "Quality, latency and bytes against the share kept, without retraining, what is dead removed behind it.",
         "`sparsify` takes `criterion=sparsegpt`; all others their defaults. Quality is described in `benchmarks/quality.py`;",
         "latency is that of the CPU backend as a share of our own unpruned program's, the two run in turn; bytes are those of",
-        "the weights in an artifact. Passes that learn from data had 2,000 calibration texts, or 8,192 tokens for the",
+        "the weights in an artifact. Passes that learn from data had 4,000 calibration texts, or 8,192 tokens for the",
         "decoder.\n",
     ]
     for model, title in TITLES.items():

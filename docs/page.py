@@ -11,7 +11,7 @@ import sys
 from examples import Example
 from measure import Gain
 
-from lissom.compiler.kinds import Pass
+from lissom.compiler.kinds import Approximation, Pass
 from lissom.compiler.spelling import options_of, type_text
 from lissom.inspect.tables import first_line
 from lissom.passes import RECIPES
@@ -82,13 +82,15 @@ def _code(item: type[Pass], example: Example) -> str:
     imports += ["from torch.nn import functional"] if "functional." in source else []
     passes = "" if example.passes == "exact" else f', passes="{example.passes}"'
     passes += f", data={example.data}" if example.data else ""
+    # What an approximation does is told before a backend is asked whether it pays.
+    function = "optimize" if issubclass(item, Approximation) else "compile"
     return "\n".join(
         [
             *imports,
             "\nimport lissom\n\n",
             source,
             "\n\ntorch.manual_seed(0)",
-            f"history = lissom.compile({example.model.__name__}(), {example.inputs}{passes}).report.history",
+            f"history = lissom.{function}({example.model.__name__}(), {example.inputs}{passes}).report.history",
             f'step = next(step for step in history.steps if step.spelling.startswith("{item.name()}"))',
             "print(step.summary)",
             "print(history.diff(step.index - 1, step.index))",

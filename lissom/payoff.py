@@ -34,7 +34,8 @@ class Payoff:
     def __call__(self, before: Program, after: Program) -> str | None:
         """Why `after` is not worth having, with both programs' figures; None when it is smaller or faster on any backend.
 
-        A backend that cannot run one of the two judges nothing: its own error comes when the result is built.
+        A backend that cannot run one of the two, or has no kernels for what `after` rounds, judges nothing: its own error comes
+        when the result is built.
         """
         reasons: list[str] = []
         for backend in self.backends:
@@ -51,10 +52,13 @@ class Payoff:
         lowering = Pipeline(self.lowerings[backend.name], checks="off")
         programs = [lowering.run(program)[0] for program in (before, after)]
         sizes = [stored_bytes(program) for program in programs]
-        if sizes[1] < sizes[0]:
+        if sizes[1] < sizes[0] or backend.simulated(programs[1]):
             return None
-        built = [partial(backend.build(program, self.example), self.example) for program in programs]
-        without, found = time_calls(dict(zip(("without", "with"), built, strict=True)), _SECONDS).values()
+        built = [backend.build(program, self.example) for program in programs]
+        if getattr(built[1], "simulated", ()):
+            return None
+        calls = [partial(executable, self.example) for executable in built]
+        without, found = time_calls(dict(zip(("without", "with"), calls, strict=True)), _SECONDS).values()
         if found.median_ms < FASTER * without.median_ms:
             return None
         shapes = ", ".join(str(list(tensor.shape)) for tensor in self.example)

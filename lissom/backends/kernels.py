@@ -7,7 +7,7 @@ what such an operator gives has no kernel: it runs in floating point, on rounded
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -53,9 +53,12 @@ def count_kernels(program: Program) -> int:
 
 
 def explain(layers: Iterable[SimulatedLayer], steps: Sequence[Step]) -> list[SimulatedLayer]:
-    """The layers, with the reason that a pass for quantized layers has given for leaving one alone, where one has."""
+    """The layers; one whose reason is not known has that which a pass for quantized layers gave for leaving it alone."""
     reasons = {skip.node: skip.reason for step in steps if "quantized" in step.spelling for skip in step.skipped}
-    return [SimulatedLayer(layer.node, layer.module, layer.format, reasons.get(layer.node, layer.reason)) for layer in layers]
+    return [
+        replace(layer, reason=reasons.get(layer.node, layer.reason)) if layer.reason == SimulatedLayer.reason else layer
+        for layer in layers
+    ]
 
 
 def refuse(backend: str, layers: Sequence[SimulatedLayer], total: int) -> None:
