@@ -6,7 +6,7 @@
 MiniLM: each usage example is looked up among the glosses of all evaluated synsets, by the cosine of mean-pooled embeddings.
 recall@k is the share of examples whose own gloss is among the k nearest. Its change from the original is taken over the same
 examples, with its 95 % interval from 2,000 bootstrap draws of them. The cosine is of a gloss's embedding to the original's.
-Gemma: perplexity of the evaluated glosses, one a line, read in windows of 256 tokens.
+Gemma: perplexity of the evaluated glosses, one a line, read in windows of 512 tokens that begin as its texts do.
 Calibration texts are those of other synsets.
 """
 
@@ -30,7 +30,7 @@ from lissom.inspect.machine import core_count, device_name
 PAIRS = Path(__file__).parent / "data" / "wordnet_pairs.tsv"
 DRAWS = 2000
 BATCH = 16
-WINDOW = 256
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,29 @@ def cosine(original: Retrieval, found: Retrieval) -> torch.Tensor:
     return (original.embeddings * found.embeddings).sum(-1)
 
 
-def perplexity(call: Callable[..., object], checkpoint: Checkpoint, tokens: int = 4096) -> float:
-    """exp of the mean negative log-likelihood of the evaluated glosses, tokens of them read in windows."""
-    assert checkpoint.tokenizer is not None
-    ids = checkpoint.tokenizer("\n".join(read_pairs("evaluation").glosses), return_tensors="pt")["input_ids"][:, : tokens + 1]
-    total, count = 0.0, 0
-    for start in range(0, ids.shape[1] - 1, WINDOW):
-        piece = ids[:, start : start + WINDOW + 1]
+def windows(checkpoint: Checkpoint, split: str, tokens: int) -> list[torch.Tensor]:
+    """Windows of token ids, [1, WINDOW]: the token texts begin with, then text; tokens: of the text in all."""
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    found = read_pairs(split)
+    lines = found.glosses if split == "evaluation" else [*found.glosses, *found.examples]
+    ids = tokenizer("\n".join(lines), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :tokens]
+    return [torch.cat([torch.tensor([[tokenizer.bos_token_id]]), piece], 1) for piece in ids.split(WINDOW - 1, 1)]
+
+
+def losses(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The negative log-likelihood of every token but the first of each window, in float64."""
+    found = []
+    for ids in texts:
         with torch.inference_mode():
-            logits = call(**decoder_inputs(checkpoint, piece[:, :-1]))[0]  # pyright: ignore[reportIndexIssue]
-        losses = torch.nn.functional.cross_entropy(logits[0].float(), piece[0, 1:], reduction="sum")
-        total, count = total + float(losses), count + piece.shape[1] - 1
-    return float(torch.tensor(total / count).exp())
+            logits = call(**decoder_inputs(checkpoint, ids))[0]  # pyright: ignore[reportIndexIssue]
+        found.append(torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none"))
+    return torch.cat(found).double()
+
+
+def perplexity(call: Callable[..., object], checkpoint: Checkpoint, tokens: int = 4096) -> float:
+    """exp of the mean negative log-likelihood of the evaluated glosses, so many tokens of them."""
+    return float(losses(call, checkpoint, windows(checkpoint, "evaluation", tokens)).mean().exp())
 
 
 def decoder_inputs(checkpoint: Checkpoint, ids: torch.Tensor) -> dict[str, object]:
@@ -132,12 +143,8 @@ def decoder_inputs(checkpoint: Checkpoint, ids: torch.Tensor) -> dict[str, objec
 
 
 def decoder_batches(checkpoint: Checkpoint, tokens: int = 8192) -> list[dict[str, object]]:
-    """Calibration texts in windows of tokens, one window a batch."""
-    assert checkpoint.tokenizer is not None
-    found = read_pairs("calibration")
-    text = "\n".join(line for pair in zip(found.glosses, found.examples, strict=True) for line in pair)
-    ids = checkpoint.tokenizer(text, return_tensors="pt")["input_ids"][:, :tokens]
-    return [decoder_inputs(checkpoint, piece) for piece in ids.split(WINDOW, 1)]
+    """Calibration texts, one window a batch."""
+    return [decoder_inputs(checkpoint, ids) for ids in windows(checkpoint, "calibration", tokens)]
 
 
 def optimized(checkpoint: Checkpoint, passes: str, data: Sequence[dict[str, object]]) -> tuple[Program, float]:

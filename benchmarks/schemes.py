@@ -1,0 +1,295 @@
+"""Quality, bytes and latency of every scheme of `quantize`, on an encoder and a decoder: docs/schemes/*.md.
+
+    python benchmarks/schemes.py minilm
+    python benchmarks/schemes.py gemma3-270m
+    python benchmarks/schemes.py --write
+
+Each row is added to schemes.json as soon as it is measured, and a run goes on where the last one stopped; `--again` starts
+anew. Quality is that of quality.py, of the compiled model where the CPU backend has kernels, else of the rounded program.
+Latency is of the compiled program beside our own in float32 on the same backend, in turn in one process, as a share of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from curves import TITLES, write
+from quality import (
+    calibration_batches,
+    conditions,
+    cosine,
+    decoder_batches,
+    decoder_inputs,
+    difference,
+    losses,
+    read_pairs,
+    retrieve,
+    windows,
+)
+
+import lissom
+from lissom.api import CompiledModel
+from lissom.artifacts.weights import stored_bytes
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.pipeline import Pipeline
+from lissom.frontends.huggingface import Checkpoint, load
+from lissom.inspect.timing import time_calls
+from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
+
+HERE = Path(__file__).parent
+RECORDS = HERE / "schemes.json"
+PAGES = HERE.parent / "docs" / "schemes"
+BACKENDS = {"minilm": ("eager", "onnxruntime"), "gemma3-270m": ("eager",)}
+SHAPES = {"minilm": ((1, 32), (8, 128)), "gemma3-270m": ((1, 1), (1, 128))}
+TEXTS, TOKENS, EVALUATED = 100, 8192, 4096
+"""Calibration texts of the encoder, calibration tokens of the decoder, and tokens it is evaluated on."""
+SECONDS = 4.0
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A page: what the scheme is, when not to use it, and the pipelines measured on each model."""
+
+    about: str
+    avoid: str
+    minilm: Sequence[str]
+    gemma: Sequence[str]
+
+    def pipelines(self, model: str) -> Sequence[str]:
+        """Those of a model."""
+        return self.minilm if model == "minilm" else self.gemma
+
+
+SCHEMES = {
+    "int8-dynamic": Scheme(
+        "Weights are rounded to int8 with a scale a channel; what a layer reads is rounded to uint8 while the program "
+        "runs, each token with the scale and zero point of its own range. It needs no data. Products are of bytes and "
+        "sums are whole.",
+        "- A decoder that makes one token at a time: reading weights takes the time, and four bits are "
+        "half as many.\n"
+        "- A CUDA device: there is no kernel for it yet, and it is refused.\n"
+        "- A tenth of a point of quality that cannot be spared: keep weights in eight bits and values as they are, "
+        "`int8-weight`.",
+        ("quantize{scheme=int8-dynamic}", "quantize{scheme=int8-dynamic,activations=tensor}"),
+        ("quantize{scheme=int8-dynamic}",),
+    ),
+    "int8-static": Scheme(
+        "As `int8-dynamic`, with one scale and zero point for each value, found beforehand from calibration data by an "
+        "observer. `smooth-quant` before it moves what is large in values into weights.",
+        "- Without calibration data that "
+        "looks like the inputs to come: what lies outside its range is cut off.\n"
+        "- On values with outliers, as the residual streams of most transformers have: one scale for all tokens costs "
+        "several times the error of one for each, see the table.\n"
+        "- For speed alone: finding ranges at run time is a small part of a layer, see the last columns of both pages.",
+        (
+            "quantize{scheme=int8-static}",
+            "quantize{scheme=int8-static,observer=mse}",
+            "smooth-quant,quantize{scheme=int8-static}",
+        ),
+        ("smooth-quant,quantize{scheme=int8-static}",),
+    ),
+    "int8-weight": Scheme(
+        "Weights alone are rounded, to int8 with a scale a channel or a group; values stay in floating point, and weights "
+        "become floats in registers.",
+        "- Where many tokens are read at once: products are those of floating point, no "
+        "faster, see the longer shape.\n"
+        "- Where memory is what counts and a percent of quality can go: `int4-weight` takes half of it.",
+        ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,embeddings=true}"),
+        ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,granularity=group,embeddings=true}"),
+    ),
+    "int4-weight": Scheme(
+        "Weights alone are rounded, to four bits with a scale for 32 neighbours. `gptq` behind it and `awq` before it "
+        "choose the rounding by calibration data.",
+        "- Without data for `gptq` or `awq` where quality counts: rounding to the "
+        "nearest costs about twice as much.\n"
+        "- Where many tokens are read at once: products are those of floating point, no faster.\n"
+        "- For encoders whose embeddings are compared with those of the original: eight bits are nearer by an order of "
+        "magnitude.",
+        (
+            "quantize{scheme=int4-weight}",
+            "quantize{scheme=int4-weight},gptq",
+            "awq,quantize{scheme=int4-weight}",
+        ),
+        ("quantize{scheme=int4-weight}", "quantize{scheme=int4-weight},gptq"),
+    ),
+    "fp8": Scheme(
+        "Weights and values are rounded to e4m3, four bits of exponent and three of fraction, with a scale for each "
+        "channel and each token. The largest value lies at 448.",
+        "- On a CPU: no processor multiplies fp8, and the scheme is "
+        "refused; `simulate=True` computes the same numbers in floating point, to learn what they cost.\n"
+        "- For weights that a short integer format holds: within one channel int8 has finer steps, see the cosine of "
+        "both.",
+        ("quantize{scheme=fp8}",),
+        ("quantize{scheme=fp8}",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pipeline on one model.
+
+    quality: cells of the model's columns. size: bytes of the weights in an artifact as a share of float32's. latency: by
+    backend and shape, as a share of float32's; a sentence where the backend refuses. seconds: of the passes.
+    """
+
+    model: str
+    passes: str
+    quality: list[str]
+    size: float
+    latency: dict[str, str]
+    seconds: float
+    machine: str
+
+
+HEADS = {"minilm": ("recall@1, change (95 %)", "cosine"), "gemma3-270m": ("perplexity", "change (± standard error)")}
+
+
+def read_rows() -> list[Row]:
+    """What has been measured so far."""
+    return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
+
+
+def measure(model: str) -> None:
+    """Measure the rows of a model that are missing."""
+    checkpoint = load(model)
+    data = calibration_batches(checkpoint, TEXTS) if model == "minilm" else decoder_batches(checkpoint, TOKENS)
+    inputs = {shape: _inputs(model, checkpoint, shape) for shape in SHAPES[model]}
+    score = scorer(model, checkpoint)
+    whole = {
+        name: lissom.compile(checkpoint.model, checkpoint.example_inputs, backend=name, checks="structural")
+        for name in BACKENDS[model]
+    }
+    for passes in (item for scheme in SCHEMES.values() for item in scheme.pipelines(model)):
+        if any((row.model, row.passes) == (model, passes) for row in read_rows()):
+            continue
+        started = time.perf_counter()
+        rounded = lissom.optimize(
+            checkpoint.model, checkpoint.example_inputs, passes=passes, data=data, checks="structural"
+        ).program
+        seconds = time.perf_counter() - started
+        stored, _ = Pipeline([FoldQuantizedWeights()], checks="structural").run(rounded)
+        latency: dict[str, str] = {}
+        judged: Callable[..., object] = rounded
+        for name, unrounded in whole.items():
+            try:
+                found = lissom.compile(
+                    checkpoint.model,
+                    checkpoint.example_inputs,
+                    passes=passes,
+                    data=data,
+                    backend=name,
+                    checks="structural",
+                    only_if_faster=False,
+                )
+            except UnsupportedError as refusal:
+                latency |= {f"{name} {rows}x{tokens}": str(refusal) for rows, tokens in inputs}
+                continue
+            judged = found if name == "eager" else judged
+            latency |= {f"{name} {rows}x{tokens}": _share(found, unrounded, given) for (rows, tokens), given in inputs.items()}
+        row = Row(
+            model,
+            passes,
+            score(judged),
+            stored_bytes(stored) / stored_bytes(whole["eager"].program),
+            latency,
+            seconds,
+            f"{conditions()}, {torch.get_num_threads()} threads",
+        )
+        print(row, file=sys.stderr)
+        write(RECORDS, json.dumps([asdict(item) for item in (*read_rows(), row)], indent=1) + "\n")
+
+
+def _inputs(model: str, checkpoint: Checkpoint, shape: tuple[int, int]) -> dict[str, object]:
+    rows, tokens = shape
+    if model == "minilm":
+        return dict(checkpoint.encode(["a sentence " * tokens] * rows, tokens))
+    return decoder_inputs(checkpoint, torch.arange(100, 100 + tokens)[None])
+
+
+def _share(found: CompiledModel, whole: CompiledModel, given: dict[str, object]) -> str:
+    timings = time_calls({"found": lambda: found(**given), "whole": lambda: whole(**given)}, SECONDS)
+    return f"{timings['found'].median_ms / timings['whole'].median_ms:.2f}"
+
+
+def scorer(model: str, checkpoint: Checkpoint) -> Callable[[Callable[..., object]], list[str]]:
+    """Gives the cells of quality of a callable."""
+    if model == "minilm":
+        texts = read_pairs("evaluation")
+        original = retrieve(checkpoint.model, checkpoint, texts)
+
+        def retrieval(found: Callable[..., object]) -> list[str]:
+            reached = retrieve(found, checkpoint, texts)
+            change, low, high = difference(original, reached, 1)
+            return [f"{change:+.1%} ({low:+.1%} to {high:+.1%})", f"{float(cosine(original, reached).mean()):.4f}"]
+
+        return retrieval
+    pieces = windows(checkpoint, "evaluation", EVALUATED)
+    base = losses(checkpoint.model, checkpoint, pieces)
+
+    def perplexity(found: Callable[..., object]) -> list[str]:
+        reached = losses(found, checkpoint, pieces)
+        change = reached - base
+        error = float(change.std() / len(change) ** 0.5)
+        return [f"{float(reached.mean().exp()):.2f}", f"{float(change.mean().exp()) - 1:+.2%} (± {error:.2%})"]
+
+    return perplexity
+
+
+def page(name: str, rows: Sequence[Row]) -> str:
+    """The page of a scheme."""
+    scheme = SCHEMES[name]
+    lines = ["<!-- Made by benchmarks/schemes.py; change that instead. -->\n", f"# {name}\n", f"{scheme.about}\n"]
+    lines += ["Options, formulas and sources are with the pass, [quantize](../passes/quantize.md).\n"]
+    refusals: dict[str, None] = {}
+    for model, title in TITLES.items():
+        chosen = [row for item in scheme.pipelines(model) for row in rows if (row.model, row.passes) == (model, item)]
+        if not chosen:
+            continue
+        shapes = [f"{backend} {rows}x{tokens}" for backend in BACKENDS[model] for rows, tokens in SHAPES[model]]
+        heads = ("passes", *HEADS[model], "bytes", *shapes, "s")
+        lines += [f"## {title}\n", f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+        for row in chosen:
+            refusals |= dict.fromkeys(item for item in row.latency.values() if not item[:1].isdigit())
+            figures = [item if item[:1].isdigit() else "refused" for item in (row.latency[shape] for shape in shapes)]
+            cells = (f"`{row.passes}`", *row.quality, f"{row.size:.2f}", *figures, f"{row.seconds:.0f}")
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"\n{chosen[-1].machine}.\n")
+    lines += [f"> {refusal}\n" for refusal in refusals]
+    lines += [
+        "Bytes are those of the weights in an artifact, and latency that of a call at so many rows and tokens, both as shares",
+        f"of our own program in float32. Quality is described in `benchmarks/quality.py`; {TEXTS} calibration texts, or",
+        f"{TOKENS:,} tokens for the decoder. `s`: seconds of the passes, capture included.\n",
+        "## When not to use it here\n",
+        scheme.avoid,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, then write the pages of what there is."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", nargs="?", choices=list(TITLES), help="which model to measure")
+    parser.add_argument("--write", action="store_true", help="write pages from what has been measured, and measure nothing")
+    parser.add_argument("--again", action="store_true", help="measure what has been measured too")
+    options = parser.parse_args()
+    if options.again and options.model:
+        kept = [asdict(row) for row in read_rows() if row.model != options.model]
+        write(RECORDS, json.dumps(kept, indent=1) + "\n")
+    if options.model and not options.write:
+        measure(options.model)
+    rows = read_rows()
+    PAGES.mkdir(exist_ok=True)
+    for name in SCHEMES:
+        write(PAGES / f"{name}.md", page(name, rows))
+
+
+if __name__ == "__main__":
+    main()
