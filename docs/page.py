@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import re
 import sys
+from typing import get_args
 
 from examples import Example
 from measure import Gain
@@ -15,7 +16,15 @@ from lissom.compiler.kinds import Approximation, Pass
 from lissom.compiler.spelling import options_of, type_text
 from lissom.inspect.tables import first_line
 from lissom.passes import RECIPES
+from lissom.passes.quantize.quantize import Scheme
 
+_CURVES = "Quality, latency and bytes against the share kept, on real models: [What pruning costs and gains](../curves.md)."
+_SCHEMES = ", ".join(f"[{name}](../schemes/{name}.md)" for name in get_args(Scheme))
+MEASURED = {
+    **dict.fromkeys(("prune-heads", "prune-neurons", "prune-layers", "prune-hidden", "sparsify"), _CURVES),
+    "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
+}
+"""Where a pass is measured on real models."""
 NOTICE = "<!-- Made by docs/generate.py from the pass's docstring and docs/examples.py; change those instead. -->"
 
 
@@ -60,6 +69,7 @@ def _about(item: type[Pass]) -> str:
     recipes = [f"`{name}`" for name, text in RECIPES.items() if re.search(rf"\b{item.name()}\b", text)]
     sentences = [f"Kind: {item.kind}. {kind}", f"Recipes: {', '.join(recipes) or 'none'}."]
     sentences += [f"Requires that {requirement.fact}." for requirement in item.requires]
+    sentences += [MEASURED[item.name()]] if item.name() in MEASURED else []
     return "\n".join(sentences)
 
 
