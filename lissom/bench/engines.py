@@ -243,6 +243,7 @@ _TABLE = (
     Engine("lissom", "Lissom fp32", (), lissom),
     Engine("lissom-bf16", "Lissom bf16", (), partial(lissom, passes="cast{dtype=bf16}")),
     Engine("lissom-int8", "Lissom int8, bf16 rest", (), partial(lissom, passes="cast{dtype=bf16},quantize")),
+    Engine("lissom-int8-fp32", "Lissom int8, fp32 rest", (), partial(lissom, passes="quantize")),
     Engine("lissom-packed", "Lissom fp32, padding left out", (), partial(lissom, passes="zero-padding,pack-tokens")),
     Engine("lissom-onnxruntime", "Lissom fp32 on ONNX Runtime", _EXPORT, partial(lissom, backend="onnxruntime")),
     Engine(
