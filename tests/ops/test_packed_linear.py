@@ -25,7 +25,8 @@ from lissom.ops.packed_linear import (
 # float32: sums of up to 400 products, in another order, and an activation good to 2e-7.  bfloat16: one rounding of the result.
 MISSING = load_kernels()
 ALLOWED = {torch.float32: 3e-6, torch.bfloat16: 5e-3}
-DTYPES = [torch.float32, torch.bfloat16]
+# The reference takes both; where there are kernels, the operator takes what they do.
+DTYPES = kernel_dtypes() or tuple(ALLOWED)
 # `packed_linear` calls the C++ kernel where there is one for the dtype, else the reference.
 FORMS = {"operator": (packed_linear, packed_linear_norm), "reference": (packed_linear_reference, packed_linear_norm_reference)}
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.ops.native import missing_stored_kernel
+from lissom.ops.native import kernel_dtypes, missing_stored_kernel
 from lissom.ops.packed_linear import ACTIVATIONS
 from lissom.ops.weight_quantized_linear import (
     FORMS,
@@ -20,7 +20,6 @@ from lissom.ops.weight_quantized_linear import (
     weight_quantized_linear_reference,
 )
 
-DTYPES = [torch.float32, torch.bfloat16]
 # The operator calls the C++ kernel where this processor has one, else the reference.
 PATHS = {
     "operator": (weight_quantized_linear, weight_quantized_linear_norm),
@@ -28,6 +27,8 @@ PATHS = {
 }
 # float32: sums of up to 192 products, in another order.  bfloat16: weights and result rounded to 8 bits, as the Q/DQ program's.
 ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
+# The reference takes both; where there are kernels, the operator takes what they do.
+DTYPES = kernel_dtypes() or tuple(ALLOWED)
 
 
 def numbers(*sizes: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

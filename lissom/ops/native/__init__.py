@@ -71,7 +71,7 @@ def missing_byte_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     """The same for products of eight-bit numbers, on values of that dtype."""
     reason = missing_kernel(dtype, device)
     if reason is None and not torch.ops.lissom.has_bytes():
-        return "this processor lacks AVX-512 VNNI, whose instruction the kernel multiplies bytes with"
+        return "this processor lacks AVX2, whose instruction the kernel multiplies whole numbers with"
     return reason
 
 
@@ -79,7 +79,7 @@ def missing_stored_kernel(dtype: torch.dtype, device: torch.device) -> str | Non
     """The same for products of values of that dtype with integers stored in eight or four bits."""
     reason = missing_kernel(dtype, device)
     if reason is None and not torch.ops.lissom.has_stored():
-        return "this processor lacks AVX-512 BW, with which the kernel turns stored integers into floats"
+        return "this processor lacks AVX2, with which the kernel turns stored integers into floats"
     return reason
 
 

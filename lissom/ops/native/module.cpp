@@ -93,8 +93,6 @@ Tensor packed_linear_norm(const Tensor& x, const Tensor& weight, Optional bias, 
   return plain(x, weight, {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
-#if defined(__AVX512VNNI__)
-
 // How a quantized layer's weight is kept, and how x is rounded.
 struct Bytes {
   const Tensor &weight, &scale, &sums;
@@ -140,9 +138,13 @@ Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor
                  {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
-#endif
-
-#if defined(__AVX512BW__)
+Form form_of(c10::string_view format) {
+  if (format == "int8") return Form::kInt8;
+  if (format == "uint8") return Form::kUint8;
+  if (format == "int4") return Form::kInt4;
+  if (format == "uint4") return Form::kUint4;
+  TORCH_CHECK(false, "weights are stored in eight or four bits, not in '", std::string(format), "'");
+}
 
 template <typename T>
 Tensor stored_of(const Tensor& given, const StoredWeight& weight, const Around& around) {
@@ -154,9 +156,8 @@ Tensor stored_of(const Tensor& given, const StoredWeight& weight, const Around& 
 Tensor stored(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, c10::string_view format,
               const Around& around) {
   int64_t columns = ceil_div(around.features, kPanel) * kPanel, groups = scale.size(0), inputs = x.size(-1);
-  bool four_bits = format.ends_with("int4");
-  TORCH_CHECK(four_bits || format.ends_with("int8"), "weights are stored in eight or four bits");
-  TORCH_CHECK(q.is_contiguous() && q.numel() == inputs * columns / (four_bits ? 2 : 1), "a packed weight holds inputs x features");
+  Form form = form_of(format);
+  TORCH_CHECK(q.is_contiguous() && q.numel() == inputs * columns / kPanel * step_bytes(form), "a packed weight holds inputs x features");
   TORCH_CHECK(scale.is_contiguous() && scale.numel() == groups * columns && groups > 0 && inputs % groups == 0,
               "scales are [groups, packed features]");
   bool half = scale.scalar_type() == at::kHalf;
@@ -164,7 +165,7 @@ Tensor stored(const Tensor& x, const Tensor& q, const Tensor& scale, Optional ze
   if (zero_point)
     TORCH_CHECK(zero_point->is_contiguous() && zero_point->sizes() == scale.sizes() && zero_point->scalar_type() == at::kByte,
                 "zero points are like scales, in bytes");
-  StoredWeight weight{static_cast<const uint8_t*>(q.const_data_ptr()), four_bits, format[0] != 'u', scale.const_data_ptr(), half,
+  StoredWeight weight{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
                       zero_point ? zero_point->const_data_ptr<uint8_t>() : nullptr, inputs, groups, columns};
   return by_dtype(x, [&] { return stored_of<float>(x, weight, around); }, [&] { return stored_of<BFloat16>(x, weight, around); });
 }
@@ -182,8 +183,6 @@ Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const
   return stored(x, weight, scale, zero_point, format,
                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
-
-#endif
 
 Strides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
@@ -279,14 +278,14 @@ bool has_stored() { return kHasStored; }
 TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("packed_linear", packed_linear);
   library.impl("packed_linear_norm", packed_linear_norm);
-#if defined(__AVX512VNNI__)
-  library.impl("quantized_linear", quantized_linear);
-  library.impl("quantized_linear_norm", quantized_linear_norm);
-#endif
-#if defined(__AVX512BW__)
-  library.impl("weight_quantized_linear", weight_quantized_linear);
-  library.impl("weight_quantized_linear_norm", weight_quantized_linear_norm);
-#endif
+  if (kHasBytes) {
+    library.impl("quantized_linear", quantized_linear);
+    library.impl("quantized_linear_norm", quantized_linear_norm);
+  }
+  if (kHasStored) {
+    library.impl("weight_quantized_linear", weight_quantized_linear);
+    library.impl("weight_quantized_linear_norm", weight_quantized_linear_norm);
+  }
   library.impl("fused_attention", fused_attention);
   library.impl("fused_rms_norm", fused_rms_norm);
   library.impl("fused_rotary", fused_rotary);

@@ -32,51 +32,72 @@ inline Grid grid_for(float low, float high) {
 // The scale by which a row is spoilt that holds no numbers, or too large ones.
 constexpr float kNoNumber = std::numeric_limits<float>::quiet_NaN();
 
-#if defined(__AVX512VNNI__)
-
 struct Range {
-  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-  __mmask16 spoilt = 0;
+  Vec low = splat(0.0f), high = splat(0.0f);
+  Mask spoilt{};
 
   // A row that is rounded next need not be looked through for NaN here.
   template <bool finds_spoilt, typename T>
   void take(const T* x, int64_t n) {
     for (int64_t c = 0; c < n; c += kLanes) {
-      __m512 value = (__m512)load_some(x + c, n - c);
-      low = _mm512_min_ps(low, value);
-      high = _mm512_max_ps(high, value);
-      if (finds_spoilt) spoilt |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      Vec value = load_some(x + c, n - c);
+      low = minimum(low, value);
+      high = maximum(high, value);
+      if (finds_spoilt) spoilt |= is_nan(value);
     }
   }
 
   Grid grid() const {
-    Grid found = grid_for(_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high));
-    return spoilt || !std::isfinite(found.scale) ? Grid{kNoNumber, 0.0f, 0} : found;
+    Grid found = grid_for(smallest(low), largest(high));
+    return any(spoilt) || !std::isfinite(found.scale) ? Grid{kNoNumber, 0.0f, 0} : found;
   }
 };
 
-// A row's bytes; the scale of one that holds NaN becomes NaN.
+inline void store_whole(uint8_t* to, IntVec value) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)value));
+#elif defined(__AVX2__)
+  __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint8_t>(value[lane]);
+#endif
+}
+
+// Four as 0, 2, 1, 3, the order of products of words.
+inline void store_whole(int16_t* to, IntVec value) {
+#if defined(__AVX512BW__)
+  constexpr int order = _MM_SHUFFLE(3, 1, 2, 0);
+  __m256i words = _mm512_cvtepi32_epi16((__m512i)value);
+  words = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, order), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  constexpr int order = _MM_SHUFFLE(3, 1, 2, 0);
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+  words = _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, order), order);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+#endif
+}
+
+// A row in whole numbers, filled up to `padded`; the scale of one that holds NaN becomes NaN.
 template <typename T>
-inline void round_row(const T* x, int64_t n, int64_t padded, Grid& grid, uint8_t* to) {
-  const __m512 inverse = _mm512_set1_ps(grid.inverse);
-  const __m512 low = _mm512_set1_ps(-grid.zero), high = _mm512_set1_ps(kLargestByte - grid.zero);
-  const __m512i zero = _mm512_set1_epi32(grid.zero);
-  __mmask16 spoilt = 0;
-  auto bytes = [&](Vec given) {
-    __m512 value = _mm512_mul_ps((__m512)given, inverse);
-    spoilt |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    value = _mm512_min_ps(_mm512_max_ps(value, low), high);  // before it is rounded: the ends are whole
-    return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(value), zero));
+inline void round_row(const T* x, int64_t n, int64_t padded, Grid& grid, Whole* to) {
+  const Vec low = splat(-grid.zero), high = splat(kLargestByte - grid.zero);
+  Mask spoilt{};
+  auto whole_numbers = [&](Vec given) {
+    Vec value = given * grid.inverse;
+    spoilt |= is_nan(value);
+    value = minimum(maximum(value, low), high);  // before it is rounded: the ends are whole
+    return nearest(value) + grid.zero;
   };
   int64_t whole = n / kLanes * kLanes;
-  for (int64_t c = 0; c < whole; c += kLanes) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + c), bytes(load(x + c)));
-  if (whole < n) {
-    uint8_t rest[kLanes];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(rest), bytes(load_some(x + whole, n - whole)));
-    std::copy(rest, rest + n - whole, to + whole);
+  for (int64_t c = 0; c < whole; c += kLanes) store_whole(to + c, whole_numbers(load(x + c)));
+  if (whole < n) {  // what a row is filled up with meets weights of zero
+    Whole rest[kLanes];
+    store_whole(rest, whole_numbers(load_some(x + whole, n - whole)));
+    std::copy(rest, rest + padded - whole, to + whole);
   }
-  std::fill(to + n, to + padded, 0);
-  if (spoilt) grid.scale = kNoNumber;
+  if (any(spoilt)) grid.scale = kNoNumber;
 }
 
 enum class Rounding { kToken, kTensor, kKnown };
@@ -91,10 +112,10 @@ struct Rounded {
   Rounding rounding;
   Grid grid;              // of all rows, unless the rounding is by token
   int64_t origin = 0;     // the row at which what follows begins
-  std::vector<uint8_t> bytes{};
+  std::vector<Whole> wholes{};
   std::vector<Grid> grids{};
 
-  int64_t row_bytes() const { return padded; }
+  int64_t row_bytes() const { return padded * sizeof(Whole); }
   const int8_t* open(int64_t panel, int64_t) const { return weight + panel * padded * kPanel; }
 
   // Finds the grid of the whole of x.
@@ -108,7 +129,7 @@ struct Rounded {
     });
     Range whole;
     for (const Range& found : ranges) {
-      whole.low = _mm512_min_ps(whole.low, found.low), whole.high = _mm512_max_ps(whole.high, found.high);
+      whole.low = minimum(whole.low, found.low), whole.high = maximum(whole.high, found.high);
       whole.spoilt |= found.spoilt;
     }
     grid = whole.grid();
@@ -116,7 +137,7 @@ struct Rounded {
 
   void prepare(int64_t begin, int64_t end) {
     origin = begin;
-    bytes.resize((end - begin) * padded);
+    wholes.resize((end - begin) * padded);
     grids.resize(end - begin);
     at::parallel_for(begin, end, std::max<int64_t>(1, kBytesGrain / inputs), [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row) {
@@ -128,7 +149,7 @@ struct Rounded {
         } else {
           mine = grid;
         }
-        round_row(x + row * inputs, inputs, padded, mine, bytes.data() + (row - begin) * padded);
+        round_row(x + row * inputs, inputs, padded, mine, wholes.data() + (row - begin) * padded);
       }
     });
   }
@@ -137,7 +158,7 @@ struct Rounded {
   void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
     IntVec totals[R][kWide] = {};
     const int8_t* columns = opened + column * kPair<int8_t>;
-    multiply<R, fetches>(bytes.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
+    multiply<R, fetches>(wholes.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       int64_t c = panel * kPanel + column + v * kLanes;
@@ -147,13 +168,11 @@ struct Rounded {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Grid& mine = grids[row - origin + r];
-        Vec whole = __builtin_convertvector(totals[r][v] - ones * mine.zero, Vec);
+        Vec whole = to_floats(totals[r][v] - ones * mine.zero);
         values[r][v] = whole * (factor * mine.scale);
       }
     }
   }
 };
-
-#endif
 
 }  // namespace lissom

@@ -1,66 +1,98 @@
 // The product of floats with a weight stored in eight or four bits, in groups with a scale each: w is about (q - zero) scale.
 //
 // A few rows read the integers once, and turn them into floats in registers: they are waiting for memory anyway. For more rows a
-// panel is turned into floats first, as a packed weight holds them.
+// panel is turned into floats first, as a packed weight holds them, where that costs less than to do so for each few rows anew.
 #pragma once
 
 #include "tile.h"
 
+#include <type_traits>
 #include <vector>
 
 namespace lissom {
 
-#if defined(__AVX512BW__)
-
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 constexpr bool kHasStored = true;
-constexpr int kFew = 4;  // rows up to which the integers are read by each
+#else
+constexpr bool kHasStored = false;
+#endif
+
+// Rows up to which the integers are read by each few.
+#if defined(__AVX512F__)
+constexpr int64_t kFew = 4, kFewOfFourBits = 4;
+#else  // bytes become floats beside the products, in no more time than floats take to come from the second-level cache
+constexpr int64_t kFew = std::numeric_limits<int64_t>::max(), kFewOfFourBits = 24;
+#endif
+
+enum class Form { kInt8, kUint8, kInt4, kUint4 };
+constexpr bool is_signed(Form form) { return form == Form::kInt8 || form == Form::kInt4; }
+constexpr bool is_four_bits(Form form) { return form == Form::kInt4 || form == Form::kUint4; }
+constexpr int64_t step_bytes(Form form) { return is_four_bits(form) ? kPanel / 2 : kPanel; }
+
+// Calls work(std::integral_constant<Form, form>) for a form known only while running.
+template <typename Work>
+inline void with_form(Form form, Work&& work) {
+  switch (form) {
+    case Form::kInt8: return work(std::integral_constant<Form, Form::kInt8>{});
+    case Form::kUint8: return work(std::integral_constant<Form, Form::kUint8>{});
+    case Form::kInt4: return work(std::integral_constant<Form, Form::kInt4>{});
+    case Form::kUint4: return work(std::integral_constant<Form, Form::kUint4>{});
+  }
+}
 
 struct StoredWeight {
   const uint8_t* q;      // [panels, inputs, kPanel] bytes, or [.., kPanel / 2]: columns c and c + 16 share one
-  bool four_bits, is_signed;
+  Form form;
   const void* scale;     // [groups, columns], float16 or float32
   bool half;
   const uint8_t* zero;   // [groups, columns], or null
   int64_t inputs, groups, columns;
 
-  int64_t panel_bytes() const { return inputs * (four_bits ? kPanel / 2 : kPanel); }
+  const uint8_t* panel(int64_t index) const { return q + index * inputs * step_bytes(form); }
 
   Vec scales(int64_t group, int64_t column) const {
     int64_t place = group * columns + column;
-    if (!half) return load(static_cast<const float*>(scale) + place);
-    const uint16_t* from = static_cast<const uint16_t*>(scale) + place;
-    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return half ? load(static_cast<const Half*>(scale) + place) : load(static_cast<const float*>(scale) + place);
   }
 
-  Vec zeros(int64_t group, int64_t column) const {
-    const uint8_t* from = zero + group * columns + column;
-    return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-  }
+  Vec zeros(int64_t group, int64_t column) const { return load(zero + group * columns + column); }
 };
 
-// The two vectors of a panel's row of weights as floats, before zero point and scale.
-template <bool four_bits>
+// A chunk of a panel's row of weights as floats, before zero point and scale.
+template <Form form>
 struct Decoder {
-  bool is_signed;
+#if defined(__AVX512F__)
   __m512 table;
 
-  explicit Decoder(bool is_signed) : is_signed(is_signed) {
+  Decoder() {
     alignas(64) float values[16];
-    for (int i = 0; i < 16; ++i) values[i] = is_signed && i > 7 ? i - 16 : i;
+    for (int i = 0; i < 16; ++i) values[i] = is_signed(form) && i > 7 ? i - 16 : i;
     table = _mm512_load_ps(values);
   }
 
-  inline __attribute__((always_inline)) void operator()(const uint8_t* from, Vec (&to)[kWide]) const {
-    auto bytes = [](const uint8_t* place) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(place)); };
-    if constexpr (four_bits) {
-      __m512i both = _mm512_cvtepu8_epi32(bytes(from));  // a table's place is the lowest four bits
-      to[0] = (Vec)_mm512_permutexvar_ps(both, table);
-      to[1] = (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table);
-    } else {
-      for (int v = 0; v < kWide; ++v) {
-        __m128i half = bytes(from + v * kLanes);
-        to[v] = (Vec)_mm512_cvtepi32_ps(is_signed ? _mm512_cvtepi8_epi32(half) : _mm512_cvtepu8_epi32(half));
-      }
+  inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int, Vec (&to)[kWide]) const {
+    IntVec both = widen(from);  // a table's place is the lowest four bits
+    to[0] = (Vec)_mm512_permutexvar_ps((__m512i)both, table);
+    to[1] = (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)both, 4), table);
+  }
+#else
+  inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int column, Vec (&to)[kWide]) const {
+    static_assert(kChunk <= kPanel / 2);
+    const int left = column < kPanel / 2 ? 28 : 24;  // brings a column's four bits to the top
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v) {
+      IntVec top = widen(from + column % (kPanel / 2) + v * kLanes) << left;
+      to[v] = to_floats(is_signed(form) ? top >> 28 : (top >> 28) & 15);
+    }
+  }
+#endif
+
+  inline __attribute__((always_inline)) void operator()(const uint8_t* from, int column, Vec (&to)[kWide]) const {
+    if constexpr (is_four_bits(form)) return four_bits(from, column, to);
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v) {
+      const uint8_t* place = from + column + v * kLanes;
+      to[v] = is_signed(form) ? load(reinterpret_cast<const int8_t*>(place)) : load(place);
     }
   }
 };
@@ -82,21 +114,29 @@ struct Stored {
   const T* x;  // [rows, inputs]
   StoredWeight weight;
   int64_t rows;
-  std::vector<float> floats{};  // x, where the integers are read by each row
-  std::vector<float> sums{};    // of x in each group, [rows, groups]
+  int64_t origin = 0;           // the row at which what follows begins
+  std::vector<float> floats{};  // x, where the integers are read by each row and x is not of floats
+  std::vector<float> sums{};    // of x in each group, [rows, groups], where there are zero points
 
-  bool direct() const { return rows <= kFew; }
+  bool direct() const { return rows <= (is_four_bits(weight.form) ? kFewOfFourBits : kFew); }
   int64_t row_bytes() const { return weight.inputs * sizeof(T); }
 
   void prepare(int64_t begin, int64_t end) {
     if (!direct()) return;
     int64_t n = weight.inputs, group = n / weight.groups;
-    floats.resize(rows * n);
-    for (int64_t i = begin * n; i < end * n; i += kLanes)
-      store_some(floats.data() + i, load_some(x + i, end * n - i), end * n - i);
+    origin = begin;
+    if constexpr (!std::is_same_v<T, float>) {
+      int64_t count = (end - begin) * n;
+      floats.resize(count);
+      for (int64_t i = 0; i < count; i += kLanes) store_some(&floats[i], load_some(x + begin * n + i, count - i), count - i);
+    }
     if (!weight.zero) return;
-    sums.assign(rows * weight.groups, 0.0f);
-    for (int64_t i = begin * n; i < end * n; ++i) sums[i / group] += floats[i];
+    sums.resize((end - begin) * weight.groups);
+    for (size_t i = 0; i < sums.size(); ++i) {
+      Vec total = splat(0.0f);
+      for (int64_t c = 0; c < group; c += kLanes) total += load_some(values(begin) + i * group + c, group - c);
+      sums[i] = sum(total);
+    }
   }
 
   // The panel in floats, in memory of this thread's; null where the integers are read instead.
@@ -104,8 +144,7 @@ struct Stored {
     if (direct()) return nullptr;
     thread_local std::vector<T> floats_of_panel;
     floats_of_panel.resize(weight.inputs * kPanel);
-    if (weight.four_bits) decode<true>(panel, floats_of_panel.data());
-    else decode<false>(panel, floats_of_panel.data());
+    with_form(weight.form, [&](auto form) { decode<decltype(form)::value>(panel, floats_of_panel.data()); });
     return floats_of_panel.data();
   }
 
@@ -113,57 +152,66 @@ struct Stored {
   void tile(const T* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
     constexpr int pair = kPair<T>;
     if constexpr (R <= kFew) {
-      if (!opened) return weight.four_bits ? direct_tile<true>(row, panel, values) : direct_tile<false>(row, panel, values);
+      if (!opened)
+        return with_form(weight.form, [&](auto form) { direct_tile<decltype(form)::value>(row, panel, column, values); });
     }
     multiply<R>(x + row * weight.inputs, weight.inputs, opened + column * pair, weight.inputs / pair, values);
   }
 
  private:
-  template <bool four_bits>
+  const float* values(int64_t row) const {
+    if constexpr (std::is_same_v<T, float>) return x + row * weight.inputs;
+    else return floats.data() + (row - origin) * weight.inputs;
+  }
+
+  template <Form form>
   void decode(int64_t panel, T* to) const {
-    constexpr int pair = kPair<T>;
-    constexpr int64_t step = four_bits ? kPanel / 2 : kPanel;
+    constexpr int pair = kPair<T>, chunks = kPanel / kChunk;
     int64_t group = weight.inputs / weight.groups;
-    const uint8_t* from = weight.q + panel * weight.panel_bytes();
-    Decoder<four_bits> decoder(weight.is_signed);
-    Vec scales[kWide], zeros[kWide] = {}, rows_of_weights[pair][kWide];
-    for (int64_t i = 0; i < weight.inputs; ++i, from += step) {
-      if (i % group == 0) {
-        for (int v = 0; v < kWide; ++v) {
-          scales[v] = weight.scales(i / group, panel * kPanel + v * kLanes);
-          if (weight.zero) zeros[v] = weight.zeros(i / group, panel * kPanel + v * kLanes);
-        }
+    const uint8_t* from = weight.panel(panel);
+    const Decoder<form> decoder;
+    Vec scales[chunks][kWide], zeros[chunks][kWide] = {}, weights[chunks][pair][kWide];
+    int64_t i = 0;
+    for (int64_t g = 0; g < weight.groups; ++g) {
+      for (int v = 0; v < chunks * kWide; ++v) {
+        scales[v / kWide][v % kWide] = weight.scales(g, panel * kPanel + v * kLanes);
+        if (weight.zero) zeros[v / kWide][v % kWide] = weight.zeros(g, panel * kPanel + v * kLanes);
       }
-      Vec(&found)[kWide] = rows_of_weights[i % pair];
-      decoder(from, found);
-      for (int v = 0; v < kWide; ++v) found[v] = (found[v] - zeros[v]) * scales[v];
-      if constexpr (pair == 1) {
-        for (int v = 0; v < kWide; ++v) store(to + i * kPanel + v * kLanes, found[v]);
-      } else if (i % 2) {
-        for (int v = 0; v < kWide; ++v)
-          store_pairs(to + (i - 1) * kPanel + v * 2 * kLanes, rows_of_weights[0][v], rows_of_weights[1][v]);
+      for (int64_t end = i + group; i < end; ++i, from += step_bytes(form)) {
+#pragma GCC unroll 4
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+          Vec(&found)[kWide] = weights[chunk][i % pair];
+          decoder(from, chunk * kChunk, found);
+#pragma GCC unroll 2
+          for (int v = 0; v < kWide; ++v) {
+            found[v] = (found[v] - zeros[chunk][v]) * scales[chunk][v];
+            int column = chunk * kChunk + v * kLanes;
+            if constexpr (pair == 1) store(to + i * kPanel + column, found[v]);
+            else if (i % 2) store_pairs(to + (i - 1) * kPanel + column * 2, weights[chunk][0][v], found[v]);
+          }
+        }
       }
     }
   }
 
-  template <bool four_bits, int R>
-  void direct_tile(int64_t row, int64_t panel, Vec (&totals)[R][kWide]) const {
-    constexpr int64_t step = four_bits ? kPanel / 2 : kPanel;
+  template <Form form, int R>
+  void direct_tile(int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide]) const {
+    constexpr int64_t step = step_bytes(form);
     constexpr int chains = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums side by side, as one addition waits for the one before
     int64_t group = weight.inputs / weight.groups;
-    const uint8_t* from = weight.q + panel * weight.panel_bytes();
+    const uint8_t* from = weight.panel(panel);
     const char* coming = reinterpret_cast<const char*>(from + 4096);
-    Decoder<four_bits> decoder(weight.is_signed);
+    const Decoder<form> decoder;
     for (int64_t g = 0; g < weight.groups; ++g) {
       Vec partial[chains][R][kWide] = {};
-      const float* values = floats.data() + row * weight.inputs + g * group;
+      const float* from_group = values(row) + g * group;
       auto take = [&](int64_t i, Vec (&sums)[R][kWide]) {
         Vec found[kWide];
-        decoder(from + i * step, found);
-#pragma GCC unroll 4
+        decoder(from + i * step, column, found);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-          for (int v = 0; v < kWide; ++v) sums[r][v] += splat(values[r * weight.inputs + i]) * found[v];
+          for (int v = 0; v < kWide; ++v) sums[r][v] += splat(from_group[r * weight.inputs + i]) * found[v];
       };
       int64_t i = 0;
       for (; i + chains <= group; i += chains) {
@@ -175,24 +223,20 @@ struct Stored {
       from += group * step, coming += group * step;
 #pragma GCC unroll 2
       for (int v = 0; v < kWide; ++v) {
-        int64_t column = panel * kPanel + v * kLanes;
-        Vec scale = weight.scales(g, column);
-        Vec zero = weight.zero ? weight.zeros(g, column) : splat(0.0f);
-#pragma GCC unroll 4
+        int64_t c = panel * kPanel + column + v * kLanes;
+        Vec scale = weight.scales(g, c);
+        Vec zero = weight.zero ? weight.zeros(g, c) : splat(0.0f);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           Vec sum = partial[0][r][v];
 #pragma GCC unroll 4
           for (int chain = 1; chain < chains; ++chain) sum += partial[chain][r][v];
-          if (weight.zero) sum -= zero * sums[(row + r) * weight.groups + g];
+          if (weight.zero) sum -= zero * sums[(row + r - origin) * weight.groups + g];
           totals[r][v] += sum * scale;
         }
       }
     }
   }
 };
-
-#else
-constexpr bool kHasStored = false;
-#endif
 
 }  // namespace lissom

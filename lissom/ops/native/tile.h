@@ -30,15 +30,47 @@ inline Vec product(const BFloat16* a, const BFloat16* b, Vec sum) {
 inline Vec product(const BFloat16*, const BFloat16*, Vec sum) { return sum; }  // never called: kHasBFloat16 is false
 #endif
 
+// Rounded values are held as Whole: bytes, where an instruction adds four products of bytes; else words, as AVX2's instruction for
+// bytes cuts sums off at 16 bits, and that for words adds two products exactly.  Four weights are then two pairs of words, of
+// weights 0 and 2 and of weights 1 and 3, and values are kept in the order 0, 2, 1, 3.
 #if defined(__AVX512VNNI__)
 constexpr bool kHasBytes = true;
+using Whole = uint8_t;
 inline IntVec product(const uint8_t* a, const int8_t* b, IntVec sum) {
   int32_t four;
   std::memcpy(&four, a, sizeof four);
   return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), _mm512_loadu_si512(b));
 }
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+constexpr bool kHasBytes = true;
+using Whole = uint8_t;
+inline IntVec product(const uint8_t* a, const int8_t* b, IntVec sum) {
+  int32_t four;
+  std::memcpy(&four, a, sizeof four);
+  __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(four), columns);
+}
+#elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+constexpr bool kHasBytes = true;
+using Whole = int16_t;
+typedef int16_t WordVec __attribute__((vector_size(kLanes * 4)));
+inline IntVec sum_of_two(const int16_t* a, WordVec b) {
+  int32_t two;
+  std::memcpy(&two, a, sizeof two);
+#if defined(__AVX512BW__)
+  return (IntVec)_mm512_madd_epi16(_mm512_set1_epi32(two), (__m512i)b);
+#else
+  return (IntVec)_mm256_madd_epi16(_mm256_set1_epi32(two), (__m256i)b);
+#endif
+}
+inline IntVec product(const int16_t* a, const int8_t* b, IntVec sum) {
+  WordVec pairs;
+  std::memcpy(&pairs, b, sizeof pairs);
+  return sum + sum_of_two(a, pairs << 8 >> 8) + sum_of_two(a + 2, pairs >> 8);
+}
 #else
 constexpr bool kHasBytes = false;
+using Whole = uint8_t;
 inline IntVec product(const uint8_t*, const int8_t*, IntVec sum) { return sum; }  // never called
 #endif
 
@@ -47,8 +79,7 @@ inline IntVec product(const uint8_t*, const int8_t*, IntVec sum) { return sum; }
 template <int R, bool fetches = false, typename A, typename B, typename Sum>
 inline __attribute__((always_inline)) void multiply(
     const A* a, int64_t stride, const B* b, int64_t steps, Sum (&sums)[R][kWide]) {
-  constexpr int pair = kPair<A>;
-  static_assert(sizeof(A) == sizeof(B));
+  constexpr int pair = kPair<B>;
   const A* rows[(R + 2) / 3];
   const char* coming = reinterpret_cast<const char*>(b + steps * kPanel * pair);
 #pragma GCC unroll 8
@@ -56,7 +87,7 @@ inline __attribute__((always_inline)) void multiply(
   for (int64_t step = 0; step < steps; ++step) {
     if (fetches) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kWide; ++v) __builtin_prefetch(coming + v * 64, 0, 2);
+      for (int line = 0; line < kChunk * 4; line += 64) __builtin_prefetch(coming + line, 0, 2);
       coming += kPanel * pair * sizeof(B);
     }
 #pragma GCC unroll 16

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -36,6 +37,7 @@ constexpr bool kHasBFloat16 = false;
 #endif
 
 using c10::BFloat16;
+using c10::Half;
 
 inline Vec splat(float value) {
 #if defined(__AVX512F__)
@@ -77,6 +79,46 @@ inline void store(BFloat16* to, Vec value) {
 #endif
 }
 
+inline Vec load(const Half* from) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  Vec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = static_cast<float>(from[lane]);
+  return found;
+#endif
+}
+
+inline IntVec widen(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  IntVec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = from[lane];
+  return found;
+#endif
+}
+
+inline IntVec widen(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  IntVec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = from[lane];
+  return found;
+#endif
+}
+
+inline Vec to_floats(IntVec value) { return __builtin_convertvector(value, Vec); }
+inline Vec load(const int8_t* from) { return to_floats(widen(from)); }
+inline Vec load(const uint8_t* from) { return to_floats(widen(from)); }
+
 // The first `count` lanes only; the rest reads as zero and is left unwritten.
 template <typename T>
 inline Vec load_some(const T* from, int64_t count) {
@@ -102,6 +144,14 @@ inline Vec maximum(Vec a, Vec b) {
 #endif
 }
 
+inline Vec minimum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 inline float sum(Vec value) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)value);
@@ -118,6 +168,44 @@ inline float largest(Vec value) {
 #else
   float found = value[0];
   for (int lane = 1; lane < kLanes; ++lane) found = std::max(found, value[lane]);
+  return found;
+#endif
+}
+
+inline float smallest(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_min_ps((__m512)value);
+#else
+  float found = value[0];
+  for (int lane = 1; lane < kLanes; ++lane) found = std::min(found, value[lane]);
+  return found;
+#endif
+}
+
+// Which lanes hold no number.
+#if defined(__AVX512F__)
+using Mask = __mmask16;
+inline Mask is_nan(Vec value) { return _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q); }
+inline bool any(Mask mask) { return mask != 0; }
+#else
+using Mask = IntVec;
+inline Mask is_nan(Vec value) { return value != value; }
+inline bool any(Mask mask) {
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
+  return found != 0;
+}
+#endif
+
+// The whole number next to each value, the even one of two.
+inline IntVec nearest(Vec value) {
+#if defined(__AVX512F__)
+  return (IntVec)_mm512_cvtps_epi32((__m512)value);
+#elif defined(__AVX2__)
+  return (IntVec)_mm256_cvtps_epi32((__m256)value);
+#else
+  IntVec found;
+  for (int lane = 0; lane < kLanes; ++lane) found[lane] = static_cast<int32_t>(std::nearbyint(value[lane]));
   return found;
 #endif
 }

@@ -13,7 +13,7 @@ import lissom
 from lissom.compiler.history import History
 from lissom.compiler.program import Program
 from lissom.ops import quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
-from lissom.ops.native import missing_byte_kernel
+from lissom.ops.native import kernel_dtypes, missing_byte_kernel
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 from lissom.ops.quantized_linear import unpack_bytes
 from tests.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
@@ -24,6 +24,8 @@ needs_kernel = pytest.mark.skipif(
     missing_byte_kernel(torch.float32, torch.device("cpu")) is not None, reason="no kernel for bytes here"
 )
 pytestmark = needs_kernel
+in_bfloat16 = pytest.mark.skipif(torch.bfloat16 not in kernel_dtypes(), reason="no kernels in bfloat16 here")
+CASTS = ["", pytest.param("cast{dtype=bf16},", marks=in_bfloat16)]
 
 
 class Two(nn.Module):
@@ -187,7 +189,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("cast", ["", "cast{dtype=bf16},"])
+@pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_models_run_on_integers(name: str, cast: str) -> None:
     make, wanted = MODELS[name]
@@ -201,7 +203,7 @@ def test_whole_models_run_on_integers(name: str, cast: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int8-weight", "int4-weight,group=8"])
-@pytest.mark.parametrize("cast", ["", "cast{dtype=bf16},"])
+@pytest.mark.parametrize("cast", CASTS)
 def test_whole_models_run_on_stored_integers(scheme: str, cast: str) -> None:
     case = tiny_bert()
     passes = f"{cast}quantize{{scheme={scheme}}}"
@@ -210,9 +212,11 @@ def test_whole_models_run_on_stored_integers(scheme: str, cast: str) -> None:
     assert calls(program, dequantize) == 0
 
 
-def test_composes_and_is_saved_and_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cast", CASTS)
+def test_composes_and_is_saved_and_loaded(cast: str, tmp_path: Path) -> None:
     case = tiny_bert()
-    compiled = lissom.compile(case.model, case.inputs, passes="prune-heads{keep=0.5},eliminate-dead-heads,cast,quantize")
+    passes = f"prune-heads{{keep=0.5}},eliminate-dead-heads,{cast}quantize"
+    compiled = lissom.compile(case.model, case.inputs, passes=passes)
     compiled.save(tmp_path / "saved")
     loaded = lissom.load(tmp_path / "saved")
     call: Callable[..., object] = lambda run: run(**case.inputs).last_hidden_state  # noqa: E731
