@@ -10,8 +10,9 @@ in int8 with one scale a feature. Products and sums are whole numbers; they beco
 
 Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, eq. 7.
 
-A packed weight holds panels of 32 output features, [panels, inputs / 4, 32, 4]: the instruction takes four values at once along
-the summed axis. Inputs are filled up with zeros to a multiple of four, features to whole panels.
+A packed weight holds panels of 32 output features, [panels, inputs / 4, 32, 4]: an instruction takes four values at once along
+the summed axis, or, with AVX2, two, the first and third, then the others. Inputs are filled up with zeros to a multiple of
+four, features to whole panels.
 """
 
 from __future__ import annotations

@@ -157,7 +157,8 @@ Tensor stored(const Tensor& x, const Tensor& q, const Tensor& scale, Optional ze
               const Around& around) {
   int64_t columns = ceil_div(around.features, kPanel) * kPanel, groups = scale.size(0), inputs = x.size(-1);
   Form form = form_of(format);
-  TORCH_CHECK(q.is_contiguous() && q.numel() == inputs * columns / kPanel * step_bytes(form), "a packed weight holds inputs x features");
+  int64_t bytes = inputs * columns / kPanel * step_bytes(form);
+  TORCH_CHECK(q.is_contiguous() && q.numel() == bytes, "a packed weight holds inputs x features");
   TORCH_CHECK(scale.is_contiguous() && scale.numel() == groups * columns && groups > 0 && inputs % groups == 0,
               "scales are [groups, packed features]");
   bool half = scale.scalar_type() == at::kHalf;

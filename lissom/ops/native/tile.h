@@ -30,8 +30,8 @@ inline Vec product(const BFloat16* a, const BFloat16* b, Vec sum) {
 inline Vec product(const BFloat16*, const BFloat16*, Vec sum) { return sum; }  // never called: kHasBFloat16 is false
 #endif
 
-// Rounded values are held as Whole: bytes, where an instruction adds four products of bytes; else words, as AVX2's instruction for
-// bytes cuts sums off at 16 bits, and that for words adds two products exactly.  Four weights are then two pairs of words, of
+// Rounded values are held as Whole: bytes, where an instruction adds four products of bytes; else words, as AVX2's instruction
+// for bytes cuts sums off at 16 bits, and that for words adds two products exactly.  Four weights are then two pairs of words, of
 // weights 0 and 2 and of weights 1 and 3, and values are kept in the order 0, 2, 1, 3.
 #if defined(__AVX512VNNI__)
 constexpr bool kHasBytes = true;
