@@ -12,7 +12,7 @@ from typing import get_args
 from examples import Example
 from measure import Gain
 
-from lissom.compiler.kinds import Approximation, Pass
+from lissom.compiler.kinds import Pass
 from lissom.compiler.spelling import options_of, type_text
 from lissom.inspect.tables import first_line
 from lissom.passes import RECIPES
@@ -92,8 +92,8 @@ def _code(item: type[Pass], example: Example) -> str:
     imports += ["from torch.nn import functional"] if "functional." in source else []
     passes = "" if example.passes == "exact" else f', passes="{example.passes}"'
     passes += f", data={example.data}" if example.data else ""
-    # What an approximation does is told before a backend is asked whether it pays.
-    function = "optimize" if issubclass(item, Approximation) else "compile"
+    # Passes of backends run when there is one; what the others do does not depend on the machine.
+    function = "compile" if ".lowering." in item.__module__ else "optimize"
     return "\n".join(
         [
             *imports,
