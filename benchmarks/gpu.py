@@ -1,6 +1,7 @@
 """BERT and a Llama of 1.1 billion parameters on a CUDA device: latency, memory and error of Lissom, PyTorch and torch.compile.
 
     python benchmarks/gpu.py --models bert-base --dtypes float16 --update
+    python benchmarks/gpu.py --dtypes bfloat16 --engines lissom lissom-int8 lissom-int8-inductor --update
 
 Random weights, 128 tokens, all of them seen; the Llama reads a prompt. Each engine runs in a process of its own, which first
 runs the model in float32 to compare with. Prints a Markdown table; `--update` puts it into benchmarks/README.md.
@@ -92,10 +93,19 @@ def torch_compile(model: nn.Module) -> Call:
     return lambda inputs: compiled(**inputs)[0]
 
 
-def lissom_on(backend: str, model: nn.Module) -> Call:
-    """Lissom with all sizes free, compiled once."""
-    compiled = lissom.compile(model, inputs_of(8), backend=backend)
+def lissom_on(backend: str, model: nn.Module, passes: str = "exact") -> Call:
+    """Lissom with all sizes free, compiled once; what a pass makes slower is measured all the same."""
+    compiled = lissom.compile(model, inputs_of(8), backend=backend, passes=passes, only_if_faster=False)
     return lambda inputs: compiled(**inputs)[0]  # pyright: ignore[reportIndexIssue]
+
+
+SCHEMES = {"int8": "int8-dynamic", "fp8": "fp8", "int4": "int4-weight"}
+"""Quantization by short name; int4 takes bfloat16."""
+
+
+def quantized(scheme: str, backend: str) -> Callable[[nn.Module], Call]:
+    """Lissom with layers of short formats."""
+    return lambda model: lissom_on(backend, model, f"quantize{{scheme={SCHEMES[scheme]}}}")
 
 
 ENGINES: dict[str, Callable[[nn.Module], Call]] = {
@@ -103,12 +113,16 @@ ENGINES: dict[str, Callable[[nn.Module], Call]] = {
     "torch.compile": torch_compile,
     "lissom": lambda model: lissom_on("eager", model),
     "lissom-inductor": lambda model: lissom_on("inductor", model),
+    **{f"lissom-{scheme}": quantized(scheme, "eager") for scheme in SCHEMES},
+    **{f"lissom-{scheme}-inductor": quantized(scheme, "inductor") for scheme in SCHEMES},
 }
 TITLES = {
     "eager": "PyTorch",
     "torch.compile": "torch.compile, max-autotune",
     "lissom": "Lissom, CUDA graphs",
     "lissom-inductor": "Lissom, inductor",
+    **{f"lissom-{scheme}": f"Lissom, {scheme}, CUDA graphs" for scheme in SCHEMES},
+    **{f"lissom-{scheme}-inductor": f"Lissom, {scheme}, inductor" for scheme in SCHEMES},
 }
 
 

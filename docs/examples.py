@@ -381,6 +381,17 @@ class HeadsInFloat(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v)
 
 
+class UpProjection(nn.Module):
+    """A linear layer and its activation."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(self.up(x))
+
+
 class PreNorm(nn.Module):
     """A feed-forward block with the norm before it, as in GPT-2; some channels of its norm are large."""
 
@@ -423,6 +434,11 @@ EXAMPLES = {
     "pack-linear": Example(Block, "torch.randn(4, 128, 256)", "pack-linear"),
     "pack-quantized-linear": Example(
         Block, "torch.randn(4, 128, 256)", "quantize,fold-quantized-weights,pack-quantized-linear"
+    ),
+    "lower-quantized-products": Example(
+        UpProjection,
+        "torch.randn(4, 128, 256)",
+        "quantize{output_heads=true},fold-quantized-weights,lower-quantized-products{always=true}",
     ),
     "fuse-epilogues": Example(Block, "torch.randn(4, 128, 256)", "pack-linear,fuse-epilogues"),
     "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),

@@ -128,7 +128,7 @@ def _limits(source: str) -> str:
 
 def skip_reasons(source: str) -> list[str]:
     """The reasons a pass's source gives for leaving a place alone: what it passes to `skip`, raises for itself, or returns
-    from its `_obstacle`."""
+    from its `_obstacle` and what that is made of, `_obstacle_to_…`."""
     found: dict[str, int] = {}
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -141,7 +141,7 @@ def skip_reasons(source: str) -> list[str]:
         if reason:
             found.setdefault(reason, call.lineno)
     for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and function.name == "_obstacle":
+        if isinstance(function, ast.FunctionDef) and function.name.startswith("_obstacle"):
             answers = (node for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None)
             found |= {reason: node.lineno for node in answers if node.value is not None and (reason := _text(node.value))}
     return sorted(found, key=lambda reason: found[reason])

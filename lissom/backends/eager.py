@@ -26,6 +26,7 @@ from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
+from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
@@ -57,7 +58,7 @@ class Eager(Backend):
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         if device.type == "cuda":
-            return (PackSparse(),)
+            return (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts())
         if device.type != "cpu":
             return ()
         # Without kernels the passes behind it say why; merged projections would then be read with gaps.

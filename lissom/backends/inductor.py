@@ -21,9 +21,12 @@ from torch import fx, nn
 from lissom.backends.base import Backend, Executable, confirm
 from lissom.backends.compiled import check_plain, device_of, free_dimensions, kind_and_reason, leaves_of, traced_example
 from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.inspect.machine import instruction_sets
+from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
+from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 PACKAGE, MADE_WITH = "model.pt2", "inductor.json"
 """The files of an artifact that are this backend's."""
@@ -33,6 +36,9 @@ class Inductor(Backend):
     """Compiles the program with AOTInductor; needs a C++ compiler."""
 
     name: ClassVar[str] = "inductor"
+
+    def lowering(self, device: torch.device) -> Sequence[Pass]:
+        return (FoldQuantizedWeights(), LowerQuantizedProducts()) if device.type == "cuda" else ()
 
     def missing(self) -> str | None:
         # Here, because it takes a second or two to import.

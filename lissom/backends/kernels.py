@@ -19,7 +19,9 @@ from lissom.compiler.linears import input_of, is_linear, is_quantizer, weight_of
 from lissom.compiler.program import Program
 
 _KERNELS = "quantized_linear"
-"""What names of operators begin with that compute a quantized layer from integers."""
+"""What names of our operators begin with that compute a quantized layer from integers."""
+_PRODUCTS = {f"aten.{name}.default" for name in ("_int_mm", "_scaled_mm", "_weight_int4pack_mm", "_weight_int8pack_mm")}
+"""PyTorch's own operators that do, one a layer."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def _reason(rounded: Sequence[fx.Node]) -> str:
 
 
 def _is_kernel(node: fx.Node) -> bool:
-    return str(node.target).partition(".")[2].startswith(_KERNELS)
+    name = str(node.target)
+    return name in _PRODUCTS or name.partition(".")[2].startswith(_KERNELS)
 
 
 def _rounded_operands(node: fx.Node) -> list[fx.Node]:

@@ -49,7 +49,7 @@ FORMATS: Mapping[str, Format] = {
 }
 """By name. `int8` and `int4` are symmetric, `uint8` and `uint4` have a zero point, `fp8` is e4m3 without infinities."""
 
-_LEAST = 1e-30
+LEAST = 1e-30
 """Scales are no smaller, so that a block of zeros has one."""
 
 
@@ -61,8 +61,8 @@ def scale_for(low: torch.Tensor, high: torch.Tensor, form: Format) -> tuple[torc
     """
     low, high = low.float().clamp_max(0), high.float().clamp_min(0)
     if form.symmetric:
-        return (torch.maximum(-low, high) / form.high).clamp_min(_LEAST), None
-    scale = ((high - low) / (form.high - form.low)).clamp_min(_LEAST)
+        return (torch.maximum(-low, high) / form.high).clamp_min(LEAST), None
+    scale = ((high - low) / (form.high - form.low)).clamp_min(LEAST)
     return scale, (form.low - low / scale).round().clamp(form.low, form.high)
 
 

@@ -21,6 +21,7 @@ from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
+from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
@@ -88,6 +89,7 @@ PASSES: Mapping[str, type[Pass]] = {
         FuseAttention,
         FuseRmsNorm,
         PackQuantizedLinear,
+        LowerQuantizedProducts,
         PackLinear,
         FuseEpilogues,
         PackSparse,

@@ -12,7 +12,7 @@ from lissom.compiler.editor import Skip
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.history import Size, Step
 from lissom.compiler.verify import compare, run_samples
-from tests.models import feed_forward, normal, seeded, tiny_gpt2
+from tests.models import feed_forward, normal, seeded, tiny_bert, tiny_gpt2
 
 FP8 = "quantize{scheme=fp8}"
 
@@ -44,6 +44,15 @@ def test_weights_kept_the_other_way_round_are_seen():
     layers = simulated_layers(optimized("quantize{scheme=int4-weight,group=8}", tiny_gpt2()))
     assert len(layers) == 8
     assert {layer.format for layer in layers} == {"int4 weights, a scale for 8 neighbours"}
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8"])
+def test_products_of_pytorch_s_own_are_kernels(scheme):
+    passes = f"quantize{{scheme={scheme}}},fold-quantized-weights,lower-quantized-products{{always=true}}"
+    program = optimized(passes, tiny_bert())
+    left = simulated_layers(program)
+    # Sizes of 24 are no multiple of 16, which products of fp8 take.
+    assert (count_kernels(program), len(left)) == ((12, 0) if scheme == "int8-dynamic" else (8, 4))
 
 
 def test_a_program_without_rounding_has_none():

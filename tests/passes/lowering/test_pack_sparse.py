@@ -65,7 +65,7 @@ def test_what_cannot_be_packed_is_reported(dtype: torch.dtype, width: int, optio
 
 
 def test_it_is_of_the_eager_backend_on_cuda() -> None:
-    assert [item.name() for item in Eager().lowering(torch.device("cuda"))] == ["pack-sparse"]
+    assert "pack-sparse" in [item.name() for item in Eager().lowering(torch.device("cuda"))]
     assert "pack-sparse" not in [item.name() for item in Eager().lowering(torch.device("cpu"))]
 
 

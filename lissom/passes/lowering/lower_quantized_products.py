@@ -1,0 +1,384 @@
+"""Turn quantized linear layers on CUDA devices into PyTorch's own products of short formats, with the rounding in the graph.
+
+    int8 on uint8   linear(Q/DQ(x), dequantize(W_q), b)  ->  (_int_mm(x_q - 128, W_qᵀ) - (z - 128) · Σ W_q) · s_x · s_w + b
+    fp8 on fp8      linear(Q/DQ(x), dequantize(W_q), b)  ->  _scaled_mm(x_q, W_qᵀ, s_x, s_w) + b
+    int4            linear(x, dequantize(W_q), b)        ->  _weight_int4pack_mm(x, W_q, s_w, z_w) + b
+    int8            linear(x, dequantize(W_q), b)        ->  _weight_int8pack_mm(x, W_q, s_w) + b
+
+x is rounded by ordinary operators to the very numbers of `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`, once for
+all layers that read them. TorchInductor fuses these operators, and those behind the product, into a kernel each; in eager
+PyTorch each is a kernel of its own, under CUDA graphs. Sums of int8 are exact. What the products take is in PyTorch's sources,
+`aten/src/ATen/native/cuda`:
+
+- `_int_mm` (`Blas.cpp`): sizes of the weight that are multiples of 8, and more than 16 rows, so 32 of zeros go below.
+- `_scaled_mm` (`ScaledBlas.cpp`): multiples of 16. Values in bfloat16 with a scale a token are scaled within, from compute
+  capability 9.0; else behind, in float32.
+- `_weight_int4pack_mm` (`int4mm.cu`): values in bfloat16, groups of 32 and more. Scales are rounded to it too.
+- `_weight_int8pack_mm` (`int8mm.cu`): anything, but up to PyTorch 2.13 each result is summed by one thread and without tensor
+  cores. It is used where it is measured faster than the layer in floating point, at the sizes of the example.
+
+The pass comes behind `fold-quantized-weights`. It was tested on CPUs, with a stand-in for the product of int4, and was not yet
+run on a CUDA device. Times on a CPU, whose products of these formats are slow, say nothing of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import fx
+from torch.nn import functional
+from torch.utils.benchmark import Timer
+
+from lissom.compiler import fake, grids
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.grids import FORMATS, FP8_LARGEST
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.quantized_layers import PRODUCTS, QuantizedLayer, quantized_layer
+from lissom.ops.quantized_linear import MOST_INPUTS
+
+aten = torch.ops.aten
+
+Capability = tuple[int, int]
+
+_NEWEST = (9, 0)
+"""What `always` takes for granted: every product there is."""
+_NEEDED: dict[str, Capability] = {"int8": (8, 0), "fp8": (8, 9), "int4": (8, 0)}
+_ROW_WISE = (9, 0)
+"""From here on `_scaled_mm` takes a scale a row and a scale a column."""
+_VALUES = {"int8": "uint8", "fp8": "fp8"}
+"""What values are rounded to, by what weights are."""
+_MULTIPLES = {"int8": 8, "fp8": 16, "int4": 8}
+"""What both sizes of a weight, or for int4 its features, must be multiples of."""
+_ROWS = 32
+"""Rows below the values of `_int_mm`: it takes no fewer than 17, and cuBLAS is at ease with 32."""
+_MIDDLE = 128
+"""Taken from uint8, it leaves int8."""
+_GROUPS = (256, 128, 64, 32)
+_SECONDS = 0.05
+_GAIN = 0.97
+"""Eight-bit weights must take less than this share of the time in floating point, so that noise does not decide."""
+
+
+@dataclass(frozen=True)
+class LowerQuantizedProducts(Rewrite):
+    """Turns quantized linear layers into PyTorch's own products of short formats.
+
+    always: rewrite without measuring, on any device, as for compute capability 9.0.
+    """
+
+    always: bool = False
+
+    def run(self, edit: Editor) -> None:
+        lowering = _Lowering(edit)
+        for node in edit.nodes(*PRODUCTS):
+            layer = quantized_layer(node)
+            if layer is None:
+                continue
+            found = capability(nodes.tensor_type(layer.x).device)
+            reason = _obstacle(layer, found, any_device=self.always)
+            if reason is None and not self.always and not layer.rounds and layer.format == "int8":
+                reason = _slower(edit, layer)
+            if reason is not None:
+                edit.skip(node, reason)
+                continue
+            edit.replace(node, lowering.lower(layer, row_wise=(found or _NEWEST) >= _ROW_WISE))
+
+
+def capability(device: torch.device) -> Capability | None:
+    """The compute capability of a CUDA device; None for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bool) -> str | None:
+    """Why PyTorch has no product for a layer; None when it has one. found: the device's compute capability."""
+    if found is None and not any_device:
+        return f"it runs on {nodes.tensor_type(layer.x).device.type}"
+    if layer.is_read_whole:
+        return "its weight is read elsewhere too"
+    if layer.blocks[0] not in (1, layer.sizes[0]):
+        return "its weight has a scale for several features"
+    reason = _obstacle_to_rounded(layer) if layer.rounds else _obstacle_to_floats(layer)
+    if reason is not None:
+        return reason
+    format = layer.format.removeprefix("u")
+    if found is None and not layer.rounds:
+        return "rounded weights are multiplied with floats on CUDA devices only"
+    if found is not None and found < _NEEDED[format]:
+        needed, has = (f"{major}.{minor}" for major, minor in (_NEEDED[format], found))
+        return f"products of {format} need compute capability {needed}, and this device has {has}"
+    return None
+
+
+def _obstacle_to_rounded(layer: QuantizedLayer) -> str | None:
+    features, inputs = layer.sizes
+    if layer.format not in _VALUES:
+        return f"its weight is in {layer.format}, and PyTorch multiplies rounded values with {' or '.join(_VALUES)}"
+    values = layer.values.kwargs["format"]
+    if values != _VALUES[layer.format]:
+        return (
+            f"what it reads is rounded to {values}, and a weight in {layer.format} is multiplied with {_VALUES[layer.format]}"
+        )
+    if layer.blocks[1] != 1:
+        return "its weight has a scale for each group, and sums are scaled once a feature"
+    if not layer.has_one_scale or any(item.op != "get_attr" for item in layer.values.all_input_nodes[1:]):
+        return "what it reads is rounded with more than one scale, or one that is computed"
+    if features % _MULTIPLES[layer.format] or inputs % _MULTIPLES[layer.format]:
+        return f"its sizes, {features} and {inputs}, are not both multiples of {_MULTIPLES[layer.format]}"
+    if inputs > MOST_INPUTS and layer.format == "int8":
+        return f"it sums {inputs} products, and sums of 32 bits hold {MOST_INPUTS}"
+    return None
+
+
+def _obstacle_to_floats(layer: QuantizedLayer) -> str | None:
+    features, dtype = layer.sizes[0], nodes.tensor_type(layer.x).dtype
+    if any(fake.hint(size) == 0 for size in nodes.value(layer.x).shape):  # pyright: ignore[reportAttributeAccessIssue]
+        return "how many rows it reads depends on values, and there must be one"
+    if layer.format == "int8" and layer.blocks[1] != 1:
+        return "its weight has a scale for each group, and sums are scaled once a feature"
+    if layer.format == "int8":
+        return None
+    if not layer.format.endswith("int4"):
+        return f"its weight is in {layer.format}, and PyTorch multiplies floats with int8, int4 or uint4"
+    if dtype != torch.bfloat16:
+        reads = str(dtype).removeprefix("torch.")
+        return f"four bits are multiplied with bfloat16, and this layer reads {reads}: put cast{{dtype=bf16}} before"
+    if _group_of(layer) is None:
+        return f"{layer.sizes[1] // layer.blocks[1]} neighbours share a scale, and PyTorch takes multiples of {_GROUPS[-1]}"
+    if features % _MULTIPLES["int4"]:
+        return f"its number of features, {features}, is no multiple of {_MULTIPLES['int4']}"
+    return None
+
+
+def _group_of(layer: QuantizedLayer) -> int | None:
+    """The largest group `_weight_int4pack_mm` takes that has one scale in this layer."""
+    shared = layer.sizes[1] // layer.blocks[1]
+    return next((group for group in _GROUPS if shared % group == 0), None)
+
+
+def _slower(edit: Editor, layer: QuantizedLayer) -> str | None:
+    """What was measured, where eight-bit weights do not make a layer faster that reads floats."""
+    q, scale, _ = layer.parts(edit)
+    value = nodes.value(layer.x)
+    shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
+    x = torch.randn(shape, device=q.device).to(nodes.tensor_type(layer.x).dtype).reshape(-1, q.shape[1])
+    dense = grids.dequantize(q, scale, None, x.dtype)
+    calls = {
+        "int8": partial(aten._weight_int8pack_mm.default, x, q.contiguous(), per_feature(scale, q.shape[0]).to(x.dtype)),
+        "dense": partial(functional.linear, x, dense),
+    }
+    seconds = {name: _median(call) for name, call in calls.items()}
+    if seconds["int8"] <= _GAIN * seconds["dense"]:
+        return None
+    times = (
+        f"with weights of eight bits it takes {1e3 * seconds['int8']:.3g} ms, in floating point {1e3 * seconds['dense']:.3g} ms"
+    )
+    return f"{times}; scheme=int8-dynamic rounds what it reads too"
+
+
+def _median(call: Callable[[], torch.Tensor]) -> float:
+    with torch.inference_mode():
+        return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=_SECONDS).median
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """Values in a short format, in the program.
+
+    q: [rows, inputs], for int8 with rows of zeros below. scale: [rows, 1] or []. offset: zero point less 128, of that shape in
+    int32; None for fp8. rows: how many there are.
+    """
+
+    q: fx.Node
+    scale: fx.Node
+    offset: fx.Node | None
+    rows: fx.Node | int
+
+
+@dataclass(frozen=True)
+class _Lowering:
+    """Writes layers anew; what layers share, values and weights, once."""
+
+    edit: Editor
+    rounded: dict[fx.Node, _Rounded] = field(default_factory=dict["fx.Node", "_Rounded"])
+    weights: dict[tuple[fx.Node, str], fx.Node] = field(default_factory=dict["tuple[fx.Node, str]", "fx.Node"])
+
+    def lower(self, layer: QuantizedLayer, *, row_wise: bool) -> fx.Node:
+        """What yields what the layer yields."""
+        if layer.rounds and layer.values not in self.rounded:
+            with self.edit.before(layer.values):
+                self.rounded[layer.values] = self._round(layer)
+        with self.edit.before(layer.node):
+            if not layer.rounds:
+                product = self._product_with_floats(layer)
+            elif layer.format == "int8":
+                product = self._product_of_bytes(layer)
+            elif row_wise and self._scales_rows(layer):
+                return self._unflatten(layer, self._scaled_product(layer))
+            else:
+                product = self._product_of_fp8(layer)
+            return self._unflatten(layer, self._with_bias(layer, product))
+
+    def _round(self, layer: QuantizedLayer) -> _Rounded:
+        """The operators that round the values a layer reads, as `grids.scale_for` and `grids.quantize` do."""
+        call = self.edit.call
+        x = self._flatten(layer.x)
+        rows = self.edit.size(x, 0)
+        if nodes.tensor_type(x).dtype != torch.float32:
+            x = call(aten.to.dtype, x, torch.float32)
+        scale, inverse, shift, offset = (self._known_grid if layer.scale_is_known else self._found_grid)(layer, x)
+        scaled = call(aten.mul.Tensor, x, inverse)
+        if shift is None:
+            q = call(aten.to.dtype, call(aten.clamp.default, scaled, -FP8_LARGEST, FP8_LARGEST), FORMATS["fp8"].storage)
+            return _Rounded(call(aten.contiguous.default, q), scale, None, rows)
+        whole = call(aten.add.Tensor, call(aten.round.default, scaled), shift)
+        q = call(aten.to.dtype, call(aten.clamp.default, whole, -_MIDDLE, _MIDDLE - 1), torch.int8)
+        if not isinstance(rows, int) or rows < _ROWS:
+            q = call(aten.constant_pad_nd.default, q, [0, 0, 0, _ROWS], 0)
+        return _Rounded(call(aten.contiguous.default, q), scale, offset, rows)
+
+    def _found_grid(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
+        """Scale, one over it, and for int8 the zero point less 128 in float32 and int32, by the range of x."""
+        call = self.edit.call
+        by_token = layer.values.kwargs.get("granularity", "token") == "token"
+        both = call(aten.aminmax.default, x, **({"dim": -1, "keepdim": True} if by_token else {}))
+        low = call(aten.clamp_max.default, self.edit.item(both, 0), 0)
+        high = call(aten.clamp_min.default, self.edit.item(both, 1), 0)
+        form = FORMATS[str(layer.values.kwargs["format"])]
+        if form.symmetric:
+            reach = call(aten.maximum.default, call(aten.neg.default, low), high)
+        else:
+            reach = call(aten.sub.Tensor, high, low)
+        steps = form.high if form.symmetric else form.high - form.low
+        scale = call(aten.clamp_min.default, call(aten.div.Tensor, reach, steps), grids.LEAST)
+        inverse = call(aten.reciprocal.default, scale)
+        if form.symmetric:
+            return scale, inverse, None, None
+        zero_point = call(aten.round.default, call(aten.neg.default, call(aten.div.Tensor, low, scale)))
+        shift = call(aten.sub.Tensor, call(aten.clamp.default, zero_point, form.low, form.high), _MIDDLE)
+        return scale, inverse, shift, call(aten.to.dtype, shift, torch.int32)
+
+    def _known_grid(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
+        """The same from calibration, as weights."""
+        scale, *rest = layer.values.all_input_nodes[1:]
+        step = self._value(scale).float()
+        inverse = self.edit.weight(f"{scale.target}_inverse", step.reciprocal())
+        scale = self.edit.weight(f"{scale.target}_step", step)
+        if FORMATS[str(layer.values.kwargs["format"])].symmetric:
+            return scale, inverse, None, None
+        zero_point = self._value(rest[0]).float() if rest else torch.zeros_like(step)
+        shift = self.edit.weight(f"{scale.target}_shift", zero_point - _MIDDLE)
+        return scale, inverse, shift, self.edit.weight(f"{scale.target}_offset", (zero_point - _MIDDLE).int())
+
+    def _product_of_bytes(self, layer: QuantizedLayer) -> fx.Node:
+        call, values = self.edit.call, self.rounded[layer.values]
+        product = call(aten._int_mm.default, values.q, self._columns(layer))
+        if nodes.tensor_type(values.q).shape[0] != values.rows:
+            product = call(aten.slice.Tensor, product, 0, 0, values.rows)
+        sums = self._keep(layer, "sums", lambda: layer.parts(self.edit)[0].sum(1, dtype=torch.int32))
+        product = call(aten.sub.Tensor, product, call(aten.mul.Tensor, values.offset, sums))
+        return call(aten.mul.Tensor, product, call(aten.mul.Tensor, values.scale, self._scales(layer)))
+
+    def _scales_rows(self, layer: QuantizedLayer) -> bool:
+        """True when `_scaled_mm` can do all of a layer: bfloat16, a scale a token."""
+        operands = [layer.x] if layer.bias is None else [layer.x, layer.bias]
+        by_row = nodes.tensor_type(self.rounded[layer.values].scale).rank == 2
+        return by_row and all(nodes.tensor_type(item).dtype == torch.bfloat16 for item in operands)
+
+    def _scaled_product(self, layer: QuantizedLayer) -> fx.Node:
+        values, scales = self.rounded[layer.values], self.edit.call(aten.unsqueeze.default, self._scales(layer), 0)
+        operands = values.q, self._columns(layer), values.scale, scales, layer.bias, None, torch.bfloat16
+        return self.edit.call(aten._scaled_mm.default, *operands)
+
+    def _product_of_fp8(self, layer: QuantizedLayer) -> fx.Node:
+        call, values = self.edit.call, self.rounded[layer.values]
+        one = self._keep(layer, "one", lambda: torch.ones((), device=self._value(layer.stored).device))
+        product = call(aten._scaled_mm.default, values.q, self._columns(layer), one, one, None, None, torch.float32)
+        return call(aten.mul.Tensor, product, call(aten.mul.Tensor, values.scale, self._scales(layer)))
+
+    def _product_with_floats(self, layer: QuantizedLayer) -> fx.Node:
+        x = self.edit.call(aten.contiguous.default, self._flatten(layer.x))
+        if layer.format == "int8":
+            scales = self._scales(layer, nodes.tensor_type(x).dtype)
+            return self.edit.call(aten._weight_int8pack_mm.default, x, self._matrix(layer), scales)
+        q, scale, zero_point = layer.parts(self.edit)
+        group = _group_of(layer) or 0
+        packed = self._keep(layer, "tiles", lambda: tiles(q))
+        repeats = layer.sizes[1] // layer.blocks[1] // group
+        scales = self._keep(layer, "grid", lambda: tile_grid(scale, zero_point, layer.sizes[0], repeats))
+        return self.edit.call(aten._weight_int4pack_mm.default, x, packed, group, scales)
+
+    def _with_bias(self, layer: QuantizedLayer, product: fx.Node) -> fx.Node:
+        """The bias added, and the result in the layer's dtype."""
+        if layer.bias is not None:
+            product = self.edit.call(aten.add.Tensor, product, layer.bias)
+        dtype = nodes.tensor_type(layer.node).dtype
+        return product if nodes.tensor_type(product).dtype == dtype else self.edit.call(aten.to.dtype, product, dtype)
+
+    def _flatten(self, x: fx.Node) -> fx.Node:
+        """[rows, inputs] of [..., inputs]."""
+        found = nodes.tensor_type(x)
+        return x if found.rank == 2 else self.edit.call(aten.reshape.default, x, [-1, found.shape[-1]])
+
+    def _unflatten(self, layer: QuantizedLayer, product: fx.Node) -> fx.Node:
+        """[..., features] of [rows, features]."""
+        rank = nodes.tensor_type(layer.node).rank
+        if rank == 2:
+            return product
+        sizes = [self.edit.size(layer.x, dim) for dim in range(rank - 1)]
+        return self.edit.call(aten.reshape.default, product, [*sizes, layer.sizes[0]])
+
+    def _columns(self, layer: QuantizedLayer) -> fx.Node:
+        """The stored weight as [inputs, features], in memory as [features, inputs]: what tensor cores read."""
+        return self.edit.call(aten.transpose.int, self._matrix(layer), 0, 1)
+
+    def _matrix(self, layer: QuantizedLayer) -> fx.Node:
+        """The stored weight, [features, inputs]."""
+        if not layer.transposed:
+            return layer.stored
+        return self._keep(layer, "turned", lambda: layer.parts(self.edit)[0].contiguous())
+
+    def _scales(self, layer: QuantizedLayer, dtype: torch.dtype = torch.float32) -> fx.Node:
+        """[features] in that dtype."""
+        part = "scales" if dtype == torch.float32 else f"scales_{str(dtype).removeprefix('torch.')}"
+        return self._keep(layer, part, lambda: per_feature(layer.parts(self.edit)[1], layer.sizes[0]).to(dtype))
+
+    def _keep(self, layer: QuantizedLayer, part: str, make: Callable[[], torch.Tensor]) -> fx.Node:
+        """A new weight beside the stored one, made once."""
+        key = layer.stored, part
+        if key not in self.weights:
+            with self.edit.program.graph.inserting_before(layer.stored.next):
+                self.weights[key] = self.edit.weight(f"{layer.stored.target}_{part}", make())
+        return self.weights[key]
+
+    def _value(self, weight: fx.Node) -> torch.Tensor:
+        return self.edit.program.weight(str(weight.target)).detach()
+
+
+def per_feature(scale: torch.Tensor, features: int) -> torch.Tensor:
+    """[features] of a scale that is [], [1, 1] or [features, 1], in float32."""
+    return scale.float().reshape(-1).expand(features).contiguous()
+
+
+def tiles(q: torch.Tensor) -> torch.Tensor:
+    """A weight of four bits, one element each in its own range, in the layout of `_weight_int4pack_mm`.
+
+    q: [features, inputs]. It is handed on from 0 to 15, two to a byte, the first of two in the high half. As many of the
+    tiles of 16 inputs lie side by side as there are, up to 8.
+    """
+    low, high = (q + 8 if q.dtype == torch.int8 else q).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
+    together = next(count for count in (8, 4, 2) if q.shape[1] % (16 * count) == 0)
+    return aten._convert_weight_to_int4pack.default((low << 4 | high).contiguous(), together)
+
+
+def tile_grid(scale: torch.Tensor, zero_point: torch.Tensor | None, features: int, repeats: int) -> torch.Tensor:
+    """Scales and offsets, [groups, features, 2] in bfloat16: `_weight_int4pack_mm` multiplies by (q - 8) · scale + offset.
+
+    scale, zero_point: [features or 1, blocks] or []. repeats: groups a block.
+    """
+    step = scale.float().reshape(-1, scale.shape[-1] if scale.dim() else 1).expand(features, -1)
+    offset = torch.zeros_like(step) if zero_point is None else (8 - zero_point.float()) * step
+    return torch.stack((step, offset), -1).repeat_interleave(repeats, 1).transpose(0, 1).bfloat16().contiguous()
