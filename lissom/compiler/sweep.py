@@ -101,7 +101,9 @@ def _counterparts(
     data: Sequence[Sample], layers: Sequence[fx.Node], counterpart: Counterpart | None
 ) -> Iterator[list[torch.Tensor] | None]:
     """What the counterpart of each layer reads, sample by sample; None where it has none."""
-    others = {} if counterpart is None else {layer: counterpart.layers[layer] for layer in layers if layer in counterpart.layers}
+    others = (
+        {} if counterpart is None else {layer: counterpart.layers[layer] for layer in layers if layer in counterpart.layers}
+    )
     place = {} if counterpart is None else {node: index for index, node in enumerate(counterpart.program.graph.nodes)}
     in_order = [place[other] for other in others.values()]
     if counterpart is None or in_order != sorted(in_order):

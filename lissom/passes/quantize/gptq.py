@@ -9,14 +9,27 @@ which makes ‖XWᵀ - XQᵀ‖ small. λ is `damping` times the mean of the dia
 to the nearest. Frantar et al. 2022, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
 algorithm 1. https://arxiv.org/abs/2210.17323
 
-The pass comes after `quantize`. It keeps its Q/DQ nodes, formats and scales, and changes the weights they read; after it
-Q(W) = W to the last bit. `act_order` takes columns by decreasing diagonal of H: those that matter most first, while there are
-others to make up for them. Scales are fixed by then, so that groups stay neighbours in memory. `rescale` chooses the scale of a
-group of columns anew when it is reached, from what the weights have become; it goes with columns in their own order.
+The pass comes after `quantize` and keeps its Q/DQ nodes and formats; after it Q(W) = W to the last bit. `act_order` takes
+columns by decreasing diagonal of H: those that matter most first, while there are others to make up for them. Scales are fixed
+by then, so that groups stay neighbours in memory. `rescale` chooses the scale of a group of columns anew when it is reached,
+from what the weights have become; it goes with columns in their own order.
 
-Layers are treated in the order in which they run, each on what the layers before it give after they were treated; where what
-they read is rounded too, that is what H is made of. A matrix that several layers share, or that is a table of embeddings as
-well, is treated first, on what all its layers read in the program as it came.
+Three things are ours or of others:
+
+- `asymmetric`. Layers are treated in the order in which they run, each on what the layers before it give after they were
+  treated, X; X₀ is what it read before anything was rounded, and X₀Wᵀ what it should give. The weights that give it best,
+
+      V = W (I + (X₀ - X)ᵀX (XᵀX + λ'I)⁻¹),   least in ‖XVᵀ - X₀Wᵀ‖² + λ'‖V - W‖²
+
+  take the place of W above; λ' is `pull` times the mean of the diagonal of XᵀX. The aim is that of Li et al. 2025, GPTAQ:
+  Efficient Finetuning-Free Quantization for Asymmetric Calibration, https://arxiv.org/abs/2504.02692, whose
+  algorithm passes the difference on to the columns behind alone; with V all columns take part, and few tokens overfit less.
+- Where nothing but a norm reads a layer, each token counts by one over what the norm divides by, squared: an error is as large
+  as it is behind the norm.
+- `refit`. With q known, the scales of a row's groups s are the least squares of tr((s·q - V) H (s·q - V)ᵀ).
+
+Where what layers read is rounded too, that is X. A matrix that several layers share, or that is a table of embeddings as well,
+is treated first, on what all its layers read in the program as it came, and fitted to itself.
 """
 
 from __future__ import annotations
@@ -48,7 +61,9 @@ aten = torch.ops.aten
 Rescale = Literal["none", "min-max", "mse"]
 _HELD = 1 << 24
 """Numbers held at once while scales are fitted."""
+_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 _LEAST = 1e-12
+"""Of what a norm divides by, squared."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +94,8 @@ class Gptq(Approximation):
     only: str = ""
 
     def __post_init__(self) -> None:
-        if self.damping <= 0 or self.block_size < 1:
-            raise UnsupportedError("gptq takes damping= above 0 and block_size= of 1 or more")
+        if self.damping <= 0 or self.block_size < 1 or self.pull <= 0:
+            raise UnsupportedError("gptq takes damping= and pull= above 0 and block_size= of 1 or more")
         if self.rescale != "none" and self.act_order:
             raise UnsupportedError(
                 "gptq{rescale=...} chooses the scale of a group when its columns are reached together: add act_order=false"
@@ -166,17 +181,23 @@ def _originals(edit: Editor, layers: Mapping[fx.Node, RoundedMatrix]) -> Counter
 
 def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
     """One over what the norm that reads a layer divides by, squared: [tokens] for each sample; None where no norm reads it."""
-    user = next(iter(layer.users), None)
-    if len(layer.users) != 1 or user is None or user.target not in (aten.rms_norm.default, aten.layer_norm.default):
+    norm = next(iter(layer.users), None)
+    others = [used for used in layer.all_input_nodes if used is not input_of(layer)]
+    if len(layer.users) != 1 or norm is None or norm.target not in _NORMS or not all(map(_is_constant, others)):
         return None
-    values = {used: evaluate_nodes(program.graph_module, used) for used in layer.all_input_nodes if used is not input_of(layer)}
+    values = {used: evaluate_nodes(program.graph_module, used) for used in others}
     found: list[torch.Tensor] = []
     for rows in read:
         given = cast(torch.Tensor, call(layer, {**values, input_of(layer): rows}.__getitem__)).float()
-        if user.target is aten.layer_norm.default:
+        if norm.target is aten.layer_norm.default:
             given = given - given.mean(-1, keepdim=True)
         found.append(1 / given.square().mean(-1).clamp_min(_LEAST))
     return found
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """True for a weight and what is computed from weights alone."""
+    return node.op == "get_attr" or (node.op == "call_function" and all(map(_is_constant, node.all_input_nodes)))
 
 
 def shifted(weight: torch.Tensor, gram: torch.Tensor, shift: torch.Tensor, pull: float) -> torch.Tensor:
@@ -252,9 +273,7 @@ def gptq_with_scales(
     return columns.T, scale, zero_point
 
 
-def fitted_scale(
-    weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
+def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The scales with which the layer errs least, the whole numbers fixed: min over s of tr((s·q - W) H (s·q - W)ᵀ).
 
     weight: [features out, features in]; levels: q less its zero point, in that shape; hessian: H, positive definite;

@@ -169,7 +169,10 @@ def test_scales_are_fitted_by_least_squares(shape: tuple[int, int], rows_a_scale
         design = torch.cat(
             [
                 torch.stack(
-                    [read[:, start : start + size] @ levels[row, start : start + size].double() for start in range(0, 12, size)],
+                    [
+                        read[:, start : start + size] @ levels[row, start : start + size].double()
+                        for start in range(0, 12, size)
+                    ],
                     1,
                 )
                 for row in chosen
@@ -327,7 +330,8 @@ def test_without_data_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damping": 0.0}, "gptq takes damping= above 0 and block_size= of 1 or more"),
+        ({"damping": 0.0}, "gptq takes damping= and pull= above 0 and block_size= of 1 or more"),
+        ({"pull": 0.0}, "gptq takes damping= and pull= above 0 and block_size= of 1 or more"),
         ({"rescale": "mse", "act_order": True}, "chooses the scale of a group when its columns are reached together"),
     ],
 )
