@@ -14,16 +14,16 @@ columns by decreasing diagonal of H: those that matter most first, while there a
 by then, so that groups stay neighbours in memory. `rescale` chooses the scale of a group of columns anew when it is reached,
 from what the weights have become; it goes with columns in their own order.
 
-Three things are ours or of others:
+Three things go beyond the algorithm:
 
-- `asymmetric`. Layers are treated in the order in which they run, each on what the layers before it give after they were
-  treated, X; X₀ is what it read before anything was rounded, and X₀Wᵀ what it should give. The weights that give it best,
+- `asymmetric`. Layers are treated in the order in which they run. X is what a layer reads after those before it were treated,
+  X₀ what it read before anything was rounded, and X₀Wᵀ what it should give. In the place of W above goes
 
-      V = W (I + (X₀ - X)ᵀX (XᵀX + λ'I)⁻¹),   least in ‖XVᵀ - X₀Wᵀ‖² + λ'‖V - W‖²
+      V = W (I + (X₀ - X)ᵀX (XᵀX + λ'I)⁻¹),   for which ‖XVᵀ - X₀Wᵀ‖² + λ'‖V - W‖² is least
 
-  take the place of W above; λ' is `pull` times the mean of the diagonal of XᵀX. The aim is that of Li et al. 2025, GPTAQ:
-  Efficient Finetuning-Free Quantization for Asymmetric Calibration, https://arxiv.org/abs/2504.02692, whose
-  algorithm passes the difference on to the columns behind alone; with V all columns take part, and few tokens overfit less.
+  with λ' `pull` times the mean of the diagonal of XᵀX: without it V would fit the tokens at hand too well. The aim is that of
+  Li et al. 2025, GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration, https://arxiv.org/abs/2504.02692,
+  whose algorithm changes the columns behind each column alone, and has no λ'.
 - Where nothing but a norm reads a layer, each token counts by one over what the norm divides by, squared: an error is as large
   as it is behind the norm.
 - `refit`. With q known, the scales of a row's groups s are the least squares of tr((s·q - V) H (s·q - V)ᵀ).
