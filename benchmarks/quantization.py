@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from quality import conditions, decoder_inputs, minilm_table, read_pairs
@@ -37,37 +37,27 @@ from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 WINDOW = 512
 _TABLES = 'quantize{scheme=int8-weight,granularity=group,group=32,embeddings=true,only="model.embed_tokens,lm_head"}'
 _INT4 = "quantize{scheme=int4-weight}"
-_MSE = "quantize{scheme=int4-weight,weight_observer=mse}"
-_ZERO_POINTS = "quantize{scheme=int4-weight,symmetric=false,weight_observer=mse}"
-_COARSE_TABLES = (
-    "quantize{scheme=int4-weight,group=64,symmetric=false,weight_observer=mse,embeddings=true,"
-    'only="model.embed_tokens,lm_head"}'
-)
-_ALL = "quantize{scheme=int4-weight,embeddings=true}"
-_ALL_MSE = "quantize{scheme=int4-weight,embeddings=true,weight_observer=mse}"
+_ZERO_POINTS = "quantize{scheme=int4-weight,symmetric=false}"
+_ALL = "quantize{scheme=int4-weight,symmetric=false,embeddings=true}"
+_AWQ = "awq{symmetric=false}"
+_GPTQ = "gptq{tables=false}"
 GEMMA = (
-    _TABLES,
-    f"{_TABLES},{_INT4}",
-    f"{_TABLES},{_MSE}",
-    f"{_TABLES},{_INT4},gptq{{tables=false}}",
-    f"{_TABLES},{_MSE},gptq{{tables=false}}",
-    f"{_TABLES},{_MSE},gptq{{tables=false,act_order=false}}",
-    f"{_TABLES},{_INT4},gptq{{tables=false,act_order=false,rescale=mse}}",
-    f"awq,{_TABLES},{_INT4}",
-    f"awq{{weight_observer=mse}},{_TABLES},{_MSE}",
-    f"awq{{weight_observer=mse}},{_TABLES},{_MSE},gptq{{tables=false}}",
-    f"{_TABLES},{_ZERO_POINTS},gptq{{tables=false}}",
-    f"awq{{symmetric=false,weight_observer=mse}},{_TABLES},{_ZERO_POINTS},gptq{{tables=false}}",
-    _ALL,
-    _ALL_MSE,
+    f"{_TABLES},{_ZERO_POINTS},{_GPTQ}",
     f"{_ALL},gptq",
-    f"{_ALL_MSE},gptq{{tables=false}}",
-    f"{_ALL_MSE},gptq",
-    f"awq{{weight_observer=mse}},{_ALL_MSE}",
-    f"awq{{weight_observer=mse}},{_ALL_MSE},gptq",
-    f"{_COARSE_TABLES},{_ZERO_POINTS},gptq",
-    f"{_COARSE_TABLES},{_ZERO_POINTS},gptq{{tables=false}}",
+    f"{_TABLES},{_ZERO_POINTS}",
+    f"{_AWQ},{_TABLES},{_ZERO_POINTS}",
+    _ALL,
+    f"{_AWQ},{_ALL}",
+    f"{_AWQ},{_TABLES},{_ZERO_POINTS},{_GPTQ}",
+    f"{_AWQ},{_ALL},gptq",
+    f"{_ALL},{_GPTQ}",
+    f"{_TABLES},{_INT4}",
+    f"{_TABLES},{_INT4},{_GPTQ}",
+    f"{_TABLES},{_ZERO_POINTS},gptq{{tables=false,asymmetric=false}}",
+    f"{_TABLES},{_ZERO_POINTS},gptq{{tables=false,refit=false}}",
+    f"{_TABLES},{_ZERO_POINTS},gptq{{tables=false,act_order=false}}",
 )
+"""Those that matter most first: the table is there after each."""
 MINILM = (
     "quantize{scheme=int8-dynamic}",
     *(f"quantize{{scheme=int8-static,observer={name}}}" for name in ("min-max", "percentile", "mse", "entropy")),
@@ -76,9 +66,9 @@ MINILM = (
     "equalize,quantize{scheme=int8-dynamic,granularity=tensor}",
     "quantize{scheme=int8-weight}",
     "quantize{scheme=int4-weight}",
-    "quantize{scheme=int4-weight,weight_observer=mse},gptq",
+    "quantize{scheme=int4-weight},gptq",
     "awq,quantize{scheme=int4-weight}",
-    "awq{weight_observer=mse},quantize{scheme=int4-weight,weight_observer=mse},gptq",
+    "awq,quantize{scheme=int4-weight},gptq",
     "quantize{scheme=fp8}",
 )
 
@@ -118,8 +108,8 @@ def finds_the_grid(checkpoint: Checkpoint) -> bool:
     )
 
 
-def gemma_table(name: str, pipelines: Sequence[str], calibration: int, evaluation: int) -> str:
-    """The perplexity of the program and after each pipeline, as Markdown."""
+def gemma_tables(name: str, pipelines: Sequence[str], calibration: int, evaluation: int) -> Iterator[str]:
+    """The perplexity of the program and after each pipeline, as Markdown: the table so far, after each of them."""
     checkpoint = load(name)
     dense = lissom.optimize(checkpoint.model, checkpoint.example_inputs, checks="structural").program
     texts = windows(checkpoint, "evaluation", evaluation)
@@ -134,6 +124,10 @@ def gemma_table(name: str, pipelines: Sequence[str], calibration: int, evaluatio
     ]
     lines.append(f"| none | {float(base.mean().exp()):.2f} | | {dense.parameter_bytes / 1e6:.0f} | | |")
     print(lines[-1], file=sys.stderr, flush=True)
+    about = f"{len(base):,} tokens evaluated, {calibration:,} for calibration, windows of {WINDOW}; file: {size / 1e6:.0f} MB"
+    grid = "gives" if finds_the_grid(checkpoint) else "does not give"
+    about = f"{about}. int8 in groups of 32 {grid} the table of embeddings back to the last bit."
+    about += f"\n\n{conditions()}, {torch.get_num_threads()} threads."
     for passes in pipelines:
         started = time.perf_counter()
         chosen = parse_pipeline(passes, PASSES, RECIPES)
@@ -149,10 +143,7 @@ def gemma_table(name: str, pipelines: Sequence[str], calibration: int, evaluatio
         cells += [f"{stored.parameter_bytes / 1e6:.1f}", f"{stored.parameter_bytes / size:.3f}", f"{seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)
-    about = f"{len(base):,} tokens evaluated, {calibration:,} for calibration, windows of {WINDOW}; file: {size / 1e6:.0f} MB"
-    grid = "gives" if finds_the_grid(checkpoint) else "does not give"
-    lines += ["", f"{about}. int8 in groups of 32 {grid} the table of embeddings back to the last bit."]
-    return "\n".join([*lines, "", f"{conditions()}, {torch.get_num_threads()} threads."]) + "\n"
+        yield "\n".join([*lines, "", about]) + "\n"
 
 
 def main() -> None:
@@ -171,12 +162,14 @@ def main() -> None:
     if options.model == "minilm":
         checkpoint = load("minilm")
         printed = minilm_table(checkpoint, options.passes or MINILM, read_pairs("evaluation", options.pairs), options.texts)
-        printed += f"\n{options.texts} calibration texts. {conditions()}, {torch.get_num_threads()} threads.\n"
+        tables = iter([f"{printed}\n{options.texts} calibration texts. {conditions()}, {torch.get_num_threads()} threads.\n"])
     else:
-        printed = gemma_table("gemma3-270m", options.passes or GEMMA, options.calibration, options.tokens)
+        tables = gemma_tables("gemma3-270m", options.passes or GEMMA, options.calibration, options.tokens)
+    printed = ""
+    for printed in tables:
+        if options.update:
+            put_table(f"quantization {options.model}", printed)
     print(printed)
-    if options.update:
-        put_table(f"quantization {options.model}", printed)
 
 
 if __name__ == "__main__":

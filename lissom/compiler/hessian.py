@@ -5,14 +5,19 @@ from __future__ import annotations
 import torch
 
 
-def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of (XᵀX + λI)⁻¹, float32, computed in float64.
+def damped(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """XᵀX + λI, float64.
 
     gram: XᵀX, [features, features]. λ is `damping` times the mean of its diagonal; features that are always zero count as one.
     """
-    hessian = gram.double()
+    hessian = gram.to(torch.float64, copy=True)
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += damping * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return hessian
+
+
+def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of (XᵀX + λI)⁻¹, float32, computed in float64; gram, damping: as in `damped`."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
     return torch.linalg.cholesky(inverse, upper=True).float()

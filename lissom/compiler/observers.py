@@ -10,7 +10,8 @@ Of activations, from a histogram of 2,048 bins over all calibration data:
 - `entropy`: the α for which D(P ‖ Q) is least; P: the histogram, what is cut off added to the outermost bins, Q: P spread
   evenly over the bins that share a level. Migacz 2017, 8-bit Inference with TensorRT, slides 24 to 28.
 
-Of weights, block by block: `min-max`, or `mse` for every block on its own.
+Of weights, block by block: `min-max`, or `mse` for every block on its own; `auto` is `mse` for formats of four bits, whose few
+levels make the search pay, else `min-max`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 
 Observer = Literal["min-max", "percentile", "mse", "entropy"]
+WeightObserver = Literal["auto", "min-max", "mse"]
 BINS = 2048
 _FACTORS = torch.linspace(1.0, 0.2, 81)
 _WEIGHT_FACTORS = torch.linspace(1.0, 0.5, 26)
+_AT_ONCE = 1 << 19
+"""Numbers of a weight whose ranges are searched at once."""
 
 
 def observed_ranges(
@@ -87,9 +91,24 @@ def choose_range(
 
 
 def weight_scale(
-    weight: torch.Tensor, shape: tuple[int, ...], form: Format, observer: Literal["min-max", "mse"]
+    weight: torch.Tensor, shape: tuple[int, ...], form: Format, observer: WeightObserver
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero point of a weight, one for each block. shape: of the scale."""
+    if observer == "auto":
+        observer = "mse" if form.bits == 4 else "min-max"
+    if observer == "min-max" or not shape or shape[0] == 1 or weight.numel() <= _AT_ONCE:
+        return _weight_scale(weight, shape, form, observer)
+    # Piece by piece, so that what is tried stays in the cache.
+    blocks = max(1, shape[0] * _AT_ONCE // weight.numel())
+    pieces = weight.split(blocks * (weight.shape[0] // shape[0]))
+    found = [_weight_scale(piece, (len(piece) * shape[0] // len(weight), *shape[1:]), form, observer) for piece in pieces]
+    zero_points = [zero_point for _, zero_point in found if zero_point is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zero_points) if zero_points else None
+
+
+def _weight_scale(
+    weight: torch.Tensor, shape: tuple[int, ...], form: Format, observer: Literal["min-max", "mse"]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     low, high = grids.block_range(weight, shape)
     scale, zero_point = grids.scale_for(low, high, form)
     if observer == "min-max":

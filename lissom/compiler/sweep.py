@@ -9,7 +9,8 @@ what the next layer reads, of every sample. What depends on no input is computed
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Collection, Generator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import cast
 
@@ -21,6 +22,9 @@ from lissom.compiler.execute import call
 from lissom.compiler.linears import input_of
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
+
+TokenWeights = Callable[[fx.Node, Sequence[torch.Tensor]], Sequence[torch.Tensor] | None]
+"""From a layer and what it reads, for every sample [tokens, features], to what each token counts, [tokens]; None: all alike."""
 
 
 def sweep(
@@ -34,13 +38,40 @@ def sweep(
     return _sweep(program, data, layers, constant, _behind(layers, constant))
 
 
+@dataclass(frozen=True)
+class Read:
+    """What the layers of one weight read.
+
+    moments: of x, what they read in the program as it is by then. shift: Σ (x₀ - x)·xᵀ, x₀: what they read in the other
+    program, [features, features]; None where there is none.
+    """
+
+    moments: Moments
+    shift: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Counterpart:
+    """Another program that is given the same data, and the layers of it that some layers of this one correspond to."""
+
+    program: Program
+    layers: Mapping[fx.Node, fx.Node]
+
+
 def sweep_moments(
-    program: Program, data: Sequence[Sample], weights: Mapping[fx.Node, str], first: Collection[str] = ()
-) -> Generator[tuple[fx.Node, Moments]]:
+    program: Program,
+    data: Sequence[Sample],
+    weights: Mapping[fx.Node, str],
+    first: Collection[str] = (),
+    *,
+    token_weights: TokenWeights = lambda layer, read: None,
+    counterpart: Counterpart | None = None,
+) -> Generator[tuple[fx.Node, Read]]:
     """For each weight one of the layers that multiply with it, and the moments of what all of them read.
 
     weights: the name of each layer's weight. Those that several layers share, and those named in `first`, come first, all with
-    the moments of the program as it is; then the others as in `sweep`. The caller may set the weight of the layer given.
+    the moments of the program as it is; then the others as in `sweep`, their tokens weighted, and compared to what their
+    counterparts read. The caller may set the weight of the layer given.
     """
     readers: dict[str, list[fx.Node]] = {}
     for layer, name in weights.items():
@@ -52,20 +83,54 @@ def sweep_moments(
         if input_of(layer) not in seen:
             seen[input_of(layer)] = moments_of(read)
     for layers in early.values():
-        yield layers[0], Moments.sum([seen[input_of(layer)] for layer in layers])
-    known: tuple[fx.Node, Moments] | None = None
-    for layer, read in sweep(program, data, [layer for layer in weights if layer not in chosen]):
-        if known is None or known[0] is not input_of(layer):
-            known = input_of(layer), moments_of(read)
-        yield layer, known[1]
+        yield layers[0], Read(Moments.sum([seen[input_of(layer)] for layer in layers]))
+    late = [node for node in program.graph.nodes if node in weights and node not in chosen]
+    others = _counterparts(data, late, counterpart)
+    known: tuple[fx.Node, Read] | None = None
+    for layer, read in sweep(program, data, late):
+        wanted, counts = next(others), token_weights(layer, read)
+        if counts is not None or known is None or known[0] is not input_of(layer):
+            found = Read(moments_of(read, counts), None if wanted is None else shift_of(read, wanted, counts))
+            known = (input_of(layer), found) if counts is None else None
+        else:
+            found = known[1]
+        yield layer, found
 
 
-def moments_of(read: Sequence[torch.Tensor]) -> Moments:
-    """The moments of what `sweep` gives."""
+def _counterparts(
+    data: Sequence[Sample], layers: Sequence[fx.Node], counterpart: Counterpart | None
+) -> Iterator[list[torch.Tensor] | None]:
+    """What the counterpart of each layer reads, sample by sample; None where it has none."""
+    others = (
+        {} if counterpart is None else {layer: counterpart.layers[layer] for layer in layers if layer in counterpart.layers}
+    )
+    place = {} if counterpart is None else {node: index for index, node in enumerate(counterpart.program.graph.nodes)}
+    in_order = [place[other] for other in others.values()]
+    if counterpart is None or in_order != sorted(in_order):
+        yield from (None for _ in layers)
+        return
+    reads = sweep(counterpart.program, data, list(others.values()))
+    for layer in layers:
+        yield next(reads)[1] if layer in others else None
+
+
+def moments_of(read: Sequence[torch.Tensor], counts: Sequence[torch.Tensor] | None = None) -> Moments:
+    """The moments of what `sweep` gives; counts: what each token of each sample counts, 1 by default."""
     sums = Moments.empty(read[0].shape[-1], read[0].device)
-    for rows in read:
-        sums.add(rows)
+    for index, rows in enumerate(read):
+        sums.add(rows, None if counts is None else counts[index])
     return sums
+
+
+def shift_of(
+    read: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor], counts: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Σ (x₀ - x)·xᵀ, x of `read` and x₀ of `wanted`; counts: as in `moments_of`."""
+    total = torch.zeros(2 * read[0].shape[-1:], device=read[0].device)
+    for index, (rows, other) in enumerate(zip(read, wanted, strict=True)):
+        weighted = rows.float() if counts is None else rows.float() * counts[index][:, None]
+        total.addmm_((other.float() - rows.float()).T, weighted)
+    return total
 
 
 def _sweep(

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler import grids
+from lissom.compiler import grids, observers
 from lissom.compiler.grids import FORMATS
 from lissom.compiler.observers import Observer, choose_range, observed_ranges, weight_scale
+from tests.models import normal
 
 FORM = FORMATS["uint8"]
 
@@ -88,3 +89,28 @@ def test_scales_of_weights_by_squared_error_lose_less_in_every_block(name: str) 
     plain, best = errors("min-max"), errors("mse")
     assert bool((best <= plain * 1.0001).all())
     assert float(best.sum()) < 0.99 * float(plain.sum())
+
+
+@pytest.mark.parametrize(("form", "observer"), [("int4", "mse"), ("uint4", "mse"), ("int8", "min-max"), ("fp8", "min-max")])
+def test_auto_searches_where_levels_are_few(form: str, observer: str) -> None:
+    weight = normal(8, 32)
+    for found, wanted in zip(
+        weight_scale(weight, (8, 2), FORMATS[form], "auto"),
+        weight_scale(weight, (8, 2), FORMATS[form], observer),  # pyright: ignore[reportArgumentType]
+        strict=True,
+    ):
+        assert (found is None and wanted is None) or torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("form", ["int4", "uint4"])
+@pytest.mark.parametrize("shape", [(30, 2), (15, 2), (30, 1), (3, 8)])
+def test_a_large_weight_has_the_scales_of_its_rows(monkeypatch: pytest.MonkeyPatch, form: str, shape: tuple[int, int]) -> None:
+    """It is searched in pieces; the oracle gives each block of rows alone."""
+    weight = normal(30, 8)
+    rows = 30 // shape[0]
+    alone = [weight_scale(block, (1, shape[1]), FORMATS[form], "mse") for block in weight.split(rows)]
+    monkeypatch.setattr(observers, "_AT_ONCE", 100)
+    scale, zero_point = weight_scale(weight, shape, FORMATS[form], "mse")
+    assert torch.equal(scale, torch.cat([item for item, _ in alone]))
+    if zero_point is not None:
+        assert torch.equal(zero_point, torch.cat([item for _, item in alone if item is not None]))

@@ -176,7 +176,7 @@ def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> Non
     for finished, (node, read) in enumerate(sweep_moments(edit.program, edit.data, names)):
         edit.report("layers", finished, len(set(names.values())))
         edit.current = node
-        layers[node].write(edit, prune(layers[node].read(edit.program), read))
+        layers[node].write(edit, prune(layers[node].read(edit.program), read.moments))
 
 
 def threshold(weights: Sequence[torch.Tensor], keep: float) -> float:

@@ -32,7 +32,7 @@ from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.grids import FORMATS, Format
 from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Rewrite
 from lissom.compiler.linears import input_of
-from lissom.compiler.observers import weight_scale
+from lissom.compiler.observers import WeightObserver, weight_scale
 from lissom.compiler.scaling import Reader, ScalingSite, chosen_sites
 from lissom.compiler.sweep import moments_of, sweep
 
@@ -50,7 +50,7 @@ class Awq(Rewrite):
     granularity: of their scales, `tensor`, `channel` or `group`; `auto` is the scheme's own.
     group: how many neighbours of a channel share a scale where the granularity is `group`.
     symmetric: whether weights will have no zero point.
-    weight_observer: how their range will be chosen, `min-max` or `mse`.
+    weight_observer: how their range will be chosen, `min-max` or `mse`; `auto` is `mse` for four bits.
     norms: whether channels that a norm makes are scaled.
     linears: whether channels that a linear layer makes are.
     skip: module paths of norms and layers whose channels are left alone, with `*` and `?`: `"encoder.layer.0,*.11"`.
@@ -61,7 +61,7 @@ class Awq(Rewrite):
     granularity: Literal["auto", "tensor", "channel", "group"] = "auto"
     group: int = 32
     symmetric: bool = True
-    weight_observer: Literal["min-max", "mse"] = "min-max"
+    weight_observer: WeightObserver = "auto"
     norms: bool = True
     linears: bool = True
     skip: str = ""

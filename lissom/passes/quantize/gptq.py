@@ -9,20 +9,35 @@ which makes ‖XWᵀ - XQᵀ‖ small. λ is `damping` times the mean of the dia
 to the nearest. Frantar et al. 2022, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
 algorithm 1. https://arxiv.org/abs/2210.17323
 
-The pass comes after `quantize`. It keeps its Q/DQ nodes, formats and scales, and changes the weights they read; after it
-Q(W) = W to the last bit. `act_order` takes columns by decreasing diagonal of H: those that matter most first, while there are
-others to make up for them. Scales are fixed by then, so that groups stay neighbours in memory. `rescale` chooses the scale of a
-group of columns anew when it is reached, from what the weights have become; it goes with columns in their own order.
+The pass comes after `quantize` and keeps its Q/DQ nodes and formats; after it Q(W) = W to the last bit. `act_order` takes
+columns by decreasing diagonal of H: those that matter most first, while there are others to make up for them. Scales are fixed
+by then, so that groups stay neighbours in memory. `rescale` chooses the scale of a group of columns anew when it is reached,
+from what the weights have become; it goes with columns in their own order.
 
-Layers are treated in the order in which they run, each on what the layers before it give after they were treated; where what
-they read is rounded too, that is what H is made of. A matrix that several layers share, or that is a table of embeddings as
-well, is treated first, on what all its layers read in the program as it came.
+Three things go beyond the algorithm:
+
+- `asymmetric`. Layers are treated in the order in which they run. X is what a layer reads after those before it were treated,
+  X₀ what it read before anything was rounded, and X₀Wᵀ what it should give. In the place of W above goes
+
+      V = W (I + (X₀ - X)ᵀX (XᵀX + λ'I)⁻¹),   for which ‖XVᵀ - X₀Wᵀ‖² + λ'‖V - W‖² is least
+
+  with λ' `pull` times the mean of the diagonal of XᵀX: without it V would fit the tokens at hand too well. The aim is that of
+  Li et al. 2025, GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration, https://arxiv.org/abs/2504.02692,
+  whose algorithm changes the columns behind each column alone, and has no λ'.
+- Where nothing but a norm reads a layer, each token counts by one over what the norm divides by, squared: an error is as large
+  as it is behind the norm.
+- `refit`. With q known, the scales of a row's groups s are the least squares of tr((s·q - V) H (s·q - V)ᵀ).
+
+Where what layers read is rounded too, that is X. A matrix that several layers share, or that is a table of embeddings as well,
+is treated first, on what all its layers read in the program as it came, and fitted to itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import fx
@@ -30,18 +45,25 @@ from torch import fx
 from lissom.compiler import grids
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.compiler.execute import call, evaluate_nodes
 from lissom.compiler.grids import FORMATS, Format
-from lissom.compiler.hessian import inverse_factor
+from lissom.compiler.hessian import damped, inverse_factor
 from lissom.compiler.kinds import Approximation
-from lissom.compiler.linears import is_linear
-from lissom.compiler.matrices import RoundedMatrix, rounded_matrix_of
+from lissom.compiler.linears import input_of, is_linear
+from lissom.compiler.matrices import Matrix, RoundedMatrix, matrix_of, rounded_matrix_of
 from lissom.compiler.observers import weight_scale
+from lissom.compiler.program import Program
 from lissom.compiler.protection import is_protected
-from lissom.compiler.sweep import sweep_moments
+from lissom.compiler.sweep import Counterpart, Read, sweep_moments
 
 aten = torch.ops.aten
 
 Rescale = Literal["none", "min-max", "mse"]
+_HELD = 1 << 24
+"""Numbers held at once while scales are fitted."""
+_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+_LEAST = 1e-12
+"""Of what a norm divides by, squared."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,9 @@ class Gptq(Approximation):
 
     act_order: whether columns are treated by decreasing size of what they read, not from the first to the last.
     rescale: whether scales of groups are chosen anew as they are reached, and by which observer.
+    asymmetric: whether layers are fitted to what they gave before anything was rounded, and not to what they would give now.
+    pull: towards the weights as they were when layers are fitted so, as a share of the mean of the diagonal of XᵀX.
+    refit: whether scales are fitted once more when the whole numbers are found.
     tables: whether output heads that share their weight with a table of embeddings are treated, and the table with them.
     damping: what is added to the diagonal of XᵀX, as a share of its mean.
     block_size: columns after which errors are passed on to all that are left; changes the time, not the result.
@@ -59,6 +84,9 @@ class Gptq(Approximation):
 
     act_order: bool = True
     rescale: Rescale = "none"
+    asymmetric: bool = True
+    pull: float = 0.1
+    refit: bool = True
     tables: bool = True
     damping: float = 0.01
     block_size: int = 128
@@ -66,8 +94,8 @@ class Gptq(Approximation):
     only: str = ""
 
     def __post_init__(self) -> None:
-        if self.damping <= 0 or self.block_size < 1:
-            raise UnsupportedError("gptq takes damping= above 0 and block_size= of 1 or more")
+        if self.damping <= 0 or self.block_size < 1 or self.pull <= 0:
+            raise UnsupportedError("gptq takes damping= and pull= above 0 and block_size= of 1 or more")
         if self.rescale != "none" and self.act_order:
             raise UnsupportedError(
                 "gptq{rescale=...} chooses the scale of a group when its columns are reached together: add act_order=false"
@@ -79,10 +107,18 @@ class Gptq(Approximation):
         layers = self._layers(edit)
         names = {node: matrix.name for node, matrix in layers.items()}
         tables = [matrix.name for matrix in layers.values() if _is_table(matrix)]
-        for finished, (node, read) in enumerate(sweep_moments(edit.program, edit.data, names, tables)):
+        reads = sweep_moments(
+            edit.program,
+            edit.data,
+            names,
+            tables,
+            token_weights=partial(_norm_weights, edit.program),
+            counterpart=_originals(edit, layers) if self.asymmetric else None,
+        )
+        for finished, (node, read) in enumerate(reads):
             edit.report("layers", finished, len(set(names.values())))
             edit.current = node
-            self._treat(edit, layers[node], read.gram)
+            self._treat(edit, layers[node], read)
 
     def _layers(self, edit: Editor) -> dict[fx.Node, RoundedMatrix]:
         """The linear layers to treat, and where their matrices are; the others are reported."""
@@ -103,22 +139,75 @@ class Gptq(Approximation):
                 layers[node] = matrix
         return layers
 
-    def _treat(self, edit: Editor, matrix: RoundedMatrix, gram: torch.Tensor) -> None:
+    def _treat(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
         form = FORMATS[str(matrix.quantizer.kwargs["format"])]
-        parts = matrix.quantizer.all_input_nodes[1:]
         scale, zero_point = matrix.read_scale(edit.program)
-        weight = matrix.read(edit.program)
+        weight, gram = matrix.read(edit.program), read.moments.gram
+        if read.shift is not None:
+            weight = shifted(weight, gram, read.shift, self.pull)
         if self.rescale == "none":
-            matrix.write(edit, gptq(weight, gram, scale, zero_point, form, self.damping, self.block_size, self.act_order))
-            return
-        rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, self.damping, self.rescale)
-        for part, value in zip(parts, [scale] if zero_point is None else [scale, zero_point], strict=True):
-            edit.set_weight(part, (value.T if matrix.transposed else value).contiguous())
+            rounded = gptq(weight, gram, scale, zero_point, form, self.damping, self.block_size, self.act_order)
+        else:
+            rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, self.damping, self.rescale)
+        if self.refit:
+            q = grids.quantize(rounded, scale, zero_point, form)
+            levels = grids.dequantize(q, torch.ones_like(scale), zero_point, torch.float32)
+            scale = fitted_scale(weight, levels, damped(gram, self.damping), scale)
+            rounded = grids.dequantize(q, scale, zero_point, torch.float32)
+        for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
+            if value is not None:
+                edit.set_weight(part, (value.T if matrix.transposed else value).contiguous())
         matrix.write(edit, rounded)
 
 
 def _is_table(matrix: RoundedMatrix) -> bool:
     return any(user.target is aten.embedding.default for user in matrix.quantizer.users)
+
+
+def _originals(edit: Editor, layers: Mapping[fx.Node, RoundedMatrix]) -> Counterpart | None:
+    """The layers in the program before numbers were changed, as far as their weights are still those."""
+    before = edit.reference
+    if before is None:
+        return None
+    known = {node.name: node for node in before.nodes() if is_linear(node)}
+    found: dict[fx.Node, fx.Node] = {}
+    for layer, matrix in layers.items():
+        original = known.get(layer.name)
+        held = None if original is None else matrix_of(original)
+        if isinstance(held, Matrix) and torch.equal(held.read(before), matrix.read(edit.program)):
+            found[layer] = original
+    return Counterpart(before, found)
+
+
+def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+    """One over what the norm that reads a layer divides by, squared: [tokens] for each sample; None where no norm reads it."""
+    norm = next(iter(layer.users), None)
+    others = [used for used in layer.all_input_nodes if used is not input_of(layer)]
+    if len(layer.users) != 1 or norm is None or norm.target not in _NORMS or not all(map(_is_constant, others)):
+        return None
+    values = {used: evaluate_nodes(program.graph_module, used) for used in others}
+    found: list[torch.Tensor] = []
+    for rows in read:
+        given = cast(torch.Tensor, call(layer, {**values, input_of(layer): rows}.__getitem__)).float()
+        if norm.target is aten.layer_norm.default:
+            given = given - given.mean(-1, keepdim=True)
+        found.append(1 / given.square().mean(-1).clamp_min(_LEAST))
+    return found
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """True for a weight and what is computed from weights alone."""
+    return node.op == "get_attr" or (node.op == "call_function" and all(map(_is_constant, node.all_input_nodes)))
+
+
+def shifted(weight: torch.Tensor, gram: torch.Tensor, shift: torch.Tensor, pull: float) -> torch.Tensor:
+    """The weights V for which Σ ‖V·x - W·x₀‖² + λ ‖V - W‖² is least: W (I + Σ (x₀ - x)·xᵀ (XᵀX + λI)⁻¹).
+
+    weight: W, [features out, features in]; gram: XᵀX; shift: Σ (x₀ - x)·xᵀ.
+    """
+    factor = torch.linalg.cholesky(damped(gram, pull))
+    missing = weight.double() @ shift.double()
+    return (weight + torch.cholesky_solve(missing.T, factor).T).float()
 
 
 def gptq(
@@ -182,6 +271,35 @@ def gptq_with_scales(
             errors[index] = (wanted - block[index]) / factor[column, column]
         columns[start + size :] -= factor[start : start + size, start + size :].T @ errors
     return columns.T, scale, zero_point
+
+
+def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The scales with which the layer errs least, the whole numbers fixed: min over s of tr((s·q - W) H (s·q - W)ᵀ).
+
+    weight: [features out, features in]; levels: q less its zero point, in that shape; hessian: H, positive definite;
+    scale: [blocks of rows, blocks of columns], which stays where the best would not all be positive.
+    """
+    blocks, groups = scale.shape
+    rows, size = len(weight) // blocks, weight.shape[1] // groups
+    shape = (-1, rows, groups, size)
+    hessian = hessian.float()
+    wanted = (weight.float() @ hessian).reshape(shape)
+    parts = levels.float().reshape(shape)
+    fitted = scale.clone()
+    step = max(1, _HELD // (rows * groups * weight.shape[1]))
+    for start in range(0, blocks, step):
+        part = parts[start : start + step]
+        spread = torch.einsum("brgi,gin->brgn", part, hessian.unflatten(0, (groups, size)))
+        system = torch.einsum("brgmi,brmi->bgm", spread.unflatten(-1, (groups, size)), part).double()
+        target = (part * wanted[start : start + step]).sum((1, 3)).double()
+        # A group of zeros gives the same with any scale.
+        empty = system.diagonal(dim1=1, dim2=2) == 0
+        system.diagonal(dim1=1, dim2=2)[empty] = 1
+        found = torch.linalg.solve(system, target).to(scale.dtype)
+        found = torch.where(empty, scale[start : start + step], found)
+        good = (found > 0).all(1, keepdim=True) & found.isfinite().all(1, keepdim=True)
+        fitted[start : start + step] = torch.where(good, found, scale[start : start + step])
+    return fitted
 
 
 def _rounded(

@@ -31,7 +31,7 @@ from lissom.compiler.grids import FORMATS, Format, scale_for
 from lissom.compiler.kinds import Approximation
 from lissom.compiler.linears import input_of, is_attention, is_linear
 from lissom.compiler.matrices import Matrix, matrix_of
-from lissom.compiler.observers import Observer, observed_ranges, weight_scale
+from lissom.compiler.observers import Observer, WeightObserver, observed_ranges, weight_scale
 from lissom.compiler.protection import is_protected
 from lissom.compiler.structure import structure
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
@@ -54,7 +54,7 @@ class Quantize(Approximation):
     activations: what shares a scale at run time, `token` or `tensor`.
     observer: how the range of activations is chosen from calibration data, `min-max`, `percentile`, `mse` or `entropy`.
     share: of the values that `percentile` keeps in range.
-    weight_observer: how the range of weights is chosen, `min-max` or `mse`.
+    weight_observer: how the range of weights is chosen, `min-max` or `mse`; `auto` is `mse` for four bits.
     embeddings: whether tables of embeddings are rounded too, and with them the output heads they are tied to.
     output_heads: whether output heads with a weight of their own are.
     attention: whether queries, keys and values are rounded too, as they go into attention.
@@ -70,7 +70,7 @@ class Quantize(Approximation):
     activations: Literal["token", "tensor"] = "token"
     observer: Observer = "min-max"
     share: float = 0.9999
-    weight_observer: Literal["min-max", "mse"] = "min-max"
+    weight_observer: WeightObserver = "auto"
     embeddings: bool = False
     output_heads: bool = False
     attention: bool = False

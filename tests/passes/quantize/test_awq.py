@@ -94,7 +94,7 @@ def test_leaves_other_programs_alone() -> None:
 )
 def test_numbers(options: str, group: int, low: int, high: int, zero_points: bool) -> None:
     module, x = outlying()
-    program = lissom.optimize(module, x, passes=f"awq{{{options}}}", data=[x[:2], x[2:]]).program
+    program = lissom.optimize(module, x, passes=f"awq{{{options},weight_observer=min-max}}", data=[x[:2], x[2:]]).program
     rows = module.norm(x).detach().reshape(-1, 16).double()
     weights = [module.left.weight.detach().double(), module.right.weight.detach().double()]
     factors = search(weights, rows, group, low, high, zero_points=zero_points)

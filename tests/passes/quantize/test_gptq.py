@@ -10,12 +10,13 @@ import lissom
 from lissom.compiler import grids
 from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.grids import FORMATS
+from lissom.compiler.hessian import damped
 from lissom.compiler.linears import is_linear
 from lissom.compiler.matrices import rounded_matrix_of
 from lissom.compiler.observers import weight_scale
 from lissom.compiler.program import Program
 from lissom.ops.quantization import fake_quantize
-from lissom.passes.quantize.gptq import Gptq, gptq, gptq_with_scales
+from lissom.passes.quantize.gptq import Gptq, fitted_scale, gptq, gptq_with_scales, shifted
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import apply, capture_model, check_golden, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, moments_of, passed
@@ -152,6 +153,57 @@ def test_scales_chosen_on_the_way_are_those_of_the_weights_by_then() -> None:
     torch.testing.assert_close(found.double(), left, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("shape", "rows_a_scale"), [((5, 3), 1), ((5, 1), 1), ((1, 1), 5)])
+def test_scales_are_fitted_by_least_squares(shape: tuple[int, int], rows_a_scale: int) -> None:
+    """The oracle solves for the scales of a block of rows at once, λ as rows of its own."""
+    weight, rows, _, _ = layer(3, "int4")
+    scale, _ = weight_scale(weight, shape, FORMATS["int4"], "min-max")
+    levels = grids.quantize(weight, scale, None, FORMATS["int4"]).float()
+    gram = moments_of(rows).gram
+    found = fitted_scale(weight, levels, damped(gram, 0.01), scale)
+    pull = (0.01 * gram.double().diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
+    read = torch.cat([rows.double(), pull])
+    size = 12 // shape[1]
+    for block in range(shape[0]):
+        chosen = range(block * rows_a_scale, (block + 1) * rows_a_scale)
+        design = torch.cat(
+            [
+                torch.stack(
+                    [
+                        read[:, start : start + size] @ levels[row, start : start + size].double()
+                        for start in range(0, 12, size)
+                    ],
+                    1,
+                )
+                for row in chosen
+            ]
+        )
+        wanted = torch.cat([read @ weight[row].double() for row in chosen])
+        best = torch.linalg.lstsq(design, wanted).solution
+        torch.testing.assert_close(found[block].double(), best, rtol=1e-4, atol=1e-6)
+
+
+def test_scales_that_would_be_negative_and_those_of_zeros_stay() -> None:
+    weight, levels = normal(2, 8), torch.zeros(2, 8)
+    levels[0, :4], levels[1] = -weight[0, :4].sign(), weight[1].sign()
+    levels[1, 4:] = 0
+    scale = torch.full((2, 2), 0.5)
+    found = fitted_scale(weight, levels, torch.eye(8, dtype=torch.float64), scale)
+    assert torch.equal(found[0], scale[0]) and found[1, 1] == 0.5
+    torch.testing.assert_close(found[1, 0], weight[1, :4].abs().mean())
+
+
+def test_weights_shifted_to_what_was_given_before_are_the_least_squares() -> None:
+    weight, rows = normal(5, 12), normal(40, 12, seed=1)
+    before = rows + 0.1 * normal(40, 12, seed=2) @ normal(12, 12, seed=3)
+    gram, shift = moments_of(rows).gram, (before - rows).T @ rows
+    found = shifted(weight, gram, shift, 0.1)
+    pull = (0.1 * gram.double().diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
+    read = torch.cat([rows.double(), pull])
+    wanted = torch.cat([before.double() @ weight.double().T, pull @ weight.double().T])
+    torch.testing.assert_close(found.double(), torch.linalg.lstsq(read, wanted).solution.T, rtol=1e-4, atol=1e-5)
+
+
 def test_it_errs_less_than_rounding_to_the_nearest() -> None:
     weight, rows = normal(32, 64), normal(400, 64, seed=1) @ (normal(64, 64, seed=2) * normal(64, seed=3).exp())
     scale, _ = weight_scale(weight, (32, 2), FORMATS["int4"], "min-max")
@@ -186,7 +238,7 @@ class Chain(nn.Module):
 def test_a_layer_is_calibrated_on_what_the_rounded_ones_give(scheme: str) -> None:
     """Rounded values too, where the scheme rounds what layers read."""
     module, data = seeded(Chain), [normal(6, 5, 8, seed=seed) for seed in (1, 2)]
-    passes = f"quantize{{scheme={scheme}}},gptq{{act_order=false}}"
+    passes = f"quantize{{scheme={scheme}}},gptq{{act_order=false,asymmetric=false,refit=false}}"
     program = lissom.optimize(module, data[0], passes=passes, data=data).program
 
     def read(value: torch.Tensor) -> torch.Tensor:
@@ -204,6 +256,39 @@ def test_a_layer_is_calibrated_on_what_the_rounded_ones_give(scheme: str) -> Non
         wanted = gptq(weight, moments_of(rows).gram, scale, None, FORMATS["int8"], 0.01, 128, False)
         torch.testing.assert_close(program.weight(f"{name}.weight").detach(), wanted)
         rows = read(torch.relu(nn.functional.linear(rows, wanted, layer.bias)).detach())
+
+
+class Normed(nn.Module):
+    """Two layers, each with a norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.layer_norm, self.rms_norm = nn.LayerNorm(8), nn.RMSNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rms_norm(self.second(torch.relu(self.layer_norm(self.first(x)))))
+
+
+def test_layers_are_fitted_to_what_they_gave_before_and_tokens_count_by_the_norm_behind() -> None:
+    """The oracle goes through both programs by hand: W·x₀ is wanted, each token divided by the variance or mean square."""
+    module, x = seeded(Normed), normal(60, 8, seed=1) * normal(60, 1, seed=2).exp()
+    rounding = "quantize{scheme=int4-weight,granularity=channel,weight_observer=min-max}"
+    passes = f"{rounding},gptq{{act_order=false,refit=false,pull=0.2}}"
+    program = lissom.optimize(module, x, passes=passes, data=[x]).program
+    before = now = x
+    for name, linear in (("first", module.first), ("second", module.second)):
+        weight = linear.weight.detach()
+        scale, _ = weight_scale(weight, (8, 1), FORMATS["int4"], "min-max")
+        nearest = nn.functional.linear(now, fake_quantize(weight, scale, format="int4"), linear.bias).detach()
+        counts = 1 / (nearest.var(-1, correction=0) if name == "first" else nearest.square().mean(-1))
+        weighted = now * counts[:, None]
+        wanted = shifted(weight, weighted.T @ now, (before - now).T @ weighted, 0.2)
+        held = gptq(wanted, weighted.T @ now, scale, None, FORMATS["int4"], 0.01, 128, False)
+        torch.testing.assert_close(program.weight(f"{name}.weight").detach(), held)
+        with torch.no_grad():
+            before = torch.relu(module.layer_norm(linear(before)))
+            now = torch.relu(module.layer_norm(nn.functional.linear(now, held, linear.bias)))
 
 
 class TiedTable(nn.Module):
@@ -246,7 +331,8 @@ def test_without_data_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"damping": 0.0}, "gptq takes damping= above 0 and block_size= of 1 or more"),
+        ({"damping": 0.0}, "gptq takes damping= and pull= above 0 and block_size= of 1 or more"),
+        ({"pull": 0.0}, "gptq takes damping= and pull= above 0 and block_size= of 1 or more"),
         ({"rescale": "mse", "act_order": True}, "chooses the scale of a group when its columns are reached together"),
     ],
 )
