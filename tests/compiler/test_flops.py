@@ -163,3 +163,20 @@ def test_products_of_experts_count_which_pytorch_leaves_out():
     grouped = [node for node in program.nodes() if node.target is torch.ops.lissom.grouped_product.default]
     assert [node_flops(node) for node in grouped] == [2 * 20 * 16 * 48, 2 * 20 * 24 * 16]
     assert all(map(is_counted, grouped))
+
+
+@pytest.mark.parametrize(
+    ("product", "weight"),
+    [
+        (lambda x, w: aten._int_mm.default(x.to(torch.int8), w.T), torch.ones(32, 48, dtype=torch.int8)),
+        (
+            lambda x, w: aten._scaled_mm.default(x.to(w.dtype), w.T, torch.ones(()), torch.ones(()), out_dtype=torch.float32),
+            torch.ones(32, 48).to(torch.float8_e4m3fn),
+        ),
+        (lambda x, w: aten._weight_int8pack_mm.default(x, w, torch.ones(32)), torch.ones(32, 48, dtype=torch.int8)),
+    ],
+    ids=["int8", "fp8", "weights"],
+)
+def test_products_of_short_formats_are_counted_as_those_of_floats(product, weight):
+    found = capture(Applied(product), (normal(5, 48), weight), dynamic=False)
+    assert flops(found.program) == 2 * 5 * 48 * 32
