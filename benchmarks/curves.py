@@ -119,8 +119,7 @@ def measure(model: str) -> None:
         calls = {name: lambda item=item: item(**timed) for name, item in (("whole", whole), ("found", found))}
         timings = time_calls(calls, 5.0)
         latency = timings["found"].median_ms / timings["whole"].median_ms
-        machine = f"{conditions()}, {torch.get_num_threads()} threads"
-        point = Point(model, passes, keep, score(found), latency, stored_bytes(found.program) / size, seconds, machine)
+        point = Point(model, passes, keep, score(found), latency, stored_bytes(found.program) / size, seconds, conditions())
         print(point, file=sys.stderr)
         write(RECORDS, json.dumps([asdict(item) for item in (*read_points(), point)], indent=1) + "\n")
 

@@ -192,7 +192,8 @@ def conditions() -> str:
     """The machine and the versions the figures were taken with."""
     versions = {"torch": torch, "transformers": transformers, "lissom": lissom}
     listed = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
-    return f"{device_name(torch.device('cpu'))}, {core_count()} cores; {listed}"
+    threads = torch.get_num_threads()
+    return f"{device_name(torch.device('cpu'))}, {core_count()} cores, {threads} thread{'s' * (threads > 1)}; {listed}"
 
 
 def main() -> None:

@@ -20,21 +20,19 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from quality import conditions, decoder_inputs, minilm_table, read_pairs
+from quality import WINDOW, conditions, decoder_inputs, losses, minilm_table, read_pairs, windows
 from readme import put_table
 
 import lissom
 from lissom.compiler import grids
 from lissom.compiler.observers import weight_scale
 from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.program import Program
 from lissom.compiler.spelling import parse_pipeline
 from lissom.frontends.huggingface import Checkpoint, find_directory, load
 from lissom.passes import PASSES, RECIPES
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
-WINDOW = 512
 _TABLES = 'quantize{scheme=int8-weight,granularity=group,group=32,embeddings=true,only="model.embed_tokens,lm_head"}'
 _INT4 = "quantize{scheme=int4-weight}"
 _ZERO_POINTS = "quantize{scheme=int4-weight,symmetric=false}"
@@ -73,26 +71,6 @@ MINILM = (
 )
 
 
-def windows(checkpoint: Checkpoint, split: str, tokens: int) -> list[torch.Tensor]:
-    """Windows of token ids, [1, WINDOW]: the token texts begin with, then text; tokens: of the text in all."""
-    tokenizer = checkpoint.tokenizer
-    assert tokenizer is not None
-    found = read_pairs(split)
-    lines = found.glosses if split == "evaluation" else [*found.glosses, *found.examples]
-    ids = tokenizer("\n".join(lines), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :tokens]
-    return [torch.cat([torch.tensor([[tokenizer.bos_token_id]]), piece], 1) for piece in ids.split(WINDOW - 1, 1)]
-
-
-def losses(program: Program, checkpoint: Checkpoint, texts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The negative log-likelihood of every token but the first of each window."""
-    found = []
-    for ids in texts:
-        with torch.inference_mode():
-            logits = program(**decoder_inputs(checkpoint, ids))[0]  # pyright: ignore[reportIndexIssue]
-        found.append(torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none"))
-    return torch.cat(found).double()
-
-
 def file_bytes(name: str) -> int:
     """The bytes of the GGUF file of a packaged model."""
     return sum(path.stat().st_size for path in find_directory(name).glob("*.gguf"))
@@ -127,7 +105,7 @@ def gemma_tables(name: str, pipelines: Sequence[str], calibration: int, evaluati
     about = f"{len(base):,} tokens evaluated, {calibration:,} for calibration, windows of {WINDOW}; file: {size / 1e6:.0f} MB"
     grid = "gives" if finds_the_grid(checkpoint) else "does not give"
     about = f"{about}. int8 in groups of 32 {grid} the table of embeddings back to the last bit."
-    about += f"\n\n{conditions()}, {torch.get_num_threads()} threads."
+    about += f"\n\n{conditions()}."
     for passes in pipelines:
         started = time.perf_counter()
         chosen = parse_pipeline(passes, PASSES, RECIPES)
@@ -162,7 +140,7 @@ def main() -> None:
     if options.model == "minilm":
         checkpoint = load("minilm")
         printed = minilm_table(checkpoint, options.passes or MINILM, read_pairs("evaluation", options.pairs), options.texts)
-        tables = iter([f"{printed}\n{options.texts} calibration texts. {conditions()}, {torch.get_num_threads()} threads.\n"])
+        tables = iter([f"{printed}\n{options.texts} calibration texts. {conditions()}.\n"])
     else:
         tables = gemma_tables("gemma3-270m", options.passes or GEMMA, options.calibration, options.tokens)
     printed = ""

@@ -74,7 +74,6 @@ SCHEMES = {
         "sums are whole.",
         "- A decoder that makes one token at a time: reading weights takes the time, and four bits are "
         "half as many.\n"
-        "- A CUDA device: there is no kernel for it yet, and it is refused.\n"
         "- A tenth of a point of quality that cannot be spared: keep weights in eight bits and values as they are, "
         "`int8-weight`.",
         ("quantize{scheme=int8-dynamic}", "quantize{scheme=int8-dynamic,activations=tensor}"),
@@ -201,7 +200,7 @@ def measure(model: str) -> None:
             stored_bytes(stored) / stored_bytes(whole["eager"].program),
             latency,
             seconds,
-            f"{conditions()}, {torch.get_num_threads()} threads",
+            conditions(),
         )
         print(row, file=sys.stderr)
         write(RECORDS, json.dumps([asdict(item) for item in (*read_rows(), row)], indent=1) + "\n")

@@ -72,7 +72,7 @@ def measure(checkpoint: Checkpoint, chosen: Sequence[Sparsify], calibration: int
         print(lines[-1], file=sys.stderr, flush=True)
     tokens = sum(ids.shape[1] - 1 for ids in texts)
     about = f"{tokens:,} tokens evaluated, {calibration * WINDOW:,} for calibration, windows of {WINDOW}"
-    return "\n".join([*lines, "", f"{about}. {conditions()}, {torch.get_num_threads()} threads."]) + "\n"
+    return "\n".join([*lines, "", f"{about}. {conditions()}."]) + "\n"
 
 
 def main() -> None:
