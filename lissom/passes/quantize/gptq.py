@@ -173,7 +173,9 @@ def _originals(edit: Editor, layers: Mapping[fx.Node, RoundedMatrix]) -> Counter
     found: dict[fx.Node, fx.Node] = {}
     for layer, matrix in layers.items():
         original = known.get(layer.name)
-        held = None if original is None else matrix_of(original)
+        if original is None:
+            continue
+        held = matrix_of(original)
         if isinstance(held, Matrix) and torch.equal(held.read(before), matrix.read(edit.program)):
             found[layer] = original
     return Counterpart(before, found)
