@@ -132,7 +132,7 @@ def main() -> None:
         "--passes", nargs="*", help="pipelines to measure, each a text of its own; those of the table by default"
     )
     parser.add_argument("--tokens", type=int, default=20480, help="tokens Gemma is evaluated on; %(default)s by default")
-    parser.add_argument("--calibration", type=int, default=8192, help="tokens Gemma is calibrated on; %(default)s by default")
+    parser.add_argument("--calibration", type=int, default=65536, help="tokens Gemma is calibrated on; %(default)s by default")
     parser.add_argument("--texts", type=int, default=100, help="calibration texts of MiniLM; %(default)s by default")
     parser.add_argument("--pairs", type=int, help="evaluated synsets of MiniLM; all of them by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
