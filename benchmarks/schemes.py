@@ -247,8 +247,8 @@ def page(name: str, rows: Sequence[Row]) -> str:
     scheme = SCHEMES[name]
     lines = ["<!-- Made by benchmarks/schemes.py; change that instead. -->\n", f"# {name}\n", f"{scheme.about}\n"]
     lines += [
-        "Options, formulas and sources are with the pass, [quantize](../passes/quantize.md). Rounding to the nearest, GPTQ and AWQ",
-        "side by side on Gemma 3 270M, by perplexity on 20,480 tokens: [benchmarks](../../benchmarks/README.md#rounding).\n",
+        "Options, formulas and sources are with the pass, [quantize](../passes/quantize.md). Rounding to the nearest, GPTQ and",
+        "AWQ side by side on Gemma 3 270M, by perplexity on 20,480 tokens: [benchmarks](../../benchmarks/README.md#rounding).\n",
     ]
     refusals: dict[str, None] = {}
     for model, title in TITLES.items():
