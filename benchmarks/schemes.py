@@ -248,7 +248,7 @@ def page(name: str, rows: Sequence[Row]) -> str:
     lines = ["<!-- Made by benchmarks/schemes.py; change that instead. -->\n", f"# {name}\n", f"{scheme.about}\n"]
     lines += [
         "Options, formulas and sources are with the pass, [quantize](../passes/quantize.md). Rounding to the nearest, GPTQ and",
-        "AWQ side by side on Gemma 3 270M, by perplexity on 20,480 tokens: [benchmarks](../../benchmarks/README.md#rounding).\n",
+        "AWQ side by side on Gemma 3 270M, by its perplexity: [benchmarks](../../benchmarks/README.md#rounding).\n",
     ]
     refusals: dict[str, None] = {}
     for model, title in TITLES.items():
