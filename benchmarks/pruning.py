@@ -59,7 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
-    parser.add_argument("--texts", type=int, default=4000, help="calibration texts; %(default)s by default")
+    parser.add_argument("--texts", type=int, default=3400, help="calibration texts; %(default)s by default")
     parser.add_argument("--speed", action="store_true", help="time the pruned program instead")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long to time each program")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")

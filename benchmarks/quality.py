@@ -63,7 +63,7 @@ def read_pairs(split: str, limit: int | None = None) -> Texts:
     return Texts([row[2] for row in chosen], [row[3] for row in chosen])
 
 
-def calibration_batches(checkpoint: Checkpoint, texts: int = 4000, batch: int = BATCH) -> list[dict[str, torch.Tensor]]:
+def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = BATCH) -> list[dict[str, torch.Tensor]]:
     """Batches of calibration texts, glosses and examples alike, of similar length so that little is padded."""
     found = read_pairs("calibration", (texts + 1) // 2)
     pool = (found.glosses + found.examples)[:texts]
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("model", choices=["minilm", "gemma3-270m"])
     parser.add_argument("--passes", nargs="*", default=[], help="pipelines to measure, each a text of its own")
     parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
-    parser.add_argument("--texts", type=int, default=4000, help="calibration texts of MiniLM; %(default)s by default")
+    parser.add_argument("--texts", type=int, default=3400, help="calibration texts of MiniLM; %(default)s by default")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens Gemma reads; %(default)s by default")
     options = parser.parse_args()
     checkpoint = load(options.model)
