@@ -19,24 +19,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from quality import (
     calibration_batches,
     conditions,
     cosine,
     decoder_batches,
-    decoder_inputs,
     difference,
+    latency_share,
     perplexity,
     read_pairs,
     retrieve,
+    timed_inputs,
 )
 
 import lissom
 from lissom.api import CompiledModel
 from lissom.artifacts.weights import stored_bytes
 from lissom.frontends.huggingface import Checkpoint, load
-from lissom.inspect.timing import time_calls
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "curves.json"
@@ -95,12 +94,8 @@ def measure(model: str) -> None:
     """Measure what is missing of a model's curves."""
     checkpoint = load(model)
     rows, tokens = SHAPES[model]
-    if model == "minilm":
-        data = calibration_batches(checkpoint, TEXTS)
-        timed = dict(checkpoint.encode(["a sentence " * tokens] * rows, tokens))
-    else:
-        data = decoder_batches(checkpoint)
-        timed = decoder_inputs(checkpoint, torch.arange(100, 100 + tokens)[None])
+    data = calibration_batches(checkpoint, TEXTS) if model == "minilm" else decoder_batches(checkpoint)
+    timed = timed_inputs(model, checkpoint, rows, tokens)
     whole = lissom.compile(checkpoint.model, checkpoint.example_inputs)
     size = stored_bytes(whole.program)
     score = scorer(model, checkpoint)
@@ -116,9 +111,7 @@ def measure(model: str) -> None:
             only_if_faster=False,
         )
         seconds = time.perf_counter() - started
-        calls = {name: lambda item=item: item(**timed) for name, item in (("whole", whole), ("found", found))}
-        timings = time_calls(calls, 5.0)
-        latency = timings["found"].median_ms / timings["whole"].median_ms
+        latency = latency_share(found, whole, timed, 5.0)
         point = Point(model, passes, keep, score(found), latency, stored_bytes(found.program) / size, seconds, conditions())
         print(point, file=sys.stderr)
         write(RECORDS, json.dumps([asdict(item) for item in (*read_points(), point)], indent=1) + "\n")

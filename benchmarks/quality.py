@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import lissom
 from lissom.compiler.program import Program
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.machine import core_count, device_name
+from lissom.inspect.timing import time_calls
 
 PAIRS = Path(__file__).parent / "data" / "wordnet_pairs.tsv"
 DRAWS = 2000
@@ -111,14 +112,14 @@ def cosine(original: Retrieval, found: Retrieval) -> torch.Tensor:
     return (original.embeddings * found.embeddings).sum(-1)
 
 
-def windows(checkpoint: Checkpoint, split: str, tokens: int) -> list[torch.Tensor]:
-    """Windows of token ids, [1, WINDOW]: the token texts begin with, then text; tokens: of the text in all."""
+def windows(checkpoint: Checkpoint, split: str, tokens: int, size: int = WINDOW) -> list[torch.Tensor]:
+    """Windows of token ids, [1, size]: the token texts begin with, then text; tokens: of the text in all."""
     tokenizer = checkpoint.tokenizer
     assert tokenizer is not None
     found = read_pairs(split)
     lines = found.glosses if split == "evaluation" else [*found.glosses, *found.examples]
     ids = tokenizer("\n".join(lines), return_tensors="pt", add_special_tokens=False)["input_ids"][:, :tokens]
-    return [torch.cat([torch.tensor([[tokenizer.bos_token_id]]), piece], 1) for piece in ids.split(WINDOW - 1, 1)]
+    return [torch.cat([torch.tensor([[tokenizer.bos_token_id]]), piece], 1) for piece in ids.split(size - 1, 1)]
 
 
 def losses(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -134,6 +135,28 @@ def losses(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[
 def perplexity(call: Callable[..., object], checkpoint: Checkpoint, tokens: int = 4096) -> float:
     """exp of the mean negative log-likelihood of the evaluated glosses, so many tokens of them."""
     return float(losses(call, checkpoint, windows(checkpoint, "evaluation", tokens)).mean().exp())
+
+
+def perplexity_change(base: torch.Tensor, found: torch.Tensor) -> list[str]:
+    """Perplexity, and its change with the standard error of that, as cells of a table; from `losses` of the same texts."""
+    change = found - base
+    error = float(change.std() / len(change) ** 0.5)
+    return [f"{float(found.mean().exp()):.2f}", f"{float(change.mean().exp()) - 1:+.2%} (± {error:.2%})"]
+
+
+def timed_inputs(model: str, checkpoint: Checkpoint, rows: int, tokens: int) -> dict[str, object]:
+    """Inputs of that size to time a model on: text for MiniLM, one row of token ids for Gemma."""
+    if model == "minilm":
+        return dict(checkpoint.encode(["a sentence " * tokens] * rows, tokens))
+    return decoder_inputs(checkpoint, torch.arange(100, 100 + tokens)[None])
+
+
+def latency_share(
+    found: Callable[..., object], whole: Callable[..., object], given: Mapping[str, object], seconds: float
+) -> float:
+    """The median time of a call of `found` as a share of that of `whole`, the two called in turn."""
+    timings = time_calls({"found": lambda: found(**given), "whole": lambda: whole(**given)}, seconds)
+    return timings["found"].median_ms / timings["whole"].median_ms
 
 
 def decoder_inputs(checkpoint: Checkpoint, ids: torch.Tensor) -> dict[str, object]:

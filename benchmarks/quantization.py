@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from quality import WINDOW, conditions, decoder_inputs, losses, minilm_table, read_pairs, windows
+from quality import WINDOW, conditions, decoder_inputs, losses, minilm_table, perplexity_change, read_pairs, windows
 from readme import put_table
 
 import lissom
@@ -115,9 +115,7 @@ def gemma_tables(name: str, pipelines: Sequence[str], calibration: int, evaluati
         # Weights are rounded once, not at every call; the numbers are the same.
         quick, _ = Pipeline([FoldConstants()], checks="structural").run(program)
         found = losses(quick, checkpoint, texts)
-        change = found - base
-        error = float(change.std() / len(change) ** 0.5)
-        cells = [f"`{passes}`", f"{float(found.mean().exp()):.2f}", f"{float(change.mean().exp()) - 1:+.2%} (± {error:.2%})"]
+        cells = [f"`{passes}`", *perplexity_change(base, found)]
         cells += [f"{stored.parameter_bytes / 1e6:.1f}", f"{stored.parameter_bytes / size:.3f}", f"{seconds:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], file=sys.stderr, flush=True)

@@ -19,28 +19,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from curves import TITLES, write
 from quality import (
     calibration_batches,
     conditions,
     cosine,
     decoder_batches,
-    decoder_inputs,
     difference,
+    latency_share,
     losses,
+    perplexity_change,
     read_pairs,
     retrieve,
+    timed_inputs,
     windows,
 )
 
 import lissom
-from lissom.api import CompiledModel
 from lissom.artifacts.weights import stored_bytes
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.pipeline import Pipeline
 from lissom.frontends.huggingface import Checkpoint, load
-from lissom.inspect.timing import time_calls
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 HERE = Path(__file__).parent
@@ -160,7 +159,7 @@ def measure(model: str) -> None:
     """Measure the rows of a model that are missing."""
     checkpoint = load(model)
     data = calibration_batches(checkpoint, TEXTS) if model == "minilm" else decoder_batches(checkpoint, TOKENS)
-    inputs = {shape: _inputs(model, checkpoint, shape) for shape in SHAPES[model]}
+    inputs = {shape: timed_inputs(model, checkpoint, *shape) for shape in SHAPES[model]}
     score = scorer(model, checkpoint)
     whole = {
         name: lissom.compile(checkpoint.model, checkpoint.example_inputs, backend=name, checks="structural")
@@ -192,7 +191,8 @@ def measure(model: str) -> None:
                 latency |= {f"{name} {rows}x{tokens}": str(refusal) for rows, tokens in inputs}
                 continue
             judged = found if name == "eager" else judged
-            latency |= {f"{name} {rows}x{tokens}": _share(found, unrounded, given) for (rows, tokens), given in inputs.items()}
+            for (rows, tokens), given in inputs.items():
+                latency[f"{name} {rows}x{tokens}"] = f"{latency_share(found, unrounded, given, SECONDS):.2f}"
         row = Row(
             model,
             passes,
@@ -204,18 +204,6 @@ def measure(model: str) -> None:
         )
         print(row, file=sys.stderr)
         write(RECORDS, json.dumps([asdict(item) for item in (*read_rows(), row)], indent=1) + "\n")
-
-
-def _inputs(model: str, checkpoint: Checkpoint, shape: tuple[int, int]) -> dict[str, object]:
-    rows, tokens = shape
-    if model == "minilm":
-        return dict(checkpoint.encode(["a sentence " * tokens] * rows, tokens))
-    return decoder_inputs(checkpoint, torch.arange(100, 100 + tokens)[None])
-
-
-def _share(found: CompiledModel, whole: CompiledModel, given: dict[str, object]) -> str:
-    timings = time_calls({"found": lambda: found(**given), "whole": lambda: whole(**given)}, SECONDS)
-    return f"{timings['found'].median_ms / timings['whole'].median_ms:.2f}"
 
 
 def scorer(model: str, checkpoint: Checkpoint) -> Callable[[Callable[..., object]], list[str]]:
@@ -232,14 +220,7 @@ def scorer(model: str, checkpoint: Checkpoint) -> Callable[[Callable[..., object
         return retrieval
     pieces = windows(checkpoint, "evaluation", EVALUATED)
     base = losses(checkpoint.model, checkpoint, pieces)
-
-    def perplexity(found: Callable[..., object]) -> list[str]:
-        reached = losses(found, checkpoint, pieces)
-        change = reached - base
-        error = float(change.std() / len(change) ** 0.5)
-        return [f"{float(reached.mean().exp()):.2f}", f"{float(change.mean().exp()) - 1:+.2%} (± {error:.2%})"]
-
-    return perplexity
+    return lambda found: perplexity_change(base, losses(found, checkpoint, pieces))
 
 
 def page(name: str, rows: Sequence[Row]) -> str:

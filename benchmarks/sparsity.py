@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from quality import conditions, decoder_inputs, read_pairs
+from quality import conditions, decoder_inputs, losses, windows
 from readme import put_table
 
 import lissom
@@ -29,23 +29,9 @@ CRITERIA = ("magnitude", "wanda", "sparsegpt")
 WINDOW = 128
 
 
-def windows(checkpoint: Checkpoint, split: str, count: int) -> list[torch.Tensor]:
-    """Windows of token ids, [1, WINDOW]: the token texts begin with, then text."""
-    tokenizer = checkpoint.tokenizer
-    assert tokenizer is not None
-    ids = tokenizer("\n".join(read_pairs(split).glosses), return_tensors="pt", add_special_tokens=False)["input_ids"]
-    pieces = ids[:, : count * (WINDOW - 1)].split(WINDOW - 1, 1)
-    return [torch.cat([torch.tensor([[tokenizer.bos_token_id]]), piece], 1) for piece in pieces]
-
-
 def perplexity(program: Program, checkpoint: Checkpoint, texts: Sequence[torch.Tensor]) -> float:
     """exp of the mean negative log-likelihood of every token but the first of each window."""
-    losses = []
-    for ids in texts:
-        with torch.inference_mode():
-            logits = program(**decoder_inputs(checkpoint, ids))[0]  # pyright: ignore[reportIndexIssue]
-        losses.append(torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none"))
-    return float(torch.cat(losses).double().mean().exp())
+    return float(losses(program, checkpoint, texts).mean().exp())
 
 
 def zeros(program: Program, dense: Program) -> float:
@@ -57,9 +43,9 @@ def zeros(program: Program, dense: Program) -> float:
 def measure(checkpoint: Checkpoint, chosen: Sequence[Sparsify], calibration: int, evaluation: int) -> str:
     """The perplexity of the program and after each pass, as Markdown."""
     dense = lissom.optimize(checkpoint.model, checkpoint.example_inputs, checks="structural").program
-    texts = windows(checkpoint, "evaluation", evaluation)
-    given = [decoder_inputs(checkpoint, ids) for ids in windows(checkpoint, "calibration", calibration)]
-    data = [dense.signature.flatten((), inputs) for inputs in given]
+    texts = windows(checkpoint, "evaluation", evaluation * (WINDOW - 1), WINDOW)
+    given = windows(checkpoint, "calibration", calibration * (WINDOW - 1), WINDOW)
+    data = [dense.signature.flatten((), decoder_inputs(checkpoint, ids)) for ids in given]
     lines = ["| what is kept | criterion | zeros in these layers | perplexity | s |", "|---|---|---:|---:|---:|"]
     lines.append(f"| all | | | {perplexity(dense, checkpoint, texts):.2f} | |")
     print(lines[-1], file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lissom.backends.onnx_blocks import constant_of, fixed_last, replace
 from lissom.backends.onnx_translation import DEQUANTIZE, DOMAIN, ROUND, ROUND_DYNAMIC
-from lissom.compiler.grids import FORMATS, Format
+from lissom.compiler.grids import FORMATS, LEAST, Format
 
 _TYPES = {
     "int8": ir.DataType.INT8,
@@ -24,8 +24,6 @@ _TYPES = {
     "uint4": ir.DataType.UINT4,
     "fp8": ir.DataType.FLOAT8E4M3FN,
 }
-_LEAST = 1e-30
-"""As in `lissom/compiler/grids.py`."""
 
 
 def is_quantization(node: ir.Node, *names: str) -> bool:
@@ -103,9 +101,9 @@ def dynamic_range(tape: Tape, x: ir.Value, form: Format) -> tuple[ir.Value, ir.V
     high = tape.op("Max", [tape.op("ReduceMax", [x, axis], {"keepdims": 1}), zero])
     if form.symmetric:
         largest = tape.op("Max", [tape.op("Neg", [low]), high])
-        return tape.op("Max", [tape.op("Div", [largest, tape.number(form.high)]), tape.number(_LEAST)]), None
+        return tape.op("Max", [tape.op("Div", [largest, tape.number(form.high)]), tape.number(LEAST)]), None
     steps = tape.number(form.high - form.low)
-    scale = tape.op("Max", [tape.op("Div", [tape.op("Sub", [high, low]), steps]), tape.number(_LEAST)])
+    scale = tape.op("Max", [tape.op("Div", [tape.op("Sub", [high, low]), steps]), tape.number(LEAST)])
     shifted = tape.op("Sub", [tape.number(form.low), tape.op("Div", [low, scale])])
     return scale, tape.op("Clip", [tape.op("Round", [shifted]), tape.number(form.low), tape.number(form.high)])
 
