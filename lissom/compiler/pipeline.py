@@ -28,7 +28,7 @@ from lissom.compiler.errors import (
 from lissom.compiler.history import History, Size, Step, changed_calls
 from lissom.compiler.kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.program import Program
-from lissom.compiler.rounding import local_error, local_tolerance, rounds_values
+from lissom.compiler.rounding import local_error, local_tolerance
 from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import format_pass, format_pipeline
 from lissom.compiler.verify import (
@@ -345,8 +345,8 @@ class _Run:
         return divergence.relative_error, divergence.cosine, outputs
 
     def _rounds_alike(self, item: Pass, after: Program) -> bool:
-        """True when both programs round values, and differ by that alone."""
-        if isinstance(item, Annotation) or not rounds_values(self.program):
+        """True when no node differs by more than its own rounding, given the same values: then what is behind it made more of it."""
+        if isinstance(item, Annotation):
             return False
         return local_error(self.program, after, self.samples) <= local_tolerance(self.program)
 

@@ -12,8 +12,10 @@ from lissom.compiler.editor import Editor
 from lissom.compiler.errors import VerifyError
 from lissom.compiler.kinds import Rewrite
 from lissom.compiler.rounding import LOCAL_TOLERANCE, local_error, local_tolerance, rounding_loss, rounds_values
+from lissom.compiler.verify import TOLERANCE
 from lissom.passes import PASSES
-from tests.models import tiny_bert
+from tests.models import normal, tiny_bert
+from tests.passes.harness import Calls
 
 aten = torch.ops.aten
 
@@ -48,6 +50,16 @@ def test_a_last_bit_is_told_from_a_mistake() -> None:
     lissom.optimize(case.model, case.inputs, passes=[*passes, Shake(1e-6)])
     with pytest.raises(VerifyError, match="its outputs differ from the program before"):
         lissom.optimize(case.model, case.inputs, passes=[*passes, Shake(0.02)])
+
+
+def test_what_a_model_makes_of_a_last_bit_is_told_from_a_mistake() -> None:
+    """A thousand times a norm's last bit is more than two float32 programs are allowed; a node's own rounding is not."""
+    module = Calls(lambda x, weight: torch.sin(1000 * torch.nn.functional.layer_norm(x, (8,), weight)))
+    inputs = normal(4, 8), normal(8, seed=1)
+    error = lissom.optimize(module, inputs, passes=[Shake(1e-6)], dynamic=False).report.history.steps[-1].relative_error
+    assert error is not None and error > TOLERANCE[torch.float32]
+    with pytest.raises(VerifyError, match="its outputs differ from the program before"):
+        lissom.optimize(module, inputs, passes=[Shake(1e-4)], dynamic=False)
 
 
 def test_every_node_is_given_what_its_inputs_were() -> None:
