@@ -53,6 +53,34 @@ class Dropouts(nn.Module):
         return mixed.transpose(1, 2).contiguous().reshape(batch, tokens, width) * 1.0
 
 
+class MergedProjection(nn.Module):
+    """Self-attention whose queries, keys and values come from one projection, as in GPT-2."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        pieces = self.project(x).split(width, dim=-1)
+        q, k, v = (piece.view(batch, tokens, 8, -1).transpose(1, 2) for piece in pieces)
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return self.output(mixed.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class CountedMask(nn.Module):
+    """Self-attention with a mask made as a function of positions, as Hugging Face's encoders make theirs."""
+
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        rows, tokens = seen.shape
+        batch, positions = torch.arange(rows), torch.arange(tokens)
+        always = positions[None, None, :, None] >= 0
+        mask = always & seen[batch[:, None, None, None], positions[None, None, None, :]]
+        heads = x.view(rows, tokens, 4, -1).transpose(1, 2)
+        return functional.scaled_dot_product_attention(heads, heads, heads, mask)
+
+
 class GatedWeight(nn.Module):
     """Gates its weight anew at every call, although no input takes part in it."""
 
@@ -441,6 +469,10 @@ EXAMPLES = {
         "quantize{output_heads=true},fold-quantized-weights,lower-quantized-products{always=true}",
     ),
     "fuse-epilogues": Example(Block, "torch.randn(4, 128, 256)", "pack-linear,fuse-epilogues"),
+    "fuse-merged-attention": Example(
+        MergedProjection, "torch.randn(1, 32, 256)", "fuse-attention,pack-linear,fuse-merged-attention"
+    ),
+    "simplify-masks": Example(CountedMask, "(torch.randn(4, 128, 256), torch.ones(4, 128, dtype=torch.bool))"),
     "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),
     "eliminate-dead-heads": Example(DeadHeads, "torch.randn(4, 128, 256)", "eliminate-dead-heads"),
     "eliminate-dead-neurons": Example(DeadNeurons, "torch.randn(4, 128, 256)", "eliminate-dead-neurons"),

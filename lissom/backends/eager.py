@@ -24,6 +24,7 @@ from lissom.ops import IMPLEMENTATIONS, KERNELS
 from lissom.ops.native import load_kernels, one_call
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
+from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
 from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
@@ -63,7 +64,7 @@ class Eager(Backend):
             return ()
         # Without kernels the passes behind it say why; merged projections would then be read with gaps.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
-        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues())
+        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseMergedAttention())
         return (FoldQuantizedWeights(), *merge, FuseRotary(), FuseAttention(), FuseRmsNorm(), *products)
 
     def build(self, program: Program, example: Sample) -> Executable:

@@ -82,6 +82,12 @@ def _attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     return scores + product([*shape_of(node)[:-1], k[-2]]) * v[-1]
 
 
+def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """The same, of queries, keys and values that lie beside each other and are of one size."""
+    *_, tokens, features = shape_of(node)
+    return 2 * product(shape_of(node)[:-2]) * tokens * tokens * features
+
+
 def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
     return product(shape_of(node)) * product(_operand(node, 1, shape_of)[1:])
 
@@ -156,6 +162,7 @@ FORMULAS: dict[object, Formula] = {
 _FOREIGN: dict[str, Formula] = {
     "lissom.attention.default": _attention,
     "lissom.fused_attention.default": _attention,
+    "lissom.merged_attention.default": _merged_attention,
     "lissom.packed_linear.default": _packed,
     "lissom.sparse_linear.default": _half_packed,
     "lissom.packed_linear_norm.default": _packed,

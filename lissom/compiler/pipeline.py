@@ -345,7 +345,7 @@ class _Run:
         return divergence.relative_error, divergence.cosine, outputs
 
     def _rounds_alike(self, item: Pass, after: Program) -> bool:
-        """True when no node differs by more than its own rounding, given the same values: then what is behind it made more of it."""
+        """True when no node differs by more than its own rounding, given the same values: what is behind it made more of it."""
         if isinstance(item, Annotation):
             return False
         return local_error(self.program, after, self.samples) <= local_tolerance(self.program)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from lissom.ops.attention import attention, attention_reference
-from lissom.ops.fused_attention import fused_attention
+from lissom.ops.fused_attention import fused_attention, merged_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
@@ -29,6 +29,7 @@ KERNELS = (
     weight_quantized_linear,
     weight_quantized_linear_norm,
     fused_attention,
+    merged_attention,
     fused_rms_norm,
     fused_rotary,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "fused_rms_norm",
     "fused_rotary",
     "grouped_product",
+    "merged_attention",
     "packed_linear",
     "packed_linear_norm",
     "quantized_linear",

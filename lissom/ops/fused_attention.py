@@ -1,4 +1,5 @@
 """`lissom::fused_attention`: any attention this library knows, in one sweep that never holds more than a few rows of scores.
+`lissom::merged_attention` is the same on the result of a merged projection, with heads cut and joined inside.
 
 scores = q kᵀ · scale;  scores = softcap · tanh(scores / softcap);  weights = softmax([scores + bias, sinks]);  weights · v
 
@@ -16,6 +17,11 @@ _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 _LIBRARY.define(
     "fused_attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, float scale, float softcap=0.0, "
     "Tensor? sinks=None, bool causal=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "merged_attention(Tensor qkv, Tensor? bias=None, *, int heads, int key_heads, float scale, float softcap=0.0, "
+    "bool causal=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -46,7 +52,25 @@ def fused_attention_reference(
     return found.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def merged_attention_reference(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    heads: int,
+    key_heads: int,
+    scale: float,
+    softcap: float = 0.0,
+    causal: bool = False,
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    whole = qkv.unflatten(-1, (heads + 2 * key_heads, -1)).transpose(1, 2)
+    q, k, v = whole.split([heads, key_heads, key_heads], 1)
+    found = fused_attention_reference(q, k, v, bias, scale=scale, softcap=softcap, causal=causal)
+    return found.transpose(1, 2).flatten(2)
+
+
 _LIBRARY.impl("fused_attention", fused_attention_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("merged_attention", merged_attention_reference, "CompositeExplicitAutograd")
 
 
 def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
@@ -54,9 +78,19 @@ def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **_
     return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
 
 
+def _merged_shape_of(qkv: torch.Tensor, *_: object, heads: int, key_heads: int, **__: object) -> torch.Tensor:
+    batch, tokens, width = qkv.shape
+    return qkv.new_empty((batch, tokens, width // (heads + 2 * key_heads) * heads))
+
+
 torch.library.register_fake("lissom::fused_attention", _shape_of, lib=_LIBRARY)
+torch.library.register_fake("lissom::merged_attention", _merged_shape_of, lib=_LIBRARY)
 
 fused_attention = torch.ops.lissom.fused_attention.default
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
 value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i.
 Returns [batch, heads, queries, value_dim], laid out in memory as [batch, queries, heads, value_dim]."""
+
+merged_attention = torch.ops.lissom.merged_attention.default
+"""The operator. qkv: [batch, tokens, (heads + 2 key_heads) · head_dim], the heads of q, then those of k, then those of v; the
+others as in `fused_attention`. Returns [batch, tokens, heads · head_dim]."""

@@ -17,8 +17,10 @@ from lissom.passes.canonical.raise_rotary import RaiseRotary
 from lissom.passes.canonical.raise_softmax import RaiseSoftmax
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum
+from lissom.passes.canonical.simplify_masks import SimplifyMasks
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
+from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
 from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
@@ -62,6 +64,7 @@ PASSES: Mapping[str, type[Pass]] = {
         RaiseActivations,
         RaiseRotary,
         RaiseAttention,
+        SimplifyMasks,
         EliminateDeadTokens,
         ZeroPadding,
         PackTokens,
@@ -92,6 +95,7 @@ PASSES: Mapping[str, type[Pass]] = {
         LowerQuantizedProducts,
         PackLinear,
         FuseEpilogues,
+        FuseMergedAttention,
         PackSparse,
     )
 }
@@ -99,7 +103,8 @@ PASSES: Mapping[str, type[Pass]] = {
 RECIPES: Mapping[str, str] = {
     "exact": (
         "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"
-        "raise-rms-norm,raise-softmax,raise-activations,raise-rotary,raise-attention,merge-common-subexpressions"
+        "raise-rms-norm,raise-softmax,raise-activations,raise-rotary,raise-attention,simplify-masks,"
+        "merge-common-subexpressions"
     ),
     "mixed-precision": "cast,sink-casts,fold-casts",
 }

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from lissom.compiler.verify import relative_error
 from lissom.ops.attention import attention_reference
-from lissom.ops.fused_attention import fused_attention, fused_attention_reference
+from lissom.ops.fused_attention import (
+    fused_attention,
+    fused_attention_reference,
+    merged_attention,
+    merged_attention_reference,
+)
 from lissom.ops.native import kernel_dtypes, load_kernels
 
 # float32: sums in another order and an exponential good to 2e-7.  bfloat16: weights and result rounded once each.
@@ -98,3 +103,22 @@ def test_long_rows_and_many_heads_over_threads():
     q, k, v = (numbers(1, 2, 600, 16, seed=seed) for seed in range(3))
     wanted = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     assert relative_error(wanted, fused_attention(q, k, v, scale=0.25, causal=True).double()) < ALLOWED[torch.float32]
+
+
+@pytest.mark.parametrize("form", [merged_attention, merged_attention_reference], ids=["operator", "reference"])
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "tokens", "mask"), [(4, 4, 7, "padding"), (4, 2, 33, "none"), (6, 1, 1, "bias")]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_of_a_merged_projection(form, heads, key_heads, tokens, mask, dtype):
+    qkv = numbers(2, tokens, (heads + 2 * key_heads) * 8, dtype=dtype)
+    bias = mask_of(mask, 2, heads, tokens, tokens)
+    q, k, v = (
+        item.reshape(2, tokens, -1, 8).transpose(1, 2).double()
+        for item in qkv.split([heads * 8, key_heads * 8, key_heads * 8], -1)
+    )
+    k, v = (item.repeat_interleave(heads // key_heads, 1) for item in (k, v))
+    wanted = attention_reference(q, k, v, bias, scale=0.3).transpose(1, 2).flatten(2)
+    found = form(qkv, bias, heads=heads, key_heads=key_heads, scale=0.3)
+    assert found.is_contiguous()
+    assert relative_error(wanted, found.double()) < ALLOWED[dtype]

@@ -230,6 +230,21 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
   return by_dtype(q, [&] { return call(attention_of<float>); }, [&] { return call(attention_of<BFloat16>); });
 }
 
+// Heads are cut and joined by strides alone, here rather than by operators of their own: a small model notices each of those.
+Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64_t key_heads, double scale, double softcap,
+                        bool causal) {
+  TORCH_CHECK(given.dim() == 3 && given.size(2) % (heads + 2 * key_heads) == 0, "attention takes [batch, tokens, all heads]");
+  Tensor x = given.contiguous();
+  int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), head_dim = width / (heads + 2 * key_heads);
+  auto part = [&](int64_t first, int64_t count) {
+    return x.as_strided({batch, count, tokens, head_dim}, {tokens * width, head_dim, width, 1},
+                        x.storage_offset() + first * head_dim);
+  };
+  Tensor y = fused_attention(part(0, heads), part(heads, key_heads), part(heads + key_heads, key_heads), bias, scale, softcap,
+                             {}, causal);
+  return y.transpose(1, 2).view({batch, tokens, heads * head_dim});
+}
+
 template <typename T>
 Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
   Tensor x = given.contiguous(), y = fresh(x.sizes(), x.options());
@@ -288,6 +303,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
     library.impl("weight_quantized_linear_norm", weight_quantized_linear_norm);
   }
   library.impl("fused_attention", fused_attention);
+  library.impl("merged_attention", merged_attention);
   library.impl("fused_rms_norm", fused_rms_norm);
   library.impl("fused_rotary", fused_rotary);
 }

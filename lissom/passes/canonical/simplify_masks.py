@@ -1,0 +1,134 @@
+"""Write masks that indexing and counting make as views of what they come from.
+
+    x[arange(n)[:, None], arange(m)]   ->  x                 n, m the sizes of x; any dimensions of size 1 between and around
+    arange(n) >= 0                     ->  true
+    a & true                           ->  a                 expanded to the size of both
+
+Hugging Face's models write the mask of every attention this way, as a function of the positions of queries and keys: a dozen
+operators for what is a reshape. A small model on a short text notices, and later passes meet the mask itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.types import ScalarType, Size
+
+aten = torch.ops.aten
+
+_BOTH = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
+_COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+_ONES = (aten.new_ones.default, aten.ones.default, aten.ones_like.default)
+_FILLED = (aten.full.default, aten.new_full.default, aten.full_like.default)
+_VIEWS = (aten.unsqueeze.default, aten.reshape.default, aten.expand.default)
+
+
+@dataclass(frozen=True)
+class SimplifyMasks(Rewrite):
+    """Replaces indexing by counted positions by reshapes, and leaves out conditions that always hold."""
+
+    def run(self, edit: Editor) -> None:
+        for node in edit.nodes(aten.index.Tensor, *_BOTH):
+            if node.target is aten.index.Tensor:
+                _replace_indexing(edit, node)
+            else:
+                _drop_true(edit, node)
+
+
+def _replace_indexing(edit: Editor, node: fx.Node) -> None:
+    """x indexed by all its positions in order, as x with dimensions of size 1 put in."""
+    x, indices = node.args
+    found, rank = nodes.tensor_type(x), nodes.tensor_type(node).rank
+    counts = [_counted(item, rank) for item in indices]  # pyright: ignore
+    if None in counts or len(counts) != found.rank:
+        return
+    lengths = [item[0] for item in counts if item is not None]
+    axes = [item[1] for item in counts if item is not None]
+    mode = edit.program.fake_mode
+    same = (
+        fake.same_type(mode, ScalarType(int, length), ScalarType(int, size))
+        for length, size in zip(lengths, found.shape, strict=True)
+    )
+    if axes != sorted(set(axes)) or not all(same):
+        return
+    with edit.before(node):
+        view: fx.Node = x  # pyright: ignore[reportAssignmentType]
+        for axis in range(rank):
+            if axis not in axes:
+                view = edit.call(aten.unsqueeze.default, view, axis)
+    # What indexing yields is a copy, and the caller may write to what it is given.
+    if view is not x or edit.program.output not in node.users:
+        edit.replace(node, view)
+
+
+def _counted(index: object, rank: int) -> tuple[Size, int] | None:
+    """The n and the axis of an index that is 0, 1 … n - 1 along one axis and of size 1 along the others, of `rank` axes."""
+    axis_of = nodes.tensor_type(index).rank - rank if nodes.is_tensor(index) else 0
+    shape = nodes.tensor_type(index).shape if nodes.is_tensor(index) else ()
+    source = index
+    while nodes.is_call(source, aten.unsqueeze.default, aten.reshape.default):
+        source = source.args[0]
+    if not nodes.is_call(source, *_COUNTS) or nodes.tensor_type(source).rank != 1 or not _from_zero(source):
+        return None
+    length = nodes.tensor_type(source).shape[0]
+    wide = [axis for axis, size in enumerate(shape) if size == length and size != 1]
+    ones = [axis for axis, size in enumerate(shape) if size == 1]
+    return (length, wide[0] - axis_of) if len(wide) == 1 and len(ones) == len(shape) - 1 else None
+
+
+def _from_zero(count: fx.Node) -> bool:
+    """True for `arange` that starts with 0 and counts by 1."""
+    first, step = (0, 1) if count.target is aten.arange.default else (count.args[0], 1)
+    if count.target is aten.arange.start_step:
+        step = nodes.argument(count, "step")
+    return (first, step) == (0, 1) and not nodes.tensor_type(count).dtype.is_floating_point
+
+
+def _drop_true(edit: Editor, node: fx.Node) -> None:
+    """a & true as a, spread to the size of both."""
+    left, right = node.args
+    if not all(nodes.is_tensor(item) and nodes.tensor_type(item).dtype == torch.bool for item in (left, right)):
+        return
+    kept, other = (right, left) if _always_true(left) else (left, right)
+    if not _always_true(other) or edit.program.output in node.users:
+        return
+    view: fx.Node = kept  # pyright: ignore[reportAssignmentType]
+    if not fake.same_type(edit.program.fake_mode, nodes.node_type(node), nodes.node_type(view)):
+        with edit.before(node):
+            view = edit.call(aten.expand.default, view, _sizes(edit, view, other))  # pyright: ignore[reportArgumentType]
+    edit.replace(node, view)
+
+
+def _sizes(edit: Editor, kept: fx.Node, other: fx.Node) -> list[fx.Node | int]:
+    """The sizes both broadcast to, for `expand` of `kept`: -1 where it has that size."""
+    rank = max(nodes.tensor_type(item).rank for item in (kept, other))
+    sizes: list[fx.Node | int] = []
+    for dim in range(-rank, 0):
+        own, wanted = (found.shape[dim] if found.rank >= -dim else 1 for found in map(nodes.tensor_type, (kept, other)))
+        sizes.append(edit.size(other, dim) if own == 1 and wanted != 1 else -1 if nodes.tensor_type(kept).rank >= -dim else 1)
+    return sizes
+
+
+def _always_true(item: object) -> bool:
+    """True for a condition that holds everywhere, whatever the inputs."""
+    while nodes.is_call(item, *_VIEWS):
+        item = item.args[0]
+    if nodes.is_call(item, *_BOTH):
+        return all(map(_always_true, item.args))
+    if nodes.is_call(item, *_ONES):
+        return True
+    if nodes.is_call(item, *_FILLED):
+        return nodes.argument(item, "fill_value") in (True, 1)
+    if not nodes.is_call(item, aten.ge.Scalar):
+        return False
+    count, least = item.args
+    while nodes.is_call(count, *_VIEWS):
+        count = count.args[0]
+    return nodes.is_call(count, *_COUNTS) and _from_zero(count) and isinstance(least, (int, float)) and least <= 0

@@ -1,0 +1,92 @@
+"""Tests of simplify-masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import lissom
+from lissom.passes.canonical.simplify_masks import SimplifyMasks
+from tests.models import normal, tiny_bert
+from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
+
+Function = Callable[..., torch.Tensor]
+
+PASSES = "remove-no-ops,simplify-masks"
+
+
+def indexed(x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """A mask as functions of positions make it: the caller's at each row and key, where the query's position counts."""
+    rows, length = seen.shape
+    batch, queries, keys = torch.arange(rows), torch.arange(length), torch.arange(length)
+    kept = seen[batch[:, None, None, None], keys[None, None, None, :]]
+    mask = queries.new_ones((), dtype=torch.bool) & (queries[None, None, :, None] >= 0) & kept
+    return x.masked_fill(~mask, 0.0)
+
+
+def scaled(mask: Function) -> Function:
+    """x [2, 1, 5, 5] times a mask made of `seen` [2, 5], whatever its shape."""
+    return lambda x, seen: x.sum() * mask(seen, torch.arange(2), torch.arange(5))
+
+
+INDEXED: dict[str, Function] = {
+    "a mask of positions": indexed,
+    "all of a matrix": scaled(lambda seen, rows, columns: seen[rows[:, None], columns]),
+    "sizes of one between": scaled(lambda seen, rows, columns: seen[rows[:, None, None], columns[None, None]]),
+}
+OTHERS: dict[str, Function] = {
+    "a shifted index": scaled(lambda seen, rows, columns: seen[rows[:, None], (columns + 1) % 5]),
+    "a part": scaled(lambda seen, rows, _: seen[rows[:, None], torch.arange(3)]),
+    "one row": scaled(lambda seen, _, columns: seen[torch.arange(1)[:, None], columns]),
+    "turned": scaled(lambda seen, rows, columns: seen[rows[None, :], columns[:, None]]),
+    "every other": scaled(lambda seen, rows, _: seen[rows[:, None], torch.arange(0, 5, 2)]),
+    "a diagonal": scaled(lambda seen, rows, _: seen[rows, rows]),
+    "one dimension": scaled(lambda seen, rows, _: seen[rows]),
+    "a condition that does not hold": scaled(lambda seen, _, columns: (columns >= 1) & seen),
+}
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return normal(2, 1, 5, 5), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_indexing_by_every_position_is_a_view(name: str) -> None:
+    module = Calls(INDEXED[name])
+    program, _ = rewrite(PASSES, module, *inputs(), dynamic=False)
+    assert calls(program, aten.index.Tensor, aten.arange.default, aten.__and__.Tensor, aten.ge.Scalar) == 0
+    assert torch.equal(program(*inputs()), module(*inputs()))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_leaves_other_indexing_and_conditions_alone(name: str) -> None:
+    _, history = rewrite(PASSES, Calls(OTHERS[name]), *inputs(), dynamic=False)
+    assert history.steps[-1].rewritten == 0
+
+
+def test_what_the_caller_is_given_stays_a_copy() -> None:
+    module = Calls(lambda x: x[torch.arange(2)[:, None], torch.arange(5)])
+    program, _ = rewrite(SimplifyMasks(), module, normal(2, 5), dynamic=False)
+    x = normal(2, 5)
+    found = program(x)
+    assert isinstance(found, torch.Tensor)
+    found.zero_()
+    assert torch.equal(x, normal(2, 5))
+
+
+def test_rewrites() -> None:
+    _, history = rewrite(PASSES, Calls(indexed), *inputs())
+    check_golden("simplify_masks", history.diff(1, 2))
+
+
+@every_backend
+def test_a_bert_reads_its_mask_as_it_is(backend: str) -> None:
+    case = tiny_bert()
+    compiled = lissom.compile(case.model, case.inputs, backend=backend)
+    step = next(item for item in compiled.report.history.steps if item.spelling == "simplify-masks")
+    assert step.rewritten >= 2
+    assert (
+        calls(lissom.optimize(case.model, case.inputs).program, aten.index.Tensor, aten.ge.Scalar, aten.new_ones.default) == 0
+    )
