@@ -1,0 +1,352 @@
+"""Gemma 3 270M reading a prompt and going on: Lissom, PyTorch, torchao, ONNX Runtime and llama.cpp, tokens a second.
+
+    python benchmarks/decoder.py --update
+    python benchmarks/decoder.py --engines eager-bf16 lissom-bf16
+
+A prompt of 128 tokens of glosses, then 64 tokens chosen greedily, one sequence, each engine in a process of its own. The
+weights reach all of them as the model's file has them, mixed of four to eight bits; llama.cpp reads the file itself. Perplexity
+is of `--tokens` tokens of other glosses, fed to the very engine one at a time behind a prompt. The share of the bandwidth is of
+the bytes of weights a token reads, against what the machine's memory gives to as many threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from quality import conditions, windows
+from readme import put_table
+
+from lissom.frontends.huggingface import Checkpoint, find_directory, load
+from lissom.inspect.machine import measure_machine
+
+PROMPT, ANSWER, LENGTH = 128, 64, 1024
+"""Tokens of the prompt, of the answer, and what a cache holds."""
+ROUNDS = 5
+CALIBRATION = 8192
+"""Tokens that GPTQ sees here. quantization.py has what more of them bring; speed is the same."""
+
+
+class Engine(Protocol):
+    """A decoder with a cache. bytes_read: of weights, for a token."""
+
+    bytes_read: int
+
+    def reset(self) -> None:
+        """Forget everything read."""
+        ...
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        """The logits behind the last of these tokens, [vocabulary]; ids: [1, tokens]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one engine does.
+
+    prefill, decode: tokens a second, median over rounds, with the quarters below and above. peak: bytes of the process.
+    perplexity: None where an engine does not give its logits. bytes_read: of weights, for a token. tokens: what it said.
+    """
+
+    prefill: tuple[float, float, float]
+    decode: tuple[float, float, float]
+    peak: int
+    perplexity: float | None
+    bytes_read: int
+    tokens: list[int]
+
+
+class Static:
+    """The model of transformers with a `StaticCache`, its forward given."""
+
+    def __init__(self, checkpoint: Checkpoint, forward: Callable[..., object] | None = None) -> None:
+        from transformers import StaticCache
+
+        self.model = checkpoint.model
+        self.forward = self.model if forward is None else forward
+        self.cache = StaticCache(self.model.config, max_cache_len=LENGTH)
+        self.bytes_read = weight_bytes(self.model)
+        self.read(torch.tensor([[2]]))
+        self.reset()
+
+    def reset(self) -> None:
+        self.cache.reset()
+        self.start = 0
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        start, self.start = getattr(self, "start", 0), getattr(self, "start", 0) + ids.shape[1]
+        positions = torch.arange(start, self.start)[None]
+        found = self.forward(
+            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        return found.logits[0, -1]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """The bytes a token reads: all weights, tied ones once; of an embedding that is no output head, nothing."""
+    return sum(item.numel() * item.element_size() for item in model.parameters())
+
+
+def in_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
+    """The model's weights rounded, in place."""
+    checkpoint.model.to(torch.bfloat16)
+    return checkpoint
+
+
+def eager(checkpoint: Checkpoint) -> Engine:
+    """PyTorch as it is."""
+    return Static(in_bfloat16(checkpoint))
+
+
+def torch_compile(checkpoint: Checkpoint) -> Engine:
+    """TorchInductor on the model's forward, which recompiles when the number of tokens changes first."""
+    in_bfloat16(checkpoint)
+    return Static(checkpoint, torch.compile(checkpoint.model))
+
+
+def torchao(bits: int, checkpoint: Checkpoint) -> Engine:
+    """Weights in 8 or 4 bits under `torch.compile`, the output head too, as torchao's advice for CPUs has it."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+
+    model = in_bfloat16(checkpoint).model
+    # The head is the embedding's matrix, which stays as it is; torchao rounds linear layers.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # pyright: ignore
+    linears = [item for item in model.modules() if isinstance(item, torch.nn.Linear)]
+    elements = sum(item.weight.numel() for item in linears)
+    if bits == 8:
+        quantize_(model, Int8WeightOnlyConfig())
+    else:
+        quantize_(model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"))
+    engine = Static(checkpoint, torch.compile(model))
+    scales = sum(item.weight.shape[0] for item in linears) if bits == 8 else elements // 32 * 2
+    engine.bytes_read = elements * bits // 8 + 2 * scales
+    return engine
+
+
+class Genai:
+    """ONNX Runtime's own generator, onnxruntime-genai, on what its model builder makes."""
+
+    def __init__(self, precision: str, checkpoint: Checkpoint) -> None:
+        import onnxruntime_genai as genai
+        from onnxruntime_genai.models.builder import create_model
+
+        source = tempfile.mkdtemp()
+        checkpoint.model.to(torch.float32).save_pretrained(source)
+        assert checkpoint.tokenizer is not None
+        checkpoint.tokenizer.save_pretrained(source)
+        folder = tempfile.mkdtemp()
+        create_model("", source, folder, precision, "cpu", tempfile.mkdtemp())
+        self.bytes_read = sum(path.stat().st_size for path in Path(folder).glob("*.onnx*"))
+        self.genai, self.model = genai, genai.Model(folder)
+        self.reset()
+
+    def reset(self) -> None:
+        options = self.genai.GeneratorParams(self.model)
+        options.set_search_options(max_length=LENGTH, do_sample=False)
+        self.generator = self.genai.Generator(self.model, options)
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        self.generator.append_tokens(ids.numpy())
+        return torch.from_numpy(self.generator.get_logits().copy()).flatten()
+
+
+class Lissom:
+    """`lissom.compile_generation`."""
+
+    def __init__(self, passes: str, backend: str, checkpoint: Checkpoint) -> None:
+        import lissom
+
+        data = [ids.reshape(1, -1) for ids in windows(checkpoint, "calibration", CALIBRATION)] if "gptq" in passes else ()
+        self.decoder = lissom.compile_generation(
+            checkpoint.model, max_length=LENGTH, passes=passes, backend=backend, data=data, only_if_faster=False
+        )
+        self.bytes_read = self.decoder.program.parameter_bytes - sum(
+            self.decoder.program.weight(name).nbytes for name in self.decoder.program.state
+        )
+
+    def reset(self) -> None:
+        self.decoder.reset()
+
+    def read(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.decoder.step(ids)[0]
+
+
+def lissom_engine(passes: str, backend: str = "eager") -> Callable[[Checkpoint], Engine]:
+    """A pipeline on a backend."""
+    return lambda checkpoint: Lissom(passes, backend, checkpoint)
+
+
+TABLES = 'quantize{scheme=int8-weight,granularity=group,group=32,embeddings=true,only="*embed_tokens,*lm_head"}'
+MIXED = f"{TABLES},quantize{{scheme=int4-weight,symmetric=false}},gptq{{tables=false}}"
+INT4 = "quantize{scheme=int4-weight,symmetric=false,embeddings=true},gptq"
+ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
+    "eager-bf16": ("PyTorch eager bf16, static cache", eager),
+    "torch-compile-bf16": ("torch.compile bf16, static cache", torch_compile),
+    "torchao-int8": ("torchao int8 weights + torch.compile", lambda item: torchao(8, item)),
+    "torchao-int4": ("torchao int4 weights + torch.compile", lambda item: torchao(4, item)),
+    "onnxruntime-fp32": ("ONNX Runtime (genai) fp32", lambda item: Genai("fp32", item)),
+    "onnxruntime-int4": ("ONNX Runtime (genai) int4", lambda item: Genai("int4", item)),
+    "lissom-fp32": ("Lissom fp32", lissom_engine("exact")),
+    "lissom-bf16": ("Lissom bf16", lissom_engine("cast{dtype=bf16}")),
+    "lissom-int8-int4": ("Lissom int8 table and head, int4 layers", lissom_engine(MIXED)),
+    "lissom-int4": ("Lissom int4", lissom_engine(INT4)),
+    "lissom-onnxruntime": ("Lissom fp32 on ONNX Runtime", lissom_engine("exact", "onnxruntime")),
+    "lissom-onnxruntime-int8-int4": ("Lissom int8 and int4 on ONNX Runtime", lissom_engine(MIXED, "onnxruntime")),
+}
+LLAMA = "llama-cpp"
+TITLES = {name: title for name, (title, _) in ENGINES.items()} | {LLAMA: "llama.cpp, the file itself"}
+
+
+def texts(checkpoint: Checkpoint, tokens: int) -> torch.Tensor:
+    """The prompt and what follows it, [1, PROMPT + tokens]."""
+    found = torch.cat([item.flatten() for item in windows(checkpoint, "evaluation", max(PROMPT + tokens, 1024))])
+    return found[None, : PROMPT + tokens]
+
+
+def measure(name: str, threads: int, ids: torch.Tensor) -> Result:
+    """One engine; this process does nothing else."""
+    torch.set_num_threads(threads)
+    if name == LLAMA:
+        return measure_llama(threads, ids[0, :PROMPT].tolist())
+    checkpoint, tokens = load("gemma3-270m"), ids.shape[1] - PROMPT
+    prompt = ids[:, :PROMPT]
+    with torch.inference_mode():
+        engine = ENGINES[name][1](checkpoint)
+        answer(engine, prompt)  # compiles and warms
+        found = [answer(engine, prompt) for _ in range(ROUNDS)]
+        loss = perplexity(engine, ids) if tokens else None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Result(
+        quartiles([PROMPT / item[0] for item in found]),
+        quartiles([ANSWER / item[1] for item in found]),
+        peak,
+        loss,
+        engine.bytes_read,
+        found[-1][2],
+    )
+
+
+def answer(engine: Engine, prompt: torch.Tensor) -> tuple[float, float, list[int]]:
+    """Seconds for the prompt, for the answer, and the answer's tokens."""
+    engine.reset()
+    started = time.perf_counter()
+    token = int(engine.read(prompt).argmax())
+    read = time.perf_counter()
+    tokens = []
+    for _ in range(ANSWER):
+        tokens.append(token)
+        token = int(engine.read(torch.tensor([[token]])).argmax())
+    return read - started, time.perf_counter() - read, tokens
+
+
+def perplexity(engine: Engine, ids: torch.Tensor) -> float:
+    """Of the tokens behind the prompt, fed one at a time."""
+    engine.reset()
+    logits, losses = engine.read(ids[:, :PROMPT]), []
+    for index in range(PROMPT, ids.shape[1]):
+        losses.append(float(torch.nn.functional.cross_entropy(logits.float(), ids[0, index])))
+        if index + 1 < ids.shape[1]:
+            logits = engine.read(ids[:, index : index + 1])
+    return math.exp(statistics.fmean(losses))
+
+
+def measure_llama(threads: int, prompt: list[int]) -> Result:
+    """llama.cpp through xllamacpp: its own timings of the prompt and of each token."""
+    import xllamacpp
+
+    file = next(Path(find_directory("gemma3-270m")).glob("*.gguf"))
+    options = xllamacpp.CommonParams()
+    options.model.path = str(file)
+    options.n_ctx, options.n_parallel, options.warmup, options.cache_prompt = LENGTH, 1, True, False
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(options)
+    request = {"prompt": prompt, "n_predict": ANSWER, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    answers = [server.handle_completions({**request, "return_tokens": True}) for _ in range(ROUNDS + 1)][1:]
+    timings = [item["timings"] for item in answers]
+    return Result(
+        quartiles([item["prompt_per_second"] for item in timings]),
+        quartiles([item["predicted_per_second"] for item in timings]),
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        None,
+        file.stat().st_size,
+        answers[-1].get("tokens", []),
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and the quarters below and above."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return middle, low, high
+
+
+def measure_apart(name: str, threads: int, ids: torch.Tensor) -> Result | str:
+    """The same in a process of its own, which is given the tokens; the last line of its error when it fails."""
+    command = [sys.executable, __file__, "--one", name, "--threads", str(threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    ran = subprocess.run(command, input=json.dumps(ids.tolist()), capture_output=True, text=True, check=False, env=environment)
+    if ran.returncode:
+        return (ran.stderr.strip().splitlines() or ["no message"])[-1]
+    return Result(**json.loads(ran.stdout.splitlines()[-1]))
+
+
+def row(name: str, found: Result | str, bandwidth: float) -> str:
+    """A line of the table. bandwidth: bytes a second."""
+    if isinstance(found, str):
+        return f"| {TITLES[name]} | failed: {found.replace('|', '/')[:160]} | | | | | |"
+    speed = "{:.0f} ({:.0f} to {:.0f})".format
+    loss = "" if found.perplexity is None else f"{found.perplexity:.2f}"
+    share = found.bytes_read * found.decode[0] / bandwidth
+    return (
+        f"| {TITLES[name]} | {speed(*found.prefill)} | {'{:.1f} ({:.1f} to {:.1f})'.format(*found.decode)} | "
+        f"{found.bytes_read / 1e6:.0f} | {share:.0%} | {found.peak / 1e6:.0f} | {loss} |"
+    )
+
+
+def table(engines: Sequence[str], threads: int, tokens: int) -> str:
+    """The results as Markdown, and where they were measured."""
+    torch.set_num_threads(threads)
+    bandwidth = 1e9 * measure_machine(0.3).cpu.memory_gb_per_second.median
+    heads = "engine | prompt, tokens/s | decode, tokens/s | MB a token reads | of the bandwidth | peak MB | perplexity"
+    lines = [f"| {heads} |", "|---|---:|---:|---:|---:|---:|---:|"]
+    ids = texts(load("gemma3-270m"), tokens)
+    for name in engines:
+        lines.append(row(name, measure_apart(name, threads, ids), bandwidth))
+        print(lines[-1], file=sys.stderr)
+    notes = f"Medians of {ROUNDS} rounds (middle half). Memory reads {bandwidth / 1e9:.1f} GB/s. {conditions()}"
+    return "\n".join([*lines, "", notes, ""])
+
+
+def main() -> None:
+    """Measure the engines asked for, and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--engines", nargs="+", choices=[*ENGINES, LLAMA], default=[*ENGINES, LLAMA])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=int, default=512, help="of which the perplexity is taken; 0 for none")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(asdict(measure(options.one, options.threads, torch.tensor(json.load(sys.stdin))))))
+        return
+    printed = table(options.engines, options.threads, options.tokens)
+    print(printed)
+    if options.update:
+        put_table("decoder", printed)
+
+
+if __name__ == "__main__":
+    main()
