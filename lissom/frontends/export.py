@@ -42,12 +42,14 @@ class Capture:
     """A captured model.
 
     example: the caller's inputs, flat. notes: which sizes may vary, and what was tried to find out.
+    samples: what passes are checked on; the example and a variant of it where there are none.
     """
 
     program: Program
     example: Sample
     notes: tuple[str, ...]
     seconds: float
+    samples: tuple[Sample, ...] = ()
 
 
 def capture(
