@@ -7,14 +7,14 @@ threads are independent unless the program has state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
 from torch import fx
 
-from lissom.backends.base import Backend, Executable
+from lissom.backends.base import Backend, Executable, with_state
 from lissom.backends.cuda_graphs import with_fast_layout, with_graphs
 from lissom.compiler.execute import last_uses_of
 from lissom.compiler.kinds import Pass
@@ -68,7 +68,8 @@ class Eager(Backend):
 
     def build(self, program: Program, example: Sample) -> Executable:
         program = with_fast_layout(program)
-        source, names = emit(program)
+        state = {name: program.weight(name).detach().clone() for name in program.state}
+        source, names = emit(program, state)
         scope = dict(names)
         exec(compile(source, f"<lissom {program.name}>", "exec"), scope)
         function = cast(Callable[..., Sequence[object]], scope["run"])
@@ -79,7 +80,7 @@ class Eager(Backend):
 
         if program.nodes(*KERNELS) and not load_kernels():
             run = one_call(run)
-        return with_graphs(program, run)
+        return with_state(with_graphs(program, run), state)
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Nothing: the program is all there is."""
@@ -88,8 +89,12 @@ class Eager(Backend):
         return self.build(program, [])
 
 
-def emit(program: Program) -> tuple[str, dict[str, object]]:
-    """The program as the source of a function `run`, and the objects its names stand for."""
+def emit(program: Program, state: Mapping[str, torch.Tensor] | None = None) -> tuple[str, dict[str, object]]:
+    """The program as the source of a function `run`, and the objects its names stand for.
+
+    state: the tensors it keeps its state in, by name; the program's own by default.
+    """
+    kept = state or {}
     names: dict[str, object] = {}
     scope: dict[fx.Node, str] = {}
     frees = last_uses_of(program.graph)
@@ -97,9 +102,9 @@ def emit(program: Program) -> tuple[str, dict[str, object]]:
     parameters: list[str] = []
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            weight = program.weight(str(node.target)).detach()
+            name = str(node.target)
             scope[node] = f"w{len(names)}"
-            names[scope[node]] = weight.clone() if str(node.target) in program.state else weight
+            names[scope[node]] = kept[name] if name in kept else program.weight(name).detach()
             continue
         if node.op == "output":
             lines.append(f"    return {_argument(node.args[0], scope, names)}")

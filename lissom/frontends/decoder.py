@@ -13,17 +13,17 @@ Layers with a sliding window keep all places too: their mask hides what has left
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.export import Dim
 
-from lissom.compiler.errors import CaptureError, InputError, UnsupportedError
-from lissom.compiler.samples import Sample
+from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample, check_samples
 from lissom.frontends.export import Capture, capture
 
 if TYPE_CHECKING:
@@ -65,15 +65,18 @@ def capture_decoder(
     """
     model = _check(model, max_length, batch)
     places = _places(model)
-    example = dict(zip(INPUTS, make_example(model, places, max_length, batch), strict=True))
+    example = _example(model, max_length, batch)
     sequence = Dim("sequence", max=max_length)
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
     stateful = _with_state(model, places, max_length, batch, all_logits)
-    with _without_hooks():
-        return capture(stateful, (), example, dynamic=dynamic, device=device)
+    captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
+    step = _step(captured.example, max_length)
+    checked = (*check_samples(captured.program.signature, captured.example), step)
+    notes = (*captured.notes, _describe(captured.program))
+    return replace(captured, example=step, samples=checked, notes=notes)
 
 
-def make_example(model: PreTrainedModel, places: Sequence[Places], max_length: int, batch: int) -> Sample:
+def _example(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
     """Inputs that a wrong program would show itself on: some places filled, the first of them padding, several new tokens."""
     tokens = max(2, min(8, (max_length - 2) // 3))
     start, padding = 2, 1
@@ -84,6 +87,19 @@ def make_example(model: PreTrainedModel, places: Sequence[Places], max_length: i
     mask[:, :padding] = 0
     positions = (torch.arange(tokens) + start - padding).expand(batch, tokens).contiguous()
     return [tensor.to(device) for tensor in (ids, mask, positions, torch.tensor([start]))]
+
+
+def _step(example: Sample, max_length: int) -> Sample:
+    """One token for a cache that is half full: what generation mostly does, and what programs are timed on."""
+    ids, mask, positions, start = example
+    filled = max_length // 2
+    return [ids[:, :1], mask, torch.full_like(positions[:, :1], filled - 1), torch.full_like(start, filled)]
+
+
+def _describe(program: Program) -> str:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in map(program.weight, program.state))
+    rows, _, length, _ = program.weight(program.state[0]).shape
+    return f"the cache holds {length} tokens of {rows} sequence{'s' if rows > 1 else ''} in {size / 1e6:.3g} MB"
 
 
 def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
@@ -243,12 +259,3 @@ def _layer_class() -> type:
             return self.keys.shape[2]
 
     return StateLayer
-
-
-@contextmanager
-def _without_hooks() -> Generator[None]:
-    """Say in our own words what goes wrong with a cache in a capture."""
-    try:
-        yield
-    except CaptureError as error:
-        raise CaptureError(f"{error}; it was captured with a cache of fixed size, whose tokens come in any number") from error

@@ -96,11 +96,14 @@ PASSES: Mapping[str, type[Pass]] = {
     )
 }
 
+_EXACT = (
+    "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"
+    "raise-rms-norm,raise-softmax,raise-activations,raise-rotary,raise-attention,merge-common-subexpressions"
+)
+
 RECIPES: Mapping[str, str] = {
-    "exact": (
-        "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"
-        "raise-rms-norm,raise-softmax,raise-activations,raise-rotary,raise-attention,merge-common-subexpressions"
-    ),
+    "exact": _EXACT,
+    "generation": f"{_EXACT},eliminate-dead-tokens",
     "mixed-precision": "cast,sink-casts,fold-casts",
 }
 
