@@ -31,6 +31,7 @@ from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
+from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 aten = torch.ops.aten
@@ -58,12 +59,12 @@ class Eager(Backend):
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         if device.type == "cuda":
-            return (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts())
+            return (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts(), WriteStateInPlace())
         if device.type != "cpu":
-            return ()
+            return (WriteStateInPlace(),)
         # Without kernels the passes behind it say why; merged projections would then be read with gaps.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
-        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues())
+        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues(), WriteStateInPlace())
         return (FoldQuantizedWeights(), *merge, FuseRotary(), FuseAttention(), FuseRmsNorm(), *products)
 
     def build(self, program: Program, example: Sample) -> Executable:

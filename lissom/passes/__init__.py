@@ -26,6 +26,7 @@ from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
+from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
 from lissom.passes.precision.cast import Cast
 from lissom.passes.precision.fold_casts import FoldCasts
 from lissom.passes.precision.sink_casts import SinkCasts
@@ -93,6 +94,7 @@ PASSES: Mapping[str, type[Pass]] = {
         PackLinear,
         FuseEpilogues,
         PackSparse,
+        WriteStateInPlace,
     )
 }
 
