@@ -13,7 +13,8 @@ Layers with a sliding window keep all places too: their mask hides what has left
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,10 +22,11 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.compiler.errors import CaptureError, InputError, UnsupportedError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples
-from lissom.frontends.export import Capture, capture
+from lissom.compiler.verify import kept_state, relative_error, tolerance_of
+from lissom.frontends.export import Capture, capture, evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +72,7 @@ def capture_decoder(
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
     stateful = _with_state(model, places, max_length, batch, all_logits)
     captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
+    _confirm(captured.program, model, captured.example)
     step = _step(captured.example, max_length)
     checked = (*check_samples(captured.program.signature, captured.example), step)
     notes = (*captured.notes, _describe(captured.program))
@@ -94,6 +97,30 @@ def _step(example: Sample, max_length: int) -> Sample:
     ids, mask, positions, start = example
     filled = max_length // 2
     return [ids[:, :1], mask, torch.full_like(positions[:, :1], filled - 1), torch.full_like(start, filled)]
+
+
+def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
+    """Check a prompt in two parts, and a token behind it, against the model reading it all at once.
+
+    Raises: CaptureError when they differ: some models count keys from the end of the cache, filled or not.
+    """
+    ids, mask, positions, start = (tensor.cpu() for tensor in example)
+    device, tokens = example[0].device, ids.shape[1]
+    places = torch.arange(mask.shape[1]).expand_as(mask) - int((mask == 0)[0].sum())
+    places = places.clamp_min(0)
+    ends = sorted({1, tokens - 1, tokens})
+    with torch.no_grad(), kept_state(program):
+        for begin, end in zip([0, *ends], ends, strict=False):
+            part = [ids[:, begin:end], mask, places[:, begin:end], torch.full_like(start, begin)]
+            (found,) = program.run([tensor.to(device) for tensor in part])
+        given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": places[:, :tokens]}
+        wanted = _whole(model, {name: tensor.to(_device_of(model)) for name, tensor in given.items()})
+    error = relative_error(wanted[:, -1].to(device), cast(torch.Tensor, found)[:, -1])
+    if error > tolerance_of(program):
+        raise CaptureError(
+            f"{type(model).__name__} with a cache of fixed size differs from {type(model).__name__} without one by {error:.2g} "
+            f"relative, allowed {tolerance_of(program):.2g}; its code does not know caches that are longer than what is in them"
+        )
 
 
 def _describe(program: Program) -> str:
@@ -142,16 +169,11 @@ def _places(model: PreTrainedModel) -> list[Places]:
     from transformers.cache_utils import DynamicLayer
 
     cache = Cache(layer_class_to_replicate=DynamicLayer)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             _call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model)))
     except Exception as error:
         raise _keeps_more(model, error) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     found = [(layer.keys, layer.values) for layer in cast("list[DynamicLayer]", cache.layers)]
     if not found or any(keys is None or values is None or keys.dim() != 4 for keys, values in found):
         raise _keeps_more(model)
@@ -160,6 +182,13 @@ def _places(model: PreTrainedModel) -> list[Places]:
         for keys, values in found
         if keys is not None and values is not None
     ]
+
+
+def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The model's logits without any cache."""
+    parameters = inspect.signature(type(model).forward).parameters
+    with evaluating(model):
+        return model(**{name: tensor for name, tensor in inputs.items() if name in parameters}, use_cache=False).logits
 
 
 def _keeps_more(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
@@ -197,8 +226,6 @@ def _with_state(
 
 def _forward(stateful: PreTrainedModel, holder: nn.Module, all_logits: bool) -> Callable[..., torch.Tensor]:
     """The forward of the module with state."""
-    import inspect
-
     from transformers import Cache
 
     parameters = inspect.signature(type(stateful).forward).parameters
