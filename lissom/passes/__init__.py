@@ -48,6 +48,7 @@ from lissom.passes.quantize.equalize import Equalize
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
+from lissom.passes.quantize.quantize_cache import QuantizeCache
 from lissom.passes.quantize.smooth_quant import SmoothQuant
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -81,6 +82,7 @@ PASSES: Mapping[str, type[Pass]] = {
         Quantize,
         Gptq,
         CorrectBias,
+        QuantizeCache,
         FoldQuantizedWeights,
         Cast,
         FoldCasts,
