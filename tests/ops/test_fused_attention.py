@@ -119,3 +119,20 @@ def test_long_rows_and_many_heads_over_threads():
     q, k, v = (numbers(1, 2, 600, 16, seed=seed) for seed in range(3))
     wanted = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
     assert relative_error(wanted, fused_attention(q, k, v, scale=0.25, causal=True).double()) < ALLOWED[torch.float32]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [1, 3, 9])
+def test_keys_and_values_kept_in_bytes(form, queries):
+    keys, depth = 130, 24
+    q = numbers(2, 4, queries, depth)
+    k, v = (torch.randint(-127, 128, (2, 2, keys, depth), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    scales = [numbers(2, 2, keys, 1, seed=seed).abs() / 100 for seed in (2, 3)]
+    mask = cache_mask("cache", 2, queries, keys)
+    wanted = attention_reference(
+        q.double(), *((item * by.double()).repeat_interleave(2, 1) for item, by in zip((k, v), scales, strict=True)), mask, scale=0.2
+    )
+    wanted = wanted.masked_fill((~mask).all(-1, keepdim=True), 0.0)
+    kept = (item.to(torch.int8) for item in (k, v))
+    found = FORMS[form](q, *kept, mask, scale=0.2, k_scale=scales[0], v_scale=scales[1])
+    assert relative_error(wanted, found.double()) < ALLOWED[torch.float32]

@@ -15,9 +15,11 @@ struct Strides {
   int64_t batch, head, row, column;
 };
 
-template <typename T>
+template <typename T, typename Kept = T>
 struct Attention {
-  const T *q, *k, *v;        // [batch, heads or key heads, tokens, head_dim]; q's columns are adjacent
+  const T* q;                // [batch, heads or key heads, tokens, head_dim]; q's columns are adjacent
+  const Kept *k, *v;
+  const float *k_scale, *v_scale;  // what each key and value is to be multiplied with, [batch, key heads, tokens], or null
   Strides q_strides, k_strides, v_strides;
   const float* bias;         // added to the scores, or null
   const bool* seen;          // which scores count, or null
@@ -66,8 +68,8 @@ inline Vec where(const bool* mask, Vec value, float other) {
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 // Scales, caps, biases and hides a row's scores in place; what is past `visible` is hidden.
-template <typename T>
-inline void finish_scores(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias,
+template <typename Call>
+inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias,
                           const bool* seen) {
   int64_t stride = call.bias_strides.column;
   for (int64_t c = 0; c < padded; c += kLanes) {
@@ -87,8 +89,8 @@ inline void finish_scores(const Attention<T>& call, float* row, int64_t visible,
 }
 
 // Scores to weights that sum to one once divided by what is returned; hidden scores and padding become exactly 0.
-template <typename T>
-inline float soften(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
+template <typename Call>
+inline float soften(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
                     const float* sink) {
   float scale = 1.0f;
   bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen, 0, visible) : *seen);
@@ -116,8 +118,8 @@ inline float soften(const Attention<T>& call, float* row, int64_t visible, int64
 }
 
 // The same for one row of the call, whose scores begin with the key `from`.
-template <typename T>
-inline float soften_row(const Attention<T>& call, int64_t b, int64_t h, int64_t row, int64_t from, float* scores,
+template <typename Call>
+inline float soften_row(const Call& call, int64_t b, int64_t h, int64_t row, int64_t from, float* scores,
                         int64_t visible, int64_t padded) {
   const Strides& strides = call.bias_strides;
   int64_t offset = b * strides.batch + h * strides.head + row * strides.row + from * strides.column;
@@ -228,12 +230,12 @@ inline void fetch(const Attention<T>& call, const Sight& sight, int64_t b, int64
 constexpr int64_t kFewRows = 4;
 
 // Scores of R rows of queries and of keys [begin, end); row r's go to scores + r * width.
-template <int R, typename T>
-inline void score_rows(const T* const (&q)[R], const T* k, int64_t k_stride, int64_t begin, int64_t end, int64_t depth,
+template <int R, typename T, typename Kept>
+inline void score_rows(const T* const (&q)[R], const Kept* k, int64_t k_stride, int64_t begin, int64_t end, int64_t depth,
                        float* scores, int64_t width) {
   constexpr int kKeys = 4;
   for (int64_t key = begin; key < end; key += kKeys) {
-    const T* rows[kKeys];
+    const Kept* rows[kKeys];
     for (int c = 0; c < kKeys; ++c) rows[c] = k + std::min(key + c, end - 1) * k_stride;
     Vec sums[R][kKeys] = {};
     for (int64_t d = 0; d < depth; d += kLanes) {
@@ -253,14 +255,14 @@ inline void score_rows(const T* const (&q)[R], const T* k, int64_t k_stride, int
 }
 
 // y = weights of R rows times the values of keys [begin, end), over what each row's weights sum to.
-template <int R, typename T>
-inline void weigh_rows(const float* weights, int64_t width, const float* inverse, const T* v, int64_t v_stride, int64_t begin,
+template <int R, typename T, typename Kept>
+inline void weigh_rows(const float* weights, int64_t width, const float* inverse, const Kept* v, int64_t v_stride, int64_t begin,
                        int64_t end, int64_t value_dim, T* const (&y)[R]) {
   for (int64_t d = 0; d < value_dim; d += 2 * kLanes) {
     int64_t left = value_dim - d;
     Vec sums[R][2] = {};
     for (int64_t key = begin; key < end; ++key) {
-      const T* row = v + key * v_stride + d;
+      const Kept* row = v + key * v_stride + d;
       Vec low = load_some(row, left), high = left > kLanes ? load_some(row + kLanes, left - kLanes) : splat(0.0f);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
@@ -276,8 +278,8 @@ inline void weigh_rows(const float* weights, int64_t width, const float* inverse
 }
 
 // Rows [first, first + R) of a group: all queries of its first head, then of the next.
-template <int R, typename T>
-inline void some_rows(const Attention<T>& call, const Sight& sight, int64_t b, int64_t group, int64_t first,
+template <int R, typename T, typename Kept>
+inline void some_rows(const Attention<T, Kept>& call, const Sight& sight, int64_t b, int64_t group, int64_t first,
                       std::vector<float>& scratch) {
   int64_t shared = call.heads / call.key_heads;
   const T* q[R];
@@ -293,20 +295,28 @@ inline void some_rows(const Attention<T>& call, const Sight& sight, int64_t b, i
   int64_t padded = ceil_div(seen.end - seen.begin, kLanes) * kLanes;
   scratch.resize(R * padded);
   float* scores = scratch.data();
-  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
-  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  const Kept* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
+  const Kept* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  auto scale_by = [&](const float* scale) {
+    if (!scale) return;
+    scale += (b * call.key_heads + group) * call.keys + seen.begin;
+    for (int r = 0; r < R; ++r)
+      for (int64_t key = 0; key < seen.end - seen.begin; ++key) scores[r * padded + key] *= scale[key];
+  };
   score_rows<R>(q, k, call.k_strides.row, seen.begin, seen.end, call.head_dim, scores, padded);
+  scale_by(call.k_scale);
   float inverse[R];
   for (int r = 0; r < R; ++r) {
     auto [h, row] = place(r);
     int64_t visible = std::max<int64_t>(sight.of(b, h, row).end - seen.begin, 0);
     inverse[r] = 1.0f / soften_row(call, b, h, row, seen.begin, scores + r * padded, visible, padded);
   }
+  scale_by(call.v_scale);
   weigh_rows<R>(scores, padded, inverse, v, call.v_strides.row, seen.begin, seen.end, call.value_dim, y);
 }
 
-template <typename T>
-void few_rows(const Attention<T>& call, const Sight& sight) {
+template <typename T, typename Kept>
+void few_rows(const Attention<T, Kept>& call, const Sight& sight) {
   constexpr int64_t kMost = 4;
   int64_t groups = call.batch * call.key_heads, rows = call.heads / call.key_heads * call.queries;
   // Rows of one group go to several threads only where there are fewer groups than threads.
