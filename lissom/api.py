@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.spelling import format_pipeline, parse_pipeline
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import Dynamic
-from lissom.frontends.export import capture
+from lissom.frontends.export import Capture, capture
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
@@ -150,18 +151,48 @@ def compile(
     >>> fast(torch.randn(3, 7, 32)).shape
     torch.Size([3, 7, 32])
     """
+    inputs = split_inputs(example_inputs)
+    place = check_device(device)
+    return compile_captured(
+        partial(capture, model, *inputs, dynamic=dynamic, device=place),
+        place or device_of(model, inputs),
+        passes=passes,
+        backend=backend,
+        checks=checks,
+        data=data,
+        metric=metric,
+        max_drop=max_drop,
+        only_if_faster=only_if_faster,
+        simulate=simulate,
+        progress=progress,
+    )
+
+
+def compile_captured(
+    take: Callable[[], Capture],
+    target: torch.device,
+    *,
+    passes: str | Sequence[Pass],
+    backend: str | Backend,
+    checks: Checks,
+    data: Iterable[Inputs],
+    metric: Metric | None,
+    max_drop: float | None,
+    only_if_faster: bool,
+    simulate: bool,
+    progress: Progress | None,
+) -> CompiledModel:
+    """What `compile` does with the model `take` captures for the device `target`, once the options are found good."""
     check_options(checks, metric, max_drop)
     shared = resolve_passes(passes)
     backends = find_backends(backend)
-    place = check_device(device)
-    target = place or device_of(model, split_inputs(example_inputs))
     missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
     lowerings = {item.name: item.lowering(target) for item in backends if item.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(shared) + sum(len(lowering) + 1 for lowering in lowerings.values())
     with progress_bar("compile") as bar:
         show = progress or bar
-        job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, count)
+        job = _capture(take, shared, checks, data, metric, max_drop, show, count)
         # What is simulated is slower by nature, and wanted all the same.
         rivals = [item for item in backends if item.name in lowerings and only_if_faster and not simulate]
         judge = Payoff(rivals, lowerings, job.example) if rivals else None
@@ -210,9 +241,11 @@ def optimize(
     check_options(checks, metric, max_drop)
     shared = resolve_passes(passes)
     place = check_device(device)
+    inputs = split_inputs(example_inputs)
     with progress_bar("optimize") as bar:
         show = progress or bar
-        job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, 1 + len(shared))
+        take = partial(capture, model, *inputs, dynamic=dynamic, device=place)
+        job = _capture(take, shared, checks, data, metric, max_drop, show, 1 + len(shared))
         program, history = job.pipeline.run(job.program, job.history)
     return Optimized(program, Report(program.name, history))
 
@@ -228,11 +261,8 @@ class _Job:
 
 
 def _capture(
-    model: nn.Module,
-    example_inputs: Inputs,
+    take: Callable[[], Capture],
     passes: Sequence[Pass],
-    dynamic: Dynamic | bool,
-    device: torch.device | None,
     checks: Checks,
     data: Iterable[Inputs],
     metric: Metric | None,
@@ -242,14 +272,13 @@ def _capture(
 ) -> _Job:
     """Capture the model; count: the steps of the whole work, for the progress shown."""
     show("capture", 0, count)
-    args, kwargs = split_inputs(example_inputs)
-    captured = capture(model, args, kwargs, dynamic=dynamic, device=device)
+    captured = take()
     program = captured.program
     history = History(format_pipeline(passes), checks)
     history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
     pipeline = Pipeline(
         passes,
-        samples=check_samples(program.signature, captured.example),
+        samples=captured.samples or check_samples(program.signature, captured.example),
         checks=checks,
         data=[program.signature.flatten(*split_inputs(batch)) for batch in data],
         metric=metric,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,18 @@ from lissom.compiler.verify import compare, run_original, tolerance_of
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 """Flat inputs in the order of the program's placeholders; flat outputs."""
+_STATE = "state"
+
+
+def with_state(executable: Executable, state: Mapping[str, torch.Tensor]) -> Executable:
+    """The executable, which says as its `state` in which tensors it keeps the program's state; what is written there, it reads."""
+    setattr(executable, _STATE, dict(state))
+    return executable
+
+
+def state_of(executable: Executable) -> dict[str, torch.Tensor] | None:
+    """The tensors an executable keeps its program's state in, by name; None where they are out of reach."""
+    return getattr(executable, _STATE, None)
 
 
 @dataclass(frozen=True)

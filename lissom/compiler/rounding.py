@@ -46,7 +46,7 @@ _ROUNDING = {
 
 def rounds_values(program: Program) -> bool:
     """True when values are rounded while the program runs, not its weights alone."""
-    return any(_rounds(node, _ROUNDING) for node in program.nodes())
+    return any(_rounds(node, _ROUNDING) or _stores_whole(node) for node in program.nodes())
 
 
 def local_tolerance(program: Program) -> float:
@@ -106,6 +106,14 @@ def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
             found = graph.call_function(aten.to.dtype, (found, scales[4]))
     product.replace_all_uses_with(found)
     graph.erase_node(product)
+
+
+def _stores_whole(node: fx.Node) -> bool:
+    """True for a cast of values to bytes, in which a cache may be kept."""
+    if not nodes.is_call(node, aten.to.dtype) or not nodes.is_tensor(node.args[0]):
+        return False
+    floating = nodes.tensor_type(node.args[0]).dtype.is_floating_point
+    return floating and nodes.tensor_type(node).dtype in (torch.int8, torch.uint8)
 
 
 def _rounds(node: fx.Node, operators: set[str]) -> bool:

@@ -42,12 +42,14 @@ class Capture:
     """A captured model.
 
     example: the caller's inputs, flat. notes: which sizes may vary, and what was tried to find out.
+    samples: what passes are checked on; the example and a variant of it where there are none.
     """
 
     program: Program
     example: Sample
     notes: tuple[str, ...]
     seconds: float
+    samples: tuple[Sample, ...] = ()
 
 
 def capture(
@@ -72,7 +74,7 @@ def capture(
     _check_leaves((args, kwargs))
     if isinstance(model, fx.GraphModule):
         kwargs = _in_order(model, args, kwargs)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         if isinstance(dynamic, Mapping):
             program, notes = _capture_named(model, args, kwargs, dynamic)
         else:
@@ -271,7 +273,7 @@ def _check_leaves(inputs: object) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Hold every submodule in evaluation mode, and put each back in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
