@@ -64,6 +64,6 @@ torch.library.register_fake("lissom::fused_attention", _shape_of, lib=_LIBRARY)
 
 fused_attention = torch.ops.lissom.fused_attention.default
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
-value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i; k_scale,
-v_scale: [batch, key_heads, keys, 1] where k and v are int8.
+value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i;
+k_scale, v_scale: [batch, key_heads, keys, 1] where k and v are int8.
 Returns [batch, heads, queries, value_dim], laid out in memory as [batch, queries, heads, value_dim]."""
