@@ -25,7 +25,7 @@ _STATE = "state"
 
 
 def with_state(executable: Executable, state: Mapping[str, torch.Tensor]) -> Executable:
-    """The executable, which says as its `state` in which tensors it keeps the program's state; what is written there, it reads."""
+    """The executable, which says as its `state` in which tensors it keeps the program's; what is written there, it reads."""
     setattr(executable, _STATE, dict(state))
     return executable
 

@@ -33,6 +33,7 @@ from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import format_pass, format_pipeline
 from lissom.compiler.verify import (
     Divergence,
+    answers,
     compare,
     first_difference,
     run_original,
@@ -214,8 +215,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         samples = self.pipeline.samples if self.pipeline.checks == "numeric" else ()
-        self.samples, self.original = run_original(self.program, samples)
-        self.outputs = self.original
+        self.samples, self.outputs = run_original(self.program, samples)
+        self.original = answers(self.program, self.outputs)
         self.score = self._measure(self.program)
         start = self.history.steps[0] if self.history.steps else Step(0, "capture", "capture", 0.0, 0.0, Size.of(self.program))
         self.history.steps[:1] = [replace(start, metric=self.score)]
@@ -291,11 +292,9 @@ class _Run:
         )
         if self.reference is None and isinstance(item, (Approximation, Training)):
             self.reference = self.program
-        if after.state != self.program.state:
-            self.original = _without_state(self.original, after)
         self.program, self.outputs = after, outputs
         if item.redefines:
-            self.original = outputs
+            self.original = answers(after, outputs)
         self.history.record(step, after.text())
 
     def _check_requirements(self, item: Pass) -> None:
@@ -342,17 +341,9 @@ class _Run:
             allowed = 0.0 if isinstance(item, Annotation) else tolerance_of(self.program)
             if divergence.relative_error > allowed and not self._rounds_alike(item, after):
                 self._refuse(after, divergence, allowed)
-            return divergence.relative_error, self._from_original(outputs, after).cosine, outputs
-        divergence = self._from_original(outputs, after)
+            return divergence.relative_error, compare(self.original, answers(after, outputs)).cosine, outputs
+        divergence = compare(self.original, answers(after, outputs))
         return divergence.relative_error, divergence.cosine, outputs
-
-    def _from_original(self, outputs: list[list[object]], after: Program) -> Divergence:
-        """How far outputs are from the original's; the state counts as long as it is kept in the form it was."""
-        if all(len(wanted) == len(found) for wanted, found in zip(self.original, outputs, strict=True)) and (
-            after.state == self.program.state
-        ):
-            return compare(self.original, outputs)
-        return compare(_without_state(self.original, after), _without_state(outputs, after))
 
     def _rounds_alike(self, item: Pass, after: Program) -> bool:
         """True when no node differs by more than its own rounding, given the same values: what is behind it made more of it."""
@@ -394,12 +385,6 @@ class _Run:
             return None
         with torch.no_grad():
             return float(self.pipeline.metric(program))
-
-
-def _without_state(outputs: list[list[object]], program: Program) -> list[list[object]]:
-    """What a call returns, without the state it leaves behind that."""
-    count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
-    return [found[:count] for found in outputs]
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -6,7 +6,7 @@ input_ids: [batch, tokens], which go to the places start, start + 1, … of the 
 places of the cache that hold padding; places that are not filled yet are hidden by causality alone. position_ids:
 [batch, tokens]. start: [1], how many places are filled. logits: [batch, 1, vocabulary], those behind the last token, or of all.
 
-Each layer keeps keys and values, [batch, key_heads, max_length, head_dim], and a call writes `index_copy(state, 2, places, new)`.
+Each layer keeps keys and values, [batch, key_heads, max_length, head_dim]; a call writes `index_copy(state, 2, places, new)`.
 Layers with a sliding window keep all places too: their mask hides what has left the window.
 """
 
@@ -83,7 +83,7 @@ def _example(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
     """Inputs that a wrong program would show itself on: some places filled, the first of them padding, several new tokens."""
     tokens = max(2, min(8, (max_length - 2) // 3))
     start, padding = 2, 1
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+    vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     device = _device_of(model)
     ids = torch.randint(0, int(vocabulary), (batch, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(batch, max_length, dtype=torch.int64)
@@ -104,18 +104,19 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
 
     Raises: CaptureError when they differ: some models count keys from the end of the cache, filled or not.
     """
-    ids, mask, positions, start = (tensor.cpu() for tensor in example)
+    ids, mask, _, start = (tensor.cpu() for tensor in example)
     device, tokens = example[0].device, ids.shape[1]
     places = torch.arange(mask.shape[1]).expand_as(mask) - int((mask == 0)[0].sum())
     places = places.clamp_min(0)
     ends = sorted({1, tokens - 1, tokens})
+    found: list[object] = []
     with torch.no_grad(), kept_state(program):
         for begin, end in zip([0, *ends], ends, strict=False):
             part = [ids[:, begin:end], mask, places[:, begin:end], torch.full_like(start, begin)]
-            (found,) = program.run([tensor.to(device) for tensor in part])
+            found = program.run([tensor.to(device) for tensor in part])
         given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": places[:, :tokens]}
         wanted = _whole(model, {name: tensor.to(_device_of(model)) for name, tensor in given.items()})
-    error = relative_error(wanted[:, -1].to(device), cast(torch.Tensor, found)[:, -1])
+    error = relative_error(wanted[:, -1].to(device), cast(torch.Tensor, found[0])[:, -1])
     if error > tolerance_of(program):
         raise CaptureError(
             f"{type(model).__name__} with a cache of fixed size differs from {type(model).__name__} without one by {error:.2g} "
@@ -139,7 +140,9 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
     except ImportError as error:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
     if not hasattr(Cache, "get_query_offset"):
-        raise UnsupportedError("generation needs a transformers whose caches tell the place of a query: pip install -U transformers")
+        raise UnsupportedError(
+            "generation needs a transformers that has Cache.get_query_offset: pip install -U transformers"
+        )
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"{name} is no model of transformers; generation takes one, such as LlamaForCausalLM")
@@ -204,9 +207,7 @@ def _call(model: nn.Module, cache: object, **inputs: object) -> Any:
     return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
 
 
-def _with_state(
-    model: PreTrainedModel, places: Sequence[Places], max_length: int, batch: int, all_logits: bool
-) -> nn.Module:
+def _with_state(model: PreTrainedModel, places: Sequence[Places], max_length: int, batch: int, all_logits: bool) -> nn.Module:
     """A module that has the model's submodules and weights under their own names, and beside them the cache as buffers."""
     stateful = copy.copy(model)
     stateful._modules, stateful._buffers = dict(model._modules), dict(model._buffers)

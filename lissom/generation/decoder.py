@@ -112,8 +112,7 @@ class Decoder:
         if shape[1] < 1 or self.length + shape[1] > self.max_length:
             what = f"{self.length} are read and {shape[1]} more were given" if shape[1] else "none were given"
             raise InputError(
-                f"the cache holds {self.max_length} tokens, {what}; reset() or crop() it, "
-                f"or compile with a larger max_length"
+                f"the cache holds {self.max_length} tokens, {what}; reset() or crop() it, or compile with a larger max_length"
             )
         return shape[1]
 
@@ -148,7 +147,8 @@ class Decoder:
         return cast(torch.Tensor, logits)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.program.name}, {self.length} of {self.max_length} tokens, backend='{self.backend}')"
+        filled = f"{self.length} of {self.max_length} tokens"
+        return f"{type(self).__name__}({self.program.name}, {filled}, backend='{self.backend}')"
 
 
 def _logits(leaf: object) -> tuple[torch.dtype, bool]:
@@ -174,7 +174,9 @@ def prompts(batches: Sequence[torch.Tensor | Mapping[str, object]], batch: int, 
         mask = given.get(INPUTS[1]) if isinstance(given, Mapping) else None
         kept = mask.bool() if isinstance(mask, torch.Tensor) else torch.ones_like(ids, dtype=torch.bool)
         rows += [row[seen][:max_length] for row, seen in zip(ids, kept, strict=True) if bool(seen.any())]
-    return [_left_padded([rows[(first + item) % len(rows)] for item in range(batch)], max_length) for first in range(0, len(rows), batch)]
+    # The last rows are filled up with the first.
+    groups = ([rows[(first + item) % len(rows)] for item in range(batch)] for first in range(0, len(rows), batch))
+    return [_left_padded(group, max_length) for group in groups]
 
 
 def _left_padded(rows: Sequence[torch.Tensor], max_length: int) -> Sample:

@@ -92,7 +92,7 @@ class GenerationModel(Decoder, GenerationMixin):
     def can_generate(self) -> bool:
         return True
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
@@ -105,7 +105,7 @@ class GenerationModel(Decoder, GenerationMixin):
         forwarded = {key: value for key, value in kwargs.items() if key not in ("is_first_iteration", "labels")}
         return {"input_ids": ids, "cache": cache, "attention_mask": attention_mask, **forwarded}
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],

@@ -12,17 +12,11 @@ from transformers import AutoConfig, GenerationConfig
 from lissom import api
 from lissom.backends.base import Backend
 from lissom.compiler.errors import ArtifactError
+from lissom.generation.directory import CONFIG, GENERATION, PROGRAM, is_saved
 from lissom.generation.model import GenerationModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PROGRAM, CONFIG, GENERATION = "program", "config.json", "generation_config.json"
-
-
-def is_saved(directory: str | Path) -> bool:
-    """True for a directory that `save` wrote; whether it can be read is another question."""
-    return (Path(directory) / PROGRAM).is_dir() and (Path(directory) / CONFIG).is_file()
 
 
 def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -94,8 +94,8 @@ torch.library.register_fake("lissom::merged_attention", _merged_shape_of, lib=_L
 
 fused_attention = torch.ops.lissom.fused_attention.default
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
-value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i; k_scale,
-v_scale: [batch, key_heads, keys, 1] where k and v are int8.
+value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i;
+k_scale, v_scale: [batch, key_heads, keys, 1] where k and v are int8.
 Returns [batch, heads, queries, value_dim], laid out in memory as [batch, queries, heads, value_dim]."""
 
 merged_attention = torch.ops.lissom.merged_attention.default

@@ -153,9 +153,8 @@ def test_keys_and_values_kept_in_bytes(form, queries):
     k, v = (torch.randint(-127, 128, (2, 2, keys, depth), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     scales = [numbers(2, 2, keys, 1, seed=seed).abs() / 100 for seed in (2, 3)]
     mask = cache_mask("cache", 2, queries, keys)
-    wanted = attention_reference(
-        q.double(), *((item * by.double()).repeat_interleave(2, 1) for item, by in zip((k, v), scales, strict=True)), mask, scale=0.2
-    )
+    exact = [(item * by.double()).repeat_interleave(2, 1) for item, by in zip((k, v), scales, strict=True)]
+    wanted = attention_reference(q.double(), *exact, mask, scale=0.2)
     wanted = wanted.masked_fill((~mask).all(-1, keepdim=True), 0.0)
     kept = (item.to(torch.int8) for item in (k, v))
     found = FORMS[form](q, *kept, mask, scale=0.2, k_scale=scales[0], v_scale=scales[1])

@@ -6,9 +6,9 @@ x: a token's key or value in one head, [head_dim]. What is read of a token stays
 rounding does not add up over a text. A key of 128 features takes 132 bytes of 512, of 68 with four bits. The layers themselves
 are as they were: `quantize` is for those.
 
-Per token and head, symmetric: Sheng et al. 2023, FlexGen, §5 has groups of neighbours instead; Hooper et al. 2024, KVQuant, finds
-keys to be rounded better by channel, which a cache that grows token by token cannot have without looking back. Rows of the cache
-that are exchanged in place stay so; on a CPU attention reads eight bits as they are.
+Sheng et al. 2023, FlexGen, round groups of neighbours instead; Liu et al. 2024, KIVI, find that keys lose less when they are
+rounded by channel, over several tokens, which asks for keeping the last tokens as they are. On a CPU attention reads eight bits
+as they lie; four bits are turned back first.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _keeps_rows(write: fx.Node) -> bool:
         return False
     state, new = write.args[:2]
     floating = nodes.tensor_type(state).dtype.is_floating_point and nodes.tensor_type(state).rank == 4
-    return floating and nodes.is_call(new, aten.index_copy.default) and new.args[0] is state and new.args[1] == 2
+    return floating and nodes.is_call(new, aten.index_copy.default) and new.args[:2] == (state, 2)
 
 
 def _round(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node, form: Format) -> list[torch.Tensor]:
