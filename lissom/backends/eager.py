@@ -7,7 +7,7 @@ threads are independent unless the program has state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -68,7 +68,8 @@ class Eager(Backend):
 
     def build(self, program: Program, example: Sample) -> Executable:
         program = with_fast_layout(program)
-        source, names = emit(program)
+        state = {name: program.weight(name).detach().clone() for name in program.state}
+        source, names = emit(program, state)
         scope = dict(names)
         exec(compile(source, f"<lissom {program.name}>", "exec"), scope)
         function = cast(Callable[..., Sequence[object]], scope["run"])
@@ -79,7 +80,8 @@ class Eager(Backend):
 
         if program.nodes(*KERNELS) and not load_kernels():
             run = one_call(run)
-        return with_graphs(program, run)
+        executable = with_graphs(program, run)
+        return _Stateful(executable, state) if state else executable
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Nothing: the program is all there is."""
@@ -88,8 +90,27 @@ class Eager(Backend):
         return self.build(program, [])
 
 
-def emit(program: Program) -> tuple[str, dict[str, object]]:
-    """The program as the source of a function `run`, and the objects its names stand for."""
+class _Stateful:
+    """A function of flat inputs that keeps state: the tensors it writes."""
+
+    def __init__(self, function: Executable, tensors: dict[str, torch.Tensor]) -> None:
+        self.notes: Sequence[str] = getattr(function, "notes", ())
+        self._function = function
+        self._tensors = tensors
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        return self._function(inputs)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state by name, in the memory that calls read and write."""
+        return dict(self._tensors)
+
+
+def emit(program: Program, state: Mapping[str, torch.Tensor] | None = None) -> tuple[str, dict[str, object]]:
+    """The program as the source of a function `run`, and the objects its names stand for.
+
+    state: what stands for the program's own state, by name.
+    """
     names: dict[str, object] = {}
     scope: dict[fx.Node, str] = {}
     frees = last_uses_of(program.graph)
@@ -97,9 +118,9 @@ def emit(program: Program) -> tuple[str, dict[str, object]]:
     parameters: list[str] = []
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            weight = program.weight(str(node.target)).detach()
+            name = str(node.target)
             scope[node] = f"w{len(names)}"
-            names[scope[node]] = weight.clone() if str(node.target) in program.state else weight
+            names[scope[node]] = state[name] if state and name in state else program.weight(name).detach()
             continue
         if node.op == "output":
             lines.append(f"    return {_argument(node.args[0], scope, names)}")

@@ -11,6 +11,7 @@ from lissom.backends.onnx_blocks import expand_rotary, merge_projections, write_
 from lissom.backends.onnx_export import tidy
 from lissom.backends.onnx_integers import expand_integers
 from lissom.backends.onnx_quantization import expand_quantization
+from lissom.backends.onnx_state import expand_index_copies
 from lissom.backends.onnx_translation import DOMAIN
 
 ATTENTION, NORMS, ROTARY, RMS_NORMS, PROJECTIONS = "attention", "norms", "rotary", "rms-norms", "projections"
@@ -39,6 +40,7 @@ def write_form(exported: ir.Model, chosen: Collection[str] = (), *, accuracy_lev
         NORMS: _keep_norms_apart(model) if NORMS in chosen else 0,
         RMS_NORMS: write_out_rms_norms(model) if RMS_NORMS in chosen else 0,
     }
+    expand_index_copies(model)
     expand_quantization(model)
     model.opset_imports.pop(DOMAIN, None)
     tidy(model)
@@ -55,6 +57,7 @@ def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
     expand_integers(model, accuracy_level, beside=True)
     expand_attention(model, fused=False)
     expand_rotary(model, fused=False)
+    expand_index_copies(model)
     expand_quantization(model)
     model.opset_imports.pop(DOMAIN, None)
     tidy(model)
