@@ -43,7 +43,9 @@ def state_of(executable: Executable) -> dict[str, torch.Tensor]:
 @contextmanager
 def restored_state(*executables: Executable) -> Generator[None]:
     """Put the state of the executables back to what it was."""
-    saved = [(executable, {name: tensor.clone() for name, tensor in state_of(executable).items()}) for executable in executables]
+    saved = [
+        (executable, {name: tensor.clone() for name, tensor in state_of(executable).items()}) for executable in executables
+    ]
     try:
         yield
     finally:
@@ -110,7 +112,7 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
 
     Raises: VerifyError when it does not run, or gives something else.
     """
-    samples, wanted = run_original(program, [*check_samples(program.signature, example), *_smallest(program, example)])
+    samples, wanted = run_original(program, [*check_samples(program.signature, example), *smallest_samples(program, example)])
     allowed = max(allowed, tolerance_of(program))
     worst = 0.0
     if rounds_values(program):
@@ -135,7 +137,7 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     return worst
 
 
-def _smallest(program: Program, example: Sample) -> list[Sample]:
+def smallest_samples(program: Program, example: Sample) -> list[Sample]:
     """The example at the smallest sizes the signature promises, where compilers go wrong; none when it refuses them."""
     signature = program.signature
     sample = resize(signature, example, {symbol: dimension.minimum for symbol, dimension in signature.dimensions.items()})

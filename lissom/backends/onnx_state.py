@@ -6,6 +6,7 @@ Where one operator alone reads a state and what it makes of it is the new one, i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -57,7 +58,7 @@ def return_state(program: Program) -> None:
     for node in reads:
         graph.erase_node(node)
     leaves: list[fx.Node] = []
-    for leaf in (*program.output.args[0], *held.values()):  # pyright: ignore[reportGeneralTypeIssues]
+    for leaf in (*cast(tuple[fx.Node, ...], program.output.args[0]), *held.values()):
         # A model gives each value once, and gives back none as it is.
         again = leaf in leaves or leaf in given
         with graph.inserting_before(program.output):
@@ -72,7 +73,7 @@ def _stored(graph: fx.Graph, write: fx.Node) -> fx.Node:
     kept, given = nodes.tensor_type(memory), nodes.tensor_type(value)
     with graph.inserting_before(write):
         if given.shape != kept.shape:
-            value = graph.call_function(aten.expand.default, (value, list(kept.shape)))
+            value = graph.call_function(aten.expand.default, (value, cast(list[int], list(kept.shape))))
         if given.dtype != kept.dtype:
             value = graph.call_function(aten._to_copy.default, (value,), {"dtype": kept.dtype})
     nodes.set_value(value, nodes.value(memory))
@@ -91,7 +92,11 @@ def _is_written_in_place(past: ir.Value, present: str) -> bool:
         return False
     node, place = uses[0].node, uses[0].idx
     result = _IN_PLACE.get((node.domain, node.op_type), {}).get(place)
-    return result is not None and node.outputs[result].name == present and node.attributes.get_string("reduction", "none") == "none"
+    return (
+        result is not None
+        and node.outputs[result].name == present
+        and node.attributes.get_string("reduction", "none") == "none"
+    )
 
 
 def expand_index_copies(model: ir.Model) -> int:
@@ -139,7 +144,7 @@ def size_of(tape: ir.tape.Tape, x: ir.Value, axis: int) -> ir.Value:
 
 
 def checked_places(tape: ir.tape.Tape, index: ir.Value, size: ir.Value) -> ir.Value:
-    """The index, with places that do not exist where it is negative: ONNX counts those from the end, and PyTorch refuses them."""
+    """The index, negative numbers in it past the end: ONNX would count them from there, and PyTorch refuses them."""
     return tape.op("Where", [tape.op("Less", [index, integers(tape, 0)]), size, index])
 
 

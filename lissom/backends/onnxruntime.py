@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from lissom.backends.base import Backend, Executable, confirm, restored_state
+from lissom.backends.base import Backend, Executable, confirm, restored_state, smallest_samples
 from lissom.backends.compiled import check_tensors, kind_and_reason
 from lissom.backends.kernels import SimulatedLayer, account
 from lissom.compiler import node as nodes
@@ -291,21 +292,25 @@ def _check(program: Program) -> None:
 
 
 def _timed_samples(program: Program, example: Sample) -> list[Sample]:
-    """The example, and the same with every size that varies four times as large, where the program takes that."""
+    """The example, and the same with every size that varies four times as large, where the program takes that.
+
+    Of a program with state the smallest too: tokens come one by one behind a prompt.
+    """
     signature = program.signature
     sizes = {
         symbol: min(4 * size, signature.dimensions[symbol].maximum or 4 * size)
         for symbol, size in signature.sizes_of(example).items()
     }
-    larger = resize(signature, example, sizes)
-    try:
-        signature.check_sizes(larger)
-        with torch.no_grad(), kept_state(program):
-            program.run(larger)
-    # Too large, or drawn so that the model refuses it.
-    except (InputError, RuntimeError, ValueError, IndexError):
-        return [example]
-    return [example, larger] if sizes else [example]
+    others = [resize(signature, example, sizes), *(smallest_samples(program, example) if program.state else [])]
+    samples = [example]
+    for sample in others if sizes else []:
+        # Too large, or drawn so that the model refuses it.
+        with suppress(InputError, RuntimeError, ValueError, IndexError):
+            signature.check_sizes(sample)
+            with torch.no_grad(), kept_state(program):
+                program.run(sample)
+            samples.append(sample)
+    return samples
 
 
 def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: float) -> tuple[bool, str]:

@@ -32,7 +32,7 @@ SLOW = {"bert_eager", "llama_eager", "t5", "gpt2", "blocked", "convolution"}
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES if name != "counter"],
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES],
 )
 def test_every_model_runs_at_other_sizes(name):
     found = capture_of(name)
@@ -146,10 +146,6 @@ def refusal(program, example, **options) -> str:
 
 
 def test_what_it_cannot_run_is_refused():
-    found = capture_of("counter")
-    assert refusal(found.program, found.example) == (
-        "backend 'onnxruntime' keeps no state, and Counter writes to 'seen'; choose backend 'eager'"
-    )
     found = capture(Sized(), (normal(2, 3),))
     assert refusal(found.program, found.example).startswith(
         "backend 'onnxruntime' returns tensors, and Sized returns the size 'sym_size"
