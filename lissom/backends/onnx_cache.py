@@ -71,9 +71,9 @@ class _Cached:
         if start is None or _start_of(values[0].inputs[1]) is not start:
             return None
         conditions = _conditions(site.mask)
-        causal = [item for item in conditions if _offset(item, start, places) == 0]
+        causal = [item for item in conditions if _offset(item, site, start, places) == 0]
         others = [item for item in conditions if item not in causal]
-        windows = [-offset for item in others if (offset := _window(item, start, places)) is not None]
+        windows = [-offset for item in others if (offset := _window(item, site, start, places)) is not None]
         if not causal:
             return None
         plain = len(windows) == len(others) and all(window > 0 for window in windows)
@@ -245,28 +245,28 @@ def _are_places(value: ir.Value, places: int) -> bool:
     return found is not None and found.shape[-1:] == (places,) and np.array_equal(found.ravel(), np.arange(places))
 
 
-def _offset(condition: ir.Value, start: ir.Value, places: int) -> int | None:
+def _offset(condition: ir.Value, site: Site, start: ir.Value, places: int) -> int | None:
     """d, where the condition is place ≤ the query's own + d; None for another one."""
     found = _comparison(condition, places)
-    shift = _shift(found[1], start) if found is not None else None
+    shift = _shift(found[1], site, start) if found is not None else None
     if found is None or shift is None or found[0] not in ("LessOrEqual", "Less"):
         return None
     return shift if found[0] == "LessOrEqual" else shift - 1
 
 
-def _window(condition: ir.Value, start: ir.Value, places: int) -> int | None:
+def _window(condition: ir.Value, site: Site, start: ir.Value, places: int) -> int | None:
     """d, where the condition is place > the query's own + d; None for another one."""
     found = _comparison(condition, places)
-    shift = _shift(found[1], start) if found is not None else None
+    shift = _shift(found[1], site, start) if found is not None else None
     if found is None or shift is None or found[0] not in ("Greater", "GreaterOrEqual"):
         return None
     return shift if found[0] == "Greater" else shift - 1
 
 
-def _shift(value: ir.Value, start: ir.Value) -> int | None:
+def _shift(value: ir.Value, site: Site, start: ir.Value) -> int | None:
     """d, where a value of [..., tokens, 1] is each query's own place + d; None for another one."""
     sizes = shape_of(value)
-    if len(sizes) < 2 or sizes[-1] != 1 or any(size != 1 for size in sizes[:-2]):
+    if len(sizes) < 2 or list(sizes[-2:]) != [shape_of(site.q)[2], 1] or any(size != 1 for size in sizes[:-2]):
         return None
     if _start_of(value) is start:
         return 0
