@@ -13,7 +13,7 @@ from torch import nn
 
 from lissom.artifacts.artifact import load_artifact, save_artifact
 from lissom.backends import find_backends
-from lissom.backends.base import Backend, Executable
+from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.errors import InputError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
@@ -65,6 +65,14 @@ class CompiledModel:
                 raise
             raise InputError(sentence) from error
         return signature.unflatten(values)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state the model keeps from call to call, by the names of its buffers; empty when it keeps none.
+
+        The tensors are the memory itself, until the next call: `zero_()` empties a cache, `copy_(tensor[rows])` reorders its
+        rows. After a call that failed, what the state holds is undefined.
+        """
+        return state_of(self._executable)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.

@@ -82,7 +82,8 @@ class Eager(Backend):
 
         if program.nodes(*KERNELS) and not load_kernels():
             run = one_call(run)
-        return with_state(with_graphs(program, run), state)
+        executable = with_graphs(program, run)
+        return _Stateful(executable, state) if state else executable
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Nothing: the program is all there is."""
@@ -91,12 +92,27 @@ class Eager(Backend):
         return self.build(program, [])
 
 
+class _Stateful:
+    """A function of flat inputs that keeps state: the tensors it writes."""
+
+    def __init__(self, function: Executable, tensors: dict[str, torch.Tensor]) -> None:
+        self.notes: Sequence[str] = getattr(function, "notes", ())
+        self._function = function
+        self._tensors = tensors
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        return self._function(inputs)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state by name, in the memory that calls read and write."""
+        return dict(self._tensors)
+
+
 def emit(program: Program, state: Mapping[str, torch.Tensor] | None = None) -> tuple[str, dict[str, object]]:
     """The program as the source of a function `run`, and the objects its names stand for.
 
-    state: the tensors it keeps its state in, by name; the program's own by default.
+    state: what stands for the program's own state, by name.
     """
-    kept = state or {}
     names: dict[str, object] = {}
     scope: dict[fx.Node, str] = {}
     frees = last_uses_of(program.graph)
@@ -106,7 +122,7 @@ def emit(program: Program, state: Mapping[str, torch.Tensor] | None = None) -> t
         if node.op == "get_attr":
             name = str(node.target)
             scope[node] = f"w{len(names)}"
-            names[scope[node]] = kept[name] if name in kept else program.weight(name).detach()
+            names[scope[node]] = state[name] if state and name in state else program.weight(name).detach()
             continue
         if node.op == "output":
             lines.append(f"    return {_argument(node.args[0], scope, names)}")
