@@ -243,7 +243,7 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
   if (k_scale && q.size(2) <= kFewRows)
     return by_dtype(q, [&] { return call(attention_of<float, int8_t>, k, v); },
                     [&] { return call(attention_of<BFloat16, int8_t>, k, v); });
-  auto floats = [&](const Tensor& kept, Optional by) { return by ? (kept.to(at::kFloat) * *by).to(q.scalar_type()) : kept; };
+  auto floats = [&](const Tensor& kept, Optional by) { return by ? kept.to(at::kFloat).mul(*by).to(q.scalar_type()) : kept; };
   Tensor keys = floats(k, k_scale), values = floats(v, v_scale);
   return by_dtype(q, [&] { return call(attention_of<float, float>, keys, values); },
                   [&] { return call(attention_of<BFloat16, BFloat16>, keys, values); });
