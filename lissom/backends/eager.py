@@ -14,7 +14,7 @@ from typing import ClassVar, cast
 import torch
 from torch import fx
 
-from lissom.backends.base import Backend, Executable, with_state
+from lissom.backends.base import Backend, Executable
 from lissom.backends.cuda_graphs import with_fast_layout, with_graphs
 from lissom.compiler.execute import last_uses_of
 from lissom.compiler.kinds import Pass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from lissom.compiler.errors import (
 )
 from lissom.compiler.history import History, Size, Step, changed_calls
 from lissom.compiler.kinds import Annotation, Approximation, Pass, Rewrite, Training
+from lissom.compiler.memory import heap_set_aside
 from lissom.compiler.program import Program
 from lissom.compiler.rounding import local_error, local_tolerance
 from lissom.compiler.samples import Sample
@@ -36,6 +36,7 @@ from lissom.compiler.verify import (
     answers,
     compare,
     first_difference,
+    kept_state,
     run_original,
     run_samples,
     tolerance_of,
@@ -125,7 +126,7 @@ class Pipeline:
         return run
 
     def _steps(self, run: _Run, passes: Sequence[Pass], finished: int, count: int) -> None:
-        with _heap_set_aside(), _stopped_with(run.history):
+        with heap_set_aside(), _stopped_with(run.history):
             trial: _Trial | None = None
             for index, item in enumerate(passes, finished):
                 show = partial(self._show, format_pass(item), index, count)
@@ -169,22 +170,6 @@ def _stopped_with(history: History) -> Generator[None]:
         raise
     except KeyboardInterrupt:
         raise Interrupted(history) from None
-
-
-@contextmanager
-def _heap_set_aside() -> Generator[None]:
-    """Keep the garbage collector from going through what lives already, the model and torch itself, while passes run.
-
-    Passes make many small objects, and each full collection over a whole process costs as much as several passes.
-    """
-    mine = gc.isenabled() and gc.get_freeze_count() == 0
-    if mine:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if mine:
-            gc.unfreeze()
 
 
 @dataclass
@@ -304,7 +289,9 @@ class _Run:
                 raise RequirementError(requirement.sentence(self.program, item.name(), node))
 
     def _run_pass(self, item: Pass, edit: Editor) -> None:
-        shared = {name: (tensor, _version(tensor)) for name, tensor in edit.program.weights().items()}
+        # State is written by whoever runs the program, and put back.
+        fixed = {name: tensor for name, tensor in edit.program.weights().items() if name not in edit.program.state}
+        shared = {name: (tensor, _version(tensor)) for name, tensor in fixed.items()}
         try:
             item.run(edit)
         except LissomError:
@@ -383,7 +370,7 @@ class _Run:
     def _measure(self, program: Program) -> float | None:
         if self.pipeline.metric is None:
             return None
-        with torch.no_grad():
+        with torch.no_grad(), kept_state(program):
             return float(self.pipeline.metric(program))
 
 

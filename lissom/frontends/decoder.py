@@ -140,9 +140,7 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
     except ImportError as error:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
     if not hasattr(Cache, "get_query_offset"):
-        raise UnsupportedError(
-            "generation needs a transformers that has Cache.get_query_offset: pip install -U transformers"
-        )
+        raise UnsupportedError("generation needs a transformers that has Cache.get_query_offset: pip install -U transformers")
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"{name} is no model of transformers; generation takes one, such as LlamaForCausalLM")

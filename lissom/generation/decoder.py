@@ -9,7 +9,7 @@ import torch
 
 from lissom.api import CompiledModel
 from lissom.backends.base import Executable, state_of
-from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.compiler.errors import InputError
 from lissom.compiler.lookups import outside_table
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
@@ -86,18 +86,10 @@ class Decoder:
         self._mask[:, length:] = 1
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Let row i go on from what row `rows[i]` has read, [batch], as beam search needs.
-
-        Raises: UnsupportedError when the backend's state is out of reach.
-        """
-        state = state_of(self._executable)
-        if state is None:
-            raise UnsupportedError(
-                f"backend '{self.backend}' does not let its cache be put in another order, as beams need; compile for 'eager'"
-            )
+        """Let row i go on from what row `rows[i]` has read, [batch], as beam search needs."""
         rows = rows.to(self.device)
         self._mask.copy_(self._mask[rows])
-        for tensor in state.values():
+        for tensor in state_of(self._executable).values():
             filled = tensor[:, :, : self.length]
             filled.copy_(filled[rows])
 
