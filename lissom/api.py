@@ -14,7 +14,7 @@ from lissom.artifacts.artifact import load_artifact, save_artifact
 from lissom.backends import find_backends
 from lissom.backends.base import Backend, Executable
 from lissom.backends.fastest import build_fastest
-from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.compiler.errors import CaptureError, InputError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
 from lissom.compiler.lookups import outside_table
@@ -247,6 +247,8 @@ def _capture(
 ) -> _Job:
     """Capture the model; count: the steps of the whole work, for the progress shown."""
     show("capture", 0, count)
+    if isinstance(model, CompiledModel):
+        raise CaptureError(f"{model.program.name} is compiled already; compile the model it was made from")
     args, kwargs = split_inputs(example_inputs)
     captured = capture(model, args, kwargs, dynamic=dynamic, device=device)
     program = captured.program

@@ -1,12 +1,12 @@
-"""What libraries that run a model ask of one: pipelines of transformers, Sentence Transformers, whatever takes an `nn.Module`."""
+"""What libraries ask of a model they run: pipelines of transformers, Sentence Transformers, whatever takes an `nn.Module`."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -17,65 +17,68 @@ from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
 from lissom.compiler.program import Program
 from lissom.compiler.types import TensorType
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 _SWITCHES = {"use_cache": "past_key_values", "output_attentions": "attentions", "output_hidden_states": "hidden_states"}
 """Arguments that ask a model of transformers for more outputs, and the output each asks for."""
-
-
-class Config(Protocol):
-    """A `PretrainedConfig` of transformers, as far as it is used here."""
-
-    def to_json_string(self, use_diff: bool = ...) -> str: ...
 
 
 @dataclass(frozen=True)
 class Facts:
     """What a model of transformers says of itself, beside its weights.
 
-    main_input: the argument that tokens, pixels or sound are passed as. modalities: what it reads, `text` or `image`.
+    configuration: as JSON. main_input: the argument that tokens, pixels or sound are passed as. modalities: what it reads.
+    config_class: of the configuration; None finds it by its model type.
     """
 
-    config: Config
+    configuration: Mapping[str, object]
     main_input: str
     modalities: tuple[str, ...]
+    config_class: Any = None
 
     @classmethod
     def of(cls, model: nn.Module) -> Facts | None:
-        """A model's facts, its configuration copied; None when it has none, being no model of transformers."""
-        config = getattr(model, "config", None)
+        """A model's facts; None when it has no configuration, being no model of transformers."""
+        config: Any = getattr(model, "config", None)
         if not hasattr(config, "to_json_string"):
             return None
         modalities = getattr(model, "input_modalities", ())
         listed = (modalities,) if isinstance(modalities, str) else tuple(modalities)
-        return cls(copy.deepcopy(cast("Config", config)), str(getattr(model, "main_input_name", "input_ids")), listed)
+        main_input = str(getattr(model, "main_input_name", "input_ids"))
+        return cls(json.loads(config.to_json_string(use_diff=False)), main_input, listed, type(config))
 
     def to_json(self) -> dict[str, object]:
-        config = json.loads(self.config.to_json_string(use_diff=False))
-        return {"config": config, "main_input": self.main_input, "modalities": list(self.modalities)}
+        return {"config": self.configuration, "main_input": self.main_input, "modalities": list(self.modalities)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Facts | None:
-        """The facts `to_json` gave; None when there are none, or transformers is not installed to hold the configuration.
-
-        Raises: ArtifactError when they are not as `to_json` writes them.
-        """
+    def from_json(cls, data: Mapping[str, object]) -> Facts | None:
+        """The facts `to_json` gave, None for an empty mapping. Raises: ArtifactError when they are not as it writes them."""
         if not data:
             return None
         try:
-            from transformers import CONFIG_MAPPING, PretrainedConfig
-        except ImportError:
-            return None
-        try:
-            fields = take(data, "config", dict)
-            kind = fields.get("model_type")
-            found = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig
-            config = cast("Config", found.from_dict(fields))
-            return cls(config, take(data, "main_input", str), take_list(data, "modalities", text))
-        # What a file says may be wrong in every way there is, and configurations have errors of their own for that.
-        except Exception as error:
-            first = next(iter(str(error).splitlines()), "")
+            return cls(take(data, "config", dict), take(data, "main_input", str), take_list(data, "modalities", text))
+        except ValueError as error:
             raise ArtifactError(
-                f"the artifact's configuration of its model is none that transformers can read: {first}; save the model again"
+                f"what the artifact says of its model is nothing this Lissom can read: {error}; save the model again"
             ) from error
+
+    def make_config(self) -> PretrainedConfig:
+        """The configuration as transformers has it, a new one at every call.
+
+        Raises: ImportError without transformers, ArtifactError when transformers refuses it.
+        """
+        from transformers import CONFIG_MAPPING, PretrainedConfig
+
+        kind = str(self.configuration.get("model_type"))
+        # Its classes are imported when they are looked up with brackets, and only then.
+        known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
+        try:
+            return (self.config_class or known).from_dict(dict(self.configuration))
+        # Configurations have errors of their own for values they do not take.
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ArtifactError(f"transformers refuses the configuration of this model of type '{kind}': {first}") from error
 
 
 class HostedModel(nn.Module):
@@ -95,11 +98,21 @@ class HostedModel(nn.Module):
         super().train(False)
         self._returned = _names_returned(program)
         if facts is not None:
-            self.config = facts.config
             self.main_input_name = facts.main_input
             self.input_modalities = facts.modalities
             kind = type(self)
-            self.__class__ = type(program.name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+            named: Any = type(program.name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+            self.__class__ = named
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, a copy. Raises: AttributeError where it had none, or transformers is not installed."""
+        try:
+            if self.facts is not None:
+                return self.facts.make_config()
+        except ImportError as error:
+            raise AttributeError("config") from error
+        raise AttributeError("config")
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +173,7 @@ class HostedModel(nn.Module):
             )
         if moved.dtype != place.dtype:
             raise UnsupportedError(
-                f"{self.program.name} is compiled and cannot be turned into {moved.dtype}; turn the model it was compiled from, "
+                f"{self.program.name} is compiled and cannot be turned into {moved.dtype}; turn the model it was compiled from "
                 f"and compile that"
             )
         return self

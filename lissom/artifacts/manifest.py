@@ -39,8 +39,8 @@ class Manifest:
     """What an artifact is.
 
     name: of the program. options: of the backend. device: what it was made for, `cpu` or `cuda:0`. signature, pipeline: as
-    text. history: as JSON. facts: what the model says of itself, as JSON. environment: what it was made with. files: every other
-    file in the directory.
+    text. history: as JSON. facts: what the model says of itself, as JSON. environment: what it was made with. files: every
+    other file in the directory.
     """
 
     name: str

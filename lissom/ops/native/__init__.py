@@ -1,8 +1,9 @@
 """The CPU kernels of our operators, in C++: built once for this machine's processor, kept, and loaded when first needed.
 
 The build uses the compiler and the paths `torch.utils.cpp_extension` finds. It is one command rather than that module's `load`,
-so that no `ninja` is needed and an interrupted build holds up no other: the library is written under a temporary name and renamed,
-and the lock that lets one process build while others wait is the system's, which ends with the process. Kept libraries are named by a hash of the sources, PyTorch's version, the compiler and the processor's features.
+so that no `ninja` is needed and an interrupted build holds up no other: the library is written under a temporary name and
+renamed, and the lock that makes other processes wait for it is the system's, which ends with its process. Kept libraries are
+named by a hash of the sources, PyTorch's version, the compiler and the processor's features.
 """
 
 from __future__ import annotations
