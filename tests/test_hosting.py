@@ -154,9 +154,7 @@ def test_it_stays_where_it_was_compiled_for(bert):
             "BertModel was compiled for cpu and cannot move to meta; compile it with device='meta', "
             "or keep what runs it on cpu (for a pipeline: device='cpu')"
         )
-    with pytest.raises(
-        UnsupportedError, match=r"BertModel is compiled and cannot be turned into torch\.float16;"
-    ):
+    with pytest.raises(UnsupportedError, match=r"BertModel is compiled and cannot be turned into torch\.float16;"):
         around.half()
 
 
