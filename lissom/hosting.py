@@ -99,7 +99,8 @@ class HostedModel(nn.Module):
         self._returned = _names_returned(program)
         if facts is not None:
             self.main_input_name = facts.main_input
-            self.input_modalities = facts.modalities
+            # One is written without a tuple, as in transformers.
+            self.input_modalities = facts.modalities[0] if len(facts.modalities) == 1 else facts.modalities
             kind = type(self)
             named: Any = type(program.name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
             self.__class__ = named
