@@ -15,7 +15,7 @@ from lissom.artifacts.artifact import load_artifact, save_artifact
 from lissom.backends import find_backends
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.fastest import build_fastest
-from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.compiler.errors import CaptureError, InputError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
 from lissom.compiler.lookups import outside_table
@@ -26,6 +26,7 @@ from lissom.compiler.spelling import format_pipeline, parse_pipeline
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import Dynamic
 from lissom.frontends.export import Capture, capture
+from lissom.hosting import Facts, HostedModel
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
@@ -34,29 +35,32 @@ from lissom.payoff import Payoff
 Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
 
 
-class CompiledModel:
+class CompiledModel(HostedModel):
     """An optimized model: takes the arguments the original took, returns the structure it returned.
 
     program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
+    It is a module, and stands in for one of transformers in pipelines and in Sentence Transformers.
 
     Calls run under inference mode and may come from several threads, unless the program has state.
     """
 
-    def __init__(self, program: Program, executable: Executable, report: Report, backend: Backend) -> None:
-        self.program = program
+    def __init__(
+        self, program: Program, executable: Executable, report: Report, backend: Backend, facts: Facts | None = None
+    ) -> None:
+        super().__init__(program, facts)
         self.report = report
         self.backend = backend.name
         self._backend = backend
         self._executable = executable
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """The model's answer.
 
         Raises: InputError when the arguments do not fit the signature, or lead out of a table of the model (a token id past
             the vocabulary, a position past the last), naming what was found and what is allowed.
         """
         signature = self.program.signature
-        tensors = signature.flatten(args, kwargs)
+        tensors = signature.flatten(args, self.asked(kwargs))
         try:
             values = self._executable(tensors)
         except (IndexError, RuntimeError) as error:
@@ -83,7 +87,8 @@ class CompiledModel:
         Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
             backend cannot save what it built.
         """
-        save_artifact(Path(directory), self.program, self._executable, self.report.history, self._backend)
+        facts = {} if self.facts is None else self.facts.to_json()
+        save_artifact(Path(directory), self.program, self._executable, self.report.history, self._backend, facts)
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
@@ -109,7 +114,7 @@ def load(directory: str | Path, device: str | torch.device | None = None, *, bac
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
     report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history)
-    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend)
+    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend, Facts.from_json(loaded.facts))
 
 
 def compile(
@@ -209,7 +214,7 @@ def compile_captured(
             backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count), simulate=simulate
         )
     report = Report(f"{built.program.name} on {built.backend.name}", built.history)
-    return CompiledModel(built.program, built.executable, report, built.backend)
+    return CompiledModel(built.program, built.executable, report, built.backend, Facts.of(model))
 
 
 @dataclass(frozen=True)

@@ -201,13 +201,16 @@ def test_options_of_bench_that_do_not_fit_are_exit_status_2(arguments, message):
         "directory",
     ],
 )
-def test_an_error_is_a_sentence_and_exit_status_1(arguments, message):
-    result = lissom(*arguments)
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
+def test_an_error_is_a_sentence_and_exit_status_1(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lissom", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
 
 
 def test_a_mistyped_pass_is_pointed_at(model):
