@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.spelling import format_pipeline, parse_pipeline
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import Dynamic
-from lissom.frontends.export import capture
+from lissom.frontends.export import Capture, capture
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
@@ -55,15 +56,20 @@ class CompiledModel:
             the vocabulary, a position past the last), naming what was found and what is allowed.
         """
         signature = self.program.signature
-        tensors = signature.flatten(args, kwargs)
+        return signature.unflatten(self.run(signature.flatten(args, kwargs)))
+
+    def run(self, tensors: Sample) -> Sequence[object]:
+        """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
+
+        Raises: InputError for inputs that lead out of a table of the model.
+        """
         try:
-            values = self._executable(tensors)
+            return self._executable(tensors)
         except (IndexError, RuntimeError) as error:
             sentence = outside_table(self.program, tensors)
             if sentence is None:
                 raise
             raise InputError(sentence) from error
-        return signature.unflatten(values)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
@@ -150,25 +156,63 @@ def compile(
     >>> fast(torch.randn(3, 7, 32)).shape
     torch.Size([3, 7, 32])
     """
-    check_options(checks, metric, max_drop)
-    shared = resolve_passes(passes)
-    backends = find_backends(backend)
     place = check_device(device)
-    target = place or device_of(model, split_inputs(example_inputs))
+    settings = Settings(passes, backend, checks, data, metric, max_drop, only_if_faster, simulate)
+    args, kwargs = split_inputs(example_inputs)
+    take = partial(capture, model, args, kwargs, dynamic=dynamic, device=place)
+    with progress_bar("compile") as bar:
+        return compile_captured(take, place or device_of(model, (args, kwargs)), settings, progress or bar)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a captured model is compiled; the fields are the keywords of `compile`."""
+
+    passes: str | Sequence[Pass] = "exact"
+    backend: str | Backend = "eager"
+    checks: Checks = "numeric"
+    data: Iterable[Inputs] = ()
+    metric: Metric | None = None
+    max_drop: float | None = None
+    only_if_faster: bool = True
+    simulate: bool = False
+
+
+def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
+    """The passes and the backends the settings ask for.
+
+    Raises: PipelineTextError, UnsupportedError.
+    """
+    check_options(settings.checks, settings.metric, settings.max_drop)
+    return resolve_passes(settings.passes), find_backends(settings.backend)
+
+
+def compile_captured(
+    take: Callable[[], Capture], device: torch.device, settings: Settings, progress: Progress
+) -> CompiledModel:
+    """Compile what a frontend captures, for a program on `device`.
+
+    take: captures the model. It is called once the settings are known to be good.
+
+    Raises: what `compile` raises.
+    """
+    shared, backends = check_settings(settings)
     missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
-    lowerings = {item.name: item.lowering(target) for item in backends if item.name not in missing}
+    lowerings = {item.name: item.lowering(device) for item in backends if item.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(shared) + sum(len(lowering) + 1 for lowering in lowerings.values())
-    with progress_bar("compile") as bar:
-        show = progress or bar
-        job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, count)
-        # What is simulated is slower by nature, and wanted all the same.
-        rivals = [item for item in backends if item.name in lowerings and only_if_faster and not simulate]
-        judge = Payoff(rivals, lowerings, job.example) if rivals else None
-        lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
-        built = build_fastest(
-            backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count), simulate=simulate
-        )
+    job = _job(take, shared, settings, progress, count)
+    # What is simulated is slower by nature, and wanted all the same.
+    rivals = [item for item in backends if item.name in lowerings and settings.only_if_faster and not settings.simulate]
+    judge = Payoff(rivals, lowerings, job.example) if rivals else None
+    lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
+    built = build_fastest(
+        backends,
+        missing | lowered,
+        job.example,
+        lambda what, left: progress(what, count - left, count),
+        simulate=settings.simulate,
+    )
     report = Report(f"{built.program.name} on {built.backend.name}", built.history)
     return CompiledModel(built.program, built.executable, report, built.backend)
 
@@ -209,10 +253,11 @@ def optimize(
     """
     check_options(checks, metric, max_drop)
     shared = resolve_passes(passes)
-    place = check_device(device)
+    settings = Settings(checks=checks, data=data, metric=metric, max_drop=max_drop)
+    args, kwargs = split_inputs(example_inputs)
+    take = partial(capture, model, args, kwargs, dynamic=dynamic, device=check_device(device))
     with progress_bar("optimize") as bar:
-        show = progress or bar
-        job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, 1 + len(shared))
+        job = _job(take, shared, settings, progress or bar, 1 + len(shared))
         program, history = job.pipeline.run(job.program, job.history)
     return Optimized(program, Report(program.name, history))
 
@@ -227,33 +272,20 @@ class _Job:
     history: History
 
 
-def _capture(
-    model: nn.Module,
-    example_inputs: Inputs,
-    passes: Sequence[Pass],
-    dynamic: Dynamic | bool,
-    device: torch.device | None,
-    checks: Checks,
-    data: Iterable[Inputs],
-    metric: Metric | None,
-    max_drop: float | None,
-    show: Progress,
-    count: int,
-) -> _Job:
+def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings, show: Progress, count: int) -> _Job:
     """Capture the model; count: the steps of the whole work, for the progress shown."""
     show("capture", 0, count)
-    args, kwargs = split_inputs(example_inputs)
-    captured = capture(model, args, kwargs, dynamic=dynamic, device=device)
+    captured = take()
     program = captured.program
-    history = History(format_pipeline(passes), checks)
+    history = History(format_pipeline(passes), settings.checks)
     history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
     pipeline = Pipeline(
         passes,
         samples=check_samples(program.signature, captured.example),
-        checks=checks,
-        data=[program.signature.flatten(*split_inputs(batch)) for batch in data],
-        metric=metric,
-        max_drop=max_drop,
+        checks=settings.checks,
+        data=[program.signature.flatten(*split_inputs(batch)) for batch in settings.data],
+        metric=settings.metric,
+        max_drop=settings.max_drop,
         progress=lambda what, finished, _: show(what, finished + 1, count),
     )
     return _Job(pipeline, program, captured.example, history)
