@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import fx
@@ -43,8 +44,8 @@ _MODES: Mapping[str, Mapping[str, str]] = {"default": {}, "reduce-overhead": {},
 """The options each mode of torch.compile stands for. On CUDA the backend eager records graphs by itself."""
 _MOST_CHANGES = 8
 """So many compilations after changes must pay: from then on each has to have answered as many calls."""
-_PROBED = 4
-"""How many places along each dimension of a weight are looked at for writes that PyTorch does not count."""
+_PROBED = 16
+"""At how many places of a weight writes are looked for that PyTorch does not count."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -52,8 +53,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class GraphReport:
     """What became of one graph of Dynamo's.
 
-    name: the class whose forward the graph is of. report: what every pass did; None when the graph runs as it came, and `reason`
-    says why.
+    name: `Graph_` and the number Dynamo gives it in its logs.
+    report: what every pass did; None when the graph runs as it came, and `reason` says why.
     """
 
     name: str
@@ -211,39 +212,46 @@ def _batches(graph: Graph, data: Iterable[object]) -> list[dict[str, object]]:
     return [{name: batch[name] for name in graph.inputs.values() if name in batch} for batch in batches]  # pyright: ignore
 
 
-class _Weight:
-    """A weight as it was when a graph was compiled for it, and whether it still is so."""
+class _Weights:
+    """The weights a graph was compiled for, and whether they still are as they were.
 
-    def __init__(self, index: int, tensor: torch.Tensor) -> None:
-        self.index = index
-        self.owner = weakref.ref(tensor)
-        self._place = tensor.data_ptr()
-        # Tensors made under inference mode count no writes, and are compared whole.
-        self._writes = None if tensor.is_inference() else tensor._version
-        self._view = self._values = None
-        if tensor.is_cpu or self._writes is None:
-            self._view = _bits(tensor, None if self._writes is None else _PROBED)
-            self._values = self._view.clone()
+    PyTorch counts the writes to a tensor, but not those through `.data` or a NumPy array. Probing finds most of these, and on
+    CUDA devices, where to look is to wait, none. Tensors made under inference mode count no writes: they are compared whole.
+    """
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """True for the same tensor, in the same memory, with no write counted, and the same values where these are looked at.
+    def __init__(self, tensors: Mapping[int, torch.Tensor]) -> None:
+        self._owners = [(index, weakref.ref(tensor), tensor.data_ptr(), _writes(tensor)) for index, tensor in tensors.items()]
+        probed = [_bits(tensor) for tensor in tensors.values() if tensor.is_cpu or tensor.is_inference()]
+        kinds = {(view.dtype, view.device) for view in probed}
+        self._groups = [[view for view in probed if (view.dtype, view.device) == kind] for kind in kinds]
+        self._values = [torch.cat(group) for group in self._groups]
 
-        PyTorch does not count what is written through `.data` or a NumPy array; probing finds most of it, and on CUDA devices,
-        where to look is to wait, none.
-        """
-        return (
-            self.owner() is tensor
-            and tensor.data_ptr() == self._place
-            and (self._writes is None or tensor._version == self._writes)
-            and (self._view is None or torch.equal(self._view, self._values))  # pyright: ignore[reportArgumentType]
-        )
+    def hold(self, args: Sequence[object]) -> bool:
+        """True when the arguments have the same tensors, in the same memory, and no write to one is found."""
+        for index, owner, place, writes in self._owners:
+            tensor = args[index]
+            if owner() is not tensor or tensor.data_ptr() != place or _writes(tensor) != writes:  # pyright: ignore
+                return False
+        return all(torch.equal(torch.cat(group), values) for group, values in zip(self._groups, self._values, strict=True))
+
+    def are_gone(self) -> bool:
+        """True when nobody has one of them any more."""
+        return any(owner() is None for _, owner, _, _ in self._owners)
 
 
-def _bits(tensor: torch.Tensor, places: int | None) -> torch.Tensor:
-    """A view of the weight, of so many places along each dimension or of all, as integers: NaN equals itself there."""
+def _writes(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was written to, as far as PyTorch counts; None where it does not."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Where to look for writes: flat, in the weight's memory, as integers, of which NaN too equals itself."""
     view = ordinary(tensor.detach())
-    if places is not None:
-        view = view[tuple(slice(None, None, max(1, -(-size // places))) for size in view.shape)]
+    if not view.is_contiguous():
+        view = view.as_strided(view.shape[:1], view.stride()[:1])
+    view = view.view(-1)
+    if not tensor.is_inference():
+        view = view[:: max(1, -(-len(view) // _PROBED))]
     bits = _BITS.get(view.element_size())
     return view if bits is None else view.view(bits)
 
@@ -253,46 +261,49 @@ class _Variant:
 
     def __init__(self, graph: Graph, compiled: CompiledModel, args: Sequence[object]) -> None:
         self._run = compiled.run
-        self._weights = [_Weight(index, args[index]) for index in graph.weights]  # pyright: ignore[reportArgumentType]
+        self._weights = _Weights({index: cast(torch.Tensor, args[index]) for index in graph.weights})
         example = graph.sample(args)
         with torch.no_grad():
             wanted = graph.module(*args)
-        self._constants = {_memory(tensor) for tensor in (*compiled.program.weights().values(), *graph.tensors(args))}
-        self._constants -= {_memory(tensor) for tensor in example}
-        self._shared = [found for _, found in self._sharing(example, wanted)]
-        for index, (_, found) in enumerate(self._sharing(example, self._run(example))):
-            if found != self._shared[index] and isinstance(self._shared[index], int):
+        constants = (*compiled.program.weights().values(), *graph.tensors(args))
+        self._constants = {_memory(tensor) for tensor in constants} - {_memory(tensor) for tensor in example}
+        self._owners = [owner for _, owner in self._with_owners(example, wanted)]
+        for index, (_, owner) in enumerate(self._with_owners(example, self._run(example))):
+            if owner != self._owners[index] and isinstance(self._owners[index], int):
                 raise UnsupportedError(
                     f"its output {index} lies in the memory of an input, and what backend '{compiled.backend}' gives does not"
                 )
 
     def fits(self, args: Sequence[object]) -> bool:
         """True when no weight was changed or replaced since."""
-        return all(weight.holds(args[weight.index]) for weight in self._weights)  # pyright: ignore[reportArgumentType]
+        return self._weights.hold(args)
 
     def is_gone(self) -> bool:
-        """True when nobody has one of the weights any more."""
-        return any(weight.owner() is None for weight in self._weights)
+        """True when it cannot be called any more."""
+        return self._weights.are_gone()
 
     def __call__(self, sample: Sample) -> list[object]:
-        """The graph's outputs. Those that share memory with something the graph's own do not share with are copied."""
-        found = self._sharing(sample, self._run(sample))
+        """The graph's outputs. One that shares memory with something it does not share it with in the graph is copied."""
+        found = self._with_owners(sample, self._run(sample))
         return [
-            value.clone() if place is not None and place != allowed and isinstance(value, torch.Tensor) else value
-            for (value, place), allowed in zip(found, self._shared, strict=True)
+            value.clone() if owner is not None and owner != usual and isinstance(value, torch.Tensor) else value
+            for (value, owner), usual in zip(found, self._owners, strict=True)
         ]
 
-    def _sharing(self, sample: Sample, values: Sequence[object]) -> list[tuple[object, object]]:
-        """Each value, usable outside of inference mode, and whose memory it lies in: an input's, an output's, a constant's."""
-        owners: dict[int, object] = dict.fromkeys(self._constants, "constant")
-        owners |= {_memory(tensor): index for index, tensor in enumerate(sample)}
+    def _with_owners(self, sample: Sample, values: Sequence[object]) -> list[tuple[object, object]]:
+        """Each value, usable outside of inference mode, with whose memory it lies in.
+
+        That is the number of an input, the name of an earlier output, `constant`, or None for its own.
+        """
+        owners: dict[int, object] = {_memory(tensor): index for index, tensor in enumerate(sample)}
         found: list[tuple[object, object]] = []
         for index, value in enumerate(values):
             if not isinstance(value, torch.Tensor):
                 found.append((value, None))
                 continue
             memory = _memory(value)
-            found.append((value if torch.is_inference_mode_enabled() else ordinary(value), owners.get(memory)))
+            owner = "constant" if memory in self._constants else owners.get(memory)
+            found.append((value if torch.is_inference_mode_enabled() else ordinary(value), owner))
             if memory:
                 owners.setdefault(memory, f"output {index}")
         return found

@@ -25,6 +25,8 @@ from lissom.frontends.export import Capture, capture_sizes
 
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
+_WHOLE_LAYERS = ("aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default")
+"""What torch.nn calls in evaluation mode without gradients, unless its fast path is switched off."""
 _CASTING = ("cpu", "cuda")
 
 
@@ -33,8 +35,9 @@ class Graph:
     """A graph of Dynamo's with its arguments told apart, by position.
 
     module: the graph as it came. name: `Graph_` and Dynamo's number of it.
-    inputs: the tensors a call brings, with names from the caller's code. weights: the parameters and buffers of modules, by their
-        names there. numbers: integers and floats that are no size of an input; a program has them as constants.
+    inputs: the tensors a call brings, with names from the caller's code.
+    weights: the parameters and buffers of modules, by their names there.
+    numbers: integers and floats that are no size of an input; a program has them as constants.
     sizes: each symbol in the sizes of the inputs, and where it is read.
     """
 
@@ -148,7 +151,12 @@ def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Captu
         program = capture_sizes(bind(graph, args), example, lambda tensor: free.get(id(tensor), {}), _refuse_effects)
     if guard:
         _guard_sizes(graph, program.signature)
-    return Capture(program, example, (describe_dimensions(program.signature),), time.perf_counter() - started)
+    notes = [describe_dimensions(program.signature)]
+    if any(str(node.target) in _WHOLE_LAYERS for node in program.nodes()):
+        notes.append(
+            "layers of torch.nn come whole; torch.backends.mha.set_fastpath_enabled(False) lets passes into them"
+        )
+    return Capture(program, example, tuple(notes), time.perf_counter() - started)
 
 
 def _refuse(graph: Graph, args: Sequence[object]) -> None:
@@ -271,9 +279,8 @@ def _is_random(node: fx.Node) -> bool:
 
 def _guard_sizes(graph: Graph, signature: Signature) -> None:
     """Let Dynamo hold every size the program fixes, and every bound and condition it has, for this graph."""
-    pairs = [
-        pair for fake, leaf in zip(_fakes(graph), signature.tensors, strict=True) for pair in zip(fake.shape, leaf.type.shape)
-    ]
+    shapes = [(value.shape, leaf.type.shape) for value, leaf in zip(_fakes(graph), signature.tensors, strict=True)]
+    pairs = [pair for given, found in shapes for pair in zip(given, found, strict=True)]
     varying = [(given, size) for given, size in pairs if isinstance(given, torch.SymInt)]
     known: dict[sympy.Symbol, torch.SymInt] = {}
     for given, size in varying:
