@@ -153,9 +153,7 @@ def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Captu
         _guard_sizes(graph, program.signature)
     notes = [describe_dimensions(program.signature)]
     if any(str(node.target) in _WHOLE_LAYERS for node in program.nodes()):
-        notes.append(
-            "layers of torch.nn come whole; torch.backends.mha.set_fastpath_enabled(False) lets passes into them"
-        )
+        notes.append("layers of torch.nn come whole; torch.backends.mha.set_fastpath_enabled(False) lets passes into them")
     return Capture(program, example, tuple(notes), time.perf_counter() - started)
 
 
@@ -224,11 +222,17 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
             map_arg(node.kwargs, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used])),
             node.name,
         )
-        other.meta = dict(node.meta)
+        other.meta = {**node.meta, "nn_module_stack": _stack(node)}
         copied[node] = other
         if node.op in ("get_attr", "call_module"):
             owned[str(node.target)] = _attribute(graph.module, str(node.target))
     return fx.GraphModule(owned, bound, class_name=graph.name)
+
+
+def _stack(node: fx.Node) -> dict[str, tuple[str, type]]:
+    """The modules a node was made in, by their paths from the one the graph is of; Dynamo has `L['self'].encoder`."""
+    stack = node.meta.get("nn_module_stack", {})
+    return {key: (re.sub(r"^\w(\[[^\]]*\])+\.?", "", str(path)), kind) for key, (path, kind) in stack.items()}
 
 
 def _attribute(module: nn.Module, target: str) -> object:
