@@ -4,6 +4,7 @@ from lissom.api import CompiledModel, Optimized, compile, load, optimize
 from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.frontends.onnx import from_onnx
 from lissom.generation import compile_generation, load_generation
+from lissom.torch_compile import dynamo_reports
 from lissom.version import __version__
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "__version__",
     "compile",
     "compile_generation",
+    "dynamo_reports",
     "from_onnx",
     "load",
     "load_generation",

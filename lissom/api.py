@@ -60,15 +60,20 @@ class CompiledModel(HostedModel):
             the vocabulary, a position past the last), naming what was found and what is allowed.
         """
         signature = self.program.signature
-        tensors = signature.flatten(args, self.asked(kwargs))
+        return signature.unflatten(self.run(signature.flatten(args, self.asked(kwargs))))
+
+    def run(self, tensors: Sample) -> Sequence[object]:
+        """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
+
+        Raises: InputError for inputs that lead out of a table of the model.
+        """
         try:
-            values = self._executable(tensors)
+            return self._executable(tensors)
         except (IndexError, RuntimeError) as error:
             sentence = outside_table(self.program, tensors)
             if sentence is None:
                 raise
             raise InputError(sentence) from error
-        return signature.unflatten(values)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The state the model keeps from call to call, by the names of its buffers; empty when it keeps none.
@@ -164,57 +169,75 @@ def compile(
     >>> fast(torch.randn(3, 7, 32)).shape
     torch.Size([3, 7, 32])
     """
-    inputs = split_inputs(example_inputs)
     place = check_device(device)
-    return compile_captured(
-        partial(capture, model, *inputs, dynamic=dynamic, device=place),
-        place or device_of(model, inputs),
-        passes=passes,
-        backend=backend,
-        checks=checks,
-        data=data,
-        metric=metric,
-        max_drop=max_drop,
-        only_if_faster=only_if_faster,
-        simulate=simulate,
-        progress=progress,
-    )
+    settings = Settings(passes, backend, checks, data, metric, max_drop, only_if_faster, simulate)
+    take, target = _capturing(model, example_inputs, dynamic, place)
+    with progress_bar("compile") as bar:
+        return compile_captured(take, target, settings, progress or bar, Facts.of(model))
+
+
+def _capturing(
+    model: nn.Module, example_inputs: Inputs, dynamic: Dynamic | bool, place: torch.device | None
+) -> tuple[Callable[[], Capture], torch.device]:
+    """What captures the model, and the device its program will be on. Raises: CaptureError for a compiled model."""
+    if isinstance(model, CompiledModel):
+        raise CaptureError(f"{model.program.name} is compiled already; compile the model it was made from")
+    args, kwargs = split_inputs(example_inputs)
+    take = partial(capture, model, args, kwargs, dynamic=dynamic, device=place)
+    return take, place or device_of(model, (args, kwargs))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a captured model is compiled; the fields are the keywords of `compile`."""
+
+    passes: str | Sequence[Pass] = "exact"
+    backend: str | Backend = "eager"
+    checks: Checks = "numeric"
+    data: Iterable[Inputs] = ()
+    metric: Metric | None = None
+    max_drop: float | None = None
+    only_if_faster: bool = True
+    simulate: bool = False
+
+
+def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
+    """The passes and the backends the settings ask for.
+
+    Raises: PipelineTextError, UnsupportedError.
+    """
+    check_options(settings.checks, settings.metric, settings.max_drop)
+    return resolve_passes(settings.passes), find_backends(settings.backend)
 
 
 def compile_captured(
-    take: Callable[[], Capture],
-    target: torch.device,
-    *,
-    passes: str | Sequence[Pass],
-    backend: str | Backend,
-    checks: Checks,
-    data: Iterable[Inputs],
-    metric: Metric | None,
-    max_drop: float | None,
-    only_if_faster: bool,
-    simulate: bool,
-    progress: Progress | None,
+    take: Callable[[], Capture], device: torch.device, settings: Settings, progress: Progress, facts: Facts | None = None
 ) -> CompiledModel:
-    """What `compile` does with the model `take` captures for the device `target`, once the options are found good."""
-    check_options(checks, metric, max_drop)
-    shared = resolve_passes(passes)
-    backends = find_backends(backend)
+    """Compile what a frontend captures, for a program on `device`.
+
+    take: captures the model. It is called once the settings are known to be good. facts: what the model says of itself.
+
+    Raises: what `compile` raises.
+    """
+    shared, backends = check_settings(settings)
     missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
-    lowerings = {item.name: item.lowering(target) for item in backends if item.name not in missing}
+    lowerings = {item.name: item.lowering(device) for item in backends if item.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(shared) + sum(len(lowering) + 1 for lowering in lowerings.values())
-    with progress_bar("compile") as bar:
-        show = progress or bar
-        job = _capture(take, shared, checks, data, metric, max_drop, show, count)
-        # What is simulated is slower by nature, and wanted all the same.
-        rivals = [item for item in backends if item.name in lowerings and only_if_faster and not simulate]
-        judge = Payoff(rivals, lowerings, job.example) if rivals else None
-        lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
-        built = build_fastest(
-            backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count), simulate=simulate
-        )
+    job = _job(take, shared, settings, progress, count)
+    # What is simulated is slower by nature, and wanted all the same.
+    rivals = [item for item in backends if item.name in lowerings and settings.only_if_faster and not settings.simulate]
+    judge = Payoff(rivals, lowerings, job.example) if rivals else None
+    lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
+    built = build_fastest(
+        backends,
+        missing | lowered,
+        job.example,
+        lambda what, left: progress(what, count - left, count),
+        simulate=settings.simulate,
+    )
     report = Report(f"{built.program.name} on {built.backend.name}", built.history)
-    return CompiledModel(built.program, built.executable, report, built.backend, Facts.of(model))
+    return CompiledModel(built.program, built.executable, report, built.backend, facts)
 
 
 @dataclass(frozen=True)
@@ -253,12 +276,10 @@ def optimize(
     """
     check_options(checks, metric, max_drop)
     shared = resolve_passes(passes)
-    place = check_device(device)
-    inputs = split_inputs(example_inputs)
+    settings = Settings(checks=checks, data=data, metric=metric, max_drop=max_drop)
+    take, _ = _capturing(model, example_inputs, dynamic, check_device(device))
     with progress_bar("optimize") as bar:
-        show = progress or bar
-        take = partial(capture, model, *inputs, dynamic=dynamic, device=place)
-        job = _capture(take, shared, checks, data, metric, max_drop, show, 1 + len(shared))
+        job = _job(take, shared, settings, progress or bar, 1 + len(shared))
         program, history = job.pipeline.run(job.program, job.history)
     return Optimized(program, Report(program.name, history))
 
@@ -273,29 +294,20 @@ class _Job:
     history: History
 
 
-def _capture(
-    take: Callable[[], Capture],
-    passes: Sequence[Pass],
-    checks: Checks,
-    data: Iterable[Inputs],
-    metric: Metric | None,
-    max_drop: float | None,
-    show: Progress,
-    count: int,
-) -> _Job:
+def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings, show: Progress, count: int) -> _Job:
     """Capture the model; count: the steps of the whole work, for the progress shown."""
     show("capture", 0, count)
     captured = take()
     program = captured.program
-    history = History(format_pipeline(passes), checks)
+    history = History(format_pipeline(passes), settings.checks)
     history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
     pipeline = Pipeline(
         passes,
         samples=captured.samples or check_samples(program.signature, captured.example),
-        checks=checks,
-        data=[program.signature.flatten(*split_inputs(batch)) for batch in data],
-        metric=metric,
-        max_drop=max_drop,
+        checks=settings.checks,
+        data=[program.signature.flatten(*split_inputs(batch)) for batch in settings.data],
+        metric=settings.metric,
+        max_drop=settings.max_drop,
         progress=lambda what, finished, _: show(what, finished + 1, count),
     )
     return _Job(pipeline, program, captured.example, history)

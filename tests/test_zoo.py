@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.zoo import catalogue, coverage
+from tests.zoo import catalogue, coverage, dynamo
 from tests.zoo.check import BACKENDS, check
 from tests.zoo.entry import FAMILIES
 from tests.zoo.fresh import loader
@@ -75,6 +76,29 @@ def test_few(name: str, loading: str) -> None:
     assert record["miscounted"] == []
 
 
+UNDER_TORCH_COMPILE = (
+    "causal/llama",
+    "causal/gpt2",
+    "masked/bert",
+    "encoder-decoder/bart",
+    "encoder/clip_text_model",
+    "vision/vit",
+    "hand-written/multi-query",
+    "hand-written/nn-transformer",
+)
+
+
+@pytest.mark.parametrize("name", UNDER_TORCH_COMPILE)
+def test_few_under_torch_compile(name: str) -> None:
+    record: dict[str, Any] = {"name": name, "family": ENTRIES[name].family}
+    dynamo.check(ENTRIES[name], record.update)
+    assert record["failed"] is None, record["error"]
+    assert record["shapes"] > 1
+    for found in record["modes"].values():
+        assert found["equal"], found["problem"]
+        assert found["lowered"] == found["graphs"] > 0, found["reasons"]
+
+
 def test_models_known_for_something_are_in_the_zoo() -> None:
     known = {*CANNOT_BE_CAPTURED, *ATTENTION_LEFT, *NOT_ON_ONNX_RUNTIME}
     assert set(ENTRIES) | {name for name in ATTENTION_LEFT if name.startswith("x-")} >= known
@@ -132,3 +156,29 @@ def test_page_has_a_column_of_onnx_runtime_when_it_was_tried() -> None:
         "causal/gpt2 is not on ONNX Runtime",
         "causal/axk2 is not the same when loaded for eager",
     ]
+
+
+def test_page_keeps_the_section_on_torch_compile(tmp_path: Path) -> None:
+    mode = {"equal": True, "error_found": 0.0, "graphs": 1, "lowered": 1, "reasons": [], "seconds": 1.0}
+    broken = mode | {"equal": False, "problem": "differs by 1 relative", "without": None}
+    written = mode | {"lowered": 0, "reasons": ["it writes to the buffer 'x' of its module"]}
+    foreign = broken | {"without": "Unsupported: no"}
+    names = {"llama": mode, "gpt2": broken, "bert": written, "dbrx": foreign}
+    records = [
+        {"name": f"causal/{name}", "family": "causal", "failed": None, "modes": {"automatic": mode, "dynamic": found}}
+        for name, found in names.items()
+    ]
+    page = tmp_path / "coverage.md"
+    coverage.write_page(page, [LLAMA])
+    coverage.write_dynamo(page, records[:1])
+    coverage.write_dynamo(page, records)
+    coverage.write_page(page, [LLAMA])
+    text = page.read_text()
+    assert text.startswith("# Coverage")
+    assert text.count("## torch.compile") == 1
+    assert "Of 4 models Dynamo runs 3; of these 2 (66.7%) give what the model gives." in text
+    assert "| causal | 4 | 3 | 3 | 2 | 2 |" in text
+    assert "| causal/gpt2 | differs by 1 relative |" in text
+    assert "| causal/bert | as it is: it writes to the buffer 'x' of its module |" in text
+    assert "| causal/dbrx | none for Dynamo: Unsupported: no |" in text
+    assert [record["name"] for record in records if coverage.is_wrong(record)] == ["causal/gpt2"]

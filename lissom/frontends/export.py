@@ -111,6 +111,26 @@ def _capture_by_trying(
     raise AssertionError("the last plan returns or raises")
 
 
+def capture_sizes(
+    model: nn.Module, args: Sequence[object], dims_of: FreeDimensions, refuse: Callable[[Program], None]
+) -> Program:
+    """The model as a program whose sizes vary where `dims_of` says, as far as the model lets them.
+
+    refuse: raises CaptureError for a program that is not wanted, before the model is run beside it.
+
+    Raises: CaptureError.
+    """
+    with _evaluating(model):
+        try:
+            program = _export(model, args, {}, dims_of)
+            refuse(program)
+            return _confirm(program, model, args, {})
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise _explain(model, error) from error
+
+
 def _capture_named(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic
 ) -> tuple[Program, list[str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lissom.api import Inputs, check_device, compile_captured, resolve_passes
+from lissom.api import Inputs, Settings, check_device, compile_captured, resolve_passes
 from lissom.backends.base import Backend
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.kinds import Pass
@@ -19,6 +19,7 @@ from lissom.frontends.decoder import INPUTS, capture_decoder
 from lissom.frontends.device import device_of
 from lissom.frontends.export import Capture
 from lissom.generation.decoder import Decoder, prompts
+from lissom.inspect.progress import progress_bar
 
 if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
@@ -75,19 +76,18 @@ def compile_generation(
     def take() -> Capture:
         return capture_decoder(model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
 
-    compiled = compile_captured(
-        take,
-        place or device_of(model),
-        passes=_with_recipe(passes),
-        backend=backend,
-        checks=checks,
-        data=_named(data, batch, max_length),
-        metric=_scorer(metric, batch, max_length),
-        max_drop=max_drop,
-        only_if_faster=only_if_faster,
-        simulate=simulate,
-        progress=progress,
+    settings = Settings(
+        _with_recipe(passes),
+        backend,
+        checks,
+        _named(data, batch, max_length),
+        _scorer(metric, batch, max_length),
+        max_drop,
+        only_if_faster,
+        simulate,
     )
+    with progress_bar("compile") as bar:
+        compiled = compile_captured(take, place or device_of(model), settings, progress or bar)
     from lissom.generation.model import GenerationModel
 
     return GenerationModel(compiled, model.config, model.generation_config)  # pyright: ignore
