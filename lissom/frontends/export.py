@@ -120,7 +120,7 @@ def capture_sizes(
 
     Raises: CaptureError.
     """
-    with _evaluating(model):
+    with evaluating(model):
         try:
             program = _export(model, args, {}, dims_of)
             refuse(program)
