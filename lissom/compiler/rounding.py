@@ -28,7 +28,11 @@ LOCAL_TOLERANCE = 5e-3
 LOCAL_FLOAT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 """One sum of a few thousand terms in another order, with what is fused to it: 1e-7 to 2e-6 seen in float32."""
 _ROUNDINGS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""What one rounding to a short dtype costs; a node rounds what it reads and what it gives."""
+"""What one rounding to a short dtype costs."""
+_FUSED = 4
+"""How often two programs round where they differ: a kernel once, and each of the three operators it stands for at most, as a
+product, its activation and the product with a gate.
+"""
 SHARE = 2.0
 """Two programs rounded alike differ by less than this many times what rounding changes.
 
@@ -55,7 +59,7 @@ def local_tolerance(program: Program) -> float:
     """
     dtypes = {nodes.tensor_type(node).dtype for node in program.nodes() if nodes.is_tensor(node)}
     sums = max((LOCAL_FLOAT_TOLERANCE[dtype] for dtype in dtypes if dtype in LOCAL_FLOAT_TOLERANCE), default=0.0)
-    short = 2 * max((_ROUNDINGS.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    short = _FUSED * max((_ROUNDINGS.get(dtype, 0.0) for dtype in dtypes), default=0.0)
     return short + (LOCAL_TOLERANCE if rounds_values(program) else sums)
 
 
