@@ -13,6 +13,7 @@ as they lie; four bits are turned back first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +22,7 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
-from lissom.compiler.grids import FORMATS, LEAST, Format
+from lissom.compiler.grids import FORMATS, LEAST, Format, pack_halves
 from lissom.compiler.kinds import Approximation
 from lissom.ops.quantization import dequantize
 
@@ -76,16 +77,11 @@ def _keeps_rows(write: fx.Node) -> bool:
     return floating and nodes.is_call(new, aten.index_copy.default) and new.args[:2] == (state, 2)
 
 
-def _round(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node, form: Format) -> list[torch.Tensor]:
+def _round(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node, form: Format) -> Sequence[torch.Tensor]:
     """Keep integers and scales in the state's place; returns both."""
     name, (_, dim, places, rows) = str(state.target), new.args
     assert isinstance(rows, fx.Node)
-    kept = edit.program.weight(name)
-    width = kept.shape[-1] * form.bits // 8
-    held = [
-        torch.zeros((*kept.shape[:-1], width), dtype=form.storage, device=kept.device),
-        torch.zeros((*kept.shape[:-1], 1), dtype=torch.float32, device=kept.device),
-    ]
+    held = quantize_rows(edit.program.weight(name), form)
     dtype = nodes.tensor_type(new).dtype
     with edit.before(new):
         reads = edit.exchange_state(state, {f"{name}_{form.name}": held[0], f"{name}_scale": held[1]})
@@ -116,6 +112,15 @@ def _quantized(edit: Editor, rows: fx.Node, form: Format) -> tuple[fx.Node, fx.N
     halves = edit.call(aten.to.dtype, edit.call(aten.remainder.Scalar, whole, 16.0), form.storage)
     low, high = (edit.call(aten.slice.Tensor, halves, -1, start, _END, 2) for start in (0, 1))
     return edit.call(aten.add.Tensor, low, edit.call(aten.mul.Tensor, high, 16)), scale
+
+
+def quantize_rows(x: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is stored of x, [..., features] or half of them, and its scales, [..., 1]: what the program does with new rows."""
+    x = x.detach().float()
+    scale = (x.abs().amax(-1, keepdim=True) * (1.0 / form.high)).clamp_min(LEAST)
+    whole = (x / scale).round().clamp(form.low, form.high).to(torch.int8)
+    # Rows not written yet stay zero throughout, which an artifact leaves out.
+    return (pack_halves(whole) if form.bits == 4 else whole), scale.where(scale > LEAST, 0.0)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

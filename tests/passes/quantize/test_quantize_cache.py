@@ -82,3 +82,16 @@ def test_composes_with_attention_that_reads_bytes_and_writes_in_place() -> None:
         "k_scale" in node.kwargs and node.args[1].meta["val"].dtype == torch.int8 for node in program.nodes(fused_attention)
     )
     assert calls(program, aten.index_copy_.default) == len(program.state) == 8
+
+
+def test_what_is_kept_already_is_kept() -> None:
+    captured = capture_decoder(decoder("llama"), max_length=16)
+    program = captured.program
+    with torch.no_grad():
+        program.run(captured.samples[0])
+    wanted = {name: program.weight(name).clone() for name in program.state}
+    after, _ = Pipeline([QuantizeCache()], samples=captured.samples).run(program)
+    for name, kept in wanted.items():
+        found = dequantize(after.weight(f"{name}_int8"), after.weight(f"{name}_scale"), format="int8", dtype=torch.float32)
+        # Half a step, of which there are 127 to the largest of a row.
+        assert kept.any() and bool(((found - kept).abs() <= kept.abs().amax(-1, keepdim=True) / 250).all())
