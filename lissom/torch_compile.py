@@ -193,6 +193,7 @@ class _Compiled:
         return variant
 
     def _run_as_it_is(self, reason: str) -> None:
+        reason = reason.partition("\n")[0]
         _reports.append(GraphReport(self._graph.name, None, reason))
         sentence = f"torch.compile with backend 'lissom' runs {self._graph.name} as it is: {reason}"
         if sentence not in _said:

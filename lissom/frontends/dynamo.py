@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import cast
 
 import sympy
@@ -217,7 +219,7 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
             continue
         other = bound.create_node(
             node.op,
-            node.target,
+            _sum_of_sizes if node.target is torch.sym_sum else node.target,
             map_arg(node.args, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used])),
             map_arg(node.kwargs, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used])),
             node.name,
@@ -227,6 +229,11 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
         if node.op in ("get_attr", "call_module"):
             owned[str(node.target)] = _attribute(graph.module, str(node.target))
     return fx.GraphModule(owned, bound, class_name=graph.name)
+
+
+def _sum_of_sizes(terms: Sequence[torch.SymInt]) -> torch.SymInt:
+    """What `torch.sym_sum` gives, as sums of two, which are all that a program has."""
+    return reduce(operator.add, terms)
 
 
 def _stack(node: fx.Node) -> dict[str, tuple[str, type]]:
