@@ -304,6 +304,37 @@ Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool 
   return by_dtype(x, [&] { return call(rotary_of<float>); }, [&] { return call(rotary_of<BFloat16>); });
 }
 
+// Rows of a packed weight: what lies `stride` bytes apart in it, brought together.
+Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t features, int64_t bits) {
+  TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= 4, "a packed weight holds panels");
+  Tensor rows = indices.to(at::kLong).contiguous();
+  bool halves = bits == 4;
+  int64_t steps = weight.size(1), pair = weight.dim() == 4 ? weight.size(3) : 1, width = pair * weight.element_size();
+  int64_t stride = weight.size(2) * width;
+  TORCH_CHECK(!halves || (width == 1 && weight.size(2) == kPanel / 2 && steps % 2 == 0), "four bits are packed by two");
+  std::vector<int64_t> sizes = indices.sizes().vec();
+  sizes.push_back(halves ? steps / 2 : steps * pair);
+  Tensor found = at::empty(sizes, weight.options());
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const char* from = static_cast<const char*>(weight.const_data_ptr());
+  char* to = static_cast<char*>(found.mutable_data_ptr());
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < features, "index out of range in packed_embedding, which has rows 0 to ", features - 1);
+    const char* place = from + row[i] / kPanel * steps * stride;
+    int64_t column = row[i] % kPanel;
+    if (halves) {
+      int shift = column < kPanel / 2 ? 0 : 4;
+      place += column % (kPanel / 2);
+      for (int64_t step = 0; step < steps; step += 2, place += 2 * stride)
+        *to++ = ((place[0] >> shift) & 15) | (((place[stride] >> shift) & 15) << 4);
+    } else {
+      place += column * width;
+      for (int64_t step = 0; step < steps; ++step, place += stride, to += width) std::memcpy(to, place, width);
+    }
+  }
+  return found;
+}
+
 bool has_bfloat16() { return kHasBFloat16; }
 bool has_bytes() { return kHasBytes; }
 bool has_stored() { return kHasStored; }
@@ -313,6 +344,7 @@ bool has_stored() { return kHasStored; }
 TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("packed_linear", packed_linear);
   library.impl("packed_linear_norm", packed_linear_norm);
+  library.impl("packed_embedding", packed_embedding);
   if (kHasBytes) {
     library.impl("quantized_linear", quantized_linear);
     library.impl("quantized_linear_norm", quantized_linear_norm);
