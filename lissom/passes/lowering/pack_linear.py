@@ -29,12 +29,15 @@ class PackLinear(Rewrite):
         packed: dict[str, fx.Node] = {}
         for node in edit.treatable(_obstacle, aten.linear.default):
             x, weight, *bias = node.args
+            assert isinstance(weight, fx.Node)
+            name = str(weight.target)
+            if name not in packed:
+                tensor = pack(edit.program.weight(name).detach())
+                # A table is looked up long before it is multiplied with.
+                with edit.before(weight.next, like=[node]):
+                    packed[name] = edit.weight(f"{name}_packed", nn.Parameter(tensor, requires_grad=False))
+            features = nodes.tensor_type(weight).shape[0]
             with edit.before(node):
-                name = str(weight.target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-                if name not in packed:
-                    tensor = edit.program.weight(name)
-                    packed[name] = edit.weight(f"{name}_packed", nn.Parameter(pack(tensor.detach()), requires_grad=False))
-                features = nodes.tensor_type(weight).shape[0]  # pyright: ignore[reportArgumentType]
                 call = edit.call(
                     packed_linear, x, packed[name], *(item for item in bias if item is not None), features=features
                 )
