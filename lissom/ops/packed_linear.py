@@ -115,6 +115,7 @@ def _shape_of(x: torch.Tensor, *_: object, features: int, **__: object) -> torch
 torch.library.register_fake("lissom::packed_linear", _shape_of, lib=_LIBRARY)
 torch.library.register_fake("lissom::packed_linear_norm", _shape_of, lib=_LIBRARY)
 
+
 def _rows_of(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> torch.Tensor:
     inputs = weight.shape[1] * (weight.shape[3] if weight.dim() == 4 else 1)
     return weight.new_empty((*indices.shape, inputs if bits > 4 else inputs // 2))
