@@ -3,6 +3,20 @@
 from lissom.api import CompiledModel, Optimized, compile, load, optimize
 from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.frontends.onnx import from_onnx
+from lissom.generation import compile_generation, load_generation
+from lissom.torch_compile import dynamo_reports
 from lissom.version import __version__
 
-__all__ = ["CompiledModel", "OnnxRuntime", "Optimized", "__version__", "compile", "from_onnx", "load", "optimize"]
+__all__ = [
+    "CompiledModel",
+    "OnnxRuntime",
+    "Optimized",
+    "__version__",
+    "compile",
+    "compile_generation",
+    "dynamo_reports",
+    "from_onnx",
+    "load",
+    "load_generation",
+    "optimize",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from torch import nn
 
 from lissom.artifacts.artifact import load_artifact, save_artifact
 from lissom.backends import find_backends
-from lissom.backends.base import Backend, Executable
+from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.fastest import build_fastest
-from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.compiler.errors import CaptureError, InputError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
 from lissom.compiler.lookups import outside_table
@@ -24,7 +25,8 @@ from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.spelling import format_pipeline, parse_pipeline
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import Dynamic
-from lissom.frontends.export import capture
+from lissom.frontends.export import Capture, capture
+from lissom.hosting import Facts, HostedModel
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
@@ -33,37 +35,53 @@ from lissom.payoff import Payoff
 Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
 
 
-class CompiledModel:
+class CompiledModel(HostedModel):
     """An optimized model: takes the arguments the original took, returns the structure it returned.
 
     program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
+    It is a module, and stands in for one of transformers in pipelines and in Sentence Transformers.
 
     Calls run under inference mode and may come from several threads, unless the program has state.
     """
 
-    def __init__(self, program: Program, executable: Executable, report: Report, backend: Backend) -> None:
-        self.program = program
+    def __init__(
+        self, program: Program, executable: Executable, report: Report, backend: Backend, facts: Facts | None = None
+    ) -> None:
+        super().__init__(program, facts)
         self.report = report
         self.backend = backend.name
         self._backend = backend
         self._executable = executable
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """The model's answer.
 
         Raises: InputError when the arguments do not fit the signature, or lead out of a table of the model (a token id past
             the vocabulary, a position past the last), naming what was found and what is allowed.
         """
         signature = self.program.signature
-        tensors = signature.flatten(args, kwargs)
+        return signature.unflatten(self.run(signature.flatten(args, self.asked(kwargs))))
+
+    def run(self, tensors: Sample) -> Sequence[object]:
+        """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
+
+        Raises: InputError for inputs that lead out of a table of the model.
+        """
         try:
-            values = self._executable(tensors)
+            return self._executable(tensors)
         except (IndexError, RuntimeError) as error:
             sentence = outside_table(self.program, tensors)
             if sentence is None:
                 raise
             raise InputError(sentence) from error
-        return signature.unflatten(values)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state the model keeps from call to call, by the names of its buffers; empty when it keeps none.
+
+        The tensors are the memory itself, until the next call: `zero_()` empties a cache, `copy_(tensor[rows])` reorders its
+        rows. After a call that failed, what the state holds is undefined.
+        """
+        return state_of(self._executable)
 
     def save(self, directory: str | Path) -> None:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
@@ -74,7 +92,8 @@ class CompiledModel:
         Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
             backend cannot save what it built.
         """
-        save_artifact(Path(directory), self.program, self._executable, self.report.history, self._backend)
+        facts = {} if self.facts is None else self.facts.to_json()
+        save_artifact(Path(directory), self.program, self._executable, self.report.history, self._backend, facts)
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
@@ -100,7 +119,7 @@ def load(directory: str | Path, device: str | torch.device | None = None, *, bac
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
     report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history)
-    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend)
+    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend, Facts.from_json(loaded.facts))
 
 
 def compile(
@@ -150,27 +169,75 @@ def compile(
     >>> fast(torch.randn(3, 7, 32)).shape
     torch.Size([3, 7, 32])
     """
-    check_options(checks, metric, max_drop)
-    shared = resolve_passes(passes)
-    backends = find_backends(backend)
     place = check_device(device)
-    target = place or device_of(model, split_inputs(example_inputs))
+    settings = Settings(passes, backend, checks, data, metric, max_drop, only_if_faster, simulate)
+    take, target = _capturing(model, example_inputs, dynamic, place)
+    with progress_bar("compile") as bar:
+        return compile_captured(take, target, settings, progress or bar, Facts.of(model))
+
+
+def _capturing(
+    model: nn.Module, example_inputs: Inputs, dynamic: Dynamic | bool, place: torch.device | None
+) -> tuple[Callable[[], Capture], torch.device]:
+    """What captures the model, and the device its program will be on. Raises: CaptureError for a compiled model."""
+    if isinstance(model, CompiledModel):
+        raise CaptureError(f"{model.program.name} is compiled already; compile the model it was made from")
+    args, kwargs = split_inputs(example_inputs)
+    take = partial(capture, model, args, kwargs, dynamic=dynamic, device=place)
+    return take, place or device_of(model, (args, kwargs))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a captured model is compiled; the fields are the keywords of `compile`."""
+
+    passes: str | Sequence[Pass] = "exact"
+    backend: str | Backend = "eager"
+    checks: Checks = "numeric"
+    data: Iterable[Inputs] = ()
+    metric: Metric | None = None
+    max_drop: float | None = None
+    only_if_faster: bool = True
+    simulate: bool = False
+
+
+def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
+    """The passes and the backends the settings ask for.
+
+    Raises: PipelineTextError, UnsupportedError.
+    """
+    check_options(settings.checks, settings.metric, settings.max_drop)
+    return resolve_passes(settings.passes), find_backends(settings.backend)
+
+
+def compile_captured(
+    take: Callable[[], Capture], device: torch.device, settings: Settings, progress: Progress, facts: Facts | None = None
+) -> CompiledModel:
+    """Compile what a frontend captures, for a program on `device`.
+
+    take: captures the model. It is called once the settings are known to be good. facts: what the model says of itself.
+
+    Raises: what `compile` raises.
+    """
+    shared, backends = check_settings(settings)
     missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
-    lowerings = {item.name: item.lowering(target) for item in backends if item.name not in missing}
+    lowerings = {item.name: item.lowering(device) for item in backends if item.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(shared) + sum(len(lowering) + 1 for lowering in lowerings.values())
-    with progress_bar("compile") as bar:
-        show = progress or bar
-        job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, count)
-        # What is simulated is slower by nature, and wanted all the same.
-        rivals = [item for item in backends if item.name in lowerings and only_if_faster and not simulate]
-        judge = Payoff(rivals, lowerings, job.example) if rivals else None
-        lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
-        built = build_fastest(
-            backends, missing | lowered, job.example, lambda what, left: show(what, count - left, count), simulate=simulate
-        )
+    job = _job(take, shared, settings, progress, count)
+    # What is simulated is slower by nature, and wanted all the same.
+    rivals = [item for item in backends if item.name in lowerings and settings.only_if_faster and not settings.simulate]
+    judge = Payoff(rivals, lowerings, job.example) if rivals else None
+    lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
+    built = build_fastest(
+        backends,
+        missing | lowered,
+        job.example,
+        lambda what, left: progress(what, count - left, count),
+        simulate=settings.simulate,
+    )
     report = Report(f"{built.program.name} on {built.backend.name}", built.history)
-    return CompiledModel(built.program, built.executable, report, built.backend)
+    return CompiledModel(built.program, built.executable, report, built.backend, facts)
 
 
 @dataclass(frozen=True)
@@ -209,10 +276,10 @@ def optimize(
     """
     check_options(checks, metric, max_drop)
     shared = resolve_passes(passes)
-    place = check_device(device)
+    settings = Settings(checks=checks, data=data, metric=metric, max_drop=max_drop)
+    take, _ = _capturing(model, example_inputs, dynamic, check_device(device))
     with progress_bar("optimize") as bar:
-        show = progress or bar
-        job = _capture(model, example_inputs, shared, dynamic, place, checks, data, metric, max_drop, show, 1 + len(shared))
+        job = _job(take, shared, settings, progress or bar, 1 + len(shared))
         program, history = job.pipeline.run(job.program, job.history)
     return Optimized(program, Report(program.name, history))
 
@@ -227,33 +294,20 @@ class _Job:
     history: History
 
 
-def _capture(
-    model: nn.Module,
-    example_inputs: Inputs,
-    passes: Sequence[Pass],
-    dynamic: Dynamic | bool,
-    device: torch.device | None,
-    checks: Checks,
-    data: Iterable[Inputs],
-    metric: Metric | None,
-    max_drop: float | None,
-    show: Progress,
-    count: int,
-) -> _Job:
+def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings, show: Progress, count: int) -> _Job:
     """Capture the model; count: the steps of the whole work, for the progress shown."""
     show("capture", 0, count)
-    args, kwargs = split_inputs(example_inputs)
-    captured = capture(model, args, kwargs, dynamic=dynamic, device=device)
+    captured = take()
     program = captured.program
-    history = History(format_pipeline(passes), checks)
+    history = History(format_pipeline(passes), settings.checks)
     history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
     pipeline = Pipeline(
         passes,
-        samples=check_samples(program.signature, captured.example),
-        checks=checks,
-        data=[program.signature.flatten(*split_inputs(batch)) for batch in data],
-        metric=metric,
-        max_drop=max_drop,
+        samples=captured.samples or check_samples(program.signature, captured.example),
+        checks=settings.checks,
+        data=[program.signature.flatten(*split_inputs(batch)) for batch in settings.data],
+        metric=settings.metric,
+        max_drop=settings.max_drop,
         progress=lambda what, finished, _: show(what, finished + 1, count),
     )
     return _Job(pipeline, program, captured.example, history)

@@ -1,4 +1,4 @@
-"""The command line: `lissom demo | compile | run | show | bench | passes | machine`."""
+"""The command line: `lissom demo | compile | run | generate | show | bench | passes | machine`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ from lissom.bench.report import comparison_table, markdown_table
 from lissom.bench.saved import saved_table
 from lissom.bench.worker import Record
 from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
-from lissom.compiler.errors import ArtifactError, Interrupted, LissomError
+from lissom.compiler.errors import ArtifactError, Interrupted, LissomError, UnsupportedError
 from lissom.compiler.pipeline import check_options
 from lissom.compiler.types import format_type, type_of
+from lissom.frontends.decoder import SHORTEST
+from lissom.frontends.huggingface import tokenizer_of
 from lissom.frontends.sources import NAMES, load
+from lissom.generation import compile_generation, load_generation
+from lissom.generation.directory import is_saved
+from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.roofline import cost_table, machine_table
@@ -107,6 +112,58 @@ def run_saved(
         console.print(f"{name}: {format_type(type_of(tensor), str)}", highlight=False, soft_wrap=True, markup=False)
     if output is not None:
         write_tensors(found, output)
+
+
+@app.command("generate")
+def run_generate(
+    model: Annotated[str, typer.Argument(help=f"A directory that --save wrote. {NAMES}")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the tokens drawn.")] = 0,
+    passes: Passes = "exact",
+    backend: Backend = "eager",
+    device: Device = None,
+    checks: Checks = "numeric",
+    save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
+) -> None:
+    """Go on from a text, as a model compiled with its cache, and say how fast it went."""
+    if is_saved(model):
+        if passes != "exact" or backend != "eager" or save is not None:
+            raise typer.BadParameter("--passes, --backend and --save do not go with a saved decoder")
+        decoder, tokenizer = load_generation(model, device), tokenizer_of(Path(model))
+    else:
+        check_options(checks)  # pyright: ignore[reportArgumentType]
+        pipeline, source = api.resolve_passes(passes), load(model)
+        tokenizer = source.checkpoint.tokenizer if source.checkpoint else None
+        if tokenizer is None:
+            raise UnsupportedError(f"{model} has no tokenizer, and a prompt is text; use lissom.compile_generation")
+        decoder = compile_generation(
+            source.model,
+            max_length=max(SHORTEST, len(tokenizer(prompt).input_ids) + max_new_tokens),
+            passes=pipeline,
+            backend=backend,
+            device=device,
+            checks=checks,  # pyright: ignore[reportArgumentType]
+        )
+        if save is not None:
+            decoder.save(save, tokenizer)
+    ids = torch.tensor([tokenizer(prompt).input_ids], device=decoder.device)
+    speed, stop = Speed(), decoder.generation_config.eos_token_id
+    tokens = stream_tokens(
+        decoder,
+        ids,
+        max_new_tokens=min(max_new_tokens, decoder.max_length - ids.shape[1] + 1),
+        temperature=temperature,
+        stop=[stop] if isinstance(stop, int) else stop or (),
+        seed=seed,
+        speed=speed,
+    )
+    for piece in stream_text(tokens, tokenizer):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    Console(stderr=True).print(str(speed), highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command("show")

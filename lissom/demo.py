@@ -59,7 +59,7 @@ def demonstrate(seconds: float = 2.0) -> Demonstration:
     return Demonstration(compiled, relative_error(wanted, found), found @ found.T, timings, absent)
 
 
-def embed(model: nn.Module | CompiledModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def embed(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Sentence embeddings, [sentences, 384]: the mean over real tokens of the last hidden state, normalised to length 1."""
     hidden = model(**inputs).last_hidden_state  # pyright: ignore[reportAttributeAccessIssue]
     mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)

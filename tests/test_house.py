@@ -63,7 +63,7 @@ def test_a_file_is_short_enough_to_read(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
-@pytest.mark.parametrize("path", sources("lissom", "docs", "benchmarks"), ids=relative)
+@pytest.mark.parametrize("path", sources("lissom", "docs", "benchmarks", "examples"), ids=relative)
 def test_a_module_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 

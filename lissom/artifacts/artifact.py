@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,19 +39,31 @@ class Loaded:
     executable: Executable
     history: History
     backend: Backend
+    facts: Mapping[str, object]
     notes: tuple[str, ...]
 
 
-def save_artifact(directory: Path, program: Program, executable: Executable, history: History, backend: Backend) -> None:
+def save_artifact(
+    directory: Path,
+    program: Program,
+    executable: Executable,
+    history: History,
+    backend: Backend,
+    facts: Mapping[str, object],
+) -> None:
     """Write an artifact, whole or not at all; one that is there already is replaced.
+
+    facts: what the model says of itself, as JSON; given back when loaded.
 
     Raises: ArtifactError when it cannot be written, or holds what an artifact cannot.
     """
     check_target(directory.absolute())
-    write_directory(directory, partial(_write, program, executable, history, backend))
+    write_directory(directory, partial(_write, program, executable, history, backend, facts))
 
 
-def _write(program: Program, executable: Executable, history: History, backend: Backend, folder: Path) -> None:
+def _write(
+    program: Program, executable: Executable, history: History, backend: Backend, facts: Mapping[str, object], folder: Path
+) -> None:
     backend.save_files(executable, folder)
     entries = save_weights(program, folder / WEIGHTS)
     _write_json(folder / PROGRAM, encode_program(program, entries))
@@ -64,6 +77,7 @@ def _write(program: Program, executable: Executable, history: History, backend: 
         signature=program.signature.describe(),
         pipeline=history.pipeline,
         history=history.to_json(),
+        facts=facts,
         environment=_environment(program),
         files={path.name: Content.of(path) for path in sorted(folder.iterdir())},
     )
@@ -112,7 +126,7 @@ def load_artifact(directory: Path, device: torch.device | None = None, backend: 
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
     history = _read_history(manifest, directory)
-    return Loaded(program, executable, history, backend, notes)
+    return Loaded(program, executable, history, backend, manifest.facts, notes)
 
 
 def _find_backend(manifest: Manifest, directory: Path, wanted: Backend | None) -> Backend:

@@ -39,7 +39,8 @@ class Manifest:
     """What an artifact is.
 
     name: of the program. options: of the backend. device: what it was made for, `cpu` or `cuda:0`. signature, pipeline: as
-    text. history: as JSON. environment: what it was made with. files: every other file in the directory.
+    text. history: as JSON. facts: what the model says of itself, as JSON. environment: what it was made with. files: every
+    other file in the directory.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Manifest:
     signature: str
     pipeline: str
     history: Mapping[str, object]
+    facts: Mapping[str, object]
     environment: Mapping[str, str]
     files: Mapping[str, Content]
 
@@ -87,6 +89,7 @@ def read_manifest(path: Path) -> Manifest:
             **{key: take(data, key, str) for key in ("name", "backend", "device", "signature", "pipeline")},
             options=take(data, "options", dict),
             history=take(data, "history", dict),
+            facts=take(data, "facts", dict) if "facts" in data else {},
             environment={key: text(item) for key, item in take(data, "environment", dict).items()},
             files={name: _content(item) for name, item in take(data, "files", dict).items()},
         )

@@ -15,13 +15,14 @@ import lissom.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.artifacts.fields import shown
 from lissom.compiler.errors import ArtifactError
+from lissom.compiler.node import STATE_WRITES
 from lissom.compiler.text import target_text
 
 NAMESPACES = ("aten", "lissom")
 """Of operators a program in an artifact may call."""
 _FORBIDDEN = {"aten.from_file.default"}
 """It reads, and may make, a file its arguments name."""
-_STATE_WRITE = "aten.copy_.default"
+_STATE_WRITES = frozenset(map(str, STATE_WRITES))
 _NAME = re.compile(r"([a-z]+)\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 _OF_NUMBERS = (
     *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "lshift", "rshift"),
@@ -74,6 +75,6 @@ def _find(name: str) -> Callable[..., Any] | None:
         return None
     packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
     found = getattr(packet, parts[3], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
-    if not isinstance(found, torch._ops.OpOverload) or (found._schema.is_mutable and name != _STATE_WRITE):
+    if not isinstance(found, torch._ops.OpOverload) or (found._schema.is_mutable and name not in _STATE_WRITES):
         return None
     return found

@@ -86,7 +86,7 @@ def _check_form(program: Program) -> None:
         raise ValueError("the program's inputs are not those of its signature")
     if len(cast("tuple[object, ...]", program.output.args[0])) != program.signature.out_spec.num_leaves:
         raise ValueError("the program's outputs are not those of its signature")
-    for node in program.nodes(torch.ops.aten.copy_.default):
+    for node in program.nodes(*nodes.STATE_WRITES):
         if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in program.state:
             raise ValueError(f"'{node.name}' writes to what is no state of the program")
 

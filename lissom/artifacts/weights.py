@@ -81,11 +81,11 @@ def save_weights(program: Program, path: Path) -> dict[str, object]:
 
 
 def stored_bytes(program: Program) -> int:
-    """The bytes its weights take in an artifact, compressed where they would be."""
+    """The bytes its weights take in an artifact, compressed where they would be; state whole, since it is filled as it runs."""
     sizes: dict[object, int] = {}
-    for weight in program.weights().values():
+    for name, weight in program.weights().items():
         stored, _ = _as_stored(weight)
-        nonzero = _nonzero(stored)
+        nonzero = None if name in program.state else _nonzero(stored)
         size = stored.nbytes if nonzero is None else _compressed_bytes(stored, nonzero)
         sizes[stored.data_ptr(), stored.dtype, stored.shape] = size
     return sum(sizes.values())

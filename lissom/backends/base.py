@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 
@@ -20,7 +20,38 @@ from lissom.compiler.samples import Sample, check_samples, resize
 from lissom.compiler.verify import compare, run_original, tolerance_of
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
-"""Flat inputs in the order of the program's placeholders; flat outputs."""
+"""Flat inputs in the order of the program's placeholders; flat outputs. One that keeps state is `Stateful` too."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An executable that keeps state from call to call. It starts with that of the program, of which it has its own copy."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state by the names of the program: the memory itself, until the next call.
+
+        To write to a tensor is to change the state: `zero_()` empties a cache, `copy_(tensor[rows])` reorders its rows.
+        """
+        ...
+
+
+def state_of(executable: Executable) -> dict[str, torch.Tensor]:
+    """The state an executable keeps, as `Stateful.state` gives it; empty for one that keeps none."""
+    return executable.state() if isinstance(executable, Stateful) else {}
+
+
+@contextmanager
+def restored_state(*executables: Executable) -> Generator[None]:
+    """Put the state of the executables back to what it was."""
+    saved = [
+        (executable, {name: tensor.clone() for name, tensor in state_of(executable).items()}) for executable in executables
+    ]
+    try:
+        yield
+    finally:
+        for executable, tensors in saved:
+            for name, tensor in state_of(executable).items():
+                tensor.copy_(tensors[name])
 
 
 @dataclass(frozen=True)
@@ -73,13 +104,15 @@ class Backend(ABC):
 
 
 def confirm(name: str, executable: Executable, program: Program, example: Sample, allowed: float = 0.0) -> float:
-    """Run what a backend built from a program without state beside it: on the example, at other sizes, and at the smallest.
+    """Run what a backend built from a program beside it: on the example, at other sizes, and at the smallest.
+
+    State is compared too, and put back to what it was.
 
     allowed: the relative error it may show, where that is more than two correct programs may. Returns the one it shows.
 
     Raises: VerifyError when it does not run, or gives something else.
     """
-    samples, wanted = run_original(program, [*check_samples(program.signature, example), *_smallest(program, example)])
+    samples, wanted = run_original(program, [*check_samples(program.signature, example), *smallest_samples(program, example)])
     allowed = max(allowed, tolerance_of(program))
     worst = 0.0
     if rounds_values(program):
@@ -87,7 +120,8 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     for sample, outputs in zip(samples, wanted, strict=True):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
         try:
-            found = list(executable(sample))
+            with restored_state(executable):
+                found = [*executable(sample), *(tensor.clone() for tensor in state_of(executable).values())]
         except Exception as error:
             raise VerifyError(
                 f"what backend '{name}' built from {program.name} does not run on inputs {shapes}: "
@@ -103,7 +137,7 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     return worst
 
 
-def _smallest(program: Program, example: Sample) -> list[Sample]:
+def smallest_samples(program: Program, example: Sample) -> list[Sample]:
     """The example at the smallest sizes the signature promises, where compilers go wrong; none when it refuses them."""
     signature = program.signature
     sample = resize(signature, example, {symbol: dimension.minimum for symbol, dimension in signature.dimensions.items()})

@@ -33,6 +33,11 @@ def check_plain(backend: str, program: Program) -> None:
         raise UnsupportedError(
             f"backend '{backend}' keeps no state, and {program.name} writes to '{program.state[0]}'; choose backend 'eager'"
         )
+    check_tensors(backend, program)
+
+
+def check_tensors(backend: str, program: Program) -> None:
+    """Refuse a program that returns sizes. Raises: UnsupportedError."""
     for leaf in leaves_of(program):
         if isinstance(leaf, fx.Node) and not nodes.is_tensor(leaf):
             raise UnsupportedError(

@@ -7,7 +7,7 @@ threads are independent unless the program has state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, cast
 
@@ -32,6 +32,7 @@ from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
+from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 aten = torch.ops.aten
@@ -59,17 +60,18 @@ class Eager(Backend):
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         if device.type == "cuda":
-            return (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts())
+            return (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts(), WriteStateInPlace())
         if device.type != "cpu":
-            return ()
+            return (WriteStateInPlace(),)
         # Without kernels the passes behind it say why; merged projections would then be read with gaps.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
-        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseMergedAttention())
+        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseMergedAttention(), WriteStateInPlace())
         return (FoldQuantizedWeights(), *merge, FuseRotary(), FuseAttention(), FuseRmsNorm(), *products)
 
     def build(self, program: Program, example: Sample) -> Executable:
         program = with_fast_layout(program)
-        source, names = emit(program)
+        state = {name: program.weight(name).detach().clone() for name in program.state}
+        source, names = emit(program, state)
         scope = dict(names)
         exec(compile(source, f"<lissom {program.name}>", "exec"), scope)
         function = cast(Callable[..., Sequence[object]], scope["run"])
@@ -80,7 +82,8 @@ class Eager(Backend):
 
         if program.nodes(*KERNELS) and not load_kernels():
             run = one_call(run)
-        return with_graphs(program, run)
+        executable = with_graphs(program, run)
+        return _Stateful(executable, state) if state else executable
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Nothing: the program is all there is."""
@@ -89,8 +92,27 @@ class Eager(Backend):
         return self.build(program, [])
 
 
-def emit(program: Program) -> tuple[str, dict[str, object]]:
-    """The program as the source of a function `run`, and the objects its names stand for."""
+class _Stateful:
+    """A function of flat inputs that keeps state: the tensors it writes."""
+
+    def __init__(self, function: Executable, tensors: dict[str, torch.Tensor]) -> None:
+        self.notes: Sequence[str] = getattr(function, "notes", ())
+        self._function = function
+        self._tensors = tensors
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        return self._function(inputs)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state by name, in the memory that calls read and write."""
+        return dict(self._tensors)
+
+
+def emit(program: Program, state: Mapping[str, torch.Tensor] | None = None) -> tuple[str, dict[str, object]]:
+    """The program as the source of a function `run`, and the objects its names stand for.
+
+    state: what stands for the program's own state, by name.
+    """
     names: dict[str, object] = {}
     scope: dict[fx.Node, str] = {}
     frees = last_uses_of(program.graph)
@@ -98,9 +120,9 @@ def emit(program: Program) -> tuple[str, dict[str, object]]:
     parameters: list[str] = []
     for node in program.graph.nodes:
         if node.op == "get_attr":
-            weight = program.weight(str(node.target)).detach()
+            name = str(node.target)
             scope[node] = f"w{len(names)}"
-            names[scope[node]] = weight.clone() if str(node.target) in program.state else weight
+            names[scope[node]] = state[name] if state and name in state else program.weight(name).detach()
             continue
         if node.op == "output":
             lines.append(f"    return {_argument(node.args[0], scope, names)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from lissom.backends import FASTEST
-from lissom.backends.base import Backend, Executable
+from lissom.backends.base import Backend, Executable, restored_state
 from lissom.backends.kernels import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.compiler.errors import LissomError, UnsupportedError
 from lissom.compiler.history import History
@@ -69,7 +69,8 @@ def build_fastest(
     best = next(iter(built.values()))
     if len(lowered) > 1:
         progress("time " + " and ".join(built), 0)
-        timings = time_calls({name: partial(item.executable, example) for name, item in built.items()}, _SECONDS)
+        with restored_state(*(item.executable for item in built.values())):
+            timings = time_calls({name: partial(item.executable, example) for name, item in built.items()}, _SECONDS)
         best = built[min(timings, key=lambda name: timings[name].median_ms)]
         shapes = ", ".join(str(list(tensor.shape)) for tensor in example)
         listed = ", ".join(f"{name} {timing} ms" for name, timing in timings.items())

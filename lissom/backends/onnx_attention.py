@@ -28,7 +28,7 @@ def expand_attention(model: ir.Model, fused: bool) -> int:
     for node in list(model.graph):
         if node.domain != DOMAIN or node.op_type != ATTENTION:
             continue
-        site = _Site.of(node)
+        site = Site.of(node)
         found = _single(site) if fused else None
         count += found is not None
         replace(model, node, site.tape, found or _explicit(site))
@@ -38,7 +38,7 @@ def expand_attention(model: ir.Model, fused: bool) -> int:
 
 
 @dataclass(frozen=True)
-class _Site:
+class Site:
     """One attention: its operands and options, and the tape that records what takes its place."""
 
     q: ir.Value
@@ -54,7 +54,7 @@ class _Site:
     tape: ir.tape.Tape
 
     @classmethod
-    def of(cls, node: ir.Node) -> _Site:
+    def of(cls, node: ir.Node) -> Site:
         q, k, v, mask, sinks = [*node.inputs, None, None][:5]
         assert q is not None and k is not None and v is not None
         number = node.attributes
@@ -85,12 +85,23 @@ class _Site:
         assert self.q.dtype is not None
         return float(finfo(self.q.dtype.numpy()).min) / 2
 
+    def visible(self) -> ir.Value | None:
+        """1 for rows that see a key and 0 for those that see none, [.., queries or 1, 1]; None when nothing hides keys."""
+        if self.mask is None or not self.zeros:
+            return None
+        assert self.q.dtype is not None
+        if self.mask.dtype == ir.DataType.BOOL:
+            seen = self.call("Cast", self.mask, to=int(self.q.dtype))
+            return self.call("ReduceMax", seen, self.integers(-1), keepdims=1)
+        highest = self.call("ReduceMax", self.mask, self.integers(-1), keepdims=1)
+        return self.call("Cast", self.call("Greater", highest, self.number(-np.inf)), to=int(self.q.dtype))
 
-def _explicit(site: _Site) -> ir.Value:
+
+def _explicit(site: Site) -> ir.Value:
     """softmax(q kᵀ · scale + mask) v, one operator each."""
     call = site.call
     k, v = (_repeated(site, item) for item in (site.k, site.v))
-    rank = len(_shape(site.k))
+    rank = len(shape_of(site.k))
     swapped = [*range(rank - 2), rank - 1, rank - 2]
     scores = call("MatMul", call("Mul", site.q, site.number(site.scale)), call("Transpose", k, perm=swapped))
     if site.softcap:
@@ -106,20 +117,20 @@ def _explicit(site: _Site) -> ir.Value:
     if site.sinks is not None:
         weights = call("Slice", weights, site.integers(0), site.integers(-1), site.integers(-1))
     result = call("MatMul", weights, v)
-    visible = _visible(site)
+    visible = site.visible()
     return result if visible is None else call("Mul", result, visible)
 
 
-def _repeated(site: _Site, item: ir.Value) -> ir.Value:
+def _repeated(site: Site, item: ir.Value) -> ir.Value:
     """Keys or values with each head as often as there are queries' heads for it."""
-    heads, own = (_shape(found)[1] if len(_shape(found)) == 4 else 1 for found in (site.q, item))
+    heads, own = (shape_of(found)[1] if len(shape_of(found)) == 4 else 1 for found in (site.q, item))
     if heads == own or not (isinstance(heads, int) and isinstance(own, int)) or own == 1:
         return item
     spread = site.call("Expand", site.call("Unsqueeze", item, site.integers(2)), site.integers(1, 1, heads // own, 1, 1))
-    return site.call("Reshape", spread, site.integers(0, heads, -1, _fixed(_shape(item)[-1])))
+    return site.call("Reshape", spread, site.integers(0, heads, -1, _fixed(shape_of(item)[-1])))
 
 
-def _bias(site: _Site) -> ir.Value | None:
+def _bias(site: Site) -> ir.Value | None:
     """What is added to the scores; None for nothing."""
     mask = site.mask
     if site.causal:
@@ -132,7 +143,7 @@ def _bias(site: _Site) -> ir.Value | None:
     return site.call("Max", mask, site.number(site.floor)) if site.zeros else mask
 
 
-def _causal(site: _Site) -> ir.Value:
+def _causal(site: Site) -> ir.Value:
     """[queries, keys]: query i sees keys 0 to i."""
     call = site.call
     zero, one = (site.tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.int64))}) for number in (0, 1))
@@ -143,44 +154,32 @@ def _causal(site: _Site) -> ir.Value:
     return seen
 
 
-def _visible(site: _Site) -> ir.Value | None:
-    """1 for rows that see a key and 0 for those that see none, [.., queries or 1, 1]; None when nothing hides keys."""
-    if site.mask is None or not site.zeros:
-        return None
-    assert site.q.dtype is not None
-    if site.mask.dtype == ir.DataType.BOOL:
-        seen = site.call("Cast", site.mask, to=int(site.q.dtype))
-        return site.call("ReduceMax", seen, site.integers(-1), keepdims=1)
-    highest = site.call("ReduceMax", site.mask, site.integers(-1), keepdims=1)
-    return site.call("Cast", site.call("Greater", highest, site.number(-np.inf)), to=int(site.q.dtype))
-
-
-def _single(site: _Site) -> ir.Value | None:
+def _single(site: Site) -> ir.Value | None:
     """The attention as one operator; None where none can say it."""
     if site.sinks is not None or site.softcap or site.q.dtype == ir.DataType.DOUBLE:
         return None
-    if any(len(_shape(item)) != 4 or not isinstance(_shape(item)[1], int) for item in (site.q, site.k, site.v)):
+    if any(len(shape_of(item)) != 4 or not isinstance(shape_of(item)[1], int) for item in (site.q, site.k, site.v)):
         return None
-    if site.causal and _shape(site.q)[2] != _shape(site.k)[2]:
+    if site.causal and shape_of(site.q)[2] != shape_of(site.k)[2]:
         return None
     bias = _whole_bias(site) if site.mask is not None else None
     if site.mask is not None and bias is None:
         return None
-    operands = [_projection(item) for item in (site.q, site.k, site.v)]
-    if None in operands or _fixed(_shape(site.q)[1]) != _fixed(_shape(site.k)[1]):
+    operands = [projection(item) for item in (site.q, site.k, site.v)]
+    if None in operands or _fixed(shape_of(site.q)[1]) != _fixed(shape_of(site.k)[1]):
         return _by_heads(site, bias)
     return _by_projections(site, operands, bias)
 
 
-def _by_heads(site: _Site, bias: ir.Value | None) -> ir.Value | None:
+def _by_heads(site: Site, bias: ir.Value | None) -> ir.Value | None:
     """`Attention` of queries, keys and values as they are, [batch, heads, tokens, head_dim]; heads that share keys once."""
     k, v = (_shared(item) for item in (site.k, site.v))
-    heads, groups = _fixed(_shape(site.q)[1]), _fixed(_shape(k)[1])
-    if _shape(v)[1] != groups or heads % groups:
+    heads, groups = _fixed(shape_of(site.q)[1]), _fixed(shape_of(k)[1])
+    if shape_of(v)[1] != groups or heads % groups:
         return None
     operands = [site.q, k, v, *([bias] if bias is not None else [])]
     result = site.call("Attention", *operands, scale=site.scale, is_causal=int(site.causal))
-    visible = _visible(site)
+    visible = site.visible()
     return result if visible is None else site.call("Mul", result, visible)
 
 
@@ -188,11 +187,13 @@ def _shared(value: ir.Value) -> ir.Value:
     """Keys or values before each head was repeated for the queries' heads that share it; the value itself where none was."""
     between = _read_by(_read_by(value, "Reshape"), "Expand")
     source = _read_by(between, "Unsqueeze")
-    if source is None or len(_shape(source)) != 4:
+    if source is None or len(shape_of(source)) != 4:
         return value
-    (batch, groups, tokens, width), heads = _shape(source), _shape(value)[1]
-    repeated = list(_shape(between)) == [batch, groups, 1, tokens, width] and isinstance(groups, int) and isinstance(heads, int)
-    return source if repeated and list(_shape(value)) == [batch, heads, tokens, width] else value
+    (batch, groups, tokens, width), heads = shape_of(source), shape_of(value)[1]
+    repeated = (
+        list(shape_of(between)) == [batch, groups, 1, tokens, width] and isinstance(groups, int) and isinstance(heads, int)
+    )
+    return source if repeated and list(shape_of(value)) == [batch, heads, tokens, width] else value
 
 
 def _read_by(value: ir.Value | None, op_type: str) -> ir.Value | None:
@@ -201,9 +202,9 @@ def _read_by(value: ir.Value | None, op_type: str) -> ir.Value | None:
     return node.inputs[0] if node is not None and node.op_type == op_type else None
 
 
-def _by_projections(site: _Site, sources: Sequence[ir.Value | None], bias: ir.Value | None) -> ir.Value:
+def _by_projections(site: Site, sources: Sequence[ir.Value | None], bias: ir.Value | None) -> ir.Value:
     """One operator that reads what projections give, [batch, tokens, heads · head_dim], and gives the same."""
-    heads, width = _fixed(_shape(site.q)[1]), _fixed(_shape(site.v)[3])
+    heads, width = _fixed(shape_of(site.q)[1]), _fixed(shape_of(site.v)[3])
     call = site.call
     if bias is None and not site.causal:
         result = call("MultiHeadAttention", *sources, domain=CONTRIB, num_heads=heads, scale=site.scale)
@@ -211,39 +212,39 @@ def _by_projections(site: _Site, sources: Sequence[ir.Value | None], bias: ir.Va
         operands = [*sources, *([bias] if bias is not None else [])]
         causal = int(site.causal)
         result = call("Attention", *operands, scale=site.scale, q_num_heads=heads, kv_num_heads=heads, is_causal=causal)
-    batch, _, queries, _ = _shape(site.q)
-    visible = _visible(site)
+    batch, _, queries, _ = shape_of(site.q)
+    visible = site.visible()
     if visible is not None:
         # Without the dimension of heads; a mask of fewer dimensions has none.
-        flat = call("Squeeze", visible, site.integers(1)) if len(_shape(site.mask)) == 4 else visible
+        flat = call("Squeeze", visible, site.integers(1)) if len(shape_of(site.mask)) == 4 else visible
         result = call("Mul", result, flat)
     result.type, result.shape = site.q.type, ir.Shape([batch, queries, heads * width])
     apart = call("Reshape", result, site.integers(0, 0, heads, width))
-    _skip_joins(site.result, result)
+    skip_joins(site.result, result)
     return call("Transpose", apart, perm=_HEADS_FIRST)
 
 
-def _projection(value: ir.Value) -> ir.Value | None:
+def projection(value: ir.Value) -> ir.Value | None:
     """x of [batch, tokens, heads · head_dim] that the value is a view of, [batch, heads, tokens, head_dim]; None otherwise."""
     apart = _transposed(value)
-    if apart is None or len(_shape(value)) != 4:
+    if apart is None or len(shape_of(value)) != 4:
         return None
     reshape = apart.producer()
     x = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
-    batch, heads, tokens, width = _shape(value)
+    batch, heads, tokens, width = shape_of(value)
     if x is None or not isinstance(heads, int) or not isinstance(width, int):
         return None
-    return x if list(_shape(x)) == [batch, tokens, heads * width] else None
+    return x if list(shape_of(x)) == [batch, tokens, heads * width] else None
 
 
-def _skip_joins(old: ir.Value, joined: ir.Value) -> None:
+def skip_joins(old: ir.Value, joined: ir.Value) -> None:
     """Where the attention's heads are brought side by side again, let what follows read the value that has them so."""
     for transpose, _ in list(old.uses()):
         if _transposed(transpose.outputs[0]) is not old:
             continue
         for reshape, _ in list(transpose.outputs[0].uses()):
             found = reshape.outputs[0]
-            same = reshape.op_type == "Reshape" and list(_shape(found)) == list(_shape(joined))
+            same = reshape.op_type == "Reshape" and list(shape_of(found)) == list(shape_of(joined))
             if same and not found.is_graph_output():
                 ir.convenience.replace_all_uses_with(found, joined)
 
@@ -256,24 +257,25 @@ def _transposed(value: ir.Value) -> ir.Value | None:
     return node.inputs[0]
 
 
-def _whole_bias(site: _Site) -> ir.Value | None:
+def _whole_bias(site: Site) -> ir.Value | None:
     """The mask as [batch or 1, heads or 1, queries, keys]; None when it has another form, or hides by head."""
     assert site.mask is not None
-    batch, heads, queries, keys = _shape(site.q)[0], _shape(site.q)[1], _shape(site.q)[2], _shape(site.k)[2]
-    shape = list(_shape(site.mask))
+    batch, heads, queries, keys = shape_of(site.q)[0], shape_of(site.q)[1], shape_of(site.q)[2], shape_of(site.k)[2]
+    shape = list(shape_of(site.mask))
     shape = [1] * (4 - len(shape)) + shape
     if shape[0] not in (1, batch) or shape[1] not in (1, heads) or (site.zeros and shape[1] != 1):
         return None
     bias = _bias(site)
     assert bias is not None
-    if list(_shape(site.mask)) == [*shape[:2], queries, keys]:
+    if list(shape_of(site.mask)) == [*shape[:2], queries, keys]:
         return bias
     call = site.call
     sizes = [call("Shape", item, start=2, end=3) for item in (site.q, site.k)]
     return call("Expand", bias, call("Concat", site.integers(1, 1), *sizes, axis=0))
 
 
-def _shape(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
+def shape_of(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
+    """The sizes of a value, which has to have some."""
     if value is None or value.shape is None:
         raise ValueError(f"'{value.name if value is not None else None}' has no shape")
     return tuple(value.shape)

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lissom.backends.compiled import free_dimensions, leaves_of, traced_example
+from lissom.backends.onnx_state import return_state
 from lissom.backends.onnx_translation import OPSET, TRANSLATIONS
 from lissom.compiler import node as nodes
 from lissom.compiler.program import Program
@@ -47,7 +48,8 @@ _WINDOW = 16
 def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir.Model:
     """The program as an ONNX model, its inputs and outputs named as the caller names them.
 
-    Attention is left as nodes of the domain `lissom`; `onnx_forms.write_form` makes a model of it that runs.
+    State comes behind them: as it was among the inputs, as it is then among the outputs. Attention is left as nodes of the
+    domain `lissom`; `onnx_forms.write_form` makes a model of it that runs.
 
     decompose: let the exporter take operators apart first. It then has a translation for nearly all, and takes twice as long.
     """
@@ -55,7 +57,8 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
     if not decompose:
         exported.run_decompositions = _same(exported)
     _keep_origins(program, exported)
-    inputs, outputs = input_names(program), output_names(program)
+    past, present = state_names(program)
+    inputs, outputs = input_names(program) + past, output_names(program) + present
     # Warnings of the exporter's own parts; what matters is in its exception.
     with warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -115,12 +118,19 @@ def output_names(program: Program) -> list[str]:
     return _unique([f"output_{name}" if name[0].isdigit() else name for name in wanted], input_names(program))
 
 
+def state_names(program: Program) -> tuple[list[str], list[str]]:
+    """The names of the state before and after a call: `past_layers_0_keys` and `present_layers_0_keys`."""
+    past = _unique([f"past_{_plain(name)}" for name in program.state], [*input_names(program), *output_names(program)])
+    return past, _unique([f"present_{name[5:]}" for name in past], [*input_names(program), *output_names(program)])
+
+
 def _export(program: Program, example: Sample) -> ExportedProgram:
-    traced = traced_example(program, example)
+    traced = (*traced_example(program, example), *(program.weight(name).detach() for name in program.state))
     flat = program.copy()
     flat.output.args = (tuple(results_of(flat)),)
+    return_state(flat)
     _respell(flat)
-    shapes = tuple(free_dimensions(leaf) for leaf in program.signature.tensors)
+    shapes = (*(free_dimensions(leaf) for leaf in program.signature.tensors), *({} for _ in program.state))
     # Of a graph whose code is not generated yet the exporter does not see the arguments.
     module = fx.GraphModule(flat.graph_module, flat.graph).eval()
     with torch.no_grad():
@@ -193,7 +203,8 @@ def _name_transposed(model: ir.Model) -> None:
 def _name_sizes(program: Program, model: ir.Model) -> None:
     """Give the sizes that vary the names they have in the program's signature."""
     names: dict[str, str] = {}
-    for leaf, value in zip(program.signature.tensors, model.graph.inputs, strict=True):
+    # State, which comes behind them, has sizes that are fixed.
+    for leaf, value in zip(program.signature.tensors, model.graph.inputs, strict=False):
         for size, found in zip(leaf.type.shape, value.shape or (), strict=True):
             if isinstance(found, ir.SymbolicDim) and found.value and size in program.signature.dimensions:
                 names[found.value] = program.signature.dimensions[size].name  # pyright: ignore[reportArgumentType]

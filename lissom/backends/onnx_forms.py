@@ -8,15 +8,19 @@ import onnx_ir as ir
 
 from lissom.backends.onnx_attention import expand_attention
 from lissom.backends.onnx_blocks import expand_rotary, merge_projections, write_out_rms_norms
+from lissom.backends.onnx_cache import fuse_cached_attention
 from lissom.backends.onnx_export import tidy
 from lissom.backends.onnx_integers import expand_integers
 from lissom.backends.onnx_quantization import expand_quantization
+from lissom.backends.onnx_state import expand_index_copies
 from lissom.backends.onnx_translation import DOMAIN
 
-ATTENTION, NORMS, ROTARY, RMS_NORMS, PROJECTIONS = "attention", "norms", "rotary", "rms-norms", "projections"
+ATTENTION, CACHE, NORMS, ROTARY = "attention", "cache", "norms", "rotary"
+RMS_NORMS, PROJECTIONS = "rms-norms", "projections"
 
 CHOICES: Mapping[str, str] = {
     ATTENTION: "attention as one operator",
+    CACHE: "attention over a cache and the copies into it as one operator",
     NORMS: "layer norms kept apart from the sums before them",
     ROTARY: "rotary embedding as one operator",
     RMS_NORMS: "RMS norms written out, to be fused with the sums before them",
@@ -34,11 +38,13 @@ def write_form(exported: ir.Model, chosen: Collection[str] = (), *, accuracy_lev
     model = exported.clone()
     places = {
         INTEGERS: expand_integers(model, accuracy_level) if INTEGERS in chosen else 0,
+        CACHE: fuse_cached_attention(model) if CACHE in chosen else 0,
         ATTENTION: expand_attention(model, ATTENTION in chosen),
         ROTARY: expand_rotary(model, ROTARY in chosen),
         NORMS: _keep_norms_apart(model) if NORMS in chosen else 0,
         RMS_NORMS: write_out_rms_norms(model) if RMS_NORMS in chosen else 0,
     }
+    expand_index_copies(model)
     expand_quantization(model)
     model.opset_imports.pop(DOMAIN, None)
     tidy(model)
@@ -55,6 +61,7 @@ def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
     expand_integers(model, accuracy_level, beside=True)
     expand_attention(model, fused=False)
     expand_rotary(model, fused=False)
+    expand_index_copies(model)
     expand_quantization(model)
     model.opset_imports.pop(DOMAIN, None)
     tidy(model)

@@ -1,4 +1,4 @@
-"""An ONNX model opened by ONNX Runtime: takes flat inputs, gives flat outputs, and copies neither."""
+"""An ONNX model opened by ONNX Runtime: takes flat inputs, gives flat outputs, keeps state, and copies none of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from torch import fx
 from lissom.backends.batches import Cutting
 from lissom.backends.compiled import device_of, leaves_of
 from lissom.backends.kernels import SimulatedLayer
-from lissom.backends.onnx_export import input_names, output_names, results_of
+from lissom.backends.onnx_export import input_names, output_names, results_of, state_names
+from lissom.backends.onnx_state import shared_states
 from lissom.compiler.errors import UnsupportedError, nearest
 from lissom.compiler.program import Program
 
@@ -39,8 +40,20 @@ _OF_SIZES = frozenset(
 )
 
 
+class Memory:
+    """Where a state lies: `now`, and where a call writes what comes after it, which is the same where that is safe."""
+
+    def __init__(self, tensor: torch.Tensor, past: str, present: str, shape: Sequence[int], shared: bool) -> None:
+        self.names = (past, present)
+        self.now = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self.next = self.now if shared else torch.empty_like(self.now)
+        self.dtype = int(tensor_adapters.from_torch_dtype(tensor.dtype))
+        # As the model has it, which may see the same elements in fewer dimensions.
+        self.shape = list(shape)
+
+
 class Session:
-    """An ONNX model that ONNX Runtime opened. Calls from several threads are independent.
+    """An ONNX model that ONNX Runtime opened. Calls from several threads are independent, unless there is state.
 
     path: the model's file; weights lie beside it. Its folder is deleted with this object, unless it is to be kept.
     notes: sentences for the reader.
@@ -67,12 +80,20 @@ class Session:
         # What is returned, leaf by leaf: which result, or a value that is always the same.
         places = {result: index for index, result in enumerate(results_of(program))}
         self._leaves = [(places[leaf], None) if isinstance(leaf, fx.Node) else (None, leaf) for leaf in leaves_of(program)]
+        self._memories = _memories(program, path, session) if program.state else {}
         if not keep:
             weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
         found = self.run(inputs) if self.cutting is None else self.cutting(self.run, inputs)
         return [constant if place is None else found[place] for place, constant in self._leaves]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state by name: the memory ONNX Runtime reads, until the next call, so that writing to a tensor changes the state.
+
+        After a call that failed it is undefined.
+        """
+        return {name: memory.now for name, memory in self._memories.items()}
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's results for flat inputs, in one go."""
@@ -84,6 +105,10 @@ class Session:
             binding.bind_input(name, kind, index, dtype, list(tensor.shape), tensor.data_ptr())
         for name in self._results:
             binding.bind_output(name, kind, index)
+        for memory in self._memories.values():
+            past, present = memory.names
+            binding.bind_input(past, kind, index, memory.dtype, memory.shape, memory.now.data_ptr())
+            binding.bind_output(present, kind, index, memory.dtype, memory.shape, memory.next.data_ptr())
         if kind == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         elif any(held[index].numel() and int(held[index].min()) < 0 for index in self._rows):
@@ -93,7 +118,20 @@ class Session:
         # Its errors have no common class; what asks for a row that a table lacks is told by this one.
         except Exception as error:
             raise RuntimeError(str(error)) from error
-        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+        for memory in self._memories.values():
+            memory.now, memory.next = memory.next, memory.now
+        return [torch.from_dlpack(value) for value in binding.get_outputs()[: len(self._results)]]
+
+
+def _memories(program: Program, path: Path, session: onnxruntime.InferenceSession) -> dict[str, Memory]:
+    """Memory for each state, which holds what the program's holds."""
+    past, present = state_names(program)
+    shapes = {item.name: item.shape for item in session.get_inputs()}
+    shared = shared_states(ir.load(path), past, present)
+    return {
+        name: Memory(program.weight(name), before, after, shapes[before], in_place)
+        for name, before, after, in_place in zip(program.state, past, present, shared, strict=True)
+    }
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Operators that torch's ONNX exporter lacks, or that are wanted as one node: each as a function that writes ONNX nodes.
 
-Attention, rotary embeddings and quantization are written as nodes of the domain `lissom`, which no runtime knows:
-`onnx_attention`, `onnx_blocks` and `onnx_quantization` put in their place what the runtime at hand is fast at.
+Attention, rotary embeddings, quantization and copies to given places are written as nodes of the domain `lissom`, which no
+runtime knows: `onnx_attention`, `onnx_blocks`, `onnx_quantization` and `onnx_state` put in their place what the runtime at hand
+is fast at.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ ATTENTION, ROTARY = "Attention", "Rotary"
 """The domain and names of nodes that stand for an attention and a rotary embedding."""
 ROUND, ROUND_DYNAMIC, DEQUANTIZE = "FakeQuantize", "FakeQuantizeDynamic", "Dequantize"
 """Those of nodes that stand for the operators of quantization."""
+INDEX_COPY = "IndexCopy"
+"""That of nodes that stand for `index_copy`."""
 
 op: Any = values.Opset("", OPSET)
 
@@ -109,6 +112,11 @@ def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Va
     return op.Concat(*parts, rest, axis=0)
 
 
+def _index_copy(self: ir.Value, dim: int, index: ir.Value, source: ir.Value) -> ir.Value:
+    options = ir.convenience.convert_attributes({"dim": dim})
+    return _recorded(ir.Node(DOMAIN, INDEX_COPY, [self, index, source], options, num_outputs=1, version=1))[0]
+
+
 def _masked_fill(self: ir.Value, mask: ir.Value, value: ir.Value | float) -> ir.Value:
     filled = op.CastLike(value, self)
     return _chosen(mask, filled, self)
@@ -141,6 +149,7 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     fake_quantize: _fake_quantize,
     fake_quantize_dynamic: _fake_quantize_dynamic,
     dequantize: _dequantize,
+    aten.index_copy.default: _index_copy,
     aten.masked_fill.Scalar: _masked_fill,
     aten.masked_fill.Tensor: _masked_fill,
     aten.where.self: _where,

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from lissom.backends.base import Backend, Executable, confirm
-from lissom.backends.compiled import check_plain, kind_and_reason
+from lissom.backends.base import Backend, Executable, confirm, restored_state, smallest_samples
+from lissom.backends.compiled import check_tensors, kind_and_reason
 from lissom.backends.kernels import SimulatedLayer, account
 from lissom.compiler import node as nodes
 from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError, VerifyError
@@ -27,6 +28,7 @@ from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
 from lissom.compiler.rounding import LOCAL_TOLERANCE
 from lissom.compiler.samples import Sample, resize
+from lissom.compiler.verify import kept_state
 from lissom.inspect.timing import time_calls
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
@@ -87,7 +89,7 @@ class OnnxRuntime(Backend):
     def build(self, program: Program, example: Sample) -> Executable:
         """What runs the program: a `Session` of the model in its fastest form; its notes tell what was tried.
 
-        Raises: UnsupportedError when the program keeps state, returns sizes, or holds what ONNX or its runtime cannot do;
+        Raises: UnsupportedError when the program returns sizes, or holds what ONNX or its runtime cannot do;
             VerifyError when the session gives something else than the program.
         """
         _check(program)
@@ -116,7 +118,8 @@ class OnnxRuntime(Backend):
             notes.append(f"{words}, {places[choice]} times, {'is used' if faster else 'is not used'}: {times}")
             if faster:
                 best, chosen = other, [*chosen, choice]
-        cutting = fastest_cutting(best.run, program, example, self.timing_seconds) if self.timing_seconds else None
+        cuts = self.timing_seconds and not program.state
+        cutting = fastest_cutting(best.run, program, example, self.timing_seconds) if cuts else None
         if cutting is not None:
             best.cutting = cutting[0]
             notes.append(f"large batches are computed in pieces: {cutting[1]}")
@@ -178,15 +181,17 @@ class OnnxRuntime(Backend):
 
         Raises: VerifyError when one differs.
         """
-        from lissom.backends.onnx_export import input_names, output_names, save_onnx
+        from lissom.backends.onnx_export import input_names, output_names, save_onnx, state_names
         from lissom.backends.onnx_forms import write_check
         from lissom.backends.onnx_session import open_session
 
         with TemporaryDirectory(prefix="lissom-") as folder:
             path = save_onnx(write_check(exported, self.accuracy_level), Path(folder))
             session = open_session(path, self._options(program))
-            names = [item.name for item in session.get_outputs()][len(output_names(program)) :]
-            given = zip(input_names(program), example, strict=True)
+            past, present = state_names(program)
+            names = [item.name for item in session.get_outputs()][len(output_names(program)) + len(present) :]
+            state = [program.weight(name).detach() for name in program.state]
+            given = zip([*input_names(program), *past], [*example, *state], strict=True)
             errors: Any = session.run(names, {name: tensor.cpu().numpy() for name, tensor in given})
         worst = max(float(error) for error in errors)
         allowed = _ROUNDED_LOCALLY if self.accuracy_level else LOCAL_TOLERANCE
@@ -275,7 +280,7 @@ class _Start:
 
 def _check(program: Program) -> None:
     """Refuse what cannot be exported, or what ONNX Runtime has no kernels for. Raises: UnsupportedError."""
-    check_plain(OnnxRuntime.name, program)
+    check_tensors(OnnxRuntime.name, program)
     for node in program:
         if nodes.is_tensor(node) and node.op != "output":
             found = nodes.tensor_type(node)
@@ -287,21 +292,25 @@ def _check(program: Program) -> None:
 
 
 def _timed_samples(program: Program, example: Sample) -> list[Sample]:
-    """The example, and the same with every size that varies four times as large, where the program takes that."""
+    """The example, and the same with every size that varies four times as large, where the program takes that.
+
+    Of a program with state the smallest too: tokens come one by one behind a prompt.
+    """
     signature = program.signature
     sizes = {
         symbol: min(4 * size, signature.dimensions[symbol].maximum or 4 * size)
         for symbol, size in signature.sizes_of(example).items()
     }
-    larger = resize(signature, example, sizes)
-    try:
-        signature.check_sizes(larger)
-        with torch.no_grad():
-            program.run(larger)
-    # Too large, or drawn so that the model refuses it.
-    except (InputError, RuntimeError, ValueError, IndexError):
-        return [example]
-    return [example, larger] if sizes else [example]
+    others = [resize(signature, example, sizes), *(smallest_samples(program, example) if program.state else [])]
+    samples = [example]
+    for sample in others if sizes else []:
+        # Too large, or drawn so that the model refuses it.
+        with suppress(InputError, RuntimeError, ValueError, IndexError):
+            signature.check_sizes(sample)
+            with torch.no_grad(), kept_state(program):
+                program.run(sample)
+            samples.append(sample)
+    return samples
 
 
 def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: float) -> tuple[bool, str]:
@@ -312,7 +321,8 @@ def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: 
     ratios: list[float] = []
     told: list[str] = []
     for sample in samples:
-        timings = time_calls({"with": partial(other, sample), "without": partial(best, sample)}, seconds)
+        with restored_state(other, best):
+            timings = time_calls({"with": partial(other, sample), "without": partial(best, sample)}, seconds)
         ratios.append(timings["with"].low_ms / timings["without"].low_ms)
         shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
         told.append(f"{timings['with']} ms with it and {timings['without']} ms without on inputs {shapes}")

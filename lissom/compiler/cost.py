@@ -100,7 +100,7 @@ def node_cost(node: fx.Node) -> Cost:
     """
     if node.op != "call_function" or not _writes(node) or moves_nothing(node):
         return Cost()
-    written = _bytes(node)
+    written = _bytes(cast(fx.Node, node.args[3]) if node.target in nodes.IN_PLACE.values() else node)
     return Cost(operations(node, _shape), _read_bytes(node, written), written, sum(_weights_of(node).values()))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -136,6 +136,14 @@ class Editor:
         nodes.set_value(node, fake.fake_weight(self.program.fake_mode, tensor))
         nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
         return node
+
+    def exchange_state(self, old: fx.Node, new: Mapping[str, torch.Tensor]) -> list[fx.Node]:
+        """Reads of new state that stands in the place of a state, which nothing may read or write any more; inside `before`."""
+        reads = [self.weight(name, tensor) for name, tensor in new.items()]
+        names = [str(read.target) for read in reads]
+        state = self.program.state
+        self.program.state = tuple(item for name in state for item in (names if name == old.target else [name]))
+        return reads
 
     def set_weight(self, node: fx.Node, tensor: torch.Tensor, *, retype: bool = True) -> None:
         """Give a weight new values, in this program only; what computes from it is typed anew, now or by `retype` later.

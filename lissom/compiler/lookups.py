@@ -29,11 +29,11 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
 
     with suppress(IndexError, RuntimeError):
         program.run(inputs, observe)
-    for node in program.nodes(aten.embedding.default, aten.index_select.default, aten.gather.default):
-        # embedding(table, indices); index_select and gather(table, dim, indices).
-        dim = 0 if node.target is aten.embedding.default else cast(int, node.args[1])
-        asked = indices.get(node.args[1 if node.target is aten.embedding.default else 2])
-        rows = nodes.tensor_type(node.args[0]).shape[dim]
+    for node in program.nodes():
+        found = _look_up(node)
+        if found is None:
+            continue
+        asked, rows = indices.get(found[0]), found[1]
         if asked is None or asked.numel() == 0 or not isinstance(rows, int):
             continue
         low, high = int(asked.min()), int(asked.max())
@@ -42,6 +42,17 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
                 f"the inputs ask for row {high if high >= rows else low} of '{_name(node.args[0])}', which has rows 0 to "
                 f"{rows - 1}; pass token ids inside the vocabulary, and no more tokens than the model has positions"
             )
+    return None
+
+
+def _look_up(node: fx.Node) -> tuple[object, object] | None:
+    """The indices a call looks up and how many rows its table has; None when it is no look-up."""
+    if str(node.target) == "lissom.packed_embedding.default":
+        return node.args[1], node.kwargs["features"]
+    if node.target is aten.embedding.default:
+        return node.args[1], nodes.tensor_type(node.args[0]).shape[0]
+    if node.target in (aten.index_select.default, aten.gather.default):
+        return node.args[2], nodes.tensor_type(node.args[0]).shape[cast(int, node.args[1])]
     return None
 
 

@@ -87,7 +87,7 @@ def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
     last = ~blocked[-1]
     seen = int(last.sum())
     banded = bool(blocked[-1, :2].any()) and 0 < seen < columns
-    return causal, seen if banded and bool(last[-1]) else None
+    return causal, seen if banded and bool(last[min(rows, columns) - 1]) else None
 
 
 def _ancestors(mask: fx.Node) -> list[fx.Node] | None:
@@ -115,7 +115,9 @@ def _compute(program: Program, order: list[fx.Node], masked: bool) -> torch.Tens
         for node in order:
             if node.op == "placeholder":
                 found = nodes.tensor_type(node)
-                tensor = torch.ones([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
+                # A single number says where a cache is filled up to; an empty cache leaves the mask square.
+                make = torch.zeros if found.shape == (1,) else torch.ones
+                tensor = make([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
                 if masked and tensor.dim() > 1:
                     tensor[..., tensor.shape[-1] // 2 :] = 0
                 values[node] = tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeGuard, cast
@@ -12,6 +12,12 @@ from torch import fx
 
 from lissom.compiler.types import TensorType, ValueType, type_of
 
+aten = torch.ops.aten
+
+IN_PLACE: Mapping[object, torch._ops.OpOverload] = {aten.index_copy.default: aten.index_copy_.default}
+"""Calls that exchange rows of a tensor, and those that do so in place, as a program may with its state."""
+STATE_WRITES: tuple[torch._ops.OpOverload, ...] = (aten.copy_.default, *IN_PLACE.values())
+"""The operators that may write state."""
 _ORIGIN = "lissom_origin"
 _VALUE = "val"
 
@@ -124,9 +130,9 @@ def argument(node: fx.Node, name: str) -> object:
 
 
 def is_state_write(node: fx.Node) -> bool:
-    """True for the one mutation a program may hold: `copy_` into a weight listed as state."""
+    """True for the mutations a program may hold: `copy_` into a weight listed as state, or into rows of it."""
     first = node.args[0] if node.args else None
-    return is_call(node, torch.ops.aten.copy_.default) and isinstance(first, fx.Node) and first.op == "get_attr"
+    return is_call(node, *STATE_WRITES) and isinstance(first, fx.Node) and first.op == "get_attr"
 
 
 def is_pure(node: fx.Node) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,14 +26,17 @@ from lissom.compiler.errors import (
 )
 from lissom.compiler.history import History, Size, Step, changed_calls
 from lissom.compiler.kinds import Annotation, Approximation, Pass, Rewrite, Training
+from lissom.compiler.memory import heap_set_aside
 from lissom.compiler.program import Program
 from lissom.compiler.rounding import local_error, local_tolerance
 from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import format_pass, format_pipeline
 from lissom.compiler.verify import (
     Divergence,
+    answers,
     compare,
     first_difference,
+    kept_state,
     run_original,
     run_samples,
     tolerance_of,
@@ -124,7 +126,7 @@ class Pipeline:
         return run
 
     def _steps(self, run: _Run, passes: Sequence[Pass], finished: int, count: int) -> None:
-        with _heap_set_aside(), _stopped_with(run.history):
+        with heap_set_aside(), _stopped_with(run.history):
             trial: _Trial | None = None
             for index, item in enumerate(passes, finished):
                 show = partial(self._show, format_pass(item), index, count)
@@ -170,22 +172,6 @@ def _stopped_with(history: History) -> Generator[None]:
         raise Interrupted(history) from None
 
 
-@contextmanager
-def _heap_set_aside() -> Generator[None]:
-    """Keep the garbage collector from going through what lives already, the model and torch itself, while passes run.
-
-    Passes make many small objects, and each full collection over a whole process costs as much as several passes.
-    """
-    mine = gc.isenabled() and gc.get_freeze_count() == 0
-    if mine:
-        gc.freeze()
-    try:
-        yield
-    finally:
-        if mine:
-            gc.unfreeze()
-
-
 @dataclass
 class _Trial:
     """A lossy pass that is still to be judged.
@@ -214,8 +200,8 @@ class _Run:
 
     def __post_init__(self) -> None:
         samples = self.pipeline.samples if self.pipeline.checks == "numeric" else ()
-        self.samples, self.original = run_original(self.program, samples)
-        self.outputs = self.original
+        self.samples, self.outputs = run_original(self.program, samples)
+        self.original = answers(self.program, self.outputs)
         self.score = self._measure(self.program)
         start = self.history.steps[0] if self.history.steps else Step(0, "capture", "capture", 0.0, 0.0, Size.of(self.program))
         self.history.steps[:1] = [replace(start, metric=self.score)]
@@ -293,7 +279,7 @@ class _Run:
             self.reference = self.program
         self.program, self.outputs = after, outputs
         if item.redefines:
-            self.original = outputs
+            self.original = answers(after, outputs)
         self.history.record(step, after.text())
 
     def _check_requirements(self, item: Pass) -> None:
@@ -303,7 +289,9 @@ class _Run:
                 raise RequirementError(requirement.sentence(self.program, item.name(), node))
 
     def _run_pass(self, item: Pass, edit: Editor) -> None:
-        shared = {name: (tensor, _version(tensor)) for name, tensor in edit.program.weights().items()}
+        # State is written by whoever runs the program, and put back.
+        fixed = {name: tensor for name, tensor in edit.program.weights().items() if name not in edit.program.state}
+        shared = {name: (tensor, _version(tensor)) for name, tensor in fixed.items()}
         try:
             item.run(edit)
         except LissomError:
@@ -340,8 +328,8 @@ class _Run:
             allowed = 0.0 if isinstance(item, Annotation) else tolerance_of(self.program)
             if divergence.relative_error > allowed and not self._rounds_alike(item, after):
                 self._refuse(after, divergence, allowed)
-            return divergence.relative_error, compare(self.original, outputs).cosine, outputs
-        divergence = compare(self.original, outputs)
+            return divergence.relative_error, compare(self.original, answers(after, outputs)).cosine, outputs
+        divergence = compare(self.original, answers(after, outputs))
         return divergence.relative_error, divergence.cosine, outputs
 
     def _rounds_alike(self, item: Pass, after: Program) -> bool:
@@ -382,7 +370,7 @@ class _Run:
     def _measure(self, program: Program) -> float | None:
         if self.pipeline.metric is None:
             return None
-        with torch.no_grad():
+        with torch.no_grad(), kept_state(program):
             return float(self.pipeline.metric(program))
 
 

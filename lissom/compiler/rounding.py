@@ -28,7 +28,11 @@ LOCAL_TOLERANCE = 5e-3
 LOCAL_FLOAT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 """One sum of a few thousand terms in another order, with what is fused to it: 1e-7 to 2e-6 seen in float32."""
 _ROUNDINGS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""What one rounding to a short dtype costs; a node rounds what it reads and what it gives."""
+"""What one rounding to a short dtype costs."""
+_FUSED = 4
+"""How often two programs round where they differ: a kernel once, and each of the three operators it stands for at most, as a
+product, its activation and the product with a gate.
+"""
 SHARE = 2.0
 """Two programs rounded alike differ by less than this many times what rounding changes.
 
@@ -46,7 +50,7 @@ _ROUNDING = {
 
 def rounds_values(program: Program) -> bool:
     """True when values are rounded while the program runs, not its weights alone."""
-    return any(_rounds(node, _ROUNDING) for node in program.nodes())
+    return any(_rounds(node, _ROUNDING) or _stores_whole(node) for node in program.nodes())
 
 
 def local_tolerance(program: Program) -> float:
@@ -55,7 +59,7 @@ def local_tolerance(program: Program) -> float:
     """
     dtypes = {nodes.tensor_type(node).dtype for node in program.nodes() if nodes.is_tensor(node)}
     sums = max((LOCAL_FLOAT_TOLERANCE[dtype] for dtype in dtypes if dtype in LOCAL_FLOAT_TOLERANCE), default=0.0)
-    short = 2 * max((_ROUNDINGS.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    short = _FUSED * max((_ROUNDINGS.get(dtype, 0.0) for dtype in dtypes), default=0.0)
     return short + (LOCAL_TOLERANCE if rounds_values(program) else sums)
 
 
@@ -106,6 +110,14 @@ def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
             found = graph.call_function(aten.to.dtype, (found, scales[4]))
     product.replace_all_uses_with(found)
     graph.erase_node(product)
+
+
+def _stores_whole(node: fx.Node) -> bool:
+    """True for a cast of values to bytes, in which a cache may be kept."""
+    if not nodes.is_call(node, aten.to.dtype) or not nodes.is_tensor(node.args[0]):
+        return False
+    floating = nodes.tensor_type(node.args[0]).dtype.is_floating_point
+    return floating and nodes.tensor_type(node).dtype in (torch.int8, torch.uint8)
 
 
 def _rounds(node: fx.Node, operators: set[str]) -> bool:

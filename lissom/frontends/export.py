@@ -42,12 +42,14 @@ class Capture:
     """A captured model.
 
     example: the caller's inputs, flat. notes: which sizes may vary, and what was tried to find out.
+    samples: what passes are checked on; the example and a variant of it where there are none.
     """
 
     program: Program
     example: Sample
     notes: tuple[str, ...]
     seconds: float
+    samples: tuple[Sample, ...] = ()
 
 
 def capture(
@@ -72,7 +74,7 @@ def capture(
     _check_leaves((args, kwargs))
     if isinstance(model, fx.GraphModule):
         kwargs = _in_order(model, args, kwargs)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         if isinstance(dynamic, Mapping):
             program, notes = _capture_named(model, args, kwargs, dynamic)
         else:
@@ -107,6 +109,26 @@ def _capture_by_trying(
             continue
         return program, [describe_dimensions(program.signature), *tried]
     raise AssertionError("the last plan returns or raises")
+
+
+def capture_sizes(
+    model: nn.Module, args: Sequence[object], dims_of: FreeDimensions, refuse: Callable[[Program], None]
+) -> Program:
+    """The model as a program whose sizes vary where `dims_of` says, as far as the model lets them.
+
+    refuse: raises CaptureError for a program that is not wanted, before the model is run beside it.
+
+    Raises: CaptureError.
+    """
+    with evaluating(model):
+        try:
+            program = _export(model, args, {}, dims_of)
+            refuse(program)
+            return _confirm(program, model, args, {})
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise _explain(model, error) from error
 
 
 def _capture_named(
@@ -271,7 +293,7 @@ def _check_leaves(inputs: object) -> None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Hold every submodule in evaluation mode, and put each back in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -84,16 +84,14 @@ def load(name: str) -> Checkpoint:
     """
     directory = find_directory(name)
     gguf = _gguf_file(directory)
-    transformers = _transformers()
+    _transformers()
     try:
         if gguf:
             model, tokenizer = _load_gguf(directory, gguf)
             missing: set[str] = set()
         else:
             model, missing = _load_saved(directory)
-            tokenizer = None
-            if any((directory / file).is_file() for file in _TOKENIZER):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            tokenizer = _load_tokenizer(directory)
     except (ArtifactError, UnsupportedError):
         raise
     except Exception as error:
@@ -104,6 +102,27 @@ def load(name: str) -> Checkpoint:
     notes = [f"the checkpoint has no {', '.join(sorted(missing))}; these weights are random"] if missing else []
     inputs, note = make_inputs(model, tokenizer, directory)
     return Checkpoint(model, tokenizer, inputs, (*notes, note))
+
+
+def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory.
+
+    Raises: ArtifactError when there is none; UnsupportedError without transformers.
+    """
+    try:
+        found = _load_tokenizer(directory)
+    except (OSError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArtifactError(f"the tokenizer in '{directory}' cannot be loaded by transformers: {first}") from error
+    if found is None:
+        raise ArtifactError(f"'{directory}' holds no tokenizer; save the decoder with one: decoder.save(directory, tokenizer)")
+    return found
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    if not any((directory / file).is_file() for file in _TOKENIZER):
+        return None
+    return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def find_directory(name: str) -> Path:

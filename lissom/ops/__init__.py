@@ -8,7 +8,7 @@ from lissom.ops.attention import attention, attention_reference
 from lissom.ops.fused_attention import fused_attention, merged_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
-from lissom.ops.packed_linear import packed_linear, packed_linear_norm
+from lissom.ops.packed_linear import packed_embedding, packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
 from lissom.ops.sparse_linear import sparse_linear
@@ -22,6 +22,7 @@ IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
 """Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
 
 KERNELS = (
+    packed_embedding,
     packed_linear,
     packed_linear_norm,
     quantized_linear,
@@ -44,6 +45,7 @@ __all__ = [
     "fused_rotary",
     "grouped_product",
     "merged_attention",
+    "packed_embedding",
     "packed_linear",
     "packed_linear_norm",
     "quantized_linear",

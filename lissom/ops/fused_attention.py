@@ -3,6 +3,8 @@
 
 scores = q kᵀ · scale;  scores = softcap · tanh(scores / softcap);  weights = softmax([scores + bias, sinks]);  weights · v
 
+Keys and values may be kept as int8 with a scale each, k ≈ k_int8 · k_scale, as `quantize-cache` keeps them.
+
 It is what `lissom::attention` and PyTorch's `scaled_dot_product_attention` are lowered to on a CPU. A row that sees no key
 yields zeros, as PyTorch's operator has it.
 """
@@ -16,7 +18,7 @@ from lissom.ops.attention import attention_reference
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 _LIBRARY.define(
     "fused_attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, float scale, float softcap=0.0, "
-    "Tensor? sinks=None, bool causal=False) -> Tensor",
+    "Tensor? sinks=None, bool causal=False, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -36,8 +38,12 @@ def fused_attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     causal: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    if k_scale is not None and v_scale is not None:
+        k, v = ((item.float() * by).to(q.dtype) for item, by in ((k, k_scale), (v, v_scale)))
     group = q.shape[1] // k.shape[1]
     k, v = (item.repeat_interleave(group, 1) if group > 1 else item for item in (k, v))
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
@@ -88,7 +94,8 @@ torch.library.register_fake("lissom::merged_attention", _merged_shape_of, lib=_L
 
 fused_attention = torch.ops.lissom.fused_attention.default
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
-value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i.
+value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i;
+k_scale, v_scale: [batch, key_heads, keys, 1] where k and v are int8.
 Returns [batch, heads, queries, value_dim], laid out in memory as [batch, queries, heads, value_dim]."""
 
 merged_attention = torch.ops.lissom.merged_attention.default

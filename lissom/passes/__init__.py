@@ -28,6 +28,7 @@ from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
+from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
 from lissom.passes.precision.cast import Cast
 from lissom.passes.precision.fold_casts import FoldCasts
 from lissom.passes.precision.sink_casts import SinkCasts
@@ -49,6 +50,7 @@ from lissom.passes.quantize.equalize import Equalize
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 from lissom.passes.quantize.gptq import Gptq
 from lissom.passes.quantize.quantize import Quantize
+from lissom.passes.quantize.quantize_cache import QuantizeCache
 from lissom.passes.quantize.smooth_quant import SmoothQuant
 
 PASSES: Mapping[str, type[Pass]] = {
@@ -83,6 +85,7 @@ PASSES: Mapping[str, type[Pass]] = {
         Quantize,
         Gptq,
         CorrectBias,
+        QuantizeCache,
         FoldQuantizedWeights,
         Cast,
         FoldCasts,
@@ -97,15 +100,19 @@ PASSES: Mapping[str, type[Pass]] = {
         FuseEpilogues,
         FuseMergedAttention,
         PackSparse,
+        WriteStateInPlace,
     )
 }
 
+_EXACT = (
+    "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"
+    "raise-rms-norm,raise-softmax,raise-activations,raise-rotary,raise-attention,simplify-masks,"
+    "merge-common-subexpressions"
+)
+
 RECIPES: Mapping[str, str] = {
-    "exact": (
-        "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"
-        "raise-rms-norm,raise-softmax,raise-activations,raise-rotary,raise-attention,simplify-masks,"
-        "merge-common-subexpressions"
-    ),
+    "exact": _EXACT,
+    "generation": f"{_EXACT},eliminate-dead-tokens",
     "mixed-precision": "cast,sink-casts,fold-casts",
 }
 

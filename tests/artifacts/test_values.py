@@ -106,14 +106,16 @@ def test_what_is_no_expression_is_refused(data):
         (torch.sym_max, "torch.sym_max"),
         (FloorDiv, "size.FloorDiv"),
     ],
-    ids=str,
+    ids=lambda item: getattr(item, "__name__", str(item)),
 )
 def test_an_operator_has_a_name(target, name):
     assert operator_name(target) == name
     assert find_operator(name) is target
 
 
-@pytest.mark.parametrize("target", [print, torch.add, aten.add_.Tensor, aten.from_file.default, eval], ids=str)
+@pytest.mark.parametrize(
+    "target", [print, torch.add, aten.add_.Tensor, aten.from_file.default, eval], ids=lambda item: item.__name__
+)
 def test_another_function_is_refused(target):
     with pytest.raises(ArtifactError, match="which an artifact cannot hold: it holds operators of aten and lissom"):
         operator_name(target)

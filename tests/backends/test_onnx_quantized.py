@@ -78,19 +78,25 @@ def compiled_bert(passes=DYNAMIC, **options):
     return case, lissom.compile(case.model, case.inputs, passes=passes, data=[case.inputs], checks="structural", **options)
 
 
+@pytest.fixture(scope="module")
+def fast_bert():
+    """An encoder of two layers, and it compiled to products of integers."""
+    return compiled_bert(backend=FAST)
+
+
 def notes_of(compiled):
     return compiled.report.history.steps[-1].notes
 
 
-def test_the_report_says_how_far_products_of_integers_are_off():
-    _, compiled = compiled_bert(backend=FAST)
+def test_the_report_says_how_far_products_of_integers_are_off(fast_bert):
+    _, compiled = fast_bert
     (told,) = (note for note in notes_of(compiled) if note.startswith("products of integers differ"))
     # Sums of integers are exact, and scaled in float32.
     assert float(told.split()[-4]) < 1e-5
 
 
-def test_it_is_saved_and_loaded_and_stays_small(tmp_path):
-    case, compiled = compiled_bert(backend=FAST)
+def test_it_is_saved_and_loaded_and_stays_small(fast_bert, tmp_path):
+    case, compiled = fast_bert
     compiled.save(tmp_path / "saved")
     loaded = lissom.load(tmp_path / "saved")
     wanted, found = (list(model(**case.inputs).values()) for model in (compiled, loaded))
@@ -102,8 +108,8 @@ def test_it_is_saved_and_loaded_and_stays_small(tmp_path):
     assert set(matrices.values()) == {onnx.TensorProto.INT8}
 
 
-def test_the_file_runs_in_a_plain_session(tmp_path):
-    case, compiled = compiled_bert(backend=FAST)
+def test_the_file_runs_in_a_plain_session(fast_bert, tmp_path):
+    case, compiled = fast_bert
     compiled.save(tmp_path / "saved")
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.x64quantprecision", "1")

@@ -21,7 +21,7 @@ ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
 DTYPES = kernel_dtypes() or tuple(ALLOWED)
 load_kernels()
 FORMS = {"operator": fused_attention, "reference": fused_attention_reference}
-MASKS = ["none", "padding", "bias", "bias of a head", "seen"]
+MASKS = ["none", "padding", "bias", "bias of a head", "seen", "cache", "window", "low bias", "hidden bias"]
 
 
 def numbers(*sizes, dtype=torch.float32, seed=0):
@@ -33,18 +33,36 @@ def mask_of(kind, batch, heads, queries, keys):
         return None
     if kind == "padding":
         return torch.arange(keys) < torch.tensor([max(1, keys - 2 * b) for b in range(batch)])[:, None, None, None]
+    if kind in ("cache", "window", "low bias", "hidden bias"):
+        return cache_mask(kind, batch, queries, keys)
     if kind == "seen":
         seen = numbers(batch, 1, queries, keys) > 0
         return seen | (torch.arange(keys) == 0)
     return numbers(*((1, heads) if kind == "bias of a head" else (1, 1)), queries, keys)
 
 
-@settings(max_examples=150, deadline=None)
+def cache_mask(kind, batch, queries, keys):
+    """The queries stand in the middle of a cache: what is behind them is hidden, and what is far in front of them."""
+    place = torch.arange(queries)[:, None] + max(keys // 2 - queries, 0)
+    seen = torch.arange(keys) <= place
+    if kind == "window":
+        seen = seen & (torch.arange(keys) > place - 9)
+    seen = seen.repeat(batch, 1, 1, 1)
+    seen[0, :, :, 0] = queries > 1
+    if kind in ("cache", "window"):
+        return seen
+    hidden = torch.finfo(torch.float32).min if kind == "low bias" else -torch.inf
+    bias = torch.zeros(batch, 1, queries, keys).masked_fill(~seen, hidden)
+    bias[-1, :, -1] = torch.finfo(torch.float32).min  # a row of these alone sees all keys alike
+    return bias
+
+
+@settings(max_examples=250, deadline=None)
 @given(
     batch=st.integers(1, 3),
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
-    queries=st.integers(1, 70),
-    keys=st.integers(1, 70),
+    queries=st.one_of(st.integers(1, 5), st.integers(1, 70)),
+    keys=st.one_of(st.integers(1, 70), st.integers(200, 300)),
     depth=st.sampled_from([(8, 8), (32, 32), (7, 5), (40, 24), (64, 64), (80, 33)]),
     mask=st.sampled_from(MASKS),
     softcap=st.sampled_from([0.0, 2.0]),
@@ -72,6 +90,9 @@ def test_numbers(batch, heads, queries, keys, depth, mask, softcap, with_sinks, 
         whole = bias.double().masked_fill(~seen, -torch.inf)
     group = count // key_count
     wanted = attention_reference(q.double(), *(item.double().repeat_interleave(group, 1) for item in (k, v)), whole, **options)
+    # A row that sees nothing has no weights; what the operator gives for it is a test of its own.
+    blind = ~whole if whole.dtype == torch.bool else whole == -torch.inf
+    wanted = wanted.masked_fill(blind.all(-1, keepdim=True), 0.0)
     found = FORMS[form](q, k, v, bias, causal=causal, **options)
     assert found.shape == (batch, count, queries, value_dim)
     assert found.transpose(1, 2).is_contiguous()
@@ -122,3 +143,19 @@ def test_heads_of_a_merged_projection(form, heads, key_heads, tokens, mask, dtyp
     found = form(qkv, bias, heads=heads, key_heads=key_heads, scale=0.3)
     assert found.is_contiguous()
     assert relative_error(wanted, found.double()) < ALLOWED[dtype]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [1, 3, 9])
+def test_keys_and_values_kept_in_bytes(form, queries):
+    keys, depth = 130, 24
+    q = numbers(2, 4, queries, depth)
+    k, v = (torch.randint(-127, 128, (2, 2, keys, depth), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    scales = [numbers(2, 2, keys, 1, seed=seed).abs() / 100 for seed in (2, 3)]
+    mask = cache_mask("cache", 2, queries, keys)
+    exact = [(item * by.double()).repeat_interleave(2, 1) for item, by in zip((k, v), scales, strict=True)]
+    wanted = attention_reference(q.double(), *exact, mask, scale=0.2)
+    wanted = wanted.masked_fill((~mask).all(-1, keepdim=True), 0.0)
+    kept = (item.to(torch.int8) for item in (k, v))
+    found = FORMS[form](q, *kept, mask, scale=0.2, k_scale=scales[0], v_scale=scales[1])
+    assert relative_error(wanted, found.double()) < ALLOWED[torch.float32]

@@ -15,12 +15,15 @@ from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.packed_linear import (
     ACTIVATIONS,
     pack,
+    packed_embedding,
+    packed_embedding_reference,
     packed_linear,
     packed_linear_norm,
     packed_linear_norm_reference,
     packed_linear_reference,
     unpack,
 )
+from lissom.ops.weight_quantized_linear import pack_stored
 
 # float32: sums of up to 400 products, in another order, and an activation good to 2e-7.  bfloat16: one rounding of the result.
 MISSING = load_kernels()
@@ -138,3 +141,30 @@ def test_without_kernels_the_reference_runs():
 
 def test_this_machine_has_kernels_where_it_has_a_compiler():
     assert MISSING or torch.float32 in kernel_dtypes()
+
+
+LOOK_UPS = pytest.mark.parametrize("look_up", [packed_embedding, packed_embedding_reference], ids=["operator", "reference"])
+
+
+@LOOK_UPS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_packed_weight(look_up, dtype):
+    weight = torch.randn(70, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    indices = torch.tensor([[0, 69, 31], [32, 31, 5]], dtype=torch.int32)
+    found = look_up(pack(weight), indices, features=70, bits=8 * dtype.itemsize)
+    assert torch.equal(found, weight[indices])
+
+
+@LOOK_UPS
+def test_rows_of_four_bits_are_packed_by_two(look_up):
+    q = torch.randint(0, 16, (70, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    indices = torch.tensor([0, 69, 15, 16, 47, 48])
+    found = look_up(pack_stored(q, "uint4"), indices, features=70, bits=4)
+    assert torch.equal(torch.stack((found & 15, found >> 4), -1).flatten(1), q[indices])
+
+
+@LOOK_UPS
+@pytest.mark.parametrize("index", [70, 95, -1])
+def test_a_row_that_is_not_there_is_refused(look_up, index):
+    with pytest.raises(IndexError, match="rows 0 to 69"):
+        look_up(pack(torch.zeros(70, 24)), torch.tensor([0, index]), features=70, bits=32)

@@ -18,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 def main(arguments: Sequence[str] | None = None) -> int:
     from tests.zoo.catalogue import entries
     from tests.zoo.check import BACKENDS, check, describe
-    from tests.zoo.coverage import headline, load, page, surprises
+    from tests.zoo.coverage import headline, load, surprises, write_page
     from tests.zoo.entry import FAMILIES
     from tests.zoo.fresh import loader
     from tests.zoo.runner import run
@@ -60,8 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records = load(options.output)
     whole = not (options.family or options.only)
     if options.page or whole:
-        target = options.page or Path("docs/coverage.md")
-        target.write_text(page(records), encoding="utf-8")
+        write_page(options.page or Path("docs/coverage.md"), records)
     minutes = (time.perf_counter() - started) / 60
     print(f"{headline(records)}{minutes:.1f} minutes; the records are in {options.output}")
     unexpected = surprises(records)

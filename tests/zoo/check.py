@@ -67,7 +67,7 @@ def check(entry: Entry, report: Report, backends: Sequence[str] = (EAGER,), load
         try:
             yield
         except Exception as error:
-            place["failed"], place["error"], place["place"] = name, _sentence(error), _place(error)
+            place["failed"], place["error"], place["place"] = name, sentence(error), _place(error)
             raise _Stopped from error
         finally:
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.process_time() - started, 3)
@@ -102,9 +102,9 @@ def _phases(
         record["dynamic"] = sorted(found.name for found in signature.dimensions.values())
         record["notes"] = list(captured.notes[1:])
     with phase("agree"):
-        samples = [captured.example, *_other_samples(case, signature, captured.example)]
+        samples = [captured.example, *other_samples(case, signature, captured.example)]
         record["shapes"] = len(samples)
-        wanted = [_answer(case, *signature.arguments(sample)) for sample in samples]
+        wanted = [answer(case, *signature.arguments(sample)) for sample in samples]
         found = (captured.program.run(sample) for sample in samples)
         record["capture_error"] = max(_error(leaves, other) for (_, leaves), other in zip(wanted, found, strict=True))
         record["allowed"] = tolerance_of(captured.program)
@@ -143,13 +143,13 @@ def _through(
         compiled = lissom.compile(case.model, case.inputs, backend=BACKENDS[name], checks=checks, progress=lambda *_: None)
     with phase("equal"):
         here = [_told(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
-        found["error_found"], found["structure"] = _compared(wanted, here)
+        found["error_found"], found["structure"] = compared(wanted, here)
         found["equal"] = found["error_found"] <= allowed and found["structure"]
     if loader is None:
         return
     with phase("reload"):
         there = _reloaded(compiled, samples, loader)
-        found["reload_error"], same = _compared(wanted, there)
+        found["reload_error"], same = compared(wanted, there)
         found["reloaded"] = found["reload_error"] <= allowed and same
 
 
@@ -160,7 +160,7 @@ def _reloaded(compiled: CompiledModel, samples: Sequence[Sample], loader: str) -
         return answers(loader, artifact, samples)
 
 
-def _compared(wanted: Sequence[tuple[str, list[object]]], found: Sequence[tuple[str, list[object]]]) -> tuple[float, bool]:
+def compared(wanted: Sequence[tuple[str, list[object]]], found: Sequence[tuple[str, list[object]]]) -> tuple[float, bool]:
     """The largest relative error, and whether the structures are the same."""
     error = max(_error(leaves, others) for (_, leaves), (_, others) in zip(wanted, found, strict=True))
     return error, [structure for structure, _ in wanted] == [structure for structure, _ in found]
@@ -199,7 +199,7 @@ def _sites(program: Program) -> dict[str, Any]:
     }
 
 
-def _other_samples(case: Case, signature: Signature, example: Sample) -> list[Sample]:
+def other_samples(case: Case, signature: Signature, example: Sample) -> list[Sample]:
     """The example at up to three other sizes the signature allows and the model runs on: larger, twice as large, smallest."""
     sizes = signature.sizes_of(example)
     wanted = (
@@ -230,10 +230,11 @@ def _allowed(case: Case, signature: Signature, example: Sample, sizes: Mapping[s
 
 
 def _leaves(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) -> list[object]:
-    return _answer(case, args, kwargs)[1]
+    return answer(case, args, kwargs)[1]
 
 
-def _answer(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[str, list[object]]:
+def answer(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[str, list[object]]:
+    """The structure of what the model returns, and its leaves."""
     return _told(case.model(*args, **kwargs))
 
 
@@ -249,7 +250,9 @@ def _error(wanted: list[object], found: list[object]) -> float:
     return max(map(relative_error, wanted, found), default=0.0)
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception, *, last: bool = False) -> str:
+    """An error in one line; last: for one that Dynamo wraps, the error it wraps."""
+    error = getattr(error, "inner_exception", error) if last else error
     name = type(error).__name__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{name}: {lines[0][:400]}" if lines else name

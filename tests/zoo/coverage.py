@@ -36,6 +36,13 @@ and this page.
 - *seconds*: processor time for all of it.
 """
 
+_DYNAMO = "## torch.compile\n"
+_DYNAMO_INTRODUCTION = """\
+The same models under `torch.compile(model, backend="lissom")` without gradients, at up to four sizes, once with Dynamo finding
+out which sizes vary and once with `dynamic=True`, as `python -m tests.zoo.dynamo` measures it. A model that Dynamo cannot run
+with its own backend `eager` does not apply. A graph that is no program runs as it is; the remarks say why.
+"""
+
 
 def load(path: Path) -> list[Record]:
     """The records of a run; of a model that was run twice, the later one."""
@@ -260,12 +267,79 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def write_page(path: Path, records: Sequence[Record]) -> None:
+    """Write the page; what it tells of `torch.compile` is of another run, and stays."""
+    told = path.read_text(encoding="utf-8").partition(_DYNAMO)[1:] if path.exists() else ()
+    path.write_text("\n".join(filter(None, [page(records), "".join(told)])), encoding="utf-8")
+
+
+def write_dynamo(path: Path, records: Sequence[Record]) -> None:
+    """Write what was found under `torch.compile` into the page, behind the rest."""
+    rest = path.read_text(encoding="utf-8").partition(_DYNAMO)[0].rstrip("\n") if path.exists() else ""
+    path.write_text(f"{rest}\n\n{dynamo_section(records)}".lstrip("\n"), encoding="utf-8")
+
+
+def dynamo_section(records: Sequence[Record]) -> str:
+    """The section on `torch.compile`: a table of the families, then the models there is something to say of."""
+    order = {family: index for index, family in enumerate(FAMILIES)}
+    ordered = sorted(records, key=lambda record: (order[record["family"]], record["name"]))
+    families = [family for family in FAMILIES if any(record["family"] == family for record in ordered)]
+    groups = {family: [record for record in ordered if record["family"] == family] for family in families} | {"all": ordered}
+    head = ["family", "models", "applicable", "equal", "equal, dynamic=True", "every graph a program"]
+    summary = _table(head, (_dynamo_row(family, group) for family, group in groups.items()))
+    told = [record for record in ordered if _dynamo_remark(record)]
+    remarks = _table(["model", "remarks"], ([record["name"], _cell(_dynamo_remark(record))] for record in told))
+    return "\n".join([_DYNAMO, _DYNAMO_INTRODUCTION, f"{dynamo_headline(ordered)}\n", summary, *([remarks] if told else [])])
+
+
+def dynamo_headline(records: Sequence[Record]) -> str:
+    """How many of the models Dynamo can run give the same answers."""
+    run = [record for record in records if _applies(record)]
+    equal = sum(not is_wrong(record) for record in run)
+    return f"Of {len(records)} models Dynamo runs {len(run)}; of these {_of(equal, run)} give what the model gives."
+
+
+def _dynamo_row(name: str, records: Sequence[Record]) -> list[str]:
+    run = [record for record in records if _applies(record)]
+    counts = [sum(record["modes"].get(mode, {}).get("equal", False) for record in run) for mode in ("automatic", "dynamic")]
+    whole = sum(all(found["graphs"] == found["lowered"] for found in record["modes"].values()) for record in run)
+    return [name, str(len(records)), str(len(run)), *map(str, counts), str(whole)]
+
+
+def _applies(record: Record) -> bool:
+    """False for a model Dynamo cannot run with its backend `eager` either, and for one that was not built."""
+    return record.get("failed") not in ("build", "sizes") and all(
+        found["equal"] or found["without"] is None for found in record["modes"].values()
+    )
+
+
+def is_wrong(record: Record) -> bool:
+    """True when the compiled model fails, or gives something else, where Dynamo's own backend does not."""
+    return _applies(record) and (bool(record.get("failed")) or not all(found["equal"] for found in record["modes"].values()))
+
+
+def dynamo_outcome(found: Record) -> str:
+    """What came of one mode, in a few words."""
+    if not found["equal"]:
+        return f"{found['problem']}" if found["without"] is None else f"none for Dynamo: {found['without']}"
+    return f"equal, {found['lowered']} of {found['graphs']} graphs programs"
+
+
+def _dynamo_remark(record: Record) -> str:
+    """Why a model does not apply, is not equal, or has graphs that run as they are; empty when there is nothing to say."""
+    if record.get("failed"):
+        return f"{record['failed']}: {record['error']}"
+    told = [dynamo_outcome(found) for found in record["modes"].values() if not found["equal"]]
+    told += [f"as it is: {reason}" for found in record["modes"].values() for reason in found["reasons"]]
+    return "; ".join(dict.fromkeys(told))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.coverage", description=__doc__)
     parser.add_argument("records", type=Path, help="what `python -m tests.zoo` wrote")
     parser.add_argument("page", type=Path, help="the page to write")
     options = parser.parse_args(arguments)
-    options.page.write_text(page(load(options.records)), encoding="utf-8")
+    write_page(options.page, load(options.records))
     return 0
 
 

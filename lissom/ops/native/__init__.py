@@ -1,8 +1,9 @@
 """The CPU kernels of our operators, in C++: built once for this machine's processor, kept, and loaded when first needed.
 
 The build uses the compiler and the paths `torch.utils.cpp_extension` finds. It is one command rather than that module's `load`,
-so that no `ninja` is needed and an interrupted build leaves no lock behind: the library is written under a temporary name and
-renamed. Kept libraries are named by a hash of the sources, PyTorch's version, the compiler and the processor's features.
+so that no `ninja` is needed and an interrupted build holds up no other: the library is written under a temporary name and
+renamed, and the lock that makes other processes wait for it is the system's, which ends with its process. Kept libraries are
+named by a hash of the sources, PyTorch's version, the compiler and the processor's features.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def load_kernels() -> str:
     library = _cache_folder() / f"kernels-{_fingerprint(compiler)}.so"
     try:
         if not library.exists():
-            _build(compiler, library)
+            _build_once(compiler, library)
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
         return f"the C++ kernels could not be built: {str(error).splitlines()[0]}"
@@ -124,6 +125,17 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
+def _build_once(compiler: str, library: Path) -> None:
+    """Build the library, or wait for the process that is building it. Raises: as `_build` does."""
+    import fcntl  # exists on Unix only
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(compiler, library)
+
+
 def _build(compiler: str, library: Path) -> None:
     """Compile to a temporary name beside the library, then rename.
 
@@ -131,7 +143,6 @@ def _build(compiler: str, library: Path) -> None:
     """
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as folder:
         made = Path(folder) / library.name
         command = [

@@ -1,6 +1,7 @@
 // softmax(cap(q k^T scale) + bias) v, a head at a time: keys and values are packed once, each row of scores stays in cache.
 #pragma once
 
+#include "sight.h"
 #include "tile.h"
 
 #include <ATen/Parallel.h>
@@ -14,9 +15,11 @@ struct Strides {
   int64_t batch, head, row, column;
 };
 
-template <typename T>
+template <typename T, typename Kept = T>
 struct Attention {
-  const T *q, *k, *v;        // [batch, heads or key heads, tokens, head_dim]; q's columns are adjacent
+  const T* q;                // [batch, heads or key heads, tokens, head_dim]; q's columns are adjacent
+  const Kept *k, *v;
+  const float *k_scale, *v_scale;  // what each key and value is to be multiplied with, [batch, key heads, tokens], or null
   Strides q_strides, k_strides, v_strides;
   const float* bias;         // added to the scores, or null
   const bool* seen;          // which scores count, or null
@@ -65,8 +68,8 @@ inline Vec where(const bool* mask, Vec value, float other) {
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
 // Scales, caps, biases and hides a row's scores in place; what is past `visible` is hidden.
-template <typename T>
-inline void finish_scores(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias,
+template <typename Call>
+inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias,
                           const bool* seen) {
   int64_t stride = call.bias_strides.column;
   for (int64_t c = 0; c < padded; c += kLanes) {
@@ -86,8 +89,8 @@ inline void finish_scores(const Attention<T>& call, float* row, int64_t visible,
 }
 
 // Scores to weights that sum to one once divided by what is returned; hidden scores and padding become exactly 0.
-template <typename T>
-inline float soften(const Attention<T>& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
+template <typename Call>
+inline float soften(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
                     const float* sink) {
   float scale = 1.0f;
   bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen, 0, visible) : *seen);
@@ -114,17 +117,32 @@ inline float soften(const Attention<T>& call, float* row, int64_t visible, int64
   return sum(total) + (sink ? std::exp(*sink - top) : 0.0f);
 }
 
+// The same for one row of the call, whose scores begin with the key `from`.
+template <typename Call>
+inline float soften_row(const Call& call, int64_t b, int64_t h, int64_t row, int64_t from, float* scores,
+                        int64_t visible, int64_t padded) {
+  const Strides& strides = call.bias_strides;
+  int64_t offset = b * strides.batch + h * strides.head + row * strides.row + from * strides.column;
+  const float* sink = call.sinks ? call.sinks + b * call.sink_batch + h * call.sink_head : nullptr;
+  return soften(call, scores, visible, padded, call.bias ? call.bias + offset : nullptr, call.seen ? call.seen + offset : nullptr,
+                sink);
+}
+
 template <typename T>
 struct Scratch {
   std::vector<T> keys, values, weights, query;
   std::vector<float> scores;
+  int64_t packed_from = -1, packed_begin = 0, packed_end = 0;  // whose keys are packed, and which
 };
 
 template <typename T>
-inline void head(const Attention<T>& call, int64_t b, int64_t h, int64_t begin, int64_t end, Scratch<T>& scratch) {
+inline void head(const Attention<T>& call, const Sight& sight, int64_t b, int64_t h, int64_t begin, int64_t end,
+                 Scratch<T>& scratch) {
   constexpr int pair = kPair<T>;
   int64_t depth = ceil_div(call.head_dim, pair) * pair;
-  int64_t width = ceil_div(call.keys, kPanel) * kPanel;   // keys, filled up to whole panels
+  Span seen = sight.of(b, h, begin, end);                 // keys outside are not read, and counted from its begin
+  int64_t keys = seen.end - seen.begin;
+  int64_t width = ceil_div(keys, kPanel) * kPanel;        // keys, filled up to whole panels
   int64_t group = h / (call.heads / call.key_heads);
   scratch.keys.resize(depth * width);
   scratch.values.resize(width * ceil_div(call.value_dim, kPanel) * kPanel);
@@ -132,11 +150,17 @@ inline void head(const Attention<T>& call, int64_t b, int64_t h, int64_t begin, 
   if (pair == 2) scratch.weights.resize(kRows * width);
   const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
   const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
-  pack(k, call.k_strides.column, call.k_strides.row, call.head_dim, call.keys, depth, scratch.keys.data());
-  pack(v, call.v_strides.row, call.v_strides.column, call.keys, call.value_dim, width, scratch.values.data());
+  int64_t from = b * call.key_heads + group;  // heads that share keys come one after the other, and find them packed
+  if (scratch.packed_from != from || scratch.packed_begin != seen.begin || scratch.packed_end != seen.end) {
+    k += seen.begin * call.k_strides.row, v += seen.begin * call.v_strides.row;
+    pack(k, call.k_strides.column, call.k_strides.row, call.head_dim, keys, depth, scratch.keys.data());
+    pack(v, call.v_strides.row, call.v_strides.column, keys, call.value_dim, width, scratch.values.data());
+    scratch.packed_from = from, scratch.packed_begin = seen.begin, scratch.packed_end = seen.end;
+  }
   in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
-    int64_t reach = call.causal ? std::min(call.keys, bottom) : call.keys;
-    int64_t padded = ceil_div(reach, kPanel) * kPanel;
+    Span tile = sight.of(b, h, top, bottom);
+    int64_t skipped = std::max<int64_t>(tile.begin - seen.begin, 0) / kPanel * kPanel;
+    int64_t padded = std::max(skipped, ceil_div(tile.end - seen.begin, kPanel) * kPanel);
     with_rows(static_cast<int>(bottom - top), [&](auto count) {
       constexpr int R = decltype(count)::value;
       const T* q = call.q + b * call.q_strides.batch + h * call.q_strides.head + top * call.q_strides.row;
@@ -147,7 +171,7 @@ inline void head(const Attention<T>& call, int64_t b, int64_t h, int64_t begin, 
         q = scratch.query.data(), q_stride = depth;
       }
       float* scores = scratch.scores.data();
-      for (int64_t c = 0; c < padded; c += kChunk) {
+      for (int64_t c = skipped; c < padded; c += kChunk) {
         Vec sums[R][kWide] = {};
         const T* panel = scratch.keys.data() + c / kPanel * depth * kPanel + c % kPanel * pair;
         multiply<R>(q, q_stride, panel, depth / pair, sums);
@@ -156,16 +180,14 @@ inline void head(const Attention<T>& call, int64_t b, int64_t h, int64_t begin, 
       }
       float inverse[R];
       for (int r = 0; r < R; ++r) {
-        int64_t row = top + r, visible = call.causal ? std::min(call.keys, row + 1) : call.keys;
-        int64_t offset = b * call.bias_strides.batch + h * call.bias_strides.head + row * call.bias_strides.row;
-        const float* sink = call.sinks ? call.sinks + b * call.sink_batch + h * call.sink_head : nullptr;
-        inverse[r] = 1.0f / soften(call, scores + r * width, visible, padded, call.bias ? call.bias + offset : nullptr,
-                                   call.seen ? call.seen + offset : nullptr, sink);
+        int64_t visible = std::max<int64_t>(sight.of(b, h, top + r).end - seen.begin - skipped, 0);
+        inverse[r] = 1.0f / soften_row(call, b, h, top + r, seen.begin + skipped, scores + r * width + skipped, visible,
+                                       padded - skipped);
       }
       const T* weights;
       if constexpr (pair == 2) {
         for (int r = 0; r < R; ++r)
-          for (int64_t c = 0; c < padded; c += kLanes)
+          for (int64_t c = skipped; c < padded; c += kLanes)
             store(scratch.weights.data() + r * width + c, load(scores + r * width + c));
         weights = scratch.weights.data();
       } else {
@@ -173,8 +195,8 @@ inline void head(const Attention<T>& call, int64_t b, int64_t h, int64_t begin, 
       }
       for (int64_t c = 0; c < call.value_dim; c += kChunk) {
         Vec sums[R][kWide] = {};
-        const T* panel = scratch.values.data() + c / kPanel * width * kPanel + c % kPanel * pair;
-        multiply<R>(weights, width, panel, padded / pair, sums);
+        const T* panel = scratch.values.data() + (c / kPanel * width + skipped) * kPanel + c % kPanel * pair;
+        multiply<R>(weights + skipped, width, panel, (padded - skipped) / pair, sums);
         for (int r = 0; r < R; ++r) {
           T* y = call.y + ((b * call.queries + top + r) * call.heads + h) * call.value_dim;
           for (int w = 0; w < kWide && c + w * kLanes < call.value_dim; ++w)
@@ -188,20 +210,135 @@ inline void head(const Attention<T>& call, int64_t b, int64_t h, int64_t begin, 
 // Brings what a head reads into the second-level cache: rows of a merged projection lie pages apart, where the machine's own
 // prefetching does not reach.
 template <typename T>
-inline void fetch(const Attention<T>& call, int64_t b, int64_t h) {
+inline void fetch(const Attention<T>& call, const Sight& sight, int64_t b, int64_t h) {
+  Span seen = sight.of(b, h, 0, call.queries);
   int64_t group = h / (call.heads / call.key_heads);
   auto rows = [](const T* from, const Strides& strides, int64_t count, int64_t columns) {
     if (strides.column != 1) return;
     for (int64_t row = 0; row < count; ++row)
       for (int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(from + row * strides.row + c, 0, 2);
   };
-  rows(call.k + b * call.k_strides.batch + group * call.k_strides.head, call.k_strides, call.keys, call.head_dim);
-  rows(call.v + b * call.v_strides.batch + group * call.v_strides.head, call.v_strides, call.keys, call.value_dim);
+  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head + seen.begin * call.k_strides.row;
+  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head + seen.begin * call.v_strides.row;
+  rows(k, call.k_strides, seen.end - seen.begin, call.head_dim);
+  rows(v, call.v_strides, seen.end - seen.begin, call.value_dim);
   rows(call.q + b * call.q_strides.batch + h * call.q_strides.head, call.q_strides, call.queries, call.head_dim);
+}
+
+// Attention of few queries, as when one token follows those in a cache: packing would cost more than it saves, so keys and values
+// are read where they lie, once for all heads that share them.
+constexpr int64_t kFewRows = 4;
+
+// Scores of R rows of queries and of keys [begin, end); row r's go to scores + r * width.
+template <int R, typename T, typename Kept>
+inline void score_rows(const T* const (&q)[R], const Kept* k, int64_t k_stride, int64_t begin, int64_t end, int64_t depth,
+                       float* scores, int64_t width) {
+  constexpr int kKeys = 4;
+  for (int64_t key = begin; key < end; key += kKeys) {
+    const Kept* rows[kKeys];
+    for (int c = 0; c < kKeys; ++c) rows[c] = k + std::min(key + c, end - 1) * k_stride;
+    Vec sums[R][kKeys] = {};
+    for (int64_t d = 0; d < depth; d += kLanes) {
+      Vec columns[kKeys];
+#pragma GCC unroll 4
+      for (int c = 0; c < kKeys; ++c) columns[c] = load_some(rows[c] + d, depth - d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        Vec value = load_some(q[r] + d, depth - d);
+#pragma GCC unroll 4
+        for (int c = 0; c < kKeys; ++c) sums[r][c] += value * columns[c];
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < kKeys && key + c < end; ++c) scores[r * width + key + c - begin] = sum(sums[r][c]);
+  }
+}
+
+// y = weights of R rows times the values of keys [begin, end), over what each row's weights sum to.
+template <int R, typename T, typename Kept>
+inline void weigh_rows(const float* weights, int64_t width, const float* inverse, const Kept* v, int64_t v_stride, int64_t begin,
+                       int64_t end, int64_t value_dim, T* const (&y)[R]) {
+  for (int64_t d = 0; d < value_dim; d += 2 * kLanes) {
+    int64_t left = value_dim - d;
+    Vec sums[R][2] = {};
+    for (int64_t key = begin; key < end; ++key) {
+      const Kept* row = v + key * v_stride + d;
+      Vec low = load_some(row, left), high = left > kLanes ? load_some(row + kLanes, left - kLanes) : splat(0.0f);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        Vec weight = splat(weights[r * width + key - begin]);
+        sums[r][0] += weight * low, sums[r][1] += weight * high;
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      store_some(y[r] + d, sums[r][0] * inverse[r], left);
+      if (left > kLanes) store_some(y[r] + d + kLanes, sums[r][1] * inverse[r], left - kLanes);
+    }
+  }
+}
+
+// Rows [first, first + R) of a group: all queries of its first head, then of the next.
+template <int R, typename T, typename Kept>
+inline void some_rows(const Attention<T, Kept>& call, const Sight& sight, int64_t b, int64_t group, int64_t first,
+                      std::vector<float>& scratch) {
+  int64_t shared = call.heads / call.key_heads;
+  const T* q[R];
+  T* y[R];
+  Span seen{0, 0};
+  auto place = [&](int r) { return std::pair(group * shared + (first + r) / call.queries, (first + r) % call.queries); };
+  for (int r = 0; r < R; ++r) {
+    auto [h, row] = place(r);
+    q[r] = call.q + b * call.q_strides.batch + h * call.q_strides.head + row * call.q_strides.row;
+    y[r] = call.y + ((b * call.queries + row) * call.heads + h) * call.value_dim;
+    seen = joined(seen, sight.of(b, h, row));
+  }
+  int64_t padded = ceil_div(seen.end - seen.begin, kLanes) * kLanes;
+  scratch.resize(R * padded);
+  float* scores = scratch.data();
+  const Kept* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
+  const Kept* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  auto scale_by = [&](const float* scale) {
+    if (!scale) return;
+    scale += (b * call.key_heads + group) * call.keys + seen.begin;
+    for (int r = 0; r < R; ++r)
+      for (int64_t key = 0; key < seen.end - seen.begin; ++key) scores[r * padded + key] *= scale[key];
+  };
+  score_rows<R>(q, k, call.k_strides.row, seen.begin, seen.end, call.head_dim, scores, padded);
+  scale_by(call.k_scale);
+  float inverse[R];
+  for (int r = 0; r < R; ++r) {
+    auto [h, row] = place(r);
+    int64_t visible = std::max<int64_t>(sight.of(b, h, row).end - seen.begin, 0);
+    inverse[r] = 1.0f / soften_row(call, b, h, row, seen.begin, scores + r * padded, visible, padded);
+  }
+  scale_by(call.v_scale);
+  weigh_rows<R>(scores, padded, inverse, v, call.v_strides.row, seen.begin, seen.end, call.value_dim, y);
+}
+
+template <typename T, typename Kept>
+void few_rows(const Attention<T, Kept>& call, const Sight& sight) {
+  constexpr int64_t kMost = 4;
+  int64_t groups = call.batch * call.key_heads, rows = call.heads / call.key_heads * call.queries;
+  // Rows of one group go to several threads only where there are fewer groups than threads.
+  int64_t parts = std::max<int64_t>(1, std::min(rows, at::get_num_threads() / std::max<int64_t>(groups, 1)));
+  at::parallel_for(0, groups * parts, 1, [&](int64_t from, int64_t to) {
+    std::vector<float> scratch;
+    for (int64_t item = from; item < to; ++item) {
+      int64_t group = item / parts, part = item % parts;
+      in_pieces(rows * part / parts, rows * (part + 1) / parts, kMost, [&](int64_t first, int64_t end) {
+        with_rows(static_cast<int>(end - first), [&](auto count) {
+          constexpr int R = decltype(count)::value;
+          if constexpr (R <= kMost) some_rows<R>(call, sight, group / call.key_heads, group % call.key_heads, first, scratch);
+        });
+      });
+    }
+  });
 }
 
 template <typename T>
 void run(const Attention<T>& call) {
+  Sight sight(call);
+  if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(call, sight);
   int64_t threads = at::get_num_threads(), heads = call.batch * call.heads;
   // Where there are fewer heads than threads have use for, a head's rows are shared out too; each share packs keys anew.
   int64_t shares = heads >= 4 * threads ? 1 : std::max<int64_t>(1, std::min(ceil_div(4 * threads, heads), call.queries / 64));
@@ -209,9 +346,9 @@ void run(const Attention<T>& call) {
     Scratch<T> scratch;
     for (int64_t item = from; item < to; ++item) {
       int64_t which = item / shares, share = item % shares;
-      if (share == 0 && which + 1 < heads) fetch(call, (which + 1) / call.heads, (which + 1) % call.heads);
+      if (share == 0 && which + 1 < heads) fetch(call, sight, (which + 1) / call.heads, (which + 1) % call.heads);
       int64_t begin = call.queries * share / shares, end = call.queries * (share + 1) / shares;
-      head(call, which / call.heads, which % call.heads, begin, end, scratch);
+      head(call, sight, which / call.heads, which % call.heads, begin, end, scratch);
     }
   });
 }

@@ -189,15 +189,15 @@ Strides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
-template <typename T>
+template <typename T, typename Kept>
 Tensor attention_of(const Tensor& given, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
-                    Optional sinks, bool causal) {
+                    Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
   TORCH_CHECK(given.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention takes [batch, heads, tokens, head_dim]");
   Tensor q = given.stride(3) == 1 ? given : given.contiguous();
   int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
   Tensor y = fresh({batch, queries, heads, v.size(3)}, q.options());
-  Attention<T> call{};
-  call.q = q.const_data_ptr<T>(), call.k = k.const_data_ptr<T>(), call.v = v.const_data_ptr<T>();
+  Attention<T, Kept> call{};
+  call.q = q.const_data_ptr<T>(), call.k = k.const_data_ptr<Kept>(), call.v = v.const_data_ptr<Kept>();
   call.q_strides = strides_of(q), call.k_strides = strides_of(k), call.v_strides = strides_of(v);
   Tensor mask, sink;
   if (bias) {
@@ -220,14 +220,33 @@ Tensor attention_of(const Tensor& given, const Tensor& k, const Tensor& v, Optio
   TORCH_CHECK(k.size(0) == batch && v.size(0) == batch, "queries, keys and values have the same batch");
   bool alike = v.size(1) == call.key_heads && k.size(3) == call.head_dim && v.size(2) == keys;
   TORCH_CHECK(alike && call.key_heads > 0 && heads % call.key_heads == 0, "key and value heads must divide the query heads");
-  if (y.numel() > 0) run(call);
+  if (y.numel() == 0) return y.transpose(1, 2);
+  if constexpr (std::is_same_v<T, Kept>) {
+    run(call);
+  } else {
+    TORCH_CHECK(k.stride(3) == 1 && v.stride(3) == 1, "bytes of a key or value are adjacent");
+    Tensor k_scales = k_scale->to(at::kFloat).contiguous(), v_scales = v_scale->to(at::kFloat).contiguous();
+    int64_t rows = batch * call.key_heads * keys;
+    TORCH_CHECK(k_scales.numel() == rows && v_scales.numel() == rows, "a scale is one number a key or value");
+    call.k_scale = k_scales.const_data_ptr<float>(), call.v_scale = v_scales.const_data_ptr<float>();
+    few_rows(call, Sight(call));
+  }
   return y.transpose(1, 2);
 }
 
 Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
-                       Optional sinks, bool causal) {
-  auto call = [&](auto function) { return function(q, k, v, bias, scale, softcap, sinks, causal); };
-  return by_dtype(q, [&] { return call(attention_of<float>); }, [&] { return call(attention_of<BFloat16>); });
+                       Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
+  TORCH_CHECK(k_scale.has_value() == v_scale.has_value(), "keys and values are both kept in bytes, or neither");
+  auto call = [&](auto function, const Tensor& keys, const Tensor& values) {
+    return function(q, keys, values, bias, scale, softcap, sinks, causal, k_scale, v_scale);
+  };
+  if (k_scale && q.size(2) <= kFewRows)
+    return by_dtype(q, [&] { return call(attention_of<float, int8_t>, k, v); },
+                    [&] { return call(attention_of<BFloat16, int8_t>, k, v); });
+  auto floats = [&](const Tensor& kept, Optional by) { return by ? kept.to(at::kFloat).mul(*by).to(q.scalar_type()) : kept; };
+  Tensor keys = floats(k, k_scale), values = floats(v, v_scale);
+  return by_dtype(q, [&] { return call(attention_of<float, float>, keys, values); },
+                  [&] { return call(attention_of<BFloat16, BFloat16>, keys, values); });
 }
 
 // Heads are cut and joined by strides alone, here rather than by operators of their own: a small model notices each of those.
@@ -241,7 +260,7 @@ Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64
                         x.storage_offset() + first * head_dim);
   };
   Tensor y = fused_attention(part(0, heads), part(heads, key_heads), part(heads + key_heads, key_heads), bias, scale, softcap,
-                             {}, causal);
+                             {}, causal, {}, {});
   return y.transpose(1, 2).view({batch, tokens, heads * head_dim});
 }
 
@@ -285,6 +304,37 @@ Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool 
   return by_dtype(x, [&] { return call(rotary_of<float>); }, [&] { return call(rotary_of<BFloat16>); });
 }
 
+// Rows of a packed weight: what lies `stride` bytes apart in it, brought together.
+Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t features, int64_t bits) {
+  TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= 4, "a packed weight holds panels");
+  Tensor rows = indices.to(at::kLong).contiguous();
+  bool halves = bits == 4;
+  int64_t steps = weight.size(1), pair = weight.dim() == 4 ? weight.size(3) : 1, width = pair * weight.element_size();
+  int64_t stride = weight.size(2) * width;
+  TORCH_CHECK(!halves || (width == 1 && weight.size(2) == kPanel / 2 && steps % 2 == 0), "four bits are packed by two");
+  std::vector<int64_t> sizes = indices.sizes().vec();
+  sizes.push_back(halves ? steps / 2 : steps * pair);
+  Tensor found = at::empty(sizes, weight.options());
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const char* from = static_cast<const char*>(weight.const_data_ptr());
+  char* to = static_cast<char*>(found.mutable_data_ptr());
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < features, "index out of range in packed_embedding, which has rows 0 to ", features - 1);
+    const char* place = from + row[i] / kPanel * steps * stride;
+    int64_t column = row[i] % kPanel;
+    if (halves) {
+      int shift = column < kPanel / 2 ? 0 : 4;
+      place += column % (kPanel / 2);
+      for (int64_t step = 0; step < steps; step += 2, place += 2 * stride)
+        *to++ = ((place[0] >> shift) & 15) | (((place[stride] >> shift) & 15) << 4);
+    } else {
+      place += column * width;
+      for (int64_t step = 0; step < steps; ++step, place += stride, to += width) std::memcpy(to, place, width);
+    }
+  }
+  return found;
+}
+
 bool has_bfloat16() { return kHasBFloat16; }
 bool has_bytes() { return kHasBytes; }
 bool has_stored() { return kHasStored; }
@@ -294,6 +344,7 @@ bool has_stored() { return kHasStored; }
 TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("packed_linear", packed_linear);
   library.impl("packed_linear_norm", packed_linear_norm);
+  library.impl("packed_embedding", packed_embedding);
   if (kHasBytes) {
     library.impl("quantized_linear", quantized_linear);
     library.impl("quantized_linear_norm", quantized_linear_norm);

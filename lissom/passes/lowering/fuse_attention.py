@@ -2,6 +2,8 @@
 
     scaled_dot_product_attention(q, k, v, mask)  |  lissom::attention(…)   ->  lissom::fused_attention(q, k, v, mask)
 
+Keys and values that are kept as int8 with a scale each, as `quantize-cache` leaves them, are read as they are.
+
 The kernel keeps a few rows of scores in cache, reads slices of a merged projection without copying them, and writes its result
 in the layout the output projection wants, so that the transposition and reshape behind it move nothing.
 """
@@ -24,6 +26,7 @@ from lissom.compiler.types import ScalarType
 from lissom.ops.attention import attention
 from lissom.ops.fused_attention import fused_attention
 from lissom.ops.native import missing_kernel
+from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten
 
@@ -40,6 +43,11 @@ class FuseAttention(Rewrite):
             shared = [_unrepeated(k), _unrepeated(v)]
             if all(shared):
                 k, v = shared
+            kept = [_kept_in_bytes(k), _kept_in_bytes(v)]
+            scales: dict[str, fx.Node] = {}
+            if kept[0] is not None and kept[1] is not None:
+                (k, k_scale), (v, v_scale) = kept[0], kept[1]
+                scales = {"k_scale": k_scale, "v_scale": v_scale}
             mask = nodes.argument(node, "attn_mask" if node.target is _PLAIN else "bias")
             options = {} if node.target is _PLAIN else {key: node.kwargs[key] for key in node.kwargs if key != "scale"}
             if node.target is _PLAIN and nodes.argument(node, "is_causal"):
@@ -48,7 +56,8 @@ class FuseAttention(Rewrite):
             if scale is None:
                 scale = 1.0 / math.sqrt(int(nodes.tensor_type(q).shape[-1]))  # pyright: ignore[reportArgumentType]
             with edit.before(node):
-                call = edit.call(fused_attention, q, k, v, *([mask] if mask is not None else ()), scale=scale, **options)
+                masks = [mask] if mask is not None else []
+                call = edit.call(fused_attention, q, k, v, *masks, scale=scale, **options, **scales)
             edit.replace(node, call)
 
 
@@ -69,6 +78,15 @@ def _unrepeated(node: object) -> fx.Node | None:
     heads = found.shape[1]
     repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
     return x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else None  # pyright: ignore
+
+
+def _kept_in_bytes(node: object) -> tuple[fx.Node, fx.Node] | None:
+    """The bytes and scales of keys or values that are turned back from int8, one scale a token and head; None otherwise."""
+    if not nodes.is_call(node, dequantize) or node.kwargs["format"] != "int8" or len(node.args) != 2:
+        return None
+    kept, scale = node.args
+    alone = nodes.tensor_type(scale).shape == (*nodes.tensor_type(kept).shape[:-1], 1)
+    return (kept, scale) if alone else None  # pyright: ignore[reportReturnType]
 
 
 def _obstacle(edit: Editor, node: fx.Node) -> str | None:

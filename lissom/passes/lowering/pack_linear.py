@@ -1,7 +1,8 @@
 """Pack the weights of linear layers for the CPU kernel: x Wᵀ + b in panels of 32 features, `lissom::packed_linear`.
 
-The packed weight takes the place of the plain one in the program, so one copy is held. A weight that is read elsewhere too,
-such as an output head tied to the embedding, is left as it is: it would have to be held twice.
+The packed weight takes the place of the plain one in the program, so one copy is held. Rows of a table of embeddings that is an
+output head too are looked up in the packed one, `lissom::packed_embedding`. A weight that is read elsewhere besides is left as
+it is: it would have to be held twice.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
 from lissom.ops.native import missing_kernel
-from lissom.ops.packed_linear import pack, packed_linear
+from lissom.ops.packed_linear import pack, packed_embedding, packed_linear
 
 aten = torch.ops.aten
 
@@ -28,16 +29,37 @@ class PackLinear(Rewrite):
         packed: dict[str, fx.Node] = {}
         for node in edit.treatable(_obstacle, aten.linear.default):
             x, weight, *bias = node.args
+            assert isinstance(weight, fx.Node)
+            name = str(weight.target)
+            if name not in packed:
+                tensor = pack(edit.program.weight(name).detach())
+                # A table is looked up long before it is multiplied with.
+                with edit.before(weight.next, like=[node]):
+                    packed[name] = edit.weight(f"{name}_packed", nn.Parameter(tensor, requires_grad=False))
+            features = nodes.tensor_type(weight).shape[0]
             with edit.before(node):
-                name = str(weight.target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-                if name not in packed:
-                    tensor = edit.program.weight(name)
-                    packed[name] = edit.weight(f"{name}_packed", nn.Parameter(pack(tensor.detach()), requires_grad=False))
-                features = nodes.tensor_type(weight).shape[0]  # pyright: ignore[reportArgumentType]
                 call = edit.call(
                     packed_linear, x, packed[name], *(item for item in bias if item is not None), features=features
                 )
             edit.replace(node, call)
+        for table in packed:
+            for node in _look_ups(edit, table):
+                with edit.before(node):
+                    features = nodes.tensor_type(node.args[0]).shape[0]
+                    bits = 8 * nodes.tensor_type(node.args[0]).dtype.itemsize
+                    rows = edit.call(packed_embedding, packed[table], node.args[1], features=features, bits=bits)
+                edit.replace(node, rows)
+
+
+def _look_ups(edit: Editor, table: str) -> list[fx.Node]:
+    """The calls that look up rows of a weight."""
+    return [node for node in edit.program.nodes(aten.embedding.default) if getattr(node.args[0], "target", None) == table]
+
+
+def _reads_whole(user: fx.Node, weight: fx.Node) -> bool:
+    """True for a reader that is neither a linear layer of this weight nor a look-up of its rows."""
+    place = {aten.linear.default: 1, aten.embedding.default: 0}.get(user.target)  # pyright: ignore
+    return place is None or user.args[place] is not weight or list(user.args).count(weight) > 1
 
 
 def _obstacle(linear: fx.Node) -> str | None:
@@ -45,7 +67,7 @@ def _obstacle(linear: fx.Node) -> str | None:
     x, weight = nodes.tensor_type(linear.args[0]), linear.args[1]  # pyright: ignore[reportArgumentType]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return "its weight is computed"
-    if any(user.target is not aten.linear.default or user.args[0] is weight for user in weight.users):
+    if any(_reads_whole(user, weight) for user in weight.users):
         return "its weight is read elsewhere too"
     form = nodes.tensor_type(weight)
     if form.rank != 2 or form.dtype != x.dtype:

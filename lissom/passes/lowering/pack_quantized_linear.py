@@ -23,7 +23,8 @@ from lissom.compiler.grids import FORMATS
 from lissom.compiler.kinds import Rewrite
 from lissom.compiler.quantized_layers import PRODUCTS, QuantizedLayer, quantized_layer
 from lissom.ops.native import missing_byte_kernel, missing_stored_kernel
-from lissom.ops.quantized_linear import FORMAT, MOST_INPUTS, PANEL, fill_panels, pack_bytes, quantized_linear
+from lissom.ops.packed_linear import packed_embedding
+from lissom.ops.quantized_linear import FORMAT, MOST_INPUTS, fill_panels, pack_bytes, quantized_linear
 from lissom.ops.weight_quantized_linear import FORMS, SCALES, pack_blocks, pack_stored, weight_quantized_linear
 
 aten = torch.ops.aten
@@ -142,21 +143,8 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
 
 
 def _look_up_packed(edit: Editor, packed: _Packed, ids: object) -> fx.Node:
-    """Rows of a packed weight, so that no other is held: row i is [i // 32, :, i % 32]; use inside `edit.before`."""
-    panel = edit.call(aten.floor_divide.default, ids, PANEL)
-    column = edit.call(aten.remainder.Scalar, ids, PANEL)
-    if packed.bits == 8:
-        rows = edit.call(aten.index.Tensor, packed.operands[0], [panel, None, column])
-        if nodes.tensor_type(packed.operands[0]).rank == 3:
-            return rows
-        flat = edit.call(aten.flatten.using_ints, rows, -2, -1)
-        return edit.call(aten.slice.Tensor, flat, -1, 0, packed.inputs)
-    shared = edit.call(aten.remainder.Scalar, column, PANEL // 2)
-    half = edit.call(aten.floor_divide.default, column, PANEL // 2)
-    shift = edit.call(aten.to.dtype, edit.call(aten.mul.Scalar, half, 4), torch.uint8)
-    both = edit.call(aten.index.Tensor, packed.operands[0], [panel, None, shared])
-    shifted = edit.call(aten.bitwise_right_shift.Tensor, both, edit.call(aten.unsqueeze.default, shift, -1))
-    single = edit.call(aten.bitwise_and.Scalar, shifted, 15)
-    pairs = edit.call(aten.unflatten.int, single, -1, [packed.inputs // 2, 2])
-    low, high = (edit.call(aten.select.int, pairs, -1, index) for index in range(2))
-    return edit.call(aten.bitwise_or.Tensor, low, edit.call(aten.bitwise_left_shift.Tensor_Scalar, high, 4))
+    """Rows of a packed weight, so that no other is held; use inside `edit.before`."""
+    rows = edit.call(packed_embedding, packed.operands[0], ids, features=packed.features, bits=packed.bits)
+    if nodes.tensor_type(packed.operands[0]).rank == 3:
+        return rows
+    return edit.call(aten.slice.Tensor, rows, -1, 0, packed.inputs)

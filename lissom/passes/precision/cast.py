@@ -1,11 +1,12 @@
 """Compute in bfloat16 or float16: products of matrices, embeddings and the residual stream, where their numbers fit.
 
 bfloat16 keeps float32's range and 8 of its 24 bits. float16 keeps 11 bits and ends at 65504; below 6·10⁻⁵ it loses bits, and
-below 3·10⁻⁸ everything. Each operator falls into one of four groups:
+below 3·10⁻⁸ everything. Each operator falls into one of five groups:
 
 - products, convolutions, attention, embeddings and norms run in the shorter dtype. Their kernels sum in float32, and norms and
   attention compute their statistics and softmax in float32 inside.
 - element-wise operators and those that only move values follow what they are given: short as soon as one of it is.
+- a cache of keys and values is kept short where what is written to it is.
 - softmax, exponentials, powers, sums and everything not named here run in float32, on values cast back.
 - what is computed from positions or masks alone meets no short value, and so stays as it is until it joins one.
 
@@ -87,6 +88,7 @@ _FOLLOWS = {
     aten.clone.default,
     aten.contiguous.default,
     aten.index_select.default,
+    aten.index_copy.default,
     aten.index.Tensor,
     aten.gather.default,
     aten.masked_fill.Scalar,
@@ -254,6 +256,7 @@ class _Caster:
         program = self.edit.program
         output_types = [nodes.node_type(item) for item in program.output.all_input_nodes]
         results = list(program.output.all_input_nodes)
+        self._shorten_state()
         for node in self.edit.nodes():
             wanted = self._dtype_for(node)
             mask = nodes.argument(node, _MASKS[node.target]) if node.target in _MASKS and wanted is self.low else None
@@ -267,8 +270,22 @@ class _Caster:
                 back = self._cast(item, torch.float32, program.output)
                 program.output.replace_input_with(item, back)
 
+    def _shorten_state(self) -> None:
+        """Keep state in the shorter dtype that calls write rows to and nothing else reads: the caches of a decoder."""
+        for write in self.edit.program.nodes(aten.index_copy.default):
+            state = write.args[0]
+            if not nodes.is_tensor(state) or state.op != "get_attr" or nodes.tensor_type(state).dtype != torch.float32:
+                continue
+            others = [user for user in state.users if user is not write]
+            kept = all(nodes.is_state_write(user) and user.args[:2] == (state, write) for user in others)
+            if str(state.target) in self.edit.program.state and others and kept and self._obstacle(write) is None:
+                self.edit.set_weight(state, self.edit.program.weight(str(state.target)).to(self.low), retype=False)
+                self.changed.add(state)
+
     def _dtype_for(self, node: fx.Node) -> torch.dtype | None:
         """The floating type a node's operands shall have; None to leave them as they are."""
+        if nodes.is_state_write(node) and nodes.tensor_type(node.args[0]).dtype == nodes.tensor_type(node.args[1]).dtype:
+            return None
         follows = node.target in _FOLLOWS or is_view(node)
         short = any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in node.all_input_nodes)
         if self.guard is not None and not is_protected(node, self.skip):

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.ops import packed_linear
+import lissom
+from lissom.compiler.errors import InputError
+from lissom.ops import packed_embedding, packed_linear
 from lissom.ops.packed_linear import unpack
 from lissom.passes.lowering.pack_linear import PackLinear
 from tests.models import normal, seeded
-from tests.passes.harness import aten, calls, check_golden, rewrite
+from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
 
 
 class Two(nn.Module):
@@ -57,12 +59,28 @@ def test_a_packed_weight_takes_the_place_of_the_plain_one() -> None:
     assert program.weight("up.bias").data_ptr() == module.up.bias.data_ptr()
 
 
-def test_a_layer_used_twice_is_packed_once_and_a_tied_one_is_left() -> None:
-    program, history = rewrite(PackLinear(), seeded(Tied), torch.tensor([[1, 2, 3]]))
-    weights = {str(node.args[1]) for node in program.nodes(packed_linear)}
-    assert calls(program, packed_linear) == 2
-    assert len(weights) == 1
-    assert calls(program, aten.linear.default) == 1
+def test_a_layer_used_twice_is_packed_once_and_a_table_that_is_a_head_is_looked_up_packed() -> None:
+    module = seeded(Tied)
+    program, _ = rewrite(PackLinear(), module, torch.tensor([[1, 2, 3]]))
+    assert calls(program, packed_linear) == 3
+    assert len({str(node.args[1]) for node in program.nodes(packed_linear)}) == 2
+    assert (calls(program, packed_embedding), calls(program, aten.embedding.default)) == (1, 0)
+    ids = torch.tensor([[7, 0, 4, 4], [1, 2, 3, 5]])
+    # Two float32 products of a few numbers.
+    torch.testing.assert_close(program(ids), module(ids), rtol=0, atol=2e-6)
+
+
+def test_a_row_that_is_not_there_is_named_as_before() -> None:
+    compiled = lissom.compile(seeded(Tied), torch.tensor([[1, 2, 3]]))
+    rows = seeded(Tied).table.num_embeddings
+    with pytest.raises(InputError, match=f"rows 0 to {rows - 1}"):
+        compiled(torch.tensor([[1, rows]]))
+
+
+def test_a_weight_that_is_read_whole_is_left() -> None:
+    weight = nn.Parameter(normal(8, 8))
+    module = Calls(lambda self, x: torch.nn.functional.linear(x, self.weight) + self.weight.sum(), weight=weight)
+    _, history = rewrite(PackLinear(), module, normal(2, 5, 8))
     assert [skip.reason for skip in history.steps[1].skipped] == ["its weight is read elsewhere too"]
 
 

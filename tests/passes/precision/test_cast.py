@@ -21,6 +21,8 @@ from lissom.compiler.kinds import Approximation
 from lissom.compiler.program import Program
 from lissom.ops.attention import attention
 from lissom.passes.precision.cast import Cast, _Caster
+from tests.decoders import MAX_LENGTH, VOCABULARY
+from tests.decoders import decoder as tiny_decoder
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 
@@ -354,3 +356,29 @@ def test_composes(backend: str) -> None:
         found = first_output(fast(**inputs))
     # Some ten roundings to 11 bits in each of two layers; the stream is in float32.
     assert relative(wanted, found) < 1e-2
+
+
+def test_a_cache_is_kept_in_the_dtype_of_what_is_written_to_it() -> None:
+    compiled = lissom.compile_generation(tiny_decoder("llama"), max_length=MAX_LENGTH, passes="cast{dtype=bf16}")
+    program = compiled.program
+    assert {program.weight(name).dtype for name in program.state} == {torch.bfloat16}
+    assert len(program.state) == 4
+    # What is read of it is read as it lies.
+    assert not any(MAX_LENGTH in nodes.tensor_type(node).shape for node in program.nodes(aten.to.dtype))
+    assert compiled.step(torch.tensor([[3, 4, 5]])).shape == (1, VOCABULARY)
+
+
+def test_a_cache_that_is_read_beside_stays_as_it_is() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+            self.register_buffer("kept", torch.zeros(2, 4, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            before = self.kept.sum()
+            self.kept.index_copy_(1, torch.tensor([1]), self.linear(x))
+            return self.kept * before
+
+    program = lissom.optimize(seeded(Reads), normal(2, 1, 8), passes="cast{dtype=bf16}", dynamic=False).program
+    assert program.weight("kept").dtype == torch.float32

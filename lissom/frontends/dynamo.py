@@ -1,0 +1,320 @@
+"""The graphs `torch.compile` hands a backend: inputs told apart, weights bound under their own names, and the capture."""
+
+from __future__ import annotations
+
+import operator
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import cast
+
+import sympy
+import torch
+from torch import fx, nn
+from torch._guards import CompileContext, tracing
+from torch.export import Dim
+from torch.fx.node import map_arg
+
+from lissom.compiler import node as nodes
+from lissom.compiler.errors import CaptureError
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.signature import Signature
+from lissom.frontends.dynamic import describe_dimensions
+from lissom.frontends.export import Capture, capture_sizes
+
+_PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
+_CONTAINERS = ("_parameters", "_buffers", "_modules")
+_WHOLE_LAYERS = ("aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default")
+"""What torch.nn calls in evaluation mode without gradients, unless its fast path is switched off."""
+_CASTING = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph of Dynamo's with its arguments told apart, by position.
+
+    module: the graph as it came. name: `Graph_` and Dynamo's number of it.
+    inputs: the tensors a call brings, with names from the caller's code.
+    weights: the parameters and buffers of modules, by their names there.
+    numbers: integers and floats that are no size of an input; a program has them as constants.
+    sizes: each symbol in the sizes of the inputs, and where it is read.
+    """
+
+    module: fx.GraphModule
+    name: str
+    inputs: Mapping[int, str]
+    weights: Mapping[int, str]
+    numbers: Sequence[int]
+    sizes: Mapping[sympy.Symbol, tuple[str, int]]
+
+    @property
+    def computes(self) -> bool:
+        """False for a graph without a call that yields a tensor, as Dynamo makes some between two others."""
+        calls = (node for node in self.module.graph.nodes if node.op not in ("placeholder", "output", "get_attr"))
+        return any(isinstance(node.meta.get("example_value"), (torch.Tensor, tuple, list)) for node in calls)
+
+    def sample(self, args: Sequence[object]) -> Sample:
+        """The flat inputs among the arguments of a call."""
+        return [cast(torch.Tensor, args[index]) for index in self.inputs]
+
+    def tensors(self, args: Sequence[object]) -> list[torch.Tensor]:
+        """Every tensor the graph reads: inputs, weights, and what the graph holds itself."""
+        held = (*self.module.parameters(), *self.module.buffers())
+        return [*self.sample(args), *(cast(torch.Tensor, args[index]) for index in self.weights), *held]
+
+
+def read_graph(module: fx.GraphModule) -> Graph:
+    """The graph of Dynamo's with its arguments told apart."""
+    inputs: dict[int, str] = {}
+    weights: dict[int, str] = {}
+    numbers: list[int] = []
+    sizes: dict[sympy.Symbol, tuple[str, int]] = {}
+    symbolic: dict[int, sympy.Basic] = {}
+    placeholders = module.graph.find_nodes(op="placeholder")
+    single = len({root for node in placeholders if (root := _path(node)[0]) is not None}) < 2
+    for index, node in enumerate(placeholders):
+        value = node.meta["example_value"]
+        if not isinstance(value, torch.Tensor):
+            symbolic[index] = value.node.expr if isinstance(value, torch.SymInt) else sympy.nan
+        elif _is_number(node):
+            numbers.append(index)
+        elif (path := _path(node))[0] is not None:
+            weights[index] = _unique(path[1] if single else f"{path[0]}.{path[1]}", weights.values())
+        else:
+            inputs[index] = _unique(_input_name(node), inputs.values())
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                    sizes.setdefault(size.node.expr, (inputs[index], dim))
+    numbers += [index for index, symbol in symbolic.items() if symbol not in sizes]
+    name = "Graph_" + str(CompileContext.current_compile_id()).replace("/", "_")
+    return Graph(module, name, inputs, weights, sorted(numbers), sizes)
+
+
+def _source(node: fx.Node) -> object:
+    found = getattr(node, "_dynamo_source", None)
+    return getattr(node.meta.get("grapharg"), "source", None) if found is None else found
+
+
+def _source_name(node: fx.Node) -> str:
+    """How the caller's code reaches the value, `L['self']._modules['0']._parameters['weight']`."""
+    name = getattr(_source(node), "name", node.name)
+    return str(name() if callable(name) else name)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """True for a Python float, which Dynamo hands over in a tensor and reads back by `item`."""
+    packed = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+    return bool(packed) and node.meta["example_value"].dim() == 0 and all(user.target == "item" for user in node.users)
+
+
+def _path(node: fx.Node) -> tuple[str | None, str]:
+    """The module a weight belongs to as the code calls it, and the weight's name in it; None for what is no weight.
+
+    A tensor that is a plain attribute of a module is none: modules keep there what changes from call to call.
+    """
+    parts = re.findall(r"\.?(\w+)|\['([^']*)'\]", _source_name(node).partition("[")[2])
+    words = [word or quoted for word, quoted in parts]
+    first = next((index for index, word in enumerate(words) if word in _CONTAINERS), None)
+    if first is None or words[-2] not in _CONTAINERS[:2] or not isinstance(node.meta["example_value"], torch.Tensor):
+        return None, ""
+    return "_".join(words[:first]), ".".join(word for word in words[first:] if word not in _CONTAINERS)
+
+
+def _input_name(node: fx.Node) -> str:
+    """`input_ids` for `L['kwargs']['input_ids']`, `args_0` for `L['args'][0]`."""
+    words = re.findall(r"\w+", _source_name(node).partition("[")[2])
+    words = [word for word in words if word not in ("self", "kwargs")]
+    first = max((index for index, word in enumerate(words) if not word.isdigit()), default=0)
+    name = "_".join(words[first:]) or node.name
+    return name if name.isidentifier() else f"input_{name}"
+
+
+def _unique(name: str, taken: object) -> str:
+    names = set(cast("Mapping[str, object]", taken))
+    return next(other for index in range(len(names) + 1) if (other := name if not index else f"{name}_{index}") not in names)
+
+
+def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Capture:
+    """The graph as a program, its weights and numbers those among the arguments. The program shares the weights' memory.
+
+    The sizes Dynamo lets vary may vary. guard: while Dynamo compiles, tell it which of them the program fixes all the same, so
+    that other sizes get a graph of their own.
+
+    Raises: CaptureError for what a program cannot hold, in a sentence.
+    """
+    started = time.perf_counter()
+    _refuse(graph, args)
+    with torch.inference_mode(False), torch.no_grad(), tracing(None):
+        example = [ordinary(tensor) for tensor in graph.sample(args)]
+        free = {id(tensor): dims for tensor, dims in zip(example, _free_dimensions(graph), strict=True)}
+        program = capture_sizes(bind(graph, args), example, lambda tensor: free.get(id(tensor), {}), _refuse_effects)
+    if guard:
+        _guard_sizes(graph, program.signature)
+    notes = [describe_dimensions(program.signature)]
+    if any(str(node.target) in _WHOLE_LAYERS for node in program.nodes()):
+        notes.append("layers of torch.nn come whole; torch.backends.mha.set_fastpath_enabled(False) lets passes into them")
+    return Capture(program, example, tuple(notes), time.perf_counter() - started)
+
+
+def _refuse(graph: Graph, args: Sequence[object]) -> None:
+    """Raise CaptureError for graphs that are not to be lowered, whatever is in them."""
+    tensors = graph.tensors(args)
+    differentiable = torch.is_grad_enabled() or any(
+        node.target is torch._C._set_grad_enabled and node.args[0] for node in graph.module.graph.nodes
+    )
+    if differentiable and any(tensor.requires_grad for tensor in tensors):
+        raise CaptureError("it may be asked for gradients, which a program does not give; call it under torch.no_grad()")
+    casting = next((device for device in _CASTING if torch.is_autocast_enabled(device)), None)
+    if casting is not None:
+        raise CaptureError(
+            f"torch.autocast('{casting}') is on, and a program's dtypes are fixed; use the pass cast, or model.to(dtype)"
+        )
+    odd = next((tensor for tensor in tensors if type(tensor) not in _PLAIN or tensor.layout is not torch.strided), None)
+    if odd is not None:
+        kind = type(odd).__name__ if type(odd) not in _PLAIN else str(odd.layout)
+        raise CaptureError(f"it reads a tensor of the kind {kind}; a program has plain, dense tensors")
+
+
+def _free_dimensions(graph: Graph) -> list[dict[int, object]]:
+    """For each input, the dimensions Dynamo lets vary."""
+    return [
+        {dim: Dim.AUTO for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)} for value in _fakes(graph)
+    ]
+
+
+def _fakes(graph: Graph) -> list[torch.Tensor]:
+    placeholders = graph.module.graph.find_nodes(op="placeholder")
+    return [placeholders[index].meta["example_value"] for index in graph.inputs]
+
+
+def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
+    """A module that takes the graph's inputs alone: weights and numbers are those among the arguments."""
+    bound = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    owned: dict[str, object] = {}
+    placeholders = graph.module.graph.find_nodes(op="placeholder")
+    for index, name in graph.inputs.items():
+        copied[placeholders[index]] = bound.placeholder(name)
+    by_name = {node.name: node for node in copied.values()}
+    constants: dict[fx.Node, object] = {}
+    for index, node in enumerate(placeholders):
+        value = args[index]
+        if index in graph.weights:
+            name = graph.weights[index]
+            owned[name] = _alias(cast(torch.Tensor, value))
+            copied[node] = bound.get_attr(name)
+        elif index in graph.numbers:
+            constants[node] = value.item() if isinstance(value, torch.Tensor) else value
+        elif index not in graph.inputs:
+            name, dim = graph.sizes[node.meta["example_value"].node.expr]
+            copied[node] = bound.call_function(torch.ops.aten.sym_size.int, (by_name[name], dim))
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.target == "item" and node.args[0] in constants:
+            constants[node] = constants[node.args[0]]
+            continue
+        other = bound.create_node(
+            node.op,
+            _sum_of_sizes if node.target is torch.sym_sum else node.target,
+            map_arg(node.args, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used])),
+            map_arg(node.kwargs, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used])),
+            node.name,
+        )
+        other.meta = {**node.meta, "nn_module_stack": _stack(node)}
+        copied[node] = other
+        if node.op in ("get_attr", "call_module"):
+            owned[str(node.target)] = _attribute(graph.module, str(node.target))
+    return fx.GraphModule(owned, bound, class_name=graph.name)
+
+
+def _sum_of_sizes(terms: Sequence[torch.SymInt]) -> torch.SymInt:
+    """What `torch.sym_sum` gives, as sums of two, which are all that a program has."""
+    return reduce(operator.add, terms)
+
+
+def _stack(node: fx.Node) -> dict[str, tuple[str, type]]:
+    """The modules a node was made in, by their paths from the one the graph is of; Dynamo has `L['self'].encoder`."""
+    stack = node.meta.get("nn_module_stack", {})
+    return {key: (re.sub(r"^\w(\[[^\]]*\])+\.?", "", str(path)), kind) for key, (path, kind) in stack.items()}
+
+
+def _attribute(module: nn.Module, target: str) -> object:
+    found: object = module
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _alias(weight: torch.Tensor) -> torch.Tensor:
+    """Another tensor in the same memory, so that a weight its module lets go of is not kept by a program."""
+    plain = ordinary(weight.detach())
+    return nn.Parameter(plain, requires_grad=False) if isinstance(weight, nn.Parameter) else plain
+
+
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or one in its memory that autograd may see too where it was made under inference mode."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _refuse_effects(program: Program) -> None:
+    """Raise CaptureError for a program that does more than compute its outputs."""
+    if program.state:
+        raise CaptureError(f"it writes to the buffer '{program.state[0]}' of its module")
+    random = next((node for node in program.nodes() if _is_random(node)), None)
+    if random is not None:
+        where = nodes.origin(random).source or "an unknown line"
+        raise CaptureError(
+            f"{random.target} at {where} draws random numbers; call model.eval() if it is to be used for inference"
+        )
+
+
+def _is_random(node: fx.Node) -> bool:
+    """True for operators that draw random numbers as they are called; dropout that is switched off does not."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    named = {argument.name: nodes.argument(node, argument.name) for argument in node.target._schema.arguments}
+    switches: list[Callable[[], bool]] = [
+        lambda: any(named.get(name, True) is False for name in ("train", "training")),
+        lambda: any(named.get(name, 1.0) == 0.0 for name in ("p", "dropout_p", "dropout")),
+    ]
+    return not any(off() for off in switches)
+
+
+def _guard_sizes(graph: Graph, signature: Signature) -> None:
+    """Let Dynamo hold every size the program fixes, and every bound and condition it has, for this graph."""
+    shapes = [(value.shape, leaf.type.shape) for value, leaf in zip(_fakes(graph), signature.tensors, strict=True)]
+    pairs = [pair for given, found in shapes for pair in zip(given, found, strict=True)]
+    varying = [(given, size) for given, size in pairs if isinstance(given, torch.SymInt)]
+    known: dict[sympy.Symbol, torch.SymInt] = {}
+    for given, size in varying:
+        if isinstance(size, sympy.Symbol):
+            known.setdefault(size, given)
+    for given, size in varying:
+        _hold(given, sympy.Eq(given.node.expr, _in_dynamo(known, size)))
+    for symbol, given in known.items():
+        dimension, expression = signature.dimensions[symbol], given.node.expr
+        # Dynamo itself gives sizes of 0 and 1 graphs of their own.
+        if dimension.minimum > 2:
+            _hold(given, sympy.Ge(expression, dimension.minimum))
+        if dimension.maximum is not None:
+            _hold(given, sympy.Le(expression, dimension.maximum))
+    for condition in signature.conditions:
+        _hold(next(iter(known.values())), _in_dynamo(known, condition))
+
+
+def _in_dynamo(known: Mapping[sympy.Symbol, torch.SymInt], size: int | sympy.Basic) -> sympy.Basic:
+    """A size or a condition of the program in Dynamo's symbols."""
+    return sympy.sympify(size).xreplace({symbol: given.node.expr for symbol, given in known.items()})
+
+
+def _hold(given: torch.SymInt, condition: sympy.Basic) -> None:
+    """Let Dynamo hold the condition, which is true of the sizes at hand, whenever it uses this graph."""
+    given.node.shape_env.evaluate_expr(condition)

@@ -1,0 +1,138 @@
+"""Generation: causal language models compiled with their cache, for `generate` of transformers and for loops of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lissom.api import Inputs, Settings, check_device, compile_captured, resolve_passes
+from lissom.backends.base import Backend
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.kinds import Pass
+from lissom.compiler.pipeline import Checks, Metric, Progress
+from lissom.compiler.program import Program
+from lissom.frontends.decoder import INPUTS, capture_decoder
+from lissom.frontends.device import device_of
+from lissom.frontends.export import Capture
+from lissom.generation.decoder import Decoder, prompts
+from lissom.inspect.progress import progress_bar
+
+if TYPE_CHECKING:
+    from lissom.generation.model import GenerationModel
+
+__all__ = ["Decoder", "compile_generation", "load_generation"]
+
+NextToken = Callable[..., torch.Tensor]
+
+
+def compile_generation(
+    model: nn.Module,
+    *,
+    max_length: int,
+    batch: int = 1,
+    all_logits: bool = False,
+    passes: str | Sequence[Pass] = "exact",
+    backend: str | Backend = "eager",
+    device: str | torch.device | None = None,
+    checks: Checks = "numeric",
+    data: Iterable[torch.Tensor | Mapping[str, object]] = (),
+    metric: Callable[[NextToken], float] | None = None,
+    max_drop: float | None = None,
+    only_if_faster: bool = True,
+    simulate: bool = False,
+    progress: Progress | None = None,
+) -> GenerationModel:
+    """Optimize a causal language model of transformers for generation: one program with the cache as its state.
+
+    The model itself is left as it was, and its weights are shared until a pass changes one.
+
+    max_length: how many tokens the cache holds, prompt and answer together. batch: how many sequences are read at once, beams
+        counted. all_logits: give the logits behind every token of a call, which assisted decoding needs.
+    passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and in the last layer only the
+        last token's share of a prompt is computed.
+    data: token ids [rows, tokens], or what a tokenizer gives, for passes that calibrate.
+    metric: scores a callable that takes input_ids and attention_mask of `batch` rows and gives the next token's logits.
+    backend, device, checks, max_drop, only_if_faster, simulate, progress: as for `compile`.
+
+    Raises: UnsupportedError when it is no causal language model of transformers; InputError when max_length or batch do not
+        fit it; and what `compile` raises.
+
+    >>> import torch, lissom
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    >>> decoder = lissom.compile_generation(LlamaForCausalLM(config), max_length=32)
+    >>> decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape
+    torch.Size([1, 7])
+    >>> decoder.reset()
+    >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
+    torch.Size([1, 50])
+    """
+    place = check_device(device)
+
+    def take() -> Capture:
+        return capture_decoder(model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
+
+    settings = Settings(
+        _with_recipe(passes),
+        backend,
+        checks,
+        _named(data, batch, max_length),
+        _scorer(metric, batch, max_length),
+        max_drop,
+        only_if_faster,
+        simulate,
+    )
+    with progress_bar("compile") as bar:
+        compiled = compile_captured(take, place or device_of(model), settings, progress or bar)
+    from lissom.generation.model import GenerationModel
+
+    return GenerationModel(compiled, model.config, model.generation_config)  # pyright: ignore
+
+
+def load_generation(
+    directory: str | Path, device: str | torch.device | None = None, *, backend: Backend | None = None
+) -> GenerationModel:
+    """The decoder that `save` wrote, its weights mapped from the file. Nothing is unpickled. Arguments as for `load`.
+
+    Raises: ArtifactError when the directory holds no decoder, was changed or damaged, or does not run here; UnsupportedError
+        for a device or a package that is not there.
+    """
+    try:
+        from lissom.generation.saved import load
+    except ImportError as error:
+        raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
+    return load(Path(directory), device, backend)
+
+
+def _with_recipe(passes: str | Sequence[Pass]) -> list[Pass]:
+    """The recipe `generation`, then what was asked for beyond the canonical form."""
+    wanted, exact, recipe = resolve_passes(passes), resolve_passes("exact"), resolve_passes("generation")
+    start = len(recipe) if wanted[: len(recipe)] == recipe else len(exact)
+    return [*recipe, *wanted[start:]]
+
+
+def _named(data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> Iterable[Inputs]:
+    """Calibration texts as the program's inputs."""
+    return [dict(zip(INPUTS, sample, strict=True)) for sample in prompts(list(data), batch, max_length)]
+
+
+def _scorer(metric: Callable[[NextToken], float] | None, batch: int, max_length: int) -> Metric | None:
+    """The caller's metric, which knows nothing of caches, for a program that has one."""
+    if metric is None:
+        return None
+
+    def score(program: Program) -> float:
+        def next_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+            given = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
+            (sample,) = prompts([given], batch, max_length)
+            (logits,) = program.run(sample)
+            assert isinstance(logits, torch.Tensor)
+            return logits[:, -1]
+
+        return metric(next_token)
+
+    return score

@@ -1,0 +1,182 @@
+"""A compiled decoder as it is called: it keeps what was read so far, and gives the logits of what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+
+from lissom.api import CompiledModel
+from lissom.backends.base import Executable, state_of
+from lissom.compiler.errors import InputError
+from lissom.compiler.lookups import outside_table
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.types import TensorType
+from lissom.frontends.decoder import INPUTS
+from lissom.inspect.tables import Report
+
+
+class Decoder:
+    """A causal language model with its cache, which every call fills further.
+
+    program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
+    batch: how many sequences are read at once. max_length: how many tokens the cache holds. length: how many it holds now.
+    all_logits: whether a call gives the logits of each of its tokens, not of the last alone.
+
+    A decoder is one conversation: calls from several threads would share its cache.
+    """
+
+    def __init__(self, compiled: CompiledModel) -> None:
+        self.compiled = compiled
+        self.length = 0
+        ids, mask, *_ = (leaf.type for leaf in compiled.program.signature.tensors)
+        self.batch, self.max_length = cast("tuple[int, int]", mask.shape)
+        self.device = ids.device
+        leaf = cast("Sequence[object]", compiled.program.output.args[0])[0]
+        self.dtype, self.all_logits = _logits(leaf)
+        self._executable: Executable = compiled._executable
+        self._mask = torch.ones(self.batch, self.max_length, dtype=torch.int64, device=self.device)
+        self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._counted = torch.arange(self.max_length, device=self.device).expand(self.batch, self.max_length)
+        self._padded = False
+
+    @property
+    def program(self) -> Program:
+        return self.compiled.program
+
+    @property
+    def report(self) -> Report:
+        return self.compiled.report
+
+    @property
+    def backend(self) -> str:
+        return self.compiled.backend
+
+    def step(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Read tokens behind those read before; the logits of what follows the last, [batch, vocabulary].
+
+        input_ids: [batch, tokens], the whole prompt or a single token. attention_mask: [batch, tokens], 0 for padding, which
+        stands left of a prompt. With all_logits the logits behind every token, [batch, tokens, vocabulary].
+
+        Raises: InputError when the batch is another, the cache is full, or a token is not in the vocabulary.
+        """
+        tokens = self._check(input_ids)
+        if attention_mask is not None:
+            self._hide(attention_mask, tokens)
+        logits = self._run(input_ids, tokens)
+        return logits if self.all_logits else logits[:, -1]
+
+    def reset(self) -> None:
+        """Forget everything read: the next call begins anew."""
+        self.length = 0
+        if self._padded:
+            self._mask.fill_(1)
+            self._padded = False
+
+    def crop(self, length: int) -> None:
+        """Forget what was read behind the first `length` tokens.
+
+        Raises: InputError when fewer were read.
+        """
+        if not 0 <= length <= self.length:
+            raise InputError(f"the decoder has read {self.length} tokens, and was to keep {length}; keep 0 to {self.length}")
+        self.length = length
+        self._mask[:, length:] = 1
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Let row i go on from what row `rows[i]` has read, [batch], as beam search needs."""
+        rows = rows.to(self.device)
+        self._mask.copy_(self._mask[rows])
+        for tensor in state_of(self._executable).values():
+            filled = tensor[:, :, : self.length]
+            filled.copy_(filled[rows])
+
+    def _check(self, input_ids: torch.Tensor) -> int:
+        """How many tokens a call brings. Raises: InputError."""
+        shape = input_ids.shape
+        if len(shape) != 2 or shape[0] != self.batch:
+            raise InputError(
+                f"input_ids is {list(shape)}, and this decoder reads [{self.batch}, tokens]; "
+                f"for other batches compile it again with batch="
+            )
+        if shape[1] < 1 or self.length + shape[1] > self.max_length:
+            what = f"{self.length} are read and {shape[1]} more were given" if shape[1] else "none were given"
+            raise InputError(
+                f"the cache holds {self.max_length} tokens, {what}; reset() or crop() it, or compile with a larger max_length"
+            )
+        return shape[1]
+
+    def _hide(self, attention_mask: torch.Tensor, tokens: int) -> None:
+        """Note which places hold padding; the mask is that of the new tokens, or of all so far. Raises: InputError."""
+        start, end = self.length, self.length + tokens
+        begin = {end: 0, tokens: start}.get(attention_mask.shape[-1])
+        if begin is None or attention_mask.dim() != 2 or attention_mask.shape[0] != self.batch:
+            raise InputError(
+                f"attention_mask is {list(attention_mask.shape)}; give [{self.batch}, {tokens}] for the new tokens"
+                + (f", or [{self.batch}, {end}] for all" if start else "")
+            )
+        self._mask[:, begin:end] = attention_mask
+        self._padded = True
+
+    def _run(self, input_ids: torch.Tensor, tokens: int) -> torch.Tensor:
+        start, end = self.length, self.length + tokens
+        if self._padded:
+            positions = self._mask[:, :end].cumsum(1)[:, start:].sub_(1).clamp_min_(0)
+        else:
+            positions = self._counted[:, start:end]
+        self._start.fill_(start)
+        inputs = [input_ids, self._mask, positions, self._start]
+        try:
+            (logits,) = self._executable(inputs)
+        except (IndexError, RuntimeError) as error:
+            sentence = outside_table(self.program, inputs)
+            if sentence is None:
+                raise
+            raise InputError(sentence) from error
+        self.length = end
+        return cast(torch.Tensor, logits)
+
+    def __repr__(self) -> str:
+        filled = f"{self.length} of {self.max_length} tokens"
+        return f"{type(self).__name__}({self.program.name}, {filled}, backend='{self.backend}')"
+
+
+def _logits(leaf: object) -> tuple[torch.dtype, bool]:
+    """The dtype of the logits, and whether there are some for every token."""
+    from lissom.compiler.node import tensor_type
+
+    found: TensorType = tensor_type(leaf)
+    return found.dtype, found.shape[1] != 1
+
+
+def prompts(batches: Sequence[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> list[Sample]:
+    """Texts as inputs of a decoder that has read nothing: row by row without their padding, `batch` at a time.
+
+    batches: token ids, [rows, tokens], or what a tokenizer gives: with an attention_mask.
+
+    Raises: InputError when a batch holds no token ids.
+    """
+    rows: list[torch.Tensor] = []
+    for given in batches:
+        ids = given if isinstance(given, torch.Tensor) else given.get(INPUTS[0])
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            raise InputError("data= of a decoder holds token ids [rows, tokens], or mappings with input_ids and attention_mask")
+        mask = given.get(INPUTS[1]) if isinstance(given, Mapping) else None
+        kept = mask.bool() if isinstance(mask, torch.Tensor) else torch.ones_like(ids, dtype=torch.bool)
+        rows += [row[seen][:max_length] for row, seen in zip(ids, kept, strict=True) if bool(seen.any())]
+    # The last rows are filled up with the first.
+    groups = ([rows[(first + item) % len(rows)] for item in range(batch)] for first in range(0, len(rows), batch))
+    return [_left_padded(group, max_length) for group in groups]
+
+
+def _left_padded(rows: Sequence[torch.Tensor], max_length: int) -> Sample:
+    tokens = max(row.numel() for row in rows)
+    ids = torch.zeros(len(rows), tokens, dtype=torch.int64, device=rows[0].device)
+    mask = torch.ones(len(rows), max_length, dtype=torch.int64, device=rows[0].device)
+    for index, row in enumerate(rows):
+        ids[index, tokens - row.numel() :] = row
+        mask[index, : tokens - row.numel()] = 0
+    positions = (mask[:, :tokens].cumsum(1) - 1).clamp_min(0)
+    return [ids, mask, positions, torch.zeros(1, dtype=torch.int64, device=ids.device)]

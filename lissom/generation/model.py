@@ -1,0 +1,199 @@
+"""A compiled decoder in `generate` of transformers: sampling, beams, streamers, stopping criteria, logits processors."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers import Cache, GenerationConfig, GenerationMixin
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from lissom.api import CompiledModel
+from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.generation.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+class GenerationModel(Decoder, GenerationMixin):
+    """A compiled decoder that generates as the model it came from does.
+
+    config, generation_config: those of the model. cache: what stands for the cache in `generate`; handing it to `generate` as
+    `cache=` goes on from what was read.
+
+    `generate` starts with an empty cache unless it is given this one.
+    """
+
+    main_input_name: ClassVar[str] = "input_ids"
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    _is_stateful: ClassVar[bool] = False
+
+    def __init__(self, compiled: CompiledModel, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:
+        super().__init__(compiled)
+        self.config = config
+        self.generation_config = generation_config
+        self.cache = DecoderCache(self)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+        **others: object,
+    ) -> CausalLMOutputWithPast:
+        """What transformers calls: logits [batch, tokens, vocabulary] behind the last token, or behind all with all_logits.
+
+        attention_mask: [batch, tokens read before and now], 0 for padding. cache: this decoder's own, to read behind what it
+        holds; without, it is emptied first.
+
+        Raises: InputError as `step` does; UnsupportedError for what a compiled decoder does not give.
+        """
+        wanted = [name for name, value in others.items() if value is not None and value is not False]
+        if wanted:
+            raise UnsupportedError(f"a compiled decoder gives logits for token ids and nothing else; leave out {wanted[0]}=")
+        if cache is None:
+            self.reset()
+        elif cache is not self.cache:
+            raise InputError(f"cache= is a {type(cache).__name__} from elsewhere; a compiled decoder has its own, .cache")
+        tokens = self._check(input_ids)
+        if attention_mask is not None:
+            self._hide(attention_mask, tokens)
+        if logits_to_keep > 1 and not self.all_logits:
+            raise UnsupportedError(
+                f"logits of {logits_to_keep} tokens were asked for, and this decoder gives those of the last; "
+                f"compile it with all_logits=True"
+            )
+        logits = self._run(input_ids, tokens)
+        if logits_to_keep:
+            logits = logits[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=logits, cache=self.cache if use_cache else None)  # pyright: ignore
+
+    __call__ = forward
+
+    def save(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Write a directory that `lissom.load_generation` reads: the program, and the model's configuration as JSON.
+
+        tokenizer: saved beside it, for those who load it to have.
+
+        Raises: ArtifactError when the directory cannot be written; UnsupportedError when the backend cannot be saved.
+        """
+        from lissom.generation.saved import save
+
+        save(self, Path(directory), tokenizer)
+
+    def can_generate(self) -> bool:
+        return True
+
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> dict[str, Any]:
+        """The tokens that are new, and the mask of all: the program has its positions from these."""
+        ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
+        forwarded = {key: value for key, value in kwargs.items() if key not in ("is_first_iteration", "labels")}
+        return {"input_ids": ids, "cache": cache, "attention_mask": attention_mask, **forwarded}
+
+    def _prepare_cache_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: object,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give `generate` this decoder's cache, emptied unless the caller handed it over. Raises: InputError."""
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if batch_size * copies != self.batch:
+            beams = f" with {copies} beams or samples each" if copies > 1 else ""
+            raise InputError(
+                f"generate was given {batch_size} sequences{beams}, and this decoder was compiled for {self.batch} at once; "
+                f"compile it with batch={batch_size * copies}"
+            )
+        if max_cache_length > self.max_length:
+            raise InputError(
+                f"prompt and answer are to be {max_cache_length + 1} tokens, and the cache holds {self.max_length}; "
+                f"lower max_new_tokens, or compile with max_length={max_cache_length + 1}"
+            )
+        given = model_kwargs.get("cache")
+        if given is not None and given is not self.cache:
+            raise InputError(f"cache= is a {type(given).__name__} from elsewhere; a compiled decoder has its own, .cache")
+        if given is None and generation_config.use_cache is not False:
+            self.reset()
+            model_kwargs["cache"] = self.cache
+        elif given is not None:
+            given._is_user_defined = True
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        return False
+
+    @contextmanager
+    def _optimize_model_for_decode(self) -> Generator[None]:
+        yield
+
+    def is_remote_code(self) -> bool:
+        return False
+
+
+class DecoderCache(Cache):
+    """The cache of a compiled decoder as transformers asks for one: its length, its order, and what to forget."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(layers=[_Layer(decoder)])
+
+
+class _Layer(CacheLayerMixin):
+    """All layers of a decoder's cache; the tensors themselves are the program's."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self._decoder = decoder
+        self.batch_size = decoder.batch
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing: the program has its state."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> Any:
+        raise UnsupportedError("the cache of a compiled decoder is filled by the decoder alone; call the decoder")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._decoder.max_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._decoder.length
+
+    def get_max_length(self) -> int:
+        return self._decoder.max_length
+
+    def reset(self) -> None:
+        self._decoder.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; transformers gives their number below zero."""
+        self._decoder.crop(self._decoder.length - abs(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._decoder.reorder(beam_idx)
+
+    def offload(self) -> None:
+        """Nothing: the state stays where the program runs."""
+
+    def prefetch(self) -> None:
+        """Nothing, as it never left."""

@@ -1,0 +1,102 @@
+"""Text token by token, with how long the prompt and the answer took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lissom.compiler.errors import InputError
+from lissom.generation.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNFINISHED = "�"
+
+
+@dataclass
+class Speed:
+    """How long a text took. prompt, answer: tokens; the first token of an answer comes with the prompt."""
+
+    prompt: int = 0
+    prompt_seconds: float = 0.0
+    answer: int = 0
+    answer_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        parts = [f"prompt: {self.prompt} tokens in {self.prompt_seconds:.3g} s, {_rate(self.prompt, self.prompt_seconds)}"]
+        if self.answer > 1:
+            steps = self.answer - 1
+            rate = _rate(steps, self.answer_seconds)
+            parts.append(f"answer: {self.answer} tokens, {steps} of them in {self.answer_seconds:.3g} s, {rate}")
+        return "; ".join(parts)
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / max(seconds, 1e-9):.4g} tokens/s"
+
+
+def stream_tokens(
+    decoder: Decoder,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    stop: Collection[int] = (),
+    seed: int = 0,
+    speed: Speed | None = None,
+) -> Iterator[int]:
+    """The tokens that follow a prompt, [1, tokens], one by one; the decoder forgets what it read before.
+
+    temperature: 0 takes the likeliest token, above it tokens are drawn from softmax(logits / temperature). stop: tokens that
+    end the text, not given. speed: filled while the tokens come.
+
+    Raises: InputError when the decoder reads several sequences at once, or a number is out of range.
+    """
+    if decoder.batch != 1:
+        raise InputError(f"the decoder reads {decoder.batch} sequences at once, and a text is streamed from one: batch=1")
+    if temperature < 0 or max_new_tokens < 1:
+        raise InputError(f"temperature is {temperature:g} and max_new_tokens {max_new_tokens}; give 0 or more, and 1 or more")
+    speed = speed or Speed()
+    draw = torch.Generator(decoder.device).manual_seed(seed)
+    decoder.reset()
+    started = time.perf_counter()
+    logits = decoder.step(input_ids)
+    token = _choose(logits, temperature, draw)
+    speed.prompt, speed.prompt_seconds = input_ids.shape[1], time.perf_counter() - started
+    started = time.perf_counter()
+    spent = 0.0
+    for count in range(1, max_new_tokens + 1):
+        if int(token) in stop:
+            return
+        speed.answer, speed.answer_seconds = count, spent + time.perf_counter() - started
+        spent = speed.answer_seconds
+        yield int(token)
+        started = time.perf_counter()  # what the reader does with a token does not count
+        if count < max_new_tokens:
+            token = _choose(decoder.step(token), temperature, draw)
+
+
+def _choose(logits: torch.Tensor, temperature: float, draw: torch.Generator) -> torch.Tensor:
+    """The next token of each row, [batch, 1]; logits: [batch, vocabulary], or [batch, tokens, vocabulary]."""
+    last = logits[:, -1] if logits.dim() == 3 else logits
+    if temperature == 0:
+        return last.argmax(-1, keepdim=True)
+    return torch.multinomial(torch.softmax(last.float() / temperature, -1), 1, generator=draw)
+
+
+def stream_text(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """The text of tokens as far as it is certain: a letter of several bytes comes with its last."""
+    found: list[int] = []
+    shown = ""
+    for token in tokens:
+        found.append(token)
+        text = str(tokenizer.decode(found, skip_special_tokens=True))
+        if not text.endswith(_UNFINISHED):
+            yield text[len(shown) :]
+            shown = text
+    yield str(tokenizer.decode(found, skip_special_tokens=True))[len(shown) :]

@@ -1,0 +1,100 @@
+// Which keys the rows of an attention see at all: of a cache of many places few are filled, and a window leaves out the old ones.
+#pragma once
+
+#include "vector.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace lissom {
+
+struct Span {
+  int64_t begin, end;  // the first key seen, and the one behind the last; equal when none is
+};
+
+inline Span joined(Span a, Span b) {
+  if (a.begin == a.end) return b;
+  if (b.begin == b.end) return a;
+  return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
+}
+
+// What is added to a score that is to be hidden is lower; e^x of the sum is 0 in a row that sees anything.
+constexpr float kLowestBias = -1e30f;
+
+inline Span span_of(const bool* seen, int64_t stride, int64_t keys) {
+  if (stride == 0) return {0, *seen ? keys : 0};
+  int64_t begin = 0, end = keys;
+  if (stride == 1) {
+    const void* first = std::memchr(seen, 1, keys);
+    if (!first) return {0, 0};
+    begin = static_cast<const bool*>(first) - seen;
+  } else {
+    while (begin < end && !seen[begin * stride]) ++begin;
+  }
+  constexpr int64_t kWord = sizeof(uint64_t);
+  for (uint64_t word = 0; stride == 1 && end - begin >= kWord; end -= kWord) {
+    std::memcpy(&word, seen + end - kWord, kWord);
+    if (word) break;
+  }
+  while (end > begin && !seen[(end - 1) * stride]) --end;
+  return {begin, end};
+}
+
+// A row whose every bias is that low, and not minus infinity, sees all keys alike.
+inline Span span_of(const float* bias, int64_t stride, int64_t keys) {
+  int64_t begin = 0, end = keys;
+  while (begin < end && bias[begin * stride] < kLowestBias) ++begin;
+  if (begin == end) {
+    bool hidden = true;
+    for (int64_t key = 0; key < keys && hidden; ++key) hidden = bias[key * stride] == -std::numeric_limits<float>::infinity();
+    return {0, hidden ? 0 : keys};
+  }
+  while (bias[(end - 1) * stride] < kLowestBias) --end;
+  return {begin, end};
+}
+
+// The spans of all rows: of each batch, of each head or of all alike, of each query or of all alike.
+class Sight {
+ public:
+  template <typename Call>
+  explicit Sight(const Call& call) : keys_(call.keys), causal_(call.causal) {
+    if (!call.bias && !call.seen) return;
+    const auto& strides = call.bias_strides;
+    heads_ = strides.head ? call.heads : 1;
+    queries_ = strides.row ? call.queries : 1;
+    int64_t batches = strides.batch ? call.batch : 1;
+    per_batch_ = strides.batch ? heads_ * queries_ : 0;
+    spans_.reserve(batches * heads_ * queries_);
+    for (int64_t b = 0; b < batches; ++b)
+      for (int64_t h = 0; h < heads_; ++h)
+        for (int64_t row = 0; row < queries_; ++row) {
+          int64_t offset = b * strides.batch + h * strides.head + row * strides.row;
+          spans_.push_back(call.seen ? span_of(call.seen + offset, strides.column, call.keys)
+                                     : span_of(call.bias + offset, strides.column, call.keys));
+        }
+  }
+
+  Span of(int64_t b, int64_t h, int64_t row) const {
+    Span found{0, keys_};
+    if (!spans_.empty()) {
+      int64_t head = heads_ > 1 ? h : 0, query = queries_ > 1 ? row : 0;
+      found = spans_[b * per_batch_ + head * queries_ + query];
+    }
+    if (causal_) found.end = std::max(found.begin, std::min(found.end, row + 1));
+    return found;
+  }
+
+  Span of(int64_t b, int64_t h, int64_t begin, int64_t end) const {
+    Span found{0, 0};
+    for (int64_t row = begin; row < end; ++row) found = joined(found, of(b, h, row));
+    return found;
+  }
+
+ private:
+  int64_t keys_, heads_ = 1, queries_ = 1, per_batch_ = 0;
+  bool causal_;
+  std::vector<Span> spans_;
+};
+
+}  // namespace lissom

@@ -1,0 +1,59 @@
+"""Write new rows into the program's state where it lies, such as a token's keys and values into the cache.
+
+    new = index_copy(state, dim, places, rows);  …;  copy_(state, new)   ->   new = index_copy_(state, dim, places, rows)
+
+The state is then neither copied before it is read nor after, so that a token costs its own rows and not the whole cache. What
+read the copy reads the state itself, which holds the same until the next call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.match import is_handed_out
+from lissom.compiler.node import IN_PLACE
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class WriteStateInPlace(Rewrite):
+    """Turns a copy of the state with some rows exchanged, which then becomes the state, into a write of these rows."""
+
+    def run(self, edit: Editor) -> None:
+        for write in edit.nodes(aten.copy_.default):
+            state, new = write.args[:2]
+            if not nodes.is_state_write(write) or not _exchanges_rows(new, state):
+                continue
+            assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
+            if reason := _obstacle(edit, state, new, write):
+                edit.skip(write, reason)
+                continue
+            edit.change_call(new, IN_PLACE[new.target], *new.args, **new.kwargs)
+            edit.program.graph.erase_node(write)
+
+
+def _exchanges_rows(new: object, state: object) -> bool:
+    """True for a copy of the state with rows exchanged, in the form that has one that writes in place."""
+    return nodes.is_call(new, *IN_PLACE) and new.args[0] is state
+
+
+def _obstacle(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node) -> str | None:
+    """Why the state cannot be written where it lies; None when it can."""
+    if write.users:
+        return "what the write yields is read"
+    if set(state.users) != {new, write} or sum(_reads(edit, str(state.target))) > 1:
+        return f"'{state.target}' is read beside, and what it was before may be needed"
+    if is_handed_out(edit.program, new):
+        return "the caller is given the state, which the next call would change"
+    return None
+
+
+def _reads(edit: Editor, name: str) -> list[bool]:
+    return [node.op == "get_attr" and str(node.target) == name for node in edit.program.graph.nodes]

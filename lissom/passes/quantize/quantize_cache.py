@@ -1,0 +1,127 @@
+"""Keep keys and values of the cache as integers of eight or four bits, with a scale for each token and head.
+
+    s = max|x| / 127,  q = round(x / s)   written   |   x ≈ q · s   read
+
+x: a token's key or value in one head, [head_dim]. What is read of a token stays what was written when it came, so that its
+rounding does not add up over a text. A key of 128 features takes 132 bytes of 512, of 68 with four bits. The layers themselves
+are as they were: `quantize` is for those.
+
+Sheng et al. 2023, FlexGen, round groups of neighbours instead; Liu et al. 2024, KIVI, find that keys lose less when they are
+rounded by channel, over several tokens, which asks for keeping the last tokens as they are. On a CPU attention reads eight bits
+as they lie; four bits are turned back first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.grids import FORMATS, LEAST, Format, pack_halves
+from lissom.compiler.kinds import Approximation
+from lissom.ops.quantization import dequantize
+
+aten = torch.ops.aten
+_END = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class QuantizeCache(Approximation):
+    """Rounds what is kept of each token.
+
+    bits: 8 or 4, of one number.
+    """
+
+    bits: Literal[8, 4] = 8
+
+    def run(self, edit: Editor) -> None:
+        form = FORMATS[f"int{self.bits}"]
+        before = after = 0
+        for write in edit.nodes(aten.copy_.default):
+            if not _keeps_rows(write):
+                continue
+            if reason := self._obstacle(write):
+                edit.skip(write, reason)
+                continue
+            state, new = write.args[:2]
+            assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
+            before += _bytes(edit.program.weight(str(state.target)))
+            after += sum(map(_bytes, _round(edit, state, new, write, form)))
+        if before:
+            edit.note(f"the cache takes {after / 1e6:.3g} MB, and took {before / 1e6:.3g} MB")
+        else:
+            edit.note("the program keeps no keys and values; compile_generation gives one that does")
+
+    def _obstacle(self, write: fx.Node) -> str | None:
+        """Why a write of state is left as it is; None when it can be changed."""
+        state, new = write.args[:2]
+        assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
+        if write.users or set(state.users) != {new, write}:
+            return f"'{state.target}' is read beside"
+        if self.bits == 4 and int(nodes.tensor_type(state).shape[-1]) % 2:  # pyright: ignore[reportArgumentType]
+            return f"'{state.target}' has an odd number of features, and two of four bits share a byte"
+        return None
+
+
+def _keeps_rows(write: fx.Node) -> bool:
+    """True for `copy_(state, index_copy(state, 2, places, rows))` with rows of floating point."""
+    if not nodes.is_state_write(write):
+        return False
+    state, new = write.args[:2]
+    floating = nodes.tensor_type(state).dtype.is_floating_point and nodes.tensor_type(state).rank == 4
+    return floating and nodes.is_call(new, aten.index_copy.default) and new.args[:2] == (state, 2)
+
+
+def _round(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node, form: Format) -> Sequence[torch.Tensor]:
+    """Keep integers and scales in the state's place; returns both."""
+    name, (_, dim, places, rows) = str(state.target), new.args
+    assert isinstance(rows, fx.Node)
+    held = quantize_rows(edit.program.weight(name), form)
+    dtype = nodes.tensor_type(new).dtype
+    with edit.before(new):
+        reads = edit.exchange_state(state, {f"{name}_{form.name}": held[0], f"{name}_scale": held[1]})
+        written = [
+            edit.call(aten.index_copy.default, read, dim, places, part)
+            for read, part in zip(reads, _quantized(edit, rows, form), strict=True)
+        ]
+        value = edit.call(dequantize, *written, format=form.name, dtype=dtype)
+    with edit.before(write):
+        for read, part in zip(reads, written, strict=True):
+            edit.call(aten.copy_.default, read, part)
+    edit.program.graph.erase_node(write)
+    edit.replace(new, value)
+    return held
+
+
+def _quantized(edit: Editor, rows: fx.Node, form: Format) -> tuple[fx.Node, fx.Node]:
+    """Integers and scales of [batch, heads, tokens, features]; the scale is one a token and head."""
+    if nodes.tensor_type(rows).dtype != torch.float32:
+        rows = edit.call(aten.to.dtype, rows, torch.float32)
+    largest = edit.call(aten.amax.default, edit.call(aten.abs.default, rows), [-1], True)
+    scale = edit.call(aten.clamp_min.default, edit.call(aten.mul.Tensor, largest, 1.0 / form.high), LEAST)
+    whole = edit.call(aten.round.default, edit.call(aten.div.Tensor, rows, scale))
+    whole = edit.call(aten.clamp.default, whole, form.low, form.high)
+    if form.bits == 8:
+        return edit.call(aten.to.dtype, whole, form.storage), scale
+    # Two's complement in four bits: -1 is 15.
+    halves = edit.call(aten.to.dtype, edit.call(aten.remainder.Scalar, whole, 16.0), form.storage)
+    low, high = (edit.call(aten.slice.Tensor, halves, -1, start, _END, 2) for start in (0, 1))
+    return edit.call(aten.add.Tensor, low, edit.call(aten.mul.Tensor, high, 16)), scale
+
+
+def quantize_rows(x: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is stored of x, [..., features] or half of them, and its scales, [..., 1]: what the program does with new rows."""
+    x = x.detach().float()
+    scale = (x.abs().amax(-1, keepdim=True) * (1.0 / form.high)).clamp_min(LEAST)
+    whole = (x / scale).round().clamp(form.low, form.high).to(torch.int8)
+    # Rows not written yet stay zero throughout, which an artifact leaves out.
+    return (pack_halves(whole) if form.bits == 4 else whole), scale.where(scale > LEAST, 0.0)
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

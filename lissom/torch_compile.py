@@ -1,0 +1,315 @@
+"""`torch.compile(model, backend="lissom")`: Dynamo's graphs through the passes, lowered, and guarded.
+
+What is compiled holds weights as they were. At every call the weights Dynamo hands over are compared with those, and where one
+was changed or replaced the graph is compiled again. A graph that cannot be a program runs as it came, and a warning says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.api import CompiledModel, Settings, check_settings, compile_captured
+from lissom.backends import FASTEST
+from lissom.compiler import fake
+from lissom.compiler.errors import (
+    BudgetError,
+    InputError,
+    LissomError,
+    PipelineTextError,
+    RequirementError,
+    UnsupportedError,
+    nearest,
+)
+from lissom.compiler.samples import Sample
+from lissom.frontends.device import device_of
+from lissom.frontends.dynamo import Graph, capture_graph, ordinary, read_graph
+from lissom.inspect.progress import progress_bar
+from lissom.inspect.tables import Report
+
+Function = Callable[..., Sequence[object]]
+
+_ASKED_FOR = (PipelineTextError, RequirementError, BudgetError, InputError)
+"""What a caller has to know of; whatever else goes wrong, the graph as it came gives the right answer."""
+_LOG = logging.getLogger(__name__)
+_MODES: Mapping[str, Mapping[str, str]] = {"default": {}, "reduce-overhead": {}, "max-autotune": {"backend": FASTEST}}
+"""The options each mode of torch.compile stands for. On CUDA the backend eager records graphs by itself."""
+_MOST_CHANGES = 8
+"""So many compilations after changes must pay: from then on each has to have answered as many calls."""
+_PROBED = 16
+"""At how many places of a weight writes are looked for that PyTorch does not count."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What became of one graph of Dynamo's.
+
+    name: `Graph_` and the number Dynamo gives it in its logs.
+    report: what every pass did; None when the graph runs as it came, and `reason` says why.
+    """
+
+    name: str
+    report: Report | None
+    reason: str | None
+
+    def __str__(self) -> str:
+        return f"{self.name} runs as it is: {self.reason}\n" if self.report is None else str(self.report)
+
+
+_reports: list[GraphReport] = []
+_said: set[str] = set()
+
+
+def dynamo_reports() -> tuple[GraphReport, ...]:
+    """What `torch.compile(..., backend="lissom")` did with each graph so far, in order; `torch.compiler.reset` forgets them.
+
+    >>> import torch, lissom
+    >>> for found in lissom.dynamo_reports():
+    ...     print(found)
+    """
+    return tuple(_reports)
+
+
+def compile_graph(
+    module: fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    mode: str = "default",
+    options: Mapping[str, object] | None = None,
+) -> Function:
+    """What runs a graph of Dynamo's: the backend `lissom` of `torch.compile`.
+
+    mode: `default` and `reduce-overhead` use the backend eager, `max-autotune` the fastest. options: the keywords of
+    `lissom.compile` that are fields of `lissom.api.Settings`; batches of `data` are mappings from the names of the graph's
+    inputs to tensors, and `metric` scores a callable that takes these and returns the graph's outputs in a tuple.
+
+    Raises: the errors of `lissom.compile` for wrong options and for passes that cannot do what is asked.
+    """
+    settings = _settings(mode, options or {})
+    check_settings(settings)
+    compiled = _Compiled(read_graph(module), settings)
+    return compiled.start([fake.hint(value) if isinstance(value, torch.SymInt) else value for value in example_inputs])
+
+
+def _reset() -> None:
+    _reports.clear()
+    _said.clear()
+
+
+compile_graph.reset = _reset  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _settings(mode: str, options: Mapping[str, object]) -> Settings:
+    """The settings a caller of `torch.compile` asks for.
+
+    Raises: UnsupportedError.
+    """
+    if mode not in _MODES:
+        hint = nearest(mode, _MODES) or ";"
+        raise UnsupportedError(f"backend 'lissom' has no mode '{mode}'{hint} choose {', '.join(_MODES)}")
+    known = [field.name for field in fields(Settings)]
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        hint = nearest(unknown, known) or ";"
+        raise UnsupportedError(f"backend 'lissom' has no option '{unknown}'{hint} it has {', '.join(known)}")
+    if isinstance(options.get("data"), Iterator):
+        raise UnsupportedError("data is an iterator, which can be read once, and every graph reads it; give a list of batches")
+    return Settings(**{**_MODES[mode], **options})  # pyright: ignore[reportArgumentType]
+
+
+class _Compiled:
+    """A graph, and what was compiled of it for the weights and numbers it was called with."""
+
+    def __init__(self, graph: Graph, settings: Settings) -> None:
+        self._graph = graph
+        self._settings = settings
+        self._variants: dict[tuple[object, ...], _Variant] = {}
+        self._calls = 0
+        self._changes = 0
+
+    def start(self, args: Sequence[object]) -> Function:
+        """Compile for Dynamo's example; the graph itself where that cannot be done."""
+        if not self._graph.computes:
+            _LOG.info("%s runs as it is: it has no tensor operator", self._graph.name)
+            return self._graph.module
+        return self if self._compile(args, guard=True) else self._graph.module
+
+    def __call__(self, *args: object) -> Sequence[object]:
+        self._calls += 1
+        key = self._key(args)
+        variant = self._variants.get(key)
+        if variant is None or not variant.fits(args):
+            variant = self._again(args, key, variant)
+        return self._graph.module(*args) if variant is None else variant(self._graph.sample(args))
+
+    def _key(self, args: Sequence[object]) -> tuple[object, ...]:
+        """Which weights and which numbers a call brings."""
+        numbers = (args[index] for index in self._graph.numbers)
+        values = (value.item() if isinstance(value, torch.Tensor) else value for value in numbers)
+        return (*(id(args[index]) for index in self._graph.weights), *values)
+
+    def _again(self, args: Sequence[object], key: tuple[object, ...], stale: _Variant | None) -> _Variant | None:
+        """Compile for other weights or numbers; None while they change too often for that to pay, or where it fails."""
+        weights = len(self._graph.weights)
+        gone = [other for other, variant in self._variants.items() if variant.is_gone()]
+        renumbered = any(other[:weights] == key[:weights] for other in self._variants)
+        for other in gone:
+            del self._variants[other]
+        # Layers that share their code come by here too, each once: nothing has changed then.
+        self._changes += bool(stale or gone or renumbered)
+        if self._changes > _MOST_CHANGES and self._calls < self._changes * _MOST_CHANGES:
+            self._variants.pop(key, None)
+            self._run_as_it_is("its weights or numbers change too often to compile it for each")
+            return None
+        _LOG.info("%s is compiled again: its weights or numbers are not those it was compiled with", self._graph.name)
+        self._variants.pop(key, None)
+        return self._compile(args, guard=False)
+
+    def _compile(self, args: Sequence[object], *, guard: bool) -> _Variant | None:
+        """Compile for these weights and numbers; None where that fails, and the reason is said."""
+        graph, device = self._graph, device_of(None, self._graph.tensors(args))
+        settings = replace(self._settings, data=_batches(graph, self._settings.data))
+        take = partial(capture_graph, graph, args, guard=guard)
+        try:
+            with progress_bar("torch.compile") as bar:
+                compiled = compile_captured(take, device, settings, bar)
+            variant = _Variant(graph, compiled, args)
+        except _ASKED_FOR:
+            raise
+        except Exception as error:
+            self._run_as_it_is(str(error) if isinstance(error, LissomError) else f"{type(error).__name__}: {error}")
+            return None
+        self._variants[self._key(args)] = variant
+        _reports.append(GraphReport(graph.name, compiled.report, None))
+        return variant
+
+    def _run_as_it_is(self, reason: str) -> None:
+        reason = reason.partition("\n")[0]
+        _reports.append(GraphReport(self._graph.name, None, reason))
+        sentence = f"torch.compile with backend 'lissom' runs {self._graph.name} as it is: {reason}"
+        if sentence not in _said:
+            _said.add(sentence)
+            warnings.warn(sentence, stacklevel=2)
+
+
+def _batches(graph: Graph, data: Iterable[object]) -> list[dict[str, object]]:
+    """Calibration batches with the tensors this graph takes.
+
+    Raises: UnsupportedError for a batch that does not name its tensors: Dynamo orders a graph's inputs by their use.
+    """
+    batches = list(data)
+    if any(not isinstance(batch, Mapping) for batch in batches):
+        names = ", ".join(graph.inputs.values())
+        raise InputError(f"a batch of data is no mapping; name the tensors as the graph does, which takes {names}")
+    return [{name: batch[name] for name in graph.inputs.values() if name in batch} for batch in batches]  # pyright: ignore
+
+
+class _Weights:
+    """The weights a graph was compiled for, and whether they still are as they were.
+
+    PyTorch counts the writes to a tensor, but not those through `.data` or a NumPy array. Probing finds most of these, and on
+    CUDA devices, where to look is to wait, none. Tensors made under inference mode count no writes: they are compared whole.
+    """
+
+    def __init__(self, tensors: Mapping[int, torch.Tensor]) -> None:
+        self._owners = [(index, weakref.ref(tensor), tensor.data_ptr(), _writes(tensor)) for index, tensor in tensors.items()]
+        probed = [_bits(tensor) for tensor in tensors.values() if tensor.is_cpu or tensor.is_inference()]
+        kinds = {(view.dtype, view.device) for view in probed}
+        self._groups = [[view for view in probed if (view.dtype, view.device) == kind] for kind in kinds]
+        self._values = [torch.cat(group) for group in self._groups]
+
+    def hold(self, args: Sequence[object]) -> bool:
+        """True when the arguments have the same tensors, in the same memory, and no write to one is found."""
+        for index, owner, place, writes in self._owners:
+            tensor = args[index]
+            if owner() is not tensor or tensor.data_ptr() != place or _writes(tensor) != writes:  # pyright: ignore
+                return False
+        return all(torch.equal(torch.cat(group), values) for group, values in zip(self._groups, self._values, strict=True))
+
+    def are_gone(self) -> bool:
+        """True when nobody has one of them any more."""
+        return any(owner() is None for _, owner, _, _ in self._owners)
+
+
+def _writes(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was written to, as far as PyTorch counts; None where it does not."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Where to look for writes: flat, in the weight's memory, as integers, of which NaN too equals itself."""
+    view = ordinary(tensor.detach())
+    if not view.is_contiguous():
+        view = view.as_strided(view.shape[:1], view.stride()[:1])
+    view = view.view(-1)
+    if not tensor.is_inference():
+        view = view[:: max(1, -(-len(view) // _PROBED))]
+    bits = _BITS.get(view.element_size())
+    return view if bits is None else view.view(bits)
+
+
+class _Variant:
+    """A graph compiled for certain weights, and which of its results may share memory with what."""
+
+    def __init__(self, graph: Graph, compiled: CompiledModel, args: Sequence[object]) -> None:
+        self._run = compiled.run
+        self._weights = _Weights({index: cast(torch.Tensor, args[index]) for index in graph.weights})
+        example = graph.sample(args)
+        with torch.no_grad():
+            wanted = graph.module(*args)
+        constants = (*compiled.program.weights().values(), *graph.tensors(args))
+        self._constants = {_memory(tensor) for tensor in constants} - {_memory(tensor) for tensor in example}
+        self._owners = [owner for _, owner in self._with_owners(example, wanted)]
+        for index, (_, owner) in enumerate(self._with_owners(example, self._run(example))):
+            if owner != self._owners[index] and isinstance(self._owners[index], int):
+                raise UnsupportedError(
+                    f"its output {index} lies in the memory of an input, and what backend '{compiled.backend}' gives does not"
+                )
+
+    def fits(self, args: Sequence[object]) -> bool:
+        """True when no weight was changed or replaced since."""
+        return self._weights.hold(args)
+
+    def is_gone(self) -> bool:
+        """True when it cannot be called any more."""
+        return self._weights.are_gone()
+
+    def __call__(self, sample: Sample) -> list[object]:
+        """The graph's outputs. One that shares memory with something it does not share it with in the graph is copied."""
+        found = self._with_owners(sample, self._run(sample))
+        return [
+            value.clone() if owner is not None and owner != usual and isinstance(value, torch.Tensor) else value
+            for (value, owner), usual in zip(found, self._owners, strict=True)
+        ]
+
+    def _with_owners(self, sample: Sample, values: Sequence[object]) -> list[tuple[object, object]]:
+        """Each value, usable outside of inference mode, with whose memory it lies in.
+
+        That is the number of an input, the name of an earlier output, `constant`, or None for its own.
+        """
+        owners: dict[int, object] = {_memory(tensor): index for index, tensor in enumerate(sample)}
+        found: list[tuple[object, object]] = []
+        for index, value in enumerate(values):
+            if not isinstance(value, torch.Tensor):
+                found.append((value, None))
+                continue
+            memory = _memory(value)
+            owner = "constant" if memory in self._constants else owners.get(memory)
+            found.append((value if torch.is_inference_mode_enabled() else ordinary(value), owner))
+            if memory:
+                owners.setdefault(memory, f"output {index}")
+        return found
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where the tensor's storage begins; 0 for an empty one."""
+    return tensor.untyped_storage().data_ptr()

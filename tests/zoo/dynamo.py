@@ -1,0 +1,155 @@
+"""`python -m tests.zoo.dynamo`: the models of the zoo under `torch.compile(backend="lissom")`, beside the models themselves.
+
+Each is called at up to four sizes, with Dynamo finding out which sizes vary, and with `dynamic=True`. Where the answers differ,
+or there are none, Dynamo's own backend `eager` is asked: a model it cannot run either is none for `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+import lissom
+from lissom.compiler.errors import CaptureError
+from lissom.compiler.samples import Sample
+from lissom.compiler.verify import tolerance_of
+from lissom.frontends.export import capture
+from lissom.torch_compile import compile_graph
+from tests.models import Case
+from tests.zoo import catalogue, coverage
+from tests.zoo.check import answer, compared, other_samples, sentence
+from tests.zoo.entry import FAMILIES, Entry
+from tests.zoo.runner import run
+
+MODES: Mapping[str, bool | None] = {"automatic": None, "dynamic": True}
+_TOLERANCE = 1e-4  # float32, for models no program could be captured of: nothing is rewritten there, sums are at most reordered
+Record = dict[str, Any]
+Call = tuple[tuple[object, ...], Mapping[str, object]]
+
+
+def check(entry: Entry, report: Callable[[Record], None]) -> None:
+    """Build the model, call it at several sizes, and compare what it gives compiled, in each of MODES.
+
+    report: called with the facts found so far.
+    """
+    record: Record = {"phase": "build", "failed": None, "error": None, "modes": {}}
+    report(record)
+    torch.manual_seed(0)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            case = entry.build()
+            record["phase"] = "sizes"
+            report(record)
+            calls, allowed = _calls(case)
+            wanted = [answer(case, *call) for call in calls]
+            record["shapes"] = len(calls)
+        except Exception as error:
+            report(record | {"phase": None, "failed": record["phase"], "error": sentence(error)})
+            return
+        for mode, dynamic in MODES.items():
+            record["phase"] = mode
+            report(record)
+            record["modes"][mode] = _under(case, calls, wanted, allowed, dynamic)
+    report(record | {"phase": None})
+
+
+def _calls(case: Case) -> tuple[list[Call], float]:
+    """The example and up to three other calls of the model, and how far their answers may be from its own, relative."""
+    try:
+        captured = capture(case.model, case.args, case.kwargs)
+    except CaptureError:
+        return [(case.args, case.kwargs)], _TOLERANCE
+    signature = captured.program.signature
+    samples: list[Sample] = [captured.example, *other_samples(case, signature, captured.example)]
+    return [signature.arguments(sample) for sample in samples], tolerance_of(captured.program)
+
+
+def _under(case: Case, calls: Sequence[Call], wanted: Sequence[Any], allowed: float, dynamic: bool | None) -> Record:
+    """What came of one mode: whether the answers are equal, how many graphs there were, and why some are no programs."""
+    started = time.process_time()
+    problem, error = _problem(case, calls, wanted, allowed, dynamic, compile_graph)
+    reports = lissom.dynamo_reports()
+    found: Record = {
+        "equal": problem is None,
+        "error_found": error,
+        "graphs": len(reports),
+        "lowered": sum(item.report is not None for item in reports),
+        "reasons": list(dict.fromkeys(item.reason for item in reports if item.reason)),
+        "seconds": round(time.process_time() - started, 2),
+    }
+    if problem is not None:
+        found["problem"] = problem
+        found["without"] = _problem(case, calls, wanted, allowed, dynamic, "eager")[0]
+    return found
+
+
+def _problem(
+    case: Case, calls: Sequence[Call], wanted: Sequence[Any], allowed: float, dynamic: bool | None, backend: Any
+) -> tuple[str | None, float | None]:
+    """What is wrong with the answers of the compiled model, or None, and their largest relative error."""
+    torch.compiler.reset()
+    try:
+        fast = Case(torch.compile(case.model, backend=backend, dynamic=dynamic), case.inputs)
+        error, same = compared(wanted, [answer(fast, *call) for call in calls])
+    except Exception as problem:
+        return sentence(problem, last=True), None
+    if not same:
+        return "another structure", error
+    return (None if error <= allowed else f"differs by {error:.2g} relative"), error
+
+
+def describe(record: Record) -> str:
+    """One line: the model, how long it took, and what came of it."""
+    if record.get("failed"):
+        outcome = f"{record['failed']}: {record['error']}"
+    else:
+        outcome = ", ".join(f"{mode}: {coverage.dynamo_outcome(found)}" for mode, found in record["modes"].items())
+    return f"{record['name']} ({record['total_seconds']:.1f} s): {outcome}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo.dynamo", description=__doc__)
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given again")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
+    parser.add_argument("--output", type=Path, default=Path("dynamo.json"), help="where the records go (default dynamo.json)")
+    parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
+    parser.add_argument("--page", type=Path, help="the page to write them into; docs/coverage.md when all models are run")
+    options = parser.parse_args(arguments)
+    chosen = [entry for entry in catalogue.entries() if not options.family or entry.family in options.family]
+    if options.only:
+        unknown = set(options.only) - {entry.name for entry in chosen}
+        if unknown:
+            parser.error(f"no such models: {', '.join(sorted(unknown))}; `python -m tests.zoo --list` prints the names")
+        chosen = [entry for entry in chosen if entry.name in options.only]
+    if not options.resume:
+        options.output.unlink(missing_ok=True)
+    elif options.output.exists():
+        done = {record["name"] for record in coverage.load(options.output)}
+        chosen = [entry for entry in chosen if entry.name not in done]
+    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
+    records = coverage.load(options.output)
+    page = options.page or (None if options.family or options.only else Path("docs/coverage.md"))
+    if page is not None:
+        coverage.write_dynamo(page, records)
+    print(coverage.dynamo_headline(records))
+    wrong = [record for record in records if coverage.is_wrong(record)]
+    print("\n".join(map(describe, wrong)), end="\n" if wrong else "")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
