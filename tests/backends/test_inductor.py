@@ -84,7 +84,7 @@ def test_a_program_that_returns_a_size_is_refused():
 
 def test_without_a_compiler_inductor_is_refused_before_anything_runs():
     with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}), pytest.raises(UnsupportedError) as caught:
-        lissom.compile(feed_forward().model, "nothing that could be captured", backend="inductor")
+        lissom.compile(feed_forward().model, ("nothing that could be captured",), backend="inductor")
     assert str(caught.value).startswith("backend 'inductor' needs a C++ compiler, and there is none")
     assert "choose backend 'eager'" in str(caught.value)
 

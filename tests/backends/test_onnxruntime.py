@@ -184,7 +184,7 @@ def test_without_its_packages_it_is_refused_before_anything_runs(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "onnxruntime" else find(name, *rest))
     with pytest.raises(UnsupportedError) as caught:
-        lissom.compile(feed_forward().model, "nothing that could be captured", backend="onnxruntime")
+        lissom.compile(feed_forward().model, ("nothing that could be captured",), backend="onnxruntime")
     assert str(caught.value) == (
         "backend 'onnxruntime' needs onnxruntime; pip install 'lissom[onnx]', or 'lissom[onnx-gpu]' for CUDA, "
         "or choose backend 'eager'"

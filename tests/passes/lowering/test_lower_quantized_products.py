@@ -345,7 +345,7 @@ def test_weights_of_eight_bits_are_measured(monkeypatch: pytest.MonkeyPatch, sec
 def test_backends_bring_it_on_cuda() -> None:
     for backend in (Eager(), Inductor()):
         found, elsewhere = ([item.name() for item in backend.lowering(torch.device(kind))] for kind in ("cuda", "cpu"))
-        assert found[-2:] == ["fold-quantized-weights", "lower-quantized-products"]
+        assert "fold-quantized-weights,lower-quantized-products" in ",".join(found)
         assert "lower-quantized-products" not in elsewhere
 
 
