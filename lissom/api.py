@@ -15,7 +15,7 @@ from lissom.artifacts.artifact import load_artifact, save_artifact
 from lissom.backends import find_backends
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.fastest import build_fastest
-from lissom.compiler.errors import CaptureError, InputError, UnsupportedError
+from lissom.compiler.errors import InputError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
 from lissom.compiler.lookups import outside_table
@@ -26,7 +26,7 @@ from lissom.compiler.spelling import format_pipeline, parse_pipeline
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamic import Dynamic
 from lissom.frontends.export import Capture, capture
-from lissom.hosting import Facts, HostedModel
+from lissom.hosting import Facts, HostedModel, check_uncompiled
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
@@ -180,8 +180,7 @@ def _capturing(
     model: nn.Module, example_inputs: Inputs, dynamic: Dynamic | bool, place: torch.device | None
 ) -> tuple[Callable[[], Capture], torch.device]:
     """What captures the model, and the device its program will be on. Raises: CaptureError for a compiled model."""
-    if isinstance(model, CompiledModel):
-        raise CaptureError(f"{model.program.name} is compiled already; compile the model it was made from")
+    check_uncompiled(model)
     args, kwargs = split_inputs(example_inputs)
     take = partial(capture, model, args, kwargs, dynamic=dynamic, device=place)
     return take, place or device_of(model, (args, kwargs))

@@ -28,12 +28,12 @@ from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
 from lissom.compiler.errors import ArtifactError, Interrupted, LissomError, UnsupportedError
 from lissom.compiler.pipeline import check_options
 from lissom.compiler.types import format_type, type_of
-from lissom.frontends.decoder import SHORTEST
+from lissom.frontends.decoder import SHORTEST, longest_text
 from lissom.frontends.huggingface import tokenizer_of
 from lissom.frontends.sources import NAMES, load
 from lissom.generation import compile_generation, load_generation
 from lissom.generation.directory import is_saved
-from lissom.generation.stream import Speed, stream_text, stream_tokens
+from lissom.generation.stream import Speed, read_prompt, stream_text, stream_tokens
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.roofline import cost_table, machine_table
@@ -132,15 +132,19 @@ def run_generate(
         if passes != "exact" or backend != "eager" or save is not None:
             raise typer.BadParameter("--passes, --backend and --save do not go with a saved decoder")
         decoder, tokenizer = load_generation(model, device), tokenizer_of(Path(model))
+        ids = read_prompt(prompt, tokenizer, decoder.max_length)
     else:
         check_options(checks)  # pyright: ignore[reportArgumentType]
         pipeline, source = api.resolve_passes(passes), load(model)
         tokenizer = source.checkpoint.tokenizer if source.checkpoint else None
         if tokenizer is None:
             raise UnsupportedError(f"{model} has no tokenizer, and a prompt is text; use lissom.compile_generation")
+        longest = longest_text(source.model)
+        ids = read_prompt(prompt, tokenizer, longest)
+        wanted = max(SHORTEST, ids.shape[1] + max_new_tokens)
         decoder = compile_generation(
             source.model,
-            max_length=max(SHORTEST, len(tokenizer(prompt).input_ids) + max_new_tokens),
+            max_length=wanted if longest is None else min(wanted, longest),
             passes=pipeline,
             backend=backend,
             device=device,
@@ -148,12 +152,16 @@ def run_generate(
         )
         if save is not None:
             decoder.save(save, tokenizer)
-    ids = torch.tensor([tokenizer(prompt).input_ids], device=decoder.device)
+    # The last token of an answer is not read any more.
+    room = decoder.max_length - ids.shape[1] + 1
+    if room < max_new_tokens:
+        note = f"{decoder.max_length} tokens can be read at most, so the answer ends after {room}"
+        Console(stderr=True).print(note, highlight=False, soft_wrap=True)
     speed, stop = Speed(), decoder.generation_config.eos_token_id
     tokens = stream_tokens(
         decoder,
-        ids,
-        max_new_tokens=min(max_new_tokens, decoder.max_length - ids.shape[1] + 1),
+        ids.to(decoder.device),
+        max_new_tokens=min(max_new_tokens, room),
         temperature=temperature,
         stop=[stop] if isinstance(stop, int) else stop or (),
         seed=seed,

@@ -6,14 +6,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import nn
 
 from lissom.artifacts.fields import take, take_list, text
 from lissom.compiler import node as nodes
-from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
+from lissom.compiler.errors import ArtifactError, CaptureError, InputError, UnsupportedError
 from lissom.compiler.program import Program
 from lissom.compiler.types import TensorType
 
@@ -81,39 +81,19 @@ class Facts:
             raise ArtifactError(f"transformers refuses the configuration of this model of type '{kind}': {first}") from error
 
 
-class HostedModel(nn.Module):
-    """A program as a module: without parameters to train, and fixed to the device it was compiled for.
+class FixedModule(nn.Module):
+    """A program as a module: without parameters to train, and fixed to the device and dtype it was compiled for.
 
-    facts: where the model was one of transformers, its `config`, `main_input_name` and `input_modalities` are this one's too,
-    and its class has the same name, by which pipelines tell whether a model is for their task. Its weights are
-    `program.weights()`; `parameters()` is empty, since nothing that changed them would reach what a backend built.
+    Its weights are `program.weights()`; `parameters()` is empty, since nothing that changed them would reach what a backend
+    built.
     """
 
-    def __init__(self, program: Program, facts: Facts | None) -> None:
+    def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
-        self.facts = facts
         # By it, modules this one is part of find out where it is, and `to` what it is asked for.
         self.register_buffer("_place", torch.empty(0, dtype=_dtype_of(program), device=_device_of(program)), persistent=False)
         super().train(False)
-        self._returned = _names_returned(program)
-        if facts is not None:
-            self.main_input_name = facts.main_input
-            # One is written without a tuple, as in transformers.
-            self.input_modalities = facts.modalities[0] if len(facts.modalities) == 1 else facts.modalities
-            kind = type(self)
-            named: Any = type(program.name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-            self.__class__ = named
-
-    @cached_property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration, a copy. Raises: AttributeError where it had none, or transformers is not installed."""
-        try:
-            if self.facts is not None:
-                return self.facts.make_config()
-        except ImportError as error:
-            raise AttributeError("config") from error
-        raise AttributeError("config")
 
     @property
     def device(self) -> torch.device:
@@ -125,11 +105,7 @@ class HostedModel(nn.Module):
         """The floating type it takes, or returns where all it takes is integers."""
         return cast("torch.Tensor", self._buffers["_place"]).dtype
 
-    def can_generate(self) -> bool:
-        """False: it answers one call, and keeps nothing for the next token."""
-        return False
-
-    def train(self, mode: bool = True) -> HostedModel:
+    def train(self, mode: bool = True) -> Self:
         """Itself, when asked to evaluate, which is all it does.
 
         Raises: UnsupportedError when asked to train.
@@ -140,6 +116,63 @@ class HostedModel(nn.Module):
                 f"and compile that again"
             )
         return self
+
+    def _take_name(self) -> None:
+        """Call its class what the model's was called: by that, pipelines tell whether a model is for their task."""
+        kind = type(self)
+        named: Any = type(self.program.name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+        self.__class__ = named
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda`, `half` and the like do, here and in modules around this one: nothing, or they are refused.
+
+        Raises: UnsupportedError for another device or dtype.
+        """
+        place = cast("torch.Tensor", self._buffers["_place"])
+        moved = fn(place)
+        if moved.device != place.device:
+            raise UnsupportedError(
+                f"{self.program.name} was compiled for {place.device} and cannot move to {moved.device}; compile it with "
+                f"device='{moved.device}', or keep what runs it on {place.device} (for a pipeline: device='{place.device}')"
+            )
+        if moved.dtype != place.dtype:
+            raise UnsupportedError(
+                f"{self.program.name} is compiled and cannot be turned into {moved.dtype}; turn the model it was compiled from "
+                f"and compile that"
+            )
+        return self
+
+
+class HostedModel(FixedModule):
+    """A program as a module that says of itself what the model did.
+
+    facts: where the model was one of transformers, its `config`, `main_input_name` and `input_modalities` are this one's too,
+    and its class has the same name.
+    """
+
+    def __init__(self, program: Program, facts: Facts | None) -> None:
+        super().__init__(program)
+        self.facts = facts
+        self._returned = _names_returned(program)
+        if facts is not None:
+            self.main_input_name = facts.main_input
+            # One is written without a tuple, as in transformers.
+            self.input_modalities = facts.modalities[0] if len(facts.modalities) == 1 else facts.modalities
+            self._take_name()
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, a copy. Raises: AttributeError where it had none, or transformers is not installed."""
+        try:
+            if self.facts is not None:
+                return self.facts.make_config()
+        except ImportError as error:
+            raise AttributeError("config") from error
+        raise AttributeError("config")
+
+    def can_generate(self) -> bool:
+        """False: it answers one call, and keeps nothing for the next token."""
+        return False
 
     def asked(self, arguments: Mapping[str, object]) -> Mapping[str, object]:
         """The arguments without those that only ask a model of transformers to return what this one returns anyway.
@@ -160,24 +193,11 @@ class HostedModel(nn.Module):
                 )
         return kept
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> HostedModel:
-        """What `to`, `cuda`, `half` and the like do, here and in modules around this one: nothing, or they are refused.
 
-        Raises: UnsupportedError for another device or dtype.
-        """
-        place = cast("torch.Tensor", self._buffers["_place"])
-        moved = fn(place)
-        if moved.device != place.device:
-            raise UnsupportedError(
-                f"{self.program.name} was compiled for {place.device} and cannot move to {moved.device}; compile it with "
-                f"device='{moved.device}', or keep what runs it on {place.device} (for a pipeline: device='{place.device}')"
-            )
-        if moved.dtype != place.dtype:
-            raise UnsupportedError(
-                f"{self.program.name} is compiled and cannot be turned into {moved.dtype}; turn the model it was compiled from "
-                f"and compile that"
-            )
-        return self
+def check_uncompiled(model: nn.Module) -> None:
+    """Refuse a model that is compiled. Raises: CaptureError."""
+    if isinstance(model, FixedModule):
+        raise CaptureError(f"{model.program.name} is compiled already; compile the model it was made from")
 
 
 def _device_of(program: Program) -> torch.device:

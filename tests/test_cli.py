@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lissom.bench.worker import Failure
 from lissom.cli import app, main, write_whole
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.errors import LissomError, UnsupportedError
 from lissom.frontends.huggingface import find_directory
 from lissom.inspect.machine import cache_path, save_machine
 from lissom.passes import PASSES, RECIPES
@@ -323,6 +323,40 @@ def test_generate_streams_text_and_says_how_fast(decoder, tmp_path):
     assert runner.invoke(app, drawn).stdout != again.stdout
     refused = runner.invoke(app, ["generate", str(tmp_path / "saved"), "one", "--passes", "quantize"])
     assert refused.exit_code == 2 and "do not go with a saved decoder" in refused.output
+
+
+def test_generate_says_where_a_text_ends_that_was_to_be_longer(decoder, tmp_path):
+    saved = str(tmp_path / "saved")
+    runner.invoke(app, ["generate", decoder, "one two", "--max-new-tokens", "5", "--checks", "off", "--save", saved])
+    # [CLS] one two [SEP], and an answer of five, of which the last is not read.
+    result = runner.invoke(app, ["generate", saved, "one two", "--max-new-tokens", "7"])
+    assert "9 tokens can be read at most, so the answer ends after 6" in result.stderr
+    assert "answer: 6 tokens" in result.stderr
+    long = runner.invoke(app, ["generate", saved, "one " * 8]).exception
+    assert str(long) == "the prompt is 10 tokens, and 9 can be read at most; shorten it"
+
+
+@pytest.mark.slow  # Its forms are built and timed one after the other.
+def test_generate_on_onnxruntime(decoder):
+    pytest.importorskip("onnxruntime")
+    arguments = ["generate", decoder, "one two", "--max-new-tokens", "5"]
+    wanted = runner.invoke(app, arguments)
+    found = runner.invoke(app, [*arguments, "--backend", "onnxruntime"])
+    assert found.exit_code == 0, found.output
+    assert found.stdout == wanted.stdout
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt", "sentence"),
+    [
+        ("nowhere/at-all", "one", "'nowhere/at-all' "),
+        (None, "one " * 2047, "the prompt is 2049 tokens, and 2048 can be read at most; shorten it"),
+    ],
+)
+def test_generate_refuses_in_a_sentence(decoder, model, prompt, sentence):
+    error = runner.invoke(app, ["generate", model or decoder, prompt]).exception
+    assert isinstance(error, LissomError)
+    assert str(error).startswith(sentence) and "\n" not in str(error)
 
 
 def test_generate_needs_a_decoder(model):

@@ -14,6 +14,7 @@ NEEDS = {"sentence_embeddings": "sentence_transformers"}
 SAID = {
     "feature_extraction": "features of 12 tokens, 384 numbers each\nequal to those of the original model\n",
     "sentence_embeddings": "equal to the original model's embeddings\n",
+    "text_generation": "equal to the original model's answer\n",
     "text_classification": ("cooking: Stir the soup and add some pepper.\nastronomy: The rocket left for Mars last night.\n"),
 }
 

@@ -3,32 +3,60 @@
 from __future__ import annotations
 
 import sys
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    pipeline,
+)
 
 import lissom
-from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
-from lissom.frontends.huggingface import load
+from lissom.compiler.errors import ArtifactError, CaptureError, InputError, UnsupportedError
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.spelling import parse_pipeline
+from lissom.frontends.decoder import capture_decoder
+from lissom.frontends.huggingface import find_directory, load
 from lissom.generation.decoder import prompts
-from lissom.generation.stream import Speed, stream_tokens
+from lissom.generation.stream import Speed, read_prompt, stream_tokens
+from lissom.inspect.tables import Report
+from lissom.passes import RECIPES, known_passes
 from tests.decoders import DECODERS, MAX_LENGTH, decoder, prompt
+from tests.models import seeded
 
 GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
+# Nothing is timed: whichever forms are chosen, the tokens are the same.
+BACKENDS = {"eager": "eager", "onnxruntime": lissom.OnnxRuntime(timing_seconds=0)}
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+# Every form of ONNX Runtime's is built, some seconds a model.
+MODELS = [
+    *(("eager", name) for name in DECODERS),
+    ("onnxruntime", "llama"),
+    *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in DECODERS if name != "llama"),
+]
+
+
 @cache
-def compiled(name: str = "llama", batch: int = 1, all_logits: bool = False):
+def compiled(name: str = "llama", batch: int = 1, all_logits: bool = False, backend: str = "eager"):
     """A model and what was compiled of it, once a session."""
+    if backend == "onnxruntime":
+        pytest.importorskip("onnxruntime")
     model = decoder(name)
-    return model, lissom.compile_generation(model, max_length=MAX_LENGTH, batch=batch, all_logits=all_logits)
+    options = {"batch": batch, "all_logits": all_logits, "backend": BACKENDS[backend]}
+    return model, lissom.compile_generation(model, max_length=MAX_LENGTH, **options)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_generate_gives_the_tokens_the_model_gives(name: str) -> None:
-    model, fast = compiled(name, batch=2)
+@pytest.mark.parametrize(("backend", "name"), MODELS)
+def test_generate_gives_the_tokens_the_model_gives(backend: str, name: str) -> None:
+    model, fast = compiled(name, batch=2, backend=backend)
     inputs = prompt(2, padding=3)
     wanted = model.generate(**inputs, **GREEDY)
     assert torch.equal(fast.generate(**inputs, **GREEDY), wanted)
@@ -44,7 +72,14 @@ def test_other_lengths_of_prompt_need_no_other_program() -> None:
         assert torch.equal(fast.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
 
 
-def test_beams() -> None:
+@every_backend
+def test_beams(backend: str) -> None:
+    model, fast = compiled(batch=2, backend=backend)
+    options = {**GREEDY, "max_new_tokens": 20, "num_beams": 2}
+    assert torch.equal(fast.generate(**prompt(), **options), model.generate(**prompt(), **options))
+
+
+def test_beams_of_several_prompts() -> None:
     model, fast = compiled(batch=4)
     for inputs, options in ((prompt(), {"num_beams": 4}), (prompt(2, padding=2), {"num_beams": 2})):
         options |= {**GREEDY, "max_new_tokens": 20}
@@ -119,8 +154,9 @@ def test_steps() -> None:
     torch.testing.assert_close(fast.step(ids[:, 10:]), wanted[:, 19], rtol=0, atol=3e-5)
 
 
-def test_steps_with_padding_and_in_another_order() -> None:
-    model, fast = compiled(batch=2)
+@every_backend
+def test_steps_with_padding_and_in_another_order(backend: str) -> None:
+    model, fast = compiled(batch=2, backend=backend)
     inputs = prompt(2, padding=3)
     follow = torch.tensor([[7], [8]])
     alone = torch.cat([inputs["input_ids"][:1, 3:], follow[1:]], 1)
@@ -143,14 +179,31 @@ def test_a_double_precision_model_gives_its_own_tokens() -> None:
     assert torch.equal(fast.generate(**prompt(), **options), model.generate(**prompt(), **options))
 
 
-def test_a_saved_decoder_generates_the_same(tmp_path) -> None:
-    _, fast = compiled()
-    wanted = fast.generate(**prompt(), **GREEDY)
+@every_backend
+def test_a_decoder_that_is_full_says_so_and_goes_on_when_cropped(backend: str) -> None:
+    model, fast = compiled(batch=2, backend=backend)
+    ids = prompt(2, length=MAX_LENGTH)["input_ids"]
+    fast.reset()
+    with torch.no_grad():
+        wanted = model(ids).logits
+    torch.testing.assert_close(fast.step(ids), wanted[:, -1], rtol=0, atol=3e-5)
+    with pytest.raises(InputError, match="the cache holds 64 tokens, 64 are read and 1 more were given; reset"):
+        fast.step(ids[:, :1])
+    assert fast.length == MAX_LENGTH
+    fast.crop(40)
+    torch.testing.assert_close(fast.step(ids[:, 40:50]), wanted[:, 49], rtol=0, atol=3e-5)
+
+
+@every_backend
+def test_a_saved_decoder_generates_the_same(backend: str, tmp_path) -> None:
+    _, fast = compiled(batch=2, backend=backend)
+    inputs = prompt(2, padding=3)
+    wanted = fast.generate(**inputs, **GREEDY)
     for _ in range(2):  # a saved decoder may be replaced
         fast.save(tmp_path / "saved")
     again = lissom.load_generation(tmp_path / "saved")
-    assert torch.equal(again.generate(**prompt(), **GREEDY), wanted)
-    assert again.config.model_type == "llama" and again.length == 56
+    assert torch.equal(again.generate(**inputs, **GREEDY), wanted)
+    assert (again.config.model_type, again.length, again.backend) == ("llama", 56, backend)
     assert not [path for path in tmp_path.iterdir() if path.name != "saved"]
 
 
@@ -213,6 +266,13 @@ def test_tokens_are_streamed_with_their_speed() -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_a_prompt_of_no_tokens_is_refused() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(find_directory("minilm"))
+    assert read_prompt("one two", tokenizer, 4).shape == (1, 4)
+    with pytest.raises(InputError, match="the prompt has no tokens; give a text to go on from"):
+        read_prompt("", partial(tokenizer, add_special_tokens=False), 4)
+
+
 def test_calibration_texts_lose_their_padding() -> None:
     ids, mask, positions, start = prompts([prompt(3, length=6, padding=2)], batch=2, max_length=9)[0]
     assert mask.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 9]
@@ -241,6 +301,27 @@ def test_lossy_passes_calibrate_on_texts_and_are_scored() -> None:
     assert steps[first - 1 : first + 2] == ["eliminate-dead-tokens", "quantize{scheme=int8-static}", "quantize-cache"]
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "mistral", "gpt2"])
+def test_attention_over_a_cache_as_one_operator_gives_the_same_tokens(name: str) -> None:
+    """The form of ONNX Runtime that is chosen where it is faster, which for models as small it may not be."""
+    pytest.importorskip("onnxruntime")
+    from lissom.backends.onnx_export import export_onnx
+    from lissom.backends.onnx_forms import CACHE, write_form
+    from lissom.generation.model import GenerationModel
+
+    model, backend = decoder(name), BACKENDS["onnxruntime"]
+    captured = capture_decoder(model, max_length=MAX_LENGTH, batch=2, all_logits=True)
+    passes = parse_pipeline("exact", known_passes(), RECIPES)
+    program, history = Pipeline(passes, samples=captured.samples, checks="off").run(captured.program)
+    written, places = write_form(export_onnx(program, captured.example, decompose=False), [CACHE])
+    assert places[CACHE] == 2
+    compiled = lissom.CompiledModel(program, backend._open(program, written), Report(name, history), backend)
+    fast, inputs = GenerationModel(compiled, model.config, model.generation_config), prompt(2, padding=3)
+    assert torch.equal(fast.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
+    options = {**GREEDY, "num_beams": 2}
+    assert torch.equal(fast.generate(**prompt(), **options), model.generate(**prompt(), **options))
+
+
 def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path) -> None:
     model = decoder("llama")
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -250,6 +331,35 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path) -> 
         lissom.compile_generation(model, max_length=32)
     with pytest.raises(UnsupportedError, match="generation needs transformers"):
         lissom.load_generation(tmp_path)
+
+
+def test_a_pipeline_of_transformers_generates_as_with_the_original(caplog) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(find_directory("minilm"))
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)))
+    fast = lissom.compile_generation(model, max_length=32, batch=2)
+    wanted, found = (
+        pipeline("text-generation", model=item, tokenizer=tokenizer, device="cpu", batch_size=2) for item in (model, fast)
+    )
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    texts = ["One sentence.", "And another, somewhat longer."]
+    assert found(texts, **options) == wanted(texts, **options)
+    assert repr(found) == repr(wanted)
+    with pytest.raises(InputError, match="and the cache holds 32; lower max_new_tokens"):
+        found(texts, max_new_tokens=40)
+
+
+def test_it_is_a_module_of_the_models_name_that_stays_as_it_is() -> None:
+    _, fast = compiled()
+    assert type(fast).__name__ == "LlamaForCausalLM" and isinstance(fast, torch.nn.Module)
+    assert fast.eval().to("cpu").float() is fast
+    assert (fast.device, fast.dtype, fast.can_generate()) == (torch.device("cpu"), torch.float32, True)
+    assert list(fast.parameters()) == [] and fast.state_dict() == {}
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM is compiled for inference and cannot train"):
+        fast.train()
+    for again in (lambda: lissom.compile_generation(fast, max_length=32), lambda: lissom.compile(fast, prompt())):
+        with pytest.raises(CaptureError, match="LlamaForCausalLM is compiled already; compile the model it was made from"):
+            again()
 
 
 @pytest.mark.slow

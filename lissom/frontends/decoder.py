@@ -151,10 +151,17 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
         raise InputError(f"max_length is {max_length}; give the tokens of prompt and answer together, {SHORTEST} or more")
     if batch < 1:
         raise InputError(f"batch is {batch}; give how many sequences are generated at once, 1 or more")
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(known, int) and max_length > known:
+    known = longest_text(model)
+    if known is not None and max_length > known:
         raise InputError(f"max_length is {max_length}, and {name} knows positions up to {known}; give {known} or less")
     return model
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """How many positions a model of transformers knows; None where it tells of no limit."""
+    config: Any = getattr(model, "config", None)
+    known = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+    return known if isinstance(known, int) else None
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -19,6 +19,7 @@ from lissom.frontends.decoder import INPUTS, capture_decoder
 from lissom.frontends.device import device_of
 from lissom.frontends.export import Capture
 from lissom.generation.decoder import Decoder, prompts
+from lissom.hosting import check_uncompiled
 from lissom.inspect.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def compile_generation(
     metric: scores a callable that takes input_ids and attention_mask of `batch` rows and gives the next token's logits.
     backend, device, checks, max_drop, only_if_faster, simulate, progress: as for `compile`.
 
-    Raises: UnsupportedError when it is no causal language model of transformers; InputError when max_length or batch do not
+    Raises: UnsupportedError when it is no causal language model of transformers; CaptureError when it is compiled, or a line
+        of it cannot be captured; InputError when max_length or batch do not
         fit it; and what `compile` raises.
 
     >>> import torch, lissom
@@ -71,6 +73,7 @@ def compile_generation(
     >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 50])
     """
+    check_uncompiled(model)
     place = check_device(device)
 
     def take() -> Capture:

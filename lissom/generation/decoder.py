@@ -9,16 +9,18 @@ import torch
 
 from lissom.api import CompiledModel
 from lissom.backends.base import Executable, state_of
+from lissom.compiler import node as nodes
 from lissom.compiler.errors import InputError
 from lissom.compiler.lookups import outside_table
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.types import TensorType
 from lissom.frontends.decoder import INPUTS
+from lissom.hosting import FixedModule
 from lissom.inspect.tables import Report
 
 
-class Decoder:
+class Decoder(FixedModule):
     """A causal language model with its cache, which every call fills further.
 
     program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
@@ -29,22 +31,17 @@ class Decoder:
     """
 
     def __init__(self, compiled: CompiledModel) -> None:
+        super().__init__(compiled.program)
         self.compiled = compiled
         self.length = 0
-        ids, mask, *_ = (leaf.type for leaf in compiled.program.signature.tensors)
+        _, mask, *_ = (leaf.type for leaf in compiled.program.signature.tensors)
         self.batch, self.max_length = cast("tuple[int, int]", mask.shape)
-        self.device = ids.device
-        leaf = cast("Sequence[object]", compiled.program.output.args[0])[0]
-        self.dtype, self.all_logits = _logits(leaf)
+        self.all_logits = _logits(compiled.program).shape[1] != 1
         self._executable: Executable = compiled._executable
         self._mask = torch.ones(self.batch, self.max_length, dtype=torch.int64, device=self.device)
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._counted = torch.arange(self.max_length, device=self.device).expand(self.batch, self.max_length)
         self._padded = False
-
-    @property
-    def program(self) -> Program:
-        return self.compiled.program
 
     @property
     def report(self) -> Report:
@@ -140,15 +137,12 @@ class Decoder:
 
     def __repr__(self) -> str:
         filled = f"{self.length} of {self.max_length} tokens"
-        return f"{type(self).__name__}({self.program.name}, {filled}, backend='{self.backend}')"
+        return f"Decoder({self.program.name}, {filled}, backend='{self.backend}')"
 
 
-def _logits(leaf: object) -> tuple[torch.dtype, bool]:
-    """The dtype of the logits, and whether there are some for every token."""
-    from lissom.compiler.node import tensor_type
-
-    found: TensorType = tensor_type(leaf)
-    return found.dtype, found.shape[1] != 1
+def _logits(program: Program) -> TensorType:
+    (leaf,) = cast("Sequence[object]", program.output.args[0])
+    return nodes.tensor_type(leaf)
 
 
 def prompts(batches: Sequence[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> list[Sample]:

@@ -26,7 +26,8 @@ class GenerationModel(Decoder, GenerationMixin):
     config, generation_config: those of the model. cache: what stands for the cache in `generate`; handing it to `generate` as
     `cache=` goes on from what was read.
 
-    `generate` starts with an empty cache unless it is given this one.
+    `generate` starts with an empty cache unless it is given this one. Its class has the name of the model's, and a pipeline of
+    transformers takes it in the model's place.
     """
 
     main_input_name: ClassVar[str] = "input_ids"
@@ -38,6 +39,7 @@ class GenerationModel(Decoder, GenerationMixin):
         self.config = config
         self.generation_config = generation_config
         self.cache = DecoderCache(self)
+        self._take_name()
 
     def forward(
         self,
@@ -75,8 +77,6 @@ class GenerationModel(Decoder, GenerationMixin):
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=logits, cache=self.cache if use_cache else None)  # pyright: ignore
-
-    __call__ = forward
 
     def save(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write a directory that `lissom.load_generation` reads: the program, and the model's configuration as JSON.

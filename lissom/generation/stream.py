@@ -40,6 +40,20 @@ def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens / max(seconds, 1e-9):.4g} tokens/s"
 
 
+def read_prompt(text: str, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> torch.Tensor:
+    """The tokens of a prompt, [1, tokens]. longest: how many can be read; None for any number.
+
+    Raises: InputError when there are none, or more.
+    """
+    ids = torch.tensor([tokenizer(text).input_ids], dtype=torch.int64)
+    count = ids.shape[1]
+    if count == 0:
+        raise InputError("the prompt has no tokens; give a text to go on from")
+    if longest is not None and count > longest:
+        raise InputError(f"the prompt is {count} tokens, and {longest} can be read at most; shorten it")
+    return ids
+
+
 def stream_tokens(
     decoder: Decoder,
     input_ids: torch.Tensor,

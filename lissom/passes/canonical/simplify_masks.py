@@ -4,6 +4,7 @@
     arange(n) >= 0                     ->  true
     a & true                           ->  a                 expanded to the size of both
 
+A weight that holds 0, 1 … n - 1 counts as `arange(n)`: where a size is fixed, as that of a cache is, `fold-constants` made one.
 Hugging Face's models write the mask of every attention this way, as a function of the positions of queries and keys: a dozen
 operators for what is a reshape. A small model on a short text notices, and later passes meet the mask itself.
 """
@@ -27,6 +28,8 @@ _BOTH = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
 _COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _ONES = (aten.new_ones.default, aten.ones.default, aten.ones_like.default)
 _FILLED = (aten.full.default, aten.new_full.default, aten.full_like.default)
+_MOST = 1 << 16
+"""How many numbers of a weight are looked at; no cache or table of positions has more."""
 _VIEWS = (aten.unsqueeze.default, aten.reshape.default, aten.expand.default)
 
 
@@ -46,17 +49,20 @@ def _replace_indexing(edit: Editor, node: fx.Node) -> None:
     """x indexed by all its positions in order, as x with dimensions of size 1 put in."""
     x, indices = node.args
     found, rank = nodes.tensor_type(x), nodes.tensor_type(node).rank
-    counts = [_counted(item, rank) for item in indices]  # pyright: ignore
+    counts = [_counted(edit, item, rank) for item in indices]  # pyright: ignore
     if None in counts or len(counts) != found.rank:
         return
     lengths = [item[0] for item in counts if item is not None]
-    axes = [item[1] for item in counts if item is not None]
+    axes: list[int] = []
+    for _, axis in filter(None, counts):
+        # One position may stand on any axis of size 1, so on the next.
+        axes.append(axis if axis is not None else max(axes, default=-1) + 1)
     mode = edit.program.fake_mode
     same = (
         fake.same_type(mode, ScalarType(int, length), ScalarType(int, size))
         for length, size in zip(lengths, found.shape, strict=True)
     )
-    if axes != sorted(set(axes)) or not all(same):
+    if axes != sorted(set(axes)) or max(axes) >= rank or not all(same):
         return
     with edit.before(node):
         view: fx.Node = x  # pyright: ignore[reportAssignmentType]
@@ -68,19 +74,36 @@ def _replace_indexing(edit: Editor, node: fx.Node) -> None:
         edit.replace(node, view)
 
 
-def _counted(index: object, rank: int) -> tuple[Size, int] | None:
-    """The n and the axis of an index that is 0, 1 … n - 1 along one axis and of size 1 along the others, of `rank` axes."""
-    axis_of = nodes.tensor_type(index).rank - rank if nodes.is_tensor(index) else 0
-    shape = nodes.tensor_type(index).shape if nodes.is_tensor(index) else ()
-    source = index
+def _counted(edit: Editor, index: object, rank: int) -> tuple[Size, int | None] | None:
+    """The n and the axis of an index that is 0, 1 … n - 1 along one axis and of size 1 along the others, of `rank` axes.
+
+    The axis is None for n = 1, when all axes are alike.
+    """
+    if not nodes.is_tensor(index):
+        return None
+    shape = nodes.tensor_type(index).shape
+    source: object = index
     while nodes.is_call(source, aten.unsqueeze.default, aten.reshape.default):
         source = source.args[0]
-    if not nodes.is_call(source, *_COUNTS) or nodes.tensor_type(source).rank != 1 or not _from_zero(source):
+    length = _counted_length(edit, source)
+    wide = [axis for axis, size in enumerate(shape) if size != 1]
+    if length is None or len(wide) > 1 or any(shape[axis] != length for axis in wide):
         return None
-    length = nodes.tensor_type(source).shape[0]
-    wide = [axis for axis, size in enumerate(shape) if size == length and size != 1]
-    ones = [axis for axis, size in enumerate(shape) if size == 1]
-    return (length, wide[0] - axis_of) if len(wide) == 1 and len(ones) == len(shape) - 1 else None
+    return (length, wide[0] + rank - len(shape)) if wide else (length, None)
+
+
+def _counted_length(edit: Editor, source: object) -> Size | None:
+    """The n of `arange(n)`, or of a weight that holds what it gives."""
+    if nodes.is_call(source, *_COUNTS):
+        found = nodes.tensor_type(source)
+        return found.shape[0] if found.rank == 1 and _from_zero(source) else None
+    if not (isinstance(source, fx.Node) and source.op == "get_attr") or str(source.target) in edit.program.state:
+        return None
+    weight = edit.program.weight(str(source.target))
+    if weight.dtype not in (torch.int32, torch.int64) or not 0 < weight.numel() <= _MOST:
+        return None
+    counts = torch.arange(weight.numel(), dtype=weight.dtype, device=weight.device)
+    return weight.numel() if torch.equal(weight.flatten(), counts) else None
 
 
 def _from_zero(count: fx.Node) -> bool:

