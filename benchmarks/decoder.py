@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ import torch
 from quality import conditions, windows
 from readme import put_table
 
+from lissom.bench.worker import peak_bytes
 from lissom.frontends.huggingface import Checkpoint, find_directory, load
 from lissom.inspect.machine import measure_machine
 
@@ -130,7 +130,7 @@ def torchao(bits: int, checkpoint: Checkpoint) -> Engine:
     if bits == 8:
         quantize_(model, Int8WeightOnlyConfig())
     else:
-        quantize_(model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque"))
+        quantize_(model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="plain_int32"))
     engine = Static(checkpoint, torch.compile(model))
     scales = sum(item.weight.shape[0] for item in linears) if bits == 8 else elements // 32 * 2
     engine.bytes_read = elements * bits // 8 + 2 * scales
@@ -229,7 +229,7 @@ def measure(name: str, threads: int, ids: torch.Tensor) -> Result:
         answer(engine, prompt)  # compiles and warms
         found = [answer(engine, prompt) for _ in range(ROUNDS)]
         loss = perplexity(engine, ids) if tokens else None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
     return Result(
         quartiles([PROMPT / item[0] for item in found]),
         quartiles([ANSWER / item[1] for item in found]),
@@ -280,7 +280,7 @@ def measure_llama(threads: int, prompt: list[int]) -> Result:
     return Result(
         quartiles([item["prompt_per_second"] for item in timings]),
         quartiles([item["predicted_per_second"] for item in timings]),
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_bytes(),
         None,
         file.stat().st_size,
         answers[-1].get("tokens", []),
