@@ -120,7 +120,8 @@ def torch_compile(checkpoint: Checkpoint) -> Engine:
 
 def torchao(bits: int, checkpoint: Checkpoint) -> Engine:
     """Weights in 8 or 4 bits under `torch.compile`, the output head too, as torchao's advice for CPUs has it."""
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = in_bfloat16(checkpoint).model
     # The head is the embedding's matrix, which stays as it is; torchao rounds linear layers.
@@ -130,7 +131,7 @@ def torchao(bits: int, checkpoint: Checkpoint) -> Engine:
     if bits == 8:
         quantize_(model, Int8WeightOnlyConfig())
     else:
-        quantize_(model, Int4WeightOnlyConfig(group_size=32, int4_packing_format="plain_int32"))
+        quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=32))
     engine = Static(checkpoint, torch.compile(model))
     scales = sum(item.weight.shape[0] for item in linears) if bits == 8 else elements // 32 * 2
     engine.bytes_read = elements * bits // 8 + 2 * scales
@@ -142,6 +143,9 @@ class Genai:
 
     def __init__(self, precision: str, checkpoint: Checkpoint) -> None:
         import onnxruntime_genai as genai
+
+        # The builder has a module that is named as a script here is.
+        sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
         from onnxruntime_genai.models.builder import create_model
 
         source = tempfile.mkdtemp()
