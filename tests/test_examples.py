@@ -19,7 +19,13 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+# Where its package is installed, Gemma is loaded, compiled, and generates twice.
+SLOW = {"text_generation"}
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] if path.stem in SLOW else [], id=path.stem) for path in EXAMPLES]
+)
 def test_an_example_runs(path, capsys):
     needed = NEEDS.get(path.stem, "transformers")
     if importlib.util.find_spec(needed) is None:

@@ -333,7 +333,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch, tmp_path) -> 
         lissom.load_generation(tmp_path)
 
 
-def test_a_pipeline_of_transformers_generates_as_with_the_original(caplog) -> None:
+def test_a_pipeline_of_transformers_generates_as_with_the_original() -> None:
     tokenizer = AutoTokenizer.from_pretrained(find_directory("minilm"))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = seeded(lambda: LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)))

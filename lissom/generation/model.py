@@ -31,7 +31,7 @@ class GenerationModel(Decoder, GenerationMixin):
     """
 
     main_input_name: ClassVar[str] = "input_ids"
-    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    input_modalities: ClassVar[str] = "text"
     _is_stateful: ClassVar[bool] = False
 
     def __init__(self, compiled: CompiledModel, config: PreTrainedConfig, generation_config: GenerationConfig) -> None:

@@ -4,9 +4,10 @@
     arange(n) >= 0                     ->  true
     a & true                           ->  a                 expanded to the size of both
 
-A weight that holds 0, 1 … n - 1 counts as `arange(n)`: where a size is fixed, as that of a cache is, `fold-constants` made one.
 Hugging Face's models write the mask of every attention this way, as a function of the positions of queries and keys: a dozen
 operators for what is a reshape. A small model on a short text notices, and later passes meet the mask itself.
+
+A weight that holds 0, 1 … n - 1 counts as `arange(n)`: where a size is fixed, as that of a cache is, `fold-constants` made one.
 """
 
 from __future__ import annotations
