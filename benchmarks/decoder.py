@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import transformers
 from quality import conditions, windows
 from readme import put_table
 
@@ -138,6 +139,11 @@ def torchao(bits: int, checkpoint: Checkpoint) -> Engine:
     return engine
 
 
+def plain(config: transformers.PretrainedConfig) -> dict[str, object]:
+    """A configuration without what it says of the file's format."""
+    return {key: value for key, value in config.to_dict().items() if key not in ("quantization_config", "dtype")}
+
+
 class Genai:
     """ONNX Runtime's own generator, onnxruntime-genai, on what its model builder makes."""
 
@@ -149,7 +155,10 @@ class Genai:
         from onnxruntime_genai.models.builder import create_model
 
         source = tempfile.mkdtemp()
-        checkpoint.model.to(torch.float32).save_pretrained(source)
+        # The weights are floats by now, whatever the file they came from was.
+        model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**plain(checkpoint.model.config)))
+        model.load_state_dict(checkpoint.model.state_dict())
+        model.save_pretrained(source)
         assert checkpoint.tokenizer is not None
         checkpoint.tokenizer.save_pretrained(source)
         folder = tempfile.mkdtemp()

@@ -112,6 +112,17 @@ def test_a_row_that_sees_nothing_yields_zeros(form, with_bias):
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("queries", [1, 6])
+def test_a_low_bias_counts_where_causality_leaves_nothing_else(form, queries):
+    """A row's only key has float32's lowest bias, and keys behind it that have none are hidden by causality."""
+    q, k, v = numbers(2, 1, queries, 8), *numbers(2, 2, 1, 6, 8).unbind(0)
+    bias = torch.zeros(2, 1, queries, 6)
+    bias[:, :, 0, 0] = torch.finfo(torch.float32).min
+    found = FORMS[form](q, k, v, bias, scale=0.3, causal=True)
+    torch.testing.assert_close(found[:, :, 0], v[:, :, 0], rtol=0, atol=1e-6)
+
+
 def test_a_hidden_key_has_no_part_however_large_its_value():
     q, k, v = numbers(3, 1, 1, 4, 8).unbind(0)
     v = v.clone()

@@ -62,7 +62,9 @@ class Sight {
     if (!call.bias && !call.seen) return;
     const auto& strides = call.bias_strides;
     heads_ = strides.head ? call.heads : 1;
-    queries_ = strides.row ? call.queries : 1;
+    // Whether a row's biases are all low depends on the keys that causality leaves it.
+    bool limited = call.bias && causal_;
+    queries_ = strides.row || limited ? call.queries : 1;
     int64_t batches = strides.batch ? call.batch : 1;
     per_batch_ = strides.batch ? heads_ * queries_ : 0;
     spans_.reserve(batches * heads_ * queries_);
@@ -70,8 +72,9 @@ class Sight {
       for (int64_t h = 0; h < heads_; ++h)
         for (int64_t row = 0; row < queries_; ++row) {
           int64_t offset = b * strides.batch + h * strides.head + row * strides.row;
-          spans_.push_back(call.seen ? span_of(call.seen + offset, strides.column, call.keys)
-                                     : span_of(call.bias + offset, strides.column, call.keys));
+          int64_t keys = limited ? std::min(call.keys, row + 1) : call.keys;
+          spans_.push_back(call.seen ? span_of(call.seen + offset, strides.column, keys)
+                                     : span_of(call.bias + offset, strides.column, keys));
         }
   }
 
