@@ -17,6 +17,8 @@ from lissom.ops.native import kernel_dtypes, load_kernels
 
 # float32: sums in another order and an exponential good to 2e-7.  bfloat16: weights and result rounded once each.
 ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}
+# In bfloat16 the reference rounds the scores as well, numbers up to 4 here: weights are then off by up to 4 * 4e-3 more.
+SCORES_ROUNDED = 1.6e-2
 # The reference takes both; where there are kernels, the operator takes what they do.
 DTYPES = kernel_dtypes() or tuple(ALLOWED)
 load_kernels()
@@ -96,7 +98,8 @@ def test_numbers(batch, heads, queries, keys, depth, mask, softcap, with_sinks, 
     found = FORMS[form](q, k, v, bias, causal=causal, **options)
     assert found.shape == (batch, count, queries, value_dim)
     assert found.transpose(1, 2).is_contiguous()
-    assert relative_error(wanted, found.double()) < ALLOWED[dtype]
+    rounded = SCORES_ROUNDED if form == "reference" and dtype == torch.bfloat16 else 0.0
+    assert relative_error(wanted, found.double()) < ALLOWED[dtype] + rounded
 
 
 @pytest.mark.parametrize("form", FORMS)
