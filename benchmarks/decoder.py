@@ -81,6 +81,7 @@ class Static:
         self.forward = self.model if forward is None else forward
         self.cache = StaticCache(self.model.config, max_cache_len=LENGTH)
         self.bytes_read = weight_bytes(self.model)
+        self.start = 0
         self.read(torch.tensor([[2]]))
         self.reset()
 
@@ -89,7 +90,7 @@ class Static:
         self.start = 0
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        start, self.start = getattr(self, "start", 0), getattr(self, "start", 0) + ids.shape[1]
+        start, self.start = self.start, self.start + ids.shape[1]
         positions = torch.arange(start, self.start)[None]
         found = self.forward(
             input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1

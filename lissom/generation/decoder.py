@@ -8,10 +8,8 @@ from typing import cast
 import torch
 
 from lissom.api import CompiledModel
-from lissom.backends.base import Executable, state_of
 from lissom.compiler import node as nodes
 from lissom.compiler.errors import InputError
-from lissom.compiler.lookups import outside_table
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.types import TensorType
@@ -37,7 +35,6 @@ class Decoder(FixedModule):
         _, mask, *_ = (leaf.type for leaf in compiled.program.signature.tensors)
         self.batch, self.max_length = cast("tuple[int, int]", mask.shape)
         self.all_logits = _logits(compiled.program).shape[1] != 1
-        self._executable: Executable = compiled._executable
         self._mask = torch.ones(self.batch, self.max_length, dtype=torch.int64, device=self.device)
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._counted = torch.arange(self.max_length, device=self.device).expand(self.batch, self.max_length)
@@ -86,7 +83,7 @@ class Decoder(FixedModule):
         """Let row i go on from what row `rows[i]` has read, [batch], as beam search needs."""
         rows = rows.to(self.device)
         self._mask.copy_(self._mask[rows])
-        for tensor in state_of(self._executable).values():
+        for tensor in self.compiled.state().values():
             filled = tensor[:, :, : self.length]
             filled.copy_(filled[rows])
 
@@ -125,13 +122,7 @@ class Decoder(FixedModule):
             positions = self._counted[:, start:end]
         self._start.fill_(start)
         inputs = [input_ids, self._mask, positions, self._start]
-        try:
-            (logits,) = self._executable(inputs)
-        except (IndexError, RuntimeError) as error:
-            sentence = outside_table(self.program, inputs)
-            if sentence is None:
-                raise
-            raise InputError(sentence) from error
+        (logits,) = self.compiled.run(inputs)
         self.length = end
         return cast(torch.Tensor, logits)
 

@@ -42,18 +42,20 @@ class PackLinear(Rewrite):
                     packed_linear, x, packed[name], *(item for item in bias if item is not None), features=features
                 )
             edit.replace(node, call)
-        for table in packed:
-            for node in _look_ups(edit, table):
-                with edit.before(node):
-                    features = nodes.tensor_type(node.args[0]).shape[0]
-                    bits = 8 * nodes.tensor_type(node.args[0]).dtype.itemsize
-                    rows = edit.call(packed_embedding, packed[table], node.args[1], features=features, bits=bits)
-                edit.replace(node, rows)
-
-
-def _look_ups(edit: Editor, table: str) -> list[fx.Node]:
-    """The calls that look up rows of a weight."""
-    return [node for node in edit.program.nodes(aten.embedding.default) if getattr(node.args[0], "target", None) == table]
+        for node in edit.nodes(aten.embedding.default):
+            table = node.args[0]
+            if not isinstance(table, fx.Node) or str(table.target) not in packed:
+                continue
+            weight = nodes.tensor_type(table)
+            with edit.before(node):
+                rows = edit.call(
+                    packed_embedding,
+                    packed[str(table.target)],
+                    node.args[1],
+                    features=weight.shape[0],
+                    bits=8 * weight.dtype.itemsize,
+                )
+            edit.replace(node, rows)
 
 
 def _reads_whole(user: fx.Node, weight: fx.Node) -> bool:
