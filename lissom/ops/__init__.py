@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from lissom.ops.attention import attention, attention_reference
+from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, merged_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
@@ -30,6 +31,7 @@ KERNELS = (
     weight_quantized_linear,
     weight_quantized_linear_norm,
     fused_attention,
+    block_sparse_attention,
     merged_attention,
     fused_rms_norm,
     fused_rotary,
@@ -40,6 +42,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "KERNELS",
     "attention",
+    "block_sparse_attention",
     "fused_attention",
     "fused_rms_norm",
     "fused_rotary",

@@ -1,0 +1,176 @@
+"""Which keys a query sees, as a formula of their positions: what a sparse kernel computes instead of reading a mask.
+
+A pattern is alternatives of conditions. Query i sees key j where every condition of one alternative holds, and a condition is
+
+    low <= query · ⌊i / unit⌋ + key · ⌊j / unit⌋ <= high          the sum taken modulo `modulus` first, where there is one
+
+or asks a `layout`, a table of blocks that are seen. So a causal window is one alternative, -∞ < j - i <= 0 and i - j < window;
+a strided pattern (Child et al. 2019, Sparse Transformer, arXiv 1904.10509) is two: the last tokens, and every s-th block.
+Which blocks of a length a pattern may reach is found from the bounds of each sum, without looking at its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+
+UNBOUNDED = 2**31 - 1
+"""Stands for infinity in `low` and `high`."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """low <= query · ⌊i / unit⌋ + key · ⌊j / unit⌋ <= high, the sum modulo `modulus` (from 0 to modulus - 1) unless that is 0.
+
+    query, key: -1, 0 or 1; both 0 asks the layout instead. unit: tokens, at least 1.
+    """
+
+    query: int
+    key: int
+    low: int = -UNBOUNDED
+    high: int = UNBOUNDED
+    unit: int = 1
+    modulus: int = 0
+
+    @property
+    def asks_layout(self) -> bool:
+        return self.query == 0 and self.key == 0
+
+
+LAYOUT = Condition(0, 0)
+"""The condition that the layout holds the block of the query and the key."""
+_FIELDS = len(astuple(LAYOUT))
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """alternatives: each a conjunction of conditions; without any, no key is seen.
+
+    block: tokens a block of the layout has. A layout is [heads or 1, query blocks, key blocks], boolean; tokens behind its last
+    block count to its last one.
+    """
+
+    alternatives: tuple[tuple[Condition, ...], ...]
+    block: int = 64
+
+    def encode(self) -> list[int]:
+        """The alternatives as an operator takes them: for each condition the number of its alternative and its six fields."""
+        return [
+            value
+            for number, conditions in enumerate(self.alternatives)
+            for condition in conditions
+            for value in (number, *astuple(condition))
+        ]
+
+    @staticmethod
+    def decode(values: Sequence[int], block: int) -> Pattern:
+        """The pattern an operator was given."""
+        alternatives: dict[int, list[Condition]] = {}
+        for start in range(0, len(values), _FIELDS + 1):
+            number, *fields = values[start : start + _FIELDS + 1]
+            alternatives.setdefault(number, []).append(Condition(*fields))
+        return Pattern(tuple(map(tuple, alternatives.values())), block)
+
+    def mask(self, queries: int, keys: int, layout: torch.Tensor | None = None) -> torch.Tensor:
+        """What is seen, token by token: boolean, [heads or 1, queries, keys]."""
+        i, j = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
+        device = layout.device if layout is not None else i.device
+        seen = torch.zeros(1, queries, keys, dtype=torch.bool, device=device)
+        for conditions in self.alternatives:
+            both = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
+            for condition in conditions:
+                if condition.asks_layout:
+                    both = both & _spread(layout, i[:, 0] // self.block, j[0] // self.block)
+                else:
+                    both = both & _holds(condition, i, j).to(device)
+            seen = seen | both
+        return seen
+
+    def blocks(
+        self, queries: int, keys: int, block: int, layout: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which blocks of `block` tokens may hold something seen, and which are seen whole.
+
+        Both boolean, [heads or 1, query blocks, key blocks]. The first may name a block of which nothing is seen, never the
+        other way round; the second may leave out one that is seen whole.
+        """
+        heads = layout.shape[0] if layout is not None else 1
+        rows, columns = -(-queries // block), -(-keys // block)
+        some = torch.zeros(heads, rows, columns, dtype=torch.bool)
+        whole = torch.zeros(heads, rows, columns, dtype=torch.bool)
+        i, j = (_bounds(count, block, length) for count, length in ((rows, queries), (columns, keys)))
+        for conditions in self.alternatives:
+            may, must = torch.ones_like(some), torch.ones_like(whole)
+            for condition in conditions:
+                if condition.asks_layout:
+                    first, every = _layout_blocks(layout, i, j, self.block)
+                else:
+                    first, every = _reached(condition, i, j)
+                may, must = may & first, must & every
+            some, whole = some | may, whole | must
+        return some, whole
+
+
+def _spread(layout: torch.Tensor | None, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    if layout is None:
+        raise ValueError("this pattern asks a layout, and none was given")
+    rows, columns = (
+        item.clamp(max=size - 1).to(layout.device) for item, size in zip((rows, columns), layout.shape[1:], strict=True)
+    )
+    return layout[:, rows][:, :, columns]
+
+
+def _holds(condition: Condition, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    value = condition.query * (i // condition.unit) + condition.key * (j // condition.unit)
+    if condition.modulus:
+        value = value % condition.modulus
+    return (value >= condition.low) & (value <= condition.high)
+
+
+def _bounds(count: int, block: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the last token of each block."""
+    first = torch.arange(count) * block
+    return first, (first + block - 1).clamp(max=length - 1)
+
+
+def _reached(
+    condition: Condition, i: tuple[torch.Tensor, torch.Tensor], j: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether the condition may hold somewhere in each pair of blocks, and whether it holds everywhere; [rows, columns]."""
+    low = high = torch.zeros(len(i[0]), len(j[0]), dtype=torch.int64)
+    for factor, (first, last), axis in ((condition.query, i, 1), (condition.key, j, 0)):
+        ends = [factor * (end // condition.unit).unsqueeze(axis) for end in (first, last)]
+        low, high = low + torch.minimum(*ends), high + torch.maximum(*ends)
+    if not condition.modulus:
+        return (high >= condition.low) & (low <= condition.high), (low >= condition.low) & (high <= condition.high)
+    m, least, most = condition.modulus, max(condition.low, 0), min(condition.high, condition.modulus - 1)
+    start, length = low % m, high - low
+    some = whole = torch.full(start.shape, False)
+    for turn in (0, m):  # a run of values that goes past m - 1 begins anew at 0
+        some = some | ((start <= most + turn) & (start + length >= least + turn))
+        whole = whole | ((start >= least + turn) & (start + length <= most + turn))
+    every = length >= m - 1
+    return torch.where(every, least <= most, some), torch.where(every, (least, most) == (0, m - 1), whole)
+
+
+def _layout_blocks(
+    layout: torch.Tensor | None, i: tuple[torch.Tensor, torch.Tensor], j: tuple[torch.Tensor, torch.Tensor], block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for the layout: of the blocks of its own that each pair of blocks touches, whether some or all are seen."""
+    if layout is None:
+        raise ValueError("this pattern asks a layout, and none was given")
+    table = layout.cpu()
+    sums = torch.nn.functional.pad(table.to(torch.int32).cumsum(1).cumsum(2), (1, 0, 1, 0))
+    ends = []
+    for (first, last), size in zip((i, j), table.shape[1:], strict=True):
+        ends.append([(item // block).clamp(max=size - 1) for item in (first, last)])
+    (top, bottom), (left, right) = ends
+    count = (
+        sums[:, bottom + 1][:, :, right + 1]
+        - sums[:, top][:, :, right + 1]
+        - sums[:, bottom + 1][:, :, left]
+        + sums[:, top][:, :, left]
+    )
+    return count > 0, count == (bottom + 1 - top)[:, None] * (right + 1 - left)

@@ -1,0 +1,60 @@
+"""`lissom::block_sparse_attention`: attention of which a formula of positions says what is seen, so that no mask is ever made.
+
+weights = softmax(softcap(q kᵀ · scale) + bias) over the keys the pattern lets a query see;  result = weights · v
+
+It is what dense attention under such a mask is lowered to. Time and memory follow the keys that are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lissom.compiler.attention_patterns import Pattern
+from lissom.ops.fused_attention import fused_attention_reference
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_LIBRARY.define(
+    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? layout=None, *, int[] pattern, int block, "
+    "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def block_sparse_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    layout: torch.Tensor | None = None,
+    *,
+    pattern: Sequence[int],
+    block: int,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The operator in PyTorch's own, by a mask of all pairs."""
+    seen = Pattern.decode(pattern, block).mask(q.shape[2], k.shape[2], layout).to(q.device)
+    if bias is not None:
+        seen = bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
+    return fused_attention_reference(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
+
+
+_LIBRARY.impl("block_sparse_attention", block_sparse_attention_reference, "CompositeExplicitAutograd")
+
+
+def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+    batch, heads, queries, _depth = q.shape
+    return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
+
+
+torch.library.register_fake("lissom::block_sparse_attention", _shape_of, lib=_LIBRARY)
+
+block_sparse_attention = torch.ops.lissom.block_sparse_attention.default
+"""The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
+value_dim], where key_heads divides heads; bias: added to the scores, or a boolean mask of what is seen besides, broadcast to
+[batch, heads, queries, keys]; layout: boolean, [heads or 1, query blocks, key blocks], for patterns that ask it; pattern and
+block: `Pattern.encode()` and its block; softcap, sinks: as in `lissom::attention`. A row that sees no key yields zeros.
+Returns [batch, heads, queries, value_dim], laid out in memory as [batch, queries, heads, value_dim]."""
