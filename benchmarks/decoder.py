@@ -145,6 +145,15 @@ def plain(config: transformers.PretrainedConfig) -> dict[str, object]:
     return {key: value for key, value in config.to_dict().items() if key not in ("quantization_config", "dtype")}
 
 
+def add_older_names(configuration: Path) -> None:
+    """Say the bases of rotary angles as the model builder reads them, where transformers 4 had them."""
+    found = json.loads(configuration.read_text())
+    angles = found["rope_parameters"]
+    transformers.Gemma3TextConfig.rope_local_base_freq = angles["sliding_attention"]["rope_theta"]  # pyright: ignore
+    angles |= {"rope_type": "default", "rope_theta": angles["full_attention"]["rope_theta"]}
+    configuration.write_text(json.dumps(found | {"rope_theta": angles["rope_theta"]}))
+
+
 class Genai:
     """ONNX Runtime's own generator, onnxruntime-genai, on what its model builder makes."""
 
@@ -153,17 +162,19 @@ class Genai:
 
         # The builder has a module that is named as a script here is.
         sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
-        from onnxruntime_genai.models.builder import create_model
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
         source = tempfile.mkdtemp()
         # The weights are floats by now, whatever the file they came from was.
         model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**plain(checkpoint.model.config)))
         model.load_state_dict(checkpoint.model.state_dict())
         model.save_pretrained(source)
+        add_older_names(Path(source) / "config.json")
         assert checkpoint.tokenizer is not None
         checkpoint.tokenizer.save_pretrained(source)
         folder = tempfile.mkdtemp()
-        create_model("", source, folder, precision, "cpu", tempfile.mkdtemp())
+        call = ("", source, folder, precision, "cpu", tempfile.mkdtemp())
+        create_model(*call, **parse_extra_options(*call, extra_options=None))
         self.bytes_read = sum(path.stat().st_size for path in Path(folder).glob("*.onnx*"))
         self.genai, self.model = genai, genai.Model(folder)
         self.reset()
