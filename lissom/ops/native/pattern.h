@@ -105,6 +105,7 @@ class Reached {
         narrow(whole, condition, condition.low - least, condition.high - most);
       }
     }
+    if (some.begin == some.end) return false;
     bool found = false;
     for (int64_t panel = some.begin / kPanel; panel * kPanel < some.end; ++panel) {
       Span j{panel * kPanel, std::min((panel + 1) * kPanel, keys)};
@@ -126,7 +127,7 @@ class Reached {
     if (first > 0) span.begin = std::max(span.begin, first > span.end ? span.end : first * condition.unit);
     if (last < 0) span.end = span.begin;
     else if (last < span.end) span.end = std::min(span.end, (last + 1) * condition.unit);
-    if (span.end < span.begin) span.end = span.begin;
+    span.begin = std::min(span.begin, span.end);
   }
 };
 
