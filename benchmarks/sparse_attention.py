@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -187,20 +186,17 @@ def _print_peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) 
     for tokens in sorted(lengths):
         case = Case(kind, tokens, head_dim)
         held = [item.sum() for item in case.projections]  # reads them, so that they are there before
-        before = _resident()
+        before = _memory("VmRSS")
         result = ENGINES[engine](case)()
-        found[tokens] = max(0.0, _peak() - before)
+        found[tokens] = max(0.0, _memory("VmHWM") - before)
         del held, result, case
     print(json.dumps(found))
 
 
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * resource.getpagesize() / 1e6
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+def _memory(field: str) -> float:
+    """VmRSS, what the process holds now, or VmHWM, the most it has held, in MB; getrusage counts its parent's with it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
 def crossing(times: Times, other: str, kind: str, head_dim: int, lengths: Sequence[int]) -> str:

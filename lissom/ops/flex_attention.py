@@ -10,9 +10,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cache
 from threading import Lock
+from typing import cast
 
 import torch
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 from lissom.compiler.attention_patterns import Condition, Pattern
 from lissom.ops.block_sparse_attention import block_sparse_attention_reference
@@ -55,21 +56,21 @@ def flex_block_sparse_attention(
     width = v.shape[-1]
     q, k, v = (_at_least(item, _SMALLEST) for item in (q, k, v))
     mask = block_mask(Pattern.decode(pattern, block), q.shape[2], k.shape[2], q.device, layout)
-    call: Flex = _compiled() if compiled else flex_attention
-    options = {
+    call = _compiled() if compiled else cast(Flex, flex_attention)
+    options: dict[str, object] = {
         "score_mod": _scores(bias if bias is None else bias.expand(*q.shape[:3], k.shape[2]), softcap),
         "block_mask": mask,
         "scale": scale,
         "enable_gqa": q.shape[1] != k.shape[1],
     }
     if sinks is None:
-        found = call(q, k, v, **options)
+        found = cast(torch.Tensor, call(q, k, v, **options))
     else:
         # A sink is one more logit: softmax with it is softmax without, times its share e^lse / (e^lse + e^sink).
-        found, statistics = call(q, k, v, return_aux=AuxRequest(lse=True), **options)  # pyright: ignore[reportGeneralTypeIssues]
-        share = torch.sigmoid(statistics.lse.unsqueeze(-1) - sinks.float())
+        aux = AuxRequest(lse=True)
+        found, statistics = cast("tuple[torch.Tensor, AuxOutput]", call(q, k, v, return_aux=aux, **options))
+        share = torch.sigmoid(cast(torch.Tensor, statistics.lse).unsqueeze(-1) - sinks.float())
         found = (found * share).to(v.dtype)
-    assert isinstance(found, torch.Tensor)
     return found[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -82,7 +83,8 @@ def _at_least(tensor: torch.Tensor, size: int) -> torch.Tensor:
 @cache
 def _compiled() -> Flex:
     # Each pattern, length and form of bias is a kernel of its own; PyTorch would stop compiling at the eighth.
-    return torch.compile(flex_attention, dynamic=False, recompile_limit=1 << 16, isolate_recompiles=True)
+    compile_function = cast(Callable[..., Flex], torch.compile)  # whose overloads do not name these options yet
+    return compile_function(flex_attention, dynamic=False, recompile_limit=1 << 16, isolate_recompiles=True)
 
 
 def _scores(bias: torch.Tensor | None, softcap: float) -> Callable[..., torch.Tensor] | None:
@@ -108,8 +110,7 @@ def seen_by(pattern: Pattern, layout: torch.Tensor | None) -> Seen:
         if condition.asks_layout:
             assert layout is not None
             row, column = (
-                torch.clamp(index // pattern.block, max=size - 1)
-                for index, size in zip((i, j), layout.shape[1:], strict=True)
+                torch.clamp(index // pattern.block, max=size - 1) for index, size in zip((i, j), layout.shape[1:], strict=True)
             )
             return layout[h if len(layout) > 1 else 0, row, column]
         value = condition.query * (i // condition.unit) + condition.key * (j // condition.unit)
@@ -159,9 +160,7 @@ def block_mask(
     return made
 
 
-def _block_mask(
-    pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None
-) -> BlockMask:
+def _block_mask(pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None) -> BlockMask:
     some, whole = pattern.blocks(queries, keys, BLOCK, layout)
     # What is behind the last key counts to nobody: a block that ends there is tested.
     if keys % BLOCK:
@@ -180,7 +179,8 @@ def _block_mask(
 def _listed(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """How many blocks each row of blocks has, and which, those first: [1, heads, rows] and [1, heads, rows, columns]."""
     order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
-    return tuple(item.to(torch.int32)[None].contiguous().to(device) for item in (blocks.sum(-1), order))  # pyright: ignore[reportReturnType]
+    count, places = (item.to(torch.int32)[None].contiguous().to(device) for item in (blocks.sum(-1), order))
+    return count, places
 
 
 _LIBRARY.impl("block_sparse_attention", flex_block_sparse_attention, "CUDA")

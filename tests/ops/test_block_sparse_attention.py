@@ -154,7 +154,8 @@ def test_what_no_pattern_is(pattern, layout, message):
 
 
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.ops import block_sparse_attention
 from lissom.ops.native import load_kernels
@@ -167,12 +168,13 @@ layout = torch.rand(1, blocks, blocks) < 0.125 if kind == "layout" else None
 pattern = Pattern(((LAYOUT,) if kind == "layout" else (Condition(-1, 1, -512, 512),),))
 mask = torch.arange(tokens)[None, None, None] < tokens - 5
 run = lambda count: block_sparse_attention(
-    q[:, :, :count], k[:, :, :count], v[:, :, :count], mask[..., :count], layout, pattern=pattern.encode(), block=64, scale=0.125
+    *(item[:, :, :count] for item in (q, k, v)), mask[..., :count], layout, pattern=pattern.encode(), block=64, scale=0.125
 )
 run(256)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
 run(tokens)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 

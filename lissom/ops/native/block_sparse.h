@@ -85,6 +85,7 @@ struct TileScratch {
   PanelTest test;
   std::vector<int64_t> panels;
   std::vector<Run> runs;
+  std::vector<Span> spans;
   float top[kTile], total[kTile];  // of each row: its highest score so far, and what its weights sum to
 };
 
@@ -273,9 +274,88 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
   }
 }
 
+// The R rows of a call of few, of one head: keys and values are read where they lie, as dense attention does.
+template <int R, typename T>
+inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h, TileScratch<T>& scratch) {
+  const Attention<T>& call = sparse.call;
+  int64_t group = h / (call.heads / call.key_heads);
+  list_panels(sparse, b, h, {0, R}, scratch);
+  std::vector<Span>& spans = scratch.spans;
+  spans.clear();
+  for (int64_t panel : scratch.panels) {
+    int64_t key = panel * kPanel, end = std::min(key + kPanel, call.keys);
+    if (!spans.empty() && spans.back().end == key) spans.back().end = end;
+    else spans.push_back({key, end});
+  }
+  int64_t width = scratch.panels.size() * kPanel;
+  float* scores = scratch.scores.of(R * std::max<int64_t>(width, 1));
+  const T* q[R];
+  T* y[R];
+  for (int r = 0; r < R; ++r) {
+    q[r] = call.q + b * call.q_strides.batch + h * call.q_strides.head + r * call.q_strides.row;
+    y[r] = call.y + ((b * call.queries + r) * call.heads + h) * call.value_dim;
+  }
+  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
+  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  std::fill(scores, scores + R * width, 0.0f);  // what is behind the last key is read too, though hidden
+  float* to = scores;
+  for (const Span& span : spans) {
+    score_rows<R>(q, k, call.k_strides.row, span.begin, span.end, call.head_dim, to, width);
+    to += span.end - span.begin;
+  }
+  const Strides& strides = call.bias_strides;
+  Vec highest[R];
+  for (int r = 0; r < R; ++r) highest[r] = splat(kHidden);
+  for (int64_t n = 0; n < int64_t(scratch.panels.size()); ++n) {
+    int64_t panel = scratch.panels[n], key = panel * kPanel;
+    bool tested = scratch.reached.panels[panel] == Reach::kSome;
+    if (tested) {
+      Reach reach = scratch.test.prepare(sparse.pattern, scratch.reached, h, {0, R}, {key, std::min(key + kPanel, call.keys)});
+      tested = reach != Reach::kWhole;
+    }
+    for (int r = 0; r < R; ++r) {
+      if (tested) scratch.test.start(r);
+      int64_t bias = b * strides.batch + h * strides.head + r * strides.row;
+      for (int64_t column = 0; column < kPanel; column += kLanes) {
+        float* place = scores + r * width + n * kPanel + column;
+        Vec value = finished(call, load(place), bias, key + column, tested ? &scratch.test : nullptr, column);
+        store(place, value);
+        highest[r] = maximum(highest[r], value);
+      }
+    }
+  }
+  float sink = call.sinks ? call.sinks[b * call.sink_batch + h * call.sink_head] : kHidden, inverse[R];
+  for (int r = 0; r < R; ++r) {
+    float top = std::max(sink, largest(highest[r])), from = top == kHidden ? 0.0f : top;
+    Vec total = splat(0.0f);
+    for (float* place = scores + r * width; place < scores + (r + 1) * width; place += kLanes) {
+      Vec value = exponential(load(place) - from);
+      total += value;
+      store(place, value);
+    }
+    float whole = sum(total) + (sink == kHidden ? 0.0f : std::exp(sink - from));
+    inverse[r] = whole > 0 ? 1.0f / whole : 0.0f;
+  }
+  weigh_rows<R>(scores, width, inverse, v, call.v_strides.row, spans.data(), spans.size(), call.value_dim, y);
+}
+
+template <typename T>
+void few_rows(const BlockSparse<T>& sparse) {
+  const Attention<T>& call = sparse.call;
+  at::parallel_for(0, call.batch * call.heads, 1, [&](int64_t from, int64_t to) {
+    TileScratch<T> scratch;
+    for (; from < to; ++from)
+      with_rows(static_cast<int>(call.queries), [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        if constexpr (R <= kFewRows) few_rows_of_head<R>(sparse, from / call.heads, from % call.heads, scratch);
+      });
+  });
+}
+
 template <typename T>
 void run(const BlockSparse<T>& sparse) {
   const Attention<T>& call = sparse.call;
+  if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(sparse);
   Shape<T> shape(sparse);
   int64_t threads = at::get_num_threads(), groups = call.batch * call.key_heads, shared = call.heads / call.key_heads;
   int64_t tiles = ceil_div(call.queries, shape.tile);
