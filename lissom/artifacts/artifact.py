@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import fx
 
 from lissom.artifacts.directory import check_target, read_directory, write_directory
 from lissom.artifacts.fields import read_json
@@ -24,7 +25,7 @@ from lissom.compiler.history import History
 from lissom.compiler.program import Program
 from lissom.compiler.types import TensorType, ValueType
 from lissom.inspect.machine import device_name
-from lissom.ops import KERNELS
+from lissom.ops import KERNELS, block_sparse_attention
 from lissom.ops.native import SWITCH, load_kernels, missing_kernel
 from lissom.version import __version__
 
@@ -193,7 +194,8 @@ def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
 
     Raises: ArtifactError when it was lowered for a CPU and is to run elsewhere, or this processor's kernels lack its dtype.
     """
-    types = {nodes.tensor_type(node) for node in program.nodes(*KERNELS)}
+    called = [node for node in program.nodes(*KERNELS) if node.target is not block_sparse_attention or _is_on_cpu(node)]
+    types = {nodes.tensor_type(node) for node in called}
     if not types:
         return ()
     elsewhere = next((found.device for found in types if found.device.type != "cpu"), None)
@@ -210,6 +212,10 @@ def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
                 f"compile the model again here, or set {SWITCH}=0 to run it without kernels, slowly"
             )
     return ()
+
+
+def _is_on_cpu(node: fx.Node) -> bool:
+    return nodes.tensor_type(node).device.type == "cpu"
 
 
 def _environment(program: Program) -> dict[str, str]:

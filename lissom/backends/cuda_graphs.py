@@ -18,6 +18,7 @@ from lissom.backends.base import Executable
 from lissom.compiler import node as nodes
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
+from lissom.ops import block_sparse_attention
 
 aten = torch.ops.aten
 
@@ -143,9 +144,17 @@ def obstacle(program: Program) -> str | None:
         tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
         if not _SYNCHRONISING.isdisjoint(tags) and not _reads_integers(node):
             return f"{node.name} depends on values, which the host would have to wait for"
+        if _computes_layout(node):
+            return f"{node.name} has a layout that is computed, and the host reads it"
         if any(_crosses(used, node) for used in node.all_input_nodes):
             return f"{node.name} moves a tensor between devices"
     return None
+
+
+def _computes_layout(node: fx.Node) -> bool:
+    """True for block-sparse attention whose blocks are not known until the program runs; those of a weight are listed once."""
+    layout = nodes.argument(node, "layout") if node.target is block_sparse_attention else None
+    return isinstance(layout, fx.Node) and layout.op != "get_attr"
 
 
 def _reads_integers(node: fx.Node) -> bool:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import cast
 
+import sympy
 import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_patterns import Pattern
 from lissom.compiler.types import Size
 
 aten = torch.ops.aten
@@ -86,6 +89,52 @@ def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     """The same, of queries, keys and values that lie beside each other and are of one size."""
     *_, tokens, features = shape_of(node)
     return 2 * product(shape_of(node)[:-2]) * tokens * tokens * features
+
+
+def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """The same of the blocks the pattern reaches. A layout that is no weight counts as if all its blocks were seen."""
+    q, k, v = (_operand(node, index, shape_of) for index in range(3))
+    block, layout = cast(int, nodes.argument(node, "block")), nodes.argument(node, "layout")
+    pattern = Pattern.decode(cast(Sequence[int], nodes.argument(node, "pattern")), block)
+    if isinstance(layout, fx.Node):
+        table = _weight(layout)
+        pairs = _pairs_function(pattern, torch.ones(1, 1, 1, dtype=torch.bool) if table is None else table)
+    else:
+        pairs = _pairs_function_without_layout(pattern)
+    return product(q[:2]) * cast(Size, pairs(q[2], k[2])) * (q[3] + v[3])
+
+
+def _weight(node: fx.Node) -> torch.Tensor | None:
+    """The weight a node reads; None when it reads none, or one without values."""
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    path, _, leaf = str(node.target).rpartition(".")
+    found = getattr(node.graph.owning_module.get_submodule(path), leaf)
+    return None if found.is_meta else found
+
+
+def _pairs_function(pattern: Pattern, layout: torch.Tensor | None) -> type[sympy.Function]:
+    """pairs(queries, keys): pairs of a query and a key in the blocks reached, the mean of the layout's heads."""
+
+    def evaluate(_: type[sympy.Function], queries: sympy.Expr, keys: sympy.Expr) -> sympy.Integer | None:
+        if not (queries.is_Integer and keys.is_Integer):
+            return None
+        rows, columns = int(str(queries)), int(str(keys))
+        some, _whole = pattern.blocks(rows, columns, pattern.block, layout)
+        heights, widths = (
+            (length - torch.arange(count) * pattern.block).clamp(max=pattern.block)
+            for length, count in zip((rows, columns), some.shape[1:], strict=True)
+        )
+        area = (some * heights[:, None] * widths).sum()
+        return sympy.Integer(round(int(area) / len(some)))
+
+    return type("pairs", (sympy.Function,), {"eval": classmethod(evaluate)})
+
+
+# One for each pattern, so that the pairs of two layers are like terms.
+@cache
+def _pairs_function_without_layout(pattern: Pattern) -> type[sympy.Function]:
+    return _pairs_function(pattern, None)
 
 
 def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
@@ -162,6 +211,7 @@ FORMULAS: dict[object, Formula] = {
 _FOREIGN: dict[str, Formula] = {
     "lissom.attention.default": _attention,
     "lissom.fused_attention.default": _attention,
+    "lissom.block_sparse_attention.default": _block_sparse_attention,
     "lissom.merged_attention.default": _merged_attention,
     "lissom.packed_linear.default": _packed,
     "lissom.sparse_linear.default": _half_packed,

@@ -6,6 +6,7 @@ import torch
 
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.flex_attention import flex_block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, merged_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
@@ -43,6 +44,7 @@ __all__ = [
     "KERNELS",
     "attention",
     "block_sparse_attention",
+    "flex_block_sparse_attention",
     "fused_attention",
     "fused_rms_norm",
     "fused_rotary",

@@ -15,11 +15,13 @@ from lissom.backends.batches import Cutting
 from lissom.backends.eager import Eager
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
 from lissom.compiler.pipeline import Pipeline
 from lissom.compiler.samples import check_samples, resize
 from lissom.compiler.spelling import parse_pipeline
 from lissom.compiler.verify import verify_structure
+from lissom.ops import block_sparse_attention
 from lissom.ops.native import load_kernels
 from lissom.passes import RECIPES, known_passes
 from tests.artifacts.saving import (
@@ -104,6 +106,26 @@ def test_every_node_keeps_its_origin_and_type(lowered, tmp_path):
             assert nodes.node_type(one) == nodes.node_type(other)
             if nodes.is_tensor(one):
                 assert str(nodes.value(one).stride()) == str(nodes.value(other).stride())
+
+
+class BlockSparse(nn.Module):
+    """Attention under a layout and a window, which its operator is given as numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("layout", torch.eye(3, dtype=torch.bool)[None])
+
+    def forward(self, x):
+        pattern = Pattern(((LAYOUT, Condition(-1, 1, -3, 0)), (Condition(0, 1, high=1),)), 8)
+        return block_sparse_attention(x, x, x, None, self.layout, pattern=pattern.encode(), block=pattern.block, scale=0.5)
+
+
+def test_attention_under_a_pattern_comes_back(tmp_path):
+    x = normal(1, 2, 24, 16)
+    model = compiled_module(BlockSparse(), x)
+    again = reloaded(model, tmp_path / "artifact")
+    assert again.program.text() == model.program.text()
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("build", [tiny_bert, tiny_llama], ids=lambda build: build.__name__)

@@ -9,8 +9,10 @@ from torch import nn
 from lissom.backends import cuda_graphs
 from lissom.backends.cuda_graphs import CudaGraphs, obstacle, with_fast_layout, with_graphs
 from lissom.backends.eager import Eager
+from lissom.compiler.attention_patterns import LAYOUT, Pattern
 from lissom.compiler.samples import resize
 from lissom.frontends.export import capture
+from lissom.ops import block_sparse_attention
 from tests.models import CASES, captured, normal, seeded, tiny_llama
 
 
@@ -44,6 +46,29 @@ def test_a_size_that_depends_on_values_stands_against_recording():
 
 def test_picking_rows_by_number_does_not():
     assert obstacle(capture(Gathers(), (normal(4, 3), torch.tensor([0, 2])), dynamic=False).program) is None
+
+
+class Sparse(nn.Module):
+    """Attention under a layout, which is a weight or computed from an input."""
+
+    def __init__(self, computed: bool) -> None:
+        super().__init__()
+        self.computed = computed
+        self.register_buffer("layout", torch.eye(3, dtype=torch.bool)[None])
+
+    def forward(self, x: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        layout = blocks > 0 if self.computed else self.layout
+        return (
+            block_sparse_attention(x, x, x, None, layout, pattern=Pattern(((LAYOUT,),)).encode(), block=8, scale=0.5)
+            + blocks.sum()
+        )
+
+
+def test_a_layout_that_is_computed_stands_against_recording():
+    inputs = (normal(1, 2, 24, 16), normal(1, 3, 3))
+    assert obstacle(capture(Sparse(False), inputs, dynamic=False).program) is None
+    found = obstacle(capture(Sparse(True), inputs, dynamic=False).program)
+    assert (found or "").endswith("has a layout that is computed, and the host reads it")
 
 
 def test_programs_on_the_cpu_are_left_alone():

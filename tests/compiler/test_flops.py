@@ -5,9 +5,11 @@ import torch
 import transformers
 from torch import nn
 
-from lissom.compiler.cost import flops, node_flops
+from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
+from lissom.compiler.cost import cost, flops, node_flops
 from lissom.compiler.flops import is_counted
 from lissom.frontends.export import capture
+from lissom.ops import block_sparse_attention
 from tests.compiler.flop_counter import miscounted
 from tests.models import CASES, Case, capture_of, normal, seeded
 from tests.passes.models import tiny_whisper
@@ -180,3 +182,44 @@ def test_products_of_experts_count_which_pytorch_leaves_out():
 def test_products_of_short_formats_are_counted_as_those_of_floats(product, weight):
     found = capture(Applied(product), (normal(5, 48), weight), dynamic=False)
     assert flops(found.program) == 2 * 5 * 48 * 32
+
+
+BAND = Pattern(((Condition(-1, 1, -15, 0),),), 16)  # of 64 tokens: four blocks on the diagonal, three beside it
+
+
+class BlockSparse(nn.Module):
+    """Attention under a pattern, with a layout or without."""
+
+    def __init__(self, pattern, layout=None):
+        super().__init__()
+        self.pattern = pattern
+        self.register_buffer("layout", layout)
+
+    def forward(self, x):
+        q, k, v = (item.transpose(1, 2) for item in (x, x[:, :, :2], x[:, :, 2:]))
+        options = {"pattern": self.pattern.encode(), "block": self.pattern.block, "scale": 0.25}
+        return torch.ops.lissom.block_sparse_attention(q, k, v, None, self.layout, **options)
+
+
+def block_sparse(pattern, tokens, layout=None, *, dynamic=False):
+    return capture(BlockSparse(pattern, layout), (normal(2, tokens, 4, 6),), dynamic=dynamic).program
+
+
+@pytest.mark.parametrize(("tokens", "pairs"), [(64, 7 * 256), (70, 9 * 256 - 256 + 6 * 6 + 6 * 16 - 256)])
+def test_block_sparse_attention_counts_the_blocks_reached(tokens, pairs):
+    (node,) = block_sparse(BAND, tokens).nodes(block_sparse_attention)
+    assert node_flops(node) == 2 * 2 * 4 * pairs * (6 + 6)
+
+
+def test_block_sparse_attention_counts_the_layout_of_each_head():
+    layout = torch.zeros(4, 4, 4, dtype=torch.bool)
+    layout[0, 1, :2] = layout[3, 2, 2] = layout[2, 3, 3] = True
+    (node,) = block_sparse(Pattern(((LAYOUT,),), 16), 64, layout).nodes(block_sparse_attention)
+    assert node_flops(node) == 2 * 2 * 4 * 256 * (6 + 6)
+
+
+def test_block_sparse_attention_of_any_length_counts_once_the_length_is_known():
+    program = block_sparse(BAND, 64, dynamic={"x": {0: "batch", 1: "sequence"}})
+    (node,) = program.nodes(block_sparse_attention)
+    assert "pairs(" in program.signature.name_of(cost(program)[node].flops)
+    assert cost(program, {"batch": 3, "sequence": 128})[node].flops == 2 * 3 * 4 * 15 * 256 * (6 + 6)

@@ -254,20 +254,23 @@ inline void score_rows(const T* const (&q)[R], const Kept* k, int64_t k_stride, 
   }
 }
 
-// y = weights of R rows times the values of keys [begin, end), over what each row's weights sum to.
+// y = weights of R rows times the values of some spans of keys, over what each row's weights sum to.
 template <int R, typename T, typename Kept>
-inline void weigh_rows(const float* weights, int64_t width, const float* inverse, const Kept* v, int64_t v_stride, int64_t begin,
-                       int64_t end, int64_t value_dim, T* const (&y)[R]) {
+inline void weigh_rows(const float* weights, int64_t width, const float* inverse, const Kept* v, int64_t v_stride,
+                       const Span* spans, int64_t count, int64_t value_dim, T* const (&y)[R]) {
   for (int64_t d = 0; d < value_dim; d += 2 * kLanes) {
     int64_t left = value_dim - d;
     Vec sums[R][2] = {};
-    for (int64_t key = begin; key < end; ++key) {
-      const Kept* row = v + key * v_stride + d;
-      Vec low = load_some(row, left), high = left > kLanes ? load_some(row + kLanes, left - kLanes) : splat(0.0f);
+    const float* place = weights;
+    for (int64_t n = 0; n < count; place += spans[n].end - spans[n].begin, ++n) {
+      for (int64_t key = spans[n].begin; key < spans[n].end; ++key) {
+        const Kept* row = v + key * v_stride + d;
+        Vec low = load_some(row, left), high = left > kLanes ? load_some(row + kLanes, left - kLanes) : splat(0.0f);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        Vec weight = splat(weights[r * width + key - begin]);
-        sums[r][0] += weight * low, sums[r][1] += weight * high;
+        for (int r = 0; r < R; ++r) {
+          Vec weight = splat(place[r * width + key - spans[n].begin]);
+          sums[r][0] += weight * low, sums[r][1] += weight * high;
+        }
       }
     }
     for (int r = 0; r < R; ++r) {
@@ -312,7 +315,7 @@ inline void some_rows(const Attention<T, Kept>& call, const Sight& sight, int64_
     inverse[r] = 1.0f / soften_row(call, b, h, row, seen.begin, scores + r * padded, visible, padded);
   }
   scale_by(call.v_scale);
-  weigh_rows<R>(scores, padded, inverse, v, call.v_strides.row, seen.begin, seen.end, call.value_dim, y);
+  weigh_rows<R>(scores, padded, inverse, v, call.v_strides.row, &seen, 1, call.value_dim, y);
 }
 
 template <typename T, typename Kept>

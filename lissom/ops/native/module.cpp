@@ -1,22 +1,17 @@
 // Registers the CPU kernels of `lissom::` operators; each is checked against the reference in lissom/ops.
-#include "attention.h"
+#include "attention_module.h"
 #include "linear.h"
 #include "memory.h"
 #include "rounded.h"
 #include "rows.h"
 #include "stored.h"
 
-#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <string_view>
 
 namespace lissom {
 namespace {
-
-using at::Tensor;
-using Optional = const std::optional<Tensor>&;
 
 Activation activation_of(c10::string_view name) {
   if (name == "none") return Activation::kNone;
@@ -25,15 +20,6 @@ Activation activation_of(c10::string_view name) {
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "silu") return Activation::kSilu;
   TORCH_CHECK(false, "a linear layer's kernel has no activation '", std::string(name), "'");
-}
-
-// Calls the function for the tensor's dtype, float32 or bfloat16.
-template <typename OfFloat, typename OfBFloat16>
-Tensor by_dtype(const Tensor& x, OfFloat&& of_float, OfBFloat16&& of_bfloat16) {
-  if (x.scalar_type() == at::kFloat) return of_float();
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && kHasBFloat16, "this processor's kernels compute in float32",
-              kHasBFloat16 ? " and bfloat16" : "", ", not in ", x.scalar_type());
-  return of_bfloat16();
 }
 
 template <typename T>
@@ -185,85 +171,6 @@ Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const
                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
-Strides strides_of(const Tensor& tensor) {
-  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
-}
-
-template <typename T, typename Kept>
-Tensor attention_of(const Tensor& given, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
-                    Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
-  TORCH_CHECK(given.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention takes [batch, heads, tokens, head_dim]");
-  Tensor q = given.stride(3) == 1 ? given : given.contiguous();
-  int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
-  Tensor y = fresh({batch, queries, heads, v.size(3)}, q.options());
-  Attention<T, Kept> call{};
-  call.q = q.const_data_ptr<T>(), call.k = k.const_data_ptr<Kept>(), call.v = v.const_data_ptr<Kept>();
-  call.q_strides = strides_of(q), call.k_strides = strides_of(k), call.v_strides = strides_of(v);
-  Tensor mask, sink;
-  if (bias) {
-    mask = bias->scalar_type() == at::kBool ? *bias : bias->to(at::kFloat);
-    mask = mask.expand({batch, heads, queries, keys});
-    if (mask.stride(3) > 1) mask = mask.contiguous();
-    if (mask.scalar_type() == at::kBool) call.seen = mask.const_data_ptr<bool>();
-    else call.bias = mask.const_data_ptr<float>();
-    call.bias_strides = strides_of(mask);
-  }
-  if (sinks) {
-    sink = sinks->to(at::kFloat).expand({batch, heads, queries, 1});
-    TORCH_CHECK(sink.stride(2) == 0 || queries == 1, "a sink is one number a head");
-    call.sinks = sink.const_data_ptr<float>(), call.sink_batch = sink.stride(0), call.sink_head = sink.stride(1);
-  }
-  call.y = y.mutable_data_ptr<T>();
-  call.batch = batch, call.heads = heads, call.key_heads = k.size(1), call.queries = queries, call.keys = keys;
-  call.head_dim = q.size(3), call.value_dim = v.size(3), call.scale = static_cast<float>(scale);
-  call.softcap = static_cast<float>(softcap), call.causal = causal;
-  TORCH_CHECK(k.size(0) == batch && v.size(0) == batch, "queries, keys and values have the same batch");
-  bool alike = v.size(1) == call.key_heads && k.size(3) == call.head_dim && v.size(2) == keys;
-  TORCH_CHECK(alike && call.key_heads > 0 && heads % call.key_heads == 0, "key and value heads must divide the query heads");
-  if (y.numel() == 0) return y.transpose(1, 2);
-  if constexpr (std::is_same_v<T, Kept>) {
-    run(call);
-  } else {
-    TORCH_CHECK(k.stride(3) == 1 && v.stride(3) == 1, "bytes of a key or value are adjacent");
-    Tensor k_scales = k_scale->to(at::kFloat).contiguous(), v_scales = v_scale->to(at::kFloat).contiguous();
-    int64_t rows = batch * call.key_heads * keys;
-    TORCH_CHECK(k_scales.numel() == rows && v_scales.numel() == rows, "a scale is one number a key or value");
-    call.k_scale = k_scales.const_data_ptr<float>(), call.v_scale = v_scales.const_data_ptr<float>();
-    few_rows(call, Sight(call));
-  }
-  return y.transpose(1, 2);
-}
-
-Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
-                       Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
-  TORCH_CHECK(k_scale.has_value() == v_scale.has_value(), "keys and values are both kept in bytes, or neither");
-  auto call = [&](auto function, const Tensor& keys, const Tensor& values) {
-    return function(q, keys, values, bias, scale, softcap, sinks, causal, k_scale, v_scale);
-  };
-  if (k_scale && q.size(2) <= kFewRows)
-    return by_dtype(q, [&] { return call(attention_of<float, int8_t>, k, v); },
-                    [&] { return call(attention_of<BFloat16, int8_t>, k, v); });
-  auto floats = [&](const Tensor& kept, Optional by) { return by ? kept.to(at::kFloat).mul(*by).to(q.scalar_type()) : kept; };
-  Tensor keys = floats(k, k_scale), values = floats(v, v_scale);
-  return by_dtype(q, [&] { return call(attention_of<float, float>, keys, values); },
-                  [&] { return call(attention_of<BFloat16, BFloat16>, keys, values); });
-}
-
-// Heads are cut and joined by strides alone, here rather than by operators of their own: a small model notices each of those.
-Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64_t key_heads, double scale, double softcap,
-                        bool causal) {
-  TORCH_CHECK(given.dim() == 3 && given.size(2) % (heads + 2 * key_heads) == 0, "attention takes [batch, tokens, all heads]");
-  Tensor x = given.contiguous();
-  int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), head_dim = width / (heads + 2 * key_heads);
-  auto part = [&](int64_t first, int64_t count) {
-    return x.as_strided({batch, count, tokens, head_dim}, {tokens * width, head_dim, width, 1},
-                        x.storage_offset() + first * head_dim);
-  };
-  Tensor y = fused_attention(part(0, heads), part(heads, key_heads), part(heads + key_heads, key_heads), bias, scale, softcap,
-                             {}, causal, {}, {});
-  return y.transpose(1, 2).view({batch, tokens, heads * head_dim});
-}
-
 template <typename T>
 Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
   Tensor x = given.contiguous(), y = fresh(x.sizes(), x.options());
@@ -355,6 +262,7 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   }
   library.impl("fused_attention", fused_attention);
   library.impl("merged_attention", merged_attention);
+  library.impl("block_sparse_attention", block_sparse_attention);
   library.impl("fused_rms_norm", fused_rms_norm);
   library.impl("fused_rotary", fused_rotary);
 }

@@ -1,0 +1,307 @@
+"""Sparse attention on a CPU: time and memory against the length, and from which length on the sparse kernel is the fastest.
+
+    python benchmarks/sparse_attention.py
+    python benchmarks/sparse_attention.py --update
+
+One batch of 12 heads in float32, an eighth of all pairs seen: a window about each query, or blocks of 64 tokens at random. The
+engines run in turn in one process, so that ratios mean something on a machine that does other work; each engine that computes
+the pattern is compared with PyTorch's. Memory is measured in processes of their own. `--update` puts tables and a figure into
+benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from quality import conditions
+from readme import put_table
+from torch.nn.functional import scaled_dot_product_attention
+
+from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
+from lissom.ops import block_sparse_attention, flex_block_sparse_attention, fused_attention
+from lissom.ops.native import load_kernels
+
+FIGURE = Path(__file__).parent / "sparse_attention.svg"
+KINDS = ("window", "random blocks")
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+HEAD_DIMS = (32, 64)
+HEADS, BLOCK, KEPT = 12, 64, 8
+ROUNDS = 3
+"""Of every engine at least."""
+ALLOWED = 1e-4
+"""Relative error between engines, each of which sums in float32 in an order of its own."""
+
+Call = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all engines compute: q, k, v of [1, 12, tokens, head_dim] as slices of a merged projection leave them."""
+
+    kind: str
+    tokens: int
+    head_dim: int
+
+    @cached_property
+    def projections(self) -> Sequence[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        merged = torch.randn(1, self.tokens, 3 * HEADS * self.head_dim, generator=generator)
+        return [item.unflatten(-1, (HEADS, self.head_dim)).transpose(1, 2) for item in merged.chunk(3, -1)]
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        reach = self.tokens // (2 * KEPT)
+        return Pattern(((Condition(-1, 1, -reach, reach) if self.kind == "window" else LAYOUT,),), BLOCK)
+
+    @cached_property
+    def layout(self) -> torch.Tensor | None:
+        """An eighth of the blocks of each row; one at least, so that short lengths keep more."""
+        if self.kind == "window":
+            return None
+        count, generator = self.tokens // BLOCK, torch.Generator().manual_seed(1)
+        order = torch.rand(count, count, generator=generator).argsort(-1)
+        return (order < max(1, count // KEPT))[None]
+
+    def mask(self) -> torch.Tensor:
+        return self.pattern.mask(self.tokens, self.tokens, self.layout)[None]
+
+
+def _dense(case: Case) -> Call:
+    q, k, v = case.projections
+    return lambda: scaled_dot_product_attention(q, k, v)
+
+
+def _masked(case: Case) -> Call:
+    (q, k, v), mask = case.projections, case.mask()
+    return lambda: scaled_dot_product_attention(q, k, v, mask)
+
+
+def _fused(case: Case) -> Call:
+    q, k, v = case.projections
+    return lambda: fused_attention(q, k, v, scale=case.head_dim**-0.5)
+
+
+def _fused_masked(case: Case) -> Call:
+    (q, k, v), mask = case.projections, case.mask()
+    return lambda: fused_attention(q, k, v, mask, scale=case.head_dim**-0.5)
+
+
+def _flex(case: Case) -> Call:
+    return lambda: flex_block_sparse_attention(*case.projections, None, case.layout, **_options(case))
+
+
+def _block_sparse(case: Case) -> Call:
+    return lambda: block_sparse_attention(*case.projections, None, case.layout, **_options(case))
+
+
+def _options(case: Case) -> dict[str, object]:
+    return {"pattern": case.pattern.encode(), "block": case.pattern.block, "scale": case.head_dim**-0.5}
+
+
+OURS = "Lissom block-sparse"
+MASKED = "PyTorch, boolean mask"
+ENGINES: Mapping[str, Callable[[Case], Call]] = {
+    "PyTorch, dense": _dense,
+    MASKED: _masked,
+    "Lissom, dense": _fused,
+    "Lissom, boolean mask": _fused_masked,
+    "FlexAttention, compiled": _flex,
+    OURS: _block_sparse,
+}
+DENSE = ("PyTorch, dense", "Lissom, dense")
+"""Engines that see all pairs, and compute something else."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds of a call: the median and the middle half of the runs."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+Times = dict[tuple[str, Case], Time]
+Peaks = dict[tuple[str, Case], float]
+
+
+def measure(case: Case, engines: Sequence[str], seconds: float) -> dict[str, Time]:
+    """Every engine in turn, until each has had `seconds` on average and at least three runs."""
+    calls = {name: ENGINES[name](case) for name in engines}
+    found = {name: call() for name, call in calls.items()}
+    _compare(case, found)
+    del found
+    for call in calls.values():
+        call()
+    runs: dict[str, list[float]] = {name: [] for name in engines}
+    end = time.perf_counter() + seconds * len(engines)
+    while time.perf_counter() < end or len(runs[engines[0]]) < ROUNDS:
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            runs[name].append(1e3 * (time.perf_counter() - started))
+    return {name: _time(values) for name, values in runs.items()}
+
+
+def _compare(case: Case, found: Mapping[str, torch.Tensor]) -> None:
+    if MASKED not in found:
+        return
+    wanted = found[MASKED]
+    for name, result in found.items():
+        error = float((result - wanted).norm() / wanted.norm())
+        if name not in DENSE and error > ALLOWED:
+            raise SystemExit(f"{name} differs from {MASKED} by {error:.1e} at {case}; allowed are {ALLOWED:g}")
+
+
+def _time(values: Sequence[float]) -> Time:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Time(median, low, high)
+
+
+def peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) -> dict[int, float]:
+    """The memory an engine takes at each length in MB, its mask included and q, k and v not, in a process of its own."""
+    command = [sys.executable, __file__, "--peaks", engine, kind, str(head_dim), "--lengths", *map(str, lengths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {int(length): peak for length, peak in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def _print_peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) -> None:
+    """A first call loads what the engine needs whatever the length. Lengths ascend, as a process's peak does."""
+    torch.manual_seed(0)
+    ENGINES[engine](Case(kind, 64, head_dim))()
+    found: dict[int, float] = {}
+    for tokens in sorted(lengths):
+        case = Case(kind, tokens, head_dim)
+        held = [item.sum() for item in case.projections]  # reads them, so that they are there before
+        before = _memory("VmRSS")
+        result = ENGINES[engine](case)()
+        found[tokens] = max(0.0, _memory("VmHWM") - before)
+        del held, result, case
+    print(json.dumps(found))
+
+
+def _memory(field: str) -> float:
+    """VmRSS, what the process holds now, or VmHWM, the most it has held, in MB; getrusage counts its parent's with it."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
+
+
+def crossing(times: Times, other: str, kind: str, head_dim: int, lengths: Sequence[int]) -> str:
+    """From which length on ours is faster than the other engine at every length measured."""
+    first = None
+    for tokens in sorted(lengths, reverse=True):
+        case = Case(kind, tokens, head_dim)
+        if times[OURS, case].median >= times[other, case].median:
+            break
+        first = tokens
+    return "never" if first is None else f"from {first:,}"
+
+
+def table(title: str, cells: Callable[[str, int], str], engines: Sequence[str], lengths: Sequence[int], last: str = "") -> str:
+    """One row an engine, one column a length, and what `last` names behind them, given for length 0."""
+    columns = [*(f"{tokens:,}" for tokens in lengths), *([last] if last else [])]
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for name in engines:
+        row = [cells(name, tokens) for tokens in (*lengths, *([0] if last else []))]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequence[int], dims: Sequence[int]) -> str:
+    """All tables as Markdown."""
+    parts: list[str] = []
+    for head_dim in dims:
+        for kind in KINDS:
+
+            def cell(name: str, tokens: int, kind: str = kind, head_dim: int = head_dim) -> str:
+                if tokens:
+                    return str(times[name, Case(kind, tokens, head_dim)])
+                return "" if name == OURS or OURS not in engines else crossing(times, name, kind, head_dim, lengths)
+
+            parts.append(table(f"{kind}, heads of {head_dim}, ms", cell, engines, lengths, "block-sparse is faster"))
+            if memory:
+                title = f"{kind}, heads of {head_dim}, MB"
+                parts.append(table(title, lambda n, t, k=kind, d=head_dim: f"{memory[n, Case(k, t, d)]:.0f}", engines, lengths))
+    about = (
+        "ms of a call: median (middle half of the runs), the engines in turn in one process. MB: what the engine's own process "
+        "takes at most beyond its inputs; FlexAttention's is mostly its compiler's. An eighth of the pairs is seen, of random "
+        f"blocks one a row at least: half at 128 tokens, a quarter at 256. {HEADS} heads, float32"
+    )
+    return "\n".join([*parts, f"{about}. {conditions()}."]) + "\n"
+
+
+def draw(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequence[int], dims: Sequence[int]) -> None:
+    """Milliseconds, and where it was measured memory, against the length."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams["svg.hashsalt"] = "lissom"
+    rows = [(name, kind, values) for name, values in (("ms", times), ("MB", memory)) if values for kind in KINDS]
+    figure, axes = pyplot.subplots(len(dims), len(rows), figsize=(4.2 * len(rows), 3.6 * len(dims)), squeeze=False)
+    for line, head_dim in zip(axes, dims, strict=True):
+        for axis, (unit, kind, values) in zip(line, rows, strict=True):
+            for name in engines:
+                found = [values[name, Case(kind, tokens, head_dim)] for tokens in lengths]
+                heights = [item.median if isinstance(item, Time) else max(item, 1) for item in found]
+                axis.plot(lengths, heights, marker="o", markersize=3, label=name, linewidth=2.5 if name == OURS else 1.2)
+            axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{kind}, heads of {head_dim}: {unit}")
+            axis.set_xticks(list(lengths), [f"{tokens:,}" for tokens in lengths], rotation=45, fontsize=7)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(FIGURE, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Measure, print, and with `--update` put it into the README."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES), help="which to measure")
+    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens, powers of two from 128 on")
+    parser.add_argument("--head-dims", nargs="*", type=int, default=list(HEAD_DIMS), help="%(default)s by default")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of every engine at every length; %(default)s by default")
+    parser.add_argument("--no-memory", action="store_true", help="measure time alone")
+    parser.add_argument("--update", action="store_true", help="put the tables and the figure into benchmarks/README.md")
+    parser.add_argument("--peaks", nargs=3, metavar=("ENGINE", "KIND", "HEAD_DIM"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    missing = load_kernels()
+    if missing:
+        raise SystemExit(missing)
+    if options.peaks:
+        engine, kind, head_dim = options.peaks
+        return _print_peaks(engine, kind, int(head_dim), options.lengths)
+    engines, lengths, dims = options.engines, sorted(options.lengths), options.head_dims
+    times: Times = {}
+    memory: Peaks = {}
+    for case in [Case(kind, tokens, dim) for dim in dims for kind in KINDS for tokens in lengths]:
+        found = measure(case, engines, options.seconds)
+        times |= {(name, case): item for name, item in found.items()}
+        print(case, {name: str(item) for name, item in found.items()}, file=sys.stderr, flush=True)
+    if not options.no_memory:
+        for name, kind, dim in [(name, kind, dim) for dim in dims for kind in KINDS for name in engines]:
+            found = peaks(name, kind, dim, lengths)
+            memory |= {(name, Case(kind, tokens, dim)): peak for tokens, peak in found.items()}
+            print(name, kind, dim, found, file=sys.stderr, flush=True)
+    printed = report(times, memory, engines, lengths, dims)
+    print(printed)
+    if options.update:
+        draw(times, memory, engines, lengths, dims)
+        put_table("sparse_attention", printed + f"\n![milliseconds and megabytes against the length]({FIGURE.name})\n")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""`lissom::block_sparse_attention` by PyTorch's FlexAttention, whose compiled kernel reads the blocks reached and no others.
+
+It is what the operator runs on a CUDA device. Dong et al. 2024, FlexAttention, arXiv 2412.05496. What may hold something seen
+of each block is told by `Pattern.blocks`; blocks that are not seen whole are tested token by token inside the kernel.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import cache
+from threading import Lock
+from typing import cast
+
+import torch
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
+
+from lissom.compiler.attention_patterns import Condition, Pattern
+from lissom.ops.block_sparse_attention import block_sparse_attention_reference
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+
+BLOCK = 128
+"""Tokens a block has: what FlexAttention's kernels are tuned for, and a multiple of each of their tiles."""
+_SMALLEST = 16
+"""Features a head has at least; Triton multiplies no narrower matrices."""
+_MASKS = 64
+"""How many block masks are kept; the one used longest ago goes."""
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+Index = torch.Tensor
+Seen = Callable[[Index, Index, Index, Index], torch.Tensor]
+Flex = Callable[..., object]
+
+
+@torch.no_grad()
+def flex_block_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    layout: torch.Tensor | None = None,
+    *,
+    pattern: Sequence[int],
+    block: int,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    compiled: bool = True,
+) -> torch.Tensor:
+    """The operator; shapes as there. Not compiled it holds all scores, for tests. On a CPU sinks need that."""
+    if q.dtype not in _DTYPES:
+        return block_sparse_attention_reference(
+            q, k, v, bias, layout, pattern=pattern, block=block, scale=scale, softcap=softcap, sinks=sinks
+        )
+    width = v.shape[-1]
+    q, k, v = (_at_least(item, _SMALLEST) for item in (q, k, v))
+    mask = block_mask(Pattern.decode(pattern, block), q.shape[2], k.shape[2], q.device, layout)
+    call = _compiled() if compiled else cast(Flex, flex_attention)
+    options: dict[str, object] = {
+        "score_mod": _scores(bias if bias is None else bias.expand(*q.shape[:3], k.shape[2]), softcap),
+        "block_mask": mask,
+        "scale": scale,
+        "enable_gqa": q.shape[1] != k.shape[1],
+    }
+    if sinks is None:
+        found = cast(torch.Tensor, call(q, k, v, **options))
+    else:
+        # A sink is one more logit: softmax with it is softmax without, times its share e^lse / (e^lse + e^sink).
+        aux = AuxRequest(lse=True)
+        found, statistics = cast("tuple[torch.Tensor, AuxOutput]", call(q, k, v, return_aux=aux, **options))
+        share = torch.sigmoid(cast(torch.Tensor, statistics.lse).unsqueeze(-1) - sinks.float())
+        found = (found * share).to(v.dtype)
+    return found[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _at_least(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """Features filled up with zeros, which change neither scores nor the values in front of them."""
+    missing = size - tensor.shape[-1]
+    return tensor if missing <= 0 else torch.nn.functional.pad(tensor, (0, missing))
+
+
+@cache
+def _compiled() -> Flex:
+    # Each pattern, length and form of bias is a kernel of its own; PyTorch would stop compiling at the eighth.
+    compile_function = cast(Callable[..., Flex], torch.compile)  # whose overloads do not name these options yet
+    return compile_function(flex_attention, dynamic=False, recompile_limit=1 << 16, isolate_recompiles=True)
+
+
+def _scores(bias: torch.Tensor | None, softcap: float) -> Callable[..., torch.Tensor] | None:
+    """What is done to a score. A boolean mask counts here, as blocks seen whole by the pattern are not tested again."""
+    if bias is None and not softcap:
+        return None
+
+    def change(score: torch.Tensor, b: Index, h: Index, i: Index, j: Index) -> torch.Tensor:
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        if bias is None:
+            return score
+        value = bias[b, h, i, j]
+        return torch.where(value, score, -float("inf")) if bias.dtype == torch.bool else score + value
+
+    return change
+
+
+def seen_by(pattern: Pattern, layout: torch.Tensor | None) -> Seen:
+    """The pattern as FlexAttention asks for it: whether head h lets query i see key j."""
+
+    def holds(condition: Condition, h: Index, i: Index, j: Index) -> torch.Tensor:
+        if condition.asks_layout:
+            assert layout is not None
+            row, column = (
+                torch.clamp(index // pattern.block, max=size - 1) for index, size in zip((i, j), layout.shape[1:], strict=True)
+            )
+            return layout[h if len(layout) > 1 else 0, row, column]
+        value = condition.query * (i // condition.unit) + condition.key * (j // condition.unit)
+        if condition.modulus:
+            # Positions are not negative, a difference of theirs may be, and a device's remainder takes its sign.
+            value = (value % condition.modulus + condition.modulus) % condition.modulus
+        return (value >= condition.low) & (value <= condition.high)
+
+    def seen(b: Index, h: Index, i: Index, j: Index) -> torch.Tensor:
+        found = i < 0
+        for conditions in pattern.alternatives:
+            both = i >= 0
+            for condition in conditions:
+                both = both & holds(condition, h, i, j)
+            found = found | both
+        return found
+
+    return seen
+
+
+_LOCK = Lock()
+_KEPT: OrderedDict[object, tuple[torch.Tensor | None, BlockMask]] = OrderedDict()
+
+
+def block_mask(
+    pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None = None
+) -> BlockMask:
+    """The blocks a pattern reaches there, kept for the next call that asks with the same layout, unchanged since.
+
+    Building it reads the layout on the host. A layout that does not count its changes is read by every call.
+
+    Raises: ValueError when the pattern asks a layout and there is none.
+    """
+    if layout is not None and layout.is_inference():
+        return _block_mask(pattern, queries, keys, device, layout)
+    version = None if layout is None else (id(layout), layout._version)
+    key = (pattern, queries, keys, device, version)
+    with _LOCK:
+        if key in _KEPT:
+            _KEPT.move_to_end(key)
+            return _KEPT[key][1]
+    made = _block_mask(pattern, queries, keys, device, layout)
+    with _LOCK:
+        _KEPT[key] = (layout, made)  # the layout is kept with it, so that no other can have its identity
+        if len(_KEPT) > _MASKS:
+            _KEPT.popitem(last=False)
+    return made
+
+
+def _block_mask(pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None) -> BlockMask:
+    some, whole = pattern.blocks(queries, keys, BLOCK, layout)
+    # What is behind the last key counts to nobody: a block that ends there is tested.
+    if keys % BLOCK:
+        whole[..., -1] = False
+    partial = _listed(some & ~whole, device)
+    return BlockMask.from_kv_blocks(
+        *partial,
+        *_listed(whole, device),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=seen_by(pattern, layout if layout is None else layout.to(device)),
+        seq_lengths=(queries, keys),
+        compute_q_blocks=False,  # which only gradients need
+    )
+
+
+def _listed(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks each row of blocks has, and which, those first: [1, heads, rows] and [1, heads, rows, columns]."""
+    order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
+    count, places = (item.to(torch.int32)[None].contiguous().to(device) for item in (blocks.sum(-1), order))
+    return count, places
+
+
+_LIBRARY.impl("block_sparse_attention", flex_block_sparse_attention, "CUDA")

@@ -1,0 +1,30 @@
+// What the functions share that PyTorch calls.
+#pragma once
+
+#include "attention.h"
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace lissom {
+namespace {
+
+using at::Tensor;
+using Optional = const std::optional<Tensor>&;
+
+// Calls the function for the tensor's dtype, float32 or bfloat16.
+template <typename OfFloat, typename OfBFloat16>
+Tensor by_dtype(const Tensor& x, OfFloat&& of_float, OfBFloat16&& of_bfloat16) {
+  if (x.scalar_type() == at::kFloat) return of_float();
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && kHasBFloat16, "this processor's kernels compute in float32",
+              kHasBFloat16 ? " and bfloat16" : "", ", not in ", x.scalar_type());
+  return of_bfloat16();
+}
+
+Strides strides_of(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
+
+}  // namespace
+}  // namespace lissom

@@ -1,0 +1,380 @@
+// Attention of which a formula of positions says what is seen: a tile of queries at a time, panel by panel of the keys it reaches,
+// softmax going along with them (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
+#pragma once
+
+#include "attention.h"
+#include "pattern.h"
+
+#include <c10/core/impl/alloc_cpu.h>
+
+#include <atomic>
+#include <memory>
+#include <numeric>
+
+namespace lissom {
+
+constexpr int64_t kTile = 64;  // queries that share the panels they read
+
+template <typename T>
+struct BlockSparse {
+  Attention<T> call;
+  Pattern pattern;
+};
+
+// Memory as it comes, from the begin of a cache line on: a vector of the processor's is then never cut by the end of one.
+template <typename T>
+class Buffer {
+ public:
+  T* of(int64_t count) {
+    if (count > held_) data_.reset(static_cast<T*>(c10::alloc_cpu(count * sizeof(T)))), held_ = count;
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { c10::free_cpu(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+  int64_t held_ = 0;
+};
+
+// What is the same for every tile.
+template <typename T>
+struct Shape {
+  int64_t depth, width, outputs;  // head_dim, keys and value_dim filled up
+  int64_t tile;                   // queries
+  int64_t chunk;                  // panels whose scores are held at once
+  int64_t stride;                 // of a row of scores
+
+  explicit Shape(const BlockSparse<T>& sparse) {
+    constexpr int pair = kPair<T>;
+    const Attention<T>& call = sparse.call;
+    depth = ceil_div(call.head_dim, pair) * pair;
+    width = ceil_div(call.keys, kPanel) * kPanel;
+    outputs = ceil_div(call.value_dim, kPanel) * kPanel;
+    tile = tile_of(sparse.pattern);
+    constexpr int64_t kBytes = 1 << 18;  // of keys and values: they stay in the second-level cache while a tile's rows pass
+    chunk = std::clamp<int64_t>(kBytes / ((depth + outputs) * kPanel * int64_t(sizeof(T))), 4, 16);
+    stride = chunk * kPanel + kLanes;  // no power of two, which would put all rows in the same places of the cache
+  }
+
+  // Rows of one tile should see the same blocks: where blocks are smaller than a tile, or no part of it, a tile is one of them.
+  static int64_t tile_of(const Pattern& pattern) {
+    int64_t unit = 0;
+    for (const auto& conditions : pattern.alternatives)
+      for (const Condition& condition : conditions)
+        if (condition.asks_layout()) unit = std::gcd(unit, pattern.block);
+        else if (condition.query != 0 && condition.unit > 1) unit = std::gcd(unit, condition.unit);
+    constexpr int64_t kLeast = 16;
+    if (unit < kLeast) return kTile;
+    return unit <= kTile ? unit : unit / std::gcd(unit, ceil_div(unit, kTile));
+  }
+};
+
+struct Run {
+  int64_t panel, count;  // panels beside each other
+};
+
+template <typename T>
+struct TileScratch {
+  Buffer<T> keys, values, query, weights;
+  Buffer<float> scores, sums;
+  std::vector<char> packed;       // by panel
+  int64_t packed_from = -1;       // whose keys
+  Reached reached;
+  PanelTest test;
+  std::vector<int64_t> panels;
+  std::vector<Run> runs;
+  std::vector<Span> spans;
+  float top[kTile], total[kTile];  // of each row: its highest score so far, and what its weights sum to
+};
+
+// Packs the panel of keys and values unless it is.
+template <typename T>
+inline void pack_panel(const Attention<T>& call, const Shape<T>& shape, int64_t b, int64_t group, int64_t panel,
+                       TileScratch<T>& scratch) {
+  if (scratch.packed[panel]) return;
+  scratch.packed[panel] = 1;
+  int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, call.keys - first);
+  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head + first * call.k_strides.row;
+  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head + first * call.v_strides.row;
+  pack(k, call.k_strides.column, call.k_strides.row, call.head_dim, count, shape.depth,
+       scratch.keys.of(shape.depth * shape.width) + first * shape.depth);
+  T* values = scratch.values.of(shape.width * shape.outputs) + first * kPanel;
+  for (int64_t c = 0; c < call.value_dim; c += kPanel)
+    pack(v + c * call.v_strides.column, call.v_strides.row, call.v_strides.column, count,
+         std::min<int64_t>(kPanel, call.value_dim - c), kPanel, values + c * shape.width);
+}
+
+// The panels a tile's rows reach, without those the call's own mask hides from all of them.
+template <typename T>
+inline void list_panels(const BlockSparse<T>& sparse, int64_t b, int64_t h, Span rows, TileScratch<T>& scratch) {
+  const Attention<T>& call = sparse.call;
+  scratch.reached.find(sparse.pattern, h, rows, call.keys);
+  scratch.panels.clear();
+  const Strides& strides = call.bias_strides;
+  const bool* seen = call.seen && strides.row == 0 ? call.seen + b * strides.batch + h * strides.head : nullptr;
+  for (int64_t panel = 0; panel < int64_t(scratch.reached.panels.size()); ++panel) {
+    if (scratch.reached.panels[panel] == Reach::kNone) continue;
+    int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, call.keys - first);
+    if (seen && (strides.column == 1 ? !std::memchr(seen + first, 1, count) : !*seen)) continue;
+    scratch.panels.push_back(panel);
+  }
+}
+
+// A vector of scores of one row, from the key on: scaled, capped, biased; hidden where the call's mask, the pattern or the end
+// of the keys hides them.
+template <typename T>
+inline Vec finished(const Attention<T>& call, Vec value, int64_t bias, int64_t key, const PanelTest* test, int64_t column) {
+  value *= call.scale;
+  if (call.softcap != 0) value = call.softcap * hyperbolic_tangent(value / call.softcap);
+  int64_t left = call.keys - key, stride = call.bias_strides.column;
+  if (call.bias && left > 0) value += stride == 1 ? load_some(call.bias + bias + key, left) : splat(call.bias[bias]);
+  if (call.seen && left > 0) {
+    const bool* seen = call.seen + bias + key * stride;
+    if (stride == 1 && left >= kLanes) value = where(seen, value, kHidden);
+    else
+      for (int lane = 0; lane < std::min<int64_t>(left, kLanes); ++lane)
+        if (!seen[lane * stride]) value[lane] = kHidden;
+  }
+  if (test) value = (*test)(column) ? value : splat(kHidden);
+  for (int64_t lane = std::max<int64_t>(left, 0); lane < kLanes; ++lane) value[lane] = kHidden;
+  return value;
+}
+
+// R rows of a tile, from its row `first` on, and some of the panels the tile reaches.
+template <int R, typename T>
+inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_t b, int64_t h, int64_t row, int64_t first,
+                        const int64_t* panels, int64_t count, TileScratch<T>& scratch) {
+  constexpr int pair = kPair<T>;
+  const Attention<T>& call = sparse.call;
+  const T* q = scratch.query.of(0) + first * shape.depth;
+  const T* keys = scratch.keys.of(0);
+  float* scores = scratch.scores.of(0);
+  const Strides& strides = call.bias_strides;
+  int64_t bias = b * strides.batch + h * strides.head + row * strides.row;
+  bool plain = !call.bias && !call.seen && call.softcap == 0;
+  Vec highest[R];
+  for (int r = 0; r < R; ++r) highest[r] = splat(kHidden);
+  int64_t kept = 0;
+  scratch.runs.clear();
+  for (int64_t n = 0; n < count; ++n) {
+    int64_t panel = panels[n], key = panel * kPanel;
+    Reach reach = scratch.reached.panels[panel];
+    if (reach == Reach::kSome)
+      reach = scratch.test.prepare(sparse.pattern, scratch.reached, h, {row, row + R}, {key, std::min(key + kPanel, call.keys)});
+    if (reach == Reach::kNone) continue;
+    bool untouched = plain && reach == Reach::kWhole && key + kPanel <= call.keys;
+    for (int64_t c = 0; c < kPanel; c += kChunk) {
+      Vec sums[R][kWide] = {};
+      multiply<R>(q, shape.depth, keys + key * shape.depth + c * pair, shape.depth / pair, sums);
+      float* to = scores + kept * kPanel + c;
+      if (untouched) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int w = 0; w < kWide; ++w) {
+            Vec value = sums[r][w] * call.scale;
+            store(to + r * shape.stride + w * kLanes, value);
+            highest[r] = maximum(highest[r], value);
+          }
+        continue;
+      }
+      for (int r = 0; r < R; ++r) {
+        if (reach == Reach::kSome) scratch.test.start(row + r);
+        for (int w = 0; w < kWide; ++w) {
+          int64_t column = c + w * kLanes;
+          Vec value = finished(call, sums[r][w], bias + r * strides.row, key + column,
+                               reach == Reach::kSome ? &scratch.test : nullptr, column);
+          store(to + r * shape.stride + w * kLanes, value);
+          highest[r] = maximum(highest[r], value);
+        }
+      }
+    }
+    if (!scratch.runs.empty() && scratch.runs.back().panel + scratch.runs.back().count == panel) ++scratch.runs.back().count;
+    else scratch.runs.push_back({panel, 1});
+    ++kept;
+  }
+  if (kept == 0) return;
+  float* results = scratch.sums.of(0) + first * shape.outputs;
+  T* weights = pair == 2 ? scratch.weights.of(0) : reinterpret_cast<T*>(scores);
+  for (int r = 0; r < R; ++r) {
+    float& top = scratch.top[first + r];
+    float before = top, found = std::max(top, largest(highest[r]));
+    float from = found == kHidden ? 0.0f : found;  // a row that has seen nothing yet: e^-∞ is 0 then, and not of ∞ - ∞
+    float* line = scores + r * shape.stride;
+    Vec total = splat(0.0f);
+    for (int64_t c = 0; c < kept * kPanel; c += kLanes) {
+      Vec value = exponential(load(line + c) - from);
+      total += value;
+      store(weights + r * shape.stride + c, value);
+    }
+    float factor = before == found ? 1.0f : std::exp(before - found);
+    scratch.total[first + r] = scratch.total[first + r] * factor + sum(total);
+    top = found;
+    if (factor != 1.0f)
+      for (int64_t c = 0; c < shape.outputs; c += kLanes)
+        store(results + r * shape.outputs + c, load(results + r * shape.outputs + c) * factor);
+  }
+  const T* values = scratch.values.of(0);
+  for (int64_t c = 0; c < call.value_dim; c += kChunk) {
+    Vec sums[R][kWide];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int w = 0; w < kWide; ++w) sums[r][w] = load(results + r * shape.outputs + c + w * kLanes);
+    const T* column = values + c / kPanel * shape.width * kPanel + c % kPanel * pair;
+    const T* weight = weights;
+    for (const Run& run : scratch.runs) {
+      multiply<R>(weight, shape.stride, column + run.panel * kPanel * kPanel, run.count * kPanel / pair, sums);
+      weight += run.count * kPanel;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int w = 0; w < kWide; ++w) store(results + r * shape.outputs + c + w * kLanes, sums[r][w]);
+  }
+}
+
+template <typename T>
+inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_t b, int64_t h, Span rows,
+                     TileScratch<T>& scratch) {
+  const Attention<T>& call = sparse.call;
+  int64_t group = h / (call.heads / call.key_heads), count = rows.end - rows.begin;
+  list_panels(sparse, b, h, rows, scratch);
+  const T* q = call.q + b * call.q_strides.batch + h * call.q_strides.head + rows.begin * call.q_strides.row;
+  T* query = scratch.query.of(kTile * shape.depth);
+  for (int64_t r = 0; r < count; ++r) {
+    std::copy(q + r * call.q_strides.row, q + r * call.q_strides.row + call.head_dim, query + r * shape.depth);
+    std::fill(query + r * shape.depth + call.head_dim, query + (r + 1) * shape.depth, T(0));
+  }
+  float sink = call.sinks ? call.sinks[b * call.sink_batch + h * call.sink_head] : kHidden;
+  std::fill(scratch.top, scratch.top + count, sink);
+  std::fill(scratch.total, scratch.total + count, sink == kHidden ? 0.0f : 1.0f);
+  float* results = scratch.sums.of(kTile * shape.outputs);
+  std::fill(results, results + count * shape.outputs, 0.0f);
+  scratch.scores.of(kRows * shape.stride);
+  if (kPair<T> == 2) scratch.weights.of(kRows * shape.stride);
+  int64_t panels = scratch.panels.size();
+  for (int64_t start = 0; start < panels; start += shape.chunk) {
+    int64_t some = std::min(shape.chunk, panels - start);
+    const int64_t* first = scratch.panels.data() + start;
+    for (int64_t n = 0; n < some; ++n) pack_panel(call, shape, b, group, first[n], scratch);
+    in_pieces(0, count, kRows, [&](int64_t top, int64_t bottom) {
+      with_rows(static_cast<int>(bottom - top), [&](auto held) {
+        some_panels<decltype(held)::value>(sparse, shape, b, h, rows.begin + top, top, first, some, scratch);
+      });
+    });
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    T* y = call.y + ((b * call.queries + rows.begin + r) * call.heads + h) * call.value_dim;
+    float inverse = scratch.total[r] > 0 ? 1.0f / scratch.total[r] : 0.0f;  // a row that sees nothing yields zeros
+    for (int64_t c = 0; c < call.value_dim; c += kLanes)
+      store_some(y + c, load(results + r * shape.outputs + c) * inverse, call.value_dim - c);
+  }
+}
+
+// The R rows of a call of few, of one head: keys and values are read where they lie, as dense attention does.
+template <int R, typename T>
+inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h, TileScratch<T>& scratch) {
+  const Attention<T>& call = sparse.call;
+  int64_t group = h / (call.heads / call.key_heads);
+  list_panels(sparse, b, h, {0, R}, scratch);
+  std::vector<Span>& spans = scratch.spans;
+  spans.clear();
+  for (int64_t panel : scratch.panels) {
+    int64_t key = panel * kPanel, end = std::min(key + kPanel, call.keys);
+    if (!spans.empty() && spans.back().end == key) spans.back().end = end;
+    else spans.push_back({key, end});
+  }
+  int64_t width = scratch.panels.size() * kPanel;
+  float* scores = scratch.scores.of(R * std::max<int64_t>(width, 1));
+  const T* q[R];
+  T* y[R];
+  for (int r = 0; r < R; ++r) {
+    q[r] = call.q + b * call.q_strides.batch + h * call.q_strides.head + r * call.q_strides.row;
+    y[r] = call.y + ((b * call.queries + r) * call.heads + h) * call.value_dim;
+  }
+  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
+  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  std::fill(scores, scores + R * width, 0.0f);  // what is behind the last key is read too, though hidden
+  float* to = scores;
+  for (const Span& span : spans) {
+    score_rows<R>(q, k, call.k_strides.row, span.begin, span.end, call.head_dim, to, width);
+    to += span.end - span.begin;
+  }
+  const Strides& strides = call.bias_strides;
+  Vec highest[R];
+  for (int r = 0; r < R; ++r) highest[r] = splat(kHidden);
+  for (int64_t n = 0; n < int64_t(scratch.panels.size()); ++n) {
+    int64_t panel = scratch.panels[n], key = panel * kPanel;
+    bool tested = scratch.reached.panels[panel] == Reach::kSome;
+    if (tested) {
+      Reach reach = scratch.test.prepare(sparse.pattern, scratch.reached, h, {0, R}, {key, std::min(key + kPanel, call.keys)});
+      tested = reach != Reach::kWhole;
+    }
+    for (int r = 0; r < R; ++r) {
+      if (tested) scratch.test.start(r);
+      int64_t bias = b * strides.batch + h * strides.head + r * strides.row;
+      for (int64_t column = 0; column < kPanel; column += kLanes) {
+        float* place = scores + r * width + n * kPanel + column;
+        Vec value = finished(call, load(place), bias, key + column, tested ? &scratch.test : nullptr, column);
+        store(place, value);
+        highest[r] = maximum(highest[r], value);
+      }
+    }
+  }
+  float sink = call.sinks ? call.sinks[b * call.sink_batch + h * call.sink_head] : kHidden, inverse[R];
+  for (int r = 0; r < R; ++r) {
+    float top = std::max(sink, largest(highest[r])), from = top == kHidden ? 0.0f : top;
+    Vec total = splat(0.0f);
+    for (float* place = scores + r * width; place < scores + (r + 1) * width; place += kLanes) {
+      Vec value = exponential(load(place) - from);
+      total += value;
+      store(place, value);
+    }
+    float whole = sum(total) + (sink == kHidden ? 0.0f : std::exp(sink - from));
+    inverse[r] = whole > 0 ? 1.0f / whole : 0.0f;
+  }
+  weigh_rows<R>(scores, width, inverse, v, call.v_strides.row, spans.data(), spans.size(), call.value_dim, y);
+}
+
+template <typename T>
+void few_rows(const BlockSparse<T>& sparse) {
+  const Attention<T>& call = sparse.call;
+  at::parallel_for(0, call.batch * call.heads, 1, [&](int64_t from, int64_t to) {
+    TileScratch<T> scratch;
+    for (; from < to; ++from)
+      with_rows(static_cast<int>(call.queries), [&](auto count) {
+        constexpr int R = decltype(count)::value;
+        if constexpr (R <= kFewRows) few_rows_of_head<R>(sparse, from / call.heads, from % call.heads, scratch);
+      });
+  });
+}
+
+template <typename T>
+void run(const BlockSparse<T>& sparse) {
+  const Attention<T>& call = sparse.call;
+  if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(sparse);
+  Shape<T> shape(sparse);
+  int64_t threads = at::get_num_threads(), groups = call.batch * call.key_heads, shared = call.heads / call.key_heads;
+  int64_t tiles = ceil_div(call.queries, shape.tile);
+  // Where there are fewer key heads than threads have use for, their tiles are shared out too; each share packs what it reads.
+  int64_t shares = groups >= 4 * threads ? 1 : std::min(ceil_div(4 * threads, groups), tiles);
+  std::atomic<int64_t> next{0};  // shares differ in how much they see: who is done takes the next
+  at::parallel_for(0, std::min(threads, groups * shares), 1, [&](int64_t from, int64_t to) {
+    for (; from < to; ++from) {
+      TileScratch<T> scratch;
+      for (int64_t item = next++; item < groups * shares; item = next++) {
+        int64_t which = item / shares, share = item % shares, b = which / call.key_heads, group = which % call.key_heads;
+        if (scratch.packed_from != which) scratch.packed.assign(ceil_div(call.keys, kPanel), 0);
+        scratch.packed_from = which;
+        for (int64_t h = group * shared; h < (group + 1) * shared; ++h)
+          for (int64_t tile = tiles * share / shares; tile < tiles * (share + 1) / shares; ++tile)
+            one_tile(sparse, shape, b, h, {tile * shape.tile, std::min((tile + 1) * shape.tile, call.queries)}, scratch);
+      }
+    }
+  });
+}
+
+}  // namespace lissom
