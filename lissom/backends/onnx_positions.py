@@ -83,16 +83,19 @@ class Writer:
 class Read:
     """What blocks of queries read. rows, blocks: how many there are, of queries and of keys, [1].
 
-    column: the key blocks, cut to those that are there, [heads or 1, rows, slots]; alone: positions read besides, [count] or
-    None. j: the positions of both, [heads or 1, rows, read]; counts: which of them are there and not named before.
+    alone: positions that all read, made whole blocks behind the others, [count]; None for none. all_blocks: how many blocks
+    there are with these, [1]. column: the blocks, [heads or 1, rows, slots]. j: positions of what they hold, [heads or 1, rows,
+    read]; counts: which of them are there and not named before. read: how many, [1].
     """
 
     rows: ir.Value
     blocks: ir.Value
+    all_blocks: ir.Value
     column: ir.Value
     alone: ir.Value | None
     j: ir.Value
     counts: ir.Value
+    read: ir.Value
 
 
 def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.Value) -> Read:
@@ -121,12 +124,26 @@ def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.
     width = reads.slots * size
     end = call("Sub", keys, 1)
     j, there = write.shaped(call("Min", j, end), heads, -1, width), write.shaped(there, heads, -1, width)
+    column = call("Min", column, call("Sub", blocks, 1))
     found = _alone(write, reads, keys)
-    if found is not None:
-        sizes = heads, rows, 1
-        j = call("Concat", j, write.expanded(found[0], *sizes), axis=-1)
-        there = call("Concat", there, write.expanded(found[1], *sizes), axis=-1)
-    return Read(rows, blocks, call("Min", column, call("Sub", blocks, 1)), found[0] if found else None, j, there)
+    if found is None:
+        return Read(rows, blocks, blocks, column, None, j, there, write.integers(width))
+    places, once = found
+    count = call("Shape", places, start=0, end=1)
+    spare = call("Mod", call("Neg", count), size)
+    places = call("Pad", places, call("Concat", 0, spare, axis=0))
+    once = _longer(write, once, spare)
+    behind = call("Add", blocks, call("Div", call("Add", count, spare), size))
+    sizes = heads, rows, 1
+    column = call("Concat", column, write.expanded(write.counted(blocks, behind), *sizes), axis=-1)
+    j = call("Concat", j, write.expanded(places, *sizes), axis=-1)
+    there = call("Concat", there, write.expanded(once, *sizes), axis=-1)
+    return Read(rows, blocks, behind, column, places, j, there, call("Shape", j, start=-1))
+
+
+def _longer(write: Writer, conditions: ir.Value, count: ir.Value) -> ir.Value:
+    """Conditions with so many that do not hold behind them."""
+    return write.call("Concat", conditions, write.call("Less", write.counted(0, count), 0), axis=0)
 
 
 def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, ir.Value] | None:

@@ -218,20 +218,17 @@ def _heads_together(
     behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
     for item in (site.k, site.v):
         x, width = site.joined(item), groups * width_of(item)
-        blocks = write.shaped(_padded(write, x, behind), 0, -1, size * width)
-        parts = [write.shaped(call("Gather", blocks, write.shaped(read.column, -1), axis=1), 0, -1, reads.slots * size, width)]
+        padded = _padded(write, x, behind)
         if read.alone is not None:
-            alone = call("Unsqueeze", call("Gather", x, read.alone, axis=1), 1)
-            parts.append(write.expanded(alone, 1, read.rows, 1, 1))
-        whole = parts[0] if len(parts) == 1 else call("Concat", *parts, axis=2)
-        count = call("Shape", whole, start=2, end=3) if len(parts) > 1 else write.integers(reads.slots * size)
-        rows = write.shaped(whole, -1, count, width)
-        operands.append(_by_heads(site, rows, _READ if len(parts) > 1 else reads.slots * size, groups, width_of(item)))
+            padded = call("Concat", padded, call("Gather", x, read.alone, axis=1), axis=1)
+        blocks = write.shaped(padded, 0, -1, size * width)
+        gathered = call("Gather", blocks, write.shaped(read.column, -1), axis=1)
+        operands.append(_by_heads(site, write.shaped(gathered, -1, read.read, width), _read(reads), groups, width_of(item)))
     told = _heads_of_mask(site)
     if told > 1:
         mask = call("Transpose", mask, perm=(0, 2, 1, 3, 4))
-    mask = write.shaped(mask, -1, told, size, call("Shape", mask, start=4, end=5))
-    _typed(mask, mask_dtype, [_ROWS, told, size, shape_of(operands[1])[2]])
+    mask = write.shaped(mask, -1, told, size, read.read)
+    _typed(mask, mask_dtype, [_ROWS, told, size, _read(reads)])
     found = site.attention(*operands, mask, site.sinks)
     width = width_of(site.v)
     _typed(found, site.q.dtype, [_ROWS, heads, size, width])
@@ -250,23 +247,17 @@ def _heads_apart(
     operands = [_typed(q, site.q.dtype, [_ROWS, 1, size, width_of(site.q)])]
     behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
     shared = write.constant(torch.arange(heads).div(heads // groups, rounding_mode="floor").numpy())
-    place = call("Add", read.column, call("Mul", write.shaped(shared, -1, 1, 1), read.blocks))
+    place = call("Add", read.column, call("Mul", write.shaped(shared, -1, 1, 1), read.all_blocks))
     for item in (site.k, site.v):
         width = width_of(item)
         padded = _padded(write, item, behind, axis=2)
-        blocks = write.shaped(padded, 0, call("Mul", read.blocks, groups), size * width)
-        gathered = call("Gather", blocks, write.shaped(place, -1), axis=1)
-        parts = [write.shaped(gathered, 0, heads, -1, reads.slots * size, width)]
         if read.alone is not None:
-            alone = call("Gather", call("Gather", item, read.alone, axis=2), shared, axis=1)
-            parts.append(write.expanded(call("Unsqueeze", alone, 2), 1, 1, read.rows, 1, 1))
-        whole = parts[0] if len(parts) == 1 else call("Concat", *parts, axis=3)
-        rows = write.shaped(whole, -1, 1, call("Shape", whole, start=3, end=4), width)
-        operands.append(_typed(rows, item.dtype, [_ROWS, 1, _READ if len(parts) > 1 else reads.slots * size, width]))
-    if shape_of(site.layout)[0] == 1:
-        mask = write.expanded(mask, 1, heads, 1, 1, 1)
-    mask = write.shaped(mask, -1, 1, size, call("Shape", mask, start=4, end=5))
-    _typed(mask, mask_dtype, [_ROWS, 1, size, shape_of(operands[1])[2]])
+            padded = call("Concat", padded, call("Gather", item, read.alone, axis=2), axis=2)
+        blocks = write.shaped(padded, 0, call("Mul", read.all_blocks, groups), size * width)
+        rows = write.shaped(call("Gather", blocks, write.shaped(place, -1), axis=1), -1, 1, read.read, width)
+        operands.append(_typed(rows, item.dtype, [_ROWS, 1, _read(reads), width]))
+    mask = write.shaped(mask, -1, 1, size, read.read)
+    _typed(mask, mask_dtype, [_ROWS, 1, size, _read(reads)])
     sinks = site.sinks
     if sinks is not None:
         spread = write.expanded(call("Unsqueeze", sinks, 2), write.length(site.q, 0), heads, read.rows, 1, 1)
@@ -332,6 +323,11 @@ def _by_heads(
     apart = site.write.shaped(x, 0, 0, heads, width)
     found = site.write.call("Transpose", apart, perm=_HEADS_FIRST)
     return _typed(found, site.q.dtype, [batch, heads, tokens, width])
+
+
+def _read(reads: KeyBlocks) -> int | str:
+    """How many keys a block of queries reads."""
+    return _READ if reads.prefix or reads.strides or reads.tail is not None else reads.slots * reads.block
 
 
 def _padded(write: Writer, x: ir.Value, count: ir.Value, axis: int = 1) -> ir.Value:

@@ -21,7 +21,7 @@ from lissom.compiler.attention_patterns import UNBOUNDED, Condition, Pattern
 
 BLOCK = 64
 """Tokens a block has where no layout says: matrix products of such blocks are near the fastest, and little is read in vain."""
-_WIDE, _WIDE_BLOCK = 1024, 128
+_WIDE, _WIDE_BLOCK = 512, 128
 """Bands of so many tokens take larger blocks, of which fewer are copied."""
 _SMALLEST = 16
 """Products of smaller blocks take longer than what they leave out."""
