@@ -5,8 +5,8 @@
 
 Of all keys an eighth is kept: as a window on both sides, a causal window, a window with keys and queries in front that see
 everything, and blocks of 64 drawn at random. Queries, keys and values are given as projections give them, [1, tokens, heads ·
-width]. Sessions are timed in turn, and the fastest run of each counts. `dense` sees everything; `masked` is dense attention under
-the pattern's mask; the rest is what `onnxruntime` writes, and ONNX Runtime's own operators for causal windows and for blocks.
+width]. Sessions are timed in turn, and the fastest run of each counts. `dense` sees everything; `masked` is dense attention
+under the pattern's mask; the rest is what `onnxruntime` writes, and ONNX Runtime's own operators for causal windows and blocks.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -55,8 +57,8 @@ class Setting:
     def causal_window(self) -> int | None:
         """How many keys up to its own a query sees, where that is all the pattern says."""
         conditions = self.pattern.alternatives[0]
-        plain = len(self.pattern.alternatives) == len(conditions) == 1 and conditions[0].high == 0 and not conditions[0].asks_layout
-        return 1 - conditions[0].low if plain else None
+        alone = len(self.pattern.alternatives) == len(conditions) == 1 and not conditions[0].asks_layout
+        return 1 - conditions[0].low if alone and conditions[0].high == 0 else None
 
 
 class Attention(nn.Module):
@@ -109,7 +111,7 @@ def sessions(setting: Setting, folder: Path) -> Iterator[tuple[str, Run]]:
     def opened(name: str, model: ir.Model) -> Run:
         (folder / name).mkdir()
         session = open_session(save_onnx(model, folder / name), options)
-        return lambda: session.run(None, inputs)[0]  # pyright: ignore[reportReturnType]
+        return partial(_first, session, inputs)
 
     for dense, forms in (
         (True, {"dense": (ATTENTION,)}),
@@ -124,6 +126,11 @@ def sessions(setting: Setting, folder: Path) -> Iterator[tuple[str, Run]]:
     if setting.causal_window is not None and own:
         yield "GroupQueryAttention", opened("GroupQueryAttention", _grouped(setting))
         yield "SparseAttention", _sparse(setting, inputs, folder / "sparse.onnx", options)
+
+
+def _first(session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    found: Any = session.run(None, dict(inputs))
+    return found[0]
 
 
 def _constant(tape: ir.tape.Tape, array: np.ndarray) -> ir.Value:
@@ -171,7 +178,7 @@ def _sparse(setting: Setting, given: Mapping[str, np.ndarray], path: Path, optio
     for name, result in zip(("output", "present_k", "present_v"), results, strict=True):
         result.name, result.type = name, ir.TensorType(ir.DataType.FLOAT)
     ir.save(_model([*inputs, *past], results, tape), path)
-    session, binding = open_session(path, options), None
+    session = open_session(path, options)
     binding = session.io_binding()
     held = [onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(sizes, np.float32)) for _ in "kv"]
     for name, array in given.items():
@@ -219,7 +226,8 @@ def table(rows: Sequence[tuple[str, Setting, Mapping[str, float]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Time what the command line asks for, and print the table."""
+    parser = argparse.ArgumentParser(description="Block-sparse attention in ONNX Runtime.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--width", type=int, nargs="+", default=[64, 32])
     parser.add_argument("--heads", type=int, default=12)

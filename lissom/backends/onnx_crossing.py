@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import sympy
 
@@ -35,7 +36,7 @@ class Timed:
 
 
 def affordable_lengths(program: Program, example: Sample) -> list[tuple[int, Sample]]:
-    """Lengths and inputs of them, the example first, at which scores of all pairs fit in memory; none when the example's do not."""
+    """Lengths, and inputs of them, at which scores of all pairs fit in memory, the example first; none when its own do not."""
     signature = program.signature
     calls = program.nodes(block_sparse_attention)
     own = signature.sizes_of(example)
@@ -75,7 +76,7 @@ def tell_lengths(found: Sequence[Timed]) -> str:
         f"{item.blocks_ms:.3g} ms and {item.pairs_ms:.3g} ms with a mask of all pairs at length {item.length}" for item in found
     )
     ordered = sorted(found, key=lambda item: item.length)
-    for shorter, longer in zip(ordered, ordered[1:], strict=False):
+    for shorter, longer in pairwise(ordered):
         if shorter.pairs_ms <= shorter.blocks_ms and longer.blocks_ms < longer.pairs_ms:
             return f"{told}; key blocks are faster from between {shorter.length} and {longer.length} on"
     faster = sum(item.blocks_ms < item.pairs_ms for item in found)

@@ -172,8 +172,6 @@ def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, i
     return (places[0], fresh[0]) if len(places) == 1 else (call("Concat", *places, axis=0), call("Concat", *fresh, axis=0))
 
 
-
-
 def _is_alone(write: Writer, reads: KeyBlocks, j: ir.Value, tail: int | None) -> ir.Value | None:
     """Whether all queries read a position; None where there are none of the kind."""
     found = [write.call("Less", j, reads.prefix)] if reads.prefix else []

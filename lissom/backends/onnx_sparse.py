@@ -104,10 +104,10 @@ class Sparse:
         if found is not None:
             return found
         moved = self.write.call("Transpose", value, perm=_HEADS_FIRST)
-        return self.write.shaped(moved, 0, 0, heads_of(value) * width_of(value))
+        return self.write.shaped(moved, 0, 0, _heads(value) * _width(value))
 
     def biased(self, visible: ir.Value, i: ir.Value, j: ir.Value, rank: int) -> ir.Value:
-        """What is seen, or added to the scores, of pairs of queries i and keys j, [heads or 1, .., queries, keys], with the bias.
+        """What is seen, or added to the scores, with the bias; of queries i and keys j, [heads or 1, .., queries, keys].
 
         A dimension of sequences, 1 where all have the same, comes in front.
         """
@@ -130,15 +130,17 @@ class Sparse:
             else:
                 hidden = call("CastLike", write.constant(np.array(-np.inf, np.float32)), bias)
                 visible = call("Where", visible, found, hidden)
-        visible.dtype = ir.DataType.BOOL if bias is None else bias.dtype
+        dtype = ir.DataType.BOOL if bias is None else bias.dtype
+        assert dtype is not None
+        visible.dtype = dtype
         return visible
 
 
-def heads_of(value: ir.Value) -> int:
+def _heads(value: ir.Value) -> int:
     return _fixed(value, 1)
 
 
-def width_of(value: ir.Value) -> int:
+def _width(value: ir.Value) -> int:
     return _fixed(value, 3)
 
 
@@ -164,7 +166,7 @@ def _heads_of_mask(site: Sparse) -> int:
     """How many heads the mask tells apart."""
     of_bias = shape_of(site.bias)[-3] if site.bias is not None and len(shape_of(site.bias)) > 2 else 1
     of_layout = shape_of(site.layout)[0] if site.layout is not None else 1
-    return 1 if of_bias == 1 and of_layout == 1 else heads_of(site.q)
+    return 1 if of_bias == 1 and of_layout == 1 else _heads(site.q)
 
 
 def _sequences_of_mask(site: Sparse) -> int | ir.SymbolicDim:
@@ -197,7 +199,7 @@ def _by_blocks(site: Sparse, reads: KeyBlocks) -> ir.Value:
     else:
         found = _heads_apart(site, reads, read, mask, mask_dtype, padding)
     # [batch, rows, block · heads · width] from here on.
-    heads, width = heads_of(site.q), width_of(site.v)
+    heads, width = _heads(site.q), _width(site.v)
     if reads.dense_rows or reads.dense_end is not None:
         found = _with_dense_rows(site, reads, read, found, padding)
     joined = call("Slice", write.shaped(found, 0, -1, heads * width), 0, queries, 1)
@@ -212,25 +214,25 @@ def _heads_together(
 ) -> ir.Value:
     """Attention of blocks whose heads read the same keys: each block of queries is a sequence with all its heads."""
     write, call, size = site.write, site.write.call, reads.block
-    heads, groups = heads_of(site.q), heads_of(site.k)
-    q = write.shaped(_padded(write, site.joined(site.q), padding), -1, size, heads * width_of(site.q))
-    operands = [_by_heads(site, q, size, heads, width_of(site.q))]
+    heads, groups = _heads(site.q), _heads(site.k)
+    q = write.shaped(_padded(write, site.joined(site.q), padding), -1, size, heads * _width(site.q))
+    operands = [_by_heads(site, q, size, heads, _width(site.q))]
     behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
     for item in (site.k, site.v):
-        x, width = site.joined(item), groups * width_of(item)
+        x, width = site.joined(item), groups * _width(item)
         padded = _padded(write, x, behind)
         if read.alone is not None:
             padded = call("Concat", padded, call("Gather", x, read.alone, axis=1), axis=1)
         blocks = write.shaped(padded, 0, -1, size * width)
         gathered = call("Gather", blocks, write.shaped(read.column, -1), axis=1)
-        operands.append(_by_heads(site, write.shaped(gathered, -1, read.read, width), _read(reads), groups, width_of(item)))
+        operands.append(_by_heads(site, write.shaped(gathered, -1, read.read, width), _read(reads), groups, _width(item)))
     told = _heads_of_mask(site)
     if told > 1:
         mask = call("Transpose", mask, perm=(0, 2, 1, 3, 4))
     mask = write.shaped(mask, -1, told, size, read.read)
     _typed(mask, mask_dtype, [_ROWS, told, size, _read(reads)])
-    found = site.attention(*operands, mask, site.sinks)
-    width = width_of(site.v)
+    found = site.attention(*operands, mask=mask, sinks=site.sinks)
+    width = _width(site.v)
     _typed(found, site.q.dtype, [_ROWS, heads, size, width])
     together = call("Transpose", found, perm=_HEADS_FIRST)
     flat = _typed(write.shaped(together, 0, 0, heads * width), site.q.dtype, [_ROWS, size, heads * width])
@@ -242,14 +244,14 @@ def _heads_apart(
 ) -> ir.Value:
     """Attention of blocks whose heads read keys of their own: each block of each head is a sequence."""
     write, call, size = site.write, site.write.call, reads.block
-    heads, groups = heads_of(site.q), heads_of(site.k)
-    q = write.shaped(_padded(write, site.q, padding, axis=2), -1, 1, size, width_of(site.q))
-    operands = [_typed(q, site.q.dtype, [_ROWS, 1, size, width_of(site.q)])]
+    heads, groups = _heads(site.q), _heads(site.k)
+    q = write.shaped(_padded(write, site.q, padding, axis=2), -1, 1, size, _width(site.q))
+    operands = [_typed(q, site.q.dtype, [_ROWS, 1, size, _width(site.q)])]
     behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
     shared = write.constant(torch.arange(heads).div(heads // groups, rounding_mode="floor").numpy())
     place = call("Add", read.column, call("Mul", write.shaped(shared, -1, 1, 1), read.all_blocks))
     for item in (site.k, site.v):
-        width = width_of(item)
+        width = _width(item)
         padded = _padded(write, item, behind, axis=2)
         if read.alone is not None:
             padded = call("Concat", padded, call("Gather", item, read.alone, axis=2), axis=2)
@@ -262,8 +264,8 @@ def _heads_apart(
     if sinks is not None:
         spread = write.expanded(call("Unsqueeze", sinks, 2), write.length(site.q, 0), heads, read.rows, 1, 1)
         sinks = _typed(write.shaped(spread, -1, 1, 1, 1), sinks.dtype, [_ROWS, 1, 1, 1])
-    found = site.attention(*operands, mask, sinks)
-    width = width_of(site.v)
+    found = site.attention(*operands, mask=mask, sinks=sinks)
+    width = _width(site.v)
     _typed(found, site.q.dtype, [_ROWS, 1, size, width])
     apart = call("Reshape", found, call("Concat", write.length(site.q, 0), heads, -1, width, axis=0))
     together = call("Transpose", apart, perm=_HEADS_FIRST)
@@ -273,17 +275,17 @@ def _heads_apart(
 def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value, padding: ir.Value) -> ir.Value:
     """The result of all blocks of queries, those put in their places that read all keys."""
     write, call, size = site.write, site.write.call, reads.block
-    heads, keys = heads_of(site.q), write.length(site.k, 2)
+    heads, keys = _heads(site.q), write.length(site.k, 2)
     row = write.integers(*reads.dense_rows) if reads.dense_rows else None
     # Blocks that are not there are computed as the last one, and put nowhere.
     parts = [call("Min", row, call("Sub", read.rows, 1))] if row is not None else []
     if reads.dense_end is not None:
         parts.append(write.counted(call("Min", read.rows, reads.dense_end), read.rows))
     dense = parts[0] if len(parts) == 1 else call("Concat", *parts, axis=0)
-    width = heads * width_of(site.q)
+    width = heads * _width(site.q)
     blocks = write.shaped(_padded(write, site.joined(site.q), padding), 0, -1, size * width)
     q = write.shaped(call("Gather", blocks, dense, axis=1), 0, -1, width)
-    q = _by_heads(site, q, "dense_queries", heads, width_of(site.q), batch=shape_of(site.q)[0])
+    q = _by_heads(site, q, "dense_queries", heads, _width(site.q), batch=shape_of(site.q)[0])
     inside = write.integers(*range(size))
     i = write.shaped(call("Add", call("Unsqueeze", call("Mul", dense, size), 1), inside), -1, 1)
     j = write.shaped(write.counted(0, keys), 1, 1, -1)
@@ -291,8 +293,8 @@ def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value
     mask = site.biased(visible, call("Min", i, call("Sub", write.length(site.q, 2), 1)), j, 3)
     _typed(mask, mask.dtype, [_sequences_of_mask(site), _heads_of_mask(site), "dense_queries", shape_of(site.k)[2]])
     whole = site.attention(q, site.k, site.v, mask, site.sinks)
-    _typed(whole, site.q.dtype, [shape_of(site.q)[0], heads, "dense_queries", width_of(site.v)])
-    width = heads * width_of(site.v)
+    _typed(whole, site.q.dtype, [shape_of(site.q)[0], heads, "dense_queries", _width(site.v)])
+    width = heads * _width(site.v)
     joined = write.shaped(call("Transpose", whole, perm=_HEADS_FIRST), 0, 0, width)
     _typed(joined, site.q.dtype, [shape_of(site.q)[0], "dense_queries", width])
     flat = write.shaped(joined, 0, -1, size * width)

@@ -32,7 +32,7 @@ class KeyBlocks:
     """What a block of queries reads.
 
     block: tokens. offsets: block r of queries reads key blocks r + offset, where there are such.
-    prefix: keys 0 to prefix - 1 are read by all. strides: (first, last, period): so are those with first <= j mod period <= last.
+    prefix: keys 0 to prefix - 1 are read by all. strides: (first, last, period): keys with first <= j mod period <= last too.
     table: int64, [heads or 1, rows + 1, count]: further key blocks of each block of queries, -1 for none; the last row is that
         of all blocks behind the others.
     tail: keys from here on are read by all; None where no more than that is read of them.
@@ -81,8 +81,10 @@ class KeyBlocks:
         )
 
 
-def key_blocks(pattern: Pattern, layout: torch.Tensor | None, queries: int | None = None, keys: int | None = None) -> KeyBlocks | str:
-    """What a pattern reads, at every length; where there is no rule and both lengths are given, at those; or why there is none.
+def key_blocks(
+    pattern: Pattern, layout: torch.Tensor | None, queries: int | None = None, keys: int | None = None
+) -> KeyBlocks | str:
+    """What a pattern reads, at every length; where no rule does and both lengths are given, at those; or why nothing does.
 
     layout: [heads or 1, query blocks, key blocks], its values known.
     """

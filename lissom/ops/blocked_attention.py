@@ -189,9 +189,7 @@ def _holds(condition: Condition, i: torch.Tensor, j: torch.Tensor) -> torch.Tens
 
 def _laid_out(pattern: Pattern, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None) -> torch.Tensor:
     assert layout is not None
-    row, column = (
-        (item // pattern.block).clamp(max=size - 1) for item, size in zip((i, j), layout.shape[1:], strict=True)
-    )
+    row, column = ((item // pattern.block).clamp(max=size - 1) for item, size in zip((i, j), layout.shape[1:], strict=True))
     # Of [rows, block, 1] one query tells for its whole block.
     row = row[:, :1] if row.dim() == 3 else row
     head = torch.arange(layout.shape[0], device=j.device).view(-1, *[1] * (j.dim() - 1))
@@ -200,11 +198,11 @@ def _laid_out(pattern: Pattern, i: torch.Tensor, j: torch.Tensor, layout: torch.
 
 def _gathered(item: torch.Tensor, j: torch.Tensor, reads: KeyBlocks, groups: int) -> torch.Tensor:
     """Keys or values as read, [batch, groups, rows, read, depth]."""
-    batch, own, keys, depth = item.shape
+    own, keys = item.shape[1:3]
     spread, size = reads.slots * reads.block, reads.block
     padded = functional.pad(item, (0, 0, 0, -keys % size)).unflatten(2, (-1, size))
     # Blocks that are not there are cut to the last one, whose tokens do not count.
-    column = (j[..., :spread:size] // size)
+    column = j[..., :spread:size] // size
     if reads.heads == 1:
         found = padded[:, :, column[0]]
     else:
@@ -216,16 +214,16 @@ def _gathered(item: torch.Tensor, j: torch.Tensor, reads: KeyBlocks, groups: int
     return torch.cat([found, alone[:, :, None].expand(-1, -1, found.shape[2], -1, -1)], 3) if alone.shape[2] else found
 
 
-def _bias_read(
-    bias: torch.Tensor | None, j: torch.Tensor, rows: int, size: int, groups: int
-) -> torch.Tensor | None:
+def _bias_read(bias: torch.Tensor | None, j: torch.Tensor, rows: int, size: int, groups: int) -> torch.Tensor | None:
     """The bias of what is read, [batch or 1, groups or 1, rows, heads of a group or 1, block or 1, read]."""
     if bias is None:
         return None
     bias = bias.reshape(*[1] * (4 - bias.dim()), *bias.shape)
     batch, heads, queries, width = bias.shape
     if queries > 1:
-        bias = torch.cat([bias, bias[:, :, -1:].expand(-1, -1, rows * size - queries, -1)], 2).view(batch, heads, rows, size, width)
+        bias = torch.cat([bias, bias[:, :, -1:].expand(-1, -1, rows * size - queries, -1)], 2).view(
+            batch, heads, rows, size, width
+        )
     else:
         bias = bias[:, :, None]
     if width > 1:

@@ -56,9 +56,8 @@ class Sparse(nn.Module):
 
     def forward(self, x, bias=None):
         q, k, v = (item(x).unflatten(-1, (-1, 8)).transpose(1, 2) for item in (self.q, self.k, self.v))
-        found = block_sparse_attention(
-            q, k, v, bias, self.layout, pattern=self.pattern, block=self.block, scale=0.7, softcap=self.softcap, sinks=self.sinks
-        )
+        options = {"pattern": self.pattern, "block": self.block, "softcap": self.softcap, "sinks": self.sinks}
+        found = block_sparse_attention(q, k, v, bias, self.layout, scale=0.7, **options)
         return self.out(found.transpose(1, 2).flatten(2))
 
 
