@@ -23,7 +23,6 @@ _SHARES = (1.0, 0.25, 0.5, 2.0)
 """The lengths that are timed, as shares of the example's, which comes first."""
 _AFFORDABLE = 2**30
 """Bytes that the scores of all pairs of one attention may take; with the softmax there are two or three of them at a time."""
-_RUNS = 3
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,13 @@ def affordable_lengths(program: Program, example: Sample) -> list[tuple[int, Sam
 
 
 def time_lengths(blocks: Executable, pairs: Executable, lengths: Sequence[tuple[int, Sample]], seconds: float) -> list[Timed]:
-    """Both timed in turn at each length, the best of a few runs, as many as fit into the seconds."""
+    """Both timed in turn at each length, the best of what runs fit into the seconds for each, of one at least."""
     found: list[Timed] = []
     for length, sample in lengths:
         with restored_state(blocks, pairs):
             best = [float("inf")] * 2
             started = time.perf_counter()
-            for run in range(_RUNS):
-                if run and time.perf_counter() - started > 2 * seconds:
-                    break
+            while best[0] == float("inf") or time.perf_counter() - started < 2 * seconds:
                 best = [min(old, _once(partial(one, sample))) for old, one in zip(best, (blocks, pairs), strict=True)]
         found.append(Timed(length, *best))
     return found

@@ -159,6 +159,7 @@ class OnnxRuntime(Backend):
         try:
             other = self._open(program, self._write(start.exported, list({*chosen, ATTENTION, PAIRS}))[0])
             confirm(self.name, other, program, example, start.allowed)
+        # As above.
         except Exception as error:
             notes.append(f"{words} is by key blocks; with a mask of all pairs it fails here: {_reason(error)}")
             return best
