@@ -166,7 +166,8 @@ def _single(site: Site) -> ir.Value | None:
     if site.mask is not None and bias is None:
         return None
     operands = [projection(item) for item in (site.q, site.k, site.v)]
-    if None in operands or _fixed(shape_of(site.q)[1]) != _fixed(shape_of(site.k)[1]):
+    alike = _fixed(shape_of(site.q)[1]) == _fixed(shape_of(site.k)[1]) == _fixed(shape_of(site.v)[1])
+    if None in operands or not (alike or bias is not None or site.causal):
         return _by_heads(site, bias)
     return _by_projections(site, operands, bias)
 
@@ -210,8 +211,8 @@ def _by_projections(site: Site, sources: Sequence[ir.Value | None], bias: ir.Val
         result = call("MultiHeadAttention", *sources, domain=CONTRIB, num_heads=heads, scale=site.scale)
     else:
         operands = [*sources, *([bias] if bias is not None else [])]
-        causal = int(site.causal)
-        result = call("Attention", *operands, scale=site.scale, q_num_heads=heads, kv_num_heads=heads, is_causal=causal)
+        causal, groups = int(site.causal), _fixed(shape_of(site.k)[1])
+        result = call("Attention", *operands, scale=site.scale, q_num_heads=heads, kv_num_heads=groups, is_causal=causal)
     batch, _, queries, _ = shape_of(site.q)
     visible = site.visible()
     if visible is not None:

@@ -12,9 +12,12 @@ from lissom.backends.onnx_cache import fuse_cached_attention
 from lissom.backends.onnx_export import tidy
 from lissom.backends.onnx_integers import expand_integers
 from lissom.backends.onnx_quantization import expand_quantization
+from lissom.backends.onnx_sparse import expand_sparse
 from lissom.backends.onnx_state import expand_index_copies
 from lissom.backends.onnx_translation import DOMAIN
 
+PAIRS = "pairs"
+"""That block-sparse attention is computed with a mask of all pairs; else it is by key blocks, where those have a rule."""
 ATTENTION, CACHE, NORMS, ROTARY = "attention", "cache", "norms", "rotary"
 RMS_NORMS, PROJECTIONS = "rms-norms", "projections"
 
@@ -36,7 +39,9 @@ INTEGERS = "integers"
 def write_form(exported: ir.Model, chosen: Collection[str] = (), *, accuracy_level: int = 0) -> tuple[ir.Model, dict[str, int]]:
     """The exported model with what was chosen of CHOICES and INTEGERS done to it, and in how many places each was."""
     model = exported.clone()
+    gathered = expand_sparse(model, PAIRS not in chosen)
     places = {
+        PAIRS: gathered,
         INTEGERS: expand_integers(model, accuracy_level) if INTEGERS in chosen else 0,
         CACHE: fuse_cached_attention(model) if CACHE in chosen else 0,
         ATTENTION: expand_attention(model, ATTENTION in chosen),
@@ -58,6 +63,7 @@ def write_form(exported: ir.Model, chosen: Collection[str] = (), *, accuracy_lev
 def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
     """The exported model as it is, and how far each layer computed from integers is from it, as a result more for each."""
     model = exported.clone()
+    expand_sparse(model, gathered=False)
     expand_integers(model, accuracy_level, beside=True)
     expand_attention(model, fused=False)
     expand_rotary(model, fused=False)

@@ -1,8 +1,8 @@
 """Operators that torch's ONNX exporter lacks, or that are wanted as one node: each as a function that writes ONNX nodes.
 
 Attention, rotary embeddings, quantization and copies to given places are written as nodes of the domain `lissom`, which no
-runtime knows: `onnx_attention`, `onnx_blocks`, `onnx_quantization` and `onnx_state` put in their place what the runtime at hand
-is fast at.
+runtime knows: `onnx_attention`, `onnx_sparse`, `onnx_blocks`, `onnx_quantization` and `onnx_state` put in their place what the
+runtime at hand is fast at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import evaluator, values
 
-from lissom.ops import attention, grouped_product, rotary
+from lissom.ops import attention, block_sparse_attention, grouped_product, rotary
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
@@ -24,6 +24,8 @@ OPSET = 23
 DOMAIN = "lissom"
 ATTENTION, ROTARY = "Attention", "Rotary"
 """The domain and names of nodes that stand for an attention and a rotary embedding."""
+SPARSE_ATTENTION = "BlockSparseAttention"
+"""That of nodes that stand for an attention of which a pattern says what is seen."""
 ROUND, ROUND_DYNAMIC, DEQUANTIZE = "FakeQuantize", "FakeQuantizeDynamic", "Dequantize"
 """Those of nodes that stand for the operators of quantization."""
 INDEX_COPY = "IndexCopy"
@@ -71,6 +73,23 @@ def _attention(
     sinks: ir.Value | None = None,
 ) -> ir.Value:
     return _attention_node([q, k, v, bias, sinks], scale, softcap)
+
+
+def _block_sparse_attention(
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    bias: ir.Value | None = None,
+    layout: ir.Value | None = None,
+    pattern: Sequence[int] = (),
+    block: int = 1,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    sinks: ir.Value | None = None,
+) -> ir.Value:
+    options = {"block": block, "scale": scale, "softcap": softcap}
+    given = [*ir.convenience.convert_attributes(options), ir.AttrInt64s("pattern", list(pattern))]
+    return _recorded(ir.Node(DOMAIN, SPARSE_ATTENTION, [q, k, v, bias, layout, sinks], given, num_outputs=1, version=1))[0]
 
 
 def _rotary(x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bool = False) -> ir.Value:
@@ -144,6 +163,7 @@ def _fixed(value: ir.Value, dim: int) -> int:
 TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
     attention: _attention,
+    block_sparse_attention: _block_sparse_attention,
     rotary: _rotary,
     grouped_product: _grouped_product,
     fake_quantize: _fake_quantize,

@@ -2,16 +2,19 @@
 
 weights = softmax(softcap(q kᵀ · scale) + bias) over the keys the pattern lets a query see;  result = weights · v
 
-It is what dense attention under such a mask is lowered to. Time and memory follow the keys that are seen.
+It is what dense attention under such a mask is lowered to. Time and memory follow the keys that are seen. Where there is no
+kernel, and wherever gradients are wanted, it is computed by `lissom.ops.blocked_attention`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from lissom.compiler.attention_patterns import Pattern
+from lissom.ops.blocked_attention import blocked_attention, with_bias
 from lissom.ops.fused_attention import fused_attention_reference
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
@@ -36,13 +39,21 @@ def block_sparse_attention_reference(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The operator in PyTorch's own, by a mask of all pairs."""
-    seen = Pattern.decode(pattern, block).mask(q.shape[2], k.shape[2], layout).to(q.device)
-    if bias is not None:
-        seen = bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
+    seen = with_bias(Pattern.decode(pattern, block).mask(q.shape[2], k.shape[2], layout).to(q.device), bias)
     return fused_attention_reference(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
 
 
-_LIBRARY.impl("block_sparse_attention", block_sparse_attention_reference, "CompositeExplicitAutograd")
+def _with_gradients(*operands: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    """The operator, computed of operators that have gradients where one is wanted."""
+    given = (*operands, options.get("sinks"))
+    if torch.is_grad_enabled() and any(item is not None and item.requires_grad for item in given):
+        return blocked_attention(*operands, **options)  # pyright: ignore[reportArgumentType]
+    with torch._C._AutoDispatchBelowAutograd():
+        return block_sparse_attention(*operands, **options)
+
+
+_LIBRARY.impl("block_sparse_attention", blocked_attention, "CompositeExplicitAutograd")
+_LIBRARY.impl("block_sparse_attention", _with_gradients, "Autograd")
 
 
 def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

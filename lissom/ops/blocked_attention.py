@@ -1,0 +1,232 @@
+"""`lissom::block_sparse_attention` in PyTorch's own operators: blocks of queries against the key blocks they may see, gathered.
+
+Tokens are padded to whole blocks; for each block of queries its key blocks are copied side by side, scores are one batched
+matrix product, and what is seen inside is told from positions. Nothing has the size of all queries times all keys, and time
+and memory are linear in the length where what a query sees does not grow with it. Differentiable, on any device.
+
+Where a pattern has no such blocks, or they come near to all keys, the reference with its mask of all pairs is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch.nn import functional
+
+from lissom.compiler.attention_patterns import Condition, Pattern
+from lissom.compiler.key_blocks import KeyBlocks, key_blocks
+from lissom.ops.attention import attention_reference
+from lissom.ops.fused_attention import fused_attention_reference
+
+_WORTH = 0.5
+"""From this share of all scores on the copies cost as much as is saved."""
+
+
+def blocked_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    layout: torch.Tensor | None = None,
+    *,
+    pattern: Sequence[int],
+    block: int,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The operator by key blocks where that is less work than the reference, which it is otherwise."""
+    said = Pattern.decode(pattern, block)
+    found = _blocks_of(said, layout, q.shape[2], k.shape[2])
+    by_head = sinks is None or (sinks.dim() == 4 and sinks.shape[2] == 1)
+    if by_head and isinstance(found, KeyBlocks) and found.pairs(q.shape[2], k.shape[2]) < _WORTH * q.shape[2] * k.shape[2]:
+        return attend_by_blocks(q, k, v, bias, layout, said, found, scale=scale, softcap=softcap, sinks=sinks)
+    seen = with_bias(said.mask(q.shape[2], k.shape[2], layout).to(q.device), bias)
+    return fused_attention_reference(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def attend_by_blocks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: torch.Tensor | None,
+    pattern: Pattern,
+    reads: KeyBlocks,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The operator by the key blocks given."""
+    batch, heads, queries, depth = q.shape
+    keys, size = k.shape[2], reads.block
+    rows = -(-queries // size)
+    j, mine = _read(reads, rows, keys, q.device)  # [heads or 1, rows, read]
+    i = torch.arange(rows * size, device=q.device).view(rows, size, 1)
+    seen = _seen(pattern, i, j[:, :, None], layout) & mine[:, :, None]
+    # Heads that have key blocks of their own are not brought together.
+    groups = k.shape[1] if reads.heads == 1 else heads
+    k_read, v_read = (_gathered(item, j, reads, groups) for item in (k, v))
+    blocks = functional.pad(q, (0, 0, 0, rows * size - queries)).view(batch, groups, -1, rows, size, depth)
+    blocks = blocks.transpose(2, 3).flatten(3, 4)
+    mask = with_bias(seen[None, :, :, None], _bias_read(bias, j, rows, size, groups))
+    mask = mask.expand(*mask.shape[:3], heads // groups, size, mask.shape[-1]).flatten(3, 4)
+    last = None
+    if sinks is not None:
+        last = sinks.expand(-1, heads, -1, -1).reshape(-1, groups, 1, heads // groups, 1, 1)
+        last = last.expand(-1, -1, -1, -1, size, -1).flatten(3, 4)
+    found = attention_reference(blocks, k_read, v_read, mask, scale=scale, softcap=softcap, sinks=last)
+    if sinks is None:
+        blind = ~mask if mask.dtype == torch.bool else mask == -torch.inf
+        found = found.masked_fill(blind.all(-1, keepdim=True), 0.0)
+    found = found.unflatten(3, (-1, size)).transpose(2, 3).reshape(batch, heads, rows * size, -1)
+    dense = [row for row in reads.dense_rows if row < rows]
+    dense += range(reads.dense_end, rows) if reads.dense_end is not None else ()
+    if dense:
+        places = (torch.tensor(dense, device=q.device)[:, None] * size + torch.arange(size, device=q.device)).flatten()
+        places = places[places < queries]
+        everything = _seen(pattern, places[:, None], torch.arange(keys, device=q.device)[None, None], layout)
+        some = bias[..., places, :] if bias is not None and bias.dim() > 1 and bias.shape[-2] > 1 else bias
+        whole = fused_attention_reference(
+            q[:, :, places], k, v, with_bias(everything, some), scale=scale, softcap=softcap, sinks=sinks
+        )
+        found = found.index_copy(2, places, whole)
+    return found[:, :, :queries].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def with_bias(seen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What is seen, or what is added to the scores, of what a pattern and a mask or bias beside it say."""
+    if bias is None:
+        return seen
+    return bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
+
+
+@lru_cache(256)
+def _rules(pattern: Pattern) -> KeyBlocks | str:
+    return key_blocks(pattern, None)
+
+
+def _blocks_of(pattern: Pattern, layout: torch.Tensor | None, queries: int, keys: int) -> KeyBlocks | str:
+    asks = any(condition.asks_layout for conditions in pattern.alternatives for condition in conditions)
+    found = key_blocks(pattern, layout) if asks else _rules(pattern)
+    return key_blocks(pattern, layout, queries, keys) if isinstance(found, str) else found
+
+
+def _read(reads: KeyBlocks, rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The key positions each block of queries reads, and which of them count; int64 and boolean, [heads or 1, rows, read].
+
+    Those that do not count, because they do not exist or are read elsewhere, have some other position.
+    """
+    row = torch.arange(rows, device=device)
+    column = (row[:, None] + torch.tensor(reads.offsets, dtype=torch.int64, device=device)).expand(reads.heads, -1, -1)
+    count = column >= 0
+    if reads.table is not None:
+        table = reads.table.to(device)[:, row.clamp(max=reads.table.shape[1] - 1)]
+        fresh = table >= 0
+        for first, last in reads.runs():
+            apart = table - row[:, None]
+            fresh = fresh & ~((apart >= first) & (apart <= last))
+        column, count = torch.cat([column, table], -1), torch.cat([count, fresh], -1)
+    inside = torch.arange(reads.block, device=device)
+    j = (column.clamp(min=0)[..., None] * reads.block + inside).flatten(-2)
+    alone, once = _alone(reads, keys, device)
+    count = count.repeat_interleave(reads.block, -1) & (j < keys) & ~_is_alone(reads, j)
+    j = torch.cat([j.clamp(max=keys - 1), alone.expand(*j.shape[:2], -1)], -1)
+    return j, torch.cat([count, once.expand(*count.shape[:2], -1)], -1)
+
+
+def _alone(reads: KeyBlocks, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions that all queries read, and which of them are there and named for the first time."""
+    found = [torch.arange(min(reads.prefix, keys), device=device)]
+    once = [torch.ones_like(found[0], dtype=torch.bool)]
+    for number, (first, last, period) in enumerate(reads.strides):
+        places = torch.arange(0, keys, period, device=device)[:, None] + torch.arange(first, last + 1, device=device)
+        places = places.flatten()
+        fresh = (places < keys) & (places >= reads.prefix)
+        for other in reads.strides[:number]:
+            fresh = fresh & ~_in_stride(other, places)
+        found.append(places.clamp(max=keys - 1))
+        once.append(fresh)
+    if reads.tail is not None:
+        places = torch.arange(min(reads.tail, keys), keys, device=device)
+        found.append(places)
+        once.append(~_is_alone(reads, places, tail=False))
+    return torch.cat(found), torch.cat(once)
+
+
+def _is_alone(reads: KeyBlocks, j: torch.Tensor, tail: bool = True) -> torch.Tensor:
+    """Whether all queries read a position."""
+    found = j < reads.prefix
+    for stride in reads.strides:
+        found = found | _in_stride(stride, j)
+    return found | (j >= reads.tail) if tail and reads.tail is not None else found
+
+
+def _in_stride(stride: tuple[int, int, int], j: torch.Tensor) -> torch.Tensor:
+    first, last, period = stride
+    return (j % period >= first) & (j % period <= last)
+
+
+def _seen(pattern: Pattern, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None) -> torch.Tensor:
+    """What the pattern says of pairs of positions; i: [.., queries, 1], j: [heads or 1, .., 1, keys]."""
+    found = torch.zeros((), dtype=torch.bool, device=j.device)
+    for conditions in pattern.alternatives:
+        both = torch.ones((), dtype=torch.bool, device=j.device)
+        for condition in conditions:
+            both = both & (_laid_out(pattern, i, j, layout) if condition.asks_layout else _holds(condition, i, j))
+        found = found | both
+    return found.expand(torch.broadcast_shapes(found.shape, i.shape, j.shape))
+
+
+def _holds(condition: Condition, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    value = condition.query * (i // condition.unit) + condition.key * (j // condition.unit)
+    value = value % condition.modulus if condition.modulus else value
+    return (value >= condition.low) & (value <= condition.high)
+
+
+def _laid_out(pattern: Pattern, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None) -> torch.Tensor:
+    assert layout is not None
+    row, column = ((item // pattern.block).clamp(max=size - 1) for item, size in zip((i, j), layout.shape[1:], strict=True))
+    # Of [rows, block, 1] one query tells for its whole block.
+    row = row[:, :1] if row.dim() == 3 else row
+    head = torch.arange(layout.shape[0], device=j.device).view(-1, *[1] * (j.dim() - 1))
+    return layout.to(j.device)[head, row, column]
+
+
+def _gathered(item: torch.Tensor, j: torch.Tensor, reads: KeyBlocks, groups: int) -> torch.Tensor:
+    """Keys or values as read, [batch, groups, rows, read, depth]."""
+    own, keys = item.shape[1:3]
+    spread, size = reads.slots * reads.block, reads.block
+    padded = functional.pad(item, (0, 0, 0, -keys % size)).unflatten(2, (-1, size))
+    # Blocks that are not there are cut to the last one, whose tokens do not count.
+    column = j[..., :spread:size] // size
+    if reads.heads == 1:
+        found = padded[:, :, column[0]]
+    else:
+        head = torch.arange(groups, device=j.device) // (groups // own)
+        found = padded[:, head[:, None, None], column]
+        item = item[:, head]
+    found = found.flatten(3, 4)
+    alone = item[:, :, j[0, 0, spread:]]
+    return torch.cat([found, alone[:, :, None].expand(-1, -1, found.shape[2], -1, -1)], 3) if alone.shape[2] else found
+
+
+def _bias_read(bias: torch.Tensor | None, j: torch.Tensor, rows: int, size: int, groups: int) -> torch.Tensor | None:
+    """The bias of what is read, [batch or 1, groups or 1, rows, heads of a group or 1, block or 1, read]."""
+    if bias is None:
+        return None
+    bias = bias.reshape(*[1] * (4 - bias.dim()), *bias.shape)
+    batch, heads, queries, width = bias.shape
+    if queries > 1:
+        bias = torch.cat([bias, bias[:, :, -1:].expand(-1, -1, rows * size - queries, -1)], 2).view(
+            batch, heads, rows, size, width
+        )
+    else:
+        bias = bias[:, :, None]
+    if width > 1:
+        bias = torch.take_along_dim(bias, j[None, :, :, None], -1)
+    split = (groups, -1) if bias.shape[1] > 1 else (1, 1)
+    return bias.unflatten(1, split).transpose(2, 3)
