@@ -4,10 +4,11 @@ W: [features out, features in]; X: [tokens, features in], what the layer reads; 
 
     ‖XWᵀ - XW'ᵀ‖² = tr((W - W') H (W - W')ᵀ)
 
-projects what the layer gives onto its r principal directions: W' = U_r U_rᵀ W, where the columns of U_r are the eigenvectors of
-W H Wᵀ with the largest eigenvalues, which are the squared singular values of XWᵀ. With S Sᵀ = H, S the Cholesky factor, it is the
-truncated SVD of WS times S⁻¹ of SVD-LLM (Wang et al. 2024, §3.1, https://arxiv.org/abs/2403.07378), without an inverse, so that
-H may be singular. With H = I it is the truncated SVD of W (Eckart & Young 1936).
+projects what the layer gives onto its r principal directions: W' = U_r U_rᵀ W, where the columns of U_r are the eigenvectors
+of W H Wᵀ with the largest eigenvalues, which are the squared singular values of XWᵀ. With S Sᵀ = H, S the Cholesky factor, it
+is the truncated SVD of WS times S⁻¹ of SVD-LLM (Wang et al. 2024, §3.1, https://arxiv.org/abs/2403.07378), without an inverse,
+so that H may be singular. With H = I it is the truncated SVD of W (Eckart & Young 1936). Where features of what the layer gives count
+s: [features out], the same is done with diag(s)^½ W, and U_r becomes diag(s)^-½ U_r.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ import torch
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The principal directions of what a layer gives, the largest first.
+    """The principal directions of what a layer gives, the largest first; all float64.
 
-    basis: orthonormal columns, [features out, directions]. energy: Σ over tokens of the square along each, [directions].
-    Both are float64, and there are as many directions as the smaller side of the matrix has features.
+    matrix: diag(s)^½ W, [features out, features in]. basis: orthonormal columns, [features out, directions]. energy: Σ over
+    tokens of the square along each, [directions]. counts: s, [features out]. There are as many directions as the smaller side
+    of the matrix has features.
     """
 
+    matrix: torch.Tensor
     basis: torch.Tensor
     energy: torch.Tensor
+    counts: torch.Tensor
 
-    def truncated(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """U, [features out, rank], and V, [rank, features in], of the nearest matrix U V, in float64."""
+    def truncated(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """U, [features out, rank], and V, [rank, features in], of the nearest matrix U V."""
         basis = self.basis[:, :rank]
-        return basis, basis.T @ weight.double()
+        return basis / self.counts.sqrt()[:, None], basis.T @ self.matrix
 
     def rank_of(self, keep: float) -> int:
         """The least rank that keeps this share of the energy."""
@@ -40,16 +44,20 @@ class Spectrum:
         return min(int((kept < keep * kept[-1]).sum()) + 1, len(kept))
 
 
-def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None) -> Spectrum:
-    """The spectrum of a matrix [features out, features in]; hessian: H, [features in, features in], I by default."""
-    weight = weight.double()
+def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: torch.Tensor | None = None) -> Spectrum:
+    """The spectrum of a matrix, [features out, features in].
+
+    hessian: H, [features in, features in], I by default. counts: s, [features out], positive, 1 by default.
+    """
+    counts = torch.ones(len(weight), device=weight.device) if counts is None else counts
+    matrix = core = weight.double() * counts.double().sqrt()[:, None]
     basis = None
     if len(weight) > weight.shape[1]:
         # What the layer gives lies in the span of the columns of W: its directions are found there, in a smaller matrix.
-        basis, weight = torch.linalg.qr(weight)
-    energy, directions = torch.linalg.eigh(weight @ (weight.T if hessian is None else hessian.double() @ weight.T))
+        basis, core = torch.linalg.qr(matrix)
+    energy, directions = torch.linalg.eigh(core @ (core.T if hessian is None else hessian.double() @ core.T))
     directions = directions.flip(1)
-    return Spectrum(directions if basis is None else basis @ directions, energy.flip(0).clamp_min(0))
+    return Spectrum(matrix, directions if basis is None else basis @ directions, energy.flip(0).clamp_min(0), counts.double())
 
 
 def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor | None = None) -> float:

@@ -6,29 +6,34 @@ layer reads of the calibration data, padding left out.
 
 With calibration data the factors are those of the matrix of that rank with which the layer errs least on it,
 
-    min over U, V   ‖X (U V)ᵀ - X₀ Wᵀ‖² + λ ‖U V - W‖²
+    min over U, V   ‖(X (U V)ᵀ - X₀ Wᵀ) diag(s)^½‖² + λ ‖diag(s)^½ (U V - W)‖²
 
 as in Wang et al. 2024, SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, §3.1,
 https://arxiv.org/abs/2403.07378 (Yuan et al. 2023, ASVD, https://arxiv.org/abs/2312.05821, takes the diagonal of XᵀX alone).
 Without data, and with `whiten=false`, it is the truncated SVD of W. How the factors are computed is in
-`lissom/compiler/low_rank.py`. U has orthonormal columns, so that what rounding does to the values between the two layers is
-passed on as it is.
+`lissom/compiler/low_rank.py`. The columns of diag(s)^½ U are orthonormal, so that rounding the values between the two layers
+costs no more there than elsewhere.
 
-Three things differ from the paper. Layers are treated in the order in which they run: X is what a layer reads after those before
+Four things differ from the paper. Layers are treated in the order in which they run: X is what a layer reads after those before
 it were factored, X₀ what it read before anything was (`asymmetric`). λ, `damping` times the mean of the diagonal of XᵀX, keeps
-the factors near W where the data says little. And `budget` gives ranks to all layers together: by the share of its energy that a
-layer wins for a byte, the most first. A layer whose energy is spread evenly stays whole then, and others pay for it.
+the factors near W where the data says little. s, features out: each feature a layer gives counts by the mean square of the
+gradient of the program's likelihood there, its Fisher information (`fisher`), as rows do in Hsu et al. 2022, Language Model
+Compression with Weighted Low-rank Factorization, https://arxiv.org/abs/2207.00112. And `budget` gives ranks to all layers
+together, the most energy for a byte first, in Fisher's measure or as shares of what each layer gives. Layers whose energy is
+spread evenly stay whole then, and others pay for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx, nn
 
 from lissom.compiler import node as nodes
+from lissom.compiler.calibration import observe_gradients, spread
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.hessian import damped, shifted
@@ -43,6 +48,12 @@ from lissom.compiler.sweep import Counterpart, Read, sweep_moments
 
 aten = torch.ops.aten
 
+_GRADIENT_TOKENS = 4096
+"""Tokens gradients are taken of; with more their mean squares hardly change."""
+_LEAST_SHARE = 0.1
+"""What every feature counts at least, as a share of their mean: gradients of some tokens do not tell that one never matters."""
+_LEAST = 1e-30
+
 
 @dataclass(frozen=True)
 class LowRank(Approximation):
@@ -53,6 +64,7 @@ class LowRank(Approximation):
     budget: the share of the bytes of all treated weights that is left, above 0 and below 1.
     whiten: whether layers err least on the calibration data, where there is some, and not in their weights.
     asymmetric: whether layers are fitted to what they gave before any was factored, and not to what they would give now.
+    fisher: whether what matters more to the likelihood of the outputs counts more, where there is calibration data.
     damping: towards the weights as they were, as a share of the mean of the diagonal of XᵀX.
     round_to: ranks found by keep and budget are a multiple of this.
     output_heads: whether output heads are treated too; those that share a table of embeddings never are.
@@ -65,6 +77,7 @@ class LowRank(Approximation):
     budget: float | None = None
     whiten: bool = True
     asymmetric: bool = True
+    fisher: bool = True
     damping: float = 0.01
     round_to: int = 1
     output_heads: bool = False
@@ -91,18 +104,19 @@ class LowRank(Approximation):
     def run(self, edit: Editor) -> None:
         layers = self._layers(edit)
         reference = edit.reference or edit.program.copy()
-        ranks = self._allotted(edit, layers) if self.budget is not None else {}
+        counts = _fisher(edit, layers) if self.fisher and self._whitens(edit) else {}
+        ranks = self._allotted(edit, layers, counts) if self.budget is not None else {}
         factors: dict[str, _Factors] = {}
         weights = _Borrowed(edit, layers)
         for node, read in self._reads(edit, layers, _counterpart(edit.program, layers, reference)):
             matrix = layers[node]
             weights.give_back()
             weight, hessian = _target(matrix.read(edit.program), read, self.damping)
-            found = spectrum(weight, hessian)
+            found = spectrum(weight, hessian, counts.get(matrix.name))
             rank = ranks[matrix.name] if self.budget is not None else self._rank(found)
-            if rank is None or not _is_smaller(matrix.read(edit.program), rank):
+            if rank is None or rank * sum(weight.shape) >= weight.numel():
                 continue
-            factors[matrix.name] = _factored(weight, found, rank, read)
+            factors[matrix.name] = _factored(weight, found, rank, read, matrix.read(edit.program).dtype)
             weights.lend(node, factors[matrix.name])
         weights.give_back(shared=True)
         _replace(edit, layers, factors)
@@ -131,17 +145,21 @@ class LowRank(Approximation):
             edit.current = node
             yield node, read
 
-    def _allotted(self, edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, int | None]:
+    def _allotted(
+        self, edit: Editor, layers: Mapping[fx.Node, Matrix], counts: Mapping[str, torch.Tensor]
+    ) -> dict[str, int | None]:
         """The rank of each weight within the budget, None where it stays whole; told from the program as it came."""
         assert self.budget is not None, "asked for with a budget alone"
         curves: dict[str, Curve] = {}
         for node, read in self._reads(edit, layers, None):
-            weight = layers[node].read(edit.program)
-            energy = spectrum(*_target(weight, read, self.damping)).energy
-            gains = torch.stack([part.sum() for part in energy.split(self.round_to)]) / energy.sum().clamp_min(1e-300)
-            bytes_each = weight.element_size()
-            step_bytes = self.round_to * sum(weight.shape) * bytes_each
-            curves[layers[node].name] = Curve(gains.cpu(), step_bytes, weight.numel() * bytes_each)
+            matrix = layers[node]
+            weight = matrix.read(edit.program)
+            energy = spectrum(*_target(weight, read, self.damping), counts.get(matrix.name)).energy
+            gains = torch.stack([part.sum() for part in energy.split(self.round_to)]).cpu()
+            if not counts:
+                gains /= gains.sum().clamp_min(1e-300)
+            step_bytes = self.round_to * sum(weight.shape) * weight.element_size()
+            curves[matrix.name] = Curve(gains, step_bytes, weight.numel() * weight.element_size())
         whole = sum(curve.whole_bytes for curve in curves.values())
         least = sum(min(curve.step_bytes, curve.whole_bytes) for curve in curves.values())
         if least > self.budget * whole:
@@ -192,14 +210,14 @@ class LowRank(Approximation):
 
 @dataclass(frozen=True)
 class _Factors:
-    """U: [features out, rank] and V: [rank, features in], and the relative errors of U V and of plain SVD of that rank.
+    """u: [features out, rank] and v: [rank, features in], in the dtype of the weight.
 
-    errors: of what the layer gives on the data, and of its weights, each for U V and for plain SVD.
+    errors: relative, of what the layer gives on the data with u v and with plain SVD of that rank, and of its weights with each.
     """
 
-    U: torch.Tensor
-    V: torch.Tensor
-    errors: tuple[float, float, float, float]
+    u: torch.Tensor
+    v: torch.Tensor
+    errors: tuple[float, ...]
 
 
 @dataclass
@@ -213,7 +231,7 @@ class _Borrowed:
     def lend(self, node: fx.Node, factors: _Factors) -> None:
         matrix = self.layers[node]
         original = self.edit.program.weight(matrix.name)
-        product = (factors.U @ factors.V).to(original.dtype)
+        product = factors.u @ factors.v
         self.edit.set_weight(matrix.node, (product.T if matrix.transposed else product).contiguous())
         self._lent.append((matrix.node, original, len(readers_of(matrix.node)) > 1))
 
@@ -247,12 +265,13 @@ def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[st
         with edit.before(node):
             if matrix.name not in reads:
                 old, found = edit.program.weight(matrix.name), factors[matrix.name]
-                U, V = (_like(old, factor) for factor in (found.U, found.V))
-                reads[matrix.name] = edit.weight(f"{matrix.name}_U", U), edit.weight(f"{matrix.name}_V", V)
-            U, V = reads[matrix.name]
-            thin = edit.call(aten.linear.default, input_of(node), V)
+                parts = [(f"{matrix.name}_v", found.v), (f"{matrix.name}_u", found.u)]
+                v, u = (edit.weight(name, _like(old, part)) for name, part in parts)
+                reads[matrix.name] = v, u
+            v, u = reads[matrix.name]
+            thin = edit.call(aten.linear.default, input_of(node), v)
             bias = _bias(node)
-            edit.replace(node, edit.call(aten.linear.default, thin, U, *([] if bias is None else [bias])))
+            edit.replace(node, edit.call(aten.linear.default, thin, u, *([] if bias is None else [bias])))
 
 
 def _bias(linear: fx.Node) -> object:
@@ -263,13 +282,22 @@ def _bias(linear: fx.Node) -> object:
 
 
 def _like(old: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """A factor in the dtype of the weight, to be trained where that was."""
-    factor = factor.to(old.dtype).contiguous()
+    """A factor, to be trained where the weight was."""
+    factor = factor.contiguous()
     return nn.Parameter(factor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else factor
 
 
-def _is_smaller(weight: torch.Tensor, rank: int) -> bool:
-    return rank * sum(weight.shape) < weight.numel()
+def _fisher(edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, torch.Tensor]:
+    """s of each weight: Σ over tokens of the squared gradient of what its layers give, [features out]; none of them zero."""
+    squares: dict[str, torch.Tensor] = {}
+
+    def add(node: fx.Node, value: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
+        found = gradient.double().square().flatten(0, -2).sum(0)
+        name = layers[node].name
+        squares[name] = squares[name] + found if name in squares else found
+
+    observe_gradients(edit.program, spread(edit.data, _GRADIENT_TOKENS), set(layers), add, partial(edit.report, "gradients"))
+    return {name: (found + _LEAST_SHARE * found.mean()).clamp_min(_LEAST) for name, found in squares.items()}
 
 
 def _target(weight: torch.Tensor, read: Read | None, damping: float) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -282,15 +310,13 @@ def _target(weight: torch.Tensor, read: Read | None, damping: float) -> tuple[to
     return weight, damped(gram, damping)
 
 
-def _factored(weight: torch.Tensor, found: Spectrum, rank: int, read: Read | None) -> _Factors:
-    """Factors in float32, with the errors of their product and of plain SVD."""
-    U, V = found.truncated(weight, rank)
-    if read is None:
-        error = relative_error(weight, U @ V)
-        return _Factors(U.float(), V.float(), (0.0, 0.0, error, error))
-    gram, plain = read.moments.gram, torch.mm(*spectrum(weight).truncated(weight, rank))
-    on_data, in_weights = ([relative_error(weight, item, known) for item in (U @ V, plain)] for known in (gram, None))
-    return _Factors(U.float(), V.float(), (*on_data, *in_weights))
+def _factored(weight: torch.Tensor, found: Spectrum, rank: int, read: Read | None, dtype: torch.dtype) -> _Factors:
+    """The factors, with the errors of their product and of plain SVD."""
+    u, v = found.truncated(rank)
+    plain = torch.mm(*spectrum(weight).truncated(rank))
+    gram = None if read is None else read.moments.gram
+    errors = [relative_error(weight, item, known) for known in (gram, None) for item in (u @ v, plain)]
+    return _Factors(u.to(dtype), v.to(dtype), tuple(errors))
 
 
 def _errors(factors: Sequence[_Factors], *, on_data: bool) -> str:
