@@ -7,8 +7,8 @@ W: [features out, features in]; X: [tokens, features in], what the layer reads; 
 projects what the layer gives onto its r principal directions: W' = U_r U_rᵀ W, where the columns of U_r are the eigenvectors
 of W H Wᵀ with the largest eigenvalues, which are the squared singular values of XWᵀ. With S Sᵀ = H, S the Cholesky factor, it
 is the truncated SVD of WS times S⁻¹ of SVD-LLM (Wang et al. 2024, §3.1, https://arxiv.org/abs/2403.07378), without an inverse,
-so that H may be singular. With H = I it is the truncated SVD of W (Eckart & Young 1936). Where features of what the layer gives count
-s: [features out], the same is done with diag(s)^½ W, and U_r becomes diag(s)^-½ U_r.
+so that H may be singular. With H = I it is the truncated SVD of W (Eckart & Young 1936). Where features of what the layer
+gives count s: [features out], the same is done with diag(s)^½ W, and U_r becomes diag(s)^-½ U_r.
 """
 
 from __future__ import annotations

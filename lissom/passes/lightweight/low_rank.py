@@ -212,7 +212,7 @@ class LowRank(Approximation):
 class _Factors:
     """u: [features out, rank] and v: [rank, features in], in the dtype of the weight.
 
-    errors: relative, of what the layer gives on the data with u v and with plain SVD of that rank, and of its weights with each.
+    errors: relative, of what the layer gives on the data with u v and with plain SVD of that rank; then of its weights.
     """
 
     u: torch.Tensor
