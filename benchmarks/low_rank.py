@@ -167,7 +167,8 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = load(options.model)
     encoder = options.model == "minilm"
-    data = calibration_batches(checkpoint, options.texts) if encoder else decoder_batches(checkpoint, options.calibration)
+    given = calibration_batches(checkpoint, options.texts) if encoder else decoder_batches(checkpoint, options.calibration)
+    data: list[dict[str, object]] = [dict(batch) for batch in given]
     score = encoder_score(checkpoint, options.pairs) if encoder else decoder_score(checkpoint, options.tokens)
     sizes = f"{options.texts:,} calibration texts"
     if not encoder:

@@ -38,11 +38,6 @@ class Spectrum:
         basis = self.basis[:, :rank]
         return basis / self.counts.sqrt()[:, None], basis.T @ self.matrix
 
-    def rank_of(self, keep: float) -> int:
-        """The least rank that keeps this share of the energy."""
-        kept = self.energy.cumsum(0)
-        return min(int((kept < keep * kept[-1]).sum()) + 1, len(kept))
-
 
 def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: torch.Tensor | None = None) -> Spectrum:
     """The spectrum of a matrix, [features out, features in].
@@ -58,6 +53,12 @@ def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: 
     energy, directions = torch.linalg.eigh(core @ (core.T if hessian is None else hessian.double() @ core.T))
     directions = directions.flip(1)
     return Spectrum(matrix, directions if basis is None else basis @ directions, energy.flip(0).clamp_min(0), counts.double())
+
+
+def rank_of(energy: torch.Tensor, keep: float) -> int:
+    """The least rank that keeps this share of the energy of all directions, [directions], the largest first."""
+    kept = energy.cumsum(0)
+    return min(int((kept < keep * kept[-1]).sum()) + 1, len(kept))
 
 
 def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor | None = None) -> float:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from lissom.compiler.low_rank import Curve, allot, relative_error, spectrum
+from lissom.compiler.low_rank import Curve, allot, rank_of, relative_error, spectrum
 from tests.models import normal
 
 
@@ -34,7 +34,7 @@ def test_what_is_lost_are_the_singular_values_left_out(outputs: int, inputs: int
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 7), (5, 12), (13, 6)])
 def test_without_data_it_is_the_truncated_svd(outputs: int, inputs: int) -> None:
     weight, _ = layer(outputs, inputs)
-    U, S, Vt = torch.linalg.svd(weight, full_matrices=False)  # noqa: N806
+    U, S, Vt = torch.linalg.svd(weight, full_matrices=False)
     for rank in (1, 3, 5):
         found = torch.mm(*spectrum(weight).truncated(rank))
         torch.testing.assert_close(found, U[:, :rank] * S[:rank] @ Vt[:rank], rtol=1e-9, atol=1e-9)
@@ -43,7 +43,7 @@ def test_without_data_it_is_the_truncated_svd(outputs: int, inputs: int) -> None
 def test_it_is_the_svd_whitened_by_the_cholesky_factor() -> None:
     """As SVD-LLM writes it: truncate W S, then multiply with S⁻¹, for S Sᵀ = XᵀX."""
     weight, rows = layer(6, 8)
-    S = torch.linalg.cholesky(rows.T @ rows)  # noqa: N806
+    S = torch.linalg.cholesky(rows.T @ rows)
     left, values, right = torch.linalg.svd(weight @ S, full_matrices=False)
     wanted = left[:, :3] * values[:3] @ right[:3] @ torch.linalg.inv(S)
     found = torch.mm(*spectrum(weight, rows.T @ rows).truncated(3))
@@ -72,10 +72,10 @@ def test_the_rank_that_keeps_a_share_is_the_least_that_does() -> None:
     values = torch.linalg.svdvals(rows @ weight.T).square()
     found = spectrum(weight, rows.T @ rows)
     for keep in (0.01, 0.5, 0.9, 0.999):
-        rank = found.rank_of(keep)
+        rank = rank_of(found.energy, keep)
         assert float(values[:rank].sum()) >= keep * float(values.sum()) > float(values[: rank - 1].sum())
-    assert found.rank_of(1.0) == 8
-    assert spectrum(torch.zeros(3, 4)).rank_of(0.9) == 1
+    assert rank_of(found.energy, 1.0) == 8
+    assert rank_of(spectrum(torch.zeros(3, 4)).energy, 0.9) == 1
 
 
 def test_relative_error() -> None:

@@ -21,6 +21,9 @@ gradient of the program's likelihood there, its Fisher information (`fisher`), a
 Compression with Weighted Low-rank Factorization, https://arxiv.org/abs/2207.00112. And `budget` gives ranks to all layers
 together, the most energy for a byte first, in Fisher's measure or as shares of what each layer gives. Layers whose energy is
 spread evenly stay whole then, and others pay for them.
+
+With `attention` the heads of an attention become shorter: queries with keys, and values with the output projection, are one map
+each, whose rank the size of a head is. See `lissom/compiler/head_products.py`. Of a budget they take the same share as layers.
 """
 
 from __future__ import annotations
@@ -36,10 +39,19 @@ from lissom.compiler import node as nodes
 from lissom.compiler.calibration import observe_gradients, spread
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.head_products import (
+    Factors,
+    HeadProduct,
+    factors_of,
+    gram_of_heads,
+    gram_of_weights,
+    head_products,
+    shorten_heads,
+)
 from lissom.compiler.hessian import damped, shifted
 from lissom.compiler.kinds import Approximation
 from lissom.compiler.linears import input_of, is_linear
-from lissom.compiler.low_rank import Curve, Spectrum, allot, relative_error, spectrum
+from lissom.compiler.low_rank import Curve, Spectrum, allot, rank_of, relative_error, spectrum
 from lissom.compiler.matrices import Matrix, matrix_of, readers_of
 from lissom.compiler.program import Program
 from lissom.compiler.protection import is_protected
@@ -65,6 +77,7 @@ class LowRank(Approximation):
     whiten: whether layers err least on the calibration data, where there is some, and not in their weights.
     asymmetric: whether layers are fitted to what they gave before any was factored, and not to what they would give now.
     fisher: whether what matters more to the likelihood of the outputs counts more, where there is calibration data.
+    attention: whether heads are made shorter where they can be, and not the projections into and out of them thinner.
     damping: towards the weights as they were, as a share of the mean of the diagonal of XᵀX.
     round_to: ranks found by keep and budget are a multiple of this.
     output_heads: whether output heads are treated too; those that share a table of embeddings never are.
@@ -78,6 +91,7 @@ class LowRank(Approximation):
     whiten: bool = True
     asymmetric: bool = True
     fisher: bool = True
+    attention: bool = False
     damping: float = 0.01
     round_to: int = 1
     output_heads: bool = False
@@ -102,8 +116,8 @@ class LowRank(Approximation):
             raise UnsupportedError("low-rank takes damping= above 0 and round_to= of 1 or more")
 
     def run(self, edit: Editor) -> None:
-        layers = self._layers(edit)
         reference = edit.reference or edit.program.copy()
+        layers = self._layers(edit, self._shorten_heads(edit) if self.attention else set())
         counts = _fisher(edit, layers) if self.fisher and self._whitens(edit) else {}
         ranks = self._allotted(edit, layers, counts) if self.budget is not None else {}
         factors: dict[str, _Factors] = {}
@@ -113,7 +127,7 @@ class LowRank(Approximation):
             weights.give_back()
             weight, hessian = _target(matrix.read(edit.program), read, self.damping)
             found = spectrum(weight, hessian, counts.get(matrix.name))
-            rank = ranks[matrix.name] if self.budget is not None else self._rank(found)
+            rank = ranks[matrix.name] if self.budget is not None else self._rank(found.energy)
             if rank is None or rank * sum(weight.shape) >= weight.numel():
                 continue
             factors[matrix.name] = _factored(weight, found, rank, read, matrix.read(edit.program).dtype)
@@ -126,11 +140,11 @@ class LowRank(Approximation):
     def _whitens(self, edit: Editor) -> bool:
         return self.whiten and bool(edit.data)
 
-    def _rank(self, found: Spectrum) -> int:
+    def _rank(self, energy: torch.Tensor) -> int:
         if self.keep is None:
             assert self.rank is not None, "one of rank, keep and budget is given"
             return self.rank
-        return -(-found.rank_of(self.keep) // self.round_to) * self.round_to
+        return -(-rank_of(energy, self.keep) // self.round_to) * self.round_to
 
     def _reads(
         self, edit: Editor, layers: Mapping[fx.Node, Matrix], counterpart: Counterpart | None
@@ -171,11 +185,39 @@ class LowRank(Approximation):
         steps = allot(list(curves.values()), int(self.budget * whole))
         return {name: None if count is None else count * self.round_to for name, count in zip(curves, steps, strict=True)}
 
-    def _layers(self, edit: Editor) -> dict[fx.Node, Matrix]:
-        """The linear layers to treat, and where their matrices are; the others are reported."""
+    def _shorten_heads(self, edit: Editor) -> set[fx.Node]:
+        """Make heads shorter; gives the layers that project into and out of them."""
+        products: list[HeadProduct] = []
+        for site in edit.program.fact(structure).attention:
+            edit.current = site.node
+            for found in head_products(edit.program, site):
+                reason = found if isinstance(found, str) else self._pattern_obstacle(found.first, found.second)
+                if reason is not None:
+                    edit.skip(site.node, reason)
+                elif isinstance(found, HeadProduct):
+                    products.append(found)
+        seen = gram_of_heads(edit, products) if self._whitens(edit) and products else {}
+        chosen: list[tuple[HeadProduct, Factors, int]] = []
+        for product in products:
+            factors = factors_of(edit.program, product, seen or gram_of_weights(edit.program, product), self.damping)
+            rank = self._head_rank(torch.stack([energy for _, _, energy in factors]).sum(0), product.head_dim)
+            if rank < product.head_dim:
+                chosen.append((product, factors, rank))
+            else:
+                edit.skip(product.node, "heads of the rank they take would be no shorter")
+        return shorten_heads(edit, chosen) if chosen else set()
+
+    def _head_rank(self, energy: torch.Tensor, head_dim: int) -> int:
+        """The size heads are to have; energy: of all heads, [at most head_dim]."""
+        if self.budget is not None:
+            return max(int(self.budget * head_dim) // self.round_to, 1) * self.round_to
+        return self._rank(energy)
+
+    def _layers(self, edit: Editor, treated: set[fx.Node]) -> dict[fx.Node, Matrix]:
+        """The linear layers to treat, and where their matrices are; the others, but for those treated, are reported."""
         layers: dict[fx.Node, Matrix] = {}
         for node in edit.nodes():
-            if not is_linear(node):
+            if not is_linear(node) or node in treated:
                 continue
             matrix = matrix_of(node)
             reason = matrix if isinstance(matrix, str) else self._obstacle(edit.program, node, matrix)
@@ -183,18 +225,23 @@ class LowRank(Approximation):
                 edit.skip(node, reason)
             elif isinstance(matrix, Matrix):
                 layers[node] = matrix
-        treated = {node: matrix for node, matrix in layers.items() if layers.keys() >= {*readers_of(matrix.node)}}
-        for node in layers.keys() - treated.keys():
+        shared = [node for node, matrix in layers.items() if not layers.keys() >= {*readers_of(matrix.node)}]
+        for node in shared:
             edit.skip(node, "its weight is read by more than layers that are treated")
-        return treated
+        return {node: matrix for node, matrix in layers.items() if node not in shared}
+
+    def _pattern_obstacle(self, *layers: fx.Node) -> str | None:
+        if any(is_protected(node, self.skip) for node in layers):
+            return "skip= names it"
+        if self.only and not all(is_protected(node, self.only) for node in layers):
+            return "only= does not name it"
+        return None
 
     def _obstacle(self, program: Program, node: fx.Node, matrix: Matrix) -> str | None:
         """Why a layer is left alone; None when it is not."""
         found = program.fact(structure)
-        if is_protected(node, self.skip):
-            return "skip= names it"
-        if self.only and not is_protected(node, self.only):
-            return "only= does not name it"
+        if reason := self._pattern_obstacle(node):
+            return reason
         if any(item.node.args[0] is matrix.node for item in found.embeddings):
             return "its weight is a table of embeddings too"
         if node in found.output_heads and not self.output_heads:

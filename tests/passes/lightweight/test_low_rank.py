@@ -129,7 +129,7 @@ def test_what_the_outputs_do_not_depend_on_counts_little() -> None:
 @pytest.mark.parametrize("budget", [0.5, 0.75])
 def test_the_bytes_left_are_within_the_budget(budget: float, options: str) -> None:
     before = exact(MODELS["tiny_bert"])
-    program, history = passed(MODELS["tiny_bert"], f"low-rank{{budget={budget}{options}}}")
+    program, _ = passed(MODELS["tiny_bert"], f"low-rank{{budget={budget}{options}}}")
     treated = sum(
         before.weight(str(node.args[1].target)).nbytes
         for node in before.nodes(aten.linear.default)
@@ -255,3 +255,79 @@ def test_two_sizes_are_checked() -> None:
     assert history.steps[-1].rewritten == 0
     _, history = apply("low-rank{rank=4}", program, [normal(2, 5, 8)])
     assert history.steps[-1].relative_error is not None
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_heads_are_shorter_and_err_as_little_as_they_can(dim: int) -> None:
+    """The oracle takes the singular values of the scores, and of what each head gives, over all tokens, in float64."""
+    case = MODELS["tiny_bert"]()
+    given = {**case.kwargs, "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    before = lissom.optimize(case.model, given).program
+    passes = f'low-rank{{rank={dim},attention=true,only="encoder.layer.0.attention",damping=1e-7}}'
+    found = lissom.optimize(case.model, given, passes=passes, data=[given])
+    assert found.report.history.steps[-1].rewritten == 2
+    sites = [program.nodes(aten.scaled_dot_product_attention.default)[0] for program in (before, found.program)]
+    values: list[list[torch.Tensor]] = []
+    for program, site in zip((before, found.program), sites, strict=True):
+        kept: dict[object, torch.Tensor] = {}
+        with torch.no_grad():
+            program.run(program.signature.flatten((), given), kept.__setitem__)
+        values.append([kept[item].double().transpose(0, 1).flatten(1, 2) for item in (*site.args[:3], site)])
+    (q, k, _, z), (short_q, short_k, short_v, short_z) = values
+    assert short_q.shape[-1] == short_k.shape[-1] == short_v.shape[-1] == dim
+    assert nodes.argument(sites[1], "scale") == pytest.approx(q.shape[-1] ** -0.5)
+    for head in range(len(q)):
+        scores = q[head] @ k[head].T
+        lost = float((scores - short_q[head] @ short_k[head].T).norm())
+        # λ pulls by 1e-7, which float32 is as coarse as.
+        assert lost == pytest.approx(float(torch.linalg.svdvals(scores)[dim:].norm()), rel=1e-2, abs=1e-4)
+    # The softmax of other scores mixes other values, so outputs are compared with the factors applied by hand.
+    name = "encoder.layer.0.attention.output.dense.weight"
+    whole, cut = (program.weight(name).detach().double() for program in (before, found.program))
+    columns, short = whole.unflatten(1, (len(z), -1)), cut.unflatten(1, (len(z), -1))
+    value = "encoder.layer.0.attention.self.value"
+    rows, short_rows = (
+        program.weight(f"{value}.weight").detach().double().unflatten(0, (len(z), -1)) for program in (before, found.program)
+    )
+    for head in range(len(z)):
+        wanted = columns[:, head] @ z[head].T
+        best = float(torch.linalg.svdvals(wanted)[dim:].norm())
+        # V is what maps the old rows of values to the new ones.
+        factor = torch.linalg.lstsq(rows[head].T, short_rows[head].T).solution.T
+        lost = float((wanted - short[:, head] @ factor @ z[head].T).norm())
+        assert lost == pytest.approx(best, rel=1e-2, abs=1e-4)
+    assert short_z.shape[-1] == dim
+
+
+@pytest.mark.parametrize("options", ["keep=0.8", "budget=0.5", "rank=4,whiten=false", "keep=1,whiten=false"])
+def test_heads_of_every_measure(options: str) -> None:
+    program, history = passed(MODELS["tiny_bert"], f"low-rank{{{options},attention=true}}")
+    step = history.steps[-1]
+    assert step.relative_error is not None
+    if "keep=1" in options:
+        # Heads whose products have full rank stay as long as they are.
+        assert "heads of the rank they take would be no shorter (4)" in step.summary
+        return
+    sizes = [nodes.tensor_type(node).shape[-1] for node in program.nodes(aten.scaled_dot_product_attention.default)]
+    assert all(size < 8 for size in sizes)
+
+
+def test_heads_that_cannot_be_shortened_are_reported_and_their_layers_factored() -> None:
+    for name, reason in (
+        ("tiny_llama", "its queries and keys are rotated by their positions before they meet (2)"),
+        ("tiny_gpt2", "its queries and keys are not of two layers of their own (2)"),
+    ):
+        _, history = passed(MODELS[name], "low-rank{rank=4,attention=true}")
+        assert reason in history.steps[-1].summary
+        assert history.steps[-1].rewritten >= FACTORED[name] - 4
+
+
+@every_backend
+def test_shorter_heads_compose(backend: str) -> None:
+    case = MODELS["tiny_bert"]()
+    passes = "low-rank{budget=0.5,attention=true},quantize{scheme=int8-dynamic}"
+    found = lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs])
+    fast = lissom.compile(case.model, case.inputs, passes=passes, data=[case.inputs], backend=backend, only_if_faster=False)
+    with torch.no_grad():
+        # A sum in another order may change the last of eight bits.
+        torch.testing.assert_close(fast(**case.kwargs)[0], found.program(**case.kwargs)[0], rtol=0, atol=5e-2)
