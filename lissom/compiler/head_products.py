@@ -96,8 +96,9 @@ def _product(
     found = program.fact(axes)
     value = cast(fx.Node, site.node.args[0]) if scores else site.node
     heads, axis = (found.axis(value, dim) for dim in (-3, -1))
-    if axis.form != "atom" or (obstacle := found.obstacle(axis)):
-        return f"the dimension of its {what} cannot be shortened" + (f": {obstacle}" if axis.form == "atom" else "")
+    obstacle = found.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
+    if obstacle:
+        return f"the dimension of its {what} cannot be shortened: {obstacle}"
     for layer, dim in ((first[0], 0), (second[0], 0 if scores else 1)):
         matrix = matrix_of(layer)
         if isinstance(matrix, str):
@@ -110,7 +111,7 @@ def _product(
 def _moved_alone(end: object, start: fx.Node) -> bool:
     """True when a value comes from another through shapes alone."""
     while nodes.is_call(end, *SHAPES) and end is not start:
-        end = cast(fx.Node, end).args[0]
+        end = end.args[0]
     return end is start
 
 

@@ -191,7 +191,7 @@ class LowRank(Approximation):
         for site in edit.program.fact(structure).attention:
             edit.current = site.node
             for found in head_products(edit.program, site):
-                reason = found if isinstance(found, str) else self._pattern_obstacle(found.first, found.second)
+                reason = found if isinstance(found, str) else self._obstacle_by_name(found.first, found.second)
                 if reason is not None:
                     edit.skip(site.node, reason)
                 elif isinstance(found, HeadProduct):
@@ -230,7 +230,7 @@ class LowRank(Approximation):
             edit.skip(node, "its weight is read by more than layers that are treated")
         return {node: matrix for node, matrix in layers.items() if node not in shared}
 
-    def _pattern_obstacle(self, *layers: fx.Node) -> str | None:
+    def _obstacle_by_name(self, *layers: fx.Node) -> str | None:
         if any(is_protected(node, self.skip) for node in layers):
             return "skip= names it"
         if self.only and not all(is_protected(node, self.only) for node in layers):
@@ -240,7 +240,7 @@ class LowRank(Approximation):
     def _obstacle(self, program: Program, node: fx.Node, matrix: Matrix) -> str | None:
         """Why a layer is left alone; None when it is not."""
         found = program.fact(structure)
-        if reason := self._pattern_obstacle(node):
+        if reason := self._obstacle_by_name(node):
             return reason
         if any(item.node.args[0] is matrix.node for item in found.embeddings):
             return "its weight is a table of embeddings too"
