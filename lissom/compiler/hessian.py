@@ -21,3 +21,13 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
     """The upper Cholesky factor of (XᵀX + λI)⁻¹, float32, computed in float64; gram, damping: as in `damped`."""
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
     return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def shifted(weight: torch.Tensor, gram: torch.Tensor, shift: torch.Tensor, pull: float) -> torch.Tensor:
+    """The weights V for which Σ ‖V·x - W·x₀‖² + λ ‖V - W‖² is least: W (I + Σ (x₀ - x)·xᵀ (XᵀX + λI)⁻¹).
+
+    weight: W, [features out, features in]; gram: XᵀX; shift: Σ (x₀ - x)·xᵀ; λ is `pull` times the mean of the diagonal of XᵀX.
+    """
+    factor = torch.linalg.cholesky(damped(gram, pull))
+    missing = weight.double() @ shift.double()
+    return (weight + torch.cholesky_solve(missing.T, factor).T).float()

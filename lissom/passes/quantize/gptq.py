@@ -47,7 +47,7 @@ from lissom.compiler.editor import Editor
 from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.execute import call, evaluate_nodes
 from lissom.compiler.grids import FORMATS, Format
-from lissom.compiler.hessian import damped, inverse_factor
+from lissom.compiler.hessian import damped, inverse_factor, shifted
 from lissom.compiler.kinds import Approximation
 from lissom.compiler.linears import input_of, is_linear
 from lissom.compiler.matrices import Matrix, RoundedMatrix, matrix_of, rounded_matrix_of
@@ -200,16 +200,6 @@ def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]
 def _is_constant(node: fx.Node) -> bool:
     """True for a weight and what is computed from weights alone."""
     return node.op == "get_attr" or (node.op == "call_function" and all(map(_is_constant, node.all_input_nodes)))
-
-
-def shifted(weight: torch.Tensor, gram: torch.Tensor, shift: torch.Tensor, pull: float) -> torch.Tensor:
-    """The weights V for which Σ ‖V·x - W·x₀‖² + λ ‖V - W‖² is least: W (I + Σ (x₀ - x)·xᵀ (XᵀX + λI)⁻¹).
-
-    weight: W, [features out, features in]; gram: XᵀX; shift: Σ (x₀ - x)·xᵀ.
-    """
-    factor = torch.linalg.cholesky(damped(gram, pull))
-    missing = weight.double() @ shift.double()
-    return (weight + torch.cholesky_solve(missing.T, factor).T).float()
 
 
 def gptq(

@@ -10,13 +10,13 @@ import lissom
 from lissom.compiler import grids
 from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.grids import FORMATS
-from lissom.compiler.hessian import damped
+from lissom.compiler.hessian import damped, shifted
 from lissom.compiler.linears import is_linear
 from lissom.compiler.matrices import rounded_matrix_of
 from lissom.compiler.observers import weight_scale
 from lissom.compiler.program import Program
 from lissom.ops.quantization import fake_quantize
-from lissom.passes.quantize.gptq import Gptq, fitted_scale, gptq, gptq_with_scales, shifted
+from lissom.passes.quantize.gptq import Gptq, fitted_scale, gptq, gptq_with_scales
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import apply, capture_model, check_golden, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, moments_of, passed

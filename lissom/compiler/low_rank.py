@@ -1,0 +1,123 @@
+"""The matrix of low rank that is nearest to a linear layer's, and how a budget of bytes is shared among layers as ranks.
+
+W: [features out, features in]; X: [tokens, features in], what the layer reads; H = XᵀX. The matrix W' of rank r with the least
+
+    ‖XWᵀ - XW'ᵀ‖² = tr((W - W') H (W - W')ᵀ)
+
+projects what the layer gives onto its r principal directions: W' = U_r U_rᵀ W, where the columns of U_r are the eigenvectors
+of W H Wᵀ with the largest eigenvalues, which are the squared singular values of XWᵀ. With S Sᵀ = H, S the Cholesky factor, it
+is the truncated SVD of WS times S⁻¹ of SVD-LLM (Wang et al. 2024, §3.1, https://arxiv.org/abs/2403.07378), without an inverse,
+so that H may be singular. With H = I it is the truncated SVD of W (Eckart & Young 1936). Where features of what the layer
+gives count s: [features out], the same is done with diag(s)^½ W, and U_r becomes diag(s)^-½ U_r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The principal directions of what a layer gives, the largest first; all float64.
+
+    matrix: diag(s)^½ W, [features out, features in]. basis: orthonormal columns, [features out, directions]. energy: Σ over
+    tokens of the square along each, [directions]. counts: s, [features out]. There are as many directions as the smaller side
+    of the matrix has features.
+    """
+
+    matrix: torch.Tensor
+    basis: torch.Tensor
+    energy: torch.Tensor
+    counts: torch.Tensor
+
+    def truncated(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """U, [features out, rank], and V, [rank, features in], of the nearest matrix U V."""
+        basis = self.basis[:, :rank]
+        return basis / self.counts.sqrt()[:, None], basis.T @ self.matrix
+
+
+def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: torch.Tensor | None = None) -> Spectrum:
+    """The spectrum of a matrix, [features out, features in].
+
+    hessian: H, [features in, features in], I by default. counts: s, [features out], positive, 1 by default.
+    """
+    counts = torch.ones(len(weight), device=weight.device) if counts is None else counts
+    matrix = core = weight.double() * counts.double().sqrt()[:, None]
+    basis = None
+    if len(weight) > weight.shape[1]:
+        # What the layer gives lies in the span of the columns of W: its directions are found there, in a smaller matrix.
+        basis, core = torch.linalg.qr(matrix)
+    energy, directions = torch.linalg.eigh(core @ (core.T if hessian is None else hessian.double() @ core.T))
+    directions = directions.flip(1)
+    return Spectrum(matrix, directions if basis is None else basis @ directions, energy.flip(0).clamp_min(0), counts.double())
+
+
+def rank_of(energy: torch.Tensor, keep: float) -> int:
+    """The least rank that keeps this share of the energy of all directions, [directions], the largest first."""
+    kept = energy.cumsum(0)
+    return min(int((kept < keep * kept[-1]).sum()) + 1, len(kept))
+
+
+def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor | None = None) -> float:
+    """‖XWᵀ - XW'ᵀ‖ / ‖XWᵀ‖ for H = XᵀX, or ‖W - W'‖ / ‖W‖ without; 0 where a layer gives nothing."""
+    squares = [
+        float((item * (item if hessian is None else item @ hessian.double())).sum().clamp_min(0))
+        for item in (weight.double() - found.double(), weight.double())
+    ]
+    return (squares[0] / squares[1]) ** 0.5 if squares[1] else 0.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What each rank of one matrix is worth, and what it costs.
+
+    gains: what each further step of ranks adds, in falling order. step_bytes: what each step costs. whole_bytes: what the
+    matrix costs as it is, which is worth all of them.
+    """
+
+    gains: torch.Tensor
+    step_bytes: int
+    whole_bytes: int
+
+
+def allot(curves: Sequence[Curve], budget_bytes: int) -> list[int | None]:
+    """The steps of each matrix, one at least, that together gain most within the budget; None for one that stays whole.
+
+    Steps are taken by gain per byte. Up to which a matrix that stays whole beats more steps is told by the upper hull of its
+    curve with the point at which it is whole; along hulls the order by gain per byte is the best one, but for the last step
+    that does not fit. O(n log n) in the number of all steps.
+    """
+    steps, left = [1 for _ in curves], budget_bytes - sum(min(curve.step_bytes, curve.whole_bytes) for curve in curves)
+    whole = [curve.step_bytes >= curve.whole_bytes for curve in curves]
+    offers: list[tuple[float, int, int]] = []
+    for index, curve in enumerate(curves):
+        if not whole[index]:
+            offers += _offers(index, curve)
+    for _, index, step in sorted(offers, key=lambda offer: -offer[0]):
+        curve = curves[index]
+        price = curve.whole_bytes - steps[index] * curve.step_bytes if step == _WHOLE else curve.step_bytes
+        if whole[index] or price > left or step not in (_WHOLE, steps[index]):
+            continue
+        left -= price
+        if step == _WHOLE:
+            whole[index] = True
+        else:
+            steps[index] += 1
+    return [None if stays else count for stays, count in zip(whole, steps, strict=True)]
+
+
+_WHOLE = -1
+"""In the place of a step: the matrix stays whole."""
+
+
+def _offers(index: int, curve: Curve) -> list[tuple[float, int, int]]:
+    """Gain per byte, the matrix and the step, of all that can be bought behind its first step."""
+    count = min(len(curve.gains), (curve.whole_bytes - 1) // curve.step_bytes)
+    total = curve.gains.double().cumsum(0)
+    taken = torch.arange(1, count + 1, device=total.device)
+    slopes = (total[-1] - total[:count]) / (curve.whole_bytes - taken * curve.step_bytes)
+    prices = (curve.gains[1:count].double() / curve.step_bytes).tolist()
+    return [(float(slopes.min()), index, _WHOLE), *((price, index, step + 1) for step, price in enumerate(prices))]
