@@ -9,13 +9,15 @@ those over the tokens so far; `lissom::linear_attention` takes them in chunks. F
 |---|---|---|
 | elu | elu(s x) + 1 | s, one number a head |
 | relu | max(x, 0) | nothing |
-| hedgehog | [exp(x W + b), exp(-x W - b)] | W and b of every head, to give the weights softmax gave; Zhang et al. 2024, Hedgehog, eq. 6. https://arxiv.org/abs/2402.04347 |
+| hedgehog | [exp(x W + b), exp(-x W - b)] | W and b of every head |
 
+They are fitted to the weights softmax gives: Zhang et al. 2024, Hedgehog, eq. 6 to 8. https://arxiv.org/abs/2402.04347
 Without data s is 1, W is the square root of the scale times the identity, and b is 0. Features of keys that the mask hides are
 zero. The history tells for each layer which share of softmax's mass linear weights put on the same keys.
 
-Few models stand this untrained in every layer: choose layers with `only=`, and train what comes out. Features are computed in
-float32. Passes that look for attention, such as `prune-heads` and `pack-tokens`, find none here any more; put them before.
+`only=` chooses layers, and gradients flow through what is put there, so that training can win back what is lost. Features are
+computed in float32. Passes that look for attention, such as `prune-heads` and `pack-tokens`, find none here any more; put them
+before.
 """
 
 from __future__ import annotations
