@@ -4,7 +4,7 @@
 
 Speed: self-attention of MiniLM's width, both ways and causal, and an encoder of MiniLM's form, with random weights, from 128
 tokens to 16,384, by PyTorch, by Lissom's kernels, and with each feature map, on each backend. Each engine runs in a process of
-its own, shortest text first, so that its peak memory is that of the text at hand; the peak of an idle one is taken off.
+its own, shortest text first, so that its peak memory is that of the text at hand, beyond what it held once it was built.
 ONNX Runtime keeps all scores of a softmax, and is not asked for more than --most-scores of them.
 
 Quality: all-MiniLM-L6-v2 without training, the maps fitted to softmax on other texts, when the last one, two or three, or all
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +58,7 @@ LONG = 256
 
 @dataclass(frozen=True)
 class Point:
-    """One engine at one length; peak_bytes: beyond what its process held before the model was built."""
+    """One engine at one length; peak_bytes: beyond what its process held when the model was built."""
 
     model: str
     engine: str
@@ -105,20 +106,25 @@ def build(name: str) -> tuple[nn.Module, Callable[[int], dict[str, torch.Tensor]
 
 def measure(model: str, engine: str, lengths: Sequence[int], seconds: float, most_scores: float) -> Iterator[Point]:
     """The points of one engine, in this process."""
-    before = peak_bytes()
     backend, passes = ENGINES[engine]
     module, inputs = build(model)
     call = module
     if backend:
-        call = lissom.compile(
-            module, inputs(64), passes=passes, backend=backend, checks="structural", only_if_faster=False
-        )
+        call = lissom.compile(module, inputs(64), passes=passes, backend=backend, checks="structural", only_if_faster=False)
+    before = held_bytes()
     for tokens in lengths:
         if backend == "onnxruntime" and passes == "exact" and 4e-9 * HEADS * tokens**2 > most_scores:
             return
         given = inputs(tokens)
         with torch.inference_mode():
             yield Point(model, engine, tokens, _median_ms(partial(call, **given), seconds), peak_bytes() - before)
+
+
+def held_bytes() -> int:
+    """What this process holds now, and at most from now on: Linux forgets the peak before."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return peak_bytes()
 
 
 def _median_ms(call: Callable[[], object], seconds: float) -> float:
@@ -197,7 +203,16 @@ def quality_table(pairs: int | None, calibration: int, chosen: Sequence[str]) ->
     other = read_pairs("calibration", 600)
     data = calibration_batches(checkpoint, calibration)
     data += [checkpoint.encode([text]) for text in long_texts(checkpoint, other.glosses + other.examples)[:16]]
-    heads = ("features", "layers", "mass that stays", "divergence, nats", "recall@10, change (95 %)", "cosine", f"at {LONG} tokens", "s")
+    heads = (
+        "features",
+        "layers",
+        "mass that stays",
+        "divergence, nats",
+        "recall@10, change (95 %)",
+        "cosine",
+        f"at {LONG} tokens",
+        "s",
+    )
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for features in chosen:
         for title, layers in LAST.items():
@@ -238,7 +253,9 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="%(default)s by default")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each engine at each length")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--most-scores", type=float, default=4.0, help="GB of scores ONNX Runtime may keep; %(default)s by default")
+    parser.add_argument(
+        "--most-scores", type=float, default=4.0, help="GB of scores ONNX Runtime may keep; %(default)s by default"
+    )
     parser.add_argument("--features", nargs="*", default=list(FEATURES), help="feature maps whose quality is measured")
     parser.add_argument("--pairs", type=int, default=2000, help="evaluated synsets; %(default)s by default")
     parser.add_argument("--texts", type=int, default=1000, help="short calibration texts; %(default)s by default")
@@ -256,7 +273,9 @@ def main() -> None:
             for point in run_worker(model, engine, options):
                 points.append(point)
                 print(point, file=sys.stderr, flush=True)
-    printed = report(points, quality_table(options.pairs, options.texts, options.features) if options.features else "", options.lengths)
+    printed = report(
+        points, quality_table(options.pairs, options.texts, options.features) if options.features else "", options.lengths
+    )
     print(printed)
     if options.update:
         put_table("linear_attention", printed)

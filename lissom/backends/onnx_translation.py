@@ -123,18 +123,17 @@ def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = Fals
     q, k, v = (op.Cast(item, to=wide) for item in (q, k, v))
     ends = op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1])
     v = op.Pad(v, ends, op.CastLike(op.Constant(value_float=1.0), v))
-    batch_and_heads = [0, key_heads, heads // key_heads]
+    tokens = op.Shape(q, start=2, end=3)
     if not causal:
-        grouped = op.Reshape(q, op.Constant(value_ints=[*batch_and_heads[:2], -1, features]))
+        grouped = op.Reshape(q, op.Constant(value_ints=[0, key_heads, -1, features]))
         sums = op.MatMul(grouped, op.MatMul(op.Transpose(k, perm=[0, 1, 3, 2]), v))
     else:
-        tokens = op.Shape(q, start=2, end=3)
         missing = op.Mod(op.Neg(tokens), op.Constant(value_ints=[chunk]))
         zeros = op.Constant(value_ints=[0, 0, 0, 0, 0, 0])
         pads = op.Concat(zeros, missing, op.Constant(value_ints=[0]), axis=0)
         q, k, v = (op.Pad(item, pads) for item in (q, k, v))
         # One more dimension stands for the query heads that share a key head.
-        q = op.Reshape(q, op.Constant(value_ints=[*batch_and_heads, -1, chunk, features]))
+        q = op.Reshape(q, op.Constant(value_ints=[0, key_heads, heads // key_heads, -1, chunk, features]))
         k = op.Reshape(k, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, features]))
         v = op.Reshape(v, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, head_dim + 1]))
         turned = op.Transpose(k, perm=[0, 1, 2, 3, 5, 4])

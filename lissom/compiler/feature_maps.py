@@ -24,8 +24,8 @@ from torch.nn import functional
 FeatureMap = Literal["elu", "relu", "hedgehog"]
 
 LARGEST_EXPONENT = 30.0
-"""What exponents of keys are kept within: sums of 10⁵ products with exp(30) stay far from float32's ends, on both sides. A shift
-of all keys would cancel in the ratio as well as a query's own does, but a causal sum does not know the keys to come."""
+"""What exponents of keys are kept within: sums of 10⁵ products with exp(30) stay far from float32's ends, on both sides. A
+shift of all keys would cancel in the ratio as well as a query's own does, but a causal sum does not know the keys to come."""
 _SCALES = tuple(2.0 ** (power / 2) for power in range(-6, 7))
 _STEPS = 300
 _RATE = 0.02
@@ -70,9 +70,7 @@ class Agreement:
     divergence: float
 
 
-def observe_weights(
-    q: torch.Tensor, k: torch.Tensor, scale: float, *, seen: torch.Tensor, real: torch.Tensor
-) -> Observed:
+def observe_weights(q: torch.Tensor, k: torch.Tensor, scale: float, *, seen: torch.Tensor, real: torch.Tensor) -> Observed:
     """The weights of softmax for some rows of queries; the shapes are those of `Observed`."""
     scores = q.float() @ _repeated(k.float(), q.shape[1]).transpose(-1, -2) * scale
     # Where a row sees nothing there is no distribution; it does not count.
@@ -81,7 +79,7 @@ def observe_weights(
 
 
 def initial_maps(features: FeatureMap, shape: tuple[int, int, int], scale: float, device: torch.device) -> Maps:
-    """Maps that know no data; shape: heads, key_heads, head_dim. `hedgehog`: W = √scale · I, so that φ grows with the scores."""
+    """Maps that know no data: W = √scale · I, so that φ grows with the scores. shape: heads, key_heads, head_dim."""
     heads, key_heads, head_dim = shape
     if features != "hedgehog":
         return Maps()
@@ -163,9 +161,7 @@ def _fit_projections(maps: Maps, data: Sequence[Observed], progress: Callable[[i
         schedule.step()
         if progress is not None:
             progress(step + 1, _STEPS)
-    return Maps(
-        tuple(item.detach() for item in current.matrices), tuple(item.detach() for item in current.biases)
-    )
+    return Maps(tuple(item.detach() for item in current.matrices), tuple(item.detach() for item in current.biases))
 
 
 def _divergence_of_heads(features: FeatureMap, maps: Maps, item: Observed) -> torch.Tensor:

@@ -234,9 +234,7 @@ def _values(
     return cast(Values, values)
 
 
-def _value(
-    program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], values: Mapping[fx.Node, object]
-) -> object:
+def _value(program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], values: Mapping[fx.Node, object]) -> object:
     if node.op == "placeholder":
         found = nodes.tensor_type(node)
         return torch.ones([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)

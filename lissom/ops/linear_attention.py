@@ -17,8 +17,9 @@ import torch
 from torch.nn import functional
 
 FLOOR = 1e-30
-"""What denominators are at least. Features that see nothing in common, or padding alone, sum up to zero; their row is then zeros
-and not NaN. It is the square root of float32's range below 1 and far below any sum of features that says something."""
+"""What denominators are at least. Features that have nothing in common, or that meet padding alone, sum up to zero; their row is
+then zeros and not NaN. It is a hundred million times float32's smallest normal number, and so far below any sum of features with
+bits to lose."""
 CHUNK = 64
 """Tokens of a chunk. Work within chunks grows with it, and memory for the sums between them shrinks: with as many tokens as
 features these sums take what the values take."""
@@ -87,11 +88,14 @@ def _causal_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int) 
     return sums.reshape(batch, heads, chunks * chunk, v.shape[-1])[:, :, :tokens]
 
 
-def _fake(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK
-) -> torch.Tensor:
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK) -> torch.Tensor:
     shapes = " and ".join(str(list(item.shape)) for item in (q, k, v))
-    if not q.dim() == k.dim() == v.dim() == 4 or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3] or k.shape[1] != v.shape[1]:
+    if (
+        not q.dim() == k.dim() == v.dim() == 4
+        or q.shape[1] % k.shape[1]
+        or q.shape[3] != k.shape[3]
+        or k.shape[1] != v.shape[1]
+    ):
         raise RuntimeError(
             "lissom::linear_attention takes q [batch, heads, queries, features], k [batch, key_heads, keys, features] and "
             f"v [batch, key_heads, keys, head_dim] with heads a multiple of key_heads, not {shapes}"

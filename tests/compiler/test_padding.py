@@ -85,9 +85,7 @@ def _prefix(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         *("anti-causal", "a bias", "the other way round", "window", "blocks", "prefix"),
     ],
 )
-def test_what_a_mask_hides_is_told_when_it_is_no_more_than_padding_and_causality(
-    function: Callable, found: str | None
-) -> None:
+def test_what_a_mask_hides_is_told_when_it_is_no_more_than_padding_and_causality(function: Callable, found: str | None) -> None:
     program = capture_model(Calls(function), normal(2, 3, 4), MASK).program
     (attention,) = (node for node in program.nodes() if is_attention(node))
     told = key_mask(program, attention)

@@ -141,7 +141,7 @@ def test_operations_are_counted(causal: bool) -> None:
 
 def test_shapes_that_do_not_fit_are_refused_when_a_program_is_typed() -> None:
     q = torch.empty(1, 2, 5, 4, device="meta")
-    with pytest.raises(RuntimeError, match="is causal with as many keys as queries, not .1, 2, 5, 4. and .1, 2, 3, 4. and"):
+    with pytest.raises(RuntimeError, match=r"is causal with as many keys as queries, not .1, 2, 5, 4. and .1, 2, 3, 4. and"):
         linear_attention(q, q[:, :, :3], q[:, :, :3], causal=True)
-    with pytest.raises(RuntimeError, match="with heads a multiple of key_heads, not .1, 2, 5, 4. and .1, 2, 5, 3. and"):
+    with pytest.raises(RuntimeError, match=r"with heads a multiple of key_heads, not .1, 2, 5, 4. and .1, 2, 5, 3. and"):
         linear_attention(q, q[..., :3], q)

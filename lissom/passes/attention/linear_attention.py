@@ -92,7 +92,9 @@ class LinearAttention(Approximation):
     )
 
     def run(self, edit: Editor) -> None:
-        sites = [_site(edit.program, node) for node in edit.treatable(lambda node: self._obstacle(edit, node), _PLAIN, attention)]
+        sites = [
+            _site(edit.program, node) for node in edit.treatable(lambda node: self._obstacle(edit, node), _PLAIN, attention)
+        ]
         maps = {site.node: initial_maps(self.features, site.sizes, site.scale, site.device) for site in sites}
         if sites and edit.data:
             maps = self._fit(edit, sites, maps)
@@ -291,7 +293,9 @@ def _observe(edit: Editor, sites: Sequence[_Site]) -> dict[fx.Node, list[_Seen]]
         values: dict[fx.Node, torch.Tensor] = {}
         wanted = {item for site in sites for item in (site.q, site.k)}
 
-        def keep(node: fx.Node, value: object, wanted: set[fx.Node] = wanted, values: dict[fx.Node, torch.Tensor] = values) -> None:
+        def keep(
+            node: fx.Node, value: object, wanted: set[fx.Node] = wanted, values: dict[fx.Node, torch.Tensor] = values
+        ) -> None:
             if node in wanted and isinstance(value, torch.Tensor):
                 values[node] = value
 
