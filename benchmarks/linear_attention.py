@@ -191,7 +191,7 @@ def long_texts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[str]:
     assert checkpoint.tokenizer is not None
     ids = checkpoint.tokenizer(" ".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     whole = range(0, len(ids) - LONG + 2, LONG - 2)
-    return [checkpoint.tokenizer.decode(ids[start : start + LONG - 2]) for start in whole]
+    return [str(checkpoint.tokenizer.decode(ids[start : start + LONG - 2])) for start in whole]
 
 
 def quality_table(pairs: int | None, calibration: int, chosen: Sequence[str]) -> str:
@@ -264,7 +264,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.worker:
-        for point in measure(*options.worker, sorted(options.lengths), options.seconds, options.most_scores):
+        model, engine = options.worker
+        for point in measure(model, engine, sorted(options.lengths), options.seconds, options.most_scores):
             print(json.dumps(asdict(point)), flush=True)
         return
     points: list[Point] = []

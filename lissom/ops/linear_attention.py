@@ -17,9 +17,9 @@ import torch
 from torch.nn import functional
 
 FLOOR = 1e-30
-"""What denominators are at least. Features that have nothing in common, or that meet padding alone, sum up to zero; their row is
-then zeros and not NaN. It is a hundred million times float32's smallest normal number, and so far below any sum of features with
-bits to lose."""
+"""What denominators are at least. Features that have nothing in common, or that meet padding alone, sum up to zero; their row
+is then zeros and not NaN. It is a hundred million times float32's smallest normal number, and far below any sum of features
+that says something."""
 CHUNK = 64
 """Tokens of a chunk. Work within chunks grows with it, and memory for the sums between them shrinks: with as many tokens as
 features these sums take what the values take."""
