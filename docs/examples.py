@@ -525,6 +525,9 @@ EXAMPLES = {
     "write-state-in-place": Example(CachedAttention, "torch.randn(1, 4, 256)", "write-state-in-place"),
     "quantize-cache": Example(CachedAttention, "torch.randn(1, 4, 256)", "quantize-cache"),
     "low-rank": Example(Block, "torch.randn(4, 128, 256)", "low-rank{rank=64}", "[torch.randn(4, 128, 256) for _ in range(4)]"),
+    "linear-attention": Example(
+        MergedProjection, "torch.randn(1, 1024, 256)", "linear-attention", data="[torch.randn(2, 256, 256)]"
+    ),
     "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
     "correct-bias": Example(
         Block,

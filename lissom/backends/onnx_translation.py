@@ -15,7 +15,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import evaluator, values
 
-from lissom.ops import attention, block_sparse_attention, grouped_product, rotary
+from lissom.ops import attention, block_sparse_attention, grouped_product, linear_attention, rotary
+from lissom.ops.linear_attention import CHUNK, FLOOR
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
@@ -131,6 +132,42 @@ def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Va
     return op.Concat(*parts, rest, axis=0)
 
 
+def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = False, chunk: int = CHUNK) -> ir.Value:
+    """Keys' features times values, and queries' features times what that sums up to; the last column is the denominator.
+
+    Causal sums are those of the chunks before, and within a chunk those of a triangle of weights.
+    """
+    heads, key_heads, features, head_dim = _fixed(q, 1), _fixed(k, 1), _fixed(q, 3), _fixed(v, 3)
+    given, wide = v, ir.DataType.DOUBLE if v.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    q, k, v = (op.Cast(item, to=wide) for item in (q, k, v))
+    ends = op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1])
+    v = op.Pad(v, ends, op.CastLike(op.Constant(value_float=1.0), v))
+    tokens = op.Shape(q, start=2, end=3)
+    if not causal:
+        grouped = op.Reshape(q, op.Constant(value_ints=[0, key_heads, -1, features]))
+        sums = op.MatMul(grouped, op.MatMul(op.Transpose(k, perm=[0, 1, 3, 2]), v))
+    else:
+        missing = op.Mod(op.Neg(tokens), op.Constant(value_ints=[chunk]))
+        zeros = op.Constant(value_ints=[0, 0, 0, 0, 0, 0])
+        pads = op.Concat(zeros, missing, op.Constant(value_ints=[0]), axis=0)
+        q, k, v = (op.Pad(item, pads) for item in (q, k, v))
+        # One more dimension stands for the query heads that share a key head.
+        q = op.Reshape(q, op.Constant(value_ints=[0, key_heads, heads // key_heads, -1, chunk, features]))
+        k = op.Reshape(k, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, features]))
+        v = op.Reshape(v, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, head_dim + 1]))
+        turned = op.Transpose(k, perm=[0, 1, 2, 3, 5, 4])
+        before = op.CumSum(op.MatMul(turned, v), op.Constant(value_int=3), exclusive=1)
+        weights = op.Trilu(op.MatMul(q, turned), upper=0)
+        sums = op.Add(op.MatMul(q, before), op.MatMul(weights, v))
+    sums = op.Reshape(sums, op.Constant(value_ints=[0, heads, -1, head_dim + 1]))
+    if causal:
+        sums = op.Slice(sums, op.Constant(value_ints=[0]), tokens, op.Constant(value_ints=[2]))
+    last, end, axis = (op.Constant(value_ints=[number]) for number in (head_dim, head_dim + 1, 3))
+    floor = op.CastLike(op.Constant(value_float=FLOOR), sums)
+    values = op.Slice(sums, op.Constant(value_ints=[0]), last, axis)
+    return op.CastLike(op.Div(values, op.Max(op.Slice(sums, last, end, axis), floor)), given)
+
+
 def _index_copy(self: ir.Value, dim: int, index: ir.Value, source: ir.Value) -> ir.Value:
     options = ir.convenience.convert_attributes({"dim": dim})
     return _recorded(ir.Node(DOMAIN, INDEX_COPY, [self, index, source], options, num_outputs=1, version=1))[0]
@@ -166,6 +203,7 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     block_sparse_attention: _block_sparse_attention,
     rotary: _rotary,
     grouped_product: _grouped_product,
+    linear_attention: _linear_attention,
     fake_quantize: _fake_quantize,
     fake_quantize_dynamic: _fake_quantize_dynamic,
     dequantize: _dequantize,

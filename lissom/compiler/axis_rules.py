@@ -301,4 +301,5 @@ _register(_einsum, "einsum")
 _register(_create, "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty.memory_format", "scalar_tensor")
 _register(_count, "arange", "arange.start", "arange.start_step", "linspace", "eye")
 RULES["lissom.attention.default"] = _attention
+RULES["lissom.linear_attention.default"] = _attention
 RULES["lissom.rotary.default"] = _rotary

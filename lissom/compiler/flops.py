@@ -137,6 +137,18 @@ def _pairs_function_without_layout(pattern: Pattern) -> type[sympy.Function]:
     return _pairs_function(pattern, None)
 
 
+def _linear_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Keys' features times values, queries' features times these sums; causal ones also a triangle of weights in each chunk.
+
+    The denominator is one more feature of v.
+    """
+    q, k, v = (_operand(node, index, shape_of) for index in range(3))
+    total = product(k) * (v[-1] + 1) + product(q) * (v[-1] + 1)
+    if not nodes.argument(node, "causal"):
+        return total
+    return total + product(q[:-1]) * cast(int, nodes.argument(node, "chunk")) * (q[-1] + v[-1] + 1)
+
+
 def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
     return product(shape_of(node)) * product(_operand(node, 1, shape_of)[1:])
 
@@ -213,6 +225,7 @@ _FOREIGN: dict[str, Formula] = {
     "lissom.fused_attention.default": _attention,
     "lissom.block_sparse_attention.default": _block_sparse_attention,
     "lissom.merged_attention.default": _merged_attention,
+    "lissom.linear_attention.default": _linear_attention,
     "lissom.packed_linear.default": _packed,
     "lissom.sparse_linear.default": _half_packed,
     "lissom.packed_linear_norm.default": _packed,

@@ -18,6 +18,7 @@ from torch import fx
 from lissom.compiler import node as nodes
 from lissom.compiler.execute import call
 from lissom.compiler.linears import is_attention, is_linear
+from lissom.compiler.masks import mask_kind
 from lissom.compiler.program import Program
 from lissom.compiler.signature import evaluate
 from lissom.compiler.types import ScalarType, TensorType
@@ -51,6 +52,60 @@ def padding_masks(program: Program) -> tuple[fx.Node, ...]:
         for candidate in candidates
         if any(holds(program, candidate, [mask], partial(_mask_hides, mask, candidate)) for mask in masks)
     )
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """What of the keys is hidden: later ones with `causal`, and those where the input `padding`, [batch, tokens], is zero."""
+
+    causal: bool = False
+    padding: fx.Node | None = None
+
+
+def key_mask(program: Program, attention: fx.Node) -> KeyMask | None:
+    """What an attention's mask hides from every query that is kept, when it does no more than that; None when it does.
+
+    A mask that reads values of an input other than one for padding does more, whatever it looks like.
+    """
+    mask, kind = mask_of(attention), mask_kind(program, attention)
+    if mask is None:
+        return KeyMask(kind.causal)
+    if kind.bias or kind.window is not None:
+        return None
+    order = _order(program, [mask])
+    if order is None:
+        return None
+    read = [node for node in order if node.op == "placeholder"]
+    if len(read) > 1:
+        return None
+    padding = read[0] if read and read[0] in program.fact(padding_masks) else None
+    if read and padding is None:
+        return None
+    for causal in (False, True):
+        check = partial(_hides_no_more, mask, padding, causal)
+        if _holds_on(check, order, program, padding):
+            return KeyMask(causal, padding)
+    return None
+
+
+def _hides_no_more(mask: fx.Node, padding: fx.Node | None, causal: bool, values: Values) -> bool:
+    """True when, of rows with a token, the mask hides what padding and causality hide from their tokens, and adds nothing."""
+    value = values[mask]
+    if not 2 <= value.dim() <= 4:
+        return False
+    value = value[(None,) * (4 - value.dim())]
+    hidden = ~value if value.dtype == torch.bool else value <= HIDDEN
+    queries, keys = value.shape[-2:]
+    if (causal and queries != keys) or (value.dtype != torch.bool and bool(value[~hidden].any())):
+        return False
+    kept = torch.ones(value.shape[0], keys, dtype=torch.bool) if padding is None else values[padding] != 0
+    if kept.shape[1] != keys or value.shape[0] not in (1, len(kept)):
+        return False
+    wanted = ~kept[:, None, None, :]
+    if causal:
+        wanted = wanted | torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    looked_at = kept[:, None, :, None] if queries == keys else kept.any(1)[:, None, None, None]
+    return not bool(((hidden != wanted) & looked_at).any())
 
 
 def kept_rows(mask: torch.Tensor) -> torch.Tensor:
@@ -92,8 +147,10 @@ def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int,
 def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Check) -> bool:
     """True when the check holds of the values of `wanted` and of the mask on all probes; False where there are none."""
     order = _order(program, [mask, *wanted])
-    if order is None or mask not in order:
-        return False
+    return order is not None and mask in order and _holds_on(check, order, program, mask)
+
+
+def _holds_on(check: Check, order: Sequence[fx.Node], program: Program, mask: fx.Node | None) -> bool:
     try:
         return all(check(values) for values in _probes(program, mask, order))
     # A part of a program that cannot be run on a probe says nothing of what it does.
@@ -144,36 +201,42 @@ class _Patterns:
         return cls(rows)
 
 
-def _probes(program: Program, mask: fx.Node, order: Sequence[fx.Node]) -> Iterator[Values]:
+def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) -> Iterator[Values]:
+    """The values on masks of every kind, or once where they depend on none."""
     sizes: dict[sympy.Symbol, int] = {}
-    shape = nodes.tensor_type(mask).shape
+    shape = () if mask is None else nodes.tensor_type(mask).shape
     for index, (symbol, dimension) in enumerate(program.signature.dimensions.items()):
         # Sizes that need not be equal are not.
-        size = max(_BATCH if symbol == shape[0] else _TOKENS + index, dimension.minimum)
+        size = max(_BATCH if symbol in shape[:1] else _TOKENS + index, dimension.minimum)
         sizes[symbol] = min(size, dimension.maximum or size)
+    if mask is None:
+        yield _values(program, order, sizes)
+        return
     batch, tokens = (evaluate(size, sizes) for size in shape)
     rows = _Patterns.of(tokens).rows
     rows = rows[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
     for group in rows.split(batch):
-        values: dict[fx.Node, object] = {}
-        with torch.no_grad():
-            for node in order:
-                values[node] = _value(program, node, mask, group, sizes, values)
-        yield cast(Values, values)
+        found = nodes.tensor_type(mask)
+        yield _values(program, order, sizes, {mask: group.to(found.device, found.dtype)})
 
 
-def _value(
+def _values(
     program: Program,
-    node: fx.Node,
-    mask: fx.Node,
-    group: torch.Tensor,
+    order: Sequence[fx.Node],
     sizes: Mapping[sympy.Symbol, int],
-    values: Mapping[fx.Node, object],
-) -> object:
+    given: Mapping[fx.Node, torch.Tensor] | None = None,
+) -> Values:
+    values: dict[fx.Node, object] = dict(given or {})
+    with torch.no_grad():
+        for node in order:
+            if node not in values:
+                values[node] = _value(program, node, sizes, values)
+    return cast(Values, values)
+
+
+def _value(program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], values: Mapping[fx.Node, object]) -> object:
     if node.op == "placeholder":
         found = nodes.tensor_type(node)
-        if node is mask:
-            return group.to(found.device, found.dtype)
         return torch.ones([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
     if node.op == "get_attr":
         return program.weight(str(node.target))

@@ -240,6 +240,14 @@ def _attention(node: fx.Node, dim: int) -> Sources | None:
     return _aligned(node, dim, slots)
 
 
+def _linear_attention(node: fx.Node, dim: int) -> Sources | None:
+    """The same, but that a causal row is told by its place among the rows."""
+    q, k, _ = (shape_of(item) for item in node.args[:3])
+    if (dim == 2 and nodes.argument(node, "causal")) or (dim == 1 and q[1] != k[1]):
+        return None
+    return _attention(node, dim)
+
+
 def _index_select(node: fx.Node, dim: int) -> Sources | None:
     return {2: 0} if dim == _dim(node, "dim", len(shape_of(node))) else {0: dim}
 
@@ -249,6 +257,7 @@ def _convolution(node: fx.Node, dim: int) -> Sources | None:
 
 
 RULES: dict[str, Rule] = {"lissom.attention.default": _attention, "lissom.rotary.default": _all_but_last}
+RULES["lissom.linear_attention.default"] = _linear_attention
 
 
 def _register(rule: Rule, *names: str) -> None:

@@ -10,6 +10,7 @@ from lissom.ops.flex_attention import flex_block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, merged_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
+from lissom.ops.linear_attention import linear_attention, linear_attention_reference
 from lissom.ops.packed_linear import packed_embedding, packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
@@ -20,6 +21,7 @@ IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     attention: attention_reference,
     rotary: rotary_reference,
     grouped_product: grouped_product_reference,
+    linear_attention: linear_attention_reference,
 }
 """Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
 
@@ -49,6 +51,7 @@ __all__ = [
     "fused_rms_norm",
     "fused_rotary",
     "grouped_product",
+    "linear_attention",
     "merged_attention",
     "packed_embedding",
     "packed_linear",

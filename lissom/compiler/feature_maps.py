@@ -1,0 +1,198 @@
+"""Feature maps of linear attention, and how near the weights they make come to those of softmax.
+
+a_ij = φ(q_i) · φ(k_j) / Σ_j φ(q_i) · φ(k_j)   stands for   p_ij = softmax_j(scale · q_i · k_j)
+
+- elu: φ(x) = elu(s · x) + 1, s one number a head.                                  Katharopoulos et al. 2020, eq. 7
+- relu: φ(x) = max(x, 0). A factor on x cancels, so there is none.
+- hedgehog: φ(x) = [exp(x W + b), exp(-x W - b)], W and b of each head and side.    Zhang et al. 2024, eq. 6
+
+What is learned is fitted to p on observed queries and keys: s is the best of a grid, W and b are moved by Adam along the
+gradient of the mean of Σ_j p_ij log(p_ij / a_ij) over observed rows, the Kullback-Leibler divergence (Zhang et al., eq. 8, take
+the cross entropy, which differs from it by a constant).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+FeatureMap = Literal["elu", "relu", "hedgehog"]
+
+LARGEST_EXPONENT = 30.0
+"""What exponents of keys are kept within: sums of 10⁵ products with exp(30) stay far from float32's ends, on both sides. A
+shift of all keys would cancel in the ratio as well as a query's own does, but a causal sum does not know the keys to come."""
+_SCALES = tuple(2.0 ** (power / 2) for power in range(-6, 7))
+_STEPS = 300
+_RATE = 0.02
+_LEAST = 1e-9
+"""What a weight counts as at least where its logarithm is taken; `relu` gives weights of zero."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Queries and keys of one sample, and the weights softmax gives them.
+
+    q: [batch, heads, rows, head_dim]; k: [batch, key_heads, keys, head_dim]. seen: which keys each row sees, broadcast to
+    [batch, heads, rows, keys]. real: which rows count, [batch, rows]. weights: [batch, heads, rows, keys].
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    seen: torch.Tensor
+    real: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What queries and keys are changed by before the map's function.
+
+    matrices: W of queries and of keys, [heads, head_dim, head_dim] and [key_heads, …]. biases: b, [heads, 1, head_dim] and
+    [key_heads, …]. factors: s, [heads, 1, 1] and [key_heads, 1, 1]. Empty where a map has none.
+    """
+
+    matrices: tuple[torch.Tensor, ...] = ()
+    biases: tuple[torch.Tensor, ...] = ()
+    factors: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near linear weights come to softmax: the share of its mass they put on the same keys, Σ_j min(p_j, a_j), and the
+    divergence Σ_j p_j log(p_j / a_j) in nats; means over rows and heads."""
+
+    mass: float
+    divergence: float
+
+
+def observe_weights(q: torch.Tensor, k: torch.Tensor, scale: float, *, seen: torch.Tensor, real: torch.Tensor) -> Observed:
+    """The weights of softmax for some rows of queries; the shapes are those of `Observed`."""
+    scores = q.float() @ _repeated(k.float(), q.shape[1]).transpose(-1, -2) * scale
+    # Where a row sees nothing there is no distribution; it does not count.
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
+    return Observed(q.float(), k.float(), seen, real & seen.any(-1).reshape(len(seen), -1).expand(real.shape), weights)
+
+
+def initial_maps(features: FeatureMap, shape: tuple[int, int, int], scale: float, device: torch.device) -> Maps:
+    """Maps that know no data: W = √scale · I, so that φ grows with the scores. shape: heads, key_heads, head_dim."""
+    heads, key_heads, head_dim = shape
+    if features != "hedgehog":
+        return Maps()
+    identity = torch.eye(head_dim, device=device) * math.sqrt(abs(scale))
+    sides = (identity, identity if scale >= 0 else -identity)
+    return Maps(
+        tuple(side.repeat(count, 1, 1) for side, count in zip(sides, (heads, key_heads), strict=True)),
+        tuple(torch.zeros(count, 1, head_dim, device=device) for count in (heads, key_heads)),
+    )
+
+
+def query_features(features: FeatureMap, maps: Maps, q: torch.Tensor) -> torch.Tensor:
+    """φ(q); `hedgehog` divides each row by its largest feature, which cancels in the ratio."""
+    x = _changed(maps, 0, q)
+    if features != "hedgehog":
+        return _simple(features, x)
+    return (torch.cat([x, -x], -1) - x.abs().amax(-1, keepdim=True)).exp()
+
+
+def key_features(features: FeatureMap, maps: Maps, k: torch.Tensor) -> torch.Tensor:
+    """φ(k)."""
+    x = _changed(maps, 1, k)
+    if features != "hedgehog":
+        return _simple(features, x)
+    x = x.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
+    return torch.cat([x, -x], -1).exp()
+
+
+def fit_maps(
+    features: FeatureMap, maps: Maps, data: Sequence[Observed], progress: Callable[[int, int], None] | None = None
+) -> Maps:
+    """The maps that make the divergence from softmax small on this data."""
+    if features == "relu":
+        return maps
+    return _fit_factors(data) if features == "elu" else _fit_projections(maps, data, progress)
+
+
+def agreement(features: FeatureMap, maps: Maps, data: Sequence[Observed]) -> Agreement:
+    """How near the weights of these maps come to those of softmax on this data."""
+    rows = masses = divergences = 0.0
+    for item in data:
+        found = _weights(features, maps, item)
+        real = item.real[:, None].expand(found.shape[:-1])
+        masses += float(torch.minimum(found, item.weights).sum(-1)[real].sum())
+        divergences += float(_divergence(item.weights, found)[real].sum())
+        rows += int(real.sum())
+    return Agreement(masses / max(rows, 1), max(divergences, 0.0) / max(rows, 1))
+
+
+def _fit_factors(data: Sequence[Observed]) -> Maps:
+    """The factor of each key head, and of the query heads that read it, that is best on a grid of half powers of two."""
+    heads, key_heads = data[0].q.shape[1], data[0].k.shape[1]
+    device = data[0].q.device
+    found = [
+        sum(_divergence_of_heads("elu", _factors(torch.full((key_heads,), scale, device=device), heads), item) for item in data)
+        for scale in _SCALES
+    ]
+    losses = torch.stack([loss.reshape(key_heads, -1).sum(1) for loss in found if isinstance(loss, torch.Tensor)])
+    return _factors(torch.tensor(_SCALES, device=device)[losses.argmin(0)], heads)
+
+
+def _factors(scales: torch.Tensor, heads: int) -> Maps:
+    per_head = scales.repeat_interleave(heads // len(scales))
+    return Maps(factors=(per_head[:, None, None], scales[:, None, None]))
+
+
+def _fit_projections(maps: Maps, data: Sequence[Observed], progress: Callable[[int, int], None] | None) -> Maps:
+    """Adam, one sample a step, with a rate that falls to zero along a half cosine."""
+    learned = [item.clone().requires_grad_() for item in (*maps.matrices, *maps.biases)]
+    optimizer = torch.optim.Adam(learned, lr=_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
+    current = Maps((learned[0], learned[1]), (learned[2], learned[3]))
+    for step in range(_STEPS):
+        with torch.enable_grad():
+            loss = _divergence_of_heads("hedgehog", current, data[step % len(data)]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, _STEPS)
+    return Maps(tuple(item.detach() for item in current.matrices), tuple(item.detach() for item in current.biases))
+
+
+def _divergence_of_heads(features: FeatureMap, maps: Maps, item: Observed) -> torch.Tensor:
+    """The mean over real rows, [heads]."""
+    real = item.real[:, None].to(item.weights.dtype)
+    found = _divergence(item.weights, _weights(features, maps, item)) * real
+    return found.sum((0, 2)) / real.sum().clamp_min(1)
+
+
+def _weights(features: FeatureMap, maps: Maps, item: Observed) -> torch.Tensor:
+    """a, [batch, heads, rows, keys]."""
+    k = _repeated(key_features(features, maps, item.k), item.q.shape[1])
+    products = (query_features(features, maps, item.q) @ k.transpose(-1, -2)).masked_fill(~item.seen, 0.0)
+    return products / products.sum(-1, keepdim=True).clamp_min(torch.finfo(products.dtype).tiny)
+
+
+def _divergence(p: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Σ_j p_j log(p_j / a_j), [batch, heads, rows]."""
+    return (torch.special.xlogy(p, p) - p * a.clamp_min(_LEAST).log()).sum(-1)
+
+
+def _changed(maps: Maps, side: int, x: torch.Tensor) -> torch.Tensor:
+    if maps.matrices:
+        return x @ maps.matrices[side] + maps.biases[side]
+    return x * maps.factors[side] if maps.factors else x
+
+
+def _simple(features: FeatureMap, x: torch.Tensor) -> torch.Tensor:
+    return functional.elu(x) + 1 if features == "elu" else x.relu()
+
+
+def _repeated(k: torch.Tensor, heads: int) -> torch.Tensor:
+    """Key heads, each as often as there are query heads that read it."""
+    return k.repeat_interleave(heads // k.shape[1], 1)

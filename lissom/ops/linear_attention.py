@@ -1,0 +1,129 @@
+"""`lissom::linear_attention`: attention whose weights are products of features, so that its work grows with the length alone.
+
+y_i = φ(q_i) S_i / φ(q_i) z_i,   S_i = Σ_j φ(k_j) v_jᵀ,   z_i = Σ_j φ(k_j)          Katharopoulos et al. 2020, eq. 5 to 12
+
+The sums are over all keys, or with `causal` over j ≤ i. φ(q) and φ(k) are given, not negative. Causal sums are computed in
+chunks of C tokens: what the chunks before one add up to is one matrix [features, head_dim] a chunk, and within a chunk a
+triangle of C × C weights is written out. Hua et al. 2022 (FLASH), §3.2; Yang et al. 2024 (GLA), §2.2.
+
+Sums are taken in float32 at least. Nothing is subtracted, so nothing cancels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+FLOOR = 1e-30
+"""What denominators are at least. Features that have nothing in common, or that meet padding alone, sum up to zero; their row
+is then zeros and not NaN. It is a hundred million times float32's smallest normal number, and far below any sum of features
+that says something."""
+CHUNK = 64
+"""Tokens of a chunk. Work within chunks grows with it, and memory for the sums between them shrinks: with as many tokens as
+features these sums take what the values take."""
+
+_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+_LIBRARY.define(
+    f"linear_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False, int chunk={CHUNK}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def linear_attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK
+) -> torch.Tensor:
+    """The operator in PyTorch's own."""
+    heads, groups, tokens = q.shape[1], k.shape[1], q.shape[2]
+    q_wide, k_wide, v_wide = _widened(q, k, v)
+    if causal:
+        return _ratio(_causal_sums(q_wide, k_wide, v_wide, chunk)).to(v.dtype)
+    q_wide = q_wide.reshape(q.shape[0], groups, heads // groups * tokens, q.shape[3])
+    sums = torch.matmul(q_wide, torch.matmul(k_wide.transpose(-1, -2), v_wide))
+    return _ratio(sums).reshape(q.shape[0], heads, tokens, v.shape[3]).to(v.dtype)
+
+
+def linear_attention_step(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The causal form for one more token: what it yields, and the sums to give with the next token.
+
+    q: [batch, heads, 1, features]; k: [batch, key_heads, 1, features]; v: [batch, key_heads, 1, head_dim]. state: S and z of
+    the tokens before, [batch, key_heads, features, head_dim + 1], whatever their number; None at the first.
+    """
+    wide = _widened(q, k, v)
+    added = torch.matmul(wide[1].transpose(-1, -2), wide[2])
+    state = added if state is None else state + added
+    grouped = wide[0].reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    return _ratio(torch.matmul(grouped, state)).reshape(*q.shape[:3], v.shape[3]).to(v.dtype), state
+
+
+def _widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All three in the dtype sums are taken in, and v with a column of ones, whose product is the denominator."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    q, k, v = (item.to(dtype) for item in (q, k, v))
+    return q, k, torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
+
+
+def _ratio(sums: torch.Tensor) -> torch.Tensor:
+    return sums[..., :-1] / sums[..., -1:].clamp_min(FLOOR)
+
+
+def _causal_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Σ_{j ≤ i} φ(q_i)ᵀφ(k_j) · v_j, [batch, heads, tokens, features of v]."""
+    batch, heads, tokens, _ = q.shape
+    groups, copies = k.shape[1], heads // k.shape[1]
+    chunks = (tokens + chunk - 1) // chunk
+    q, k, v = (functional.pad(item, (0, 0, 0, chunks * chunk - tokens)) for item in (q, k, v))
+    k, v = (item.reshape(batch, groups, chunks, chunk, item.shape[-1]) for item in (k, v))
+    # Query heads that share a key head stand one below the other, so that nothing of k and v is copied.
+    q = q.reshape(batch, groups, copies, chunks, chunk, q.shape[-1]).transpose(2, 3)
+    q = q.reshape(batch, groups, chunks, copies * chunk, q.shape[-1])
+    states = torch.matmul(k.transpose(-1, -2), v)
+    before = functional.pad(states, (0, 0, 0, 0, 1, -1)).cumsum(2)
+    seen = torch.ones(chunk, chunk, dtype=q.dtype, device=q.device).tril().repeat(copies, 1)
+    sums = torch.matmul(q, before) + torch.matmul(torch.matmul(q, k.transpose(-1, -2)) * seen, v)
+    sums = sums.reshape(batch, groups, chunks, copies, chunk, v.shape[-1]).transpose(2, 3)
+    return sums.reshape(batch, heads, chunks * chunk, v.shape[-1])[:, :, :tokens]
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK) -> torch.Tensor:
+    shapes = " and ".join(str(list(item.shape)) for item in (q, k, v))
+    if (
+        not q.dim() == k.dim() == v.dim() == 4
+        or q.shape[1] % k.shape[1]
+        or q.shape[3] != k.shape[3]
+        or k.shape[1] != v.shape[1]
+    ):
+        raise RuntimeError(
+            "lissom::linear_attention takes q [batch, heads, queries, features], k [batch, key_heads, keys, features] and "
+            f"v [batch, key_heads, keys, head_dim] with heads a multiple of key_heads, not {shapes}"
+        )
+    if causal and q.shape[2] != k.shape[2]:
+        raise RuntimeError(f"lissom::linear_attention is causal with as many keys as queries, not {shapes}")
+    return v.new_empty(*q.shape[:3], v.shape[3])
+
+
+def _remember(ctx: Any, inputs: tuple[torch.Tensor, ...], keyword_only_inputs: dict[str, Any], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.options = keyword_only_inputs
+
+
+def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Computed again and differentiated: the sums of each chunk are not kept from the way forth."""
+    inputs = [item.detach().requires_grad_() for item in ctx.saved_tensors]
+    with torch.enable_grad():
+        output = linear_attention_reference(*inputs, **ctx.options)
+    return torch.autograd.grad(output, inputs, gradient)
+
+
+# Were it taken apart when a program is exported, the number of chunks would be a size, and one chunk would not be allowed.
+_LIBRARY.impl("linear_attention", linear_attention_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("lissom::linear_attention", _fake, lib=_LIBRARY)
+torch.library.register_autograd("lissom::linear_attention", _backward, setup_context=_remember, lib=_LIBRARY)
+
+linear_attention = torch.ops.lissom.linear_attention.default
+"""The operator. q: φ(q), [batch, heads, queries, features]; k: φ(k), [batch, key_heads, keys, features], with heads a multiple
+of key_heads; v: [batch, key_heads, keys, head_dim]; causal: with as many keys as queries; chunk: tokens. Returns [batch, heads,
+queries, head_dim] in v's dtype. Work and memory grow with the length alone. Differentiable; any device."""
