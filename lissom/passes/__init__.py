@@ -18,6 +18,7 @@ from lissom.passes.canonical.raise_softmax import RaiseSoftmax
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum
 from lissom.passes.canonical.simplify_masks import SimplifyMasks
+from lissom.passes.lightweight.depthwise_separable import DepthwiseSeparable
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
@@ -79,6 +80,7 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadNeurons,
         EliminateDeadLayers,
         EliminateDeadHidden,
+        DepthwiseSeparable,
         Equalize,
         SmoothQuant,
         Awq,
