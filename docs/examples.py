@@ -457,6 +457,18 @@ class CachedAttention(nn.Module):
         return self.output(hidden.transpose(1, 2).reshape(batch, tokens, width))
 
 
+class ConvolutionalStem(nn.Module):
+    """Two convolutions over time in front of a transformer, as in Whisper."""
+
+    def __init__(self, bands: int = 64, width: int = 256) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(bands, width, 3, padding=1)
+        self.second = nn.Conv1d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(self.second(functional.gelu(self.first(x))))
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -524,6 +536,12 @@ EXAMPLES = {
     ),
     "write-state-in-place": Example(CachedAttention, "torch.randn(1, 4, 256)", "write-state-in-place"),
     "quantize-cache": Example(CachedAttention, "torch.randn(1, 4, 256)", "quantize-cache"),
+    "depthwise-separable": Example(
+        ConvolutionalStem,
+        "torch.randn(4, 64, 200).cumsum(-1)",
+        "depthwise-separable{budget=0.5}",
+        "[torch.randn(4, 64, 200).cumsum(-1) for _ in range(4)]",
+    ),
     "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
     "correct-bias": Example(
         Block,

@@ -107,8 +107,8 @@ def factors(
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], terms: int, inverse: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors `first` and `last` with so many terms, of one size each. inverse: of the root `decompose` was given."""
-    U, S, Vt = found
-    first, last = Vt[:, :terms], U[:, :, :terms] * S[:, None, :terms]
+    u, s, vt = found
+    first, last = vt[:, :terms], u[:, :, :terms] * s[:, None, :terms]
     if inverse is not None:
         first = first @ inverse
     sizes = last.norm(dim=1) / first.norm(dim=2).clamp_min(1e-300)
@@ -116,14 +116,14 @@ def factors(
     return first * balance[:, :, None], last / balance[:, None, :]
 
 
-def energy(S: torch.Tensor) -> torch.Tensor:
-    """The share of the squared numbers of all slices that 1, 2, … terms hold, [terms]; S: [slices, terms]."""
-    held = S.square().sum(0).cumsum(0)
+def energy(values: torch.Tensor) -> torch.Tensor:
+    """The share of the squared numbers of all slices that 1, 2, … terms hold, [terms]; values: S, [slices, terms]."""
+    held = values.square().sum(0).cumsum(0)
     return held / held[-1] if held[-1] > 0 else torch.ones_like(held)
 
 
 def roots(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The symmetric roots of covariances, and the inverses of these; covariance: [n, columns, columns], summed, not negative."""
+    """The symmetric roots of covariances, and the inverses of these; covariance: sums of products, [n, columns, columns]."""
     mean = covariance.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-30)
     spread = _SMALLEST * mean[:, None, None] * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
     values, vectors = torch.linalg.eigh(covariance + spread)
@@ -153,8 +153,8 @@ def of_slices(layout: Layout, each: torch.Tensor) -> torch.Tensor:
 class Fit:
     """Sums for the least squares of the last convolution's kernel W, each group of it a matrix: Σ zzᵀ, Σ zyᵀ and Σ yyᵀ.
 
-    z: what the last convolution meets at a place, [features]; y: what the layer should give there, [outputs]. The sums of the
-    first and the second half of the places of every sample are kept apart, so that a fit to one is tried on the other.
+    z: what the last convolution meets at a place, [features]; y: what the layer should give there, [outputs]. The sums of two
+    halves of the data are kept apart, so that a fit to one is tried on the other.
     """
 
     layout: Layout
@@ -163,20 +163,24 @@ class Fit:
     product: list[torch.Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
     power: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
-    def add(self, value: torch.Tensor, wanted: torch.Tensor) -> None:
-        """value: [1, channels in, *sizes], wanted: [1, channels out, *sizes], without bias."""
+    def add(self, value: torch.Tensor, wanted: torch.Tensor, half: int | None) -> None:
+        """Add a sample to one half, 0 or 1, or where there is no other, the first half of its places to 0 and the rest to 1.
+
+        value: [1, channels in, *sizes]; wanted: [1, channels out, *sizes], without bias.
+        """
         z = self._met(value)
         y = wanted.flatten(2)[0].unflatten(0, (z.shape[0], -1)).mT.double()
         middle = z.shape[1] // 2
-        for half, part in enumerate((slice(None, middle), slice(middle, None))):
+        halves = ((0, slice(None, middle)), (1, slice(middle, None))) if half is None else ((half, slice(None)),)
+        for half, part in halves:
             self.gram[half] = self.gram[half] + z[:, part].mT @ z[:, part]
             self.product[half] = self.product[half] + z[:, part].mT @ y[:, part]
             self.power[half] += float(y[:, part].square().sum())
 
     def solve(self, last: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """argmin over W of Σ ‖W·z - y‖² + λ ‖W - W₀‖², W₀ = `last`, and its relative error on places it was not fitted to.
+        """argmin over W of Σ ‖W·z - y‖² + λ ‖W - W₀‖², W₀ = `last`, and its relative error on data it was not fitted to.
 
-        λ is the one with which a fit to half of the places errs least on the other half; W₀ itself where none does better. It
+        λ is the one with which a fit to half of the data errs least on the other half; W₀ itself where none does better. It
         is there because z of few or alike places does not tell W in all directions; in those W₀ stays.
         """
         gram, product = torch.stack(self._pair(self.gram)), torch.stack(self._pair(self.product))

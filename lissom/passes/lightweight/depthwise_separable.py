@@ -6,16 +6,20 @@ K: [channels out, channels in / groups, *sizes] is a kernel, t its sizes flatten
     pointwise first:  K[o, i, t] ≈ Σ_ρ D[o, ρ, t] · P[o, ρ, i],  r·out·(t + in/groups) numbers
 
 by a truncated singular value decomposition of the kernel's slice of each input channel [out, t], or of each output channel
-[t, in]; no other factors with r terms have a smaller Frobenius error. The depthwise one keeps stride, padding and dilation, both
-keep the groups, and the last one has the bias. With r = 1 and depthwise first it is the layer of Howard et al. 2017, MobileNets,
-§3.1, https://arxiv.org/abs/1704.04861; finding it by a decomposition is from Guo et al. 2018, Network Decoupling: From Regular
-to Depthwise Separable Convolutions, https://arxiv.org/abs/1808.05517.
+[t, in]; no other factors with r terms have a smaller Frobenius error. The depthwise one keeps stride, padding and dilation, the
+pointwise one the groups, and the last one the bias. With r = 1 and depthwise first it is the layer of Howard et al. 2017,
+MobileNets, §3.1, https://arxiv.org/abs/1704.04861; finding it by a decomposition is from Guo et al. 2018, Network Decoupling:
+From Regular to Depthwise Separable Convolutions, https://arxiv.org/abs/1808.05517.
+
+A layer is left alone unless both its bytes and its operations become fewer. In one that few channels come into, such as an
+embedding of the patches of a picture in three colours, terms are cheap but hold little each; where few channels go out, or the
+kernel has few places, one term may cost more than all of it.
 
 With calibration data the decomposition is that of slices times the root of the covariance of what they meet, the taps of a
 channel or the channels of a group, so that what is left out is what shows least. The kernel applied last is then fitted to what
 the layer gave before, on what it reads now, by least squares: min ‖ZW - Y‖² + λ‖W - W₀‖², W₀ the one found first. λ is the one
-with which a fit to half of the places of each sample errs least on the other half; where none errs less than W₀, W₀ stays.
-Layers are treated in the order in which they run. Padding of a batch counts, as it is convolved with what lies beside it.
+with which a fit to half of the samples errs least on the other half; where none errs less than W₀, W₀ stays. Layers are treated
+in the order in which they run. Padding of a batch counts, as it is convolved with what lies beside it.
 
 How many terms is told by exactly one of `rank`, `keep` and `budget`. With `order=auto` both orders are tried: under `rank`
 pointwise first has as many terms as cost no more bytes and operations than depthwise first has, and the one that errs less is
@@ -93,7 +97,9 @@ class DepthwiseSeparable(Approximation):
             originals = dict(zip(edit.program.graph.nodes, before.graph.nodes, strict=True))
             for finished, layer in enumerate(layers):
                 edit.current = layer.node
-                result = self._separate(Calibration(layer, originals[layer.node], now, then, range(len(edit.data))), edit.program)
+                result = self._separate(
+                    Calibration(layer, originals[layer.node], now, then, range(len(edit.data))), edit.program
+                )
                 if isinstance(result, str):
                     edit.skip(layer.node, result)
                     continue
@@ -255,15 +261,19 @@ class Calibration:
         fits = [Fit(result.layout, result.first) for result in results]
         read = cast(fx.Node, self.original.args[0])
         bias = None if self.layer.bias is None else evaluate_nodes(self.now.program.graph_module, self.layer.bias)
+        seen = 0
         for index in self.samples:
             # Halted before the layer, as the other stream was, so that both hold its input in the same precision.
             self.then.advance(index, read)
             (given,) = self.then.peek(index, [self.original])
             if bias is not None:
                 given = given - bias.reshape(-1, *[1] * len(self.layer.window.size))
-            for value, target in zip(self._read(index).split(1), self._batched(given).split(1), strict=True):
+            rows = list(zip(self._read(index).split(1), self._batched(given).split(1), strict=True))
+            for value, target in rows:
+                half = None if len(rows) == len(self.samples) == 1 else seen % 2
+                seen += 1
                 for fit in fits:
-                    fit.add(value, target)
+                    fit.add(value, target, half)
         if not self.samples:
             return list(results)
         solved = [fit.solve(result.last) for fit, result in zip(fits, results, strict=True)]
