@@ -24,7 +24,9 @@ Order = Literal["depthwise-first", "pointwise-first"]
 ORDERS: tuple[Order, ...] = ("depthwise-first", "pointwise-first")
 _SMALLEST = 1e-4
 """Of a covariance's mean variance, added to each: what data never hold still has a weight, so that its inverse is no noise."""
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_LARGEST = 1 << 25
+"""Numbers of Σ zzᵀ: 256 MB for both halves."""
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Shares of the mean of the diagonal of ZᵀZ to choose the pull towards the first factors from."""
 
 
@@ -151,17 +153,33 @@ def of_slices(layout: Layout, each: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Fit:
-    """Sums for the least squares of the last convolution's kernel W, each group of it a matrix: Σ zzᵀ, Σ zyᵀ and Σ yyᵀ.
+    """Sums for the least squares of the last convolution's kernel W, each group of it a matrix [features, outputs].
 
-    z: what the last convolution meets at a place, [features]; y: what the layer should give there, [outputs]. The sums of two
-    halves of the data are kept apart, so that a fit to one is tried on the other.
+    first, last: both kernels to start from. z: what the last convolution meets at a place, [features]; e: what W₀, the last
+    kernel, leaves of what the layer should give there, [outputs]. Kept are Σ zzᵀ, Σ zeᵀ and Σ eᵀe, of two halves of the data
+    apart, so that a fit to one is tried on the other; and of what the layer should give, Σ yᵀy. Sums with e instead of y lose
+    nothing to rounding where W₀ is nearly right.
     """
 
     layout: Layout
     first: torch.Tensor
+    last: torch.Tensor
     gram: list[torch.Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
     product: list[torch.Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
-    power: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    left: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    power: float = 0.0
+
+    @property
+    def start(self) -> torch.Tensor:
+        """W₀, [groups, features, outputs]."""
+        outputs = len(self.last) // self.layout.last_groups
+        return self.last.reshape(self.layout.last_groups, outputs, -1).mT
+
+    @property
+    def is_too_large(self) -> bool:
+        """True where Σ zzᵀ would take more memory and time than it is worth: W₀ stays."""
+        groups, features, _ = self.start.shape
+        return groups * features * features > _LARGEST
 
     def add(self, value: torch.Tensor, wanted: torch.Tensor, half: int | None) -> None:
         """Add a sample to one half, 0 or 1, or where there is no other, the first half of its places to 0 and the rest to 1.
@@ -169,31 +187,35 @@ class Fit:
         value: [1, channels in, *sizes]; wanted: [1, channels out, *sizes], without bias.
         """
         z = self._met(value)
-        y = wanted.flatten(2)[0].unflatten(0, (z.shape[0], -1)).mT.double()
+        y = wanted.flatten(2)[0].unflatten(0, (z.shape[0], -1)).mT
+        e = y - z @ self.start.to(z.dtype)
+        self.power += float(y.double().square().sum())
         middle = z.shape[1] // 2
         halves = ((0, slice(None, middle)), (1, slice(middle, None))) if half is None else ((half, slice(None)),)
         for half, part in halves:
-            self.gram[half] = self.gram[half] + z[:, part].mT @ z[:, part]
-            self.product[half] = self.product[half] + z[:, part].mT @ y[:, part]
-            self.power[half] += float(y[:, part].square().sum())
+            self.left[half] += float(e[:, part].double().square().sum())
+            if not self.is_too_large:
+                self.gram[half] = self.gram[half] + z[:, part].mT @ z[:, part]
+                self.product[half] = self.product[half] + z[:, part].mT @ e[:, part]
 
-    def solve(self, last: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """argmin over W of Σ ‖W·z - y‖² + λ ‖W - W₀‖², W₀ = `last`, and its relative error on data it was not fitted to.
+    def solve(self) -> tuple[torch.Tensor, float]:
+        """argmin over W of Σ ‖W·z - y‖² + λ ‖W - W₀‖², and its relative error on data it was not fitted to.
 
         λ is the one with which a fit to half of the data errs least on the other half; W₀ itself where none does better. It
         is there because z of few or alike places does not tell W in all directions; in those W₀ stays.
         """
-        gram, product = torch.stack(self._pair(self.gram)), torch.stack(self._pair(self.product))
-        start = last.double().reshape(self.layout.last_groups, -1, gram.shape[-1]).mT
-        total = max(sum(self.power), 1e-300)
-        best, best_ridge = sum(_missed(gram[half], product[half], start) for half in (0, 1)), None
-        for ridge in _RIDGES:
-            fits = [_ridge(gram[half], product[half], start, ridge) for half in (0, 1)]
-            missed = sum(_missed(gram[half], product[half], fits[1 - half]) for half in (0, 1))
-            if missed < best:
-                best, best_ridge = missed, ridge
-        fitted = start if best_ridge is None else _ridge(gram.sum(0), product.sum(0), start, best_ridge)
-        return fitted.mT.reshape(last.shape), (max(best + sum(self.power), 0.0) / total) ** 0.5
+        least, best_ridge = 0.0, None
+        gram, product = self._sums(self.gram), self._sums(self.product)
+        for ridge in _RIDGES if gram else ():
+            changes = [_ridge(gram[half], product[half], ridge) for half in (0, 1)]
+            gained = sum(_gained(gram[half], product[half], changes[1 - half]) for half in (0, 1))
+            if gained < least:
+                least, best_ridge = gained, ridge
+        error = (max(sum(self.left) + least, 0.0) / max(self.power, 1e-300)) ** 0.5
+        if best_ridge is None:
+            return self.last, error
+        fitted = self.start + _ridge(gram[0] + gram[1], product[0] + product[1], best_ridge)
+        return fitted.mT.reshape(self.last.shape), error
 
     def _met(self, value: torch.Tensor) -> torch.Tensor:
         """z of every place: [groups, places, features]."""
@@ -204,28 +226,27 @@ class Fit:
             padded = torch.nn.functional.pad(value, [side for pair in reversed(window.padding) for side in pair])
             steps = window.stride, zeros, window.dilation
             given = torch.convolution(padded, first, None, *steps, False, zeros, layout.first_groups)
-            return given.flatten(2)[0].unflatten(0, (layout.groups, -1)).mT.double()
+            return given.flatten(2)[0].unflatten(0, (layout.groups, -1)).mT
         given = torch.convolution(value, first, None, ones, zeros, ones, False, zeros, layout.first_groups)
         met = window.patches(given)[0].unflatten(0, (layout.channels_out, -1))
-        return met.transpose(1, 2).flatten(2).double()
+        return met.transpose(1, 2).flatten(2)
 
     @staticmethod
-    def _pair(sums: Sequence[torch.Tensor | float]) -> list[torch.Tensor]:
-        found = [item for item in sums if isinstance(item, torch.Tensor)]
-        assert len(found) == 2, "a fit needs a sample"
-        return found
+    def _sums(sums: Sequence[torch.Tensor | float]) -> list[torch.Tensor]:
+        """Those of both halves; none where there were none of one."""
+        found = [item.double() for item in sums if isinstance(item, torch.Tensor)]
+        return found if len(found) == 2 else []
 
 
-def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor:
-    """argmin of Σ ‖Wᵀz - y‖² + ridge · mean(diag Σ zzᵀ) · ‖W - start‖² for each group; [groups, features, outputs]."""
+def _ridge(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Tensor:
+    """argmin over Δ of Σ ‖Δᵀz - e‖² + ridge · mean(diag Σ zzᵀ) · ‖Δ‖² for each group; [groups, features, outputs]."""
     mean = gram.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-30)
     damped = gram + ridge * mean[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(damped)
     # A group whose sums are too rough for so small a ridge keeps what it has.
-    change = torch.cholesky_solve(product - gram @ start, factor).nan_to_num()
-    return start + torch.where(failed[:, None, None] == 0, change, 0)
+    return torch.where(failed[:, None, None] == 0, torch.cholesky_solve(product, factor).nan_to_num(), 0)
 
 
-def _missed(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:
-    """Σ ‖Wᵀz - y‖² without Σ ‖y‖²."""
-    return float(((gram @ weight - 2 * product) * weight).sum())
+def _gained(gram: torch.Tensor, product: torch.Tensor, change: torch.Tensor) -> float:
+    """Σ ‖Δᵀz - e‖² - Σ ‖e‖²."""
+    return float(((gram @ change - 2 * product) * change).sum())

@@ -18,12 +18,13 @@ kernel has few places, one term may cost more than all of it.
 With calibration data the decomposition is that of slices times the root of the covariance of what they meet, the taps of a
 channel or the channels of a group, so that what is left out is what shows least. The kernel applied last is then fitted to what
 the layer gave before, on what it reads now, by least squares: min ‖ZW - Y‖² + λ‖W - W₀‖², W₀ the one found first. λ is the one
-with which a fit to half of the samples errs least on the other half; where none errs less than W₀, W₀ stays. Layers are treated
-in the order in which they run. Padding of a batch counts, as it is convolved with what lies beside it.
+with which a fit to half of the samples errs least on the other half; where none errs less than W₀, or ZᵀZ would be too large,
+W₀ stays. Layers are treated in the order in which they run. Padding of a batch counts, as it is convolved with what lies beside
+it.
 
 How many terms is told by exactly one of `rank`, `keep` and `budget`. With `order=auto` both orders are tried: under `rank`
 pointwise first has as many terms as cost no more bytes and operations than depthwise first has, and the one that errs less is
-taken; under `budget` likewise; under `keep` the one that takes fewer bytes.
+taken; under `budget` both have as many as it allows; under `keep` the one that takes fewer bytes.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class DepthwiseSeparable(Approximation):
 
     rank: the terms of each slice of a kernel, 1 or more.
     keep: the share of a kernel's energy that is kept, above 0 and up to 1; of what the layer gives where data are known.
-    budget: the share of its bytes that a layer may take, above 0 and below 1.
+    budget: the share of its bytes and of its operations that a layer may take, above 0 and below 1.
     order: which convolution comes first; see above for `auto`.
     skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
     only: module paths that alone are treated, in the same form.
@@ -174,7 +175,7 @@ class DepthwiseSeparable(Approximation):
         if self.keep is not None:
             return int((energy(slices.S) < self.keep - _ROUNDING).sum()) + 1
         if self.budget is not None:
-            return int(self.budget * whole.numbers / one.numbers)
+            return int(self.budget * min(whole.numbers / one.numbers, whole.products / one.products))
         rank = cast(int, self.rank)
         if limit is None or not limit.below(whole):
             return rank
@@ -258,7 +259,7 @@ class Calibration:
 
     def fit(self, results: Sequence[Separation]) -> list[Separation]:
         """Each with its last kernel fitted to what the layer gave."""
-        fits = [Fit(result.layout, result.first) for result in results]
+        fits = [Fit(result.layout, result.first, result.last) for result in results]
         read = cast(fx.Node, self.original.args[0])
         bias = None if self.layer.bias is None else evaluate_nodes(self.now.program.graph_module, self.layer.bias)
         seen = 0
@@ -276,7 +277,7 @@ class Calibration:
                     fit.add(value, target, half)
         if not self.samples:
             return list(results)
-        solved = [fit.solve(result.last) for fit, result in zip(fits, results, strict=True)]
+        solved = [fit.solve() for fit in fits]
         return [replace(result, last=last, error=error) for result, (last, error) in zip(results, solved, strict=True)]
 
     def _read(self, index: int) -> torch.Tensor:

@@ -156,7 +156,7 @@ def test_a_layer_makes_up_for_those_before_it() -> None:
 
 @pytest.mark.parametrize(("budget", "share"), [(0.5, 0.5), (0.75, 0.75), (0.9, 0.9)])
 def test_a_budget_bounds_the_bytes_of_each_layer(budget: float, share: float) -> None:
-    module, x = nn.Conv1d(32, 32, 9, bias=False).eval(), normal(2, 32, 20)
+    module, x = seeded(lambda: nn.Conv1d(32, 32, 9, bias=False)), normal(2, 32, 20)
     program, _ = separated(module, x, f"budget={budget}")
     assert share - 0.15 < program.parameter_bytes / (32 * 32 * 9 * 4) <= share
     found = lissom.optimize(module, x, passes=f"depthwise-separable{{budget={budget}}}").report.history.steps
@@ -164,7 +164,7 @@ def test_a_budget_bounds_the_bytes_of_each_layer(budget: float, share: float) ->
 
 
 def test_energy_that_is_kept_bounds_the_error() -> None:
-    module, x = nn.Conv2d(32, 32, 5, bias=False).eval(), normal(2, 32, 9, 9)
+    module, x = seeded(lambda: nn.Conv2d(32, 32, 5, bias=False)), normal(2, 32, 9, 9)
     for keep in (0.3, 0.6, 0.8):
         _, step = separated(module, x, f"keep={keep}")
         found = float(step.notes[0].rpartition("kernel errs by ")[2].split()[0])
@@ -174,7 +174,7 @@ def test_energy_that_is_kept_bounds_the_error() -> None:
 
 def test_the_order_that_errs_less_is_taken() -> None:
     """A kernel whose outputs have one tap pattern each is separable with pointwise first alone."""
-    module, x = nn.Conv1d(8, 8, 5, padding=2).eval(), normal(2, 8, 20)
+    module, x = seeded(lambda: nn.Conv1d(8, 8, 5, padding=2)), normal(2, 8, 20)
     with torch.no_grad():
         module.weight.copy_(normal(8, 8, 1) * normal(8, 1, 5, seed=1))
     program, step = separated(module, x, "rank=1")
@@ -189,7 +189,7 @@ def test_more_terms_than_there_are_save_nothing() -> None:
 
 
 def test_patches_of_few_outputs_are_left_alone() -> None:
-    module = nn.Conv2d(3, 4, 2, stride=2).eval()
+    module = seeded(lambda: nn.Conv2d(3, 4, 2, stride=2))
     _, step = separated(module, normal(2, 3, 8, 8), "budget=0.4")
     assert [skip.reason for skip in step.skipped] == [
         "one term takes 50% of its bytes and 50% of its operations, over budget=0.4"
