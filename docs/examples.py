@@ -469,6 +469,22 @@ class ConvolutionalStem(nn.Module):
         return functional.gelu(self.second(functional.gelu(self.first(x))))
 
 
+class Layered(nn.Module):
+    """Four feed-forwards one after the other."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(width), "up": nn.Linear(width, 512), "down": nn.Linear(512, width)})
+            for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](functional.gelu(layer["up"](layer["norm"](x))))
+        return x
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -542,6 +558,7 @@ EXAMPLES = {
         "depthwise-separable{budget=0.5}",
         "[torch.randn(4, 64, 200).cumsum(-1) for _ in range(4)]",
     ),
+    "share-layers": Example(Layered, "torch.randn(4, 128, 256)", "share-layers{every=2}"),
     "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
     "correct-bias": Example(
         Block,
