@@ -120,10 +120,7 @@ class DepthwiseSeparable(Approximation):
         """The convolutions to treat; the others are reported."""
         layers: list[Convolution] = []
         for node in edit.nodes(*CONVOLUTIONS, *TRANSPOSED):
-            reason = self._protection(node)
-            if reason is None and node.target in TRANSPOSED:
-                reason = "it is a transposed convolution"
-            layer = reason or convolution_of(node)
+            layer = self._obstacle_to_reading(node) or convolution_of(node)
             if isinstance(layer, Convolution):
                 layer = _obstacle(edit.program, layer) or layer
             if isinstance(layer, Convolution):
@@ -132,11 +129,13 @@ class DepthwiseSeparable(Approximation):
                 edit.skip(node, layer)
         return layers
 
-    def _protection(self, node: fx.Node) -> str | None:
+    def _obstacle_to_reading(self, node: fx.Node) -> str | None:
         if is_protected(node, self.skip):
             return "skip= names it"
         if self.only and not is_protected(node, self.only):
             return "only= does not name it"
+        if node.target in TRANSPOSED:
+            return "it is a transposed convolution"
         return None
 
     def _separate(self, calibration: Calibration, program: Program) -> Separation | str:

@@ -83,12 +83,12 @@ class ShareLayers(Approximation):
         groups: list[list[Held]] = []
         for stack in _stacks(layers):
             for group in self._cut(stack):
-                if len(group) > 1 and group[0].reads:
+                reason = _obstacle(group, stack)
+                if reason is None:
                     groups.append(group)
-                    continue
-                alone = "it has no neighbour with weights of the same shapes" if len(stack) == 1 else "its group has one layer"
-                for layer in group:
-                    edit.skip(layer.place, alone if layer.reads else "none of its weights are to be shared")
+                else:
+                    for layer in group:
+                        edit.skip(layer.place, reason)
         return groups
 
     def _cut(self, layers: list[Held]) -> list[list[Held]]:
@@ -170,6 +170,17 @@ def _with_shared(stack: Sequence[Held]) -> list[Held]:
     shared = set.intersection(*(layer.form for layer in stack))
     keys = {key for key, _ in shared}
     return [replace(layer, reads={key: item for key, item in layer.reads.items() if key in keys}) for layer in stack]
+
+
+def _obstacle(group: Sequence[Held], stack: Sequence[Held]) -> str | None:
+    """Why the layers of a group share nothing."""
+    if not group[0].reads:
+        return "none of its weights are to be shared"
+    if len(stack) == 1:
+        return "it has no neighbour with weights of the same shapes"
+    if len(group) == 1:
+        return "its group has one layer"
+    return None
 
 
 def mean(layers: Sequence[Values]) -> Values:
