@@ -457,6 +457,34 @@ class CachedAttention(nn.Module):
         return self.output(hidden.transpose(1, 2).reshape(batch, tokens, width))
 
 
+class ConvolutionalStem(nn.Module):
+    """Two convolutions over time in front of a transformer, as in Whisper."""
+
+    def __init__(self, bands: int = 64, width: int = 256) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(bands, width, 3, padding=1)
+        self.second = nn.Conv1d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(self.second(functional.gelu(self.first(x))))
+
+
+class Layered(nn.Module):
+    """Four feed-forwards one after the other."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"norm": nn.LayerNorm(width), "up": nn.Linear(width, 512), "down": nn.Linear(512, width)})
+            for _ in range(4)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](functional.gelu(layer["up"](layer["norm"](x))))
+        return x
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -528,6 +556,13 @@ EXAMPLES = {
     "linear-attention": Example(
         MergedProjection, "torch.randn(1, 1024, 256)", "linear-attention", data="[torch.randn(2, 256, 256)]"
     ),
+    "depthwise-separable": Example(
+        ConvolutionalStem,
+        "torch.randn(4, 64, 200).cumsum(-1)",
+        "depthwise-separable{budget=0.5}",
+        "[torch.randn(4, 64, 200).cumsum(-1) for _ in range(4)]",
+    ),
+    "share-layers": Example(Layered, "torch.randn(4, 128, 256)", "share-layers{every=2}"),
     "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
     "correct-bias": Example(
         Block,

@@ -81,7 +81,7 @@ def flops(program: Program) -> int:
     """
     largest: dict[sympy.Basic, sympy.Integer] = {}
     for node in program.nodes(aten.nonzero.default):
-        elements = int(product(_example_shape(cast(fx.Node, node.args[0]))))
+        elements = int(product(example_shape(cast(fx.Node, node.args[0]))))
         largest |= {symbol: sympy.Integer(elements) for symbol in _shape(node)[:1] if isinstance(symbol, sympy.Symbol)}
     if not largest:
         return sum(map(node_flops, program.nodes()))
@@ -90,7 +90,7 @@ def flops(program: Program) -> int:
 
 def node_flops(node: fx.Node) -> int:
     """The same for one node; 0 for operators without a formula."""
-    return int(operations(node, _example_shape))
+    return int(operations(node, example_shape))
 
 
 def node_cost(node: fx.Node) -> Cost:
@@ -215,7 +215,8 @@ def _shape(node: fx.Node) -> tuple[Size, ...]:
     return nodes.tensor_type(node).shape
 
 
-def _example_shape(node: fx.Node) -> tuple[int, ...]:
+def example_shape(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of what a node yields, at the sizes the program was captured with."""
     return tuple(fake.hint(size) for size in cast(torch.Tensor, nodes.value(node)).shape)
 
 

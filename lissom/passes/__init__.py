@@ -19,7 +19,9 @@ from lissom.passes.canonical.raise_softmax import RaiseSoftmax
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum
 from lissom.passes.canonical.simplify_masks import SimplifyMasks
+from lissom.passes.lightweight.depthwise_separable import DepthwiseSeparable
 from lissom.passes.lightweight.low_rank import LowRank
+from lissom.passes.lightweight.share_layers import ShareLayers
 from lissom.passes.lowering.fuse_attention import FuseAttention
 from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
 from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
@@ -83,6 +85,8 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadHidden,
         LowRank,
         LinearAttention,
+        DepthwiseSeparable,
+        ShareLayers,
         Equalize,
         SmoothQuant,
         Awq,

@@ -1,0 +1,233 @@
+"""Neighbouring transformer layers share their weights: these are held once, and every layer reads them.
+
+Layers of one stack that have the same weights, by name, shape and dtype, are cut into groups of neighbours, and all of a group
+read what its first layer holds. A weight that only some have, such as the table of relative positions in the first layer of T5,
+stays theirs. Nothing is computed less; the bytes of the weights shrink by the layers that have none of their own. Lan et al.
+2019, ALBERT, §3.1, https://arxiv.org/abs/1909.11942, shares them in training; here they are tied afterwards, which costs much,
+so that training is to follow: the program trains as it is, a shared weight by the sum of its gradients.
+
+What a group shares is the mean of its layers, or the weights of one. With calibration data and `take=auto` all are tried, and
+the one taken with which the program's outputs f have the least Σ‖f - f₀‖² / Σ‖f₀‖², f₀ those before the pass; groups are tied
+from the first to the last. Without data it is the mean.
+
+`skip` and `only` are patterns of the modules that hold the weights, so that `only="*.attention"` shares attentions alone, as
+ALBERT's §4.5 compares. Integers, such as tables of positions, are shared where they are equal, and state never.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.program import Program
+from lissom.compiler.protection import is_path_protected
+from lissom.compiler.samples import Sample
+from lissom.compiler.structure import Layer, structure
+from lissom.compiler.verify import kept_state
+
+Values = Mapping[str, torch.Tensor]
+"""The weights of a layer, by their names within it."""
+
+
+@dataclass(frozen=True)
+class ShareLayers(Approximation):
+    """Lets neighbouring layers of the same shape read one set of weights.
+
+    groups: into how many groups of neighbours each stack of layers is cut, 1 or more.
+    every: how many neighbours share in place of `groups`, 2 or more.
+    take: what is shared: the mean of the layers, or the weights of the first, the middle or the last; see above for `auto`.
+    skip: module paths whose weights are not shared, with `*` and `?`, divided by commas: `"encoder.layer.0,*.norm"`.
+    only: module paths whose weights alone are, in the same form.
+    """
+
+    groups: int | None = None
+    every: int | None = None
+    take: Literal["auto", "mean", "first", "middle", "last"] = "auto"
+    skip: str = ""
+    only: str = ""
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    def __post_init__(self) -> None:
+        if (self.groups is None) == (self.every is None):
+            raise UnsupportedError("share-layers takes exactly one of groups= and every=; groups=1 shares all, as ALBERT does")
+        if self.groups is not None and self.groups < 1:
+            raise UnsupportedError(f"share-layers takes groups= of 1 or more, not {self.groups}")
+        if self.every is not None and self.every < 2:
+            raise UnsupportedError(f"share-layers takes every= of 2 or more layers, not {self.every}")
+
+    def run(self, edit: Editor) -> None:
+        groups = self._groups(edit)
+        wanted = _outputs(edit.program, edit.data)
+        tied = 0
+        for finished, group in enumerate(groups):
+            edit.report("groups", finished, len(groups))
+            taken, values, error = self._choose(edit, group, wanted)
+            _tie(edit, group, values)
+            tied += len(group) - 1
+            found = f"; outputs err by {error:.2g} relative" if edit.data else ""
+            edit.note(f"{group[0].path} to {group[-1].path}: {len(group)} layers share {taken}{found}")
+        edit.rewritten = tied
+
+    def _groups(self, edit: Editor) -> list[list[Held]]:
+        """The groups to tie; layers without a neighbour to share with are reported."""
+        layers = [self._held(edit.program, layer) for layer in edit.program.fact(structure).layers]
+        groups: list[list[Held]] = []
+        for stack in _stacks(layers):
+            for group in self._cut(stack):
+                reason = _obstacle(group, stack)
+                if reason is None:
+                    groups.append(group)
+                else:
+                    for layer in group:
+                        edit.skip(layer.place, reason)
+        return groups
+
+    def _cut(self, layers: list[Held]) -> list[list[Held]]:
+        if self.every is not None:
+            return [layers[start : start + self.every] for start in range(0, len(layers), self.every)]
+        count = min(self.groups or 1, len(layers))
+        ends = [len(layers) * index // count for index in range(count + 1)]
+        return [layers[start:end] for start, end in pairwise(ends)]
+
+    def _held(self, program: Program, layer: Layer) -> Held:
+        """The weights of a layer that may be shared."""
+        reads: dict[str, list[fx.Node]] = {}
+        for node in program:
+            name = str(node.target)
+            module = name.rpartition(".")[0]
+            if node.op != "get_attr" or not f"{module}.".startswith(f"{layer.path}.") or name in program.state:
+                continue
+            if is_path_protected(module, self.skip) or (self.only and not is_path_protected(module, self.only)):
+                continue
+            reads.setdefault(name.removeprefix(f"{layer.path}."), []).append(node)
+        place = layer.attention[0].node if layer.attention else layer.feed_forward[0].down
+        return Held(layer.path, place, reads)
+
+    def _choose(self, edit: Editor, group: Sequence[Held], wanted: Sequence[object]) -> tuple[str, Values, float]:
+        """What a group shares, in words and as weights, and how far the outputs are off with it."""
+        held = [
+            {key: edit.program.weight(str(item[0].target)).detach() for key, item in layer.reads.items()} for layer in group
+        ]
+        choices: dict[str, Callable[[], Values]] = {"their mean": lambda: mean(held)}
+        choices |= {
+            f"the weights of {layer.path}": lambda values=values: values for layer, values in zip(group, held, strict=True)
+        }
+        names = list(choices)
+        if self.take != "auto":
+            index = {"mean": 0, "first": 1, "middle": 1 + len(group) // 2, "last": len(group)}[self.take]
+            names = names[index : index + 1]
+        if not edit.data:
+            return names[0], choices[names[0]](), 0.0
+        errors = {name: _error(edit, group, choices[name](), wanted) for name in names}
+        best = min(names, key=errors.__getitem__)
+        return best, choices[best](), errors[best]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A layer and the reads of its weights, by their names within it. place: a node of it, for reports."""
+
+    path: str
+    place: fx.Node
+    reads: Mapping[str, list[fx.Node]]
+
+    @property
+    def stack(self) -> str:
+        """The path of what the layer is one of."""
+        return self.path.rpartition(".")[0]
+
+    @property
+    def form(self) -> set[tuple[str, object]]:
+        """Names and types of the weights."""
+        return {(key, nodes.tensor_type(item[0])) for key, item in self.reads.items()}
+
+
+def _stacks(layers: Sequence[Held]) -> list[list[Held]]:
+    """Runs of neighbours in one stack, with the weights they have in common: all that one of any two of them has."""
+    stacks: list[list[Held]] = []
+    common: set[tuple[str, object]] = set()
+    for layer in layers:
+        form = layer.form
+        if stacks and stacks[-1][0].stack == layer.stack and (form <= common or common <= form):
+            common &= form
+            stacks[-1].append(layer)
+        else:
+            common = set(form)
+            stacks.append([layer])
+    return [_with_shared(stack) for stack in stacks]
+
+
+def _with_shared(stack: Sequence[Held]) -> list[Held]:
+    shared = set.intersection(*(layer.form for layer in stack))
+    keys = {key for key, _ in shared}
+    return [replace(layer, reads={key: item for key, item in layer.reads.items() if key in keys}) for layer in stack]
+
+
+def _obstacle(group: Sequence[Held], stack: Sequence[Held]) -> str | None:
+    """Why the layers of a group share nothing."""
+    if not group[0].reads:
+        return "none of its weights are to be shared"
+    if len(stack) == 1:
+        return "it has no neighbour with weights of the same shapes"
+    if len(group) == 1:
+        return "its group has one layer"
+    return None
+
+
+def mean(layers: Sequence[Values]) -> Values:
+    """The mean of each weight over the layers; of integers the first."""
+    found: dict[str, torch.Tensor] = {}
+    for key, first in layers[0].items():
+        total = torch.stack([layer[key].double() for layer in layers]).mean(0) if first.is_floating_point() else first
+        found[key] = total.to(first.dtype)
+    return found
+
+
+def _tie(edit: Editor, group: Sequence[Held], values: Values) -> None:
+    """Let all layers of a group read the first one's weights, which get these values."""
+    for key, value in values.items():
+        others = [node for layer in group[1:] for node in layer.reads[key]]
+        keeper = group[0].reads[key][0]
+        if not value.is_floating_point() and any(
+            not torch.equal(edit.program.weight(str(node.target)), value) for node in others
+        ):
+            continue
+        for node in others:
+            edit.replace(node, keeper)
+        if value.is_floating_point():
+            for node in group[0].reads[key]:
+                edit.set_weight(node, value.clone())
+
+
+def _error(edit: Editor, group: Sequence[Held], values: Values, wanted: Sequence[object]) -> float:
+    """How far the outputs are off when all layers of a group have these weights."""
+    trial = edit.program.copy()
+    for layer in group:
+        for key, item in layer.reads.items():
+            if values[key].is_floating_point():
+                trial.set_weight(str(item[0].target), values[key])
+    return _divergence(wanted, _outputs(trial, edit.data))
+
+
+def _outputs(program: Program, data: Sequence[Sample]) -> list[object]:
+    with torch.no_grad(), kept_state(program):
+        return [value for sample in data for value in program.run(sample)]
+
+
+def _divergence(wanted: Sequence[object], found: Sequence[object]) -> float:
+    """‖f - f₀‖ / ‖f₀‖ over all floating-point outputs of all samples."""
+    missed, total = 0.0, 0.0
+    for a, b in zip(wanted, found, strict=True):
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point():
+            missed += float((a.double() - b.double()).square().sum())
+            total += float(a.double().square().sum())
+    return (missed / max(total, 1e-300)) ** 0.5
