@@ -39,6 +39,9 @@ KEPT = 0.125
 MASKED_BYTES = 2**31
 """Dense attention under a mask is left out where the scores of all pairs take more."""
 
+_ARENA_TOKENS = 8192
+"""Sessions give memory back after each call where there are more tokens."""
+
 Run = Callable[[], np.ndarray]
 
 
@@ -106,7 +109,8 @@ def sessions(setting: Setting, folder: Path) -> Iterator[tuple[str, Run]]:
     drawn = np.random.default_rng(0)
     inputs = {name: drawn.standard_normal((1, setting.tokens, setting.heads * setting.width), np.float32) for name in "qkv"}
     small = tuple(torch.randn(1, 3 * BLOCK, setting.heads * setting.width) for _ in range(3))
-    options = SessionOptions([("CPUExecutionProvider", {})], setting.threads)
+    # The memory of all forms at once would be more than machines have.
+    options = SessionOptions([("CPUExecutionProvider", {})], setting.threads, arena=setting.tokens <= _ARENA_TOKENS)
 
     def opened(name: str, model: ir.Model) -> Run:
         (folder / name).mkdir()
