@@ -69,6 +69,8 @@ def test_a_mask_is_kept_until_its_layout_changes():
         assert block_mask(pattern, 256, 256, torch.device("cpu"), layout.clone()).kv_num_blocks.tolist() == [[[1, 1]]]
 
 
+# Inductor warns of what it calls itself.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["causal window", "strided", "layout and window"])
 def test_compiled(name):
