@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
@@ -57,6 +58,7 @@ def write_form(exported: ir.Model, chosen: Collection[str] = (), *, accuracy_lev
         # What reads one value reads it under one name now.
         places[PROJECTIONS] = merge_projections(model)
         tidy(model)
+    _separate_weights(model)
     return model, places
 
 
@@ -71,7 +73,27 @@ def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
     expand_quantization(model)
     model.opset_imports.pop(DOMAIN, None)
     tidy(model)
+    _separate_weights(model)
     return model
+
+
+def _separate_weights(model: ir.Model) -> None:
+    """Let no two products of integers read a weight under one name; the numbers stay the same in memory.
+
+    Where products of uint8 with int8 may overflow, ONNX Runtime makes the weight uint8 at each product that reads it, and fails
+    at the second one of the same weight.
+    """
+    read: Counter[str] = Counter()
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type == "MatMulIntegerToFloat" else None
+        if weight is None or weight.name is None or weight.const_value is None:
+            continue
+        read[weight.name] += 1
+        if read[weight.name] > 1:
+            name = f"{weight.name}_of_{read[weight.name]}"
+            copy = ir.Value(name=name, const_value=weight.const_value, shape=weight.shape, type=weight.type)
+            model.graph.register_initializer(copy)
+            node.replace_input_with(1, copy)
 
 
 def _keep_norms_apart(model: ir.Model) -> int:

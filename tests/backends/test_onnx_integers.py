@@ -226,3 +226,24 @@ def test_products_are_compared_beside_each_other(options, accuracy_level, tmp_pa
     rounds = accuracy_level and "int4" in options
     # Float32 sums; or values rounded to eight bits in groups, 4e-3 of the largest each.
     assert (1e-4 if rounds else 0.0) <= error < (3e-2 if rounds else 1e-5)
+
+
+class Twice(nn.Module):
+    """One layer called twice, as the layers of ALBERT are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDE, WIDE)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+def test_layers_that_share_a_weight_are_both_products_of_integers() -> None:
+    """ONNX Runtime rewrites weights of such products where they may overflow, and failed at the second of one weight."""
+    model, x = seeded(Twice), normal(2, 5, WIDE)
+    passes = "quantize{scheme=int8-dynamic,output_heads=true}"
+    program = lissom.optimize(model, x, passes=passes).program
+    compiled = lissom.compile(model, x, passes=passes, backend="onnxruntime", only_if_faster=False)
+    # Sums of whole numbers are exact; scales are multiplied in another order.
+    torch.testing.assert_close(compiled(x), program.run([x])[0], rtol=1e-5, atol=1e-5)
