@@ -20,8 +20,8 @@ from torch import fx
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
+from lissom.compiler.key_value_heads import unrepeated
 from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import RESHAPES
 from lissom.compiler.types import ScalarType
 from lissom.ops.attention import attention
 from lissom.ops.fused_attention import fused_attention
@@ -40,8 +40,9 @@ class FuseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(partial(_obstacle, edit), _PLAIN, attention):
             q, k, v = node.args[:3]
-            shared = [_unrepeated(k), _unrepeated(v)]
-            if all(shared):
+            # The kernel lets several query heads read one key head, so the copies need not be made.
+            shared = [unrepeated(k), unrepeated(v)]
+            if shared[0] is not k and shared[1] is not v:
                 k, v = shared
             kept = [_kept_in_bytes(k), _kept_in_bytes(v)]
             scales: dict[str, fx.Node] = {}
@@ -59,25 +60,6 @@ class FuseAttention(Rewrite):
                 masks = [mask] if mask is not None else []
                 call = edit.call(fused_attention, q, k, v, *masks, scale=scale, **options, **scales)
             edit.replace(node, call)
-
-
-def _unrepeated(node: object) -> fx.Node | None:
-    """x of [batch, key_heads, tokens, head_dim] whose heads are repeated by unsqueeze, expand and reshape; None otherwise.
-
-    The kernel lets several query heads read one key head, so the copies need not be made.
-    """
-    if not nodes.is_call(node, *RESHAPES) or not nodes.is_call(node.args[0], aten.expand.default):
-        return None
-    spread = node.args[0]
-    inner = spread.args[0]
-    if not nodes.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2 or nodes.tensor_type(spread).rank != 5:
-        return None
-    x = inner.args[0]
-    wanted, found = nodes.tensor_type(node), nodes.tensor_type(x)
-    copies = nodes.tensor_type(spread).shape[2]
-    heads = found.shape[1]
-    repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
-    return x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else None  # pyright: ignore
 
 
 def _kept_in_bytes(node: object) -> tuple[fx.Node, fx.Node] | None:
