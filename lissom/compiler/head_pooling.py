@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -43,41 +44,72 @@ class Products:
         """The same with the shared heads in another order, and the query heads with them."""
         return Products(self.left[with_readers(order, self.readers)], self.right[order], self.moment, self.fitted)
 
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """R_i C R_jᵀ, [shared heads, shared heads, features, features]."""
+        flat = self.right.flatten(0, 1)
+        whole = (flat if self.moment is None else flat @ self.moment) @ flat.T
+        count, features, _ = self.right.shape
+        return whole.unflatten(0, (count, features)).unflatten(2, (count, features)).transpose(1, 2)
+
+    @cached_property
     def energy(self) -> float:
         """Σ_e ‖B_e‖² over all heads."""
-        return float(self._square(self.left, self.right.repeat_interleave(self.readers, 0)))
+        own = self.gram.diagonal().movedim(-1, 0)
+        return max(float((self.left * own.repeat_interleave(self.readers, 0)).sum()), 1e-300)
 
     def pooled(self, heads: Sequence[int]) -> Pooled:
         """What stands for these shared heads."""
         chosen = torch.tensor(heads)
-        readers = with_readers(chosen, self.readers)
-        left, right = self.left[readers], self.right[chosen].repeat_interleave(self.readers, 0)
-        if not self.fitted:
-            mean = self.right[chosen].mean(0)
-            identity = torch.eye(mean.shape[0], dtype=mean.dtype).expand(len(readers), -1, -1)
-            return Pooled(mean, identity, float(self._square(left, right - mean)))
-        return self._fit(left, right)
+        if self.fitted:
+            return self._fit(chosen)
+        mean, readers = self.right[chosen].mean(0), with_readers(chosen, self.readers)
+        off = self.gram[chosen][:, chosen]
+        about = off.diagonal().movedim(-1, 0) - off.mean(0) - off.mean(1) + off.mean((0, 1))
+        error = float((self.left[readers] * about.repeat_interleave(self.readers, 0)).sum())
+        identity = torch.eye(mean.shape[0], dtype=mean.dtype).expand(len(readers), -1, -1)
+        return Pooled(mean, identity, error)
 
-    def _fit(self, left: torch.Tensor, right: torch.Tensor) -> Pooled:
-        entries, features, _ = right.shape
-        root, inverse = _roots(left)
-        balanced = (root @ right).flatten(0, 1)
-        values, vectors = torch.linalg.eigh(self._weighted(balanced) @ balanced.T)
+    def _fit(self, chosen: torch.Tensor) -> Pooled:
+        features = self.right.shape[1]
+        root, inverse = (item[with_readers(chosen, self.readers)] for item in self._roots)
+        values, vectors = torch.linalg.eigh(self._balanced(chosen, root))
         values = values.clamp_min(0)
         kept = values[-features:]
         scale = torch.where(kept > _RANK * kept[-1], kept, 0.0).sqrt()
         vectors = vectors[:, -features:]
-        pooled = (vectors * _reciprocal(scale)).T @ balanced
-        mix = inverse @ vectors.unflatten(0, (entries, features)) * scale
+        right = self.right[chosen].repeat_interleave(self.readers, 0)
+        pooled = (vectors * _reciprocal(scale)).T @ (root @ right).flatten(0, 1)
+        mix = inverse @ vectors.unflatten(0, (len(root), features)) * scale
         # R̄ is as large as the heads it stands for: its own scale is free, and this one rounds as theirs did.
-        size = float(right.square().mean().sqrt() / pooled.square().mean().sqrt().clamp_min(1e-300))
+        size = float(right.square().mean().sqrt() / pooled.square().mean().sqrt().clamp_min(1e-300)) or 1.0
         return Pooled(pooled * size, mix / size, float(values[:-features].sum()))
 
-    def _square(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return (left * (self._weighted(right) @ right.mT)).sum()
+    def pair_errors(self) -> torch.Tensor:
+        """The error of each two shared heads as one, [shared heads, shared heads]."""
+        count = len(self.right)
+        errors = torch.zeros(count, count, dtype=torch.float64)
+        for first in range(count):
+            for second in range(first + 1, count):
+                pair = torch.tensor([first, second])
+                errors[first, second] = errors[second, first] = self._pair_error(pair)
+        return errors
 
-    def _weighted(self, right: torch.Tensor) -> torch.Tensor:
-        return right if self.moment is None else right @ self.moment
+    def _pair_error(self, pair: torch.Tensor) -> float:
+        if not self.fitted:
+            return self.pooled(pair.tolist()).error
+        values = torch.linalg.eigvalsh(self._balanced(pair, self._roots[0][with_readers(pair, self.readers)]))
+        return float(values[: -self.right.shape[1]].clamp_min(0).sum())
+
+    @cached_property
+    def _roots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return _roots(self.left)
+
+    def _balanced(self, chosen: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+        """[B_e B_fᵀ] of the query heads that read these heads, one matrix."""
+        read = chosen.repeat_interleave(self.readers)
+        blocks = root[:, None] @ self.gram[read][:, read] @ root[None]
+        return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -106,11 +138,7 @@ def arranged(products: Sequence[Products], size: int) -> torch.Tensor:
     count = len(products[0].right)
     costs = torch.zeros(count, count, dtype=torch.float64)
     for product in products:
-        energy = max(product.energy(), 1e-300)
-        for first in range(count):
-            for second in range(first + 1, count):
-                costs[first, second] += product.pooled([first, second]).error / energy
-    costs = costs + costs.T
+        costs += product.pair_errors() / product.energy
     starts = [list(torch.arange(count).split(size)), _greedy(costs, size)]
     found = [_exchanged(costs, [group.tolist() for group in groups]) for groups in starts]
     best = min(found, key=lambda groups: _total(costs, groups))

@@ -129,7 +129,7 @@ class Separation:
         queries, key, value, output = found
         reason = next((reason for axis in (key, value) if (reason := self.obstacle(axis))), "")
         if not reason and queries in (key, value):
-            reason = "its queries, keys and values are made by one axis of a weight"
+            reason = "one axis of a weight numbers them with the query heads"
         if reason:
             self._edit.skip(site.node, f"its key and value heads stay: {reason}")
             return None

@@ -110,6 +110,6 @@ class PoolHeads(Approximation):
         for item, product, name in zip(factors, products, ("keys", "values"), strict=True):
             pooled = [product.pooled(range(start, start + size)) for start in range(0, heads.count, size)]
             item.write(edit, pooled, size, align=self.align)
-            errors.append(f"{name} {(sum(one.error for one in pooled) / max(product.energy(), 1e-300)) ** 0.5:.2f}")
+            errors.append(f"{name} {(sum(one.error for one in pooled) / product.energy) ** 0.5:.2f}")
         edit.note(f"{heads.site.path}: {heads.count} heads are {groups}; relative error of {', '.join(errors)}")
         edit.rewritten += 1
