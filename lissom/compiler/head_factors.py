@@ -73,8 +73,8 @@ class HeadLayer:
 class Factors:
     """The keys, or the values, of an attention.
 
-    rows: everything in weights that makes them. made: the layer that makes them, where that is all. read: what reads them, where
-    it can be fitted. keys: whether they are keys.
+    rows: everything in weights that makes them. made: the layer that makes them, where that is all.
+    read: what reads them, where it can be fitted. keys: whether they are keys.
     """
 
     rows: tuple[Rows, ...]
@@ -83,7 +83,7 @@ class Factors:
     keys: bool
 
     def products(self, program: Program, known: Mapping[fx.Node, Moments], *, align: bool) -> Products:
-        """What pooling is to keep: the products with what reads the heads, or the heads themselves where that stays as it is."""
+        """What pooling is to keep: the products with what reads the heads, or the heads themselves where that stays."""
         if self.made is None:
             right = torch.cat([rows.read(program).flatten(1) for rows in self.rows], 1).double().cpu()[:, None]
             return Products(torch.ones(len(right), 1, 1, dtype=torch.float64), right, None, fitted=False)

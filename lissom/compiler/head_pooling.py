@@ -26,8 +26,8 @@ _RANK = 1e-10
 class Products:
     """The products of an attention's query heads with the key or value heads they read.
 
-    left: [heads, features, features], L_e M L_eᵀ. right: [shared heads, features, inputs], R_i. moment: [inputs, inputs], C; the
-    identity where it is None. fitted: whether what reads the heads can be fitted; otherwise R̄ is a mean. In float64.
+    left: [heads, features, features], L_e M L_eᵀ. right: [shared heads, features, inputs], R_i.
+    moment: [inputs, inputs], C; the identity where it is None. fitted: whether what reads the heads can be fitted; otherwise R̄ is a mean. In float64.
     """
 
     left: torch.Tensor

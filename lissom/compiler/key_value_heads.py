@@ -38,8 +38,8 @@ aten = torch.ops.aten
 class SeparateHeads:
     """An attention whose heads are told apart.
 
-    keys, values: what it reads, [batch, key/value heads, tokens, features], before heads are repeated for those that share them.
-    count: how many key/value heads there are. queries, key, value, output: the axes that number the heads of the queries, of
+    keys, values: what it reads, before heads are repeated for those that share them,
+    [batch, key/value heads, tokens, features]. count: how many key/value heads there are. queries, key, value, output: the axes that number the heads of the queries, of
     keys, values and the result.
     """
 
@@ -244,7 +244,8 @@ def unrepeated(node: object) -> fx.Node:
     inner = spread.args[0]
     if not nodes.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2 or nodes.tensor_type(spread).rank != 5:
         return node
-    x = cast(fx.Node, inner.args[0])
+    x = inner.args[0]
+    assert isinstance(x, fx.Node)
     wanted, found = nodes.tensor_type(node), nodes.tensor_type(x)
     copies = nodes.tensor_type(spread).shape[2]
     heads = found.shape[1]

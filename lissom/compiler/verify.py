@@ -216,9 +216,7 @@ def with_kept_form(before: Program, after: Program, outputs: Sequence[list[objec
     if forms[0].keys() != forms[1].keys():
         return [list(found) for found in outputs]
     same = [forms[1][name] == form for name, form in forms[0].items()]
-    return [
-        [*found[:count], *(item for item, kept in zip(found[count:], same, strict=True) if kept)] for found in outputs
-    ]
+    return [[*found[:count], *(item for item, kept in zip(found[count:], same, strict=True) if kept)] for found in outputs]
 
 
 def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:

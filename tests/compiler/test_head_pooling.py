@@ -12,7 +12,9 @@ from lissom.compiler.head_pooling import Products, arranged, with_readers
 SIZES = [(4, 1, 3, 7, 9), (4, 2, 3, 5, 4), (6, 1, 4, 20, 8)]
 
 
-def products(shared: int, readers: int, features: int, inputs: int, outputs: int, fitted: bool) -> tuple[torch.Tensor, Products]:
+def products(
+    shared: int, readers: int, features: int, inputs: int, outputs: int, fitted: bool
+) -> tuple[torch.Tensor, Products]:
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(shared * readers, features, outputs, dtype=torch.float64, generator=generator)
     right = torch.randn(shared, features, inputs, dtype=torch.float64, generator=generator)

@@ -65,7 +65,8 @@ class PoolHeads(Approximation):
             raise UnsupportedError(f"keep is {self.keep:g}; give a share over 0 and up to 1")
 
     def run(self, edit: Editor) -> None:
-        known = moments(edit.program, edit.data, projection_inputs(edit.program)) if edit.data else {}
+        informed = edit.data and (self.align or self.regroup)
+        known = moments(edit.program, edit.data, projection_inputs(edit.program)) if informed else {}
         with separated_heads(edit) as separation:
             chosen = self._chosen(edit, separation)
             for finished, (heads, groups) in enumerate(chosen):
@@ -100,11 +101,12 @@ class PoolHeads(Approximation):
         size = heads.count // groups
         factors = [find(edit.program, separation, heads) for find in (key_factors, value_factors)]
         products = [item.products(edit.program, known, align=self.align) for item in factors]
-        if self.regroup and not (reason := separation.order_obstacle(heads)):
+        reason = separation.order_obstacle(heads) if self.regroup else ""
+        if self.regroup and not reason:
             order = arranged(products, size)
             separation.reorder(heads, order)
             products = [item.ordered(order) for item in products]
-        elif self.regroup:
+        elif reason:
             edit.note(f"{heads.site.path}: neighbouring heads are pooled: {reason}")
         errors: list[str] = []
         for item, product, name in zip(factors, products, ("keys", "values"), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import transformers
@@ -13,7 +15,7 @@ from lissom.compiler.pipeline import Pipeline
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.attention.pool_heads import PoolHeads
 from tests.decoders import decoder, prompt
-from tests.models import VOCABULARY, normal, seeded, tiny_gpt2, tiny_llama, tokens
+from tests.models import VOCABULARY, Case, normal, seeded, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import Calls, check_golden, every_backend, rewrite
 from tests.passes.prune.models import reasons, sites_of
 
@@ -40,10 +42,10 @@ def grouped_by_hand(module: Attention, x: torch.Tensor, groups: int) -> torch.Te
     result = x + module.out.bias
     for head in range(module.heads):
         rows = slice(head * features, (head + 1) * features)
-        members = [slice(other * features, (other + 1) * features) for other in range(module.heads) if other // size == head // size]
-        k, v = (
-            sum(x @ layer.weight[rows].T + layer.bias[rows] for rows in members) / size for layer in (module.k, module.v)
-        )
+        members = [
+            slice(other * features, (other + 1) * features) for other in range(module.heads) if other // size == head // size
+        ]
+        k, v = (sum(x @ layer.weight[rows].T + layer.bias[rows] for rows in members) / size for layer in (module.k, module.v))
         scores = (x @ module.q.weight[rows].T + module.q.bias[rows]) @ k.transpose(-1, -2) / features**0.5
         result = result + scores.softmax(-1) @ v @ module.out.weight[:, rows].T
     return result
@@ -110,11 +112,13 @@ def test_heads_that_say_the_same_in_other_words_are_pooled_without_loss(bias: bo
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
-def test_fitting_and_grouping_lose_less_and_data_helps(make) -> None:  # noqa: ANN001
+def test_fitting_and_grouping_lose_less_and_data_helps(make: Callable[[], Case]) -> None:
     case = make()
     data = [{**case.inputs, "input_ids": tokens(seed=seed)} for seed in range(1, 9)]
     errors = [
-        lissom.optimize(case.model, case.inputs, passes=f"pool-heads{{groups=1,{options}}}", data=samples).report.history.steps[-1]
+        lissom.optimize(case.model, case.inputs, passes=f"pool-heads{{groups=1,{options}}}", data=samples).report.history.steps[
+            -1
+        ]
         for options, samples in ((PLAIN, ()), ("align=true", ()), ("align=true", data))
     ]
     plain, fitted, informed = (step.relative_error for step in errors)
@@ -150,8 +154,6 @@ def test_protected_attentions_keep_their_heads() -> None:
 
 
 def test_heads_that_share_a_bias_of_positions_stay_in_order() -> None:
-    from tests.models import tiny_t5
-
     case = tiny_t5()
     step = lissom.optimize(case.model, case.inputs, passes="pool-heads{groups=1}").report.history.steps[-1]
     assert step.rewritten == 2
@@ -177,7 +179,7 @@ def test_requirements() -> None:
         PoolHeads(groups=2, keep=0.5)
     with pytest.raises(UnsupportedError, match="groups is 0; give 1 or more"):
         PoolHeads(groups=0)
-    with pytest.raises(UnsupportedError, match="keep is 1.5; give a share over 0 and up to 1"):
+    with pytest.raises(UnsupportedError, match=r"keep is 1\.5; give a share over 0 and up to 1"):
         PoolHeads(keep=1.5)
     with pytest.raises(UnsupportedError, match="groups=3 does not divide the key and value heads of any attention: 4"):
         rewrite("pool-heads{groups=3}", seeded(Attention), normal(2, 5, 8))

@@ -93,8 +93,12 @@ def test_a_last_bit_makes_heads_differ() -> None:
 
 def test_keys_that_something_else_reads_stay() -> None:
     class Read(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Linear(8, 8)
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + self.q(self.k(x))
+            return super().forward(x) + self.more(self.k(x))
 
     program, history = rewrite(MergeEqualHeads(), seeded(Read), normal(2, 5, 8))
     assert sites_of(program).attention[0].key_value_heads == 4
@@ -142,7 +146,9 @@ def test_the_cache_shrinks() -> None:
     captured = capture_decoder(decoder("llama"), max_length=16)
     program = captured.program
     edit = Editor(program, "equal")
-    for node in [node for node in program.graph.nodes if node.op == "get_attr" and ("k_proj" in node.target or "v_proj" in node.target)]:
+    for node in [
+        node for node in program.graph.nodes if node.op == "get_attr" and ("k_proj" in node.target or "v_proj" in node.target)
+    ]:
         heads = program.weight(str(node.target)).detach().unflatten(0, (2, -1))
         edit.set_weight(node, heads[:1].expand_as(heads).flatten(0, 1).contiguous())
     after, history = Pipeline([MergeEqualHeads()], samples=captured.samples).run(program)
