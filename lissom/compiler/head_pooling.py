@@ -27,7 +27,8 @@ class Products:
     """The products of an attention's query heads with the key or value heads they read.
 
     left: [heads, features, features], L_e M L_eᵀ. right: [shared heads, features, inputs], R_i.
-    moment: [inputs, inputs], C; the identity where it is None. fitted: whether what reads the heads can be fitted; otherwise R̄ is a mean. In float64.
+    moment: [inputs, inputs], C; the identity where it is None.
+    fitted: whether what reads the heads can be fitted; otherwise R̄ is a mean. All in float64.
     """
 
     left: torch.Tensor

@@ -39,8 +39,8 @@ class SeparateHeads:
     """An attention whose heads are told apart.
 
     keys, values: what it reads, before heads are repeated for those that share them,
-    [batch, key/value heads, tokens, features]. count: how many key/value heads there are. queries, key, value, output: the axes that number the heads of the queries, of
-    keys, values and the result.
+    [batch, key/value heads, tokens, features]. count: how many key/value heads there are.
+    queries, key, value, output: the axes that number the heads of the queries, of keys, values and the result.
     """
 
     site: AttentionSite
@@ -86,7 +86,7 @@ class Rows:
     def write(self, edit: Editor, heads: torch.Tensor) -> None:
         """Give the weight other values for every head, in this program only; heads: as `read` gives them."""
         weight = edit.program.weight(self.name).detach().movedim(self.dim, 0).clone()
-        weight[self.indices.to(weight.device)] = heads.to(weight.dtype)
+        weight[self.indices.to(weight.device)] = heads.to(weight)
         edit.set_weight(self.weight, weight.movedim(0, self.dim).contiguous())
 
 
@@ -236,8 +236,8 @@ def unrepeated(node: object) -> fx.Node:
     """
     assert isinstance(node, fx.Node)
     if nodes.is_call(node, aten.repeat_interleave.self_int):
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-        return cast(fx.Node, node.args[0]) if dim in (1, -3) and nodes.tensor_type(node).rank == 4 else node
+        repeats_heads = nodes.argument(node, "dim") in (1, -3) and nodes.tensor_type(node).rank == 4
+        return cast(fx.Node, node.args[0]) if repeats_heads else node
     if not nodes.is_call(node, *RESHAPES) or not nodes.is_call(node.args[0], aten.expand.default):
         return node
     spread = node.args[0]
