@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +25,9 @@ from typing import Protocol
 
 import torch
 import transformers
+from apart import run_apart
 from quality import conditions, windows
+from quantization import INT4, MIXED
 from readme import put_table
 
 from lissom.bench.worker import peak_bytes
@@ -215,9 +215,6 @@ def lissom_engine(passes: str, backend: str = "eager") -> Callable[[Checkpoint],
     return lambda checkpoint: Lissom(passes, backend, checkpoint)
 
 
-TABLES = 'quantize{scheme=int8-weight,granularity=group,group=32,embeddings=true,only="*embed_tokens,*lm_head"}'
-MIXED = f"{TABLES},quantize{{scheme=int4-weight,symmetric=false}},gptq{{tables=false}}"
-INT4 = "quantize{scheme=int4-weight,symmetric=false,embeddings=true},gptq"
 ENGINES: dict[str, tuple[str, Callable[[Checkpoint], Engine]]] = {
     "eager-bf16": ("PyTorch eager bf16, static cache", eager),
     "torch-compile-bf16": ("torch.compile bf16, static cache", torch_compile),
@@ -320,12 +317,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def measure_apart(name: str, threads: int, ids: torch.Tensor) -> Result | str:
     """The same in a process of its own, which is given the tokens; the last line of its error when it fails."""
-    command = [sys.executable, __file__, "--one", name, "--threads", str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    ran = subprocess.run(command, input=json.dumps(ids.tolist()), capture_output=True, text=True, check=False, env=environment)
-    if ran.returncode:
-        return (ran.stderr.strip().splitlines() or ["no message"])[-1]
-    return Result(**json.loads(ran.stdout.splitlines()[-1]))
+    arguments = ["--one", name, "--threads", str(threads)]
+    try:
+        return Result(**run_apart(__file__, arguments, ids.tolist(), {"OMP_NUM_THREADS": str(threads)}))  # pyright: ignore
+    except RuntimeError as error:
+        return str(error)
 
 
 def row(name: str, found: Result | str, bandwidth: float) -> str:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 import transformers
+from apart import run_apart
 from readme import put_table
 from torch import nn
 
@@ -172,11 +172,10 @@ def measure_batch(call: Call, batch: int, wanted: torch.Tensor, before: int) -> 
 
 def measure_apart(model: str, dtype: str, engine: str) -> list[Result] | str:
     """The same in a process of its own; the last line of its error when it fails."""
-    command = [sys.executable, __file__, "--one", model, dtype, engine]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        return (ran.stderr.strip().splitlines() or ["no message"])[-1]
-    return [Result(**item) for item in json.loads(ran.stdout.splitlines()[-1])]
+    try:
+        return [Result(**item) for item in run_apart(__file__, ["--one", model, dtype, engine])]  # pyright: ignore
+    except RuntimeError as error:
+        return str(error)
 
 
 def rows(model: str, dtype: str, engine: str) -> list[str]:

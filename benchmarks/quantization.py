@@ -39,9 +39,11 @@ _ZERO_POINTS = "quantize{scheme=int4-weight,symmetric=false}"
 _ALL = "quantize{scheme=int4-weight,symmetric=false,embeddings=true}"
 _AWQ = "awq{symmetric=false}"
 _GPTQ = "gptq{tables=false}"
+MIXED, INT4 = f"{_TABLES},{_ZERO_POINTS},{_GPTQ}", f"{_ALL},gptq"
+"""What decoder.py times too: tables of eight bits and layers of four, and four bits throughout."""
 GEMMA = (
-    f"{_TABLES},{_ZERO_POINTS},{_GPTQ}",
-    f"{_ALL},gptq",
+    MIXED,
+    INT4,
     f"{_TABLES},{_ZERO_POINTS}",
     f"{_AWQ},{_TABLES},{_ZERO_POINTS}",
     _ALL,

@@ -207,6 +207,24 @@ class SelfAttention(nn.Module):
         return x + self.output(mixed.transpose(1, 2).flatten(2))
 
 
+class EqualHeads(nn.Module):
+    """Attention of eight heads whose keys and values are equal in each four."""
+
+    def __init__(self, width: int = 256, heads: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.output = (nn.Linear(width, width) for _ in range(4))
+        with torch.no_grad():
+            for parameter in (*self.k.parameters(), *self.v.parameters()):
+                rows = parameter.view(heads // 4, 4, width // heads, -1)
+                rows[:] = rows[:, :1].clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
+        return x + self.output(mixed.transpose(1, 2).flatten(2))
+
+
 class EinsumScores(nn.Module):
     """The scores of attention as an einsum over [batch, tokens, heads, head_dim], as in XLNet."""
 
@@ -524,6 +542,8 @@ EXAMPLES = {
     ),
     "simplify-masks": Example(CountedMask, "(torch.randn(4, 128, 256), torch.ones(4, 128, dtype=torch.bool))"),
     "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),
+    "pool-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "pool-heads{groups=2},merge-equal-heads"),
+    "merge-equal-heads": Example(EqualHeads, "torch.randn(4, 128, 256)", "merge-equal-heads"),
     "eliminate-dead-heads": Example(DeadHeads, "torch.randn(4, 128, 256)", "eliminate-dead-heads"),
     "eliminate-dead-neurons": Example(DeadNeurons, "torch.randn(4, 128, 256)", "eliminate-dead-neurons"),
     "eliminate-dead-layers": Example(DeadBranch, "torch.randn(4, 128, 256)", "eliminate-dead-layers"),

@@ -23,6 +23,7 @@ _SCHEMES = ", ".join(f"[{name}](../schemes/{name}.md)" for name in get_args(Sche
 MEASURED = {
     **dict.fromkeys(("prune-heads", "prune-neurons", "prune-layers", "prune-hidden", "sparsify"), _CURVES),
     "low-rank": "By calibration data and by weights alone, on real models: [benchmarks](../../benchmarks/README.md#low-rank).",
+    "pool-heads": "Quality on a real model, by each way of pooling: [Benchmarks](../../benchmarks/README.md).",
     "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
 }
 """Where a pass is measured on real models."""

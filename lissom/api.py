@@ -273,9 +273,8 @@ def optimize(
     }
     <BLANKLINE>
     """
-    check_options(checks, metric, max_drop)
-    shared = resolve_passes(passes)
-    settings = Settings(checks=checks, data=data, metric=metric, max_drop=max_drop)
+    settings = Settings(passes, checks=checks, data=data, metric=metric, max_drop=max_drop)
+    shared, _ = check_settings(settings)
     take, _ = _capturing(model, example_inputs, dynamic, check_device(device))
     with progress_bar("optimize") as bar:
         job = _job(take, shared, settings, progress or bar, 1 + len(shared))

@@ -24,6 +24,8 @@ from lissom.backends.onnx_state import checked_places, dimension_of, integers, i
 from lissom.backends.onnx_translation import ATTENTION, DOMAIN
 
 _VIEWS = ("Unsqueeze", "Squeeze", "Reshape", "Identity")
+_UP_TO, _BEYOND = ("LessOrEqual", "Less"), ("Greater", "GreaterOrEqual")
+"""Comparisons with a place, each with the one that says the same of the next place."""
 
 
 def fuse_cached_attention(model: ir.Model) -> int:
@@ -71,9 +73,9 @@ class _Cached:
         if start is None or _start_of(values[0].inputs[1]) is not start:
             return None
         conditions = _conditions(site.mask)
-        causal = [item for item in conditions if _offset(item, site, start, places) == 0]
+        causal = [item for item in conditions if _limit(item, site, start, places, _UP_TO) == 0]
         others = [item for item in conditions if item not in causal]
-        windows = [-offset for item in others if (offset := _window(item, site, start, places)) is not None]
+        windows = [-offset for item in others if (offset := _limit(item, site, start, places, _BEYOND)) is not None]
         if not causal:
             return None
         plain = len(windows) == len(others) and all(window > 0 for window in windows)
@@ -245,22 +247,16 @@ def _are_places(value: ir.Value, places: int) -> bool:
     return found is not None and found.shape[-1:] == (places,) and np.array_equal(found.ravel(), np.arange(places))
 
 
-def _offset(condition: ir.Value, site: Site, start: ir.Value, places: int) -> int | None:
-    """d, where the condition is place ≤ the query's own + d; None for another one."""
+def _limit(condition: ir.Value, site: Site, start: ir.Value, places: int, operators: tuple[str, str]) -> int | None:
+    """d, where the condition compares a place with the query's own + d; None for another one.
+
+    operators: the one that does, and the one that says the same of d + 1: `_UP_TO` for place ≤ own + d, `_BEYOND` for >.
+    """
     found = _comparison(condition, places)
     shift = _shift(found[1], site, start) if found is not None else None
-    if found is None or shift is None or found[0] not in ("LessOrEqual", "Less"):
+    if found is None or shift is None or found[0] not in operators:
         return None
-    return shift if found[0] == "LessOrEqual" else shift - 1
-
-
-def _window(condition: ir.Value, site: Site, start: ir.Value, places: int) -> int | None:
-    """d, where the condition is place > the query's own + d; None for another one."""
-    found = _comparison(condition, places)
-    shift = _shift(found[1], site, start) if found is not None else None
-    if found is None or shift is None or found[0] not in ("Greater", "GreaterOrEqual"):
-        return None
-    return shift if found[0] == "Greater" else shift - 1
+    return shift - operators.index(found[0])
 
 
 def _shift(value: ir.Value, site: Site, start: ir.Value) -> int | None:

@@ -81,8 +81,7 @@ def axes(program: Program) -> Axes:
             else:
                 axis_rules.read_sizes(node, of)
         elif isinstance(found, TensorType):
-            state = "state that the program keeps" if str(node.target) in program.state else ""
-            of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else state)
+            of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else "")
     for leaf in program.output.all_input_nodes:
         for axis in of.get(leaf, ()):
             if isinstance(axis, Axis):

@@ -211,6 +211,25 @@ def index_select(node: fx.Node, known: Known) -> Value:
     return tuple(dims)
 
 
+def index_copy(node: fx.Node, known: Known) -> Value:
+    """Rows of a tensor exchanged: where they go is looked up, and the other dimensions are those of the new rows."""
+    dims, rows = of(node.args[0], known), of(node.args[3], known)
+    index = dim_of(node, 1, len(dims))
+    for axis in (dims[index], rows[index]):
+        pin(axis, "its indices are looked up")
+    others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(item)) for item in (dims, rows)]
+    found = list(broadcast(others, len(dims), "index_copy"))
+    found[index] = dims[index]
+    return tuple(found)
+
+
+def copy(node: fx.Node, known: Known) -> Value:
+    """A tensor written whole: its axes are those of what is written."""
+    dims = of(node.args[0], known)
+    broadcast([dims, of(node.args[1], known)], len(dims), "copy_")
+    return dims
+
+
 def gather(node: fx.Node, known: Known) -> Value:
     """Two dimensions exchanged; the last two when none are named."""
     dims, chosen = of(node.args[0], known), of(node.args[2], known)

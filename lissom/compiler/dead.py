@@ -49,11 +49,11 @@ def contractions(program: Program) -> list[list[Place]]:
 
 
 def _contractions(program: Program) -> list[list[Place]]:
-    return [places for node in program.nodes() for places in _summed(node)]
+    return [places for node in program.nodes() for places in summed(node)]
 
 
-def _summed(node: fx.Node) -> list[list[Place]]:
-    """The dimensions a call sums over."""
+def summed(node: fx.Node) -> list[list[Place]]:
+    """The dimensions a call sums over: for each sum those of its operands."""
     args = cast("tuple[fx.Node, ...]", node.args)
     name = str(node.target)
     if node.target is aten.linear.default:

@@ -41,6 +41,7 @@ from lissom.compiler.verify import (
     run_samples,
     tolerance_of,
     verify_structure,
+    with_kept_form,
 )
 
 Checks = Literal["numeric", "structural", "off"]
@@ -324,7 +325,7 @@ class _Run:
             return None, None, []
         outputs = run_samples(after, self.samples) if touched else self.outputs
         if isinstance(item, (Rewrite, Annotation)):
-            divergence = compare(self.outputs, outputs)
+            divergence = compare(*(with_kept_form(self.program, after, found) for found in (self.outputs, outputs)))
             allowed = 0.0 if isinstance(item, Annotation) else tolerance_of(self.program)
             if divergence.relative_error > allowed and not self._rounds_alike(item, after):
                 self._refuse(after, divergence, allowed)

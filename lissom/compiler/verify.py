@@ -206,6 +206,23 @@ def answers(program: Program, outputs: Sequence[list[object]]) -> list[list[obje
     return [found[:count] for found in outputs]
 
 
+def with_kept_form(before: Program, after: Program, outputs: Sequence[list[object]]) -> list[list[object]]:
+    """Of what `run_samples` gives, what calls return, and the state that has the same form in both programs.
+
+    A rewrite may keep less of the state, as where several heads of a cache are one; what was read of it is in the answers.
+    """
+    count = len(before.output.args[0])  # pyright: ignore[reportArgumentType]
+    forms = [{name: _form(program.weight(name)) for name in program.state} for program in (before, after)]
+    if forms[0].keys() != forms[1].keys():
+        return [list(found) for found in outputs]
+    same = [forms[1][name] == form for name, form in forms[0].items()]
+    return [[*found[:count], *(item for item, kept in zip(found[count:], same, strict=True) if kept)] for found in outputs]
+
+
+def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
 @contextmanager
 def kept_state(program: Program) -> Generator[None]:
     """Put the program's state back to what it was."""

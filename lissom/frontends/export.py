@@ -10,6 +10,7 @@ import inspect
 import logging
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -172,7 +173,10 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     with _only_exceptions():
         exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=bound if free else None, strict=False)
     if _writes(exported):
-        exported = exported.run_decompositions({})
+        with warnings.catch_warnings():
+            # PyTorch copies its own record of modules, of a class that it calls deprecated.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            exported = exported.run_decompositions({})
     return flatten_exported(exported, type(model).__name__, args, kwargs, tuple(_parameters(model)))
 
 

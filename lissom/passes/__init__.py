@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.kinds import Pass
 from lissom.passes.attention.linear_attention import LinearAttention
+from lissom.passes.attention.pool_heads import PoolHeads
 from lissom.passes.canonical.eliminate_dead_code import EliminateDeadCode
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
@@ -41,6 +42,7 @@ from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
 from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
 from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
 from lissom.passes.prune.eliminate_dead_tokens import EliminateDeadTokens
+from lissom.passes.prune.merge_equal_heads import MergeEqualHeads
 from lissom.passes.prune.pack_tokens import PackTokens
 from lissom.passes.prune.prune_heads import PruneHeads
 from lissom.passes.prune.prune_hidden import PruneHidden
@@ -80,6 +82,7 @@ PASSES: Mapping[str, type[Pass]] = {
         PruneHidden,
         Sparsify,
         EliminateDeadHeads,
+        MergeEqualHeads,
         EliminateDeadNeurons,
         EliminateDeadLayers,
         EliminateDeadHidden,
@@ -87,6 +90,7 @@ PASSES: Mapping[str, type[Pass]] = {
         LinearAttention,
         DepthwiseSeparable,
         ShareLayers,
+        PoolHeads,
         Equalize,
         SmoothQuant,
         Awq,

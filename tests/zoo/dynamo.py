@@ -12,7 +12,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -27,9 +26,9 @@ from lissom.compiler.verify import tolerance_of
 from lissom.frontends.export import capture
 from lissom.torch_compile import compile_graph
 from tests.models import Case
-from tests.zoo import catalogue, coverage
+from tests.zoo import catalogue, coverage, selection
 from tests.zoo.check import answer, compared, other_samples, sentence
-from tests.zoo.entry import FAMILIES, Entry
+from tests.zoo.entry import Entry
 from tests.zoo.runner import run
 
 MODES: Mapping[str, bool | None] = {"automatic": None, "dynamic": True}
@@ -121,29 +120,14 @@ def describe(record: Record) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo.dynamo", description=__doc__)
-    parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given again")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
-    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
-    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
-    parser.add_argument("--output", type=Path, default=Path("dynamo.json"), help="where the records go (default dynamo.json)")
-    parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
-    parser.add_argument("--page", type=Path, help="the page to write them into; docs/coverage.md when all models are run")
+    selection.add_arguments(parser, "dynamo.json")
     options = parser.parse_args(arguments)
-    chosen = [entry for entry in catalogue.entries() if not options.family or entry.family in options.family]
-    if options.only:
-        unknown = set(options.only) - {entry.name for entry in chosen}
-        if unknown:
-            parser.error(f"no such models: {', '.join(sorted(unknown))}; `python -m tests.zoo --list` prints the names")
-        chosen = [entry for entry in chosen if entry.name in options.only]
+    chosen = selection.choose(parser, options, catalogue.entries())
     if not options.resume:
         options.output.unlink(missing_ok=True)
-    elif options.output.exists():
-        done = {record["name"] for record in coverage.load(options.output)}
-        chosen = [entry for entry in chosen if entry.name not in done]
     run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
     records = coverage.load(options.output)
-    page = options.page or (None if options.family or options.only else Path("docs/coverage.md"))
-    if page is not None:
+    if (page := selection.page(options)) is not None:
         coverage.write_dynamo(page, records)
     print(coverage.dynamo_headline(records))
     wrong = [record for record in records if coverage.is_wrong(record)]

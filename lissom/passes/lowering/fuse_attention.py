@@ -19,8 +19,8 @@ from torch import fx
 
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
-from lissom.compiler.attention_sites import unrepeated
 from lissom.compiler.editor import Editor
+from lissom.compiler.key_value_heads import unrepeated
 from lissom.compiler.kinds import Rewrite
 from lissom.compiler.types import ScalarType
 from lissom.ops.attention import attention
@@ -40,8 +40,9 @@ class FuseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(partial(_obstacle, edit), _PLAIN, attention):
             q, k, v = node.args[:3]
+            # The kernel lets several query heads read one key head, so the copies need not be made.
             shared = [unrepeated(k), unrepeated(v)]
-            if all(shared):
+            if shared[0] is not k and shared[1] is not v:
                 k, v = shared
             kept = [_kept_in_bytes(k), _kept_in_bytes(v)]
             scales: dict[str, fx.Node] = {}

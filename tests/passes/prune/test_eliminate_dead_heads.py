@@ -8,7 +8,9 @@ from torch import nn
 
 import lissom
 from lissom.compiler.removal import head_columns
+from lissom.frontends.decoder import capture_decoder
 from lissom.passes.prune.eliminate_dead_heads import EliminateDeadHeads
+from tests.decoders import decoder
 from tests.models import normal, seeded
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads
@@ -152,6 +154,14 @@ def test_a_projection_that_reads_more_than_heads_is_no_constant_without_them() -
     program, _ = rewrite(EliminateDeadHeads(), seeded(Fused), normal(2, 5, 8))
     assert program.weight("up.weight").shape == (6, 8)
     assert program.weight("v.weight").shape[0] in (2, 8)
+
+
+def test_a_cache_keeps_living_heads_alone() -> None:
+    captured = capture_decoder(decoder("gpt2"), max_length=16)
+    program = captured.program
+    zero_heads(program, 0, [1])
+    after, _ = eliminate(PASS, program, list(captured.samples))
+    assert [after.weight(name).shape[1] for name in after.state] == [3, 3, 4, 4]
 
 
 def test_an_attention_that_nothing_projects_is_reported() -> None:

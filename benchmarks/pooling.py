@@ -1,0 +1,44 @@
+"""Key and value heads of all-MiniLM-L6-v2 pooled: averaged as they are, with what reads them fitted, and regrouped as well.
+
+    python benchmarks/pooling.py --groups 6 4 3 --update
+
+Of its 12 key and value heads so many stay in every layer, without retraining: recall and cosine as in quality.py. `--pairs` and
+`--texts` make it shorter, and the figures rougher.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+from quality import conditions, minilm_table, read_pairs
+from readme import put_table
+
+from lissom.frontends.huggingface import load
+
+WAYS = (",align=false,regroup=false", ",regroup=false", "")
+
+
+def pipelines(groups: Iterable[int]) -> list[str]:
+    """Every way of pooling, to each number of heads."""
+    return [f"pool-heads{{groups={left}{way}}},merge-equal-heads" for left in groups for way in WAYS]
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--groups", type=int, nargs="+", default=[6, 4, 3], help="heads that stay; %(default)s by default")
+    parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
+    parser.add_argument("--texts", type=int, default=1000, help="calibration texts; %(default)s by default")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
+    options = parser.parse_args()
+    texts = read_pairs("evaluation", options.pairs)
+    printed = minilm_table(load("minilm"), pipelines(options.groups), texts, options.texts)
+    printed = f"{printed}\n{conditions()}; {len(texts.glosses)} pairs, {options.texts} calibration texts.\n"
+    print(printed)
+    if options.update:
+        put_table("pooling", printed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Where an attention's keys and values are made, and where what reads them can be fitted to other ones.
+
+Keys are read by queries, values by the output projection. Where nothing lies between these layers and the attention but moves
+of whole features, the attention knows their products alone, so that heads may be made another way if what reads them follows.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.axis import Axis
+from lissom.compiler.calibration import Moments
+from lissom.compiler.editor import Editor
+from lissom.compiler.head_pooling import Pooled, Products
+from lissom.compiler.key_value_heads import Rows, SeparateHeads, Separation
+from lissom.compiler.linears import SHAPES, input_of
+from lissom.compiler.matrices import matrix_of, readers_of
+from lissom.compiler.program import Program
+from lissom.compiler.removal import unit_of
+from lissom.compiler.structure import structure
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class HeadLayer:
+    """The rows of a linear layer that make heads, or the columns that read them.
+
+    weight: [heads, features] of indices. bias: the same, where there is one. layer: the linear layer.
+    """
+
+    layer: fx.Node
+    weight: Rows
+    bias: Rows | None
+
+    def read(self, program: Program) -> torch.Tensor:
+        """Rows and their bias behind them, in float64: [heads, features, inputs] or one input more."""
+        rows = self.weight.read(program)
+        found = rows if self.bias is None else torch.cat([rows, self.bias.read(program)[..., None]], -1)
+        return found.double().cpu()
+
+    def write(self, edit: Editor, rows: torch.Tensor) -> None:
+        """Give rows and bias other values, as `read` gives them."""
+        if self.bias is None:
+            self.weight.write(edit, rows)
+            return
+        self.weight.write(edit, rows[..., :-1])
+        self.bias.write(edit, rows[..., -1])
+
+    def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
+        """The second moment of what the rows multiply, a 1 for the bias with it; the identity where nothing is known."""
+        inputs = self.weight_inputs
+        if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
+            return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
+        count = max(found.count, 1)
+        gram, mean = found.gram.double().cpu() / count, found.total.double().cpu()[:, None] / count
+        if self.bias is None:
+            return gram
+        return torch.cat([torch.cat([gram, mean], 1), torch.cat([mean.T, torch.ones(1, 1, dtype=torch.float64)], 1)])
+
+    @property
+    def weight_inputs(self) -> int:
+        return int(nodes.tensor_type(self.weight.weight).shape[1 - self.weight.dim])  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The keys, or the values, of an attention.
+
+    rows: everything in weights that makes them. made: the layer that makes them, where that is all.
+    read: what reads them, where it can be fitted. keys: whether they are keys.
+    """
+
+    rows: tuple[Rows, ...]
+    made: HeadLayer | None
+    read: HeadLayer | None
+    keys: bool
+
+    def products(self, program: Program, known: Mapping[fx.Node, Moments], *, align: bool) -> Products:
+        """What pooling is to keep: the products with what reads the heads, or the heads themselves where that stays."""
+        if self.made is None:
+            right = torch.cat([rows.read(program).flatten(1) for rows in self.rows], 1).double().cpu()[:, None]
+            return Products(torch.ones(len(right), 1, 1, dtype=torch.float64), right, None, fitted=False)
+        right, moment = self.made.read(program), self.made.moment(known)
+        if self.read is None or not align:
+            left = torch.eye(right.shape[1], dtype=torch.float64).expand(len(right), -1, -1)
+            return Products(left, right, moment, fitted=False)
+        rows = self.read.read(program)
+        if not self.keys:
+            return Products(rows @ rows.mT, right, moment, fitted=True)
+        if self.made.bias is not None:
+            right, moment = right[..., :-1], moment[:-1, :-1]
+        return Products(rows @ self.read.moment(known) @ rows.mT, right, _centred(moment, self.made, known), fitted=True)
+
+    def write(self, edit: Editor, pooled: Sequence[Pooled], size: int, *, align: bool) -> None:
+        """Let every group of so many heads be what stands for it, and what reads them follow."""
+        if self.made is None or self.read is None or not align:
+            for rows in self.rows:
+                held = rows.read(edit.program)
+                mean = held.float().unflatten(0, (-1, size)).mean(1)
+                rows.write(edit, mean.repeat_interleave(size, 0))
+            return
+        right = torch.stack([item.right for item in pooled]).repeat_interleave(size, 0)
+        if self.keys and self.made.bias is not None:
+            right = torch.cat([right, torch.zeros_like(right[..., :1])], -1)
+        self.made.write(edit, right)
+        mix = torch.cat([item.mix for item in pooled])
+        self.read.write(edit, mix.mT @ self.read.read(edit.program))
+
+
+def key_factors(program: Program, separation: Separation, heads: SeparateHeads) -> Factors:
+    """The keys of an attention, and the queries that read them."""
+    site, found = heads.site, separation.axes
+    rows = tuple(separation.rows(heads.key))
+    queries, keys = separation.queries(heads), heads.keys
+    made = _layer(program, separation, heads.key, found.axis(keys, 3), site.k, rows)
+    read = _layer(program, separation, heads.queries, found.axis(queries, 3), site.q, tuple(separation.rows(heads.queries)))
+    fits = made is not None and read is not None and separation.is_alone(heads, heads.key, heads.queries)
+    fits = fits and _moved(keys, made.layer) and _moved(queries, read.layer)  # pyright: ignore[reportOptionalMemberAccess]
+    return Factors(rows, made, read if fits else None, keys=True)
+
+
+def value_factors(program: Program, separation: Separation, heads: SeparateHeads) -> Factors:
+    """The values of an attention, and the output projection that reads them."""
+    site, found = heads.site, separation.axes
+    rows = tuple(separation.rows(heads.value))
+    made = _layer(program, separation, heads.value, found.axis(heads.values, 3), site.v, rows)
+    read = None
+    if site.output is not None and made is not None and separation.is_alone(heads, heads.value):
+        matrix = matrix_of(site.output)
+        columns = [item for item in separation.rows(heads.output) if not isinstance(matrix, str) and item.weight is matrix.node]
+        read = _layer(program, separation, heads.output, found.axis(site.node, 3), (site.output,), columns)
+        if not (_moved(heads.values, made.layer) and _moved(input_of(site.output), site.node)):
+            read = None
+    return Factors(rows, made, read, keys=False)
+
+
+def projection_inputs(program: Program) -> list[fx.Node]:
+    """What the query, key and value projections of a program read."""
+    layers = [layer for site in program.fact(structure).attention for layer in (*site.q, *site.k, *site.v)]
+    return list(dict.fromkeys(input_of(layer) for layer in layers if not isinstance(matrix_of(layer), str)))
+
+
+def _layer(
+    program: Program,
+    separation: Separation,
+    axis: Axis,
+    features: Axis,
+    layers: Sequence[fx.Node],
+    rows: Sequence[Rows],
+) -> HeadLayer | None:
+    """The layer that has heads of this axis, where nothing else has any, and its rows tell their features."""
+    if len(layers) != 1 or features.form != "atom" or isinstance(matrix := matrix_of(layers[0]), str):
+        return None
+    layer = layers[0]
+    if readers_of(matrix.node) != [layer]:
+        return None
+    found: dict[str, Rows] = {}
+    for item in rows:
+        if item.name in program.state and not program.weight(item.name).any():
+            continue
+        kind = "weight" if item.weight is matrix.node else "bias" if layer in item.weight.users else ""
+        unit = unit_of(separation.axes.axis(item.weight, item.dim), [features])
+        told = torch.equal(unit[item.indices], torch.arange(len(item.indices[0])).expand_as(item.indices))
+        if not kind or kind in found or len(item.weight.users) > 1 or not told:
+            return None
+        found[kind] = item
+    return HeadLayer(layer, found["weight"], found.get("bias")) if "weight" in found else None
+
+
+def _moved(value: fx.Node, start: fx.Node) -> bool:
+    """True for a value that is moved about, whole features at a time, or kept as state, from where it was computed."""
+    while value is not start:
+        if nodes.is_call(value, *SHAPES, operator.getitem):
+            value = value.all_input_nodes[0]
+        elif nodes.is_call(value, aten.index_copy.default):
+            value = value.args[3]  # pyright: ignore[reportAssignmentType]
+        else:
+            return False
+    return True
+
+
+def _centred(moment: torch.Tensor, made: HeadLayer, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
+    """The covariance: what all keys have in common adds the same to all scores of a query."""
+    found = known.get(input_of(made.layer))
+    if found is None or len(found.total) != len(moment):
+        return moment
+    mean = found.total.double().cpu() / max(found.count, 1)
+    return moment - torch.outer(mean, mean)

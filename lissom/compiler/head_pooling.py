@@ -1,0 +1,192 @@
+"""Heads that become one: which of them lose least together, and what stands for them.
+
+Heads are factors of products that an attention knows alone: L_eᵀ·R_i, with the rows L_e of what reads a head e, its query
+projection or the columns of the output projection, and the rows R_i of the key or value projection it shares with others. The
+error of R̄ in the place of R_i, where x has the second moment C and what L reads or writes has M, is
+
+    Σ_e ‖M^½ (L_e'ᵀ R̄ − L_eᵀ R_i) C^½‖²                            with S_e = (L_e M L_eᵀ)^½,  B_e = S_e R_i C^½
+
+Of all R̄ of as many rows as a head and all L_e' the best come from the eigenvectors of the largest eigenvalues of [B_e B_fᵀ]:
+Eckart and Young 1936. Only matrices of [heads · features] are decomposed, and no moment is inverted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+_RANK = 1e-10
+"""Eigenvalues under this share of the largest are rounding of float64, and taken for zero."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of an attention's query heads with the key or value heads they read.
+
+    left: [heads, features, features], L_e M L_eᵀ. right: [shared heads, features, inputs], R_i.
+    moment: [inputs, inputs], C; the identity where it is None.
+    fitted: whether what reads the heads can be fitted; otherwise R̄ is a mean. All in float64.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    moment: torch.Tensor | None
+    fitted: bool
+
+    @property
+    def readers(self) -> int:
+        """How many query heads read one shared head."""
+        return len(self.left) // len(self.right)
+
+    def ordered(self, order: torch.Tensor) -> Products:
+        """The same with the shared heads in another order, and the query heads with them."""
+        return Products(self.left[with_readers(order, self.readers)], self.right[order], self.moment, self.fitted)
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """R_i C R_jᵀ, [shared heads, shared heads, features, features]."""
+        flat = self.right.flatten(0, 1)
+        whole = (flat if self.moment is None else flat @ self.moment) @ flat.T
+        count, features, _ = self.right.shape
+        return whole.unflatten(0, (count, features)).unflatten(2, (count, features)).transpose(1, 2)
+
+    @cached_property
+    def energy(self) -> float:
+        """Σ_e ‖B_e‖² over all heads."""
+        own = self.gram.diagonal().movedim(-1, 0)
+        return max(float((self.left * own.repeat_interleave(self.readers, 0)).sum()), 1e-300)
+
+    def pooled(self, heads: Sequence[int]) -> Pooled:
+        """What stands for these shared heads."""
+        chosen = torch.tensor(heads)
+        if self.fitted:
+            return self._fit(chosen)
+        mean, readers = self.right[chosen].mean(0), with_readers(chosen, self.readers)
+        off = self.gram[chosen][:, chosen]
+        about = off.diagonal().movedim(-1, 0) - off.mean(0) - off.mean(1) + off.mean((0, 1))
+        error = float((self.left[readers] * about.repeat_interleave(self.readers, 0)).sum())
+        identity = torch.eye(mean.shape[0], dtype=mean.dtype).expand(len(readers), -1, -1)
+        return Pooled(mean, identity, error)
+
+    def _fit(self, chosen: torch.Tensor) -> Pooled:
+        features = self.right.shape[1]
+        root, inverse = (item[with_readers(chosen, self.readers)] for item in self._roots)
+        values, vectors = torch.linalg.eigh(self._balanced(chosen, root))
+        values = values.clamp_min(0)
+        kept = values[-features:]
+        scale = torch.where(kept > _RANK * kept[-1], kept, 0.0).sqrt()
+        vectors = vectors[:, -features:]
+        right = self.right[chosen].repeat_interleave(self.readers, 0)
+        pooled = (vectors * _reciprocal(scale)).T @ (root @ right).flatten(0, 1)
+        mix = inverse @ vectors.unflatten(0, (len(root), features)) * scale
+        # R̄ is as large as the heads it stands for: its own scale is free, and this one rounds as theirs did.
+        size = float(right.square().mean().sqrt() / pooled.square().mean().sqrt().clamp_min(1e-300)) or 1.0
+        return Pooled(pooled * size, mix / size, float(values[:-features].sum()))
+
+    def pair_errors(self) -> torch.Tensor:
+        """The error of each two shared heads as one, [shared heads, shared heads]."""
+        count = len(self.right)
+        errors = torch.zeros(count, count, dtype=torch.float64)
+        for first in range(count):
+            for second in range(first + 1, count):
+                pair = torch.tensor([first, second])
+                errors[first, second] = errors[second, first] = self._pair_error(pair)
+        return errors
+
+    def _pair_error(self, pair: torch.Tensor) -> float:
+        if not self.fitted:
+            return self.pooled(pair.tolist()).error
+        values = torch.linalg.eigvalsh(self._balanced(pair, self._roots[0][with_readers(pair, self.readers)]))
+        return float(values[: -self.right.shape[1]].clamp_min(0).sum())
+
+    @cached_property
+    def _roots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return _roots(self.left)
+
+    def _balanced(self, chosen: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
+        """[B_e B_fᵀ] of the query heads that read these heads, one matrix."""
+        read = chosen.repeat_interleave(self.readers)
+        blocks = root[:, None] @ self.gram[read][:, read] @ root[None]
+        return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What stands for a group of heads.
+
+    right: [features, inputs], R̄. mix: [query heads, features, features], with L_e' = mixᵀ·L_e. error: the sum above.
+    """
+
+    right: torch.Tensor
+    mix: torch.Tensor
+    error: float
+
+
+def with_readers(heads: torch.Tensor, readers: int) -> torch.Tensor:
+    """The query heads that read these shared heads, so many each."""
+    return (heads[:, None] * readers + torch.arange(readers)).flatten()
+
+
+def arranged(products: Sequence[Products], size: int) -> torch.Tensor:
+    """An order of the shared heads in which each `size` neighbours lose little as one, [shared heads].
+
+    What a group loses is taken for the sum over its pairs, each product's as a share of its energy. Groups begin with the pair
+    that loses least, and heads are exchanged between groups while that helps; neighbours as they come are tried too.
+    """
+    count = len(products[0].right)
+    costs = torch.zeros(count, count, dtype=torch.float64)
+    for product in products:
+        costs += product.pair_errors() / product.energy
+    starts = [list(torch.arange(count).split(size)), _greedy(costs, size)]
+    found = [_exchanged(costs, [group.tolist() for group in groups]) for groups in starts]
+    best = min(found, key=lambda groups: _total(costs, groups))
+    return torch.tensor([head for group in sorted(map(sorted, best)) for head in group])
+
+
+def _greedy(costs: torch.Tensor, size: int) -> list[torch.Tensor]:
+    free, groups = list(range(len(costs))), list[torch.Tensor]()
+    while free:
+        pairs = [(float(costs[a, b]), a, b) for a in free for b in free if a < b]
+        group = [*min(pairs)[1:]] if pairs and size > 1 else [free[0]]
+        while len(group) < size:
+            group.append(min((head for head in free if head not in group), key=lambda head: float(costs[head, group].sum())))
+        groups.append(torch.tensor(group))
+        free = [head for head in free if head not in group]
+    return groups
+
+
+def _exchanged(costs: torch.Tensor, groups: list[list[int]]) -> list[list[int]]:
+    """Groups between which no exchange of two heads saves anything."""
+    best, improved = _total(costs, groups), True
+    while improved:
+        improved = False
+        for left in range(len(groups)):
+            for right in range(left + 1, len(groups)):
+                for i in range(len(groups[left])):
+                    for j in range(len(groups[right])):
+                        groups[left][i], groups[right][j] = groups[right][j], groups[left][i]
+                        total = _total(costs, groups)
+                        if total < best * (1 - 1e-9):
+                            best, improved = total, True
+                        else:
+                            groups[left][i], groups[right][j] = groups[right][j], groups[left][i]
+    return groups
+
+
+def _total(costs: torch.Tensor, groups: Sequence[Sequence[int]]) -> float:
+    return sum(float(costs[list(group)][:, list(group)].sum()) for group in groups)
+
+
+def _roots(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The square roots of positive matrices, and their inverses where there are any; [heads, features, features]."""
+    values, vectors = torch.linalg.eigh(grams)
+    scale = torch.where(values > _RANK * values[..., -1:], values, 0.0).clamp_min(0).sqrt()
+    root = (vectors * scale[..., None, :]) @ vectors.mT
+    return root, (vectors * _reciprocal(scale)[..., None, :]) @ vectors.mT
+
+
+def _reciprocal(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale > 0, 1 / scale.clamp_min(1e-300), 0.0)

@@ -1,0 +1,91 @@
+"""Keep one key and value head of each group of equal ones; the query heads of the group share it.
+
+Where the rows of the key and value projections that make neighbouring heads are equal, bit for bit, the heads are:
+
+    k₁ = k₂ and v₁ = v₂   ->   softmax(q₁ k₁ᵀ) v₁,  softmax(q₂ k₁ᵀ) v₁
+
+Multi-head attention becomes grouped-query attention, or multi-query attention where all heads are equal, and attention that is
+grouped already gets fewer groups. The rows of the other heads go from projections, biases and norms, and what a decoder's cache
+keeps of them, so that it takes so much less memory, and less of it is read for every token. `pool-heads` makes heads equal.
+
+Shazeer 2019, Fast Transformer Decoding: One Write-Head is All You Need, §3; Ainslie et al. 2023, GQA, §2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lissom.compiler.axis_edit import remove_indices
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.key_value_heads import SeparateHeads, Separation, separated_heads
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.program import Program
+
+
+@dataclass(frozen=True)
+class MergeEqualHeads(Rewrite):
+    """Removes all key and value heads but one of each group of equal neighbours."""
+
+    def run(self, edit: Editor) -> None:
+        state = _state_bytes(edit.program)
+        with separated_heads(edit) as separation:
+            sets = [(together, gone) for together in joined(separation.heads) if (gone := _gone(edit, separation, together))]
+            try:
+                _merge(edit, separation, sets)
+            except UnsupportedError:
+                for together, gone in sets:
+                    try:
+                        _merge(edit, separation, [(together, gone)])
+                    except UnsupportedError as error:
+                        edit.skip(together[0].site.node, f"equal heads stay: {error}")
+        if _state_bytes(edit.program) < state:
+            edit.note(f"the cache takes {_state_bytes(edit.program) / 1e6:.3g} MB, and took {state / 1e6:.3g} MB")
+
+
+def joined(heads: Sequence[SeparateHeads]) -> list[list[SeparateHeads]]:
+    """The attentions in sets that have no key or value heads in common."""
+    found: list[list[SeparateHeads]] = []
+    for item in heads:
+        touching = [other for other in found if any(set(item.shared) & set(member.shared) for member in other)]
+        found = [other for other in found if other not in touching] + [[*(each for other in touching for each in other), item]]
+    return found
+
+
+def _gone(edit: Editor, separation: Separation, together: Sequence[SeparateHeads]) -> list[int]:
+    """The heads that are equal to one before them, of attentions that have some in common."""
+    shared = {axis: None for item in together for axis in item.shared}
+    size = largest_group([rows.read(edit.program) for axis in shared for rows in separation.rows(axis)], together[0].count)
+    return [head for head in range(together[0].count) if head % size]
+
+
+def _merge(edit: Editor, separation: Separation, sets: Sequence[tuple[Sequence[SeparateHeads], list[int]]]) -> None:
+    """Remove these heads, and let the query heads share what is left.
+
+    Raises: UnsupportedError naming what stands in the way; nothing is changed then.
+    """
+    removed = {axis: gone for together, gone in sets for item in together for axis in item.shared}
+    if removed:
+        remove_indices(edit, removed, separation.axes)
+    for item in [item for together, _ in sets for item in together]:
+        separation.share(item)
+
+
+def largest_group(held: Sequence[torch.Tensor], heads: int) -> int:
+    """The most neighbouring heads that are equal, bit for bit, in every group of so many; 1 where none are.
+
+    held: for each place in a weight, what it holds of every head, [heads, …].
+    """
+    for size in range(heads, 1, -1):
+        if heads % size == 0:
+            grouped = [rows.unflatten(0, (-1, size)) for rows in held]
+            if all(bool((rows == rows[:, :1]).all()) for rows in grouped):
+                return size
+    return 1
+
+
+def _state_bytes(program: Program) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in map(program.weight, program.state))

@@ -1,0 +1,42 @@
+"""Which models of the zoo a run checks: the arguments that say so, and the entries they choose."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.zoo.coverage import load
+from tests.zoo.entry import FAMILIES, Entry
+
+
+def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """The arguments every run of the zoo takes. output: the file the records go into by default."""
+    parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given again")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
+    parser.add_argument(
+        "--output", type=Path, default=Path(output), help="where the records go, one a line (default %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
+    parser.add_argument("--page", type=Path, help="the page to write them into; docs/coverage.md when all models are run")
+
+
+def choose(parser: argparse.ArgumentParser, options: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
+    """The models the arguments name, those left out that a run which is resumed has records of. Unknown names end the run."""
+    chosen = [entry for entry in entries if not options.family or entry.family in options.family]
+    if options.only:
+        unknown = set(options.only) - {entry.name for entry in chosen}
+        if unknown:
+            parser.error(f"no such models: {', '.join(sorted(unknown))}; `python -m tests.zoo --list` prints the names")
+        chosen = [entry for entry in chosen if entry.name in options.only]
+    if options.resume and options.output.exists():
+        done = {record["name"] for record in load(options.output)}
+        chosen = [entry for entry in chosen if entry.name not in done]
+    return chosen
+
+
+def page(options: argparse.Namespace) -> Path | None:
+    """The page a run writes into; None where only some models were run and none is named."""
+    return options.page or (None if options.family or options.only else Path("docs/coverage.md"))
