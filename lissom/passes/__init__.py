@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.kinds import Pass
+from lissom.passes.attention.sparsify_attention import SparsifyAttention
 from lissom.passes.canonical.eliminate_dead_code import EliminateDeadCode
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
@@ -79,6 +80,7 @@ PASSES: Mapping[str, type[Pass]] = {
         EliminateDeadNeurons,
         EliminateDeadLayers,
         EliminateDeadHidden,
+        SparsifyAttention,
         Equalize,
         SmoothQuant,
         Awq,

@@ -1,0 +1,1 @@
+"""Passes that put sparse or linear attention in place of dense (survey §2.1, §2.2)."""
