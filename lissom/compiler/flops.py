@@ -15,10 +15,13 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_patterns import Pattern
 from lissom.compiler.types import Size
 
 aten = torch.ops.aten
 
+_BLOCK = 64
+"""Tokens of the blocks that sparse attention is counted in."""
 Shape = Sequence[Size]
 ShapeOf = Callable[[fx.Node], Shape]
 Formula = Callable[[fx.Node, ShapeOf], Size]
@@ -86,6 +89,19 @@ def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
     """The same, of queries, keys and values that lie beside each other and are of one size."""
     *_, tokens, features = shape_of(node)
     return 2 * product(shape_of(node)[:-2]) * tokens * tokens * features
+
+
+def _sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """An attention's, for the blocks its pattern may reach; one that asks a layout counts as if all of that were seen."""
+    pattern = Pattern.decode(cast(Sequence[int], node.kwargs["pattern"]), cast(int, node.kwargs["block"]))
+    queries, keys = (_operand(node, index, shape_of)[2] for index in (0, 1))
+    q, v = (_operand(node, index, shape_of) for index in (0, 2))
+    dense = product([*q[:3], keys]) * (q[3] + v[3])
+    if not isinstance(queries, int) or not isinstance(keys, int):
+        return dense
+    layout = torch.ones(1, 1, 1, dtype=torch.bool)
+    some, _ = pattern.blocks(queries, keys, _BLOCK, layout)
+    return dense * int(some.sum()) // some.numel()
 
 
 def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
@@ -163,6 +179,7 @@ _FOREIGN: dict[str, Formula] = {
     "lissom.attention.default": _attention,
     "lissom.fused_attention.default": _attention,
     "lissom.merged_attention.default": _merged_attention,
+    "lissom.block_sparse_attention.default": _sparse_attention,
     "lissom.packed_linear.default": _packed,
     "lissom.sparse_linear.default": _half_packed,
     "lissom.packed_linear_norm.default": _packed,

@@ -51,7 +51,7 @@ class Part:
 class Reading:
     """What was found in a mask.
 
-    pattern: what it says of positions; None where that is nothing a kernel can use, for the `reason`.
+    pattern: what it says of positions; None where that is nothing a kernel can use, for the `reason`; empty where it says nothing of them.
     layout: boolean, [heads or 1, query blocks, key blocks], where the pattern asks one.
     rest: the other parts of the mask.
     """
@@ -233,10 +233,10 @@ def _is_square(mask: fx.Node | None) -> bool:
 
 
 def _why(program: Program, rest: tuple[Part, ...]) -> str:
-    """Why a mask without a pattern has none."""
+    """Why a mask without a pattern has none; empty where it says nothing of positions."""
     both_positions = [part.node for part in rest if 1 not in _shape(part)[-2:]]
     if not both_positions:
-        return "its mask says nothing of positions"
+        return ""
     found: dict[fx.Node, None] = {}
     pending = list(both_positions)
     while pending:

@@ -27,9 +27,7 @@ def write_pattern(edit: Editor, pattern: Pattern, layout: torch.Tensor | None, q
 class _Writer:
     """Writes one pattern; each position and each condition once."""
 
-    def __init__(
-        self, edit: Editor, pattern: Pattern, layout: torch.Tensor | None, q: fx.Node, k: fx.Node, name: str
-    ) -> None:
+    def __init__(self, edit: Editor, pattern: Pattern, layout: torch.Tensor | None, q: fx.Node, k: fx.Node, name: str) -> None:
         self._edit = edit
         self._pattern = pattern
         self._layout = layout

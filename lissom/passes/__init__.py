@@ -25,6 +25,7 @@ from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
 from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
+from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
@@ -94,6 +95,7 @@ PASSES: Mapping[str, type[Pass]] = {
         SinkCasts,
         MergeProjections,
         FuseRotary,
+        LowerSparseAttention,
         FuseAttention,
         FuseRmsNorm,
         PackQuantizedLinear,

@@ -7,14 +7,14 @@ skips what is hidden. A causal attention stays causal; padding stays hidden. B i
 
 - `window`: |i - j| ≤ `window`. Beltagy et al. 2020, Longformer, §3.1. https://arxiv.org/abs/2004.05150
 - `block`: ⌊i/B⌋ = ⌊j/B⌋, attention within blocks. Qiu et al. 2019, Blockwise Self-Attention. https://arxiv.org/abs/1911.02972
-- `global-window-random`: the window, `global_tokens` first tokens that see all and are seen by all, and for each block of queries
-  `random_blocks` blocks of keys, drawn for each head. Zaheer et al. 2020, Big Bird, §2. https://arxiv.org/abs/2007.14062
+- `global-window-random`: the window, `global_tokens` first tokens that see all and are seen by all, and for each block of
+  queries `random_blocks` blocks of keys, drawn for each head. Zaheer et al. 2020, Big Bird, §2. https://arxiv.org/abs/2007.14062
 - `strided`: the window, and every `stride`-th block: (⌊i/B⌋ - ⌊j/B⌋) mod stride = 0. Child et al. 2019, Sparse Transformer,
   §4.3, https://arxiv.org/abs/1904.10509, whose strides are of tokens; with blocks, blocks can be skipped whole.
-- `dilated`: a window with gaps, ⌊window/B⌋ blocks to each side of which each is `dilation` blocks from the next. Longformer §3.1,
-  with blocks again in place of tokens.
-- `measured`: for each head, the fewest blocks of keys with which each block of queries keeps the share `mass` of its attention on
-  the calibration data. What a block gives another is averaged over the texts that have both, and texts of every length keep
+- `dilated`: a window with gaps, ⌊window/B⌋ blocks to each side of which each is `dilation` blocks from the next. Longformer
+  §3.1, with blocks again in place of tokens.
+- `measured`: for each head, the fewest blocks of keys with which each block of queries keeps the share `mass` of its attention
+  on the calibration data. What a block gives another is averaged over the texts that have both, and texts of every length keep
   their share, so short texts among the data do not hide what long ones need; long ones must be among them, as blocks no text
   reached are kept. The kept blocks are a weight of the program. The block of the query itself always stays.
 """
@@ -32,6 +32,7 @@ from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.attention_mass import BlockMass, block_masses, fewest_blocks
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
+from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.kinds import Approximation
@@ -105,14 +106,14 @@ class SparsifyAttention(Approximation):
             raise RequirementError(
                 "sparsify-attention{pattern=measured} needs calibration data: pass data=, or choose another pattern="
             )
-        cross = {site.node for site in edit.program.fact(structure).attention if site.cross}
-        chosen = [node for node in edit.nodes() if is_attention(node) and self._treats(edit, node, node in cross)]
+        sites = {site.node: site for site in edit.program.fact(structure).attention}
+        chosen = [node for node in edit.nodes() if is_attention(node) and self._treats(edit, node, sites[node].cross)]
         if self.pattern == "measured":
             self._measure(edit, chosen)
             return
         known: dict[object, fx.Node] = {}
-        for node in chosen:
-            pattern, layout = self._pattern(edit, node)
+        for order, node in enumerate(chosen):
+            pattern, layout = self._pattern(edit, sites[node], order)
             key = (mask_of(node), _is_causal(node), _tokens(node)) if layout is None else node
             if key not in known:
                 with edit.before(node):
@@ -133,7 +134,7 @@ class SparsifyAttention(Approximation):
             edit.skip(node, reason)
         return reason is None
 
-    def _pattern(self, edit: Editor, node: fx.Node) -> tuple[Pattern, torch.Tensor | None]:
+    def _pattern(self, edit: Editor, site: AttentionSite, order: int) -> tuple[Pattern, torch.Tensor | None]:
         """The pattern, and the layout it asks."""
         options = _OPTIONS[self.pattern]
         block = self._value("block") if "block" in options else 64
@@ -151,21 +152,20 @@ class SparsifyAttention(Approximation):
             step = self._value("dilation")
             reach = window // block * step
             return Pattern(((Condition(1, -1, -reach, reach, block), Condition(1, -1, 0, 0, block, step)),)), None
-        layout = self._draw(edit, node, block)
+        layout = self._draw(edit, site, order, block)
         return Pattern(((near,), (LAYOUT,), *everywhere), block), layout
 
-    def _draw(self, edit: Editor, node: fx.Node, block: int) -> torch.Tensor:
+    def _draw(self, edit: Editor, site: AttentionSite, order: int, block: int) -> torch.Tensor:
         """Random blocks of keys for each head and block of queries; for a causal attention, from those before."""
-        q = nodes.tensor_type(node.args[0])
+        q = nodes.tensor_type(site.node.args[0])
         sizes = [item.maximum for symbol, item in edit.program.signature.dimensions.items() if symbol == q.shape[2]]
         longest = q.shape[2] if isinstance(q.shape[2], int) else (sizes[0] if sizes and sizes[0] else _DRAWN)
-        order = [found for found in edit.program.nodes() if is_attention(found)].index(node)
         generator = torch.Generator().manual_seed(self._value("seed") + (order << 16))
         return random_layout(
             int(q.shape[1]),  # pyright: ignore[reportArgumentType]
             -(-int(longest) // block),
             self._value("random_blocks"),
-            causal=_is_causal(node) or _looks_causal(edit, node),
+            causal=site.mask.causal,
             generator=generator,
         )
 
@@ -204,11 +204,6 @@ def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
 
 def _is_causal(node: fx.Node) -> bool:
     return node.target is _PLAIN and bool(nodes.argument(node, "is_causal"))
-
-
-def _looks_causal(edit: Editor, node: fx.Node) -> bool:
-    sites = {site.node: site for site in edit.program.fact(structure).attention}
-    return node in sites and sites[node].mask.causal
 
 
 def _tokens(node: fx.Node) -> object:

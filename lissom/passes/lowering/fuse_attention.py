@@ -10,19 +10,16 @@ in the layout the output projection wants, so that the transposition and reshape
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import fx
 
-from lissom.compiler import fake
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_operands import operands_obstacle, scale_of, sinks_of, unrepeated
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import RESHAPES
-from lissom.compiler.types import ScalarType
 from lissom.ops.attention import attention
 from lissom.ops.fused_attention import fused_attention
 from lissom.ops.native import missing_kernel
@@ -40,7 +37,7 @@ class FuseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(partial(_obstacle, edit), _PLAIN, attention):
             q, k, v = node.args[:3]
-            shared = [_unrepeated(k), _unrepeated(v)]
+            shared = [unrepeated(k), unrepeated(v)]
             if all(shared):
                 k, v = shared
             kept = [_kept_in_bytes(k), _kept_in_bytes(v)]
@@ -49,35 +46,18 @@ class FuseAttention(Rewrite):
                 (k, k_scale), (v, v_scale) = kept[0], kept[1]
                 scales = {"k_scale": k_scale, "v_scale": v_scale}
             mask = nodes.argument(node, "attn_mask" if node.target is _PLAIN else "bias")
-            options = {} if node.target is _PLAIN else {key: node.kwargs[key] for key in node.kwargs if key != "scale"}
+            options: dict[str, object] = (
+                {} if node.target is _PLAIN else {key: node.kwargs[key] for key in node.kwargs if key != "scale"}
+            )
+            if options.get("sinks") is not None:
+                options["sinks"] = sinks_of(node)
             if node.target is _PLAIN and nodes.argument(node, "is_causal"):
                 options["causal"] = True
-            scale = nodes.argument(node, "scale")
-            if scale is None:
-                scale = 1.0 / math.sqrt(int(nodes.tensor_type(q).shape[-1]))  # pyright: ignore[reportArgumentType]
+            scale = scale_of(node)
             with edit.before(node):
                 masks = [mask] if mask is not None else []
                 call = edit.call(fused_attention, q, k, v, *masks, scale=scale, **options, **scales)
             edit.replace(node, call)
-
-
-def _unrepeated(node: object) -> fx.Node | None:
-    """x of [batch, key_heads, tokens, head_dim] whose heads are repeated by unsqueeze, expand and reshape; None otherwise.
-
-    The kernel lets several query heads read one key head, so the copies need not be made.
-    """
-    if not nodes.is_call(node, *RESHAPES) or not nodes.is_call(node.args[0], aten.expand.default):
-        return None
-    spread = node.args[0]
-    inner = spread.args[0]
-    if not nodes.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2 or nodes.tensor_type(spread).rank != 5:
-        return None
-    x = inner.args[0]
-    wanted, found = nodes.tensor_type(node), nodes.tensor_type(x)
-    copies = nodes.tensor_type(spread).shape[2]
-    heads = found.shape[1]
-    repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
-    return x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else None  # pyright: ignore
 
 
 def _kept_in_bytes(node: object) -> tuple[fx.Node, fx.Node] | None:
@@ -91,23 +71,5 @@ def _kept_in_bytes(node: object) -> tuple[fx.Node, fx.Node] | None:
 
 def _obstacle(edit: Editor, node: fx.Node) -> str | None:
     """Why an attention cannot be lowered; None when it can."""
-    q, k, v = (nodes.tensor_type(item) for item in node.args[:3])  # pyright: ignore[reportArgumentType]
-    if q.rank != 4 or k.rank != 4 or v.rank != 4:
-        return "its operands are not [batch, heads, tokens, head_dim]"
-    if len({q.dtype, k.dtype, v.dtype}) > 1:
-        return "its operands differ in dtype"
-    sinks = node.kwargs.get("sinks")
-    if sinks is not None and nodes.tensor_type(sinks).shape[2:3] != (1,):
-        return "its sinks differ from query to query"
-    if node.target is _PLAIN and nodes.argument(node, "dropout_p"):
-        return "it drops out weights"
-    heads, key_heads = q.shape[1], k.shape[1]
-    if not (isinstance(heads, int) and isinstance(key_heads, int) and isinstance(q.shape[-1], int)):
-        return "its number of heads or their size is not fixed"
-    grouped = node.target is _PLAIN and bool(nodes.argument(node, "enable_gqa"))
-    if v.shape[1] != key_heads or (heads != key_heads and not (grouped and heads % key_heads == 0)):
-        return f"{heads} query heads are broadcast with {key_heads} key and {v.shape[1]} value heads"
-    same = (ScalarType(int, item.shape[0]) for item in (k, v))
-    if not all(fake.same_type(edit.program.fake_mode, ScalarType(int, q.shape[0]), size) for size in same):
-        return "its batch is broadcast"
-    return missing_kernel(q.dtype, q.device)
+    q = nodes.tensor_type(node.args[0])
+    return operands_obstacle(edit, node) or missing_kernel(q.dtype, q.device)
