@@ -51,7 +51,8 @@ class Part:
 class Reading:
     """What was found in a mask.
 
-    pattern: what it says of positions; None where that is nothing a kernel can use, for the `reason`; empty where it says nothing of them.
+    pattern: what it says of positions; None where that is nothing a kernel can use.
+    reason: why there is no pattern; empty where the mask says nothing of positions.
     layout: boolean, [heads or 1, query blocks, key blocks], where the pattern asks one.
     rest: the other parts of the mask.
     """
@@ -104,9 +105,7 @@ def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
     if reader.finite and not (_sees_itself(pattern) and _is_square(mask)):
         return Reading(None, rest=rest, reason="its mask hides with finite numbers, and may hide all keys of a row")
     if reader.finite and rest:
-        reason = (
-            "its mask hides with finite numbers, so that a row which sees no key is a mean over all, and padding may make one"
-        )
+        reason = "its mask hides with finite numbers: a row that sees no key is a mean over all, and padding may make one"
         return Reading(None, rest=rest, reason=reason)
     return Reading(pattern, layout, rest)
 

@@ -51,29 +51,32 @@ def _of_table(table: torch.Tensor, identity: int) -> Seen | None:
         return ALWAYS if bool(table.all()) else NEVER
     if len(axes) == 1:
         return _runs(table.flatten(), Count((((axes[0], 1), 1),)))
-    if len(axes) != 2:
+    if len(axes) == 2:
+        band = _band(table.reshape(table.shape[axes[0]], table.shape[axes[1]]))
+        if band is not None:
+            return _runs(band, Count((((axes[0], 1), -1), ((axes[1], 1), 1)), table.shape[axes[0]] - 1))
+    if len(axes) not in (2, 3) or axes[-2:] != [-2, -1]:
         return None
-    square = table.reshape(table.shape[axes[0]], table.shape[axes[1]])
-    band = _band(square)
-    if band is not None:
-        return _runs(band, Count((((axes[0], 1), -1), ((axes[1], 1), 1)), len(square) - 1))
+    squares = table.reshape(-1, *table.shape[-2:])
+    heads = axes[0] if len(axes) == 3 else 0
     for block in _BLOCKS:
-        blocks = _blocks(square, block)
-        spread = blocks.repeat_interleave(block, 0).repeat_interleave(block, 1)[: len(square), : square.shape[1]]
-        seen: Seen = ((Table(blocks[None], identity, (0, axes[0], axes[1]), block),),)
-        if torch.equal(spread, square):
+        blocks = _blocks(squares, block)
+        spread = blocks.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : table.shape[-2], : table.shape[-1]]
+        seen: Seen = ((Table(blocks, identity, (heads, -2, -1), block),),)
+        if torch.equal(spread, squares):
             return seen
-        if torch.equal(spread.tril(), square):
-            return both(seen, between(Count((((axes[0], 1), -1), ((axes[1], 1), 1))), -math.inf, 0))
+        if torch.equal(spread.tril(), squares):
+            return both(seen, between(Count((((-2, 1), -1), ((-1, 1), 1))), -math.inf, 0))
     return None
 
 
-def _blocks(square: torch.Tensor, block: int) -> torch.Tensor:
-    """Which blocks hold something seen."""
-    rows, columns = (-(-size // block) for size in square.shape)
-    padded = torch.zeros(rows * block, columns * block, dtype=torch.bool)
-    padded[: square.shape[0], : square.shape[1]] = square
-    return padded.reshape(rows, block, columns, block).any(3).any(1)
+def _blocks(squares: torch.Tensor, block: int) -> torch.Tensor:
+    """Which blocks hold something seen, [heads, query blocks, key blocks]."""
+    heads, *sizes = squares.shape
+    rows, columns = (-(-size // block) for size in sizes)
+    padded = torch.zeros(heads, rows * block, columns * block, dtype=torch.bool)
+    padded[:, : sizes[0], : sizes[1]] = squares
+    return padded.reshape(heads, rows, block, columns, block).any(4).any(2)
 
 
 def _band(square: torch.Tensor) -> torch.Tensor | None:

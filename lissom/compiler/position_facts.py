@@ -8,7 +8,7 @@ Dimensions are counted from the end, -1 the last, so that broadcasting leaves th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -68,7 +68,7 @@ class Count:
         return Count(tuple(item for item in self.terms if item[0][0] != axis), self.offset + here, self.steps)
 
 
-_STEPS = {
+_STEPS: Mapping[str, Callable[[int, int], int]] = {
     "mul": lambda value, number: value * number,
     "abs": lambda value, number: abs(value),
     "div": lambda value, number: value // number,

@@ -120,7 +120,7 @@ class PositionValues:
         return cast("Seen | None", self._moved_or_filled(node, name, self.seen))
 
     def _counted(self, node: fx.Node, name: str) -> Count | None:
-        args, alone = node.args, not node.kwargs
+        args, alone = tuple(node.args), not node.kwargs
         if name == "arange":
             return self._arange(node)
         left = self.count(args[0]) if args else None
@@ -150,24 +150,21 @@ class PositionValues:
         return cast("Count | None", self._moved_or_filled(node, name, self.count))
 
     def _arange(self, node: fx.Node) -> Count | None:
-        start, step = (0, 1) if node.target is aten.arange.default else (self.count(node.args[0]), 1)
-        if node.target is aten.arange.start_step:
-            step = nodes.argument(node, "step")
-        first = start if isinstance(start, int) else start.constant if start is not None else None
+        start = Count() if node.target is aten.arange.default else self.count(nodes.argument(node, "start"))
+        step = nodes.argument(node, "step") if node.target is aten.arange.start_step else 1
+        first = None if start is None else start.constant
         if first is None or not isinstance(step, int) or step == 0:
             return None
         long = nodes.tensor_type(node).shape[0] != 1
         return Count((((-1, 1), step),) if long else (), first)
 
     def _clamped(self, node: fx.Node, x: Count) -> Count | None:
+        found: Count | None = x
         for step, name in (("max", "min"), ("min", "max")):
             bound = nodes.argument(node, name)
-            number = self.count(bound)
             if bound is not None:
-                x = cast("Count | None", _by_number(step, x, number))  # pyright: ignore[reportAssignmentType]
-            if x is None:
-                return None
-        return x
+                found = _by_number(step, found, self.count(bound))
+        return found
 
     def _steps(self, node: fx.Node, x: Count | None) -> Count | None:
         """`diff(x)` of what grows evenly, with a value in front that keeps it so; transformers tells packed texts by it."""
@@ -271,7 +268,9 @@ def _table_and_indices(node: fx.Node) -> tuple[fx.Node, object, object] | None:
         weight, indices = node.args[0], cast(Sequence[object], node.args[1])
         if not (isinstance(weight, fx.Node) and weight.op == "get_attr") or len(indices) != nodes.tensor_type(weight).rank:
             return None
-        return (weight, *indices[-2:]) if not any(indices[:-2]) and all(indices[-2:]) else None
+        rows, columns = indices[-2:]
+        known = rows is not None and columns is not None and not any(indices[:-2])
+        return (weight, rows, columns) if known else None
     inner = node.args[0]
     if not nodes.is_call(inner, aten.index_select.default) or node.target is not aten.index_select.default:
         return None

@@ -52,7 +52,7 @@ _OPTIONS: Mapping[str, Mapping[str, float]] = {
     "global-window-random": {"window": 192, "block": 64, "global_tokens": 64, "random_blocks": 3, "seed": 0},
     "strided": {"window": 64, "block": 64, "stride": 8},
     "dilated": {"window": 128, "block": 64, "dilation": 2},
-    "measured": {"mass": 0.95, "block": 16},
+    "measured": {"mass": 0.95, "block": 32},
 }
 """The options of each pattern, with their values unless told."""
 _DRAWN = 8192
@@ -65,7 +65,7 @@ class SparsifyAttention(Approximation):
 
     pattern: which keys a query sees; see above.
     window: tokens seen to each side; 128, for `global-window-random` 192, for `strided` 64 unless told.
-    block: tokens of a block, 64 unless told, 16 for `measured`.
+    block: tokens of a block, 64 unless told, 32 for `measured`.
     global_tokens: first tokens that see all and are seen by all; 0, for `global-window-random` 64 unless told.
     random_blocks: blocks of keys drawn for each block of queries, 3 unless told.
     stride: every so many-th block is seen, 8 unless told.

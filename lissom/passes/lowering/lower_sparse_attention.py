@@ -4,8 +4,8 @@
     attention(q, k, v, (j ≤ i) ∧ rest)         ->  lissom::fused_attention(q, k, v, rest, causal)
 
 The pattern is read from the mask's own operators, so windows that models come with (Mistral, Gemma, ModernBERT, GPT-Neo,
-GPT-OSS, Llama 4 …) are found like those of `sparsify-attention`. What is left of the mask, such as padding, is small; the mask of
-all pairs of tokens is not made any more.
+GPT-OSS, Llama 4 …) are found like those of `sparsify-attention`. What is left of the mask, such as padding, is small; the mask
+of all pairs of tokens is not made any more.
 
 A sparse kernel is slower than a dense one where little is hidden. Both are timed at growing lengths until the sparse one wins,
 and an attention is lowered where the program's lengths, the example's or the longest, reach that far.
@@ -28,6 +28,7 @@ from lissom.compiler.attention_operands import operands_obstacle, scale_of, sink
 from lissom.compiler.attention_patterns import Pattern
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
+from lissom.compiler.linears import as_int
 from lissom.compiler.pattern_reading import Reading, mask_of, read_pattern, write_rest
 from lissom.compiler.types import Size
 from lissom.ops.attention import attention
@@ -153,8 +154,8 @@ def _shape(node: fx.Node) -> _Shape:
     q, k, v = (nodes.tensor_type(item) for item in node.args[:3])  # pyright: ignore[reportArgumentType]
     shared = unrepeated(node.args[1])
     key_heads = k.shape[1] if shared is None else nodes.tensor_type(shared).shape[1]
-    sizes = [int(size) for size in (q.shape[1], key_heads, q.shape[3], v.shape[3])]  # pyright: ignore[reportArgumentType]
-    return _Shape(*sizes, q.dtype, q.device, bool(node.kwargs.get("softcap")))
+    heads, groups, head_dim, value_dim = map(as_int, (q.shape[1], key_heads, q.shape[3], v.shape[3]))
+    return _Shape(heads, groups, head_dim, value_dim, q.dtype, q.device, bool(node.kwargs.get("softcap")))
 
 
 def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[int]) -> tuple[int | None, str]:
