@@ -120,7 +120,7 @@ class PositionValues:
         return cast("Seen | None", self._moved_or_filled(node, name, self.seen))
 
     def _counted(self, node: fx.Node, name: str) -> Count | None:
-        args, alone = tuple(node.args), not node.kwargs
+        args, alone = node.args, not node.kwargs
         if name == "arange":
             return self._arange(node)
         left = self.count(args[0]) if args else None
@@ -145,7 +145,7 @@ class PositionValues:
         if name == "diff":
             return self._steps(node, left)
         if name == "cumsum":
-            summed = self.seen(args[0]) == NEVER or (left is not None and left.constant == 0)
+            summed = self.seen(node.args[0]) == NEVER or (left is not None and left.constant == 0)
             return Count() if summed else None
         return cast("Count | None", self._moved_or_filled(node, name, self.count))
 

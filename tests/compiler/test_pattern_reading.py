@@ -32,7 +32,7 @@ def positions() -> tuple[torch.Tensor, torch.Tensor]:
 
 def _looked_up(table: torch.Tensor) -> torch.Tensor:
     i, j = ((item // 8).clamp(max=4) for item in positions())
-    return table[:, i[:, 0]][:, :, j[0]]
+    return table[:, i, j]
 
 
 MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
