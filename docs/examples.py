@@ -503,6 +503,21 @@ class Layered(nn.Module):
         return x
 
 
+class LocalAttention(nn.Module):
+    """Self-attention to the last 64 tokens, as in Mistral."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        i, j = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+        heads = self.project(x).view(batch, tokens, 4, -1).transpose(1, 2)
+        mixed = functional.scaled_dot_product_attention(heads, heads, heads, (j <= i) & (i - j < 64))
+        return mixed.transpose(1, 2).reshape(batch, tokens, width)
+
+
 EXAMPLES = {
     "eliminate-dead-code": Example(UnusedPooler, "torch.randn(4, 128, 256)"),
     "remove-no-ops": Example(Dropouts, "torch.randn(4, 128, 256)"),
@@ -524,6 +539,8 @@ EXAMPLES = {
     "fold-quantized-weights": Example(Block, "torch.randn(4, 128, 256)", "quantize{scheme=int8-weight},fold-quantized-weights"),
     "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5},eliminate-dead-heads"),
     "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5},eliminate-dead-neurons"),
+    "sparsify-attention": Example(SelfAttention, "torch.randn(1, 512, 256)", "sparsify-attention{window=64,global_tokens=1}"),
+    "lower-sparse-attention": Example(LocalAttention, "torch.randn(1, 512, 256)", "lower-sparse-attention{always=true}"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),
     "fuse-rms-norm": Example(RmsNormed, "torch.randn(4, 128, 256)", "fuse-rms-norm"),
     "fuse-rotary": Example(Rotary, "torch.randn(4, 128, 256)", "fuse-rotary"),

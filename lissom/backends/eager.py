@@ -28,6 +28,7 @@ from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
 from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
+from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
@@ -60,13 +61,13 @@ class Eager(Backend):
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         if device.type == "cuda":
-            return (PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts(), WriteStateInPlace())
+            return (LowerSparseAttention(), PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts(), WriteStateInPlace())
         if device.type != "cpu":
             return (WriteStateInPlace(),)
         # Without kernels the passes behind it say why; merged projections would then be read with gaps.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
         products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseMergedAttention(), WriteStateInPlace())
-        return (FoldQuantizedWeights(), *merge, FuseRotary(), FuseAttention(), FuseRmsNorm(), *products)
+        return (FoldQuantizedWeights(), *merge, FuseRotary(), LowerSparseAttention(), FuseAttention(), FuseRmsNorm(), *products)
 
     def build(self, program: Program, example: Sample) -> Executable:
         program = with_fast_layout(program)

@@ -22,7 +22,6 @@ from lissom.compiler.linears import (
     source,
 )
 from lissom.compiler.masks import MaskKind, mask_kind
-from lissom.compiler.match import RESHAPES
 from lissom.compiler.program import Program
 
 aten = torch.ops.aten
@@ -96,25 +95,6 @@ def attention_site(program: Program, node: fx.Node, rotary: set[fx.Node]) -> Att
         sinks=node.kwargs.get("sinks") is not None,
         residual=residual_of(output or node),
     )
-
-
-def unrepeated(node: object) -> fx.Node | None:
-    """x of [batch, key_heads, tokens, head_dim] whose heads are repeated by unsqueeze, expand and reshape; None otherwise.
-
-    An operator that lets several query heads read one key head needs no copies.
-    """
-    if not nodes.is_call(node, *RESHAPES) or not nodes.is_call(node.args[0], aten.expand.default):
-        return None
-    spread = node.args[0]
-    inner = spread.args[0]
-    if not nodes.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2 or nodes.tensor_type(spread).rank != 5:
-        return None
-    x = inner.args[0]
-    wanted, found = nodes.tensor_type(node), nodes.tensor_type(x)
-    copies = nodes.tensor_type(spread).shape[2]
-    heads = found.shape[1]
-    repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
-    return x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else None  # pyright: ignore
 
 
 def _shared_groups(attention: fx.Node, heads: int) -> int:

@@ -20,13 +20,13 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_operands import unrepeated
 from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.dead import summed
 from lissom.compiler.editor import Editor
 from lissom.compiler.linears import as_int
-from lissom.compiler.match import RESHAPES
 from lissom.compiler.program import Program
 from lissom.compiler.removal import unit_of
 from lissom.compiler.structure import structure
@@ -227,30 +227,6 @@ def rows_of(found: Axes, axis: Axis) -> list[Rows]:
                 unit = unit_of(other, [axis])
                 rows.append(Rows(node, dim, torch.stack([(unit == head).nonzero().flatten() for head in range(_size(axis))])))
     return rows
-
-
-def unrepeated(node: object) -> fx.Node:
-    """Keys or values before their heads were repeated for the query heads that share them; the node where they were not.
-
-    node: [batch, heads, tokens, features], made by unsqueeze, expand and reshape, or by repeat_interleave.
-    """
-    assert isinstance(node, fx.Node)
-    if nodes.is_call(node, aten.repeat_interleave.self_int):
-        repeats_heads = nodes.argument(node, "dim") in (1, -3) and nodes.tensor_type(node).rank == 4
-        return cast(fx.Node, node.args[0]) if repeats_heads else node
-    if not nodes.is_call(node, *RESHAPES) or not nodes.is_call(node.args[0], aten.expand.default):
-        return node
-    spread = node.args[0]
-    inner = spread.args[0]
-    if not nodes.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2 or nodes.tensor_type(spread).rank != 5:
-        return node
-    x = inner.args[0]
-    assert isinstance(x, fx.Node)
-    wanted, found = nodes.tensor_type(node), nodes.tensor_type(x)
-    copies = nodes.tensor_type(spread).shape[2]
-    heads = found.shape[1]
-    repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
-    return x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else node
 
 
 def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:

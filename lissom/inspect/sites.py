@@ -15,8 +15,13 @@ from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.feed_forward_sites import FeedForwardSite
 from lissom.compiler.linears import input_of, is_linear, weight_of
+from lissom.compiler.pattern_reading import read_pattern
 from lissom.compiler.program import Program
 from lissom.compiler.structure import Structure, structure
+
+_TOKENS = 4096
+_BLOCK = 64
+"""Tokens of a text, and of a block of it, that patterns are described for."""
 
 
 def structure_tables(program: Program) -> RenderableType:
@@ -29,7 +34,7 @@ def structure_tables(program: Program) -> RenderableType:
         table.add_row(
             layer.path,
             "\n".join(map(_attention, layer.attention)),
-            "\n".join(_mask(site) for site in layer.attention),
+            "\n".join(_mask(program, site) for site in layer.attention),
             "\n".join(map(_feed_forward, layer.feed_forward)),
         )
     return Group(table, _rest(found))
@@ -41,10 +46,19 @@ def _attention(site: AttentionSite) -> str:
     return " ".join(word for word in words if word)
 
 
-def _mask(site: AttentionSite) -> str:
-    words = [f"mask {site.mask}", "" if site.positions == "none here" else site.positions]
+def _mask(program: Program, site: AttentionSite) -> str:
+    words = [f"mask {site.mask}", _pattern(program, site), "" if site.positions == "none here" else site.positions]
     words += [f"soft cap {site.softcap:g}" if site.softcap else "", "sinks" if site.sinks else ""]
     return ", ".join(word for word in words if word)
+
+
+def _pattern(program: Program, site: AttentionSite) -> str:
+    """What share of blocks a pattern in the mask leaves, for one that hides more than later tokens."""
+    reading = read_pattern(program, site.node)
+    if reading.pattern is None or reading.causal:
+        return ""
+    some, _ = reading.pattern.blocks(_TOKENS, _TOKENS, _BLOCK, reading.layout)
+    return f"{100 * float(some.float().mean()):.0f} % of blocks at {_TOKENS:,} tokens"
 
 
 def _feed_forward(site: FeedForwardSite) -> str:

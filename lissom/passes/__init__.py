@@ -9,6 +9,7 @@ from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.kinds import Pass
 from lissom.passes.attention.linear_attention import LinearAttention
 from lissom.passes.attention.pool_heads import PoolHeads
+from lissom.passes.attention.sparsify_attention import SparsifyAttention
 from lissom.passes.canonical.eliminate_dead_code import EliminateDeadCode
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
@@ -29,6 +30,7 @@ from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
 from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
 from lissom.passes.lowering.fuse_rotary import FuseRotary
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
+from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.lowering.merge_projections import MergeProjections
 from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
@@ -91,6 +93,7 @@ PASSES: Mapping[str, type[Pass]] = {
         DepthwiseSeparable,
         ShareLayers,
         PoolHeads,
+        SparsifyAttention,
         Equalize,
         SmoothQuant,
         Awq,
@@ -104,6 +107,7 @@ PASSES: Mapping[str, type[Pass]] = {
         SinkCasts,
         MergeProjections,
         FuseRotary,
+        LowerSparseAttention,
         FuseAttention,
         FuseRmsNorm,
         PackQuantizedLinear,

@@ -22,7 +22,6 @@ before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,7 +30,7 @@ from torch import fx, nn
 
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
-from lissom.compiler.attention_sites import unrepeated
+from lissom.compiler.attention_operands import operands_obstacle, scale_of, shared_operands
 from lissom.compiler.calibration import spread
 from lissom.compiler.editor import Editor
 from lissom.compiler.feature_maps import (
@@ -110,7 +109,7 @@ class LinearAttention(Approximation):
             return "skip= names it"
         if self.only and not is_protected(node, self.only):
             return "only= does not name it"
-        return _obstacle_in_form(edit, node) or _obstacle_in_scores(edit, node)
+        return operands_obstacle(edit, node) or _obstacle_in_scores(edit, node)
 
     def _fit(self, edit: Editor, sites: Sequence[_Site], maps: dict[fx.Node, Maps]) -> dict[fx.Node, Maps]:
         """The maps fitted to softmax, layer by layer, on what the program as it is makes of the data."""
@@ -155,40 +154,13 @@ class _Site:
 
 
 def _site(program: Program, node: fx.Node) -> _Site:
-    q, k, v = node.args[:3]
-    shared = unrepeated(k), unrepeated(v)
-    if all(shared):
-        k, v = shared
-    assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-    scale, mask = nodes.argument(node, "scale"), key_mask(program, node)
-    assert mask is not None
-    if not isinstance(scale, (int, float)):
-        scale = 1.0 / math.sqrt(int(nodes.tensor_type(q).shape[-1]))  # pyright: ignore[reportArgumentType]
-    return _Site(node, q, k, v, float(scale), mask)
-
-
-def _obstacle_in_form(edit: Editor, node: fx.Node) -> str | None:
-    """Why the operands of an attention do not fit; None when they do."""
-    q, k, v = (nodes.tensor_type(item) for item in node.args[:3])
-    if q.rank != 4 or k.rank != 4 or v.rank != 4:
-        return "its operands are not [batch, heads, tokens, head_dim]"
-    if len({q.dtype, k.dtype, v.dtype}) > 1:
-        return "its operands differ in dtype"
-    heads, key_heads = q.shape[1], k.shape[1]
-    if not (isinstance(heads, int) and isinstance(key_heads, int) and isinstance(q.shape[3], int)):
-        return "its number of heads or their size is not fixed"
-    grouped = node.target is _PLAIN and bool(nodes.argument(node, "enable_gqa"))
-    if v.shape[1] != key_heads or (heads != key_heads and not (grouped and heads % key_heads == 0)):
-        return f"{heads} query heads are broadcast with {key_heads} key and {v.shape[1]} value heads"
-    if not all(_same_size(edit, q.shape[0], item.shape[0]) for item in (k, v)):
-        return "its batch is broadcast"
-    return None
+    q, (k, v), mask = node.args[0], shared_operands(node), key_mask(program, node)
+    assert isinstance(q, fx.Node) and mask is not None
+    return _Site(node, q, k, v, scale_of(node), mask)
 
 
 def _obstacle_in_scores(edit: Editor, node: fx.Node) -> str | None:
     """Why an attention's scores are more than products of queries and keys; None when they are not."""
-    if node.target is _PLAIN and nodes.argument(node, "dropout_p"):
-        return "it drops out weights"
     if node.kwargs.get("softcap"):
         return "its scores are soft-capped"
     if node.kwargs.get("sinks") is not None:

@@ -1,0 +1,236 @@
+"""Lower attention under a mask that is a pattern of positions to a kernel that skips what the pattern hides.
+
+    attention(q, k, v, pattern(i, j) ∧ rest)   ->  lissom::block_sparse_attention(q, k, v, rest, pattern)
+    attention(q, k, v, (j ≤ i) ∧ rest)         ->  lissom::fused_attention(q, k, v, rest, causal)
+
+The pattern is read from the mask's own operators, so windows that models come with (Mistral, Gemma, ModernBERT, GPT-Neo,
+GPT-OSS, Llama 4 …) are found like those of `sparsify-attention`. What is left of the mask, such as padding, is small; the mask
+of all pairs of tokens is not made any more.
+
+A sparse kernel is slower than a dense one where little is hidden. Both are timed at growing lengths until the sparse one wins,
+and an attention is lowered where the program's lengths, the example's or the longest, reach that far.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import fx
+
+from lissom.compiler import fake
+from lissom.compiler import node as nodes
+from lissom.compiler.attention_operands import operands_obstacle, scale_of, shared_operands, sinks_of
+from lissom.compiler.attention_patterns import Pattern
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Rewrite
+from lissom.compiler.linears import as_int
+from lissom.compiler.pattern_reading import Reading, mask_of, read_pattern, write_rest
+from lissom.compiler.types import Size
+from lissom.ops.attention import attention
+from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.fused_attention import fused_attention
+from lissom.ops.native import load_kernels, missing_kernel
+
+aten = torch.ops.aten
+
+_PLAIN = aten.scaled_dot_product_attention.default
+_SECONDS = 2.0
+"""How long the two kernels are timed in all for attentions that are alike."""
+_REPEATS = 3
+_LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+"""Tokens they are timed at."""
+_BLOCK = 64
+"""Tokens of a block of queries and of keys, as kernels go through them."""
+_GAIN = 0.95
+"""The sparse kernel must take less than this share of the dense one's time, so that noise does not decide."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the time of an attention depends on, but for its length."""
+
+    heads: int
+    key_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+    softcap: bool
+
+
+@dataclass(frozen=True)
+class LowerSparseAttention(Rewrite):
+    """Turns attention under a pattern of positions into a kernel that skips what it hides, where that is measured faster.
+
+    always: lower without measuring, also where there is no kernel and the operator runs by its reference.
+    """
+
+    always: bool = False
+
+    def run(self, edit: Editor) -> None:
+        known: dict[object, tuple[int | None, str]] = {}
+        # All masks are read before the first is let go of.
+        found = {node: read_pattern(edit.program, node) for node in edit.nodes(_PLAIN, attention)}
+        for node, reading in found.items():
+            edit.current = node
+            if reading.pattern is None:
+                if reading.reason:
+                    edit.skip(node, reading.reason)
+                continue
+            if reading.causal and mask_of(node) is None:
+                continue
+            reason = operands_obstacle(edit, node)
+            if reason is None and not self.always:
+                if reading.causal:
+                    reason = None if _takes_causality(node, reading) else _missing(node, fused_attention)
+                else:
+                    reason = self._loss(edit, node, reading, known)
+            if reason is None:
+                _lower(edit, node, reading)
+            else:
+                edit.skip(node, reason)
+
+    def _loss(self, edit: Editor, node: fx.Node, reading: Reading, known: dict[object, tuple[int | None, str]]) -> str | None:
+        """Why a sparse kernel would gain nothing; None when it gains."""
+        missing = _missing(node, block_sparse_attention)
+        if missing is not None:
+            return missing
+        assert reading.pattern is not None
+        longest, shape = _longest(edit, node), _shape(node)
+        key = (shape, reading.pattern, longest, None if reading.layout is None else reading.layout.data_ptr())
+        if key not in known:
+            lengths = [
+                length for length in (*_LENGTHS, longest or 0) if 0 < length <= min(longest or _LENGTHS[-1], _LENGTHS[-1])
+            ]
+            hiding = [length for length in sorted({*lengths}) if hides(reading.pattern, length, reading.layout)]
+            known[key] = crossing(partial(_timings, shape, reading.pattern, reading.layout), hiding)
+            edit.note(f"{nodes.origin(node).module_path or node.name}: {known[key][1]}")
+        return known[key][1] if known[key][0] is None else None
+
+
+def hides(pattern: Pattern, tokens: int, layout: torch.Tensor | None) -> bool:
+    """Whether the pattern hides blocks at that length, beyond those that causality would."""
+    some, _ = pattern.blocks(tokens, tokens, _BLOCK, layout)
+    plain = some.any(0).triu(1).any() or tokens <= _BLOCK
+    return not bool(some.all()) if plain else bool((~some).tril().any())
+
+
+def _takes_causality(node: fx.Node, reading: Reading) -> bool:
+    """Whether PyTorch's operator can be told of the causality, as it can where the mask says nothing else."""
+    return node.target is _PLAIN and not reading.rest
+
+
+def _missing(node: fx.Node, target: torch._ops.OpOverload) -> str | None:
+    """Why there is no kernel of an operator for this attention; None when there is one."""
+    q = nodes.tensor_type(node.args[0])
+    if q.device.type == "cpu":
+        reason = missing_kernel(q.dtype, q.device)
+        if reason is not None:
+            return reason
+        load_kernels()
+    if torch._C._dispatch_has_kernel_for_dispatch_key(target._schema.name, q.device.type.upper()):
+        return None
+    return f"there is no kernel of {target._schema.name} for {q.device.type}"
+
+
+def _longest(edit: Editor, node: fx.Node) -> int | None:
+    """The most tokens the attention may be given; None where nothing bounds them."""
+    size: Size = nodes.tensor_type(node.args[1]).shape[2]
+    if isinstance(size, int):
+        return size
+    dimension = edit.program.signature.dimensions.get(size)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    if dimension is None or dimension.maximum is None:
+        return None
+    value = nodes.value(node.args[1])  # pyright: ignore[reportArgumentType]
+    return max(dimension.maximum, fake.hint(value.shape[2]))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _shape(node: fx.Node) -> _Shape:
+    q, k, v = (nodes.tensor_type(item) for item in (node.args[0], *shared_operands(node)))
+    heads, groups, head_dim, value_dim = map(as_int, (q.shape[1], k.shape[1], q.shape[3], v.shape[3]))
+    return _Shape(heads, groups, head_dim, value_dim, q.dtype, q.device, bool(node.kwargs.get("softcap")))
+
+
+def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[int]) -> tuple[int | None, str]:
+    """From which of these lengths on the sparse kernel is faster, None for none of them, and that as a sentence.
+
+    time_at: from tokens to the seconds of the dense and of the sparse kernel. lengths: in tokens, growing.
+    """
+    began = time.perf_counter()
+    before = ""
+    for length in lengths:
+        dense, sparse = time_at(length)
+        told = f"{1e3 * dense:.3g} ms dense, {1e3 * sparse:.3g} ms sparse at {length:,} tokens"
+        if sparse < _GAIN * dense:
+            return length, f"sparse is faster from about {length:,} tokens on ({before}{told})"
+        before = f"{told}; "
+        if time.perf_counter() - began > _SECONDS / 4:
+            break
+    if before:
+        return None, f"dense is faster at all lengths tried ({before.removesuffix('; ')})"
+    return None, "its pattern hides no block of texts as long as it may be given"
+
+
+def _timings(shape: _Shape, pattern: Pattern, layout: torch.Tensor | None, tokens: int) -> tuple[float, float]:
+    """Seconds of the dense kernel, with its mask made, and of the sparse one; the median of a few runs each."""
+    with torch.inference_mode():
+        q, k, v = (
+            torch.randn(1, tokens, heads, size, dtype=shape.dtype, device=shape.device).transpose(1, 2)
+            for heads, size in (
+                (shape.heads, shape.head_dim),
+                (shape.key_heads, shape.head_dim),
+                (shape.key_heads, shape.value_dim),
+            )
+        )
+        mask = pattern.mask(tokens, tokens, layout).to(shape.device)[None]
+        scale, softcap = shape.head_dim**-0.5, 30.0 if shape.softcap else 0.0
+        if shape.device.type == "cpu":
+            dense = partial(fused_attention, q, k, v, mask, scale=scale, softcap=softcap)
+        else:
+            dense = partial(_PLAIN, q, k, v, mask, scale=scale, enable_gqa=shape.heads != shape.key_heads)
+        options = {"pattern": pattern.encode(), "block": pattern.block, "scale": scale, "softcap": softcap}
+        sparse = partial(block_sparse_attention, q, k, v, None, layout, **options)
+        return _seconds(dense, shape.device), _seconds(sparse, shape.device)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    times: list[float] = []
+    while len(times) <= _REPEATS and sum(times) < _SECONDS / 8:
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    # The first run pays for memory and for what is compiled.
+    return median(times[1:] or times)
+
+
+def _lower(edit: Editor, node: fx.Node, reading: Reading) -> None:
+    """Put the sparse operator, or for plain causality the fused one, in the attention's place."""
+    assert reading.pattern is not None
+    q, (k, v) = node.args[0], shared_operands(node)
+    sinks, softcap = sinks_of(node), node.kwargs.get("softcap")
+    options = {key: value for key, value in (("softcap", softcap), ("sinks", sinks)) if value}
+    with edit.before(node):
+        rest = write_rest(edit, reading.rest)
+        if reading.causal and _takes_causality(node, reading):
+            grouped = {"enable_gqa": True} if nodes.argument(node, "enable_gqa") or k is not node.args[1] else {}
+            call = edit.call(_PLAIN, q, k, v, None, 0.0, True, scale=scale_of(node), **grouped)
+        elif reading.causal:
+            bias = [] if rest is None else [rest]
+            call = edit.call(fused_attention, q, k, v, *bias, scale=scale_of(node), causal=True, **options)
+        else:
+            name = f"{nodes.origin(node).module_path}.blocks".removeprefix(".")
+            layout = None if reading.layout is None else edit.weight(name, reading.layout)
+            operands = [rest, layout] if layout is not None else [] if rest is None else [rest]
+            pattern = reading.pattern
+            call = edit.call(
+                block_sparse_attention, q, k, v, *operands,
+                pattern=pattern.encode(), block=pattern.block, scale=scale_of(node), **options,
+            )  # fmt: skip
+    edit.replace(node, call)
