@@ -32,6 +32,7 @@ from lissom.compiler.samples import Sample, resize
 from lissom.compiler.verify import kept_state
 from lissom.inspect.timing import time_calls
 from lissom.ops import block_sparse_attention
+from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ class OnnxRuntime(Backend):
     accuracy_level: Literal[0, 4] = 0
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
-        return (FoldQuantizedWeights(),)
+        # Whether a sparse form is the faster one is found with ONNX Runtime itself, once the model is there.
+        return (FoldQuantizedWeights(), LowerSparseAttention(always=True, causal=False))
 
     def simulated(self, program: Program) -> Sequence[SimulatedLayer]:
         """None: it is seen from the session that is built, which says so."""

@@ -68,9 +68,11 @@ class LowerSparseAttention(Rewrite):
     """Turns attention under a pattern of positions into a kernel that skips what it hides, where that is measured faster.
 
     always: lower without measuring, also where there is no kernel and the operator runs by its reference.
+    causal: also lower causality beside another mask, which is nothing for a sparse kernel, to the CPU's dense one.
     """
 
     always: bool = False
+    causal: bool = True
 
     def run(self, edit: Editor) -> None:
         known: dict[object, tuple[int | None, str]] = {}
@@ -82,7 +84,7 @@ class LowerSparseAttention(Rewrite):
                 if reading.reason:
                     edit.skip(node, reading.reason)
                 continue
-            if reading.causal and mask_of(node) is None:
+            if reading.causal and (mask_of(node) is None or not (self.causal or _takes_causality(node, reading))):
                 continue
             reason = operands_obstacle(edit, node)
             if reason is None and not self.always:
