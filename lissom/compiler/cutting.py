@@ -45,7 +45,7 @@ class _Cutter:
         self.ways = ways
         self.known = {node: self._placed(node) for node in self.program.graph.nodes if node.op != "output"}
         self.types = {node: nodes.node_type(node) for node in self.known}
-        self.read = Reading(self.known, self._as_planned)
+        self.read = Reading(self.known, self._as_planned, ways)
         self.moved: dict[tuple[fx.Node, Placed], fx.Node] = {}
         self.stands_for: dict[fx.Node, fx.Node] = {}
         self.own: dict[str, list[torch.Tensor]] = {}
@@ -97,7 +97,7 @@ class _Cutter:
                 continue
             weight = self.program.weight(name)
             if name not in self.own:
-                parts = [local_part(weight.detach(), placed, rank, self.ways) for rank in range(self.ways)]
+                parts = [local_part(weight.detach(), placed, rank) for rank in range(self.ways)]
                 if is_state:
                     parts = [part.clone() for part in parts]
                 if isinstance(weight, nn.Parameter):
@@ -227,8 +227,8 @@ class _Cutter:
     def _sliced(self, value: fx.Node, want: Placed) -> fx.Node:
         """A rank's part of a whole value; where it has none, any other, since what it is multiplied with is zero."""
         for dim, spans in want.dims:
-            parts = [indices_of(spans, rank, self.ways).clamp_min(0) for rank in range(self.ways)]
-            name = f"rank.indices_{'_'.join(f'{s.outer}x{s.size}x{s.inner}by{s.parts}' for s in spans)}"
+            parts = [indices_of(spans, rank).clamp_min(0) for rank in range(self.ways)]
+            name = f"rank.indices_{'_'.join(f'{s.outer}x{s.size}x{s.inner}by{s.parts}e{s.every}' for s in spans)}"
             value = self.edit.call(aten.index_select.default, value, dim, self._own(name, parts))
         return value
 
@@ -257,7 +257,7 @@ class _Cutter:
         """Rows of a rank's part of a vocabulary, zeros for the rows of others."""
         table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
         block = cast(int, span.block)
-        starts = [torch.full((), rank * span.parts // self.ways * block, dtype=torch.int64) for rank in range(self.ways)]
+        starts = [torch.full((), rank // span.every % span.parts * block, dtype=torch.int64) for rank in range(self.ways)]
         with self.edit.before(node):
             own = self.edit.call(aten.sub.Tensor, ids, self._own(f"rank.first_row_{span.size}by{span.parts}", starts))
             held = self.edit.call(aten.clamp.default, own, 0, block - 1)

@@ -39,11 +39,11 @@ def run_ranks(
     graph: fx.Graph,
     ranks: Sequence[Mapping[str, torch.Tensor]],
     inputs: Sequence[torch.Tensor],
-    observe: Callable[[fx.Node, list[object]], None] | None = None,
+    observe: Callable[[fx.Node, list[object]], list[object] | None] | None = None,
 ) -> list[list[object]]:
     """The flat outputs of each rank of a graph with collectives, all ranks run in lock-step in this process.
 
-    ranks: the weights of each, by name. observe: sees what every call gives on each rank, in order.
+    ranks: the weights of each, by name. observe: sees what every call gives on each rank, in order, and may give other values.
     """
     values: dict[fx.Node, list[object]] = {}
     last_uses = last_uses_of(graph)
@@ -60,7 +60,7 @@ def run_ranks(
         else:
             values[node] = [call(node, lambda used, rank=rank: values[used][rank]) for rank in range(len(ranks))]
         if node.op == "call_function" and observe is not None:
-            observe(node, values[node])
+            values[node] = observe(node, values[node]) or values[node]
         for used in last_uses.get(node, ()):
             del values[used]
     raise AssertionError("a graph ends in its output node")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -31,12 +32,21 @@ class Reading:
     """What a rule may ask: how the arguments of a call lie, and which dimensions the plan cuts where a value has no parts yet.
 
     known: the placement of every value before the call. cut: the spans the plan gives a dimension of a value, told from its
-    axes; empty for one it does not cut. sequence: the placement wanted of values summed over ranks, where not whole.
+    axes; empty for one it does not cut. ways: how many ranks there are.
     """
 
     known: Mapping[fx.Node, Placed | tuple[Placed, ...]]
     cut: Callable[[fx.Node, int], Spans] = lambda node, dim: ()
-    sequence: bool = False
+    ways: int = 2
+
+    def is_apart(self, spans: Spans) -> bool:
+        """True when each rank holds a part of its own, so that sums of the parts are a sum over ranks."""
+        return all(span.parts == self.ways for span in spans)
+
+    def fits(self, dims: Mapping[int, Spans]) -> bool:
+        """True when a value may be cut along these dimensions: one, or several whose parts are dealt out to ranks together."""
+        parts = [max(span.parts for span in spans) for spans in dims.values()]
+        return len(dims) < 2 or math.prod(parts) == self.ways
 
     def of(self, item: object) -> Placed:
         """How a tensor argument lies."""
@@ -85,6 +95,8 @@ def alike(node: fx.Node, read: Reading, whole: Collection[int] = (), items: Iter
             place = dim + rank - len(shape)
             if place in whole or dims.setdefault(place, spans) != spans:
                 return replicated(node, read)
+    if not read.fits(dims):
+        return replicated(node, read)
     wants = {item: aligned(item, dims, rank) for item in items}
     return settled(node, read, sharded(*dims.items()), wants)
 

@@ -149,7 +149,8 @@ def _product(
     elif len(cut) > 1 and "n" in cut:
         # Values cut by position, a weight cut by features: the values are gathered.
         cut = {"n": cut["n"]}
-    if summed and any(span.is_padded for span in summed) and not any(map(is_weight, sides)):
+    padded = any(span.is_padded for span in summed) and not any(map(is_weight, sides))
+    if summed and (padded or not read.is_apart(summed)):
         return replicated(node, read)
     wants = {}
     for item, names in zip(sides, letters, strict=False):
@@ -174,9 +175,10 @@ def embedding(node: fx.Node, read: Reading) -> Outcome:
     """Rows of a table: a table cut by rows gives a sum, zeros but for the rank that has the row; one cut by columns, cut ones."""
     table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     placed = read.of(table)
-    if placed.partial or any(span.outer != 1 for span in placed.spans(0)) or len(placed.spans(0)) > 1:
+    rows = placed.spans(0)
+    if placed.partial or len(placed.dims) > 1 or len(rows) > 1 or any(span.outer != 1 for span in rows) or not read.is_apart(rows):
         return replicated(node, read)
-    result = PARTIAL if placed.spans(0) else sharded((len(shape_of(node)) - 1, placed.spans(1)))
+    result = PARTIAL if rows else sharded((len(shape_of(node)) - 1, placed.spans(1)))
     return settled(node, read, result, {ids: REPLICATED})
 
 
@@ -194,6 +196,8 @@ def attention(node: fx.Node, read: Reading) -> Outcome:
         for dim, spans in placed.dims:
             if shape_of(item)[dim] == shape_of(q)[dim] and dims.setdefault(dim, spans) != spans:
                 return replicated(node, read)
+    if not read.fits(dims):
+        return replicated(node, read)
     wants = {item: aligned(item, dims, rank) for item in tensors(node)}
     for item in (k, v):
         heads, groups = shape_of(q)[first] if first >= 0 else 1, shape_of(item)[first] if first >= 0 else 1
@@ -211,7 +215,8 @@ def _goes_with(queries: Spans, groups: Spans, repeats: int) -> bool:
     if not queries or not groups:
         return not queries and not groups
     (left, *more), (right, *others) = queries, groups
-    return not more and not others and left.parts == right.parts and left.local == right.local * repeats
+    alike = left.parts // left.every == right.parts // right.every or left.parts == right.parts
+    return not more and not others and alike and left.local == right.local * repeats
 
 
 def over(*names: str) -> Rule:
@@ -251,15 +256,9 @@ def summed(node: fx.Node, read: Reading) -> Outcome:
     inside = [dim for dim, _ in placed.dims if dim in removed]
     if placed.partial:
         return Outcome(PARTIAL) if is_only_reader(node, item) and nodes.tensor_type(node).dtype.is_floating_point else replicated(node, read)
-    if inside and len(inside) == len(placed.dims) and not is_padded(placed) and _is_apart(placed):
+    if inside and len(placed.dims) == 1 and not is_padded(placed) and read.is_apart(placed.dims[0][1]):
         return Outcome(PARTIAL) if nodes.tensor_type(item).dtype.is_floating_point else replicated(node, read)
     return reduced(node, read)
-
-
-def _is_apart(placed: Placed) -> bool:
-    """True when no index is held by two ranks."""
-    parts = {span.parts for _, spans in placed.dims for span in spans}
-    return len(placed.dims) == 1 and len(parts) == 1
 
 
 def reduced(node: fx.Node, read: Reading) -> Outcome:
@@ -309,7 +308,7 @@ def turned_back(node: fx.Node, read: Reading) -> Outcome:
 
 
 def _widened(spans: Spans, times: int) -> Spans:
-    return tuple(Span(span.outer, span.size, span.inner * times, span.parts, span.site) for span in spans)
+    return tuple(span.shaped(span.outer, span.size, span.inner * times) for span in spans)
 
 
 def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
@@ -321,9 +320,9 @@ def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
     for span in spans:
         outer, inner = cast(int, span.outer), cast(int, span.inner)
         if inner % each == 0:
-            found.append(Span(outer, span.size, inner // each, span.parts, span.site))
+            found.append(span.shaped(outer, span.size, inner // each))
         elif each % inner == 0 and outer == 1 and cast(int, span.block) % (each // inner) == 0 and not span.is_padded:
-            found.append(Span(outer, cast(int, span.size) * inner // each, 1, span.parts, span.site))
+            found.append(span.shaped(outer, cast(int, span.size) * inner // each, 1))
         else:
             return None
     return tuple(found)

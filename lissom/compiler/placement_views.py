@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -100,14 +101,16 @@ def expand(node: fx.Node, read: Reading) -> Outcome:
     dims = {dim + added: spans for dim, spans in placed.dims}
     for dim, size in enumerate(new):
         grows = dim < added or old[dim - added] != size
-        if grows and (spans := read.cut(node, dim)) and _apart(spans, dims):
+        if grows and (spans := read.cut(node, dim)) and _apart(spans, dims, read):
             dims[dim] = spans
     return Outcome(sharded(*dims.items()))
 
 
-def _apart(spans: Spans, dims: dict[int, Spans]) -> bool:
-    """True for copies that may be cut beside the dimensions that already are: the groups are single ones then."""
-    return all(span.block == 1 for other in dims.values() for span in other)
+def _apart(spans: Spans, dims: dict[int, Spans], read: Reading) -> bool:
+    """True for copies that are cut for every rank, or beside groups of which each rank has a single one."""
+    if len(spans) != 1 or any(len(other) != 1 or other[0].block != 1 for other in dims.values()):
+        return False
+    return spans[0].parts * math.prod(other[0].parts for other in dims.values()) == read.ways
 
 
 def repeat(node: fx.Node, read: Reading) -> Outcome:
@@ -128,7 +131,7 @@ def repeat_interleave(node: fx.Node, read: Reading) -> Outcome:
         return Outcome(sharded((dim, spans)))
     if any(span.parts != placed.spans(dim)[0].parts for span in placed.spans(dim)):
         return replicated(node, read)
-    wide = tuple(Span(span.outer, span.size, span.inner * times, span.parts, span.site) for span in placed.spans(dim))
+    wide = tuple(span.shaped(span.outer, span.size, span.inner * times) for span in placed.spans(dim))
     return Outcome(sharded(*((at, wide if at == dim else spans) for at, spans in placed.dims)))
 
 
@@ -190,7 +193,7 @@ def _reshaped(
     if len(cut) == 1 and len([dim for dim in before if old[dim] != 1]) == 1 and len(solid) == 1:
         return [(solid[0], next(iter(cut.values())))]
     if any(len(spans) != 1 for spans in cut.values()):
-        return None
+        return _reshaped_parts(old, new, before, after, cut)
     span = _merged(old, before, {dim: spans[0] for dim, spans in cut.items()})
     if span is None:
         return None
@@ -200,9 +203,31 @@ def _reshaped(
         inside = passed * new[dim]
         inner = quotient(span.inner, _total(new, [item for item in after if item > dim]))
         if outer is not None and inner is not None and outer * span.size * inner == new[dim]:
-            return [(dim, (Span(outer, span.size, inner, span.parts, span.site),))]
+            return [(dim, (span.shaped(outer, span.size, inner),))]
         passed = inside
     return _parted(new, after, span)
+
+
+def _reshaped_parts(
+    old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], cut: dict[int, Spans]
+) -> list[tuple[int, Spans]] | None:
+    """The same for a dimension of several parts, in front: what is behind it is merged into each part or split off each."""
+    before, after = ([dim for dim in dims if sizes[dim] != 1] for dims, sizes in ((before, old), (after, new)))
+    (dim, spans), *more = cut.items()
+    if more or before[0] != dim or not after:
+        return None
+    inside, behind = _total(old, before[1:]), _total(new, after[1:])
+    found: list[Span] = []
+    for span in spans:
+        inner = quotient(span.inner * inside, behind)
+        size = span.size
+        if inner is None and span.parts == 1:
+            size, inner = quotient(span.whole * inside, behind) or 0, 1
+            span = span.shaped(1, size, 1)
+        if inner is None or size == 0:
+            return None
+        found.append(span.shaped(span.outer, size, inner))
+    return [(after[0], tuple(found))]
 
 
 def _merged(old: Sequence[Size], before: list[int], cut: dict[int, Span]) -> Span | None:
@@ -211,12 +236,12 @@ def _merged(old: Sequence[Size], before: list[int], cut: dict[int, Span]) -> Spa
     span = cut[first]
     lead, tail = _total(old, [dim for dim in before if dim < first]), _total(old, [dim for dim in before if dim > first])
     if not more:
-        return Span(lead * span.outer, span.size, span.inner * tail, span.parts, span.site)
+        return span.shaped(lead * span.outer, span.size, span.inner * tail)
     if len(more) > 1 or more[0] != first + 1 or span.block != 1 or span.inner != 1 or cut[more[0]].outer != 1:
         return None
     other = cut[more[0]]
     tail = _total(old, [dim for dim in before if dim > more[0]])
-    return Span(lead * span.outer, span.size * other.size, other.inner * tail, span.parts * other.parts, span.site)
+    return Span(lead * span.outer, span.size * other.size, other.inner * tail, span.parts * other.parts, other.every, span.site)
 
 
 def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int, Spans]] | None:
@@ -226,12 +251,14 @@ def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int
         outer, rows = quotient(span.outer, passed), new[dim]
         if outer == 1 and isinstance(rows, int) and isinstance(span.size, int) and span.size % rows == 0:
             times = span.size // rows
-            if span.parts and rows % span.parts == 0 and not span.is_padded:
-                return [(dim, (Span(1, rows, 1, span.parts, span.site),))]
+            if rows % span.parts == 0 and not span.is_padded:
+                return [(dim, (span.shaped(1, rows, 1),))]
             following = [item for item in after if item > dim]
             if rows == 1 or not following or span.parts % rows or new[following[0]] != times or span.is_padded:
                 return None
-            return [(dim, (Span(1, rows, 1, rows, span.site),)), (following[0], (Span(1, times, 1, span.parts // rows, span.site),))]
+            inside = span.parts // rows
+            groups = Span(1, rows, 1, rows, span.every * inside, span.site)
+            return [(dim, (groups,)), (following[0], (Span(1, times, 1, inside, span.every, span.site),))]
         passed = passed * rows
     return None
 

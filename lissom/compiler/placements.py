@@ -4,7 +4,7 @@
 is cut also how: a packed projection [q, k, v] is cut in three places, heads between their rows. Such a dimension is a row of
 spans, each seen as [outer, size, inner]; of every `outer` a rank holds one block along `size`:
 
-    span [outer, size, inner], parts: block = ⌈size / parts⌉, rank r of N holds block ⌊r · parts / N⌋
+    span [outer, size, inner], parts, every: block = ⌈size / parts⌉, rank r holds block ⌊r / every⌋ mod parts
 
 Where parts does not divide size, what is missing is zero in weights, and contributes nothing wherever it is summed.
 """
@@ -12,7 +12,7 @@ Where parts does not divide size, what is missing is zero in weights, and contri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import sympy
@@ -29,6 +29,7 @@ class Span:
     """A stretch of a dimension, seen as [outer, size, inner] and cut along `size` into `parts` blocks.
 
     parts: 1 where every rank has all of it; the number of ranks, or fewer where several ranks hold the same block.
+    every: how many neighbouring ranks hold the same block; more than 1 for key/value groups that several ranks read.
     site: the number of what is sharded in the plan, so that an obstacle can name it; not compared.
     """
 
@@ -36,6 +37,7 @@ class Span:
     size: Size
     inner: Size
     parts: int
+    every: int = 1
     site: int = field(default=-1, compare=False)
 
     @property
@@ -60,10 +62,14 @@ class Span:
         """True when the blocks are longer together than what they hold."""
         return self.block * self.parts != self.size
 
-    def indices(self, rank: int, ways: int, start: int = 0) -> torch.Tensor:
+    def shaped(self, outer: Size, size: Size, inner: Size) -> Span:
+        """The same blocks of a dimension of another form."""
+        return replace(self, outer=outer, size=size, inner=inner)
+
+    def indices(self, rank: int, start: int = 0) -> torch.Tensor:
         """Which indices of the dimension the rank holds of this stretch, [local]; -1 where it holds a zero. Sizes are fixed."""
         outer, size, inner, block = (cast(int, item) for item in (self.outer, self.size, self.inner, self.block))
-        first = rank * self.parts // ways * block
+        first = rank // self.every % self.parts * block
         rows = torch.arange(first, first + block)
         rows = torch.where(rows < size, rows, -1)
         places = start + (torch.arange(outer)[:, None] * size + rows[None, :].clamp_min(0))[..., None] * inner + torch.arange(inner)
@@ -135,16 +141,16 @@ def padded_share(spans: Spans) -> str:
     return next((f"{span.size} as {span.block * span.parts}" for span in spans if span.is_padded), "")
 
 
-def indices_of(spans: Spans, rank: int, ways: int) -> torch.Tensor:
+def indices_of(spans: Spans, rank: int) -> torch.Tensor:
     """Which indices of a dimension a rank holds, in its order, [local]; -1 where it holds a zero. Sizes are fixed."""
     found, start = list[torch.Tensor](), 0
     for span in spans:
-        found.append(span.indices(rank, ways, start))
+        found.append(span.indices(rank, start))
         start += cast(int, span.whole)
     return torch.cat(found)
 
 
-def local_part(weight: torch.Tensor, placed: Placed, rank: int, ways: int) -> torch.Tensor:
+def local_part(weight: torch.Tensor, placed: Placed, rank: int) -> torch.Tensor:
     """What a rank holds of a weight: a view where its indices are neighbours, else a copy, zeros where nothing is there.
 
     Of a partial weight the first rank holds all and the others zeros.
@@ -152,7 +158,7 @@ def local_part(weight: torch.Tensor, placed: Placed, rank: int, ways: int) -> to
     if placed.partial:
         return weight if rank == 0 else torch.zeros_like(weight)
     for dim, spans in placed.dims:
-        weight = _take(weight, dim, indices_of(spans, rank, ways))
+        weight = _take(weight, dim, indices_of(spans, rank))
     return weight
 
 
@@ -183,7 +189,7 @@ def whole_of(parts: Sequence[torch.Tensor], placed: Placed, shape: Sequence[int]
         places = [torch.arange(size) for size in sizes]
         kept = part
         for dim, spans in placed.dims:
-            indices = indices_of(spans, rank, len(parts))
+            indices = indices_of(spans, rank)
             kept = kept.index_select(dim, (indices >= 0).nonzero().flatten())
             places[dim] = indices[indices >= 0]
         found[torch.meshgrid(*places, indexing="ij")] = kept
@@ -198,7 +204,7 @@ def at_sizes(placed: Placed, value_of: dict[sympy.Symbol, int]) -> Placed:
 
     return Placed(
         tuple(
-            (dim, tuple(Span(settle(s.outer), settle(s.size), settle(s.inner), s.parts, s.site) for s in spans))
+            (dim, tuple(s.shaped(settle(s.outer), settle(s.size), settle(s.inner)) for s in spans))
             for dim, spans in placed.dims
         ),
         placed.partial,

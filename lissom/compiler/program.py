@@ -14,7 +14,7 @@ from lissom.compiler import fake, text
 from lissom.compiler import node as nodes
 from lissom.compiler.errors import PassError
 from lissom.compiler.execute import Observer, run, run_ranks
-from lissom.compiler.placements import REPLICATED, Placed, at_sizes, whole_of
+from lissom.compiler.placements import REPLICATED, Placed, at_sizes, local_part, whole_of
 from lissom.compiler.signature import Signature
 
 Fact = TypeVar("Fact")
@@ -190,11 +190,31 @@ class Program:
         """The flat outputs of every rank of a program cut for several."""
         if observe is None:
             return run_ranks(self.graph, self.ranks, inputs)
-        show, typed = observe, dict[object, int]()
+        show = observe
+        return run_ranks(self.graph, self.ranks, inputs, lambda node, parts: show(node, self.whole(node, parts, inputs)))
+
+    def whole(self, node: fx.Node, parts: Sequence[object], inputs: Sequence[torch.Tensor]) -> object:
+        """The value that the ranks hold these parts of, as far as the node's placement tells; inputs: of the call."""
+        placed = _placed(node)
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        if placed.is_replicated or len(tensors) < len(parts):
+            return parts[0]
+        settled = at_sizes(placed, self._sizes(inputs))
+        shape = [sum(cast(int, span.whole) for span in settled.spans(dim)) or n for dim, n in enumerate(tensors[0].shape)]
+        return whole_of(tensors, settled, shape)
+
+    def parts(self, node: fx.Node, value: object, inputs: Sequence[torch.Tensor]) -> list[object] | None:
+        """The parts of a value that each rank holds; None where it is no tensor."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        placed = at_sizes(_placed(node), self._sizes(inputs))
+        return [local_part(value, placed, rank) for rank in range(len(self.ranks))]
+
+    def _sizes(self, inputs: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
+        found: dict[object, int] = {}
         for node, tensor in zip(self.placeholders, inputs, strict=True):
-            for size, found in zip(nodes.tensor_type(node).shape, tensor.shape, strict=True):
-                typed[size] = found
-        return run_ranks(self.graph, self.ranks, inputs, lambda node, parts: show(node, _whole(node, parts, typed)))
+            found.update(zip(nodes.tensor_type(node).shape, tensor.shape, strict=True))
+        return {size: number for size, number in found.items() if isinstance(size, sympy.Symbol)}
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the program as the original model is called; gradients flow unless they are switched off.
@@ -234,17 +254,6 @@ def _fake_mode_of(program: Program) -> FakeTensorMode:
 def _placed(node: fx.Node) -> Placed:
     found = nodes.placed(node)
     return found if isinstance(found, Placed) else REPLICATED
-
-
-def _whole(node: fx.Node, parts: Sequence[object], sizes: Mapping[object, int]) -> object:
-    """The value that the ranks hold the parts of, where the node's placement tells how they go together."""
-    placed = _placed(node)
-    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-    if placed.is_replicated or len(tensors) < len(parts):
-        return parts[0]
-    settled = at_sizes(placed, cast("dict[sympy.Symbol, int]", sizes))
-    shape = [sum(cast(int, span.whole) for span in settled.spans(dim)) or n for dim, n in enumerate(tensors[0].shape)]
-    return whole_of(tensors, settled, shape)
 
 
 def _has_effect(node: fx.Node) -> bool:

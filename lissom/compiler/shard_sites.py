@@ -7,6 +7,7 @@ occur, in weights, scales, biases of attention or state, is known from the axes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -18,7 +19,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
-from lissom.compiler.linears import SHAPES, input_of, is_linear, weight_of
+from lissom.compiler.linears import SHAPES, input_of, is_linear, is_pointwise, is_quantizer, weight_of
 from lissom.compiler.placements import Span, Spans
 from lissom.compiler.program import Program
 from lissom.compiler.removal import feature_dim
@@ -27,20 +28,22 @@ from lissom.compiler.types import Size
 
 aten = torch.ops.aten
 
+Cuts = Mapping[Axis, tuple[int, int, int]]
+
 
 @dataclass(frozen=True)
 class ShardSite:
     """A part of a program that is cut.
 
     kind: `attention`, `feed-forward`, `experts`, `embedding`, `output head`, or `layer` for one the user names.
-    node: the operator it is reported at. path: its module. cuts: the atomic axes, and into how many parts each is cut.
+    node: the operator it is reported at. path: its module. cuts: the atomic axes, and into how many parts each is cut, and how many neighbouring ranks hold the same one.
     obstacle: why there are none; empty where there are some.
     """
 
     kind: str
     node: fx.Node
     path: str
-    cuts: Mapping[Axis, int]
+    cuts: Mapping[Axis, tuple[int, int]]
     obstacle: str = ""
 
 
@@ -78,7 +81,7 @@ def _axes(found: Axes, places: Iterable[tuple[fx.Node, int]]) -> list[Axis]:
 
 def _whole(kind: str, node: fx.Node, cut: Sequence[Axis], ways: int) -> ShardSite:
     """A site of which the largest factor of each segment of these axes is cut."""
-    chosen: dict[Axis, int] = {}
+    chosen: dict[Axis, tuple[int, int]] = {}
     path = nodes.origin(node).module_path
     for axis in cut:
         for segment in axis.segments():
@@ -88,7 +91,7 @@ def _whole(kind: str, node: fx.Node, cut: Sequence[Axis], ways: int) -> ShardSit
                 return ShardSite(kind, node, path, {}, "its features are no axis of a fixed size")
             if cast(int, atom.size) < ways:
                 return ShardSite(kind, node, path, {}, f"an axis of {atom.size} gives {ways} ranks nothing to share")
-            chosen[atom] = ways
+            chosen[atom] = ways, 1
     return ShardSite(kind, node, path, chosen)
 
 
@@ -99,7 +102,7 @@ def _attention(found: Axes, site: AttentionSite, ways: int) -> ShardSite:
         return ShardSite("attention", site.node, site.path, {}, "no layer projects its heads out")
     if feature_dim(site.output) != -1:
         return ShardSite("attention", site.node, site.path, {}, "its heads are projected out by a convolution")
-    chosen: dict[Axis, int] = {}
+    chosen: dict[Axis, tuple[int, int]] = {}
     for index in range(3):
         item = cast(fx.Node, site.node.args[index])
         factors = _heads(found.axis(item, nodes.tensor_type(item).rank - 3), site)
@@ -128,18 +131,18 @@ def _heads(axis: Axis, site: AttentionSite) -> list[Axis] | None:
     return None
 
 
-def _cut_heads(factors: Sequence[Axis], ways: int) -> dict[Axis, int] | None:
+def _cut_heads(factors: Sequence[Axis], ways: int) -> dict[Axis, tuple[int, int]] | None:
     """Groups are dealt out to ranks, and where there are fewer groups than ranks, the heads in each group too."""
     first, *more = factors
     size = cast(int, first.size)
     if size >= ways:
-        return {first: ways}
+        return {first: (ways, 1)}
     if more and ways % size == 0 and cast(int, more[0].size) % (ways // size) == 0:
-        return {first: size, more[0]: ways // size}
+        return {first: (size, ways // size), more[0]: (ways // size, 1)}
     total = size
     for item in more:
         total *= cast(int, item.size)
-    return {first: ways} if total >= ways and size > 1 else None
+    return {first: (ways, 1)} if total >= ways and size > 1 else None
 
 
 def _is_vocabulary(node: fx.Node) -> bool:
@@ -151,13 +154,14 @@ def _is_vocabulary(node: fx.Node) -> bool:
 
 
 def _reached(start: fx.Node, ends: set[fx.Node]) -> bool:
-    """True where a value comes from one of these nodes without another product between."""
+    """True where a value is computed from one of these nodes element by element."""
     pending, seen = [start], set[fx.Node]()
     while pending:
         node = pending.pop()
         if node in ends:
             return True
-        if node not in seen and node.op == "call_function" and not is_linear(node):
+        inside = is_pointwise(node) or node.target in SHAPES or node.target is operator.getitem or is_quantizer(node)
+        if node not in seen and inside:
             seen.add(node)
             pending += node.all_input_nodes
     return False
@@ -177,17 +181,16 @@ def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
     return found
 
 
-def spans_of(axis: Axis, cuts: Mapping[Axis, tuple[int, int]]) -> Spans | None:
+def spans_of(axis: Axis, cuts: Cuts) -> Spans | None:
     """How a dimension of that axis is cut when atoms are; empty when none of its atoms is, None when blocks would not show.
 
-    cuts: for each atom, into how many parts, and the number of its site.
+    cuts: for each atom, into how many parts, how many neighbouring ranks hold the same one, and the number of its site.
     """
     axis = axis.find()
     if not any(atom.find() in cuts for atom in axis.atoms()):
         return ()
     if axis.form == "atom":
-        parts, site = cuts[axis]
-        return (Span(1, axis.size, 1, parts, site),)
+        return (Span(1, axis.size, 1, *cuts[axis]),)
     if axis.form == "sum":
         return _summed(axis, cuts)
     found: Spans | None = None
@@ -200,21 +203,21 @@ def spans_of(axis: Axis, cuts: Mapping[Axis, tuple[int, int]]) -> Spans | None:
             (first, *others), (second, *more) = found, inner
             if others or more or first.block != 1 or first.inner != 1 or second.outer != 1:
                 return None
-            found = (Span(first.outer, first.size * second.size, second.inner, first.parts * second.parts, first.site),)
+            found = (Span(first.outer, first.size * second.size, second.inner, first.parts * second.parts, second.every, first.site),)
         elif inner:
             if passed != 1 and len(inner) > 1:
                 return None
-            found = tuple(Span(passed * item.outer, item.size, item.inner, item.parts, item.site) for item in inner)
+            found = tuple(item.shaped(passed * item.outer, item.size, item.inner) for item in inner)
         elif found:
             if len(found) > 1 and any(item.outer != 1 for item in found):
                 return None
-            found = tuple(Span(item.outer, item.size, item.inner * factor.size, item.parts, item.site) for item in found)
+            found = tuple(item.shaped(item.outer, item.size, item.inner * factor.size) for item in found)
         else:
             passed = passed * factor.size
     return found
 
 
-def _summed(axis: Axis, cuts: Mapping[Axis, tuple[int, int]]) -> Spans | None:
+def _summed(axis: Axis, cuts: Cuts) -> Spans | None:
     joined: list[Span] = []
     for segment in axis.segments():
         spans = spans_of(segment, cuts)

@@ -21,7 +21,8 @@ from lissom.compiler.placement_base import Reading, is_weight
 from lissom.compiler.placement_rules import outcome, rule_of
 from lissom.compiler.placements import REPLICATED, Placed, Spans, sharded
 from lissom.compiler.program import Program
-from lissom.compiler.shard_sites import ShardSite, shard_sites, spans_of
+from lissom.compiler.removal import feature_dim
+from lissom.compiler.shard_sites import ShardSite, linear_layers, shard_sites, spans_of
 from lissom.compiler.text import target_text
 
 Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
@@ -63,11 +64,13 @@ class _Refused(Exception):
     """A site cannot be cut; args: its number, the reason."""
 
 
-def make_plan(program: Program, ways: int, *, whole: Mapping[fx.Node, str], layers: Mapping[fx.Node, str]) -> Plan:
+def make_plan(
+    program: Program, ways: int, *, whole: Mapping[fx.Node, str] | None = None, layers: Mapping[fx.Node, str] | None = None
+) -> Plan:
     """The plan for a program. whole: sites the user wants on every rank, by their node, with the pattern that says so.
     layers: linear layers the user names, each `column-wise` or `row-wise`.
     """
-    found = program.fact(axes)
+    found, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
         ShardSite(site.kind, site.node, site.path, {}, f"the plan says so: {whole[site.node]}") if site.node in whole else site
         for site in shard_sites(program, ways, layers)
@@ -92,10 +95,10 @@ class _Planner:
         self.program = program
         self.found = found
         self.ways = ways
-        self.cuts: dict[Axis, tuple[int, int]] = {}
+        self.cuts: dict[Axis, tuple[int, int, int]] = {}
         for number, site in enumerate(sites):
-            for atom, parts in site.cuts.items():
-                self.cuts.setdefault(atom.find(), (parts, number))
+            for atom, cut in site.cuts.items():
+                self.cuts.setdefault(atom.find(), (*cut, number))
         self.weights = {
             node: self._by_axes(node) for node in program.graph.nodes if node.op == "get_attr" and nodes.is_tensor(node)
         }
@@ -116,7 +119,7 @@ class _Planner:
         spans = spans_of(self.found.axis(node, dim), self.cuts)
         if spans is None:
             atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
-            number = next(self.cuts[atom][1] for atom in atoms if atom in self.cuts)
+            number = next(self.cuts[atom][2] for atom in atoms if atom in self.cuts)
             raise _Refused(number, f"'{node.name}' mixes what would be cut with other things along dimension {dim}")
         return spans
 
@@ -128,7 +131,7 @@ class _Planner:
         known: Known = {}
         wants: dict[fx.Node, list[tuple[fx.Node, Placed]]] = defaultdict(list)
         gathered: list[fx.Node] = []
-        read = Reading(known, self.cut)
+        read = Reading(known, self.cut, self.ways)
         for node in self.program.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 known[node] = self.weights.get(node, REPLICATED)
@@ -220,3 +223,14 @@ def can_gather(placed: Placed, ways: int) -> bool:
 
 def _is_fixed(spans: Spans) -> bool:
     return all(isinstance(size, int) for span in spans for size in (span.outer, span.size, span.inner))
+
+
+def sharded_share(program: Program) -> float:
+    """The share of the weights of linear layers, mixtures of experts included, that the program's placements cut."""
+    total, cut = 0, 0
+    for weight in dict.fromkeys(weight for node, weight in linear_layers(program) if feature_dim(node) == -1):
+        placed = nodes.placed(weight)
+        count = program.weight(str(weight.target)).numel()
+        total += count
+        cut += count if isinstance(placed, Placed) and placed.is_sharded else 0
+    return cut / total if total else 1.0

@@ -104,7 +104,7 @@ def _notes(found: Plan) -> list[str]:
     moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items())
     sentences = [f"on {found.ways} ranks: {sites or 'nothing'} cut; {moves or 'nothing'} to redistribute"]
     for site in found.sites:
-        padded = [f"{atom.size} as {-(-int(atom.size) // parts) * parts}" for atom, parts in site.cuts.items() if int(atom.size) % parts]  # pyright: ignore
+        padded = [f"{atom.size} as {-(-int(atom.size) // parts) * parts}" for atom, (parts, _) in site.cuts.items() if int(atom.size) % parts]  # pyright: ignore
         if padded:
             sentences.append(f"zeros make blocks of the {site.kind} at {site.path} even: {', '.join(padded)}")
     return sentences
