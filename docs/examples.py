@@ -524,6 +524,8 @@ EXAMPLES = {
     ),
     "write-state-in-place": Example(CachedAttention, "torch.randn(1, 4, 256)", "write-state-in-place"),
     "quantize-cache": Example(CachedAttention, "torch.randn(1, 4, 256)", "quantize-cache"),
+    "shard": Example(PreNorm, "torch.randn(4, 128, 256)", "shard{ways=2}"),
+    "cut": Example(PreNorm, "torch.randn(4, 128, 256)", "shard{ways=2},cut"),
     "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
     "correct-bias": Example(
         Block,

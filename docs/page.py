@@ -22,6 +22,7 @@ _CURVES = "Quality, latency and bytes against the share kept, on real models: [W
 _SCHEMES = ", ".join(f"[{name}](../schemes/{name}.md)" for name in get_args(Scheme))
 MEASURED = {
     **dict.fromkeys(("prune-heads", "prune-neurons", "prune-layers", "prune-hidden", "sparsify"), _CURVES),
+    **dict.fromkeys(("shard", "cut"), "Plans of models of four families: [Tensor parallelism](../parallel.md)."),
     "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
 }
 """Where a pass is measured on real models."""

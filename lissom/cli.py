@@ -191,7 +191,9 @@ def run_show(
     latency: Annotated[float, typer.Option(min=0.0, help="With --sharding: microseconds one message takes.")] = 10.0,
     bandwidth: Annotated[float, typer.Option(min=1e-6, help="With --sharding: GB/s of one rank's link, one way.")] = 10.0,
     batch: Annotated[int | None, typer.Option(help="With --cost or --sharding: the batch; the example's by default.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="With --cost or --sharding: the tokens; the example's by default.")] = None,
+    sequence: Annotated[
+        int | None, typer.Option(help="With --cost or --sharding: the tokens; the example's by default.")
+    ] = None,
 ) -> None:
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}

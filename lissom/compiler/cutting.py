@@ -45,7 +45,7 @@ class _Cutter:
         self.ways = ways
         self.known = {node: self._placed(node) for node in self.program.graph.nodes if node.op != "output"}
         self.types = {node: nodes.node_type(node) for node in self.known}
-        self.read = Reading(self.known, self._as_planned, ways)
+        self.read = Reading(self.known, self._as_planned, ways, self.program.constant)
         self.moved: dict[tuple[fx.Node, Placed], fx.Node] = {}
         self.stands_for: dict[fx.Node, fx.Node] = {}
         self.own: dict[str, list[torch.Tensor]] = {}
@@ -247,7 +247,11 @@ class _Cutter:
         return node
 
     def _value_of(self, name: str) -> object:
-        return next(nodes.value(node) for node in self.program.graph.nodes if node.op == "get_attr" and node.target == name and nodes.has_value(node))
+        return next(
+            nodes.value(node)
+            for node in self.program.graph.nodes
+            if node.op == "get_attr" and node.target == name and nodes.has_value(node)
+        )
 
     def _device(self) -> torch.device:
         typed = next(item for item in self.types.values() if isinstance(item, TensorType))

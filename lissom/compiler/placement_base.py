@@ -33,11 +33,13 @@ class Reading:
 
     known: the placement of every value before the call. cut: the spans the plan gives a dimension of a value, told from its
     axes; empty for one it does not cut. ways: how many ranks there are.
+    constant: the value of a weight that no call writes; None for any other node.
     """
 
     known: Mapping[fx.Node, Placed | tuple[Placed, ...]]
     cut: Callable[[fx.Node, int], Spans] = lambda node, dim: ()
     ways: int = 2
+    constant: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
 
     def is_apart(self, spans: Spans) -> bool:
         """True when each rank holds a part of its own, so that sums of the parts are a sum over ranks."""
@@ -131,7 +133,18 @@ def dim_at(node: fx.Node, name: str, rank: int) -> int:
 
 def is_weight(item: object) -> bool:
     """True for a value made of weights alone through views and turning back: where ranks hold nothing, it is zero."""
-    views = ("t", "transpose", "permute", "dequantize", "fake_quantize", "reshape", "unsqueeze", "squeeze", "clone", "contiguous")
+    views = (
+        "t",
+        "transpose",
+        "permute",
+        "dequantize",
+        "fake_quantize",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "clone",
+        "contiguous",
+    )
     while isinstance(item, fx.Node) and item.op == "call_function" and isinstance(item.target, torch._ops.OpOverload):
         if item.target._schema.name.partition("::")[2] not in views:
             return False

@@ -2,18 +2,21 @@
 
 A rule wants an argument whole (`Replicate`) where the operator reads all of a dimension at once, and cut like the others where
 they are. A product over a dimension that is cut gives a sum that is still to be taken, `Partial`. An operator without a rule
-gets its arguments whole. The table is at the end; `placement_views.py` has the operators that move, join and cut.
+gets its arguments whole. The table is at the end; `placement_views.py` has the operators that move, join
+and cut, `placement_stored.py` those of short formats and of state.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler import placement_stored as stored
 from lissom.compiler import placement_views as views
 from lissom.compiler.axis_rules import reduced_dims
 from lissom.compiler.placement_base import (
@@ -22,7 +25,6 @@ from lissom.compiler.placement_base import (
     Rule,
     aligned,
     alike,
-    dim_at,
     is_only_reader,
     is_weight,
     replicated,
@@ -30,10 +32,13 @@ from lissom.compiler.placement_base import (
     shape_of,
     tensors,
 )
-from lissom.compiler.placements import PARTIAL, REPLICATED, Placed, Span, Spans, is_padded, sharded
+from lissom.compiler.placements import PARTIAL, REPLICATED, Spans, is_padded, sharded
 from lissom.compiler.types import TensorType
 
 aten = torch.ops.aten
+
+Letters = tuple[Sequence[object], Sequence[object], Sequence[object]]
+"""The dimensions of both sides of a product and of its result, equal ones under one name."""
 
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
@@ -119,7 +124,7 @@ def added_product(node: fx.Node, read: Reading) -> Outcome:
     return _product(node, read, (x, y), _letters(x, y), bias)
 
 
-def _letters(x: fx.Node, y: fx.Node) -> tuple[list[object], list[object], list[object]]:
+def _letters(x: fx.Node, y: fx.Node) -> Letters:
     """The dimensions of both sides and of the result of a product of matrices, equal ones under one name."""
     left, right = len(shape_of(x)), len(shape_of(y))
     batch = list(range(max(left, right) - 2)) if max(left, right) > 2 else []
@@ -132,7 +137,7 @@ def _product(
     node: fx.Node,
     read: Reading,
     sides: tuple[fx.Node, fx.Node],
-    letters: tuple[list[object], list[object], list[object]],
+    letters: Letters,
     bias: fx.Node | None = None,
 ) -> Outcome:
     if any(read.of(item).partial for item in sides):
@@ -172,11 +177,17 @@ def grouped_product(node: fx.Node, read: Reading) -> Outcome:
 
 
 def embedding(node: fx.Node, read: Reading) -> Outcome:
-    """Rows of a table: a table cut by rows gives a sum, zeros but for the rank that has the row; one cut by columns, cut ones."""
+    """Rows of a table: cut by rows it gives a sum, zeros but for the rank that has the row; cut by columns, cut rows."""
     table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     placed = read.of(table)
     rows = placed.spans(0)
-    if placed.partial or len(placed.dims) > 1 or len(rows) > 1 or any(span.outer != 1 for span in rows) or not read.is_apart(rows):
+    if (
+        placed.partial
+        or len(placed.dims) > 1
+        or len(rows) > 1
+        or any(span.outer != 1 for span in rows)
+        or not read.is_apart(rows)
+    ):
         return replicated(node, read)
     result = PARTIAL if rows else sharded((len(shape_of(node)) - 1, placed.spans(1)))
     return settled(node, read, result, {ids: REPLICATED})
@@ -255,7 +266,11 @@ def summed(node: fx.Node, read: Reading) -> Outcome:
     placed, removed = read.of(item), reduced_dims(node, len(shape_of(item)))
     inside = [dim for dim, _ in placed.dims if dim in removed]
     if placed.partial:
-        return Outcome(PARTIAL) if is_only_reader(node, item) and nodes.tensor_type(node).dtype.is_floating_point else replicated(node, read)
+        return (
+            Outcome(PARTIAL)
+            if is_only_reader(node, item) and nodes.tensor_type(node).dtype.is_floating_point
+            else replicated(node, read)
+        )
     if inside and len(placed.dims) == 1 and not is_padded(placed) and read.is_apart(placed.dims[0][1]):
         return Outcome(PARTIAL) if nodes.tensor_type(item).dtype.is_floating_point else replicated(node, read)
     return reduced(node, read)
@@ -276,73 +291,6 @@ def reduced(node: fx.Node, read: Reading) -> Outcome:
         return replicated(node, read)
     moved = sharded(*((places[dim], spans) for dim, spans in placed.dims))
     return Outcome(tuple(moved for _ in found) if isinstance(found, tuple) else moved)
-
-
-def quantized_row(node: fx.Node, read: Reading) -> Outcome:
-    """Values rounded with their own range: one that ranks hold parts of is found together, by the greatest of all."""
-    (item,) = tensors(node)
-    placed = read.of(item)
-    last = len(shape_of(item)) - 1
-    per_token = nodes.argument(node, "granularity") == "token"
-    if placed.partial or (placed.dims and (not per_token or (placed.spans(last) and is_padded(placed)))):
-        return replicated(node, read)
-    return Outcome(placed)
-
-
-def turned_back(node: fx.Node, read: Reading) -> Outcome:
-    """(q - zero point) · scale, and rounding with a known scale: scales and zero points are cut as their blocks are."""
-    q, *grid = cast("list[fx.Node]", [item for item in node.args if nodes.is_tensor(item)])
-    placed, shape = read.of(q), shape_of(node)
-    if placed.partial:
-        return replicated(node, read)
-    packed = {len(shape) - 1: 2} if shape_of(q)[-1] != shape[-1] else {}
-    dims = {dim: _widened(spans, packed.get(dim, 1)) for dim, spans in placed.dims}
-    wants = {}
-    for item in grid:
-        sizes = shape_of(item)
-        wanted = [(dim, _narrowed(spans, shape[dim], sizes[dim])) for dim, spans in dims.items() if sizes and sizes[dim] != 1]
-        if any(spans is None for _, spans in wanted):
-            return Outcome(REPLICATED, replicated(node, read).wants, "a block of equal scale would be cut in two")
-        wants[item] = sharded(*cast("list[tuple[int, Spans]]", wanted))
-    return settled(node, read, sharded(*dims.items()), wants)
-
-
-def _widened(spans: Spans, times: int) -> Spans:
-    return tuple(span.shaped(span.outer, span.size, span.inner * times) for span in spans)
-
-
-def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
-    """How a dimension of blocks is cut when that of their elements is; None when a block would be cut."""
-    if size == blocks:
-        return spans
-    each = cast(int, size) // cast(int, blocks)
-    found: list[Span] = []
-    for span in spans:
-        outer, inner = cast(int, span.outer), cast(int, span.inner)
-        if inner % each == 0:
-            found.append(span.shaped(outer, span.size, inner // each))
-        elif each % inner == 0 and outer == 1 and cast(int, span.block) % (each // inner) == 0 and not span.is_padded:
-            found.append(span.shaped(outer, cast(int, span.size) * inner // each, 1))
-        else:
-            return None
-    return tuple(found)
-
-
-def written(node: fx.Node, read: Reading) -> Outcome:
-    """State takes values that lie as it does."""
-    state, value = cast("tuple[fx.Node, fx.Node]", node.args[:2])
-    return settled(node, read, read.of(state), {value: read.of(state)})
-
-
-def rows_exchanged(node: fx.Node, read: Reading) -> Outcome:
-    """index_copy: rows along a dimension that is not cut; the state says how the others are."""
-    item, dim, index, source = cast("tuple[fx.Node, int, fx.Node, fx.Node]", node.args[:4])
-    placed = read.of(item)
-    if placed.partial or placed.spans(dim % len(shape_of(item))):
-        return replicated(node, read)
-    if placed.is_replicated and read.of(source).is_sharded:
-        placed = read.of(source)
-    return settled(node, read, placed, {item: placed, index: REPLICATED, source: placed})
 
 
 RULES: dict[str, Rule] = {str(operator.getitem): views.getitem}
@@ -369,8 +317,8 @@ _register(norm, "layer_norm", "rms_norm")
 _register(summed, "sum.dim_IntList", "sum")
 _register(reduced, "mean.dim", "mean", "var.correction", "var.dim", "std.correction", "std.dim", "amax", "amin", "logsumexp")
 _register(reduced, "any.dim", "all.dim", "argmax", "argmin", "linalg_vector_norm", "max.dim", "min.dim")
-_register(written, "copy_")
-_register(rows_exchanged, "index_copy", "index_copy_")
+_register(stored.written, "copy_")
+_register(stored.rows_exchanged, "index_copy", "index_copy_")
 _register(views.permute, "permute")
 _register(views.transpose, "transpose.int", "swapaxes", "swapdims", "t", "mT", "numpy_T")
 _register(views.unsqueeze, "unsqueeze")
@@ -389,11 +337,13 @@ _register(views.pad, "constant_pad_nd", "pad")
 _register(views.index_select, "index_select")
 _register(views.gather, "gather", "take_along_dim")
 _register(views.index, "index.Tensor")
-RULES |= {
-    "lissom.attention.default": attention,
-    "lissom.rotary.default": rotary,
-    "lissom.grouped_product.default": grouped_product,
-    "lissom.fake_quantize_dynamic.default": quantized_row,
-    "lissom.fake_quantize.default": turned_back,
-    "lissom.dequantize.default": turned_back,
-}
+RULES.update(
+    {
+        "lissom.attention.default": attention,
+        "lissom.rotary.default": rotary,
+        "lissom.grouped_product.default": grouped_product,
+        "lissom.fake_quantize_dynamic.default": stored.quantized_row,
+        "lissom.fake_quantize.default": stored.turned_back,
+        "lissom.dequantize.default": stored.turned_back,
+    }
+)

@@ -22,7 +22,7 @@ from lissom.compiler.placement_base import (
     replicated,
     shape_of,
 )
-from lissom.compiler.placements import PARTIAL, REPLICATED, Placed, Span, Spans, sharded
+from lissom.compiler.placements import REPLICATED, Span, Spans, sharded
 from lissom.compiler.types import Size, TensorType
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ def getitem(node: fx.Node, read: Reading) -> Outcome:
 def permute(node: fx.Node, read: Reading) -> Outcome:
     """Dimensions in the order listed."""
     rank = len(shape_of(node))
-    return moved(node, read, {cast(int, dim) % rank: place for place, dim in enumerate(cast("list[int]", node.args[1]))})
+    return moved(node, read, {dim % rank: place for place, dim in enumerate(cast("list[int]", node.args[1]))})
 
 
 def transpose(node: fx.Node, read: Reading) -> Outcome:
@@ -245,7 +245,7 @@ def _merged(old: Sequence[Size], before: list[int], cut: dict[int, Span]) -> Spa
 
 
 def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int, Spans]] | None:
-    """A block of single indices told apart again: the dimension of its size is cut, those inside it are too where it has to be."""
+    """A block told apart into the dimensions it was merged of: the outer one is cut, and the one inside where it has to be."""
     passed: Size = 1
     for dim in after:
         outer, rows = quotient(span.outer, passed), new[dim]
@@ -359,12 +359,27 @@ def index(node: fx.Node, read: Reading) -> Outcome:
     used = [dim for dim, found in enumerate(indices) if found is not None]
     chosen = [found for found in indices if found is not None]
     shape, rank = shape_of(item), max(len(shape_of(found)) for found in chosen)
+    if len(used) == 1 and _is_behind_parts(read.of(item).spans(used[0]), read.constant(chosen[0])):
+        kept = sharded(*((dim, spans) for dim, spans in read.of(item).dims if dim != used[0]))
+        return Outcome(kept) if kept.is_replicated else replicated(node, read)
     plain = all(nodes.tensor_type(found).dtype != torch.bool for found in chosen)
     together = used == list(range(used[0], used[-1] + 1)) and len(shape_of(node)) == len(shape) - len(used) + rank
     places: dict[int, int] = {}
     if plain and together:
         places = {dim: dim if dim < used[0] else dim - len(used) + rank for dim in range(len(shape)) if dim not in used}
     return _looked_up(node, read, places, chosen)
+
+
+def _is_behind_parts(spans: Spans, indices: torch.Tensor | None) -> bool:
+    """True for indices counted from the end that stay within what every rank has all of, as those of Falcon's one key head."""
+    if not spans or indices is None or indices.dtype == torch.bool or not indices.numel():
+        return False
+    whole: Size = 0
+    for span in reversed(spans):
+        if span.parts > 1:
+            break
+        whole = whole + span.whole
+    return isinstance(whole, int) and int(indices.max()) < 0 and -int(indices.min()) <= whole
 
 
 def _looked_up(node: fx.Node, read: Reading, places: dict[int, int], chosen: Sequence[fx.Node]) -> Outcome:
@@ -380,5 +395,3 @@ def gather(node: fx.Node, read: Reading) -> Outcome:
     dim = dim_at(node, "dim", len(shape_of(item)))
     alike_here = all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(chosen), strict=True)) if at != dim)
     return alike(node, read, whole=[dim]) if alike_here else replicated(node, read)
-
-

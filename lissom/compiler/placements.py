@@ -1,7 +1,7 @@
 """Where the parts of a value are when several ranks share a program: whole on each, cut along a dimension, or summed up.
 
-`Placed` says it in the vocabulary of `torch.distributed.tensor` (`Replicate`, `Shard(dim)`, `Partial`), and for a dimension that
-is cut also how: a packed projection [q, k, v] is cut in three places, heads between their rows. Such a dimension is a row of
+`Placed` says it in the vocabulary of `torch.distributed.tensor` (`Replicate`, `Shard(dim)`, `Partial`), and of a dimension
+that is cut also how: a packed projection [q, k, v] is cut in three places, heads between their rows. Such a dimension is a row of
 spans, each seen as [outer, size, inner]; of every `outer` a rank holds one block along `size`:
 
     span [outer, size, inner], parts, every: block = ⌈size / parts⌉, rank r holds block ⌊r / every⌋ mod parts
@@ -72,7 +72,9 @@ class Span:
         first = rank // self.every % self.parts * block
         rows = torch.arange(first, first + block)
         rows = torch.where(rows < size, rows, -1)
-        places = start + (torch.arange(outer)[:, None] * size + rows[None, :].clamp_min(0))[..., None] * inner + torch.arange(inner)
+        places = (
+            start + (torch.arange(outer)[:, None] * size + rows[None, :].clamp_min(0))[..., None] * inner + torch.arange(inner)
+        )
         return torch.where(rows[None, :, None] < 0, -1, places).flatten()
 
 
@@ -122,8 +124,9 @@ PARTIAL = Placed(partial=True)
 
 
 def sharded(*dims: tuple[int, Spans]) -> Placed:
-    """A value cut along these dimensions; those without spans are left out."""
-    return Placed(tuple(sorted((item for item in dims if item[1]), key=lambda item: item[0])))
+    """A value cut along these dimensions; those of which every rank has all are left out."""
+    cut = [(dim, spans) for dim, spans in dims if any(span.parts > 1 for span in spans)]
+    return Placed(tuple(sorted(cut, key=lambda item: item[0])))
 
 
 def local_size(spans: Spans, size: Size) -> Size:

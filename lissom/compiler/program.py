@@ -91,6 +91,11 @@ class Program:
         path, _, leaf = name.rpartition(".")
         return getattr(self.graph_module.get_submodule(path), leaf)
 
+    def constant(self, node: fx.Node) -> torch.Tensor | None:
+        """The weight a node reads that no call writes; None for any other node."""
+        is_read = node.op == "get_attr" and str(node.target) not in self.state
+        return self.weight(str(node.target)) if is_read else None
+
     def has_weight(self, name: str) -> bool:
         """True when the program has a weight or buffer of that name."""
         return isinstance(self._attribute(name), torch.Tensor)

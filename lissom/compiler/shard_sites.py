@@ -36,7 +36,8 @@ class ShardSite:
     """A part of a program that is cut.
 
     kind: `attention`, `feed-forward`, `experts`, `embedding`, `output head`, or `layer` for one the user names.
-    node: the operator it is reported at. path: its module. cuts: the atomic axes, and into how many parts each is cut, and how many neighbouring ranks hold the same one.
+    node: the operator it is reported at. path: its module. cuts: the atomic axes, into how many parts each is cut, and how many
+        neighbouring ranks hold the same part.
     obstacle: why there are none; empty where there are some.
     """
 
@@ -148,7 +149,11 @@ def _cut_heads(factors: Sequence[Axis], ways: int) -> dict[Axis, tuple[int, int]
 def _is_vocabulary(node: fx.Node) -> bool:
     """True for rows looked up by what the caller gives, through shapes and casts alone."""
     ids = node.args[1]
-    while isinstance(ids, fx.Node) and ids.op == "call_function" and (ids.target in SHAPES or nodes.is_call(ids, aten.clone.default)):
+    while (
+        isinstance(ids, fx.Node)
+        and ids.op == "call_function"
+        and (ids.target in SHAPES or nodes.is_call(ids, aten.clone.default))
+    ):
         ids = ids.args[0]
     return isinstance(ids, fx.Node) and ids.op == "placeholder"
 
@@ -203,7 +208,9 @@ def spans_of(axis: Axis, cuts: Cuts) -> Spans | None:
             (first, *others), (second, *more) = found, inner
             if others or more or first.block != 1 or first.inner != 1 or second.outer != 1:
                 return None
-            found = (Span(first.outer, first.size * second.size, second.inner, first.parts * second.parts, second.every, first.site),)
+            found = (
+                Span(first.outer, first.size * second.size, second.inner, first.parts * second.parts, second.every, first.site),
+            )
         elif inner:
             if passed != 1 and len(inner) > 1:
                 return None

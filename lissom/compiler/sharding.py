@@ -1,8 +1,8 @@
 """The plan of tensor parallelism: how every value of a program lies on the ranks, and what has to be communicated.
 
 Sites say which axes are cut (`shard_sites.py`); their weights are then cut wherever these axes occur, and one rule an operator
-(`placement_rules.py`) says how results lie. Where a value does not lie as what reads it wants, it is redistributed. Weights that
-no axis names, such as a bias behind a sum over ranks, lie as what reads them wants.
+(`placement_rules.py`) says how results lie. Where a value does not lie as what reads it wants, it is redistributed. Weights
+that no axis names, such as a bias behind a sum over ranks, lie as what reads them wants.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Plan:
     gathered: tuple[fx.Node, ...]
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A site cannot be cut; args: its number, the reason."""
 
 
@@ -80,7 +80,7 @@ def make_plan(
     while True:
         try:
             placed, moves, gathered = _Planner(program, found, sites, ways).run()
-        except _Refused as refusal:
+        except _RefusedError as refusal:
             number, reason = cast("tuple[int, str]", refusal.args)
             site = sites.pop(number)
             left.append(ShardSite(site.kind, site.node, site.path, {}, reason))
@@ -107,7 +107,7 @@ class _Planner:
     def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...]]:
         """The placements once weights lie as what reads them wants.
 
-        Raises: _Refused.
+        Raises: _RefusedError.
         """
         while True:
             known, wants, gathered = self._propagate()
@@ -120,7 +120,7 @@ class _Planner:
         if spans is None:
             atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
             number = next(self.cuts[atom][2] for atom in atoms if atom in self.cuts)
-            raise _Refused(number, f"'{node.name}' mixes what would be cut with other things along dimension {dim}")
+            raise _RefusedError(number, f"'{node.name}' mixes what would be cut with other things along dimension {dim}")
         return spans
 
     def _by_axes(self, weight: fx.Node) -> Placed:
@@ -131,7 +131,7 @@ class _Planner:
         known: Known = {}
         wants: dict[fx.Node, list[tuple[fx.Node, Placed]]] = defaultdict(list)
         gathered: list[fx.Node] = []
-        read = Reading(known, self.cut, self.ways)
+        read = Reading(known, self.cut, self.ways, self.program.constant)
         for node in self.program.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 known[node] = self.weights.get(node, REPLICATED)
@@ -185,13 +185,13 @@ class _Planner:
     def _refuse(self, node: fx.Node, known: Known, reason: str) -> None:
         """Give up the site whose cut meets a call that does not take it.
 
-        Raises: _Refused.
+        Raises: _RefusedError.
         """
         for used in node.all_input_nodes:
             have = known.get(used)
             for item in (have,) if isinstance(have, Placed) else have or ():
                 for _, spans in item.dims:
-                    raise _Refused(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
+                    raise _RefusedError(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
         raise AssertionError(f"no argument of '{node.name}' is cut: {reason}")
 
 

@@ -47,7 +47,8 @@ def node_text(program: Program, node: fx.Node) -> str:
     arguments += [f"{key}={argument_text(item)}" for key, item in node.kwargs.items()]
     path = nodes.origin(node).module_path
     place = f"  # {path}" if path else ""
-    return f"%{node.name}: {_type_text(program, node)}{_placement_text(node)} = {target_text(node.target)}({', '.join(arguments)}){place}"
+    type_ = f"{_type_text(program, node)}{_placement_text(node)}"
+    return f"%{node.name}: {type_} = {target_text(node.target)}({', '.join(arguments)}){place}"
 
 
 def _type_text(program: Program, node: fx.Node) -> str:

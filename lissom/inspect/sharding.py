@@ -37,7 +37,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one collective costs. payload_bytes: of the whole value. sent_bytes: what each rank sends. messages: one behind another.
+    """What one collective costs.
+
+    payload_bytes: of the whole value. sent_bytes: what each rank sends. messages: how many, one behind another.
 
     On a ring of N ranks an all-gather sends (N - 1) / N of the value in N - 1 messages, and an all-reduce twice that: Thakur,
     Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in MPICH", §4.

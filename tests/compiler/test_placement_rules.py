@@ -1,4 +1,4 @@
-"""The rules of placements: what each says, that ranks compute what it says, and that DTensor says the same where it has a rule."""
+"""The rules of placements: what each says, that ranks compute what it says, and that DTensor says the same."""
 
 from __future__ import annotations
 
@@ -60,6 +60,18 @@ GROUPS = normal(2, 2, 3, 8, seed=3)
 F = torch.nn.functional
 attend = F.scaled_dot_product_attention
 rotary = torch.ops.lissom.rotary
+
+
+def int8(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Stored integers turned back."""
+    return torch.ops.lissom.dequantize(q, scale, format="int8", dtype=torch.float32)
+
+
+def int4(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The same, two in a byte."""
+    return torch.ops.lissom.dequantize(q, scale, format="int4", dtype=torch.float32)
+
+
 ROWS = [
     # Element by element.
     Row("add", lambda x, y: x + y, (X, X), (cut(2, 6), cut(2, 6)), cut(2, 6)),
@@ -86,7 +98,8 @@ ROWS = [
     Row("linear, a part meets columns", F.linear, (X, W), (cut(2, 6), cut(0, 8)), P, {1: cut(1, 6)}),
     Row("linear, positions meet columns", F.linear, (X, W), (cut(1, 4), cut(0, 8)), cut(2, 8), {0: R}),
     Row("linear, a sum", F.linear, (X, W), (P, R), R, {0: R}),
-    Row("addmm by rows", lambda b, x, w: torch.addmm(b, x, w), (W[:6, 0], W, normal(6, 6)), (R, cut(1, 6), cut(0, 6)), P, {0: P}),
+    Row("addmm by rows", lambda b, x, w: torch.addmm(b, x, w), (W[:6, 0], W, normal(6, 6)),
+        (R, cut(1, 6), cut(0, 6)), P, {0: P}),
     Row("matmul by columns", torch.matmul, (X, W.T.contiguous()), (R, cut(1, 8)), cut(2, 8)),
     Row("matmul, batches", torch.matmul, (HEADS, HEADS.mT.contiguous()), (cut(1, 4), cut(1, 4)), cut(1, 4)),
     Row("bmm", torch.bmm, (X, X.mT.contiguous()), (cut(0, 2), R), cut(0, 2), {1: cut(0, 2)}),
@@ -108,10 +121,14 @@ ROWS = [
         "attention, groups", lambda q, k, v: attend(q, k, v, enable_gqa=True), (HEADS, GROUPS, GROUPS),
         (cut(1, 4), cut(1, 2), cut(1, 2)), cut(1, 4),
     ),
-    Row("attention, a mask", attend, (HEADS, HEADS, HEADS, normal(1, 4, 3, 3)), (cut(1, 4), cut(1, 4), cut(1, 4), R), cut(1, 4), {3: cut(1, 4)}),
-    Row("lissom.attention", lambda q, k, v: torch.ops.lissom.attention(q, k, v, scale=0.3, softcap=2.0), (HEADS, HEADS, HEADS), (cut(1, 4),) * 3, cut(1, 4)),
-    Row("rotary", lambda x, c, s: rotary(x, c, s, interleaved=False), (HEADS, normal(1, 1, 3, 8), normal(1, 1, 3, 8)), (cut(1, 4), R, R), cut(1, 4)),
-    Row("rotary, pairs", lambda x, c, s: rotary(x, c, s, interleaved=False), (HEADS, normal(1, 1, 3, 8), normal(1, 1, 3, 8)), (cut(3, 8), R, R), R, {0: R}),
+    Row("attention, a mask", attend, (HEADS, HEADS, HEADS, normal(1, 4, 3, 3)),
+        (cut(1, 4), cut(1, 4), cut(1, 4), R), cut(1, 4), {3: cut(1, 4)}),
+    Row("lissom.attention", lambda q, k, v: torch.ops.lissom.attention(q, k, v, scale=0.3, softcap=2.0),
+        (HEADS, HEADS, HEADS), (cut(1, 4),) * 3, cut(1, 4)),
+    Row("rotary", lambda x, c, s: rotary(x, c, s, interleaved=False),
+        (HEADS, normal(1, 1, 3, 8), normal(1, 1, 3, 8)), (cut(1, 4), R, R), cut(1, 4)),
+    Row("rotary, pairs", lambda x, c, s: rotary(x, c, s, interleaved=False),
+        (HEADS, normal(1, 1, 3, 8), normal(1, 1, 3, 8)), (cut(3, 8), R, R), R, {0: R}),
     # What reads a dimension whole.
     Row("softmax", lambda x: x.softmax(-1), (X,), (cut(1, 4),), cut(1, 4)),
     Row("softmax over parts", lambda x: x.softmax(-1), (X,), (cut(2, 6),), R, {0: R}),
@@ -163,17 +180,25 @@ ROWS = [
     Row("index of parts", lambda x, i: x[:, i], (X, ids(3)), (cut(1, 4), R), R, {0: R}),
     Row("index, a sum", lambda x, i: x[:, i], (X, ids(3)), (P, R), P),
     Row("gather", lambda x, i: x.gather(1, i), (X, ids(2, 4, 6)), (cut(2, 6), R), cut(2, 6), {1: cut(2, 6)}),
-    Row("index copy", lambda x, i, y: x.index_copy(1, i, y), (X, ids(2), X[:, :2]), (cut(2, 6), R, R), cut(2, 6), {2: cut(2, 6)}),
+    Row("index copy", lambda x, i, y: x.index_copy(1, i, y), (X, ids(2), X[:, :2]),
+        (cut(2, 6), R, R), cut(2, 6), {2: cut(2, 6)}),
     # Short formats.
-    Row("dequantize by channel", lambda q, s: torch.ops.lissom.dequantize(q, s, format="int8", dtype=torch.float32), (ids(4, 6).to(torch.int8), W[:4, :1].abs()), (cut(0, 4), R), cut(0, 4), {1: cut(0, 4)}),
-    Row("dequantize by group", lambda q, s: torch.ops.lissom.dequantize(q, s, format="int8", dtype=torch.float32), (ids(4, 8).to(torch.int8), W[:4, :4].abs().contiguous()), (cut(1, 8), R), cut(1, 8), {1: cut(1, 4)}),
-    Row("dequantize, four bits", lambda q, s: torch.ops.lissom.dequantize(q, s, format="int4", dtype=torch.float32), (ids(4, 4).to(torch.uint8), W[:4, :1].abs()), (cut(1, 4), R), cut(1, 4, 2)),
-    Row("dequantize, a group cut", lambda q, s: torch.ops.lissom.dequantize(q, s, format="int8", dtype=torch.float32), (ids(4, 6).to(torch.int8), W[:4, :3].abs().contiguous()), (cut(1, 6), R), R, {0: R}),
-    Row("fake quantize", lambda x, s: torch.ops.lissom.fake_quantize(x, s, format="int8"), (X, W[0, 0].abs()), (cut(2, 6), R), cut(2, 6)),
+    Row("dequantize by channel", int8,
+        (ids(4, 6).to(torch.int8), W[:4, :1].abs()), (cut(0, 4), R), cut(0, 4), {1: cut(0, 4)}),
+    Row("dequantize by group", int8,
+        (ids(4, 8).to(torch.int8), W[:4, :4].abs().contiguous()), (cut(1, 8), R), cut(1, 8), {1: cut(1, 4)}),
+    Row("dequantize, four bits", int4,
+        (ids(4, 4).to(torch.uint8), W[:4, :1].abs()), (cut(1, 4), R), cut(1, 4, 2)),
+    Row("dequantize, a group cut", int8,
+        (ids(4, 6).to(torch.int8), W[:4, :3].abs().contiguous()), (cut(1, 6), R), R, {0: R}),
+    Row("fake quantize", lambda x, s: torch.ops.lissom.fake_quantize(x, s, format="int8"),
+        (X, W[0, 0].abs()), (cut(2, 6), R), cut(2, 6)),
     Row("round a token", lambda x: torch.ops.lissom.fake_quantize_dynamic(x, format="uint8"), (X,), (cut(1, 4),), cut(1, 4)),
     # `cut` finds the range of all parts.
-    Row("round a token in parts", lambda x: torch.ops.lissom.fake_quantize_dynamic(x, format="uint8"), (X,), (cut(2, 6),), cut(2, 6), sized=True),
-    Row("round a tensor in parts", lambda x: torch.ops.lissom.fake_quantize_dynamic(x, format="int8", granularity="tensor"), (X,), (cut(1, 4),), R, {0: R}),
+    Row("round a token in parts", lambda x: torch.ops.lissom.fake_quantize_dynamic(x, format="uint8"),
+        (X,), (cut(2, 6),), cut(2, 6), sized=True),
+    Row("round a tensor in parts", lambda x: torch.ops.lissom.fake_quantize_dynamic(x, format="int8", granularity="tensor"),
+        (X,), (cut(1, 4),), R, {0: R}),
     # No rule.
     Row("no rule", lambda x: torch.flip(x, [1]), (X,), (cut(2, 6),), R, {0: R}),
 ]  # fmt: skip
@@ -210,9 +235,11 @@ class _Weights(torch.nn.Module):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_rule(row: Row) -> None:
-    node, values, found = one_call(row)
+    _node, values, found = one_call(row)
     assert found.result == row.result
-    assert {item: found.wants[item] for item in values if item in found.wants} == {values[i]: want for i, want in row.wants.items()}
+    assert {item: found.wants[item] for item in values if item in found.wants} == {
+        values[i]: want for i, want in row.wants.items()
+    }
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if not row.sized], ids=lambda row: row.name)
@@ -261,7 +288,7 @@ _AGREED = [
 def test_dtensor_says_the_same(row: Row, mesh: Any) -> None:
     from torch.distributed.tensor import DTensor
 
-    node, _, found = one_call(row)
+    _node, _, found = one_call(row)
     assert not found.wants
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

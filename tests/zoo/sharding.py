@@ -107,7 +107,13 @@ def headline(records: Sequence[Record]) -> str:
 def section(records: Sequence[Record]) -> str:
     """The part of the page on coverage: a line for each family, then the models that fall short, with the reasons."""
     run = [record for record in records if record.get("failed") != "capture"]
-    lines = [_SECTION, _INTRODUCTION, f"{headline(records)}\n", "| family | models | equal | most weights cut |", "|---|---|---|---|"]
+    lines = [
+        _SECTION,
+        _INTRODUCTION,
+        f"{headline(records)}\n",
+        "| family | models | equal | most weights cut |",
+        "|---|---|---|---|",
+    ]
     for family in FAMILIES:
         mine = [record for record in run if record["family"] == family]
         if mine:

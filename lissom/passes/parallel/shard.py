@@ -5,17 +5,16 @@ end to end, and one sum over the ranks ends the pair:
 
     Y = f(X [A₁ A₂]) [B₁; B₂] = f(X A₁) B₁ + f(X A₂) B₂                            one all-reduce
 
-So a standard layer has two all-reduces, one behind its attention and one behind its feed-forward, and a layer that computes both
+So a standard layer has two all-reduces, one behind its attention and one behind its feed-forward; a layer that computes both
 side by side has one. Embeddings and output heads are cut by vocabulary, mixtures of experts within each expert, and key/value
 groups go with the heads that read them. A rank holds a bias of a layer cut by rows, the others zeros. Where an axis does not
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
 Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
-result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets its arguments whole.
-The program stays as it is; `cut` carries the plan out.
+result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets them whole. The program stays as it is; `cut` carries the plan out.
 
-Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism", arXiv:1909.08053, §3.
-They add the bias behind the sum, and mask a look-up in the same way.
+Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
+arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way.
 """
 
 from __future__ import annotations
@@ -104,7 +103,11 @@ def _notes(found: Plan) -> list[str]:
     moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items())
     sentences = [f"on {found.ways} ranks: {sites or 'nothing'} cut; {moves or 'nothing'} to redistribute"]
     for site in found.sites:
-        padded = [f"{atom.size} as {-(-int(atom.size) // parts) * parts}" for atom, (parts, _) in site.cuts.items() if int(atom.size) % parts]  # pyright: ignore
+        padded = [
+            f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
+            for atom, (parts, _) in site.cuts.items()
+            if int(atom.size) % parts
+        ]  # pyright: ignore
         if padded:
             sentences.append(f"zeros make blocks of the {site.kind} at {site.path} even: {', '.join(padded)}")
     return sentences

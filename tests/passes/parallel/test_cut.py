@@ -39,7 +39,7 @@ def test_leaves_other_graphs_alone() -> None:
 
 
 def test_requires_a_plan() -> None:
-    with pytest.raises(RequirementError, match="every value has a placement on ranks.*put shard right before this pass"):
+    with pytest.raises(RequirementError, match=r"every value has a placement on ranks.*put shard right before this pass"):
         rewrite(Cut(), seeded(FeedForward), normal(2, 5, 8))
 
 
@@ -69,7 +69,18 @@ def test_numbers(name: str, ways: int) -> None:
     ("name", "reduces"),
     # One for the embedding, then two a layer, or one where attention and feed-forward are side by side. T5 has three in a
     # decoder layer, and an embedding on either side. A ViT has no vocabulary.
-    [("llama", 5), ("gemma3", 5), ("bert", 5), ("gpt2", 5), ("mixtral", 5), ("neox", 3), ("cohere", 3), ("falcon", 3), ("t5", 12), ("vit", 4)],
+    [
+        ("llama", 5),
+        ("gemma3", 5),
+        ("bert", 5),
+        ("gpt2", 5),
+        ("mixtral", 5),
+        ("neox", 3),
+        ("cohere", 3),
+        ("falcon", 3),
+        ("t5", 12),
+        ("vit", 4),
+    ],
 )
 def test_communicates_no_more_than_needed(name: str, reduces: int) -> None:
     program, samples = program_of(name)
