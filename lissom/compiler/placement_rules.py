@@ -67,13 +67,16 @@ def pointwise(node: fx.Node, read: Reading) -> Outcome:
     partial = [item for item in items if read.of(item).partial]
     if not partial:
         return alike(node, read)
-    if not all(is_only_reader(node, item) for item in partial):
+    lone = [item for item in partial if is_only_reader(node, item)]
+    if not lone:
         return replicated(node, read)
     if nodes.is_call(node, aten.add.Tensor, aten.sub.Tensor):
-        others = [item for item in items if item not in partial]
+        others = [item for item in items if item not in lone]
         same = all(shape_of(item) == shape_of(node) for item in partial)
         if len(node.all_input_nodes) == 2 == len(items) and same and (not others or _joins_a_sum(node, read)):
             return settled(node, read, PARTIAL, dict.fromkeys(items, PARTIAL))
+    if len(lone) < len(partial):
+        return replicated(node, read)
     scales = nodes.is_call(node, aten.mul.Tensor, aten.mul.Scalar) or (
         nodes.is_call(node, aten.div.Tensor, aten.div.Scalar) and node.args[0] in partial
     )

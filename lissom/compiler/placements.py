@@ -1,8 +1,8 @@
 """Where the parts of a value are when several ranks share a program: whole on each, cut along a dimension, or summed up.
 
 `Placed` says it in the vocabulary of `torch.distributed.tensor` (`Replicate`, `Shard(dim)`, `Partial`), and of a dimension
-that is cut also how: a packed projection [q, k, v] is cut in three places, heads between their rows. Such a dimension is a row of
-spans, each seen as [outer, size, inner]; of every `outer` a rank holds one block along `size`:
+that is cut also how: a packed projection [q, k, v] is cut in three places, heads between their rows. Such a dimension is a row
+of spans, each seen as [outer, size, inner]; of every `outer` a rank holds one block along `size`:
 
     span [outer, size, inner], parts, every: block = ⌈size / parts⌉, rank r holds block ⌊r / every⌋ mod parts
 

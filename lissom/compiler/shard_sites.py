@@ -143,7 +143,8 @@ def _cut_heads(factors: Sequence[Axis], ways: int) -> dict[Axis, tuple[int, int]
     total = size
     for item in more:
         total *= cast(int, item.size)
-    return {first: (ways, 1)} if total >= ways and size > 1 else None
+    # Filled up with zeros as long as more than half of the ranks have a head.
+    return {first: (ways, 1)} if 2 * size > ways or (total >= ways and size > 1) else None
 
 
 def _is_vocabulary(node: fx.Node) -> bool:

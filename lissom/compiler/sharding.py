@@ -143,7 +143,7 @@ class _Planner:
             found = outcome(node, read)
             if found.reason:
                 self._refuse(node, known, found.reason)
-            if rule_of(node) is None and found.wants:
+            if rule_of(node) is None and any(not read.of(item).partial for item in found.wants):
                 gathered.append(node)
             known[node] = found.result
             for used in node.all_input_nodes:

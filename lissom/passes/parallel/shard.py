@@ -11,7 +11,8 @@ groups go with the heads that read them. A rank holds a bias of a layer cut by r
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
 Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
-result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets them whole. The program stays as it is; `cut` carries the plan out.
+result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets them whole. The
+program stays as it is; `cut` carries the plan out.
 
 Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
 arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way.
