@@ -106,7 +106,7 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
     pairs = [(move.value, item) for move in plan.moves for item in traffic(plan, move, numbers)]
     for node, item in [*pairs, *ranges_found(plan, numbers)]:
         rows[_layer(nodes.origin(node).module_path, layers)].traffic.append(item)
-    table = plain_table(f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, chosen, rows))
+    table = plain_table(f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, _tokens(plan, numbers), rows))
     for heading in ("layer", "weights cut along", "collectives"):
         table.add_column(heading, overflow="fold")
     for heading in ("MB of\na rank", "% of\nwhole", "KB\nreduced or\ngathered", "ms"):
@@ -155,9 +155,14 @@ def _numbers(row: _Row, link: Link) -> list[str]:
     return [digits(held / 1e6), f"{100 * held / whole:.1f}" if whole else "", digits(payload / 1e3), digits(1e3 * seconds)]
 
 
-def _caption(link: Link, sizes: Mapping[str, int], rows: Mapping[str, _Row]) -> str:
+def _tokens(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> int:
+    """How many tokens a call has: as many as the value with the most of them that is redistributed."""
+    shapes = [nodes.tensor_type(move.value).shape[:-1] for move in plan.moves if move.steps]
+    return max((math.prod(_number(size, numbers) for size in shape) for shape in shapes), default=1)
+
+
+def _caption(link: Link, tokens: int, rows: Mapping[str, _Row]) -> str:
     """What the numbers mean, and how much is communicated for each token of the call."""
-    tokens = math.prod(sizes.values()) or 1
     payload = sum(item.payload_bytes for row in rows.values() for item in row.traffic)
     sent = sum(item.sent_bytes for row in rows.values() for item in row.traffic)
     return (
