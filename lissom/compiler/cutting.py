@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lissom.compiler import node as nodes
 from lissom.compiler.axis_edit import SIZES_AT, SPLITS
-from lissom.compiler.axis_views import slice_bounds
+from lissom.compiler.axis_views import every_nth, slice_bounds
 from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, GROUP, WAIT
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import PassError
@@ -174,6 +174,10 @@ class _Cutter:
         dim = cast(int, nodes.argument(node, "dim")) % typed.rank
         spans = have.spans(dim) if isinstance(have, Placed) else ()
         if not spans:
+            return
+        if every_nth(node, typed.shape[dim]):
+            start, step = nodes.argument(node, "start"), nodes.argument(node, "step")
+            node.args, node.kwargs = (item, dim, start, None, step), {}  # pyright: ignore[reportAttributeAccessIssue]
             return
         bounds = slice_bounds(node, typed.shape[dim]) or (0, typed.shape[dim])
         places = [_local_place(spans, cast(int, bound)) for bound in bounds]

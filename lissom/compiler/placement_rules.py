@@ -3,7 +3,7 @@
 A rule wants an argument whole (`Replicate`) where the operator reads all of a dimension at once, and cut like the others where
 they are. A product over a dimension that is cut gives a sum that is still to be taken, `Partial`. An operator without a rule
 gets its arguments whole. The table is at the end; `placement_views.py` has the operators that move, join
-and cut, `placement_stored.py` those of short formats and of state.
+and cut, `placement_lookups.py` those that look up, `placement_stored.py` those of short formats and of state.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler import placement_lookups as lookups
 from lissom.compiler import placement_stored as stored
 from lissom.compiler import placement_views as views
 from lissom.compiler.axis_rules import reduced_dims
@@ -337,9 +338,9 @@ _register(views.unbind, "unbind.int")
 _register(views.select, "select.int")
 _register(views.slice_of, "slice.Tensor")
 _register(views.pad, "constant_pad_nd", "pad")
-_register(views.index_select, "index_select")
-_register(views.gather, "gather", "take_along_dim")
-_register(views.index, "index.Tensor")
+_register(lookups.index_select, "index_select")
+_register(lookups.gather, "gather", "take_along_dim")
+_register(lookups.index, "index.Tensor")
 RULES.update(
     {
         "lissom.attention.default": attention,

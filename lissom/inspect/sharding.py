@@ -106,7 +106,9 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
     pairs = [(move.value, item) for move in plan.moves for item in traffic(plan, move, numbers)]
     for node, item in [*pairs, *ranges_found(plan, numbers)]:
         rows[_layer(nodes.origin(node).module_path, layers)].traffic.append(item)
-    table = plain_table(f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, _tokens(plan, numbers), rows))
+    table = plain_table(
+        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, _tokens(plan, numbers), rows)
+    )
     for heading in ("layer", "weights cut along", "collectives"):
         table.add_column(heading, overflow="fold")
     for heading in ("MB of\na rank", "% of\nwhole", "KB\nreduced or\ngathered", "ms"):

@@ -172,6 +172,7 @@ ROWS = [
     Row("slice", lambda x: x[:, 1:3], (X,), (cut(2, 6),), cut(2, 6)),
     Row("slice of a packed one", lambda x: x[..., 3:], (X,), (packed(2, 3, 3),), cut(2, 3), sized=True),
     Row("slice within a part", lambda x: x[..., 2:], (X,), (cut(2, 6),), R, {0: R}, sized=True),
+    Row("slice, every other", lambda x: x[..., 1::2], (X,), (cut(2, 3, 2),), cut(2, 3)),
     Row("pad", lambda x: F.pad(x, (0, 0, 1, 0)), (X,), (cut(2, 6),), cut(2, 6)),
     Row("pad of parts", lambda x: F.pad(x, (0, 1)), (X,), (cut(2, 6),), R, {0: R}),
     # Look-ups.
