@@ -24,6 +24,7 @@ MEASURED = {
     **dict.fromkeys(("prune-heads", "prune-neurons", "prune-layers", "prune-hidden", "sparsify"), _CURVES),
     "low-rank": "By calibration data and by weights alone, on real models: [benchmarks](../../benchmarks/README.md#low-rank).",
     "pool-heads": "Quality on a real model, by each way of pooling: [Benchmarks](../../benchmarks/README.md).",
+    **dict.fromkeys(("shard", "cut"), "Plans of models of four families: [Tensor parallelism](../parallel.md)."),
     "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
 }
 """Where a pass is measured on real models."""

@@ -30,6 +30,7 @@ from lissom.hosting import Facts, HostedModel, check_uncompiled
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
+from lissom.passes.parallel.cut import Cut
 from lissom.payoff import Payoff
 
 Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
@@ -206,7 +207,14 @@ def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
     Raises: PipelineTextError, UnsupportedError.
     """
     check_options(settings.checks, settings.metric, settings.max_drop)
-    return resolve_passes(settings.passes), find_backends(settings.backend)
+    passes, backends = resolve_passes(settings.passes), find_backends(settings.backend)
+    alone = next((item.name for item in backends if not item.runs_ranks), None)
+    if alone is not None and any(isinstance(item, Cut) for item in passes):
+        raise UnsupportedError(
+            f"backend '{alone}' runs a program in one process, and `cut` makes one for several ranks; take the program from "
+            f"lissom.optimize, and in each process run `program.of_rank(rank)`"
+        )
+    return passes, backends
 
 
 def compile_captured(

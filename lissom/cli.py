@@ -27,6 +27,7 @@ from lissom.bench.worker import Record
 from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
 from lissom.compiler.errors import ArtifactError, Interrupted, LissomError, UnsupportedError
 from lissom.compiler.pipeline import check_options
+from lissom.compiler.sharding import make_plan
 from lissom.compiler.types import format_type, type_of
 from lissom.frontends.decoder import SHORTEST, longest_text
 from lissom.frontends.huggingface import tokenizer_of
@@ -37,6 +38,7 @@ from lissom.generation.stream import Speed, read_prompt, stream_text, stream_tok
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.roofline import cost_table, machine_table
+from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import axes_table, structure_tables
 from lissom.inspect.tables import Report, coloured_diff, passes_table
 from lissom.passes import RECIPES, known_passes
@@ -185,15 +187,22 @@ def run_show(
     structure: Annotated[bool, typer.Option("--structure", help="Show layers, attention and feed-forward sites.")] = False,
     axes: Annotated[bool, typer.Option("--axes", help="Show the axes layers sum over, and which may shrink.")] = False,
     cost: Annotated[bool, typer.Option("--cost", help="Show what every site costs.")] = False,
-    batch: Annotated[int | None, typer.Option(help="With --cost: the batch size; the example's by default.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="With --cost: the tokens; the example's by default.")] = None,
+    sharding: Annotated[int | None, typer.Option(help="Show how this many ranks would share it: `shard`'s plan.")] = None,
+    latency: Annotated[float, typer.Option(min=0.0, help="With --sharding: microseconds one message takes.")] = 10.0,
+    bandwidth: Annotated[float, typer.Option(min=1e-6, help="With --sharding: GB/s of one rank's link, one way.")] = 10.0,
+    batch: Annotated[int | None, typer.Option(help="With --cost or --sharding: the batch; the example's by default.")] = None,
+    sequence: Annotated[
+        int | None, typer.Option(help="With --cost or --sharding: the tokens; the example's by default.")
+    ] = None,
 ) -> None:
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
-    if sizes and not cost:
-        raise typer.BadParameter("--batch and --sequence go with --cost")
+    if sizes and not cost and sharding is None:
+        raise typer.BadParameter("--batch and --sequence go with --cost or --sharding")
+    if sharding is not None and sharding < 2:
+        raise typer.BadParameter("--sharding takes 2 ranks or more")
     # Tables are of forms and sizes, which structural checks cover; a program shown is a program checked.
-    checks = "structural" if structure or axes or cost else "numeric"
+    checks = "structural" if structure or axes or cost or sharding is not None else "numeric"
     if is_artifact(model):
         if passes != "exact" or backend is not None:
             raise typer.BadParameter("--passes and --backend do not go with a saved model")
@@ -204,6 +213,10 @@ def run_show(
     if structure or axes:
         found = [structure_tables(compiled.program)] if structure else []
         console.print(*found, *([axes_table(compiled.program)] if axes else []), sep="\n")
+        return
+    if sharding is not None:
+        plan = make_plan(compiled.program, sharding)
+        console.print(sharding_table(compiled.program, plan, sizes, Link(latency * 1e-6, bandwidth * 1e9)))
         return
     if cost:
         console.print(cost_table(compiled.program, sizes, load_machine()))

@@ -60,6 +60,13 @@ def test_show_prints_the_program(model):
     assert "aten.scaled_dot_product_attention" in shown
 
 
+def test_show_prints_a_plan_of_tensor_parallelism(model):
+    shown = invoke("show", model, "--sharding", "2", "--batch", "1", "--sequence", "8", "--latency", "5", "--bandwidth", "100")
+    assert "on 2 ranks, batch 1, sequence 8" in shown
+    assert "2 all-reduces" in shown
+    assert "5 µs a message, 100 GB/s a link" in shown
+
+
 def test_show_prints_the_difference_between_two_steps(model):
     shown = invoke("show", model, "--diff", "1", "2")
     assert shown.startswith("--- 1 eliminate-dead-code\n+++ 2 remove-no-ops\n@@ ")

@@ -59,10 +59,12 @@ class Backend(ABC):
     """A way to run programs; its fields are its options.
 
     movable: True when what was saved for one kind of device can be loaded for another.
+    runs_ranks: True when it runs a program cut for several ranks.
     """
 
     name: ClassVar[str]
     movable: ClassVar[bool] = False
+    runs_ranks: ClassVar[bool] = False
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         """Exact passes that bring a program on `device` into the form this backend runs fast; checked like any other."""

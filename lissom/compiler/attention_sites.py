@@ -17,6 +17,7 @@ from lissom.compiler.linears import (
     input_of,
     is_linear,
     is_pointwise,
+    is_quantizer,
     producers,
     residual_of,
     source,
@@ -132,14 +133,14 @@ def _takes(found: set[fx.Node], rotary: set[fx.Node]) -> bool:
 
 
 def _consumer(node: fx.Node) -> fx.Node | None:
-    """The first linear layer that reads a value through shapes, casts, gates and norms."""
+    """The first linear layer that reads a value through shapes, casts, gates, norms and rounding."""
     frontier, seen = list(node.users), set()
     for _ in range(24):
         following: list[fx.Node] = []
         for user in frontier:
             if is_linear(user):
                 return user
-            passes = user.target in SHAPES or user.target in NORMS or is_pointwise(user)
+            passes = user.target in SHAPES or user.target in NORMS or is_pointwise(user) or is_quantizer(user)
             if passes and user not in seen:
                 seen.add(user)
                 following += user.users

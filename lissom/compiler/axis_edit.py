@@ -23,7 +23,7 @@ from lissom.compiler.types import format_size
 
 aten = torch.ops.aten
 
-_SIZES_AT: dict[object, int] = {
+SIZES_AT: dict[object, int] = {
     aten.reshape.default: 1,
     aten.view.default: 1,
     aten.expand.default: 1,
@@ -35,7 +35,9 @@ _SIZES_AT: dict[object, int] = {
     aten.new_ones.default: 1,
     aten.new_full.default: 1,
 }
-_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
+"""Where a call has its list of sizes."""
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
+"""Calls that cut a dimension in pieces."""
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
@@ -152,9 +154,9 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
     target = node.target
     if target in NORMS_OVER and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
         follow_norm(edit, node, found, lambda axis: mask(axis, keep))
-    elif target in _SIZES_AT:
-        _set_argument(node, _SIZES_AT[target], _new_sizes(edit, node, _SIZES_AT[target], found, keep))
-    elif target in _SPLITS:
+    elif target in SIZES_AT:
+        _set_argument(node, SIZES_AT[target], _new_sizes(edit, node, SIZES_AT[target], found, keep))
+    elif target in SPLITS:
         _follow_split(node, found, keep)
     elif target is aten.slice.Tensor:
         _follow_slice(node, found, keep)

@@ -10,7 +10,7 @@ from torch import fx
 
 from lissom.compiler import axis_views
 from lissom.compiler import node as nodes
-from lissom.compiler.axis import Axis, cut, divide, mark_normed, mark_whole, pin, unify
+from lissom.compiler.axis import Axis, cut, divide, mark_normed, mark_whole, pin, product, unify
 from lissom.compiler.axis_base import Dims, Known, Rule, Value, broadcast, dim_of, fresh, of, tensors, unknown
 from lissom.compiler.text import target_text
 from lissom.compiler.types import TensorType
@@ -203,6 +203,46 @@ def _rotary(node: fx.Node, known: Known) -> Value:
     return x
 
 
+def _grouped_product(node: fx.Node, known: Known) -> Value:
+    """Rows times the matrix of their expert; which expert is told by number."""
+    x, weight = of(node.args[0], known), of(node.args[1], known)
+    unify(x[1], weight[1], "contracted by a grouped product")
+    for dims in tensors(node, known):
+        for axis in dims:
+            pin(axis, f"no indices are taken from what {target_text(node.target)} reads")
+    pin(weight[2], "the features of a grouped product")
+    return (x[0], weight[2])
+
+
+def _rounded(node: fx.Node, known: Known) -> Value:
+    """Values rounded, or turned back: one for one, four-bit ones two for one along the last dimension."""
+    q, *grid = (of(item, known) for item in node.args if nodes.is_tensor(item))
+    sizes = nodes.tensor_type(node).shape
+    last = q[-1] if q[-1].size == sizes[-1] else product([q[-1], Axis(2)])
+    result = (*q[:-1], last)
+    for dims in grid:
+        for axis, whole in zip(dims, result, strict=bool(dims)):
+            if axis.size == 1:
+                continue
+            blocks = (whole, None) if axis.size == whole.size else divide(whole, axis.size)
+            if blocks is not None:
+                unify(blocks[0], axis, "blocks of equal scale")
+    for axis in (*result, *(item for dims in grid for item in dims)):
+        pin(axis, f"no rule for {target_text(node.target)}")
+    return result
+
+
+def _exchanged(node: fx.Node, known: Known) -> Value:
+    """Rows of a tensor exchanged for others, or all of it."""
+    dims, source = of(node.args[0], known), tensors(node, known)[-1]
+    for axis, other in zip(dims, source, strict=True):
+        if axis.size == other.size:
+            unify(axis, other, "rows of one tensor")
+    for axis in dims:
+        pin(axis, f"no rule for {target_text(node.target)}")
+    return dims
+
+
 def _convolution(node: fx.Node, known: Known) -> Value:
     x, weight = of(node.args[0], known), of(node.args[1], known)
     groups = nodes.argument(node, "groups")
@@ -305,3 +345,8 @@ _register(_count, "arange", "arange.start", "arange.start_step", "linspace", "ey
 RULES["lissom.attention.default"] = _attention
 RULES["lissom.linear_attention.default"] = _attention
 RULES["lissom.rotary.default"] = _rotary
+for _name in ("index_copy.default", "index_copy_.default", "copy_.default"):
+    RULES[f"aten.{_name}"] = _exchanged
+RULES["lissom.grouped_product.default"] = _grouped_product
+for _name in ("fake_quantize", "fake_quantize_dynamic", "dequantize"):
+    RULES[f"lissom.{_name}.default"] = _rounded

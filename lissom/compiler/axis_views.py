@@ -187,11 +187,23 @@ def slice_of(node: fx.Node, known: Known) -> Value:
     sizes = [bounds[0], bounds[1] - bounds[0], cast(int, axis.size) - bounds[1]] if bounds else []
     pieces = pieces_of(axis, [size for size in sizes if size > 0]) if sizes else None
     if pieces is None:
+        strided = every_nth(node, axis.size)
+        pair = divide(axis, cast(int, axis.size) // strided) if strided else None
         pin(axis, "cut by slice")
-        dims[index] = Axis(wanted, pinned="a piece of another axis")
+        dims[index] = pair[0] if pair else Axis(wanted, pinned="a piece of another axis")
     else:
         dims[index] = pieces[1 if sizes[0] > 0 else 0]
     return tuple(dims)
+
+
+def every_nth(node: fx.Node, size: Size) -> int:
+    """n for a slice that takes one index of each n of an axis, to its end, such as x[..., ::2]; 0 for any other."""
+    start, end, step = (nodes.argument(node, name) for name in ("start", "end", "step"))
+    fixed = isinstance(size, int) and isinstance(step, int) and isinstance(start or 0, int) and isinstance(end or size, int)
+    if not fixed:
+        return 0
+    size, step, start, end = (cast(int, item) for item in (size, step, start or 0, size if end is None else end))
+    return step if step > 1 and 0 <= start < step and end >= size and size % step == 0 else 0
 
 
 def reorder(node: fx.Node, known: Known) -> Value:

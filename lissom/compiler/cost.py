@@ -118,7 +118,7 @@ def cost(program: Program, sizes: Mapping[str, int] | None = None) -> Mapping[fx
     >>> program.signature.name_of(cost(program)[node].flops), cost(program, {"batch": 3})[node].flops
     ('64*batch', 192)
     """
-    numbers = _symbols(program, sizes or {})
+    numbers = size_numbers(program, sizes or {})
     return {node: found.at(numbers) for node, found in program.fact(_symbolic_costs).items()}
 
 
@@ -271,7 +271,7 @@ def _replace(value: Size, numbers: Mapping[sympy.Symbol, int]) -> Size:
     return int(str(found)) if found.is_Integer else cast(sympy.Expr, found)
 
 
-def _symbols(program: Program, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+def size_numbers(program: Program, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
     """The sizes by symbol, each checked against the signature."""
     signature = program.signature
     symbols = {dimension.name: symbol for symbol, dimension in signature.dimensions.items()}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
+
+from lissom.compiler.collectives import COLLECTIVES, stand_in, together
 
 Observer = Callable[[fx.Node, object], None]
 
@@ -33,9 +35,40 @@ def run(graph: fx.Graph, weights: nn.Module, inputs: Sequence[torch.Tensor], obs
     raise AssertionError("a graph ends in its output node")
 
 
+def run_ranks(
+    graph: fx.Graph,
+    ranks: Sequence[Mapping[str, torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    observe: Callable[[fx.Node, list[object]], list[object] | None] | None = None,
+) -> list[list[object]]:
+    """The flat outputs of each rank of a graph with collectives, all ranks run in lock-step in this process.
+
+    ranks: the weights of each, by name. observe: sees what every call gives on each rank, in order, and may give other values.
+    """
+    values: dict[fx.Node, list[object]] = {}
+    last_uses = last_uses_of(graph)
+    feed = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "output":
+            return [list(_with_values(node.args[0], lambda used, rank=rank: values[used][rank])) for rank in range(len(ranks))]
+        if node.op == "placeholder":
+            values[node] = [next(feed)] * len(ranks)
+        elif node.op == "get_attr":
+            values[node] = [weights[str(node.target)] for weights in ranks]
+        elif node.target in COLLECTIVES:
+            values[node] = [*together(node.target, cast("list[torch.Tensor]", values[node.args[0]]), node.args[1:])]
+        else:
+            values[node] = [call(node, lambda used, rank=rank: values[used][rank]) for rank in range(len(ranks))]
+        if node.op == "call_function" and observe is not None:
+            values[node] = observe(node, values[node]) or values[node]
+        for used in last_uses.get(node, ()):
+            del values[used]
+    raise AssertionError("a graph ends in its output node")
+
+
 def call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
     """The result of a call node, with the values of the nodes it reads."""
-    target = cast(Callable[..., object], node.target)
+    target = stand_in(node.target) or cast(Callable[..., object], node.target)
     return target(*_with_values(node.args, value_of), **_with_values(node.kwargs, value_of))
 
 

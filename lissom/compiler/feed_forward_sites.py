@@ -17,6 +17,7 @@ from lissom.compiler.linears import (
     is_activation,
     is_linear,
     is_pointwise,
+    is_quantizer,
     producers,
     residual_of,
     source,
@@ -93,7 +94,8 @@ def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSi
                 return None
             up[node] = None
             continue
-        if not (is_pointwise(node) or node.target in SHAPES or node.target in _BETWEEN or _norm_inside(node)):
+        passes = is_pointwise(node) or node.target in SHAPES or node.target in _BETWEEN or is_quantizer(node)
+        if not (passes or _norm_inside(node)):
             return None
         between.append(node)
         pending += node.all_input_nodes

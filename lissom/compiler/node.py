@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.types import TensorType, ValueType, type_of
+
+if TYPE_CHECKING:
+    from lissom.compiler.placements import Placed
 
 aten = torch.ops.aten
 
@@ -20,6 +23,7 @@ STATE_WRITES: tuple[torch._ops.OpOverload, ...] = (aten.copy_.default, *IN_PLACE
 """The operators that may write state."""
 _ORIGIN = "lissom_origin"
 _VALUE = "val"
+_PLACED = "lissom_placed"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,16 @@ def origin(node: fx.Node) -> Origin:
 def set_origin(node: fx.Node, value: Origin) -> None:
     """Record where the node came from."""
     node.meta[_ORIGIN] = value
+
+
+def placed(node: fx.Node) -> Placed | tuple[Placed, ...] | None:
+    """How what the node yields lies on ranks that share the program; None where no plan says so."""
+    return node.meta.get(_PLACED)
+
+
+def set_placed(node: fx.Node, value: Placed | tuple[Placed, ...]) -> None:
+    """Record how what the node yields lies on ranks."""
+    node.meta[_PLACED] = value
 
 
 def has_value(node: fx.Node) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
+import sympy
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.compiler import fake, text
-from lissom.compiler.execute import Observer, run
+from lissom.compiler import node as nodes
+from lissom.compiler.errors import PassError
+from lissom.compiler.execute import Observer, run, run_ranks
+from lissom.compiler.placements import REPLICATED, Placed, at_sizes, local_part, whole_of
 from lissom.compiler.signature import Signature
 
 Fact = TypeVar("Fact")
@@ -23,14 +27,24 @@ class Program:
     graph_module: the graph and, as attributes under their original names, the weights and buffers it reads.
     signature: the call it answers.
     state: the names of the buffers it may write; everything else is read only.
+    ranks: of a program cut for several ranks the weights of each, by name; empty for any other. The graph is the one all of
+        them run, and the weights of the program itself are those of the first.
     edits: counts the changes made, so that facts about the program can be remembered until the next one.
     """
 
-    def __init__(self, name: str, graph_module: fx.GraphModule, signature: Signature, state: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        graph_module: fx.GraphModule,
+        signature: Signature,
+        state: tuple[str, ...] = (),
+        ranks: tuple[Mapping[str, torch.Tensor], ...] = (),
+    ) -> None:
         self.name = name
         self.graph_module = graph_module
         self.signature = signature
         self.state = state
+        self.ranks = ranks
         self.edits = 0
         self._facts: dict[Callable[[Program], object], tuple[int, object]] = {}
 
@@ -77,6 +91,11 @@ class Program:
         path, _, leaf = name.rpartition(".")
         return getattr(self.graph_module.get_submodule(path), leaf)
 
+    def constant(self, node: fx.Node) -> torch.Tensor | None:
+        """The weight a node reads that no call writes; None for any other node."""
+        is_read = node.op == "get_attr" and str(node.target) not in self.state
+        return self.weight(str(node.target)) if is_read else None
+
     def has_weight(self, name: str) -> bool:
         """True when the program has a weight or buffer of that name."""
         return isinstance(self._attribute(name), torch.Tensor)
@@ -92,7 +111,15 @@ class Program:
         return owner
 
     def set_weight(self, name: str, tensor: torch.Tensor) -> None:
-        """Give the name a tensor in this program alone; programs that shared the old one keep it."""
+        """Give the name a tensor in this program alone; programs that shared the old one keep it.
+
+        Raises: PassError when the program is cut for several ranks.
+        """
+        if self.ranks:
+            raise PassError(
+                f"the weight '{name}' cannot be changed in a program cut for {len(self.ranks)} ranks, which hold parts of it; "
+                f"change it before `cut`, or in one rank's program, `program.of_rank(rank)`"
+            )
         path, _, leaf = name.rpartition(".")
         owner: nn.Module = self.graph_module
         for part in path.split(".") if path else ():
@@ -123,11 +150,76 @@ class Program:
         copied: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-        return Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
+        return Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state, self.ranks)
+
+    def of_rank(self, rank: int) -> Program:
+        """What one rank runs of a program cut for several: the same graph with collectives in it, and its own weights.
+
+        Raises: PassError when there is no such rank.
+        """
+        if not 0 <= rank < len(self.ranks):
+            count = f"{len(self.ranks)} ranks, 0 to {len(self.ranks) - 1}" if self.ranks else "no ranks; `cut` makes some"
+            raise PassError(f"{self.name} has no rank {rank}: it has {count}")
+        found = Program(self.name, self.copy().graph_module, self.signature, self.state)
+        for name in found.weights():
+            found.set_weight(name, self.ranks[rank][name])
+        return found
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """The buffers a call may write, those of every rank."""
+        return [weights[name] for weights in self.ranks for name in self.state] or [self.weight(name) for name in self.state]
+
+    def state_values(self) -> list[torch.Tensor]:
+        """What the buffers hold that a call may write, put together where ranks hold parts of them; copies."""
+        if not self.ranks:
+            return [self.weight(name).clone() for name in self.state]
+        reads = {str(node.target): node for node in self.graph.nodes if node.op == "get_attr"}
+        found = list[torch.Tensor]()
+        for name in self.state:
+            placed = _placed(reads[name])
+            parts = [weights[name] for weights in self.ranks]
+            shape = [sum(cast(int, span.whole) for span in placed.spans(dim)) or n for dim, n in enumerate(parts[0].shape)]
+            found.append(whole_of(parts, placed, shape).clone())
+        return found
 
     def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
-        """The flat outputs for flat inputs, without checks; gradients flow unless they are switched off."""
+        """The flat outputs for flat inputs, without checks; gradients flow unless they are switched off.
+
+        A program cut for several ranks runs all of them in lock-step, and shows the values its ranks hold parts of.
+        """
+        if self.ranks:
+            return self.run_ranks(inputs, observe)[0]
         return run(self.graph, self.graph_module, inputs, observe)
+
+    def run_ranks(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[list[object]]:
+        """The flat outputs of every rank of a program cut for several."""
+        if observe is None:
+            return run_ranks(self.graph, self.ranks, inputs)
+        show = observe
+        return run_ranks(self.graph, self.ranks, inputs, lambda node, parts: show(node, self.whole(node, parts, inputs)))
+
+    def whole(self, node: fx.Node, parts: Sequence[object], inputs: Sequence[torch.Tensor]) -> object:
+        """The value that the ranks hold these parts of, as far as the node's placement tells; inputs: of the call."""
+        placed = _placed(node)
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        if placed.is_replicated or len(tensors) < len(parts):
+            return parts[0]
+        settled = at_sizes(placed, self._sizes(inputs))
+        shape = [sum(cast(int, span.whole) for span in settled.spans(dim)) or n for dim, n in enumerate(tensors[0].shape)]
+        return whole_of(tensors, settled, shape)
+
+    def parts(self, node: fx.Node, value: object, inputs: Sequence[torch.Tensor]) -> list[object] | None:
+        """The parts of a value that each rank holds; None where it is no tensor."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        placed = at_sizes(_placed(node), self._sizes(inputs))
+        return [local_part(value, placed, rank) for rank in range(len(self.ranks))]
+
+    def _sizes(self, inputs: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
+        found: dict[object, int] = {}
+        for node, tensor in zip(self.placeholders, inputs, strict=True):
+            found.update(zip(nodes.tensor_type(node).shape, tensor.shape, strict=True))
+        return {size: number for size, number in found.items() if isinstance(size, sympy.Symbol)}
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the program as the original model is called; gradients flow unless they are switched off.
@@ -162,6 +254,11 @@ class Program:
 
 def _fake_mode_of(program: Program) -> FakeTensorMode:
     return fake.fake_mode(program.graph)
+
+
+def _placed(node: fx.Node) -> Placed:
+    found = nodes.placed(node)
+    return found if isinstance(found, Placed) else REPLICATED
 
 
 def _has_effect(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
-from lissom.compiler.execute import call
+from lissom.compiler.execute import call, run_ranks
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.verify import compare, kept_state, lasting, run_samples, worst_error
@@ -128,6 +128,8 @@ def _forced_error(before: Program, after: Program, sample: Sample) -> float:
     known: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
         wanted = before.run(sample, lambda node, value: known.update({node.name: lasting(node, value)}))
+    if after.ranks:
+        return _forced_ranks(after, sample, known, wanted)
     values: dict[fx.Node, object] = dict(zip(after.placeholders, sample, strict=True))
     worst = 0.0
     with torch.no_grad(), kept_state(after):
@@ -142,6 +144,24 @@ def _forced_error(before: Program, after: Program, sample: Sample) -> float:
                     values[node] = known[name]
     results = [values[item] if isinstance(item, fx.Node) else item for item in after.output.args[0]]  # pyright: ignore
     return max(worst, compare([wanted], [results]).relative_error)
+
+
+def _forced_ranks(after: Program, sample: Sample, known: dict[str, object], wanted: list[object]) -> float:
+    """The same for a program cut for several ranks, which are given their parts of the values."""
+    worst = 0.0
+
+    def force(node: fx.Node, parts: list[object]) -> list[object] | None:
+        nonlocal worst
+        name = node.name if node.name in known else nodes.origin(node).replaces
+        found = after.whole(node, parts, sample)
+        if name not in known or not _alike(known[name], found):
+            return None
+        worst = max(worst, worst_error(known[name], found))
+        return after.parts(node, known[name], sample)
+
+    with torch.no_grad(), kept_state(after):
+        results = run_ranks(after.graph, after.ranks, sample, force)
+    return max(worst, compare([wanted], [results[0]]).relative_error)
 
 
 def _alike(wanted: object, found: object) -> bool:

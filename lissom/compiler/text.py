@@ -30,7 +30,7 @@ def _weight_lines(program: Program) -> list[str]:
     reads = [node for node in program.graph.nodes if node.op == "get_attr"]
     state = set(program.state)
     return [
-        f"@{node.target}: {_type_text(program, node)}" + (" state" if node.target in state else "")
+        f"@{node.target}: {_type_text(program, node)}{_placement_text(node)}" + (" state" if node.target in state else "")
         for node in sorted(reads, key=lambda node: str(node.target))
     ]
 
@@ -47,11 +47,21 @@ def node_text(program: Program, node: fx.Node) -> str:
     arguments += [f"{key}={argument_text(item)}" for key, item in node.kwargs.items()]
     path = nodes.origin(node).module_path
     place = f"  # {path}" if path else ""
-    return f"%{node.name}: {_type_text(program, node)} = {target_text(node.target)}({', '.join(arguments)}){place}"
+    type_ = f"{_type_text(program, node)}{_placement_text(node)}"
+    return f"%{node.name}: {type_} = {target_text(node.target)}({', '.join(arguments)}){place}"
 
 
 def _type_text(program: Program, node: fx.Node) -> str:
     return format_type(nodes.node_type(node), program.signature.name_of) if nodes.has_value(node) else "untyped"
+
+
+def _placement_text(node: fx.Node) -> str:
+    """How the value lies on ranks, where a plan says so and it is not whole on each: ` Shard(2)`, ` Partial`."""
+    found = nodes.placed(node)
+    parts = found if isinstance(found, tuple) else (found,)
+    if all(item is None or item.is_replicated for item in parts):
+        return ""
+    return " " + ", ".join(dict.fromkeys(map(str, parts)))
 
 
 def target_text(target: object) -> str:

@@ -196,7 +196,7 @@ def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object
     outputs = []
     for sample in samples:
         with torch.no_grad(), kept_state(program):
-            outputs.append([*program.run(sample), *(program.weight(name).clone() for name in program.state)])
+            outputs.append([*program.run(sample), *program.state_values()])
     return outputs
 
 
@@ -226,12 +226,12 @@ def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
 @contextmanager
 def kept_state(program: Program) -> Generator[None]:
     """Put the program's state back to what it was."""
-    saved = {name: program.weight(name).clone() for name in program.state}
+    saved = [(tensor, tensor.clone()) for tensor in program.state_tensors()]
     try:
         yield
     finally:
-        for name, tensor in saved.items():
-            program.weight(name).copy_(tensor)
+        for tensor, value in saved:
+            tensor.copy_(value)
 
 
 def compare(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> Divergence:

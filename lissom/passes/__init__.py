@@ -36,6 +36,8 @@ from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
+from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.shard import Shard
 from lissom.passes.precision.cast import Cast
 from lissom.passes.precision.fold_casts import FoldCasts
 from lissom.passes.precision.sink_casts import SinkCasts
@@ -117,6 +119,8 @@ PASSES: Mapping[str, type[Pass]] = {
         FuseMergedAttention,
         PackSparse,
         WriteStateInPlace,
+        Shard,
+        Cut,
     )
 }
 

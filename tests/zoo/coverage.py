@@ -275,8 +275,11 @@ def write_page(path: Path, records: Sequence[Record]) -> None:
 
 def write_dynamo(path: Path, records: Sequence[Record]) -> None:
     """Write what was found under `torch.compile` into the page, behind the rest."""
-    rest = path.read_text(encoding="utf-8").partition(_DYNAMO)[0].rstrip("\n") if path.exists() else ""
-    path.write_text(f"{rest}\n\n{dynamo_section(records)}".lstrip("\n"), encoding="utf-8")
+    rest, _, told = path.read_text(encoding="utf-8").partition(_DYNAMO) if path.exists() else ("", "", "")
+    # The section on sharding is of another run, and stays.
+    _, found, behind = told.partition("\n## ")
+    text = "\n\n".join([rest.rstrip("\n"), dynamo_section(records)])
+    path.write_text(f"{text}{found}{behind}".lstrip("\n"), encoding="utf-8")
 
 
 def dynamo_section(records: Sequence[Record]) -> str:

@@ -1,0 +1,75 @@
+"""Collectives in a program, what stands in for them, and the ranks of a program run in lock-step in one process.
+
+The operators are `torch.distributed`'s functional ones. Where there is no process group, one rank's program runs with
+stand-ins: a sum over ranks is the rank's own part, a gathering that many copies of it. So it can be checked and lowered alone;
+its numbers are then no answer, but the same before and after an exact pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+
+collective = torch.ops._c10d_functional
+
+GROUP = "0"
+"""The name torch gives the group of all processes."""
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, WAIT = (
+    collective.all_reduce.default,
+    collective.all_gather_into_tensor.default,
+    collective.reduce_scatter_tensor.default,
+    collective.wait_tensor.default,
+)
+COLLECTIVES: tuple[torch._ops.OpOverload, ...] = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER)
+"""The operators that communicate."""
+
+_REDUCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda parts: parts.sum(0),
+    "max": lambda parts: parts.amax(0),
+}
+
+
+def _alone_reduce(x: torch.Tensor, reduction: str, group: str) -> torch.Tensor:
+    return x.clone()
+
+
+def _alone_gather(x: torch.Tensor, ways: int, group: str) -> torch.Tensor:
+    return torch.cat([x] * ways)
+
+
+def _alone_scatter(x: torch.Tensor, reduction: str, ways: int, group: str) -> torch.Tensor:
+    return x.narrow(0, 0, x.shape[0] // ways).clone()
+
+
+def _alone_wait(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+STAND_INS: Mapping[object, Callable[..., object]] = {
+    ALL_REDUCE: _alone_reduce,
+    ALL_GATHER: _alone_gather,
+    REDUCE_SCATTER: _alone_scatter,
+    WAIT: _alone_wait,
+}
+"""What is called in place of a collective where there is no process group."""
+
+
+def stand_in(target: object) -> Callable[..., object] | None:
+    """What is called in place of a target; None where the target itself is."""
+    if target not in STAND_INS or torch.distributed.is_initialized():
+        return None
+    return STAND_INS[target]
+
+
+def together(target: object, parts: Sequence[torch.Tensor], options: Sequence[object]) -> list[torch.Tensor]:
+    """What each rank gets from a collective that all ranks call, from what each gives.
+
+    options: the arguments behind the tensor.
+    """
+    ways = len(parts)
+    if target is ALL_GATHER:
+        return [torch.cat([*parts])] * ways
+    reduced = _REDUCTIONS[cast(str, options[0])](torch.stack([*parts]))
+    return [reduced] * ways if target is ALL_REDUCE else [*reduced.chunk(ways)]

@@ -1,0 +1,236 @@
+"""The plan of tensor parallelism: how every value of a program lies on the ranks, and what has to be communicated.
+
+Sites say which axes are cut (`shard_sites.py`); their weights are then cut wherever these axes occur, and one rule an operator
+(`placement_rules.py`) says how results lie. Where a value does not lie as what reads it wants, it is redistributed. Weights
+that no axis names, such as a bias behind a sum over ranks, lie as what reads them wants.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.axes import Axes, axes
+from lissom.compiler.axis import Axis
+from lissom.compiler.placement_base import Reading, is_weight
+from lissom.compiler.placement_rules import outcome, rule_of
+from lissom.compiler.placements import REPLICATED, Placed, Spans, sharded
+from lissom.compiler.program import Program
+from lissom.compiler.removal import feature_dim
+from lissom.compiler.shard_sites import ShardSite, linear_layers, shard_sites, spans_of
+from lissom.compiler.text import target_text
+
+Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """A value that has to lie otherwise for what reads it.
+
+    value: what is moved. reader: the first that wants it so. have, want: how it lies and how it shall. steps: `all-reduce`,
+    `all-gather`, `slice` and `mask` (one rank keeps it, the others have zeros), in order.
+    """
+
+    value: fx.Node
+    reader: fx.Node
+    have: Placed
+    want: Placed
+    steps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a program is shared by `ways` ranks.
+
+    placed: for every node how what it yields lies. sites: what is cut. left: what could be and is not, with the reason in
+    `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read values
+    which were cut.
+    """
+
+    ways: int
+    placed: Mapping[fx.Node, Placed | tuple[Placed, ...]]
+    sites: tuple[ShardSite, ...]
+    left: tuple[ShardSite, ...]
+    moves: tuple[Redistribution, ...]
+    gathered: tuple[fx.Node, ...]
+
+
+class _RefusedError(Exception):
+    """A site cannot be cut; args: its number, the reason."""
+
+
+def make_plan(
+    program: Program, ways: int, *, whole: Mapping[fx.Node, str] | None = None, layers: Mapping[fx.Node, str] | None = None
+) -> Plan:
+    """The plan for a program. whole: sites the user wants on every rank, by their node, with the pattern that says so.
+    layers: linear layers the user names, each `column-wise` or `row-wise`.
+    """
+    found, whole, layers = program.fact(axes), whole or {}, layers or {}
+    sites = [
+        ShardSite(site.kind, site.node, site.path, {}, f"the plan says so: {whole[site.node]}") if site.node in whole else site
+        for site in shard_sites(program, ways, layers)
+    ]
+    left = [site for site in sites if site.obstacle]
+    sites = [site for site in sites if not site.obstacle]
+    while True:
+        try:
+            placed, moves, gathered = _Planner(program, found, sites, ways).run()
+        except _RefusedError as refusal:
+            number, reason = cast("tuple[int, str]", refusal.args)
+            site = sites.pop(number)
+            left.append(ShardSite(site.kind, site.node, site.path, {}, reason))
+            continue
+        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered)
+
+
+class _Planner:
+    """One attempt at a plan for some sites."""
+
+    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], ways: int) -> None:
+        self.program = program
+        self.found = found
+        self.ways = ways
+        self.cuts: dict[Axis, tuple[int, int, int]] = {}
+        for number, site in enumerate(sites):
+            for atom, cut in site.cuts.items():
+                self.cuts.setdefault(atom.find(), (*cut, number))
+        self.weights = {
+            node: self._by_axes(node) for node in program.graph.nodes if node.op == "get_attr" and nodes.is_tensor(node)
+        }
+        self.fixed: set[fx.Node] = set()
+
+    def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...]]:
+        """The placements once weights lie as what reads them wants.
+
+        Raises: _RefusedError.
+        """
+        while True:
+            known, wants, gathered = self._propagate()
+            if not self._adapt(known, wants):
+                return known, self._moves(known, wants), gathered
+
+    def cut(self, node: fx.Node, dim: int) -> Spans:
+        """How the plan cuts a dimension of a value, told from its axis."""
+        spans = spans_of(self.found.axis(node, dim), self.cuts)
+        if spans is None:
+            atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
+            number = next(self.cuts[atom][2] for atom in atoms if atom in self.cuts)
+            raise _RefusedError(number, f"'{node.name}' mixes what would be cut with other things along dimension {dim}")
+        return spans
+
+    def _by_axes(self, weight: fx.Node) -> Placed:
+        return sharded(*((dim, self.cut(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
+
+    def _propagate(self) -> tuple[Known, dict[fx.Node, list[tuple[fx.Node, Placed]]], tuple[fx.Node, ...]]:
+        """The placement of every value, how each is wanted by what reads it, and the operators without a rule that gather."""
+        known: Known = {}
+        wants: dict[fx.Node, list[tuple[fx.Node, Placed]]] = defaultdict(list)
+        gathered: list[fx.Node] = []
+        read = Reading(known, self.cut, self.ways, self.program.constant)
+        for node in self.program.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                known[node] = self.weights.get(node, REPLICATED)
+                continue
+            if node.op == "output":
+                for used in node.all_input_nodes:
+                    wants[used].append((node, REPLICATED))
+                continue
+            found = outcome(node, read)
+            if found.reason:
+                self._refuse(node, known, found.reason)
+            if rule_of(node) is None and any(not read.of(item).partial for item in found.wants):
+                gathered.append(node)
+            known[node] = found.result
+            for used in node.all_input_nodes:
+                have = known[used]
+                if isinstance(have, Placed):
+                    wants[used].append((node, found.wants.get(used, have)))
+        return known, wants, tuple(gathered)
+
+    def _adapt(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> bool:
+        """Let weights lie as all that reads them wants; whole where readers differ. True when one was changed."""
+        changed = False
+        for weight, have in self.weights.items():
+            wanted = {want for _, want in wants[weight]}
+            new = wanted.pop() if len(wanted) == 1 else have if wanted in (set(), {have}) else REPLICATED
+            if new == have or (weight in self.fixed and new != REPLICATED):
+                continue
+            if have.is_sharded or len({want for _, want in wants[weight]}) > 1:
+                self.fixed.add(weight)
+            self.weights[weight] = new
+            changed = True
+        return changed
+
+    def _moves(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> tuple[Redistribution, ...]:
+        moves: dict[tuple[fx.Node, Placed], Redistribution] = {}
+        for value, readers in wants.items():
+            have = known[value]
+            for reader, want in readers:
+                if not isinstance(have, Placed) or have == want or (value, want) in moves:
+                    continue
+                steps = redistribution_steps(have, want, self.ways)
+                weight = is_weight(value) and have.is_sharded
+                if steps is None or weight:
+                    what = target_text(reader.target) if reader.op == "call_function" else "the output"
+                    self._refuse(reader, known, f"'{reader.name}' ({what}) needs '{value.name}' as {want}, not {have}")
+                moves[value, want] = Redistribution(value, reader, have, want, steps or ())
+        order = {node: index for index, node in enumerate(self.program.graph.nodes)}
+        return tuple(sorted(moves.values(), key=lambda move: order[move.reader]))
+
+    def _refuse(self, node: fx.Node, known: Known, reason: str) -> None:
+        """Give up the site whose cut meets a call that does not take it.
+
+        Raises: _RefusedError.
+        """
+        for used in node.all_input_nodes:
+            have = known.get(used)
+            for item in (have,) if isinstance(have, Placed) else have or ():
+                for _, spans in item.dims:
+                    raise _RefusedError(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
+        raise AssertionError(f"no argument of '{node.name}' is cut: {reason}")
+
+
+def redistribution_steps(have: Placed, want: Placed, ways: int) -> tuple[str, ...] | None:
+    """The steps from one placement to another, `all-reduce`, `all-gather`, `mask` and `slice`; None where there is no way."""
+    steps: list[str] = []
+    if have.partial:
+        steps.append("all-reduce")
+    elif have.is_sharded:
+        if not can_gather(have, ways):
+            return None
+        steps.append("all-gather")
+    if want.partial:
+        steps.append("mask")
+    elif want.is_sharded:
+        if not all(_is_fixed(spans) for _, spans in want.dims):
+            return None
+        steps.append("slice")
+    return tuple(steps)
+
+
+def can_gather(placed: Placed, ways: int) -> bool:
+    """True when the blocks of all ranks laid end to end are the value: one stretch, a block a rank."""
+    if len(placed.dims) != 1:
+        return False
+    spans = placed.dims[0][1]
+    return len(spans) == 1 and spans[0].outer == 1 and spans[0].parts == ways
+
+
+def _is_fixed(spans: Spans) -> bool:
+    return all(isinstance(size, int) for span in spans for size in (span.outer, span.size, span.inner))
+
+
+def sharded_share(program: Program) -> float:
+    """The share of the weights of linear layers, mixtures of experts included, that the program's placements cut."""
+    total, cut = 0, 0
+    for weight in dict.fromkeys(weight for node, weight in linear_layers(program) if feature_dim(node) == -1):
+        placed = nodes.placed(weight)
+        count = program.weight(str(weight.target)).numel()
+        total += count
+        cut += count if isinstance(placed, Placed) and placed.is_sharded else 0
+    return cut / total if total else 1.0

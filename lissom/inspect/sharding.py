@@ -1,0 +1,173 @@
+"""A plan of tensor parallelism as a table: what each layer's weights are cut along, what a rank holds, what is communicated."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import sympy
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.cost import example_sizes, size_numbers
+from lissom.compiler.placements import Placed, local_size
+from lissom.compiler.program import Program
+from lissom.compiler.sharding import Plan, Redistribution
+from lissom.compiler.structure import structure
+from lissom.compiler.types import Size
+from lissom.inspect.roofline import digits, plain_table, sizes_text
+
+
+@dataclass(frozen=True)
+class Link:
+    """What connects the ranks. latency_seconds: of one message. bytes_per_second: of one rank's link, in one direction."""
+
+    latency_seconds: float
+    bytes_per_second: float
+
+    def seconds(self, sent_bytes: float, messages: int) -> float:
+        """latency · messages + bytes / bandwidth."""
+        return self.latency_seconds * messages + sent_bytes / self.bytes_per_second
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one collective costs.
+
+    payload_bytes: of the whole value. sent_bytes: what each rank sends. messages: how many, one behind another.
+
+    On a ring of N ranks an all-gather sends (N - 1) / N of the value in N - 1 messages, and an all-reduce twice that: Thakur,
+    Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in MPICH", §4.
+    """
+
+    kind: str
+    payload_bytes: float
+    sent_bytes: float
+    messages: int
+
+
+def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
+    """The collectives of a redistribution. numbers: the sizes of a call."""
+    typed = nodes.tensor_type(move.value)
+    payload = math.prod(_number(size, numbers) for size in typed.shape) * typed.dtype.itemsize
+    found: list[Traffic] = []
+    for step in move.steps:
+        rounds = {"all-reduce": 2, "all-gather": 1}.get(step, 0)
+        if rounds:
+            sent = rounds * payload * (plan.ways - 1) / plan.ways
+            found.append(Traffic(step, payload, sent, rounds * (plan.ways - 1)))
+    return found
+
+
+def ranges_found(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
+    """The small all-reduces that find the range of values which are rounded in parts, two numbers a token."""
+    found: list[tuple[fx.Node, Traffic]] = []
+    for node, placed in plan.placed.items():
+        if str(node.target) != "lissom.fake_quantize_dynamic.default" or not isinstance(placed, Placed):
+            continue
+        typed = nodes.tensor_type(node)
+        if placed.spans(typed.rank - 1):
+            payload = 2 * math.prod(_number(size, numbers) for size in typed.shape[:-1]) * typed.dtype.itemsize
+            rounds = 2 * (plan.ways - 1)
+            found.append((node, Traffic("all-reduce", payload, rounds * payload / plan.ways, rounds)))
+    return found
+
+
+def _number(size: Size, numbers: Mapping[sympy.Symbol, int]) -> int:
+    return int(size.xreplace({a: sympy.Integer(b) for a, b in numbers.items()})) if isinstance(size, sympy.Basic) else size  # pyright: ignore
+
+
+def rank_bytes(weight: fx.Node, placed: Placed) -> int:
+    """The bytes a rank holds of a weight."""
+    typed = nodes.tensor_type(weight)
+    sizes = [local_size(placed.spans(dim), size) for dim, size in enumerate(typed.shape)]
+    return math.prod(cast("list[int]", sizes)) * typed.dtype.itemsize
+
+
+def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link: Link) -> Table:
+    """One row a layer: how its weights lie, the bytes of them a rank holds, its collectives, and the least time these take.
+
+    sizes: numbers for dimensions by name; the others are those of the example.
+
+    Raises: UnsupportedError for a dimension the program does not have, or a size it does not take.
+    """
+    chosen = example_sizes(program) | dict(sizes)
+    numbers = size_numbers(program, chosen)
+    layers = [layer.path for layer in program.fact(structure).layers]
+    rows: dict[str, _Row] = {path: _Row() for path in [*layers, "other"]}
+    for node, placed in plan.placed.items():
+        if node.op == "get_attr" and isinstance(placed, Placed) and nodes.is_tensor(node):
+            rows[_layer(str(node.target), layers)].weights.append((node, placed))
+    pairs = [(move.value, item) for move in plan.moves for item in traffic(plan, move, numbers)]
+    for node, item in [*pairs, *ranges_found(plan, numbers)]:
+        rows[_layer(nodes.origin(node).module_path, layers)].traffic.append(item)
+    table = plain_table(
+        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, _tokens(plan, numbers), rows)
+    )
+    for heading in ("layer", "weights cut along", "collectives"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("MB of\na rank", "% of\nwhole", "KB\nreduced or\ngathered", "ms"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    total = _Row()
+    for name, row in rows.items():
+        total.weights += row.weights
+        total.traffic += row.traffic
+        table.add_row(Text(name), Text(_placements(row.weights, name)), Text(_kinds(row.traffic)), *_numbers(row, link))
+    table.add_section()
+    table.add_row("all", "", _kinds(total.traffic), *_numbers(total, link))
+    return table
+
+
+class _Row:
+    """What belongs to one layer: weights with how they lie, and collectives."""
+
+    def __init__(self) -> None:
+        self.weights: list[tuple[fx.Node, Placed]] = []
+        self.traffic: list[Traffic] = []
+
+
+def _layer(path: str, layers: Sequence[str]) -> str:
+    return next((layer for layer in layers if path == layer or path.startswith(f"{layer}.")), "other")
+
+
+def _placements(weights: Sequence[tuple[fx.Node, Placed]], layer: str) -> str:
+    """`Shard(0): mlp.up.weight, mlp.gate.weight` for each placement but `Replicate`."""
+    groups: dict[str, list[str]] = {}
+    for node, placed in weights:
+        if not placed.is_replicated:
+            groups.setdefault(str(placed), []).append(str(node.target).removeprefix(f"{layer}."))
+    return "\n".join(f"{how}: {', '.join(names)}" for how, names in sorted(groups.items())) or "nothing"
+
+
+def _kinds(items: Sequence[Traffic]) -> str:
+    counts = Counter(item.kind for item in items)
+    return ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items())
+
+
+def _numbers(row: _Row, link: Link) -> list[str]:
+    held = sum(rank_bytes(node, placed) for node, placed in row.weights)
+    whole = sum(rank_bytes(node, Placed()) for node, _ in row.weights)
+    payload = sum(item.payload_bytes for item in row.traffic)
+    seconds = sum(link.seconds(item.sent_bytes, item.messages) for item in row.traffic)
+    return [digits(held / 1e6), f"{100 * held / whole:.1f}" if whole else "", digits(payload / 1e3), digits(1e3 * seconds)]
+
+
+def _tokens(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> int:
+    """How many tokens a call has: as many as the value with the most of them that is redistributed."""
+    shapes = [nodes.tensor_type(move.value).shape[:-1] for move in plan.moves if move.steps]
+    return max((math.prod(_number(size, numbers) for size in shape) for shape in shapes), default=1)
+
+
+def _caption(link: Link, tokens: int, rows: Mapping[str, _Row]) -> str:
+    """What the numbers mean, and how much is communicated for each token of the call."""
+    payload = sum(item.payload_bytes for row in rows.values() for item in row.traffic)
+    sent = sum(item.sent_bytes for row in rows.values() for item in row.traffic)
+    return (
+        f"Each token: {payload / tokens / 1e3:.3g} KB reduced or gathered, {sent / tokens / 1e3:.3g} KB sent by each rank.\n"
+        f"Times are those of rings: {link.latency_seconds * 1e6:g} µs a message, {link.bytes_per_second / 1e9:g} GB/s a link."
+    )

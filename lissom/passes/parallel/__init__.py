@@ -1,0 +1,1 @@
+"""Passes that share a program among ranks."""

@@ -1,0 +1,58 @@
+"""Cut a program that `shard` has planned: one graph for all ranks, with collectives, and the weights of each rank.
+
+Values that do not lie as what reads them wants are redistributed: a sum over ranks by an all-reduce, parts by an all-gather, a
+part of a whole value by a look-up of the rank's own indices. A vocabulary cut by rows is looked up where a rank has the row:
+
+    own = ids - first row;   held = clamp(own, 0, rows - 1);   embedding(table, held), zeros where own ≠ held
+
+Sizes written into the program become those of a rank. Weights are views of the originals where a rank's indices are neighbours,
+copies elsewhere. What a quantized layer reads is rounded with the range of all ranks' parts, which a small all-reduce finds.
+
+The program holds all ranks and runs them in lock-step, so it is checked like any other; `program.of_rank(rank)` is what one
+process runs. Shoeybi et al. 2019, arXiv:1909.08053, §3; the operators are those of `torch.distributed._functional_collectives`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.cutting import cut_program
+from lissom.compiler.editor import Editor
+from lissom.compiler.kinds import Requirement, Rewrite
+from lissom.compiler.placements import Placed
+from lissom.compiler.program import Program
+
+
+def _first_without_placement(program: Program) -> fx.Node | None:
+    return next((node for node in program.graph.nodes if node.op != "output" and nodes.placed(node) is None), None)
+
+
+@dataclass(frozen=True)
+class Cut(Rewrite):
+    """Carries out the plan of `shard`: collectives where values are redistributed, and a part of the weights for each rank."""
+
+    requires = (
+        Requirement("every value has a placement on ranks", _first_without_placement, "put shard right before this pass"),
+    )
+
+    def run(self, edit: Editor) -> None:
+        ways = _ways(edit.program)
+        if ways < 2:
+            edit.note("nothing is cut: the plan leaves every value whole")
+            return
+        cut_program(edit, ways)
+        edit.note(f"the program is that of each of {ways} ranks; `program.of_rank(rank)` has one rank's weights")
+
+
+def _ways(program: Program) -> int:
+    """How many ranks the plan is for: as many as the most parts there are."""
+    found = [placed for node in program.graph.nodes for placed in _placements(node)]
+    return max((span.parts for placed in found for _, spans in placed.dims for span in spans), default=1)
+
+
+def _placements(node: fx.Node) -> tuple[Placed, ...]:
+    placed = nodes.placed(node)
+    return placed if isinstance(placed, tuple) else () if placed is None else (placed,)

@@ -1,0 +1,114 @@
+"""Plan how ranks share a program: how every value lies on them, and where they have to communicate.
+
+Layers are cut in pairs, the first by columns and the second by rows, so that each rank computes its heads and its neurons from
+end to end, and one sum over the ranks ends the pair:
+
+    Y = f(X [A₁ A₂]) [B₁; B₂] = f(X A₁) B₁ + f(X A₂) B₂                            one all-reduce
+
+So a standard layer has two all-reduces, one behind its attention and one behind its feed-forward; a layer that computes both
+side by side has one. Embeddings and output heads are cut by vocabulary, mixtures of experts within each expert, and key/value
+groups go with the heads that read them. A rank holds a bias of a layer cut by rows, the others zeros. Where an axis does not
+divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
+
+Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
+result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets them whole. The
+program stays as it is; `cut` carries the plan out.
+
+Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
+arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import fx
+
+from lissom.compiler import node as nodes
+from lissom.compiler.editor import Editor
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.kinds import Annotation
+from lissom.compiler.linears import weight_of
+from lissom.compiler.protection import is_path_protected
+from lissom.compiler.shard_sites import linear_layers, shard_sites
+from lissom.compiler.sharding import Plan, make_plan
+from lissom.compiler.text import target_text
+
+_LAYER_WORDS = ("column-wise", "row-wise")
+
+
+@dataclass(frozen=True)
+class Shard(Annotation):
+    """Places every value of the program on ranks that share it.
+
+    ways: how many ranks, 2 or more.
+    plan: what shall be otherwise, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern is that of a
+        module path and covers what the module holds: `*.mlp:replicate`. The first leaves sites whole on every rank, the others
+        cut linear layers that belong to no site.
+    """
+
+    ways: int
+    plan: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.ways < 2:
+            raise ValueError(f"ways is {self.ways}; it takes 2 ranks or more to share a program")
+        for entry in self.plan:
+            pattern, _, how = entry.rpartition(":")
+            if not pattern or how not in ("replicate", *_LAYER_WORDS):
+                raise ValueError(f"plan has '{entry}'; write PATTERN:replicate, PATTERN:column-wise or PATTERN:row-wise")
+
+    def run(self, edit: Editor) -> None:
+        if edit.program.ranks:
+            raise UnsupportedError(f"shard: the program is cut for {len(edit.program.ranks)} ranks already")
+        whole, layers = self._overrides(edit)
+        found = make_plan(edit.program, self.ways, whole=whole, layers=layers)
+        for node, placed in found.placed.items():
+            nodes.set_placed(node, placed)
+        edit.rewritten += len(found.sites)
+        for site in found.left:
+            edit.skip(site.node, f"its {site.kind} stays whole on every rank: {site.obstacle}")
+        for node in found.gathered:
+            edit.skip(node, f"no rule says how {target_text(node.target)} works on parts; it gets its arguments whole")
+        for sentence in _notes(found):
+            edit.note(sentence)
+
+    def _overrides(self, edit: Editor) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
+        """The sites to leave whole, with the entry that says so, and the layers to cut, with how.
+
+        Raises: UnsupportedError when an entry fits nothing.
+        """
+        whole: dict[fx.Node, str] = {}
+        layers: dict[fx.Node, str] = {}
+        for entry in self.plan:
+            pattern, _, how = entry.rpartition(":")
+            if how == "replicate":
+                fits = {s.node: entry for s in shard_sites(edit.program, self.ways, {}) if is_path_protected(s.path, pattern)}
+                whole |= fits
+            else:
+                pairs = [node for node, _ in linear_layers(edit.program) if weight_of(node) is not None]
+                fits = {node: how for node in pairs if fnmatchcase(nodes.origin(node).module_path, pattern)}
+                layers |= fits
+            if not fits:
+                raise UnsupportedError(f"shard: plan has '{entry}', but no module that is cut has a path like '{pattern}'")
+        return whole, layers
+
+
+def _notes(found: Plan) -> list[str]:
+    """The plan in sentences: what is cut, what was added to make blocks even, what is communicated."""
+    kinds = Counter(site.kind for site in found.sites)
+    sites = ", ".join(f"{count} {kind}{'s' if count > 1 and kind != 'experts' else ''}" for kind, count in kinds.items())
+    steps = Counter(step for move in found.moves for step in move.steps)
+    moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items())
+    sentences = [f"on {found.ways} ranks: {sites or 'nothing'} cut; {moves or 'nothing'} to redistribute"]
+    for site in found.sites:
+        padded = [
+            f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
+            for atom, (parts, _) in site.cuts.items()
+            if int(atom.size) % parts
+        ]  # pyright: ignore
+        if padded:
+            sentences.append(f"zeros make blocks of the {site.kind} at {site.path} even: {', '.join(padded)}")
+    return sentences

@@ -1,0 +1,93 @@
+"""What tests of sharding share: canonical programs of small models of many families, cut and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import transformers
+
+from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE
+from lissom.compiler.history import History
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.spelling import parse_pipeline
+from lissom.passes import PASSES, RECIPES
+from tests.models import Case, seeded, tokens
+from tests.zoo.removal import canonical
+
+_SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+
+
+def _causal(name: str, config: transformers.PretrainedConfig) -> Case:
+    config.use_cache = False
+    model = seeded(lambda: getattr(transformers, name)(config))
+    return Case(model, {"input_ids": tokens()})
+
+
+def _t5() -> Case:
+    config = transformers.T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", use_cache=False
+    )
+    model = seeded(lambda: transformers.T5ForConditionalGeneration(config))
+    return Case(model, {"input_ids": tokens(), "decoder_input_ids": tokens(2, 4, seed=1), "use_cache": False})
+
+
+def _vit() -> Case:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
+    )
+    return Case(seeded(lambda: transformers.ViTModel(config)), {"pixel_values": torch.rand(2, 3, 16, 16)})
+
+
+MODELS: dict[str, Callable[[], Case]] = {
+    "llama": lambda: _causal("LlamaForCausalLM", transformers.LlamaConfig(**_GROUPED)),
+    "gemma3": lambda: _causal("Gemma3ForCausalLM", transformers.Gemma3TextConfig(**_GROUPED, head_dim=8, sliding_window=4)),
+    "neox": lambda: _causal("GPTNeoXForCausalLM", transformers.GPTNeoXConfig(**_SIZES)),
+    "mixtral": lambda: _causal("MixtralForCausalLM", transformers.MixtralConfig(**_GROUPED, num_local_experts=4)),
+    "cohere": lambda: _causal("CohereForCausalLM", transformers.CohereConfig(**_GROUPED)),
+    "falcon": lambda: _causal("FalconForCausalLM", transformers.FalconConfig(**_SIZES, multi_query=True, alibi=False)),
+    "bert": lambda: _causal("BertModel", transformers.BertConfig(**_SIZES)),
+    "gpt2": lambda: _causal(
+        "GPT2LMHeadModel",
+        transformers.GPT2Config(
+            vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0, pad_token_id=0
+        ),
+    ),
+    "t5": _t5,
+    "vit": _vit,
+}
+
+
+@cache
+def _canonical(name: str) -> tuple[Program, list[Sample]]:
+    with torch.no_grad():
+        return canonical(MODELS[name]())
+
+
+def program_of(name: str) -> tuple[Program, list[Sample]]:
+    """A program of one of the models after the exact recipe, the caller's own, and inputs at two sizes."""
+    program, samples = _canonical(name)
+    return program.copy(), samples
+
+
+def run_passes(text: str, program: Program, samples: list[Sample]) -> tuple[Program, History]:
+    """The program after these passes, each checked on the samples."""
+    return Pipeline(parse_pipeline(text, PASSES, RECIPES), samples).run(program)
+
+
+def cut(program: Program, samples: list[Sample], ways: int, options: str = "") -> tuple[Program, History]:
+    """The program cut for so many ranks, compared with the one before."""
+    return run_passes(f"shard{{ways={ways}{options}}},cut", program, samples)
+
+
+def collectives(program: Program) -> tuple[int, int]:
+    """How many all-reduces and all-gathers there are."""
+    return len(program.nodes(ALL_REDUCE)), len(program.nodes(ALL_GATHER))
+
+
+def reasons(history: History) -> list[str]:
+    return [skip.reason for step in history.steps for skip in step.skipped]

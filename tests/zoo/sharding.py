@@ -1,0 +1,177 @@
+"""`python -m tests.zoo.sharding`: every model of the zoo planned for ranks that share it, cut, and run in lock-step.
+
+For each it says what share of the weights of its linear layers is cut, and whether the outputs on 2 and on 4 ranks are those of
+the program before, on every rank, at the example's sizes and at others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.sharding import sharded_share
+from lissom.compiler.verify import relative_error, run_original
+from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.shard import Shard
+from tests.zoo.entry import FAMILIES, Entry
+from tests.zoo.removal import canonical
+
+WAYS = (2, 4)
+"""How many ranks share each model."""
+WANTED = 0.9
+"""The share of its linear weights a model should have cut."""
+_SECTION = "## Sharding\n"
+_INTRODUCTION = """\
+The same models shared by 2 and by 4 ranks with `shard` and `cut`, as `python -m tests.zoo.sharding` measures it: what share of
+the weights of linear layers is cut, and whether all ranks in lock-step give what the program gave before. Weights of
+convolutions are not counted.
+"""
+Record = dict[str, Any]
+
+
+def check(entry: Entry, report: Callable[[Record], None]) -> None:
+    """Build the model, and cut it for each number of ranks. report: called with what is found so far."""
+    record: Record = {"phase": "capture", "failed": None, "error": None, "ways": {}}
+    report(record)
+    torch.manual_seed(0)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program, samples = canonical(entry.build())
+            samples, _ = run_original(program, samples)
+            for ways in WAYS:
+                record["phase"] = str(ways)
+                report(record)
+                record["ways"][str(ways)] = _cut(program, samples, ways)
+        except Exception as error:
+            record |= {"failed": record["phase"], "error": f"{type(error).__name__}: {str(error)[:600]}"}
+    report(record | {"phase": None})
+
+
+def _cut(program: Program, samples: list[Sample], ways: int) -> Record:
+    planned, _ = Pipeline((Shard(ways),), checks="off").run(program)
+    found: Record = {"share": sharded_share(planned)}
+    # The pipeline compares the outputs with those before.
+    after, history = Pipeline((Shard(ways), Cut()), samples=samples).run(program)
+    found["error_found"] = history.steps[-1].relative_error
+    found["skipped"] = [f"{skip.place}: {skip.reason}" for step in history.steps for skip in step.skipped]
+    if after.ranks:
+        first, *others = after.run_ranks(samples[0])
+        worst = max((relative_error(a, b) for rank in others for a, b in zip(first, rank, strict=True)), default=0.0)
+        found["ranks_differ"] = worst
+        found["share_of_bytes"] = after.parameter_bytes / program.parameter_bytes
+    return found
+
+
+def load(path: Path) -> list[Record]:
+    """The records of a run; of a model that was run twice, the later one."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return list({record["name"]: record for record in map(json.loads, lines)}.values())
+
+
+def is_equal(record: Record) -> bool:
+    """True when the model was cut for every number of ranks and all of them give what it gave."""
+    return not record.get("failed") and all(found.get("ranks_differ", 0.0) == 0.0 for found in record["ways"].values())
+
+
+def share(record: Record) -> float:
+    """The least share of linear weights that is cut."""
+    return min((found["share"] for found in record["ways"].values()), default=0.0)
+
+
+def headline(records: Sequence[Record]) -> str:
+    """How many models are equal, and how many have most of their linear weights cut."""
+    run = [record for record in records if record.get("failed") != "capture"]
+    equal, most = sum(map(is_equal, run)), sum(share(record) >= WANTED for record in run if is_equal(record))
+    return (
+        f"Of {len(run)} models {equal} give the same on {' and '.join(map(str, WAYS))} ranks; {most} of them have at least "
+        f"{WANTED:.0%} of their linear weights cut."
+    )
+
+
+def section(records: Sequence[Record]) -> str:
+    """The part of the page on coverage: a line for each family, then the models that fall short, with the reasons."""
+    run = [record for record in records if record.get("failed") != "capture"]
+    lines = [
+        _SECTION,
+        _INTRODUCTION,
+        f"{headline(records)}\n",
+        "| family | models | equal | most weights cut |",
+        "|---|---|---|---|",
+    ]
+    for family in FAMILIES:
+        mine = [record for record in run if record["family"] == family]
+        if mine:
+            most = sum(share(record) >= WANTED for record in mine)
+            lines.append(f"| {family} | {len(mine)} | {sum(map(is_equal, mine))} | {most} |")
+    short = [record for record in run if not is_equal(record) or share(record) < WANTED]
+    lines += ["", *(f"- {record['name']}: {_reason(record)}" for record in short)]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _reason(record: Record) -> str:
+    if record.get("failed"):
+        return f"{record['failed']}: {record['error']}"
+    skipped = [skip.partition(": ")[2] for found in record["ways"].values() for skip in found["skipped"]]
+    reasons = "; ".join(f"{reason} ({count})" for reason, count in Counter(skipped).most_common(3))
+    return f"{share(record):.0%} cut{'; ' if reasons else ''}{reasons}"
+
+
+def describe(record: Record) -> str:
+    """One line: the model and what came of it."""
+    outcome = _reason(record) if record.get("failed") or share(record) < WANTED else f"{share(record):.0%} cut"
+    return f"{record['name']} ({record['total_seconds']:.1f} s): {'' if is_equal(record) else 'NOT EQUAL, '}{outcome}"
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    """Put the section into the page, in place of the one it has."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, _, old = text.partition(_SECTION)
+    _, found, behind = old.partition("\n## ")
+    path.write_text(f"{before.rstrip()}\n\n{section(records)}{found and f'{found}{behind}'}", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from tests.zoo.catalogue import entries
+    from tests.zoo.runner import run
+
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo.sharding", description=__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
+    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
+    parser.add_argument("--output", type=Path, default=Path("sharding.json"), help="where the records go, one a line")
+    parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
+    parser.add_argument("--page", type=Path, help="the page to write them into; docs/coverage.md when all models are run")
+    options = parser.parse_args(arguments)
+    chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
+    if not options.resume:
+        options.output.unlink(missing_ok=True)
+    elif options.output.exists():
+        done = {record["name"] for record in load(options.output)}
+        chosen = [entry for entry in chosen if entry.name not in done]
+    run(chosen, options.output, check, describe, seconds=options.limit_seconds, jobs=options.jobs)
+    records = load(options.output)
+    page = options.page or (None if options.only else Path("docs/coverage.md"))
+    if page is not None:
+        write(page, records)
+    print(headline(records))
+    return 1 if any(record.get("failed") not in (None, "capture") or not is_equal(record) for record in records) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
