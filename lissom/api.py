@@ -281,8 +281,9 @@ def optimize(
     }
     <BLANKLINE>
     """
-    settings = Settings(passes, checks=checks, data=data, metric=metric, max_drop=max_drop)
-    shared, _ = check_settings(settings)
+    # Without a backend, unlike `check_settings`: a program for several ranks is none of one process.
+    check_options(checks, metric, max_drop)
+    settings, shared = Settings(checks=checks, data=data, metric=metric, max_drop=max_drop), resolve_passes(passes)
     take, _ = _capturing(model, example_inputs, dynamic, check_device(device))
     with progress_bar("optimize") as bar:
         job = _job(take, shared, settings, progress or bar, 1 + len(shared))
