@@ -1,0 +1,103 @@
+"""What sparse attention costs in quality: all-MiniLM-L6-v2 on texts of 256 tokens, by pattern.
+
+    python benchmarks/attention_quality.py --update
+    python benchmarks/attention_quality.py --passes "sparsify-attention{pattern=measured,mass=0.9}"
+
+Texts are glosses and examples of WordNet joined until they have 256 tokens; calibration texts are of other synsets. The cosine
+is of a text's mean-pooled embedding to the one the dense model gives. *Blocks* are the share of pairs of blocks of queries and
+keys that the masks let through, over heads, layer by layer. Prints a Markdown table; `--update` puts it into README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from quality import conditions, embed, optimized, read_pairs
+from readme import put_table
+
+from lissom.compiler.pattern_reading import read_pattern
+from lissom.compiler.program import Program
+from lissom.compiler.structure import structure
+from lissom.frontends.huggingface import Checkpoint, load
+
+TOKENS, BLOCK, BATCH = 256, 32, 8
+PASSES = (
+    *(f"sparsify-attention{{pattern=measured,mass={mass}}}" for mass in (0.99, 0.95, 0.9, 0.8)),
+    "sparsify-attention{pattern=measured,block=16}",
+    "sparsify-attention{window=64}",
+    "sparsify-attention{window=64,global_tokens=1}",
+    "sparsify-attention{pattern=global-window-random,window=32,block=32,global_tokens=1,random_blocks=1}",
+)
+
+
+def long_texts(checkpoint: Checkpoint, split: str, count: int) -> list[str]:
+    """So many texts of TOKENS tokens."""
+    tokenizer, pairs = checkpoint.tokenizer, read_pairs(split)
+    assert tokenizer is not None
+    found: list[str] = []
+    text = ""
+    for gloss, example in zip(pairs.glosses, pairs.examples, strict=True):
+        text = f"{text} {gloss}. {example}.".strip()
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) >= TOKENS:
+            found.append(str(tokenizer.decode(ids[1 : TOKENS - 1])))
+            text = ""
+        if len(found) == count:
+            break
+    return found
+
+
+def kept(program: Program) -> list[float]:
+    """The share of blocks that each attention's mask lets through, in the order of the layers."""
+    shares: list[float] = []
+    for site in program.fact(structure).attention:
+        reading = read_pattern(program, site.node)
+        if reading.pattern is None:
+            shares.append(1.0)
+            continue
+        some, _ = reading.pattern.blocks(TOKENS, TOKENS, BLOCK, reading.layout)
+        shares.append(float(some.float().mean()))
+    return shares
+
+
+def table(checkpoint: Checkpoint, pipelines: Sequence[str], calibration: int, evaluated: int) -> str:
+    """The cosines and the shares of blocks, as Markdown."""
+    texts = long_texts(checkpoint, "evaluation", evaluated)
+    others = long_texts(checkpoint, "calibration", calibration)
+    data: list[dict[str, object]] = [
+        {**checkpoint.encode(others[at : at + BATCH], TOKENS)} for at in range(0, len(others), BATCH)
+    ]
+    wanted = embed(checkpoint.model, checkpoint, texts)
+    lines = [
+        "| passes | cosine, mean | least | blocks, mean | least and most of a layer | s |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for passes in pipelines:
+        program, seconds = optimized(checkpoint, passes, data)
+        near, shares = (wanted * embed(program, checkpoint, texts)).sum(-1), kept(program)
+        cells = [f"`{passes}`", f"{float(near.mean()):.4f}", f"{float(near.min()):.4f}"]
+        cells += [f"{sum(shares) / len(shares):.0%}", f"{min(shares):.0%} to {max(shares):.0%}", f"{seconds:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], file=sys.stderr)
+    about = f"{len(texts)} texts of {TOKENS} tokens, {calibration} for calibration; blocks of {BLOCK}. {conditions()}."
+    return "\n".join([*lines, "", about, ""])
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--passes", nargs="*", default=PASSES, help="pipelines to measure, each a text of its own")
+    parser.add_argument("--calibration", type=int, default=64, help="calibration texts; %(default)s by default")
+    parser.add_argument("--texts", type=int, default=48, help="evaluated texts; %(default)s by default")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
+    options = parser.parse_args()
+    printed = table(load("minilm"), options.passes, options.calibration, options.texts)
+    print(printed)
+    if options.update:
+        put_table("attention_quality", printed)
+
+
+if __name__ == "__main__":
+    main()
