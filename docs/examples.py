@@ -499,7 +499,8 @@ class Layered(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = x + layer["down"](functional.gelu(layer["up"](layer["norm"](x))))
+            norm, up, down = layer["norm"], layer["up"], layer["down"]
+            x = x + down(functional.gelu(up(norm(x))))
         return x
 
 

@@ -232,17 +232,6 @@ def _rounded(node: fx.Node, known: Known) -> Value:
     return result
 
 
-def _exchanged(node: fx.Node, known: Known) -> Value:
-    """Rows of a tensor exchanged for others, or all of it."""
-    dims, source = of(node.args[0], known), tensors(node, known)[-1]
-    for axis, other in zip(dims, source, strict=True):
-        if axis.size == other.size:
-            unify(axis, other, "rows of one tensor")
-    for axis in dims:
-        pin(axis, f"no rule for {target_text(node.target)}")
-    return dims
-
-
 def _convolution(node: fx.Node, known: Known) -> Value:
     x, weight = of(node.args[0], known), of(node.args[1], known)
     groups = nodes.argument(node, "groups")
@@ -345,8 +334,6 @@ _register(_count, "arange", "arange.start", "arange.start_step", "linspace", "ey
 RULES["lissom.attention.default"] = _attention
 RULES["lissom.linear_attention.default"] = _attention
 RULES["lissom.rotary.default"] = _rotary
-for _name in ("index_copy.default", "index_copy_.default", "copy_.default"):
-    RULES[f"aten.{_name}"] = _exchanged
 RULES["lissom.grouped_product.default"] = _grouped_product
 for _name in ("fake_quantize", "fake_quantize_dynamic", "dequantize"):
     RULES[f"lissom.{_name}.default"] = _rounded
