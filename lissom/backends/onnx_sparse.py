@@ -75,9 +75,8 @@ class Sparse:
         assert q is not None and k is not None and v is not None
         given = node.attributes
         pattern = Pattern.decode(given.get_ints("pattern", ()), given.get_int("block", 0))
-        asks = any(condition.asks_layout for conditions in pattern.alternatives for condition in conditions)
         return cls(
-            q, k, v, bias, layout if asks else None, sinks, pattern,
+            q, k, v, bias, layout if pattern.asks_layout else None, sinks, pattern,
             scale=given.get_float("scale", 1.0), softcap=given.get_float("softcap", 0.0),
             result=node.outputs[0], write=Writer(model),
         )  # fmt: skip

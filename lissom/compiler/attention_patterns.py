@@ -38,10 +38,19 @@ class Condition:
     def asks_layout(self) -> bool:
         return self.query == 0 and self.key == 0
 
+    def holds(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        """Whether it holds for queries i and keys j, which are broadcast; for one that does not ask the layout."""
+        value = self.query * (i // self.unit) + self.key * (j // self.unit)
+        if self.modulus:
+            # Positions are not negative, a difference of theirs may be, and a device's remainder takes its sign.
+            value = (value % self.modulus + self.modulus) % self.modulus
+        return (value >= self.low) & (value <= self.high)
+
 
 LAYOUT = Condition(0, 0)
 """The condition that the layout holds the block of the query and the key."""
 _FIELDS = len(astuple(LAYOUT))
+_NO_LAYOUT = "this pattern asks a layout, and none was given"
 
 
 @dataclass(frozen=True)
@@ -73,20 +82,39 @@ class Pattern:
             alternatives.setdefault(number, []).append(Condition(*fields))
         return Pattern(tuple(map(tuple, alternatives.values())), block)
 
+    @property
+    def asks_layout(self) -> bool:
+        return any(condition.asks_layout for conditions in self.alternatives for condition in conditions)
+
     def mask(self, queries: int, keys: int, layout: torch.Tensor | None = None) -> torch.Tensor:
-        """What is seen, token by token: boolean, [heads or 1, queries, keys]."""
-        i, j = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
-        device = layout.device if layout is not None else i.device
-        seen = torch.zeros(1, queries, keys, dtype=torch.bool, device=device)
+        """What is seen, token by token: boolean, [heads or 1, queries, keys], where the layout is."""
+        device = None if layout is None else layout.device
+        i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)[None, None]
+        return self.seen(i, j, layout).contiguous()
+
+    def seen(self, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None = None) -> torch.Tensor:
+        """What is seen of pairs of positions, [heads or 1, .., queries, keys].
+
+        i: [.., queries, 1]; j: [heads or 1, .., 1, keys]. With three dimensions of i, [rows, queries, 1], the queries of a row
+        are of one block.
+
+        Raises: ValueError when the pattern asks a layout and there is none.
+        """
+        found = torch.zeros((), dtype=torch.bool, device=j.device)
         for conditions in self.alternatives:
-            both = torch.ones(1, queries, keys, dtype=torch.bool, device=device)
+            both = torch.ones((), dtype=torch.bool, device=j.device)
             for condition in conditions:
-                if condition.asks_layout:
-                    both = both & _spread(layout, i[:, 0] // self.block, j[0] // self.block)
-                else:
-                    both = both & _holds(condition, i, j).to(device)
-            seen = seen | both
-        return seen
+                both = both & (self._laid_out(i, j, layout) if condition.asks_layout else condition.holds(i, j))
+            found = found | both
+        return found.expand(torch.broadcast_shapes(found.shape, i.shape, j.shape))
+
+    def _laid_out(self, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None) -> torch.Tensor:
+        if layout is None:
+            raise ValueError(_NO_LAYOUT)
+        row, column = ((item // self.block).clamp(max=size - 1) for item, size in zip((i, j), layout.shape[1:], strict=True))
+        row = row[:, :1] if row.dim() == 3 else row
+        head = torch.arange(layout.shape[0], device=j.device).view(-1, *[1] * (j.dim() - 1))
+        return layout.to(j.device)[head, row, column]
 
     def blocks(
         self, queries: int, keys: int, block: int, layout: torch.Tensor | None = None
@@ -111,22 +139,6 @@ class Pattern:
                 may, must = may & first, must & every
             some, whole = some | may, whole | must
         return some, whole
-
-
-def _spread(layout: torch.Tensor | None, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    if layout is None:
-        raise ValueError("this pattern asks a layout, and none was given")
-    rows, columns = (
-        item.clamp(max=size - 1).to(layout.device) for item, size in zip((rows, columns), layout.shape[1:], strict=True)
-    )
-    return layout[:, rows][:, :, columns]
-
-
-def _holds(condition: Condition, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    value = condition.query * (i // condition.unit) + condition.key * (j // condition.unit)
-    if condition.modulus:
-        value = value % condition.modulus
-    return (value >= condition.low) & (value <= condition.high)
 
 
 def _bounds(count: int, block: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +172,7 @@ def _layout_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for the layout: of the blocks of its own that each pair of blocks touches, whether some or all are seen."""
     if layout is None:
-        raise ValueError("this pattern asks a layout, and none was given")
+        raise ValueError(_NO_LAYOUT)
     table = layout.cpu()
     sums = torch.nn.functional.pad(table.to(torch.int32).cumsum(1).cumsum(2), (1, 0, 1, 0))
     ends = []

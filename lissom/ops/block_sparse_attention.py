@@ -8,14 +8,11 @@ kernel, and wherever gradients are wanted, it is computed by `lissom.ops.blocked
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from lissom.compiler.attention_patterns import Pattern
-from lissom.ops.blocked_attention import blocked_attention, with_bias
-from lissom.ops.fused_attention import fused_attention_reference
+from lissom.ops.blocked_attention import blocked_attention
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 _LIBRARY.define(
@@ -23,24 +20,6 @@ _LIBRARY.define(
     "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def block_sparse_attention_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    layout: torch.Tensor | None = None,
-    *,
-    pattern: Sequence[int],
-    block: int,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The operator in PyTorch's own, by a mask of all pairs."""
-    seen = with_bias(Pattern.decode(pattern, block).mask(q.shape[2], k.shape[2], layout).to(q.device), bias)
-    return fused_attention_reference(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
 
 
 def _with_gradients(*operands: torch.Tensor | None, **options: Any) -> torch.Tensor:

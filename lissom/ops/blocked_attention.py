@@ -15,13 +15,31 @@ from functools import lru_cache
 import torch
 from torch.nn import functional
 
-from lissom.compiler.attention_patterns import Condition, Pattern
+from lissom.compiler.attention_patterns import Pattern
 from lissom.compiler.key_blocks import KeyBlocks, key_blocks
 from lissom.ops.attention import attention_reference
-from lissom.ops.fused_attention import fused_attention_reference
+from lissom.ops.fused_attention import fused_attention_reference, with_bias
 
 _WORTH = 0.5
 """From this share of all scores on the copies cost as much as is saved."""
+
+
+def block_sparse_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    layout: torch.Tensor | None = None,
+    *,
+    pattern: Sequence[int],
+    block: int,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The operator in PyTorch's own, by a mask of all pairs."""
+    seen = with_bias(Pattern.decode(pattern, block).mask(q.shape[2], k.shape[2], layout).to(q.device), bias)
+    return fused_attention_reference(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
 
 
 def blocked_attention(
@@ -43,8 +61,9 @@ def blocked_attention(
     by_head = sinks is None or (sinks.dim() == 4 and sinks.shape[2] == 1)
     if by_head and isinstance(found, KeyBlocks) and found.pairs(q.shape[2], k.shape[2]) < _WORTH * q.shape[2] * k.shape[2]:
         return attend_by_blocks(q, k, v, bias, layout, said, found, scale=scale, softcap=softcap, sinks=sinks)
-    seen = with_bias(said.mask(q.shape[2], k.shape[2], layout).to(q.device), bias)
-    return fused_attention_reference(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
+    return block_sparse_attention_reference(
+        q, k, v, bias, layout, pattern=pattern, block=block, scale=scale, softcap=softcap, sinks=sinks
+    )
 
 
 def attend_by_blocks(
@@ -66,7 +85,7 @@ def attend_by_blocks(
     rows = -(-queries // size)
     j, mine = _read(reads, rows, keys, q.device)  # [heads or 1, rows, read]
     i = torch.arange(rows * size, device=q.device).view(rows, size, 1)
-    seen = _seen(pattern, i, j[:, :, None], layout) & mine[:, :, None]
+    seen = pattern.seen(i, j[:, :, None], layout) & mine[:, :, None]
     # Heads that have key blocks of their own are not brought together.
     groups = k.shape[1] if reads.heads == 1 else heads
     k_read, v_read = (_gathered(item, j, reads, groups) for item in (k, v))
@@ -88,7 +107,7 @@ def attend_by_blocks(
     if dense:
         places = (torch.tensor(dense, device=q.device)[:, None] * size + torch.arange(size, device=q.device)).flatten()
         places = places[places < queries]
-        everything = _seen(pattern, places[:, None], torch.arange(keys, device=q.device)[None, None], layout)
+        everything = pattern.seen(places[:, None], torch.arange(keys, device=q.device)[None, None], layout)
         some = bias[..., places, :] if bias is not None and bias.dim() > 1 and bias.shape[-2] > 1 else bias
         whole = fused_attention_reference(
             q[:, :, places], k, v, with_bias(everything, some), scale=scale, softcap=softcap, sinks=sinks
@@ -97,21 +116,13 @@ def attend_by_blocks(
     return found[:, :, :queries].transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def with_bias(seen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What is seen, or what is added to the scores, of what a pattern and a mask or bias beside it say."""
-    if bias is None:
-        return seen
-    return bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
-
-
 @lru_cache(256)
 def _rules(pattern: Pattern) -> KeyBlocks | str:
     return key_blocks(pattern, None)
 
 
 def _blocks_of(pattern: Pattern, layout: torch.Tensor | None, queries: int, keys: int) -> KeyBlocks | str:
-    asks = any(condition.asks_layout for conditions in pattern.alternatives for condition in conditions)
-    found = key_blocks(pattern, layout) if asks else _rules(pattern)
+    found = key_blocks(pattern, layout) if pattern.asks_layout else _rules(pattern)
     return key_blocks(pattern, layout, queries, keys) if isinstance(found, str) else found
 
 
@@ -168,32 +179,6 @@ def _is_alone(reads: KeyBlocks, j: torch.Tensor, tail: bool = True) -> torch.Ten
 def _in_stride(stride: tuple[int, int, int], j: torch.Tensor) -> torch.Tensor:
     first, last, period = stride
     return (j % period >= first) & (j % period <= last)
-
-
-def _seen(pattern: Pattern, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None) -> torch.Tensor:
-    """What the pattern says of pairs of positions; i: [.., queries, 1], j: [heads or 1, .., 1, keys]."""
-    found = torch.zeros((), dtype=torch.bool, device=j.device)
-    for conditions in pattern.alternatives:
-        both = torch.ones((), dtype=torch.bool, device=j.device)
-        for condition in conditions:
-            both = both & (_laid_out(pattern, i, j, layout) if condition.asks_layout else _holds(condition, i, j))
-        found = found | both
-    return found.expand(torch.broadcast_shapes(found.shape, i.shape, j.shape))
-
-
-def _holds(condition: Condition, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-    value = condition.query * (i // condition.unit) + condition.key * (j // condition.unit)
-    value = value % condition.modulus if condition.modulus else value
-    return (value >= condition.low) & (value <= condition.high)
-
-
-def _laid_out(pattern: Pattern, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None) -> torch.Tensor:
-    assert layout is not None
-    row, column = ((item // pattern.block).clamp(max=size - 1) for item, size in zip((i, j), layout.shape[1:], strict=True))
-    # Of [rows, block, 1] one query tells for its whole block.
-    row = row[:, :1] if row.dim() == 3 else row
-    head = torch.arange(layout.shape[0], device=j.device).view(-1, *[1] * (j.dim() - 1))
-    return layout.to(j.device)[head, row, column]
 
 
 def _gathered(item: torch.Tensor, j: torch.Tensor, reads: KeyBlocks, groups: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 from lissom.compiler.attention_patterns import Condition, Pattern
-from lissom.ops.block_sparse_attention import block_sparse_attention_reference
+from lissom.ops.blocked_attention import block_sparse_attention_reference
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 
@@ -113,11 +113,7 @@ def seen_by(pattern: Pattern, layout: torch.Tensor | None) -> Seen:
                 torch.clamp(index // pattern.block, max=size - 1) for index, size in zip((i, j), layout.shape[1:], strict=True)
             )
             return layout[h if len(layout) > 1 else 0, row, column]
-        value = condition.query * (i // condition.unit) + condition.key * (j // condition.unit)
-        if condition.modulus:
-            # Positions are not negative, a difference of theirs may be, and a device's remainder takes its sign.
-            value = (value % condition.modulus + condition.modulus) % condition.modulus
-        return (value >= condition.low) & (value <= condition.high)
+        return condition.holds(i, j)
 
     def seen(b: Index, h: Index, i: Index, j: Index) -> torch.Tensor:
         found = i < 0

@@ -47,15 +47,19 @@ def fused_attention_reference(
     group = q.shape[1] // k.shape[1]
     k, v = (item.repeat_interleave(group, 1) if group > 1 else item for item in (k, v))
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
-    if bias is None or seen is None:
-        mask = seen if bias is None else bias
-    else:
-        mask = bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
+    mask = bias if seen is None else with_bias(seen, bias)
     found = attention_reference(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
     if mask is not None and sinks is None:
         blind = ~mask if mask.dtype == torch.bool else mask == -torch.inf
         found = found.masked_fill(blind.all(-1, keepdim=True), 0.0)
     return found.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def with_bias(seen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What is seen, or what is added to the scores, of what is seen and a mask or bias beside it."""
+    if bias is None:
+        return seen
+    return bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
 
 
 def merged_attention_reference(

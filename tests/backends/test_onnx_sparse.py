@@ -18,7 +18,7 @@ from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.compiler.verify import relative_error
 from lissom.frontends.export import capture
 from lissom.ops import block_sparse_attention
-from lissom.ops.block_sparse_attention import block_sparse_attention_reference
+from lissom.ops.blocked_attention import block_sparse_attention_reference
 from tests.models import normal, seeded
 
 CAUSAL = Condition(-1, 1, high=0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.compiler.verify import relative_error
 from lissom.ops import block_sparse_attention, fused_attention
-from lissom.ops.block_sparse_attention import block_sparse_attention_reference
+from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.native import kernel_dtypes, load_kernels
 from tests.ops.patterns import MASKS, PATTERNS, layout_of, mask_of, numbers, projected
 

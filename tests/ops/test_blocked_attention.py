@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.compiler.key_blocks import KeyBlocks, key_blocks
-from lissom.ops.block_sparse_attention import block_sparse_attention, block_sparse_attention_reference
-from lissom.ops.blocked_attention import attend_by_blocks
+from lissom.ops.block_sparse_attention import block_sparse_attention
+from lissom.ops.blocked_attention import attend_by_blocks, block_sparse_attention_reference
 
 CAUSAL = Condition(-1, 1, high=0)
 FIRST = Condition(0, 1, high=4)

@@ -6,7 +6,7 @@ import torch
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.compiler.verify import relative_error
 from lissom.ops import block_sparse_attention
-from lissom.ops.block_sparse_attention import block_sparse_attention_reference
+from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.flex_attention import BLOCK, block_mask, flex_block_sparse_attention
 from tests.ops.patterns import PATTERNS, layout_of, mask_of, numbers, projected
 
