@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_operands import mask_of, scale_of
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.stream import Stream
@@ -75,7 +76,7 @@ def block_masses(
     for finished, sample in enumerate(data):
         stream = Stream(program, [sample])
         for node in order:
-            masks = [item for item in (_mask(node), node.kwargs.get("sinks")) if isinstance(item, fx.Node)]
+            masks = [item for item in (mask_of(node), node.kwargs.get("sinks")) if isinstance(item, fx.Node)]
             wanted = [cast(fx.Node, item) for item in (*node.args[:2], *masks)]
             values = dict(zip(wanted, stream.advance(0, node, wanted), strict=True))
             real = real_tokens(program, sample, node)
@@ -84,10 +85,6 @@ def block_masses(
                 found[node].add(_weights(node, partial(_row, values, row)).cpu(), tokens, block)
         progress(finished + 1, len(data))
     return found
-
-
-def _mask(node: fx.Node) -> object:
-    return nodes.argument(node, "attn_mask" if node.target is _PLAIN else "bias")
 
 
 def _row(values: dict[fx.Node, torch.Tensor], row: int, item: object) -> torch.Tensor | None:
@@ -103,11 +100,10 @@ def _weights(node: fx.Node, operand: Callable[[object], torch.Tensor | None]) ->
     q, k = (cast(torch.Tensor, operand(item)).float() for item in node.args[:2])
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    mask = operand(_mask(node))
+    mask = operand(mask_of(node))
     if node.target is _PLAIN and nodes.argument(node, "is_causal"):
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scale = nodes.argument(node, "scale")
-    scores = q @ k.transpose(-1, -2) * (float(scale) if isinstance(scale, (int, float)) else q.shape[-1] ** -0.5)
+    scores = q @ k.transpose(-1, -2) * scale_of(node)
     softcap = cast(float, node.kwargs.get("softcap") or 0.0)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -27,6 +27,12 @@ def scale_of(node: fx.Node) -> float:
     return scale  # pyright: ignore[reportReturnType]
 
 
+def mask_of(attention: fx.Node) -> fx.Node | None:
+    """What is added to, or hides, the scores of an attention; None for nothing."""
+    found = nodes.argument(attention, "attn_mask" if attention.target is _PLAIN else "bias")
+    return found if isinstance(found, fx.Node) else None
+
+
 def sinks_of(node: fx.Node) -> fx.Node | None:
     """The logits that stand beside the keys, before they were spread over batch and queries; None where there are none."""
     sinks = node.kwargs.get("sinks")

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_operands import mask_of
 from lissom.compiler.execute import call
 from lissom.compiler.linears import is_attention, is_linear
 from lissom.compiler.masks import mask_kind
@@ -34,13 +35,6 @@ HIDDEN = -1e4
 
 Values = Mapping[fx.Node, torch.Tensor]
 Check = Callable[[Values], bool]
-
-
-def mask_of(attention: fx.Node) -> fx.Node | None:
-    """What is added to, or hides, the scores of an attention; None for nothing."""
-    name = "attn_mask" if attention.target is aten.scaled_dot_product_attention.default else "bias"
-    found = nodes.argument(attention, name)
-    return found if isinstance(found, fx.Node) else None
 
 
 def padding_masks(program: Program) -> tuple[fx.Node, ...]:

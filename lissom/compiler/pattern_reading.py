@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_operands import mask_of
 from lissom.compiler.attention_patterns import Condition, Pattern
 from lissom.compiler.editor import Editor
 from lissom.compiler.match import CASTS, number
@@ -68,12 +69,6 @@ class Reading:
         return self.pattern is not None and self.pattern.alternatives == ((CAUSAL,),)
 
 
-def mask_of(attention: fx.Node) -> fx.Node | None:
-    """The mask or bias of an attention."""
-    found = nodes.argument(attention, "attn_mask" if attention.target is _PLAIN else "bias")
-    return found if isinstance(found, fx.Node) else None
-
-
 def read_pattern(program: Program, attention: fx.Node) -> Reading:
     """The pattern in the mask of an attention, `scaled_dot_product_attention` or `lissom::attention`."""
     causal = attention.target is _PLAIN and bool(nodes.argument(attention, "is_causal"))
@@ -115,7 +110,7 @@ class _Reader:
 
     def __init__(self, program: Program) -> None:
         self._program = program
-        self._values = PositionValues(program)
+        self._values = program.fact(PositionValues)
         self.seen: Seen = ALWAYS
         self.rest: list[Part] = []
         self.finite = False

@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.attention_operands import mask_of
 from lissom.compiler.linears import is_attention, is_linear
-from lissom.compiler.padding import Values, hides, holds, kept_rows, mask_of, zero_where_hidden
+from lissom.compiler.padding import Values, hides, holds, kept_rows, zero_where_hidden
 from lissom.compiler.positions import Slot, operands, position_sources, row_position, shape_of
 from lissom.compiler.program import Program
 from lissom.compiler.types import TensorType

@@ -11,11 +11,12 @@ from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
 import lissom
+from lissom.compiler.attention_operands import mask_of
 from lissom.compiler.attention_patterns import Condition
 from lissom.compiler.editor import Editor
 from lissom.compiler.execute import evaluate_nodes
 from lissom.compiler.linears import is_attention
-from lissom.compiler.pattern_reading import CAUSAL, Reading, mask_of, read_pattern, write_rest
+from lissom.compiler.pattern_reading import CAUSAL, Reading, read_pattern, write_rest
 from lissom.compiler.program import Program
 from tests.models import VOCABULARY, Case, normal, seeded, tokens
 from tests.passes.harness import Calls, rewrite

@@ -31,13 +31,14 @@ from torch import fx
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.attention_mass import BlockMass, block_masses, fewest_blocks
+from lissom.compiler.attention_operands import mask_of
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import RequirementError, UnsupportedError
 from lissom.compiler.kinds import Approximation
 from lissom.compiler.linears import is_attention
-from lissom.compiler.pattern_reading import CAUSAL, mask_of
+from lissom.compiler.pattern_reading import CAUSAL
 from lissom.compiler.pattern_writing import write_pattern
 from lissom.compiler.protection import is_protected
 from lissom.compiler.structure import structure

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
-from lissom.compiler.attention_operands import operands_obstacle, scale_of, shared_operands, sinks_of
+from lissom.compiler.attention_operands import mask_of, operands_obstacle, scale_of, shared_operands, sinks_of
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
 from lissom.ops.attention import attention
@@ -42,7 +42,7 @@ class FuseAttention(Rewrite):
             if kept[0] is not None and kept[1] is not None:
                 (k, k_scale), (v, v_scale) = kept[0], kept[1]
                 scales = {"k_scale": k_scale, "v_scale": v_scale}
-            mask = nodes.argument(node, "attn_mask" if node.target is _PLAIN else "bias")
+            mask = mask_of(node)
             options: dict[str, object] = (
                 {} if node.target is _PLAIN else {key: node.kwargs[key] for key in node.kwargs if key != "scale"}
             )
