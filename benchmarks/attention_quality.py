@@ -14,7 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from quality import conditions, embed, optimized, read_pairs
+from quality import conditions, embed, long_texts, optimized, read_pairs
 from readme import put_table
 
 from lissom.compiler.pattern_reading import read_pattern
@@ -32,21 +32,11 @@ PASSES = (
 )
 
 
-def long_texts(checkpoint: Checkpoint, split: str, count: int) -> list[str]:
+def drawn(checkpoint: Checkpoint, split: str, count: int) -> list[str]:
     """So many texts of TOKENS tokens."""
-    tokenizer, pairs = checkpoint.tokenizer, read_pairs(split)
-    assert tokenizer is not None
-    found: list[str] = []
-    text = ""
-    for gloss, example in zip(pairs.glosses, pairs.examples, strict=True):
-        text = f"{text} {gloss}. {example}.".strip()
-        ids = tokenizer(text)["input_ids"]
-        if len(ids) >= TOKENS:
-            found.append(str(tokenizer.decode(ids[1 : TOKENS - 1])))
-            text = ""
-        if len(found) == count:
-            break
-    return found
+    pairs = read_pairs(split)
+    found = long_texts(checkpoint, [text for pair in zip(pairs.glosses, pairs.examples, strict=True) for text in pair], TOKENS)
+    return found[:count]
 
 
 def kept(program: Program) -> list[float]:
@@ -64,8 +54,8 @@ def kept(program: Program) -> list[float]:
 
 def table(checkpoint: Checkpoint, pipelines: Sequence[str], calibration: int, evaluated: int) -> str:
     """The cosines and the shares of blocks, as Markdown."""
-    texts = long_texts(checkpoint, "evaluation", evaluated)
-    others = long_texts(checkpoint, "calibration", calibration)
+    texts = drawn(checkpoint, "evaluation", evaluated)
+    others = drawn(checkpoint, "calibration", calibration)
     data: list[dict[str, object]] = [
         {**checkpoint.encode(others[at : at + BATCH], TOKENS)} for at in range(0, len(others), BATCH)
     ]

@@ -29,14 +29,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from quality import calibration_batches, conditions, cosine, difference, embed, read_pairs, retrieve
+from quality import calibration_batches, conditions, cosine, difference, embed, long_texts, read_pairs, retrieve
 from readme import put_table
 from torch import nn
 from torch.nn import functional
 
 import lissom
 from lissom.bench.worker import peak_bytes
-from lissom.frontends.huggingface import Checkpoint, load
+from lissom.frontends.huggingface import load
 from lissom.inspect.timing import time_calls
 
 FIGURE = Path(__file__).parent / "linear_attention.svg"
@@ -186,23 +186,15 @@ def draw(points: Sequence[Point], file: Path) -> None:
     pyplot.close(figure)
 
 
-def long_texts(checkpoint: Checkpoint, texts: Sequence[str]) -> list[str]:
-    """The texts joined, cut where LONG tokens end, as many as there are whole ones."""
-    assert checkpoint.tokenizer is not None
-    ids = checkpoint.tokenizer(" ".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    whole = range(0, len(ids) - LONG + 2, LONG - 2)
-    return [str(checkpoint.tokenizer.decode(ids[start : start + LONG - 2])) for start in whole]
-
-
 def quality_table(pairs: int | None, calibration: int, chosen: Sequence[str]) -> str:
     """What is left of softmax's weights, of retrieval and of embeddings, by feature map and layers."""
     checkpoint = load("minilm")
     texts = read_pairs("evaluation", pairs)
-    original, long = retrieve(checkpoint.model, checkpoint, texts), long_texts(checkpoint, texts.glosses)
+    original, long = retrieve(checkpoint.model, checkpoint, texts), long_texts(checkpoint, texts.glosses, LONG)
     whole = embed(checkpoint.model, checkpoint, long)
     other = read_pairs("calibration", 600)
     data = calibration_batches(checkpoint, calibration)
-    data += [checkpoint.encode([text]) for text in long_texts(checkpoint, other.glosses + other.examples)[:16]]
+    data += [checkpoint.encode([text]) for text in long_texts(checkpoint, other.glosses + other.examples, LONG)[:16]]
     heads = (
         "features",
         "layers",

@@ -74,6 +74,14 @@ def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = 
     return [checkpoint.encode([pool[index] for index in order[at : at + batch]]) for at in range(0, len(pool), batch)]
 
 
+def long_texts(checkpoint: Checkpoint, texts: Sequence[str], tokens: int) -> list[str]:
+    """The texts joined and cut anew: each has so many tokens with the two an encoder adds, and the rest is left out."""
+    assert checkpoint.tokenizer is not None
+    ids = checkpoint.tokenizer(" ".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    whole = range(0, len(ids) - tokens + 2, tokens - 2)
+    return [str(checkpoint.tokenizer.decode(ids[start : start + tokens - 2])) for start in whole]
+
+
 def embed(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[str]) -> torch.Tensor:
     """Mean-pooled embeddings of unit length, [texts, features]."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))

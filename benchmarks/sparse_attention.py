@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
+from apart import run_apart
 from quality import conditions
 from readme import put_table
 from torch.nn.functional import scaled_dot_product_attention
 
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
+from lissom.inspect.timing import Timing, time_calls
 from lissom.ops import block_sparse_attention, flex_block_sparse_attention, fused_attention
 from lissom.ops.native import load_kernels
 
@@ -122,38 +122,15 @@ DENSE = ("PyTorch, dense", "Lissom, dense")
 """Engines that see all pairs, and compute something else."""
 
 
-@dataclass(frozen=True)
-class Time:
-    """Milliseconds of a call: the median and the middle half of the runs."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
-
-
-Times = dict[tuple[str, Case], Time]
+Times = dict[tuple[str, Case], Timing]
 Peaks = dict[tuple[str, Case], float]
 
 
-def measure(case: Case, engines: Sequence[str], seconds: float) -> dict[str, Time]:
+def measure(case: Case, engines: Sequence[str], seconds: float) -> dict[str, Timing]:
     """Every engine in turn, until each has had `seconds` on average and at least three runs."""
     calls = {name: ENGINES[name](case) for name in engines}
-    found = {name: call() for name, call in calls.items()}
-    _compare(case, found)
-    del found
-    for call in calls.values():
-        call()
-    runs: dict[str, list[float]] = {name: [] for name in engines}
-    end = time.perf_counter() + seconds * len(engines)
-    while time.perf_counter() < end or len(runs[engines[0]]) < ROUNDS:
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            runs[name].append(1e3 * (time.perf_counter() - started))
-    return {name: _time(values) for name, values in runs.items()}
+    _compare(case, {name: call() for name, call in calls.items()})
+    return time_calls(calls, seconds, least=ROUNDS)
 
 
 def _compare(case: Case, found: Mapping[str, torch.Tensor]) -> None:
@@ -166,16 +143,10 @@ def _compare(case: Case, found: Mapping[str, torch.Tensor]) -> None:
             raise SystemExit(f"{name} differs from {MASKED} by {error:.1e} at {case}; allowed are {ALLOWED:g}")
 
 
-def _time(values: Sequence[float]) -> Time:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Time(median, low, high)
-
-
 def peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) -> dict[int, float]:
     """The memory an engine takes at each length in MB, its mask included and q, k and v not, in a process of its own."""
-    command = [sys.executable, __file__, "--peaks", engine, kind, str(head_dim), "--lengths", *map(str, lengths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {int(length): peak for length, peak in json.loads(done.stdout.splitlines()[-1]).items()}
+    found = run_apart(__file__, ["--peaks", engine, kind, str(head_dim), "--lengths", *map(str, lengths)])
+    return {int(length): peak for length, peak in cast("dict[str, float]", found).items()}
 
 
 def _print_peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) -> None:
@@ -204,7 +175,7 @@ def crossing(times: Times, other: str, kind: str, head_dim: int, lengths: Sequen
     first = None
     for tokens in sorted(lengths, reverse=True):
         case = Case(kind, tokens, head_dim)
-        if times[OURS, case].median >= times[other, case].median:
+        if times[OURS, case].median_ms >= times[other, case].median_ms:
             break
         first = tokens
     return "never" if first is None else f"from {first:,}"
@@ -254,7 +225,7 @@ def draw(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequence[
         for axis, (unit, kind, values) in zip(line, rows, strict=True):
             for name in engines:
                 found = [values[name, Case(kind, tokens, head_dim)] for tokens in lengths]
-                heights = [item.median if isinstance(item, Time) else max(item, 1) for item in found]
+                heights = [item.median_ms if isinstance(item, Timing) else max(item, 1) for item in found]
                 axis.plot(lengths, heights, marker="o", markersize=3, label=name, linewidth=2.5 if name == OURS else 1.2)
             axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{kind}, heads of {head_dim}: {unit}")
             axis.set_xticks(list(lengths), [f"{tokens:,}" for tokens in lengths], rotation=45, fontsize=7)
