@@ -102,6 +102,13 @@ def test_any_conditions(alternatives, block, tokens, rows, seed):
     check(Pattern(alternatives, block), *projected(1, (2, 1), tokens, (16, 16), torch.float32), layout=layout)
 
 
+@pytest.mark.parametrize("block", [17, 65, 71, 127, 128, 129, 130, 300])
+def test_any_size_of_block(block):
+    """Blocks longer than a tile of queries, those no tile divides evenly among them."""
+    layout = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    check(Pattern(((LAYOUT,),), block), *projected(1, (2, 1), (200, 200), (16, 16), torch.float32), layout=layout)
+
+
 def test_a_hidden_key_has_no_part_however_large_its_value():
     q, k, v = projected(1, (1, 1), (70, 70), (16, 16), torch.float32)
     v = v.clone()

@@ -66,8 +66,9 @@ struct Shape {
         if (condition.asks_layout()) unit = std::gcd(unit, pattern.block);
         else if (condition.query != 0 && condition.unit > 1) unit = std::gcd(unit, condition.unit);
     constexpr int64_t kLeast = 16;
-    if (unit < kLeast) return kTile;
-    return unit <= kTile ? unit : unit / std::gcd(unit, ceil_div(unit, kTile));
+    int64_t tile = std::min(unit, kTile);
+    while (tile >= kLeast && unit % tile != 0) --tile;
+    return tile < kLeast ? kTile : tile;
   }
 };
 
