@@ -20,10 +20,18 @@ from lissom.passes.quantize.quantize import Scheme
 
 _CURVES = "Quality, latency and bytes against the share kept, on real models: [What pruning costs and gains](../curves.md)."
 _SCHEMES = ", ".join(f"[{name}](../schemes/{name}.md)" for name in get_args(Scheme))
+_SPARSE = "Dense and sparse against the length: [benchmarks](../../benchmarks/README.md#sparse-attention)"
 MEASURED = {
     **dict.fromkeys(("prune-heads", "prune-neurons", "prune-layers", "prune-hidden", "sparsify"), _CURVES),
     "low-rank": "By calibration data and by weights alone, on real models: [benchmarks](../../benchmarks/README.md#low-rank).",
-    "pool-heads": "Quality on a real model, by each way of pooling: [Benchmarks](../../benchmarks/README.md).",
+    "pool-heads": "Quality on a real model, by each way of pooling: "
+    "[benchmarks](../../benchmarks/README.md#what-pruning-costs-in-quality).",
+    "sparsify-attention": f"{_SPARSE}; what patterns cost in quality on a real model: "
+    "[benchmarks](../../benchmarks/README.md#what-sparse-attention-costs-in-quality).",
+    "lower-sparse-attention": f"{_SPARSE}; the windows models come with: "
+    "[benchmarks](../../benchmarks/README.md#the-windows-a-model-comes-with).",
+    "linear-attention": "Times and memory against the length, and what a real model loses: "
+    "[benchmarks](../../benchmarks/README.md#linear-attention).",
     **dict.fromkeys(("shard", "cut"), "Plans of models of four families: [Tensor parallelism](../parallel.md)."),
     "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
 }
@@ -131,11 +139,14 @@ def _limits(source: str) -> str:
 
 def skip_reasons(source: str) -> list[str]:
     """The reasons a pass's source gives for leaving a place alone: what it passes to `skip`, raises for itself, or returns
-    from its `_obstacle` and what that is made of, `_obstacle_to_…`."""
+    from its `_obstacle` and what that is made of, `_obstacle_to_…`, and what `obstacle_by_name` says."""
     found: dict[str, int] = {}
     tree = ast.parse(source)
     for node in ast.walk(tree):
         call = node.exc if isinstance(node, ast.Raise) else node
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "obstacle_by_name":
+            for name in ("skip= names it", "only= does not name it"):
+                found.setdefault(name, call.lineno)
         if not isinstance(call, ast.Call) or not call.args:
             continue
         skips = isinstance(call.func, ast.Attribute) and call.func.attr == "skip"

@@ -25,14 +25,14 @@ _HEADS_FIRST = (0, 2, 1, 3)
 def expand_attention(model: ir.Model, fused: bool) -> int:
     """Put plain operators in the place of each attention, or a single one where that can be; how many became one."""
     count = 0
-    for node in list(model.graph):
+    for node in list(model.graph.all_nodes()):
         if node.domain != DOMAIN or node.op_type != ATTENTION:
             continue
         site = Site.of(node)
         found = _single(site) if fused else None
         count += found is not None
         replace(model, node, site.tape, found or _explicit(site))
-    if any(node.domain == CONTRIB for node in model.graph):
+    if any(node.domain == CONTRIB for node in model.graph.all_nodes()):
         model.opset_imports[CONTRIB] = 1
     return count
 
@@ -85,16 +85,25 @@ class Site:
         assert self.q.dtype is not None
         return float(finfo(self.q.dtype.numpy()).min) / 2
 
+    def bias(self) -> ir.Value | None:
+        """What is added to the scores; None for nothing."""
+        mask = _causal(self) if self.causal else self.mask
+        if mask is None:
+            return None
+        if mask.dtype == ir.DataType.BOOL:
+            hidden = self.floor if self.zeros or self.causal else -np.inf
+            return self.call("Where", mask, self.number(0.0), self.number(hidden))
+        return self.call("Max", mask, self.number(self.floor)) if self.zeros else mask
+
     def visible(self) -> ir.Value | None:
         """1 for rows that see a key and 0 for those that see none, [.., queries or 1, 1]; None when nothing hides keys."""
         if self.mask is None or not self.zeros:
             return None
         assert self.q.dtype is not None
-        if self.mask.dtype == ir.DataType.BOOL:
-            seen = self.call("Cast", self.mask, to=int(self.q.dtype))
-            return self.call("ReduceMax", seen, self.integers(-1), keepdims=1)
-        highest = self.call("ReduceMax", self.mask, self.integers(-1), keepdims=1)
-        return self.call("Cast", self.call("Greater", highest, self.number(-np.inf)), to=int(self.q.dtype))
+        told = self.mask.dtype == ir.DataType.BOOL
+        highest = self.call("ReduceMax", self.bias() if told else self.mask, self.integers(-1), keepdims=1)
+        least = self.number(self.floor if told else -np.inf)
+        return self.call("Cast", self.call("Greater", highest, least), to=int(self.q.dtype))
 
 
 def _explicit(site: Site) -> ir.Value:
@@ -107,7 +116,7 @@ def _explicit(site: Site) -> ir.Value:
     if site.softcap:
         cap = site.number(site.softcap)
         scores = call("Mul", call("Tanh", call("Div", scores, cap)), cap)
-    bias = _bias(site)
+    bias = site.bias()
     if bias is not None:
         scores = call("Add", scores, bias)
     if site.sinks is not None:
@@ -128,19 +137,6 @@ def _repeated(site: Site, item: ir.Value) -> ir.Value:
         return item
     spread = site.call("Expand", site.call("Unsqueeze", item, site.integers(2)), site.integers(1, 1, heads // own, 1, 1))
     return site.call("Reshape", spread, site.integers(0, heads, -1, _fixed(shape_of(item)[-1])))
-
-
-def _bias(site: Site) -> ir.Value | None:
-    """What is added to the scores; None for nothing."""
-    mask = site.mask
-    if site.causal:
-        mask = _causal(site)
-    if mask is None:
-        return None
-    if mask.dtype == ir.DataType.BOOL:
-        hidden = site.floor if site.zeros or site.causal else -np.inf
-        return site.call("Where", mask, site.number(0.0), site.number(hidden))
-    return site.call("Max", mask, site.number(site.floor)) if site.zeros else mask
 
 
 def _causal(site: Site) -> ir.Value:
@@ -266,7 +262,7 @@ def _whole_bias(site: Site) -> ir.Value | None:
     shape = [1] * (4 - len(shape)) + shape
     if shape[0] not in (1, batch) or shape[1] not in (1, heads) or (site.zeros and shape[1] != 1):
         return None
-    bias = _bias(site)
+    bias = site.bias()
     assert bias is not None
     if list(shape_of(site.mask)) == [*shape[:2], queries, keys]:
         return bias

@@ -27,14 +27,17 @@ def expand_rotary(model: ir.Model, fused: bool) -> int:
 
 def replace(model: ir.Model, node: ir.Node, tape: ir.tape.Tape, result: ir.Value) -> None:
     """Let the graph use a result, and the nodes recorded for it, in the place of a node."""
+    graph = node.graph or model.graph
+    graph.insert_before(node, tape.nodes)
     for new in tape.nodes:
-        new.metadata_props.update(node.metadata_props)
-    model.graph.insert_before(node, tape.nodes)
+        bodies = [given.as_graph() for given in new.attributes.values() if given.type == ir.AttributeType.GRAPH]
+        for part in (new, *(inner for body in bodies for inner in body.all_nodes())):
+            part.metadata_props.update(node.metadata_props)
     old = node.outputs[0]
     result.shape, result.type = old.shape, old.type
     name = old.name
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
+    graph.remove(node, safe=True)
     result.name = name
 
 

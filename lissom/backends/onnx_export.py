@@ -94,6 +94,7 @@ def save_onnx(model: ir.Model, folder: Path) -> Path:
 def tidy(model: ir.Model) -> None:
     """Merge what is there twice, drop what nothing reads, and name nodes by the modules they come from."""
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common_passes.LiftSubgraphInitializersToMainGraphPass()(model)
     common_passes.DeduplicateInitializersPass()(model)
     common_passes.CommonSubexpressionEliminationPass()(model)
     common_passes.RemoveUnusedNodesPass()(model)
@@ -236,6 +237,10 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
         node.metadata_props.clear()
         node.metadata_props["module"] = path
+        if node.graph is not model.graph:
+            # Names inside a graph are of one kind with those around it.
+            for number, value in enumerate(node.outputs):
+                value.name = f"{node.name}.{number}"
     model.graph.metadata_props.clear()
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from lissom.backends.onnx_attention import expand_attention
 from lissom.backends.onnx_blocks import expand_rotary, merge_projections, write_out_rms_norms
 from lissom.backends.onnx_cache import fuse_cached_attention
+from lissom.backends.onnx_chunks import CPU_BYTES
 from lissom.backends.onnx_export import tidy
 from lissom.backends.onnx_integers import expand_integers
 from lissom.backends.onnx_quantization import expand_quantization
@@ -37,10 +38,15 @@ INTEGERS = "integers"
 """That quantized layers are computed from integers, which is not timed: what is asked for is done where it can be."""
 
 
-def write_form(exported: ir.Model, chosen: Collection[str] = (), *, accuracy_level: int = 0) -> tuple[ir.Model, dict[str, int]]:
-    """The exported model with what was chosen of CHOICES and INTEGERS done to it, and in how many places each was."""
+def write_form(
+    exported: ir.Model, chosen: Collection[str] = (), *, accuracy_level: int = 0, chunk_bytes: int = CPU_BYTES
+) -> tuple[ir.Model, dict[str, int]]:
+    """The exported model with what was chosen of CHOICES and INTEGERS done to it, and in how many places each was.
+
+    chunk_bytes: what block-sparse attention copies at a time.
+    """
     model = exported.clone()
-    gathered = expand_sparse(model, PAIRS not in chosen)
+    gathered = expand_sparse(model, PAIRS not in chosen, chunk_bytes)
     places = {
         PAIRS: gathered,
         INTEGERS: expand_integers(model, accuracy_level) if INTEGERS in chosen else 0,

@@ -6,6 +6,7 @@ Lengths are read from the model's inputs where these tell them, so that layers o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,12 @@ class Writer:
     def __init__(self, model: ir.Model) -> None:
         self.tape = ir.tape.Tape()
         self._inputs = tuple(model.graph.inputs)
+
+    def inside(self) -> Writer:
+        """Records the nodes of a graph inside this one."""
+        found = copy(self)
+        found.tape = ir.tape.Tape()
+        return found
 
     def call(self, op_type: str, *inputs: Number, **attributes: int | Sequence[int]) -> ir.Value:
         """The result of a new node; numbers among its inputs are vectors of one."""
@@ -58,6 +65,12 @@ class Writer:
         known = all(isinstance(size, int) for size in sizes)
         shape = self.integers(*sizes) if known else self.call("Concat", *sizes, axis=0)  # pyright: ignore[reportArgumentType]
         return self.call("Reshape", value, shape)
+
+    def padded(self, value: ir.Value, count: ir.Value, axis: int = 1) -> ir.Value:
+        """[batch, tokens, ..] of rank 3, or of rank 4 with an axis of 2, with so many zeros behind it along the axis."""
+        rank = 3 if axis == 1 else 4
+        front, behind = self.integers(*[0] * (rank + axis)), self.integers(*[0] * (rank - axis - 1))
+        return self.call("Pad", value, self.call("Concat", front, count, behind, axis=0))
 
     def expanded(self, value: ir.Value, *sizes: Number) -> ir.Value:
         """The value broadcast together with these sizes."""
@@ -139,6 +152,22 @@ def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.
     j = call("Concat", j, write.expanded(places, *sizes), axis=-1)
     there = call("Concat", there, write.expanded(once, *sizes), axis=-1)
     return Read(rows, blocks, behind, column, places, j, there, call("Shape", j, start=-1))
+
+
+def row_places(write: Writer, reads: KeyBlocks, rows: ir.Value, end: ir.Value) -> ir.Value:
+    """Where each block of queries is among the blocks of all, which have an end, and behind it those that read all keys."""
+    call, row = write.call, write.counted(0, rows)
+    place = row
+    if reads.dense_rows:
+        numbers = [-1] * (reads.dense_rows[-1] + 2)
+        for number, dense in enumerate(reads.dense_rows):
+            numbers[dense] = number
+        known = call("Gather", write.integers(*numbers), call("Min", row, len(numbers) - 1), axis=0)
+        place = call("Where", call("GreaterOrEqual", known, 0), call("Add", known, end), place)
+    if reads.dense_end is not None:
+        behind = call("Add", row, call("Add", end, len(reads.dense_rows) - reads.dense_end))
+        place = call("Where", call("GreaterOrEqual", row, reads.dense_end), behind, place)
+    return place
 
 
 def _longer(write: Writer, conditions: ir.Value, count: ir.Value) -> ir.Value:

@@ -1,8 +1,8 @@
 """`lissom::block_sparse_attention` in ONNX: by key blocks that are gathered, or with a mask of all pairs.
 
 By key blocks, each block of queries is a sequence of its own to an attention as `onnx_attention` writes it, so that it too may
-be one operator: blocks of what projections give, [batch, tokens, heads · head_dim], are copied whole. Nothing has the size of
-all queries times all keys.
+be one operator: blocks of what projections give, [batch, tokens, heads · head_dim], are copied whole, for a few blocks
+of queries at a time. Nothing has the size of all queries times all keys.
 
 ONNX Runtime's own operators for it are not used. On a CPU `com.microsoft.GroupQueryAttention` with `local_window_size` and
 `com.microsoft.SparseAttention` compute the scores of all pairs and leave some out of the softmax, in at least twice the time
@@ -12,15 +12,18 @@ for CUDA only, takes projections apart by itself and lets global tokens have pro
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
-from lissom.backends.onnx_attention import projection, shape_of, skip_joins
+from lissom.backends.onnx_attention import Site, projection, shape_of, skip_joins
 from lissom.backends.onnx_blocks import constant_of, replace
-from lissom.backends.onnx_positions import Read, Writer, read_positions, seen
+from lissom.backends.onnx_chunks import CPU_BYTES, in_chunks
+from lissom.backends.onnx_positions import Read, Writer, read_positions, row_places, seen
 from lissom.backends.onnx_translation import ATTENTION, DOMAIN, SPARSE_ATTENTION
 from lissom.compiler.attention_patterns import Pattern
 from lissom.compiler.key_blocks import KeyBlocks, key_blocks
@@ -30,12 +33,15 @@ _ROWS, _READ = "query_blocks", "keys_read"
 """Names of sizes: blocks of queries of all sequences, and keys that are read for one."""
 
 
-def expand_sparse(model: ir.Model, gathered: bool) -> int:
-    """Write each block-sparse attention as an attention by key blocks where that can be, or with a mask; how many by blocks."""
+def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES) -> int:
+    """Write each block-sparse attention as an attention by key blocks where that can be, or with a mask; how many by blocks.
+
+    chunk_bytes: of keys and values that are copied at a time, at least those of one block of queries.
+    """
     count = 0
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == SPARSE_ATTENTION:
-            site = Sparse.of(model, node)
+            site = Sparse.of(model, node, chunk_bytes)
             reads = site.reads() if gathered else ""
             count += isinstance(reads, KeyBlocks)
             result = _by_blocks(site, reads) if isinstance(reads, KeyBlocks) else _by_mask(site)
@@ -68,9 +74,10 @@ class Sparse:
     softcap: float
     result: ir.Value
     write: Writer
+    chunk_bytes: int
 
     @classmethod
-    def of(cls, model: ir.Model, node: ir.Node) -> Sparse:
+    def of(cls, model: ir.Model, node: ir.Node, chunk_bytes: int = CPU_BYTES) -> Sparse:
         q, k, v, bias, layout, sinks = (*node.inputs, None, None, None)[:6]
         assert q is not None and k is not None and v is not None
         given = node.attributes
@@ -78,7 +85,7 @@ class Sparse:
         return cls(
             q, k, v, bias, layout if pattern.asks_layout else None, sinks, pattern,
             scale=given.get_float("scale", 1.0), softcap=given.get_float("softcap", 0.0),
-            result=node.outputs[0], write=Writer(model),
+            result=node.outputs[0], write=Writer(model), chunk_bytes=chunk_bytes,
         )  # fmt: skip
 
     def reads(self) -> KeyBlocks | str:
@@ -92,9 +99,11 @@ class Sparse:
         found = key_blocks(self.pattern, table, *(known if len(known) == 2 else ()))
         return "it reads no blocks" if isinstance(found, KeyBlocks) and not found.slots else found
 
-    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value, sinks: ir.Value | None) -> ir.Value:
-        """The node of an attention, which `onnx_attention` takes up."""
-        options = {"scale": self.scale, "softcap": self.softcap, "causal": 0, "zeros": int(sinks is None)}
+    def attention(
+        self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value, sinks: ir.Value | None, zeros: bool = True
+    ) -> ir.Value:
+        """The node of an attention, which `onnx_attention` takes up; zeros: whether rows that see no key are to yield them."""
+        options = {"scale": self.scale, "softcap": self.softcap, "causal": 0, "zeros": int(zeros and sinks is None)}
         return self.write.tape.op(ATTENTION, [q, k, v, mask, sinks], options, domain=DOMAIN)
 
     def joined(self, value: ir.Value) -> ir.Value:
@@ -173,7 +182,7 @@ def _sequences_of_mask(site: Sparse) -> int | ir.SymbolicDim:
     return shape_of(site.bias)[0] if site.bias is not None and len(shape_of(site.bias)) == 4 else 1
 
 
-def _typed(value: ir.Value, dtype: ir.DataType | None, sizes: list[int | ir.SymbolicDim | str]) -> ir.Value:
+def _typed(value: ir.Value, dtype: ir.DataType | None, sizes: Sequence[int | ir.SymbolicDim | str | None]) -> ir.Value:
     assert dtype is not None
     value.type, value.shape = ir.TensorType(dtype), ir.Shape(sizes)
     return value
@@ -188,16 +197,17 @@ def _by_blocks(site: Sparse, reads: KeyBlocks) -> ir.Value:
     first = write.shaped(write.counted(0, call("Mul", read.rows, size), size), -1, 1, 1)
     j = call("Unsqueeze", read.j, 2)
     visible = write.every(seen(write, site.pattern, i, j, first, site.layout, 4), call("Unsqueeze", read.counts, 2))
+    # [sequences or 1, heads or 1, rows, block, read]; what becomes of it here is computed once for all layers of a pattern.
     mask = site.biased(visible, call("Min", i, call("Sub", queries, 1)), j, 4)
-    # [sequences or 1, heads or 1, rows, block, read], of as many sequences as there are, since rows are sequences now.
-    mask_dtype = mask.dtype
-    if shape_of(site.q)[0] != 1:
-        mask = write.expanded(mask, write.length(site.q, 0), 1, 1, 1, 1)
-    if reads.heads == 1:
-        found = _heads_together(site, reads, read, mask, mask_dtype, padding)
-    else:
-        found = _heads_apart(site, reads, read, mask, mask_dtype, padding)
-    # [batch, rows, block · heads · width] from here on.
+    hidden = Site(
+        site.q, site.k, site.v, mask, None, scale=site.scale, softcap=site.softcap,
+        causal=False, zeros=site.sinks is None, result=site.result, tape=write.tape,
+    )  # fmt: skip
+    bias, some = hidden.bias(), hidden.visible()
+    assert bias is not None
+    gather = _heads_together if reads.heads == 1 else _heads_apart
+    found = gather(site, reads, read, _Hidden(bias, some, _heads_of_mask(site)), padding)
+    # [batch, rows or more, block · heads · width] from here on.
     heads, width = _heads(site.q), _width(site.v)
     if reads.dense_rows or reads.dense_end is not None:
         found = _with_dense_rows(site, reads, read, found, padding)
@@ -208,67 +218,127 @@ def _by_blocks(site: Sparse, reads: KeyBlocks) -> ir.Value:
     return call("Transpose", write.shaped(joined, 0, 0, heads, width), perm=_HEADS_FIRST)
 
 
-def _heads_together(
-    site: Sparse, reads: KeyBlocks, read: Read, mask: ir.Value, mask_dtype: ir.DataType | None, padding: ir.Value
-) -> ir.Value:
+@dataclass(frozen=True)
+class _Hidden:
+    """What is added to scores, and which rows see a key at all, both [sequences or 1, heads or 1, rows, block, read or 1]."""
+
+    bias: ir.Value
+    some: ir.Value | None
+    heads: int
+
+    def of_rows(self, site: Sparse, row: ir.Value, apart: bool) -> tuple[ir.Value, ir.Value | None]:
+        """The same of some blocks of queries, as of sequences of their own: [rows, heads or 1, block, read or 1].
+
+        apart: each head is a sequence too.
+        """
+        parts = [self._of_rows(site, item, row, apart) for item in (self.bias, self.some) if item is not None]
+        return parts[0], parts[1] if len(parts) > 1 else None
+
+    def _of_rows(self, site: Sparse, item: ir.Value, row: ir.Value, apart: bool) -> ir.Value:
+        write, call = site.write, site.write.call
+        found = call("Gather", item, row, axis=2)
+        if shape_of(site.q)[0] != 1:
+            found = write.expanded(found, write.length(site.q, 0), 1, 1, 1, 1)
+        if self.heads > 1 and not apart:
+            found = call("Transpose", found, perm=(0, 2, 1, 3, 4))
+        sizes = call("Shape", found, start=3)
+        found = call("Reshape", found, call("Concat", -1, 1 if apart else self.heads, sizes, axis=0))
+        assert site.q.dtype is not None
+        found.dtype = site.q.dtype
+        return found
+
+
+def _in_chunks(site: Sparse, read: Read, heads: int, size: int, part: Callable[[Sparse, ir.Value], ir.Value]) -> ir.Value:
+    """What `part` writes of some blocks of queries, of all of them; heads: of which keys are gathered; size: of a block."""
+    call, dtype = site.write.call, site.q.dtype
+    assert dtype is not None
+    key_bytes = round(heads * (_width(site.k) + _width(site.v)) * dtype.itemsize)
+    row_bytes = call("Mul", call("Mul", read.read, key_bytes), site.write.length(site.q, 0))
+    most = call("Max", call("Div", site.write.integers(site.chunk_bytes), row_bytes), 1)
+    features = size * _heads(site.q) * _width(site.v)
+
+    def typed(write: Writer, row: ir.Value) -> ir.Value:
+        return _typed(part(dataclasses.replace(site, write=write), row), dtype, [None, None, features])
+
+    return in_chunks(site.write, read.rows, most, features, typed)
+
+
+def _heads_together(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, padding: ir.Value) -> ir.Value:
     """Attention of blocks whose heads read the same keys: each block of queries is a sequence with all its heads."""
     write, call, size = site.write, site.write.call, reads.block
-    heads, groups = _heads(site.q), _heads(site.k)
-    q = write.shaped(_padded(write, site.joined(site.q), padding), -1, size, heads * _width(site.q))
-    operands = [_by_heads(site, q, size, heads, _width(site.q))]
+    heads, groups, width = _heads(site.q), _heads(site.k), _width(site.v)
+    q = write.shaped(write.padded(site.joined(site.q), padding), 0, -1, size * heads * _width(site.q))
     behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
+    blocks: list[ir.Value] = []
     for item in (site.k, site.v):
-        x, width = site.joined(item), groups * _width(item)
-        padded = _padded(write, x, behind)
+        x = site.joined(item)
+        padded = write.padded(x, behind)
         if read.alone is not None:
             padded = call("Concat", padded, call("Gather", x, read.alone, axis=1), axis=1)
-        blocks = write.shaped(padded, 0, -1, size * width)
-        gathered = call("Gather", blocks, write.shaped(read.column, -1), axis=1)
-        operands.append(_by_heads(site, write.shaped(gathered, -1, read.read, width), _read(reads), groups, _width(item)))
-    told = _heads_of_mask(site)
-    if told > 1:
-        mask = call("Transpose", mask, perm=(0, 2, 1, 3, 4))
-    mask = write.shaped(mask, -1, told, size, read.read)
-    _typed(mask, mask_dtype, [_ROWS, told, size, _read(reads)])
-    found = site.attention(*operands, mask=mask, sinks=site.sinks)
-    width = _width(site.v)
-    _typed(found, site.q.dtype, [_ROWS, heads, size, width])
-    together = call("Transpose", found, perm=_HEADS_FIRST)
-    flat = _typed(write.shaped(together, 0, 0, heads * width), site.q.dtype, [_ROWS, size, heads * width])
-    return write.shaped(flat, write.length(site.q, 0), read.rows, size * heads * width)
+        blocks.append(write.shaped(padded, 0, -1, size * groups * _width(item)))
+
+    def part(site: Sparse, row: ir.Value) -> ir.Value:
+        write, call = site.write, site.write.call
+        rows = write.shaped(call("Gather", q, row, axis=1), -1, size, heads * _width(site.q))
+        operands = [_by_heads(site, rows, size, heads, _width(site.q))]
+        column = write.shaped(call("Gather", read.column, row, axis=1), -1)
+        for item, those in zip((site.k, site.v), blocks, strict=True):
+            gathered = write.shaped(call("Gather", those, column, axis=1), -1, read.read, groups * _width(item))
+            operands.append(_by_heads(site, gathered, _read(reads), groups, _width(item)))
+        bias, some = hidden.of_rows(site, row, apart=False)
+        _typed(bias, bias.dtype, [_ROWS, hidden.heads, size, _read(reads)])
+        found = site.attention(*operands, mask=bias, sinks=site.sinks, zeros=False)
+        _typed(found, site.q.dtype, [_ROWS, heads, size, width])
+        if some is not None and hidden.heads > 1:
+            found = _typed(call("Mul", found, some), site.q.dtype, [_ROWS, heads, size, width])
+        together = call("Transpose", found, perm=_HEADS_FIRST)
+        flat = _typed(write.shaped(together, 0, 0, heads * width), site.q.dtype, [_ROWS, size, heads * width])
+        if some is not None and hidden.heads == 1:
+            flat = call("Mul", flat, call("Squeeze", some, 1))
+        return write.shaped(flat, write.length(site.q, 0), call("Shape", row), size * heads * width)
+
+    return _in_chunks(site, read, groups, size, part)
 
 
-def _heads_apart(
-    site: Sparse, reads: KeyBlocks, read: Read, mask: ir.Value, mask_dtype: ir.DataType | None, padding: ir.Value
-) -> ir.Value:
+def _heads_apart(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, padding: ir.Value) -> ir.Value:
     """Attention of blocks whose heads read keys of their own: each block of each head is a sequence."""
     write, call, size = site.write, site.write.call, reads.block
-    heads, groups = _heads(site.q), _heads(site.k)
-    q = write.shaped(_padded(write, site.q, padding, axis=2), -1, 1, size, _width(site.q))
-    operands = [_typed(q, site.q.dtype, [_ROWS, 1, size, _width(site.q)])]
+    heads, groups, width = _heads(site.q), _heads(site.k), _width(site.v)
+    q = write.shaped(write.padded(site.q, padding, axis=2), 0, 0, -1, size * _width(site.q))
     behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
     shared = write.constant(torch.arange(heads).div(heads // groups, rounding_mode="floor").numpy())
     place = call("Add", read.column, call("Mul", write.shaped(shared, -1, 1, 1), read.all_blocks))
+    blocks: list[ir.Value] = []
     for item in (site.k, site.v):
-        width = _width(item)
-        padded = _padded(write, item, behind, axis=2)
+        padded = write.padded(item, behind, axis=2)
         if read.alone is not None:
             padded = call("Concat", padded, call("Gather", item, read.alone, axis=2), axis=2)
-        blocks = write.shaped(padded, 0, call("Mul", read.all_blocks, groups), size * width)
-        rows = write.shaped(call("Gather", blocks, write.shaped(place, -1), axis=1), -1, 1, read.read, width)
-        operands.append(_typed(rows, item.dtype, [_ROWS, 1, _read(reads), width]))
-    mask = write.shaped(mask, -1, 1, size, read.read)
-    _typed(mask, mask_dtype, [_ROWS, 1, size, _read(reads)])
-    sinks = site.sinks
-    if sinks is not None:
-        spread = write.expanded(call("Unsqueeze", sinks, 2), write.length(site.q, 0), heads, read.rows, 1, 1)
-        sinks = _typed(write.shaped(spread, -1, 1, 1, 1), sinks.dtype, [_ROWS, 1, 1, 1])
-    found = site.attention(*operands, mask=mask, sinks=sinks)
-    width = _width(site.v)
-    _typed(found, site.q.dtype, [_ROWS, 1, size, width])
-    apart = call("Reshape", found, call("Concat", write.length(site.q, 0), heads, -1, width, axis=0))
-    together = call("Transpose", apart, perm=_HEADS_FIRST)
-    return write.shaped(together, 0, read.rows, size * heads * width)
+        blocks.append(write.shaped(padded, 0, call("Mul", read.all_blocks, groups), size * _width(item)))
+
+    def part(site: Sparse, row: ir.Value) -> ir.Value:
+        write, call = site.write, site.write.call
+        count = call("Shape", row)
+        rows = write.shaped(call("Gather", q, row, axis=2), -1, 1, size, _width(site.q))
+        operands = [_typed(rows, site.q.dtype, [_ROWS, 1, size, _width(site.q)])]
+        column = write.shaped(call("Gather", place, row, axis=1), -1)
+        for item, those in zip((site.k, site.v), blocks, strict=True):
+            gathered = write.shaped(call("Gather", those, column, axis=1), -1, 1, read.read, _width(item))
+            operands.append(_typed(gathered, item.dtype, [_ROWS, 1, _read(reads), _width(item)]))
+        bias, some = hidden.of_rows(site, row, apart=True)
+        _typed(bias, bias.dtype, [_ROWS, 1, size, _read(reads)])
+        sinks = site.sinks
+        if sinks is not None:
+            spread = write.expanded(call("Unsqueeze", sinks, 2), write.length(site.q, 0), heads, count, 1, 1)
+            sinks = _typed(write.shaped(spread, -1, 1, 1, 1), sinks.dtype, [_ROWS, 1, 1, 1])
+        found = site.attention(*operands, mask=bias, sinks=sinks, zeros=False)
+        _typed(found, site.q.dtype, [_ROWS, 1, size, width])
+        if some is not None:
+            found = call("Mul", found, some)
+        apart = call("Reshape", found, call("Concat", write.length(site.q, 0), heads, -1, width, axis=0))
+        together = call("Transpose", apart, perm=_HEADS_FIRST)
+        return write.shaped(together, 0, count, size * heads * width)
+
+    return _in_chunks(site, read, heads, size, part)
 
 
 def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value, padding: ir.Value) -> ir.Value:
@@ -282,7 +352,7 @@ def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value
         parts.append(write.counted(call("Min", read.rows, reads.dense_end), read.rows))
     dense = parts[0] if len(parts) == 1 else call("Concat", *parts, axis=0)
     width = heads * _width(site.q)
-    blocks = write.shaped(_padded(write, site.joined(site.q), padding), 0, -1, size * width)
+    blocks = write.shaped(write.padded(site.joined(site.q), padding), 0, -1, size * width)
     q = write.shaped(call("Gather", blocks, dense, axis=1), 0, -1, width)
     q = _by_heads(site, q, "dense_queries", heads, _width(site.q), batch=shape_of(site.q)[0])
     inside = write.integers(*range(size))
@@ -297,23 +367,12 @@ def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value
     joined = write.shaped(call("Transpose", whole, perm=_HEADS_FIRST), 0, 0, width)
     _typed(joined, site.q.dtype, [shape_of(site.q)[0], "dense_queries", width])
     flat = write.shaped(joined, 0, -1, size * width)
-    return call("Gather", call("Concat", found, flat, axis=1), _places(write, reads, read.rows), axis=1)
-
-
-def _places(write: Writer, reads: KeyBlocks, rows: ir.Value) -> ir.Value:
-    """Where each block of queries is among the blocks of all and, behind them, those that read all keys."""
-    call, row = write.call, write.counted(0, rows)
-    place = row
-    if reads.dense_rows:
-        numbers = [-1] * (reads.dense_rows[-1] + 2)
-        for number, dense in enumerate(reads.dense_rows):
-            numbers[dense] = number
-        known = call("Gather", write.integers(*numbers), call("Min", row, len(numbers) - 1), axis=0)
-        place = call("Where", call("GreaterOrEqual", known, 0), call("Add", known, rows), place)
-    if reads.dense_end is not None:
-        behind = call("Add", row, call("Add", rows, len(reads.dense_rows) - reads.dense_end))
-        place = call("Where", call("GreaterOrEqual", row, reads.dense_end), behind, place)
-    return place
+    return call(
+        "Gather",
+        call("Concat", found, flat, axis=1),
+        row_places(write, reads, read.rows, call("Shape", found, start=1, end=2)),
+        axis=1,
+    )
 
 
 def _by_heads(
@@ -329,10 +388,3 @@ def _by_heads(
 def _read(reads: KeyBlocks) -> int | str:
     """How many keys a block of queries reads."""
     return _READ if reads.prefix or reads.strides or reads.tail is not None else reads.slots * reads.block
-
-
-def _padded(write: Writer, x: ir.Value, count: ir.Value, axis: int = 1) -> ir.Value:
-    """The value with so many zeros behind it along a dimension."""
-    rank = 3 if axis == 1 else 4
-    front, behind = write.integers(*[0] * (rank + axis)), write.integers(*[0] * (rank - axis - 1))
-    return write.call("Pad", x, write.call("Concat", front, count, behind, axis=0))

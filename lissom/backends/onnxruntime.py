@@ -112,7 +112,7 @@ class OnnxRuntime(Backend):
             # What takes so long is told from few runs, and four times the length is not needed.
             samples, least = [example], 2
         for choice, words in CHOICES.items():
-            model, places = self._write(start.exported, [*chosen, choice])
+            model, places = self._write(program, start.exported, [*chosen, choice])
             if not places[choice]:
                 continue
             try:
@@ -148,7 +148,7 @@ class OnnxRuntime(Backend):
 
         if not program.nodes(block_sparse_attention):
             return best
-        reason, places = ungathered(start.exported), self._write(start.exported, chosen)[1][PAIRS]
+        reason, places = ungathered(start.exported), self._write(program, start.exported, chosen)[1][PAIRS]
         if reason is not None:
             notes.append(f"block-sparse attention is computed with a mask of all pairs, since {reason}")
         if not places:
@@ -159,7 +159,7 @@ class OnnxRuntime(Backend):
             notes.append(f"{words} is by key blocks: the scores of all pairs take too much memory to be tried")
             return best
         try:
-            other = self._open(program, self._write(start.exported, list({*chosen, ATTENTION, PAIRS}))[0])
+            other = self._open(program, self._write(program, start.exported, list({*chosen, ATTENTION, PAIRS}))[0])
             confirm(self.name, other, program, example, start.allowed)
         # As above.
         except Exception as error:
@@ -197,7 +197,7 @@ class OnnxRuntime(Backend):
         if len(left) < len(layers):
             try:
                 notes = [self._check_integers(program, example, exported)]
-                session = self._open(program, self._write(exported, [INTEGERS])[0])
+                session = self._open(program, self._write(program, exported, [INTEGERS])[0])
                 allowed = _ROUNDED if self.accuracy_level and any(layer.rounded is None for layer in layers) else 0.0
                 error = confirm(self.name, session, program, example, allowed)
                 if allowed:
@@ -207,7 +207,7 @@ class OnnxRuntime(Backend):
             except Exception as error:
                 left = simulated(layers, self.accuracy_level, f"its integer kernels fail here or are wrong: {_reason(error)}")
         try:
-            session = self._open(program, self._write(exported, [])[0])
+            session = self._open(program, self._write(program, exported, [])[0])
         except UnsupportedError:
             raise
         except Exception as error:
@@ -243,10 +243,13 @@ class OnnxRuntime(Backend):
     def _unsupported(self, program: Program, error: Exception) -> UnsupportedError:
         return UnsupportedError(f"ONNX Runtime cannot run {program.name}: {_reason(error)}; choose backend 'eager'")
 
-    def _write(self, exported: ir.Model, chosen: Sequence[str]) -> tuple[ir.Model, dict[str, int]]:
+    def _write(self, program: Program, exported: ir.Model, chosen: Sequence[str]) -> tuple[ir.Model, dict[str, int]]:
+        from lissom.backends.onnx_chunks import CPU_BYTES, OTHER_BYTES
         from lissom.backends.onnx_forms import write_form
+        from lissom.backends.onnx_session import CPU
 
-        return write_form(exported, chosen, accuracy_level=self.accuracy_level)
+        chunk_bytes = CPU_BYTES if self._options(program).providers[0][0] == CPU else OTHER_BYTES
+        return write_form(exported, chosen, accuracy_level=self.accuracy_level, chunk_bytes=chunk_bytes)
 
     def _open(self, program: Program, model: ir.Model) -> Session:
         from lissom.backends.onnx_export import save_onnx

@@ -16,6 +16,7 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.attention_operands import mask_of, scale_of
+from lissom.compiler.calibration import token_mask
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.stream import Stream
@@ -79,7 +80,7 @@ def block_masses(
             masks = [item for item in (mask_of(node), node.kwargs.get("sinks")) if isinstance(item, fx.Node)]
             wanted = [cast(fx.Node, item) for item in (*node.args[:2], *masks)]
             values = dict(zip(wanted, stream.advance(0, node, wanted), strict=True))
-            real = real_tokens(program, sample, node)
+            real = token_mask(program, sample, wanted[0], axis=2)
             for row in range(values[wanted[0]].shape[0]):
                 tokens = torch.ones(values[wanted[0]].shape[2], dtype=torch.bool) if real is None else real[row].cpu()
                 found[node].add(_weights(node, partial(_row, values, row)).cpu(), tokens, block)
@@ -113,15 +114,6 @@ def _weights(node: fx.Node, operand: Callable[[object], torch.Tensor | None]) ->
     if sinks is not None:
         scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
     return torch.softmax(scores, -1)[0, ..., : k.shape[2]].nan_to_num(0.0)
-
-
-def real_tokens(program: Program, sample: Sample, node: fx.Node) -> torch.Tensor | None:
-    """Which tokens of an attention's queries are no padding, [batch, tokens]; None where no argument says."""
-    shape = nodes.tensor_type(node.args[0]).shape
-    for leaf, tensor in zip(program.signature.tensors, sample, strict=True):
-        if "mask" in leaf.path and leaf.type.shape == (shape[0], shape[2]):
-            return tensor != 0
-    return None
 
 
 def fewest_blocks(mean: torch.Tensor, share: float) -> torch.Tensor:

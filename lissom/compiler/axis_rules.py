@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import cast
 
@@ -12,6 +13,7 @@ from lissom.compiler import axis_views
 from lissom.compiler import node as nodes
 from lissom.compiler.axis import Axis, cut, divide, mark_normed, mark_whole, pin, product, unify
 from lissom.compiler.axis_base import Dims, Known, Rule, Value, broadcast, dim_of, fresh, of, tensors, unknown
+from lissom.compiler.rule_tables import register
 from lissom.compiler.text import target_text
 from lissom.compiler.types import TensorType
 
@@ -273,12 +275,7 @@ def _count(node: fx.Node, known: Known) -> Value:
 
 RULES: dict[str, Rule] = {str(operator.getitem): axis_views.getitem}
 
-
-def _register(rule: Rule, *names: str) -> None:
-    """Enter a rule for ATen operators by name: `softmax.int`, or `linear` for `linear.default`."""
-    for name in names:
-        RULES[f"aten.{name}" if "." in name else f"aten.{name}.default"] = rule
-
+_register = functools.partial(register, RULES)
 
 _register(_first, "dropout", "lift_fresh_copy", "log_sigmoid", "hardswish", "softplus", "bernoulli")
 _register(_first, "_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as", "contiguous", "clone", "detach", "alias")

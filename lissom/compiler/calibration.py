@@ -77,17 +77,18 @@ class Moments:
         self.gram.addmm_(weighted.T, rows)
 
 
-def token_mask(program: Program, sample: Sample, node: fx.Node) -> torch.Tensor | None:
+def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -> torch.Tensor | None:
     """Which tokens of what the node yields are real, of booleans in the shape of its batch and tokens; None where all are.
 
-    That is told by the argument named a mask that has the sizes of the node's leading dimensions: [batch, tokens].
+    That is told by the argument named a mask that has these sizes, [batch, tokens]. axis: the dimension of the tokens, one
+    before the last.
     """
     shape = nodes.tensor_type(node).shape
     for leaf, tensor in zip(program.signature.tensors, sample, strict=True):
         if "mask" not in leaf.path or len(leaf.type.shape) != 2:
             continue
         batch, tokens = leaf.type.shape
-        if len(shape) == 3 and shape[:2] == (batch, tokens):
+        if len(shape) == axis + 2 and (shape[0], shape[axis]) == (batch, tokens):
             return tensor != 0
         if len(shape) == 2 and shape[0] == batch * tokens:
             return (tensor != 0).flatten()

@@ -1,72 +1,27 @@
 """Where an attention's keys and values are made, and where what reads them can be fitted to other ones.
 
-Keys are read by queries, values by the output projection. Where nothing lies between these layers and the attention but moves
-of whole features, the attention knows their products alone, so that heads may be made another way if what reads them follows.
+Keys are read by queries, values by the output projection.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from lissom.compiler import node as nodes
 from lissom.compiler.axis import Axis
 from lissom.compiler.calibration import Moments
 from lissom.compiler.editor import Editor
+from lissom.compiler.head_layers import HeadLayer, is_moved
 from lissom.compiler.head_pooling import Pooled, Products
 from lissom.compiler.key_value_heads import Rows, SeparateHeads, Separation
-from lissom.compiler.linears import SHAPES, input_of
+from lissom.compiler.linears import input_of
 from lissom.compiler.matrices import matrix_of, readers_of
 from lissom.compiler.program import Program
 from lissom.compiler.removal import unit_of
 from lissom.compiler.structure import structure
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class HeadLayer:
-    """The rows of a linear layer that make heads, or the columns that read them.
-
-    weight: [heads, features] of indices. bias: the same, where there is one. layer: the linear layer.
-    """
-
-    layer: fx.Node
-    weight: Rows
-    bias: Rows | None
-
-    def read(self, program: Program) -> torch.Tensor:
-        """Rows and their bias behind them, in float64: [heads, features, inputs] or one input more."""
-        rows = self.weight.read(program)
-        found = rows if self.bias is None else torch.cat([rows, self.bias.read(program)[..., None]], -1)
-        return found.double().cpu()
-
-    def write(self, edit: Editor, rows: torch.Tensor) -> None:
-        """Give rows and bias other values, as `read` gives them."""
-        if self.bias is None:
-            self.weight.write(edit, rows)
-            return
-        self.weight.write(edit, rows[..., :-1])
-        self.bias.write(edit, rows[..., -1])
-
-    def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
-        """The second moment of what the rows multiply, a 1 for the bias with it; the identity where nothing is known."""
-        inputs = self.weight_inputs
-        if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
-            return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
-        count = max(found.count, 1)
-        gram, mean = found.gram.double().cpu() / count, found.total.double().cpu()[:, None] / count
-        if self.bias is None:
-            return gram
-        return torch.cat([torch.cat([gram, mean], 1), torch.cat([mean.T, torch.ones(1, 1, dtype=torch.float64)], 1)])
-
-    @property
-    def weight_inputs(self) -> int:
-        return int(nodes.tensor_type(self.weight.weight).shape[1 - self.weight.dim])  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -122,7 +77,7 @@ def key_factors(program: Program, separation: Separation, heads: SeparateHeads) 
     made = _layer(program, separation, heads.key, found.axis(keys, 3), site.k, rows)
     read = _layer(program, separation, heads.queries, found.axis(queries, 3), site.q, tuple(separation.rows(heads.queries)))
     fits = made is not None and read is not None and separation.is_alone(heads, heads.key, heads.queries)
-    fits = fits and _moved(keys, made.layer) and _moved(queries, read.layer)  # pyright: ignore[reportOptionalMemberAccess]
+    fits = fits and is_moved(keys, made.layer, kept=True) and is_moved(queries, read.layer, kept=True)  # pyright: ignore[reportOptionalMemberAccess]
     return Factors(rows, made, read if fits else None, keys=True)
 
 
@@ -136,7 +91,7 @@ def value_factors(program: Program, separation: Separation, heads: SeparateHeads
         matrix = matrix_of(site.output)
         columns = [item for item in separation.rows(heads.output) if not isinstance(matrix, str) and item.weight is matrix.node]
         read = _layer(program, separation, heads.output, found.axis(site.node, 3), (site.output,), columns)
-        if not (_moved(heads.values, made.layer) and _moved(input_of(site.output), site.node)):
+        if not (is_moved(heads.values, made.layer, kept=True) and is_moved(input_of(site.output), site.node, kept=True)):
             read = None
     return Factors(rows, made, read, keys=False)
 
@@ -172,18 +127,6 @@ def _layer(
             return None
         found[kind] = item
     return HeadLayer(layer, found["weight"], found.get("bias")) if "weight" in found else None
-
-
-def _moved(value: fx.Node, start: fx.Node) -> bool:
-    """True for a value that is moved about, whole features at a time, or kept as state, from where it was computed."""
-    while value is not start:
-        if nodes.is_call(value, *SHAPES, operator.getitem):
-            value = value.all_input_nodes[0]
-        elif nodes.is_call(value, aten.index_copy.default):
-            value = value.args[3]  # pyright: ignore[reportAssignmentType]
-        else:
-            return False
-    return True
 
 
 def _centred(moment: torch.Tensor, made: HeadLayer, known: Mapping[fx.Node, Moments]) -> torch.Tensor:

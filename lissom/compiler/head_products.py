@@ -32,8 +32,10 @@ from lissom.compiler.axis_edit import remove_indices
 from lissom.compiler.calibration import observe
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import LissomError
+from lissom.compiler.head_layers import HeadLayer, is_moved
 from lissom.compiler.hessian import damped
-from lissom.compiler.linears import SHAPES, input_of
+from lissom.compiler.key_value_heads import Rows
+from lissom.compiler.linears import input_of
 from lissom.compiler.low_rank import spectrum
 from lissom.compiler.matrices import Matrix, matrix_of, readers_of
 from lissom.compiler.program import Program
@@ -51,8 +53,8 @@ class HeadProduct:
     """
 
     node: fx.Node
-    first: fx.Node
-    second: fx.Node
+    first: HeadLayer
+    second: HeadLayer
     scores: bool
     axis: Axis
     heads: int
@@ -61,7 +63,7 @@ class HeadProduct:
     @property
     def observed(self) -> tuple[fx.Node, ...]:
         """What is seen of it on calibration data: q and k; or z, what the output projection reads."""
-        return (self.first, self.second) if self.scores else (input_of(self.second),)
+        return (self.first.layer, self.second.layer) if self.scores else (input_of(self.second.layer),)
 
 
 def head_products(program: Program, site: AttentionSite) -> list[HeadProduct | str]:
@@ -91,7 +93,7 @@ def _product(
         return "heads share keys and values"
     between = [(site.node.args[0], first[0]), (site.node.args[1], second[0])]
     between = between if scores else [(site.node.args[2], first[0]), (input_of(second[0]), site.node)]
-    if not all(_moved_alone(*pair) for pair in between):
+    if not all(is_moved(*pair) for pair in between):
         return f"something is done to its {what} between the layers and their product"
     found = program.fact(axes)
     value = cast(fx.Node, site.node.args[0]) if scores else site.node
@@ -99,20 +101,17 @@ def _product(
     obstacle = found.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
     if obstacle:
         return f"the dimension of its {what} cannot be shortened: {obstacle}"
+    layers: list[HeadLayer] = []
     for layer, dim in ((first[0], 0), (second[0], 0 if scores else 1)):
         matrix = matrix_of(layer)
         if isinstance(matrix, str):
             return matrix
         if matrix.transposed or not _is_owned(layer, matrix) or not _in_order(found, matrix.node, dim, (heads, axis)):
             return f"the weights of its {what} are shared, or hold more than its heads"
-    return HeadProduct(site.node, first[0], second[0], scores, axis, site.heads, site.head_dim)
-
-
-def _moved_alone(end: object, start: fx.Node) -> bool:
-    """True when a value comes from another through shapes alone."""
-    while nodes.is_call(end, *SHAPES) and end is not start:
-        end = end.args[0]
-    return end is start
+        indices, bias = torch.arange(site.heads * site.head_dim).view(site.heads, -1), nodes.argument(layer, "bias")
+        made = Rows(bias, 0, indices) if isinstance(bias, fx.Node) and dim == 0 else None
+        layers.append(HeadLayer(layer, Rows(matrix.node, dim, indices), made))
+    return HeadProduct(site.node, layers[0], layers[1], scores, axis, site.heads, site.head_dim)
 
 
 def _is_owned(layer: fx.Node, matrix: Matrix) -> bool:
@@ -146,7 +145,7 @@ def gram_of_heads(edit: Editor, products: Sequence[HeadProduct]) -> dict[fx.Node
 def gram_of_weights(program: Program, product: HeadProduct) -> dict[fx.Node, torch.Tensor]:
     """The same for independent inputs of unit size, and biases left out."""
     chosen = (product.first, product.second) if product.scores else (product.first,)
-    rows = (_matrix(layer).read(program).float().unflatten(0, (product.heads, -1)) for layer in chosen)
+    rows = (layer.weight.read(program).float() for layer in chosen)
     return {node: part @ part.mT for node, part in zip(product.observed, rows, strict=True)}
 
 
@@ -167,12 +166,6 @@ def value_factors(columns: torch.Tensor, gram: torch.Tensor, damping: float) -> 
     return v, u.T, found.energy
 
 
-def _matrix(layer: fx.Node) -> Matrix:
-    found = matrix_of(layer)
-    assert isinstance(found, Matrix), "products are of layers with a matrix of their own"
-    return found
-
-
 def factors_of(
     program: Program, product: HeadProduct, grams: dict[fx.Node, torch.Tensor], damping: float
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -180,7 +173,7 @@ def factors_of(
     if product.scores:
         pairs = zip(*(grams[node] for node in product.observed), strict=True)
         return [score_factors(query, key, damping) for query, key in pairs]
-    columns = _matrix(product.second).read(program).unflatten(1, (product.heads, -1)).transpose(0, 1)
+    columns = product.second.weight.read(program).mT
     return [value_factors(part, gram, damping) for part, gram in zip(columns, grams[product.observed[0]], strict=True)]
 
 
@@ -209,33 +202,24 @@ def shorten_heads(edit: Editor, chosen: Sequence[tuple[HeadProduct, Factors, int
             edit.skip(product.node, str(error))
         return set()
     edit.rewritten = rewritten + len(chosen)
-    return {layer for product, _, _ in chosen for layer in (product.first, product.second)}
+    return {layer.layer for product, _, _ in chosen for layer in (product.first, product.second)}
 
 
 def _put(edit: Editor, product: HeadProduct, factors: Factors, rank: int) -> None:
     """Write the factors into the layers, zeros behind the rank, where the axis is to lose its indices."""
-    _set_rows(edit, product.first, [first for first, _, _ in factors], rank)
-    if product.scores:
-        _set_rows(edit, product.second, [second for _, second, _ in factors], rank)
-        return
-    matrix = _matrix(product.second)
-    weight = torch.zeros_like(matrix.read(edit.program)).unflatten(1, (product.heads, -1))
-    for head, (_, second, _) in enumerate(factors):
-        weight[:, head, :rank] = second[:rank].T.to(weight.dtype)
-    matrix.write(edit, weight.flatten(1))
+    first, second, _ = zip(*factors, strict=True)
+    _set_rows(edit, product.first, _times(edit.program, product.first, first), rank)
+    _set_rows(edit, product.second, _times(edit.program, product.second, second) if product.scores else second, rank)
 
 
-def _set_rows(edit: Editor, layer: fx.Node, factors: Sequence[torch.Tensor], rank: int) -> None:
-    """Let each head of a layer give its factor times what it gave, bias included."""
-    bias, matrix = nodes.argument(layer, "bias"), _matrix(layer)
-    old = matrix.read(edit.program)
-    if isinstance(bias, fx.Node):
-        old = torch.cat([old, edit.program.weight(str(bias.target)).detach()[:, None]], 1)
-    new = torch.zeros_like(old).unflatten(0, (len(factors), -1))
-    for head, (factor, rows) in enumerate(zip(factors, old.unflatten(0, (len(factors), -1)), strict=True)):
-        new[head, :rank] = (factor[:rank] @ rows.double()).to(old.dtype)
-    found = new.flatten(0, 1)
-    if isinstance(bias, fx.Node):
-        edit.set_weight(bias, found[:, -1].contiguous())
-        found = found[:, :-1]
-    matrix.write(edit, found)
+def _times(program: Program, layer: HeadLayer, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A factor times what each head of a layer is, bias included."""
+    return [factor.cpu() @ rows for factor, rows in zip(factors, layer.read(program), strict=True)]
+
+
+def _set_rows(edit: Editor, layer: HeadLayer, rows: Sequence[torch.Tensor], rank: int) -> None:
+    """Let each head of a layer be the first of these rows, as many as the rank says, and zeros behind them."""
+    new = layer.read(edit.program).zero_()
+    for head, found in zip(new, rows, strict=True):
+        head[:rank] = found[:rank]
+    layer.write(edit, new)

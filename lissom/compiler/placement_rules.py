@@ -8,6 +8,7 @@ and cut, `placement_lookups.py` those that look up, `placement_stored.py` those 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import cast
@@ -34,6 +35,7 @@ from lissom.compiler.placement_base import (
     tensors,
 )
 from lissom.compiler.placements import PARTIAL, REPLICATED, Spans, is_padded, sharded
+from lissom.compiler.rule_tables import register
 from lissom.compiler.types import TensorType
 
 aten = torch.ops.aten
@@ -300,12 +302,7 @@ def reduced(node: fx.Node, read: Reading) -> Outcome:
 RULES: dict[str, Rule] = {str(operator.getitem): views.getitem}
 """By the name of the operator."""
 
-
-def _register(rule: Rule, *names: str) -> None:
-    """Enter a rule for ATen operators by name: `softmax.int`, or `linear` for `linear.default`."""
-    for name in names:
-        RULES[f"aten.{name}" if "." in name else f"aten.{name}.default"] = rule
-
+_register = functools.partial(register, RULES)
 
 _register(pointwise, "__and__.Tensor", "__or__.Tensor", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "lerp.Tensor")
 _register(pointwise, "log_sigmoid", "hardswish", "softplus", "isclose", "isin.Tensor_Scalar")

@@ -6,6 +6,7 @@ It is a finer question than `axes` answers, where a dimension that is reduced or
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeGuard, cast
@@ -16,6 +17,7 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.program import Program
+from lissom.compiler.rule_tables import register
 from lissom.compiler.types import Size, TensorType
 
 aten = torch.ops.aten
@@ -259,12 +261,7 @@ def _convolution(node: fx.Node, dim: int) -> Sources | None:
 RULES: dict[str, Rule] = {"lissom.attention.default": _attention, "lissom.rotary.default": _all_but_last}
 RULES["lissom.linear_attention.default"] = _linear_attention
 
-
-def _register(rule: Rule, *names: str) -> None:
-    """Enter a rule for ATen operators by name: `softmax.int`, or `linear` for `linear.default`."""
-    for name in names:
-        RULES[f"aten.{name}" if "." in name else f"aten.{name}.default"] = rule
-
+_register = functools.partial(register, RULES)
 
 _register(_pointwise, "__and__.Tensor", "__or__.Tensor", "type_as", "floor_divide", "floor_divide.Scalar")
 _register(_pointwise, "where.ScalarOther", "where.ScalarSelf", "where.Scalar")

@@ -9,6 +9,18 @@ from torch import fx
 from lissom.compiler import node as nodes
 
 
+def obstacle_by_name(*chosen: fx.Node, skip: str, only: str) -> str | None:
+    """Why what these nodes stand for is left alone, by patterns as of `is_protected`; None when it is treated.
+
+    skip: what is left alone. only: what alone is treated; where it is empty, all of it.
+    """
+    if any(is_protected(node, skip) for node in chosen):
+        return "skip= names it"
+    if only and not all(is_protected(node, only) for node in chosen):
+        return "only= does not name it"
+    return None
+
+
 def is_protected(node: fx.Node, patterns: str) -> bool:
     """True when the module that made the node, or one around it, has a path that fits one of the patterns.
 

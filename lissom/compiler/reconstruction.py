@@ -37,7 +37,7 @@ from lissom.compiler.removal import Columns, find_head_columns, find_neuron_colu
 from lissom.compiler.samples import Sample
 from lissom.compiler.stream import Stream
 from lissom.compiler.structure import structure
-from lissom.compiler.unit_sites import UnitSite, matrix_of, set_matrix
+from lissom.compiler.unit_sites import UnitSite
 from lissom.compiler.verify import kept_state
 
 aten = torch.ops.aten
@@ -193,7 +193,7 @@ def refit(
 
 def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Sequence[Sample]) -> None:
     layer, columns = ending.layer, ending.columns
-    weight = matrix_of(edit.program, columns)
+    weight = columns.read(edit.program)
     alive = (weight != 0).any(0).nonzero().flatten()
     if not len(alive):
         return
@@ -218,7 +218,7 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
         halves[1].add(rows[middle:], wanted[middle:], weights[middle:])
     fitted, bias = solve(halves, weight[:, alive], with_bias=ending.bias is not None)
     weight[:, alive] = fitted
-    set_matrix(edit, columns, weight)
+    columns.write(edit, weight)
     if ending.bias is not None:
         edit.set_weight(ending.bias, bias.to(nodes.tensor_type(ending.bias).dtype))
 

@@ -18,6 +18,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
+from lissom.compiler.editor import Editor
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.feed_forward_sites import FeedForwardSite
 from lissom.compiler.linears import input_of, weight_of
@@ -53,6 +54,17 @@ class Columns:
         """The indices along `dim` that read these units, [indices], in order."""
         wanted = torch.tensor([units] if isinstance(units, int) else [*units], dtype=torch.long)
         return torch.isin(self.unit, wanted).nonzero().flatten()
+
+    def read(self, program: Program) -> torch.Tensor:
+        """The weight as [out_features, in_features], in float32 and apart from the original."""
+        weight = program.weight(str(self.weight.target)).detach()
+        return weight.movedim(self.dim, -1).flatten(0, -2).to(torch.float32, copy=True)
+
+    def write(self, edit: Editor, matrix: torch.Tensor) -> None:
+        """Give the weight new values, in this program only; matrix: [out_features, in_features]."""
+        weight = edit.program.weight(str(self.weight.target)).detach()
+        shape = weight.movedim(self.dim, -1).shape
+        edit.set_weight(self.weight, matrix.to(weight.dtype).reshape(shape).movedim(-1, self.dim).contiguous())
 
     def zeroed(self, weight: torch.Tensor, units: int | Iterable[int]) -> torch.Tensor:
         """A copy of the weight in which the columns of these units are zero; for `edit.set_weight(columns.weight, …)`."""

@@ -30,7 +30,7 @@ from lissom.compiler.editor import Editor
 from lissom.compiler.linears import SHAPES, input_of, is_attention, is_linear
 from lissom.compiler.matrices import Matrix, matrix_of, readers_of
 from lissom.compiler.program import Program
-from lissom.compiler.protection import is_protected
+from lissom.compiler.protection import obstacle_by_name
 from lissom.compiler.removal import unit_of
 from lissom.compiler.structure import structure
 
@@ -122,12 +122,11 @@ def chosen_sites(edit: Editor, *, norms: bool, linears: bool, skip: str, only: s
     """The sites whose producers the patterns let be treated; the others are reported."""
     sites: list[ScalingSite] = []
     for site in scaling_sites(edit, norms=norms, linears=linears):
-        if is_protected(site.producer, skip):
-            edit.skip(site.producer, "skip= names it")
-        elif only and not is_protected(site.producer, only):
-            edit.skip(site.producer, "only= does not name it")
-        else:
+        reason = obstacle_by_name(site.producer, skip=skip, only=only)
+        if reason is None:
             sites.append(site)
+        else:
+            edit.skip(site.producer, reason)
     return sites
 
 

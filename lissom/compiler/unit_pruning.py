@@ -15,7 +15,7 @@ from lissom.compiler.errors import RequirementError
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.ranking import Amount, Choice, Ranking, allocate, check_amount
 from lissom.compiler.reconstruction import refit, scale_units
-from lissom.compiler.unit_sites import UnitSite, set_matrix
+from lissom.compiler.unit_sites import UnitSite
 
 Criterion = Literal["auto", "magnitude", "gradient", "taylor", "wanda", "reconstruction", "second-order"]
 
@@ -98,7 +98,7 @@ class UnitPruning:
 
     def _set(self, edit: Editor, site: UnitSite, weight: torch.Tensor, gone: torch.Tensor) -> None:
         if len(gone):
-            set_matrix(edit, site.columns, weight)
+            site.columns.write(edit, weight)
             edit.rewritten += len(gone)
 
 

@@ -38,7 +38,7 @@ class UnitSite:
 
     def matrix(self, program: Program) -> torch.Tensor:
         """The weight as [out_features, in_features] in float32."""
-        return matrix_of(program, self.columns)
+        return self.columns.read(program)
 
     def by_unit(self, values: torch.Tensor) -> torch.Tensor:
         """A number for every column, [in_features], summed over each unit, [units]."""
@@ -54,19 +54,6 @@ class UnitSite:
         if features != program.weight(str(self.columns.weight.target)).shape[self.columns.dim]:
             return "its layer does not read one feature a column"
         return ""
-
-
-def matrix_of(program: Program, columns: Columns) -> torch.Tensor:
-    """The weight that holds these columns as [out_features, in_features], in float32 and apart from the original."""
-    weight = program.weight(str(columns.weight.target)).detach()
-    return weight.movedim(columns.dim, -1).flatten(0, -2).to(torch.float32, copy=True)
-
-
-def set_matrix(edit: Editor, columns: Columns, matrix: torch.Tensor) -> None:
-    """Give the weight that holds these columns new values; matrix: [out_features, in_features]."""
-    weight = edit.program.weight(str(columns.weight.target)).detach()
-    shape = weight.movedim(columns.dim, -1).shape
-    edit.set_weight(columns.weight, matrix.to(weight.dtype).reshape(shape).movedim(-1, columns.dim).contiguous())
 
 
 def head_sites(edit: Editor) -> list[UnitSite]:

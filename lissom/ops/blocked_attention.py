@@ -9,11 +9,12 @@ Where a pattern has no such blocks, or they come near to all keys, the reference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from functools import lru_cache
 
 import torch
 from torch.nn import functional
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lissom.compiler.attention_patterns import Pattern
 from lissom.compiler.key_blocks import KeyBlocks, key_blocks
@@ -22,6 +23,11 @@ from lissom.ops.fused_attention import fused_attention_reference, with_bias
 
 _WORTH = 0.5
 """From this share of all scores on the copies cost as much as is saved."""
+
+_MOST = 256
+"""Key blocks that are remembered, of patterns and lengths."""
+_OF_LAYOUTS: MutableMapping[torch.Tensor, tuple[int, dict[object, KeyBlocks | str]]] = WeakIdKeyDictionary()
+"""For each layout its version, and what is read under it by a pattern, or by one at some lengths."""
 
 
 def block_sparse_attention_reference(
@@ -116,14 +122,38 @@ def attend_by_blocks(
     return found[:, :, :queries].transpose(1, 2).contiguous().transpose(1, 2)
 
 
-@lru_cache(256)
+def _blocks_of(pattern: Pattern, layout: torch.Tensor | None, queries: int, keys: int) -> KeyBlocks | str:
+    """What a pattern reads; under one layout it is found once, for as long as that lives and nothing writes to it."""
+    if layout is None or not pattern.asks_layout:
+        return _without_layout(pattern, queries, keys)
+    # Those made in inference mode do not tell whether they were written to.
+    if layout.is_inference():
+        found = key_blocks(pattern, layout)
+        return key_blocks(pattern, layout, queries, keys) if isinstance(found, str) else found
+    version, known = _OF_LAYOUTS.get(layout, (-1, {}))
+    if version != layout._version or len(known) > _MOST:
+        known: dict[object, KeyBlocks | str] = {}
+        _OF_LAYOUTS[layout] = layout._version, known
+    if pattern not in known:
+        known[pattern] = key_blocks(pattern, layout)
+    found = known[pattern]
+    if isinstance(found, str):
+        lengths = pattern, queries, keys
+        if lengths not in known:
+            known[lengths] = key_blocks(pattern, layout, queries, keys)
+        found = known[lengths]
+    return found
+
+
+@lru_cache(_MOST)
+def _without_layout(pattern: Pattern, queries: int, keys: int) -> KeyBlocks | str:
+    found = _rules(pattern)
+    return key_blocks(pattern, None, queries, keys) if isinstance(found, str) else found
+
+
+@lru_cache(_MOST)
 def _rules(pattern: Pattern) -> KeyBlocks | str:
     return key_blocks(pattern, None)
-
-
-def _blocks_of(pattern: Pattern, layout: torch.Tensor | None, queries: int, keys: int) -> KeyBlocks | str:
-    found = key_blocks(pattern, layout) if pattern.asks_layout else _rules(pattern)
-    return key_blocks(pattern, layout, queries, keys) if isinstance(found, str) else found
 
 
 def _read(reads: KeyBlocks, rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,13 +72,13 @@ def layout_of(pattern, heads=1, rows=5, seed=0, dense=()):
     return layout
 
 
-def check(model, inputs, others, folder, chosen=()):
+def check(model, inputs, others, folder, **options):
     """Every form of the model against itself, on inputs of these and other sizes; the graphs of the forms."""
     found = capture(model, inputs)
     exported = export_onnx(found.program, found.example)
     graphs = []
     for form in ((), (ATTENTION,), (PAIRS,), (PAIRS, ATTENTION)):
-        written, _ = write_form(exported, form)
+        written, _ = write_form(exported, form, **options)
         path = save_onnx(written, folder)
         onnx.checker.check_model(path, full_check=True)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -97,6 +97,20 @@ def test_every_form_gives_what_the_operator_gives(name, tmp_path):
     model = seeded(lambda: Sparse(pattern, layout=layout_of(pattern, dense=(0,))))
     sizes = [(1, 1), (2, 64), (1, 90), (1, 333)]
     check(model, (normal(2, 140, 16),), [(normal(*size, 16, seed=3),) for size in sizes], tmp_path)
+
+
+# A key and its value take 2 · 2 · 8 · 4 bytes of the two groups of heads.
+@pytest.mark.parametrize("chunk_bytes", [1, 128 * 2 * 140, 2**28])
+@pytest.mark.parametrize("name", ["window", "window and global tokens", "blocks and window"])
+def test_chunks_of_every_size_give_the_same(name, chunk_bytes, tmp_path):
+    """A block at a time, a few, of which the last is not a whole chunk, and all at once; of one sequence and of several."""
+    pattern = PATTERNS[name]
+    model = seeded(lambda: Sparse(pattern, layout=layout_of(pattern, heads=4, dense=(1,))))
+    sizes = [(1, 1), (3, 333), (1, 701)]
+    graphs = check(
+        model, (normal(2, 140, 16),), [(normal(*size, 16, seed=3),) for size in sizes], tmp_path, chunk_bytes=chunk_bytes
+    )
+    assert [sum(node.op_type == "Loop" for node in graph.graph.node) for graph in graphs] == [1, 1, 0, 0]
 
 
 def test_heads_with_keys_of_their_own(tmp_path):

@@ -10,7 +10,7 @@ from lissom.compiler.editor import Editor
 from lissom.compiler.program import Program
 from lissom.compiler.reconstruction import RIDGES, NormalEquations, refit, scale_units, solve
 from lissom.compiler.samples import Sample, resize
-from lissom.compiler.unit_sites import neuron_sites, set_matrix
+from lissom.compiler.unit_sites import neuron_sites
 from tests.models import FeedForward, normal, seeded, tiny_bert
 
 
@@ -76,7 +76,7 @@ def pruned(keep: int) -> tuple[Editor, Program, list[Sample]]:
     site = neuron_sites(edit)[0]
     weight = site.matrix(edit.program)
     weight[:, keep:] = 0
-    set_matrix(edit, site.columns, weight)
+    site.columns.write(edit, weight)
     return edit, program, data
 
 
@@ -121,7 +121,7 @@ def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
     site = neuron_sites(edit)[0]
     weight = site.matrix(edit.program)
     weight[:, ::2] = 0
-    set_matrix(edit, site.columns, weight)
+    site.columns.write(edit, weight)
     before = error(edit.program, program, data)
     refit(edit, program, data)
     assert error(edit.program, program, data) < 0.5 * before

@@ -126,6 +126,21 @@ def test_a_pattern_without_rules_is_gathered_at_each_length():
     torch.testing.assert_close(found, wanted, rtol=ALLOWED, atol=ALLOWED)
 
 
+def test_a_layout_that_is_written_to_is_read_anew():
+    """Key blocks of a layout are found once, for as long as nothing writes to it."""
+    pattern = PATTERNS["blocks and window"]
+    q, k, v = (numbers(1, 2, 300, 4, seed=seed) for seed in range(3))
+    layout = layout_of(pattern, 1, 10, 10, 0)
+    options = {"pattern": pattern.encode(), "block": pattern.block, "scale": 0.5}
+    for _ in range(2):
+        for _ in range(2):
+            found = block_sparse_attention(q.requires_grad_(), k, v, None, layout, **options)
+            wanted = block_sparse_attention_reference(q, k, v, None, layout, **options)
+            assert (found - wanted).abs().max() < ALLOWED
+        layout.logical_not_()
+        layout[:, 3] = True
+
+
 def test_blocks_of_few_tokens_are_refused_with_a_reason():
     pattern = Pattern(((LAYOUT,),), 8)
     assert key_blocks(pattern, torch.ones(1, 2, 2, dtype=torch.bool)) == (

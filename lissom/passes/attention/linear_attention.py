@@ -47,7 +47,7 @@ from lissom.compiler.kinds import Approximation, Requirement
 from lissom.compiler.masks import mask_kind
 from lissom.compiler.padding import KeyMask, key_mask
 from lissom.compiler.program import Program
-from lissom.compiler.protection import is_protected
+from lissom.compiler.protection import obstacle_by_name
 from lissom.compiler.samples import Sample
 from lissom.compiler.types import ScalarType
 from lissom.compiler.verify import kept_state
@@ -105,11 +105,8 @@ class LinearAttention(Approximation):
 
     def _obstacle(self, edit: Editor, node: fx.Node) -> str | None:
         """Why an attention stays as it is; None when it can be treated."""
-        if is_protected(node, self.skip):
-            return "skip= names it"
-        if self.only and not is_protected(node, self.only):
-            return "only= does not name it"
-        return operands_obstacle(edit, node) or _obstacle_in_scores(edit, node)
+        reason = obstacle_by_name(node, skip=self.skip, only=self.only)
+        return reason or operands_obstacle(edit, node) or _obstacle_in_scores(edit, node)
 
     def _fit(self, edit: Editor, sites: Sequence[_Site], maps: dict[fx.Node, Maps]) -> dict[fx.Node, Maps]:
         """The maps fitted to softmax, layer by layer, on what the program as it is makes of the data."""

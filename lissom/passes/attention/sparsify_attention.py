@@ -40,7 +40,7 @@ from lissom.compiler.kinds import Approximation
 from lissom.compiler.linears import is_attention
 from lissom.compiler.pattern_reading import CAUSAL
 from lissom.compiler.pattern_writing import write_pattern
-from lissom.compiler.protection import is_protected
+from lissom.compiler.protection import obstacle_by_name
 from lissom.compiler.structure import structure
 from lissom.compiler.types import ScalarType
 
@@ -126,11 +126,7 @@ class SparsifyAttention(Approximation):
         return int(_OPTIONS[self.pattern][name] if given is None else given)
 
     def _treats(self, edit: Editor, node: fx.Node, cross: bool) -> bool:
-        reason = _obstacle(edit, node, cross)
-        if is_protected(node, self.skip):
-            reason = "skip= names it"
-        elif self.only and not is_protected(node, self.only):
-            reason = "only= does not name it"
+        reason = obstacle_by_name(node, skip=self.skip, only=self.only) or _obstacle(edit, node, cross)
         if reason is not None:
             edit.skip(node, reason)
         return reason is None

@@ -40,14 +40,14 @@ import torch
 from torch import fx, nn
 
 from lissom.compiler import node as nodes
+from lissom.compiler.amounts import check_amount
 from lissom.compiler.convolutions import CONVOLUTIONS, TRANSPOSED, Convolution, convolution_of
 from lissom.compiler.editor import Editor
-from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.execute import evaluate_nodes
 from lissom.compiler.kinds import Approximation
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.program import Program
-from lissom.compiler.protection import is_protected
+from lissom.compiler.protection import obstacle_by_name
 from lissom.compiler.separable import ORDERS, Fit, Layout, Order, covariance, decompose, energy, factors, of_slices, roots
 from lissom.compiler.stream import Stream
 from lissom.compiler.verify import kept_state
@@ -79,18 +79,7 @@ class DepthwiseSeparable(Approximation):
     only: str = ""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rank", "keep", "budget") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(f"{name}=" for name in given) if given else "none"
-            raise UnsupportedError(
-                f"depthwise-separable takes exactly one of rank=, keep= and budget=, not {found}; budget=0.5 halves the bytes"
-            )
-        if self.rank is not None and self.rank < 1:
-            raise UnsupportedError(f"depthwise-separable takes rank= of 1 or more terms, not {self.rank}")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise UnsupportedError(f"depthwise-separable takes keep= above 0 and up to 1, not {self.keep:g}")
-        if self.budget is not None and not 0 < self.budget < 1:
-            raise UnsupportedError(f"depthwise-separable takes budget= above 0 and below 1, not {self.budget:g}")
+        check_amount("depthwise-separable", rank=self.rank, keep=self.keep, budget=self.budget)
 
     def run(self, edit: Editor) -> None:
         layers = self._layers(edit)
@@ -130,13 +119,10 @@ class DepthwiseSeparable(Approximation):
         return layers
 
     def _obstacle_to_reading(self, node: fx.Node) -> str | None:
-        if is_protected(node, self.skip):
-            return "skip= names it"
-        if self.only and not is_protected(node, self.only):
-            return "only= does not name it"
-        if node.target in TRANSPOSED:
+        reason = obstacle_by_name(node, skip=self.skip, only=self.only)
+        if reason is None and node.target in TRANSPOSED:
             return "it is a transposed convolution"
-        return None
+        return reason
 
     def _separate(self, calibration: Calibration, program: Program) -> Separation | str:
         """The factors of a layer, or why it is left alone."""

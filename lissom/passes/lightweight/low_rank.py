@@ -36,6 +36,7 @@ import torch
 from torch import fx, nn
 
 from lissom.compiler import node as nodes
+from lissom.compiler.amounts import check_amount
 from lissom.compiler.calibration import observe_gradients, spread
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import UnsupportedError
@@ -54,7 +55,7 @@ from lissom.compiler.linears import input_of, is_linear
 from lissom.compiler.low_rank import Curve, Spectrum, allot, rank_of, relative_error, spectrum
 from lissom.compiler.matrices import Matrix, matrix_of, readers_of
 from lissom.compiler.program import Program
-from lissom.compiler.protection import is_protected
+from lissom.compiler.protection import obstacle_by_name
 from lissom.compiler.structure import structure
 from lissom.compiler.sweep import Counterpart, Read, sweep_moments
 
@@ -99,19 +100,7 @@ class LowRank(Approximation):
     only: str = ""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("rank", "keep", "budget") if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(f"{name}=" for name in given) if given else "none"
-            raise UnsupportedError(
-                f"low-rank takes one of rank=, keep= and budget=, and was given {found}: write for example "
-                "low-rank{budget=0.75} for three quarters of the bytes"
-            )
-        if self.rank is not None and self.rank < 1:
-            raise UnsupportedError(f"low-rank takes rank= of 1 or more, not {self.rank}")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise UnsupportedError(f"low-rank keeps a share of the energy above 0 and up to 1, not keep={self.keep:g}")
-        if self.budget is not None and not 0 < self.budget < 1:
-            raise UnsupportedError(f"low-rank leaves a share of the bytes above 0 and below 1, not budget={self.budget:g}")
+        check_amount("low-rank", rank=self.rank, keep=self.keep, budget=self.budget)
         if self.damping <= 0 or self.round_to < 1:
             raise UnsupportedError("low-rank takes damping= above 0 and round_to= of 1 or more")
 
@@ -191,7 +180,7 @@ class LowRank(Approximation):
         for site in edit.program.fact(structure).attention:
             edit.current = site.node
             for found in head_products(edit.program, site):
-                reason = found if isinstance(found, str) else self._obstacle_by_name(found.first, found.second)
+                reason = found if isinstance(found, str) else self._obstacle_by_name(found.first.layer, found.second.layer)
                 if reason is not None:
                     edit.skip(site.node, reason)
                 elif isinstance(found, HeadProduct):
@@ -231,11 +220,7 @@ class LowRank(Approximation):
         return {node: matrix for node, matrix in layers.items() if node not in shared}
 
     def _obstacle_by_name(self, *layers: fx.Node) -> str | None:
-        if any(is_protected(node, self.skip) for node in layers):
-            return "skip= names it"
-        if self.only and not all(is_protected(node, self.only) for node in layers):
-            return "only= does not name it"
-        return None
+        return obstacle_by_name(*layers, skip=self.skip, only=self.only)
 
     def _obstacle(self, program: Program, node: fx.Node, matrix: Matrix) -> str | None:
         """Why a layer is left alone; None when it is not."""

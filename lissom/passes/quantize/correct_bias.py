@@ -29,7 +29,7 @@ from lissom.compiler.kinds import Approximation
 from lissom.compiler.linears import is_linear
 from lissom.compiler.matrices import RoundedMatrix, matrix_of, rounded_matrix_of
 from lissom.compiler.program import Program
-from lissom.compiler.protection import is_protected
+from lissom.compiler.protection import obstacle_by_name
 from lissom.compiler.structure import structure
 from lissom.compiler.sweep import sweep
 
@@ -82,10 +82,8 @@ class CorrectBias(Approximation):
         return layers
 
     def _obstacle(self, edit: Editor, node: fx.Node) -> str | None:
-        if is_protected(node, self.skip):
-            return "skip= names it"
-        if self.only and not is_protected(node, self.only):
-            return "only= does not name it"
+        if (reason := obstacle_by_name(node, skip=self.skip, only=self.only)) is not None:
+            return reason
         if node in edit.program.fact(structure).output_heads and not self.output_heads:
             return "it is an output head; output_heads=true treats it"
         if _original(edit, node) is None:

@@ -53,7 +53,7 @@ from lissom.compiler.linears import input_of, is_linear
 from lissom.compiler.matrices import Matrix, RoundedMatrix, matrix_of, rounded_matrix_of
 from lissom.compiler.observers import weight_scale
 from lissom.compiler.program import Program
-from lissom.compiler.protection import is_protected
+from lissom.compiler.protection import obstacle_by_name
 from lissom.compiler.sweep import Counterpart, Read, sweep_moments
 
 aten = torch.ops.aten
@@ -129,10 +129,8 @@ class Gptq(Approximation):
             matrix = rounded_matrix_of(node)
             if isinstance(matrix, str):
                 edit.skip(node, matrix)
-            elif is_protected(node, self.skip):
-                edit.skip(node, "skip= names it")
-            elif self.only and not is_protected(node, self.only):
-                edit.skip(node, "only= does not name it")
+            elif (reason := obstacle_by_name(node, skip=self.skip, only=self.only)) is not None:
+                edit.skip(node, reason)
             elif _is_table(matrix) and not self.tables:
                 edit.skip(node, "its weight is a table of embeddings too; tables=true treats both")
             else:

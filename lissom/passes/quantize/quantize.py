@@ -32,7 +32,7 @@ from lissom.compiler.kinds import Approximation
 from lissom.compiler.linears import input_of, is_attention, is_linear
 from lissom.compiler.matrices import Matrix, matrix_of
 from lissom.compiler.observers import Observer, WeightObserver, observed_ranges, weight_scale
-from lissom.compiler.protection import is_protected
+from lissom.compiler.protection import obstacle_by_name
 from lissom.compiler.structure import structure
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 
@@ -126,13 +126,10 @@ class Quantize(Approximation):
 
     def _chosen(self, edit: Editor, node: fx.Node) -> bool:
         """True where the patterns let a node be treated; else it is reported."""
-        if is_protected(node, self.skip):
-            edit.skip(node, "skip= names it")
-        elif self.only and not is_protected(node, self.only):
-            edit.skip(node, "only= does not name it")
-        else:
-            return True
-        return False
+        reason = obstacle_by_name(node, skip=self.skip, only=self.only)
+        if reason is not None:
+            edit.skip(node, reason)
+        return reason is None
 
     def _layers(self, edit: Editor) -> dict[fx.Node, Matrix]:
         """The linear layers to treat, and where their matrices are; the others are reported."""

@@ -230,11 +230,11 @@ def test_what_has_no_kernel_of_its_own_is_left_alone() -> None:
 
 def test_requirements() -> None:
     for options, message in (
-        ({}, "takes exactly one of rank=, keep= and budget=, not none; budget=0.5 halves the bytes"),
-        ({"rank": 1, "budget": 0.5}, "takes exactly one of rank=, keep= and budget=, not rank= and budget="),
-        ({"rank": 0}, "takes rank= of 1 or more terms, not 0"),
-        ({"keep": 1.5}, "takes keep= above 0 and up to 1, not 1.5"),
-        ({"budget": 1.0}, "takes budget= above 0 and below 1, not 1"),
+        ({}, "takes one of rank=, keep= and budget=, and was given none"),
+        ({"rank": 1, "budget": 0.5}, "takes one of rank=, keep= and budget=, and was given rank= and budget="),
+        ({"rank": 0}, "takes rank= of 1 or more, not 0"),
+        ({"keep": 1.5}, "keeps a share of the energy above 0 and up to 1, not keep=1.5"),
+        ({"budget": 1.0}, "leaves a share of the bytes above 0 and below 1, not budget=1"),
     ):
         with pytest.raises(UnsupportedError) as refusal:
             DepthwiseSeparable(**options)
