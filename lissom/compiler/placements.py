@@ -139,6 +139,14 @@ def is_padded(placed: Placed) -> bool:
     return any(span.is_padded for _, spans in placed.dims for span in spans)
 
 
+def can_gather(placed: Placed, ways: int) -> bool:
+    """True when the blocks of all ranks laid end to end are the value: one stretch, a block a rank."""
+    if len(placed.dims) != 1:
+        return False
+    spans = placed.dims[0][1]
+    return len(spans) == 1 and spans[0].outer == 1 and spans[0].parts == ways
+
+
 def padded_share(spans: Spans) -> str:
     """`9 as 10`: how many units there are and are held where they do not divide; empty where they do."""
     return next((f"{span.size} as {span.block * span.parts}" for span in spans if span.is_padded), "")

@@ -18,14 +18,16 @@ from lissom.compiler import node as nodes
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.placement_base import Reading, is_weight
+from lissom.compiler.placement_joint import Exchange, all_exchanges
 from lissom.compiler.placement_rules import outcome, rule_of
-from lissom.compiler.placements import REPLICATED, Placed, Spans, sharded
+from lissom.compiler.placements import REPLICATED, Placed, Spans, can_gather, sharded
 from lissom.compiler.program import Program
 from lissom.compiler.removal import feature_dim
 from lissom.compiler.shard_sites import ShardSite, linear_layers, shard_sites, spans_of
 from lissom.compiler.text import target_text
 
 Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
+Joint = Mapping[fx.Node, tuple[Exchange, ...]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
 
     placed: for every node how what it yields lies. sites: what is cut. left: what could be and is not, with the reason in
     `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read values
-    which were cut.
+    which were cut. joint: the collectives inside operators that ranks work out together on their parts.
     """
 
     ways: int
@@ -58,6 +60,7 @@ class Plan:
     left: tuple[ShardSite, ...]
     moves: tuple[Redistribution, ...]
     gathered: tuple[fx.Node, ...]
+    joint: Mapping[fx.Node, tuple[Exchange, ...]]
 
 
 class _RefusedError(Exception):
@@ -79,13 +82,13 @@ def make_plan(
     sites = [site for site in sites if not site.obstacle]
     while True:
         try:
-            placed, moves, gathered = _Planner(program, found, sites, ways).run()
+            placed, moves, gathered, joint = _Planner(program, found, sites, ways).run()
         except _RefusedError as refusal:
             number, reason = cast("tuple[int, str]", refusal.args)
             site = sites.pop(number)
             left.append(ShardSite(site.kind, site.node, site.path, {}, reason))
             continue
-        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered)
+        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered, joint)
 
 
 class _Planner:
@@ -104,7 +107,7 @@ class _Planner:
         }
         self.fixed: set[fx.Node] = set()
 
-    def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...]]:
+    def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...], Joint]:
         """The placements once weights lie as what reads them wants.
 
         Raises: _RefusedError.
@@ -112,7 +115,7 @@ class _Planner:
         while True:
             known, wants, gathered = self._propagate()
             if not self._adapt(known, wants):
-                return known, self._moves(known, wants), gathered
+                return known, self._moves(known, wants), gathered, all_exchanges(self.program.graph, self._reading(known))
 
     def cut(self, node: fx.Node, dim: int) -> Spans:
         """How the plan cuts a dimension of a value, told from its axis."""
@@ -123,6 +126,9 @@ class _Planner:
             raise _RefusedError(number, f"'{node.name}' mixes what would be cut with other things along dimension {dim}")
         return spans
 
+    def _reading(self, known: Known) -> Reading:
+        return Reading(known, self.cut, self.ways, self.program.constant)
+
     def _by_axes(self, weight: fx.Node) -> Placed:
         return sharded(*((dim, self.cut(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
 
@@ -131,7 +137,7 @@ class _Planner:
         known: Known = {}
         wants: dict[fx.Node, list[tuple[fx.Node, Placed]]] = defaultdict(list)
         gathered: list[fx.Node] = []
-        read = Reading(known, self.cut, self.ways, self.program.constant)
+        read = self._reading(known)
         for node in self.program.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 known[node] = self.weights.get(node, REPLICATED)
@@ -211,14 +217,6 @@ def redistribution_steps(have: Placed, want: Placed, ways: int) -> tuple[str, ..
             return None
         steps.append("slice")
     return tuple(steps)
-
-
-def can_gather(placed: Placed, ways: int) -> bool:
-    """True when the blocks of all ranks laid end to end are the value: one stretch, a block a rank."""
-    if len(placed.dims) != 1:
-        return False
-    spans = placed.dims[0][1]
-    return len(spans) == 1 and spans[0].outer == 1 and spans[0].parts == ways
 
 
 def _is_fixed(spans: Spans) -> bool:

@@ -31,6 +31,7 @@ from lissom.compiler.editor import Editor
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.kinds import Annotation
 from lissom.compiler.linears import weight_of
+from lissom.compiler.placement_joint import JOINT, numbers_a_row
 from lissom.compiler.protection import is_path_protected
 from lissom.compiler.shard_sites import linear_layers, shard_sites
 from lissom.compiler.sharding import Plan, make_plan
@@ -103,6 +104,10 @@ def _notes(found: Plan) -> list[str]:
     steps = Counter(step for move in found.moves for step in move.steps)
     moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items())
     sentences = [f"on {found.ways} ranks: {sites or 'nothing'} cut; {moves or 'nothing'} to redistribute"]
+    for node, exchanges in found.joint.items():
+        if node.target in JOINT:
+            row = f"exchanges {numbers_a_row(exchanges, node)} numbers a row, and does not gather it"
+            sentences.append(f"{target_text(node.target)} at {node.name} reads what is cut: it {row}")
     for site in found.sites:
         padded = [
             f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
