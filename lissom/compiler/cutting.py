@@ -18,11 +18,12 @@ from lissom.compiler.axis_edit import SIZES_AT, SPLITS
 from lissom.compiler.axis_views import every_nth, slice_bounds
 from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, GROUP, WAIT
 from lissom.compiler.cutting_joint import Joint
+from lissom.compiler.cutting_sequence import Positions
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import PassError
 from lissom.compiler.placement_base import Reading
 from lissom.compiler.placement_joint import joint_dim, joint_span
-from lissom.compiler.placement_rules import outcome
+from lissom.compiler.placement_sequence import outcome
 from lissom.compiler.placements import REPLICATED, Placed, Span, Spans, indices_of, local_part, local_size
 from lissom.compiler.sharding import redistribution_steps
 from lissom.compiler.text import place
@@ -46,12 +47,15 @@ class _Cutter:
         self.ways = ways
         self.known = {node: self._placed(node) for node in self.program.graph.nodes if node.op != "output"}
         self.types = {node: nodes.node_type(node) for node in self.known}
-        self.read = Reading(self.known, self._as_planned, ways, self.program.constant)
+        by_position = any(isinstance(item, Placed) and item.is_by_position for item in self.known.values())
+        self.read = Reading(self.known, self._as_planned, ways, self.program.constant, by_position)
         self.moved: dict[tuple[fx.Node, Placed], fx.Node] = {}
         self.stands_for: dict[fx.Node, fx.Node] = {}
         self.own: dict[str, list[torch.Tensor]] = {}
         self.reads: dict[str, str] = {}
         self.joint = Joint(edit, ways, self._own, self._reduced)
+        self.positions = Positions(edit, ways, self._own)
+        self.wanted_whole: set[fx.Node] = set()
 
     def _placed(self, node: fx.Node) -> Placed | tuple[Placed, ...]:
         found = nodes.placed(node)
@@ -66,6 +70,8 @@ class _Cutter:
     def run(self) -> None:
         wants = [(node, self._outcome(node)) for node in self.program.nodes()]
         together = {node: span for node, _ in wants if (span := joint_span(node, self.read)) is not None}
+        self.wanted_whole = {item for _, wanted in wants for item, want in wanted.items() if want.is_replicated}
+        self.wanted_whole.update(self.program.output.all_input_nodes)
         self._cut_weights()
         for node, wanted in wants:
             # One of several results was replaced with the call that gave them.
@@ -201,8 +207,18 @@ class _Cutter:
         assert isinstance(have, Placed)
         found = value
         with self.edit.before(reader, like=[value]):
-            for step in redistribution_steps(have, want, self.ways) or ():
+            for step in redistribution_steps(have, want, self.ways, has_whole=value in self.wanted_whole) or ():
                 match step:
+                    case "slice" if have.partial and want.is_by_position:
+                        found = self.positions.own_part(self._move(value, REPLICATED, reader), want)
+                    case "slice" if want.is_by_position:
+                        found = self.positions.own_part(found, want)
+                    case "reduce-scatter":
+                        found = self.positions.scattered(found, want)
+                    case "spread":
+                        found = self.positions.spread(found, have)
+                    case "all-gather" if have.is_by_position:
+                        found = self.positions.gathered(found, have)
                     case "all-reduce":
                         found = self._reduced(found, "sum")
                     case "all-gather":
@@ -302,6 +318,8 @@ class _Cutter:
         """Let a call that a rank does otherwise go, its type on a rank now that of what stands for it."""
         placed = self.known[node]
         self.stands_for[node] = found
+        if node in self.wanted_whole:
+            self.wanted_whole.add(found)
         self.types[found], self.known[found] = self.types[node], placed
         nodes.set_placed(found, placed)
         nodes.set_value(node, nodes.value(found))

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
 
+POSITIONS = -2
+"""The site of a stretch of positions, which no weight is cut along."""
+
+
 @dataclass(frozen=True)
 class Span:
     """A stretch of a dimension, seen as [outer, size, inner] and cut along `size` into `parts` blocks.
@@ -99,6 +103,11 @@ class Placed:
     @property
     def is_replicated(self) -> bool:
         return not self.dims and not self.partial
+
+    @property
+    def is_by_position(self) -> bool:
+        """True for a value of which each rank has the tokens at its own positions."""
+        return len(self.dims) == 1 and self.dims[0][1][0].site == POSITIONS
 
     def spans(self, dim: int) -> Spans:
         """How a dimension is cut; empty when it is not."""

@@ -163,9 +163,10 @@ def _is_vocabulary(node: fx.Node) -> bool:
 
 def _is_scored(node: fx.Node) -> bool:
     """True for a layer with more features than it reads, of which tokens are chosen, or told the probability of."""
-    (rows, columns), pending, seen = nodes.tensor_type(cast(fx.Node, weight_of(node))).shape, [node], set[fx.Node]()
-    if feature_dim(node) != -1 or not isinstance(rows, int) or not isinstance(columns, int) or rows <= columns:
+    features, read = (nodes.tensor_type(item).shape[-1] for item in (node, input_of(node)))
+    if feature_dim(node) != -1 or not isinstance(features, int) or not isinstance(read, int) or features <= read:
         return False
+    pending, seen = [node], set[fx.Node]()
     while pending:
         found = pending.pop()
         for user in found.users:

@@ -19,7 +19,8 @@ from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.placement_base import Reading, is_weight
 from lissom.compiler.placement_joint import Exchange, all_exchanges
-from lissom.compiler.placement_rules import outcome, rule_of
+from lissom.compiler.placement_rules import rule_of
+from lissom.compiler.placement_sequence import outcome
 from lissom.compiler.placements import REPLICATED, Placed, Spans, can_gather, sharded
 from lissom.compiler.program import Program
 from lissom.compiler.removal import feature_dim
@@ -35,7 +36,8 @@ class Redistribution:
     """A value that has to lie otherwise for what reads it.
 
     value: what is moved. reader: the first that wants it so. have, want: how it lies and how it shall. steps: `all-reduce`,
-    `all-gather`, `slice` and `mask` (one rank keeps it, the others have zeros), in order.
+    `reduce-scatter`, `all-gather`, `slice`, `mask` (one rank keeps it, the others have zeros) and `spread` (a rank has zeros
+    where others have their positions), in order.
     """
 
     value: fx.Node
@@ -52,6 +54,7 @@ class Plan:
     placed: for every node how what it yields lies. sites: what is cut. left: what could be and is not, with the reason in
     `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read values
     which were cut. joint: the collectives inside operators that ranks work out together on their parts.
+    sequence: whether values between the layers are cut by position where they can be.
     """
 
     ways: int
@@ -61,6 +64,7 @@ class Plan:
     moves: tuple[Redistribution, ...]
     gathered: tuple[fx.Node, ...]
     joint: Mapping[fx.Node, tuple[Exchange, ...]]
+    sequence: bool = False
 
 
 class _RefusedError(Exception):
@@ -68,10 +72,16 @@ class _RefusedError(Exception):
 
 
 def make_plan(
-    program: Program, ways: int, *, whole: Mapping[fx.Node, str] | None = None, layers: Mapping[fx.Node, str] | None = None
+    program: Program,
+    ways: int,
+    *,
+    whole: Mapping[fx.Node, str] | None = None,
+    layers: Mapping[fx.Node, str] | None = None,
+    sequence: bool = False,
 ) -> Plan:
     """The plan for a program. whole: sites the user wants on every rank, by their node, with the pattern that says so.
-    layers: linear layers the user names, each `column-wise` or `row-wise`.
+    layers: linear layers the user names, each `column-wise` or `row-wise`. sequence: whether values between the layers are cut
+    by position.
     """
     found, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
@@ -82,22 +92,23 @@ def make_plan(
     sites = [site for site in sites if not site.obstacle]
     while True:
         try:
-            placed, moves, gathered, joint = _Planner(program, found, sites, ways).run()
+            placed, moves, gathered, joint = _Planner(program, found, sites, ways, sequence).run()
         except _RefusedError as refusal:
             number, reason = cast("tuple[int, str]", refusal.args)
             site = sites.pop(number)
             left.append(ShardSite(site.kind, site.node, site.path, {}, reason))
             continue
-        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered, joint)
+        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered, joint, sequence)
 
 
 class _Planner:
     """One attempt at a plan for some sites."""
 
-    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], ways: int) -> None:
+    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], ways: int, sequence: bool) -> None:
         self.program = program
         self.found = found
         self.ways = ways
+        self.sequence = sequence
         self.cuts: dict[Axis, tuple[int, int, int]] = {}
         for number, site in enumerate(sites):
             for atom, cut in site.cuts.items():
@@ -127,7 +138,7 @@ class _Planner:
         return spans
 
     def _reading(self, known: Known) -> Reading:
-        return Reading(known, self.cut, self.ways, self.program.constant)
+        return Reading(known, self.cut, self.ways, self.program.constant, self.sequence)
 
     def _by_axes(self, weight: fx.Node) -> Placed:
         return sharded(*((dim, self.cut(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
@@ -149,7 +160,7 @@ class _Planner:
             found = outcome(node, read)
             if found.reason:
                 self._refuse(node, known, found.reason)
-            if rule_of(node) is None and any(not read.of(item).partial for item in found.wants):
+            if rule_of(node) is None and any(not read.of(item).partial and not read.of(item).is_by_position for item in found.wants):
                 gathered.append(node)
             known[node] = found.result
             for used in node.all_input_nodes:
@@ -175,11 +186,11 @@ class _Planner:
     def _moves(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> tuple[Redistribution, ...]:
         moves: dict[tuple[fx.Node, Placed], Redistribution] = {}
         for value, readers in wants.items():
-            have = known[value]
+            have, wanted = known[value], {want for _, want in readers}
             for reader, want in readers:
                 if not isinstance(have, Placed) or have == want or (value, want) in moves:
                     continue
-                steps = redistribution_steps(have, want, self.ways)
+                steps = redistribution_steps(have, want, self.ways, has_whole=REPLICATED in wanted)
                 weight = is_weight(value) and have.is_sharded
                 if steps is None or weight:
                     what = target_text(reader.target) if reader.op == "call_function" else "the output"
@@ -196,14 +207,21 @@ class _Planner:
         for used in node.all_input_nodes:
             have = known.get(used)
             for item in (have,) if isinstance(have, Placed) else have or ():
-                for _, spans in item.dims:
+                for _, spans in () if item.is_by_position else item.dims:
                     raise _RefusedError(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
         raise AssertionError(f"no argument of '{node.name}' is cut: {reason}")
 
 
-def redistribution_steps(have: Placed, want: Placed, ways: int) -> tuple[str, ...] | None:
-    """The steps from one placement to another, `all-reduce`, `all-gather`, `mask` and `slice`; None where there is no way."""
+def redistribution_steps(have: Placed, want: Placed, ways: int, *, has_whole: bool = False) -> tuple[str, ...] | None:
+    """The steps from one placement to another; None where there is no way.
+
+    has_whole: whether every rank is given the whole of a sum for another reader, so that it can take its positions from it.
+    """
     steps: list[str] = []
+    if have.partial and want.is_by_position:
+        return ("slice",) if has_whole else ("reduce-scatter",)
+    if have.is_by_position and want.partial:
+        return ("spread",)
     if have.partial:
         steps.append("all-reduce")
     elif have.is_sharded:
@@ -213,7 +231,7 @@ def redistribution_steps(have: Placed, want: Placed, ways: int) -> tuple[str, ..
     if want.partial:
         steps.append("mask")
     elif want.is_sharded:
-        if not all(_is_fixed(spans) for _, spans in want.dims):
+        if not want.is_by_position and not all(_is_fixed(spans) for _, spans in want.dims):
             return None
         steps.append("slice")
     return tuple(steps)

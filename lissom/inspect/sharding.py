@@ -103,7 +103,7 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
     for node, item in [*pairs, *joint_traffic(plan, numbers)]:
         rows[_layer(nodes.origin(node).module_path, layers)].traffic.append(item)
     table = plain_table(
-        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, _tokens(plan, numbers), rows)
+        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, _tokens(plan, numbers), rows, _by_position(plan, numbers))
     )
     for heading in ("layer", "weights cut along", "collectives"):
         table.add_column(heading, overflow="fold")
@@ -159,11 +159,26 @@ def _tokens(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> int:
     return max((math.prod(_number(size, numbers) for size in shape) for shape in shapes), default=1)
 
 
-def _caption(link: Link, tokens: int, rows: Mapping[str, _Row]) -> str:
+def _by_position(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> tuple[float, float]:
+    """The bytes of all values cut by position, and of what a rank holds of them."""
+    whole, held = 0.0, 0.0
+    for node, placed in plan.placed.items():
+        if isinstance(placed, Placed) and placed.is_by_position:
+            typed = nodes.tensor_type(node)
+            sizes = [_number(size, numbers) for size in typed.shape]
+            size = math.prod(sizes) * typed.dtype.itemsize
+            whole, held = whole + size, held + size / sizes[1] * -(-sizes[1] // plan.ways)
+    return whole, held
+
+
+def _caption(link: Link, tokens: int, rows: Mapping[str, _Row], by_position: tuple[float, float]) -> str:
     """What the numbers mean, and how much is communicated for each token of the call."""
     payload = sum(item.payload_bytes for row in rows.values() for item in row.traffic)
     sent = sum(item.sent_bytes for row in rows.values() for item in row.traffic)
+    whole, held = (size / tokens / 1e3 for size in by_position)
+    stream = f"Between the layers: {whole:.3g} KB of values cut by position, {held:.3g} KB of them on a rank.\n" if whole else ""
     return (
         f"Each token: {payload / tokens / 1e3:.3g} KB reduced or gathered, {sent / tokens / 1e3:.3g} KB sent by each rank.\n"
+        f"{stream}"
         f"Times are those of rings: {link.latency_seconds * 1e6:g} µs a message, {link.bytes_per_second / 1e9:g} GB/s a link."
     )
