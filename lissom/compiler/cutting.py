@@ -16,6 +16,7 @@ from torch import fx, nn
 from lissom.compiler import node as nodes
 from lissom.compiler.axis_edit import SIZES_AT, SPLITS
 from lissom.compiler.axis_views import every_nth, slice_bounds
+from lissom.compiler.collective_merge import merge_collectives
 from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, GROUP, WAIT
 from lissom.compiler.cutting_joint import Joint
 from lissom.compiler.cutting_sequence import Positions
@@ -84,6 +85,8 @@ class _Cutter:
                 whole = self._move(leaf, REPLICATED, self.program.output)
                 self.program.output.replace_input_with(leaf, whole)
         self.edit.current = None
+        if merged := merge_collectives(self.edit):
+            self.edit.note(f"{merged} collectives joined others that are ready with them")
         names = [str(node.target) for node in self.program.graph.nodes if node.op == "get_attr"]
         weights = {name: self.own.get(name) or [self.program.weight(name)] * self.ways for name in names}
         self.program.ranks = tuple({name: parts[rank] for name, parts in weights.items()} for rank in range(self.ways))
@@ -133,7 +136,7 @@ class _Cutter:
             last = cast(TensorType, self.types[node]).rank - 1
             if placed.spans(last):
                 with self.edit.before(node):
-                    found = self.joint.round_together(node)
+                    found = self.joint.round_together(node, placed.spans(last))
                 self._replace(node, found)
                 return
         if joint is not None:

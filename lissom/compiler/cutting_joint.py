@@ -19,7 +19,7 @@ from lissom.compiler.collectives import ALL_GATHER, GROUP, WAIT
 from lissom.compiler.editor import Editor
 from lissom.compiler.grids import FORMATS, LEAST
 from lissom.compiler.placement_joint import BEST, LOG_SOFTMAX, LOOK_UP, SOFTMAX, candidates, computed_dtype, packed_dtype
-from lissom.compiler.placements import Span, indices_of
+from lissom.compiler.placements import Span, Spans, indices_of
 from lissom.compiler.types import TensorType
 
 aten = torch.ops.aten
@@ -123,17 +123,23 @@ class Joint:
         """The value with another in the places that a rank's part is filled up with."""
         if not span.is_padded:
             return x
+        return self._filled(x, dim, (span,), value)
+
+    def _filled(self, x: fx.Node, dim: int, spans: Spans, value: float) -> fx.Node:
         behind = nodes.tensor_type(x).rank - dim - 1
-        missing = [(indices_of((span,), rank) < 0).reshape(-1, *[1] * behind) for rank in range(self.ways)]
-        mask = self.own(f"rank.is_filled_{span.size}x{span.inner}by{span.parts}_{behind}", missing)
+        missing = [(indices_of(spans, rank) < 0).reshape(-1, *[1] * behind) for rank in range(self.ways)]
+        stretches = "_".join(f"{span.outer}x{span.size}x{span.inner}by{span.parts}e{span.every}" for span in spans)
+        mask = self.own(f"rank.is_filled_{stretches}_{behind}", missing)
         return self.edit.call(aten.masked_fill.Scalar, x, mask, value)
 
     def _in(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
         return x if nodes.tensor_type(x).dtype == dtype else self.edit.call(aten.to.dtype, x, dtype)
 
-    def round_together(self, node: fx.Node) -> fx.Node:
-        """Values rounded with the range of the parts of all ranks."""
+    def round_together(self, node: fx.Node, spans: Spans) -> fx.Node:
+        """Values rounded with the range of the parts of all ranks; every range has 0 in it, so what is filled up is 0."""
         x = cast(fx.Node, node.args[0])
+        if any(span.is_padded for span in spans):
+            x = self._filled(x, nodes.tensor_type(x).rank - 1, spans, 0)
         form = FORMATS[cast(str, node.kwargs["format"])]
         call: Callable[..., fx.Node] = self.edit.call
         least = call(aten.neg.default, call(aten.amin.default, x, [-1], True))

@@ -142,7 +142,8 @@ def _placements(weights: Sequence[tuple[fx.Node, Placed]], layer: str) -> str:
 
 def _kinds(items: Sequence[Traffic]) -> str:
     counts = Counter(item.kind for item in items)
-    return ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items())
+    ordered = [(kind, counts[kind]) for kind in _ROUNDS if counts[kind]]
+    return ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in ordered)
 
 
 def _numbers(row: _Row, link: Link) -> list[str]:

@@ -68,7 +68,8 @@ def test_numbers(name: str, ways: int) -> None:
 @pytest.mark.parametrize(
     ("name", "reduces"),
     # One for the embedding, then two a layer, or one where attention and feed-forward are side by side. T5 has three in a
-    # decoder layer, and an embedding on either side. A ViT has no vocabulary.
+    # decoder layer, and an embedding on either side, of which the second goes with the encoder's last sum. A ViT has no
+    # vocabulary.
     [
         ("llama", 5),
         ("gemma3", 5),
@@ -78,7 +79,7 @@ def test_numbers(name: str, ways: int) -> None:
         ("neox", 3),
         ("cohere", 3),
         ("falcon", 3),
-        ("t5", 12),
+        ("t5", 11),
         ("vit", 4),
     ],
 )
@@ -88,7 +89,8 @@ def test_communicates_no_more_than_needed(name: str, reduces: int) -> None:
     assert collectives(after) == (reduces, 1)
 
 
-def test_rank_holds_its_share_of_the_bytes() -> None:
+@pytest.mark.parametrize("ways", [2, 4])
+def test_rank_holds_its_share_of_the_bytes(ways: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -96,10 +98,10 @@ def test_rank_holds_its_share_of_the_bytes() -> None:
         num_key_value_heads=4, use_cache=False,
     )  # fmt: skip
     model = seeded(lambda: LlamaForCausalLM(config))
-    optimized = lissom.optimize(model, {"input_ids": torch.randint(0, 4096, (2, 5))}, passes="shard{ways=4},cut")
+    optimized = lissom.optimize(model, {"input_ids": torch.randint(0, 4096, (2, 5))}, passes=f"shard{{ways={ways}}},cut")
     whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    for rank in range(4):
-        assert optimized.program.of_rank(rank).parameter_bytes <= (1 / 4 + 0.03) * whole
+    for rank in range(ways):
+        assert optimized.program.of_rank(rank).parameter_bytes <= (1 / ways + 0.03) * whole
 
 
 def test_weights_are_views_where_rows_are_neighbours() -> None:
