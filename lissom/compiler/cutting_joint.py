@@ -81,15 +81,14 @@ class Joint:
         """The greatest values and their indices along `dim`, which is kept: each rank's, gathered, and the best of these."""
         call, count = self.edit.call, candidates(node, span)
         x = self._masked(x, dim, span, -math.inf)
-        if nodes.is_call(node, *BEST):
-            pair = call(aten.max.dim, x, dim, True)
-        else:
-            pair = call(aten.topk.default, x, count, dim)
+        pair = call(aten.max.dim, x, dim, True) if nodes.is_call(node, *BEST) else call(aten.topk.default, x, count, dim)
         best, places = self.edit.item(pair, 0), call(aten.add.Tensor, self.edit.item(pair, 1), self._first(span))
         # [1, 2, …] of each rank, so that the parts are gathered along the first dimension.
         both = call(aten.stack.default, [self._in(best, dtype), call(aten.to.dtype, places, dtype)])
         every = call(WAIT, call(ALL_GATHER, call(aten.unsqueeze.default, both, 0), self.ways, GROUP))
-        found = call(aten.cat.default, [self.edit.item(call(aten.unbind.int, every), rank) for rank in range(self.ways)], dim + 1)
+        found = call(
+            aten.cat.default, [self.edit.item(call(aten.unbind.int, every), rank) for rank in range(self.ways)], dim + 1
+        )
         best, places = (call(aten.select.int, found, 0, at) for at in (0, 1))
         if nodes.is_call(node, *BEST):
             # The first of equals, which is of the lowest index: ranks hold a row in order.
@@ -108,7 +107,7 @@ class Joint:
     def _looked_up(self, node: fx.Node, x: fx.Node, dim: int, span: Span) -> fx.Node:
         """What a rank has of what is looked up, zeros for what others have: a sum over ranks."""
         call = self.edit.call
-        own = call(aten.sub.Tensor, cast(fx.Node, node.all_input_nodes[1]), self._first(span))
+        own = call(aten.sub.Tensor, node.all_input_nodes[1], self._first(span))
         held = call(aten.clamp.default, own, 0, cast(int, span.local) - 1)
         found = call(aten.gather.default, x, dim, held)
         return call(aten.masked_fill.Scalar, found, call(aten.ne.Tensor, own, held), 0)

@@ -1,4 +1,4 @@
-"""Values between the layers cut by position: what each token needs for itself alone lies on one rank, the other tokens on others.
+"""Values between the layers cut by position: each rank has its own tokens of what is worked out for each token alone.
 
 Behind a layer that is cut by rows, a sum over ranks is still to be taken. Where what reads it works on each token alone (the
 residual stream, norms, element-wise operators), each rank takes the sum of its own positions alone, a reduce-scatter. In front

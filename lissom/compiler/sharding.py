@@ -160,7 +160,9 @@ class _Planner:
             found = outcome(node, read)
             if found.reason:
                 self._refuse(node, known, found.reason)
-            if rule_of(node) is None and any(not read.of(item).partial and not read.of(item).is_by_position for item in found.wants):
+            if rule_of(node) is None and any(
+                not read.of(item).partial and not read.of(item).is_by_position for item in found.wants
+            ):
                 gathered.append(node)
             known[node] = found.result
             for used in node.all_input_nodes:

@@ -58,9 +58,7 @@ class Traffic:
 def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
     """The collectives of a redistribution. numbers: the sizes of a call."""
     typed = nodes.tensor_type(move.value)
-    return [
-        _exchanged(plan.ways, Exchange(step, typed.shape, typed.dtype), numbers) for step in move.steps if step in _ROUNDS
-    ]
+    return [_exchanged(plan.ways, Exchange(step, typed.shape, typed.dtype), numbers) for step in move.steps if step in _ROUNDS]
 
 
 def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
@@ -103,7 +101,8 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
     for node, item in [*pairs, *joint_traffic(plan, numbers)]:
         rows[_layer(nodes.origin(node).module_path, layers)].traffic.append(item)
     table = plain_table(
-        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, _tokens(plan, numbers), rows, _by_position(plan, numbers))
+        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}",
+        _caption(link, _tokens(plan, numbers), rows, _by_position(plan, numbers)),
     )
     for heading in ("layer", "weights cut along", "collectives"):
         table.add_column(heading, overflow="fold")
@@ -177,7 +176,9 @@ def _caption(link: Link, tokens: int, rows: Mapping[str, _Row], by_position: tup
     payload = sum(item.payload_bytes for row in rows.values() for item in row.traffic)
     sent = sum(item.sent_bytes for row in rows.values() for item in row.traffic)
     whole, held = (size / tokens / 1e3 for size in by_position)
-    stream = f"Between the layers: {whole:.3g} KB of values cut by position, {held:.3g} KB of them on a rank.\n" if whole else ""
+    stream = (
+        f"Between the layers: {whole:.3g} KB of values cut by position, {held:.3g} KB of them on a rank.\n" if whole else ""
+    )
     return (
         f"Each token: {payload / tokens / 1e3:.3g} KB reduced or gathered, {sent / tokens / 1e3:.3g} KB sent by each rank.\n"
         f"{stream}"

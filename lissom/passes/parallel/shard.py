@@ -10,12 +10,16 @@ side by side has one. Embeddings and output heads are cut by vocabulary, mixture
 groups go with the heads that read them. A rank holds a bias of a layer cut by rows, the others zeros. Where an axis does not
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
+What reads logits along a vocabulary that is cut (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges a few
+numbers a token. With `sequence`, values between the layers are cut by position (`lissom/compiler/placement_sequence.py`).
+
 Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
 result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets them whole. The
 program stays as it is; `cut` carries the plan out.
 
 Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
-arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way.
+arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way. Korthikanti et al. 2022, "Reducing
+Activation Recomputation in Large Transformer Models", arXiv:2205.05198, §4.2.2: sequence parallelism.
 """
 
 from __future__ import annotations
