@@ -20,7 +20,7 @@ from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.linears import SHAPES, input_of, is_linear, is_pointwise, is_quantizer, weight_of
-from lissom.compiler.placement_joint import CHOICES
+from lissom.compiler.placement_joint import CHOICES, joint_dim
 from lissom.compiler.placements import Span, Spans
 from lissom.compiler.program import Program
 from lissom.compiler.removal import feature_dim
@@ -171,7 +171,9 @@ def _is_scored(node: fx.Node) -> bool:
         found = pending.pop()
         for user in found.users:
             if user.target in CHOICES and user.args[0] is found:
-                return True
+                dim = joint_dim(user)
+                if dim is not None and nodes.tensor_type(found).shape[dim] == features:
+                    return True
             if user not in seen and (is_pointwise(user) or user.target in SHAPES):
                 seen.add(user)
                 pending.append(user)

@@ -200,11 +200,11 @@ def test_no_backend_runs_ranks_in_one_process() -> None:
         lissom.compile(seeded(FeedForward), normal(2, 5, 8), passes="shard{ways=2},cut")
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
+def _run_rank(rank: int, port: int, folder: str, options: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     program, samples = program_of("llama")
-    mine = cut(program, samples, 2)[0].of_rank(rank)
+    mine = cut(program, samples, 2, options)[0].of_rank(rank)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     with torch.no_grad():
         outputs = [mine.run(sample) for sample in samples]
@@ -213,14 +213,15 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.multiprocess
-def test_two_processes_give_what_the_program_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["", ",sequence=true"])
+def test_two_processes_give_what_the_program_gives(tmp_path: Path, options: str) -> None:
     program, samples = program_of("llama")
     with torch.no_grad():
         wanted = [program.run(sample) for sample in samples]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_run_rank, (port, str(tmp_path), options), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for one, other in zip(wanted, found, strict=True):
