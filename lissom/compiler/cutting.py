@@ -7,7 +7,7 @@ value it takes, whether it is the one that keeps a value which is to be summed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,12 +16,15 @@ from torch import fx, nn
 from lissom.compiler import node as nodes
 from lissom.compiler.axis_edit import SIZES_AT, SPLITS
 from lissom.compiler.axis_views import every_nth, slice_bounds
+from lissom.compiler.collective_merge import merge_collectives
 from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, GROUP, WAIT
+from lissom.compiler.cutting_joint import Joint
+from lissom.compiler.cutting_sequence import Positions
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import PassError
-from lissom.compiler.grids import FORMATS, LEAST
 from lissom.compiler.placement_base import Reading
-from lissom.compiler.placement_rules import outcome
+from lissom.compiler.placement_joint import joint_dim, joint_span
+from lissom.compiler.placement_sequence import outcome
 from lissom.compiler.placements import REPLICATED, Placed, Span, Spans, indices_of, local_part, local_size
 from lissom.compiler.sharding import redistribution_steps
 from lissom.compiler.text import place
@@ -45,11 +48,15 @@ class _Cutter:
         self.ways = ways
         self.known = {node: self._placed(node) for node in self.program.graph.nodes if node.op != "output"}
         self.types = {node: nodes.node_type(node) for node in self.known}
-        self.read = Reading(self.known, self._as_planned, ways, self.program.constant)
+        by_position = any(isinstance(item, Placed) and item.is_by_position for item in self.known.values())
+        self.read = Reading(self.known, self._as_planned, ways, self.program.constant, by_position)
         self.moved: dict[tuple[fx.Node, Placed], fx.Node] = {}
         self.stands_for: dict[fx.Node, fx.Node] = {}
         self.own: dict[str, list[torch.Tensor]] = {}
         self.reads: dict[str, str] = {}
+        self.joint = Joint(edit, ways, self._own, self._reduced)
+        self.positions = Positions(edit, ways, self._own)
+        self.wanted_whole: set[fx.Node] = set()
 
     def _placed(self, node: fx.Node) -> Placed | tuple[Placed, ...]:
         found = nodes.placed(node)
@@ -63,16 +70,23 @@ class _Cutter:
 
     def run(self) -> None:
         wants = [(node, self._outcome(node)) for node in self.program.nodes()]
+        together = {node: span for node, _ in wants if (span := joint_span(node, self.read)) is not None}
+        self.wanted_whole = {item for _, wanted in wants for item, want in wanted.items() if want.is_replicated}
+        self.wanted_whole.update(self.program.output.all_input_nodes)
         self._cut_weights()
         for node, wanted in wants:
-            self.edit.current = node
-            self._follow(node, wanted)
+            # One of several results was replaced with the call that gave them.
+            if not node._erased:
+                self.edit.current = node
+                self._follow(node, wanted, together.get(node))
         for leaf in self.program.output.all_input_nodes:
             found = self.known[leaf]
             if isinstance(found, Placed) and not found.is_replicated:
                 whole = self._move(leaf, REPLICATED, self.program.output)
                 self.program.output.replace_input_with(leaf, whole)
         self.edit.current = None
+        if merged := merge_collectives(self.edit):
+            self.edit.note(f"{merged} collectives joined others that are ready with them")
         names = [str(node.target) for node in self.program.graph.nodes if node.op == "get_attr"]
         weights = {name: self.own.get(name) or [self.program.weight(name)] * self.ways for name in names}
         self.program.ranks = tuple({name: parts[rank] for name, parts in weights.items()} for rank in range(self.ways))
@@ -106,7 +120,7 @@ class _Cutter:
                 self.edit.rewritten += 1
             self.edit.set_weight(node, self.own[name][0], retype=False)
 
-    def _follow(self, node: fx.Node, wants: dict[fx.Node, Placed]) -> None:
+    def _follow(self, node: fx.Node, wants: dict[fx.Node, Placed], joint: Span | None) -> None:
         """Let a call read what it wants, correct the sizes in it, and type it anew."""
         for item, want in wants.items():
             item = self.stands_for.get(item, item)
@@ -121,8 +135,13 @@ class _Cutter:
         if str(node.target) == "lissom.fake_quantize_dynamic.default" and isinstance(placed, Placed):
             last = cast(TensorType, self.types[node]).rank - 1
             if placed.spans(last):
-                self._round_together(node)
+                with self.edit.before(node):
+                    found = self.joint.round_together(node, placed.spans(last))
+                self._replace(node, found)
                 return
+        if joint is not None:
+            self._work_out(node, joint)
+            return
         if _is_cut(placed) or any(_is_cut(self.known.get(item, REPLICATED)) for item in node.all_input_nodes):
             self._correct(node, placed)
         self.edit.retype_call(node)
@@ -191,8 +210,18 @@ class _Cutter:
         assert isinstance(have, Placed)
         found = value
         with self.edit.before(reader, like=[value]):
-            for step in redistribution_steps(have, want, self.ways) or ():
+            for step in redistribution_steps(have, want, self.ways, has_whole=value in self.wanted_whole) or ():
                 match step:
+                    case "slice" if have.partial and want.is_by_position:
+                        found = self.positions.own_part(self._move(value, REPLICATED, reader), want)
+                    case "slice" if want.is_by_position:
+                        found = self.positions.own_part(found, want)
+                    case "reduce-scatter":
+                        found = self.positions.scattered(found, want)
+                    case "spread":
+                        found = self.positions.spread(found, have)
+                    case "all-gather" if have.is_by_position:
+                        found = self.positions.gathered(found, have)
                     case "all-reduce":
                         found = self._reduced(found, "sum")
                     case "all-gather":
@@ -274,33 +303,26 @@ class _Cutter:
             found = self.edit.call(aten.masked_fill.Scalar, found, others, 0)
         self._replace(node, found)
 
-    def _round_together(self, node: fx.Node) -> None:
-        """Values rounded with the range of the parts of all ranks."""
-        x = cast(fx.Node, node.args[0])
-        form = FORMATS[cast(str, node.kwargs["format"])]
-        call: Callable[..., fx.Node] = self.edit.call
+    def _work_out(self, node: fx.Node, span: Span) -> None:
+        """Let ranks work out together what reads a dimension that is cut."""
+        item, dim = cast(TensorType, self.types[cast(fx.Node, node.args[0])]), cast(int, joint_dim(node))
+        typed = self.types[node]
+        result = (typed[0] if isinstance(typed, tuple) else typed).dtype  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
         with self.edit.before(node):
-            least = call(aten.neg.default, call(aten.amin.default, x, [-1], True))
-            ends = call(aten.cat.default, [least, call(aten.amax.default, x, [-1], True)], -1)
-            ends = call(aten.clamp_min.default, call(aten.to.dtype, self._reduced(ends, "max"), torch.float32), 0)
-            below, high = (call(aten.slice.Tensor, ends, -1, at, at + 1) for at in (0, 1))
-            zero_point = None
-            if form.symmetric:
-                scale = call(aten.div.Tensor, call(aten.maximum.default, below, high), form.high)
-            else:
-                scale = call(aten.div.Tensor, call(aten.add.Tensor, high, below), form.high - form.low)
-            scale = call(aten.clamp_min.default, scale, LEAST)
-            if not form.symmetric:
-                zero_point = call(aten.add.Tensor, call(aten.div.Tensor, below, scale), form.low)
-                zero_point = call(aten.clamp.default, call(aten.round.default, zero_point), form.low, form.high)
-            fake_quantize = torch.ops.lissom.fake_quantize.default
-            found = call(fake_quantize, x, scale, zero_point, format=form.name)
-        self._replace(node, found)
+            found = self.joint.work_out(node, item, result, dim, span)
+        if not isinstance(typed, tuple):
+            self._replace(node, found[0])
+            return
+        for user in list(node.users):
+            self._replace(user, found[cast(int, user.args[1])])
+        self.edit.erase(node)
 
     def _replace(self, node: fx.Node, found: fx.Node) -> None:
         """Let a call that a rank does otherwise go, its type on a rank now that of what stands for it."""
         placed = self.known[node]
         self.stands_for[node] = found
+        if node in self.wanted_whole:
+            self.wanted_whole.add(found)
         self.types[found], self.known[found] = self.types[node], placed
         nodes.set_placed(found, placed)
         nodes.set_value(node, nodes.value(found))

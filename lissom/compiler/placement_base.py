@@ -34,12 +34,14 @@ class Reading:
     known: the placement of every value before the call. cut: the spans the plan gives a dimension of a value, told from its
     axes; empty for one it does not cut. ways: how many ranks there are.
     constant: the value of a weight that no call writes; None for any other node.
+    by_position: whether values between the layers are cut by position.
     """
 
     known: Mapping[fx.Node, Placed | tuple[Placed, ...]]
     cut: Callable[[fx.Node, int], Spans] = lambda node, dim: ()
     ways: int = 2
     constant: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
+    by_position: bool = False
 
     def is_apart(self, spans: Spans) -> bool:
         """True when each rank holds a part of its own, so that sums of the parts are a sum over ranks."""

@@ -34,6 +34,7 @@ from lissom.compiler.placement_base import (
     shape_of,
     tensors,
 )
+from lissom.compiler.placement_joint import jointly
 from lissom.compiler.placements import PARTIAL, REPLICATED, Spans, is_padded, sharded
 from lissom.compiler.rule_tables import register
 from lissom.compiler.types import TensorType
@@ -313,11 +314,13 @@ _register(matmul, "matmul", "mm", "bmm")
 _register(added_product, "addmm", "baddbmm")
 _register(embedding, "embedding")
 _register(attention, "scaled_dot_product_attention")
-_register(over("dim"), "softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "cumsum", "cumprod", "topk", "sort", "glu")
+_register(jointly(over("dim")), "softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "topk")
+_register(over("dim"), "cumsum", "cumprod", "sort", "glu")
 _register(norm, "layer_norm", "rms_norm")
 _register(summed, "sum.dim_IntList", "sum")
-_register(reduced, "mean.dim", "mean", "var.correction", "var.dim", "std.correction", "std.dim", "amax", "amin", "logsumexp")
-_register(reduced, "any.dim", "all.dim", "argmax", "argmin", "linalg_vector_norm", "max.dim", "min.dim")
+_register(reduced, "mean.dim", "mean", "var.correction", "var.dim", "std.correction", "std.dim", "amin")
+_register(jointly(reduced), "amax", "logsumexp", "argmax", "max.dim")
+_register(reduced, "any.dim", "all.dim", "argmin", "linalg_vector_norm", "min.dim")
 _register(stored.written, "copy_")
 _register(stored.rows_exchanged, "index_copy", "index_copy_")
 _register(views.permute, "permute")
@@ -336,7 +339,7 @@ _register(views.select, "select.int")
 _register(views.slice_of, "slice.Tensor")
 _register(views.pad, "constant_pad_nd", "pad")
 _register(lookups.index_select, "index_select")
-_register(lookups.gather, "gather", "take_along_dim")
+_register(jointly(lookups.gather), "gather", "take_along_dim")
 _register(lookups.index, "index.Tensor")
 RULES.update(
     {

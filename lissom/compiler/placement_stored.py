@@ -8,16 +8,15 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.placement_base import Outcome, Reading, replicated, settled, shape_of, tensors
-from lissom.compiler.placements import REPLICATED, Span, Spans, is_padded, sharded
+from lissom.compiler.placements import REPLICATED, Span, Spans, sharded
 
 
 def quantized_row(node: fx.Node, read: Reading) -> Outcome:
     """Values rounded with their own range: one that ranks hold parts of is found together, by the greatest of all."""
     (item,) = tensors(node)
     placed = read.of(item)
-    last = len(shape_of(item)) - 1
     per_token = nodes.argument(node, "granularity") == "token"
-    if placed.partial or (placed.dims and (not per_token or (placed.spans(last) and is_padded(placed)))):
+    if placed.partial or (placed.dims and not per_token):
         return replicated(node, read)
     return Outcome(placed)
 

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import Placement
 
 
+POSITIONS = -2
+"""The site of a stretch of positions, which no weight is cut along."""
+
+
 @dataclass(frozen=True)
 class Span:
     """A stretch of a dimension, seen as [outer, size, inner] and cut along `size` into `parts` blocks.
@@ -100,6 +104,11 @@ class Placed:
     def is_replicated(self) -> bool:
         return not self.dims and not self.partial
 
+    @property
+    def is_by_position(self) -> bool:
+        """True for a value of which each rank has the tokens at its own positions."""
+        return len(self.dims) == 1 and self.dims[0][1][0].site == POSITIONS
+
     def spans(self, dim: int) -> Spans:
         """How a dimension is cut; empty when it is not."""
         return next((spans for index, spans in self.dims if index == dim), ())
@@ -137,6 +146,14 @@ def local_size(spans: Spans, size: Size) -> Size:
 def is_padded(placed: Placed) -> bool:
     """True when a rank may hold what the value has not."""
     return any(span.is_padded for _, spans in placed.dims for span in spans)
+
+
+def can_gather(placed: Placed, ways: int) -> bool:
+    """True when the blocks of all ranks laid end to end are the value: one stretch, a block a rank."""
+    if len(placed.dims) != 1:
+        return False
+    spans = placed.dims[0][1]
+    return len(spans) == 1 and spans[0].outer == 1 and spans[0].parts == ways
 
 
 def padded_share(spans: Spans) -> str:

@@ -20,6 +20,7 @@ from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.linears import SHAPES, input_of, is_linear, is_pointwise, is_quantizer, weight_of
+from lissom.compiler.placement_joint import CHOICES, joint_dim
 from lissom.compiler.placements import Span, Spans
 from lissom.compiler.program import Program
 from lissom.compiler.removal import feature_dim
@@ -63,7 +64,8 @@ def shard_sites(program: Program, ways: int, layers: Mapping[fx.Node, str]) -> l
         if item.rows >= item.width and (_is_vocabulary(item.node) or item.tied):
             sites.append(_whole("embedding", item.node, [found.axis(cast(fx.Node, item.node.args[0]), 0)], ways))
     taken = {site.node for site in sites}
-    for node in facts.output_heads:
+    scored = [node for node, _ in linear_layers(program) if is_linear(node) and _is_scored(node)]
+    for node in dict.fromkeys([*facts.output_heads, *scored]):
         if node not in taken and feature_dim(node) == -1 and not _is_inside(node, facts.attention):
             sites.append(_whole("output head", node, [found.axis(node, -1)], ways))
     for node, how in layers.items():
@@ -157,6 +159,25 @@ def _is_vocabulary(node: fx.Node) -> bool:
     ):
         ids = ids.args[0]
     return isinstance(ids, fx.Node) and ids.op == "placeholder"
+
+
+def _is_scored(node: fx.Node) -> bool:
+    """True for a layer with more features than it reads, of which tokens are chosen, or told the probability of."""
+    features, read = (nodes.tensor_type(item).shape[-1] for item in (node, input_of(node)))
+    if feature_dim(node) != -1 or not isinstance(features, int) or not isinstance(read, int) or features <= read:
+        return False
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        found = pending.pop()
+        for user in found.users:
+            if user.target in CHOICES and user.args[0] is found:
+                dim = joint_dim(user)
+                if dim is not None and nodes.tensor_type(found).shape[dim] == features:
+                    return True
+            if user not in seen and (is_pointwise(user) or user.target in SHAPES):
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _reached(start: fx.Node, ends: set[fx.Node]) -> bool:

@@ -18,14 +18,17 @@ from lissom.compiler import node as nodes
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
 from lissom.compiler.placement_base import Reading, is_weight
-from lissom.compiler.placement_rules import outcome, rule_of
-from lissom.compiler.placements import REPLICATED, Placed, Spans, sharded
+from lissom.compiler.placement_joint import Exchange, all_exchanges
+from lissom.compiler.placement_rules import rule_of
+from lissom.compiler.placement_sequence import outcome
+from lissom.compiler.placements import REPLICATED, Placed, Spans, can_gather, sharded
 from lissom.compiler.program import Program
 from lissom.compiler.removal import feature_dim
 from lissom.compiler.shard_sites import ShardSite, linear_layers, shard_sites, spans_of
 from lissom.compiler.text import target_text
 
 Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
+Joint = Mapping[fx.Node, tuple[Exchange, ...]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Redistribution:
     """A value that has to lie otherwise for what reads it.
 
     value: what is moved. reader: the first that wants it so. have, want: how it lies and how it shall. steps: `all-reduce`,
-    `all-gather`, `slice` and `mask` (one rank keeps it, the others have zeros), in order.
+    `reduce-scatter`, `all-gather`, `slice`, `mask` (one rank keeps it, the others have zeros) and `spread` (a rank has zeros
+    where others have their positions), in order.
     """
 
     value: fx.Node
@@ -49,7 +53,8 @@ class Plan:
 
     placed: for every node how what it yields lies. sites: what is cut. left: what could be and is not, with the reason in
     `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read values
-    which were cut.
+    which were cut. joint: the collectives inside operators that ranks work out together on their parts.
+    sequence: whether values between the layers are cut by position where they can be.
     """
 
     ways: int
@@ -58,6 +63,8 @@ class Plan:
     left: tuple[ShardSite, ...]
     moves: tuple[Redistribution, ...]
     gathered: tuple[fx.Node, ...]
+    joint: Mapping[fx.Node, tuple[Exchange, ...]]
+    sequence: bool = False
 
 
 class _RefusedError(Exception):
@@ -65,10 +72,16 @@ class _RefusedError(Exception):
 
 
 def make_plan(
-    program: Program, ways: int, *, whole: Mapping[fx.Node, str] | None = None, layers: Mapping[fx.Node, str] | None = None
+    program: Program,
+    ways: int,
+    *,
+    whole: Mapping[fx.Node, str] | None = None,
+    layers: Mapping[fx.Node, str] | None = None,
+    sequence: bool = False,
 ) -> Plan:
     """The plan for a program. whole: sites the user wants on every rank, by their node, with the pattern that says so.
-    layers: linear layers the user names, each `column-wise` or `row-wise`.
+    layers: linear layers the user names, each `column-wise` or `row-wise`. sequence: whether values between the layers are cut
+    by position.
     """
     found, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
@@ -79,22 +92,23 @@ def make_plan(
     sites = [site for site in sites if not site.obstacle]
     while True:
         try:
-            placed, moves, gathered = _Planner(program, found, sites, ways).run()
+            placed, moves, gathered, joint = _Planner(program, found, sites, ways, sequence).run()
         except _RefusedError as refusal:
             number, reason = cast("tuple[int, str]", refusal.args)
             site = sites.pop(number)
             left.append(ShardSite(site.kind, site.node, site.path, {}, reason))
             continue
-        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered)
+        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered, joint, sequence)
 
 
 class _Planner:
     """One attempt at a plan for some sites."""
 
-    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], ways: int) -> None:
+    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], ways: int, sequence: bool) -> None:
         self.program = program
         self.found = found
         self.ways = ways
+        self.sequence = sequence
         self.cuts: dict[Axis, tuple[int, int, int]] = {}
         for number, site in enumerate(sites):
             for atom, cut in site.cuts.items():
@@ -104,7 +118,7 @@ class _Planner:
         }
         self.fixed: set[fx.Node] = set()
 
-    def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...]]:
+    def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...], Joint]:
         """The placements once weights lie as what reads them wants.
 
         Raises: _RefusedError.
@@ -112,7 +126,7 @@ class _Planner:
         while True:
             known, wants, gathered = self._propagate()
             if not self._adapt(known, wants):
-                return known, self._moves(known, wants), gathered
+                return known, self._moves(known, wants), gathered, all_exchanges(self.program.graph, self._reading(known))
 
     def cut(self, node: fx.Node, dim: int) -> Spans:
         """How the plan cuts a dimension of a value, told from its axis."""
@@ -123,6 +137,9 @@ class _Planner:
             raise _RefusedError(number, f"'{node.name}' mixes what would be cut with other things along dimension {dim}")
         return spans
 
+    def _reading(self, known: Known) -> Reading:
+        return Reading(known, self.cut, self.ways, self.program.constant, self.sequence)
+
     def _by_axes(self, weight: fx.Node) -> Placed:
         return sharded(*((dim, self.cut(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
 
@@ -131,7 +148,7 @@ class _Planner:
         known: Known = {}
         wants: dict[fx.Node, list[tuple[fx.Node, Placed]]] = defaultdict(list)
         gathered: list[fx.Node] = []
-        read = Reading(known, self.cut, self.ways, self.program.constant)
+        read = self._reading(known)
         for node in self.program.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 known[node] = self.weights.get(node, REPLICATED)
@@ -143,7 +160,9 @@ class _Planner:
             found = outcome(node, read)
             if found.reason:
                 self._refuse(node, known, found.reason)
-            if rule_of(node) is None and any(not read.of(item).partial for item in found.wants):
+            if rule_of(node) is None and any(
+                not read.of(item).partial and not read.of(item).is_by_position for item in found.wants
+            ):
                 gathered.append(node)
             known[node] = found.result
             for used in node.all_input_nodes:
@@ -169,11 +188,11 @@ class _Planner:
     def _moves(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> tuple[Redistribution, ...]:
         moves: dict[tuple[fx.Node, Placed], Redistribution] = {}
         for value, readers in wants.items():
-            have = known[value]
+            have, wanted = known[value], {want for _, want in readers}
             for reader, want in readers:
                 if not isinstance(have, Placed) or have == want or (value, want) in moves:
                     continue
-                steps = redistribution_steps(have, want, self.ways)
+                steps = redistribution_steps(have, want, self.ways, has_whole=REPLICATED in wanted)
                 weight = is_weight(value) and have.is_sharded
                 if steps is None or weight:
                     what = target_text(reader.target) if reader.op == "call_function" else "the output"
@@ -190,14 +209,21 @@ class _Planner:
         for used in node.all_input_nodes:
             have = known.get(used)
             for item in (have,) if isinstance(have, Placed) else have or ():
-                for _, spans in item.dims:
+                for _, spans in () if item.is_by_position else item.dims:
                     raise _RefusedError(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
         raise AssertionError(f"no argument of '{node.name}' is cut: {reason}")
 
 
-def redistribution_steps(have: Placed, want: Placed, ways: int) -> tuple[str, ...] | None:
-    """The steps from one placement to another, `all-reduce`, `all-gather`, `mask` and `slice`; None where there is no way."""
+def redistribution_steps(have: Placed, want: Placed, ways: int, *, has_whole: bool = False) -> tuple[str, ...] | None:
+    """The steps from one placement to another; None where there is no way.
+
+    has_whole: whether every rank is given the whole of a sum for another reader, so that it can take its positions from it.
+    """
     steps: list[str] = []
+    if have.partial and want.is_by_position:
+        return ("slice",) if has_whole else ("reduce-scatter",)
+    if have.is_by_position and want.partial:
+        return ("spread",)
     if have.partial:
         steps.append("all-reduce")
     elif have.is_sharded:
@@ -207,18 +233,10 @@ def redistribution_steps(have: Placed, want: Placed, ways: int) -> tuple[str, ..
     if want.partial:
         steps.append("mask")
     elif want.is_sharded:
-        if not all(_is_fixed(spans) for _, spans in want.dims):
+        if not want.is_by_position and not all(_is_fixed(spans) for _, spans in want.dims):
             return None
         steps.append("slice")
     return tuple(steps)
-
-
-def can_gather(placed: Placed, ways: int) -> bool:
-    """True when the blocks of all ranks laid end to end are the value: one stretch, a block a rank."""
-    if len(placed.dims) != 1:
-        return False
-    spans = placed.dims[0][1]
-    return len(spans) == 1 and spans[0].outer == 1 and spans[0].parts == ways
 
 
 def _is_fixed(spans: Spans) -> bool:

@@ -15,12 +15,16 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.cost import example_sizes, size_numbers
+from lissom.compiler.placement_joint import Exchange
 from lissom.compiler.placements import Placed, local_size
 from lissom.compiler.program import Program
 from lissom.compiler.sharding import Plan, Redistribution
 from lissom.compiler.structure import structure
 from lissom.compiler.types import Size
 from lissom.inspect.roofline import digits, plain_table, sizes_text
+
+_ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
+"""How often each byte of a value goes round a ring, but for a rank's own share."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +58,18 @@ class Traffic:
 def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
     """The collectives of a redistribution. numbers: the sizes of a call."""
     typed = nodes.tensor_type(move.value)
-    payload = math.prod(_number(size, numbers) for size in typed.shape) * typed.dtype.itemsize
-    found: list[Traffic] = []
-    for step in move.steps:
-        rounds = {"all-reduce": 2, "all-gather": 1}.get(step, 0)
-        if rounds:
-            sent = rounds * payload * (plan.ways - 1) / plan.ways
-            found.append(Traffic(step, payload, sent, rounds * (plan.ways - 1)))
-    return found
+    return [_exchanged(plan.ways, Exchange(step, typed.shape, typed.dtype), numbers) for step in move.steps if step in _ROUNDS]
 
 
-def ranges_found(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
-    """The small all-reduces that find the range of values which are rounded in parts, two numbers a token."""
-    found: list[tuple[fx.Node, Traffic]] = []
-    for node, placed in plan.placed.items():
-        if str(node.target) != "lissom.fake_quantize_dynamic.default" or not isinstance(placed, Placed):
-            continue
-        typed = nodes.tensor_type(node)
-        if placed.spans(typed.rank - 1):
-            payload = 2 * math.prod(_number(size, numbers) for size in typed.shape[:-1]) * typed.dtype.itemsize
-            rounds = 2 * (plan.ways - 1)
-            found.append((node, Traffic("all-reduce", payload, rounds * payload / plan.ways, rounds)))
-    return found
+def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
+    """The small collectives inside operators that ranks work out together, such as the range of values rounded in parts."""
+    return [(node, _exchanged(plan.ways, item, numbers)) for node, items in plan.joint.items() for item in items]
+
+
+def _exchanged(ways: int, item: Exchange, numbers: Mapping[sympy.Symbol, int]) -> Traffic:
+    payload = math.prod(_number(size, numbers) for size in item.shape) * item.dtype.itemsize
+    rounds = _ROUNDS[item.kind]
+    return Traffic(item.kind, payload, rounds * payload * (ways - 1) / ways, rounds * (ways - 1))
 
 
 def _number(size: Size, numbers: Mapping[sympy.Symbol, int]) -> int:
@@ -104,10 +98,11 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
         if node.op == "get_attr" and isinstance(placed, Placed) and nodes.is_tensor(node):
             rows[_layer(str(node.target), layers)].weights.append((node, placed))
     pairs = [(move.value, item) for move in plan.moves for item in traffic(plan, move, numbers)]
-    for node, item in [*pairs, *ranges_found(plan, numbers)]:
+    for node, item in [*pairs, *joint_traffic(plan, numbers)]:
         rows[_layer(nodes.origin(node).module_path, layers)].traffic.append(item)
     table = plain_table(
-        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}", _caption(link, _tokens(plan, numbers), rows)
+        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}",
+        _caption(link, _tokens(plan, numbers), rows, _by_position(plan, numbers)),
     )
     for heading in ("layer", "weights cut along", "collectives"):
         table.add_column(heading, overflow="fold")
@@ -146,7 +141,8 @@ def _placements(weights: Sequence[tuple[fx.Node, Placed]], layer: str) -> str:
 
 def _kinds(items: Sequence[Traffic]) -> str:
     counts = Counter(item.kind for item in items)
-    return ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in counts.items())
+    ordered = [(kind, counts[kind]) for kind in _ROUNDS if counts[kind]]
+    return ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in ordered)
 
 
 def _numbers(row: _Row, link: Link) -> list[str]:
@@ -163,11 +159,28 @@ def _tokens(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> int:
     return max((math.prod(_number(size, numbers) for size in shape) for shape in shapes), default=1)
 
 
-def _caption(link: Link, tokens: int, rows: Mapping[str, _Row]) -> str:
+def _by_position(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> tuple[float, float]:
+    """The bytes of all values cut by position, and of what a rank holds of them."""
+    whole, held = 0.0, 0.0
+    for node, placed in plan.placed.items():
+        if isinstance(placed, Placed) and placed.is_by_position:
+            typed = nodes.tensor_type(node)
+            sizes = [_number(size, numbers) for size in typed.shape]
+            size = math.prod(sizes) * typed.dtype.itemsize
+            whole, held = whole + size, held + size / sizes[1] * -(-sizes[1] // plan.ways)
+    return whole, held
+
+
+def _caption(link: Link, tokens: int, rows: Mapping[str, _Row], by_position: tuple[float, float]) -> str:
     """What the numbers mean, and how much is communicated for each token of the call."""
     payload = sum(item.payload_bytes for row in rows.values() for item in row.traffic)
     sent = sum(item.sent_bytes for row in rows.values() for item in row.traffic)
+    whole, held = (size / tokens / 1e3 for size in by_position)
+    stream = (
+        f"Between the layers: {whole:.3g} KB of values cut by position, {held:.3g} KB of them on a rank.\n" if whole else ""
+    )
     return (
         f"Each token: {payload / tokens / 1e3:.3g} KB reduced or gathered, {sent / tokens / 1e3:.3g} KB sent by each rank.\n"
+        f"{stream}"
         f"Times are those of rings: {link.latency_seconds * 1e6:g} µs a message, {link.bytes_per_second / 1e9:g} GB/s a link."
     )

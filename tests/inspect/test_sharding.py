@@ -6,7 +6,7 @@ import pytest
 
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.sharding import make_plan
-from lissom.inspect.sharding import Link, ranges_found, sharding_table, traffic
+from lissom.inspect.sharding import Link, joint_traffic, sharding_table, traffic
 from lissom.inspect.tables import plain
 from tests.passes.parallel.models import cut, program_of, run_passes
 
@@ -41,7 +41,7 @@ def test_ranges_of_rounded_values_are_counted() -> None:
     program, samples = program_of("llama")
     quantized, _ = run_passes("quantize{scheme=int8-dynamic},fold-quantized-weights", program, samples)
     symbols = {symbol: 2 for symbol in program.signature.dimensions}
-    found = ranges_found(make_plan(quantized, 2), symbols)
+    found = joint_traffic(make_plan(quantized, 2), symbols)
     # What the output projection and the down projection of both layers read: two numbers a token.
     assert [item.payload_bytes for _, item in found] == [2 * 4 * 4] * 4
 

@@ -7,6 +7,7 @@ part of a whole value by a look-up of the rank's own indices. A vocabulary cut b
 
 Sizes written into the program become those of a rank. Weights are views of the originals where a rank's indices are neighbours,
 copies elsewhere. What a quantized layer reads is rounded with the range of all ranks' parts, which a small all-reduce finds.
+Short values whose collectives follow one another, and do not depend on one another, are sent together.
 
 The program holds all ranks and runs them in lock-step, so it is checked like any other; `program.of_rank(rank)` is what one
 process runs. Shoeybi et al. 2019, arXiv:1909.08053, §3; the operators are those of `torch.distributed._functional_collectives`.

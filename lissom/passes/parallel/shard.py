@@ -10,12 +10,16 @@ side by side has one. Embeddings and output heads are cut by vocabulary, mixture
 groups go with the heads that read them. A rank holds a bias of a layer cut by rows, the others zeros. Where an axis does not
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
+What reads logits along a vocabulary that is cut (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges a few
+numbers a token. With `sequence`, values between the layers are cut by position (`lissom/compiler/placement_sequence.py`).
+
 Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
 result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets them whole. The
 program stays as it is; `cut` carries the plan out.
 
 Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
-arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way.
+arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way. Korthikanti et al. 2022, "Reducing
+Activation Recomputation in Large Transformer Models", arXiv:2205.05198, §4.2.2: sequence parallelism.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ from lissom.compiler.editor import Editor
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.kinds import Annotation
 from lissom.compiler.linears import weight_of
+from lissom.compiler.placement_joint import JOINT, numbers_a_row
+from lissom.compiler.placement_sequence import position_obstacle
 from lissom.compiler.protection import is_path_protected
 from lissom.compiler.shard_sites import linear_layers, shard_sites
 from lissom.compiler.sharding import Plan, make_plan
@@ -47,10 +53,13 @@ class Shard(Annotation):
     plan: what shall be otherwise, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern is that of a
         module path and covers what the module holds: `*.mlp:replicate`. The first leaves sites whole on every rank, the others
         cut linear layers that belong to no site.
+    sequence: whether what lies between the layers, such as the residual stream and norms, is cut by position. Each all-reduce
+        becomes a reduce-scatter and an all-gather, which send as much together, and these values take a part of the memory.
     """
 
     ways: int
     plan: tuple[str, ...] = ()
+    sequence: bool = False
 
     def __post_init__(self) -> None:
         if self.ways < 2:
@@ -64,7 +73,7 @@ class Shard(Annotation):
         if edit.program.ranks:
             raise UnsupportedError(f"shard: the program is cut for {len(edit.program.ranks)} ranks already")
         whole, layers = self._overrides(edit)
-        found = make_plan(edit.program, self.ways, whole=whole, layers=layers)
+        found = make_plan(edit.program, self.ways, whole=whole, layers=layers, sequence=self.sequence)
         for node, placed in found.placed.items():
             nodes.set_placed(node, placed)
         edit.rewritten += len(found.sites)
@@ -103,6 +112,12 @@ def _notes(found: Plan) -> list[str]:
     steps = Counter(step for move in found.moves for step in move.steps)
     moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items())
     sentences = [f"on {found.ways} ranks: {sites or 'nothing'} cut; {moves or 'nothing'} to redistribute"]
+    if found.sequence:
+        sentences += _all_reduced(found)
+    for node, exchanges in found.joint.items():
+        if node.target in JOINT:
+            row = f"exchanges {numbers_a_row(exchanges, node)} numbers a row, and does not gather it"
+            sentences.append(f"{target_text(node.target)} at {node.name} reads what is cut: it {row}")
     for site in found.sites:
         padded = [
             f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
@@ -112,3 +127,14 @@ def _notes(found: Plan) -> list[str]:
         if padded:
             sentences.append(f"zeros make blocks of the {site.kind} at {site.path} even: {', '.join(padded)}")
     return sentences
+
+
+def _all_reduced(found: Plan) -> list[str]:
+    """The sums that are not cut by position, though values between the layers are to be, with the reason."""
+    reasons = Counter(
+        position_obstacle(move.value, found.ways) or f"{target_text(move.reader.target)} takes it whole"
+        for move in found.moves
+        if "all-reduce" in move.steps
+    )
+    sums = {count: f"{count} sums stay all-reduces" if count > 1 else "a sum stays an all-reduce" for count in reasons.values()}
+    return [f"{sums[count]}: {reason}" for reason, count in reasons.items()]

@@ -47,7 +47,7 @@ def test_a_stale_plan_is_refused() -> None:
     program, samples = program_of("llama")
     planned, _ = run_passes("shard{ways=2}", program, samples)
     gate = planned.nodes(torch.ops.aten.silu.default)[0]
-    gate.target, gate.args = torch.ops.aten.softmax.int, (gate.args[0], -1)
+    gate.target, gate.args = torch.ops.aten.cumsum.default, (gate.args[0], -1)
     with pytest.raises(PassError, match="was changed since; put `shard` right before `cut`"):
         run_passes("cut", planned, samples)
 
@@ -68,7 +68,8 @@ def test_numbers(name: str, ways: int) -> None:
 @pytest.mark.parametrize(
     ("name", "reduces"),
     # One for the embedding, then two a layer, or one where attention and feed-forward are side by side. T5 has three in a
-    # decoder layer, and an embedding on either side. A ViT has no vocabulary.
+    # decoder layer, and an embedding on either side, of which the second goes with the encoder's last sum. A ViT has no
+    # vocabulary.
     [
         ("llama", 5),
         ("gemma3", 5),
@@ -78,7 +79,7 @@ def test_numbers(name: str, ways: int) -> None:
         ("neox", 3),
         ("cohere", 3),
         ("falcon", 3),
-        ("t5", 12),
+        ("t5", 11),
         ("vit", 4),
     ],
 )
@@ -88,7 +89,8 @@ def test_communicates_no_more_than_needed(name: str, reduces: int) -> None:
     assert collectives(after) == (reduces, 1)
 
 
-def test_rank_holds_its_share_of_the_bytes() -> None:
+@pytest.mark.parametrize("ways", [2, 4])
+def test_rank_holds_its_share_of_the_bytes(ways: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -96,10 +98,10 @@ def test_rank_holds_its_share_of_the_bytes() -> None:
         num_key_value_heads=4, use_cache=False,
     )  # fmt: skip
     model = seeded(lambda: LlamaForCausalLM(config))
-    optimized = lissom.optimize(model, {"input_ids": torch.randint(0, 4096, (2, 5))}, passes="shard{ways=4},cut")
+    optimized = lissom.optimize(model, {"input_ids": torch.randint(0, 4096, (2, 5))}, passes=f"shard{{ways={ways}}},cut")
     whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    for rank in range(4):
-        assert optimized.program.of_rank(rank).parameter_bytes <= (1 / 4 + 0.03) * whole
+    for rank in range(ways):
+        assert optimized.program.of_rank(rank).parameter_bytes <= (1 / ways + 0.03) * whole
 
 
 def test_weights_are_views_where_rows_are_neighbours() -> None:
@@ -198,11 +200,11 @@ def test_no_backend_runs_ranks_in_one_process() -> None:
         lissom.compile(seeded(FeedForward), normal(2, 5, 8), passes="shard{ways=2},cut")
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
+def _run_rank(rank: int, port: int, folder: str, options: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     program, samples = program_of("llama")
-    mine = cut(program, samples, 2)[0].of_rank(rank)
+    mine = cut(program, samples, 2, options)[0].of_rank(rank)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     with torch.no_grad():
         outputs = [mine.run(sample) for sample in samples]
@@ -211,14 +213,15 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.mark.multiprocess
-def test_two_processes_give_what_the_program_gives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["", ",sequence=true"])
+def test_two_processes_give_what_the_program_gives(tmp_path: Path, options: str) -> None:
     program, samples = program_of("llama")
     with torch.no_grad():
         wanted = [program.run(sample) for sample in samples]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_run_rank, (port, str(tmp_path), options), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for one, other in zip(wanted, found, strict=True):

@@ -1,0 +1,83 @@
+"""Tests of sums and collectives that are merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from tests.models import Case, normal, seeded, tokens
+from tests.passes.harness import rewrite
+from tests.passes.parallel.models import collectives, cut, program_of, run_passes
+from tests.zoo.removal import canonical
+
+_SIZES = {"vocab_size": 61, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "use_cache": False}
+
+
+def _program(model: nn.Module) -> tuple[Program, list[Sample]]:
+    with torch.no_grad():
+        return canonical(Case(model, {"input_ids": tokens()}))
+
+
+def _gptj() -> nn.Module:
+    config = transformers.GPTJConfig(
+        vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_inner=48, rotary_dim=4, use_cache=False, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPTJForCausalLM(config)
+
+
+def _phi() -> nn.Module:
+    return transformers.PhiForCausalLM(transformers.PhiConfig(**_SIZES, intermediate_size=48))
+
+
+def _llama() -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_SIZES, intermediate_size=48))
+
+
+@pytest.mark.parametrize(("build", "each"), [(_gptj, 1), (_phi, 1), (_llama, 2)])
+def test_one_all_reduce_a_layer_that_computes_both_parts_side_by_side(build: object, each: int) -> None:
+    program, samples = _program(seeded(build))  # pyright: ignore[reportArgumentType]
+    after, _ = cut(program, samples, 2)
+    # One more for the embedding, and the logits are gathered.
+    assert collectives(after) == (1 + 3 * each, 1)
+
+
+def test_ranges_found_side_by_side_are_found_together() -> None:
+    program, samples = program_of("neox")
+    quantized, _ = run_passes("quantize{scheme=int8-dynamic},fold-quantized-weights", program, samples)
+    after, history = cut(quantized, samples, 2)
+    # A layer finds the ranges of what its output and its down projection read, two numbers a token of each, in one message.
+    greatest = [node for node in after.nodes(ALL_REDUCE) if node.args[1] == "max"]
+    assert len(greatest) == 2
+    assert "2 collectives joined others that are ready with them" in history.steps[-1].notes
+
+
+class Heads(nn.Module):
+    """Two heads of one value, or one of the other."""
+
+    def __init__(self, *, chained: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.chained = nn.Linear(8, 30), nn.Linear(30 if chained else 8, 21), chained
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first = self.first(x)
+        return first, self.second(torch.cumsum(first, -1) if self.chained else x)
+
+
+@pytest.mark.parametrize("ways", [2, 3, 4])
+def test_gatherings_that_are_ready_together(ways: int) -> None:
+    text = f"shard{{ways={ways},plan=[first:column-wise,second:column-wise]}},cut"
+    program, _ = rewrite(text, seeded(lambda: Heads(chained=False)), normal(2, 5, 8))
+    assert len(program.nodes(ALL_GATHER)) == 1
+    program, _ = rewrite(text, seeded(lambda: Heads(chained=True)), normal(2, 5, 8))
+    assert sum(collectives(program)) == 2
+
+
+def test_values_that_are_long_are_sent_apart() -> None:
+    text = "shard{ways=2,plan=[first:column-wise,second:column-wise]},cut"
+    program, _ = rewrite(text, seeded(lambda: Heads(chained=False)), normal(2, 20000, 8))
+    assert len(program.nodes(ALL_GATHER)) == 2

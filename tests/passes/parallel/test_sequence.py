@@ -1,0 +1,148 @@
+"""Tests of values cut by position between the layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx
+
+from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
+from lissom.compiler.execute import run_ranks
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample
+from lissom.compiler.sharding import make_plan
+from lissom.compiler.verify import relative_error, tolerance_of
+from lissom.frontends.decoder import capture_decoder
+from lissom.inspect.sharding import Link, sharding_table, traffic
+from lissom.inspect.tables import plain
+from tests.decoders import DECODERS
+from tests.models import FeedForward, normal, seeded
+from tests.passes.harness import rewrite
+from tests.passes.parallel.models import MODELS, cut, program_of, reasons, run_passes
+
+SEQUENCE = ",sequence=true"
+
+
+def kinds(program: Program) -> tuple[int, int, int]:
+    """How many all-reduces, reduce-scatters and all-gathers there are."""
+    return len(program.nodes(ALL_REDUCE)), len(program.nodes(REDUCE_SCATTER)), len(program.nodes(ALL_GATHER))
+
+
+def of_length(program: Program, samples: list[Sample], length: int) -> list[torch.Tensor]:
+    """Inputs of that many tokens."""
+    generator = torch.Generator().manual_seed(length)
+    return [torch.randint(0, 61, (2, length), generator=generator) if x.dim() == 2 else x for x in samples[0]]
+
+
+@pytest.mark.parametrize("ways", [2, 3, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers(name: str, ways: int) -> None:
+    program, samples = program_of(name)
+    after, history = cut(program, samples, ways, SEQUENCE)
+    assert reasons(history) == []
+    with torch.no_grad():
+        # Lengths that divide and that do not, fewer positions than ranks, and a single one.
+        for length in (1, 2, 3, 5, 8, 13):
+            inputs = of_length(program, samples, length)
+            wanted = program.run(inputs)
+            for found in after.run_ranks(inputs):
+                assert max(map(relative_error, wanted, found)) <= tolerance_of(program)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    # One reduce-scatter where there was an all-reduce, an all-gather in front of what reads all tokens, and one for the output.
+    # Of NeoX's embedding two norms and the residual stream read; it is reduced once for all. Two of T5's gatherings are joined.
+    [
+        ("llama", (0, 5, 6)),
+        ("bert", (0, 5, 6)),
+        ("gpt2", (0, 5, 6)),
+        ("t5", (0, 12, 12)),
+        ("vit", (0, 4, 5)),
+        ("cohere", (0, 3, 4)),
+        ("falcon", (0, 3, 4)),
+        ("neox", (1, 2, 3)),
+        ("mixtral", (0, 5, 6)),
+    ],
+)
+def test_collectives(name: str, wanted: tuple[int, int, int]) -> None:
+    program, samples = program_of(name)
+    after, _ = cut(program, samples, 2, SEQUENCE)
+    assert kinds(after) == wanted
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "cohere", "neox", "mixtral"])
+def test_sends_what_all_reduces_send(name: str) -> None:
+    program, _ = program_of(name)
+    numbers = dict.fromkeys(program.signature.dimensions, 12)
+    sent: list[float] = []
+    for sequence in (False, True):
+        plan = make_plan(program, 4, sequence=sequence)
+        sent.append(sum(item.sent_bytes for move in plan.moves for item in traffic(plan, move, numbers)))
+    assert sent[0] == pytest.approx(sent[1], rel=1e-12)
+
+
+def test_the_stream_is_cut() -> None:
+    program, samples = program_of("llama")
+    after, history = cut(program, samples, 4, SEQUENCE)
+    # 13 tokens are 4 on each rank; a norm and a residual sum see these, a projection sees all of them.
+    seen: dict[object, set[int]] = {}
+    norm, add, linear = torch.ops.aten.rms_norm.default, torch.ops.aten.add.Tensor, torch.ops.aten.linear.default
+
+    def observe(node: fx.Node, parts: list[object]) -> None:
+        if node.target in (norm, add, linear) and isinstance(parts[0], torch.Tensor) and parts[0].dim() == 3:
+            seen.setdefault(node.target, set()).add(parts[0].shape[1])
+
+    with torch.no_grad():
+        run_ranks(after.graph, after.ranks, of_length(program, samples, 13), observe)
+    assert seen == {norm: {4}, add: {4}, linear: {13}}
+    assert "5 reduce-scatters, 6 all-gathers to redistribute" in history.steps[1].notes[0]
+
+
+def test_the_table_tells_what_a_rank_holds_of_the_stream() -> None:
+    program, _ = program_of("llama")
+    text = plain(sharding_table(program, make_plan(program, 4, sequence=True), {"batch": 1, "sequence": 8}, Link(1e-5, 1e9)))
+    # The embedding, and in each of 2 layers two norms and two sums, then the last norm; 32 numbers of 4 bytes a token each.
+    assert "5 reduce-scatters, 6 all-gathers" in text
+    assert "Between the layers: 1.15 KB of values cut by position, 0.288 KB of them on a rank." in text
+
+
+def test_what_stays_an_all_reduce_is_told_with_the_reason() -> None:
+    program, samples = program_of("vit")
+    _, history = cut(program, samples, 3, SEQUENCE)
+    assert not any("all-reduce" in note for note in history.steps[1].notes)
+    program, samples = program_of("neox")
+    _, history = cut(program, samples, 2, SEQUENCE)
+    assert "a sum stays an all-reduce: aten.layer_norm takes it whole" in history.steps[1].notes
+
+    class Few(FeedForward):
+        """Fewer tokens than ranks."""
+
+    for text, inputs, reason in (
+        ("shard{ways=4,sequence=true},cut", normal(2, 3, 8), "the 3 positions of the example are not more than 4 ranks"),
+        ("shard{ways=2,sequence=true},cut", normal(5, 8), "it has no dimension of positions"),
+    ):
+        after, history = rewrite(text, seeded(Few), inputs)
+        assert kinds(after) == (1, 0, 0)
+        assert f"a sum stays an all-reduce: {reason}" in history.steps[1].notes
+
+
+def test_lengths_that_are_fixed() -> None:
+    for length in (5, 6, 7, 8, 9):
+        after, _ = rewrite("shard{ways=4,sequence=true},cut", seeded(FeedForward), normal(2, length, 8), dynamic=False)
+        assert kinds(after) == (0, 1, 1)
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-weight,group=8"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_quantized_layers(name: str, scheme: str) -> None:
+    program, samples = program_of(name)
+    quantized, _ = run_passes(f"quantize{{scheme={scheme}}},fold-quantized-weights", program, samples)
+    after, _ = cut(quantized, samples, 2, SEQUENCE)
+    assert kinds(after)[1:] == (5, 6)
+
+
+def test_one_token_at_a_time_stays_whole() -> None:
+    captured = capture_decoder(seeded(DECODERS["llama"]), max_length=16, batch=2)
+    program, _ = run_passes("generation", captured.program, captured.samples)
+    cut(program, captured.samples, 2, SEQUENCE)
