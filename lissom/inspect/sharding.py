@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER
 from lissom.compiler.cost import example_sizes, size_numbers
 from lissom.compiler.placement_joint import Exchange
 from lissom.compiler.placements import Placed, local_size
@@ -25,6 +26,7 @@ from lissom.inspect.roofline import digits, plain_table, sizes_text
 
 _ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
 """How often each byte of a value goes round a ring, but for a rank's own share."""
+_KINDS: Mapping[object, str] = {ALL_REDUCE: "all-reduce", REDUCE_SCATTER: "reduce-scatter", ALL_GATHER: "all-gather"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,16 @@ def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int
 def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
     """The small collectives inside operators that ranks work out together, such as the range of values rounded in parts."""
     return [(node, _exchanged(plan.ways, item, numbers)) for node, items in plan.joint.items() for item in items]
+
+
+def program_traffic(program: Program, ways: int, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
+    """The collectives of a cut program, or of one rank's. numbers: the sizes of a call."""
+    found: list[Traffic] = []
+    for node in program.nodes(*COLLECTIVES):
+        # The whole value is what goes in where it is scattered, else what comes out.
+        typed = nodes.tensor_type(cast(fx.Node, node.args[0]) if node.target is REDUCE_SCATTER else node)
+        found.append(_exchanged(ways, Exchange(_KINDS[node.target], typed.shape, typed.dtype), numbers))
+    return found
 
 
 def _exchanged(ways: int, item: Exchange, numbers: Mapping[sympy.Symbol, int]) -> Traffic:

@@ -1,0 +1,266 @@
+"""One model on one, two and four ranks: time, memory of a rank, and bytes between ranks beside what theory says.
+
+    python benchmarks/parallel.py --update
+
+A Llama-like decoder with random weights, and Gemma 3 270M, compiled with their cache, cut and saved by one process; then each
+rank is a process that reads its own file. It reads a prompt of 128 tokens and goes on for 32, chosen greedily, and the tokens
+of every number of ranks are compared with those of one. Beside it, on the Llama-like model, PyTorch's own tensor parallelism:
+`parallelize_module` with the plan that transformers has for the model. All over gloo on this machine, float32, one thread a
+rank: where there are fewer cores than ranks, they take turns.
+
+*Memory* is the peak of the process with the most, above what it held before it loaded the model. *Bytes* are those the
+loopback device counted for one prompt, with the headers of packets; theory: what rings send (Thakur et al. 2005).
+Prints a Markdown table; `--update` puts it into benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from linear_attention import held_bytes
+from quality import conditions
+from readme import put_table
+
+import lissom
+from lissom.bench.worker import peak_bytes
+from lissom.frontends.huggingface import load
+from lissom.inspect.sharding import program_traffic
+
+PROMPT, ANSWER, LENGTH = 128, 32, 256
+WAYS = (1, 2, 4)
+MODELS = ("llama", "gemma3-270m")
+CONFIG: Mapping[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+}
+Read = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What so many ranks do.
+
+    prompt: milliseconds, median with the quarters below and above; token: of one token. weights, peak: bytes, of the rank with
+    the most. sent: bytes between ranks for a prompt, counted; theory: what rings send. tokens: the answer.
+    """
+
+    prompt: tuple[float, float, float]
+    token: tuple[float, float, float]
+    weights: int
+    peak: int
+    sent: int
+    theory: float
+    tokens: list[int]
+
+
+def build(name: str) -> transformers.PreTrainedModel:
+    """The model, the same in every process."""
+    torch.manual_seed(0)
+    if name == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
+    model = load(name).model
+    assert isinstance(model, transformers.PreTrainedModel)
+    return model
+
+
+def loopback_bytes() -> int:
+    """What the loopback device has received; nothing where Linux does not tell."""
+    counters = Path("/proc/net/dev")
+    lines = counters.read_text(encoding="utf-8").splitlines() if counters.is_file() else []
+    return next((int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:")), 0)
+
+
+def measure(read: Read, reset: Callable[[], None], rounds: int) -> dict[str, object]:
+    """Times, tokens and bytes between ranks, of this rank."""
+    ids = torch.randint(3, 30000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    prompts: list[float] = []
+    steps: list[float] = []
+    tokens: list[int] = []
+    with torch.inference_mode():
+        for _ in range(rounds + 1):
+            reset()
+            tokens = []
+            started = time.perf_counter()
+            last = read(ids)
+            prompts.append(1e3 * (time.perf_counter() - started))
+            for _ in range(ANSWER):
+                tokens.append(int(last.argmax()))
+                started = time.perf_counter()
+                last = read(torch.tensor([[tokens[-1]]]))
+                steps.append(1e3 * (time.perf_counter() - started))
+        reset()
+        sent = _sent(lambda: read(ids))
+    return {"prompt": _quarters(prompts[1:]), "token": _quarters(steps[ANSWER:]), "tokens": tokens, "sent": sent}
+
+
+def _sent(call: Callable[[], object]) -> int:
+    """The bytes a call sends between ranks; what two barriers send is taken off."""
+    if not dist.is_initialized():
+        return 0
+    counts: list[int] = []
+    for work in (lambda: None, call):
+        dist.barrier()
+        before = loopback_bytes()
+        work()
+        dist.barrier()
+        counts.append(loopback_bytes() - before)
+    return counts[1] - counts[0]
+
+
+def _quarters(values: Sequence[float]) -> tuple[float, float, float]:
+    low, _, high = statistics.quantiles(values, n=4)
+    return statistics.median(values), low, high
+
+
+def lissom_rank(directory: str, rounds: int) -> dict[str, object]:
+    """This rank's figures, of a saved decoder."""
+    before = held_bytes()
+    decoder = lissom.load_generation(directory)
+    program = decoder.compiled.program
+    ways = dist.get_world_size() if dist.is_initialized() else 1
+    numbers = dict.fromkeys(program.signature.dimensions, PROMPT)
+    theory = ways * sum(item.sent_bytes for item in program_traffic(program, ways, numbers))
+    found = measure(lambda ids: decoder.step(ids)[0], decoder.reset, rounds)
+    return found | {"weights": program.parameter_bytes, "peak": peak_bytes() - before, "theory": theory}
+
+
+def pytorch_rank(name: str, rounds: int) -> dict[str, object]:
+    """This rank's figures, of the model as transformers has it, shared by `parallelize_module`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    before = held_bytes()
+    model = build(name)
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        styles = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
+        plan = {f"model.{path}": styles[how] for path, how in model.config.base_model_tp_plan.items() if how in styles}  # pyright: ignore
+        parallelize_module(model, mesh, {**plan, "lm_head": ColwiseParallel(output_layouts=Replicate())})
+    cache = transformers.StaticCache(model.config, max_cache_len=LENGTH)
+    start = 0
+
+    def reset() -> None:
+        nonlocal start
+        start = 0
+        if cache.get_seq_length():
+            cache.reset()
+
+    def read(ids: torch.Tensor) -> torch.Tensor:
+        nonlocal start
+        places, start = torch.arange(start, start + ids.shape[1])[None], start + ids.shape[1]
+        return model(input_ids=ids, position_ids=places, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+
+    found = measure(read, reset, rounds)
+    held = [item.to_local() if isinstance(item, DTensor) else item for item in model.parameters()]
+    weights = sum(item.numel() * item.element_size() for item in held)
+    return found | {"weights": weights, "peak": peak_bytes() - before, "theory": 0.0}
+
+
+def work(engine: str, source: str, rounds: int) -> None:
+    """One rank of what torchrun started, or the only one; the first prints what all found."""
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    found = lissom_rank(source, rounds) if engine == "Lissom" else pytorch_rank(source, rounds)
+    every: list[dict[str, object]] = [found]
+    if dist.is_initialized():
+        every = [{}] * dist.get_world_size()
+        dist.all_gather_object(every, found)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        most = {name: max(item[name] for item in every) for name in ("weights", "peak")}  # pyright: ignore
+        print(json.dumps(found | most), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(engine: str, source: str, ways: int, rounds: int) -> Result:
+    """What so many ranks do, each in a process of its own. Raises: RuntimeError when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable]
+    if ways > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(ways), "--master-port", str(port)]
+    request = [*start, __file__, "--worker", engine, source, "--rounds", str(rounds)]
+    ran = subprocess.run(request, capture_output=True, text=True, check=False)
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
+    if ran.returncode or not lines:
+        raise RuntimeError(f"{engine} on {ways} ranks: {ran.stderr.strip()[-2000:]}")
+    return Result(**json.loads(lines[-1]))
+
+
+def rows(name: str, ways: Sequence[int], rounds: int) -> list[str]:
+    """The rows of one model, as Markdown."""
+    found: dict[tuple[str, int], Result] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in ways:
+            directory = f"{folder}/{count}"
+            backend = "eager" if count == 1 else lissom.Distributed(ways=count)
+            lissom.compile_generation(build(name), max_length=LENGTH, backend=backend, checks="structural").save(directory)
+            found["Lissom", count] = run("Lissom", directory, count, rounds)
+            if name == "llama":
+                found["PyTorch", count] = run("PyTorch", name, count, rounds)
+    lines: list[str] = []
+    for (engine, count), result in sorted(found.items()):
+        whole = found[engine, ways[0]]
+        cells = [name, engine, str(count), *map(_spread, (result.prompt, result.token))]
+        cells += [f"{result.weights / 1e6:.1f}", f"{result.weights / whole.weights:.1%}", f"{result.peak / 1e6:.0f}"]
+        cells += [f"{result.sent / 1e6:.2f}" if count > 1 else "", f"{result.theory / 1e6:.2f}" if result.theory else ""]
+        cells.append("yes" if result.tokens == found["Lissom", ways[0]].tokens else "no")
+        lines.append(f"| {' | '.join(cells)} |")
+        print(lines[-1], json.dumps(asdict(result)), file=sys.stderr, flush=True)
+    return lines
+
+
+def _spread(figures: tuple[float, float, float]) -> str:
+    median, low, high = figures
+    return f"{median:.4g} ({low:.3g} to {high:.3g})"
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS, help="%(default)s by default")
+    parser.add_argument("--ways", nargs="*", type=int, default=list(WAYS), help="numbers of ranks; %(default)s by default")
+    parser.add_argument("--rounds", type=int, default=5, help="prompts and answers timed; %(default)s by default")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        engine, source = options.worker
+        work(engine, source, options.rounds)
+        return
+    torch.set_num_threads(1)
+    heads = ["model", "engine", "ranks", "prompt, ms", "token, ms", "weights of a rank, MB", "of the whole", "memory, MB"]
+    heads += ["sent for a prompt, MB", "theory, MB", "same tokens"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 3) + "---|"]
+    for name in options.models:
+        lines += rows(name, options.ways, options.rounds)
+    printed = "\n".join([*lines, "", f"Prompt of {PROMPT} tokens, {options.rounds} rounds. {conditions()} a rank.", ""])
+    print(printed)
+    if options.update:
+        put_table("parallel", printed)
+
+
+if __name__ == "__main__":
+    main()
