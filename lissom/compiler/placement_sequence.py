@@ -24,7 +24,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler import placement_rules as rules
 from lissom.compiler import placement_views as views
 from lissom.compiler.fake import hint
-from lissom.compiler.placement_base import Outcome, Reading, shape_of, tensors
+from lissom.compiler.placement_base import Outcome, Reading, is_weight, shape_of, tensors
 from lissom.compiler.placements import POSITIONS, REPLICATED, Placed, Span, sharded
 
 _EACH_TOKEN = (rules.pointwise, rules.norm, rules.summed, rules.reduced, views.same)
@@ -43,7 +43,8 @@ def outcome(node: fx.Node, read: Reading) -> Outcome:
     sums = {item: along for item in known if (along := _along(node, item, found, read)) is not None}
     if not cut and not sums:
         return found
-    if rules.rule_of(node) in _EACH_TOKEN and not _is_one_of_several_norms(node):
+    meets_whole = not sums and any(placed.is_replicated and _is_as_large(item, node) for item, placed in known.items())
+    if rules.rule_of(node) in _EACH_TOKEN and not meets_whole and not _is_one_of_several_norms(node):
         each = rules.outcome(node, replace(read, known=ChainMap({**cut, **sums}, cast("dict[fx.Node, Placed]", read.known))))
         kept = all(each.wants.get(item, placed) == placed for item, placed in {**cut, **sums}.items())
         if isinstance(each.result, Placed) and each.result.is_by_position and kept:
@@ -51,6 +52,14 @@ def outcome(node: fx.Node, read: Reading) -> Outcome:
     whole = dict.fromkeys(cut, REPLICATED)
     found = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
     return Outcome(found.result, {**whole, **found.wants}, found.reason)
+
+
+def _is_as_large(item: fx.Node, node: fx.Node) -> bool:
+    """True for a computed value of the result's sizes, such as what a layer that is not cut adds to the stream.
+
+    The stream is gathered there, once: cut, it would have to be gathered in front of each further layer that is not.
+    """
+    return item.op == "call_function" and not is_weight(item) and shape_of(item) == shape_of(node)
 
 
 def _stay_sums(found: Outcome, known: dict[fx.Node, Placed]) -> bool:

@@ -10,8 +10,8 @@ side by side has one. Embeddings and output heads are cut by vocabulary, mixture
 groups go with the heads that read them. A rank holds a bias of a layer cut by rows, the others zeros. Where an axis does not
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
-What reads logits along a cut vocabulary (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges a few
-numbers a token. With `sequence`, values between the layers are cut by position (`lissom/compiler/placement_sequence.py`).
+What reads logits along a vocabulary that is cut (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges a
+few numbers a token. With `sequence`, values between the layers are cut by position (`lissom/compiler/placement_sequence.py`).
 
 Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
 result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets them whole. The

@@ -82,6 +82,15 @@ def test_sends_what_all_reduces_send(name: str) -> None:
     assert sent[0] == pytest.approx(sent[1], rel=1e-12)
 
 
+def test_layers_that_are_not_cut_gather_the_stream_once() -> None:
+    program, samples = program_of("llama")
+    whole = "plan=[*.mlp:replicate,*.layers.1.self_attn:replicate]"
+    after, _ = cut(program, samples, 2, f"{SEQUENCE},{whole}")
+    # The embedding's sum and the first attention's; in front of that attention and of the feed-forward behind it, then the
+    # stream, which stays whole (sent with the latter, being short), and the logits.
+    assert kinds(after) == (0, 2, 3)
+
+
 def test_the_stream_is_cut() -> None:
     program, samples = program_of("llama")
     after, history = cut(program, samples, 4, SEQUENCE)
