@@ -14,9 +14,10 @@ from torch import nn
 from lissom.artifacts import rank_files
 from lissom.backends import find_backends
 from lissom.backends.base import Backend, Executable, state_of
-from lissom.backends.distributed import Distributed
+from lissom.backends.distributed import Distributed, RankProgram
 from lissom.backends.eager import Eager
 from lissom.backends.fastest import build_fastest
+from lissom.backends.ranks import Ranks
 from lissom.compiler.errors import InputError, LissomError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
@@ -87,6 +88,11 @@ class CompiledModel(HostedModel):
         rows. After a call that failed, what the state holds is undefined.
         """
         return state_of(self._executable)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those this one runs with, where it is a rank's part of a model; None for any other."""
+        return self._executable.ranks if isinstance(self._executable, RankProgram) else None
 
     def save(self, directory: str | Path) -> None:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.

@@ -6,9 +6,7 @@ made. Ranks save together: the first writes what they share, each its own weight
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from lissom.artifacts.artifact import (
     save_artifact,
     write_program,
 )
-from lissom.artifacts.directory import check_target, read_directory, write_directory
+from lissom.artifacts.directory import read_directory, write_directory
 from lissom.artifacts.manifest import Manifest
 from lissom.artifacts.weights import load_alone, save_weights
 from lissom.backends.base import Backend, Executable
@@ -75,7 +73,6 @@ def save(
             _write_rank(cut.of_rank(rank), rank, folder)
         shared(cut.of_rank(0), folder)
 
-    check_target(directory.absolute())
     write_directory(directory, write)
 
 
@@ -106,26 +103,17 @@ def _save_together(directory: Path, executable: RankProgram, shared: partial[Non
     """Every rank writes its weights into the directory that rank 0 makes."""
     ranks, program = executable.ranks, executable.stored
 
+    def write(enter: Callable[[Path], None]) -> None:
+        def fill(folder: Path) -> None:
+            enter(folder)
+            shared(program, folder)
+
+        write_directory(directory, fill)
+
     def own(folder: Path) -> None:
         ranks.settle(partial(_write_rank, program, ranks.rank, folder), program.name)
 
-    def write(folder: Path) -> None:
-        ranks.from_first(lambda: os.fsencode(folder), program.name)
-        own(folder)
-        shared(program, folder)
-
-    def first() -> bytes:
-        check_target(directory.absolute())
-        write_directory(directory, write)
-        return b""
-
-    with ranks.working():
-        if ranks.rank:
-            # What rank 0 says first is the directory, or why there is none.
-            folder = ranks.from_first(first, program.name)
-            with suppress(ArtifactError):
-                own(Path(os.fsdecode(folder)))
-        ranks.from_first(first, program.name)
+    ranks.share_directory(write, own, program.name)
 
 
 def load(directory: Path, device: torch.device | None = None, backend: Backend | None = None) -> Loaded:
@@ -138,14 +126,7 @@ def load(directory: Path, device: torch.device | None = None, backend: Backend |
         return load_whole(directory, manifest, device, backend)
     chosen = find_saved_backend(manifest, directory, backend)
     assert isinstance(chosen, Distributed)
-    ways = _ways(manifest)
-    rest = f"run {directory} --input FILE"
-    if not in_group():
-        raise UnsupportedError(
-            f"'{directory}' holds a model for {ways} ranks, and this process is in no process group: run "
-            f"`{torchrun(ways, rest)}`, or a script of your own that torchrun starts"
-        )
-    check_world(ways, f"'{directory}'", rest)
+    _check_group(manifest, directory, f"run {directory} --input FILE")
     ranks = current_ranks(chosen.timeout_seconds)
     with ranks.working():
         found = ranks.settle(
@@ -181,6 +162,27 @@ def _load_part(directory: Path, manifest: Manifest, backend: Distributed, device
     # Its numbers were checked when it was compiled.
     lowered, lowering = lower_rank(stored, backend, wanted, (), "structural", simulate=True)
     return _Part(stored, lowered, read_history(manifest, directory), lowering)
+
+
+def check_ranks(directory: Path, rest: str) -> None:
+    """Refuse an artifact for several ranks in a process that is none of so many. rest: what follows `lissom` in the command.
+
+    Raises: UnsupportedError; ArtifactError when the directory is none.
+    """
+    manifest = read_directory(directory, lambda found: found.files)
+    if manifest.backend == Distributed.name:
+        _check_group(manifest, directory, rest)
+
+
+def _check_group(manifest: Manifest, directory: Path, rest: str) -> None:
+    ways = _ways(manifest)
+    if in_group():
+        check_world(ways, f"'{directory}'", rest)
+        return
+    raise UnsupportedError(
+        f"'{directory}' holds a model for {ways} ranks, and this process is in no process group: run "
+        f"`{torchrun(ways, rest)}`, or a script of your own that torchrun starts"
+    )
 
 
 def check_world(ways: int, what: str, rest: str) -> None:

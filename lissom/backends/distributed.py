@@ -130,9 +130,9 @@ class RankProgram:
         # Bytes of any dtype; a view as bytes needs a dimension.
         content = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in inputs]
         facts = {
-            "the call": str(self._calls),
-            "the inputs": " ".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in inputs),
-            "the checksum of what is in the inputs": " ".join(f"{zlib.crc32(part.data):08x}" for part in content),
+            "the number of calls before": str(self._calls),
+            "their inputs": " ".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in inputs),
+            "what their inputs hold, by a checksum": " ".join(f"{zlib.crc32(part.data):08x}" for part in content),
         }
         self.ranks.agree(facts, self._name)
 
@@ -245,14 +245,14 @@ def facts_of(stored: Program, lowered: Program) -> dict[str, str]:
     """
     types = [f"{node.target} {node.args[1:]} {nodes.tensor_type(node).shape}" for node in lowered.nodes(*COLLECTIVES)]
     return versions() | {
-        "the program's checksum": _checksum(stored.text()),
-        "the checksum of its collectives": _checksum("\n".join(types)),
+        "the program, by a checksum": _checksum(stored.text()),
+        "what they communicate, by a checksum": _checksum("\n".join(types)),
     }
 
 
 def versions() -> dict[str, str]:
     """The versions ranks are compared by."""
-    return {"Lissom's version": __version__, "PyTorch's version": str(torch.__version__)}
+    return {"the version of Lissom": __version__, "the version of PyTorch": str(torch.__version__)}
 
 
 def _checksum(text: str) -> str:

@@ -8,16 +8,18 @@ nothing came from it for so many seconds. NCCL's own watchdog does the same for 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
+import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 
 from lissom.compiler import errors
 from lissom.compiler.errors import LissomError, RankError
@@ -203,6 +205,35 @@ class Ranks:
             raise_first([first[1:]])
         return first
 
+    def share_directory(self, write: Callable[[Callable[[Path], None]], None], own: Callable[[Path], None], who: str) -> None:
+        """Let rank 0 write a directory, and every rank its share of it, until all of it is there.
+
+        write: what rank 0 does; it calls what it is given with the directory, once that is there. own: a rank's share, which
+        fails on all ranks or on none.
+
+        Raises: what fails, on all ranks as the same sentence; RankError.
+        """
+
+        def enter(folder: Path) -> None:
+            self.from_first(lambda: os.fsencode(folder), who)
+            own(folder)
+
+        def lead() -> bytes:
+            write(enter)
+            return b""
+
+        with self.working():
+            if self.rank:
+                folder = self.from_first(lead, who)
+                try:
+                    own(Path(os.fsdecode(folder)))
+                except RankError:
+                    raise
+                # Rank 0 has it too, and says it when it has put away what it wrote.
+                except LissomError:
+                    pass
+            self.from_first(lead, who)
+
 
 def attempt(make: Callable[[], Found]) -> tuple[Found | None, dict[str, str] | None]:
     """What a function gives, or the error it raises as JSON can hold it."""
@@ -222,8 +253,8 @@ def _compare(found: Sequence[Mapping[str, str]], who: str) -> None:
         for rank, other in enumerate(found):
             if other.get(name) != mine:
                 raise RankError(
-                    f"the ranks of {who} do not run the same: {name} is {mine} on rank 0, and {other.get(name)} on rank "
-                    f"{rank}; start all ranks with the same"
+                    f"the ranks of {who} differ in {name}: {mine} on rank 0, {other.get(name)} on rank {rank}; "
+                    f"give all ranks the same"
                 )
 
 
