@@ -24,9 +24,10 @@ from lissom.backends.kernels import SimulatedLayer, account, count_kernels, expl
 from lissom.backends.ranks import Ranks, current_ranks, in_group
 from lissom.compiler import node as nodes
 from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER, WAIT
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.errors import InputError, UnsupportedError
 from lissom.compiler.history import History
 from lissom.compiler.kinds import Pass
+from lissom.compiler.lookups import CutTable, cut_tables
 from lissom.compiler.pipeline import Checks, Pipeline
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
@@ -105,7 +106,11 @@ class RankProgram:
         self._name = program.name
         self._seen: set[tuple[torch.Size, ...]] = set()
         self._calls = 0
+        # An embedding cut by rows has zeros for what is no row. On CUDA to look would be to wait for the device.
+        self._tables: Sequence[CutTable] = ()
         device = next((leaf.type.device for leaf in program.signature.tensors), torch.device("cpu"))
+        if device.type == "cpu":
+            self._tables = cut_tables(stored)
         self._function = build_function(program, calls=_Collectives(ranks, ranks.group(device), program.name).call_of)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
@@ -114,6 +119,10 @@ class RankProgram:
             self._compare(inputs)
             self._seen.add(shapes)
         self._calls += 1
+        for table in self._tables:
+            sentence = table.outside(inputs)
+            if sentence is not None:
+                raise InputError(sentence)
         try:
             return self._function(inputs)
         except BaseException:

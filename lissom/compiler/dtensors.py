@@ -79,7 +79,7 @@ def _described(
         return local, shape, placed.placements[0]
     if len(placed.dims) > 1:
         _refuse(name, "it is cut along several dimensions at once")
-    ((dim, spans),) = placed.dims
+    dim, spans = next(iter(placed.dims))
     span = spans[0]
     if len(spans) > 1 or span.outer != 1:
         _refuse(name, "it is packed, and cut in each of its parts")
