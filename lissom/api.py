@@ -98,7 +98,7 @@ class CompiledModel(HostedModel):
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
 
         The directory is written whole or not at all; an artifact that is there already is replaced. State is saved as it
-        was when the model was compiled, and the backend with the options it had.
+        was when the model was compiled, and the backend with the options it had. Ranks of a group save at the same point.
 
         Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
             backend cannot save what it built.
@@ -117,8 +117,10 @@ def load(directory: str | Path, device: str | torch.device | None = None, *, bac
     that are missing, is said in a warning.
     backend: the backend it was saved for, with options in place of those it was saved with: `lissom.OnnxRuntime(threads=1)`.
 
+    Of a model for several ranks, each of a group of that many gets its part, and opens no other's.
+
     Raises: ArtifactError when the directory is no artifact, was changed or damaged, or does not run here; UnsupportedError for
-        a device or a package that is not there.
+        a device or a package that is not there, or a process that is none of so many ranks; RankError when one is gone.
 
     >>> import tempfile, torch, lissom
     >>> folder = tempfile.mkdtemp() + "/model"

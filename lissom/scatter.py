@@ -136,20 +136,29 @@ def _scatter(make: Callable[[], CutModel], ranks: Ranks, device: torch.device) -
         return json.dumps(header).encode()
 
     header = json.loads(ranks.from_first(first, _MODEL))
-    if ranks.rank:
-        history = History.from_json(header["history"], header["texts"])
-        name = str(header["program"]["name"])
-        samples = [[*item.values()] for item in _receive_tensors(ranks, name)]
-        (weights,) = _receive_tensors(ranks, name)
-        return CutModel(_decode(header["program"], weights, device), history, samples)
-    cut = made.pop()
-    for rank in range(1, ranks.ways):
-        named = [{f"{index:04}": tensor for index, tensor in enumerate(sample)} for sample in cut.samples]
-        _send_tensors(named, ranks, rank, cut.program.name)
-        entries, tensors = stored_weights(cut.program.of_rank(rank))
-        note = torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
-        _send_tensors([{_ENTRIES: note, **tensors}], ranks, rank, cut.program.name)
-    return CutModel(_owned(cut.program.of_rank(0)), cut.history, cut.samples)
+    name = str(header["program"]["name"])
+    received: list[dict[str, torch.Tensor]] = []
+    for turn in range(1, ranks.ways):
+        # One after the other, so that no rank waits for a tensor longer than it takes to send it.
+        ranks.exchange(b"", name, patient=True)
+        if ranks.rank == 0:
+            _send_part(made[0], ranks, turn)
+        elif ranks.rank == turn:
+            received = _receive_tensors(ranks, name)
+    if ranks.rank == 0:
+        cut = made.pop()
+        return CutModel(_owned(cut.program.of_rank(0)), cut.history, cut.samples)
+    weights, *samples = received
+    history = History.from_json(header["history"], header["texts"])
+    return CutModel(_decode(header["program"], weights, device), history, [[*sample.values()] for sample in samples])
+
+
+def _send_part(cut: CutModel, ranks: Ranks, rank: int) -> None:
+    """Send a rank its weights with how they are read, and the samples."""
+    entries, tensors = stored_weights(cut.program.of_rank(rank))
+    note = torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
+    samples = [{f"{index:04}": tensor for index, tensor in enumerate(sample)} for sample in cut.samples]
+    _send_tensors([{_ENTRIES: note, **tensors}, *samples], ranks, rank, cut.program.name)
 
 
 _ENTRIES = ":entries"

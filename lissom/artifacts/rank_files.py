@@ -6,7 +6,7 @@ made. Ranks save together: the first writes what they share, each its own weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,7 @@ def load(directory: Path, device: torch.device | None = None, backend: Backend |
 
     Raises: UnsupportedError when the process is none of so many ranks; RankError when one ended or does not answer.
     """
-    manifest = read_directory(directory, _of_other_ranks)
+    manifest = read_directory(directory, lambda found: found.files if found.backend == Distributed.name else ())
     if manifest.backend != Distributed.name:
         return load_whole(directory, manifest, device, backend)
     chosen = find_saved_backend(manifest, directory, backend)
@@ -151,6 +151,7 @@ class _Part:
 
 def _load_part(directory: Path, manifest: Manifest, backend: Distributed, device: torch.device | None) -> _Part:
     rank = torch.distributed.get_rank()
+    read_directory(directory, lambda found: [weights_file(other) for other in range(_ways(found)) if other != rank])
     if device is None and manifest.device.startswith("cuda") and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     saved, wanted = find_devices(manifest, directory, device)
@@ -197,11 +198,3 @@ def _ways(manifest: Manifest) -> int:
     if not isinstance(found, int):
         raise ArtifactError(f"the manifest of {manifest.name} does not say for how many ranks it is; save the model again")
     return found
-
-
-def _of_other_ranks(manifest: Manifest) -> Collection[str]:
-    """The files that a rank does not read; outside a group none of the weights are."""
-    if manifest.backend != Distributed.name:
-        return ()
-    own = torch.distributed.get_rank() if in_group() else None
-    return {weights_file(rank) for rank in range(_ways(manifest)) if rank != own}

@@ -7,11 +7,12 @@ nothing came from it for so many seconds. NCCL's own watchdog does the same for 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -45,8 +46,9 @@ class Ranks:
         self.timeout_seconds = timeout_seconds
         self._failure: str | None = None
         self._data: dict[str, Any] = {}
+        self._heard = {rank: 0.0 for rank in range(self.ways) if rank != self.rank}
         self._control: Any = None
-        with self.answering("the ranks"):
+        with self.answering("this process group"):
             self._control = self._group("gloo")
             self._store = self._control.get_group_store()
 
@@ -56,7 +58,7 @@ class Ranks:
     def group(self, device: torch.device) -> Any:
         """The process group that carries values on the device; every rank asks for it at the same point."""
         if device.type not in self._data:
-            with self.answering("the ranks"):
+            with self.answering("this process group"):
                 self._data[device.type] = self._group("nccl" if device.type == "cuda" else "gloo")
         return self._data[device.type]
 
@@ -82,6 +84,7 @@ class Ranks:
         if self._failure is not None:
             return
         self._failure = sentence
+        atexit.register(_leave)
         # Those that wait for this rank notice it now, and not when their own time is over.
         for group in (self._control, *self._data.values()):
             if group is not None:
@@ -96,12 +99,15 @@ class Ranks:
         stop = Event()
 
         def beat() -> None:
+            counts = dict.fromkeys(self._heard, -1)
             while not stop.is_set():
-                try:
+                # The process that keeps the store may be gone, or stand still: then no rank is heard of.
+                with suppress(RuntimeError):
                     self._store.add(f"beat/{self.rank}", 1)
-                # The process that keeps the store is gone; what waits for it says so.
-                except RuntimeError:
-                    return
+                    for rank, before in counts.items():
+                        counts[rank] = self._store.add(f"beat/{rank}", 0)
+                        if counts[rank] != before:
+                            self._heard[rank] = time.monotonic()
                 stop.wait(_BEAT_SECONDS)
 
         thread = Thread(target=beat, daemon=True)
@@ -115,7 +121,8 @@ class Ranks:
             raise
         finally:
             stop.set()
-            thread.join()
+            # It may hang on a store that does not answer.
+            thread.join(2 * _BEAT_SECONDS)
 
     def exchange(self, data: bytes, who: str, *, patient: bool = False) -> list[bytes]:
         """What every rank gives, in their order; all call it at the same point. who: the name of what they run.
@@ -146,21 +153,15 @@ class Ranks:
 
     def _watch(self, work: Any, who: str) -> None:
         """Wait for the work as long as all ranks say that they are alive. Raises: RankError."""
-        beats = dict.fromkeys(range(self.ways), -1)
-        heard = dict.fromkeys(range(self.ways), time.monotonic())
-        looked = time.monotonic()
+        since = looked = time.monotonic()
         while not work.is_completed():
             time.sleep(0.001)
             now = time.monotonic()
-            if now - looked < _BEAT_SECONDS:
-                continue
             # A pause of this process is none of the others.
-            late = max(0.0, now - looked - 2 * _BEAT_SECONDS)
+            since = now if now - looked > 2 * _BEAT_SECONDS else since
             looked = now
-            for rank, count in beats.items():
-                beats[rank] = self._store.add(f"beat/{rank}", 0)
-                heard[rank] = now if beats[rank] != count else heard[rank] + late
-                if now - heard[rank] > self.timeout_seconds:
+            for rank, heard in self._heard.items():
+                if now - max(since, heard) > self.timeout_seconds:
                     self.fail(f"rank {rank} of {who}")
 
     def send(self, tensor: torch.Tensor, rank: int, who: str) -> None:
@@ -233,6 +234,13 @@ class Ranks:
                 except LissomError:
                     pass
             self.from_first(lead, who)
+
+
+def _leave() -> None:
+    """Leave the groups before the process ends: gloo's threads abort it else, where one of its connections is broken."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
 
 
 def attempt(make: Callable[[], Found]) -> tuple[Found | None, dict[str, str] | None]:

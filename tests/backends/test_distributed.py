@@ -136,7 +136,7 @@ def test_ranks_compile_call_save_and_load(ways: int, tmp_path: Path):
     for rank, (sizes, steps, same) in enumerate(lines):
         held, part, whole, lowered = map(int, sizes.split())
         # Rows that fill up, and what all ranks have: norms and rotary tables.
-        assert held <= 1.05 * part and max(part, lowered) <= (1 / ways + 0.2) * whole
+        assert held <= 1.05 * part and max(part, lowered) <= (1 / ways + 0.25) * whole
         assert steps.split()[1:] == ["capture", "write-state-in-place"] and same == "True"
         for tokens, found in zip((5, 1, 7), torch.load(tmp_path / f"{rank}.pt"), strict=True):
             with torch.no_grad():
@@ -277,6 +277,7 @@ def test_inputs_that_differ_are_named(saved, tmp_path: Path):
     model = lissom.load(folder / "model", backend=lissom.Distributed(ways=2, timeout_seconds=3))
     said(lambda: model(input_ids=small_ids(5 + rank)))
     said(lambda: model(input_ids=small_ids(5) + rank))
+    said(lambda: model(input_ids=small_ids(5) + 60))
     said(lambda: model(input_ids=small_ids(5)))
     # A shape that one rank knows and the other does not: nobody answers.
     said(lambda: model(input_ids=small_ids(5 + rank)))
@@ -284,11 +285,12 @@ def test_inputs_that_differ_are_named(saved, tmp_path: Path):
     shutil.copytree(saved, tmp_path / "model")
     lines = printed(run_ranks(script, tmp_path))
     assert lines[0] == lines[1]
-    shapes, values, agreed, last = lines[0]
+    shapes, values, outside, agreed, last = lines[0]
     assert shapes == (
         "RankError the ranks of LlamaForCausalLM differ in their inputs: int64[2, 5] on rank 0, int64[2, 6] on rank 1; "
         "give all ranks the same"
     )
+    assert outside.startswith("InputError the inputs ask for row 1") and "has rows 0 to 60; pass token ids" in outside
     assert "differ in what their inputs hold, by a checksum: " in values
     assert agreed == "nothing" and last.startswith(ENDED)
 
