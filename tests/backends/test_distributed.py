@@ -163,6 +163,7 @@ print(model(input_ids=small_ids()).logits.shape)
 """
 
 
+@pytest.mark.multiprocess
 def test_a_rank_reads_its_own_file_alone(saved, tmp_path: Path):
     for rank in range(2):
         shutil.copytree(saved, tmp_path / f"for-{rank}")
