@@ -1,6 +1,7 @@
 """Lissom: a compiler-style graph optimizer for transformer inference."""
 
 from lissom.api import CompiledModel, Optimized, compile, load, optimize
+from lissom.backends.distributed import Distributed
 from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.frontends.onnx import from_onnx
 from lissom.generation import compile_generation, load_generation
@@ -9,6 +10,7 @@ from lissom.version import __version__
 
 __all__ = [
     "CompiledModel",
+    "Distributed",
     "OnnxRuntime",
     "Optimized",
     "__version__",

@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lissom.artifacts.artifact import load_artifact, save_artifact
+from lissom.artifacts import rank_files
 from lissom.backends import find_backends
 from lissom.backends.base import Backend, Executable, state_of
+from lissom.backends.distributed import Distributed, RankProgram
+from lissom.backends.eager import Eager
 from lissom.backends.fastest import build_fastest
-from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.backends.ranks import Ranks
+from lissom.compiler.errors import InputError, LissomError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
 from lissom.compiler.lookups import outside_table
@@ -23,7 +26,7 @@ from lissom.compiler.pipeline import Checks, Metric, Pipeline, Progress, check_o
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.spelling import format_pipeline, parse_pipeline
-from lissom.frontends.device import device_of
+from lissom.frontends.device import check_device, device_of
 from lissom.frontends.dynamic import Dynamic
 from lissom.frontends.export import Capture, capture
 from lissom.hosting import Facts, HostedModel, check_uncompiled
@@ -31,7 +34,9 @@ from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 from lissom.passes import RECIPES, known_passes
 from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.shard import Shard
 from lissom.payoff import Payoff
+from lissom.scatter import CutModel, compile_for_ranks, passes_for, with_ways
 
 Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
 
@@ -84,17 +89,22 @@ class CompiledModel(HostedModel):
         """
         return state_of(self._executable)
 
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those this one runs with, where it is a rank's part of a model; None for any other."""
+        return self._executable.ranks if isinstance(self._executable, RankProgram) else None
+
     def save(self, directory: str | Path) -> None:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
 
         The directory is written whole or not at all; an artifact that is there already is replaced. State is saved as it
-        was when the model was compiled, and the backend with the options it had.
+        was when the model was compiled, and the backend with the options it had. Ranks of a group save at the same point.
 
         Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
             backend cannot save what it built.
         """
         facts = {} if self.facts is None else self.facts.to_json()
-        save_artifact(Path(directory), self.program, self._executable, self.report.history, self._backend, facts)
+        rank_files.save(Path(directory), self.program, self._executable, self.report.history, self._backend, facts)
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
@@ -107,8 +117,10 @@ def load(directory: str | Path, device: str | torch.device | None = None, *, bac
     that are missing, is said in a warning.
     backend: the backend it was saved for, with options in place of those it was saved with: `lissom.OnnxRuntime(threads=1)`.
 
+    Of a model for several ranks, each of a group of that many gets its part, and opens no other's.
+
     Raises: ArtifactError when the directory is no artifact, was changed or damaged, or does not run here; UnsupportedError for
-        a device or a package that is not there.
+        a device or a package that is not there, or a process that is none of so many ranks; RankError when one is gone.
 
     >>> import tempfile, torch, lissom
     >>> folder = tempfile.mkdtemp() + "/model"
@@ -116,7 +128,7 @@ def load(directory: str | Path, device: str | torch.device | None = None, *, bac
     >>> lissom.load(folder)
     CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
     """
-    loaded = load_artifact(Path(directory), check_device(device), backend)
+    loaded = rank_files.load(Path(directory), check_device(device), backend)
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
     report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history)
@@ -129,6 +141,7 @@ def compile(
     *,
     passes: str | Sequence[Pass] = "exact",
     backend: str | Backend = "eager",
+    ways: int | None = None,
     device: str | torch.device | None = None,
     dynamic: Dynamic | bool = True,
     checks: Checks = "numeric",
@@ -149,6 +162,8 @@ def compile(
     backend: what runs the result, by name, or with options of its own, `lissom.OnnxRuntime(threads=2)`;
         `lissom.backends.BACKENDS` lists them. `fastest` builds and measures each on the example
         inputs, and keeps the one that answers soonest.
+    ways: with the backend `distributed` how many ranks share the model: `shard{ways=N},cut` is put behind the passes, unless
+        they hold `cut`. In a process group of that size every rank calls this, rank 0 does the work, and each gets its part.
     device: where the result runs; the model's own device by default.
     dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
         dimensions that vary: `{"input_ids": {0: "batch"}}`.
@@ -162,7 +177,7 @@ def compile(
     progress: called with what is done now, steps finished, steps in all; by default a bar on a terminal.
 
     Raises: a LissomError of the kind that fits: CaptureError, InputError, PipelineTextError, UnsupportedError,
-        RequirementError, PassError, VerifyError, BudgetError.
+        RequirementError, PassError, VerifyError, BudgetError, RankError.
 
     >>> import torch, lissom
     >>> model = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
@@ -171,7 +186,7 @@ def compile(
     torch.Size([3, 7, 32])
     """
     place = check_device(device)
-    settings = Settings(passes, backend, checks, data, metric, max_drop, only_if_faster, simulate)
+    settings = Settings(passes, with_ways(backend, ways), checks, data, metric, max_drop, only_if_faster, simulate)
     take, target = _capturing(model, example_inputs, dynamic, place)
     with progress_bar("compile") as bar:
         return compile_captured(take, target, settings, progress or bar, Facts.of(model))
@@ -211,9 +226,12 @@ def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
     alone = next((item.name for item in backends if not item.runs_ranks), None)
     if alone is not None and any(isinstance(item, Cut) for item in passes):
         raise UnsupportedError(
-            f"backend '{alone}' runs a program in one process, and `cut` makes one for several ranks; take the program from "
-            f"lissom.optimize, and in each process run `program.of_rank(rank)`"
+            f"backend '{alone}' runs a program in one process, and `cut` makes one for several ranks; choose backend "
+            f"'distributed', or take the program from lissom.optimize, and in each process run `program.of_rank(rank)`"
         )
+    if isinstance(backends[0], Distributed):
+        passes, ranked = passes_for(backends[0], passes)
+        return passes, [ranked]
     return passes, backends
 
 
@@ -227,6 +245,11 @@ def compile_captured(
     Raises: what `compile` raises.
     """
     shared, backends = check_settings(settings)
+    if isinstance(backends[0], Distributed):
+        make = partial(_cut_model, take, settings, shared, device, progress)
+        part = compile_for_ranks(make, backends[0], device, checks=settings.checks, simulate=settings.simulate)
+        report = Report(f"{part.program.name} on {backends[0].name}", part.history)
+        return CompiledModel(part.program, part.executable, report, backends[0], facts)
     missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
     lowerings = {item.name: item.lowering(device) for item in backends if item.name not in missing}
     # The capture, the passes, and for each backend its own passes and the build.
@@ -245,6 +268,21 @@ def compile_captured(
     )
     report = Report(f"{built.program.name} on {built.backend.name}", built.history)
     return CompiledModel(built.program, built.executable, report, built.backend, facts)
+
+
+def _cut_model(
+    take: Callable[[], Capture], settings: Settings, passes: Sequence[Pass], device: torch.device, progress: Progress
+) -> CutModel:
+    """Capture the model and run the passes; what loses is judged before the program is shared."""
+    at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Cut)))
+    job = _job(take, passes[:at], settings, progress, 1 + len(passes))
+    eager = Eager()
+    judge = Payoff([eager], {eager.name: eager.lowering(device)}, job.example)
+    pipeline = replace(job.pipeline, judge=judge if settings.only_if_faster and not settings.simulate else None)
+    (found,) = pipeline.run_each(job.program, {eager.name: passes[at:]}, job.history).values()
+    if isinstance(found, LissomError):
+        raise found
+    return CutModel(*found, job.pipeline.samples)
 
 
 @dataclass(frozen=True)
@@ -351,23 +389,3 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[object, ...], dict[str, object]]
     raise InputError(
         f"example_inputs is a {type(inputs).__name__}; a tuple is positional, a mapping is keywords, a tensor the only argument"
     )
-
-
-def check_device(device: str | torch.device | None) -> torch.device | None:
-    """The device, if this machine has it.
-
-    Raises: UnsupportedError when it does not.
-    """
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UnsupportedError(f"device '{device}' is not known to PyTorch; write 'cpu' or 'cuda:0'") from error
-    if found.type == "cpu":
-        return found
-    count = torch.cuda.device_count() if found.type == "cuda" else 0
-    if (found.index or 0) >= count:
-        have = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-        raise UnsupportedError(f"device '{device}' is not on this machine; it has {have}")
-    return torch.device("cuda", found.index or 0)

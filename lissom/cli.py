@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from functools import partial
@@ -17,7 +16,10 @@ from rich.console import Console
 from lissom import api, demo
 from lissom.artifacts.arrays import named_tensors, read_inputs, write_tensors
 from lissom.artifacts.directory import check_target, is_artifact
+from lissom.artifacts.files import check_writable, write_whole
 from lissom.backends import find_backends
+from lissom.backends.base import Backend as BackendObject
+from lissom.backends.distributed import Distributed
 from lissom.bench.comparison import compare
 from lissom.bench.engines import ENGINES, find_engines
 from lissom.bench.profile import profile_model, profile_table
@@ -25,16 +27,14 @@ from lissom.bench.report import comparison_table, markdown_table
 from lissom.bench.saved import saved_table
 from lissom.bench.worker import Record
 from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
-from lissom.compiler.errors import ArtifactError, Interrupted, LissomError, UnsupportedError
+from lissom.compiler.errors import Interrupted, LissomError
 from lissom.compiler.pipeline import check_options
 from lissom.compiler.sharding import make_plan
 from lissom.compiler.types import format_type, type_of
-from lissom.frontends.decoder import SHORTEST, longest_text
-from lissom.frontends.huggingface import tokenizer_of
 from lissom.frontends.sources import NAMES, load
-from lissom.generation import compile_generation, load_generation
-from lissom.generation.directory import is_saved
-from lissom.generation.stream import Speed, read_prompt, stream_text, stream_tokens
+from lissom.generation.directory import PROGRAM, is_saved
+from lissom.generation.prompted import compile_prompted, load_prompted
+from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.roofline import cost_table, machine_table
@@ -42,6 +42,8 @@ from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import axes_table, structure_tables
 from lissom.inspect.tables import Report, coloured_diff, passes_table
 from lissom.passes import RECIPES, known_passes
+from lissom.scatter import with_ways
+from lissom.torchrun import RankProcess, may_speak, one_of_ranks, refuse_torchrun
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler-style graph optimizer for transformers.")
 console = Console()
@@ -74,19 +76,22 @@ def run_compile(
     passes: Passes = "exact",
     backend: Backend = "eager",
     device: Device = None,
+    ways: Annotated[int | None, typer.Option(help="With --backend distributed: how many ranks share the model.")] = None,
     checks: Checks = "numeric",
     simulate: Simulate = False,
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
-    save: Annotated[Path | None, typer.Option(help="Write what was compiled to this directory.")] = None,
+    save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,
     only_if_faster: Annotated[bool, typer.Option(help="Undo lossy passes that make nothing faster or smaller here.")] = True,
 ) -> None:
     """Compile a model and print what every pass did."""
+    refuse_torchrun("compile")
     for path in filter(None, (history, text)):
         check_writable(path)
     if save is not None:
         check_target(save.absolute())
-    compiled = _compile(model, passes, backend, device, checks, only_if_faster=only_if_faster, simulate=simulate)
+    chosen = with_ways(backend, ways)
+    compiled = _compile(model, passes, chosen, device, checks, only_if_faster=only_if_faster, simulate=simulate)
     console.print(compiled.report)
     if save is not None:
         assert isinstance(compiled, api.CompiledModel)
@@ -107,9 +112,12 @@ def run_saved(
     """Run a saved model on arrays from a file."""
     if output is not None:
         check_writable(output)
-    compiled = _load(directory, device)
-    args, kwargs = read_inputs(compiled.program.signature, inputs)
-    found = named_tensors(compiled(*args, **kwargs))
+    with one_of_ranks(directory, device) as rank:
+        compiled = _load(directory, rank.device)
+        args, kwargs = read_inputs(compiled.program.signature, inputs)
+        found = named_tensors(compiled(*args, **kwargs))
+    if not rank.speaks:
+        return
     for name, tensor in found.items():
         console.print(f"{name}: {format_type(type_of(tensor), str)}", highlight=False, soft_wrap=True, markup=False)
     if output is not None:
@@ -130,50 +138,45 @@ def run_generate(
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
 ) -> None:
     """Go on from a text, as a model compiled with its cache, and say how fast it went."""
-    if is_saved(model):
-        if passes != "exact" or backend != "eager" or save is not None:
-            raise typer.BadParameter("--passes, --backend and --save do not go with a saved decoder")
-        decoder, tokenizer = load_generation(model, device), tokenizer_of(Path(model))
-        ids = read_prompt(prompt, tokenizer, decoder.max_length)
-    else:
-        check_options(checks)  # pyright: ignore[reportArgumentType]
-        pipeline, source = api.resolve_passes(passes), load(model)
-        tokenizer = source.checkpoint.tokenizer if source.checkpoint else None
-        if tokenizer is None:
-            raise UnsupportedError(f"{model} has no tokenizer, and a prompt is text; use lissom.compile_generation")
-        longest = longest_text(source.model)
-        ids = read_prompt(prompt, tokenizer, longest)
-        wanted = max(SHORTEST, ids.shape[1] + max_new_tokens)
-        decoder = compile_generation(
-            source.model,
-            max_length=wanted if longest is None else min(wanted, longest),
-            passes=pipeline,
-            backend=backend,
-            device=device,
-            checks=checks,  # pyright: ignore[reportArgumentType]
+    saved = Path(model) / PROGRAM if is_saved(model) else None
+    if saved is not None and (passes != "exact" or backend != "eager" or save is not None):
+        raise typer.BadParameter("--passes, --backend and --save do not go with a saved decoder")
+    if saved is None and backend != Distributed.name:
+        refuse_torchrun("generate")
+    with one_of_ranks(saved, device) as rank:
+        decoder, tokenizer, ids = (
+            load_prompted(model, prompt, rank.device)
+            if saved is not None
+            else compile_prompted(model, prompt, max_new_tokens, passes, backend, rank.device, checks)
         )
         if save is not None:
             decoder.save(save, tokenizer)
-    # The last token of an answer is not read any more.
-    room = decoder.max_length - ids.shape[1] + 1
-    if room < max_new_tokens:
-        note = f"{decoder.max_length} tokens can be read at most, so the answer ends after {room}"
-        Console(stderr=True).print(note, highlight=False, soft_wrap=True)
-    speed, stop = Speed(), decoder.generation_config.eos_token_id
-    tokens = stream_tokens(
-        decoder,
-        ids.to(decoder.device),
-        max_new_tokens=min(max_new_tokens, room),
-        temperature=temperature,
-        stop=[stop] if isinstance(stop, int) else stop or (),
-        seed=seed,
-        speed=speed,
-    )
-    for piece in stream_text(tokens, tokenizer):
+        # The last token of an answer is not read any more.
+        room = decoder.max_length - ids.shape[1] + 1
+        if room < max_new_tokens and rank.speaks:
+            note = f"{decoder.max_length} tokens can be read at most, so the answer ends after {room}"
+            Console(stderr=True).print(note, highlight=False, soft_wrap=True)
+        speed, stop = Speed(), decoder.generation_config.eos_token_id
+        tokens = stream_tokens(
+            decoder,
+            ids.to(decoder.device),
+            max_new_tokens=min(max_new_tokens, room),
+            temperature=temperature,
+            stop=[stop] if isinstance(stop, int) else stop or (),
+            seed=rank.seed(seed),
+            speed=speed,
+        )
+        for piece in stream_text(tokens, tokenizer):
+            _write(piece, rank)
+        _write("\n", rank)
+    if rank.speaks:
+        Console(stderr=True).print(str(speed), highlight=False, soft_wrap=True, markup=False)
+
+
+def _write(piece: str, rank: RankProcess) -> None:
+    if rank.speaks:
         sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    Console(stderr=True).print(str(speed), highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command("show")
@@ -188,6 +191,9 @@ def run_show(
     axes: Annotated[bool, typer.Option("--axes", help="Show the axes layers sum over, and which may shrink.")] = False,
     cost: Annotated[bool, typer.Option("--cost", help="Show what every site costs.")] = False,
     sharding: Annotated[int | None, typer.Option(help="Show how this many ranks would share it: `shard`'s plan.")] = None,
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sequence-parallel", help="With --sharding: values between the layers are cut by position.")
+    ] = False,
     latency: Annotated[float, typer.Option(min=0.0, help="With --sharding: microseconds one message takes.")] = 10.0,
     bandwidth: Annotated[float, typer.Option(min=1e-6, help="With --sharding: GB/s of one rank's link, one way.")] = 10.0,
     batch: Annotated[int | None, typer.Option(help="With --cost or --sharding: the batch; the example's by default.")] = None,
@@ -201,6 +207,8 @@ def run_show(
         raise typer.BadParameter("--batch and --sequence go with --cost or --sharding")
     if sharding is not None and sharding < 2:
         raise typer.BadParameter("--sharding takes 2 ranks or more")
+    if sequence_parallel and sharding is None:
+        raise typer.BadParameter("--sequence-parallel goes with --sharding")
     # Tables are of forms and sizes, which structural checks cover; a program shown is a program checked.
     checks = "structural" if structure or axes or cost or sharding is not None else "numeric"
     if is_artifact(model):
@@ -215,7 +223,7 @@ def run_show(
         console.print(*found, *([axes_table(compiled.program)] if axes else []), sep="\n")
         return
     if sharding is not None:
-        plan = make_plan(compiled.program, sharding)
+        plan = make_plan(compiled.program, sharding, sequence=sequence_parallel)
         console.print(sharding_table(compiled.program, plan, sizes, Link(latency * 1e-6, bandwidth * 1e9)))
         return
     if cost:
@@ -311,34 +319,10 @@ def _measure_machine() -> tuple[Machine, Path]:
     return found, save_machine(found)
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a path that could not be written, before the work is done.
-
-    Raises: ArtifactError.
-    """
-    if not path.parent.is_dir():
-        raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")
-    if path.is_dir():
-        raise ArtifactError(f"'{path}' cannot be written: it is a directory; name a file in it")
-    if not os.access(path.parent, os.W_OK):
-        raise ArtifactError(f"'{path}' cannot be written: '{path.parent}' takes no new files; choose another directory")
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file completely or not at all: to a temporary name beside it, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def _compile(
     model: str,
     passes: str,
-    backend: str | None,
+    backend: str | BackendObject | None,
     device: str | None,
     checks: str,
     *,
@@ -386,7 +370,8 @@ def main() -> None:
     try:
         app()
     except (LissomError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
+        if may_speak():
+            Console(stderr=True).print(f"[red]error:[/red] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

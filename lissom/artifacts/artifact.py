@@ -67,6 +67,21 @@ def _write(
 ) -> None:
     backend.save_files(executable, folder)
     entries = save_weights(program, folder / WEIGHTS)
+    write_program(program, entries, history, backend, facts, folder)
+
+
+def write_program(
+    program: Program,
+    entries: Mapping[str, object],
+    history: History,
+    backend: Backend,
+    facts: Mapping[str, object],
+    folder: Path,
+) -> None:
+    """Write all of an artifact but the weights and the backend's files, which are in the folder. entries: of `save_weights`.
+
+    Raises: ArtifactError, OSError.
+    """
     _write_json(folder / PROGRAM, encode_program(program, entries))
     _write_json(folder / STEPS, history.texts)
     _confirm(program, folder)
@@ -91,7 +106,7 @@ def _write_json(path: Path, data: object) -> None:
 
 def _confirm(program: Program, folder: Path) -> None:
     """Read the program back as `load_artifact` will, with its weights as they are. Raises: ArtifactError when it is another."""
-    again = _read_program(folder, lambda entries, place: program.weights(), lambda device: device)
+    again = read_program(folder, lambda entries, place: program.weights(), lambda device: device)
     try:
         # Fake values are made when first asked for, and there is no one to ask but here.
         for node in filter(nodes.has_value, again):
@@ -111,27 +126,31 @@ def load_artifact(directory: Path, device: torch.device | None = None, backend: 
 
     Raises: ArtifactError when it is damaged or cannot run here; UnsupportedError when what its backend needs is not installed.
     """
-    manifest = read_directory(directory)
-    backend = _find_backend(manifest, directory, backend)
-    saved, wanted = _devices(manifest, directory, device)
+    return load_whole(directory, read_directory(directory), device, backend)
+
+
+def load_whole(directory: Path, manifest: Manifest, device: torch.device | None, backend: Backend | None) -> Loaded:
+    """The artifact in a directory whose files are checked. Arguments and errors as for `load_artifact`."""
+    backend = find_saved_backend(manifest, directory, backend)
+    saved, wanted = find_devices(manifest, directory, device)
     if saved.type != wanted.type and not backend.movable:
         raise ArtifactError(
             f"'{directory}' was made for {saved.type} by backend '{backend.name}', and runs nowhere else; "
             f"compile the model again for {wanted.type}"
         )
-    program = _read_program(
+    program = read_program(
         directory,
         lambda entries, place: load_weights(entries, directory / WEIGHTS, place),
         lambda found: wanted if found.type == saved.type else found,
     )
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
-    history = _read_history(manifest, directory)
+    history = read_history(manifest, directory)
     return Loaded(program, executable, history, backend, manifest.facts, notes)
 
 
-def _find_backend(manifest: Manifest, directory: Path, wanted: Backend | None) -> Backend:
-    """The backend the artifact was saved with, or the one wanted in its place."""
+def find_saved_backend(manifest: Manifest, directory: Path, wanted: Backend | None) -> Backend:
+    """The backend the artifact was saved with, or the one wanted in its place. Raises: ArtifactError, UnsupportedError."""
     name = manifest.backend
     if name not in BACKENDS:
         hint = nearest(name, BACKENDS) or ";"
@@ -148,8 +167,8 @@ def _find_backend(manifest: Manifest, directory: Path, wanted: Backend | None) -
         raise ArtifactError(f"'{directory}' has options of backend '{name}' that this Lissom lacks: {error}") from error
 
 
-def _devices(manifest: Manifest, directory: Path, device: torch.device | None) -> tuple[torch.device, torch.device]:
-    """Where the artifact was made to run, and where it is to run."""
+def find_devices(manifest: Manifest, directory: Path, device: torch.device | None) -> tuple[torch.device, torch.device]:
+    """Where the artifact was made to run, and where it is to run. Raises: ArtifactError."""
     try:
         saved = torch.device(manifest.device)
     except RuntimeError as error:
@@ -167,7 +186,8 @@ def _devices(manifest: Manifest, directory: Path, device: torch.device | None) -
     return saved, saved if (saved.index or 0) < count else torch.device("cuda", 0)
 
 
-def _read_program(directory: Path, read_weights: ReadWeights, place: Place) -> Program:
+def read_program(directory: Path, read_weights: ReadWeights, place: Place) -> Program:
+    """The program in a directory, as `decode_program`. Raises: ArtifactError when it holds none."""
     path = directory / PROGRAM
     try:
         return decode_program(read_json(path), read_weights, place)
@@ -178,7 +198,8 @@ def _read_program(directory: Path, read_weights: ReadWeights, place: Place) -> P
         raise ArtifactError(f"'{path}' is no program this Lissom can read: {_first_line(error)}") from error
 
 
-def _read_history(manifest: Manifest, directory: Path) -> History:
+def read_history(manifest: Manifest, directory: Path) -> History:
+    """What was done to the program. Raises: ArtifactError when the files hold none."""
     try:
         return History.from_json(manifest.history, read_json(directory / STEPS))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

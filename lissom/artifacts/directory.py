@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from lissom.artifacts.manifest import NAME, Content, Manifest, read_manifest
@@ -90,8 +90,12 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def read_directory(directory: Path) -> Manifest:
+def read_directory(
+    directory: Path, passed_over: Callable[[Manifest], Collection[str]] = lambda _: frozenset[str]()
+) -> Manifest:
     """The manifest of an artifact, every file of which is there, and is as it was written.
+
+    passed_over: files of which it does not matter; they are not opened.
 
     Raises: ArtifactError when the directory is no artifact, or holds anything else than its manifest says.
     """
@@ -101,13 +105,15 @@ def read_directory(directory: Path) -> Manifest:
         raise ArtifactError(f"'{directory}' is no artifact: it has no {NAME}; name a directory that CompiledModel.save wrote")
     _check_plain(directory / NAME)
     manifest = read_manifest(directory / NAME)
-    _check_names(directory, manifest.files)
+    unread = passed_over(manifest)
+    _check_names(directory, manifest.files, unread)
     for name, content in manifest.files.items():
-        _check_content(directory / name, content)
+        if name not in unread:
+            _check_content(directory / name, content)
     return manifest
 
 
-def _check_names(directory: Path, files: Mapping[str, Content]) -> None:
+def _check_names(directory: Path, files: Mapping[str, Content], unread: Collection[str]) -> None:
     for name in files:
         if _FILE.fullmatch(name) is None or name == NAME:
             raise ArtifactError(
@@ -117,7 +123,7 @@ def _check_names(directory: Path, files: Mapping[str, Content]) -> None:
     found = {path.name for path in directory.iterdir()} - {NAME}
     for name in sorted(found - set(files)):
         raise ArtifactError(f"'{directory}' holds '{name}', which its manifest does not name; take it out, or save again")
-    for name in sorted(set(files) - found):
+    for name in sorted(set(files) - found - set(unread)):
         raise ArtifactError(f"'{directory}' lacks '{name}', which its manifest names; copy it whole, or save again")
 
 

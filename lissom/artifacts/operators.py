@@ -14,6 +14,7 @@ import torch
 import lissom.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.artifacts.fields import shown
+from lissom.compiler.collectives import COLLECTIVES, WAIT
 from lissom.compiler.errors import ArtifactError
 from lissom.compiler.node import STATE_WRITES
 from lissom.compiler.text import target_text
@@ -33,6 +34,7 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
     **{f"torch.{name}": getattr(torch, name) for name in ("sym_max", "sym_min", "sym_not", "sym_ite", "sym_float", "sym_int")},
     **{f"size.{name}": function for name, function in SIZE_FUNCTIONS.items()},
+    **{str(target): target for target in (*COLLECTIVES, WAIT)},
 }
 
 

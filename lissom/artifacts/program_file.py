@@ -14,6 +14,7 @@ from lissom.artifacts.expression import decode_expression, encode_expression
 from lissom.artifacts.fields import shown, take, take_list, take_text, text
 from lissom.artifacts.nesting import decode_nesting, encode_nesting
 from lissom.artifacts.operators import find_operator, operator_name
+from lissom.artifacts.placed import decode_placed, encode_placed
 from lissom.artifacts.values import Reader, decode_argument, decode_value, encode_argument, encode_type, encode_value
 from lissom.artifacts.weights import Place
 from lissom.compiler import fake
@@ -198,8 +199,10 @@ def _encode_node(node: fx.Node) -> dict[str, object]:
     elif node.op == "call_function":
         kwargs = {key: encode_argument(item) for key, item in node.kwargs.items()}
         data |= {"target": operator_name(node.target), "args": encode_argument(list(node.args)), "kwargs": kwargs}
-    origin = {key: item for key, item in vars(nodes.origin(node)).items() if item}
-    return data | {"type": encode_value(nodes.value(node)), **({"origin": origin} if origin else {})}
+    origin, placed = {key: item for key, item in vars(nodes.origin(node)).items() if item}, nodes.placed(node)
+    further = {"origin": origin} if origin else {}
+    further |= {} if placed is None else {"placed": encode_placed(placed)}
+    return data | {"type": encode_value(nodes.value(node)), **further}
 
 
 def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
@@ -219,6 +222,8 @@ def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
     fields = cast("dict[str, object]", data)
     if "origin" in fields:
         nodes.set_origin(node, _decode_origin(fields["origin"]))
+    if "placed" in fields:
+        nodes.set_placed(node, decode_placed(fields["placed"], reader))
     return node
 
 

@@ -30,6 +30,7 @@ SMALLEST = 4096
 """Bytes below which a weight is not worth compressing."""
 SAVING = 0.9
 """A weight is compressed when that makes it smaller than this share of its bytes; else it is mapped, which costs no memory."""
+_ENTRIES = "entries"
 _KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
 _DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -49,13 +50,25 @@ _DTYPES: Mapping[torch.dtype, str] = {
 """The dtypes of safetensors files, by their names there."""
 
 
-def save_weights(program: Program, path: Path) -> dict[str, object]:
+def save_weights(program: Program, path: Path, *, alone: bool = False) -> dict[str, object]:
     """Write the program's weights, and say for each how it is read back.
+
+    alone: write that into the file too, for `load_alone`.
+
+    Raises: ArtifactError for a weight safetensors cannot hold; OSError when it cannot be written.
+    """
+    entries, tensors = stored_weights(program)
+    _write(tensors, path, {_ENTRIES: json.dumps(entries)} if alone else {})
+    return entries
+
+
+def stored_weights(program: Program) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
+    """For each of the program's weights how it is read back, and the tensors they are read from, by name.
 
     Weights that are the same memory are one tensor in the file, under the first one's name. One that lies in memory in another
     order than its dimensions', or repeats itself along one, is written as it lies: `order` and `shape` bring it back.
 
-    Raises: ArtifactError for a weight safetensors cannot hold; OSError when it cannot be written.
+    Raises: ArtifactError for a weight safetensors cannot hold.
     """
     tensors: dict[str, torch.Tensor] = {}
     names: dict[object, str] = {}
@@ -76,8 +89,7 @@ def save_weights(program: Program, path: Path) -> dict[str, object]:
         first = names.setdefault(key, name)
         entry |= {"nonzero": list(stored.shape)} if first in compressed else {}
         entries[name] = {"tensor": first, "device": str(weight.device), **entry}
-    _write(tensors, path)
-    return entries
+    return entries, tensors
 
 
 def stored_bytes(program: Program) -> int:
@@ -133,14 +145,14 @@ def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> t
     return found.reshape(shape)
 
 
-def _write(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def _write(tensors: Mapping[str, torch.Tensor], path: Path, notes: Mapping[str, str]) -> None:
     """Write a safetensors file in which tensors lie as PyTorch allocates them, at multiples of 64 bytes.
 
     The library that reads it leaves no choice of where they lie, and kernels round differently, and are slower, elsewhere.
     The format has no room for gaps, so tensors whose size is no multiple of 64 bytes come last.
     """
     order = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].itemsize, item[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **notes}}
     end = 0
     for name, tensor in order:
         offsets = [end, end := end + tensor.nbytes]
@@ -183,13 +195,31 @@ def load_weights(entries: Mapping[str, object], path: Path, place: Place) -> dic
 
     try:
         with safe_open(path, framework="pt") as file:
-            wanted = {take(item, "tensor", str): item for item in entries.values()}
-            tensors = {
-                name: _read(file.get_tensor, name, item).to(place(torch.device(take(item, "device", str))))
-                for name, item in wanted.items()
-            }
+            return read_weights(entries, file.get_tensor, place)
     except SafetensorError as error:
         raise ValueError(f"the weights cannot be read: {error}") from error
+
+
+def load_alone(path: Path, place: Place) -> dict[str, torch.Tensor]:
+    """The weights of a file that says itself how they are read; else as `load_weights`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = json.loads((file.metadata() or {})[_ENTRIES])
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"the weights cannot be read: {error}") from error
+    return load_weights(entries, path, place)
+
+
+def read_weights(
+    entries: Mapping[str, object], tensor_of: Callable[[str], torch.Tensor], place: Place
+) -> dict[str, torch.Tensor]:
+    """The weights by name; tensor_of: gives a tensor that `stored_weights` gave. Arguments and errors as for `load_weights`."""
+    wanted = {take(item, "tensor", str): item for item in entries.values()}
+    tensors = {
+        name: _read(tensor_of, name, item).to(place(torch.device(take(item, "device", str)))) for name, item in wanted.items()
+    }
     return {name: _as_used(tensors[take(entry, "tensor", str)], entry) for name, entry in entries.items()}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lissom.backends.base import Backend
+from lissom.backends.distributed import Distributed
 from lissom.backends.eager import Eager
 from lissom.backends.inductor import Inductor
 from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.compiler.errors import UnsupportedError, nearest
 
-BACKENDS: Mapping[str, type[Backend]] = {backend.name: backend for backend in (Eager, Inductor, OnnxRuntime)}
+BACKENDS: Mapping[str, type[Backend]] = {backend.name: backend for backend in (Eager, Inductor, OnnxRuntime, Distributed)}
 
 FASTEST = "fastest"
 """The name that stands for whichever of them is fastest."""
@@ -36,8 +37,11 @@ def find_backend(wanted: str | Backend) -> Backend:
 
 
 def find_backends(wanted: str | Backend) -> Sequence[Backend]:
-    """The backend of that name, or the one given; for `fastest` all of them, those too that this machine lacks something for.
+    """The backend of that name, or the one given; for `fastest` all that run in one process, those too that this machine lacks
+    something for.
 
     Raises: UnsupportedError when there is none, or this machine lacks what it needs.
     """
-    return [backend() for backend in BACKENDS.values()] if wanted == FASTEST else [find_backend(wanted)]
+    if wanted != FASTEST:
+        return [find_backend(wanted)]
+    return [backend() for backend in BACKENDS.values() if not backend.runs_ranks]

@@ -38,6 +38,9 @@ from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 aten = torch.ops.aten
 
+Calls = Callable[[fx.Node], Callable[..., object] | None]
+"""What a node calls in place of its own target; None where it calls that."""
+
 # Methods of tensors take half the time to call that their operators take; small models notice.
 METHODS: dict[object, Callable[..., object]] = {
     aten.reshape.default: torch.Tensor.reshape,
@@ -70,27 +73,36 @@ class Eager(Backend):
         return (FoldQuantizedWeights(), *merge, FuseRotary(), LowerSparseAttention(), FuseAttention(), FuseRmsNorm(), *products)
 
     def build(self, program: Program, example: Sample) -> Executable:
-        program = with_fast_layout(program)
-        state = {name: program.weight(name).detach().clone() for name in program.state}
-        source, names = emit(program, state)
-        scope = dict(names)
-        exec(compile(source, f"<lissom {program.name}>", "exec"), scope)
-        function = cast(Callable[..., Sequence[object]], scope["run"])
-
-        def run(inputs: Sequence[torch.Tensor]) -> Sequence[object]:
-            with torch.inference_mode():
-                return function(*inputs)
-
-        if program.nodes(*KERNELS) and not load_kernels():
-            run = one_call(run)
-        executable = with_graphs(program, run)
-        return _Stateful(executable, state) if state else executable
+        return build_function(program, with_graphs)
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Nothing: the program is all there is."""
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
         return self.build(program, [])
+
+
+def build_function(
+    program: Program,
+    wrap: Callable[[Program, Executable], Executable] = lambda _, run: run,
+    calls: Calls = lambda _: None,
+) -> Executable:
+    """What runs the program's operators one after the other. wrap: put around the function. calls: as for `emit`."""
+    program = with_fast_layout(program)
+    state = {name: program.weight(name).detach().clone() for name in program.state}
+    source, names = emit(program, state, calls)
+    scope = dict(names)
+    exec(compile(source, f"<lissom {program.name}>", "exec"), scope)
+    function = cast(Callable[..., Sequence[object]], scope["run"])
+
+    def run(inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        with torch.inference_mode():
+            return function(*inputs)
+
+    if program.nodes(*KERNELS) and not load_kernels():
+        run = one_call(run)
+    executable = wrap(program, run)
+    return _Stateful(executable, state) if state else executable
 
 
 class _Stateful:
@@ -109,10 +121,12 @@ class _Stateful:
         return dict(self._tensors)
 
 
-def emit(program: Program, state: Mapping[str, torch.Tensor] | None = None) -> tuple[str, dict[str, object]]:
+def emit(
+    program: Program, state: Mapping[str, torch.Tensor] | None = None, calls: Calls = lambda _: None
+) -> tuple[str, dict[str, object]]:
     """The program as the source of a function `run`, and the objects its names stand for.
 
-    state: what stands for the program's own state, by name.
+    state: what stands for the program's own state, by name. calls: what is called by nodes that do not call their own target.
     """
     names: dict[str, object] = {}
     scope: dict[fx.Node, str] = {}
@@ -132,16 +146,16 @@ def emit(program: Program, state: Mapping[str, torch.Tensor] | None = None) -> t
         if node.op == "placeholder":
             parameters.append(scope[node])
         else:
-            lines.append(f"    {scope[node]} = {_call(node, scope, names)}")
+            lines.append(f"    {scope[node]} = {_call(node, scope, names, calls)}")
         freed = [scope[used] for used in frees.get(node, ()) if used.op != "get_attr"]
         if freed:
             lines.append(f"    del {', '.join(freed)}")
     return "\n".join([f"def run({', '.join(parameters)}):", *lines, ""]), names
 
 
-def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object]) -> str:
+def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object], calls: Calls) -> str:
     function = f"f{len(names)}"
-    names[function] = METHODS.get(node.target, node.target)
+    names[function] = calls(node) or METHODS.get(node.target, node.target)
     arguments = [_argument(item, scope, names) for item in node.args]
     arguments += [f"{key}={_argument(item, scope, names)}" for key, item in node.kwargs.items()]
     return f"{function}({', '.join(arguments)})"

@@ -1,13 +1,15 @@
 """Collectives in a program, what stands in for them, and the ranks of a program run in lock-step in one process.
 
-The operators are `torch.distributed`'s functional ones. Where there is no process group, one rank's program runs with
-stand-ins: a sum over ranks is the rank's own part, a gathering that many copies of it. So it can be checked and lowered alone;
-its numbers are then no answer, but the same before and after an exact pass.
+The operators are `torch.distributed`'s functional ones. Where there is no process group, and in a pipeline always, one rank's
+program runs with stand-ins: a sum over ranks is the rank's own part, a gathering that many copies of it. So it can be checked
+and lowered alone; its numbers are then no answer, but the same before and after an exact pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import cast
 
 import torch
@@ -55,10 +57,22 @@ STAND_INS: Mapping[object, Callable[..., object]] = {
 }
 """What is called in place of a collective where there is no process group."""
 
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """Run stand-ins even where there is a process group: a rank that compiles must not wait for the others."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+
 
 def stand_in(target: object) -> Callable[..., object] | None:
     """What is called in place of a target; None where the target itself is."""
-    if target not in STAND_INS or torch.distributed.is_initialized():
+    if target not in STAND_INS or (torch.distributed.is_initialized() and not _ALONE.get()):
         return None
     return STAND_INS[target]
 

@@ -55,6 +55,10 @@ class ArtifactError(LissomError):
     """A file or directory given to Lissom cannot be read or written as what it should be."""
 
 
+class RankError(LissomError):
+    """A rank that runs a program with others ended, does not answer, or runs something else."""
+
+
 class Interrupted(KeyboardInterrupt):
     """The user interrupted a pipeline; `history` holds the steps that were finished."""
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
+from lissom.compiler.collectives import alone
+from lissom.compiler.placements import Placed
 from lissom.compiler.program import Program
 
 aten = torch.ops.aten
@@ -27,7 +30,7 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             indices[node] = value
 
-    with suppress(IndexError, RuntimeError):
+    with alone(), suppress(IndexError, RuntimeError):
         program.run(inputs, observe)
     for node in program.nodes():
         found = _look_up(node)
@@ -38,11 +41,56 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
             continue
         low, high = int(asked.min()), int(asked.max())
         if low < 0 or high >= rows:
-            return (
-                f"the inputs ask for row {high if high >= rows else low} of '{_name(node.args[0])}', which has rows 0 to "
-                f"{rows - 1}; pass token ids inside the vocabulary, and no more tokens than the model has positions"
-            )
+            return _sentence(high if high >= rows else low, _name(node.args[0]), rows)
     return None
+
+
+def _sentence(row: int, table: str, rows: int) -> str:
+    return (
+        f"the inputs ask for row {row} of '{table}', which has rows 0 to {rows - 1}; pass token ids inside the vocabulary, "
+        f"and no more tokens than the model has positions"
+    )
+
+
+@dataclass(frozen=True)
+class CutTable:
+    """A table cut by rows that an input is looked up in. argument: the input's place. rows: of the whole table."""
+
+    argument: int
+    name: str
+    rows: int
+
+    def outside(self, inputs: Sequence[torch.Tensor]) -> str | None:
+        """The sentence for an input that asks for a row the whole table does not have."""
+        ids = inputs[self.argument]
+        if ids.numel() == 0:
+            return None
+        low, high = (int(end) for end in torch.aminmax(ids))
+        return None if low >= 0 and high < self.rows else _sentence(high if high >= self.rows else low, self.name, self.rows)
+
+
+def cut_tables(program: Program) -> tuple[CutTable, ...]:
+    """The tables of one rank's program that are cut by rows, which answer zeros for rows that no rank has."""
+    found = dict[tuple[int, int], CutTable]()
+    places = {node: index for index, node in enumerate(program.placeholders)}
+    for node in program.nodes(aten.embedding.default):
+        table, held = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+        placed = nodes.placed(table)
+        spans = placed.spans(0) if isinstance(placed, Placed) else ()
+        if not spans or not isinstance(spans[0].size, int):
+            continue
+        ids = _original(held)
+        if ids in places:
+            rows = spans[0].size
+            found.setdefault((places[ids], rows), CutTable(places[ids], _name(table), rows))
+    return tuple(found.values())
+
+
+def _original(held: fx.Node) -> fx.Node:
+    """The ids that a rank clamps to the rows it has."""
+    while held.target in (aten.clamp.default, aten.sub.Tensor):
+        held = cast(fx.Node, held.args[0])
+    return held
 
 
 def _look_up(node: fx.Node) -> tuple[object, object] | None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lissom.compiler import text
+from lissom.compiler.collectives import alone
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import (
     BudgetError,
@@ -121,13 +122,13 @@ class Pipeline:
     def _run(self, program: Program, history: History | None, count: int) -> _Run:
         """The run after all passes."""
         history = history or History(format_pipeline(self.passes), self.checks)
-        with _stopped_with(history):
+        with alone(), _stopped_with(history):
             run = _Run(self, program, history)
         self._steps(run, self.passes, 0, count)
         return run
 
     def _steps(self, run: _Run, passes: Sequence[Pass], finished: int, count: int) -> None:
-        with heap_set_aside(), _stopped_with(run.history):
+        with alone(), heap_set_aside(), _stopped_with(run.history):
             trial: _Trial | None = None
             for index, item in enumerate(passes, finished):
                 show = partial(self._show, format_pass(item), index, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import sympy
 import torch
@@ -12,10 +12,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.compiler import fake, text
 from lissom.compiler import node as nodes
+from lissom.compiler.dtensors import as_dtensors
 from lissom.compiler.errors import PassError
 from lissom.compiler.execute import Observer, run, run_ranks
 from lissom.compiler.placements import REPLICATED, Placed, at_sizes, local_part, whole_of
 from lissom.compiler.signature import Signature
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 Fact = TypeVar("Fact")
 
@@ -164,6 +169,15 @@ class Program:
         for name in found.weights():
             found.set_weight(name, self.ranks[rank][name])
         return found
+
+    def to_dtensor(self, mesh: DeviceMesh) -> dict[str, DTensor]:
+        """The weights of a program cut for several ranks, or of one rank's, as torch's DTensors on a mesh of the ranks.
+
+        `full_tensor()` of each is the model's weight. What `cut` made to tell ranks apart is left out.
+
+        Raises: UnsupportedError for a mesh of another size, and for a weight whose placement torch's vocabulary cannot say.
+        """
+        return as_dtensors(self, mesh)
 
     def state_tensors(self) -> list[torch.Tensor]:
         """The buffers a call may write, those of every rank."""

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
+from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.program import Program
 from lissom.compiler.signature import Argument, TensorArgument
 
@@ -59,3 +60,23 @@ def _argument(item: Argument, device: torch.device) -> Argument:
         for leaf in item.leaves
     )
     return replace(item, leaves=leaves)
+
+
+def check_device(device: str | torch.device | None) -> torch.device | None:
+    """The device, if this machine has it.
+
+    Raises: UnsupportedError when it does not.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UnsupportedError(f"device '{device}' is not known to PyTorch; write 'cpu' or 'cuda:0'") from error
+    if found.type == "cpu":
+        return found
+    count = torch.cuda.device_count() if found.type == "cuda" else 0
+    if (found.index or 0) >= count:
+        have = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        raise UnsupportedError(f"device '{device}' is not on this machine; it has {have}")
+    return torch.device("cuda", found.index or 0)

@@ -21,6 +21,7 @@ from lissom.frontends.export import Capture
 from lissom.generation.decoder import Decoder, prompts
 from lissom.hosting import check_uncompiled
 from lissom.inspect.progress import progress_bar
+from lissom.scatter import with_ways
 
 if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel
@@ -38,6 +39,7 @@ def compile_generation(
     all_logits: bool = False,
     passes: str | Sequence[Pass] = "exact",
     backend: str | Backend = "eager",
+    ways: int | None = None,
     device: str | torch.device | None = None,
     checks: Checks = "numeric",
     data: Iterable[torch.Tensor | Mapping[str, object]] = (),
@@ -57,7 +59,7 @@ def compile_generation(
         last token's share of a prompt is computed.
     data: token ids [rows, tokens], or what a tokenizer gives, for passes that calibrate.
     metric: scores a callable that takes input_ids and attention_mask of `batch` rows and gives the next token's logits.
-    backend, device, checks, max_drop, only_if_faster, simulate, progress: as for `compile`.
+    backend, ways, device, checks, max_drop, only_if_faster, simulate, progress: as for `compile`.
 
     Raises: UnsupportedError when it is no causal language model of transformers; CaptureError when it is compiled, or a line
         of it cannot be captured; InputError when max_length or batch do not
@@ -81,7 +83,7 @@ def compile_generation(
 
     settings = Settings(
         _with_recipe(passes),
-        backend,
+        with_ways(backend, ways),
         checks,
         _named(data, batch, max_length),
         _scorer(metric, batch, max_length),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from lissom import api
+from lissom.artifacts.rank_files import check_ranks
 from lissom.backends.base import Backend
 from lissom.compiler.errors import ArtifactError
 from lissom.generation.directory import CONFIG, GENERATION, PROGRAM, is_saved
@@ -20,10 +23,27 @@ if TYPE_CHECKING:
 
 
 def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write the decoder beside its place, and put it there when it is whole.
+    """Write the decoder beside its place, and put it there when it is whole. Ranks of a group save at the same point.
 
-    Raises: ArtifactError, UnsupportedError.
+    Raises: ArtifactError, UnsupportedError, RankError.
     """
+
+    def own(folder: Path) -> None:
+        decoder.compiled.save(folder / PROGRAM)
+
+    ranks = decoder.compiled.ranks
+    if ranks is None:
+        _write(decoder, directory, tokenizer, own)
+    else:
+        ranks.share_directory(partial(_write, decoder, directory, tokenizer), own, decoder.program.name)
+
+
+def _write(
+    decoder: GenerationModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    write_program: Callable[[Path], None],
+) -> None:
     target = directory.absolute()
     if not target.parent.is_dir():
         raise ArtifactError(f"'{target}' cannot be written: there is no directory '{target.parent}'; make it first")
@@ -33,7 +53,7 @@ def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokeniz
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir()
-        decoder.compiled.save(fresh / PROGRAM)
+        write_program(fresh)
         decoder.config.to_json_file(fresh / CONFIG, use_diff=False)
         decoder.generation_config.to_json_file(fresh / GENERATION)
         if tokenizer is not None:
@@ -50,6 +70,7 @@ def load(directory: Path, device: str | torch.device | None, backend: Backend | 
     """The decoder in the directory. Raises: ArtifactError, UnsupportedError."""
     if not is_saved(directory):
         raise ArtifactError(f"'{directory}' holds no saved decoder; name a directory that its save wrote")
+    check_ranks(directory / PROGRAM, f"generate {directory} PROMPT")
     compiled = api.load(directory / PROGRAM, device, backend=backend)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)

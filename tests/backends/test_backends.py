@@ -6,6 +6,7 @@ from lissom.backends import BACKENDS, find_backend, find_backends
 from lissom.backends.base import Backend
 from lissom.backends.eager import Eager
 from lissom.backends.inductor import Inductor
+from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.compiler.errors import UnsupportedError
 
 
@@ -14,8 +15,9 @@ def test_a_backend_is_found_by_its_name():
     assert isinstance(find_backend("inductor"), Inductor)
 
 
-def test_fastest_stands_for_all():
-    assert [type(backend) for backend in find_backends("fastest")] == list(BACKENDS.values())
+def test_fastest_stands_for_all_that_run_in_one_process():
+    assert [type(backend) for backend in find_backends("fastest")] == [Eager, Inductor, OnnxRuntime]
+    assert {name for name, backend in BACKENDS.items() if backend.runs_ranks} == {"distributed"}
     assert [type(backend) for backend in find_backends("eager")] == [Eager]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.backends import BACKENDS
+from lissom.backends import FASTEST, find_backends
 from lissom.compiler.history import History
 from lissom.compiler.kinds import Pass
 from lissom.compiler.pipeline import Pipeline
@@ -24,7 +24,11 @@ aten = torch.ops.aten
 GOLDEN = Path(__file__).parent.parent / "golden"
 # Inductor takes some twenty seconds a graph.
 every_backend = pytest.mark.parametrize(
-    "backend", [pytest.param(name, marks=pytest.mark.slow) if name == "inductor" else name for name in BACKENDS]
+    "backend",
+    [
+        pytest.param(item.name, marks=pytest.mark.slow) if item.name == "inductor" else item.name
+        for item in find_backends(FASTEST)
+    ],
 )
 # Set by `pytest tests/passes --update-goldens`.
 update_goldens = False

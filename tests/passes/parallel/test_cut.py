@@ -196,7 +196,7 @@ def test_ranks_that_do_not_exist() -> None:
 
 
 def test_no_backend_runs_ranks_in_one_process() -> None:
-    with pytest.raises(UnsupportedError, match=r"run `program.of_rank\(rank\)`"):
+    with pytest.raises(UnsupportedError, match=r"choose backend 'distributed', or take .* run `program.of_rank\(rank\)`"):
         lissom.compile(seeded(FeedForward), normal(2, 5, 8), passes="shard{ways=2},cut")
 
 

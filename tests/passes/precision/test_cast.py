@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
-from lissom.backends import BACKENDS
+from lissom.backends import FASTEST, find_backends
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import LissomError, RequirementError
@@ -317,7 +317,7 @@ def test_pack_linear_says_that_float16_is_slow() -> None:
     }
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "inductor"])
+@pytest.mark.parametrize("backend", [item.name for item in find_backends(FASTEST) if item.name != "inductor"])
 def test_an_artifact_in_float16_is_loaded_as_it_was(backend: str, tmp_path: Path) -> None:
     case = tiny_bert()
     inputs = padded(case)

@@ -1,0 +1,200 @@
+"""Artifacts for several ranks: one program for all, and a file of weights for each, of which a rank opens its own alone.
+
+The program is stored as it was before a rank lowered it, so that it runs on other devices and processors than where it was
+made. Ranks save together: the first writes what they share, each its own weights, into a directory that all of them see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lissom.artifacts.artifact import (
+    Loaded,
+    find_devices,
+    find_saved_backend,
+    load_whole,
+    read_history,
+    read_program,
+    save_artifact,
+    write_program,
+)
+from lissom.artifacts.directory import read_directory, write_directory
+from lissom.artifacts.manifest import Manifest
+from lissom.artifacts.weights import load_alone, save_weights
+from lissom.backends.base import Backend, Executable
+from lissom.backends.distributed import (
+    Distributed,
+    Held,
+    RankProgram,
+    append_steps,
+    facts_of,
+    lower_rank,
+    torchrun,
+)
+from lissom.backends.ranks import current_ranks, in_group
+from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.compiler.history import History
+from lissom.compiler.program import Program
+
+
+def weights_file(rank: int) -> str:
+    """The name of the file with a rank's weights."""
+    return f"rank-{rank}.safetensors"
+
+
+def save(
+    directory: Path,
+    program: Program,
+    executable: Executable,
+    history: History,
+    backend: Backend,
+    facts: Mapping[str, object],
+) -> None:
+    """Write an artifact of one rank's program, or for several ranks; arguments and errors as for `save_artifact`.
+
+    The ranks of a group save at the same point. Raises: RankError when one ended or does not answer.
+    """
+    if not isinstance(executable, (Held, RankProgram)):
+        save_artifact(directory, program, executable, history, backend, facts)
+        return
+    shared = partial(_write_shared, executable, executable.history or history, backend, facts)
+    if isinstance(executable, RankProgram):
+        _save_together(directory, executable, shared)
+        return
+    cut = executable.stored
+
+    def write(folder: Path) -> None:
+        for rank in range(len(cut.ranks)):
+            _write_rank(cut.of_rank(rank), rank, folder)
+        shared(cut.of_rank(0), folder)
+
+    write_directory(directory, write)
+
+
+def _write_shared(
+    executable: Held | RankProgram,
+    history: History,
+    backend: Backend,
+    facts: Mapping[str, object],
+    program: Program,
+    folder: Path,
+) -> None:
+    for rank in range(executable.ways):
+        if not (folder / weights_file(rank)).is_file():
+            raise ArtifactError(
+                f"rank {rank} wrote its weights elsewhere than where rank 0 sees '{folder}'; "
+                f"choose a directory that all ranks share"
+            )
+    write_program(program, {}, history, backend, facts, folder)
+
+
+def _write_rank(program: Program, rank: int, folder: Path) -> None:
+    if not folder.is_dir():
+        raise ArtifactError(f"rank {rank} does not see the directory '{folder.parent}'; choose one that all ranks share")
+    save_weights(program, folder / weights_file(rank), alone=True)
+
+
+def _save_together(directory: Path, executable: RankProgram, shared: partial[None]) -> None:
+    """Every rank writes its weights into the directory that rank 0 makes."""
+    ranks, program = executable.ranks, executable.stored
+
+    def write(enter: Callable[[Path], None]) -> None:
+        def fill(folder: Path) -> None:
+            enter(folder)
+            shared(program, folder)
+
+        write_directory(directory, fill)
+
+    def own(folder: Path) -> None:
+        ranks.settle(partial(_write_rank, program, ranks.rank, folder), program.name)
+
+    ranks.share_directory(write, own, program.name)
+
+
+def load(directory: Path, device: torch.device | None = None, backend: Backend | None = None) -> Loaded:
+    """The artifact in a directory, or this rank's part of one for several ranks; arguments and errors as for `load_artifact`.
+
+    Raises: UnsupportedError when the process is none of so many ranks; RankError when one ended or does not answer.
+    """
+    manifest = read_directory(directory, lambda found: found.files if found.backend == Distributed.name else ())
+    if manifest.backend != Distributed.name:
+        return load_whole(directory, manifest, device, backend)
+    chosen = find_saved_backend(manifest, directory, backend)
+    assert isinstance(chosen, Distributed)
+    _check_group(manifest, directory, f"run {directory} --input FILE")
+    ranks = current_ranks(chosen.timeout_seconds)
+    with ranks.working():
+        found = ranks.settle(
+            partial(_load_part, directory, manifest, chosen, device),
+            manifest.name,
+            tell=lambda part: facts_of(part.stored, part.lowered),
+        )
+        executable = RankProgram(found.lowered, found.stored, ranks, found.history)
+    history = append_steps(found.history, found.lowering)
+    return Loaded(found.lowered, executable, history, chosen, manifest.facts, ())
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A rank's program as it is stored and lowered, what made the one, and what of it made the other."""
+
+    stored: Program
+    lowered: Program
+    history: History
+    lowering: History
+
+
+def _load_part(directory: Path, manifest: Manifest, backend: Distributed, device: torch.device | None) -> _Part:
+    rank = torch.distributed.get_rank()
+    read_directory(directory, lambda found: [weights_file(other) for other in range(_ways(found)) if other != rank])
+    if device is None and manifest.device.startswith("cuda") and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    saved, wanted = find_devices(manifest, directory, device)
+    stored = read_program(
+        directory,
+        lambda _, place: load_alone(directory / weights_file(rank), place),
+        lambda found: wanted if found.type == saved.type else found,
+    )
+    # Its numbers were checked when it was compiled.
+    lowered, lowering = lower_rank(stored, backend, wanted, (), "structural", simulate=True)
+    return _Part(stored, lowered, read_history(manifest, directory), lowering)
+
+
+def check_ranks(directory: Path, rest: str) -> None:
+    """Refuse an artifact for several ranks in a process that is none of so many. rest: what follows `lissom` in the command.
+
+    Raises: UnsupportedError; ArtifactError when the directory is none.
+    """
+    manifest = read_directory(directory, lambda found: found.files)
+    if manifest.backend == Distributed.name:
+        _check_group(manifest, directory, rest)
+
+
+def _check_group(manifest: Manifest, directory: Path, rest: str) -> None:
+    ways = _ways(manifest)
+    if in_group():
+        check_world(ways, f"'{directory}'", rest)
+        return
+    raise UnsupportedError(
+        f"'{directory}' holds a model for {ways} ranks, and this process is in no process group: run "
+        f"`{torchrun(ways, rest)}`, or a script of your own that torchrun starts"
+    )
+
+
+def check_world(ways: int, what: str, rest: str) -> None:
+    """Refuse a process group of another size. rest: of the command line. Raises: UnsupportedError."""
+    world = torch.distributed.get_world_size()
+    if world != ways:
+        raise UnsupportedError(f"{what} is for {ways} ranks, and this process group has {world}: run `{torchrun(ways, rest)}`")
+
+
+def _ways(manifest: Manifest) -> int:
+    found = manifest.options.get("ways")
+    if not isinstance(found, int):
+        raise ArtifactError(f"the manifest of {manifest.name} does not say for how many ranks it is; save the model again")
+    return found

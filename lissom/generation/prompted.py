@@ -1,0 +1,53 @@
+"""A decoder made ready for a text to go on from: loaded, or compiled for it, with its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lissom.api import resolve_passes
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.pipeline import check_options
+from lissom.frontends.decoder import SHORTEST, longest_text
+from lissom.frontends.huggingface import tokenizer_of
+from lissom.frontends.sources import load
+from lissom.generation import compile_generation, load_generation
+from lissom.generation.stream import read_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lissom.generation.model import GenerationModel
+
+    Prompted = tuple[GenerationModel, PreTrainedTokenizerBase, torch.Tensor]
+
+
+def load_prompted(model: str, prompt: str, device: str | None) -> Prompted:
+    """A saved decoder with its tokenizer, and the prompt's tokens."""
+    decoder, tokenizer = load_generation(model, device), tokenizer_of(Path(model))
+    return decoder, tokenizer, read_prompt(prompt, tokenizer, decoder.max_length)
+
+
+def compile_prompted(
+    model: str, prompt: str, max_new_tokens: int, passes: str, backend: str, device: str | None, checks: str
+) -> Prompted:
+    """A model compiled for a prompt and its answer, with its tokenizer, and the prompt's tokens."""
+    check_options(checks)  # pyright: ignore[reportArgumentType]
+    pipeline, source = resolve_passes(passes), load(model)
+    tokenizer = source.checkpoint.tokenizer if source.checkpoint else None
+    if tokenizer is None:
+        raise UnsupportedError(f"{model} has no tokenizer, and a prompt is text; use lissom.compile_generation")
+    longest = longest_text(source.model)
+    ids = read_prompt(prompt, tokenizer, longest)
+    wanted = max(SHORTEST, ids.shape[1] + max_new_tokens)
+    decoder = compile_generation(
+        source.model,
+        max_length=wanted if longest is None else min(wanted, longest),
+        passes=pipeline,
+        backend=backend,
+        device=device,
+        checks=checks,  # pyright: ignore[reportArgumentType]
+    )
+    return decoder, tokenizer, ids
