@@ -1,7 +1,7 @@
 """`python -m tests.zoo.sharding`: every model of the zoo planned for ranks that share it, cut, and run in lock-step.
 
 For each it says what share of the weights of its linear layers is cut, and whether the outputs on 2 and on 4 ranks are those of
-the program before, on every rank, at the example's sizes and at others.
+the program before, on every rank, at the example's sizes and at others; then the ranks run as processes, over gloo.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+import torch.distributed as dist
 
 from lissom.compiler.pipeline import Pipeline
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.sharding import sharded_share
-from lissom.compiler.verify import relative_error, run_original
+from lissom.compiler.verify import relative_error, run_original, tolerance_of
 from lissom.passes.parallel.cut import Cut
 from lissom.passes.parallel.shard import Shard
 from tests.zoo.entry import FAMILIES, Entry
@@ -38,8 +41,8 @@ WANTED = 0.9
 _SECTION = "## Sharding\n"
 _INTRODUCTION = """\
 The same models shared by 2 and by 4 ranks with `shard` and `cut`, as `python -m tests.zoo.sharding` measures it: what share of
-the weights of linear layers is cut, and whether all ranks in lock-step give what the program gave before. Weights of
-convolutions are not counted.
+the weights of linear layers is cut, and whether all ranks give what the program gave before: in lock-step in one process, and
+as processes that talk over gloo. Weights of convolutions are not counted.
 """
 Record = dict[str, Any]
 
@@ -75,7 +78,50 @@ def _cut(program: Program, samples: list[Sample], ways: int) -> Record:
         worst = max((relative_error(a, b) for rank in others for a, b in zip(first, rank, strict=True)), default=0.0)
         found["ranks_differ"] = worst
         found["share_of_bytes"] = after.parameter_bytes / program.parameter_bytes
+        found["processes"] = _as_processes(after, samples)
     return found
+
+
+def _as_processes(program: Program, samples: list[Sample]) -> Record:
+    """The largest difference between a rank in lock-step and the same rank as a process, and what tolerance says of it.
+
+    Ranks are forks, so that what is imported costs them nothing, and each says in a file how it went.
+    """
+    wanted = [program.run_ranks(sample) for sample in samples]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        children: list[int] = []
+        for rank in range(len(program.ranks)):
+            child = os.fork()
+            if child == 0:
+                _be_rank(program, rank, samples, [outputs[rank] for outputs in wanted], folder)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
+        said = [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*"))]
+    problems = [item for item in said if isinstance(item, str)]
+    if problems or len(said) < len(children):
+        return {"problem": problems[0] if problems else "a rank died"}
+    return {"error_found": max(said), "allowed": tolerance_of(program)}
+
+
+def _be_rank(program: Program, rank: int, samples: list[Sample], wanted: list[Any], folder: Path) -> NoReturn:
+    """Run as one rank of a group of processes, say how it went, and end."""
+    try:
+        torch.set_num_threads(1)
+        ways, store = len(program.ranks), f"file://{folder}/store"
+        dist.init_process_group("gloo", store, timedelta(seconds=60), ways, rank)
+        own = program.of_rank(rank)
+        found = [own.run(sample) for sample in samples]
+        errors = [
+            relative_error(a, b) for one, other in zip(wanted, found, strict=True) for a, b in zip(one, other, strict=True)
+        ]
+        said: float | str = max(errors, default=0.0)
+        dist.barrier()
+    except Exception as error:
+        said = f"rank {rank}: {type(error).__name__}: {str(error)[:300]}"
+    (folder / f"rank-{rank}").write_text(json.dumps(said), encoding="utf-8")
+    os._exit(0)
 
 
 def load(path: Path) -> list[Record]:
@@ -85,8 +131,18 @@ def load(path: Path) -> list[Record]:
 
 
 def is_equal(record: Record) -> bool:
-    """True when the model was cut for every number of ranks and all of them give what it gave."""
-    return not record.get("failed") and all(found.get("ranks_differ", 0.0) == 0.0 for found in record["ways"].values())
+    """True when the model was cut for every number of ranks, and all of them give what it gave, as processes too."""
+    return not record.get("failed") and all(
+        found.get("ranks_differ", 0.0) == 0.0 and not _process_problem(found) for found in record["ways"].values()
+    )
+
+
+def _process_problem(found: Record) -> str | None:
+    processes = found.get("processes", {"error_found": 0.0, "allowed": 0.0})
+    if "problem" in processes:
+        return processes["problem"]
+    error = processes["error_found"]
+    return None if error <= processes["allowed"] else f"processes differ by {error:.2g} relative"
 
 
 def share(record: Record) -> float:
@@ -127,6 +183,9 @@ def section(records: Sequence[Record]) -> str:
 def _reason(record: Record) -> str:
     if record.get("failed"):
         return f"{record['failed']}: {record['error']}"
+    problem = next(filter(None, map(_process_problem, record["ways"].values())), None)
+    if problem is not None:
+        return problem
     skipped = [skip.partition(": ")[2] for found in record["ways"].values() for skip in found["skipped"]]
     reasons = "; ".join(f"{reason} ({count})" for reason, count in Counter(skipped).most_common(3))
     return f"{share(record):.0%} cut{'; ' if reasons else ''}{reasons}"
@@ -134,7 +193,7 @@ def _reason(record: Record) -> str:
 
 def describe(record: Record) -> str:
     """One line: the model and what came of it."""
-    outcome = _reason(record) if record.get("failed") or share(record) < WANTED else f"{share(record):.0%} cut"
+    outcome = _reason(record) if not is_equal(record) or share(record) < WANTED else f"{share(record):.0%} cut"
     return f"{record['name']} ({record['total_seconds']:.1f} s): {'' if is_equal(record) else 'NOT EQUAL, '}{outcome}"
 
 
