@@ -8,34 +8,38 @@ takes from far away is little, and more in a text that speaks of one thing: read
 
 *Error*: the distance of a token's hidden state to the dense model's, as a share of its length; the largest and the mean.
 *Perplexity*: of the last tokens of each text, a thousand or half the text if that is less; texts are read until there are
-`--tokens` of them, and at least one. *ms*: the median of calls with one text, without the output head. float32.
-Prints Markdown tables; `--update` puts them into benchmarks/README.md and draws benchmarks/length_quality.svg.
+`--tokens` of them, and at least one. *ms*: the median of the calls, of a text each and two at least, without the output head.
+Each row is added to length_quality.json as soon as it is measured, and a run goes on where the last one stopped; `--again`
+starts anew. `--update` puts the table into benchmarks/README.md and draws benchmarks/length_quality.svg.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from quality import conditions, perplexity_change, windows
+from quality import conditions, windows
 from readme import put_table
 from torch import nn
 from torch.nn import functional
 
 import lissom
 from lissom.frontends.huggingface import Checkpoint, load
-from lissom.inspect.timing import time_calls
 
+RECORDS = Path(__file__).parent / "length_quality.json"
 FIGURE = Path(__file__).parent / "length_quality.svg"
 LENGTHS = (128, 512, 2048, 4096, 8192, 16384)
+DENSE = "none"
 GLOBAL = "layers.5,layers.11,layers.17"
 PASSES = {
-    "none": "exact",
+    DENSE: "exact",
     "window of 512, global layers": f'sparsify-attention{{window=512,only="{GLOBAL}"}}',
     "and 64 global tokens": f'sparsify-attention{{window=512,global_tokens=64,only="{GLOBAL}"}}',
     "global, window, random": f'sparsify-attention{{pattern=global-window-random,only="{GLOBAL}"}}',
@@ -53,11 +57,17 @@ Call = Callable[..., object]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One program at one length. error: largest, mean; losses: of the last tokens of all texts; milliseconds: of one text."""
+class Row:
+    """One program at one length. error: largest and mean. perplexity, change, spread: of the last tokens; spread: one standard
+    error of the change. milliseconds: of one text.
+    """
 
-    error: tuple[float, float]
-    losses: torch.Tensor
+    tokens: int
+    treated: str
+    error: Sequence[float]
+    perplexity: float
+    change: float
+    spread: float
     milliseconds: float
 
 
@@ -80,62 +90,79 @@ def last_losses(states: torch.Tensor, head: torch.Tensor, ids: torch.Tensor) -> 
     return found.double()
 
 
-def measure(checkpoint: Checkpoint, lengths: Sequence[int], tokens: int, seconds: float) -> dict[int, dict[str, Point]]:
-    """The points by length and name."""
+def measure(checkpoint: Checkpoint, wanted: Mapping[int, Sequence[str]], tokens: int) -> Iterator[Row]:
+    """The rows asked for, by length."""
     backbone = checkpoint.model.model
     assert isinstance(backbone, nn.Module)
     head = checkpoint.model.get_input_embeddings().weight.detach()  # pyright: ignore
     data = [inputs(ids) for ids in windows(checkpoint, "calibration", 8192)]
     example = inputs(data[0]["input_ids"][:, :EXAMPLE])  # pyright: ignore
     calls = {
-        name: lissom.compile(backbone, example, passes=passes, data=data, checks="structural", only_if_faster=False)
-        for name, passes in PASSES.items()
+        name: lissom.compile(backbone, example, passes=PASSES[name], data=data, checks="structural", only_if_faster=False)
+        for name in PASSES
+        if name == DENSE or any(name in names for names in wanted.values())
     }
-    found: dict[int, dict[str, Point]] = {}
-    for length in lengths:
+    for length, names in wanted.items():
         texts = windows(checkpoint, "evaluation", max(tokens, length), length)
-        wanted = [hidden(calls["none"], ids) for ids in texts]
-        given = inputs(texts[0])
-        with torch.inference_mode():
-            timings = time_calls({name: partial(call, **given) for name, call in calls.items()}, seconds, least=1)
-        found[length] = {}
-        for name, call in calls.items():
-            states = [hidden(call, ids) for ids in texts]
-            distances = torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(states, wanted, strict=True)])
+        dense = [hidden(calls[DENSE], ids) for ids in texts]
+        base = torch.cat([last_losses(states, head, ids) for states, ids in zip(dense, texts, strict=True)])
+        for name in names:
+            states, seconds = timed(calls[name], texts)
+            distances = torch.cat([(a - b).norm(dim=-1) / b.norm(dim=-1) for a, b in zip(states, dense, strict=True)])
             losses = torch.cat([last_losses(item, head, ids) for item, ids in zip(states, texts, strict=True)])
-            found[length][name] = Point((float(distances.max()), float(distances.mean())), losses, timings[name].median_ms)
-        print(table({length: found[length]}), file=sys.stderr, flush=True)
-    return found
+            moved = losses - base
+            yield Row(
+                length,
+                name,
+                (float(distances.max()), float(distances.mean())),
+                float(losses.mean().exp()),
+                float(moved.mean().exp()) - 1,
+                float(moved.std() / len(moved) ** 0.5),
+                1e3 * statistics.median(seconds),
+            )
 
 
-def table(points: Mapping[int, Mapping[str, Point]]) -> str:
-    """A block of rows for every length."""
+def timed(call: Call, texts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[float]]:
+    """The hidden states of each text, and the seconds every call took."""
+    states: list[torch.Tensor] = []
+    seconds: list[float] = []
+    for ids in [*texts, *texts[:1]]:
+        started = time.perf_counter()
+        states.append(hidden(call, ids))
+        seconds.append(time.perf_counter() - started)
+    return states[: len(texts)], seconds
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for every row, length by length."""
     lines = ["| tokens | treated | error, largest | mean | perplexity | change (± standard error) | ms |"]
     lines.append("|---:|---|---:|---:|---:|---:|---:|")
-    for length, row in points.items():
-        base = row["none"].losses
-        for name, point in row.items():
-            worst, mean = point.error
-            change = ["", ""] if name == "none" else [f"{worst:.2g}", f"{mean:.2g}"]
-            quality = perplexity_change(base, point.losses)
-            quality = [quality[0], ""] if name == "none" else quality
-            lines.append(f"| {' | '.join([f'{length:,}', name, *change, *quality, f'{point.milliseconds:,.0f}'])} |")
+    for row in sorted(rows, key=lambda row: (row.tokens, [*PASSES].index(row.treated))):
+        worst, mean = row.error
+        cells = [f"{row.tokens:,}", row.treated, f"{worst:.2g}", f"{mean:.2g}", f"{row.perplexity:.2f}"]
+        cells += [f"{row.change:+.2%} (± {row.spread:.2%})", f"{row.milliseconds:,.0f}"]
+        if row.treated == DENSE:
+            cells[2] = cells[3] = cells[5] = ""
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(points: Mapping[int, Mapping[str, Point]], file: Path) -> None:
+def draw(rows: Sequence[Row], file: Path) -> None:
     """Mean error, change of perplexity and time a token against the length."""
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "lissom"
     figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    lengths = list(points)
     for name in PASSES:
-        rows = [points[length] for length in lengths]
-        changes = [100 * (float((row[name].losses - row["none"].losses).mean().exp()) - 1) for row in rows]
-        times = [1e3 * row[name].milliseconds / length for row, length in zip(rows, lengths, strict=True)]
-        for panel, values in zip(panels, ([row[name].error[1] for row in rows], changes, times), strict=True):
-            panel.plot(lengths, values, marker=".", label=name, color="black" if name == "none" else None)
+        mine = sorted((row for row in rows if row.treated == name), key=lambda row: row.tokens)
+        lengths = [row.tokens for row in mine]
+        curves = (
+            [row.error[1] for row in mine],
+            [100 * row.change for row in mine],
+            [1e3 * row.milliseconds / row.tokens for row in mine],
+        )
+        for panel, values in zip(panels, curves, strict=True):
+            panel.plot(lengths, values, marker=".", label=name, color="black" if name == DENSE else None)
     for panel, title in zip(panels, ("mean error of hidden states", "perplexity, change in %", "µs a token"), strict=True):
         panel.set(title=title, xlabel="tokens")
         panel.set_xscale("log", base=2)
@@ -146,24 +173,45 @@ def draw(points: Mapping[int, Mapping[str, Point]], file: Path) -> None:
     pyplot.close(figure)
 
 
+def read_rows() -> list[Row]:
+    """What was measured so far."""
+    if not RECORDS.exists():
+        return []
+    return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))]
+
+
+def write_rows(rows: Sequence[Row]) -> None:
+    """Put the rows into the file, whole."""
+    fresh = RECORDS.with_suffix(".new")
+    fresh.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    fresh.replace(RECORDS)
+
+
 def main() -> None:
-    """Measure and print the tables."""
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="%(default)s by default")
     parser.add_argument("--tokens", type=int, default=4096, help="read at each length at least; %(default)s by default")
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long each program is timed at each length")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--update", action="store_true", help="put the tables into benchmarks/README.md, and draw the figure")
+    parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw the figure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    points = measure(load("gemma3-270m"), options.lengths, options.tokens, options.seconds)
-    passes = "\n".join(f"- {name}: `{passes}`" for name, passes in PASSES.items() if name != "none")
+    rows = [] if options.again else read_rows()
+    known = {(row.tokens, row.treated) for row in rows}
+    wanted = {length: [name for name in PASSES if (length, name) not in known] for length in options.lengths}
+    wanted = {length: names for length, names in wanted.items() if names}
+    for row in measure(load("gemma3-270m"), wanted, options.tokens) if wanted else ():
+        rows.append(row)
+        write_rows(rows)
+        print(row, file=sys.stderr, flush=True)
+    passes = "\n".join(f"- {name}: `{passes}`" for name, passes in PASSES.items() if name != DENSE)
     figure = f"![error, perplexity and time against the length]({FIGURE.name})"
-    printed = "\n".join([table(points), figure, "", passes, "", f"{conditions()}.", ""])
+    printed = "\n".join([table(rows), figure, "", passes, "", f"{conditions()}.", ""])
     print(printed)
     if options.update:
         put_table("length quality", printed)
-        draw(points, FIGURE)
+        draw(rows, FIGURE)
 
 
 if __name__ == "__main__":

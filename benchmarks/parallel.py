@@ -258,7 +258,9 @@ def main() -> None:
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 3) + "---|"]
     for name in options.models:
         lines += rows(name, options.ways, options.rounds)
-    printed = "\n".join([*lines, "", f"Prompt of {PROMPT} tokens, {options.rounds} rounds, one thread a rank. {conditions()}.", ""])
+    printed = "\n".join(
+        [*lines, "", f"Prompt of {PROMPT} tokens, {options.rounds} rounds, one thread a rank. {conditions()}.", ""]
+    )
     print(printed)
     if options.update:
         put_table("parallel", printed)
