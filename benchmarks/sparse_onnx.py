@@ -1,19 +1,19 @@
 """Block-sparse attention in ONNX Runtime: by key blocks, beside its own dense and sparse attention.
 
-    python benchmarks/sparse_onnx.py
+    python benchmarks/sparse_onnx.py --update
     python benchmarks/sparse_onnx.py --tokens 4096 --width 32 --runs 9
 
 Of all keys an eighth is kept: as a window on both sides, a causal window, a window with keys and queries in front that see
 everything, and blocks of 64 drawn at random. Queries, keys and values are given as projections give them, [1, tokens, heads ·
-width]. Sessions are timed in turn, and the fastest run of each counts. `dense` sees everything; `masked` is dense attention
-under the pattern's mask; the rest is what `onnxruntime` writes, and ONNX Runtime's own operators for causal windows and blocks.
+width]. Sessions are timed in turn: medians, with the quarters below and above. `dense` sees everything; `masked` is dense
+attention under the pattern's mask; the rest is what `onnxruntime` writes, and ONNX Runtime's own operators for causal windows and blocks.
+Prints a Markdown table; `--update` puts it into benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
+from quality import conditions
+from readme import put_table
 from torch import nn
 
 from lissom.backends.onnx_export import export_onnx, save_onnx
@@ -32,6 +34,7 @@ from lissom.backends.onnx_forms import ATTENTION, PAIRS, write_form
 from lissom.backends.onnx_session import SessionOptions, open_session
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.frontends.export import capture
+from lissom.inspect.timing import Timing, time_calls
 from lissom.ops import block_sparse_attention
 
 BLOCK = 64
@@ -200,8 +203,8 @@ def _sparse(setting: Setting, given: Mapping[str, np.ndarray], path: Path, optio
     return run
 
 
-def measure(setting: Setting, runs: int) -> dict[str, float]:
-    """Milliseconds of the fastest run of each form; where one gives something else than another, ValueError."""
+def measure(setting: Setting, runs: int) -> dict[str, Timing]:
+    """The time of each form; where one gives something else than another, ValueError."""
     with TemporaryDirectory(prefix="lissom-") as folder:
         calls = dict(sessions(setting, Path(folder)))
         results = {name: call() for name, call in calls.items() if name not in ("dense", "SparseAttention")}
@@ -210,22 +213,16 @@ def measure(setting: Setting, runs: int) -> dict[str, float]:
             # float32: sums of thousands of terms in another order.
             if not np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max():
                 raise ValueError(f"'{name}' gives something else than '{next(iter(results))}'")
-        best = dict.fromkeys(calls, float("inf"))
-        for _ in range(runs):
-            for name, call in calls.items():
-                started = time.perf_counter()
-                call()
-                best[name] = min(best[name], (time.perf_counter() - started) * 1e3)
-    return best
+        return time_calls(calls, 0.0, least=runs)
 
 
-def table(rows: Sequence[tuple[str, Setting, Mapping[str, float]]]) -> str:
+def table(rows: Sequence[tuple[str, Setting, Mapping[str, Timing]]]) -> str:
     """The times as Markdown, and how often dense attention takes as long."""
     lines = ["| pattern | tokens | heads | form | ms | dense takes |", "|---|---:|---:|---|---:|---:|"]
     for name, setting, times in rows:
         for form, taken in times.items():
             sizes = f"{setting.tokens:,} | {setting.heads} of {setting.width}"
-            lines.append(f"| {name} | {sizes} | {form} | {taken:.1f} | {times['dense'] / taken:.2f} × |")
+            lines.append(f"| {name} | {sizes} | {form} | {taken} | {times['dense'].median_ms / taken.median_ms:.2f} × |")
     return "\n".join(lines)
 
 
@@ -233,12 +230,14 @@ def main() -> None:
     """Time what the command line asks for, and print the table."""
     parser = argparse.ArgumentParser(description="Block-sparse attention in ONNX Runtime.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--width", type=int, nargs="+", default=[64, 32])
+    parser.add_argument("--width", type=int, nargs="+", default=[64])
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--patterns", nargs="+", default=list(patterns(BLOCK)))
+    parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
     rows = []
     for width in chosen.width:
         for tokens in chosen.tokens:
@@ -246,7 +245,10 @@ def main() -> None:
                 setting = Setting(*patterns(tokens)[name], tokens, chosen.heads, width, chosen.threads)
                 rows.append((name, setting, measure(setting, chosen.runs)))
                 print(table(rows[-1:]).split("\n", 2)[2], file=sys.stderr, flush=True)
-    print(table(rows))
+    printed = f"{table(rows)}\n\nonnxruntime {onnxruntime.__version__}. {conditions()}.\n"
+    print(printed)
+    if chosen.update:
+        put_table("sparse_onnx", printed)
 
 
 if __name__ == "__main__":
