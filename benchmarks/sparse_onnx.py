@@ -6,7 +6,8 @@
 Of all keys an eighth is kept: as a window on both sides, a causal window, a window with keys and queries in front that see
 everything, and blocks of 64 drawn at random. Queries, keys and values are given as projections give them, [1, tokens, heads ·
 width]. Sessions are timed in turn: medians, with the quarters below and above. `dense` sees everything; `masked` is dense
-attention under the pattern's mask; the rest is what `onnxruntime` writes, and ONNX Runtime's own operators for causal windows and blocks.
+attention under the pattern's mask; the rest is what `onnxruntime` writes, and ONNX Runtime's own operators for causal windows
+and blocks.
 Prints a Markdown table; `--update` puts it into benchmarks/README.md.
 """
 

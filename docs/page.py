@@ -21,17 +21,18 @@ from lissom.passes.quantize.quantize import Scheme
 _CURVES = "Quality, latency and bytes against the share kept, on real models: [What pruning costs and gains](../curves.md)."
 _SCHEMES = ", ".join(f"[{name}](../schemes/{name}.md)" for name in get_args(Scheme))
 _SPARSE = "Dense and sparse against the length: [benchmarks](../../benchmarks/README.md#sparse-attention)"
+_LENGTH = "[against the length](../../benchmarks/README.md#sparse-and-linear-attention-against-the-length)"
 MEASURED = {
     **dict.fromkeys(("prune-heads", "prune-neurons", "prune-layers", "prune-hidden", "sparsify"), _CURVES),
     "low-rank": "By calibration data and by weights alone, on real models: [benchmarks](../../benchmarks/README.md#low-rank).",
     "pool-heads": "Quality on a real model, by each way of pooling: "
     "[benchmarks](../../benchmarks/README.md#what-pruning-costs-in-quality).",
     "sparsify-attention": f"{_SPARSE}; what patterns cost in quality on a real model: "
-    "[benchmarks](../../benchmarks/README.md#what-sparse-attention-costs-in-quality).",
+    f"[benchmarks](../../benchmarks/README.md#what-sparse-attention-costs-in-quality), and {_LENGTH}.",
     "lower-sparse-attention": f"{_SPARSE}; the windows models come with: "
     "[benchmarks](../../benchmarks/README.md#the-windows-a-model-comes-with).",
     "linear-attention": "Times and memory against the length, and what a real model loses: "
-    "[benchmarks](../../benchmarks/README.md#linear-attention).",
+    f"[benchmarks](../../benchmarks/README.md#linear-attention), and {_LENGTH}.",
     **dict.fromkeys(("shard", "cut"), "Plans of models of four families: [Tensor parallelism](../parallel.md)."),
     "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
 }
