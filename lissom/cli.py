@@ -43,7 +43,7 @@ from lissom.inspect.sites import axes_table, structure_tables
 from lissom.inspect.tables import Report, coloured_diff, passes_table
 from lissom.passes import RECIPES, known_passes
 from lissom.scatter import with_ways
-from lissom.torchrun import RankProcess, may_speak, one_of_ranks, refuse_torchrun
+from lissom.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler-style graph optimizer for transformers.")
 console = Console()
@@ -367,6 +367,11 @@ def _load(directory: Path, device: str | None) -> api.CompiledModel:
 
 def main() -> None:
     """Run the command line; an error of ours is one sentence and exit status 1."""
+    with ending_at_once():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except (LissomError, OSError) as error:

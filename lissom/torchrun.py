@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,22 @@ def one_of_ranks(artifact: Path | None, device: str | None) -> Generator[RankPro
     yield RankProcess(dist.get_rank() == 0, device)
     # After an error the process ends as it is: a group whose ranks are gone cannot be left in order.
     dist.destroy_process_group()
+
+
+@contextmanager
+def ending_at_once() -> Generator[None]:
+    """End a process that torchrun started with the block, when what it wrote is out.
+
+    Gloo's threads abort a process that they outlive: to let go of a tensor they want the interpreter's lock, and it is gone.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        if not under_torchrun() or ended.code not in (None, 0, 1, 2):
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(ended.code or 0))
 
 
 def may_speak() -> bool:
