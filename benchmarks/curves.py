@@ -34,6 +34,7 @@ from quality import (
 
 import lissom
 from lissom.api import CompiledModel
+from lissom.artifacts.files import write_whole
 from lissom.artifacts.weights import stored_bytes
 from lissom.frontends.huggingface import Checkpoint, load
 
@@ -114,7 +115,7 @@ def measure(model: str) -> None:
         latency = latency_share(found, whole, timed, 5.0)
         point = Point(model, passes, keep, score(found), latency, stored_bytes(found.program) / size, seconds, conditions())
         print(point, file=sys.stderr)
-        write(RECORDS, json.dumps([asdict(item) for item in (*read_points(), point)], indent=1) + "\n")
+        write_whole(RECORDS, json.dumps([asdict(item) for item in (*read_points(), point)], indent=1) + "\n")
 
 
 def scorer(model: str, checkpoint: Checkpoint) -> Callable[[CompiledModel | None], dict[str, float]]:
@@ -131,13 +132,6 @@ def scorer(model: str, checkpoint: Checkpoint) -> Callable[[CompiledModel | None
         return {"recall@10": reached.recall(10), "change": change, "low": low, "high": high, "cosine": near}
 
     return score
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def draw(model: str, points: Sequence[Point], path: Path) -> None:
@@ -215,7 +209,7 @@ def main() -> None:
         chosen = [point for point in points if point.model == model]
         if chosen:
             draw(model, chosen, PAGE.parent / f"curves-{model}.svg")
-    write(PAGE, page(points))
+    write_whole(PAGE, page(points))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
+from lissom.artifacts.files import write_whole
 from lissom.frontends.huggingface import Checkpoint, load
 
 RECORDS = Path(__file__).parent / "length_quality.json"
@@ -180,13 +181,6 @@ def read_rows() -> list[Row]:
     return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))]
 
 
-def write_rows(rows: Sequence[Row]) -> None:
-    """Put the rows into the file, whole."""
-    fresh = RECORDS.with_suffix(".new")
-    fresh.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    fresh.replace(RECORDS)
-
-
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -203,7 +197,7 @@ def main() -> None:
     wanted = {length: names for length, names in wanted.items() if names}
     for row in measure(load("gemma3-270m"), wanted, options.tokens) if wanted else ():
         rows.append(row)
-        write_rows(rows)
+        write_whole(RECORDS, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         print(row, file=sys.stderr, flush=True)
     passes = "\n".join(f"- {name}: `{passes}`" for name, passes in PASSES.items() if name != DENSE)
     figure = f"![error, perplexity and time against the length]({FIGURE.name})"

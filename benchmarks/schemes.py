@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from curves import TITLES, write
+from curves import TITLES
 from quality import (
     calibration_batches,
     conditions,
@@ -36,6 +36,7 @@ from quality import (
 )
 
 import lissom
+from lissom.artifacts.files import write_whole
 from lissom.artifacts.weights import stored_bytes
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.pipeline import Pipeline
@@ -203,7 +204,7 @@ def measure(model: str) -> None:
             conditions(),
         )
         print(row, file=sys.stderr)
-        write(RECORDS, json.dumps([asdict(item) for item in (*read_rows(), row)], indent=1) + "\n")
+        write_whole(RECORDS, json.dumps([asdict(item) for item in (*read_rows(), row)], indent=1) + "\n")
 
 
 def scorer(model: str, checkpoint: Checkpoint) -> Callable[[Callable[..., object]], list[str]]:
@@ -265,13 +266,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.again and options.model:
         kept = [asdict(row) for row in read_rows() if row.model != options.model]
-        write(RECORDS, json.dumps(kept, indent=1) + "\n")
+        write_whole(RECORDS, json.dumps(kept, indent=1) + "\n")
     if options.model and not options.write:
         measure(options.model)
     rows = read_rows()
     PAGES.mkdir(exist_ok=True)
     for name in SCHEMES:
-        write(PAGES / f"{name}.md", page(name, rows))
+        write_whole(PAGES / f"{name}.md", page(name, rows))
 
 
 if __name__ == "__main__":

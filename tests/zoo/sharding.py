@@ -31,6 +31,7 @@ from lissom.compiler.sharding import sharded_share
 from lissom.compiler.verify import relative_error, run_original, tolerance_of
 from lissom.passes.parallel.cut import Cut
 from lissom.passes.parallel.shard import Shard
+from tests.zoo.coverage import load
 from tests.zoo.entry import FAMILIES, Entry
 from tests.zoo.removal import canonical
 
@@ -122,12 +123,6 @@ def _be_rank(program: Program, rank: int, samples: list[Sample], wanted: list[An
         said = f"rank {rank}: {type(error).__name__}: {str(error)[:300]}"
     (folder / f"rank-{rank}").write_text(json.dumps(said), encoding="utf-8")
     os._exit(0)
-
-
-def load(path: Path) -> list[Record]:
-    """The records of a run; of a model that was run twice, the later one."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return list({record["name"]: record for record in map(json.loads, lines)}.values())
 
 
 def is_equal(record: Record) -> bool:
