@@ -164,7 +164,7 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
         _keep_scale(node, found)
     elif target in _CONVOLUTIONS and nodes.argument(node, "groups") != 1:
         channels = _size(cast(Axis, found.of[node.all_input_nodes[0]][1]), keep)
-        _set_named(node, "groups", channels)
+        nodes.set_argument(node, "groups", channels)
     elif target is aten.repeat_interleave.self_int:
         _set_argument(node, 1, _copies(node, cast(int, node.args[2] if len(node.args) > 2 else 0), found, keep))
     elif target is aten.repeat.default:
@@ -237,21 +237,11 @@ def _keep_scale(node: fx.Node, found: Axes) -> None:
     """An attention without a scale takes 1/√(head size), which must stay that of the original head size."""
     if nodes.argument(node, "scale") is None:
         head_dim = cast(int, cast(Axis, found.of[cast(fx.Node, node.args[0])][-1]).find().size)
-        _set_named(node, "scale", head_dim**-0.5)
+        nodes.set_argument(node, "scale", head_dim**-0.5)
 
 
 def _set_argument(node: fx.Node, index: int, value: object) -> None:
     node.args = (*node.args[:index], value, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _set_named(node: fx.Node, name: str, value: object) -> None:
-    """Set an argument by its parameter's name, wherever the call has it."""
-    names = [parameter.name for parameter in cast(torch._ops.OpOverload, node.target)._schema.arguments]
-    index = names.index(name)
-    if index < len(node.args):
-        _set_argument(node, index, value)
-    else:
-        node.kwargs = {**node.kwargs, name: value}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _refuse_literals(node: fx.Node) -> None:

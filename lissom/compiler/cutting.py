@@ -23,9 +23,10 @@ from lissom.compiler.cutting_sequence import Positions
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import PassError
 from lissom.compiler.placement_base import Reading
+from lissom.compiler.placement_gathered import outcome, own_part
 from lissom.compiler.placement_joint import joint_dim, joint_span
-from lissom.compiler.placement_sequence import outcome
 from lissom.compiler.placements import REPLICATED, Placed, Span, Spans, indices_of, local_part, local_size
+from lissom.compiler.shard_sites import linear_layers
 from lissom.compiler.sharding import redistribution_steps
 from lissom.compiler.text import place
 from lissom.compiler.types import Size, TensorType
@@ -49,7 +50,10 @@ class _Cutter:
         self.known = {node: self._placed(node) for node in self.program.graph.nodes if node.op != "output"}
         self.types = {node: nodes.node_type(node) for node in self.known}
         by_position = any(isinstance(item, Placed) and item.is_by_position for item in self.known.values())
-        self.read = Reading(self.known, self._as_planned, ways, self.program.constant, by_position)
+        # A layer that is cut by columns and yet gives a whole result is one that is gathered at once.
+        layers = {node for node, _ in linear_layers(self.program)}
+        gathered = {node for node in layers if self.known[node] == REPLICATED}
+        self.read = Reading(self.known, self._as_planned, ways, self.program.constant, by_position, gathered)
         self.moved: dict[tuple[fx.Node, Placed], fx.Node] = {}
         self.stands_for: dict[fx.Node, fx.Node] = {}
         self.own: dict[str, list[torch.Tensor]] = {}
@@ -71,6 +75,7 @@ class _Cutter:
     def run(self) -> None:
         wants = [(node, self._outcome(node)) for node in self.program.nodes()]
         together = {node: span for node, _ in wants if (span := joint_span(node, self.read)) is not None}
+        parts = {node: found.result for node in self.read.gathered if (found := own_part(node, self.read)) is not None}
         self.wanted_whole = {item for _, wanted in wants for item, want in wanted.items() if want.is_replicated}
         self.wanted_whole.update(self.program.output.all_input_nodes)
         self._cut_weights()
@@ -79,6 +84,8 @@ class _Cutter:
             if not node._erased:
                 self.edit.current = node
                 self._follow(node, wanted, together.get(node))
+                if node in parts:
+                    self._gather_at_once(node, cast(Placed, parts[node]))
         for leaf in self.program.output.all_input_nodes:
             found = self.known[leaf]
             if isinstance(found, Placed) and not found.is_replicated:
@@ -144,7 +151,9 @@ class _Cutter:
             return
         if _is_cut(placed) or any(_is_cut(self.known.get(item, REPLICATED)) for item in node.all_input_nodes):
             self._correct(node, placed)
-        self.edit.retype_call(node)
+        # What reads the same as before keeps its type: sizes told by values would get new symbols, with nothing known of them.
+        if wants or _is_cut(placed) or any(nodes.node_type(item) != self.types.get(item) for item in node.all_input_nodes):
+            self.edit.retype_call(node)
 
     def _correct(self, node: fx.Node, placed: Placed | tuple[Placed, ...]) -> None:
         """The sizes and places written into a call become those of a rank."""
@@ -158,6 +167,10 @@ class _Cutter:
             if any(part.spans(at) for part in parts):
                 sizes = [local_size(part.spans(at), found.shape[at]) for part, found in zip(parts, types, strict=True)]
                 node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}  # pyright: ignore
+        elif nodes.is_call(node, aten.conv1d.default, aten.conv2d.default) and isinstance(placed, Placed):
+            # Only one with a kernel a channel is cut.
+            if spans := placed.spans(1):
+                nodes.set_argument(node, "groups", local_size(spans, cast(TensorType, self.types[node]).shape[1]))
         elif node.target is aten.slice.Tensor:
             self._correct_slice(node)
         elif node.target is aten.repeat_interleave.self_int and isinstance(placed, Placed):
@@ -301,6 +314,13 @@ class _Cutter:
             others = self.edit.call(aten.unsqueeze.default, self.edit.call(aten.ne.Tensor, own, held), -1)
             found = self.edit.call(aten.embedding.default, table, held)
             found = self.edit.call(aten.masked_fill.Scalar, found, others, 0)
+        self._replace(node, found)
+
+    def _gather_at_once(self, node: fx.Node, part: Placed) -> None:
+        """Let all ranks have the whole of what each computes its columns of."""
+        with self.edit.before(node):
+            own = self._call(part, cast(torch._ops.OpOverload, node.target), *node.args, **node.kwargs)
+            found = self._gathered(own, part, cast(TensorType, self.types[node]).shape)
         self._replace(node, found)
 
     def _work_out(self, node: fx.Node, span: Span) -> None:

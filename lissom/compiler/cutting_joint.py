@@ -18,7 +18,16 @@ from lissom.compiler import node as nodes
 from lissom.compiler.collectives import ALL_GATHER, GROUP, WAIT
 from lissom.compiler.editor import Editor
 from lissom.compiler.grids import FORMATS, LEAST
-from lissom.compiler.placement_joint import BEST, LOG_SOFTMAX, LOOK_UP, SOFTMAX, candidates, computed_dtype, packed_dtype
+from lissom.compiler.placement_joint import (
+    BEST,
+    LOG_SOFTMAX,
+    LOOK_UP,
+    NORMS,
+    SOFTMAX,
+    candidates,
+    computed_dtype,
+    packed_dtype,
+)
 from lissom.compiler.placements import Span, Spans, indices_of
 from lissom.compiler.types import TensorType
 
@@ -45,6 +54,8 @@ class Joint:
             return [self._normalized(node, x, result, dim, span)]
         if nodes.is_call(node, *LOOK_UP):
             return [self._looked_up(node, x, dim, span)]
+        if nodes.is_call(node, *NORMS):
+            return [self._normed(node, x, result, dim, span)]
         if nodes.is_call(node, aten.amax.default):
             kept = bool(nodes.argument(node, "keepdim"))
             return [self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], kept), "max")]
@@ -66,6 +77,27 @@ class Joint:
         if nodes.is_call(node, *SOFTMAX):
             return self._in(call(aten.div.Tensor, powers, total), result)
         return self._in(call(aten.sub.Tensor, below, call(aten.log.default, total)), result)
+
+    def _normed(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
+        """rms norm or layer norm, from the sums of all parts; one that several ranks hold is counted once."""
+        call, inner = self.edit.call, computed_dtype(node)
+        share = span.parts / self.ways / cast(int, span.whole)
+
+        def mean(values: fx.Node) -> fx.Node:
+            values = call(aten.sum.dim_IntList, self._masked(values, dim, span, 0), [dim], True)
+            return call(aten.mul.Scalar, self.reduced(values, "sum"), share)
+
+        epsilon, dtype, x = nodes.argument(node, "eps"), nodes.tensor_type(x).dtype, self._in(x, inner)
+        if nodes.is_call(node, aten.layer_norm.default):
+            x = call(aten.sub.Tensor, x, mean(x))
+        squares = mean(call(aten.mul.Tensor, x, x))
+        squares = call(aten.add.Scalar, squares, torch.finfo(dtype).eps if epsilon is None else epsilon)
+        found = call(aten.mul.Tensor, x, call(aten.rsqrt.default, squares))
+        if isinstance(weight := nodes.argument(node, "weight"), fx.Node):
+            found = call(aten.mul.Tensor, found, self._in(weight, inner))
+        if nodes.is_call(node, aten.layer_norm.default) and isinstance(bias := nodes.argument(node, "bias"), fx.Node):
+            found = call(aten.add.Tensor, found, self._in(bias, inner))
+        return self._in(found, result)
 
     def _log_sum(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
         call, x = self.edit.call, self._in(x, computed_dtype(node))

@@ -143,6 +143,16 @@ def argument(node: fx.Node, name: str) -> object:
     raise KeyError(f"{node.target} has no parameter '{name}'")
 
 
+def set_argument(node: fx.Node, name: str, value: object) -> None:
+    """Set the argument of a call for the operator's parameter `name`, wherever the call has it."""
+    names = [parameter.name for parameter in cast(torch._ops.OpOverload, node.target)._schema.arguments]
+    index = names.index(name)
+    if index < len(node.args):
+        node.args = (*node.args[:index], value, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        node.kwargs = {**node.kwargs, name: value}  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def is_state_write(node: fx.Node) -> bool:
     """True for the mutations a program may hold: `copy_` into a weight listed as state, or into rows of it."""
     first = node.args[0] if node.args else None

@@ -35,6 +35,7 @@ class Reading:
     axes; empty for one it does not cut. ways: how many ranks there are.
     constant: the value of a weight that no call writes; None for any other node.
     by_position: whether values between the layers are cut by position.
+    gathered: linear layers that are cut by columns and whose results are gathered at once.
     """
 
     known: Mapping[fx.Node, Placed | tuple[Placed, ...]]
@@ -42,6 +43,7 @@ class Reading:
     ways: int = 2
     constant: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
     by_position: bool = False
+    gathered: Collection[fx.Node] = ()
 
     def is_apart(self, spans: Spans) -> bool:
         """True when each rank holds a part of its own, so that sums of the parts are a sum over ranks."""

@@ -6,8 +6,12 @@ its sum of exponentials, or its best candidates (Shoeybi et al. 2019, arXiv:1909
     log softmax(x) = x - m - log Σ exp(x - m),  m = max x      two all-reduces of one number a row; the result stays cut
     argmax(x)                                                  one all-gather of each rank's best value and its index
 
-Rows rounded with their own range are of the same kind: the range is found together. Where all ranks need the whole row anyway,
-because it is returned, they gather it, and read what they have gathered.
+Rows rounded with their own range are of the same kind: the range is found together. So are norms over all heads, as OLMo 2 has
+them on its queries and keys: ranks add up their sums of squares, and what is normed stays cut,
+
+    rms norm(x) = x / √(Σ x² / n + ε) · w                      one all-reduce of one number a row; two with a mean
+
+Where all ranks need the whole row anyway, because it is returned, they gather it, and read what they have gathered.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.axis_rules import reduced_dims
-from lissom.compiler.placement_base import Outcome, Reading, Rule, settled, shape_of
+from lissom.compiler.placement_base import Outcome, Reading, Rule, alike, settled, shape_of
 from lissom.compiler.placements import PARTIAL, REPLICATED, Placed, Span, can_gather
 from lissom.compiler.types import Size, TensorType
 
@@ -34,7 +38,8 @@ BEST = (aten.argmax.default, aten.max.dim)
 LOOK_UP = (aten.gather.default, aten.take_along_dim.default)
 CHOICES = (*LOG_SOFTMAX, *SOFTMAX, *BEST, aten.logsumexp.default, aten.topk.default)
 """What reads logits to choose a token or to tell its probability."""
-JOINT = (*CHOICES, *LOOK_UP, aten.amax.default)
+NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+JOINT = (*CHOICES, *LOOK_UP, *NORMS, aten.amax.default)
 """What ranks can work out together. Ranks find the range of a row that is rounded together, too."""
 LEAST_ROW = 4
 """The least length of a rank's part of a row: shorter rows are gathered, at one message where a softmax takes two."""
@@ -42,9 +47,13 @@ _EXACT = 2**24
 """Every index below it is a float32."""
 
 
+ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
+"""How often each byte of a value goes round a ring, but for a rank's own share, by the kind of collective."""
+
+
 @dataclass(frozen=True)
 class Exchange:
-    """One collective inside an operator. kind: `all-reduce` or `all-gather`; shape: of what is reduced, or of all parts."""
+    """One collective. kind: `all-reduce`, `reduce-scatter` or `all-gather`; shape: of what is reduced, or of all parts."""
 
     kind: str
     shape: tuple[Size, ...]
@@ -57,6 +66,8 @@ def jointly(rule: Rule) -> Rule:
     def found(node: fx.Node, read: Reading) -> Outcome:
         if joint_span(node, read) is None:
             return rule(node, read)
+        if nodes.is_call(node, *NORMS):
+            return alike(node, read)
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
             return Outcome(read.of(node.args[0]))
         if nodes.is_call(node, *LOOK_UP):
@@ -73,7 +84,14 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
         return None
     item, dim = node.args[0], joint_dim(node)
     placed = read.of(item)
-    if dim is None or [at for at, _ in placed.dims] != [dim] or not can_gather(placed, read.ways):
+    if dim is None or [at for at, _ in placed.dims] != [dim]:
+        return None
+    if nodes.is_call(node, *NORMS):
+        (span, *others) = placed.spans(dim)
+        # Every part is held by equally many ranks, so that a sum over ranks has each equally often.
+        alike_often = not others and read.ways % span.parts == 0 and isinstance(span.whole, int)
+        return span if alike_often and _is_number(item) and alike(node, read).result != REPLICATED else None
+    if not can_gather(placed, read.ways):
         return None
     (span,) = placed.spans(dim)
     if not isinstance(span.whole, int) or cast(int, span.local) < LEAST_ROW or not _is_number(item):
@@ -94,6 +112,8 @@ def joint_dim(node: fx.Node) -> int | None:
     if nodes.is_call(node, aten.amax.default, aten.logsumexp.default, *BEST):
         dims = reduced_dims(node, rank)
         return next(iter(dims)) if len(dims) == 1 and nodes.argument(node, "dim") not in (None, []) else None
+    if nodes.is_call(node, *NORMS):
+        return rank - 1 if len(cast("list[int]", node.args[1])) == 1 else None
     dim = nodes.argument(node, "dim")
     return dim % rank if isinstance(dim, int) else None
 
@@ -120,7 +140,7 @@ def packed_dtype(item: TensorType, dim: int) -> torch.dtype:
 
 
 def computed_dtype(node: fx.Node) -> torch.dtype:
-    """What sums of exponentials are computed in: at least float32."""
+    """What sums of exponentials and of squares are computed in: at least float32."""
     found = nodes.tensor_type(node).dtype
     return found if found == torch.float64 else torch.float32
 
@@ -147,6 +167,8 @@ def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
         return (Exchange("all-gather", (read.ways, 2, *rest, candidates(node, span)), packed_dtype(item, dim)),)
     if nodes.is_call(node, aten.amax.default):
         return (Exchange("all-reduce", rest, item.dtype),)
+    if nodes.is_call(node, aten.rms_norm.default):
+        return (Exchange("all-reduce", rest, computed_dtype(node)),)
     return (Exchange("all-reduce", rest, computed_dtype(node)),) * 2
 
 

@@ -73,14 +73,14 @@ def pointwise(node: fx.Node, read: Reading) -> Outcome:
         return alike(node, read)
     lone = [item for item in partial if is_only_reader(node, item)]
     if not lone:
-        return replicated(node, read)
+        return alike(node, read)
     if nodes.is_call(node, aten.add.Tensor, aten.sub.Tensor):
         others = [item for item in items if item not in lone]
         same = all(shape_of(item) == shape_of(node) for item in partial)
         if len(node.all_input_nodes) == 2 == len(items) and same and (not others or _joins_a_sum(node, read)):
             return settled(node, read, PARTIAL, dict.fromkeys(items, PARTIAL))
     if len(lone) < len(partial):
-        return replicated(node, read)
+        return alike(node, read)
     scales = nodes.is_call(node, aten.mul.Tensor, aten.mul.Scalar) or (
         nodes.is_call(node, aten.div.Tensor, aten.div.Scalar) and node.args[0] in partial
     )
@@ -90,7 +90,7 @@ def pointwise(node: fx.Node, read: Reading) -> Outcome:
         others = [item for item in items if item not in partial and not read.of(item).is_replicated]
         if not others and shape_of(partial[0]) == shape_of(node):
             return Outcome(PARTIAL)
-    return replicated(node, read)
+    return alike(node, read)
 
 
 def _joins_a_sum(node: fx.Node, read: Reading) -> bool:
@@ -147,10 +147,9 @@ def _product(
     letters: Letters,
     bias: fx.Node | None = None,
 ) -> Outcome:
-    if any(read.of(item).partial for item in sides):
-        return replicated(node, read)
     cut: dict[object, Spans] = {}
     for item, names in zip(sides, letters, strict=False):
+        # A sum that is still to be taken has no dims: it is wanted whole.
         for dim, spans in read.of(item).dims:
             if cut.setdefault(names[dim], spans) != spans:
                 return replicated(node, read)
@@ -255,11 +254,29 @@ def over(*names: str) -> Rule:
     return rule
 
 
-def norm(node: fx.Node, read: Reading) -> Outcome:
-    """layer_norm, rms_norm: not over a dimension that is cut."""
+def _norm(node: fx.Node, read: Reading) -> Outcome:
+    """layer_norm, rms_norm: not over a dimension that is cut, unless ranks add up their sums."""
     item = cast(fx.Node, node.args[0])
     rank, count = len(shape_of(item)), len(cast("list[int]", node.args[1]))
     return alike(node, read, whole=range(rank - count, rank))
+
+
+norm = jointly(_norm)
+
+
+def convolution(node: fx.Node, read: Reading) -> Outcome:
+    """A kernel a channel: channels may be cut. Other convolutions read all channels."""
+    x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    bias = nodes.argument(node, "bias")
+    channels = shape_of(node)[1]
+    if nodes.argument(node, "groups") == channels == shape_of(x)[1] and not read.of(x).partial:
+        spans = read.of(x).spans(1) or read.of(weight).spans(0)
+        wants = {x: sharded((1, spans)), weight: sharded((0, spans))}
+        if isinstance(bias, fx.Node):
+            wants[bias] = sharded((0, spans))
+        if all(dim == 1 for dim, _ in read.of(x).dims):
+            return settled(node, read, sharded((1, spans)), wants)
+    return replicated(node, read)
 
 
 def rotary(node: fx.Node, read: Reading) -> Outcome:
@@ -316,6 +333,7 @@ _register(embedding, "embedding")
 _register(attention, "scaled_dot_product_attention")
 _register(jointly(over("dim")), "softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "topk")
 _register(over("dim"), "cumsum", "cumprod", "sort", "glu")
+_register(convolution, "conv1d", "conv2d")
 _register(norm, "layer_norm", "rms_norm")
 _register(summed, "sum.dim_IntList", "sum")
 _register(reduced, "mean.dim", "mean", "var.correction", "var.dim", "std.correction", "std.dim", "amin")

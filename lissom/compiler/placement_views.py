@@ -289,10 +289,12 @@ def stack(node: fx.Node, read: Reading) -> Outcome:
 
 
 def split(node: fx.Node, read: Reading) -> Outcome:
-    """Pieces of a dimension: where it is cut, each piece has to be cut like a part of it."""
+    """Pieces of a dimension: where it is cut, each piece has to be cut like a part of it. A sum is taken once, before."""
     item = cast(fx.Node, node.args[0])
     rank = len(shape_of(item))
     dim, placed = dim_at(node, "dim", rank), read.of(item)
+    if placed.partial:
+        return replicated(node, read)
     types = cast("tuple[TensorType, ...]", nodes.node_type(node))
     if not placed.spans(dim):
         return _several(node, moved(node, read, {at: at for at in range(rank)}))

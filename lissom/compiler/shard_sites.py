@@ -8,7 +8,7 @@ occur, in weights, scales, biases of attention or state, is known from the axes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +19,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler.attention_sites import AttentionSite
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
-from lissom.compiler.linears import SHAPES, input_of, is_linear, is_pointwise, is_quantizer, weight_of
+from lissom.compiler.linears import SHAPES, input_of, is_linear, is_pointwise, is_quantizer, residual_of, weight_of
 from lissom.compiler.placement_joint import CHOICES, joint_dim
 from lissom.compiler.placements import Span, Spans
 from lissom.compiler.program import Program
@@ -36,10 +36,12 @@ Cuts = Mapping[Axis, tuple[int, int, int]]
 class ShardSite:
     """A part of a program that is cut.
 
-    kind: `attention`, `feed-forward`, `experts`, `embedding`, `output head`, or `layer` for one the user names.
+    kind: `attention`, `feed-forward`, `experts`, `embedding`, `output head`, `mixer`; `layer` for one the user names, `gathered
+        layer` and `summed layer` for one that is cut by itself.
     node: the operator it is reported at. path: its module. cuts: the atomic axes, into how many parts each is cut, and how many
         neighbouring ranks hold the same part.
-    obstacle: why there are none; empty where there are some.
+    obstacle: why it is not cut; empty where it is.
+    weight, dim: of a layer that is cut by itself, the weight and the dimension that is cut; no axis is.
     """
 
     kind: str
@@ -47,6 +49,8 @@ class ShardSite:
     path: str
     cuts: Mapping[Axis, tuple[int, int]]
     obstacle: str = ""
+    weight: fx.Node | None = None
+    dim: int = 0
 
 
 def shard_sites(program: Program, ways: int, layers: Mapping[fx.Node, str]) -> list[ShardSite]:
@@ -71,6 +75,27 @@ def shard_sites(program: Program, ways: int, layers: Mapping[fx.Node, str]) -> l
     for node, how in layers.items():
         axis = found.axis(node, -1) if how == "column-wise" else found.axis(input_of(node), -1)
         sites.append(_whole("layer", node, [axis], ways))
+    return sites
+
+
+def mixer_sites(program: Program, ways: int, layers: Collection[fx.Node]) -> list[ShardSite]:
+    """What recurrences and short convolutions mix tokens with: channels that one of these layers gives and another reads.
+
+    Mamba's inner channels are an example: projected in, convolved, run through the recurrence, and projected out. Channels of
+    the residual stream are not of this kind.
+    layers: linear layers that no other site cuts.
+    """
+    found = program.fact(axes)
+    sums = [total for node, _ in linear_layers(program) if (total := residual_of(node)) is not None]
+    stream = {atom.find() for total in sums for atom in found.axis(total, -1).atoms()}
+    given = {atom.find() for node in layers for atom in found.axis(node, -1).atoms()} - stream
+    sites: list[ShardSite] = []
+    taken = set[Axis]()
+    for node in layers:
+        site = _whole("mixer", node, [found.axis(input_of(node), -1)], ways)
+        if site.cuts and given.issuperset(site.cuts) and not taken.intersection(site.cuts):
+            taken.update(site.cuts)
+            sites.append(site)
     return sites
 
 
@@ -205,6 +230,15 @@ def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
             while weight.op == "call_function" and weight.all_input_nodes:
                 weight = weight.all_input_nodes[0]
             found.append((node, weight))
+    return found
+
+
+def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The weights of linear layers, those of mixtures of experts too, with the layers; convolutions are left out."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, weight in linear_layers(program):
+        if feature_dim(node) == -1:
+            found.setdefault(weight, []).append(node)
     return found
 
 

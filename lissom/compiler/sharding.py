@@ -7,8 +7,9 @@ that no axis names, such as a bias behind a sum over ranks, lie as what reads th
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,18 +18,21 @@ from torch import fx
 from lissom.compiler import node as nodes
 from lissom.compiler.axes import Axes, axes
 from lissom.compiler.axis import Axis
+from lissom.compiler.lone_layers import lone_layers, own_placement
 from lissom.compiler.placement_base import Reading, is_weight
-from lissom.compiler.placement_joint import Exchange, all_exchanges
+from lissom.compiler.placement_gathered import gatherings, outcome
+from lissom.compiler.placement_joint import ROUNDS, Exchange, all_exchanges
 from lissom.compiler.placement_rules import rule_of
-from lissom.compiler.placement_sequence import outcome
 from lissom.compiler.placements import REPLICATED, Placed, Spans, can_gather, sharded
 from lissom.compiler.program import Program
-from lissom.compiler.removal import feature_dim
-from lissom.compiler.shard_sites import ShardSite, linear_layers, shard_sites, spans_of
+from lissom.compiler.shard_sites import ShardSite, linear_weights, mixer_sites, shard_sites, spans_of
 from lissom.compiler.text import target_text
 
 Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
 Joint = Mapping[fx.Node, tuple[Exchange, ...]]
+
+SHARE = 0.95
+"""The share of the weights of linear layers that is cut by default, where the program lets it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,18 @@ class Plan:
     joint: Mapping[fx.Node, tuple[Exchange, ...]]
     sequence: bool = False
 
+    @property
+    def cost(self) -> tuple[int, int]:
+        """How many collectives there are before any are merged, and how many numbers they send; sizes that vary count as 1."""
+        moved = [
+            Exchange(step, nodes.tensor_type(move.value).shape, nodes.tensor_type(move.value).dtype)
+            for move in self.moves
+            for step in move.steps
+            if step in ROUNDS
+        ]
+        found = [*moved, *(item for items in self.joint.values() for item in items)]
+        return len(found), sum(ROUNDS[item.kind] * math.prod(n for n in item.shape if isinstance(n, int)) for item in found)
+
 
 class _RefusedError(Exception):
     """A site cannot be cut; args: its number, the reason."""
@@ -77,11 +93,15 @@ def make_plan(
     *,
     whole: Mapping[fx.Node, str] | None = None,
     layers: Mapping[fx.Node, str] | None = None,
+    share: float = SHARE,
     sequence: bool = False,
 ) -> Plan:
-    """The plan for a program. whole: sites the user wants on every rank, by their node, with the pattern that says so.
-    layers: linear layers the user names, each `column-wise` or `row-wise`. sequence: whether values between the layers are cut
-    by position.
+    """The plan for a program.
+
+    whole: sites and layers the user wants on every rank, by their node, with the pattern that says so.
+    layers: linear layers the user names, each `column-wise` or `row-wise`.
+    share: the least share of the weights of linear layers that is to be cut: where pairs of layers are fewer, others are cut by
+        themselves. sequence: whether values between the layers are cut by position.
     """
     found, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
@@ -90,6 +110,27 @@ def make_plan(
     ]
     left = [site for site in sites if site.obstacle]
     sites = [site for site in sites if not site.obstacle]
+    plan = _settle(program, found, sites, left, ways, sequence)
+    lone = lone_layers(program, ways, plan.placed, share, whole)
+    if not lone:
+        return plan
+    alone = _settle(program, found, [*plan.sites, *lone], left, ways, sequence)
+    weights = {weight: layers for weight, layers in linear_weights(program).items() if plan.placed[weight] == REPLICATED}
+    mixers = mixer_sites(program, ways, [node for layers in weights.values() for node in layers if node not in whole])
+    if not mixers:
+        return alone
+    plan = _settle(program, found, [*plan.sites, *mixers], left, ways, sequence)
+    if lone := lone_layers(program, ways, plan.placed, share, whole):
+        plan = _settle(program, found, [*plan.sites, *lone], plan.left, ways, sequence)
+    # What mixes tokens is cut by its channels where that takes fewer collectives than its layers, each cut by itself.
+    return plan if plan.cost <= alone.cost else alone
+
+
+def _settle(
+    program: Program, found: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], ways: int, sequence: bool
+) -> Plan:
+    """The plan that cuts as many of these sites as can be; the others join those that are left, with the reason."""
+    sites, left = list(sites), list(left)
     while True:
         try:
             placed, moves, gathered, joint = _Planner(program, found, sites, ways, sequence).run()
@@ -116,6 +157,9 @@ class _Planner:
         self.weights = {
             node: self._by_axes(node) for node in program.graph.nodes if node.op == "get_attr" and nodes.is_tensor(node)
         }
+        lone = [(number, site) for number, site in enumerate(sites) if site.weight is not None]
+        self.weights |= {cast(fx.Node, site.weight): own_placement(site, number, ways) for number, site in lone}
+        self.gathered = {site.node for _, site in lone if site.kind == "gathered layer"}
         self.fixed: set[fx.Node] = set()
 
     def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...], Joint]:
@@ -126,7 +170,13 @@ class _Planner:
         while True:
             known, wants, gathered = self._propagate()
             if not self._adapt(known, wants):
-                return known, self._moves(known, wants), gathered, all_exchanges(self.program.graph, self._reading(known))
+                read = self._reading(known)
+                return (
+                    known,
+                    self._moves(known, wants),
+                    gathered,
+                    {**all_exchanges(self.program.graph, read), **gatherings(read)},
+                )
 
     def cut(self, node: fx.Node, dim: int) -> Spans:
         """How the plan cuts a dimension of a value, told from its axis."""
@@ -138,7 +188,7 @@ class _Planner:
         return spans
 
     def _reading(self, known: Known) -> Reading:
-        return Reading(known, self.cut, self.ways, self.program.constant, self.sequence)
+        return Reading(known, self.cut, self.ways, self.program.constant, self.sequence, self.gathered)
 
     def _by_axes(self, weight: fx.Node) -> Placed:
         return sharded(*((dim, self.cut(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
@@ -246,7 +296,7 @@ def _is_fixed(spans: Spans) -> bool:
 def sharded_share(program: Program) -> float:
     """The share of the weights of linear layers, mixtures of experts included, that the program's placements cut."""
     total, cut = 0, 0
-    for weight in dict.fromkeys(weight for node, weight in linear_layers(program) if feature_dim(node) == -1):
+    for weight in linear_weights(program):
         placed = nodes.placed(weight)
         count = program.weight(str(weight.target)).numel()
         total += count

@@ -16,7 +16,7 @@ from torch import fx
 from lissom.compiler import node as nodes
 from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER
 from lissom.compiler.cost import example_sizes, size_numbers
-from lissom.compiler.placement_joint import Exchange
+from lissom.compiler.placement_joint import ROUNDS, Exchange
 from lissom.compiler.placements import Placed, local_size
 from lissom.compiler.program import Program
 from lissom.compiler.sharding import Plan, Redistribution
@@ -24,8 +24,6 @@ from lissom.compiler.structure import structure
 from lissom.compiler.types import Size
 from lissom.inspect.roofline import digits, plain_table, sizes_text
 
-_ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
-"""How often each byte of a value goes round a ring, but for a rank's own share."""
 _KINDS: Mapping[object, str] = {ALL_REDUCE: "all-reduce", REDUCE_SCATTER: "reduce-scatter", ALL_GATHER: "all-gather"}
 
 
@@ -60,7 +58,7 @@ class Traffic:
 def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
     """The collectives of a redistribution. numbers: the sizes of a call."""
     typed = nodes.tensor_type(move.value)
-    return [_exchanged(plan.ways, Exchange(step, typed.shape, typed.dtype), numbers) for step in move.steps if step in _ROUNDS]
+    return [_exchanged(plan.ways, Exchange(step, typed.shape, typed.dtype), numbers) for step in move.steps if step in ROUNDS]
 
 
 def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
@@ -80,7 +78,7 @@ def program_traffic(program: Program, ways: int, numbers: Mapping[sympy.Symbol, 
 
 def _exchanged(ways: int, item: Exchange, numbers: Mapping[sympy.Symbol, int]) -> Traffic:
     payload = math.prod(_number(size, numbers) for size in item.shape) * item.dtype.itemsize
-    rounds = _ROUNDS[item.kind]
+    rounds = ROUNDS[item.kind]
     return Traffic(item.kind, payload, rounds * payload * (ways - 1) / ways, rounds * (ways - 1))
 
 
@@ -153,7 +151,7 @@ def _placements(weights: Sequence[tuple[fx.Node, Placed]], layer: str) -> str:
 
 def _kinds(items: Sequence[Traffic]) -> str:
     counts = Counter(item.kind for item in items)
-    ordered = [(kind, counts[kind]) for kind in _ROUNDS if counts[kind]]
+    ordered = [(kind, counts[kind]) for kind in ROUNDS if counts[kind]]
     return ", ".join(f"{count} {kind}{'s' if count > 1 else ''}" for kind, count in ordered)
 
 

@@ -10,6 +10,10 @@ side by side has one. Embeddings and output heads are cut by vocabulary, mixture
 groups go with the heads that read them. A rank holds a bias of a layer cut by rows, the others zeros. Where an axis does not
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
+Layers that form no such pair are cut by themselves where the pairs have less than `share` of the weights: by columns with an
+all-gather of what they give (`lissom/compiler/placement_gathered.py`), or by rows where they give fewer values than there are
+ranks. The largest come first.
+
 What reads logits along a vocabulary that is cut (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges a
 few numbers a token. With `sequence`, values between the layers are cut by position (`lissom/compiler/placement_sequence.py`).
 
@@ -39,7 +43,7 @@ from lissom.compiler.placement_joint import JOINT, numbers_a_row
 from lissom.compiler.placement_sequence import position_obstacle
 from lissom.compiler.protection import is_path_protected
 from lissom.compiler.shard_sites import linear_layers, shard_sites
-from lissom.compiler.sharding import Plan, make_plan
+from lissom.compiler.sharding import SHARE, Plan, make_plan
 from lissom.compiler.text import target_text
 
 _LAYER_WORDS = ("column-wise", "row-wise")
@@ -51,19 +55,24 @@ class Shard(Annotation):
 
     ways: how many ranks, 2 or more.
     plan: what shall be otherwise, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern is that of a
-        module path and covers what the module holds: `*.mlp:replicate`. The first leaves sites whole on every rank, the others
-        cut linear layers that belong to no site.
+        module path and covers what the module holds: `*.mlp:replicate`. The first leaves sites and layers whole on every rank,
+        the others cut linear layers that belong to no site.
+    share: the least share of the weights of linear layers that is cut, 0 to 1. Where pairs of layers have less, others are cut
+        by themselves, each with a collective of its own; 0 cuts pairs alone.
     sequence: whether what lies between the layers, such as the residual stream and norms, is cut by position. Each all-reduce
         becomes a reduce-scatter and an all-gather, which send as much together, and these values take a part of the memory.
     """
 
     ways: int
     plan: tuple[str, ...] = ()
+    share: float = SHARE
     sequence: bool = False
 
     def __post_init__(self) -> None:
         if self.ways < 2:
             raise ValueError(f"ways is {self.ways}; it takes 2 ranks or more to share a program")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}; it is a part of the weights of linear layers, from 0 to 1")
         for entry in self.plan:
             pattern, _, how = entry.rpartition(":")
             if not pattern or how not in ("replicate", *_LAYER_WORDS):
@@ -73,7 +82,7 @@ class Shard(Annotation):
         if edit.program.ranks:
             raise UnsupportedError(f"shard: the program is cut for {len(edit.program.ranks)} ranks already")
         whole, layers = self._overrides(edit)
-        found = make_plan(edit.program, self.ways, whole=whole, layers=layers, sequence=self.sequence)
+        found = make_plan(edit.program, self.ways, whole=whole, layers=layers, share=self.share, sequence=self.sequence)
         for node, placed in found.placed.items():
             nodes.set_placed(node, placed)
         edit.rewritten += len(found.sites)
@@ -94,7 +103,9 @@ class Shard(Annotation):
         for entry in self.plan:
             pattern, _, how = entry.rpartition(":")
             if how == "replicate":
-                fits = {s.node: entry for s in shard_sites(edit.program, self.ways, {}) if is_path_protected(s.path, pattern)}
+                places = [(node, nodes.origin(node).module_path) for node, _ in linear_layers(edit.program)]
+                places += [(site.node, site.path) for site in shard_sites(edit.program, self.ways, {})]
+                fits = {node: entry for node, path in places if is_path_protected(path, pattern)}
                 whole |= fits
             else:
                 pairs = [node for node, _ in linear_layers(edit.program) if weight_of(node) is not None]
@@ -110,14 +121,19 @@ def _notes(found: Plan) -> list[str]:
     kinds = Counter(site.kind for site in found.sites)
     sites = ", ".join(f"{count} {kind}{'s' if count > 1 and kind != 'experts' else ''}" for kind, count in kinds.items())
     steps = Counter(step for move in found.moves for step in move.steps)
-    moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items())
+    steps["all-gather"] += kinds["gathered layer"]
+    moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items() if count)
     sentences = [f"on {found.ways} ranks: {sites or 'nothing'} cut; {moves or 'nothing'} to redistribute"]
     if found.sequence:
         sentences += _all_reduced(found)
-    for node, exchanges in found.joint.items():
-        if node.target in JOINT:
-            row = f"exchanges {numbers_a_row(exchanges, node)} numbers a row, and does not gather it"
-            sentences.append(f"{target_text(node.target)} at {node.name} reads what is cut: it {row}")
+    joint = Counter(
+        (target_text(node.target), numbers_a_row(exchanges, node))
+        for node, exchanges in found.joint.items()
+        if node.target in JOINT
+    )
+    for (operator, numbers), count in joint.items():
+        who = f"{operator} reads what is cut" if count == 1 else f"{count} times {operator} reads what is cut"
+        sentences.append(f"{who}: it exchanges {numbers} number{'s' if numbers > 1 else ''} a row, and does not gather it")
     for site in found.sites:
         padded = [
             f"{atom.size} as {-(-int(atom.size) // parts) * parts}"

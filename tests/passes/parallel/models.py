@@ -20,6 +20,15 @@ from tests.zoo.removal import canonical
 
 _SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_RECURRENT = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_MAMBA2 = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4}
 
 
 def _causal(name: str, config: transformers.PretrainedConfig) -> Case:
@@ -50,6 +59,9 @@ MODELS: dict[str, Callable[[], Case]] = {
     "mixtral": lambda: _causal("MixtralForCausalLM", transformers.MixtralConfig(**_GROUPED, num_local_experts=4)),
     "cohere": lambda: _causal("CohereForCausalLM", transformers.CohereConfig(**_GROUPED)),
     "falcon": lambda: _causal("FalconForCausalLM", transformers.FalconConfig(**_SIZES, multi_query=True, alibi=False)),
+    "olmo2": lambda: _causal("Olmo2ForCausalLM", transformers.Olmo2Config(**_GROUPED, eos_token_id=0, pad_token_id=0)),
+    "mamba": lambda: _causal("MambaForCausalLM", transformers.MambaConfig(**_RECURRENT, state_size=8)),
+    "mamba2": lambda: _causal("Mamba2ForCausalLM", transformers.Mamba2Config(**_RECURRENT, **_MAMBA2)),
     "bert": lambda: _causal("BertModel", transformers.BertConfig(**_SIZES)),
     "gpt2": lambda: _causal(
         "GPT2LMHeadModel",
@@ -87,6 +99,10 @@ def cut(program: Program, samples: list[Sample], ways: int, options: str = "") -
 def collectives(program: Program) -> tuple[int, int]:
     """How many all-reduces and all-gathers there are."""
     return len(program.nodes(ALL_REDUCE)), len(program.nodes(ALL_GATHER))
+
+
+def notes(history: History) -> list[str]:
+    return [note for step in history.steps for note in step.notes]
 
 
 def reasons(history: History) -> list[str]:

@@ -12,7 +12,7 @@ from lissom.compiler.sharding import make_plan, sharded_share
 from lissom.passes.parallel.shard import Shard
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite
-from tests.passes.parallel.models import MODELS, program_of, reasons, run_passes
+from tests.passes.parallel.models import MODELS, collectives, notes, program_of, reasons, run_passes
 
 
 def test_rewrites() -> None:
@@ -90,11 +90,75 @@ def test_the_plan_cuts_layers_of_no_site() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.second(self.first(x)))
 
-    program, _ = rewrite("shard{ways=2},cut", seeded(Chain), normal(2, 5, 8))
+    program, _ = rewrite("shard{ways=2,share=0},cut", seeded(Chain), normal(2, 5, 8))
     assert program.ranks == ()
     program, history = rewrite("shard{ways=2,plan=[first:column-wise]},cut", seeded(Chain), normal(2, 5, 8))
     assert tuple(program.weight("second.weight").shape) == (8, 6)
     assert "1 layer cut; 1 all-reduce to redistribute" in history.steps[1].notes[0]
+
+
+class Rolled(nn.Module):
+    """Layers with features moved between them by one place, so that no two are a pair; the last gives two scores."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.first, self.second, self.scores = nn.Linear(8, width), nn.Linear(width, 8), nn.Linear(8, 2)
+        self.norm = nn.LayerNorm(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.scores(self.second(self.first(x).roll(1, -1)).roll(1, -1)))
+
+
+@pytest.mark.parametrize("ways", [2, 3, 4])
+def test_layers_of_no_pair_are_cut_by_themselves(ways: int) -> None:
+    # 14 features do not divide by 3 and 4, and 8 do not by 3; two scores are too few for more than 2 ranks.
+    program, history = rewrite(f"shard{{ways={ways},share=1}},cut", seeded(lambda: Rolled(14)), normal(2, 5, 8))
+    assert tuple(program.weight("first.weight").shape) == (-(-14 // ways), 8)
+    assert tuple(program.weight("second.weight").shape) == (-(-8 // ways), 14)
+    assert tuple(program.weight("scores.weight").shape) == ((1, 8) if ways == 2 else (2, -(-8 // ways)))
+    assert collectives(program) == ((0, 3) if ways == 2 else (1, 2))
+    cut = "3 gathered layers cut; 3 all-gathers" if ways == 2 else "2 gathered layers, 1 summed layer cut; 1 slice"
+    assert cut in history.steps[1].notes[0]
+
+
+def test_the_share_says_how_many() -> None:
+    # 112, 112 and 16 weights: layers of one size are cut all or none, the largest first.
+    for share, wanted in (("0", 0), ("0.01", 2), ("0.93", 2), ("1", 3)):
+        program, _ = rewrite(f"shard{{ways=2,share={share}}}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
+        weights = [node for node in program.graph.find_nodes(op="get_attr") if str(node.target).endswith("weight")]
+        assert sum(str(nodes.placed(node)) == "Shard(0)" for node in weights) == wanted
+    program, _ = rewrite("shard{ways=2,plan=[first:replicate]}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
+    assert "first.weight: f32[14, 8]\n" in program.text()
+    with pytest.raises(PipelineTextError, match=r"share is 1\.5; it is a part of the weights"):
+        rewrite("shard{ways=2,share=1.5}", seeded(Rolled), normal(2, 5, 8))
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-weight,group=8"])
+def test_quantized_layers_of_no_pair(scheme: str) -> None:
+    # 4 and 2 columns to a rank; the scores' layer is cut by its 8 rows where each rank gets no score, through one group of 8.
+    for ways in (2, 4):
+        passes = f"quantize{{scheme={scheme}}},fold-quantized-weights,shard{{ways={ways},share=1}},cut"
+        program, _ = rewrite(passes, seeded(lambda: Rolled(16)), normal(2, 5, 8))
+        assert collectives(program)[1] == (3 if ways == 2 else 2)
+
+
+def test_a_recurrence_is_cut_by_its_channels() -> None:
+    for name in ("mamba", "mamba2"):
+        program, samples = program_of(name)
+        planned, history = run_passes("shard{ways=4},cut", program, samples)
+        assert reasons(history) == []
+        # The embedding and the logits; behind each mixer a sum, and one within it: for Mamba of what the recurrence depends on,
+        # for Mamba 2 of the squares that its norm divides by.
+        assert collectives(planned) == (5, 1)
+
+
+def test_norms_over_all_heads_stay_cut() -> None:
+    program, samples = program_of("olmo2")
+    for ways in (2, 3, 4):
+        # Two key/value heads of 4 ranks: each is held by two, and counted once.
+        _, history = run_passes(f"shard{{ways={ways}}},cut", program, samples)
+        assert reasons(history) == []
+        assert "4 times aten.rms_norm reads what is cut: it exchanges 1 number a row, and does not gather it" in notes(history)
 
 
 def test_an_operator_without_a_rule_gets_its_arguments_whole() -> None:
