@@ -175,14 +175,13 @@ def _cut_heads(factors: Sequence[Axis], ways: int) -> dict[Axis, tuple[int, int]
 
 
 def _is_vocabulary(node: fx.Node) -> bool:
-    """True for rows looked up by what the caller gives, through shapes and casts alone."""
+    """True for rows looked up by what the caller gives, through shapes, casts and arithmetic with numbers, as a hash has."""
     ids = node.args[1]
-    while (
-        isinstance(ids, fx.Node)
-        and ids.op == "call_function"
-        and (ids.target in SHAPES or nodes.is_call(ids, aten.clone.default))
-    ):
-        ids = ids.args[0]
+    while isinstance(ids, fx.Node) and ids.op == "call_function":
+        alone = is_pointwise(ids) and len(ids.all_input_nodes) == 1
+        if not alone and ids.target not in SHAPES and not nodes.is_call(ids, aten.clone.default):
+            return False
+        ids = ids.all_input_nodes[0]
     return isinstance(ids, fx.Node) and ids.op == "placeholder"
 
 
@@ -220,17 +219,26 @@ def _reached(start: fx.Node, ends: set[fx.Node]) -> bool:
 
 
 def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
-    """Every linear layer with the weight it multiplies with, those of mixtures of experts too."""
+    """Every linear layer with the weight it multiplies with, those of mixtures of experts too, whose weights may be stacked."""
     found: list[tuple[fx.Node, fx.Node]] = []
     for node in program.nodes():
         if is_linear(node):
             found.append((node, cast(fx.Node, weight_of(node))))
+        elif nodes.is_call(node, aten.linear.default) and (stack := _stack(node.args[1])) is not None:
+            found.append((node, stack))
         elif str(node.target) == "lissom.grouped_product.default":
             weight = cast(fx.Node, node.args[1])
             while weight.op == "call_function" and weight.all_input_nodes:
                 weight = weight.all_input_nodes[0]
             found.append((node, weight))
     return found
+
+
+def _stack(weight: object) -> fx.Node | None:
+    """The stack a matrix is picked from by its number; None for any other."""
+    while nodes.is_call(weight, aten.select.int):
+        weight = weight.args[0]
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:

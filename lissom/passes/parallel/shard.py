@@ -121,7 +121,8 @@ def _notes(found: Plan) -> list[str]:
     kinds = Counter(site.kind for site in found.sites)
     sites = ", ".join(f"{count} {kind}{'s' if count > 1 and kind != 'experts' else ''}" for kind, count in kinds.items())
     steps = Counter(step for move in found.moves for step in move.steps)
-    steps["all-gather"] += kinds["gathered layer"]
+    inside = [item for node, items in found.joint.items() if node.target not in JOINT for item in items]
+    steps["all-gather"] += sum(item.kind == "all-gather" for item in inside)
     moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items() if count)
     sentences = [f"on {found.ways} ranks: {sites or 'nothing'} cut; {moves or 'nothing'} to redistribute"]
     if found.sequence:
