@@ -4,12 +4,14 @@
 
 A Llama-like decoder with random weights, and Gemma 3 270M, compiled with their cache, cut and saved by one process; then each
 rank is a process that reads its own file. It reads a prompt of 128 tokens and goes on for 50, chosen greedily, and the tokens
-of every number of ranks are compared with those of one. Beside it, on the Llama-like model, PyTorch's own tensor parallelism:
-`parallelize_module` with the plan that transformers has for the model. All over gloo on this machine, float32, one thread a
-rank: where there are fewer cores than ranks, they take turns.
+of every number of ranks are compared with those of one. Ranks exchange values through memory that they share, and in rows of
+their own over gloo. Beside it, on the Llama-like model, PyTorch's own tensor parallelism over gloo: `parallelize_module` with
+the plan that transformers has for the model. Float32, one thread a rank: where there are fewer cores than ranks, they take
+turns.
 
 *Memory* is the peak of the process with the most, above what it held before it loaded the model. *Bytes* are those the
-loopback device counted for one prompt, with the headers of packets; theory: what rings send (Thakur et al. 2005).
+loopback device counted for one prompt, with the headers of packets, which shared memory does not go over; theory: what rings
+send (Thakur et al. 2005).
 Prints a Markdown table; `--update` puts it into benchmarks/README.md.
 """
 
@@ -181,7 +183,7 @@ def work(engine: str, source: str, rounds: int) -> None:
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
-    found = lissom_rank(source, rounds) if engine == "Lissom" else pytorch_rank(source, rounds)
+    found = pytorch_rank(source, rounds) if engine == "PyTorch" else lissom_rank(source, rounds)
     every: list[dict[str, object]] = [found]
     if dist.is_initialized():
         every = [{}] * dist.get_world_size()
@@ -216,18 +218,25 @@ def rows(name: str, ways: Sequence[int], rounds: int) -> list[str]:
     found: dict[tuple[str, int], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in ways:
-            directory = f"{folder}/{count}"
-            backend = "eager" if count == 1 else lissom.Distributed(ways=count)
-            lissom.compile_generation(build(name), max_length=LENGTH, backend=backend, checks="structural").save(directory)
-            found["Lissom", count] = run("Lissom", directory, count, rounds)
+            backends = {
+                "Lissom": lissom.Distributed(ways=count),
+                "Lissom, gloo": lissom.Distributed(ways=count, shared_memory=False),
+            }
+            for engine, backend in backends.items() if count > 1 else [("Lissom", "eager")]:
+                directory = f"{folder}/{engine}-{count}"
+                lissom.compile_generation(build(name), max_length=LENGTH, backend=backend, checks="structural").save(directory)
+                found[engine, count] = run(engine, directory, count, rounds)
             if name == "llama":
                 found["PyTorch", count] = run("PyTorch", name, count, rounds)
     lines: list[str] = []
     for (engine, count), result in sorted(found.items()):
-        whole = found[engine, ways[0]]
+        whole = found[engine.partition(",")[0], ways[0]]
         cells = [name, engine, str(count), *map(_spread, (result.prompt, result.token))]
         cells += [f"{result.weights / 1e6:.1f}", f"{result.weights / whole.weights:.1%}", f"{result.peak / 1e6:.0f}"]
-        cells += [f"{result.sent / 1e6:.2f}" if count > 1 else "", f"{result.theory / 1e6:.2f}" if result.theory else ""]
+        cells += [
+            f"{result.sent / 1e6:.2f}" if count > 1 and engine != "Lissom" else "",
+            f"{result.theory / 1e6:.2f}" if result.theory else "",
+        ]
         cells.append("yes" if result.tokens == found["Lissom", ways[0]].tokens else "no")
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], json.dumps(asdict(result)), file=sys.stderr, flush=True)

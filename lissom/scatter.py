@@ -98,7 +98,7 @@ def compile_for_ranks(
         # Its graph is that of all ranks, and whether it can be lowered is to be known here.
         lower_rank(cut.program.of_rank(0), backend, device, cut.samples, checks, simulate=simulate)
         return RankModel(cut.program, Held(cut.program, len(cut.program.ranks), cut.history), cut.history)
-    ranks = current_ranks(backend.timeout_seconds)
+    ranks = current_ranks(backend.timeout_seconds, backend.shared_memory)
     ranks.agree(versions() | {"the number of ranks": str(backend.ways)}, _MODEL)
     with ranks.working():
         part = _scatter(lambda: _checked(make(), backend), ranks, device)

@@ -127,7 +127,7 @@ def load(directory: Path, device: torch.device | None = None, backend: Backend |
     chosen = find_saved_backend(manifest, directory, backend)
     assert isinstance(chosen, Distributed)
     _check_group(manifest, directory, f"run {directory} --input FILE")
-    ranks = current_ranks(chosen.timeout_seconds)
+    ranks = current_ranks(chosen.timeout_seconds, chosen.shared_memory)
     with ranks.working():
         found = ranks.settle(
             partial(_load_part, directory, manifest, chosen, device),

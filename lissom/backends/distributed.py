@@ -1,8 +1,9 @@
 """One process a rank: each runs its part of a program that `cut` made, over `torch.distributed`.
 
-What a rank runs is lowered and called as the backend `eager` does it, on its own weights; collectives go to a process group
-directly, in the memory their argument has where nothing else reads that. Ranks compare what they run before they start, and
-their inputs at the first call of each shape. A rank that ends, or stands still, ends the others with a sentence.
+What a rank runs is lowered and called as the backend `eager` does it, on its own weights. Collectives go to a channel
+directly, memory that ranks of one machine share or a process group, in place where nothing else reads their argument. Ranks
+compare what they run before they start, and their inputs at the first call of each shape. A rank that ends, or stands still,
+ends the others with a sentence.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import fx
 
 from lissom.backends.base import Backend, Executable, state_of
+from lissom.backends.channels import Channel
 from lissom.backends.eager import Eager, build_function
 from lissom.backends.kernels import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.backends.ranks import Ranks, current_ranks, in_group
@@ -36,15 +38,17 @@ from lissom.version import __version__
 
 @dataclass(frozen=True)
 class Distributed(Backend):
-    """Runs a program on several ranks, one process each: gloo on CPUs, NCCL on CUDA devices.
+    """Runs a program on several ranks, one process each: memory they share or gloo on CPUs, NCCL on CUDA devices.
 
     ways: how many ranks; None for as many as the process group has. timeout_seconds: how long a rank may not answer.
+    shared_memory: whether ranks that are processes of one machine exchange values through memory they share, and not over gloo.
 
     Raises: UnsupportedError when a number is out of range.
     """
 
     ways: int | None = None
     timeout_seconds: float = 30.0
+    shared_memory: bool = True
 
     name: ClassVar[str] = "distributed"
     movable: ClassVar[bool] = True
@@ -68,7 +72,7 @@ class Distributed(Backend):
         """What runs one rank's program on this rank, or what holds a program for all ranks and says how to run it."""
         if program.ranks or not in_group():
             return Held(program, len(program.ranks) or self.ways or 2)
-        return RankProgram(program, program, current_ranks(self.timeout_seconds))
+        return RankProgram(program, program, current_ranks(self.timeout_seconds, self.shared_memory))
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Nothing: the program and the ranks' weights are all there is."""
@@ -111,7 +115,7 @@ class RankProgram:
         device = next((leaf.type.device for leaf in program.signature.tensors), torch.device("cpu"))
         if device.type == "cpu":
             self._tables = cut_tables(stored)
-        self._function = build_function(program, calls=_Collectives(ranks, ranks.group(device), program.name).call_of)
+        self._function = build_function(program, calls=_Collectives(ranks, ranks.channel(device), program.name).call_of)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
         shapes = tuple(tensor.shape for tensor in inputs)
@@ -147,35 +151,31 @@ class RankProgram:
 
 
 class _Collectives:
-    """What nodes call in place of functional collectives: a process group, which waits for the result."""
+    """What nodes call in place of functional collectives: a channel, which waits for the result."""
 
-    def __init__(self, ranks: Ranks, group: Any, name: str) -> None:
+    def __init__(self, ranks: Ranks, channel: Channel, name: str) -> None:
         self.ranks = ranks
-        self.group = group
+        self.channel = channel
         self.name = name
 
     def call_of(self, node: fx.Node) -> Callable[..., object] | None:
         if node.target is WAIT:
             return _itself
         if node.target is ALL_REDUCE:
-            options = dist.AllreduceOptions()
-            options.reduceOp = _operation(node.args[1])
-            return self._reduce(options, _owns_argument(node))
+            return self._reduce(cast(str, node.args[1]), _owns_argument(node))
         if node.target is ALL_GATHER:
             return self._gather
         if node.target is REDUCE_SCATTER:
-            options = dist.ReduceScatterOptions()
-            options.reduceOp = _operation(node.args[1])
-            return self._scatter(options)
+            return self._scatter(cast(str, node.args[1]))
         return None
 
-    def _reduce(self, options: Any, in_place: bool) -> Callable[..., torch.Tensor]:
-        allreduce, layout = self.group.allreduce, torch.contiguous_format
+    def _reduce(self, operation: str, in_place: bool) -> Callable[..., torch.Tensor]:
+        all_reduce, layout = self.channel.reduce, torch.contiguous_format
 
         def reduce(x: torch.Tensor, *_: object) -> torch.Tensor:
             x = x.contiguous() if in_place else x.clone(memory_format=layout)
             try:
-                allreduce([x], options).wait()
+                all_reduce(x, operation)
             except RuntimeError as error:
                 self._fail(error)
             return x
@@ -185,16 +185,16 @@ class _Collectives:
     def _gather(self, x: torch.Tensor, *_: object) -> torch.Tensor:
         found = x.new_empty((self.ranks.ways * x.shape[0], *x.shape[1:]))
         try:
-            self.group._allgather_base(found, x.contiguous()).wait()
+            self.channel.gather(found, x.contiguous())
         except RuntimeError as error:
             self._fail(error)
         return found
 
-    def _scatter(self, options: Any) -> Callable[..., torch.Tensor]:
+    def _scatter(self, operation: str) -> Callable[..., torch.Tensor]:
         def scatter(x: torch.Tensor, *_: object) -> torch.Tensor:
             found = x.new_empty((x.shape[0] // self.ranks.ways, *x.shape[1:]))
             try:
-                self.group._reduce_scatter_base(found, x.contiguous(), options).wait()
+                self.channel.scatter(found, x.contiguous(), operation)
             except RuntimeError as error:
                 self._fail(error)
             return found
@@ -207,10 +207,6 @@ class _Collectives:
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
     return x
-
-
-def _operation(name: object) -> Any:
-    return {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[cast(str, name)]
 
 
 def _owns_argument(node: fx.Node) -> bool:

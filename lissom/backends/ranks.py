@@ -22,8 +22,10 @@ import torch
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
+from lissom.backends.channels import Channel, GroupChannel, SharedMemory, attach, create, machine
 from lissom.compiler import errors
 from lissom.compiler.errors import LissomError, RankError
+from lissom.ops.native import load_kernels
 
 Found = TypeVar("Found")
 
@@ -36,14 +38,17 @@ _PATIENT = timedelta(days=7)
 class Ranks:
     """This process and those it runs programs with: all of the default process group.
 
-    rank, ways: this one's number, and how many there are. timeout_seconds: how long one may not answer.
+    rank, ways: this one's number, and how many there are. timeout_seconds: how long one may not answer. shares_memory: whether
+    values go through memory that ranks share, where all are processes of one machine.
 
     Raises: RankError when the others do not make theirs within that time.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
+    def __init__(self, timeout_seconds: float, shares_memory: bool = True) -> None:
         self.rank, self.ways = dist.get_rank(), dist.get_world_size()
         self.timeout_seconds = timeout_seconds
+        self.shares_memory = shares_memory
+        self._memory: SharedMemory | None = None
         self._failure: str | None = None
         self._data: dict[str, Any] = {}
         self._heard = {rank: 0.0 for rank in range(self.ways) if rank != self.rank}
@@ -55,12 +60,38 @@ class Ranks:
     def _group(self, backend: str) -> Any:
         return dist.new_group(backend=backend, timeout=timedelta(seconds=self.timeout_seconds))
 
-    def group(self, device: torch.device) -> Any:
-        """The process group that carries values on the device; every rank asks for it at the same point."""
-        if device.type not in self._data:
-            with self.answering("this process group"):
+    def channel(self, device: torch.device) -> Channel:
+        """What carries values on the device; every rank asks for it at the same point."""
+        with self.answering("this process group"):
+            if device.type not in self._data:
+                if device.type == "cpu" and self.shares_memory:
+                    self._memory = self._memory or self._share_memory()
+                    if self._memory is not None:
+                        return self._memory
                 self._data[device.type] = self._group("nccl" if device.type == "cuda" else "gloo")
-        return self._data[device.type]
+        return GroupChannel(self._data[device.type])
+
+    def _share_memory(self) -> SharedMemory | None:
+        """Memory that all ranks see; None where they are not on one machine, or one cannot have it. Raises: RankError."""
+        who = "this process group"
+        mine = {"machine": "" if load_kernels() else machine(), "process": os.getpid()}
+        told = [json.loads(item) for item in self._exchange_json(mine, who, patient=False)]
+        if not mine["machine"] or any(item["machine"] != mine["machine"] for item in told):
+            return None
+        path, found = b"", None
+        if self.rank == 0:
+            with suppress(OSError):
+                path = os.fsencode(create(self.ways))
+        try:
+            first, *_ = self.exchange(path, who)
+            with suppress(OSError):
+                memory, numbers = attach(Path(os.fsdecode(first))), [item["process"] for item in told]
+                found = SharedMemory(memory, self.rank, self.ways, numbers, self.timeout_seconds)
+            everyone = all(self.exchange(b"" if found is None else b"has it", who))
+        finally:
+            if path:
+                Path(os.fsdecode(path)).unlink(missing_ok=True)
+        return found if everyone else None
 
     @contextmanager
     def answering(self, who: str) -> Generator[None]:
@@ -86,6 +117,8 @@ class Ranks:
         self._failure = sentence
         atexit.register(_leave)
         # Those that wait for this rank notice it now, and not when their own time is over.
+        if self._memory is not None:
+            self._memory.end()
         for group in (self._control, *self._data.values()):
             if group is not None:
                 group.abort()
@@ -279,13 +312,13 @@ def raise_first(outcomes: Sequence[bytes]) -> list[dict[str, str]]:
 _KNOWN: list[tuple[object, Ranks]] = []
 
 
-def current_ranks(timeout_seconds: float) -> Ranks:
-    """The ranks of the default process group, which is up; made once for each time they wait."""
-    world = dist.group.WORLD
+def current_ranks(timeout_seconds: float, shares_memory: bool = True) -> Ranks:
+    """The ranks of the default process group, which is up; made once for each time they wait, and for each way to share."""
+    world, wanted = dist.group.WORLD, (timeout_seconds, shares_memory)
     for group, ranks in _KNOWN:
-        if group is world and ranks.timeout_seconds == timeout_seconds and ranks._failure is None:
+        if group is world and (ranks.timeout_seconds, ranks.shares_memory) == wanted and ranks._failure is None:
             return ranks
-    ranks = Ranks(timeout_seconds)
+    ranks = Ranks(*wanted)
     # Those of a group that is gone are of no use any more.
     _KNOWN[:] = [(group, known) for group, known in _KNOWN if group is world]
     _KNOWN.append((world, ranks))

@@ -1,6 +1,7 @@
 // Registers the CPU kernels of `lissom::` operators; each is checked against the reference in lissom/ops.
 #include "attention_module.h"
 #include "linear.h"
+#include "meeting.h"
 #include "memory.h"
 #include "rounded.h"
 #include "rows.h"
@@ -273,6 +274,7 @@ TORCH_LIBRARY_FRAGMENT(lissom, library) {
   library.def("has_stored() -> bool", has_stored);
   library.def("begin_call() -> ()", begin_call);
   library.def("end_call() -> ()", end_call);
+  library.def("meet(Tensor steps, int rank, int step, float seconds) -> bool", meet);
 }
 
 }  // namespace lissom
