@@ -35,7 +35,8 @@ def lone_layers(
 
     placed: how weights lie without them. whole: layers the user wants on every rank.
     """
-    sizes = {weight: program.weight(str(weight.target)).numel() for weight in linear_weights(program)}
+    layers = linear_weights(program)
+    sizes = {weight: program.weight(str(weight.target)).numel() for weight in layers}
     by_size: dict[int, list[fx.Node]] = defaultdict(list)
     cut, found = 0, list[ShardSite]()
     for weight, size in sizes.items():
@@ -44,7 +45,6 @@ def lone_layers(
             cut += size
         else:
             by_size[size].append(weight)
-    layers = linear_weights(program)
     for size in sorted(by_size, reverse=True):
         if cut >= share * sum(sizes.values()):
             break
