@@ -330,6 +330,54 @@ def test_wrong_options_are_refused(wrong: dict[str, object], sentence: str) -> N
     assert sentence in str(found.value)
 
 
+@torch.no_grad()
+def test_what_vmap_batches_is_lowered() -> None:
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.vmap(lambda row: row.cumsum(0) * row.amax())(self.first(x))
+
+    model = seeded(Batched)
+    fast = compiled(model, dynamic=True)
+    for rows in (3, 5):
+        assert error(model(x := normal(rows, 8)), fast(x)) <= TOLERANCE
+    assert lowered() == [True]
+    (report,) = lissom.dynamo_reports()
+    assert report.report is not None and "first.weight" in report.report.history.texts[0]
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's and transformers' own, and what is said of graphs that run as they are
+@torch.no_grad()
+def test_a_recurrence_that_is_scanned() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    # Under Dynamo, and nowhere else, its recurrence is an associative scan; a length of its own has a graph of its own.
+    config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4, use_cache=False)
+    model = seeded(lambda: MambaForCausalLM(config))
+    for dynamic, programs in ((None, [True, True]), (True, None)):
+        torch.compiler.reset()
+        fast = compiled(model, dynamic=dynamic)
+        for length in (6, 7):
+            ids = tokens(2, length)
+            assert error(model(ids).logits, fast(ids).logits) <= TOLERANCE
+        # With sizes free from the start the scan's own splits are at fixed places, and the graph may run as it is.
+        assert programs is None or lowered() == programs
+
+
+@torch.no_grad()
+def test_weights_read_from_a_modules_dictionary() -> None:
+    class Looked(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(input, self.__dict__["_parameters"]["weight"])
+
+    model, x = seeded(lambda: Looked(8, 8)), normal(2, 8)
+    assert error(model(x), compiled(model)(x)) <= TOLERANCE
+    assert lowered() == [True]
+
+
 def test_graphs_without_tensor_operators() -> None:
     def shapes(x: torch.Tensor) -> tuple[torch.Tensor, int]:
         return x, x.shape[0] + x.shape[1]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import operator
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import cast
 
 import sympy
 import torch
+import torch._C._functorch as functorch
 from torch import fx, nn
 from torch._guards import CompileContext, tracing
 from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from lissom.compiler import node as nodes
@@ -116,7 +119,7 @@ def _path(node: fx.Node) -> tuple[str | None, str]:
     A tensor that is a plain attribute of a module is none: modules keep there what changes from call to call.
     """
     parts = re.findall(r"\.?(\w+)|\['([^']*)'\]", _source_name(node).partition("[")[2])
-    words = [word or quoted for word, quoted in parts]
+    words = [word or quoted for word, quoted in parts if word != "__dict__"]
     first = next((index for index, word in enumerate(words) if word in _CONTAINERS), None)
     if first is None or words[-2] not in _CONTAINERS[:2] or not isinstance(node.meta["example_value"], torch.Tensor):
         return None, ""
@@ -147,10 +150,11 @@ def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Captu
     """
     started = time.perf_counter()
     _refuse(graph, args)
-    with torch.inference_mode(False), torch.no_grad(), tracing(None):
+    with torch.inference_mode(False), torch.no_grad(), tracing(None), _same_levels():
         example = [ordinary(tensor) for tensor in graph.sample(args)]
         free = {id(tensor): dims for tensor, dims in zip(example, _free_dimensions(graph), strict=True)}
-        program = capture_sizes(bind(graph, args), example, lambda tensor: free.get(id(tensor), {}), _refuse_effects)
+        module = _without_batching(bind(graph, args), example)
+        program = capture_sizes(module, example, lambda tensor: free.get(id(tensor), {}), _refuse_effects)
     if guard:
         _guard_sizes(graph, program.signature)
     notes = [describe_dimensions(program.signature)]
@@ -229,6 +233,42 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
         if node.op in ("get_attr", "call_module"):
             owned[str(node.target)] = _attribute(graph.module, str(node.target))
     return fx.GraphModule(owned, bound, class_name=graph.name)
+
+
+def _without_batching(module: fx.GraphModule, example: Sample) -> fx.GraphModule:
+    """The module with what `torch.vmap` batches, such as the function of an associative scan, as batched operators.
+
+    Dynamo keeps scans whole or writes the calls that begin and end a batch into its graph. These are no operators, and would
+    stay in an export. Below them other operators are decomposed too, so that the program is longer than one captured without
+    Dynamo before passes raise what they know.
+    """
+    if not any(map(_is_batching, module.graph.nodes)):
+        return module
+    traced = make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*example)
+    for node, given in zip(traced.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True):
+        node.name = node.target = given.name
+    names = {id(value): name for name, value in [*module.named_parameters(), *module.named_buffers()]}
+    owned: dict[str, object] = {}
+    for node in traced.graph.find_nodes(op="get_attr"):
+        value = _attribute(traced, str(node.target))
+        node.target = names.get(id(value), node.target)
+        owned[str(node.target)] = value
+    return fx.GraphModule(owned, traced.graph, class_name=type(module).__name__)
+
+
+def _is_batching(node: fx.Node) -> bool:
+    made_in = getattr(node.target, "__module__", None) or ""
+    return node.target is torch.ops.higher_order.associative_scan or made_in.startswith("torch._functorch")
+
+
+@contextmanager
+def _same_levels() -> Generator[None]:
+    """Leave the levels of `torch.func` as they were: what fails within one would leave it on, and Dynamo guards on them."""
+    depth = functorch.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def _sum_of_sizes(terms: Sequence[torch.SymInt]) -> torch.SymInt:
