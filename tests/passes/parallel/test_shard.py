@@ -10,7 +10,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler.errors import PipelineTextError, UnsupportedError
 from lissom.compiler.sharding import make_plan, sharded_share
 from lissom.passes.parallel.shard import Shard
-from tests.models import FeedForward, normal, seeded
+from tests.models import FeedForward, normal, seeded, tokens
 from tests.passes.harness import check_golden, rewrite
 from tests.passes.parallel.models import MODELS, collectives, notes, program_of, reasons, run_passes
 
@@ -150,6 +150,23 @@ def test_a_recurrence_is_cut_by_its_channels() -> None:
         # The embedding and the logits; behind each mixer a sum, and one within it: for Mamba of what the recurrence depends on,
         # for Mamba 2 of the squares that its norm divides by.
         assert collectives(planned) == (5, 1)
+
+
+def test_hashed_tables_and_stacked_matrices_are_shared() -> None:
+    class Hashed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(31, 8), nn.LayerNorm(8)
+            self.up, self.down = nn.Parameter(torch.randn(2, 12, 8)), nn.Parameter(torch.randn(2, 8, 12))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            x = self.table((ids * 7 + 3) % 31)
+            parts = [nn.functional.linear(nn.functional.linear(x, self.up[k]).relu(), self.down[k]) for k in range(2)]
+            return self.norm(parts[0] + parts[1])
+
+    program, _ = rewrite("shard{ways=2},cut", seeded(Hashed), tokens(2, 5))
+    assert tuple(program.weight("table.weight").shape) == (16, 8)
+    assert program.weight("up").numel() == program.weight("down").numel() == 96
 
 
 def test_norms_over_all_heads_stay_cut() -> None:
