@@ -98,3 +98,21 @@ def test_composes(backend: str) -> None:
     x = normal(3, 7, 8, seed=1)
     # Sums of up to sixteen products, in another order.
     torch.testing.assert_close(fast(x), module(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_whose_memory_is_read_by_strides_stays_apart() -> None:
+    class Windows(nn.Module):
+        """Keys in windows that overlap, as Longformer reads them: the strides are those of a result of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            windows = self.k(x).view(6, 8).as_strided((3, 4, 8), (8, 8, 1))
+            return self.q(x) @ windows.mT, self.v(x)
+
+    program, history = rewrite(MergeProjections(always=True), seeded(Windows), normal(1, 6, 8))
+    assert len(program.nodes(aten.linear.default)) == 2
+    # Sums in another order at most.
+    assert history.steps[1].relative_error <= 1e-6
