@@ -68,6 +68,9 @@ def rule_of(node: fx.Node) -> Rule | None:
 def pointwise(node: fx.Node, read: Reading) -> Outcome:
     """f(x, …): cut where an argument is. Sums stay sums under f(x) = c · x and x + y, and are taken before any other f."""
     items = tensors(node)
+    if any(is_padded(read.of(item)) for item in _poles(node)):
+        # Zeros that fill up would become infinite, and then not a number where weights of zero should take them away.
+        return replicated(node, read)
     partial = [item for item in items if read.of(item).partial]
     if not partial:
         return alike(node, read)
@@ -93,13 +96,22 @@ def pointwise(node: fx.Node, read: Reading) -> Outcome:
     return alike(node, read)
 
 
+def _poles(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call gives no number for where they are 0."""
+    if nodes.is_call(node, aten.div.Tensor):
+        divisor = node.args[1]
+        return [divisor] if isinstance(divisor, fx.Node) else []
+    return tensors(node) if nodes.is_call(node, aten.reciprocal.default, aten.rsqrt.default, aten.log.default) else []
+
+
 def _joins_a_sum(node: fx.Node, read: Reading) -> bool:
     """True where a sum of a whole and a partial value is added to another partial one, so that one reduction serves both."""
     users = list(node.users)
     if len(users) != 1 or not nodes.is_call(users[0], aten.add.Tensor) or len(users[0].all_input_nodes) != 2:
         return False
     (other,) = [item for item in users[0].all_input_nodes if item is not node] or [node]
-    return other in read.known and read.of(other).partial and is_only_reader(users[0], other)
+    # What comes later is not placed yet when a plan is made, and must not count when it is carried out either.
+    return other < node and other in read.known and read.of(other).partial and is_only_reader(users[0], other)
 
 
 def read_number(node: fx.Node, read: Reading) -> Outcome:
