@@ -218,11 +218,13 @@ def rows(name: str, ways: Sequence[int], rounds: int) -> list[str]:
     found: dict[tuple[str, int], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in ways:
-            backends = {
-                "Lissom": lissom.Distributed(ways=count),
-                "Lissom, gloo": lissom.Distributed(ways=count, shared_memory=False),
-            }
-            for engine, backend in backends.items() if count > 1 else [("Lissom", "eager")]:
+            backends: dict[str, Any] = {"Lissom": "eager"}
+            if count > 1:
+                backends = {
+                    "Lissom": lissom.Distributed(ways=count),
+                    "Lissom, gloo": lissom.Distributed(ways=count, shared_memory=False),
+                }
+            for engine, backend in backends.items():
                 directory = f"{folder}/{engine}-{count}"
                 lissom.compile_generation(build(name), max_length=LENGTH, backend=backend, checks="structural").save(directory)
                 found[engine, count] = run(engine, directory, count, rounds)

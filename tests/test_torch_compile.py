@@ -340,11 +340,9 @@ def test_what_vmap_batches_is_lowered() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.vmap(lambda row: row.cumsum(0) * row.amax())(self.first(x))
 
-    model = seeded(Batched)
-    fast = compiled(model, dynamic=True)
+    fast = compiled(model := seeded(Batched), dynamic=True)
     for rows in (3, 5):
         assert error(model(x := normal(rows, 8)), fast(x)) <= TOLERANCE
-    assert lowered() == [True]
     (report,) = lissom.dynamo_reports()
     assert report.report is not None and "first.weight" in report.report.history.texts[0]
 
@@ -354,16 +352,14 @@ def test_what_vmap_batches_is_lowered() -> None:
 def test_a_recurrence_that_is_scanned() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    # Under Dynamo, and nowhere else, its recurrence is an associative scan.
     config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4, use_cache=False)
     model = seeded(lambda: MambaForCausalLM(config))
     for dynamic in (None, True):
         torch.compiler.reset()
         fast = compiled(model, dynamic=dynamic)
         for length in (6, 7):
-            ids = tokens(2, length)
-            assert error(model(ids).logits, fast(ids).logits) <= TOLERANCE
-        # With a length that varies the scan's own splits are at fixed places, and the graph may run as it is.
+            assert error(model(ids := tokens(2, length)).logits, fast(ids).logits) <= TOLERANCE
+        # With a length that varies the scan's splits are at fixed places, and the graph may run as it is.
         assert dynamic or lowered()[0]
 
 
@@ -373,8 +369,8 @@ def test_weights_read_from_a_modules_dictionary() -> None:
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return nn.functional.linear(input, self.__dict__["_parameters"]["weight"])
 
-    model, x = seeded(lambda: Looked(8, 8)), normal(2, 8)
-    assert error(model(x), compiled(model)(x)) <= TOLERANCE
+    model = seeded(lambda: Looked(8, 8))
+    assert error(model(x := normal(2, 8)), compiled(model)(x)) <= TOLERANCE
     assert lowered() == [True]
 
 

@@ -190,7 +190,7 @@ def test_ranks_that_do_not_exist() -> None:
     with pytest.raises(PassError, match="it has no ranks; `cut` makes some"):
         program.of_rank(0)
     with pytest.raises(PassError, match="cannot be changed in a program cut for 2 ranks"):
-        run_passes("merge-projections", after, samples)
+        run_passes("merge-projections{always=true}", after, samples)
     with pytest.raises(UnsupportedError, match="cut for 2 ranks already"):
         run_passes("shard{ways=2}", after, samples)
 
