@@ -54,6 +54,11 @@ def views_of(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def is_read_by(node: fx.Node, operators: Collection[object]) -> bool:
+    """True when one of these operators reads the node, or a value that may be in its memory."""
+    return any(user.target in operators for view in views_of(node) for user in view.users)
+
+
 def is_handed_out(program: Program, node: fx.Node) -> bool:
     """True when the caller gets the node's memory, whole or as a view."""
     return any(program.output in view.users for view in views_of(node))

@@ -50,6 +50,12 @@ class Redistribution:
     want: Placed
     steps: tuple[str, ...]
 
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The collectives among the steps."""
+        typed = nodes.tensor_type(self.value)
+        return tuple(Exchange(step, typed.shape, typed.dtype) for step in self.steps if step in ROUNDS)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,13 +79,7 @@ class Plan:
     @property
     def cost(self) -> tuple[int, int]:
         """How many collectives there are before any are merged, and how many numbers they send; sizes that vary count as 1."""
-        moved = [
-            Exchange(step, nodes.tensor_type(move.value).shape, nodes.tensor_type(move.value).dtype)
-            for move in self.moves
-            for step in move.steps
-            if step in ROUNDS
-        ]
-        found = [*moved, *(item for items in self.joint.values() for item in items)]
+        found = [item for items in (*(move.exchanges for move in self.moves), *self.joint.values()) for item in items]
         return len(found), sum(ROUNDS[item.kind] * math.prod(n for n in item.shape if isinstance(n, int)) for item in found)
 
 
@@ -110,20 +110,20 @@ def make_plan(
     ]
     left = [site for site in sites if site.obstacle]
     sites = [site for site in sites if not site.obstacle]
-    plan = _settle(program, found, sites, left, ways, sequence)
-    lone = lone_layers(program, ways, plan.placed, share, whole)
+    pairs = _settle(program, found, sites, left, ways, sequence)
+    lone = lone_layers(program, ways, pairs.placed, share, whole)
     if not lone:
-        return plan
-    alone = _settle(program, found, [*plan.sites, *lone], left, ways, sequence)
-    weights = {weight: layers for weight, layers in linear_weights(program).items() if plan.placed[weight] == REPLICATED}
-    mixers = mixer_sites(program, ways, [node for layers in weights.values() for node in layers if node not in whole])
+        return pairs
+    alone = _settle(program, found, [*pairs.sites, *lone], pairs.left, ways, sequence)
+    uncut = [readers for weight, readers in linear_weights(program).items() if pairs.placed[weight] == REPLICATED]
+    mixers = mixer_sites(program, ways, [node for readers in uncut for node in readers if node not in whole])
     if not mixers:
         return alone
-    plan = _settle(program, found, [*plan.sites, *mixers], left, ways, sequence)
-    if lone := lone_layers(program, ways, plan.placed, share, whole):
-        plan = _settle(program, found, [*plan.sites, *lone], plan.left, ways, sequence)
+    mixed = _settle(program, found, [*pairs.sites, *mixers], pairs.left, ways, sequence)
+    if lone := lone_layers(program, ways, mixed.placed, share, whole):
+        mixed = _settle(program, found, [*mixed.sites, *lone], mixed.left, ways, sequence)
     # What mixes tokens is cut by its channels where that takes fewer collectives than its layers, each cut by itself.
-    return plan if plan.cost <= alone.cost else alone
+    return mixed if mixed.cost <= alone.cost else alone
 
 
 def _settle(

@@ -57,8 +57,7 @@ class Traffic:
 
 def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
     """The collectives of a redistribution. numbers: the sizes of a call."""
-    typed = nodes.tensor_type(move.value)
-    return [_exchanged(plan.ways, Exchange(step, typed.shape, typed.dtype), numbers) for step in move.steps if step in ROUNDS]
+    return [_exchanged(plan.ways, item, numbers) for item in move.exchanges]
 
 
 def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:

@@ -17,7 +17,7 @@ from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import is_handed_out, is_view, memory_of, views_of
+from lissom.compiler.match import is_handed_out, is_read_by, is_view, memory_of
 
 aten = torch.ops.aten
 
@@ -109,7 +109,7 @@ def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
         return True
     if memory.op in ("placeholder", "get_attr") and is_handed_out(edit.program, node):
         return True
-    return any(user.target in _READ_LAYOUT for view in views_of(node) for user in view.users)
+    return is_read_by(node, _READ_LAYOUT)
 
 
 def _copies(node: fx.Node) -> bool:

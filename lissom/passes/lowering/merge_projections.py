@@ -23,7 +23,7 @@ from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import views_of
+from lissom.compiler.match import is_read_by
 from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten
@@ -66,15 +66,12 @@ def _groups(edit: Editor) -> list[list[fx.Node]]:
     for node in edit.nodes(aten.linear.default):
         x, weight = node.args[:2]
         bias = node.args[2] if len(node.args) > 2 else None
-        owned = _owned(weight) and (bias is None or _owned(bias))
-        if owned and nodes.tensor_type(weight).rank == 2 and not _is_read_as_laid_out(node):
+        # A part of a merged result has other strides than a result of its own.
+        if is_read_by(node, (aten.as_strided.default,)):
+            continue
+        if _owned(weight) and (bias is None or _owned(bias)) and nodes.tensor_type(weight).rank == 2:
             readers.setdefault((x, bias is None, *_storage(weight)), []).append(node)
     return [found for found in readers.values() if len(found) > 1]
-
-
-def _is_read_as_laid_out(linear: fx.Node) -> bool:
-    """True when memory of the result is read by strides, which for a part of a merged result are others."""
-    return any(nodes.is_call(user, aten.as_strided.default) for view in views_of(linear) for user in view.users)
 
 
 def _is_gate(linear: fx.Node) -> bool:
