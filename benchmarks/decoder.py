@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -59,8 +59,8 @@ class Engine(Protocol):
 class Result:
     """What one engine does.
 
-    prefill, decode: tokens a second, median over rounds, with the quarters below and above. peak: bytes of the process.
-    perplexity: None where an engine does not give its logits. bytes_read: of weights, for a token. tokens: what it said.
+    prefill, decode: tokens a second, median over rounds, with the quarters below and above. peak: bytes of the process
+    by then. perplexity: None where none was asked for. bytes_read: of weights, for a token.
     """
 
     prefill: tuple[float, float, float]
@@ -68,7 +68,6 @@ class Result:
     peak: int
     perplexity: float | None
     bytes_read: int
-    tokens: list[int]
 
 
 class Static:
@@ -243,36 +242,33 @@ def measure(name: str, threads: int, ids: torch.Tensor) -> Result:
     """One engine; this process does nothing else."""
     torch.set_num_threads(threads)
     if name == LLAMA:
-        return measure_llama(threads, ids[0, :PROMPT].tolist())
+        return measure_llama(threads, ids[0].tolist())
     checkpoint, tokens = load("gemma3-270m"), ids.shape[1] - PROMPT
     prompt = ids[:, :PROMPT]
     with torch.inference_mode():
         engine = ENGINES[name][1](checkpoint)
         answer(engine, prompt)  # compiles and warms
         found = [answer(engine, prompt) for _ in range(ROUNDS)]
+        peak = peak_bytes()
         loss = perplexity(engine, ids) if tokens else None
-    peak = peak_bytes()
     return Result(
         quartiles([PROMPT / item[0] for item in found]),
         quartiles([ANSWER / item[1] for item in found]),
         peak,
         loss,
         engine.bytes_read,
-        found[-1][2],
     )
 
 
-def answer(engine: Engine, prompt: torch.Tensor) -> tuple[float, float, list[int]]:
-    """Seconds for the prompt, for the answer, and the answer's tokens."""
+def answer(engine: Engine, prompt: torch.Tensor) -> tuple[float, float]:
+    """Seconds for the prompt, and for the answer."""
     engine.reset()
     started = time.perf_counter()
     token = int(engine.read(prompt).argmax())
     read = time.perf_counter()
-    tokens = []
     for _ in range(ANSWER):
-        tokens.append(token)
         token = int(engine.read(torch.tensor([[token]])).argmax())
-    return read - started, time.perf_counter() - read, tokens
+    return read - started, time.perf_counter() - read
 
 
 def perplexity(engine: Engine, ids: torch.Tensor) -> float:
@@ -286,8 +282,8 @@ def perplexity(engine: Engine, ids: torch.Tensor) -> float:
     return math.exp(statistics.fmean(losses))
 
 
-def measure_llama(threads: int, prompt: list[int]) -> Result:
-    """llama.cpp through xllamacpp: its own timings of the prompt and of each token."""
+def measure_llama(threads: int, ids: list[int]) -> Result:
+    """llama.cpp through xllamacpp: its own timings of the prompt and of each token. ids: the prompt and what follows it."""
     import xllamacpp
 
     file = next(Path(find_directory("gemma3-270m")).glob("*.gguf"))
@@ -296,17 +292,29 @@ def measure_llama(threads: int, prompt: list[int]) -> Result:
     options.n_ctx, options.n_parallel, options.warmup, options.cache_prompt = LENGTH, 1, True, False
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(options)
-    request = {"prompt": prompt, "n_predict": ANSWER, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-    answers = [server.handle_completions({**request, "return_tokens": True}) for _ in range(ROUNDS + 1)][1:]
-    timings = [item["timings"] for item in answers]
+    request = {"prompt": ids[:PROMPT], "n_predict": ANSWER, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    timings = [server.handle_completions(request)["timings"] for _ in range(ROUNDS + 1)][1:]
+    peak = peak_bytes()
     return Result(
         quartiles([item["prompt_per_second"] for item in timings]),
         quartiles([item["predicted_per_second"] for item in timings]),
-        peak_bytes(),
-        None,
+        peak,
+        llama_perplexity(server, ids) if len(ids) > PROMPT else None,
         file.stat().st_size,
-        answers[-1].get("tokens", []),
     )
+
+
+def llama_perplexity(server: Any, ids: list[int]) -> float:
+    """Of the tokens behind the prompt. A bias makes the server choose each, and it says what the model itself gave it."""
+    losses = []
+    for index in range(PROMPT, len(ids)):
+        request = {"prompt": ids[:index], "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
+        found = server.handle_completions({**request, "logit_bias": [[ids[index], 1e4]]})
+        (chosen,) = found["choices"][0]["logprobs"]["content"]
+        if chosen["id"] != ids[index]:
+            raise RuntimeError(f"llama.cpp chose the token {chosen['id']} though {ids[index]} had a bias of 1e4")
+        losses.append(-chosen["logprob"])
+    return math.exp(statistics.fmean(losses))
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

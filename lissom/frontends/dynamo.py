@@ -43,7 +43,7 @@ class Graph:
     inputs: the tensors a call brings, with names from the caller's code.
     weights: the parameters and buffers of modules, by their names there.
     numbers: integers and floats that are no size of an input; a program has them as constants.
-    sizes: each symbol in the sizes of the inputs, and where it is read.
+    sizes: each symbol in the sizes of the inputs, and the places that are of this size: the input and its dimension.
     """
 
     module: fx.GraphModule
@@ -51,7 +51,7 @@ class Graph:
     inputs: Mapping[int, str]
     weights: Mapping[int, str]
     numbers: Sequence[int]
-    sizes: Mapping[sympy.Symbol, tuple[str, int]]
+    sizes: Mapping[sympy.Symbol, Sequence[tuple[str, int]]]
 
     @property
     def computes(self) -> bool:
@@ -74,7 +74,7 @@ def read_graph(module: fx.GraphModule) -> Graph:
     inputs: dict[int, str] = {}
     weights: dict[int, str] = {}
     numbers: list[int] = []
-    sizes: dict[sympy.Symbol, tuple[str, int]] = {}
+    sizes: dict[sympy.Symbol, list[tuple[str, int]]] = {}
     symbolic: dict[int, sympy.Basic] = {}
     placeholders = module.graph.find_nodes(op="placeholder")
     single = len({root for node in placeholders if (root := _path(node)[0]) is not None}) < 2
@@ -90,7 +90,7 @@ def read_graph(module: fx.GraphModule) -> Graph:
             inputs[index] = _unique(_input_name(node), inputs.values())
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                    sizes.setdefault(size.node.expr, (inputs[index], dim))
+                    sizes.setdefault(size.node.expr, []).append((inputs[index], dim))
     numbers += [index for index, symbol in symbolic.items() if symbol not in sizes]
     name = "Graph_" + str(CompileContext.current_compile_id()).replace("/", "_")
     return Graph(module, name, inputs, weights, sorted(numbers), sizes)
@@ -203,6 +203,10 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
     for index, name in graph.inputs.items():
         copied[placeholders[index]] = bound.placeholder(name)
     by_name = {node.name: node for node in copied.values()}
+
+    def size_at(name: str, dim: int) -> fx.Node:
+        return bound.call_function(torch.ops.aten.sym_size.int, (by_name[name], dim))
+
     constants: dict[fx.Node, object] = {}
     for index, node in enumerate(placeholders):
         value = args[index]
@@ -213,8 +217,12 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
         elif index in graph.numbers:
             constants[node] = value.item() if isinstance(value, torch.Tensor) else value
         elif index not in graph.inputs:
-            name, dim = graph.sizes[node.meta["example_value"].node.expr]
-            copied[node] = bound.call_function(torch.ops.aten.sym_size.int, (by_name[name], dim))
+            copied[node] = size_at(*graph.sizes[node.meta["example_value"].node.expr][0])
+    for first, *others in graph.sizes.values():
+        for other in others:
+            # Dynamo gives sizes that are equal one symbol; told of it, an export need not find it out from what is computed.
+            same = bound.call_function(operator.eq, (size_at(*first), size_at(*other)))
+            bound.call_function(torch._check, (same,))
     for node in graph.module.graph.nodes:
         if node.op == "placeholder":
             continue
