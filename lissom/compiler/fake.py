@@ -15,6 +15,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.numbers import int_oo
 
 from lissom.compiler import node as nodes
@@ -130,7 +131,15 @@ def _same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | fl
     if mode is None or mode.shape_env is None or not (isinstance(left, sympy.Basic) or isinstance(right, sympy.Basic)):
         return False
     difference = sympy.sympify(left) - sympy.sympify(right)
-    return bool(mode.shape_env.simplify(difference) == 0 or sympy.simplify(difference) == 0)
+    if mode.shape_env.simplify(difference) == 0 or sympy.simplify(difference) == 0:
+        return True
+    return difference.has(FloorDiv) and bool(sympy.simplify(difference.replace(FloorDiv, _divided)) == 0)
+
+
+def _divided(left: sympy.Expr, right: sympy.Expr) -> sympy.Basic:
+    """`left // right` as a polynomial of sizes where nothing is left over; `FloorDiv` itself does not divide powers."""
+    numerator, denominator = sympy.fraction(sympy.cancel(left / right))  # pyright: ignore[reportUnknownMemberType]
+    return cast(sympy.Basic, numerator if denominator == 1 else FloorDiv(left, right))
 
 
 def description(value: object) -> object:

@@ -25,6 +25,7 @@ from lissom.compiler.errors import CaptureError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.signature import Signature
+from lissom.compiler.types import size_of
 from lissom.frontends.dynamic import describe_dimensions
 from lissom.frontends.export import Capture, capture_sizes
 
@@ -183,9 +184,9 @@ def _refuse(graph: Graph, args: Sequence[object]) -> None:
 
 
 def _free_dimensions(graph: Graph) -> list[dict[int, object]]:
-    """For each input, the dimensions Dynamo lets vary."""
+    """For each input, the dimensions Dynamo lets vary; a size that it found to be one number, as it went on, is fixed."""
     return [
-        {dim: Dim.AUTO for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)} for value in _fakes(graph)
+        {dim: Dim.AUTO for dim, size in enumerate(value.shape) if not isinstance(size_of(size), int)} for value in _fakes(graph)
     ]
 
 

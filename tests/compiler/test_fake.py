@@ -1,6 +1,7 @@
 """Tests of lissom.compiler.fake."""
 
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
@@ -38,6 +39,16 @@ def test_equal_expressions_are_the_same_size():
     right = TensorType(torch.float32, (batch * sequence + batch,), CPU)
     assert fake.same_type(program.fake_mode, left, right)
     assert not fake.same_type(program.fake_mode, left, TensorType(torch.float32, (batch * sequence,), CPU))
+
+
+def test_quotients_without_a_rest_are_the_same_size():
+    program = captured("feed_forward")
+    batch, sequence, _ = nodes.tensor_type(program.placeholders[0]).shape
+    half = FloorDiv(sequence, 2)
+    windows = TensorType(torch.float32, (batch, FloorDiv(batch * half**2, half)), CPU)
+    assert fake.same_type(program.fake_mode, windows, TensorType(torch.float32, (batch, batch * half), CPU))
+    for other in (sequence, batch * half**2, FloorDiv(half + 1, 2)):
+        assert not fake.same_type(program.fake_mode, windows, TensorType(torch.float32, (batch, other), CPU))
 
 
 def test_types_of_another_dtype_rank_kind_or_length_differ():

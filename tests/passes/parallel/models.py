@@ -15,7 +15,7 @@ from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
-from tests.models import Case, seeded, tokens
+from tests.models import Case, normal, seeded, tokens
 from tests.zoo.removal import canonical
 
 _SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -49,7 +49,7 @@ def _vit() -> Case:
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8
     )
-    return Case(seeded(lambda: transformers.ViTModel(config)), {"pixel_values": torch.rand(2, 3, 16, 16)})
+    return Case(seeded(lambda: transformers.ViTModel(config)), {"pixel_values": normal(2, 3, 16, 16)})
 
 
 MODELS: dict[str, Callable[[], Case]] = {
