@@ -36,6 +36,10 @@ _WHOLE_LAYERS = ("aten._transformer_encoder_layer_fwd.default", "aten._native_mu
 _CASTING = ("cpu", "cuda")
 
 
+Place = tuple[str, int]
+"""An input by its name, and one of its dimensions."""
+
+
 @dataclass(frozen=True)
 class Graph:
     """A graph of Dynamo's with its arguments told apart, by position.
@@ -44,7 +48,8 @@ class Graph:
     inputs: the tensors a call brings, with names from the caller's code.
     weights: the parameters and buffers of modules, by their names there.
     numbers: integers and floats that are no size of an input; a program has them as constants.
-    sizes: each symbol in the sizes of the inputs, and the places that are of this size: the input and its dimension.
+    sizes: the arguments that are sizes of inputs, each with an input and its dimension that are of this size.
+    equal: dimensions of inputs that are of one size whenever this graph is called.
     """
 
     module: fx.GraphModule
@@ -52,7 +57,8 @@ class Graph:
     inputs: Mapping[int, str]
     weights: Mapping[int, str]
     numbers: Sequence[int]
-    sizes: Mapping[sympy.Symbol, Sequence[tuple[str, int]]]
+    sizes: Mapping[int, Place]
+    equal: Sequence[Sequence[Place]]
 
     @property
     def computes(self) -> bool:
@@ -75,7 +81,7 @@ def read_graph(module: fx.GraphModule) -> Graph:
     inputs: dict[int, str] = {}
     weights: dict[int, str] = {}
     numbers: list[int] = []
-    sizes: dict[sympy.Symbol, list[tuple[str, int]]] = {}
+    places: dict[sympy.Basic, list[Place]] = {}
     symbolic: dict[int, sympy.Basic] = {}
     placeholders = module.graph.find_nodes(op="placeholder")
     single = len({root for node in placeholders if (root := _path(node)[0]) is not None}) < 2
@@ -91,10 +97,11 @@ def read_graph(module: fx.GraphModule) -> Graph:
             inputs[index] = _unique(_input_name(node), inputs.values())
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                    sizes.setdefault(size.node.expr, []).append((inputs[index], dim))
-    numbers += [index for index, symbol in symbolic.items() if symbol not in sizes]
+                    places.setdefault(size.node.expr, []).append((inputs[index], dim))
+    sizes = {index: places[symbol][0] for index, symbol in symbolic.items() if symbol in places}
+    numbers += symbolic.keys() - sizes.keys()
     name = "Graph_" + str(CompileContext.current_compile_id()).replace("/", "_")
-    return Graph(module, name, inputs, weights, sorted(numbers), sizes)
+    return Graph(module, name, inputs, weights, sorted(numbers), sizes, [*places.values()])
 
 
 def _source(node: fx.Node) -> object:
@@ -203,7 +210,7 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
     placeholders = graph.module.graph.find_nodes(op="placeholder")
     for index, name in graph.inputs.items():
         copied[placeholders[index]] = bound.placeholder(name)
-    by_name = {node.name: node for node in copied.values()}
+    by_name = {name: copied[placeholders[index]] for index, name in graph.inputs.items()}
 
     def size_at(name: str, dim: int) -> fx.Node:
         return bound.call_function(torch.ops.aten.sym_size.int, (by_name[name], dim))
@@ -218,8 +225,8 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
         elif index in graph.numbers:
             constants[node] = value.item() if isinstance(value, torch.Tensor) else value
         elif index not in graph.inputs:
-            copied[node] = size_at(*graph.sizes[node.meta["example_value"].node.expr][0])
-    for first, *others in graph.sizes.values():
+            copied[node] = size_at(*graph.sizes[index])
+    for first, *others in graph.equal:
         for other in others:
             # Dynamo gives sizes that are equal one symbol; told of it, an export need not find it out from what is computed.
             same = bound.call_function(operator.eq, (size_at(*first), size_at(*other)))

@@ -13,12 +13,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import sympy
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
@@ -27,8 +26,8 @@ from torch.utils import _pytree as pytree
 
 from lissom.compiler.errors import CaptureError
 from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample, resize
-from lissom.compiler.verify import relative_error, run_samples, tolerance_of
+from lissom.compiler.samples import Sample
+from lissom.frontends.confirm import RefusedSizesError, confirm, refused_dimensions
 from lissom.frontends.device import move
 from lissom.frontends.dynamic import Dynamic, declared_but_fixed, describe_dimensions, renamed, wanted_dimensions
 from lissom.frontends.flatten import FRAME, flatten_exported
@@ -100,7 +99,7 @@ def _capture_by_trying(
             continue  # what depends on a size may be a number where every size is fixed, and is none in between
         try:
             program = _export(model, args, kwargs, partial(_free, dims))
-            program = _confirm(program, model, args, kwargs)
+            program = confirm(program, model, args, kwargs)
         except Exception as error:
             first = first or error
             if dims == _NOTHING:
@@ -125,7 +124,17 @@ def capture_sizes(
         try:
             program = _export(model, args, {}, dims_of)
             refuse(program)
-            return _confirm(program, model, args, {})
+            try:
+                return confirm(program, model, args, {})
+            except RefusedSizesError:
+                fixed = refused_dimensions(program, model, args)
+            if not fixed:
+                return program  # each size varies by itself
+
+            def others(tensor: torch.Tensor) -> dict[int, object]:
+                return {dim: found for dim, found in dims_of(tensor).items() if (id(tensor), dim) not in fixed}
+
+            return confirm(_export(model, args, {}, others), model, args, {})
         except CaptureError:
             raise
         except Exception as error:
@@ -140,7 +149,7 @@ def _capture_named(
     try:
         program = _export(model, args, kwargs, partial(_named, wanted))
         program = renamed(program, dynamic)
-        program = _confirm(program, model, args, kwargs)
+        program = confirm(program, model, args, kwargs)
     except CaptureError:
         raise
     except Exception as error:
@@ -215,69 +224,6 @@ def _in_order(model: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str
     return {found.name: given.get(found.name, found.default) for found in parameters[len(args) : last + 1]}
 
 
-def _confirm(program: Program, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Program:
-    """Check the program against the model on the example, at size 1, and at larger sizes; narrow what it promises.
-
-    Raises: CaptureError when they disagree at a size the program would have to take.
-    """
-    dimensions = program.signature.dimensions
-    example = program.signature.flatten(args, kwargs)
-    _require_equal(program, model, example, _answer(model, program, example))
-    if not dimensions:
-        return program
-    sizes = program.signature.sizes_of(example)
-    minimums = {}
-    for symbol, dimension in dimensions.items():
-        if dimension.minimum == 1 and _agrees(program, model, example, {**sizes, symbol: 1}) is not True:
-            minimums[symbol] = replace(dimension, minimum=2)
-    program.signature = replace(program.signature, dimensions={**dimensions, **minimums})
-    larger = [{symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}]
-    larger += [{symbol: size * 2 for symbol, size in sizes.items()}]
-    larger += [{symbol: max(size // 2, 2) for symbol, size in sizes.items()}]
-    answers: list[bool | None] = []
-    for other in larger:
-        if other != sizes and answers.count(True) < 2:
-            answers.append(_agrees(program, model, example, other))
-    if False in answers or True not in answers:
-        raise CaptureError("the program and the model disagree at sizes other than the example's")
-    return program
-
-
-def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> bool | None:
-    """Whether the program gives what the model gives at these sizes; None where either refuses them."""
-    sample = resize(program.signature, example, sizes)
-    try:
-        program.signature.check_sizes(sample)
-        wanted = _answer(model, program, sample)
-    except Exception:
-        return None
-    try:
-        _require_equal(program, model, sample, wanted)
-    except Exception:
-        return False
-    return True
-
-
-def _answer(model: nn.Module, program: Program, sample: Sample) -> list[object]:
-    """What the model returns for a sample, flat, and the state it leaves; its state is put back."""
-    args, kwargs = program.signature.arguments(sample)
-    with _kept(model, program.state):
-        wanted = pytree.tree_leaves(model(*args, **kwargs))
-        return [*wanted, *(model.get_buffer(name).clone() for name in program.state)]
-
-
-def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: Sequence[object]) -> None:
-    """Raise CaptureError where the program gives something else."""
-    found = run_samples(program, [sample])[0]
-    errors = [relative_error(left, right) for left, right in zip(wanted, found, strict=True)]
-    allowed = tolerance_of(program)
-    if max(errors, default=0.0) > allowed:
-        raise CaptureError(
-            f"the captured program differs from {type(model).__name__} by {max(errors):.2g} relative, allowed "
-            f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
-        )
-
-
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
@@ -325,17 +271,6 @@ def _only_exceptions() -> Generator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def _kept(model: nn.Module, names: Sequence[str]) -> Generator[None]:
-    """Put the buffers a call of the model writes back to what they were."""
-    saved = {name: model.get_buffer(name).clone() for name in names}
-    try:
-        yield
-    finally:
-        for name, tensor in saved.items():
-            model.get_buffer(name).copy_(tensor)
 
 
 def _explain(model: nn.Module, error: Exception) -> CaptureError:

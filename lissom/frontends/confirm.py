@@ -1,0 +1,123 @@
+"""A captured program beside its model: the same answers at the example, and at the other sizes it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import sympy
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from lissom.compiler.errors import CaptureError
+from lissom.compiler.program import Program
+from lissom.compiler.samples import Sample, resize
+from lissom.compiler.verify import relative_error, run_samples, tolerance_of
+
+
+class RefusedSizesError(CaptureError):
+    """The model, or the bounds found while capturing it, refuse every size tried beside the example's."""
+
+
+def confirm(program: Program, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Program:
+    """Check the program against the model on the example, at size 1, and at larger sizes; narrow what it promises.
+
+    Raises: CaptureError when they disagree at a size the program would have to take. RefusedSizesError.
+    """
+    dimensions = program.signature.dimensions
+    example = program.signature.flatten(args, kwargs)
+    _require_equal(program, model, example, _answer(model, program, example))
+    if not dimensions:
+        return program
+    sizes = program.signature.sizes_of(example)
+    minimums = {}
+    for symbol, dimension in dimensions.items():
+        if dimension.minimum == 1 and _agrees(program, model, example, {**sizes, symbol: 1}) is not True:
+            minimums[symbol] = replace(dimension, minimum=2)
+    program.signature = replace(program.signature, dimensions={**dimensions, **minimums})
+    larger = [{symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}]
+    larger += [{symbol: size * 2 for symbol, size in sizes.items()}]
+    larger += [{symbol: max(size // 2, 2) for symbol, size in sizes.items()}]
+    answers: list[bool | None] = []
+    for other in larger:
+        if other != sizes and answers.count(True) < 2:
+            answers.append(_agrees(program, model, example, other))
+    _refuse_difference(answers)
+    if True not in answers:
+        raise RefusedSizesError("the model refuses every size tried beside the example's")
+    return program
+
+
+def refused_dimensions(program: Program, model: nn.Module, args: Sequence[object]) -> set[tuple[int, int]]:
+    """The dimensions, by the inputs' `id`, of sizes that are refused at every other number tried, the rest being the example's.
+
+    Raises: CaptureError when the program and the model disagree at one.
+    """
+    example = program.signature.flatten(args, {})
+    sizes = program.signature.sizes_of(example)
+    refused: set[sympy.Symbol] = set()
+    for symbol, size in sizes.items():
+        others = {size + 1, size * 2, max(size // 2, 2)} - {size}
+        answers = [_agrees(program, model, example, {**sizes, symbol: other}) for other in others]
+        _refuse_difference(answers)
+        if True not in answers:
+            refused.add(symbol)
+    return {
+        (id(tensor), dim)
+        for tensor, leaf in zip(example, program.signature.tensors, strict=True)
+        for dim, size in enumerate(leaf.type.shape)
+        if isinstance(size, sympy.Basic) and size.free_symbols & refused
+    }
+
+
+def _refuse_difference(answers: Sequence[bool | None]) -> None:
+    if False in answers:
+        raise CaptureError("the program and the model disagree at sizes other than the example's")
+
+
+def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> bool | None:
+    """Whether the program gives what the model gives at these sizes; None where either refuses them."""
+    sample = resize(program.signature, example, sizes)
+    try:
+        program.signature.check_sizes(sample)
+        wanted = _answer(model, program, sample)
+    except Exception:
+        return None
+    try:
+        _require_equal(program, model, sample, wanted)
+    except Exception:
+        return False
+    return True
+
+
+def _answer(model: nn.Module, program: Program, sample: Sample) -> list[object]:
+    """What the model returns for a sample, flat, and the state it leaves; its state is put back."""
+    args, kwargs = program.signature.arguments(sample)
+    with _kept(model, program.state):
+        # A graph's own call would print what it fails with, and here sizes are tried that it may refuse.
+        wanted = pytree.tree_leaves(nn.Module.__call__(model, *args, **kwargs))
+        return [*wanted, *(model.get_buffer(name).clone() for name in program.state)]
+
+
+def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: Sequence[object]) -> None:
+    """Raise CaptureError where the program gives something else."""
+    found = run_samples(program, [sample])[0]
+    errors = [relative_error(left, right) for left, right in zip(wanted, found, strict=True)]
+    allowed = tolerance_of(program)
+    if max(errors, default=0.0) > allowed:
+        raise CaptureError(
+            f"the captured program differs from {type(model).__name__} by {max(errors):.2g} relative, allowed "
+            f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
+        )
+
+
+@contextmanager
+def _kept(model: nn.Module, names: Sequence[str]) -> Generator[None]:
+    """Put the buffers a call of the model writes back to what they were."""
+    saved = {name: model.get_buffer(name).clone() for name in names}
+    try:
+        yield
+    finally:
+        for name, tensor in saved.items():
+            model.get_buffer(name).copy_(tensor)
