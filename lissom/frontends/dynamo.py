@@ -95,9 +95,9 @@ def read_graph(module: fx.GraphModule) -> Graph:
             weights[index] = _unique(path[1] if single else f"{path[0]}.{path[1]}", weights.values())
         else:
             inputs[index] = _unique(_input_name(node), inputs.values())
-            for dim, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                    places.setdefault(size.node.expr, []).append((inputs[index], dim))
+            for dim, size in enumerate(map(size_of, value.shape)):
+                if isinstance(size, sympy.Symbol):
+                    places.setdefault(size, []).append((inputs[index], dim))
     sizes = {index: places[symbol][0] for index, symbol in symbolic.items() if symbol in places}
     numbers += symbolic.keys() - sizes.keys()
     name = "Graph_" + str(CompileContext.current_compile_id()).replace("/", "_")
