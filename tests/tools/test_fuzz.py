@@ -1,0 +1,104 @@
+"""A slice of the campaign over random models and pipelines; and that the campaign notices, reproduces and simplifies failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from tools.fuzz import campaign, models, oracle
+from tools.fuzz.case import Case, draw_case, run
+from tools.fuzz.models import Spec, build, draw_inputs
+
+SLICE = range(1000, 1016)
+
+
+@pytest.mark.parametrize("number", SLICE)
+def test_a_random_case_does_not_fail(number):
+    outcome = run(draw_case(number))
+    assert outcome.kind in ("equal", "refused"), outcome.detail
+
+
+def test_a_number_is_the_same_case_each_time():
+    assert [draw_case(number) for number in range(50)] == [draw_case(number) for number in range(50)]
+
+
+def test_a_case_can_be_written_down_and_read_back():
+    for number in range(50):
+        assert Case.from_json(draw_case(number).to_json()) == draw_case(number)
+
+
+def test_a_model_has_the_same_weights_each_time():
+    spec = models.draw_spec(random.Random(5))
+    for one, other in zip(build(spec).parameters(), build(spec).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "holes", "single"])
+@pytest.mark.parametrize("mask", ["keep", "hide", "integers", "additive"])
+def test_every_row_has_a_token_and_every_mask_says_the_same(mask, padding):
+    spec = Spec(mask=mask, fill="smallest")
+    inputs = draw_inputs(spec, 4, 6, padding, 3)
+    kept = models.kept_tokens(spec, inputs["mask"])
+    boolean = draw_inputs(Spec(mask="keep"), 4, 6, padding, 3)["mask"]
+    assert torch.equal(kept, boolean)
+    assert kept.any(1).all()
+
+
+def test_an_exact_answer_that_is_off_is_noticed():
+    model = build(Spec(layers=2, bias=True))
+    inputs = draw_inputs(model.spec, 2, 5, "none", 0)["tokens"]
+    with torch.no_grad():
+        plain, precise = model(inputs), build(model.spec).double()(inputs)
+    assert oracle.differs_from_float64([plain], [plain], [precise], None) is None
+    wrong = plain.clone()
+    wrong[1, 4] *= 1.01
+    assert "is off by" in oracle.differs_from_float64([wrong], [plain], [precise], None)
+    wrong[1, 4, 0] = float("nan")
+    assert "not finite" in oracle.differs_from_float64([wrong], [plain], [precise], None)
+    assert "in place of" in oracle.differs_from_float64([plain[:1]], [plain], [precise], None)
+
+
+def test_tokens_that_do_not_count_may_differ():
+    wanted = torch.randn(1, 3, 4, dtype=torch.float64)
+    found = wanted.float()
+    found[0, 2] = 9.0
+    kept = torch.tensor([[True, True, False]])
+    assert oracle.differs_from_float64([found], [wanted.float()], [wanted], kept) is None
+    assert oracle.differs_from_float64([found], [wanted.float()], [wanted], None) is not None
+
+
+def test_a_failure_is_made_simpler():
+    spec = dataclasses.replace(models.draw_spec(random.Random(1)), layers=2, gate="packed")
+    case = dataclasses.replace(draw_case(3), spec=spec, passes=("remove-no-ops", "quantize{scheme=fp8}", "cast"))
+
+    def still(candidate: Case) -> str:
+        wrong = candidate.spec.gate == "packed" and any(item.startswith("quantize") for item in candidate.passes)
+        return "wrong" if wrong else "equal"
+
+    found = campaign.shrink(case, "wrong", still, rounds=500)
+    assert found.passes == ("quantize",)
+    assert found.spec == Spec(gate="packed")
+    assert found.calls == ()
+
+
+def test_a_crash_and_a_raw_error_are_told_apart(monkeypatch):
+    case = Case(Spec(), ())
+
+    def end(case, address):
+        import os
+
+        os.abort()
+
+    def fail(*arguments):
+        raise KeyError("layers")
+
+    monkeypatch.setattr("tools.fuzz.case.run", end)
+    assert campaign.run_apart(case).kind == "crash"
+    monkeypatch.undo()
+    monkeypatch.setattr("tools.fuzz.case._judge", fail)
+    outcome = campaign.run_apart(case)
+    assert outcome.kind == "traceback"
+    assert "KeyError: 'layers'" in outcome.detail

@@ -1,0 +1,1 @@
+"""Tools for those who work on Lissom; they are not installed with it."""

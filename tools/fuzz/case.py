@@ -1,0 +1,297 @@
+"""One case: a model, a pipeline, a backend and inputs, drawn from a number; and what comes of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import random
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import lissom
+from lissom.compiler.errors import InputError, LissomError, PassError, VerifyError
+from lissom.compiler.kinds import Approximation
+from lissom.compiler.program import Program
+from lissom.compiler.spelling import parse_pipeline
+from lissom.passes import PASSES
+from tests.zoo import fresh
+from tools.fuzz import models, oracle
+from tools.fuzz.models import Spec
+from tools.fuzz.pipelines import draw_pipeline
+
+PER_MODEL = 8
+"""Neighbouring numbers share a model."""
+_PADDINGS = ("none", "right", "left", "holes", "single")
+_ROUNDING = ("quantize", "quantize-cache", "gptq", "correct-bias")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The sizes of one call, where its padding is, and the seed of its numbers."""
+
+    batch: int
+    length: int
+    padding: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that a run depends on.
+
+    zoo: the name of an architecture of tests/zoo that takes the place of `spec`. example: what the model is captured with.
+    """
+
+    spec: Spec
+    passes: tuple[str, ...]
+    zoo: str = ""
+    backend: str = "eager"
+    checks: str = "numeric"
+    dynamic: bool = True
+    saved: bool = False
+    example: Call = Call(2, 5, "none", 0)
+    calls: tuple[Call, ...] = (Call(2, 5, "right", 1),)
+
+    def to_json(self) -> str:
+        """The case as text that `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        """The case that `to_json` wrote."""
+        data = json.loads(text)
+        calls = tuple(Call(**item) for item in data.pop("calls"))
+        spec, example = Spec(**data.pop("spec")), Call(**data.pop("example"))
+        return cls(spec, tuple(data.pop("passes")), example=example, calls=calls, **data)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    kind: `equal`, `refused` (a sentence, before anything was computed), `caught` (the verifier or the pipeline found a fault of
+    ours and named it), or a failure: `wrong`, `traceback`, `changed` (the model or a global state), `file`.
+    """
+
+    kind: str
+    detail: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """True for what must never happen."""
+        return self.kind not in ("equal", "refused", "caught")
+
+
+def draw_case(number: int, backends: tuple[str, ...] = ("eager",), zoo: tuple[str, ...] = (), zoo_share: float = 0.0) -> Case:
+    """The case of a number. zoo: names of architectures, and zoo_share: how many cases take one."""
+    shared, own = random.Random(f"model {number // PER_MODEL}"), random.Random(f"case {number}")
+    spec = models.draw_spec(shared)
+    name = shared.choice(zoo) if zoo and shared.random() < zoo_share else ""
+    example = Call(shared.choice((1, 2, 3)), shared.choice((3, 4, 5, 8)), shared.choice(("none", "none", "right", "left")), 0)
+    sizes = [(example.batch, example.length), (own.randrange(1, 6), own.randrange(1, 13)), (own.randrange(1, 3), 32)]
+    calls = tuple(Call(*size, own.choice(_PADDINGS), own.randrange(1, 1 << 30)) for size in sizes)
+    return Case(
+        spec=spec,
+        passes=draw_pipeline(own),
+        zoo=name,
+        backend=own.choice(backends),
+        checks=own.choice(("numeric", "numeric", "numeric", "structural", "off")),
+        dynamic=own.random() < 0.9,
+        saved=own.random() < 0.2,
+        example=example,
+        calls=calls,
+    )
+
+
+@lru_cache(maxsize=2)
+def _model(spec: Spec, zoo: str) -> tuple[nn.Module, Mapping[str, object]]:
+    """The model, and its example inputs where it is one of the zoo."""
+    if not zoo:
+        return models.build(spec), {}
+    from tests.zoo import catalogue
+
+    case = next(entry for entry in catalogue.entries() if entry.name == zoo).build()
+    return case.model, case.kwargs or {str(at): item for at, item in enumerate(case.args)}
+
+
+def run(case: Case, address: str = "") -> Outcome:
+    """Compile the model of a case, call it, and judge. address: of a process that loads artifacts, see tests/zoo/fresh.py."""
+    model, given = _model(case.spec, case.zoo)
+    before, noise = _snapshot(model), _noise()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outcome = _judge(case, model, given, address)
+    except (VerifyError, PassError) as error:
+        outcome = Outcome("caught", f"{type(error).__name__}: {_first_line(error)}")
+    except LissomError as error:
+        outcome = Outcome("refused", f"{type(error).__name__}: {_first_line(error)}")
+    except Exception:
+        outcome = Outcome("traceback", traceback.format_exc()[-3000:])
+    changed = _changed(before, model) or ("" if noise == _noise() else "the state of a random generator")
+    return Outcome("changed", f"{changed} was changed; {outcome.kind}: {outcome.detail}") if changed else outcome
+
+
+def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: str) -> Outcome:
+    inputs = _inputs(case, case.example, given)
+    text = ",".join(case.passes)
+    options = {
+        "checks": case.checks,
+        "dynamic": case.dynamic,
+        "data": [_inputs(case, call, given) for call in case.calls[:1]] * 2,
+    }
+    fast = lissom.compile(
+        model,
+        _given(case, inputs),
+        passes=text or "exact",
+        backend=case.backend,
+        only_if_faster=False,
+        simulate=True,
+        **options,
+    )
+    wanted = _oracle(case, model, inputs, options)
+    answers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+    for at, call in enumerate((case.example, *case.calls)):
+        called = inputs if at == 0 else _inputs(case, call, given)
+        try:
+            found = _called(case, fast, called)
+        except InputError as error:
+            if at == 0:
+                return Outcome("wrong", f"the example is refused: {_first_line(error)}")
+            continue
+        again = _called(case, fast, called)
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, again, strict=True)):
+            return Outcome("wrong", f"call {at} gives another answer the second time")
+        sentence = wanted(called, found)
+        if sentence is not None:
+            return Outcome("wrong", f"call {at}: {sentence}")
+        answers.append((fast.program.signature.flatten(*_split(_given(case, called))), found))
+    return _reloaded(fast, answers, address) if case.saved and address else Outcome("equal")
+
+
+def _oracle(
+    case: Case, model: nn.Module, example: Mapping[str, object], options: Mapping[str, object]
+) -> Callable[[Mapping[str, object], list[torch.Tensor]], str | None]:
+    """What judges an answer: the model itself where every pass is exact, else the program up to the last lossy pass."""
+    passes = parse_pipeline(",".join(case.passes), PASSES) if case.passes else []
+    lossy = [at for at, item in enumerate(passes) if isinstance(item, Approximation)]
+    packs = any(item.name() in ("pack-tokens", "zero-padding") for item in passes)
+    if not lossy:
+        precise = copy.deepcopy(model).double()
+
+        def by_model(inputs: Mapping[str, object], found: list[torch.Tensor]) -> str | None:
+            with torch.no_grad():
+                plain = _called(case, model, inputs)
+                exact = _called(case, precise, {name: _doubled(item) for name, item in inputs.items()})
+            mask = inputs.get("mask")
+            kept = models.kept_tokens(case.spec, mask) if packs and isinstance(mask, torch.Tensor) else None
+            return oracle.differs_from_float64(found, plain, exact, kept)
+
+        return by_model
+    prefix = ",".join(case.passes[: lossy[-1] + 1])
+    # Checks off: nothing of the verifier has a say in what is right.
+    program: Program = lissom.optimize(model, _given(case, example), passes=prefix, **{**options, "checks": "off"}).program
+    names = {item.name() for item in passes}
+    precision = "quantized" if names.intersection(_ROUNDING) else "bf16" if "cast" in names else "fp32"
+
+    def by_program(inputs: Mapping[str, object], found: list[torch.Tensor]) -> str | None:
+        with torch.no_grad():
+            flat = program.run(program.signature.flatten(*_split(_given(case, inputs))))
+        return oracle.differs_from_program(found, [item for item in flat if isinstance(item, torch.Tensor)], precision)
+
+    return by_program
+
+
+def _reloaded(
+    fast: lissom.CompiledModel, answers: list[tuple[list[torch.Tensor], list[torch.Tensor]]], address: str
+) -> Outcome:
+    """Save the model, load it in a fresh process, and compare its answers with those it gave before."""
+    with tempfile.TemporaryDirectory(prefix="lissom-fuzz-") as folder:
+        artifact = Path(folder) / "artifact"
+        fast.save(artifact)
+        try:
+            loaded = fresh.answers(address, artifact, [flat for flat, _ in answers])
+        except RuntimeError as error:
+            return Outcome("file", f"the artifact does not load or run: {error}")
+    for at, ((_, wanted), (_, leaves)) in enumerate(zip(answers, loaded, strict=True)):
+        found = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(found, wanted, strict=True)):
+            return Outcome("file", f"the loaded model gives another answer to call {at}")
+    return Outcome("equal")
+
+
+def _inputs(case: Case, call: Call, given: Mapping[str, object]) -> dict[str, object]:
+    """Inputs of one call. Those of a model of the zoo are its example with rows and values put in another order."""
+    if not given:
+        return dict(models.draw_inputs(case.spec, call.batch, call.length, call.padding, call.seed))
+    generator = torch.Generator().manual_seed(call.seed)
+    found = dict(given)
+    for name, item in given.items():
+        if isinstance(item, torch.Tensor) and call.seed and item.dim() >= 2 and item.dtype in (torch.long, torch.float32):
+            found[name] = item[:, torch.randperm(item.shape[1], generator=generator)] if item.dim() == 2 else item.flip(0)
+    return found
+
+
+def _given(case: Case, inputs: Mapping[str, object]) -> tuple[object, ...] | dict[str, object]:
+    """Inputs as the case hands them over: by position or by name."""
+    by_name = not next(iter(inputs)).isdigit() if case.zoo else case.spec.keywords or "types" in inputs
+    return dict(inputs) if by_name else tuple(inputs.values())
+
+
+def _split(given: tuple[object, ...] | dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]]:
+    return ((), given) if isinstance(given, dict) else (given, {})
+
+
+def _called(case: Case, model: Callable[..., object], inputs: Mapping[str, object]) -> list[torch.Tensor]:
+    args, kwargs = _split(_given(case, inputs))
+    with torch.no_grad():
+        return [leaf.clone() for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def _doubled(item: object) -> object:
+    return item.double() if isinstance(item, torch.Tensor) and item.dtype == torch.float32 else item
+
+
+def _snapshot(model: nn.Module) -> list[tuple[str, object, object]]:
+    """Every tensor of the model by identity and value, and every module's mode and attributes."""
+    found: list[tuple[str, object, object]] = []
+    for name, item in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        found.append((name, id(item), (item.detach().clone(), item.requires_grad, item.grad is None)))
+    for name, module in model.named_modules():
+        found.append((name, module.training, sorted(vars(module))))
+    return found
+
+
+def _changed(before: list[tuple[str, object, object]], model: nn.Module) -> str:
+    """The name of what is not as it was; empty when all is."""
+    after = _snapshot(model)
+    if len(after) != len(before):
+        return "the list of the model's tensors"
+    for (name, one, value), (_, other, now) in zip(before, after, strict=True):
+        tensors = isinstance(value, tuple) and isinstance(now, tuple)
+        same = torch.equal(value[0], now[0]) and value[1:] == now[1:] if tensors else value == now
+        if one != other or not same:
+            return f"the model's '{name}'"
+    return ""
+
+
+def _noise() -> tuple[object, ...]:
+    """The state of every global random generator, and PyTorch's global settings."""
+    keys = np.random.get_state(legacy=False)["state"]["key"]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    settings = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    return (torch.get_rng_state().numpy().tobytes(), random.getstate(), keys.tobytes(), settings)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:400]

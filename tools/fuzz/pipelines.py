@@ -1,0 +1,98 @@
+"""Random pipelines of one to four passes, with random options that a user may give."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+Draw = Callable[[random.Random], str]
+"""One pass as text."""
+
+
+def _pass(name: str, **options: tuple[object, ...]) -> Draw:
+    """A pass with some of its options, each drawn from values; a value of None leaves the option at its default."""
+
+    def draw(generator: random.Random) -> str:
+        drawn = {key: generator.choice(values) for key, values in options.items()}
+        given = [f"{key}={_spelled(value)}" for key, value in drawn.items() if value is not None]
+        return f"{name}{{{','.join(given)}}}" if given else name
+
+    return draw
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_KEEP = (0.25, 0.5, 0.75, 0.9)
+_RANKED = (None, "auto", "magnitude", "second-order", "taylor")
+_CANONICAL = (
+    *("eliminate-dead-code", "remove-no-ops", "rewrite-einsum", "fold-constants", "merge-common-subexpressions"),
+    *("raise-rms-norm", "raise-softmax", "raise-activations", "raise-rotary", "raise-attention", "simplify-masks"),
+)
+_ELIMINATIONS = (
+    *("eliminate-dead-heads", "eliminate-dead-neurons", "eliminate-dead-layers", "eliminate-dead-hidden"),
+    *("eliminate-dead-tokens", "merge-equal-heads"),
+)
+_LOWERINGS = (
+    *("merge-projections{always=true}", "fuse-rotary", "fuse-attention", "fuse-rms-norm", "pack-linear", "fuse-epilogues"),
+    *("fuse-merged-attention", "lower-sparse-attention{always=true}", "pack-sparse{always=true}", "write-state-in-place"),
+    *("fold-quantized-weights", "pack-quantized-linear"),
+)
+EXACT: tuple[Draw, ...] = (
+    *map(_pass, _CANONICAL),
+    *map(_pass, _ELIMINATIONS),
+    *map(_pass, _LOWERINGS),
+    _pass("pack-tokens"),
+    _pass("equalize"),
+    _pass("smooth-quant", alpha=(None, 0.25, 0.75, 1.0), norms=(None, False), linears=(None, False)),
+    _pass("awq", scheme=(None, "int8-weight"), symmetric=(None, False), norms=(None, False), linears=(None, False)),
+    _pass("fold-casts"),
+    _pass("sink-casts"),
+)
+"""Passes that keep the numbers."""
+LOSSY: tuple[Draw, ...] = (
+    _pass("prune-heads", keep=_KEEP, criterion=_RANKED, scope=(None, "layer"), round_to=(None, 2)),
+    _pass("prune-neurons", keep=_KEEP, criterion=_RANKED, scope=(None, "layer"), round_to=(None, 4)),
+    _pass("prune-layers", keep=(0.5, 0.75), part=(None, "attention", "feed-forward"), criterion=(None, "magnitude")),
+    _pass("prune-hidden", keep=(0.5, 0.75), round_to=(1, 2, 4), criterion=(None, "magnitude"), reconstruct=(None, False)),
+    _pass("sparsify", keep=(0.5, 0.8), criterion=(None, "wanda", "sparsegpt")),
+    _pass("sparsify", pattern=("2:4", "1:4"), criterion=(None, "wanda", "sparsegpt")),
+    _pass("zero-padding"),
+    _pass("low-rank", keep=(0.5, 0.9), whiten=(None, False), attention=(None, True), asymmetric=(None, False)),
+    _pass("low-rank", rank=(1, 2, 3), fisher=(None, False)),
+    _pass("linear-attention", features=(None, "elu", "relu")),
+    _pass("share-layers", groups=(1, 2), take=(None, "mean", "first")),
+    _pass("pool-heads", keep=(0.5, 0.3), align=(None, False), regroup=(None, False)),
+    _pass("sparsify-attention", window=(1, 2, 5), global_tokens=(None, 1, 3)),
+    _pass("sparsify-attention", pattern=("block",), block=(1, 2, 4)),
+    _pass("sparsify-attention", pattern=("strided", "dilated"), window=(2, 4), block=(2,)),
+    _pass("sparsify-attention", pattern=("global-window-random",), window=(3, 4), block=(2, 4), random_blocks=(1, 2)),
+    _pass("sparsify-attention", pattern=("measured",), block=(2, 4), mass=(0.5, 0.9)),
+    _pass("quantize", scheme=("int8-dynamic", "int8-static"), activations=(None, "tensor"), symmetric=(None, False)),
+    _pass("quantize", scheme=("int8-static",), observer=(None, "percentile", "mse", "entropy"), attention=(None, True)),
+    _pass("quantize", scheme=("int8-weight", "int4-weight"), granularity=(None, "channel", "group"), symmetric=(None, False)),
+    _pass("quantize", scheme=("int8-dynamic", "int4-weight", "fp8"), embeddings=(None, True), output_heads=(None, True)),
+    _pass("correct-bias"),
+    _pass("gptq", act_order=(None, False), asymmetric=(None, False)),
+    _pass("cast", dtype=("bf16",)),
+    _pass("cast", dtype=("bf16", "fp16")),
+)
+"""Passes that lose something."""
+
+
+def draw_pipeline(generator: random.Random) -> tuple[str, ...]:
+    """One to four passes, each as text; about a third of the pipelines are exact."""
+    share = generator.choice((0.0, 0.5, 0.7))
+    count = generator.choice((1, 2, 2, 3, 3, 4))
+    drawn = [generator.choice(LOSSY if generator.random() < share else EXACT)(generator) for _ in range(count)]
+    if any(item.startswith("prune") for item in drawn) and generator.random() < 0.6:
+        drawn += [item for item in _ELIMINATIONS[:4] if generator.random() < 0.7]
+    return tuple(drawn)
+
+
+def simpler(passes: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Pipelines with one pass less, and with the options of one pass at their defaults."""
+    shorter = [passes[:at] + passes[at + 1 :] for at in range(len(passes))]
+    plain = [(*passes[:at], item.partition("{")[0], *passes[at + 1 :]) for at, item in enumerate(passes) if "{" in item]
+    return [*shorter, *plain]
