@@ -1,4 +1,4 @@
-"""A slice of the campaign over random models and pipelines; and that the campaign notices, reproduces and simplifies failures."""
+"""A slice of the campaign over random models and pipelines. The campaign notices, reproduces and simplifies failures."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 EXACT_FACTOR, EXACT_FLOOR = 20.0, 5e-5
-"""An exact answer may be 20 times as far from float64 as PyTorch's own float32 is, because it sums in another order. It may be off
-by 5e-5 of the output's size in any case, because PyTorch's own error can be zero by chance in outputs of a few numbers."""
+"""An exact answer may be 20 times as far from float64 as PyTorch's own float32 is, because it sums in another order.
+It may be off by 5e-5 of the output's size in any case, because PyTorch's own error can be zero in outputs of a few numbers."""
 LIMITS = {"fp32": 2e-3, "bf16": 0.15, "quantized": 0.35}
 """How far a compiled program may be from the same program before lowering, as a share of the size of the output.
 
