@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from lissom.artifacts.files import writing_whole
 from lissom.compiler.errors import ArtifactError, InputError
 from lissom.compiler.signature import Signature, TensorArgument
 
@@ -73,14 +73,9 @@ def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors to a file whole or not at all; bfloat16, which numpy has not, as float32. Raises: OSError."""
+    """Write tensors to a file whole or not at all; bfloat16, which numpy has not, as float32. Raises: ArtifactError."""
     arrays = {
         name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy() for name, tensor in tensors.items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing_whole(path) as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]

@@ -64,8 +64,14 @@ def read_json(path: Path) -> Any:
     Raises: ArtifactError when it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), path)
     except OSError as error:
         raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    """The JSON that was read from a file. Raises: ArtifactError when it is none."""
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"'{path}' holds no JSON that can be read ({error}); save the model again") from error

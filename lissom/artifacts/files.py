@@ -1,32 +1,108 @@
-"""Single files: refused before work is done, written whole or not at all."""
+"""Single files: opened when they are plain files, refused before work is done, written whole or not at all."""
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import stat
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from lissom.compiler.errors import ArtifactError
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a path that could not be written, before the work is done.
+def open_plain(path: Path) -> BinaryIO:
+    """A file opened to be read. It is a plain file itself: a link may lead anywhere, and a pipe waits for ever.
 
     Raises: ArtifactError.
     """
-    if not path.parent.is_dir():
-        raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")
-    if path.is_dir():
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        kinds = {errno.ELOOP: "is a symbolic link", errno.ENXIO: "is no plain file"}
+        if error.errno not in kinds:
+            raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
+        raise ArtifactError(
+            f"'{path}' {kinds[error.errno]}; an artifact holds plain files only: copy the file itself"
+        ) from error
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ArtifactError(f"'{path}' is no plain file; an artifact holds plain files only: copy the file itself")
+    return os.fdopen(handle, "rb")
+
+
+def read_plain(path: Path) -> bytes:
+    """What a plain file holds. Raises: ArtifactError as `open_plain`, or when it cannot be read."""
+    with open_plain(path) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path that could not be written, or names something else than a plain file, before the work is done.
+
+    Raises: ArtifactError.
+    """
+    path = path.absolute()
+    try:
+        if not path.parent.is_dir():
+            raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise ArtifactError(f"'{path}' cannot be written: '{path.parent}' takes no new files; choose another directory")
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    # A name with a zero byte is a ValueError.
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' cannot be written: {reason(error)}; choose another name") from error
+    if stat.S_ISDIR(mode):
         raise ArtifactError(f"'{path}' cannot be written: it is a directory; name a file in it")
-    if not os.access(path.parent, os.W_OK):
-        raise ArtifactError(f"'{path}' cannot be written: '{path.parent}' takes no new files; choose another directory")
+    if stat.S_ISLNK(mode):
+        raise ArtifactError(f"'{path}' is a symbolic link, and would be replaced; name the file itself")
+    if not stat.S_ISREG(mode):
+        raise ArtifactError(f"'{path}' is a device, a pipe or a socket, and would be replaced; name a plain file")
+
+
+def reason(error: OSError | ValueError) -> str:
+    """What an error of the system says, without its number and file."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Generator[BinaryIO]:
+    """A new file, which takes the place of `path` when the block ends, whole or not at all.
+
+    It lies beside `path` under a name that cannot be guessed, and is made by this process, or an error.
+
+    Raises: ArtifactError as `check_writable`, or when it cannot be written.
+    """
+    path = path.absolute()
+    check_writable(path)
+    # Not made of the name of `path`, which may be as long as names can be.
+    temporary = path.with_name(f".lissom-{secrets.token_hex(8)}")
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        check_writable(path)
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(
+            f"'{path}' cannot be written: {reason(error)}; what was there before is unchanged: "
+            f"make room, or choose another directory"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Write a file completely or not at all: to a temporary name beside it, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write a text file as `writing_whole` does."""
+    with writing_whole(path) as file:
+        file.write(content.encode())

@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
-from lissom.artifacts.fields import number, read_json, shown, take, text
+from lissom.artifacts.fields import number, parse_json, shown, take, text
+from lissom.artifacts.files import read_plain
 from lissom.compiler.errors import ArtifactError
 
 NAME = "manifest.json"
@@ -29,9 +30,19 @@ class Content:
 
     @classmethod
     def of(cls, path: Path) -> Content:
+        """Of the file with this name. Raises: OSError."""
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(file.tell(), digest)
+            return cls.of_file(file)
+
+    @classmethod
+    def of_file(cls, file: BinaryIO) -> Content:
+        """Of the file behind a handle, from where it stands to the end. Raises: OSError."""
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(file.tell(), digest)
+
+    @classmethod
+    def of_bytes(cls, content: bytes) -> Content:
+        return cls(len(content), hashlib.sha256(content).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,27 @@ def _seal(body: str) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest in a file.
+    """The manifest in a file. Raises: ArtifactError as `parse_manifest`, or when the file cannot be read."""
+    return parse_manifest(read_plain(path), path)
+
+
+def listed_files(path: Path) -> frozenset[str]:
+    """The files that a manifest of any format version names. Raises: ArtifactError when the file is no manifest."""
+    data = parse_json(read_plain(path), path)
+    try:
+        if take(data, "kind", str) == KIND:
+            return frozenset(take(data, "files", dict))
+    except ValueError:
+        pass
+    raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
+
+
+def parse_manifest(whole: bytes, path: Path) -> Manifest:
+    """The manifest that was read from a file.
 
     Raises: ArtifactError when it is none, of an unknown version, or changed since it was written.
     """
-    data = read_json(path)
+    data = parse_json(whole, path)
     if not isinstance(data, dict) or cast("dict[str, object]", data).get("kind") != KIND:
         raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
     version = cast("dict[str, object]", data).get("version")
@@ -80,7 +107,6 @@ def read_manifest(path: Path) -> Manifest:
             f"'{path}' is of format version {shown(version)}, and this Lissom reads version {FORMAT_VERSION}; "
             f"install the Lissom that wrote it, or save the model again with this one"
         )
-    whole = path.read_bytes()
     body = whole[: -len(_seal(""))]
     if whole != body + _seal_of(body):
         raise ArtifactError(f"'{path}' was changed after it was written: its SHA-256 is another; save the model again")

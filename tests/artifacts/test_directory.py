@@ -337,6 +337,8 @@ def test_an_interrupt_between_the_renames_leaves_the_old_one(saved, at, monkeypa
             raise KeyboardInterrupt
         return rename(self, target)
 
+    # As on file systems that cannot exchange two names.
+    monkeypatch.setattr(directory, "_exchange_at_once", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_directory(saved, lambda folder: (folder / "file").write_text("new"))
@@ -365,7 +367,12 @@ while True:
 
 def test_what_is_read_has_been_checked(saved, monkeypatch):
     read: list[str] = []
-    real = directory._check_content
-    monkeypatch.setattr(directory, "_check_content", lambda path, content: (read.append(path.name), real(path, content)))
+    real = directory.open_verified
+
+    def noted(path, content):
+        read.append(path.name)
+        return real(path, content)
+
+    monkeypatch.setattr(directory, "open_verified", noted)
     read_directory(saved)
     assert sorted(read) == sorted(FILES[1:])

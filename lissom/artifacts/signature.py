@@ -1,0 +1,96 @@
+"""Signatures of artifacts: Ed25519, of the bytes of the manifest, which holds the hash of every other file.
+
+A signature is the 64 bytes of RFC 8032 in a file of their own, which `openssl pkeyutl -verify -rawin` checks too. Keys are PEM
+files, as `openssl genpkey -algorithm ed25519` writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from lissom.artifacts.files import read_plain
+from lissom.compiler.errors import ArtifactError, UnsupportedError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+SIGNATURE = "manifest.sig"
+Key = TypeVar("Key")
+
+
+def sign(message: bytes, private_key: Path) -> bytes:
+    """The signature of a message by a key. Raises: ArtifactError when the key cannot be read; UnsupportedError."""
+    return _private(private_key).sign(message)
+
+
+def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str | Path]) -> None:
+    """Refuse an artifact whose manifest is not signed by one of the keys.
+
+    message: the bytes of the manifest. trusted_keys: files of public keys; none of them trusts nobody.
+
+    Raises: ArtifactError; UnsupportedError without the package `cryptography`.
+    """
+    keys = [_public(Path(path)) for path in trusted_keys]
+    from cryptography.exceptions import InvalidSignature
+
+    path = directory / SIGNATURE
+    # Of a link too, which is refused when it is opened.
+    if not path.is_symlink() and not path.exists():
+        raise ArtifactError(f"'{directory}' is not signed, and trusted keys were given; sign it with `lissom sign`")
+    signature = read_plain(path)
+    for key in keys:
+        try:
+            key.verify(signature, message)
+        except InvalidSignature:
+            continue
+        return
+    named = ", ".join(f"'{path}'" for path in trusted_keys) or "no key"
+    raise ArtifactError(
+        f"'{directory}' is not signed by a trusted key ({named}), or its manifest was changed after it was signed; "
+        f"do not use it, or trust the key of who signed it"
+    )
+
+
+def _private(path: Path) -> Ed25519PrivateKey:
+    _check_installed()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    return _read(path, Ed25519PrivateKey, "private", lambda text: load_pem_private_key(text, password=None))
+
+
+def _public(path: Path) -> Ed25519PublicKey:
+    _check_installed()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    return _read(path, Ed25519PublicKey, "public", load_pem_public_key)
+
+
+def _check_installed() -> None:
+    try:
+        import cryptography  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise UnsupportedError("signatures need the package cryptography: pip install 'lissom[sign]'") from error
+
+
+def _read(path: Path, kind: type[Key], word: str, parse: Callable[[bytes], object]) -> Key:
+    """The key in a PEM file. Raises: ArtifactError when it holds none of this kind."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        # The files of keys may be links, as secrets mounted into containers are.
+        key = parse(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"the key '{path}' cannot be read: {error.strerror}") from error
+    except TypeError as error:
+        raise ArtifactError(f"the key '{path}' has a passphrase; write it without: openssl pkey -in KEY -out PLAIN") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ArtifactError(f"'{path}' is no PEM file of a {word} key: {error}") from error
+    if not isinstance(key, kind):
+        raise ArtifactError(
+            f"'{path}' holds a key of another algorithm than Ed25519; make one: openssl genpkey -algorithm ed25519 -out KEY"
+        )
+    return key
