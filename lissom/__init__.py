@@ -1,10 +1,11 @@
 """Lissom: a compiler-style graph optimizer for transformer inference."""
 
-from lissom.api import CompiledModel, Optimized, compile, load, optimize
+from lissom.api import CompiledModel, Optimized, compile, optimize
 from lissom.backends.distributed import Distributed
 from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.frontends.onnx import from_onnx
 from lissom.generation import compile_generation, load_generation
+from lissom.loading import load
 from lissom.torch_compile import dynamo_reports
 from lissom.version import __version__
 

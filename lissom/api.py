@@ -1,8 +1,7 @@
-"""The public face: compile a model, call what comes out, read what was done, save and load it."""
+"""The public face: compile a model, call what comes out, read what was done, save it."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from lissom.artifacts import rank_files
+from lissom.artifacts.artifact import WriteMore, write_nothing
 from lissom.backends import find_backends
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed import Distributed, RankProgram
@@ -103,36 +103,19 @@ class CompiledModel(HostedModel):
         Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
             backend cannot save what it built.
         """
+        self.save_with(directory, write_nothing)
+
+    def save_with(self, directory: str | Path, write_more: WriteMore) -> None:
+        """As `save`, with further files, which the artifact's hashes cover.
+
+        write_more: is called with the folder to write them into.
+        """
         facts = {} if self.facts is None else self.facts.to_json()
-        rank_files.save(Path(directory), self.program, self._executable, self.report.history, self._backend, facts)
+        history = self.report.history
+        rank_files.save(Path(directory), self.program, self._executable, history, self._backend, facts, write_more)
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
-
-
-def load(directory: str | Path, device: str | torch.device | None = None, *, backend: Backend | None = None) -> CompiledModel:
-    """The model that `CompiledModel.save` wrote, its weights mapped from the file. Nothing is unpickled.
-
-    device: where it is to run; where it was made to run by default. What differs here from where it was made, such as kernels
-    that are missing, is said in a warning.
-    backend: the backend it was saved for, with options in place of those it was saved with: `lissom.OnnxRuntime(threads=1)`.
-
-    Of a model for several ranks, each of a group of that many gets its part, and opens no other's.
-
-    Raises: ArtifactError when the directory is no artifact, was changed or damaged, or does not run here; UnsupportedError for
-        a device or a package that is not there, or a process that is none of so many ranks; RankError when one is gone.
-
-    >>> import tempfile, torch, lissom
-    >>> folder = tempfile.mkdtemp() + "/model"
-    >>> lissom.compile(torch.nn.Linear(4, 2), torch.ones(3, 4)).save(folder)
-    >>> lissom.load(folder)
-    CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
-    """
-    loaded = rank_files.load(Path(directory), check_device(device), backend)
-    for note in loaded.notes:
-        warnings.warn(note, stacklevel=2)
-    report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history)
-    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend, Facts.from_json(loaded.facts))
 
 
 def compile(

@@ -1,10 +1,9 @@
-"""The command line: `lissom demo | compile | run | generate | show | bench | passes | machine`."""
+"""The command line: `lissom demo | compile | run | generate | show | bench | sign | verify | passes | machine`."""
 
 from __future__ import annotations
 
 import json
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,6 @@ import typer
 from rich.console import Console
 
 from lissom import api, demo
-from lissom.artifacts.arrays import named_tensors, read_inputs, write_tensors
 from lissom.artifacts.directory import check_target, is_artifact
 from lissom.artifacts.files import check_writable, write_whole
 from lissom.backends import find_backends
@@ -30,9 +28,8 @@ from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
 from lissom.compiler.errors import Interrupted, LissomError
 from lissom.compiler.pipeline import check_options
 from lissom.compiler.sharding import make_plan
-from lissom.compiler.types import format_type, type_of
 from lissom.frontends.sources import NAMES, load
-from lissom.generation.directory import PROGRAM, is_saved
+from lissom.generation.directory import is_saved
 from lissom.generation.prompted import compile_prompted, load_prompted
 from lissom.generation.stream import Speed, stream_text, stream_tokens
 from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
@@ -42,6 +39,7 @@ from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import axes_table, structure_tables
 from lissom.inspect.tables import Report, coloured_diff, passes_table
 from lissom.passes import RECIPES, known_passes
+from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
 from lissom.scatter import with_ways
 from lissom.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 
@@ -89,7 +87,7 @@ def run_compile(
     for path in filter(None, (history, text)):
         check_writable(path)
     if save is not None:
-        check_target(save.absolute())
+        check_target(save)
     chosen = with_ways(backend, ways)
     compiled = _compile(model, passes, chosen, device, checks, only_if_faster=only_if_faster, simulate=simulate)
     console.print(compiled.report)
@@ -102,26 +100,7 @@ def run_compile(
         write_whole(text, compiled.program.text())
 
 
-@app.command("run")
-def run_saved(
-    directory: Annotated[Path, typer.Argument(help="What `lissom compile --save` or CompiledModel.save wrote.")],
-    inputs: Annotated[Path, typer.Option("--input", help="An .npz file with an array for every argument, by its name.")],
-    output: Annotated[Path | None, typer.Option(help="Write the tensors of the answer to this .npz file.")] = None,
-    device: Device = None,
-) -> None:
-    """Run a saved model on arrays from a file."""
-    if output is not None:
-        check_writable(output)
-    with one_of_ranks(directory, device) as rank:
-        compiled = _load(directory, rank.device)
-        args, kwargs = read_inputs(compiled.program.signature, inputs)
-        found = named_tensors(compiled(*args, **kwargs))
-    if not rank.speaks:
-        return
-    for name, tensor in found.items():
-        console.print(f"{name}: {format_type(type_of(tensor), str)}", highlight=False, soft_wrap=True, markup=False)
-    if output is not None:
-        write_tensors(found, output)
+app.command("run")(run_saved)
 
 
 @app.command("generate")
@@ -136,16 +115,19 @@ def run_generate(
     device: Device = None,
     checks: Checks = "numeric",
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
+    allow_native: AllowNative = False,
 ) -> None:
     """Go on from a text, as a model compiled with its cache, and say how fast it went."""
-    saved = Path(model) / PROGRAM if is_saved(model) else None
+    saved = Path(model) if is_saved(model) else None
     if saved is not None and (passes != "exact" or backend != "eager" or save is not None):
         raise typer.BadParameter("--passes, --backend and --save do not go with a saved decoder")
     if saved is None and backend != Distributed.name:
         refuse_torchrun("generate")
+    if save is not None:
+        check_target(save)
     with one_of_ranks(saved, device) as rank:
         decoder, tokenizer, ids = (
-            load_prompted(model, prompt, rank.device)
+            load_prompted(model, prompt, rank.device, allow_native=allow_native)
             if saved is not None
             else compile_prompted(model, prompt, max_new_tokens, passes, backend, rank.device, checks)
         )
@@ -200,6 +182,7 @@ def run_show(
     sequence: Annotated[
         int | None, typer.Option(help="With --cost or --sharding: the tokens; the example's by default.")
     ] = None,
+    allow_native: AllowNative = False,
 ) -> None:
     """Print a model's program after the passes, the difference between two steps, its structure, or what every site costs."""
     sizes = {name: size for name, size in (("batch", batch), ("sequence", sequence)) if size is not None}
@@ -214,7 +197,7 @@ def run_show(
     if is_artifact(model):
         if passes != "exact" or backend is not None:
             raise typer.BadParameter("--passes and --backend do not go with a saved model")
-        compiled = _load(Path(model), None)
+        compiled = load_saved(Path(model), None, allow_native)
     else:
         # What is only shown may have layers without a kernel.
         compiled = _compile(model, passes, backend, None, checks, simulate=True)
@@ -249,6 +232,7 @@ def run_bench(
     profile: Annotated[bool, typer.Option("--profile", help="Show where the compiled program's time goes instead.")] = False,
     passes: Annotated[str | None, typer.Option(help="With --profile: pipeline text or a recipe's name.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file too, as Markdown.")] = None,
+    allow_native: AllowNative = False,
 ) -> None:
     """Time a model on Lissom and on the other engines installed here, each in a process of its own."""
     if profile and (engines or markdown):
@@ -265,7 +249,8 @@ def run_bench(
     if threads:
         torch.set_num_threads(threads)
     if is_artifact(model):
-        console.print(saved_table(Path(model), parsed or parse_shapes(DEFAULT_SHAPES), seconds))
+        shown = parsed or parse_shapes(DEFAULT_SHAPES)
+        console.print(saved_table(Path(model), shown, seconds, allow_native=allow_native))
         return
     if profile:
         api.resolve_passes(passes or "exact")
@@ -290,6 +275,10 @@ def run_bench(
         write_whole(markdown, markdown_table(records, threads))
     if interrupted:
         raise typer.Exit(130)
+
+
+app.command("sign")(sign_saved)
+app.command("verify")(verify_saved)
 
 
 @app.command("passes")
@@ -352,16 +341,6 @@ def _compile(
         raise typer.Exit(130) from None
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
-    return compiled
-
-
-def _load(directory: Path, device: str | None) -> api.CompiledModel:
-    """A saved model; what is not as it was where it was made is said on standard error."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        compiled = api.load(directory, device)
-    for warning in caught:
-        Console(stderr=True).print(str(warning.message), highlight=False, soft_wrap=True, markup=False)
     return compiled
 
 

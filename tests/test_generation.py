@@ -210,7 +210,7 @@ def test_a_saved_decoder_generates_the_same(backend: str, tmp_path) -> None:
 def test_where_a_decoder_cannot_be_saved_or_loaded(tmp_path) -> None:
     _, fast = compiled()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="exists and is no saved decoder, so it is not replaced"):
+    with pytest.raises(ArtifactError, match="exists and is no artifact, so it is not replaced"):
         fast.save(tmp_path)
     with pytest.raises(ArtifactError, match="there is no directory"):
         fast.save(tmp_path / "no" / "where")

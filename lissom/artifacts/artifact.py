@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import fx
 
-from lissom.artifacts.directory import check_target, read_directory, write_directory
-from lissom.artifacts.fields import read_json
+from lissom.artifacts.directory import check_target, verified_bytes, verified_path, write_directory
+from lissom.artifacts.fields import parse_json
 from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
 from lissom.artifacts.program_file import ReadWeights, decode_program, encode_program
 from lissom.artifacts.weights import Place, load_weights, save_weights
@@ -30,11 +29,24 @@ from lissom.ops.native import SWITCH, load_kernels, missing_kernel
 from lissom.version import __version__
 
 PROGRAM, WEIGHTS, STEPS = "program.json", "weights.safetensors", "steps.json"
+CHECKED_HERE = frozenset((PROGRAM, WEIGHTS, STEPS))
+"""The files that are checked as they are read, through one handle each."""
+
+
+WriteMore = Callable[[Path], None]
+"""Writes files of its own into the folder of an artifact: plain files, which the manifest then names like all others."""
+
+
+def write_nothing(folder: Path) -> None:
+    """For an artifact of a program alone."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What an artifact holds. notes: sentences on what is not as it was where the artifact was made."""
+    """What an artifact holds.
+
+    notes: sentences on what is not as it was where the artifact was made. files: the content of each, by name.
+    """
 
     program: Program
     executable: Executable
@@ -42,6 +54,22 @@ class Loaded:
     backend: Backend
     facts: Mapping[str, object]
     notes: tuple[str, ...]
+    files: Mapping[str, Content]
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What of an artifact is believed.
+
+    allow_native: load native code, such as a compiled library, that it holds or names.
+    keys: files of public keys, one of which must have signed it; None asks for no signature.
+    """
+
+    allow_native: bool = False
+    keys: Sequence[str | Path] | None = None
+
+
+NO_TRUST = Trust()
 
 
 def save_artifact(
@@ -51,23 +79,22 @@ def save_artifact(
     history: History,
     backend: Backend,
     facts: Mapping[str, object],
+    write_more: WriteMore = write_nothing,
 ) -> None:
     """Write an artifact, whole or not at all; one that is there already is replaced.
 
-    facts: what the model says of itself, as JSON; given back when loaded.
+    facts: what the model says of itself, as JSON; given back when loaded. write_more: writes further files into the directory.
 
     Raises: ArtifactError when it cannot be written, or holds what an artifact cannot.
     """
     check_target(directory.absolute())
-    write_directory(directory, partial(_write, program, executable, history, backend, facts))
 
+    def write(folder: Path) -> None:
+        backend.save_files(executable, folder)
+        entries = save_weights(program, folder / WEIGHTS)
+        write_program(program, entries, history, backend, facts, write_more, folder)
 
-def _write(
-    program: Program, executable: Executable, history: History, backend: Backend, facts: Mapping[str, object], folder: Path
-) -> None:
-    backend.save_files(executable, folder)
-    entries = save_weights(program, folder / WEIGHTS)
-    write_program(program, entries, history, backend, facts, folder)
+    write_directory(directory, write)
 
 
 def write_program(
@@ -76,6 +103,7 @@ def write_program(
     history: History,
     backend: Backend,
     facts: Mapping[str, object],
+    write_more: WriteMore,
     folder: Path,
 ) -> None:
     """Write all of an artifact but the weights and the backend's files, which are in the folder. entries: of `save_weights`.
@@ -84,6 +112,7 @@ def write_program(
     """
     _write_json(folder / PROGRAM, encode_program(program, entries))
     _write_json(folder / STEPS, history.texts)
+    write_more(folder)
     _confirm(program, folder)
     manifest = Manifest(
         name=program.name,
@@ -106,7 +135,8 @@ def _write_json(path: Path, data: object) -> None:
 
 def _confirm(program: Program, folder: Path) -> None:
     """Read the program back as `load_artifact` will, with its weights as they are. Raises: ArtifactError when it is another."""
-    again = read_program(folder, lambda entries, place: program.weights(), lambda device: device)
+    content = (folder / PROGRAM).read_bytes()
+    again = _decode(content, folder / PROGRAM, lambda entries, place: program.weights(), lambda device: device)
     try:
         # Fake values are made when first asked for, and there is no one to ask but here.
         for node in filter(nodes.has_value, again):
@@ -120,18 +150,17 @@ def _confirm(program: Program, folder: Path) -> None:
         raise ArtifactError(f"{program.name} cannot be saved: read back, its program is another; please report this model")
 
 
-def load_artifact(directory: Path, device: torch.device | None = None, backend: Backend | None = None) -> Loaded:
-    """The artifact in a directory; device: where it is to run, where it ran before by default; backend: in place of the one it
-    was saved with, which has the same name.
+def load_whole(
+    directory: Path, manifest: Manifest, device: torch.device | None, backend: Backend | None, trust: Trust = NO_TRUST
+) -> Loaded:
+    """The artifact in a directory whose files are checked, but for those named in `CHECKED_HERE`.
+
+    device: where it is to run, where it ran before by default. backend: in place of the one it was saved with, which has the
+    same name.
 
     Raises: ArtifactError when it is damaged or cannot run here; UnsupportedError when what its backend needs is not installed.
     """
-    return load_whole(directory, read_directory(directory), device, backend)
-
-
-def load_whole(directory: Path, manifest: Manifest, device: torch.device | None, backend: Backend | None) -> Loaded:
-    """The artifact in a directory whose files are checked. Arguments and errors as for `load_artifact`."""
-    backend = find_saved_backend(manifest, directory, backend)
+    backend = find_saved_backend(manifest, directory, backend, trust)
     saved, wanted = find_devices(manifest, directory, device)
     if saved.type != wanted.type and not backend.movable:
         raise ArtifactError(
@@ -140,17 +169,26 @@ def load_whole(directory: Path, manifest: Manifest, device: torch.device | None,
         )
     program = read_program(
         directory,
-        lambda entries, place: load_weights(entries, directory / WEIGHTS, place),
+        manifest,
+        lambda entries, place: _load_weights(directory, manifest, entries, place),
         lambda found: wanted if found.type == saved.type else found,
     )
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
     history = read_history(manifest, directory)
-    return Loaded(program, executable, history, backend, manifest.facts, notes)
+    return Loaded(program, executable, history, backend, manifest.facts, notes, manifest.files)
 
 
-def find_saved_backend(manifest: Manifest, directory: Path, wanted: Backend | None) -> Backend:
-    """The backend the artifact was saved with, or the one wanted in its place. Raises: ArtifactError, UnsupportedError."""
+def _load_weights(directory: Path, manifest: Manifest, entries: Mapping[str, object], place: Place) -> dict[str, torch.Tensor]:
+    with verified_path(directory / WEIGHTS, manifest.content_of(WEIGHTS, directory)) as path:
+        return load_weights(entries, path, place)
+
+
+def find_saved_backend(manifest: Manifest, directory: Path, wanted: Backend | None, trust: Trust = NO_TRUST) -> Backend:
+    """The backend the artifact was saved with, or the one wanted in its place.
+
+    Raises: ArtifactError, also for one that runs native code which is not allowed; UnsupportedError.
+    """
     name = manifest.backend
     if name not in BACKENDS:
         hint = nearest(name, BACKENDS) or ";"
@@ -162,9 +200,16 @@ def find_saved_backend(manifest: Manifest, directory: Path, wanted: Backend | No
         )
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in manifest.options.items()}
     try:
-        return wanted or BACKENDS[name](**options)
+        found = wanted or BACKENDS[name](**options)
+        native = found.native_code(saved_options=wanted is None)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"'{directory}' has options of backend '{name}' that this Lissom lacks: {error}") from error
+    if native is not None and not trust.allow_native:
+        raise ArtifactError(
+            f"'{directory}' would load {native}, and that is code which can do whatever you can; if you trust who made it, "
+            f"allow it: allow_native=True, or --allow-native on the command line"
+        )
+    return found
 
 
 def find_devices(manifest: Manifest, directory: Path, device: torch.device | None) -> tuple[torch.device, torch.device]:
@@ -186,11 +231,16 @@ def find_devices(manifest: Manifest, directory: Path, device: torch.device | Non
     return saved, saved if (saved.index or 0) < count else torch.device("cuda", 0)
 
 
-def read_program(directory: Path, read_weights: ReadWeights, place: Place) -> Program:
+def read_program(directory: Path, manifest: Manifest, read_weights: ReadWeights, place: Place) -> Program:
     """The program in a directory, as `decode_program`. Raises: ArtifactError when it holds none."""
     path = directory / PROGRAM
+    return _decode(verified_bytes(path, manifest.content_of(PROGRAM, directory)), path, read_weights, place)
+
+
+def _decode(content: bytes, path: Path, read_weights: ReadWeights, place: Place) -> Program:
+    """The program that was read from a file. Raises: ArtifactError when it is none."""
     try:
-        return decode_program(read_json(path), read_weights, place)
+        return decode_program(parse_json(content, path), read_weights, place)
     except ArtifactError:
         raise
     # What a file says may be wrong in every way there is, and torch and sympy have errors of their own for that.
@@ -200,8 +250,10 @@ def read_program(directory: Path, read_weights: ReadWeights, place: Place) -> Pr
 
 def read_history(manifest: Manifest, directory: Path) -> History:
     """What was done to the program. Raises: ArtifactError when the files hold none."""
+    path = directory / STEPS
+    content = verified_bytes(path, manifest.content_of(STEPS, directory))
     try:
-        return History.from_json(manifest.history, read_json(directory / STEPS))
+        return History.from_json(manifest.history, parse_json(content, path))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"'{directory}' holds no history this Lissom can read: {_first_line(error)}") from error
 

@@ -13,8 +13,8 @@ import shutil
 import stat
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from lissom.artifacts.files import open_plain, read_plain, reason, writing_whole
 from lissom.artifacts.manifest import NAME, Content, Manifest, listed_files, parse_manifest
@@ -251,7 +251,7 @@ def _check_names(directory: Path, files: Mapping[str, Content], unread: Collecti
         raise ArtifactError(f"'{directory}' lacks '{name}', which its manifest names; copy it whole, or save again")
 
 
-def open_verified(path: Path, wanted: Content) -> BinaryIO:
+def open_verified(path: Path, wanted: Content) -> BufferedReader:
     """A file of an artifact, open at its start, whose bytes were checked through this same handle.
 
     Raises: ArtifactError when it is not what the manifest says.

@@ -8,13 +8,13 @@ import secrets
 import stat
 from collections.abc import Generator
 from contextlib import contextmanager
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import BinaryIO
 
 from lissom.compiler.errors import ArtifactError
 
 
-def open_plain(path: Path) -> BinaryIO:
+def open_plain(path: Path) -> BufferedReader:
     """A file opened to be read. It is a plain file itself: a link may lead anywhere, and a pipe waits for ever.
 
     Raises: ArtifactError.
@@ -74,7 +74,7 @@ def reason(error: OSError | ValueError) -> str:
 
 
 @contextmanager
-def writing_whole(path: Path) -> Generator[BinaryIO]:
+def writing_whole(path: Path) -> Generator[BufferedWriter]:
     """A new file, which takes the place of `path` when the block ends, whole or not at all.
 
     It lies beside `path` under a name that cannot be guessed, and is made by this process, or an error.

@@ -9,8 +9,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 from lissom.artifacts.fields import number, parse_json, shown, take, text
 from lissom.artifacts.files import read_plain
@@ -35,7 +36,7 @@ class Content:
             return cls.of_file(file)
 
     @classmethod
-    def of_file(cls, file: BinaryIO) -> Content:
+    def of_file(cls, file: BufferedReader) -> Content:
         """Of the file behind a handle, from where it stands to the end. Raises: OSError."""
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(file.tell(), digest)
@@ -64,6 +65,12 @@ class Manifest:
     facts: Mapping[str, object]
     environment: Mapping[str, str]
     files: Mapping[str, Content]
+
+    def content_of(self, name: str, directory: Path) -> Content:
+        """The content of a file that every artifact has. Raises: ArtifactError when this one has none of the name."""
+        if name not in self.files:
+            raise ArtifactError(f"'{directory / NAME}' names no '{name}', which every artifact has; save the model again")
+        return self.files[name]
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:

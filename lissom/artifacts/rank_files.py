@@ -14,13 +14,18 @@ from pathlib import Path
 import torch
 
 from lissom.artifacts.artifact import (
+    CHECKED_HERE,
+    NO_TRUST,
     Loaded,
+    Trust,
+    WriteMore,
     find_devices,
     find_saved_backend,
     load_whole,
     read_history,
     read_program,
     save_artifact,
+    write_nothing,
     write_program,
 )
 from lissom.artifacts.directory import read_directory, write_directory
@@ -54,15 +59,16 @@ def save(
     history: History,
     backend: Backend,
     facts: Mapping[str, object],
+    write_more: WriteMore = write_nothing,
 ) -> None:
     """Write an artifact of one rank's program, or for several ranks; arguments and errors as for `save_artifact`.
 
     The ranks of a group save at the same point. Raises: RankError when one ended or does not answer.
     """
     if not isinstance(executable, (Held, RankProgram)):
-        save_artifact(directory, program, executable, history, backend, facts)
+        save_artifact(directory, program, executable, history, backend, facts, write_more)
         return
-    shared = partial(_write_shared, executable, executable.history or history, backend, facts)
+    shared = partial(_write_shared, executable, executable.history or history, backend, facts, write_more)
     if isinstance(executable, RankProgram):
         _save_together(directory, executable, shared)
         return
@@ -81,6 +87,7 @@ def _write_shared(
     history: History,
     backend: Backend,
     facts: Mapping[str, object],
+    write_more: WriteMore,
     program: Program,
     folder: Path,
 ) -> None:
@@ -90,7 +97,7 @@ def _write_shared(
                 f"rank {rank} wrote its weights elsewhere than where rank 0 sees '{folder}'; "
                 f"choose a directory that all ranks share"
             )
-    write_program(program, {}, history, backend, facts, folder)
+    write_program(program, {}, history, backend, facts, write_more, folder)
 
 
 def _write_rank(program: Program, rank: int, folder: Path) -> None:
@@ -116,27 +123,31 @@ def _save_together(directory: Path, executable: RankProgram, shared: partial[Non
     ranks.share_directory(write, own, program.name)
 
 
-def load(directory: Path, device: torch.device | None = None, backend: Backend | None = None) -> Loaded:
-    """The artifact in a directory, or this rank's part of one for several ranks; arguments and errors as for `load_artifact`.
+def load(
+    directory: Path, device: torch.device | None = None, backend: Backend | None = None, trust: Trust = NO_TRUST
+) -> Loaded:
+    """The artifact in a directory, or this rank's part of one for several ranks; arguments and errors as for `load_whole`.
 
     Raises: UnsupportedError when the process is none of so many ranks; RankError when one ended or does not answer.
     """
-    manifest = read_directory(directory, lambda found: found.files if found.backend == Distributed.name else ())
+    manifest = read_directory(
+        directory, lambda found: found.files if found.backend == Distributed.name else CHECKED_HERE, trust.keys
+    )
     if manifest.backend != Distributed.name:
-        return load_whole(directory, manifest, device, backend)
+        return load_whole(directory, manifest, device, backend, trust)
     chosen = find_saved_backend(manifest, directory, backend)
     assert isinstance(chosen, Distributed)
     _check_group(manifest, directory, f"run {directory} --input FILE")
     ranks = current_ranks(chosen.timeout_seconds, chosen.shared_memory)
     with ranks.working():
         found = ranks.settle(
-            partial(_load_part, directory, manifest, chosen, device),
+            partial(_load_part, directory, chosen, device, trust),
             manifest.name,
             tell=lambda part: facts_of(part.stored, part.lowered),
         )
         executable = RankProgram(found.lowered, found.stored, ranks, found.history)
     history = append_steps(found.history, found.lowering)
-    return Loaded(found.lowered, executable, history, chosen, manifest.facts, ())
+    return Loaded(found.lowered, executable, history, chosen, manifest.facts, (), manifest.files)
 
 
 @dataclass(frozen=True)
@@ -149,14 +160,17 @@ class _Part:
     lowering: History
 
 
-def _load_part(directory: Path, manifest: Manifest, backend: Distributed, device: torch.device | None) -> _Part:
+def _load_part(directory: Path, backend: Distributed, device: torch.device | None, trust: Trust) -> _Part:
     rank = torch.distributed.get_rank()
-    read_directory(directory, lambda found: [weights_file(other) for other in range(_ways(found)) if other != rank])
+    manifest = read_directory(
+        directory, lambda found: [weights_file(other) for other in range(_ways(found)) if other != rank], trust.keys
+    )
     if device is None and manifest.device.startswith("cuda") and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     saved, wanted = find_devices(manifest, directory, device)
     stored = read_program(
         directory,
+        manifest,
         lambda _, place: load_alone(directory / weights_file(rank), place),
         lambda found: wanted if found.type == saved.type else found,
     )

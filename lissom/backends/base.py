@@ -97,6 +97,15 @@ class Backend(ABC):
         """
         raise UnsupportedError(f"what backend '{self.name}' builds cannot be saved; choose backend 'eager'")
 
+    def native_code(self, *, saved_options: bool) -> str | None:
+        """What of an artifact of this backend runs as native code when it is loaded, in words; None for data alone.
+
+        saved_options: this backend's options come from the artifact, and not from the caller.
+
+        Raises: ValueError for saved options of another kind than they should be.
+        """
+        return None
+
     def load_executable(self, program: Program, folder: Path) -> Executable:
         """What runs the program, from the files `save_files` wrote, which stay as they are.
 

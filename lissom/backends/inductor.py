@@ -83,21 +83,37 @@ class Inductor(Backend):
         made_with = {"torch": torch.__version__, "instruction_sets": instruction_sets()}
         (folder / MADE_WITH).write_text(json.dumps(made_with), encoding="utf-8")
 
+    def native_code(self, *, saved_options: bool) -> str | None:
+        return f"the library in {PACKAGE}, which TorchInductor compiled"
+
     def load_executable(self, program: Program, folder: Path) -> Executable:
         """The package loaded; it needs the PyTorch it was compiled with, and a processor that has the same instructions."""
-        made_with = json.loads((folder / MADE_WITH).read_text(encoding="utf-8"))
-        if made_with["torch"] != torch.__version__:
+        try:
+            made_with = json.loads((folder / MADE_WITH).read_text(encoding="utf-8"))
+            version, needed = str(made_with["torch"]), [str(name) for name in made_with["instruction_sets"]]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise ArtifactError(
-                f"'{folder}' was compiled by PyTorch {made_with['torch']}, and this is {torch.__version__}; "
+                f"'{folder / MADE_WITH}' does not say what the model was compiled with ({type(error).__name__}: {error}); "
+                f"compile the model again"
+            ) from error
+        if version != torch.__version__:
+            raise ArtifactError(
+                f"'{folder}' was compiled by PyTorch {version}, and this is {torch.__version__}; "
                 f"install that version, or compile the model again"
             )
-        lacking = [name for name in made_with["instruction_sets"] if name not in instruction_sets()]
+        lacking = [name for name in needed if name not in instruction_sets()]
         if lacking:
             raise ArtifactError(
                 f"'{folder}' was compiled for a processor with {', '.join(lacking)}, which this one lacks; "
                 f"compile the model again"
             )
-        return Package(program, folder / PACKAGE, keep=True)
+        try:
+            return Package(program, folder / PACKAGE, keep=True)
+        # The loader's own class of errors.
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"'{folder / PACKAGE}' cannot be opened: {kind_and_reason(error)}; compile the model again"
+            ) from error
 
 
 class Package:

@@ -13,7 +13,6 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch.utils import _pytree as pytree
 
-from lissom import api
 from lissom.bench.worker import peak_bytes
 from lissom.bench.workload import Shape
 from lissom.compiler.errors import UnsupportedError
@@ -24,6 +23,7 @@ from lissom.compiler.types import TensorType
 from lissom.compiler.verify import compare
 from lissom.inspect.roofline import plain_table
 from lissom.inspect.timing import time_calls
+from lissom.loading import load
 
 _LEGEND = (
     "ms of a call: median (middle half of the runs). error: relative, to the program run operator by operator. Inputs are ones "
@@ -31,13 +31,13 @@ _LEGEND = (
 )
 
 
-def saved_table(directory: Path, shapes: Sequence[Shape], seconds: float) -> RenderableType:
+def saved_table(directory: Path, shapes: Sequence[Shape], seconds: float, *, allow_native: bool = False) -> RenderableType:
     """Load an artifact and time it at each shape; one without batch and sequence at its smallest sizes.
 
     Raises: ArtifactError, InputError for a shape it does not take, UnsupportedError for a ragged one.
     """
     started = time.perf_counter()
-    compiled = api.load(directory)
+    compiled = load(directory, allow_native=allow_native)
     loaded_seconds = time.perf_counter() - started
     program = compiled.program
     table = plain_table(f"{directory}: {program.name} on {compiled.backend}, loaded in {loaded_seconds:.2f} s", "")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lissom.api import Inputs, Settings, check_device, compile_captured, resolve_passes
+from lissom.artifacts.artifact import Trust
 from lissom.backends.base import Backend
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.kinds import Pass
@@ -99,7 +100,12 @@ def compile_generation(
 
 
 def load_generation(
-    directory: str | Path, device: str | torch.device | None = None, *, backend: Backend | None = None
+    directory: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    backend: Backend | None = None,
+    allow_native: bool = False,
+    trusted_keys: Sequence[str | Path] | None = None,
 ) -> GenerationModel:
     """The decoder that `save` wrote, its weights mapped from the file. Nothing is unpickled. Arguments as for `load`.
 
@@ -110,7 +116,7 @@ def load_generation(
         from lissom.generation.saved import load
     except ImportError as error:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
-    return load(Path(directory), device, backend)
+    return load(Path(directory), device, backend, Trust(allow_native, trusted_keys))
 
 
 def _with_recipe(passes: str | Sequence[Pass]) -> list[Pass]:

@@ -81,6 +81,8 @@ class GenerationModel(Decoder, GenerationMixin):
     def save(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write a directory that `lissom.load_generation` reads: the program, and the model's configuration as JSON.
 
+        It is written whole or not at all; a decoder that is there already is replaced.
+
         tokenizer: saved beside it, for those who load it to have.
 
         Raises: ArtifactError when the directory cannot be written; UnsupportedError when the backend cannot be saved.

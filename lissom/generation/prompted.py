@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     Prompted = tuple[GenerationModel, PreTrainedTokenizerBase, torch.Tensor]
 
 
-def load_prompted(model: str, prompt: str, device: str | None) -> Prompted:
+def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: bool = False) -> Prompted:
     """A saved decoder with its tokenizer, and the prompt's tokens."""
-    decoder, tokenizer = load_generation(model, device), tokenizer_of(Path(model))
+    decoder = load_generation(model, device, allow_native=allow_native)
+    # Its files are among those that were checked.
+    tokenizer = tokenizer_of(Path(model))
     return decoder, tokenizer, read_prompt(prompt, tokenizer, decoder.max_length)
 
 

@@ -1,81 +1,84 @@
-"""A decoder in a directory: its program as an artifact in `program`, and beside it the configuration as JSON."""
+"""A decoder in a directory: an artifact of its program, which holds the configuration and the tokenizer too."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from functools import partial
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from transformers import AutoConfig, GenerationConfig
+from transformers import CONFIG_MAPPING, GenerationConfig
 
-from lissom import api
-from lissom.artifacts.rank_files import check_ranks
+from lissom.artifacts import rank_files
+from lissom.artifacts.artifact import Trust
+from lissom.artifacts.directory import verified_bytes
+from lissom.artifacts.fields import parse_json, shown
+from lissom.artifacts.manifest import Content
 from lissom.backends.base import Backend
 from lissom.compiler.errors import ArtifactError
-from lissom.generation.directory import CONFIG, GENERATION, PROGRAM, is_saved
+from lissom.frontends.device import check_device
+from lissom.generation.directory import CONFIG, GENERATION, is_former, is_saved
 from lissom.generation.model import GenerationModel
+from lissom.loading import compiled_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Made = TypeVar("Made")
+
 
 def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write the decoder beside its place, and put it there when it is whole. Ranks of a group save at the same point.
+    """Write the decoder, whole or not at all. Ranks of a group save at the same point.
 
     Raises: ArtifactError, UnsupportedError, RankError.
     """
 
-    def own(folder: Path) -> None:
-        decoder.compiled.save(folder / PROGRAM)
-
-    ranks = decoder.compiled.ranks
-    if ranks is None:
-        _write(decoder, directory, tokenizer, own)
-    else:
-        ranks.share_directory(partial(_write, decoder, directory, tokenizer), own, decoder.program.name)
-
-
-def _write(
-    decoder: GenerationModel,
-    directory: Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    write_program: Callable[[Path], None],
-) -> None:
-    target = directory.absolute()
-    if not target.parent.is_dir():
-        raise ArtifactError(f"'{target}' cannot be written: there is no directory '{target.parent}'; make it first")
-    if target.exists() and not is_saved(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ArtifactError(f"'{target}' exists and is no saved decoder, so it is not replaced; choose another directory")
-    fresh = target.with_name(f".{target.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        fresh.mkdir()
-        write_program(fresh)
-        decoder.config.to_json_file(fresh / CONFIG, use_diff=False)
-        decoder.generation_config.to_json_file(fresh / GENERATION)
+    def write_more(folder: Path) -> None:
+        decoder.config.to_json_file(folder / CONFIG, use_diff=False)
+        decoder.generation_config.to_json_file(folder / GENERATION)
         if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        shutil.rmtree(target, ignore_errors=True)
-        fresh.rename(target)
-    except OSError as error:
-        raise ArtifactError(f"'{target}' cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+            # Templates stay in the tokenizer's own file: an artifact has no folders.
+            tokenizer.save_pretrained(folder, save_jinja_files=False)
+
+    decoder.compiled.save_with(directory, write_more)
 
 
-def load(directory: Path, device: str | torch.device | None, backend: Backend | None) -> GenerationModel:
+def load(directory: Path, device: str | torch.device | None, backend: Backend | None, trust: Trust) -> GenerationModel:
     """The decoder in the directory. Raises: ArtifactError, UnsupportedError."""
+    if is_former(directory):
+        raise ArtifactError(
+            f"'{directory}' was saved by an earlier Lissom, without hashes of its configuration; "
+            f"compile the model again with lissom.compile_generation, and save it to another directory"
+        )
     if not is_saved(directory):
         raise ArtifactError(f"'{directory}' holds no saved decoder; name a directory that its save wrote")
-    check_ranks(directory / PROGRAM, f"generate {directory} PROMPT")
-    compiled = api.load(directory / PROGRAM, device, backend=backend)
+    rank_files.check_ranks(directory, f"generate {directory} PROMPT")
+    loaded = rank_files.load(directory, check_device(device), backend, trust)
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=3)
+    config = _read(directory / CONFIG, loaded.files, _config)
+    generation = _read(directory / GENERATION, loaded.files, GenerationConfig.from_dict)
+    return GenerationModel(compiled_from(loaded), config, generation)
+
+
+def _config(fields: dict[str, Any]) -> Any:
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise ValueError(f"there is no model of type {shown(kind)}")
+    return CONFIG_MAPPING[kind].from_dict(fields)
+
+
+def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, Any]], Made]) -> Made:
+    """What transformers makes of a file of JSON, whose bytes are those that the manifest names. Raises: ArtifactError."""
+    if path.name not in files:
+        raise ArtifactError(f"'{path.parent}' holds no saved decoder: it has no {path.name}; save the decoder again")
+    fields = parse_json(verified_bytes(path, files[path.name]), path)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        generation = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise ArtifactError(f"'{directory}' holds a configuration transformers cannot read: {first}") from error
-    return GenerationModel(compiled, config, generation)
+        if not isinstance(fields, dict):
+            raise ValueError(f"{shown(fields)} is no table")
+        return make(cast("dict[str, Any]", fields))
+    # What transformers says of values that are of another kind than it reads.
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArtifactError(f"'{path}' holds a configuration transformers cannot read: {first}") from error

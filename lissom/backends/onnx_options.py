@@ -1,0 +1,42 @@
+"""Which options of ONNX Runtime an artifact may set by itself: those that name no file, no library and no address."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
+"""Others compile for devices of their own, or send what they compute elsewhere, and read options of many kinds."""
+OPTIONS = frozenset(
+    (
+        *("device_id", "gpu_mem_limit", "arena_extend_strategy", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace"),
+        *("cudnn_conv1d_pad_to_nc1d", "do_copy_in_default_stream", "enable_cuda_graph", "prefer_nhwc", "use_tf32"),
+    )
+)
+_WORD = re.compile(r"[A-Za-z0-9_]{1,40}")
+MOST_THREADS = 1024
+
+
+def check_fields(providers: object, options: object, threads: object) -> None:
+    """Refuse options read from a file that are of another kind, or out of range. Raises: ValueError."""
+    if not isinstance(providers, tuple) or not all(isinstance(name, str) for name in cast("tuple[object, ...]", providers)):
+        raise ValueError("providers are no list of names")
+    if not isinstance(options, dict) or not all(
+        isinstance(given, dict) for given in cast("dict[str, object]", options).values()
+    ):
+        raise ValueError("provider_options are no table of tables")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
+        raise ValueError(f"threads is {threads!r:.20}, and {MOST_THREADS} are the most")
+
+
+def unlisted_option(providers: Sequence[str], options: Mapping[str, Mapping[str, str]]) -> str | None:
+    """The first provider, or option of one, that an artifact may not set by itself, in words; None when there is none."""
+    for name in (*providers, *options):
+        if name not in PROVIDERS:
+            return f"the execution provider '{name:.60}' of ONNX Runtime"
+    for name, given in options.items():
+        for key, value in given.items():
+            if key not in OPTIONS or not _WORD.fullmatch(str(value)):
+                return f"what the option '{key:.60}' of {name} names, '{value!s:.60}'"
+    return None
