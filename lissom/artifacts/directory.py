@@ -141,6 +141,12 @@ def _delete_left_over(target: Path) -> None:
                 os.close(handle)
 
 
+def _set_aside(target: Path) -> Path | None:
+    """The artifact that a process killed between two renames left beside its place. Raises: OSError."""
+    beside = target.parent.iterdir() if target.parent.is_dir() else ()
+    return next((path for path in beside if path.name.startswith(_prefix(target)) and path.name.endswith(".old")), None)
+
+
 def _exchange(target: Path, fresh: Path, old: Path) -> None:
     """Put `fresh` in the place of `target`; what was there is then at `fresh` or at `old`."""
     if not target.exists():
@@ -219,7 +225,13 @@ def _read_manifest(directory: Path) -> bytes:
     """The bytes of the manifest, which are read once: what is checked is what is believed. Raises: ArtifactError."""
     try:
         if not directory.is_dir():
-            raise ArtifactError(f"there is no directory '{directory}'; name one that CompiledModel.save wrote")
+            aside = _set_aside(directory.absolute())
+            hint = (
+                f"a save that was killed left it as '{aside}': rename that"
+                if aside
+                else "name one that CompiledModel.save wrote"
+            )
+            raise ArtifactError(f"there is no directory '{directory}'; {hint}")
         if not os.path.lexists(directory / NAME):
             raise ArtifactError(
                 f"'{directory}' is no artifact: it has no {NAME}; name a directory that CompiledModel.save wrote"
