@@ -58,6 +58,8 @@ def load(directory: Path, device: str | torch.device | None, backend: Backend | 
     for note in loaded.notes:
         warnings.warn(note, stacklevel=3)
     config = _read(directory / CONFIG, loaded.files, _config)
+    # As transformers sets it: pipelines look for what else belongs to the model there.
+    config._name_or_path = str(directory)
     generation = _read(directory / GENERATION, loaded.files, GenerationConfig.from_dict)
     return GenerationModel(compiled_from(loaded), config, generation)
 

@@ -140,7 +140,7 @@ def test_a_folder_that_takes_no_files_is_told(tmp_path):
         for name in ("old", "new"):
             for write in (lambda path: write_whole(path, "x"), lambda path: write_directory(path, os.listdir)):
                 # The system's own check is of the user who started the process.
-                with pytest.raises(ArtifactError, match="cannot be written: (Permission denied|'.*' takes no new files|.*exists)"):
+                with pytest.raises(ArtifactError, match="Permission denied|takes no new files|exists and is no artifact"):
                     write(folder / name)
     assert os.listdir(folder) == ["old"] and (folder / "old").read_text() == "old"
 
