@@ -82,7 +82,6 @@ def torchao_int8(task: Task) -> Build:
 
 def _inductor(model: Model, dtype: torch.dtype) -> Build:
     config: Any = import_module("torch._inductor.config")
-    config.freezing = True
     module = model.source.model.to(dtype) if dtype is not torch.float32 else model.source.model
 
     def build(inputs: Inputs) -> Call:
@@ -91,7 +90,8 @@ def _inductor(model: Model, dtype: torch.dtype) -> Build:
         typed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
         call = _inference(partial(compiled, **typed, **model.constants))
         # It compiles when it is first called.
-        call()
+        with config.patch(freezing=True):
+            call()
         return call
 
     return build

@@ -8,10 +8,12 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from unittest.mock import patch
 
 import torch
@@ -84,23 +86,23 @@ def load(name: str) -> Checkpoint:
     """
     directory = find_directory(name)
     gguf = _gguf_file(directory)
-    _transformers()
-    try:
-        if gguf:
-            model, tokenizer = _load_gguf(directory, gguf)
-            missing: set[str] = set()
-        else:
-            model, missing = _load_saved(directory)
-            tokenizer = _load_tokenizer(directory)
-    except (ArtifactError, UnsupportedError):
-        raise
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArtifactError(f"{directory} cannot be loaded by transformers: {first}") from error
-    if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
-        tokenizer = None
+    with _offline():
+        try:
+            if gguf:
+                model, tokenizer = _load_gguf(directory, gguf)
+                missing: set[str] = set()
+            else:
+                model, missing = _load_saved(directory)
+                tokenizer = _load_tokenizer(directory)
+        except (ArtifactError, UnsupportedError):
+            raise
+        except Exception as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ArtifactError(f"{directory} cannot be loaded by transformers: {first}") from error
+        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
+            tokenizer = None
+        inputs, note = make_inputs(model, tokenizer, directory)
     notes = [f"the checkpoint has no {', '.join(sorted(missing))}; these weights are random"] if missing else []
-    inputs, note = make_inputs(model, tokenizer, directory)
     return Checkpoint(model, tokenizer, inputs, (*notes, note))
 
 
@@ -122,7 +124,8 @@ def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / file).is_file() for file in _TOKENIZER):
         return None
-    return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    with _offline() as transformers:
+        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def find_directory(name: str) -> Path:
@@ -172,7 +175,8 @@ def _gguf_file(directory: Path) -> str | None:
 
 def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
     """The model as `save_pretrained` wrote it, and the names of the weights that were not there."""
-    transformers = _transformers()
+    import transformers
+
     fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     model_type = fields.get("model_type")
     if model_type is not None and model_type not in transformers.CONFIG_MAPPING:
@@ -193,8 +197,8 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if absent:
         raise UnsupportedError(f"reading a GGUF file needs {' and '.join(absent)}: pip install 'lissom[gemma]'")
-    transformers = _transformers()
     import gguf  # pyright: ignore[reportMissingImports]
+    import transformers
     from tqdm.auto import tqdm
 
     options = {"gguf_file": file, "local_files_only": True}
@@ -207,14 +211,44 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     return cast("PreTrainedModel", model.eval()), tokenizer
 
 
-def _transformers():  # noqa: ANN202
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_ALONE = threading.RLock()
+"""Held while settings of the whole process are others."""
+
+
+@contextmanager
+def _offline() -> Generator[Any]:
+    """transformers, which until the block ends asks no server and draws no bars; all settings are put back then.
+
+    Raises: UnsupportedError when it is not installed.
+    """
+    # It imports torchao where that is installed, which warns of CUDA libraries no CPU has, and makes PyTorch warn too.
+    with _ALONE, _only_errors("torchao", "torch.utils._pytree"):
+        try:
+            import transformers
+            from huggingface_hub import constants
+        except ImportError as error:
+            raise UnsupportedError("reading a checkpoint needs transformers: pip install 'lissom[demo]'") from error
+        bars, offline = transformers.utils.logging.is_progress_bar_enabled(), constants.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = True
+        if bars:
+            transformers.utils.logging.disable_progress_bar()
+        try:
+            yield transformers
+        finally:
+            constants.HF_HUB_OFFLINE = offline
+            if bars:
+                transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def _only_errors(*names: str) -> Generator[None]:
+    """Keep these loggers from saying less than errors, until the block ends."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        import transformers
-    except ImportError as error:
-        raise UnsupportedError("reading a checkpoint needs transformers: pip install 'lissom[demo]'") from error
-    transformers.utils.logging.disable_progress_bar()
-    # transformers imports torchao where it is installed, which warns of CUDA libraries no CPU has, and makes PyTorch warn too.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return transformers
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

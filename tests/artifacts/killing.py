@@ -51,6 +51,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def stop_saves(kind: str, count: int, number: signal.Signals, folder: Path, seed: int = 0) -> Counter[str]:
     """Start and stop so many processes that save; how often which version was there, and how often something lay beside it."""
+    # OpenMP's threads are not there in a process that is forked, and are waited for.
+    torch.set_num_threads(1)
     (first, second), load = versions(kind)
     first(folder / "first")
     second(folder / "second")

@@ -1,6 +1,8 @@
 """Tests of lissom.frontends.huggingface."""
 
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -143,3 +145,55 @@ def test_transformers_that_is_not_installed_is_named(monkeypatch):
     with pytest.raises(UnsupportedError) as caught:
         load("minilm")
     assert str(caught.value) == "reading a checkpoint needs transformers: pip install 'lissom[demo]'"
+
+
+SETTINGS = """
+import logging, os, sys
+import lissom
+
+def settings():
+    found = {name: logging.getLogger(name).level for name in ("torchao", "torch.utils._pytree")}
+    found |= {name: value for name, value in os.environ.items() if name.startswith(("HF_", "TRANSFORMERS_"))}
+    if "huggingface_hub" in sys.modules:
+        import huggingface_hub, transformers
+        found["offline"] = huggingface_hub.constants.HF_HUB_OFFLINE
+        found["bars"] = transformers.utils.logging.is_progress_bar_enabled()
+    return found
+
+before = settings()
+from lissom.frontends.huggingface import load, tokenizer_of, find_directory
+from lissom.compiler.errors import LissomError
+load(sys.argv[1])
+tokenizer_of(find_directory(sys.argv[1]))
+try:
+    load(sys.argv[2])
+except LissomError as error:
+    print(error)
+assert settings() == before | {"offline": False, "bars": True}, (before, settings())
+"""
+
+
+def test_settings_of_the_process_are_as_before(directory, tmp_path):
+    """In a process of its own, which has not imported transformers before."""
+    (tmp_path / "config.json").write_text("{}")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    command = [sys.executable, "-c", SETTINGS, str(directory), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "has a config but no weights" in done.stdout
+
+
+def test_no_server_is_asked_while_a_checkpoint_is_read(directory, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    seen = []
+    real = transformers.AutoTokenizer.from_pretrained
+
+    def noted(*args, **kwargs):
+        seen.append(constants.is_offline_mode())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", noted)
+    load(str(directory))
+    assert seen == [True] and not constants.is_offline_mode()
