@@ -18,20 +18,12 @@ _WORD = re.compile(r"[A-Za-z0-9_]{1,40}")
 MOST_THREADS = 1024
 
 
-def check_fields(providers: object, options: object, threads: object) -> None:
-    """Refuse options read from a file that are of another kind, or out of range. Raises: ValueError."""
-    if not isinstance(providers, tuple) or not all(isinstance(name, str) for name in cast("tuple[object, ...]", providers)):
-        raise ValueError("providers are no list of names")
-    if not isinstance(options, dict) or not all(
-        isinstance(given, dict) for given in cast("dict[str, object]", options).values()
-    ):
-        raise ValueError("provider_options are no table of tables")
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
-        raise ValueError(f"threads is {threads!r:.20}, and {MOST_THREADS} are the most")
+def unlisted_option(providers: Sequence[str], options: Mapping[str, Mapping[str, str]], threads: int | None) -> str | None:
+    """The first provider, or option of one, that an artifact may not set by itself, in words; None when there is none.
 
-
-def unlisted_option(providers: Sequence[str], options: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The first provider, or option of one, that an artifact may not set by itself, in words; None when there is none."""
+    Raises: ValueError for what is of another kind than it should be, or out of range: all three come from a file.
+    """
+    _check_kinds(providers, options, threads)
     for name in (*providers, *options):
         if name not in PROVIDERS:
             return f"the execution provider '{name:.60}' of ONNX Runtime"
@@ -40,3 +32,13 @@ def unlisted_option(providers: Sequence[str], options: Mapping[str, Mapping[str,
             if key not in OPTIONS or not _WORD.fullmatch(str(value)):
                 return f"what the option '{key:.60}' of {name} names, '{value!s:.60}'"
     return None
+
+
+def _check_kinds(providers: object, options: object, threads: object) -> None:
+    if not isinstance(providers, tuple) or not all(isinstance(name, str) for name in cast("tuple[object, ...]", providers)):
+        raise ValueError("providers are no list of names")
+    tables = list(cast("dict[str, object]", options).values()) if isinstance(options, dict) else [None]
+    if not all(isinstance(given, dict) for given in tables):
+        raise ValueError("provider_options are no table of tables")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
+        raise ValueError(f"threads is {threads!r:.20}, and {MOST_THREADS} are the most")

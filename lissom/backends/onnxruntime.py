@@ -23,7 +23,7 @@ import torch
 from lissom.backends.base import Backend, Executable, confirm, restored_state, smallest_samples
 from lissom.backends.compiled import check_tensors, kind_and_reason
 from lissom.backends.kernels import SimulatedLayer, account
-from lissom.backends.onnx_options import check_fields, unlisted_option
+from lissom.backends.onnx_options import unlisted_option
 from lissom.compiler import node as nodes
 from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError, VerifyError
 from lissom.compiler.kinds import Pass
@@ -288,10 +288,7 @@ class OnnxRuntime(Backend):
         (folder / CUTTING).write_text(json.dumps({"elements": elements}), encoding="utf-8")
 
     def native_code(self, *, saved_options: bool) -> str | None:
-        if not saved_options:
-            return None
-        check_fields(self.providers, self.provider_options, self.threads)
-        return unlisted_option(self.providers, self.provider_options)
+        return unlisted_option(self.providers, self.provider_options, self.threads) if saved_options else None
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
         """The ONNX file opened, its weights mapped."""
