@@ -201,7 +201,7 @@ def find_saved_backend(manifest: Manifest, directory: Path, wanted: Backend | No
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in manifest.options.items()}
     try:
         found = wanted or BACKENDS[name](**options)
-        native = found.native_code(saved_options=wanted is None)
+        native = found.native_code(saved_options=not isinstance(wanted, Backend))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"'{directory}' has options of backend '{name}' that this Lissom lacks: {error}") from error
     if native is not None and not trust.allow_native:
