@@ -22,6 +22,10 @@ def open_plain(path: Path) -> BufferedReader:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise ArtifactError(
+                f"'{path.parent}' lacks '{path.name}', which its manifest names; copy it whole, or save again"
+            ) from error
         kinds = {errno.ELOOP: "is a symbolic link", errno.ENXIO: "is no plain file"}
         if error.errno not in kinds:
             raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
