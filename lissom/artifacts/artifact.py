@@ -14,7 +14,8 @@ from torch import fx
 
 from lissom.artifacts.directory import check_target, read_directory, write_directory
 from lissom.artifacts.fields import read_json
-from lissom.artifacts.manifest import NAME, Content, Manifest, write_manifest
+from lissom.artifacts.handles import Content
+from lissom.artifacts.manifest import NAME, Manifest, write_manifest
 from lissom.artifacts.program_file import ReadWeights, decode_program, encode_program
 from lissom.artifacts.weights import Place, load_weights, save_weights
 from lissom.backends import BACKENDS
@@ -140,8 +141,9 @@ def load_whole(directory: Path, manifest: Manifest, device: torch.device | None,
         )
     program = read_program(
         directory,
-        lambda entries, place: load_weights(entries, directory / WEIGHTS, place),
+        lambda entries, place: load_weights(entries, directory / WEIGHTS, place, manifest.files.get(WEIGHTS)),
         lambda found: wanted if found.type == saved.type else found,
+        manifest.files.get(PROGRAM),
     )
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
@@ -186,11 +188,14 @@ def find_devices(manifest: Manifest, directory: Path, device: torch.device | Non
     return saved, saved if (saved.index or 0) < count else torch.device("cuda", 0)
 
 
-def read_program(directory: Path, read_weights: ReadWeights, place: Place) -> Program:
-    """The program in a directory, as `decode_program`. Raises: ArtifactError when it holds none."""
+def read_program(directory: Path, read_weights: ReadWeights, place: Place, content: Content | None = None) -> Program:
+    """The program in a directory, as `decode_program`. content: what its file was found to hold.
+
+    Raises: ArtifactError when it holds none.
+    """
     path = directory / PROGRAM
     try:
-        return decode_program(read_json(path), read_weights, place)
+        return decode_program(read_json(path, content), read_weights, place)
     except ArtifactError:
         raise
     # What a file says may be wrong in every way there is, and torch and sympy have errors of their own for that.
@@ -201,7 +206,7 @@ def read_program(directory: Path, read_weights: ReadWeights, place: Place) -> Pr
 def read_history(manifest: Manifest, directory: Path) -> History:
     """What was done to the program. Raises: ArtifactError when the files hold none."""
     try:
-        return History.from_json(manifest.history, read_json(directory / STEPS))
+        return History.from_json(manifest.history, read_json(directory / STEPS, manifest.files.get(STEPS)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"'{directory}' holds no history this Lissom can read: {_first_line(error)}") from error
 

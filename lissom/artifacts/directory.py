@@ -8,9 +8,11 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from lissom.artifacts.manifest import NAME, Content, Manifest, read_manifest
+from lissom.artifacts.handles import Content
+from lissom.artifacts.manifest import NAME, Manifest, read_manifest
 from lissom.compiler.errors import ArtifactError
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -107,10 +109,8 @@ def read_directory(
     manifest = read_manifest(directory / NAME)
     unread = passed_over(manifest)
     _check_names(directory, manifest.files, unread)
-    for name, content in manifest.files.items():
-        if name not in unread:
-            _check_content(directory / name, content)
-    return manifest
+    seen = {name: _check_content(directory / name, content) for name, content in manifest.files.items() if name not in unread}
+    return replace(manifest, files={**manifest.files, **seen})
 
 
 def _check_names(directory: Path, files: Mapping[str, Content], unread: Collection[str]) -> None:
@@ -135,7 +135,8 @@ def _check_plain(path: Path) -> None:
         raise ArtifactError(f"'{path}' is {what}; an artifact holds plain files only: copy the file itself")
 
 
-def _check_content(path: Path, wanted: Content) -> None:
+def _check_content(path: Path, wanted: Content) -> Content:
+    """What the file holds, which is what is wanted. Raises: ArtifactError."""
     _check_plain(path)
     size = path.stat().st_size
     if size != wanted.size:
@@ -146,3 +147,4 @@ def _check_content(path: Path, wanted: Content) -> None:
         raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
     if found != wanted:
         raise ArtifactError(f"'{path}' was changed after it was written: its SHA-256 is another; copy it again, or save again")
+    return found

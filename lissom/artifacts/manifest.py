@@ -7,31 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from lissom.artifacts.fields import number, read_json, shown, take, text
+from lissom.artifacts.fields import count, number, parse_json, printable, read_file, shown, take, text
+from lissom.artifacts.handles import Content
 from lissom.compiler.errors import ArtifactError
 
 NAME = "manifest.json"
 KIND = "lissom artifact"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Content:
-    """One file's size in bytes and SHA-256."""
-
-    size: int
-    sha256: str
-
-    @classmethod
-    def of(cls, path: Path) -> Content:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(file.tell(), digest)
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,8 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest. Raises: OSError."""
-    fields = {"kind": KIND, "version": FORMAT_VERSION, **asdict(manifest)}
+    files = {name: {"size": content.size, "sha256": content.sha256} for name, content in manifest.files.items()}
+    fields = {"kind": KIND, "version": FORMAT_VERSION, **vars(manifest), "files": files}
     body = json.dumps(fields, indent=1).removesuffix("\n}")
     path.write_text(f"{body}{_seal(body)}", encoding="utf-8")
 
@@ -71,7 +60,9 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises: ArtifactError when it is none, of an unknown version, or changed since it was written.
     """
-    data = read_json(path)
+    whole = read_file(path)
+    # A configuration may hold an infinity, or a length that stands for none.
+    data = parse_json(whole, path, any_number=True)
     if not isinstance(data, dict) or cast("dict[str, object]", data).get("kind") != KIND:
         raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
     version = cast("dict[str, object]", data).get("version")
@@ -80,14 +71,14 @@ def read_manifest(path: Path) -> Manifest:
             f"'{path}' is of format version {shown(version)}, and this Lissom reads version {FORMAT_VERSION}; "
             f"install the Lissom that wrote it, or save the model again with this one"
         )
-    whole = path.read_bytes()
     body = whole[: -len(_seal(""))]
     if whole != body + _seal_of(body):
         raise ArtifactError(f"'{path}' was changed after it was written: its SHA-256 is another; save the model again")
     try:
         return Manifest(
-            **{key: take(data, key, str) for key in ("name", "backend", "device", "signature", "pipeline")},
-            options=take(data, "options", dict),
+            **{key: take(data, key, str) for key in ("signature", "pipeline")},
+            **{key: printable(take(data, key, str)) for key in ("name", "backend", "device")},
+            options={key: _option(item) for key, item in take(data, "options", dict).items()},
             history=take(data, "history", dict),
             facts=take(data, "facts", dict) if "facts" in data else {},
             environment={key: text(item) for key, item in take(data, "environment", dict).items()},
@@ -97,9 +88,14 @@ def read_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"'{path}' is no manifest of Lissom's: {error}; save the model again") from error
 
 
+def _option(data: object) -> object:
+    is_float = isinstance(data, float) and math.isfinite(data)
+    return number(data) if isinstance(data, (int, float)) and not isinstance(data, bool) and not is_float else data
+
+
 def _seal_of(body: bytes) -> bytes:
     return _seal("").replace(hashlib.sha256(b"").hexdigest(), hashlib.sha256(body).hexdigest()).encode()
 
 
 def _content(data: object) -> Content:
-    return Content(number(take(data, "size", int)), take(data, "sha256", str))
+    return Content(count(take(data, "size", int)), take(data, "sha256", str))

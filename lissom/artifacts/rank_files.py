@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from lissom.artifacts.artifact import (
+    PROGRAM,
     Loaded,
     find_devices,
     find_saved_backend,
@@ -151,14 +152,15 @@ class _Part:
 
 def _load_part(directory: Path, manifest: Manifest, backend: Distributed, device: torch.device | None) -> _Part:
     rank = torch.distributed.get_rank()
-    read_directory(directory, lambda found: [weights_file(other) for other in range(_ways(found)) if other != rank])
+    manifest = read_directory(directory, lambda found: [weights_file(other) for other in range(_ways(found)) if other != rank])
     if device is None and manifest.device.startswith("cuda") and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     saved, wanted = find_devices(manifest, directory, device)
     stored = read_program(
         directory,
-        lambda _, place: load_alone(directory / weights_file(rank), place),
+        lambda _, place: load_alone(directory / weights_file(rank), place, manifest.files.get(weights_file(rank))),
         lambda found: wanted if found.type == saved.type else found,
+        manifest.files.get(PROGRAM),
     )
     # Its numbers were checked when it was compiled.
     lowered, lowering = lower_rank(stored, backend, wanted, (), "structural", simulate=True)
@@ -195,6 +197,9 @@ def check_world(ways: int, what: str, rest: str) -> None:
 
 def _ways(manifest: Manifest) -> int:
     found = manifest.options.get("ways")
-    if not isinstance(found, int):
-        raise ArtifactError(f"the manifest of {manifest.name} does not say for how many ranks it is; save the model again")
+    if not isinstance(found, int) or not 1 <= found <= len(manifest.files):
+        raise ArtifactError(
+            f"the manifest of {manifest.name} does not say for how many ranks it is, one to the {len(manifest.files)} files "
+            f"it names; save the model again"
+        )
     return found

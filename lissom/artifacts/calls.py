@@ -1,0 +1,102 @@
+"""Whether a call in a file fits what it calls: the operator's schema, or a function of sizes."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from lissom.artifacts.allowed import FIXED
+from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
+from lissom.artifacts.fields import shown
+
+MOST_EXPONENT = 64
+"""Of a power or a shift of sizes: Python computes it exactly, however long it is."""
+_POWERS = (operator.pow, operator.lshift, *(SIZE_FUNCTIONS[name] for name in ("Pow", "PowByNatural", "FloatPow")))
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    # A number takes the place of a tensor in arithmetic.
+    "Tensor": (int, float, complex),
+    "int": (int,),
+    "SymInt": (int,),
+    "float": (int, float),
+    "number": (int, float, complex),
+    "bool": (bool,),
+    "str": (str,),
+    "ScalarType": (torch.dtype,),
+    "Layout": (torch.layout,),
+    "MemoryFormat": (torch.memory_format,),
+    "Device": (torch.device,),
+}
+"""For types as schemas print them, what stands for them in a file; a value of any other type comes from a node."""
+
+
+def check_call(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Refuse a call that does not fit what it calls: the number, names and kinds of its arguments.
+
+    What a node yields is not looked at: the operator itself refuses a tensor where it wants a number.
+
+    Raises: ValueError.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        _check_operator(target, args, kwargs)
+    else:
+        _check_function(target, args, kwargs)
+
+
+def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    parameters = target._schema.arguments
+    by_place = [parameter.name for parameter in parameters if not parameter.kwarg_only]
+    if len(args) > len(by_place):
+        raise ValueError(f"{target} takes {len(by_place)} arguments by position, and is given {len(args)}")
+    given = dict(zip(by_place, args, strict=False))
+    names = {parameter.name for parameter in parameters}
+    for name in kwargs:
+        if name not in names or name in given:
+            raise ValueError(f"{target} has no argument {shown(name)}" if name not in names else f"{target} has {name!r} twice")
+    given |= kwargs
+    for parameter in parameters:
+        if parameter.name not in given:
+            if not parameter.has_default_value():
+                raise ValueError(f"{target} lacks its argument '{parameter.name}'")
+        elif not _fits(given[parameter.name], str(parameter.real_type), getattr(parameter, "N", None) is not None):
+            item = shown(given[parameter.name])
+            raise ValueError(f"the argument '{parameter.name}' of {target} is {item}, and is to be {parameter.real_type}")
+    for name, value in FIXED.get(str(target), {}).items():
+        if name in given and given[name] != value:
+            raise ValueError(f"{target} draws random numbers: its argument '{name}' is {shown(given[name])}, and not {value}")
+
+
+def _fits(item: object, kind: str, one_for_all: bool) -> bool:
+    """Whether an argument is of a kind as schemas write it; one_for_all: a list of it may be written as one number."""
+    if isinstance(item, fx.Node):
+        return True
+    if kind.startswith("Optional["):
+        return item is None or _fits(item, kind[len("Optional[") : -1], one_for_all)
+    if kind.startswith("List["):
+        inner = kind[len("List[") : -1]
+        if isinstance(item, (list, tuple)):
+            return all(_fits(part, inner, False) for part in cast("Sequence[object]", item))
+        return one_for_all and _fits(item, inner, False)
+    return isinstance(item, _KINDS.get(kind, ()))
+
+
+def _check_function(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Refuse what is no call of a function of sizes: of numbers, by position; items are taken by numbers and slices too."""
+    name = getattr(target, "__name__", target)
+    if kwargs:
+        raise ValueError(f"{name} takes its arguments by position, and is given {shown([*kwargs])}")
+    for item in args:
+        is_index = target is operator.getitem and isinstance(item, (slice, tuple, type(None), type(...)))
+        if not is_index and not isinstance(item, (fx.Node, int, float)):
+            raise ValueError(f"{name} takes numbers, and is given {shown(item)}")
+    if target not in SIZE_FUNCTIONS.values():
+        try:
+            inspect.signature(target).bind(*args)
+        except TypeError as error:
+            raise ValueError(f"{name} is given {len(args)} arguments: {error}") from error
+    if target in _POWERS and not (len(args) == 2 and isinstance(args[1], (int, float)) and abs(args[1]) <= MOST_EXPONENT):
+        raise ValueError(f"the exponent of {name} is {shown(args[1:])}; the limit is a number up to {MOST_EXPONENT}")
