@@ -26,6 +26,8 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "number": (int, float, complex),
     "bool": (bool,),
     "str": (str,),
+    # The name of a process group.
+    "Any": (str,),
     "ScalarType": (torch.dtype,),
     "Layout": (torch.layout,),
     "MemoryFormat": (torch.memory_format,),

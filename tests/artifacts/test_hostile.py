@@ -67,7 +67,9 @@ def test_the_name_of_the_program_is_no_code(saved, name, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("name", ['a") or print("', "a\\", "__class__.forward", "forward", "a.training", "a..b", "graph.x", "a\n"])
+@pytest.mark.parametrize(
+    "name", ['a") or print("', "a\\", "__class__.forward", "forward", "a.training", "a..b", "graph.x", "a\n"]
+)
 def test_the_name_of_a_weight_is_no_code_and_no_attribute(saved, name):
     def edit(program):
         old = next(item for item in program["nodes"] if item["op"] == "get_attr")["target"]
@@ -88,8 +90,14 @@ def test_the_name_of_a_weight_is_no_code_and_no_attribute(saved, name):
         (lambda call: call["kwargs"].update(input={"node": "x"}), "is no argument"),
         (lambda call: call["kwargs"].update(input=None), "aten.linear.default has 'input' twice"),
         (lambda call: call["args"].clear(), "aten.linear.default lacks its argument 'input'"),
-        (lambda call: call["args"].__setitem__(1, "text"), "argument 'weight' of aten.linear.default is 'text', and is to be Tensor"),
-        (lambda call: call["args"].__setitem__(1, None), "argument 'weight' of aten.linear.default is None, and is to be Tensor"),
+        (
+            lambda call: call["args"].__setitem__(1, "text"),
+            "argument 'weight' of aten.linear.default is 'text', and is to be Tensor",
+        ),
+        (
+            lambda call: call["args"].__setitem__(1, None),
+            "argument 'weight' of aten.linear.default is None, and is to be Tensor",
+        ),
         (lambda call: call["args"].__setitem__(1, [1]), "argument 'weight' of aten.linear.default is [1], and is to be Tensor"),
     ],
 )
@@ -101,10 +109,31 @@ def test_a_call_fits_its_schema(saved, edit, said):
 @pytest.mark.parametrize(
     "target",
     [
-        *("aten.manual_seed.default", "aten._reshape_alias.default", "aten._nested_view_from_buffer.default", "aten.rand.default"),
-        *("aten._sparse_coo_tensor_unsafe.default", "aten._print.default", "aten.set_.source_Tensor", "aten.empty.memory_format"),
-        *("aten._unsafe_index.Tensor", "aten.randn_like.default", "aten.resize_.default", "aten.bernoulli.default", "aten.from_file.default"),
-        *("aten._native_batch_norm_legit_no_training.default", "aten._fft_c2r.default", "aten.save.default", "prim.device.default"),
+        *(
+            "aten.manual_seed.default",
+            "aten._reshape_alias.default",
+            "aten._nested_view_from_buffer.default",
+            "aten.rand.default",
+        ),
+        *(
+            "aten._sparse_coo_tensor_unsafe.default",
+            "aten._print.default",
+            "aten.set_.source_Tensor",
+            "aten.empty.memory_format",
+        ),
+        *(
+            "aten._unsafe_index.Tensor",
+            "aten.randn_like.default",
+            "aten.resize_.default",
+            "aten.bernoulli.default",
+            "aten.from_file.default",
+        ),
+        *(
+            "aten._native_batch_norm_legit_no_training.default",
+            "aten._fft_c2r.default",
+            "aten.save.default",
+            "prim.device.default",
+        ),
         *("lissom.meet.default", "lissom.begin_call.default", "lissom.end_call.default", "aten._set_grad_enabled.default"),
     ],
 )
