@@ -13,13 +13,13 @@ from torch import fx
 from lissom.artifacts.allowed import FIXED
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.artifacts.fields import shown
+from lissom.compiler import node as nodes
+from lissom.compiler.types import ScalarType, TensorType
 
 MOST_EXPONENT = 64
 """Of a power or a shift of sizes: Python computes it exactly, however long it is."""
 _POWERS = (operator.pow, operator.lshift, *(SIZE_FUNCTIONS[name] for name in ("Pow", "PowByNatural", "FloatPow")))
 _KINDS: Mapping[str, tuple[type, ...]] = {
-    # A number takes the place of a tensor in arithmetic.
-    "Tensor": (int, float, complex),
     "int": (int,),
     "SymInt": (int,),
     "float": (int, float),
@@ -34,14 +34,13 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "Device": (torch.device,),
 }
 """For types as schemas print them, what stands for them in a file; a value of any other type comes from a node."""
+_NUMBERS = ("int", "SymInt", "float", "number", "bool")
 
 
 def check_call(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     """Refuse a call that does not fit what it calls: the number, names and kinds of its arguments.
 
-    What a node yields is not looked at: the operator itself refuses a tensor where it wants a number.
-
-    Raises: ValueError.
+    Of what a node yields its type in the file counts. Raises: ValueError.
     """
     if isinstance(target, torch._ops.OpOverload):
         _check_operator(target, args, kwargs)
@@ -64,7 +63,7 @@ def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwarg
         if parameter.name not in given:
             if not parameter.has_default_value():
                 raise ValueError(f"{target} lacks its argument '{parameter.name}'")
-        elif not _fits(given[parameter.name], str(parameter.real_type), getattr(parameter, "N", None) is not None):
+        elif not _fits(given[parameter.name], str(parameter.real_type), target, getattr(parameter, "N", None) is not None):
             item = shown(given[parameter.name])
             raise ValueError(f"the argument '{parameter.name}' of {target} is {item}, and is to be {parameter.real_type}")
     for name, value in FIXED.get(str(target), {}).items():
@@ -72,17 +71,23 @@ def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwarg
             raise ValueError(f"{target} draws random numbers: its argument '{name}' is {shown(given[name])}, and not {value}")
 
 
-def _fits(item: object, kind: str, one_for_all: bool) -> bool:
+def _fits(item: object, kind: str, target: torch._ops.OpOverload, one_for_all: bool = False) -> bool:
     """Whether an argument is of a kind as schemas write it; one_for_all: a list of it may be written as one number."""
-    if isinstance(item, fx.Node):
-        return True
     if kind.startswith("Optional["):
-        return item is None or _fits(item, kind[len("Optional[") : -1], one_for_all)
+        return item is None or _fits(item, kind[len("Optional[") : -1], target, one_for_all)
     if kind.startswith("List["):
         inner = kind[len("List[") : -1]
         if isinstance(item, (list, tuple)):
-            return all(_fits(part, inner, False) for part in cast("Sequence[object]", item))
-        return one_for_all and _fits(item, inner, False)
+            return all(_fits(part, inner, target) for part in cast("Sequence[object]", item))
+        is_list = isinstance(item, fx.Node) and isinstance(nodes.node_type(item), tuple)
+        return is_list or (one_for_all and _fits(item, inner, target))
+    found = nodes.node_type(item) if isinstance(item, fx.Node) else item
+    # A number takes the place of a tensor in arithmetic, and a tensor of one element that of a number.
+    if kind == "Tensor":
+        is_number = isinstance(found, (ScalarType, int, float, complex))
+        return isinstance(found, TensorType) or (is_number and torch.Tag.pointwise in target.tags)
+    if isinstance(item, fx.Node):
+        return kind in _NUMBERS and isinstance(found, (ScalarType, TensorType))
     return isinstance(item, _KINDS.get(kind, ()))
 
 

@@ -197,7 +197,7 @@ def _decode_signature(data: object, reader: Reader) -> Signature:
         if maximum is not None and maximum < minimum:
             raise ValueError(f"the dimension {symbol} is to be from {minimum} to {maximum}")
         dimensions[symbol] = Dimension(printable(take(item, "name", str)), minimum, maximum)
-    return Signature(
+    signature = Signature(
         positional=take_list(data, "positional", lambda item: _decode_argument(item, reader)),
         keyword=take_list(data, "keyword", lambda item: _decode_argument(item, reader)),
         parameters=take_list(data, "parameters", printable),
@@ -205,6 +205,20 @@ def _decode_signature(data: object, reader: Reader) -> Signature:
         dimensions=dimensions,
         conditions=take_list(data, "conditions", lambda item: decode_expression(item, reader.symbols)),
     )
+    _check_dimensions(signature)
+    return signature
+
+
+def _check_dimensions(signature: Signature) -> None:
+    """Refuse sizes of arguments that a call does not tell: of no dimension, or made of sizes that no argument has."""
+    sizes = [(leaf, size) for leaf in signature.tensors for size in leaf.type.shape if isinstance(size, sympy.Basic)]
+    told = {size for _, size in sizes if isinstance(size, sympy.Symbol)}
+    for leaf, size in sizes:
+        if not size.free_symbols <= told or (isinstance(size, sympy.Symbol) and size not in signature.dimensions):
+            raise ValueError(f"argument {shown(leaf.path)} has a size {shown(size)} that no dimension tells")
+    names = [item.name for item in (*signature.positional, *signature.keyword)]
+    if len({*names}) < len(names):
+        raise ValueError(f"two arguments of {shown(names)} have one name")
 
 
 def _encode_argument(item: Argument) -> dict[str, object]:

@@ -76,9 +76,7 @@ def _batch_norm(
     for given in (weight, bias, running_mean, running_var):
         if given is not None and given.shape != input.shape[1:2]:
             raise RuntimeError(f"batch norm has {list(given.shape)} for {input.shape[1]} channels")
-    return aten._native_batch_norm_legit_no_training.default(
-        input, weight, bias, running_mean, running_var, momentum, eps
-    )
+    return aten._native_batch_norm_legit_no_training.default(input, weight, bias, running_mean, running_var, momentum, eps)
 
 
 # Methods of tensors take half the time to call that their operators take; small models notice.

@@ -1,4 +1,4 @@
-"""Tests of lissom.artifacts.program_file against files written to do harm: refused in one sentence, and nothing of them runs."""
+"""Tests of lissom.artifacts.program_file against files written to do harm: refused in one sentence, and nothing runs."""
 
 from __future__ import annotations
 
@@ -98,6 +98,7 @@ def test_the_name_of_a_weight_is_no_code_and_no_attribute(saved, name):
             lambda call: call["args"].__setitem__(1, None),
             "argument 'weight' of aten.linear.default is None, and is to be Tensor",
         ),
+        (lambda call: call["args"].__setitem__(1, 1), "argument 'weight' of aten.linear.default is 1, and is to be Tensor"),
         (lambda call: call["args"].__setitem__(1, [1]), "argument 'weight' of aten.linear.default is [1], and is to be Tensor"),
     ],
 )
@@ -295,6 +296,8 @@ def test_a_weight_that_would_fill_memory_is_refused(tmp_path):
         (lambda program: next(iter(program["symbols"].values())).update(minimum=9, maximum=3), "is to be from 9 to 3"),
         (lambda program: program["signature"]["dimensions"][0].update(symbol="s99"), "there is no symbol 's99'"),
         (lambda program: program["signature"]["dimensions"][0].update(name="\x1b[31m"), "is no name: it holds what cannot"),
+        (lambda program: program["signature"]["dimensions"].pop(), "that no dimension tells"),
+        (lambda program: program["signature"]["keyword"].append(program["signature"]["keyword"][0]), "have one name"),
         (lambda program: program["signature"]["keyword"][0].update(name="\n"), "is no name: it holds what cannot"),
     ],
 )

@@ -7,10 +7,10 @@ import os
 import select
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 
@@ -117,21 +117,18 @@ def run(
     names: Sequence[str],
     seed: int,
     *,
-    count: int | None = None,
-    seconds: float | None = None,
+    count: int,
     limit_seconds: float = 60,
     tell: Callable[[str], None] = print,
 ) -> tuple[Counter[str], dict[Case, str]]:
-    """Judge so many cases, or for so long; how often each word came up, and the smallest cases of the faults.
+    """Judge so many cases; how often each word came up, and the smallest cases of the faults.
 
     limit_seconds: one case may take. tell: called with each fault and the command that shows it again.
     """
     words, faults = Counter[str](), dict[Case, str]()
-    worker, started = Worker(folder, limit_seconds), time.monotonic()
+    worker = Worker(folder, limit_seconds)
     try:
-        for index, case in enumerate(cases(folder, names, seed)):
-            if index == count or (seconds is not None and time.monotonic() - started > seconds):
-                break
+        for case in islice(cases(folder, names, seed), count):
             word = worker.judge(case)
             words[f"{case.sample}: {word.partition(' ')[0] if word.startswith('FAULT') else word}"] += 1
             if word.startswith("FAULT"):
