@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -49,8 +49,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _tensor(leaf: TensorArgument, array: np.ndarray) -> torch.Tensor:
     try:
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
-    except TypeError as error:
+        # In the order of bytes that this machine has: a file may have the other.
+        native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+        tensor = torch.from_numpy(native).reshape(array.shape)
+    except (TypeError, ValueError) as error:
         raise InputError(f"argument '{leaf.path}' is an array of {array.dtype}, which is no tensor's dtype") from error
     casts = tensor.is_floating_point() and leaf.type.dtype.is_floating_point
     return tensor.to(leaf.type.device, leaf.type.dtype if casts else None)
@@ -77,9 +79,10 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     arrays = {
         name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy() for name, tensor in tensors.items()
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("wb") as file:
+        # Not a file that is there: someone may have put a link in its place.
+        with temporary.open("xb") as file:
             np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
         temporary.replace(path)
     finally:

@@ -63,30 +63,37 @@ def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwarg
         if parameter.name not in given:
             if not parameter.has_default_value():
                 raise ValueError(f"{target} lacks its argument '{parameter.name}'")
-        elif not _fits(given[parameter.name], str(parameter.real_type), target, getattr(parameter, "N", None) is not None):
-            item = shown(given[parameter.name])
-            raise ValueError(f"the argument '{parameter.name}' of {target} is {item}, and is to be {parameter.real_type}")
+            continue
+        item, one_for_all = given[parameter.name], getattr(parameter, "N", None) is not None
+        # A number takes the place of a tensor in arithmetic.
+        of_numbers = torch.Tag.pointwise in target.tags or parameter.name == "other"
+        if not _fits(item, str(parameter.real_type), of_numbers, one_for_all):
+            raise ValueError(
+                f"the argument '{parameter.name}' of {target} is {shown(item)}, and is to be {parameter.real_type}"
+            )
     for name, value in FIXED.get(str(target), {}).items():
         if name in given and given[name] != value:
             raise ValueError(f"{target} draws random numbers: its argument '{name}' is {shown(given[name])}, and not {value}")
 
 
-def _fits(item: object, kind: str, target: torch._ops.OpOverload, one_for_all: bool = False) -> bool:
-    """Whether an argument is of a kind as schemas write it; one_for_all: a list of it may be written as one number."""
+def _fits(item: object, kind: str, of_numbers: bool, one_for_all: bool = False) -> bool:
+    """Whether an argument is of a kind as schemas write it.
+
+    of_numbers: a number may stand for a tensor. one_for_all: one number may stand for a list.
+    """
     if kind.startswith("Optional["):
-        return item is None or _fits(item, kind[len("Optional[") : -1], target, one_for_all)
+        return item is None or _fits(item, kind[len("Optional[") : -1], of_numbers, one_for_all)
     if kind.startswith("List["):
         inner = kind[len("List[") : -1]
         if isinstance(item, (list, tuple)):
-            return all(_fits(part, inner, target) for part in cast("Sequence[object]", item))
+            return all(_fits(part, inner, of_numbers) for part in cast("Sequence[object]", item))
         is_list = isinstance(item, fx.Node) and isinstance(nodes.node_type(item), tuple)
-        return is_list or (one_for_all and _fits(item, inner, target))
+        return is_list or (one_for_all and _fits(item, inner, of_numbers))
     found = nodes.node_type(item) if isinstance(item, fx.Node) else item
-    # A number takes the place of a tensor in arithmetic, and a tensor of one element that of a number.
     if kind == "Tensor":
-        is_number = isinstance(found, (ScalarType, int, float, complex))
-        return isinstance(found, TensorType) or (is_number and torch.Tag.pointwise in target.tags)
+        return isinstance(found, TensorType) or (of_numbers and isinstance(found, (ScalarType, int, float, complex)))
     if isinstance(item, fx.Node):
+        # A tensor of one element takes the place of a number.
         return kind in _NUMBERS and isinstance(found, (ScalarType, TensorType))
     return isinstance(item, _KINDS.get(kind, ()))
 

@@ -55,9 +55,12 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """PyTorch's attention, which on a CPU reads past the end of the shorter of keys and values (torch 2.13)."""
+    """PyTorch's attention, which on a CPU reads past the end of the shorter of keys and values (torch 2.13).
+
+    Raises: ValueError, after which a call is not run once more to be explained.
+    """
     if key.shape[-2] != value.shape[-2]:
-        raise RuntimeError(f"attention has {key.shape[-2]} keys and {value.shape[-2]} values")
+        raise ValueError(f"attention has {key.shape[-2]} keys and {value.shape[-2]} values")
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -75,7 +78,7 @@ def _batch_norm(
     """PyTorch's, which reads past the end of arguments that are shorter than there are channels (torch 2.13)."""
     for given in (weight, bias, running_mean, running_var):
         if given is not None and given.shape != input.shape[1:2]:
-            raise RuntimeError(f"batch norm has {list(given.shape)} for {input.shape[1]} channels")
+            raise ValueError(f"batch norm has {list(given.shape)} for {input.shape[1]} channels")
     return aten._native_batch_norm_legit_no_training.default(input, weight, bias, running_mean, running_var, momentum, eps)
 
 

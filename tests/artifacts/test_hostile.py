@@ -83,6 +83,23 @@ def test_the_name_of_a_weight_is_no_code_and_no_attribute(saved, name):
     assert torch.fx.GraphModule.forward is not None and not isinstance(nn.Module.forward, torch.Tensor)
 
 
+def test_source_that_torch_fx_makes_of_a_name_reads_the_weight(saved):
+    """Any other printable name is in quotes there, and is no code."""
+    old = next(item for item in json.loads((saved / "program.json").read_text())["nodes"] if item["op"] == "get_attr")["target"]
+    name = "{print(1)} f(x); #[0]"
+
+    def edit(program):
+        program["weights"][name] = program["weights"].pop(old)
+        for item in program["nodes"]:
+            item.update({"target": name} if item.get("target") == old else {})
+
+    wanted = lissom.load(saved).program.weight(old)
+    change(saved, edit)
+    program = lissom.load(saved).program
+    assert torch.equal(program.weight(name), wanted)
+    assert f'getattr(self, "{name}")' in program.graph_module.code
+
+
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
@@ -182,7 +199,7 @@ def test_attention_reads_no_key_that_is_not_there(tmp_path, monkeypatch):
         call["args"] = [call["args"][1], call["args"][0], call["args"][2]]
 
     change(tmp_path / "artifact", edit)
-    with pytest.raises(RuntimeError, match="attention has 3 keys and 4 values"):
+    with pytest.raises(ValueError, match="attention has 3 keys and 4 values"):
         lissom.load(tmp_path / "artifact")(q, k, k)
 
 
