@@ -167,8 +167,8 @@ def _output_class(name: str, module: str, fields: tuple[str, ...]) -> type | Non
         from transformers.utils.generic import ModelOutput
     except ImportError:
         return None
-    source = outputs if module == _MODEL_OUTPUTS else sys.modules.get(module) if module.startswith("transformers.") else None
-    # Not `getattr`, which imports modules of transformers by their names.
+    source = outputs if module == _MODEL_OUTPUTS else sys.modules.get(module)
+    # Not `getattr`, which has packages such as transformers import what they are asked for.
     found = vars(source).get(name) if source is not None else None
     if isinstance(found, type) and issubclass(found, ModelOutput):
         return found

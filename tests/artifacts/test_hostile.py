@@ -147,7 +147,7 @@ def test_a_call_fits_its_schema(saved, edit, said):
             "aten.from_file.default",
         ),
         *(
-            "aten._native_batch_norm_legit_no_training.default",
+            "aten._native_batch_norm_legit.no_stats",
             "aten._fft_c2r.default",
             "aten.save.default",
             "prim.device.default",
@@ -320,6 +320,19 @@ def test_a_weight_that_would_fill_memory_is_refused(tmp_path):
 )
 def test_another_program_is_refused(saved, edit, said):
     change(saved, edit)
+    assert said in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("ways", "said"),
+    [
+        (10**9, "does not say for how many ranks it is, one to the 3 files it names; save the model again"),
+        (10**30, "is no whole number of 64 bits"),
+        (None, "does not say for how many ranks it is"),
+    ],
+)
+def test_the_number_of_ranks_is_bounded(saved, ways, said):
+    seal(saved, backend="distributed", options={"ways": ways})
     assert said in refusal(saved)
 
 
