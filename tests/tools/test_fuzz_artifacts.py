@@ -109,8 +109,7 @@ def test_what_must_not_happen_is_noticed(load, word):
 
 
 def test_a_worker_that_does_not_answer_is_noticed(folder):
-    worker = Worker(folder, 0.0)
-    assert worker.judge(Case("plain", ())) == "FAULT no answer in 0 s"
-    worker.seconds = 600.0
+    worker = Worker(folder, 600.0)
     assert worker.judge(Case("plain", ())) == "equal"
-    worker.close()
+    worker.seconds = 0.0
+    assert worker.judge(Case("plain", ())) == "FAULT no answer in 0 s"
