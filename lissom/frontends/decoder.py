@@ -27,6 +27,7 @@ from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.verify import kept_state, relative_error, tolerance_of
 from lissom.frontends.export import Capture, capture, evaluating
+from lissom.frontends.untouched import untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -178,7 +179,7 @@ def _places(model: PreTrainedModel) -> list[Places]:
 
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     try:
-        with evaluating(model), torch.no_grad():
+        with untouched(model), evaluating(model), torch.no_grad():
             _call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model)))
     except Exception as error:
         raise _keeps_more(model, error) from error
@@ -195,7 +196,7 @@ def _places(model: PreTrainedModel) -> list[Places]:
 def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The model's logits without any cache."""
     parameters = inspect.signature(type(model).forward).parameters
-    with evaluating(model):
+    with untouched(model), evaluating(model):
         return model(**{name: tensor for name, tensor in inputs.items() if name in parameters}, use_cache=False).logits
 
 

@@ -31,6 +31,7 @@ from lissom.frontends.confirm import RefusedSizesError, confirm, refused_dimensi
 from lissom.frontends.device import move
 from lissom.frontends.dynamic import Dynamic, declared_but_fixed, describe_dimensions, renamed, wanted_dimensions
 from lissom.frontends.flatten import FRAME, flatten_exported
+from lissom.frontends.untouched import untouched
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
 _TORCH = str(Path(torch.__file__).parent)
@@ -60,7 +61,7 @@ def capture(
     dynamic: Dynamic | bool = True,
     device: torch.device | None = None,
 ) -> Capture:
-    """The model as a program. The model is left as it was, and the program shares its weights.
+    """The model as a program. The model is left as it was, and the program reads its weights where they are.
 
     dynamic: True finds out whether batch (dimension 0) and sequence (dimension 1) may vary; False fixes every size;
         a mapping names dimensions by argument, `{"input_ids": {0: "batch", 1: Dim("sequence", max=512)}}`.
@@ -74,7 +75,7 @@ def capture(
     _check_leaves((args, kwargs))
     if isinstance(model, fx.GraphModule):
         kwargs = _in_order(model, args, kwargs)
-    with evaluating(model), torch.no_grad():
+    with untouched(model), evaluating(model), torch.no_grad():
         if isinstance(dynamic, Mapping):
             program, notes = _capture_named(model, args, kwargs, dynamic)
         else:
@@ -179,7 +180,8 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
     bound = _bound(model, hint_args, hint_kwargs)
-    with _only_exceptions():
+    # The model is run beside the program afterwards, and must not hold the fake tensors of the export then.
+    with untouched(model), _only_exceptions():
         exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=bound if free else None, strict=False)
     if _writes(exported):
         with warnings.catch_warnings():

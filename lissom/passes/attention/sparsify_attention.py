@@ -209,8 +209,8 @@ def _drawn_blocks(edit: Editor, node: fx.Node, heads: int, block: int) -> int:
         return blocks
     if isinstance(size, int):
         raise UnsupportedError(
-            f"sparsify-attention{{pattern=global-window-random}} keeps a table of {heads} heads × {blocks:,} × {blocks:,} blocks "
-            f"for {tokens:,} tokens in blocks of {block}, more than {_LARGEST_LAYOUT:,} bytes; give block= of "
+            f"sparsify-attention{{pattern=global-window-random}} keeps a table of {heads} heads × {blocks:,} × {blocks:,} "
+            f"blocks for {tokens:,} tokens in blocks of {block}, more than {_LARGEST_LAYOUT:,} bytes; give block= of "
             f"{-(-tokens // most)} or more, or another pattern="
         )
     path = nodes.origin(node).module_path or node.name
