@@ -31,7 +31,7 @@ from lissom.frontends.confirm import RefusedSizesError, confirm, refused_dimensi
 from lissom.frontends.device import move
 from lissom.frontends.dynamic import Dynamic, declared_but_fixed, describe_dimensions, renamed, wanted_dimensions
 from lissom.frontends.flatten import FRAME, flatten_exported
-from lissom.frontends.untouched import untouched
+from lissom.frontends.untouched import no_buffers_registered, untouched
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
 _TORCH = str(Path(torch.__file__).parent)
@@ -181,8 +181,11 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
     bound = _bound(model, hint_args, hint_kwargs)
     # The model is run beside the program afterwards, and must not hold the fake tensors of the export then.
-    with untouched(model), _only_exceptions():
-        exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=bound if free else None, strict=False)
+    with untouched(model), _only_exceptions(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
+        with no_buffers_registered(model):
+            dynamic = bound if free else None
+            exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
     if _writes(exported):
         with warnings.catch_warnings():
             # PyTorch copies its own record of modules, of a class that it calls deprecated.

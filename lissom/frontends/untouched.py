@@ -51,6 +51,32 @@ def untouched(model: nn.Module) -> Generator[None]:
         )
 
 
+@contextmanager
+def no_buffers_registered(model: nn.Module) -> Generator[None]:
+    """Refuse a forward that registers buffers, which `torch.export` loses or fails on with another reason.
+
+    Raises: CaptureError naming the first.
+    """
+    before = _registered(model)
+    try:
+        yield
+    finally:
+        made = next(iter(_registered(model) - before), None)
+        if made is not None:
+            raise CaptureError(
+                f"{type(model).__name__} registers the buffer '{made[0]}' while it runs; register it before, in __init__"
+            )
+
+
+def _registered(model: nn.Module) -> set[tuple[str, bool]]:
+    """The buffers by path, and whether they are saved."""
+    return {
+        (f"{path}.{name}".removeprefix("."), name not in module._non_persistent_buffers_set)
+        for path, module in model.named_modules()
+        for name in module._buffers
+    }
+
+
 @dataclass(frozen=True)
 class _Kept:
     """What a module held. path: its own. attributes: its `__dict__`. held: what the containers among them held."""
