@@ -205,23 +205,23 @@ def _plain(leaf: object, spec) -> object:  # noqa: ANN001
 
 
 def _unify_sizes(exported: ExportedProgram) -> None:
-    """Let inputs of equal example size share their batch, and their sequence.
+    """Let inputs of equal example size share their batch, and their sequence, which masks of pairs of tokens have twice.
 
     Export leaves two sizes apart when nothing in the graph forces them to be equal, as for a mask that is only
     indexed; a caller who passed the same size twice means one dimension.
     """
     first: dict[tuple[int, int], sympy.Symbol] = {}
-    for spec, node in zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True):
-        value = node.meta["val"]
-        if spec.kind != InputKind.USER_INPUT or not isinstance(value, torch.Tensor):
+    pairs = zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True)
+    inputs = [node.meta["val"] for spec, node in pairs if spec.kind == InputKind.USER_INPUT]
+    sizes = [(index, size) for value in inputs if isinstance(value, torch.Tensor) for index, size in enumerate(value.shape)]
+    for index, size in sorted(sizes, key=operator.itemgetter(0)):
+        if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
             continue
-        for index, size in enumerate(value.shape[:2]):
-            if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
-                continue
-            symbol, env = size.node.expr, size.node.shape_env
-            shared = first.setdefault((index, size.node.hint), symbol)
-            if shared != symbol:
-                env._set_replacement(symbol, shared, "inputs of equal example size")
+        symbol, env = size.node.expr, size.node.shape_env
+        # Behind the sequence, a size that no input has as its sequence is on its own, such as height and width.
+        shared = first.setdefault((index, size.node.hint), symbol) if index < 2 else first.get((1, size.node.hint), symbol)
+        if shared != symbol:
+            env._set_replacement(symbol, shared, "inputs of equal example size")
 
 
 def _signature(

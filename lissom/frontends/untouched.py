@@ -52,8 +52,8 @@ def untouched(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def no_buffers_registered(model: nn.Module) -> Generator[None]:
-    """Refuse a forward that registers buffers, which `torch.export` loses or fails on with another reason.
+def nothing_registered(model: nn.Module) -> Generator[None]:
+    """Refuse a forward that registers buffers, parameters or submodules: `torch.export` loses buffers, and new weights are random.
 
     Raises: CaptureError naming the first.
     """
@@ -61,20 +61,24 @@ def no_buffers_registered(model: nn.Module) -> Generator[None]:
     try:
         yield
     finally:
-        made = next(iter(_registered(model) - before), None)
+        made = next((item for item in _registered(model) if item not in before), None)
         if made is not None:
+            kind, path, _ = made
             raise CaptureError(
-                f"{type(model).__name__} registers the buffer '{made[0]}' while it runs; register it before, in __init__"
+                f"{type(model).__name__} registers the {kind} '{path}' while it runs; call the model once before, or register "
+                f"it in __init__"
             )
 
 
-def _registered(model: nn.Module) -> set[tuple[str, bool]]:
-    """The buffers by path, and whether they are saved."""
-    return {
-        (f"{path}.{name}".removeprefix("."), name not in module._non_persistent_buffers_set)
-        for path, module in model.named_modules()
-        for name in module._buffers
-    }
+def _registered(model: nn.Module) -> dict[tuple[str, str, bool], None]:
+    """The buffers, parameters and submodules: what each is, its path, and whether it is saved."""
+    found: dict[tuple[str, str, bool], None] = {}
+    for path, module in model.named_modules():
+        kinds = {"submodule": module._modules, "parameter": module._parameters, "buffer": module._buffers}
+        for kind, held in kinds.items():
+            for name in held:
+                found[kind, f"{path}.{name}".removeprefix("."), name not in module._non_persistent_buffers_set] = None
+    return found
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,6 @@ class Keeps(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.scale is None:
             self.scale = torch.full((8,), 2.0)
-            self.later = nn.Identity()
         size = x.shape[-1]
         if size not in self.cache:
             self.cache[size] = torch.arange(size) + 1.0
@@ -112,12 +111,12 @@ def test_what_a_forward_keeps_is_put_back() -> None:
     program = capture(model, (x,)).program
     assert is_same(attributes(model), held)
     assert model.training and model.layer.training
-    assert not model.cache and not model.lengths and not hasattr(model, "later")
+    assert not model.cache and not model.lengths
     assert torch.equal(program(x), model.eval()(x))
 
 
 class Registers(nn.Module):
-    """Registers a buffer when it runs."""
+    """Registers a buffer, or a layer, when it runs."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -125,15 +124,18 @@ class Registers(nn.Module):
         self.name = name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.name == "layer":
+            self.layer = nn.Linear(8, 8)
+            return self.layer(x)
         self.register_buffer(self.name, torch.full((8,), 3.0), persistent=False)
         return x * self.get_buffer(self.name)
 
 
-@pytest.mark.parametrize("name", ["table", "made"])
-def test_a_buffer_that_a_forward_registers_is_named(name: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("buffer", "table"), ("buffer", "made"), ("submodule", "layer")])
+def test_what_a_forward_registers_is_named(kind: str, name: str) -> None:
     model = Registers(name)
     held = attributes(model)
-    message = f"Registers registers the buffer '{name}' while it runs; register it before, in __init__"
+    message = f"Registers registers the {kind} '{name}' while it runs; call the model once before, or register it in __init__"
     with pytest.raises(CaptureError, match=message):
         capture(model, (normal(2, 8),))
     assert is_same(attributes(model), held)
@@ -204,3 +206,49 @@ def test_an_alias_is_a_parameter_where_the_weight_is_trained() -> None:
     with torch.inference_mode():
         made = torch.ones(3)
     assert not alias(made).is_inference() and alias(made).data_ptr() == made.data_ptr()
+
+
+class ExtraState(nn.Linear):
+    """Saves something that is no tensor."""
+
+    def get_extra_state(self) -> object:
+        return {"version": 1}
+
+    def set_extra_state(self, state: object) -> None:
+        pass
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, a third with its transpose in the same memory, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        self.c.weight = nn.Parameter(self.a.weight.detach().T)
+        self.register_buffer("scale", torch.full((8,), 2.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x))) * self.scale
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "extra state": lambda: ExtraState(8, 8),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    "tied": Tied,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modules_of_every_kind_are_captured_and_left_alone(kind: str) -> None:
+    model, x = seeded(lambda: nn.Sequential(KINDS[kind]())).eval(), normal(2, 5, 8)
+    wanted, held = model(x), attributes(model)
+    program = capture(model, (x,)).program
+    torch.testing.assert_close(program(x), wanted)
+    assert is_same(attributes(model), held)
+
+
+def test_a_lazy_weight_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"weight '0\.weight' has no size yet; call Sequential once, which makes its lazy"):
+        capture(nn.Sequential(nn.LazyLinear(8)), (normal(2, 8),))
