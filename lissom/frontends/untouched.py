@@ -53,7 +53,7 @@ def untouched(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def nothing_registered(model: nn.Module) -> Generator[None]:
-    """Refuse a forward that registers buffers, parameters or submodules: `torch.export` loses buffers, and new weights are random.
+    """Refuse a forward that registers buffers, parameters or submodules: export loses buffers, and new weights are random.
 
     Raises: CaptureError naming the first.
     """
