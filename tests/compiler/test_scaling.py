@@ -217,3 +217,15 @@ def test_channels_without_one_numbering_are_left_alone() -> None:
     edit, sites = sites_of(program_of(seeded(Joined), normal(2, 5, 8)))
     assert not sites
     assert "the channels it gives cannot be told apart where they are read" in [item.reason for item in edit.skipped]
+
+
+@pytest.mark.parametrize("passes", ["awq", "smooth-quant", "equalize"])
+def test_passes_scale_packed_projections_with_shared_heads(passes: str) -> None:
+    """Each verifies against the program before, and changes the rows of the values alone."""
+    module, x = seeded(lambda: PackedAttention(4, 2, bias=True)), normal(2, 5, 12)
+    with torch.no_grad():
+        module.qkv.weight[-8:] *= torch.linspace(0.1, 10, 8)[:, None]
+    program = lissom.optimize(module, x, passes=passes, data=[x]).program
+    values = program.weight("qkv.weight")[-8:] / module.qkv.weight[-8:]
+    assert not torch.allclose(values, torch.ones(()))
+    torch.testing.assert_close(program(x), module(x), rtol=1e-4, atol=1e-5)
