@@ -31,7 +31,8 @@ from lissom.compiler.errors import (
 )
 from lissom.compiler.samples import Sample
 from lissom.frontends.device import device_of
-from lissom.frontends.dynamo import Graph, capture_graph, ordinary, read_graph
+from lissom.frontends.dynamo import Graph, capture_graph, read_graph
+from lissom.frontends.untouched import ordinary
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
 

@@ -58,12 +58,12 @@ def documented_tree() -> list[str]:
     return files
 
 
-@pytest.mark.parametrize("path", sources("lissom", "tests"), ids=relative)
+@pytest.mark.parametrize("path", sources("lissom", "tests", "tools"), ids=relative)
 def test_a_file_is_short_enough_to_read(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
-@pytest.mark.parametrize("path", sources("lissom", "docs", "benchmarks", "examples"), ids=relative)
+@pytest.mark.parametrize("path", sources("lissom", "docs", "benchmarks", "examples", "tools"), ids=relative)
 def test_a_module_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 

@@ -49,8 +49,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _tensor(leaf: TensorArgument, array: np.ndarray) -> torch.Tensor:
     try:
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape)
-    except TypeError as error:
+        # In the order of bytes that this machine has: a file may have the other.
+        native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+        tensor = torch.from_numpy(native).reshape(array.shape)
+    except (TypeError, ValueError) as error:
         raise InputError(f"argument '{leaf.path}' is an array of {array.dtype}, which is no tensor's dtype") from error
     casts = tensor.is_floating_point() and leaf.type.dtype.is_floating_point
     return tensor.to(leaf.type.device, leaf.type.dtype if casts else None)

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
+from lissom.artifacts.fields import MOST_BYTES
 from lissom.artifacts.files import open_plain, read_plain, reason, writing_whole
 from lissom.artifacts.manifest import NAME, Content, Manifest, listed_files, parse_manifest
 from lissom.artifacts.signature import SIGNATURE, check_signature, sign
@@ -238,7 +239,7 @@ def _read_manifest(directory: Path) -> bytes:
             )
     except OSError as error:
         raise ArtifactError(f"'{directory}' cannot be read: {reason(error)}; name another directory") from error
-    return read_plain(directory / NAME)
+    return read_plain(directory / NAME, MOST_BYTES)
 
 
 def _check_files(directory: Path, files: Mapping[str, Content], unread: Collection[str]) -> None:
@@ -297,7 +298,9 @@ def verified_path(path: Path, wanted: Content) -> Generator[Path]:
 
 
 def verified_bytes(path: Path, wanted: Content) -> bytes:
-    """What a file of an artifact holds: the very bytes that were checked. Raises: ArtifactError as `open_verified`."""
+    """What a file of JSON of an artifact holds: the very bytes that were checked. Raises: ArtifactError as `open_verified`."""
+    if wanted.size > MOST_BYTES:
+        raise ArtifactError(f"'{path}' has {wanted.size} bytes, and {MOST_BYTES} are the most; save the model again")
     with open_plain(path) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, wanted)
         try:

@@ -1,10 +1,13 @@
 """Sizes as JSON: a number, the name of a symbol, or a function of these as a list, `["Mul", 4, "s27"]`.
 
-Functions are found in one table, so that reading a size runs no code the file names.
+Functions are found in one table, so that reading a size runs no code the file names. An expression is measured before it is
+built, since sympy computes one of plain numbers at once, and compares the arguments of a maximum in pairs.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -12,7 +15,7 @@ import sympy
 from sympy.core import relational
 from torch.utils._sympy import functions
 
-from lissom.artifacts.fields import number, shown
+from lissom.artifacts.fields import finite, number, shown
 from lissom.compiler.errors import ArtifactError
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
@@ -28,6 +31,13 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
         functions.OpaqueUnaryFn_sqrt,
     )
 }
+
+MOST_PARTS = 512
+"""Numbers, symbols and functions in an expression."""
+MOST_BITS = 4096
+"""In a number an expression may come to, when symbols stand for numbers of 64 bits: 64 sizes multiplied."""
+_PRODUCTS = frozenset({"Mul"})
+_POWERS = frozenset({"Pow", "PowByNatural", "FloatPow"})
 
 
 def encode_expression(expression: object) -> object:
@@ -59,8 +69,18 @@ def encode_expression(expression: object) -> object:
 def decode_expression(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
     """The expression JSON holds.
 
-    Raises: ValueError for anything `encode_expression` does not write.
+    Raises: ValueError for anything `encode_expression` does not write, and for an expression beyond the limits.
     """
+    if isinstance(data, list):
+        parts, bits = _measure(cast("list[object]", data))
+        if parts > MOST_PARTS:
+            raise ValueError(f"the size {shown(data)} has {parts} parts; the limit is {MOST_PARTS}")
+        if bits > MOST_BITS:
+            raise ValueError(f"the size {shown(data)} may have {shown(bits)} bits; the limit is {MOST_BITS}")
+    return _build(data, symbols)
+
+
+def _build(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
     match data:
         case bool():
             return sympy.true if data else sympy.false
@@ -68,11 +88,41 @@ def decode_expression(data: object, symbols: Mapping[str, sympy.Symbol]) -> symp
             return sympy.Integer(data)
         case str() if data in symbols:
             return symbols[data]
-        case ["Rational", p, q]:
+        case ["Rational", p, q] if q:
             return sympy.Rational(number(p), number(q))
         case ["Float", str() as digits]:
-            return sympy.Float(float(digits))
+            return sympy.Float(finite(digits))
         case [str() as name, *arguments] if name in FUNCTIONS:
-            return FUNCTIONS[name](*(decode_expression(item, symbols) for item in cast("list[object]", arguments)))
+            return FUNCTIONS[name](*(_build(item, symbols) for item in cast("list[object]", arguments)))
         case _:
             raise ValueError(f"{shown(data)} is no size")
+
+
+def _measure(data: object) -> tuple[int, int]:
+    """How many parts an expression has, and how many bits the number it comes to has at most."""
+    match data:
+        case int():
+            return 1, data.bit_length()
+        case ["Float", _]:
+            return 1, sys.float_info.max_exp
+        case [str() as name, base, exponent] if name in _POWERS:
+            parts, bits = _measure(base)
+            return parts + 2, bits * max(1, math.ceil(abs(_exponent(exponent))))
+        case [str() as name, *arguments]:
+            parts, bits = zip((1, 0), *map(_measure, cast("list[object]", arguments)), strict=True)
+            # A sum of n terms has at most log2(n) bits more than the largest.
+            return sum(parts), sum(bits) if name in _PRODUCTS else max(bits) + len(bits).bit_length()
+        case _:
+            return 1, 64
+
+
+def _exponent(data: object) -> float:
+    match data:
+        case int():
+            return data
+        case ["Rational", int() as p, int() as q] if q:
+            return p / q
+        case ["Float", str() as digits]:
+            return finite(digits)
+        case _:
+            raise ValueError(f"the exponent {shown(data)} is no number")

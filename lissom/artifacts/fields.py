@@ -1,18 +1,31 @@
-"""JSON as it comes from a file: text to values, and fields of a kind, with an error that says what was found."""
+"""JSON as it comes from a file: text to values, and fields of a kind, with an error that says what was found.
+
+A file may be written to do harm, so its length, its nesting and its numbers have limits, and a key may be there once.
+"""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from lissom.compiler.errors import ArtifactError
 
 Kind = TypeVar("Kind")
 Item = TypeVar("Item")
 
+MOST_BYTES = 512 << 20
+"""Of a JSON file."""
+MOST_LEVELS = 100
+"""Of lists and objects in each other. Python's own parser of source stops at 200, and its stack at a thousand calls."""
 _LONGEST = 60
+_LONGEST_NAME = 1000
+_DIGITS = len(str(-(1 << 63)))
+_TEXT = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+_BRACKETS = re.compile(r"[][{}]")
 
 
 def take(data: object, key: str, kind: type[Kind]) -> Kind:
@@ -45,11 +58,34 @@ def text(data: object) -> str:
     return data
 
 
+def printable(data: object) -> str:
+    """The item, which must be text that a terminal shows as it is. Raises: ValueError."""
+    found = text(data)
+    if not found.isprintable() or len(found) > _LONGEST_NAME:
+        raise ValueError(f"{shown(found)} is no name: it holds what cannot be printed, or is longer than {_LONGEST_NAME}")
+    return found
+
+
 def number(data: object) -> int:
-    """The item, which must be a whole number. Raises: ValueError."""
-    if not isinstance(data, int) or isinstance(data, bool):
-        raise ValueError(f"{shown(data)} is no whole number")
+    """The item, which must be a whole number of 64 bits. Raises: ValueError."""
+    if not isinstance(data, int) or isinstance(data, bool) or abs(data) >= 1 << 63:
+        raise ValueError(f"{shown(data)} is no whole number of 64 bits")
     return data
+
+
+def count(data: object) -> int:
+    """The item, which must be a whole number and not negative. Raises: ValueError."""
+    if number(data) < 0:
+        raise ValueError(f"{shown(data)} is negative")
+    return number(data)
+
+
+def finite(digits: str) -> float:
+    """The number that text stands for. Raises: ValueError when it is none, or not finite."""
+    found = float(digits) if len(digits) <= _LONGEST else math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{shown(digits)} is no finite number")
+    return found
 
 
 def shown(data: object) -> str:
@@ -58,20 +94,57 @@ def shown(data: object) -> str:
     return whole if len(whole) <= _LONGEST else f"{whole[:_LONGEST]}…"
 
 
-def read_json(path: Path) -> Any:
-    """What a file holds.
+def parse_json(raw: bytes, path: Path, *, any_number: bool = False) -> Any:
+    """What the bytes of a file hold. any_number: allow numbers that are not finite or do not fit into 64 bits.
 
-    Raises: ArtifactError when it cannot be read, or is no JSON.
+    Raises: ArtifactError when they are no JSON, or break one of the limits.
     """
     try:
-        return parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
-
-
-def parse_json(content: bytes, path: Path) -> Any:
-    """The JSON that was read from a file. Raises: ArtifactError when it is none."""
-    try:
-        return json.loads(content)
+        if len(raw) > MOST_BYTES:
+            raise ValueError(f"it is longer than {MOST_BYTES} bytes")
+        whole = raw.decode("utf-8")
+        levels = _levels(whole)
+        if levels > MOST_LEVELS:
+            raise ValueError(f"its lists and objects are nested {levels} deep; the limit is {MOST_LEVELS}")
+        numbers: dict[str, Any] = (
+            {} if any_number else {"parse_int": _integer, "parse_float": _float, "parse_constant": _no_constant}
+        )
+        return json.loads(whole, object_pairs_hook=_object, **numbers)
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"'{path}' holds no JSON that can be read ({error}); save the model again") from error
+
+
+def _levels(whole: str) -> int:
+    """How deep lists and objects are nested at most."""
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(_TEXT.sub("", whole)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"the field {shown(twice)} is there twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    # As text, since a number of many digits takes long to read.
+    if len(digits) > _DIGITS or abs(found := int(digits)) >= 1 << 63:
+        raise ValueError(f"the number {shown(digits)} does not fit into 64 bits")
+    return found
+
+
+def _float(digits: str) -> float:
+    found = float(digits)
+    if math.isinf(found):
+        raise ValueError(f"the number {shown(digits)} does not fit into 64 bits")
+    return found
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

@@ -38,11 +38,14 @@ def open_plain(path: Path) -> BufferedReader:
     return os.fdopen(handle, "rb")
 
 
-def read_plain(path: Path) -> bytes:
-    """What a plain file holds. Raises: ArtifactError as `open_plain`, or when it cannot be read."""
+def read_plain(path: Path, most: int) -> bytes:
+    """What a plain file holds, up to one byte more than `most`.
+
+    Raises: ArtifactError as `open_plain`, or when it cannot be read.
+    """
     with open_plain(path) as file:
         try:
-            return file.read()
+            return file.read(most + 1)
         except OSError as error:
             raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import cast
 
-from lissom.artifacts.fields import number, parse_json, shown, take, text
+from lissom.artifacts.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
 from lissom.artifacts.files import read_plain
 from lissom.compiler.errors import ArtifactError
 
@@ -75,7 +76,8 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest. Raises: OSError."""
-    fields = {"kind": KIND, "version": FORMAT_VERSION, **asdict(manifest)}
+    files = {name: {"size": content.size, "sha256": content.sha256} for name, content in manifest.files.items()}
+    fields = {"kind": KIND, "version": FORMAT_VERSION, **vars(manifest), "files": files}
     body = json.dumps(fields, indent=1).removesuffix("\n}")
     path.write_text(f"{body}{_seal(body)}", encoding="utf-8")
 
@@ -86,12 +88,12 @@ def _seal(body: str) -> str:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a file. Raises: ArtifactError as `parse_manifest`, or when the file cannot be read."""
-    return parse_manifest(read_plain(path), path)
+    return parse_manifest(read_plain(path, MOST_BYTES), path)
 
 
 def listed_files(path: Path) -> frozenset[str]:
     """The files that a manifest of any format version names. Raises: ArtifactError when the file is no manifest."""
-    data = parse_json(read_plain(path), path)
+    data = parse_json(read_plain(path, MOST_BYTES), path, any_number=True)
     try:
         if take(data, "kind", str) == KIND:
             return frozenset(take(data, "files", dict))
@@ -105,7 +107,8 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
 
     Raises: ArtifactError when it is none, of an unknown version, or changed since it was written.
     """
-    data = parse_json(whole, path)
+    # A configuration may hold an infinity, or a length that stands for none.
+    data = parse_json(whole, path, any_number=True)
     if not isinstance(data, dict) or cast("dict[str, object]", data).get("kind") != KIND:
         raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
     version = cast("dict[str, object]", data).get("version")
@@ -119,8 +122,9 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
         raise ArtifactError(f"'{path}' was changed after it was written: its SHA-256 is another; save the model again")
     try:
         return Manifest(
-            **{key: take(data, key, str) for key in ("name", "backend", "device", "signature", "pipeline")},
-            options=take(data, "options", dict),
+            **{key: take(data, key, str) for key in ("signature", "pipeline")},
+            **{key: printable(take(data, key, str)) for key in ("name", "backend", "device")},
+            options={key: _option(item) for key, item in take(data, "options", dict).items()},
             history=take(data, "history", dict),
             facts=take(data, "facts", dict) if "facts" in data else {},
             environment={key: text(item) for key, item in take(data, "environment", dict).items()},
@@ -130,9 +134,14 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
         raise ArtifactError(f"'{path}' is no manifest of Lissom's: {error}; save the model again") from error
 
 
+def _option(data: object) -> object:
+    is_float = isinstance(data, float) and math.isfinite(data)
+    return number(data) if isinstance(data, (int, float)) and not isinstance(data, bool) and not is_float else data
+
+
 def _seal_of(body: bytes) -> bytes:
     return _seal("").replace(hashlib.sha256(b"").hexdigest(), hashlib.sha256(body).hexdigest()).encode()
 
 
 def _content(data: object) -> Content:
-    return Content(number(take(data, "size", int)), take(data, "sha256", str))
+    return Content(count(take(data, "size", int)), take(data, "sha256", str))

@@ -167,9 +167,11 @@ def _output_class(name: str, module: str, fields: tuple[str, ...]) -> type | Non
         from transformers.utils.generic import ModelOutput
     except ImportError:
         return None
-    found = getattr(outputs if module == _MODEL_OUTPUTS else sys.modules.get(module), name, None)
+    source = outputs if module == _MODEL_OUTPUTS else sys.modules.get(module)
+    # Not `getattr`, which has packages such as transformers import what they are asked for.
+    found = vars(source).get(name) if source is not None else None
     if isinstance(found, type) and issubclass(found, ModelOutput):
         return found
-    if not fields or not all(field.isidentifier() for field in (name, *fields)):
+    if not fields or not all(field.isidentifier() and not field.startswith("_") for field in (name, *fields)):
         raise ValueError(f"{shown(name)} with the fields {shown(fields)} is no output of a model")
     return make_dataclass(name, [(field, object, None) for field in fields], bases=(ModelOutput,))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,19 +11,13 @@ import torch
 
 # Registers our operators.
 import lissom.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from lissom.artifacts.allowed import ALLOWED
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.artifacts.fields import shown
 from lissom.compiler.collectives import COLLECTIVES, WAIT
 from lissom.compiler.errors import ArtifactError
-from lissom.compiler.node import STATE_WRITES
 from lissom.compiler.text import target_text
 
-NAMESPACES = ("aten", "lissom")
-"""Of operators a program in an artifact may call."""
-_FORBIDDEN = {"aten.from_file.default"}
-"""It reads, and may make, a file its arguments name."""
-_STATE_WRITES = frozenset(map(str, STATE_WRITES))
-_NAME = re.compile(r"([a-z]+)\.([A-Za-z_][A-Za-z0-9_]*)\.([A-Za-z_][A-Za-z0-9_]*)")
 _OF_NUMBERS = (
     *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "lshift", "rshift"),
     *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"),
@@ -38,6 +31,20 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 
 
+_ADDED: dict[str, torch._ops.OpOverload] = {}
+
+
+def allow(target: torch._ops.OpOverload) -> None:
+    """Let programs in artifacts call an operator that is not on the list, in this process: to save one, and to load one.
+
+    It must do nothing but compute its results, and check the sizes of its arguments, for a file may call it with any.
+
+    >>> import torch
+    >>> allow(torch.ops.aten.logit.default)
+    """
+    _ADDED[str(target)] = target
+
+
 def operator_name(target: object) -> str:
     """The name of what a node calls: `aten.linear.default`, `operator.mul`.
 
@@ -46,8 +53,9 @@ def operator_name(target: object) -> str:
     name = str(target) if isinstance(target, torch._ops.OpOverload) else _function_name(target)
     if _find(name) is not target:
         raise ArtifactError(
-            f"the program calls {target_text(target)}, which an artifact cannot hold: it holds operators of "
-            f"{' and '.join(NAMESPACES)}, and functions of sizes"
+            f"the program calls {target_text(target)}, which an artifact cannot hold: it is not on the list of operators "
+            f"in lissom/artifacts/allowed.py; if it is safe to call with any arguments, pass it to "
+            f"lissom.artifacts.operators.allow before saving and before loading"
         )
     return name
 
@@ -70,13 +78,12 @@ def _function_name(target: object) -> str:
 
 
 def _find(name: str) -> Callable[..., Any] | None:
-    if name in FUNCTIONS:
-        return FUNCTIONS[name]
-    parts = _NAME.fullmatch(name)
-    if parts is None or parts[1] not in NAMESPACES or name in _FORBIDDEN:
-        return None
-    packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
-    found = getattr(packet, parts[3], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
-    if not isinstance(found, torch._ops.OpOverload) or (found._schema.is_mutable and name not in _STATE_WRITES):
-        return None
-    return found
+    if name not in ALLOWED:
+        return FUNCTIONS.get(name) or _ADDED.get(name)
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+
+
+def is_allowed(name: str) -> bool:
+    """True when a program in an artifact may call what the name stands for."""
+    return _find(name) is not None

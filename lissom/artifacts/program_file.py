@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, cast
 
 import sympy
 import torch
-from torch import fx
+from torch import fx, nn
 
+from lissom.artifacts.calls import check_call
 from lissom.artifacts.expression import decode_expression, encode_expression
-from lissom.artifacts.fields import shown, take, take_list, take_text, text
+from lissom.artifacts.fields import count, printable, shown, take, take_list, take_text, text
 from lissom.artifacts.nesting import decode_nesting, encode_nesting
 from lissom.artifacts.operators import find_operator, operator_name
 from lissom.artifacts.placed import decode_placed, encode_placed
 from lissom.artifacts.values import Reader, decode_argument, decode_value, encode_argument, encode_type, encode_value
-from lissom.artifacts.weights import Place
+from lissom.artifacts.weights import Place, check_memory
 from lissom.compiler import fake
 from lissom.compiler import node as nodes
 from lissom.compiler.fake import FlatModule, SymbolFact
@@ -26,6 +28,10 @@ from lissom.compiler.signature import Argument, ConstantArgument, Dimension, Lea
 from lissom.compiler.types import TensorType, ValueType
 
 ReadWeights = Callable[[Mapping[str, object], Place], Mapping[str, torch.Tensor]]
+MOST_NODES = 1_000_000
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MODULE, _INNER = FlatModule({}, fx.Graph()), nn.Module()
+"""Modules without weights: what they have already is no name for a weight."""
 
 
 def encode_program(program: Program, weights: Mapping[str, object]) -> dict[str, object]:
@@ -54,10 +60,14 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
     mode = cache(partial(fake.symbolic_mode, facts, signature.conditions))
     state = take_list(data, "state", text)
     weights = dict(read_weights(take(data, "weights", dict), place))
-    # What a program writes is its own, and not the file's.
-    weights |= {name: weights[name].clone() for name in state}
+    for name in weights:
+        _check_weight_name(name)
+    weights |= _own_state(state, weights)
+    items = take(data, "nodes", list)
+    if len(items) > MOST_NODES:
+        raise ValueError(f"the program has {len(items)} nodes; the limit is {MOST_NODES}")
     graph, made = fx.Graph(), cast("dict[str, fx.Node]", reader.nodes)
-    for item in take(data, "nodes", list):
+    for item in items:
         node = _decode_node(graph, item, reader)
         if node.name != take(item, "name", str) or node.name in made:
             raise ValueError(f"{shown(item)} has no name a node can have")
@@ -67,9 +77,35 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
             _check_weight(str(node.target), weights, nodes.node_type(node))
         made[node.name] = node
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-    program = Program(take(data, "name", str), FlatModule({name: weights[name] for name in read}, graph), signature, state)
+    unread = next((name for name in state if name not in read), None)
+    if unread is not None:
+        raise ValueError(f"no node reads the state {shown(unread)}")
+    program = Program(
+        printable(take(data, "name", str)), FlatModule({name: weights[name] for name in read}, graph), signature, state
+    )
     _check_form(program)
     return program
+
+
+def _check_weight_name(name: str) -> None:
+    """Refuse a name that stands for something else in a module, or ends the text it is in where source is made of a graph."""
+    first, *others = printable(name).split(".")
+    taken = hasattr(_MODULE, first) or any(hasattr(_INNER, part) for part in others)
+    if taken or any(part.startswith("__") or not part for part in (first, *others)) or {*name} & {'"', "'", "\\"}:
+        raise ValueError(f"{shown(name)} is no name for a weight")
+
+
+def _own_state(state: Sequence[str], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of what the program writes, which is its own and not the file's.
+
+    Raises: ValueError when they do not fit in memory.
+    """
+    absent = next((name for name in state if name not in weights), None)
+    if absent is not None:
+        raise ValueError(f"there is no weight for the state {shown(absent)}")
+    # One copy here, and one in what a backend builds.
+    check_memory(2 * sum(weights[name].nbytes for name in {*state}), "the state")
+    return {name: weights[name].clone() for name in state}
 
 
 def _check_weight(name: str, weights: Mapping[str, torch.Tensor], typed: ValueType) -> None:
@@ -81,7 +117,8 @@ def _check_weight(name: str, weights: Mapping[str, torch.Tensor], typed: ValueTy
 
 
 def _check_form(program: Program) -> None:
-    if not program.graph.nodes or program.output is not next(iter(reversed(program.graph.nodes))):
+    last = next(iter(reversed(program.graph.nodes)), None)
+    if last is None or [node for node in program.graph.nodes if node.op == "output"] != [last]:
         raise ValueError("the program does not end in its outputs")
     if [nodes.node_type(node) for node in program.placeholders] != [leaf.type for leaf in program.signature.tensors]:
         raise ValueError("the program's inputs are not those of its signature")
@@ -123,12 +160,17 @@ def _sizes(value: object) -> list[sympy.Basic]:
 def _decode_symbols(data: Mapping[str, object]) -> dict[sympy.Symbol, SymbolFact]:
     found: dict[sympy.Symbol, SymbolFact] = {}
     for name, item in data.items():
+        if _SYMBOL.fullmatch(name) is None:
+            raise ValueError(f"{shown(name)} is no name for a symbol")
         # An assumption is made or not known: sympy tells `positive=False` from both.
         assumptions = {key: True for key in ("integer", "positive") if take(item, key, bool)}
         example, minimum, maximum = (
             None if cast("dict[str, object]", item).get(key) is None else take(item, key, int)
             for key in ("example", "minimum", "maximum")
         )
+        known = [number for number in (minimum, example, maximum) if number is not None]
+        if known != sorted(known):
+            raise ValueError(f"the symbol {name} is {example}, and is to be from {minimum} to {maximum}")
         found[sympy.Symbol(name, **assumptions)] = SymbolFact(example, minimum, maximum)
     return found
 
@@ -151,16 +193,32 @@ def _decode_signature(data: object, reader: Reader) -> Signature:
     dimensions: dict[sympy.Symbol, Dimension] = {}
     for item in take(data, "dimensions", list):
         maximum = None if cast("dict[str, object]", item).get("maximum") is None else take(item, "maximum", int)
-        symbol = reader.symbols[take(item, "symbol", str)]
-        dimensions[symbol] = Dimension(take(item, "name", str), take(item, "minimum", int), maximum)
-    return Signature(
+        symbol, minimum = reader.symbol(take(item, "symbol", str)), count(take(item, "minimum", int))
+        if maximum is not None and maximum < minimum:
+            raise ValueError(f"the dimension {symbol} is to be from {minimum} to {maximum}")
+        dimensions[symbol] = Dimension(printable(take(item, "name", str)), minimum, maximum)
+    signature = Signature(
         positional=take_list(data, "positional", lambda item: _decode_argument(item, reader)),
         keyword=take_list(data, "keyword", lambda item: _decode_argument(item, reader)),
-        parameters=take_list(data, "parameters", text),
+        parameters=take_list(data, "parameters", printable),
         out_spec=decode_nesting(cast("dict[str, object]", data).get("returns")),
         dimensions=dimensions,
         conditions=take_list(data, "conditions", lambda item: decode_expression(item, reader.symbols)),
     )
+    _check_dimensions(signature)
+    return signature
+
+
+def _check_dimensions(signature: Signature) -> None:
+    """Refuse sizes of arguments that a call does not tell: of no dimension, or made of sizes that no argument has."""
+    sizes = [(leaf, size) for leaf in signature.tensors for size in leaf.type.shape if isinstance(size, sympy.Basic)]
+    told = {size for _, size in sizes if isinstance(size, sympy.Symbol)}
+    for leaf, size in sizes:
+        if not size.free_symbols <= told or (isinstance(size, sympy.Symbol) and size not in signature.dimensions):
+            raise ValueError(f"argument {shown(leaf.path)} has a size {shown(size)} that no dimension tells")
+    names = [item.name for item in (*signature.positional, *signature.keyword)]
+    if len({*names}) < len(names):
+        raise ValueError(f"two arguments of {shown(names)} have one name")
 
 
 def _encode_argument(item: Argument) -> dict[str, object]:
@@ -180,11 +238,11 @@ def _decode_argument(data: object, reader: Reader) -> Argument:
         raise ValueError(
             f"argument {shown(take(data, 'name', str))} has {len(leaves)} leaves, and places for {spec.num_leaves}"
         )
-    return Argument(take(data, "name", str), spec, leaves)
+    return Argument(printable(take(data, "name", str)), spec, leaves)
 
 
 def _decode_leaf(data: object, reader: Reader) -> Leaf:
-    path, fields = take(data, "path", str), cast("dict[str, object]", data)
+    path, fields = printable(take(data, "path", str)), cast("dict[str, object]", data)
     if "type" in fields:
         return TensorArgument(path, reader.tensor_type(fields["type"]))
     return ConstantArgument(path, decode_argument(fields.get("value")))
@@ -216,7 +274,9 @@ def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
     elif op == "call_function":
         args = tuple(decode_argument(take(data, "args", list), reader))
         kwargs: dict[str, Any] = {key: decode_argument(item, reader) for key, item in take(data, "kwargs", dict).items()}
-        node = graph.create_node(op, find_operator(take(data, "target", str)), args, kwargs, name=name)
+        target = find_operator(take(data, "target", str))
+        check_call(target, args, kwargs)
+        node = graph.create_node(op, target, args, kwargs, name=name)
     else:
         raise ValueError(f"{shown(op)} is no kind of node")
     fields = cast("dict[str, object]", data)

@@ -28,9 +28,9 @@ from lissom.artifacts.artifact import (
     write_nothing,
     write_program,
 )
-from lissom.artifacts.directory import read_directory, write_directory
+from lissom.artifacts.directory import read_directory, verified_path, write_directory
 from lissom.artifacts.manifest import Manifest
-from lissom.artifacts.weights import load_alone, save_weights
+from lissom.artifacts.weights import Place, load_alone, save_weights
 from lissom.backends.base import Backend, Executable
 from lissom.backends.distributed import (
     Distributed,
@@ -162,21 +162,25 @@ class _Part:
 
 def _load_part(directory: Path, backend: Distributed, device: torch.device | None, trust: Trust) -> _Part:
     rank = torch.distributed.get_rank()
-    manifest = read_directory(
-        directory, lambda found: [weights_file(other) for other in range(_ways(found)) if other != rank], trust.keys
-    )
+    manifest = read_directory(directory, lambda found: found.files, trust.keys)
     if device is None and manifest.device.startswith("cuda") and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     saved, wanted = find_devices(manifest, directory, device)
     stored = read_program(
         directory,
         manifest,
-        lambda _, place: load_alone(directory / weights_file(rank), place),
+        lambda _, place: _load_alone(directory, manifest, rank, place),
         lambda found: wanted if found.type == saved.type else found,
     )
     # Its numbers were checked when it was compiled.
     lowered, lowering = lower_rank(stored, backend, wanted, (), "structural", simulate=True)
     return _Part(stored, lowered, read_history(manifest, directory), lowering)
+
+
+def _load_alone(directory: Path, manifest: Manifest, rank: int, place: Place) -> dict[str, torch.Tensor]:
+    name = weights_file(rank)
+    with verified_path(directory / name, manifest.content_of(name, directory)) as path:
+        return load_alone(path, place)
 
 
 def check_ranks(directory: Path, rest: str) -> None:
@@ -209,6 +213,9 @@ def check_world(ways: int, what: str, rest: str) -> None:
 
 def _ways(manifest: Manifest) -> int:
     found = manifest.options.get("ways")
-    if not isinstance(found, int):
-        raise ArtifactError(f"the manifest of {manifest.name} does not say for how many ranks it is; save the model again")
+    if not isinstance(found, int) or not 1 <= found <= len(manifest.files):
+        raise ArtifactError(
+            f"the manifest of {manifest.name} does not say for how many ranks it is, one to the {len(manifest.files)} files "
+            f"it names; save the model again"
+        )
     return found

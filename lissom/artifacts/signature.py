@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE = "manifest.sig"
+_BYTES = 64
 Key = TypeVar("Key")
 
 
@@ -39,7 +40,7 @@ def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str 
     # Of a link too, which is refused when it is opened.
     if not path.is_symlink() and not path.exists():
         raise ArtifactError(f"'{directory}' is not signed, and trusted keys were given; sign it with `lissom sign`")
-    signature = read_plain(path)
+    signature = read_plain(path, _BYTES)
     for key in keys:
         try:
             key.verify(signature, message)

@@ -18,13 +18,17 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.artifacts.expression import decode_expression, encode_expression
-from lissom.artifacts.fields import shown, take, take_list
+from lissom.artifacts.fields import count, shown, take, take_list
 from lissom.compiler import fake
 from lissom.compiler.errors import ArtifactError
 from lissom.compiler.node import Deferred
 from lissom.compiler.types import ScalarType, Size, TensorType, size_of, type_of
 
+MOST_DIMENSIONS = 64
 _NAMED: Mapping[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+_NO_NUMBERS = ("q", "bits", "sparse", "_mkldnn", "jagged")
+"""How the names of dtypes and layouts begin whose tensors are no plain arrays of numbers."""
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,33 @@ class Reader:
     nodes: Mapping[str, fx.Node]
     place: Callable[[torch.device], torch.device]
 
+    def symbol(self, name: str) -> sympy.Symbol:
+        """The symbol of that name. Raises: ValueError."""
+        if name not in self.symbols:
+            raise ValueError(f"there is no symbol {shown(name)}")
+        return self.symbols[name]
+
     def size(self, data: object) -> Size:
         """A size: a number, or an expression. Raises: ValueError."""
         found = decode_expression(data, self.symbols)
-        return int(found) if isinstance(found, sympy.Integer) else cast(sympy.Expr, found)
+        if not isinstance(found, sympy.Expr) or (found.is_number and not isinstance(found, sympy.Integer)):
+            raise ValueError(f"{shown(data)} is no size")
+        return int(found) if isinstance(found, sympy.Integer) else found
+
+    def sizes(self, data: object, key: str, itemsize: int) -> tuple[Size, ...]:
+        """The sizes or strides of a tensor in a field, whose product in bytes fits into 64 bits. Raises: ValueError."""
+        found = take_list(data, key, self.size)
+        numbers = [size for size in found if isinstance(size, int)]
+        if len(found) > MOST_DIMENSIONS:
+            raise ValueError(f"{shown(data)} has {len(found)} dimensions; the limit is {MOST_DIMENSIONS}")
+        if min(numbers, default=0) < 0 or itemsize * math.prod(max(1, size) for size in numbers) >= 1 << 63:
+            raise ValueError(f"the {key} of {shown(data)} is negative, or takes more than 2^63 bytes")
+        return found
+
+    def stride(self, data: object) -> Size:
+        """A stride, which is not negative. Raises: ValueError."""
+        found = self.size(data)
+        return found if isinstance(found, sympy.Expr) else count(found)
 
     def device(self, name: str) -> torch.device:
         """Where what was on the device of that name goes. Raises: ValueError."""
@@ -53,7 +80,7 @@ class Reader:
     def tensor_type(self, data: object) -> TensorType:
         """The type of a tensor. Raises: ValueError."""
         dtype = decode_named("dtype", take(data, "dtype", str))
-        return TensorType(dtype, take_list(data, "shape", self.size), self.device(take(data, "device", str)))
+        return TensorType(dtype, self.sizes(data, "shape", dtype.itemsize), self.device(take(data, "device", str)))
 
 
 _NOTHING = Reader({}, {}, lambda device: device)
@@ -108,8 +135,8 @@ def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
             return tuple(decode_argument(part, reader) for part in cast("list[object]", parts))
         case {"slice": [start, stop, step]}:
             return slice(*(decode_argument(part, reader) for part in (start, stop, step)))
-        case {"float": str() as digits}:
-            return float(digits)
+        case {"float": str() as digits} if digits in _NOT_FINITE:
+            return _NOT_FINITE[digits]
         case {"complex": [real, imaginary]}:
             return complex(float(decode_argument(real)), float(decode_argument(imaginary)))
         case {"device": str() as name}:
@@ -128,8 +155,9 @@ def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
 
 def decode_named(kind: str, name: str) -> Any:
     """The dtype, layout or memory format of that name. Raises: ValueError when PyTorch has none."""
-    found = getattr(torch, name, None)
-    if not isinstance(found, _NAMED[kind]):
+    # Not `getattr`, which imports modules of PyTorch by their names.
+    found = vars(torch).get(name)
+    if not isinstance(found, _NAMED[kind]) or name.startswith(_NO_NUMBERS):
         raise ValueError(f"{shown(name)} is no {kind} of PyTorch")
     return found
 
@@ -173,7 +201,7 @@ def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode
         case None:
             return Deferred(None, lambda: None)
         case {"tensor": described}:
-            found, stride = reader.tensor_type(described), take_list(described, "stride", reader.size)
+            found, stride = reader.tensor_type(described), take_list(described, "stride", reader.stride)
             if len(stride) != found.rank:
                 raise ValueError(f"{shown(described)} has not one stride a dimension")
             return Deferred(found, lambda: fake.fake_tensor(mode(), found, stride))

@@ -3,26 +3,34 @@
 A weight with many zeros is written as a bit for each of its elements, 1 where it is not zero, and the values that are not. At
 N:M this takes M bits a group; indices would take N·log₂M, which is the same at 2:4 and more at 4:8. Zero means all bits zero,
 so that a negative zero comes back as one. Such a weight is put together in memory when read.
+
+Mapped memory is the file: whoever writes into the file changes the weights, and whoever cuts it short ends the process with
+SIGBUS at the next read of what is gone. Saving writes a new file and renames it, so it does neither. `LISSOM_MAP_WEIGHTS=0`
+copies the weights into memory instead.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy
 import torch
 from torch import nn
 
-from lissom.artifacts.fields import number, take, take_list
+from lissom.artifacts.fields import count, number, parse_json, take, take_list
 from lissom.compiler.errors import ArtifactError
 from lissom.compiler.program import Program
 
 Place = Callable[[torch.device], torch.device]
 """Where a tensor saved on a device goes."""
+SWITCH = "LISSOM_MAP_WEIGHTS"
+"""Set to 0 in the environment, it has weights copied from the file."""
 ALIGNMENT = 64
 _BITS: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """For the bytes of an element, the numbers its bits are looked at as."""
@@ -30,6 +38,8 @@ SMALLEST = 4096
 """Bytes below which a weight is not worth compressing."""
 SAVING = 0.9
 """A weight is compressed when that makes it smaller than this share of its bytes; else it is mapped, which costs no memory."""
+_MOST_MEMORY = 1 << 40
+"""Bytes, where the system does not tell how many it has."""
 _ENTRIES = "entries"
 _KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
 _DTYPES: Mapping[torch.dtype, str] = {
@@ -134,15 +144,22 @@ def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> t
 
     Raises: ValueError when the two do not fit the shape.
     """
-    count = math.prod(shape)
-    if bits.dtype != torch.uint8 or bits.numel() != -(-count // 8) or min(shape, default=0) < 0:
+    size = math.prod(shape)
+    if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-size // 8):
         raise ValueError(f"{bits.numel()} bytes of bits do not fit a weight of {shape}")
-    nonzero = torch.from_numpy(numpy.unpackbits(bits.numpy(), count=count, bitorder="little")).bool()
+    nonzero = torch.from_numpy(numpy.unpackbits(bits.numpy(), count=size, bitorder="little")).view(torch.bool)
     if values.dim() != 1 or int(nonzero.sum()) != values.numel():
         raise ValueError(f"{values.numel()} values do not fit {int(nonzero.sum())} places")
-    found = torch.zeros(count, dtype=values.dtype)
+    found = torch.zeros(size, dtype=values.dtype)
     found[nonzero] = values
     return found.reshape(shape)
+
+
+def check_memory(needed: int, what: str) -> None:
+    """Refuse what takes more bytes than this machine has. Raises: ValueError."""
+    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _MOST_MEMORY
+    if needed > limit:
+        raise ValueError(f"{what} would take {needed} bytes of memory; the limit is {limit}, which this machine has")
 
 
 def _write(tensors: Mapping[str, torch.Tensor], path: Path, notes: Mapping[str, str]) -> None:
@@ -186,30 +203,36 @@ def _as_stored(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
 
 
 def load_weights(entries: Mapping[str, object], path: Path, place: Place) -> dict[str, torch.Tensor]:
-    """The weights by name, mapped from the file; for another device than the CPU they are copied; place: which device.
+    """The weights by name, mapped from the file; for another device than the CPU they are copied.
+
+    place: which device.
 
     Raises: ValueError when the file does not hold what the entries say.
     """
+    with _open(path) as file:
+        return read_weights(entries, file.get_tensor, place)
+
+
+def load_alone(path: Path, place: Place) -> dict[str, torch.Tensor]:
+    """The weights of a file that says itself how they are read; else as `load_weights`."""
+    with _open(path) as file:
+        entries = parse_json((file.metadata() or {}).get(_ENTRIES, "").encode(), path)
+        if not isinstance(entries, dict):
+            raise ValueError(f"'{path}' does not say how its weights are read")
+        return read_weights(cast("dict[str, object]", entries), file.get_tensor, place)
+
+
+@contextmanager
+def _open(path: Path) -> Generator[Any]:
+    """A safetensors file. Raises: ValueError when it is none."""
     # Not before it is needed.
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return read_weights(entries, file.get_tensor, place)
+            yield file
     except SafetensorError as error:
         raise ValueError(f"the weights cannot be read: {error}") from error
-
-
-def load_alone(path: Path, place: Place) -> dict[str, torch.Tensor]:
-    """The weights of a file that says itself how they are read; else as `load_weights`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            entries = json.loads((file.metadata() or {})[_ENTRIES])
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"the weights cannot be read: {error}") from error
-    return load_weights(entries, path, place)
 
 
 def read_weights(
@@ -217,31 +240,40 @@ def read_weights(
 ) -> dict[str, torch.Tensor]:
     """The weights by name; tensor_of: gives a tensor that `stored_weights` gave. Arguments and errors as for `load_weights`."""
     wanted = {take(item, "tensor", str): item for item in entries.values()}
+    whole = {name: math.prod(take_list(item, "nonzero", count)) for name, item in wanted.items() if "nonzero" in _fields(item)}
+    # The values, and a byte each that says where they are not zero.
+    check_memory(
+        sum(size * (1 + tensor_of(_part_names(name)[1]).itemsize) for name, size in whole.items()), "compressed weights"
+    )
     tensors = {
         name: _read(tensor_of, name, item).to(place(torch.device(take(item, "device", str)))) for name, item in wanted.items()
     }
     return {name: _as_used(tensors[take(entry, "tensor", str)], entry) for name, entry in entries.items()}
 
 
+def _fields(entry: object) -> dict[str, object]:
+    return cast("dict[str, object]", entry)
+
+
 def _read(tensor_of: Callable[[str], torch.Tensor], name: str, entry: object) -> torch.Tensor:
     """A tensor of the file, put together where it was taken apart."""
-    if "nonzero" not in cast("dict[str, object]", entry):
+    if "nonzero" not in _fields(entry):
         return _aligned(tensor_of(name))
     bits, values = map(tensor_of, _part_names(name))
-    return _decompress(bits, values, list(take_list(entry, "nonzero", number)))
+    return _decompress(bits, values, list(take_list(entry, "nonzero", count)))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT or os.environ.get(SWITCH) == "0" else tensor
 
 
 def _as_used(stored: torch.Tensor, entry: object) -> torch.Tensor:
-    fields = cast("dict[str, object]", entry)
+    fields = _fields(entry)
     if "order" in fields:
         order = take_list(entry, "order", number)
         if sorted(order) != list(range(stored.dim())):
             raise ValueError(f"{order} is no order of {stored.dim()} dimensions")
         stored = stored.permute([order.index(dim) for dim in range(stored.dim())])
     if "shape" in fields:
-        stored = stored.expand(take_list(entry, "shape", number))
+        stored = stored.expand(take_list(entry, "shape", count))
     return nn.Parameter(stored, requires_grad=take(entry, "trainable", bool)) if "trainable" in fields else stored

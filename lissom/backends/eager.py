@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from keyword import iskeyword
 from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
 from torch import fx
+from torch.nn import functional
 
 from lissom.backends.base import Backend, Executable
 from lissom.backends.cuda_graphs import with_fast_layout, with_graphs
@@ -41,8 +43,52 @@ aten = torch.ops.aten
 Calls = Callable[[fx.Node], Callable[..., object] | None]
 """What a node calls in place of its own target; None where it calls that."""
 
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """PyTorch's attention, which on a CPU reads past the end of the shorter of keys and values (torch 2.13).
+
+    Raises: ValueError, after which a call is not run once more to be explained.
+    """
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"attention has {key.shape[-2]} keys and {value.shape[-2]} values")
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """PyTorch's, which reads past the end of arguments that are shorter than there are channels (torch 2.13)."""
+    for given in (weight, bias, running_mean, running_var):
+        if given is not None and given.shape != input.shape[1:2]:
+            raise ValueError(f"batch norm has {list(given.shape)} for {input.shape[1]} channels")
+    return aten._native_batch_norm_legit_no_training.default(input, weight, bias, running_mean, running_var, momentum, eps)
+
+
 # Methods of tensors take half the time to call that their operators take; small models notice.
 METHODS: dict[object, Callable[..., object]] = {
+    aten.scaled_dot_product_attention.default: _attention,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    # A program from a file may return memory that nothing has written.
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
     aten.reshape.default: torch.Tensor.reshape,
     aten.view.default: torch.Tensor.view,
     aten.transpose.int: torch.Tensor.transpose,
@@ -92,7 +138,7 @@ def build_function(
     state = {name: program.weight(name).detach().clone() for name in program.state}
     source, names = emit(program, state, calls)
     scope = dict(names)
-    exec(compile(source, f"<lissom {program.name}>", "exec"), scope)
+    exec(compile(source, "<lissom program>", "exec"), scope)
     function = cast(Callable[..., Sequence[object]], scope["run"])
 
     def run(inputs: Sequence[torch.Tensor]) -> Sequence[object]:
@@ -126,6 +172,9 @@ def emit(
 ) -> tuple[str, dict[str, object]]:
     """The program as the source of a function `run`, and the objects its names stand for.
 
+    The source holds no text of the program's: it may come from a file. Variables are numbered, text and names are among the
+    objects, and keywords are those of the operator's schema.
+
     state: what stands for the program's own state, by name. calls: what is called by nodes that do not call their own target.
     """
     names: dict[str, object] = {}
@@ -157,8 +206,20 @@ def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object], ca
     function = f"f{len(names)}"
     names[function] = calls(node) or METHODS.get(node.target, node.target)
     arguments = [_argument(item, scope, names) for item in node.args]
-    arguments += [f"{key}={_argument(item, scope, names)}" for key, item in node.kwargs.items()]
+    arguments += [_named(node, key, _argument(item, scope, names), names) for key, item in node.kwargs.items()]
     return f"{function}({', '.join(arguments)})"
+
+
+def _named(node: fx.Node, key: str, value: str, names: dict[str, object]) -> str:
+    """An argument by its name: as the operator's schema has it, or, where there is no schema, as an object."""
+    schema = getattr(node.target, "_schema", None)
+    known = {parameter.name for parameter in schema.arguments} if schema is not None else set[str]()
+    found = next((name for name in known if name == key and name.isidentifier() and not iskeyword(name)), None)
+    if found is not None:
+        return f"{found}={value}"
+    name = f"c{len(names)}"
+    names[name] = key
+    return f"**{{{name}: {value}}}"
 
 
 def _argument(item: object, scope: dict[fx.Node, str], names: dict[str, object]) -> str:
@@ -168,7 +229,7 @@ def _argument(item: object, scope: dict[fx.Node, str], names: dict[str, object])
         return "[" + ", ".join(_argument(part, scope, names) for part in item) + "]"
     if isinstance(item, tuple):
         return "(" + "".join(_argument(part, scope, names) + ", " for part in item) + ")"
-    if item is None or isinstance(item, (bool, int, str)) or (isinstance(item, float) and math.isfinite(item)):
+    if item is None or isinstance(item, (bool, int)) or (isinstance(item, float) and math.isfinite(item)):
         return repr(item)
     name = f"c{len(names)}"
     names[name] = item

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Literal, NoReturn, get_args
 
 import torch
-from torch import nn
 
 from lissom.compiler import text
 from lissom.compiler.collectives import alone
@@ -244,10 +243,8 @@ class _Run:
         """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""
         self._check_requirements(item)
         started = time.perf_counter()
-        after = self.program.copy()
+        after = self.program.trainable() if isinstance(item, Training) else self.program.copy()
         edit = Editor(after, item.name(), self.pipeline.data, reference=self.reference, progress=show)
-        if isinstance(item, Training):
-            _own_weights(after)
         self._run_pass(item, edit)
         after.drop_dead()
         ran = time.perf_counter()
@@ -379,11 +376,3 @@ class _Run:
 def _version(tensor: torch.Tensor) -> int:
     """How often a tensor was written in place; tensors made under inference mode do not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _own_weights(program: Program) -> None:
-    """Give a program weights of its own, so that training them cannot reach the caller's model."""
-    for name, tensor in program.weights().items():
-        owned = tensor.detach().clone()
-        trainable = isinstance(tensor, nn.Parameter)
-        program.set_weight(name, nn.Parameter(owned, requires_grad=tensor.requires_grad) if trainable else owned)

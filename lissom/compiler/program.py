@@ -29,7 +29,8 @@ class Program:
     """A transformer as a flat `torch.fx` graph in one dialect: functional, pre-dispatch ATen.
 
     name: the class of the model it was captured from.
-    graph_module: the graph and, as attributes under their original names, the weights and buffers it reads.
+    graph_module: the graph and, as attributes under their original names, the weights and buffers it reads. They lie in the
+        memory of the model's own, require no gradients, and are read only; `trainable` gives a program with copies.
     signature: the call it answers.
     state: the names of the buffers it may write; everything else is read only.
     ranks: of a program cut for several ranks the weights of each, by name; empty for any other. The graph is the one all of
@@ -157,6 +158,21 @@ class Program:
             copied[node] = graph.node_copy(node, copied.__getitem__)
         return Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state, self.ranks)
 
+    def trainable(self) -> Program:
+        """A copy with weights of its own, whose parameters require gradients: `trainable().graph_module.parameters()`.
+
+        A program shares its weights with the model it was captured from, to read them. What is trained must be a copy, or the
+        model would change. Weights that were frozen in the model stay frozen.
+
+        Raises: PassError when the program is cut for several ranks.
+        """
+        found = self.copy()
+        for name, tensor in found.weights().items():
+            owned = tensor.detach().clone()
+            learned = isinstance(tensor, nn.Parameter) and owned.is_floating_point()
+            found.set_weight(name, nn.Parameter(owned) if learned else owned)
+        return found
+
     def of_rank(self, rank: int) -> Program:
         """What one rank runs of a program cut for several: the same graph with collectives in it, and its own weights.
 
@@ -197,7 +213,7 @@ class Program:
         return found
 
     def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
-        """The flat outputs for flat inputs, without checks; gradients flow unless they are switched off.
+        """The flat outputs for flat inputs, without checks; gradients flow to the inputs unless they are switched off.
 
         A program cut for several ranks runs all of them in lock-step, and shows the values its ranks hold parts of.
         """
@@ -236,7 +252,7 @@ class Program:
         return {size: number for size, number in found.items() if isinstance(size, sympy.Symbol)}
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        """Call the program as the original model is called; gradients flow unless they are switched off.
+        """Call the program as the original model is called; gradients flow to the inputs unless they are switched off.
 
         Raises: InputError when the arguments do not fit the signature.
         """

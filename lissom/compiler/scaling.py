@@ -26,6 +26,7 @@ from torch import fx
 from lissom.compiler import node as nodes
 from lissom.compiler.axes import axes
 from lissom.compiler.axis import Axis
+from lissom.compiler.axis_base import Value
 from lissom.compiler.editor import Editor
 from lissom.compiler.linears import SHAPES, input_of, is_attention, is_linear
 from lissom.compiler.matrices import Matrix, matrix_of, readers_of
@@ -142,7 +143,7 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
     known = program.fact(axes)
     own = known.axis(producer, -1)
     axes_read = [known.axis(input_of(layer), -1) for layer in layers]
-    shared = _shared(own, axes_read)
+    shared = _shared(own, [_atoms(known.of[start]), *(set(axis.atoms()) for axis in axes_read)])
     if not shared:
         return "the channels it gives cannot be told apart where they are read"
     count = math.prod(cast(int, atom.size) for atom in shared)
@@ -156,8 +157,11 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
         readers.append(Reader(layer, matrix, unit_of(axis, shared)))
     weights, matrix = made
     channel = unit_of(own, shared)
+    read = torch.cat([reader.channel for reader in readers]).unique()
+    if not bool((channel >= 0).any()) or not bool(torch.isin(read, channel).all()):
+        return "the channels it gives cannot be told apart where they are read"
     for other in others:
-        atoms = {atom for axis in known.of[other] if isinstance(axis, Axis) for atom in axis.atoms()}
+        atoms = _atoms(known.of[other])
         same = tuple(atom for atom in dict.fromkeys(own.atoms()) if atom in atoms)
         if not same or bool(((unit_of(own, same) >= 0) & (channel >= 0)).any()):
             return "the channels it gives cannot be told from others it gives"
@@ -168,11 +172,19 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
     return ScalingSite(producer, count, parameters, tuple(readers), matrix)
 
 
-def _shared(own: Axis, others: list[Axis]) -> tuple[Axis, ...]:
-    """The atoms of the producer's channels that every reader has; of fixed sizes, else none."""
-    present = [set(axis.atoms()) for axis in others]
-    shared = tuple(atom for atom in dict.fromkeys(own.atoms()) if all(atom in atoms for atoms in present))
+def _shared(own: Axis, others: list[set[Axis]]) -> tuple[Axis, ...]:
+    """The atoms of the producer's channels that are in each of these sets; of fixed sizes, else none.
+
+    One set has the atoms of the piece that is read: a packed projection has the groups of query heads as well, and the
+    output projection reads them, but the values are not numbered by them.
+    """
+    shared = tuple(atom for atom in dict.fromkeys(own.atoms()) if all(atom in atoms for atoms in others))
     return shared if all(isinstance(atom.size, int) for atom in shared) else ()
+
+
+def _atoms(found: Value) -> set[Axis]:
+    """The atoms of all dimensions of a value, or of the several tensors it is."""
+    return {atom for item in found for atom in (item.atoms() if isinstance(item, Axis) else _atoms(item))}
 
 
 def _parameters(producer: fx.Node) -> tuple[list[fx.Node], Matrix | None] | str:

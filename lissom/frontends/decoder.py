@@ -27,6 +27,7 @@ from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.verify import kept_state, relative_error, tolerance_of
 from lissom.frontends.export import Capture, capture, evaluating
+from lissom.frontends.untouched import untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,12 @@ def capture_decoder(
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
     stateful = _with_state(model, places, max_length, batch, all_logits)
     captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
+    other = next((name for name in captured.program.state if not name.startswith(f"{CACHE}.")), None)
+    if other is not None:
+        raise UnsupportedError(
+            f"{type(model).__name__} keeps '{other}' from call to call beside its keys and values; generation takes models "
+            f"that keep these alone"
+        )
     _confirm(captured.program, model, captured.example)
     step = _step(captured.example, max_length)
     checked = (*check_samples(captured.program.signature, captured.example), step)
@@ -154,7 +161,21 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
     known = longest_text(model)
     if known is not None and max_length > known:
         raise InputError(f"max_length is {max_length}, and {name} knows positions up to {known}; give {known} or less")
+    switch = _longrope_switch(model)
+    if switch is not None and max_length > switch:
+        raise InputError(
+            f"max_length is {max_length}, and {name} has other rotary frequencies in texts of more than {switch} tokens "
+            f"(longrope), to which the keys in a cache cannot be turned; give {switch} or less"
+        )
     return model
+
+
+def _longrope_switch(model: PreTrainedModel) -> int | None:
+    """From how many tokens on a model with longrope takes its long frequencies; None for any other model."""
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [found, *(item for item in found.values() if isinstance(item, dict))]
+    lengths = [item["original_max_position_embeddings"] for item in kinds if item.get("rope_type") == "longrope"]
+    return min(lengths, default=None)
 
 
 def longest_text(model: nn.Module) -> int | None:
@@ -178,7 +199,7 @@ def _places(model: PreTrainedModel) -> list[Places]:
 
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     try:
-        with evaluating(model), torch.no_grad():
+        with untouched(model), evaluating(model), torch.no_grad():
             _call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model)))
     except Exception as error:
         raise _keeps_more(model, error) from error
@@ -195,7 +216,7 @@ def _places(model: PreTrainedModel) -> list[Places]:
 def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The model's logits without any cache."""
     parameters = inspect.signature(type(model).forward).parameters
-    with evaluating(model):
+    with untouched(model), evaluating(model):
         return model(**{name: tensor for name, tensor in inputs.items() if name in parameters}, use_cache=False).logits
 
 

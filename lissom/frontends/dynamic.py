@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import sympy
@@ -85,6 +85,26 @@ def describe_dimensions(signature: Signature) -> str:
     if not signature.dimensions:
         return "every size is fixed at the example's"
     return "dynamic: " + ", ".join(f"{found.name} ({found.range})" for found in signature.dimensions.values())
+
+
+def mask_dimensions(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, ...]]:
+    """The last dimensions of masks such as [batch, 1, tokens, tokens], by the inputs' `id`: those as long as another input."""
+    lengths = {tensor.shape[1] for tensor in tensors if tensor.dim() in (2, 3)} - {1}
+    found: dict[int, tuple[int, ...]] = {}
+    for tensor in tensors:
+        first, last = (tensor.dim() - 2, tensor.dim() - 1)
+        if tensor.dim() >= 3 and tensor.shape[last] in lengths and tensor.shape[first] in {1, tensor.shape[last]}:
+            found[id(tensor)] = tuple(dim for dim in (first, last) if tensor.shape[dim] > 1)
+    return found
+
+
+def fixed_sequences(signature: Signature) -> list[str]:
+    """Sentences on the inputs of tokens whose sequence was to vary and is fixed."""
+    return [
+        f"dimension 1 of '{leaf.path}' is fixed at {leaf.type.shape[1]}: the model combines it with sizes that do not vary"
+        for leaf in signature.tensors
+        if len(leaf.type.shape) == 2 and not leaf.type.dtype.is_floating_point and isinstance(leaf.type.shape[1], int)
+    ]
 
 
 def declared_but_fixed(model: nn.Module, signature: Signature) -> list[str]:

@@ -28,6 +28,7 @@ from lissom.compiler.signature import Signature
 from lissom.compiler.types import size_of
 from lissom.frontends.dynamic import describe_dimensions
 from lissom.frontends.export import Capture, capture_sizes
+from lissom.frontends.untouched import alias, ordinary
 
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
@@ -220,7 +221,7 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
         value = args[index]
         if index in graph.weights:
             name = graph.weights[index]
-            owned[name] = _alias(cast(torch.Tensor, value))
+            owned[name] = alias(cast(torch.Tensor, value))
             copied[node] = bound.get_attr(name)
         elif index in graph.numbers:
             constants[node] = value.item() if isinstance(value, torch.Tensor) else value
@@ -303,21 +304,6 @@ def _attribute(module: nn.Module, target: str) -> object:
     for part in target.split("."):
         found = getattr(found, part)
     return found
-
-
-def _alias(weight: torch.Tensor) -> torch.Tensor:
-    """Another tensor in the same memory, so that a weight its module lets go of is not kept by a program."""
-    plain = ordinary(weight.detach())
-    return nn.Parameter(plain, requires_grad=False) if isinstance(weight, nn.Parameter) else plain
-
-
-def ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or one in its memory that autograd may see too where it was made under inference mode."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False), torch.no_grad():
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _refuse_effects(program: Program) -> None:

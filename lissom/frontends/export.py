@@ -22,6 +22,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from lissom.compiler.errors import CaptureError
@@ -29,8 +30,17 @@ from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.frontends.confirm import RefusedSizesError, confirm, refused_dimensions
 from lissom.frontends.device import move
-from lissom.frontends.dynamic import Dynamic, declared_but_fixed, describe_dimensions, renamed, wanted_dimensions
+from lissom.frontends.dynamic import (
+    Dynamic,
+    declared_but_fixed,
+    describe_dimensions,
+    fixed_sequences,
+    mask_dimensions,
+    renamed,
+    wanted_dimensions,
+)
 from lissom.frontends.flatten import FRAME, flatten_exported
+from lissom.frontends.untouched import nothing_registered, untouched
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
 _TORCH = str(Path(torch.__file__).parent)
@@ -60,7 +70,7 @@ def capture(
     dynamic: Dynamic | bool = True,
     device: torch.device | None = None,
 ) -> Capture:
-    """The model as a program. The model is left as it was, and the program shares its weights.
+    """The model as a program. The model is left as it was, and the program reads its weights where they are.
 
     dynamic: True finds out whether batch (dimension 0) and sequence (dimension 1) may vary; False fixes every size;
         a mapping names dimensions by argument, `{"input_ids": {0: "batch", 1: Dim("sequence", max=512)}}`.
@@ -74,14 +84,14 @@ def capture(
     _check_leaves((args, kwargs))
     if isinstance(model, fx.GraphModule):
         kwargs = _in_order(model, args, kwargs)
-    with evaluating(model), torch.no_grad():
+    with untouched(model), evaluating(model), torch.no_grad():
         if isinstance(dynamic, Mapping):
             program, notes = _capture_named(model, args, kwargs, dynamic)
         else:
             program, notes = _capture_by_trying(model, args, kwargs, dynamic)
     example = program.signature.flatten(args, kwargs)
     if dynamic is True:
-        notes += declared_but_fixed(model, program.signature)
+        notes += declared_but_fixed(model, program.signature) or fixed_sequences(program.signature)
     if device is not None:
         program, example = move(program, device), [tensor.to(device) for tensor in example]
     return Capture(program, example, tuple(notes), time.perf_counter() - started)
@@ -94,11 +104,12 @@ def _capture_by_trying(
     tried: list[str] = []
     first: Exception | None = None
     plans = (_BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING) if dynamic else (_NOTHING,)
+    masks = mask_dimensions([leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
     for dims in plans:
         if isinstance(first, GuardOnDataDependentSymNode) and dims != _NOTHING:
             continue  # what depends on a size may be a number where every size is fixed, and is none in between
         try:
-            program = _export(model, args, kwargs, partial(_free, dims))
+            program = _export(model, args, kwargs, partial(_free, dims, masks))
             program = confirm(program, model, args, kwargs)
         except Exception as error:
             first = first or error
@@ -162,10 +173,11 @@ def _named(wanted: Mapping[int, dict[int, object]], tensor: torch.Tensor) -> dic
     return wanted.get(id(tensor), {})
 
 
-def _free(dims: Sequence[int], tensor: torch.Tensor) -> dict[int, object]:
-    """The dimensions of one input to free: batch, and sequence where an input of rank 2 or 3 has one."""
+def _free(dims: Sequence[int], masks: Mapping[int, Sequence[int]], tensor: torch.Tensor) -> dict[int, object]:
+    """The dimensions of one input to free: batch, and sequence where an input of rank 2 or 3, or a mask of pairs, has one."""
     last = 1 if tensor.dim() in (2, 3) else 0
-    return {dim: Dim.AUTO for dim in dims if dim < tensor.dim() and dim <= last}
+    pairs = masks.get(id(tensor), ()) if 1 in dims else ()
+    return {dim: Dim.AUTO for dim in (*dims, *pairs) if dim in pairs or (dim < tensor.dim() and dim <= last)}
 
 
 def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dims_of: FreeDimensions) -> Program:
@@ -179,8 +191,12 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
     bound = _bound(model, hint_args, hint_kwargs)
-    with _only_exceptions():
-        exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=bound if free else None, strict=False)
+    # The model is run beside the program afterwards, and must not hold the fake tensors of the export then.
+    with untouched(model), _only_exceptions(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
+        with nothing_registered(model):
+            dynamic = bound if free else None
+            exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
     if _writes(exported):
         with warnings.catch_warnings():
             # PyTorch copies its own record of modules, of a class that it calls deprecated.
@@ -227,7 +243,11 @@ def _in_order(model: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str
 def _check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
-    empty = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    weights = [*model.named_parameters(), *model.named_buffers()]
+    lazy = next((name for name, tensor in weights if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise CaptureError(f"weight '{lazy}' has no size yet; call {type(model).__name__} once, which makes its lazy weights")
+    empty = next((name for name, tensor in weights if tensor.is_meta), None)
     if empty is not None:
         raise CaptureError(f"weight '{empty}' is on the meta device and has no values; load the model's weights first")
 

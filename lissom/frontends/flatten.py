@@ -23,6 +23,7 @@ from lissom.compiler.node import Origin
 from lissom.compiler.program import Program
 from lissom.compiler.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.types import type_of
+from lissom.frontends.untouched import alias
 from lissom.ops import grouped_product
 
 _WEIGHTS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
@@ -73,12 +74,11 @@ def flatten_exported(
             copied[node] = graph.placeholder(node.name)
             nodes.set_value(copied[node], node.meta["val"])
     _copy_calls(graph, exported.graph_module, copied, translate)
-    _write_outputs(exported, graph, translate)
+    state = _written(exported, {str(read.target) for read in reads.values()})
+    _write_outputs(exported, graph, translate, state)
     signature = _signature(exported, args, kwargs, parameters)
-    outputs = exported.graph_signature.output_specs
-    state = tuple(str(spec.target) for spec in outputs if spec.kind == OutputKind.BUFFER_MUTATION)
     used = {str(node.target): tensors[str(node.target)] for node in graph.nodes if node.op == "get_attr"}
-    used |= {target: used[target].clone() for target in state}
+    used = {target: used[target].clone() if target in state else alias(used[target]) for target in used}
     return Program(name, FlatModule(used, graph), signature, state)
 
 
@@ -162,7 +162,17 @@ def _origin(node: fx.Node) -> Origin:
     return Origin(path, f"{Path(file).name}:{line}", code.strip())
 
 
-def _write_outputs(exported: ExportedProgram, graph: fx.Graph, translate) -> None:  # noqa: ANN001
+def _written(exported: ExportedProgram, read: set[str]) -> tuple[str, ...]:
+    """The buffers a call writes for the next one: those that are read, too.
+
+    A buffer that each call fills anew before it is used, such as the frequencies of longrope, keeps nothing.
+    """
+    outputs = exported.graph_signature.output_specs
+    names = (str(spec.target) for spec in outputs if spec.kind == OutputKind.BUFFER_MUTATION)
+    return tuple(name for name in names if name in read)
+
+
+def _write_outputs(exported: ExportedProgram, graph: fx.Graph, translate, state: Sequence[str]) -> None:  # noqa: ANN001
     """State writes as `copy_` nodes, then the values the caller gets.
 
     Raises: CaptureError when the model changes one of its inputs in place.
@@ -173,6 +183,8 @@ def _write_outputs(exported: ExportedProgram, graph: fx.Graph, translate) -> Non
     leaves = exported.graph.output_node().args[0]
     for spec, leaf in zip(exported.graph_signature.output_specs, leaves, strict=True):  # pyright: ignore
         if spec.kind == OutputKind.BUFFER_MUTATION:
+            if spec.target not in state:
+                continue
             write = graph.call_function(torch.ops.aten.copy_.default, (translate(buffers[str(spec.target)]), translate(leaf)))
             nodes.set_value(write, nodes.value(translate(leaf)))
         elif spec.kind == OutputKind.USER_INPUT_MUTATION:
@@ -193,23 +205,23 @@ def _plain(leaf: object, spec) -> object:  # noqa: ANN001
 
 
 def _unify_sizes(exported: ExportedProgram) -> None:
-    """Let inputs of equal example size share their batch, and their sequence.
+    """Let inputs of equal example size share their batch, and their sequence, which masks of pairs of tokens have twice.
 
     Export leaves two sizes apart when nothing in the graph forces them to be equal, as for a mask that is only
     indexed; a caller who passed the same size twice means one dimension.
     """
     first: dict[tuple[int, int], sympy.Symbol] = {}
-    for spec, node in zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True):
-        value = node.meta["val"]
-        if spec.kind != InputKind.USER_INPUT or not isinstance(value, torch.Tensor):
+    pairs = zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True)
+    inputs = [node.meta["val"] for spec, node in pairs if spec.kind == InputKind.USER_INPUT]
+    sizes = [(index, size) for value in inputs if isinstance(value, torch.Tensor) for index, size in enumerate(value.shape)]
+    for index, size in sorted(sizes, key=operator.itemgetter(0)):
+        if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
             continue
-        for index, size in enumerate(value.shape[:2]):
-            if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
-                continue
-            symbol, env = size.node.expr, size.node.shape_env
-            shared = first.setdefault((index, size.node.hint), symbol)
-            if shared != symbol:
-                env._set_replacement(symbol, shared, "inputs of equal example size")
+        symbol, env = size.node.expr, size.node.shape_env
+        # Behind the sequence, a size that no input has as its sequence is on its own, such as height and width.
+        shared = first.setdefault((index, size.node.hint), symbol) if index < 2 else first.get((1, size.node.hint), symbol)
+        if shared != symbol:
+            env._set_replacement(symbol, shared, "inputs of equal example size")
 
 
 def _signature(

@@ -75,7 +75,8 @@ def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, An
     """What transformers makes of a file of JSON, whose bytes are those that the manifest names. Raises: ArtifactError."""
     if path.name not in files:
         raise ArtifactError(f"'{path.parent}' holds no saved decoder: it has no {path.name}; save the decoder again")
-    fields = parse_json(verified_bytes(path, files[path.name]), path)
+    # A configuration may hold an infinity, or a length that stands for none.
+    fields = parse_json(verified_bytes(path, files[path.name]), path, any_number=True)
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"{shown(fields)} is no table")

@@ -25,6 +25,15 @@ def test_inputs_are_read_by_name(signature, tmp_path):
     assert torch.equal(kwargs["input_ids"], torch.arange(6).reshape(2, 3))
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_the_order_of_bytes_in_a_file_does_not_matter(signature, tmp_path, order):
+    arrays = {"input_ids": ids().astype(f"{order}i8"), "attention_mask": np.ones((2, 3), f"{order}i8")}
+    np.savez(tmp_path / "data.npz", **arrays)
+    _, kwargs = read_inputs(signature, tmp_path / "data.npz")
+    assert torch.equal(kwargs["input_ids"], torch.arange(6).reshape(2, 3))
+    assert torch.equal(kwargs["attention_mask"], torch.ones(2, 3, dtype=torch.long))
+
+
 def test_nested_inputs_are_read_by_their_paths(tmp_path):
     np.savez(
         tmp_path / "data.npz", **{"past['layer'][0]": normal(2, 3, 4).numpy(), "past['layer'][1]": np.float64(normal(2, 3, 4))}
@@ -78,3 +87,12 @@ def test_tensors_are_written_whole(tmp_path):
         assert np.array_equal(arrays["a"], normal(2, 3).numpy())
         assert arrays["b"].dtype == np.float32
     assert [path.name for path in tmp_path.iterdir()] == ["out.npz"]
+
+
+def test_a_link_where_the_temporary_file_would_be_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr("lissom.artifacts.arrays.secrets.token_hex", lambda _: "guessed")
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / ".out.npz.guessed").symlink_to(tmp_path / "kept")
+    with pytest.raises(FileExistsError):
+        write_tensors({"a": normal(2)}, tmp_path / "out.npz")
+    assert (tmp_path / "kept").read_text() == "kept"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lissom.backends.eager import Eager, emit
+from lissom.backends.eager import METHODS, Eager, emit
 from lissom.compiler.execute import last_uses_of
 from lissom.compiler.verify import run_samples
 from lissom.frontends.export import capture
@@ -159,7 +159,7 @@ def test_a_failing_call_shows_the_program_s_name():
     executable = Eager().build(captured("feed_forward"), [normal(2, 5, 8)])
     with pytest.raises(RuntimeError) as caught:
         executable([normal(2, 5, 3)])
-    assert any(entry.path == "<lissom FeedForward>" for entry in caught.traceback for entry in [entry.frame.code])
+    assert any(entry.path == "<lissom program>" for entry in caught.traceback for entry in [entry.frame.code])
 
 
 @pytest.mark.gpu
@@ -172,3 +172,27 @@ def test_a_program_runs_on_a_gpu():
     assert result.is_cuda
     # Other kernels sum in another order: float32, unit roundoff 6e-8, sums of at most 24 terms.
     torch.testing.assert_close(result.cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_norm_reads_no_channel_that_is_not_there():
+    call = METHODS[aten._native_batch_norm_legit_no_training.default]
+    x, ones = normal(2, 6, 4), torch.ones(6)
+    wanted = aten._native_batch_norm_legit_no_training.default(x, ones, ones, ones, ones, 0.1, 1e-5)
+    assert torch.equal(call(x, ones, ones, ones, ones, 0.1, 1e-5)[0], wanted[0])
+    with pytest.raises(ValueError, match=r"batch norm has \[2\] for 6 channels"):
+        call(x, ones, ones, ones[:2], ones, 0.1, 1e-5)
+
+
+class Keyword(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(x, (1, 1), mode="reflect")
+
+
+def test_source_holds_no_text_of_the_program():
+    program = capture(Keyword(), (normal(1, 2, 5),)).program
+    (call,) = (node for node in program.nodes() if "reflect" in (*node.args, *node.kwargs.values()))
+    call.kwargs = {"x=1, **{'a'": None}
+    source, names = emit(program)
+    assert "reflect" not in source and "'a'" not in source
+    assert {"reflect", "x=1, **{'a'"} <= {item for item in names.values() if isinstance(item, str)}
+    compile(source, "<test>", "exec")

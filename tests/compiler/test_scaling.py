@@ -164,3 +164,68 @@ def test_a_norm_without_weights_is_left_alone() -> None:
 
     edit, sites = sites_of(program_of(seeded(build), normal(2, 5, 8)))
     assert not sites and "the norm has no weight of its own" in [item.reason for item in edit.skipped]
+
+
+class PackedAttention(nn.Module):
+    """Attention with shared key/value heads whose queries, keys and values come from one layer, as in Phi-3."""
+
+    def __init__(self, heads: int, groups: int, *, bias: bool) -> None:
+        super().__init__()
+        self.sizes, self.heads, self.groups = [heads * 4, groups * 4, groups * 4], heads, groups
+        self.norm, self.qkv = nn.RMSNorm(12), nn.Linear(12, sum(self.sizes), bias=bias)
+        self.out = nn.Linear(heads * 4, 12, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.qkv(self.norm(x)).split(self.sizes, -1)
+        counts = (self.heads, self.groups, self.groups)
+        q, k, v = (part.unflatten(-1, (count, 4)).transpose(1, 2) for part, count in zip(packed, counts, strict=True))
+        k, v = (part.repeat_interleave(self.heads // self.groups, 1) for part in (k, v))
+        found = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(found.transpose(1, 2).flatten(-2))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 2), (6, 3), (4, 1)])
+def test_values_of_a_packed_projection_with_shared_heads_are_scaled(heads: int, groups: int, bias: bool) -> None:
+    program = program_of(seeded(lambda: PackedAttention(heads, groups, bias=bias)), normal(2, 5, 12))
+    before = program(normal(2, 5, 12))
+    edit, sites = sites_of(program)
+    site = next(site for site in sites.values() if site.matrix is not None)
+    assert site.count == groups * 4
+    assert site.parameters[0].channel.tolist() == [-1] * (heads + groups) * 4 + list(range(groups * 4))
+    wanted = [4 * (head * groups // heads) + channel for head in range(heads) for channel in range(4)]
+    assert site.readers[0].channel.tolist() == wanted
+    for index, found in enumerate(sites.values()):
+        found.scale(edit, normal(found.count, seed=index).exp())
+    # Factors of order e scale sums of some 20 terms in float32.
+    torch.testing.assert_close(program(normal(2, 5, 12)), before, rtol=1e-4, atol=1e-5)
+
+
+class Joined(nn.Module):
+    """A norm of two tensors laid end to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 5), nn.Linear(8, 7)
+        self.norm, self.layer = nn.LayerNorm(12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.norm(torch.cat([self.left(x), self.right(x)], -1)))
+
+
+def test_channels_without_one_numbering_are_left_alone() -> None:
+    edit, sites = sites_of(program_of(seeded(Joined), normal(2, 5, 8)))
+    assert not sites
+    assert "the channels it gives cannot be told apart where they are read" in [item.reason for item in edit.skipped]
+
+
+@pytest.mark.parametrize("passes", ["awq", "smooth-quant", "equalize"])
+def test_passes_scale_packed_projections_with_shared_heads(passes: str) -> None:
+    """Each verifies against the program before, and changes the rows of the values alone."""
+    module, x = seeded(lambda: PackedAttention(4, 2, bias=True)), normal(2, 5, 12)
+    with torch.no_grad():
+        module.qkv.weight[-8:] *= torch.linspace(0.1, 10, 8)[:, None]
+    program = lissom.optimize(module, x, passes=passes, data=[x]).program
+    values = program.weight("qkv.weight")[-8:] / module.qkv.weight[-8:]
+    assert not torch.allclose(values, torch.ones(()))
+    torch.testing.assert_close(program(x), module(x), rtol=1e-4, atol=1e-5)

@@ -55,6 +55,47 @@ def test_a_transformer_captured_at_batch_1_takes_other_batches():
         torch.testing.assert_close(found.program(ids, mask).last_hidden_state, wanted, rtol=1e-5, atol=1e-5)
 
 
+class Masked(nn.Module):
+    """Attention under a mask of pairs of tokens. positions: as many as are known, or none."""
+
+    def __init__(self, positions: int = 0) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(32, 8), nn.Linear(8, 8)
+        self.positions = nn.Parameter(torch.ones(positions, 8)) if positions else None
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids) if self.positions is None else self.table(ids) + self.positions
+        q = self.layer(x)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, q, q, mask if mask.dim() != 3 else mask[:, None])
+
+
+@pytest.mark.parametrize("leading", [(2, 1), (2,), (), (2, 1, 1)])
+def test_the_sequence_of_a_mask_of_pairs_varies_with_that_of_the_tokens(leading):
+    model = Masked()
+    ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(0))
+    whole = torch.ones(7, 7, dtype=torch.bool).tril()
+    mask = whole.expand(*leading, 7, 7) if len(leading) < 3 else torch.ones(*leading, 7, dtype=torch.bool)
+    found = capture(model, (ids, mask))
+    assert found.notes == ("dynamic: batch (1 or more), sequence (1 or more)",)
+    ids, mask = ids.repeat(2, 2)[:3, :5], (mask[:1].expand(3, *mask.shape[1:]) if leading else mask)[..., :5]
+    mask = mask if len(leading) == 3 else mask[..., :5, :]
+    torch.testing.assert_close(found.program(ids, mask), model(ids, mask))
+
+
+def test_height_and_width_of_equal_size_stay_apart():
+    found = capture(nn.Upsample(scale_factor=2), (normal(2, 3, 8, 8),), dynamic={"input": {2: "height", 3: "width"}})
+    assert shape(found) == "(input: f32[2, 3, height, width])"
+
+
+def test_a_sequence_that_the_model_fixes_is_noted():
+    found = capture(Masked(positions=7), (torch.zeros(2, 7, dtype=torch.long), torch.ones(2, 1, 7, 7, dtype=torch.bool)))
+    assert shape(found) == "(ids: i64[batch, 7], mask: bool[batch, 1, 7, 7])"
+    assert found.notes == (
+        "dynamic: batch (1 or more)",
+        "dimension 1 of 'ids' is fixed at 7: the model combines it with sizes that do not vary",
+    )
+
+
 class FixedBatch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(2, -1).exp()

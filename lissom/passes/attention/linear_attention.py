@@ -207,7 +207,7 @@ class _Writer:
         name = f"{path}.{side}_features" if path else f"{side}_features"
 
         def weight(what: str, values: tuple[torch.Tensor, ...]) -> fx.Node:
-            return self.edit.weight(f"{name}.{what}", nn.Parameter(values[index].to(dtype)))
+            return self.edit.weight(f"{name}.{what}", nn.Parameter(values[index].to(dtype), requires_grad=False))
 
         if maps.matrices:
             x = self.edit.call(aten.matmul.default, x, weight("weight", maps.matrices))

@@ -9,6 +9,7 @@ skips what is hidden. A causal attention stays causal; padding stays hidden. B i
 - `block`: ⌊i/B⌋ = ⌊j/B⌋, attention within blocks. Qiu et al. 2019, Blockwise Self-Attention. https://arxiv.org/abs/1911.02972
 - `global-window-random`: the window, `global_tokens` first tokens that see all and are seen by all, and for each block of
   queries `random_blocks` blocks of keys, drawn for each head. Zaheer et al. 2020, Big Bird, §2. https://arxiv.org/abs/2007.14062
+  They are a table of all pairs of blocks, at most 16 MiB for an attention; a longer text has none behind what the table holds.
 - `strided`: the window, and every `stride`-th block: (⌊i/B⌋ - ⌊j/B⌋) mod stride = 0. Child et al. 2019, Sparse Transformer,
   §4.3, https://arxiv.org/abs/1904.10509, whose strides are of tokens; with blocks, blocks can be skipped whole.
 - `dilated`: a window with gaps, ⌊window/B⌋ blocks to each side of which each is `dilation` blocks from the next. Longformer
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal
 
 import torch
@@ -58,6 +60,8 @@ _OPTIONS: Mapping[str, Mapping[str, float]] = {
 """The options of each pattern, with their values unless told."""
 _DRAWN = 8192
 """Tokens random blocks are drawn for where the program has no longest text; behind them there are none."""
+_LARGEST_LAYOUT = 2**24
+"""Bytes of one attention's table of random blocks: 724 blocks for each of 32 heads, some 46,000 tokens in blocks of 64."""
 
 
 @dataclass(frozen=True)
@@ -154,17 +158,10 @@ class SparsifyAttention(Approximation):
 
     def _draw(self, edit: Editor, site: AttentionSite, order: int, block: int) -> torch.Tensor:
         """Random blocks of keys for each head and block of queries; for a causal attention, from those before."""
-        q = nodes.tensor_type(site.node.args[0])
-        sizes = [item.maximum for symbol, item in edit.program.signature.dimensions.items() if symbol == q.shape[2]]
-        longest = q.shape[2] if isinstance(q.shape[2], int) else (sizes[0] if sizes and sizes[0] else _DRAWN)
         generator = torch.Generator().manual_seed(self._value("seed") + (order << 16))
-        return random_layout(
-            int(q.shape[1]),  # pyright: ignore[reportArgumentType]
-            -(-int(longest) // block),
-            self._value("random_blocks"),
-            causal=site.mask.causal,
-            generator=generator,
-        )
+        heads = int(nodes.tensor_type(site.node.args[0]).shape[1])  # pyright: ignore[reportArgumentType]
+        blocks = _drawn_blocks(edit, site.node, heads, block)
+        return random_layout(heads, blocks, self._value("random_blocks"), causal=site.mask.causal, generator=generator)
 
     def _measure(self, edit: Editor, chosen: list[fx.Node]) -> None:
         block, share = self._value("block"), self.mass or _OPTIONS["measured"]["mass"]
@@ -197,6 +194,28 @@ def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
     if cross or not fake.same_type(edit.program.fake_mode, *same):
         return "its keys are not the tokens of its queries"
     return None
+
+
+def _drawn_blocks(edit: Editor, node: fx.Node, heads: int, block: int) -> int:
+    """How many blocks of queries and of keys random blocks are drawn for.
+
+    Raises: UnsupportedError when the length is fixed and the table of its blocks is too large.
+    """
+    size = _tokens(node)
+    longest = [item.maximum for symbol, item in edit.program.signature.dimensions.items() if symbol == size]
+    tokens = size if isinstance(size, int) else (longest[0] if longest and longest[0] else _DRAWN)
+    blocks, most = -(-tokens // block), isqrt(_LARGEST_LAYOUT // heads)
+    if blocks <= most:
+        return blocks
+    if isinstance(size, int):
+        raise UnsupportedError(
+            f"sparsify-attention{{pattern=global-window-random}} keeps a table of {heads} heads × {blocks:,} × {blocks:,} "
+            f"blocks for {tokens:,} tokens in blocks of {block}, more than {_LARGEST_LAYOUT:,} bytes; give block= of "
+            f"{-(-tokens // most)} or more, or another pattern="
+        )
+    path = nodes.origin(node).module_path or node.name
+    edit.note(f"{path}: random blocks are drawn for the first {most * block:,} tokens; a larger block= reaches further")
+    return most
 
 
 def _is_causal(node: fx.Node) -> bool:
@@ -253,10 +272,11 @@ def random_layout(heads: int, blocks: int, count: int, *, causal: bool, generato
     allowed = ~torch.eye(blocks, dtype=torch.bool)
     if causal:
         allowed = allowed.tril()
-    scores = torch.rand(heads, blocks, blocks, generator=generator).masked_fill(~allowed, -1.0)
     layout = torch.zeros(heads, blocks + 1, blocks + 1, dtype=torch.bool)
-    chosen = scores.topk(min(count, blocks), -1)
-    layout[:, :blocks, :blocks].scatter_(-1, chosen.indices, chosen.values >= 0)
+    for head in layout:
+        scores = torch.rand(blocks, blocks, generator=generator).masked_fill(~allowed, -1.0)
+        chosen = scores.topk(min(count, blocks), -1)
+        head[:blocks, :blocks].scatter_(-1, chosen.indices, chosen.values >= 0)
     return layout
 
 

@@ -42,7 +42,7 @@ class FoldConstants(Rewrite):
             result = evaluate_nodes(edit.program.graph_module, node)
             trainable = result.is_floating_point() and any(_is_trainable(edit, used) for used in inputs)
             with edit.before(node):
-                folded = edit.weight(_name(node), nn.Parameter(result) if trainable else result)
+                folded = edit.weight(_name(node), nn.Parameter(result, requires_grad=False) if trainable else result)
             edit.replace(node, folded)
 
 
@@ -85,7 +85,7 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_trainable(edit: Editor, read: fx.Node) -> bool:
-    return edit.program.weight(str(read.target)).requires_grad
+    return isinstance(edit.program.weight(str(read.target)), nn.Parameter)
 
 
 def _bytes(node: fx.Node) -> int:

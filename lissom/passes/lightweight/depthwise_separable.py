@@ -102,7 +102,7 @@ class DepthwiseSeparable(Approximation):
                 give_back_memory()
                 edit.report("layers", finished + 1, len(layers))
         for layer, result in found.items():
-            trainable = before.weight(str(layer.kernel.target)).requires_grad
+            trainable = isinstance(before.weight(str(layer.kernel.target)), nn.Parameter)
             _put(edit, layer, result, trainable=trainable)
 
     def _layers(self, edit: Editor) -> list[Convolution]:
@@ -326,9 +326,10 @@ def _put(edit: Editor, layer: Convolution, found: Separation, *, trainable: bool
     (target, *window), (last_target, *last_window) = (over, places) if depthwise_first else (places, over)
     edit.current = node
     with edit.before(node):
+        factors = (factor.to(dtype).contiguous() for factor in (found.first, found.last))
         first, last = (
-            edit.weight(f"{layer.kernel.target}_{name}", nn.Parameter(factor.to(dtype).contiguous(), requires_grad=trainable))
-            for name, factor in zip(names, (found.first, found.last), strict=True)
+            edit.weight(f"{layer.kernel.target}_{name}", nn.Parameter(factor, requires_grad=False) if trainable else factor)
+            for name, factor in zip(names, factors, strict=True)
         )
         value = edit.call(target, layer.input, first, None, *window, layout.first_groups)
         edit.replace(node, edit.call(last_target, value, last, nodes.argument(node, "bias"), *last_window, layout.last_groups))

@@ -142,7 +142,8 @@ def _join(edit: Editor, weights: Sequence[fx.Node], name: str) -> fx.Node:
         leaves = (name, f"{name}_scale", f"{name}_zero_point")
         stored = [edit.weight(leaf, torch.cat(part)) for leaf, part in zip(leaves, parts, strict=False)]
         return edit.call(dequantize, *stored, **weights[0].kwargs)
-    return edit.weight(name, nn.Parameter(torch.cat([_tensor(edit, weight) for weight in weights])))
+    joined = torch.cat([_tensor(edit, weight) for weight in weights])
+    return edit.weight(name, nn.Parameter(joined, requires_grad=False))
 
 
 def _parts(edit: Editor, weight: fx.Node) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
@@ -35,7 +35,7 @@ class PackLinear(Rewrite):
                 tensor = pack(edit.program.weight(name).detach())
                 # A table is looked up long before it is multiplied with.
                 with edit.before(weight.next, like=[node]):
-                    packed[name] = edit.weight(f"{name}_packed", nn.Parameter(tensor, requires_grad=False))
+                    packed[name] = edit.weight(f"{name}_packed", tensor)
             features = nodes.tensor_type(weight).shape[0]
             with edit.before(node):
                 call = edit.call(

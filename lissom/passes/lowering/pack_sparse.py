@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
@@ -53,12 +53,8 @@ class PackSparse(Rewrite):
             name = str(weight.target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
             with edit.before(node):
                 if name not in packed:
-                    parts = zip(("values", "places"), pack(edit.program.weight(name).detach()), strict=True)
-                    first, second = (
-                        edit.weight(f"{name}_{part}", nn.Parameter(tensor, requires_grad=False) if part == "values" else tensor)
-                        for part, tensor in parts
-                    )
-                    packed[name] = first, second
+                    values, places = pack(edit.program.weight(name).detach())
+                    packed[name] = edit.weight(f"{name}_values", values), edit.weight(f"{name}_places", places)
                 call = edit.call(sparse_linear, x, *packed[name], *(item for item in bias if item is not None))
             edit.replace(node, call)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import lissom
@@ -170,6 +172,28 @@ def test_random_blocks_are_others_and_earlier_ones_where_causal() -> None:
         wanted = [min(2, row) if causal else 2 for row in range(8)]
         assert layout[:, :8].sum(-1).tolist() == [wanted] * 3
         assert not causal or not layout.triu(1).any()
+
+
+def test_random_blocks_of_short_blocks_are_drawn_for_the_first_tokens() -> None:
+    """Blocks of one token of up to 8,192: all pairs of them would take 268 MB for each attention."""
+    program, history = sparse(tiny_llama, "sparsify-attention{pattern=global-window-random,window=1,block=1,global_tokens=0}")
+    layouts = [tensor for name, tensor in program.weights().items() if name.endswith("layout")]
+    assert len(layouts) == 2 and all(layout.shape == (4, 2049, 2049) for layout in layouts)
+    assert "random blocks are drawn for the first 2,048 tokens; a larger block= reaches further" in str(history)
+
+
+def test_a_table_of_random_blocks_that_is_too_large_is_refused() -> None:
+    class Long(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return scaled_dot_product_attention(x, x, x)
+
+    program = lissom.optimize(Long(), torch.zeros(1, 1, 5000, 1), dynamic=False).program
+    wanted = (
+        "keeps a table of 1 heads × 5,000 × 5,000 blocks for 5,000 tokens in blocks of 1, more than 16,777,216 bytes; give "
+        "block= of 2 or more, or another pattern="
+    )
+    with pytest.raises(UnsupportedError, match=re.escape(wanted)):
+        Pipeline([SparsifyAttention("global-window-random", window=1, block=1)], checks="structural").run(program)
 
 
 def test_room_is_left_for_longer_texts() -> None:

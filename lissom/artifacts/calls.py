@@ -1,0 +1,116 @@
+"""Whether a call in a file fits what it calls: the operator's schema, or a function of sizes."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from lissom.artifacts.allowed import FIXED
+from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
+from lissom.artifacts.fields import shown
+from lissom.compiler import node as nodes
+from lissom.compiler.types import ScalarType, TensorType
+
+MOST_EXPONENT = 64
+"""Of a power or a shift of sizes: Python computes it exactly, however long it is."""
+_POWERS = (operator.pow, operator.lshift, *(SIZE_FUNCTIONS[name] for name in ("Pow", "PowByNatural", "FloatPow")))
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "int": (int,),
+    "SymInt": (int,),
+    "float": (int, float),
+    "number": (int, float, complex),
+    "bool": (bool,),
+    "str": (str,),
+    # The name of a process group.
+    "Any": (str,),
+    "ScalarType": (torch.dtype,),
+    "Layout": (torch.layout,),
+    "MemoryFormat": (torch.memory_format,),
+    "Device": (torch.device,),
+}
+"""For types as schemas print them, what stands for them in a file; a value of any other type comes from a node."""
+_NUMBERS = ("int", "SymInt", "float", "number", "bool")
+
+
+def check_call(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Refuse a call that does not fit what it calls: the number, names and kinds of its arguments.
+
+    Of what a node yields its type in the file counts. Raises: ValueError.
+    """
+    if isinstance(target, torch._ops.OpOverload):
+        _check_operator(target, args, kwargs)
+    else:
+        _check_function(target, args, kwargs)
+
+
+def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    parameters = target._schema.arguments
+    by_place = [parameter.name for parameter in parameters if not parameter.kwarg_only]
+    if len(args) > len(by_place):
+        raise ValueError(f"{target} takes {len(by_place)} arguments by position, and is given {len(args)}")
+    given = dict(zip(by_place, args, strict=False))
+    names = {parameter.name for parameter in parameters}
+    for name in kwargs:
+        if name not in names or name in given:
+            raise ValueError(f"{target} has no argument {shown(name)}" if name not in names else f"{target} has {name!r} twice")
+    given |= kwargs
+    for parameter in parameters:
+        if parameter.name not in given:
+            if not parameter.has_default_value():
+                raise ValueError(f"{target} lacks its argument '{parameter.name}'")
+            continue
+        item, one_for_all = given[parameter.name], getattr(parameter, "N", None) is not None
+        # A number takes the place of a tensor in arithmetic.
+        of_numbers = torch.Tag.pointwise in target.tags or parameter.name == "other"
+        if not _fits(item, str(parameter.real_type), of_numbers, one_for_all):
+            raise ValueError(
+                f"the argument '{parameter.name}' of {target} is {shown(item)}, and is to be {parameter.real_type}"
+            )
+    for name, value in FIXED.get(str(target), {}).items():
+        if name in given and given[name] != value:
+            raise ValueError(f"{target} draws random numbers: its argument '{name}' is {shown(given[name])}, and not {value}")
+
+
+def _fits(item: object, kind: str, of_numbers: bool, one_for_all: bool = False) -> bool:
+    """Whether an argument is of a kind as schemas write it.
+
+    of_numbers: a number may stand for a tensor. one_for_all: one number may stand for a list.
+    """
+    if kind.startswith("Optional["):
+        return item is None or _fits(item, kind[len("Optional[") : -1], of_numbers, one_for_all)
+    if kind.startswith("List["):
+        inner = kind[len("List[") : -1]
+        if isinstance(item, (list, tuple)):
+            return all(_fits(part, inner, of_numbers) for part in cast("Sequence[object]", item))
+        is_list = isinstance(item, fx.Node) and isinstance(nodes.node_type(item), tuple)
+        return is_list or (one_for_all and _fits(item, inner, of_numbers))
+    found = nodes.node_type(item) if isinstance(item, fx.Node) else item
+    if kind == "Tensor":
+        return isinstance(found, TensorType) or (of_numbers and isinstance(found, (ScalarType, int, float, complex)))
+    if isinstance(item, fx.Node):
+        # A tensor of one element takes the place of a number.
+        return kind in _NUMBERS and isinstance(found, (ScalarType, TensorType))
+    return isinstance(item, _KINDS.get(kind, ()))
+
+
+def _check_function(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    """Refuse what is no call of a function of sizes: of numbers, by position; items are taken by numbers and slices too."""
+    name = getattr(target, "__name__", target)
+    if kwargs:
+        raise ValueError(f"{name} takes its arguments by position, and is given {shown([*kwargs])}")
+    for item in args:
+        is_index = target is operator.getitem and isinstance(item, (slice, tuple, type(None), type(...)))
+        if not is_index and not isinstance(item, (fx.Node, int, float)):
+            raise ValueError(f"{name} takes numbers, and is given {shown(item)}")
+    if target not in SIZE_FUNCTIONS.values():
+        try:
+            inspect.signature(target).bind(*args)
+        except TypeError as error:
+            raise ValueError(f"{name} is given {len(args)} arguments: {error}") from error
+    if target in _POWERS and not (len(args) == 2 and isinstance(args[1], (int, float)) and abs(args[1]) <= MOST_EXPONENT):
+        raise ValueError(f"the exponent of {name} is {shown(args[1:])}; the limit is a number up to {MOST_EXPONENT}")

@@ -1,0 +1,88 @@
+"""The artifacts that are changed: small models of every kind that Lissom saves, with inputs and what they answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+import lissom
+from lissom.artifacts.artifact import read_program
+from lissom.artifacts.directory import read_directory
+from lissom.artifacts.rank_files import weights_file
+from lissom.artifacts.weights import load_alone
+from tests.decoders import MAX_LENGTH, decoder, prompt
+from tests.models import Case, counter, feed_forward, tiny_bert
+
+Answer = list[object]
+"""The leaves of what a model returns."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One kind of artifact.
+
+    save: writes it into a folder that is not there. program: the folder in it that has a manifest. load: gives what answers a
+    call with the inputs of the sample. backends: what must be installed.
+    """
+
+    save: Callable[[Path], None]
+    load: Callable[[Path], Callable[[], Answer]]
+    program: str = "."
+
+
+def _leaves(tree: object) -> Answer:
+    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(tree)]
+
+
+def _compiled(build: Callable[[], Case], **options: Any) -> Sample:
+    def save(folder: Path) -> None:
+        case = build()
+        lissom.compile(case.model, case.inputs, checks="off", only_if_faster=False, **options).save(folder)
+
+    def load(folder: Path) -> Callable[[], Answer]:
+        model, case = lissom.load(folder), build()
+        return lambda: _leaves(model(*case.args, **case.kwargs))
+
+    return Sample(save, load)
+
+
+def _save_decoder(folder: Path) -> None:
+    lissom.compile_generation(decoder("llama"), max_length=MAX_LENGTH).save(folder)
+
+
+def _load_decoder(folder: Path) -> Callable[[], Answer]:
+    model = lissom.load_generation(folder)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return lambda: _leaves(model.generate(**prompt(), **greedy))
+
+
+def _save_ranks(folder: Path) -> None:
+    case = tiny_bert()
+    lissom.compile(case.model, case.inputs, backend="distributed", ways=2, checks="off").save(folder)
+
+
+def _load_rank(folder: Path) -> Callable[[], Answer]:
+    """The program of rank 0 as it is read; it answers nothing without the other rank."""
+    manifest = read_directory(folder)
+    program = read_program(
+        folder,
+        lambda _, place: load_alone(folder / weights_file(0), place, manifest.files.get(weights_file(0))),
+        lambda device: device,
+    )
+    return lambda: _leaves(list(program.weights().values()))
+
+
+SAMPLES: Mapping[str, Sample] = {
+    "bert": _compiled(tiny_bert),
+    "plain": _compiled(feed_forward, passes="remove-no-ops"),
+    "int8": _compiled(tiny_bert, passes="quantize"),
+    "counter": _compiled(counter),
+    "decoder": Sample(_save_decoder, _load_decoder, "program"),
+    "onnx": _compiled(feed_forward, backend=lissom.OnnxRuntime(threads=1, timing_seconds=0.0)),
+    "ranks": Sample(_save_ranks, _load_rank),
+}

@@ -1,0 +1,62 @@
+"""`python -m tools.list_operators`: the operators that the models of the zoo are captured to, as one JSON line a model.
+
+Those that are not in `lissom/artifacts/allowed.py` are printed. One is added there after a look at what it does with bad
+arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+
+from lissom.artifacts.operators import is_allowed
+from lissom.compiler.errors import LissomError
+from lissom.frontends.export import capture
+from tests.zoo import selection
+from tests.zoo.catalogue import entries
+from tests.zoo.coverage import load
+from tests.zoo.entry import Entry
+from tests.zoo.runner import run
+
+
+def collect(entry: Entry, report: Callable[[dict[str, Any]], None]) -> None:
+    """Report the operators a model calls once it is captured, with all sizes fixed."""
+    report({"phase": "capture", "operators": []})
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            case = entry.build()
+            program = capture(case.model, case.args, case.kwargs, dynamic=False).program
+    except LissomError as error:
+        report({"phase": None, "error": str(error)})
+        return
+    called = {str(node.target) for node in program.nodes() if isinstance(node.target, torch._ops.OpOverload)}
+    report({"phase": None, "operators": sorted(called)})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Collect, and print the operators that are not on the list; 1 when there are some."""
+    parser = argparse.ArgumentParser(prog="python -m tools.list_operators", description=__doc__)
+    selection.add_arguments(parser, "operators.json")
+    options = parser.parse_args(arguments)
+    chosen = selection.choose(parser, options, entries())
+    describe = lambda record: f"{record['name']}: {record.get('error') or len(record.get('operators', ()))}"  # noqa: E731
+    run(chosen, options.output, collect, describe, seconds=options.limit_seconds, jobs=options.jobs)
+    needed: dict[str, str] = {}
+    for record in load(options.output):
+        needed |= {name: record["name"] for name in record.get("operators", ()) if not is_allowed(name)}
+    print("\n".join(f"{name} ({model})" for name, model in sorted(needed.items())) or "every operator is on the list")
+    return 1 if needed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
