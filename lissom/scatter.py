@@ -55,10 +55,12 @@ def with_ways(backend: str | Backend, ways: int | None) -> str | Backend:
     """The backend with the number of ranks as its option. Raises: UnsupportedError when it takes none, or has another."""
     if ways is None:
         return backend
-    if backend == Distributed.name:
+    if isinstance(ways, bool) or not isinstance(ways, int) or ways < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"ways= is {ways!r:.80}; give the number of ranks that share the model, 2 or more")
+    if isinstance(backend, str) and backend == Distributed.name:
         return Distributed(ways)
     if not isinstance(backend, Distributed):
-        name = backend if isinstance(backend, str) else backend.name
+        name = getattr(backend, "name", backend)
         raise UnsupportedError(f"ways={ways} goes with backend='distributed', and backend is '{name}'; leave one of them out")
     if backend.ways not in (None, ways):
         raise UnsupportedError(f"ways is {ways}, and the backend's is {backend.ways}; give the number once")

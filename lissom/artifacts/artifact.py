@@ -121,7 +121,7 @@ def _confirm(program: Program, folder: Path) -> None:
         raise ArtifactError(f"{program.name} cannot be saved: read back, its program is another; please report this model")
 
 
-def load_artifact(directory: Path, device: torch.device | None = None, backend: Backend | None = None) -> Loaded:
+def load_artifact(directory: Path, device: torch.device | None = None, backend: str | Backend | None = None) -> Loaded:
     """The artifact in a directory; device: where it is to run, where it ran before by default; backend: in place of the one it
     was saved with, which has the same name.
 
@@ -130,7 +130,7 @@ def load_artifact(directory: Path, device: torch.device | None = None, backend: 
     return load_whole(directory, read_directory(directory), device, backend)
 
 
-def load_whole(directory: Path, manifest: Manifest, device: torch.device | None, backend: Backend | None) -> Loaded:
+def load_whole(directory: Path, manifest: Manifest, device: torch.device | None, backend: str | Backend | None) -> Loaded:
     """The artifact in a directory whose files are checked. Arguments and errors as for `load_artifact`."""
     backend = find_saved_backend(manifest, directory, backend)
     saved, wanted = find_devices(manifest, directory, device)
@@ -151,20 +151,25 @@ def load_whole(directory: Path, manifest: Manifest, device: torch.device | None,
     return Loaded(program, executable, history, backend, manifest.facts, notes)
 
 
-def find_saved_backend(manifest: Manifest, directory: Path, wanted: Backend | None) -> Backend:
-    """The backend the artifact was saved with, or the one wanted in its place. Raises: ArtifactError, UnsupportedError."""
+def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backend | None) -> Backend:
+    """The backend the artifact was saved with, or the one wanted in its place, which may be named.
+
+    Raises: ArtifactError, UnsupportedError.
+    """
     name = manifest.backend
+    if not isinstance(wanted, (str, Backend, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"backend= is {wanted!r:.80}; give '{name}', or an object with options of it")
     if name not in BACKENDS:
         hint = nearest(name, BACKENDS) or ";"
         raise ArtifactError(f"'{directory}' was made by a backend '{name}'{hint} this Lissom has {', '.join(BACKENDS)}")
-    if wanted is not None and wanted.name != name:
+    asked = wanted.name if isinstance(wanted, Backend) else wanted
+    if asked not in (None, name):
         raise UnsupportedError(
-            f"'{directory}' was saved for backend '{name}', and backend= is '{wanted.name}'; "
-            f"compile the model again for that one"
+            f"'{directory}' was saved for backend '{name}', and backend= is '{asked}'; compile the model again for that one"
         )
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in manifest.options.items()}
     try:
-        return wanted or BACKENDS[name](**options)
+        return wanted if isinstance(wanted, Backend) else BACKENDS[name](**options)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"'{directory}' has options of backend '{name}' that this Lissom lacks: {error}") from error
 

@@ -117,7 +117,7 @@ def _save_together(directory: Path, executable: RankProgram, shared: partial[Non
     ranks.share_directory(write, own, program.name)
 
 
-def load(directory: Path, device: torch.device | None = None, backend: Backend | None = None) -> Loaded:
+def load(directory: Path, device: torch.device | None = None, backend: str | Backend | None = None) -> Loaded:
     """The artifact in a directory, or this rank's part of one for several ranks; arguments and errors as for `load_artifact`.
 
     Raises: UnsupportedError when the process is none of so many ranks; RankError when one ended or does not answer.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NoReturn, get_args
+from typing import NoReturn
 
 import torch
 
@@ -27,6 +27,7 @@ from lissom.compiler.errors import (
 from lissom.compiler.history import History, Size, Step, changed_calls
 from lissom.compiler.kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.memory import heap_set_aside
+from lissom.compiler.options import Checks, Metric, Progress, check_options, read_score
 from lissom.compiler.program import Program
 from lissom.compiler.rounding import local_error, local_tolerance
 from lissom.compiler.samples import Sample
@@ -44,21 +45,7 @@ from lissom.compiler.verify import (
     with_kept_form,
 )
 
-Checks = Literal["numeric", "structural", "off"]
-Metric = Callable[[Program], float]
-Progress = Callable[[str, int, int], None]
 Judge = Callable[[Program, Program], str | None]
-
-
-def check_options(checks: Checks, metric: Metric | None = None, max_drop: float | None = None) -> None:
-    """Refuse options no pipeline can run with.
-
-    Raises: UnsupportedError.
-    """
-    if checks not in get_args(Checks):
-        raise UnsupportedError(f"checks='{checks}' is not known; choose {', '.join(get_args(Checks))}")
-    if max_drop is not None and metric is None:
-        raise UnsupportedError("max_drop needs a metric to measure the drop of: pass metric=")
 
 
 @dataclass(frozen=True)
@@ -370,7 +357,7 @@ class _Run:
         if self.pipeline.metric is None:
             return None
         with torch.no_grad(), kept_state(program):
-            return float(self.pipeline.metric(program))
+            return read_score(self.pipeline.metric(program), original=self.score is None)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -66,7 +66,7 @@ def _write(
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def load(directory: Path, device: str | torch.device | None, backend: Backend | None) -> GenerationModel:
+def load(directory: Path, device: str | torch.device | None, backend: str | Backend | None) -> GenerationModel:
     """The decoder in the directory. Raises: ArtifactError, UnsupportedError."""
     if not is_saved(directory):
         raise ArtifactError(f"'{directory}' holds no saved decoder; name a directory that its save wrote")
