@@ -87,7 +87,8 @@ def capture(
             kwargs = _in_order(model, args, kwargs)
         with untouched(model), evaluating(model):
             _bound(model, args, kwargs)
-            answer = answer_to(model, args, kwargs)
+            with nothing_registered(model):
+                answer = answer_to(model, args, kwargs)
             if isinstance(dynamic, Mapping):
                 program, notes = _capture_named(model, args, kwargs, dynamic, answer)
             else:
