@@ -92,6 +92,7 @@ def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = F
     shapes = " and ".join(str(list(item.shape)) for item in (q, k, v))
     if (
         not q.dim() == k.dim() == v.dim() == 4
+        or k.shape[1] == 0
         or q.shape[1] % k.shape[1]
         or q.shape[3] != k.shape[3]
         or k.shape[1] != v.shape[1]
