@@ -35,6 +35,7 @@ def linear_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    _check(q, k, v, causal, chunk)
     heads, groups, tokens = q.shape[1], k.shape[1], q.shape[2]
     q_wide, k_wide, v_wide = _widened(q, k, v)
     if causal:
@@ -88,7 +89,8 @@ def _causal_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int) 
     return sums.reshape(batch, heads, chunks * chunk, v.shape[-1])[:, :, :tokens]
 
 
-def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK) -> torch.Tensor:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, chunk: int) -> None:
+    """Raise RuntimeError unless the operands fit each other."""
     shapes = " and ".join(str(list(item.shape)) for item in (q, k, v))
     if (
         not q.dim() == k.dim() == v.dim() == 4
@@ -103,6 +105,12 @@ def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = F
         )
     if causal and q.shape[2] != k.shape[2]:
         raise RuntimeError(f"lissom::linear_attention is causal with as many keys as queries, not {shapes}")
+    if chunk < 1:
+        raise RuntimeError(f"lissom::linear_attention takes chunks of at least one token, not {chunk}")
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK) -> torch.Tensor:
+    _check(q, k, v, causal, chunk)
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 

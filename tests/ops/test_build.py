@@ -1,6 +1,5 @@
 """Building the kernels: where the library is kept, what makes it be built again, and when it is not used."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lissom.ops import KERNELS
 from lissom.ops.native import build, load_kernels, self_test
 
 MISSING = load_kernels()
@@ -45,7 +45,7 @@ def test_who_comes_while_the_kernels_are_built_waits_and_builds_nothing(tmp_path
     assert library.read_text() == "library\n"
     assert (tmp_path / "log").read_text() == "built\n"
     # What cannot be loaded fails its self-test, and is not built again at the next start.
-    assert "file too short" in str(build.self_test_of(library)) or "invalid ELF" in str(build.self_test_of(library))
+    assert "Could not load this library" in str(build.self_test_of(library))
 
 
 @pytest.mark.parametrize("size", [0, 100, 1000, 100_000, 800_000])
@@ -67,6 +67,7 @@ def test_a_damaged_record_is_found_out(tmp_path, record):
     assert build.self_test_of(library) is None
 
 
+@pytest.mark.slow
 def test_a_library_cut_short_is_built_again(tmp_path):
     compiler = compiler_that_copies(tmp_path, build.kept_library())
     code = "from lissom.ops.native import build, load_kernels; print(load_kernels(), build.kept_library())"
@@ -97,21 +98,7 @@ def test_the_self_test_names_the_kernel_that_differs(monkeypatch):
 
 
 def test_the_self_test_calls_every_kernel():
-    names = {str(kernel).split(".")[1] for kernel in (*torch.ops.lissom.__dict__.values(),) if "lissom." in str(kernel)}
-    assert {name for name, *_ in self_test.cases(torch.float32)} >= {
-        "packed_embedding",
-        "packed_linear",
-        "packed_linear_norm",
-        "fused_attention",
-        "block_sparse_attention",
-        "merged_attention",
-        "fused_rms_norm",
-        "fused_rotary",
-        "quantized_linear",
-        "quantized_linear_norm",
-        "weight_quantized_linear",
-        "weight_quantized_linear_norm",
-    }, names
+    assert {name for name, *_ in self_test.cases(torch.float32)} == {kernel.name().split("::")[1] for kernel in KERNELS}
 
 
 @pytest.mark.parametrize("value", ["", "cache", "./cache", None])
@@ -162,9 +149,3 @@ def test_flags_name_another_library(monkeypatch):
     plain = build._fingerprint(compiler)
     monkeypatch.setenv(build.FLAGS, "-march=haswell")
     assert build._fingerprint(compiler) != plain
-
-
-def test_a_record_holds_what_was_found(tmp_path):
-    record = json.loads(build._record(build.kept_library()).read_text())
-    assert set(record) == {"sha256", "self_test"}
-    assert record["self_test"] == ""

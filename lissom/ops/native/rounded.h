@@ -169,7 +169,7 @@ struct Rounded {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Grid& mine = grids[row - origin + r];
-        Vec whole = to_floats(totals[r][v] - ones * mine.zero);
+        Vec whole = to_floats((IntVec)((BitVec)totals[r][v] - (BitVec)ones * uint32_t(mine.zero)));  // wrong sums wrap around
         values[r][v] = whole * (factor * mine.scale);
       }
     }

@@ -29,6 +29,7 @@ constexpr int kRows = 8;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));  // sums wrap around
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasBFloat16 = true;
@@ -228,7 +229,7 @@ inline Vec exponential(Vec x) {
   p = p * x + 1.6666665459e-1f;
   p = p * x + 5.0000001201e-1f;
   p = p * (x * x) + x + 1.0f;
-  IntVec bits = ((IntVec)shifted << 23) + (127 << 23);
+  BitVec bits = ((BitVec)shifted << 23) + (127u << 23);
   return large ? splat(std::numeric_limits<float>::infinity()) : p * (Vec)bits;
 }
 
