@@ -20,5 +20,5 @@ def test_eight_threads_get_what_one_gets(dtype):
 
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def test_eight_threads_get_what_one_gets_of_bytes():
-    model = compiled(torch.float32, "quantize{weights=int8,activations=dynamic}")
+    model = compiled(torch.float32, "quantize{scheme=int8-dynamic}")
     assert differing_calls(model, torch.float32, threads=8, calls=8) == 0
