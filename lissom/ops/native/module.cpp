@@ -129,6 +129,7 @@ Tensor rounded_of(const Tensor& given, const Bytes& bytes, const Around& around)
                     bytes.granularity == "token" ? Rounding::kToken : Rounding::kTensor, Grid{}};
   if (bytes.x_scale) {
     float scale = bytes.x_scale->item<float>();
+    TORCH_CHECK(std::isfinite(scale) && scale > 0, "the scale of x is ", scale, ", and must be finite and greater than 0");
     source.rounding = Rounding::kKnown;
     double zero = bytes.x_zero_point ? bytes.x_zero_point->item<double>() : 0;
     TORCH_CHECK(zero >= 0 && zero <= kLargestByte, "the zero point of x is ", zero, ", and must be from 0 to ", kLargestByte);
