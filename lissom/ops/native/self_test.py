@@ -7,7 +7,7 @@ whole vectors and its rests.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -38,7 +38,7 @@ from lissom.ops.weight_quantized_linear import (
 # inputs, weights and results are rounded to 8 bits, by 2e-2.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
-Case = tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], dict[str, object]]
+Case = tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], Mapping[str, object]]
 """An operator's name, its reference, and operands and options for both."""
 
 
