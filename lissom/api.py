@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,9 @@ class CompiledModel(HostedModel):
             the vocabulary, a position past the last), naming what was found and what is allowed.
         """
         signature = self.program.signature
-        return signature.unflatten(self.run(signature.flatten(args, self.asked(kwargs))))
+        with self.refusals():
+            tensors = signature.flatten(args, self.asked(kwargs))
+        return signature.unflatten(self.run(tensors))
 
     def run(self, tensors: Sample) -> Sequence[object]:
         """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
@@ -93,6 +96,10 @@ class CompiledModel(HostedModel):
         if torch.is_inference_mode_enabled():
             return found
         return [ordinary(value) if isinstance(value, torch.Tensor) else value for value in found]
+
+    def refusals(self) -> AbstractContextManager[None]:
+        """A block that checks a call's arguments: when it raises, the other ranks do not wait for this one's call."""
+        return self._executable.refusals() if isinstance(self._executable, RankProgram) else nullcontext()
 
     def state(self) -> dict[str, torch.Tensor]:
         """The state the model keeps from call to call, by the names of its buffers; empty when it keeps none.

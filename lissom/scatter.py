@@ -101,8 +101,8 @@ def compile_for_ranks(
         lower_rank(cut.program.of_rank(0), backend, device, cut.samples, checks, simulate=simulate)
         return RankModel(cut.program, Held(cut.program, len(cut.program.ranks), cut.history), cut.history)
     ranks = current_ranks(backend.timeout_seconds, backend.shared_memory)
-    ranks.agree(versions() | {"the number of ranks": str(backend.ways)}, _MODEL)
-    with ranks.working():
+    with ranks.working(_MODEL):
+        ranks.agree(versions() | {"the number of ranks": str(backend.ways)}, _MODEL)
         part = _scatter(lambda: _checked(make(), backend), ranks, device)
         stored, history = part.program, part.history
         lowered, lowering = ranks.settle(

@@ -129,7 +129,7 @@ def load(directory: Path, device: torch.device | None = None, backend: str | Bac
     assert isinstance(chosen, Distributed)
     _check_group(manifest, directory, f"run {directory} --input FILE")
     ranks = current_ranks(chosen.timeout_seconds, chosen.shared_memory)
-    with ranks.working():
+    with ranks.working(manifest.name):
         found = ranks.settle(
             partial(_load_part, directory, manifest, chosen, device),
             manifest.name,

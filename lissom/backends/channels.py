@@ -10,14 +10,15 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-FOLDER = Path("/dev/shm")
 SLOT_BYTES = 1 << 20
 """What a rank writes at once; longer values go in parts, which stay in the processor's caches."""
 _LINE = 64
@@ -83,9 +84,12 @@ class SharedMemory:
         self._step = 0
         self._meet: Callable[..., bool] = torch.ops.lissom.meet.default
         self._alive = select.poll()
+        handles: list[int] = []
+        weakref.finalize(self, _close, handles)
         for other in (number for index, number in enumerate(processes) if index != rank):
             # It can be read once the process has ended, one that nobody has waited for too.
-            self._alive.register(os.pidfd_open(other), select.POLLIN)
+            handles.append(os.pidfd_open(other))
+            self._alive.register(handles[-1], select.POLLIN)
 
     def reduce(self, x: torch.Tensor, operation: str) -> None:
         flat = x.view(-1)
@@ -143,27 +147,34 @@ def machine() -> str:
         return ""
 
 
-def create(ways: int) -> Path:
-    """A new file of shared memory for so many ranks. Raises: OSError when there is no room."""
-    path = FOLDER / f"lissom-{os.getpid()}-{time.monotonic_ns():x}"
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+@contextmanager
+def create(ways: int) -> Generator[Path]:
+    """New shared memory for so many ranks, and the path by which other processes of this user open it within the block.
+
+    It has no name in any folder, so the system frees it when the last process that maps it ends, however it ends.
+
+    Raises: OSError when there is no room.
+    """
+    descriptor = os.memfd_create("lissom")
     try:
         os.posix_fallocate(descriptor, 0, _head_bytes(ways) + 2 * ways * SLOT_BYTES)
-    except OSError:
-        path.unlink()
-        raise
+        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
     finally:
         os.close(descriptor)
-    return path
 
 
 def attach(path: Path) -> mmap.mmap:
-    """The file's memory. Raises: OSError."""
+    """The memory at a path that `create` gave. Raises: OSError."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         return mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _close(handles: Sequence[int]) -> None:
+    for handle in handles:
+        os.close(handle)
 
 
 def _head_bytes(ways: int) -> int:

@@ -100,14 +100,16 @@ class Decoder(FixedModule):
 
         Raises: InputError.
         """
-        tokens = self._check(input_ids)
+        with self.compiled.refusals():
+            tokens = self._check(input_ids)
         # Embeddings take ids of 32 bits as well as of 64, and a program is captured with 64.
         ids = input_ids if input_ids.dtype is torch.int64 else input_ids.to(torch.int64)
         if attention_mask is None:
             return self._run(ids, tokens)
         mask, padded = self._mask.clone(), self._padded
         try:
-            self._hide(attention_mask, tokens)
+            with self.compiled.refusals():
+                self._hide(attention_mask, tokens)
             return self._run(ids, tokens)
         except BaseException:
             self._mask.copy_(mask)
