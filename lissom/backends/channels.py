@@ -42,6 +42,10 @@ class Channel(Protocol):
         """Write this rank's part, along the first dimension, of the sum or maximum of `x` over the ranks into `found`."""
         ...
 
+    def end(self) -> None:
+        """Let the ranks that wait for this one give up. It is not called again."""
+        ...
+
 
 class GroupChannel:
     """A process group, over gloo or NCCL."""
@@ -62,6 +66,20 @@ class GroupChannel:
 
     def scatter(self, found: torch.Tensor, x: torch.Tensor, operation: str) -> None:
         self._group._reduce_scatter_base(found, x, self._scatter[operation]).wait()
+
+    def end(self) -> None:
+        group, self._group = self._group, None
+        end_group(group)
+
+
+def end_group(group: Any) -> None:
+    """End a process group on this rank. The caller keeps no reference to it.
+
+    Gloo closes its connections, which the other ranks notice, when the last reference is gone.
+    """
+    group.abort()
+    if group.name() == "gloo":
+        dist.destroy_process_group(group)
 
 
 class SharedMemory:
@@ -109,7 +127,6 @@ class SharedMemory:
             combine(self._exchange(part).view(self.ways, *part.shape)[:, self.rank], operation, into)
 
     def end(self) -> None:
-        """Let those that wait for this rank give up."""
         self._ended.fill_(1)
 
     def _exchange(self, part: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,10 @@ from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.version import __version__
 
+MOST_RANKS = 1024
+"""The largest number of ranks; a manifest that asks for more is refused before its files are listed."""
+LONGEST_SECONDS = 7 * 24 * 3600.0
+
 
 @dataclass(frozen=True)
 class Distributed(Backend):
@@ -56,10 +60,12 @@ class Distributed(Backend):
     runs_ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.ways is not None and self.ways < 2:
-            raise UnsupportedError(f"ways is {self.ways}; a program is shared by 2 ranks or more")
-        if not self.timeout_seconds > 0:
-            raise UnsupportedError(f"timeout_seconds is {self.timeout_seconds:g}; give seconds above 0")
+        if self.ways is not None and not 2 <= self.ways <= MOST_RANKS:
+            raise UnsupportedError(f"ways is {self.ways}; a program is shared by 2 to {MOST_RANKS} ranks")
+        if not 0 < self.timeout_seconds <= LONGEST_SECONDS:
+            raise UnsupportedError(
+                f"timeout_seconds is {self.timeout_seconds:g}; give seconds above 0, and at most {LONGEST_SECONDS:g}"
+            )
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         return Eager().lowering(device)

@@ -22,7 +22,7 @@ import torch
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
-from lissom.backends.channels import Channel, GroupChannel, SharedMemory, attach, create, machine
+from lissom.backends.channels import Channel, GroupChannel, SharedMemory, attach, create, end_group, machine
 from lissom.compiler import errors
 from lissom.compiler.errors import LissomError, RankError, UnsupportedError
 from lissom.ops.native import load_kernels
@@ -48,9 +48,8 @@ class Ranks:
         self.rank, self.ways = dist.get_rank(), dist.get_world_size()
         self.timeout_seconds = timeout_seconds
         self.shares_memory = shares_memory
-        self._memory: SharedMemory | None = None
         self._failure: str | None = None
-        self._data: dict[str, Any] = {}
+        self._channels: dict[str, Channel] = {}
         self._running = RLock()
         self._calls = self._programs = 0
         self._heard = {rank: 0.0 for rank in range(self.ways) if rank != self.rank}
@@ -65,13 +64,10 @@ class Ranks:
     def channel(self, device: torch.device) -> Channel:
         """What carries values on the device; every rank asks for it at the same point."""
         with self.answering("this process group"):
-            if device.type not in self._data:
-                if device.type == "cpu" and self.shares_memory:
-                    self._memory = self._memory or self._share_memory()
-                    if self._memory is not None:
-                        return self._memory
-                self._data[device.type] = self._group("nccl" if device.type == "cuda" else "gloo")
-        return GroupChannel(self._data[device.type])
+            if device.type not in self._channels:
+                memory = self._share_memory() if device.type == "cpu" and self.shares_memory else None
+                self._channels[device.type] = memory or GroupChannel(self._group("nccl" if device.type == "cuda" else "gloo"))
+        return self._channels[device.type]
 
     def _share_memory(self) -> SharedMemory | None:
         """Memory that all ranks see; None where they are not on one machine, or one cannot have it. Raises: RankError."""
@@ -121,11 +117,11 @@ class Ranks:
         self._failure = sentence
         atexit.register(_leave)
         # Those that wait for this rank notice it now, and not when their own time is over.
-        if self._memory is not None:
-            self._memory.end()
-        for group in (self._control, *self._data.values()):
-            if group is not None:
-                group.abort()
+        for channel in self._channels.values():
+            channel.end()
+        control, self._control = self._control, None
+        if control is not None:
+            end_group(control)
 
     def next_program(self) -> int:
         """The number of the next program that these ranks run."""
@@ -162,7 +158,7 @@ class Ranks:
 
     @contextmanager
     def working(self, who: str) -> Generator[None]:
-        """Tell the others that this rank is alive, until the end of the block, while they wait for what it makes; see `alone`."""
+        """As `alone`, and tell the others that this rank is alive while they wait for what it makes."""
         stop = Event()
 
         def beat() -> None:
