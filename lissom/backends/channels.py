@@ -51,7 +51,7 @@ class GroupChannel:
     """A process group, over gloo or NCCL."""
 
     def __init__(self, group: Any) -> None:
-        self._group = group
+        self._group: Any = group
         operations: dict[str, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
         self._reduce = {name: dist.AllreduceOptions() for name in operations}
         self._scatter = {name: dist.ReduceScatterOptions() for name in operations}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.artifacts.manifest import NAME, read_manifest, write_manifest
+from lissom.artifacts.manifest import NAME
 from lissom.backends.distributed import _owns_argument
 from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES
 from lissom.compiler.errors import ArtifactError, UnsupportedError
@@ -394,74 +393,3 @@ def test_the_manifest_says_for_how_many_ranks(held, tmp_path: Path):
     (tmp_path / "model" / NAME).write_text(text.replace('"ways": 2', '"ways": 3'))
     with pytest.raises(ArtifactError, match="was changed after it was written"):
         lissom.load(tmp_path / "model")
-
-
-@pytest.mark.parametrize("ways", [10**9, 1, 0, -3, True, 2.5, "2", None])
-def test_a_manifest_for_an_impossible_number_of_ranks_is_refused(ways: object, saved, tmp_path: Path):
-    shutil.copytree(saved, tmp_path / "model")
-    manifest = read_manifest(saved / NAME)
-    write_manifest(replace(manifest, options={**manifest.options, "ways": ways}), tmp_path / "model" / NAME)
-    with pytest.raises(ArtifactError, match=r"is for .* ranks, and a program is shared by 2 to 1024; save the model again"):
-        lissom.load(tmp_path / "model")
-
-
-@pytest.mark.multiprocess
-def test_a_manifest_that_names_no_weights_of_a_rank_is_refused(saved, tmp_path: Path):
-    shutil.copytree(saved, tmp_path / "model")
-    manifest = read_manifest(saved / NAME)
-    files = {name: content for name, content in manifest.files.items() if name != "rank-1.safetensors"}
-    write_manifest(replace(manifest, files=files), tmp_path / "model" / NAME)
-    (tmp_path / "model" / "rank-1.safetensors").unlink()
-    lines = printed(run_ranks('join(); said(lambda: lissom.load(folder / "model"))', tmp_path))
-    assert lines[0] == lines[1]
-    assert "ArtifactError the manifest of '" in lines[0][0] and "names no 'rank-1.safetensors'" in lines[0][0]
-
-
-@pytest.mark.multiprocess
-def test_a_rank_without_kernels_says_so_when_it_loads(saved, tmp_path: Path):
-    shutil.copytree(saved, tmp_path / "model")
-    script = """
-    os.environ["LISSOM_NATIVE"] = "0"
-    import warnings
-    join()
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        model = lissom.load(folder / "model")
-    print(*(str(item.message) for item in found if "kernels" in str(item.message)))
-    print(model(input_ids=small_ids()).logits.shape)
-    torch.distributed.destroy_process_group()
-    """
-    sentence = "LlamaForCausalLM runs slowly without C++ kernels: LISSOM_NATIVE=0 switches the C++ kernels off"
-    assert printed(run_ranks(script, tmp_path)) == [[sentence, "torch.Size([2, 5, 61])"]] * 2
-
-
-PACKED = """
-from tests.passes.prune.test_pack_tokens import Encoder, inputs
-from tests.models import seeded
-join()
-model = seeded(lambda: Encoder("plain"))
-options = {"passes": "zero-padding,pack-tokens", "only_if_faster": False}
-fast = lissom.compile(model, inputs(), backend="distributed", ways=2, **options)
-one = lissom.compile(model, inputs(), **options)
-print([step.rewritten > 0 for step in fast.report.history.steps if step.spelling == "pack-tokens"])
-generator = torch.Generator().manual_seed(0)
-worst, padding = 0.0, True
-for batch, length in ((5, 5), (1, 1), (3, 7), (4, 6)):
-    x, mask = inputs(batch, length, seed=1)
-    # Holes, rows without any token, no padding at all.
-    for mask in (mask, torch.rand(batch, length, generator=generator) > 0.5, torch.zeros_like(mask), torch.ones_like(mask)):
-        found, wanted = fast(x, mask), one(x, mask)
-        worst = max(worst, float((found - wanted).abs().max()))
-        padding = padding and not found[~mask].any() and not wanted[~mask].any()
-print(worst, padding)
-torch.distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.multiprocess
-def test_packed_tokens_are_the_same_on_ranks_at_padding_too(tmp_path: Path):
-    """`zero-padding` makes the outputs there zero, and nothing reads what pack-tokens leaves there."""
-    for rewritten, numbers in printed(run_ranks(PACKED, tmp_path)):
-        worst, padding = numbers.split()
-        # Two layers of sums of eight float32 products of order 1, in another order.
-        assert rewritten == "[True]" and float(worst) <= 2e-6 and padding == "True"
