@@ -148,7 +148,7 @@ class RankProgram:
             raise
         except (LissomError, TypeError, ValueError, RuntimeError, IndexError) as error:
             with self.ranks.alone(self._program.name), suppress(InputError):
-                self._entry.agree((), str(error))
+                self._entry.agree((), str(error) or type(error).__name__)
             raise
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -204,7 +204,7 @@ from tests.passes.parallel.models import MODELS
 case = MODELS["gpt2"]()
 join()
 backend = lissom.Distributed(ways=2, timeout_seconds=20, shared_memory=SHARED)
-model = lissom.compile(case.model, case.inputs, passes="exact", checks="off", backend=backend)
+model = lissom.compile(case.model, case.inputs, passes="remove-no-ops", checks="off", backend=backend)
 ids = next(iter(case.inputs.values()))
 wanted = model(*case.args, **case.kwargs)[0]
 # More tokens than there are positions, which is noticed in the call, after a first sum over the ranks.
@@ -217,6 +217,6 @@ torch.distributed.destroy_process_group()
 @pytest.mark.multiprocess
 @both_channels
 def test_what_all_ranks_refuse_in_a_call_leaves_them_in_step(shared: bool, tmp_path: Path) -> None:
-    for said, right in printed(run_ranks(POSITIONS.replace("SHARED", str(shared)), tmp_path)):
+    for said, right in printed(run_ranks(POSITIONS.replace("SHARED", str(shared)), tmp_path, seconds=240)):
         assert said.startswith("InputError the inputs ask for row ") and "has rows 0 to 31" in said
         assert right == "True"
