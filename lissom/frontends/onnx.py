@@ -128,8 +128,9 @@ def _input(value: ir.Value, rows: Mapping[str, int], path: Path) -> Input:
         )
     sizes = [size if isinstance(size, int) else size.value for size in value.shape]
     # Some exporters write -1 for a size that varies.
-    unnamed = [size is None or (isinstance(size, int) and size < 0) for size in sizes]
-    named = tuple(f"size_{index}" if unnamed[index] else size for index, size in enumerate(sizes))
+    named = tuple(
+        f"size_{index}" if size is None or (isinstance(size, int) and size < 0) else size for index, size in enumerate(sizes)
+    )
     return Input(str(value.name), dtype, named, rows.get(str(value.name)))
 
 

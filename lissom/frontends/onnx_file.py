@@ -1,7 +1,7 @@
 """An ONNX file, read and checked: whatever it holds becomes a graph that follows the ONNX standard, or one sentence.
 
-Nothing outside of the file's folder is opened. The ONNX checker and shape inference, which run here, refuse operators, attributes,
-axes and shapes that the standard does not allow.
+Nothing outside of the file's folder is opened. ONNX's own checker and shape inference, which run here, refuse operators,
+attributes, axes and shapes that the standard does not allow.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -19,15 +20,38 @@ from onnx_ir.passes.common import _c_api_utils
 
 from lissom.compiler.errors import ArtifactError
 
-MOST_NODES, DEEPEST = 200_000, 64
-"""Nodes a graph may have once its functions are written out, and how deep functions may call each other."""
+MOST_NODES = 200_000
+"""Nodes a graph may have once its functions are written out."""
 _SMALL = 1000
 """Bytes of external data that are read at once; larger tensors are mapped when they are asked for."""
+_ALLOWED: Mapping[str, Collection[object]] = {
+    **dict.fromkeys(
+        (
+            *(
+                "allowzero",
+                "ceil_mode",
+                "count_include_pad",
+                "exclusive",
+                "is_causal",
+                "keepdims",
+                "largest",
+                "linear_before_reset",
+            ),
+            *("noop_with_empty_axes", "reverse", "select_last_index", "sorted", "storage_order", "transA", "transB", "upper"),
+        ),
+        (0, 1),
+    ),
+    "approximate": (b"none", b"tanh"),
+    "auto_pad": (b"NOTSET", b"SAME_UPPER", b"SAME_LOWER", b"VALID"),
+    "reduction": (b"none", b"add", b"mul", b"max", b"min", b"mean", b"sum"),
+}
+"""The values that attributes may have, which the checker does not look at."""
+Part = TypeVar("Part", bound=Message)
 _INFERENCE = re.compile(r"\(op_type:(?P<kind>\w+)(?:, node name: (?P<name>.*?))?\): (?:\[\w+\] )*(?P<reason>.*)")
 
 
-def read_file(path: Path) -> ir.Model:
-    """The model in a file. Raises: ArtifactError when there is none, or it does not follow the standard."""
+def read_proto(path: Path) -> onnx.ModelProto:
+    """The message in a file, as it is. Raises: ArtifactError when there is none."""
     if not path.is_file():
         raise ArtifactError(f"{path} is no file; give the path of an ONNX file")
     try:
@@ -36,6 +60,12 @@ def read_file(path: Path) -> ir.Model:
         raise ArtifactError(f"{path} is not an ONNX file: {type(error).__name__}: {one_line(error)}") from error
     if not proto.graph.output or not proto.opset_import:
         raise ArtifactError(f"{path} is not an ONNX file: it holds no graph with outputs")
+    return proto
+
+
+def read_file(path: Path) -> ir.Model:
+    """The model in a file. Raises: ArtifactError when there is none, or it does not follow the standard."""
+    proto = read_proto(path)
     folder = path.absolute().parent
     _bring_in(proto, path, folder)
     twice = next((name for name, count in Counter(item.name for item in proto.graph.initializer).items() if count > 1), None)
@@ -65,15 +95,15 @@ def _bring_in(proto: onnx.ModelProto, path: Path, folder: Path) -> None:
     """Check all external data, and read what is small or does not belong to an initializer of the graph itself."""
     initializers = list(proto.graph.initializer)
     large = {id(tensor) for tensor in initializers}
-    for tensor in _tensors(proto):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL and not tensor.external_data:
+    for tensor in parts_of(proto, onnx.TensorProto):
+        if not is_external(tensor):
             if tensor.raw_data and len(tensor.raw_data) != _bytes_of(tensor, f"{path} holds '{tensor.name}'"):
                 raise ArtifactError(
                     f"{path} holds '{tensor.name}' of {list(tensor.dims)} elements in {len(tensor.raw_data)} bytes; "
                     f"the file is damaged"
                 )
             continue
-        file, offset, length = _place(tensor, path, folder)
+        file, offset, length = external_place(tensor, path, folder)
         if length > _SMALL and id(tensor) in large:
             continue
         with file.open("rb") as opened:
@@ -83,18 +113,22 @@ def _bring_in(proto: onnx.ModelProto, path: Path, folder: Path) -> None:
         tensor.data_location, tensor.raw_data = onnx.TensorProto.DEFAULT, data
 
 
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
-    """Every tensor in a message: in graphs, attributes and functions."""
-    if isinstance(message, onnx.TensorProto):
+def parts_of(message: Message, kind: type[Part]) -> Iterator[Part]:
+    """Every message of a kind in a message, such as tensors: in graphs, attributes and functions."""
+    if isinstance(message, kind):
         yield message
-        return
     for field, value in message.ListFields():
         if field.message_type is not None:
             for item in [value] if isinstance(value, Message) else value:
-                yield from _tensors(item)
+                yield from parts_of(item, kind)
 
 
-def _place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[Path, int, int]:
+def is_external(tensor: onnx.TensorProto) -> bool:
+    """True when the elements are in another file."""
+    return tensor.data_location == onnx.TensorProto.EXTERNAL or bool(tensor.external_data)
+
+
+def external_place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[Path, int, int]:
     """The file external data is in, its first byte and its length. Raises: ArtifactError."""
     given = {entry.key: entry.value for entry in tensor.external_data}
     location = given.get("location", "")
@@ -124,7 +158,9 @@ def _bytes_of(tensor: onnx.TensorProto, where: str) -> int:
     try:
         bits = ir.DataType(tensor.data_type).bitwidth
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{where}, whose elements are of no fixed width: {one_line(error)}; export the model again") from error
+        raise ArtifactError(
+            f"{where}, whose elements are of no fixed width: {one_line(error)}; export the model again"
+        ) from error
     if any(dim < 0 for dim in tensor.dims):
         raise ArtifactError(f"{where}, whose sizes are {list(tensor.dims)}; export the model again")
     return -(-math.prod(tensor.dims) * bits // 8)
@@ -140,6 +176,7 @@ def _check(light: onnx.ModelProto, path: Path) -> None:
         output.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(light)
+        _check_values(light)
         _check_calls(light)
         # What the file says of shapes in between may be more than can be inferred, and is left to the rewrites.
         del light.graph.value_info[:]
@@ -154,28 +191,39 @@ def _check(light: onnx.ModelProto, path: Path) -> None:
         raise ArtifactError(f"{path} is not a valid ONNX file: {said}; export the model again") from error
 
 
-def _check_calls(light: onnx.ModelProto) -> None:
-    """Refuse functions that grow beyond all bounds. Raises: ValidationError. Cycles are refused by the checker, before."""
-    functions = {(item.domain, item.name): item for item in light.functions}
-    sizes: dict[tuple[str, str], tuple[int, int]] = {}
+def _check_values(light: onnx.ModelProto) -> None:
+    """Refuse flags and modes that the standard does not have. Raises: ValidationError naming the node."""
+    for node in parts_of(light, onnx.NodeProto):
+        for item in node.attribute if node.domain in ("", "ai.onnx") else ():
+            if item.ref_attr_name or item.name not in _ALLOWED:
+                continue
+            value = onnx.helper.get_attribute_value(item)
+            if value not in _ALLOWED[item.name]:
+                allowed = ", ".join(str(known) for known in _ALLOWED[item.name])
+                raise onnx.checker.ValidationError(
+                    f"{node.op_type} '{node.name}' has the attribute {item.name} of {value}, and the standard has {allowed}"
+                )
 
-    def size_of(nodes: Iterable[onnx.NodeProto], depth: int) -> tuple[int, int]:
-        """How many nodes there are when every function is written out, and how deep functions call each other."""
-        if depth > DEEPEST:
-            raise onnx.checker.ValidationError(f"its functions call each other more than {DEEPEST} deep")
-        count = deepest = 0
+
+def _check_calls(light: onnx.ModelProto) -> None:
+    """Refuse functions that grow beyond all bounds; the checker has refused cycles, and calls that are too deep.
+
+    Raises: ValidationError.
+    """
+    functions = {(item.domain, item.name): item for item in light.functions}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def count(nodes: Iterable[onnx.NodeProto]) -> int:
+        """How many nodes there are when every function is written out."""
+        found = 0
         for node in nodes:
             called = (node.domain, node.op_type)
             if called in functions and called not in sizes:
-                sizes[called] = size_of(functions[called].node, depth + 1)
-            inner = [sizes[called]] if called in functions else [(1, 0)]
-            inner += [size_of(item.g.node, depth) for item in node.attribute if item.HasField("g")]
-            count += sum(one for one, _ in inner)
-            deepest = max(deepest, *(one + (called in functions) for _, one in inner))
-        return count, deepest
+                sizes[called] = count(functions[called].node)
+            found += sizes.get(called, 1)
+            found += sum(count(item.g.node) for item in node.attribute if item.HasField("g"))
+        return found
 
-    count, deepest = size_of(light.graph.node, 0)
-    if count > MOST_NODES or deepest > DEEPEST:
-        raise onnx.checker.ValidationError(
-            f"its functions hold {count} nodes once written out, {deepest} calls deep; at most {MOST_NODES} and {DEEPEST} are read"
-        )
+    total = count(light.graph.node)
+    if total > MOST_NODES:
+        raise onnx.checker.ValidationError(f"it has {total} nodes once its functions are written out, of {MOST_NODES} at most")

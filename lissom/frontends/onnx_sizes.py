@@ -1,7 +1,7 @@
 """Sizes that an ONNX file gives as text: a name, or a formula of names and whole numbers such as `past + new`.
 
-Exporters write sums, products, quotients and remainders: `batch*8`, `floor(tokens/2)`, `s0//2 + 1`, `Max(0, past - 4)`. A formula
-is parsed here and computed exactly; nothing in the text is evaluated by Python or SymPy. Any other text is a name.
+Exporters write sums, products, quotients and remainders: `batch*8`, `floor(tokens/2)`, `s0//2 + 1`, `Max(0, past - 4)`. A
+formula is parsed here and computed exactly; nothing in the text is evaluated by Python or SymPy. Any other text is a name.
 """
 
 from __future__ import annotations
