@@ -16,10 +16,13 @@ from typing import TypeVar
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, Message
+from onnx_ir.passes import common
 from onnx_ir.passes.common import _c_api_utils
 
 from lissom.compiler.errors import ArtifactError
 
+UNKNOWN = "lissom.unknown"
+"""A domain that has no operators."""
 MOST_NODES = 200_000
 """Nodes a graph may have once its functions are written out."""
 _SMALL = 1000
@@ -182,6 +185,7 @@ def _check(light: onnx.ModelProto, path: Path) -> None:
         del light.graph.value_info[:]
         for output in outputs:
             output.type.tensor_type.ClearField("shape")
+        _hide_slices(light)
         onnx.shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
     except onnx.checker.ValidationError as error:
         raise ArtifactError(f"{path} is not a valid ONNX file: {one_line(error)}; export the model again") from error
@@ -189,6 +193,27 @@ def _check(light: onnx.ModelProto, path: Path) -> None:
         found = _INFERENCE.search(str(error))
         said = f"{found['kind']} '{found['name'] or ''}': {found['reason']}" if found else one_line(error)
         raise ArtifactError(f"{path} is not a valid ONNX file: {said}; export the model again") from error
+
+
+def _hide_slices(light: onnx.ModelProto) -> None:
+    """Give slices a domain that inference knows nothing of: it aborts the process at one of a negative size."""
+    for holder in (light, *light.functions):
+        holder.opset_import.append(onnx.helper.make_opsetid(UNKNOWN, 1))
+    for node in parts_of(light, onnx.NodeProto):
+        if node.op_type == "Slice":
+            node.domain = UNKNOWN
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Note the shapes of values that the standard's inference finds; what is behind a slice keeps what the file says."""
+    slices = {node: node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type == "Slice"}
+    for node in slices:
+        node.domain = UNKNOWN
+    model.opset_imports[UNKNOWN] = 1
+    common.ShapeInferencePass()(model)
+    del model.opset_imports[UNKNOWN]
+    for node, domain in slices.items():
+        node.domain = domain
 
 
 def _check_values(light: onnx.ModelProto) -> None:

@@ -274,6 +274,19 @@ def test_a_graph_that_breaks_the_standard_is_refused(tmp_path, name):
     assert (said or "Incompatible dimensions") in found
 
 
+def test_a_slice_of_a_size_below_zero_is_refused(tmp_path):
+    """ONNX's own inference aborts the process at one, when it reads the file or when it simplifies the graph."""
+    steps = [
+        node("MaxPool", ["x"], ["p"], kernel_shape=[28, 3], name="window"),
+        node("Slice", ["p", "one", "last", "axis"], ["y"], name="cut"),
+    ]
+    path = graph(
+        tmp_path / "m.onnx", steps, {"x": [1, 1, 4, 4]}, one=np.array([1]), last=np.array([-1]), axis=np.array([2])
+    )  # fmt: skip
+    with pytest.raises(LissomError):
+        capture(lissom.from_onnx(path), (), {"x": normal(1, 1, 4, 4)})
+
+
 def test_nodes_may_come_in_any_order(tmp_path):
     path = graph(tmp_path / "m.onnx", [node("Neg", ["a"], ["y"]), node("Relu", ["x"], ["a"])], INPUT)
     x = normal(2, 4)
