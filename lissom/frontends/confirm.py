@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lissom.compiler.errors import CaptureError
+from lissom.compiler.errors import CaptureError, InputError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, resize
-from lissom.compiler.verify import relative_error, run_samples, tolerance_of
+from lissom.compiler.verify import REFUSALS, output_errors, run_samples, tolerances
 from lissom.frontends.failures import describe_failure
 
 
@@ -118,11 +118,11 @@ def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[
     try:
         program.signature.check_sizes(sample)
         wanted = _answer(model, program, sample)
-    except Exception:
+    except (InputError, *REFUSALS):
         return None
     try:
         _require_equal(program, model, sample, wanted)
-    except Exception:
+    except (CaptureError, *REFUSALS):
         return False
     return True
 
@@ -139,13 +139,12 @@ def _answer(model: nn.Module, program: Program, sample: Sample) -> list[object]:
 def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: Sequence[object]) -> None:
     """Raise CaptureError where the program gives something else."""
     found = run_samples(program, [sample])[0]
-    errors = [relative_error(left, right) for left, right in zip(wanted, found, strict=True)]
-    allowed = tolerance_of(program)
-    if max(errors, default=0.0) > allowed:
-        raise CaptureError(
-            f"the captured program differs from {type(model).__name__} by {max(errors):.2g} relative, allowed "
-            f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
-        )
+    for error, allowed in zip(output_errors([wanted], [found]), tolerances(program), strict=True):
+        if error > allowed:
+            raise CaptureError(
+                f"the captured program differs from {type(model).__name__} by {error:.2g} relative, allowed "
+                f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
+            )
 
 
 @contextmanager
