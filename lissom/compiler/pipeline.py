@@ -324,7 +324,7 @@ class _Run:
         if not stretch:
             return
         given = more_samples(start.signature, self.samples[0], self.history.steps[0].size.flops)
-        samples, wanted, notes = run_original(start, given)
+        samples, wanted, notes = run_original(start, [self.samples[0], *given])
         try:
             require_equal(start, self.program, samples, wanted, run_samples(self.program, samples))
         except (VerifyError, *REFUSALS):

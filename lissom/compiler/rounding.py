@@ -11,15 +11,18 @@ with few large values in its residual stream does the same by degrees. So they a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from lissom.compiler import node as nodes
 from lissom.compiler.execute import call, run_ranks
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.verify import (
+    REFUSALS,
     TOLERANCE,
     compare,
     kept_state,
@@ -139,6 +142,39 @@ def _stores_whole(node: fx.Node) -> bool:
 
 def _rounds(node: fx.Node, operators: set[str]) -> bool:
     return str(node.target) in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
+
+
+def equal_in_float32(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
+    """True when two programs of reduced precision give the same where both compute in float32.
+
+    Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores, and a kernel that
+    adds in float32 gives the softmax that the program before loses. Programs that cannot run in float32 are not equal.
+    """
+    if before.ranks or after.ranks or before.state:
+        return False
+    wide = [_in_float32(program) for program in (before, after)]
+    inputs = [[_widened(tensor) for tensor in sample] for sample in samples]
+    try:
+        outputs = [run_samples(program, inputs) for program in wide]
+    except REFUSALS:
+        return False
+    return compare(*outputs).relative_error <= TOLERANCE[torch.float32]
+
+
+def _in_float32(program: Program) -> Program:
+    found = program.copy()
+    for name, tensor in program.weights().items():
+        found.set_weight(name, _widened(tensor.detach()))
+    for node in found.nodes():
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _widened)  # pyright: ignore
+    return found
+
+
+def _widened(item: Any) -> Any:
+    """A tensor, or a dtype, of reduced precision in float32; anything else as it is."""
+    if isinstance(item, torch.Tensor):
+        return item.float() if item.dtype in ROUNDINGS else item
+    return torch.float32 if item in tuple(ROUNDINGS) else item
 
 
 def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, float]:

@@ -22,8 +22,8 @@ Pattern = Callable[[int, int], torch.Tensor]
 
 LONGEST = 513
 """The longest length that is tried for its own sake: one more than the powers of two that windows of small models have."""
-WORK = 1e10
-"""The operations that a run at the longest length may take, a second of one core at most, estimated from those of the example."""
+WORK = 4e9
+"""The operations that a run at the longest length may take, some tenths of a second on one core, estimated from those of the example."""
 _HIDING = -1e4
 """What hides a key where a mask that is added to scores holds only zeros; small enough for half precision."""
 _LOW = -1e3
@@ -46,9 +46,9 @@ def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, 
     resized = []
     for leaf, tensor in zip(signature.tensors, example, strict=True):
         dims = [dim for dim, size in enumerate(leaf.type.shape) if not isinstance(size, int)]
-        counts_up = bool(dims) and dims[-1] == tensor.dim() - 1 and _counts_up(tensor)
+        counts_up = tensor.dim() - 1 in dims and _counts_up(tensor)
         rows = 1
-        for dim in dims:
+        for dim in dims[:-1] if counts_up else dims:
             size = leaf.type.shape[dim]
             new = evaluate(size, sizes)
             found = picks(size, tensor.shape[dim], new, rows).to(tensor.device)
@@ -58,7 +58,8 @@ def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, 
                 tensor = torch.stack([row.index_select(dim - 1, place) for row, place in zip(tensor, found, strict=True)])
             rows = new if dim == 0 else 1
         if counts_up:
-            tensor = tensor[..., :1] + torch.arange(tensor.shape[-1], dtype=tensor.dtype, device=tensor.device)
+            length = evaluate(leaf.type.shape[-1], sizes)
+            tensor = tensor[..., :1] + torch.arange(length, dtype=tensor.dtype, device=tensor.device)
         resized.append(tensor)
     return resized
 

@@ -14,6 +14,7 @@ from lissom.compiler.verify import (
     relative_error,
     run_samples,
     tolerance_of,
+    tolerances,
 )
 from lissom.frontends.export import capture
 from tests.models import captured, feed_forward, normal
@@ -106,12 +107,49 @@ def test_the_tolerance_is_that_of_the_floating_type(dtype):
     assert tolerance_of(program) == TOLERANCE[dtype]
 
 
-def test_the_tolerance_is_that_of_the_coarsest_type():
-    program = captured("feed_forward")
+def with_casts(*dtypes: torch.dtype) -> Program:
+    """A program whose first linear layer reads its input cast to some dtypes and back, and that also yields its input cast."""
+    program = captured("feed_forward").copy()
     edit = Editor(program, "test-pass")
+    node = program.nodes(aten.linear.default)[0]
+    with edit.before(node):
+        found = node.args[0]
+        for dtype in (*dtypes, torch.float32):
+            found = edit.call(aten.to.dtype, found, dtype)
+        edit.change_call(node, aten.linear.default, found, *node.args[1:])
     with edit.before(program.output):
-        edit.call(aten.to.dtype, program.placeholders[0], torch.bfloat16)
-    assert tolerance_of(program) == TOLERANCE[torch.bfloat16]
+        cast = edit.call(aten.to.dtype, program.placeholders[0], torch.bfloat16)
+    program.output.args = ([*program.output.args[0], cast],)
+    return program
+
+
+def test_the_tolerance_of_an_output_is_that_of_the_coarsest_type_on_the_way_to_it():
+    assert tolerances(with_casts()) == [TOLERANCE[torch.float32], TOLERANCE[torch.bfloat16]]
+    assert tolerances(with_casts(torch.float16)) == [TOLERANCE[torch.float16], TOLERANCE[torch.bfloat16]]
+    assert tolerance_of(with_casts()) == TOLERANCE[torch.bfloat16]
+
+
+def test_flags_and_indices_carry_no_rounding():
+    assert tolerances(with_casts(torch.bfloat16, torch.int64))[0] == TOLERANCE[torch.float32]
+    assert tolerances(with_casts(torch.bfloat16, torch.bool))[0] == TOLERANCE[torch.float32]
+    assert tolerances(with_casts(torch.bfloat16, torch.int8))[0] == TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("extreme", [-1e4, -1e30, torch.finfo(torch.float32).min])
+def test_what_a_mask_leaves_neither_hides_errors_nor_escapes(extreme):
+    values = normal(4, 8)
+    masked = values.masked_fill(torch.arange(8) > 1, extreme)
+    wrong = (values * 1.06).masked_fill(torch.arange(8) > 1, extreme)
+    assert relative_error(masked, masked.clone()) == 0
+    assert relative_error(masked, wrong) == pytest.approx(0.06, rel=1e-3)
+    assert relative_error(masked, masked.where(masked > -1e3, extreme / 2)) == 0.5
+    assert relative_error(masked, values) == pytest.approx(1, rel=1e-3)
+    assert compare([[masked]], [[-values.masked_fill(torch.arange(8) > 1, -extreme)]]).cosine == pytest.approx(-1)
+
+
+def test_small_values_beside_large_ones_are_not_held_to_themselves():
+    values = torch.tensor([1e-7, 1.0, 2.0])
+    assert relative_error(values, values + torch.tensor([1e-6, 0, 0])) == pytest.approx(5e-7, rel=1e-3)
 
 
 def doubled(name: str, target: object) -> Program:
