@@ -1,4 +1,4 @@
-"""Is a program after an exact pass equal to the program before: its outputs, node by node where these round, and their memory."""
+"""Is a program after an exact pass equal to the one before: in its outputs, in its nodes where these round, in its memory."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in ROUNDINGS.item
 By more than that, nodes are compared one by one: a scale that is wrong by 5 % is within what roundings add up to over a model.
 """
 
+EARLIER = "an output of the call before"
+
 
 def require_equal(
     before: Program,
@@ -29,7 +31,7 @@ def require_equal(
     found: Sequence[list[object]],
     bitwise: bool = False,
 ) -> float:
-    """The largest relative error of the outputs `found` of the program after an exact pass to those `wanted`, of the one before.
+    """The largest relative error of the outputs `found` after an exact pass to those `wanted`, of the program before.
 
     bitwise: let nothing differ.
 
@@ -44,7 +46,11 @@ def require_equal(
     for sample, old, new in zip(samples, wanted, found, strict=True):
         shared = shared_memory(after, sample, new) - shared_memory(before, sample, old)
         if shared:
-            raise VerifyError(f"{min(shared)}, which it did not before; whoever writes to the one changes the other: clone it")
+            index, other = min(shared)
+            raise VerifyError(
+                f"output {index} shares memory with {other}, which it did not before; whoever writes to the one changes the "
+                f"other: clone it"
+            )
     return max(errors, default=0.0)
 
 
@@ -70,20 +76,23 @@ def _refuse(before: Program, after: Program, samples: Sequence[Sample], error: f
     raise VerifyError(f"{message}; no node that both programs have differs, so the outputs themselves were changed")
 
 
-def shared_memory(program: Program, sample: Sample, outputs: Sequence[object]) -> set[str]:
-    """Sentences on the outputs of a call that are in the memory of an input, of a weight, or of another output."""
+def shared_memory(
+    program: Program, sample: Sample, outputs: Sequence[object], earlier: Sequence[object] = ()
+) -> set[tuple[int, str]]:
+    """The outputs, by number, that are in the memory of an input, a weight, or an output of this call or `earlier`."""
     if program.ranks:
         return set()  # their outputs are put together from parts
     count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
-    tensors = [(f"output {index}", item) for index, item in enumerate(outputs[:count]) if isinstance(item, torch.Tensor)]
-    inputs = [(f"input '{leaf.path}'", item) for leaf, item in zip(program.signature.tensors, sample, strict=True)]
+    others = [(f"input '{leaf.path}'", item) for leaf, item in zip(program.signature.tensors, sample, strict=True)]
+    others += [(EARLIER, item) for item in earlier[:count] if isinstance(item, torch.Tensor)]
     weights = {weight.untyped_storage().data_ptr() for weight in program.weights().values()}
-    found = set[str]()
-    for index, (name, tensor) in enumerate(tensors):
-        others = (other for other, item in (*inputs, *tensors[:index]) if _overlap(tensor, item))
-        found |= {f"{name} shares memory with {other}" for other in others}
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in weights:
-            found.add(f"{name} shares memory with a weight")
+    found = set[tuple[int, str]]()
+    for index, tensor in enumerate(outputs[:count]):
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            found |= {(index, name) for name, item in others if _overlap(tensor, item)}
+            if tensor.untyped_storage().data_ptr() in weights:
+                found.add((index, "a weight"))
+            others.append((f"output {index}", tensor))
     return found
 
 

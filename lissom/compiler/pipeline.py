@@ -343,7 +343,7 @@ class _Run:
         again.history = History(self.history.pipeline, self.history.checks, self.history.steps[:1], [start.text()])
         again.program, again.samples, again.outputs, again.original = start, samples, wanted, answers(start, wanted)
         for item in stretch:
-            again.step(item, lambda *_: None)
+            again.step(item, _show_nothing)
 
     def _charge(self, item: Pass, after: Program) -> float | None:
         """The caller's score of the program, measured after every pass that may change it."""
@@ -365,6 +365,10 @@ class _Run:
             return None
         with torch.no_grad(), kept_state(program):
             return read_score(self.pipeline.metric(program), original=self.score is None)
+
+
+def _show_nothing(what: str, finished: int, total: int) -> None:
+    pass
 
 
 def _version(tensor: torch.Tensor) -> int:

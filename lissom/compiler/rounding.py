@@ -67,7 +67,7 @@ def rounds_values(program: Program) -> bool:
 
 
 def local_tolerances(program: Program) -> dict[str, float]:
-    """By a node's name the error that a correct program may show there, given the values that its inputs have in the program before.
+    """By a node's name the error that a correct program may show there, given the values of its inputs in the program before.
 
     It is that of one sum in the coarsest dtype on the way to the node, or of one value rounded the other way where values are
     rounded.
@@ -147,8 +147,8 @@ def _rounds(node: fx.Node, operators: set[str]) -> bool:
 def equal_in_float32(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
     """True when two programs of reduced precision give the same where both compute in float32.
 
-    Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores, and a kernel that
-    adds in float32 gives the softmax that the program before loses. Programs that cannot run in float32 are not equal.
+    Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores, and a kernel
+    that adds in float32 gives the softmax that the program before loses. Programs that cannot run in float32 are not equal.
     """
     if before.ranks or after.ranks or before.state:
         return False
@@ -195,10 +195,8 @@ def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, f
         return name
 
     with torch.no_grad(), kept_state(after):
-        if after.ranks:
-            results = _forced_ranks(after, sample, known, replaced)
-        else:
-            results = _forced(after, sample, known, replaced)
+        force = _forced_ranks if after.ranks else _forced
+        results = force(after, sample, known, replaced)
     leaves: Sequence[object] = before.output.args[0]  # pyright: ignore[reportAssignmentType]
     for leaf, left, right in zip(leaves, wanted, results, strict=True):
         name = leaf.name if isinstance(leaf, fx.Node) else before.output.name

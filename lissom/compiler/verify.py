@@ -30,7 +30,7 @@ REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 _COUNTED = 0.99
 """Of the magnitudes in a tensor, this fraction is no larger than its size. A channel in a hundred may be an outlier."""
 _EXTREME, _GAP = 1e3, 1e3
-"""Magnitudes from `_EXTREME` on, and `_GAP` times as large as the next smaller one, are what masks leave: -1e4, -1e30, -finfo.max."""
+"""Magnitudes from `_EXTREME` on, and `_GAP` times as large as the next smaller one, are what masks leave: -1e4, -1e30."""
 _NOISE = 1e-6
 """Tensors of smaller values are compared as if they were of this size, so that noise is not divided by noise."""
 _SAMPLED = 1 << 16

@@ -48,7 +48,7 @@ def run(captured: Capture, find: Find, make: Make) -> History:
 
 
 def refused(captured: Capture, find: Find, make: Make) -> str:
-    with pytest.raises(VerifyError, match="^wrong was rolled back: ") as caught:
+    with pytest.raises(VerifyError, match=r"^wrong was rolled back: ") as caught:
         run(captured, find, make)
     return str(caught.value)
 
@@ -238,6 +238,17 @@ def test_an_output_in_the_memory_of_an_input() -> None:
     assert "output 0 shares memory with input 'x', which it did not before" in said
 
 
+def test_two_outputs_in_one_memory() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = x * 2
+            return y, y.clone()
+
+    found = capture(Twice(), (normal(2, 8),))
+    said = refused(found, last(aten.clone.default), lambda edit, node: edit.call(aten.view_as.default, node.args[0], node))
+    assert "output 1 shares memory with output 0, which it did not before" in said
+
+
 def test_memory_read_by_its_strides() -> None:
     class Strided(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,5 +260,3 @@ def test_memory_read_by_its_strides() -> None:
 
     found = capture(Strided(), (normal(2, 4),), dynamic=False)
     refused(found, last(aten.mul.Tensor), transposed)
-
-
