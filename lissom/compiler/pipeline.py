@@ -222,7 +222,7 @@ class _Run:
         )
         self.history.record(step, self.program.text())
 
-    def step(self, item: Pass, show: Callable[[str, int, int], None]) -> None:
+    def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""
         self._check_requirements(item)
         if not isinstance(item, (Rewrite, Annotation)):
@@ -343,7 +343,7 @@ class _Run:
         again.history = History(self.history.pipeline, self.history.checks, self.history.steps[:1], [start.text()])
         again.program, again.samples, again.outputs, again.original = start, samples, wanted, answers(start, wanted)
         for item in stretch:
-            again.step(item, _show_nothing)
+            again.step(item)
 
     def _charge(self, item: Pass, after: Program) -> float | None:
         """The caller's score of the program, measured after every pass that may change it."""
@@ -365,10 +365,6 @@ class _Run:
             return None
         with torch.no_grad(), kept_state(program):
             return read_score(self.pipeline.metric(program), original=self.score is None)
-
-
-def _show_nothing(what: str, finished: int, total: int) -> None:
-    pass
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -12,10 +12,11 @@ from torch import fx, nn
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import VerifyError
 from lissom.compiler.history import History
-from lissom.compiler.kinds import Rewrite
+from lissom.compiler.kinds import Approximation, Rewrite
 from lissom.compiler.pipeline import Pipeline
 from lissom.compiler.samples import check_samples
 from lissom.frontends.export import Capture, capture
+from lissom.passes import PASSES
 from tests.models import normal, seeded, tiny_bert, tokens
 
 aten = torch.ops.aten
@@ -137,6 +138,20 @@ def test_what_a_mask_leaves_hides_no_error_beside_it(hidden: float) -> None:
     assert "by 0.05" in refused(found, last(aten.tanh.default), scaled(1.05))
 
 
+@pytest.mark.parametrize("hidden", [-1e4, -1e30, NEGATIVE, -float("inf")])
+def test_what_a_mask_leaves_hides_no_loss_beside_it(hidden: float) -> None:
+    found = capture(seeded(lambda: Masked(hidden)), (normal(2, 8),))
+
+    @dataclass(frozen=True)
+    class Loses(Approximation):
+        def run(self, edit: Editor) -> None:
+            wrong(last(aten.tanh.default), scaled(0.94)).run(edit)
+
+    samples = check_samples(found.program.signature, found.example)
+    step = Pipeline([Loses()], samples=samples).run(found.program)[1].steps[-1]
+    assert step.relative_error == pytest.approx(0.06, rel=1e-3)
+
+
 @pytest.mark.parametrize("hidden", [-1e4, -1e30, NEGATIVE])
 def test_what_a_mask_leaves_must_be_right_itself(hidden: float) -> None:
     found = capture(seeded(lambda: Masked(hidden)), (normal(2, 8),))
@@ -221,6 +236,15 @@ def test_a_window_that_is_one_short(length: int) -> None:
 def test_a_threshold_that_is_never_reached(threshold: int) -> None:
     found = capture(Long(threshold), (normal(2, 6, 8),))
     refused(found, last(aten.where.Scalar), lambda edit, node: edit.call(aten.full_like.default, node, 1.0))
+
+
+def test_the_one_wrong_pass_of_several_is_named() -> None:
+    found = capture(Windowed(), (normal(2, 3, 8),))
+    passes = PASSES["merge-common-subexpressions"](), PASSES["raise-softmax"]()
+    short = wrong(last(aten.lt.Scalar), lambda edit, node: edit.call(aten.lt.Scalar, node.args[0], 7))
+    samples = check_samples(found.program.signature, found.example)
+    with pytest.raises(VerifyError, match=r"^wrong was rolled back: its outputs differ.* the first node that differs is 'lt"):
+        Pipeline([passes[0], short, passes[1]], samples=samples).run(found.program)
 
 
 def test_the_right_programs_are_not_refused() -> None:

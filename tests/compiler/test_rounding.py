@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lissom
+from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import VerifyError
 from lissom.compiler.kinds import Rewrite
@@ -115,3 +116,35 @@ def test_the_loss_of_rounding_by_operators_is_that_of_the_nodes_they_stand_for(q
         found, wanted = (rounding_loss(item, [sample], [item.run(sample)]) for item in (after, before))
     # In bfloat16 both programs round sums besides, each in its own places, and outputs are no finer than 4e-3.
     assert found == pytest.approx(wanted, rel=0.05, abs=4e-3 if "cast" in quantize else 0)
+
+
+class Queries(torch.nn.Module):
+    """Causal attention with an added mask of -1e4, as older models write it."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = x @ x.transpose(1, 2)
+        causal = torch.full((x.shape[1], x.shape[1]), -1e4, dtype=x.dtype).triu(1)
+        return (scores + causal + (1 - mask[:, None].to(x.dtype)) * -1e4).softmax(-1) @ x
+
+
+def test_queries_that_see_padding_alone_are_told_from_a_mistake() -> None:
+    """In bfloat16 -1e4 swallows their scores, and in a kernel that adds in float32 it does not."""
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :3] = 0
+    inputs = normal(2, 6, 8).bfloat16(), mask
+    history = lissom.optimize(Queries(), inputs).report.history
+    (raised,) = [step for step in history.steps if step.spelling == "raise-attention"]
+    assert raised.rewritten == 1 and raised.relative_error > 0.02
+    with pytest.raises(VerifyError, match=r"^double was rolled back: its outputs differ from the program before"):
+        lissom.optimize(Queries(), inputs, passes=[PASSES["raise-attention"](), Double()])
+
+
+@dataclass(frozen=True)
+class Double(Rewrite):
+    """Wrong: the scores are twice as large."""
+
+    def run(self, edit: Editor) -> None:
+        (node,) = edit.nodes(aten.scaled_dot_product_attention.default)
+        scale = nodes.argument(node, "scale")
+        nodes.set_argument(node, "scale", 2 * (1.0 if scale is None else scale))
+        edit.program.edits += 1
