@@ -22,7 +22,7 @@ Pattern = Callable[[int, int], torch.Tensor]
 
 LONGEST = 513
 """The longest length that is tried for its own sake: one more than the powers of two that windows of small models have."""
-WORK = 4e9
+WORK = 2e9
 """The operations that a run at the longest length may take, some tenths of a second on one core."""
 _HIDING = -1e4
 """What hides a key where a mask that is added to scores holds only zeros; small enough for half precision."""
