@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from examples import Example
 
-from lissom.api import resolve_passes, split_inputs
 from lissom.backends import find_backend
 from lissom.compiler.history import Size
 from lissom.compiler.pipeline import Pipeline
@@ -17,6 +16,7 @@ from lissom.compiler.samples import check_samples
 from lissom.compiler.verify import tolerance_of
 from lissom.frontends.export import capture
 from lissom.inspect.timing import Timing, time_calls
+from lissom.options import resolve_passes, split_inputs
 
 
 @dataclass(frozen=True)

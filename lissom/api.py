@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import nn
 
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import WriteMore, write_nothing
-from lissom.backends import find_backends
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed import Distributed, RankProgram
 from lissom.backends.eager import Eager
@@ -22,23 +22,33 @@ from lissom.compiler.errors import InputError, LissomError, UnsupportedError
 from lissom.compiler.history import History, Size, Step
 from lissom.compiler.kinds import Pass
 from lissom.compiler.lookups import outside_table
-from lissom.compiler.pipeline import Checks, Metric, Pipeline, Progress, check_options
+from lissom.compiler.options import Checks, Metric, Progress, check_options, check_progress
+from lissom.compiler.pipeline import Pipeline
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples
-from lissom.compiler.spelling import format_pipeline, parse_pipeline
+from lissom.compiler.spelling import format_pipeline
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.dynamic import Dynamic
 from lissom.frontends.export import Capture, capture
+from lissom.frontends.isolation import isolated
+from lissom.frontends.untouched import ordinary
 from lissom.hosting import Facts, HostedModel, check_uncompiled
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
-from lissom.passes import RECIPES, known_passes
+from lissom.options import (
+    Inputs,
+    Settings,
+    check_data,
+    check_path,
+    check_settings,
+    read_data,
+    resolve_passes,
+    split_inputs,
+)
 from lissom.passes.parallel.cut import Cut
 from lissom.passes.parallel.shard import Shard
 from lissom.payoff import Payoff
-from lissom.scatter import CutModel, compile_for_ranks, passes_for, with_ways
-
-Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
+from lissom.scatter import CutModel, compile_for_ranks, with_ways
 
 
 class CompiledModel(HostedModel):
@@ -47,7 +57,8 @@ class CompiledModel(HostedModel):
     program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
     It is a module, and stands in for one of transformers in pipelines and in Sentence Transformers.
 
-    Calls run under inference mode and may come from several threads, unless the program has state.
+    Calls may come from several threads, unless the program has state. Their outputs carry no gradients, and other modules may
+    be trained on them.
     """
 
     def __init__(
@@ -66,7 +77,9 @@ class CompiledModel(HostedModel):
             the vocabulary, a position past the last), naming what was found and what is allowed.
         """
         signature = self.program.signature
-        return signature.unflatten(self.run(signature.flatten(args, self.asked(kwargs))))
+        with self.refusals():
+            tensors = signature.flatten(args, self.asked(kwargs))
+        return signature.unflatten(self.run(tensors))
 
     def run(self, tensors: Sample) -> Sequence[object]:
         """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
@@ -74,12 +87,19 @@ class CompiledModel(HostedModel):
         Raises: InputError for inputs that lead out of a table of the model.
         """
         try:
-            return self._executable(tensors)
+            found = self._executable(tensors)
         except (IndexError, RuntimeError) as error:
             sentence = outside_table(self.program, tensors)
             if sentence is None:
                 raise
             raise InputError(sentence) from error
+        if torch.is_inference_mode_enabled():
+            return found
+        return [ordinary(value) if isinstance(value, torch.Tensor) else value for value in found]
+
+    def refusals(self) -> AbstractContextManager[None]:
+        """A block that checks a call's arguments: when it raises, the other ranks do not wait for this one's call."""
+        return self._executable.refusals() if isinstance(self._executable, RankProgram) else nullcontext()
 
     def state(self) -> dict[str, torch.Tensor]:
         """The state the model keeps from call to call, by the names of its buffers; empty when it keeps none.
@@ -112,7 +132,7 @@ class CompiledModel(HostedModel):
         """
         facts = {} if self.facts is None else self.facts.to_json()
         history = self.report.history
-        rank_files.save(Path(directory), self.program, self._executable, history, self._backend, facts, write_more)
+        rank_files.save(check_path(directory), self.program, self._executable, history, self._backend, facts, write_more)
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
@@ -122,7 +142,7 @@ def compile(
     model: nn.Module,
     example_inputs: Inputs,
     *,
-    passes: str | Sequence[Pass] = "exact",
+    passes: str | Pass | Sequence[Pass] = "exact",
     backend: str | Backend = "eager",
     ways: int | None = None,
     device: str | torch.device | None = None,
@@ -168,6 +188,7 @@ def compile(
     >>> fast(torch.randn(3, 7, 32)).shape
     torch.Size([3, 7, 32])
     """
+    check_progress(progress)
     place = check_device(device)
     settings = Settings(passes, with_ways(backend, ways), checks, data, metric, max_drop, only_if_faster, simulate)
     take, target = _capturing(model, example_inputs, dynamic, place)
@@ -185,39 +206,6 @@ def _capturing(
     return take, place or device_of(model, (args, kwargs))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a captured model is compiled; the fields are the keywords of `compile`."""
-
-    passes: str | Sequence[Pass] = "exact"
-    backend: str | Backend = "eager"
-    checks: Checks = "numeric"
-    data: Iterable[Inputs] = ()
-    metric: Metric | None = None
-    max_drop: float | None = None
-    only_if_faster: bool = True
-    simulate: bool = False
-
-
-def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
-    """The passes and the backends the settings ask for.
-
-    Raises: PipelineTextError, UnsupportedError.
-    """
-    check_options(settings.checks, settings.metric, settings.max_drop)
-    passes, backends = resolve_passes(settings.passes), find_backends(settings.backend)
-    alone = next((item.name for item in backends if not item.runs_ranks), None)
-    if alone is not None and any(isinstance(item, Cut) for item in passes):
-        raise UnsupportedError(
-            f"backend '{alone}' runs a program in one process, and `cut` makes one for several ranks; choose backend "
-            f"'distributed', or take the program from lissom.optimize, and in each process run `program.of_rank(rank)`"
-        )
-    if isinstance(backends[0], Distributed):
-        passes, ranked = passes_for(backends[0], passes)
-        return passes, [ranked]
-    return passes, backends
-
-
 def compile_captured(
     take: Callable[[], Capture], device: torch.device, settings: Settings, progress: Progress, facts: Facts | None = None
 ) -> CompiledModel:
@@ -228,6 +216,20 @@ def compile_captured(
     Raises: what `compile` raises.
     """
     shared, backends = check_settings(settings)
+    with isolated(device):
+        return _compile_captured(take, device, settings, shared, backends, progress, facts)
+
+
+def _compile_captured(
+    take: Callable[[], Capture],
+    device: torch.device,
+    settings: Settings,
+    shared: list[Pass],
+    backends: Sequence[Backend],
+    progress: Progress,
+    facts: Facts | None,
+) -> CompiledModel:
+    """What `compile_captured` gives, with the passes and the backends of the settings."""
     if isinstance(backends[0], Distributed):
         make = partial(_cut_model, take, settings, shared, device, progress)
         part = compile_for_ranks(make, backends[0], device, checks=settings.checks, simulate=settings.simulate)
@@ -280,7 +282,7 @@ def optimize(
     model: nn.Module,
     example_inputs: Inputs,
     *,
-    passes: str | Sequence[Pass] = "exact",
+    passes: str | Pass | Sequence[Pass] = "exact",
     device: str | torch.device | None = None,
     dynamic: Dynamic | bool = True,
     checks: Checks = "numeric",
@@ -304,9 +306,11 @@ def optimize(
     """
     # Without a backend, unlike `check_settings`: a program for several ranks is none of one process.
     check_options(checks, metric, max_drop)
+    check_progress(progress)
+    check_data(data)
     settings, shared = Settings(checks=checks, data=data, metric=metric, max_drop=max_drop), resolve_passes(passes)
-    take, _ = _capturing(model, example_inputs, dynamic, check_device(device))
-    with progress_bar("optimize") as bar:
+    take, target = _capturing(model, example_inputs, dynamic, check_device(device))
+    with progress_bar("optimize") as bar, isolated(target):
         job = _job(take, shared, settings, progress or bar, 1 + len(shared))
         program, history = job.pipeline.run(job.program, job.history)
     return Optimized(program, Report(program.name, history))
@@ -333,42 +337,9 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings
         passes,
         samples=captured.samples or check_samples(program.signature, captured.example),
         checks=settings.checks,
-        data=[program.signature.flatten(*split_inputs(batch)) for batch in settings.data],
+        data=read_data(settings.data, program.signature),
         metric=settings.metric,
         max_drop=settings.max_drop,
         progress=lambda what, finished, _: show(what, finished + 1, count),
     )
     return _Job(pipeline, program, captured.example, history)
-
-
-def resolve_passes(passes: str | Sequence[Pass]) -> list[Pass]:
-    """The passes to run: the recipe `exact`, then those asked for. A text may name recipes among its passes.
-
-    Raises: PipelineTextError, UnsupportedError.
-    """
-    table = known_passes()
-    exact = parse_pipeline(RECIPES["exact"], table)
-    if isinstance(passes, str):
-        wanted = parse_pipeline(passes, table, RECIPES)
-    else:
-        wanted = list(passes)
-        wrong: list[object] = [item for item in passes if not isinstance(item, Pass)]  # pyright: ignore[reportUnnecessaryIsInstance]
-        if wrong:
-            raise UnsupportedError(f"passes= holds {wrong[0]!r}, which is no pass; give pass objects, e.g. RemoveNoOps()")
-    return wanted if wanted[: len(exact)] == exact else [*exact, *wanted]
-
-
-def split_inputs(inputs: Inputs) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Positional and keyword arguments.
-
-    Raises: InputError for anything but a tensor, a tuple or a mapping.
-    """
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    raise InputError(
-        f"example_inputs is a {type(inputs).__name__}; a tuple is positional, a mapping is keywords, a tensor the only argument"
-    )

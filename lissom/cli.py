@@ -25,9 +25,11 @@ from lissom.bench.report import comparison_table, markdown_table
 from lissom.bench.saved import saved_table
 from lissom.bench.worker import Record
 from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
+from lissom.cli_options import MOST_THREADS, Backend, Checks, Device, Model, Passes, Seconds, Simulate, finite
 from lissom.compiler.errors import Interrupted, LissomError
-from lissom.compiler.pipeline import check_options
+from lissom.compiler.options import check_options
 from lissom.compiler.sharding import make_plan
+from lissom.frontends.device import check_device
 from lissom.frontends.sources import NAMES, load
 from lissom.generation.directory import is_saved
 from lissom.generation.prompted import compile_prompted, load_prompted
@@ -38,6 +40,7 @@ from lissom.inspect.roofline import cost_table, machine_table
 from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import axes_table, structure_tables
 from lissom.inspect.tables import Report, coloured_diff, passes_table
+from lissom.options import resolve_passes
 from lissom.passes import RECIPES, known_passes
 from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
 from lissom.scatter import with_ways
@@ -46,19 +49,10 @@ from lissom.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler-style graph optimizer for transformers.")
 console = Console()
 
-Model = Annotated[str, typer.Argument(help=NAMES)]
-Passes = Annotated[str, typer.Option(help="Pipeline text, for example 'remove-no-ops,raise-attention', or a recipe's name.")]
-Backend = Annotated[str, typer.Option(help="What runs the result.")]
-Device = Annotated[str | None, typer.Option(help="Where the result runs, for example cuda:0; the CPU by default.")]
-Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
-Simulate = Annotated[
-    bool, typer.Option("--simulate", help="Compute quantized layers without a kernel in floating point, on rounded values.")
-]
-
 
 @app.command("demo")
 def run_demo(
-    seconds: Annotated[float, typer.Option(help="How long to time each engine at each shape.")] = 2.0,
+    seconds: Seconds = 2.0,
 ) -> None:
     """Compile all-MiniLM-L6-v2, check it on real sentences, and time it beside PyTorch."""
     found = demo.demonstrate(seconds)
@@ -108,8 +102,10 @@ def run_generate(
     model: Annotated[str, typer.Argument(help=f"A directory that --save wrote. {NAMES}")],
     prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the tokens drawn.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="0 takes the likeliest token; above it tokens are drawn.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=-(1 << 63), max=(1 << 64) - 1, help="Of the tokens drawn.")] = 0,
     passes: Passes = "exact",
     backend: Backend = "eager",
     device: Device = None,
@@ -176,8 +172,12 @@ def run_show(
     sequence_parallel: Annotated[
         bool, typer.Option("--sequence-parallel", help="With --sharding: values between the layers are cut by position.")
     ] = False,
-    latency: Annotated[float, typer.Option(min=0.0, help="With --sharding: microseconds one message takes.")] = 10.0,
-    bandwidth: Annotated[float, typer.Option(min=1e-6, help="With --sharding: GB/s of one rank's link, one way.")] = 10.0,
+    latency: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="With --sharding: microseconds one message takes.")
+    ] = 10.0,
+    bandwidth: Annotated[
+        float, typer.Option(min=1e-6, callback=finite, help="With --sharding: GB/s of one rank's link, one way.")
+    ] = 10.0,
     batch: Annotated[int | None, typer.Option(help="With --cost or --sharding: the batch; the example's by default.")] = None,
     sequence: Annotated[
         int | None, typer.Option(help="With --cost or --sharding: the tokens; the example's by default.")
@@ -226,8 +226,10 @@ def run_bench(
     shapes: Annotated[
         str | None, typer.Option(help=f"Rows x tokens, or x ragged for whole texts padded; {DEFAULT_SHAPES} by default.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="How long to time each engine at each shape.")] = 2.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="For each engine; as many as PyTorch uses by default.")] = None,
+    seconds: Seconds = 2.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="For each engine; as many as PyTorch uses by default.")
+    ] = None,
     texts: Annotated[Path | None, typer.Option(help="A file of texts, one a line, to fill rows and calibrate with.")] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Show where the compiled program's time goes instead.")] = False,
     passes: Annotated[str | None, typer.Option(help="With --profile: pipeline text or a recipe's name.")] = None,
@@ -253,7 +255,7 @@ def run_bench(
         console.print(saved_table(Path(model), shown, seconds, allow_native=allow_native))
         return
     if profile:
-        api.resolve_passes(passes or "exact")
+        resolve_passes(passes or "exact")
         machine = load_machine() or _measure_machine()[0]
         for part in profile_model(
             model, passes=passes or "exact", shapes=parsed, texts=lines, machine=machine, seconds=seconds
@@ -321,10 +323,10 @@ def _compile(
     """The model compiled for a backend, or with the passes alone where none is named."""
     # What is wrong with the options is said before a large model is read.
     check_options(checks)  # pyright: ignore[reportArgumentType]
-    pipeline = api.resolve_passes(passes)
+    pipeline = resolve_passes(passes)
     if backend is not None:
         find_backends(backend)
-    api.check_device(device)
+    check_device(device)
     source = load(model)
     options = {"backend": backend, "only_if_faster": only_if_faster, "simulate": simulate}
     run = api.optimize if backend is None else partial(api.compile, **options)
@@ -360,4 +362,6 @@ def _run() -> None:
 
 
 def _escaped(error: Exception) -> str:
-    return str(error).replace("[", r"\[")
+    # A name that is too long is not shown whole.
+    text = str(error) if isinstance(error, LissomError) else f"{error!s:.400}"
+    return text.replace("[", r"\[")

@@ -15,13 +15,14 @@ from lissom.backends.base import Backend
 from lissom.frontends.device import check_device
 from lissom.hosting import Facts
 from lissom.inspect.tables import Report
+from lissom.options import check_path
 
 
 def load(
     directory: str | Path,
     device: str | torch.device | None = None,
     *,
-    backend: Backend | None = None,
+    backend: str | Backend | None = None,
     allow_native: bool = False,
     trusted_keys: Sequence[str | Path] | None = None,
 ) -> CompiledModel:
@@ -29,7 +30,8 @@ def load(
 
     device: where it is to run; where it was made to run by default. What differs here from where it was made, such as kernels
     that are missing, is said in a warning.
-    backend: the backend it was saved for, with options in place of those it was saved with: `lissom.OnnxRuntime(threads=1)`.
+    backend: the backend it was saved for, by name, or with options in place of those it was saved with:
+        `lissom.OnnxRuntime(threads=1)`.
     allow_native: load native code that the artifact holds or names: what `inductor` compiled, libraries that options name.
     trusted_keys: PEM files of Ed25519 public keys, one of which must have signed it (`lissom sign`).
 
@@ -45,7 +47,7 @@ def load(
     >>> lissom.load(folder)
     CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
     """
-    loaded = rank_files.load(Path(directory), check_device(device), backend, Trust(allow_native, trusted_keys))
+    loaded = rank_files.load(check_path(directory), check_device(device), backend, Trust(allow_native, trusted_keys))
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
     return compiled_from(loaded)

@@ -55,10 +55,12 @@ def with_ways(backend: str | Backend, ways: int | None) -> str | Backend:
     """The backend with the number of ranks as its option. Raises: UnsupportedError when it takes none, or has another."""
     if ways is None:
         return backend
-    if backend == Distributed.name:
+    if isinstance(ways, bool) or not isinstance(ways, int) or ways < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"ways= is {ways!r:.80}; give the number of ranks that share the model, 2 or more")
+    if isinstance(backend, str) and backend == Distributed.name:
         return Distributed(ways)
     if not isinstance(backend, Distributed):
-        name = backend if isinstance(backend, str) else backend.name
+        name = getattr(backend, "name", backend)
         raise UnsupportedError(f"ways={ways} goes with backend='distributed', and backend is '{name}'; leave one of them out")
     if backend.ways not in (None, ways):
         raise UnsupportedError(f"ways is {ways}, and the backend's is {backend.ways}; give the number once")
@@ -99,8 +101,8 @@ def compile_for_ranks(
         lower_rank(cut.program.of_rank(0), backend, device, cut.samples, checks, simulate=simulate)
         return RankModel(cut.program, Held(cut.program, len(cut.program.ranks), cut.history), cut.history)
     ranks = current_ranks(backend.timeout_seconds, backend.shared_memory)
-    ranks.agree(versions() | {"the number of ranks": str(backend.ways)}, _MODEL)
-    with ranks.working():
+    with ranks.working(_MODEL):
+        ranks.agree(versions() | {"the number of ranks": str(backend.ways)}, _MODEL)
         part = _scatter(lambda: _checked(make(), backend), ranks, device)
         stored, history = part.program, part.history
         lowered, lowering = ranks.settle(

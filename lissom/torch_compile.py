@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,7 +18,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.api import CompiledModel, Settings, check_settings, compile_captured
+from lissom.api import CompiledModel, compile_captured
 from lissom.backends import FASTEST
 from lissom.compiler import fake
 from lissom.compiler.errors import (
@@ -35,6 +36,7 @@ from lissom.frontends.dynamo import Graph, capture_graph, read_graph
 from lissom.frontends.untouched import ordinary
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
+from lissom.options import Settings, check_settings
 
 Function = Callable[..., Sequence[object]]
 
@@ -45,6 +47,8 @@ _MODES: Mapping[str, Mapping[str, str]] = {"default": {}, "reduce-overhead": {},
 """The options each mode of torch.compile stands for. On CUDA the backend eager records graphs by itself."""
 _MOST_CHANGES = 8
 """So many compilations after changes must pay: from then on each has to have answered as many calls."""
+_KEPT_REPORTS = 100
+"""How many reports are kept: each holds the program's text after every pass."""
 _PROBED = 16
 """At how many places of a weight writes are looked for that PyTorch does not count."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -66,12 +70,12 @@ class GraphReport:
         return f"{self.name} runs as it is: {self.reason}\n" if self.report is None else str(self.report)
 
 
-_reports: list[GraphReport] = []
+_reports: deque[GraphReport] = deque(maxlen=_KEPT_REPORTS)
 _said: set[str] = set()
 
 
 def dynamo_reports() -> tuple[GraphReport, ...]:
-    """What `torch.compile(..., backend="lissom")` did with each graph so far, in order; `torch.compiler.reset` forgets them.
+    """What `torch.compile(..., backend="lissom")` did with the last 100 graphs, in order; `torch.compiler.reset` forgets them.
 
     >>> import torch, lissom
     >>> for found in lissom.dynamo_reports():
@@ -90,7 +94,7 @@ def compile_graph(
     """What runs a graph of Dynamo's: the backend `lissom` of `torch.compile`.
 
     mode: `default` and `reduce-overhead` use the backend eager, `max-autotune` the fastest. options: the keywords of
-    `lissom.compile` that are fields of `lissom.api.Settings`; batches of `data` are mappings from the names of the graph's
+    `lissom.compile` that are fields of `lissom.options.Settings`; batches of `data` are mappings from the names of the graph's
     inputs to tensors, and `metric` scores a callable that takes these and returns the graph's outputs in a tuple.
 
     Raises: the errors of `lissom.compile` for wrong options and for passes that cannot do what is asked.
@@ -114,14 +118,16 @@ def _settings(mode: str, options: Mapping[str, object]) -> Settings:
 
     Raises: UnsupportedError.
     """
-    if mode not in _MODES:
-        hint = nearest(mode, _MODES) or ";"
-        raise UnsupportedError(f"backend 'lissom' has no mode '{mode}'{hint} choose {', '.join(_MODES)}")
+    if not isinstance(mode, str) or mode not in _MODES:  # pyright: ignore[reportUnnecessaryIsInstance]
+        hint = nearest(str(mode), _MODES) or ";"
+        raise UnsupportedError(f"backend 'lissom' has no mode {mode!r:.80}{hint} choose {', '.join(_MODES)}")
+    if not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"options= is {options!r:.80}; give a mapping from names of options to their values")
     known = [field.name for field in fields(Settings)]
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
-        hint = nearest(unknown, known) or ";"
-        raise UnsupportedError(f"backend 'lissom' has no option '{unknown}'{hint} it has {', '.join(known)}")
+        hint = nearest(str(unknown), known) or ";"
+        raise UnsupportedError(f"backend 'lissom' has no option {unknown!r:.80}{hint} it has {', '.join(known)}")
     if isinstance(options.get("data"), Iterator):
         raise UnsupportedError("data is an iterator, which can be read once, and every graph reads it; give a list of batches")
     return Settings(**{**_MODES[mode], **options})  # pyright: ignore[reportArgumentType]

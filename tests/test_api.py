@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.api import check_device, resolve_passes, split_inputs
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import (
     BudgetError,
@@ -27,7 +26,9 @@ from lissom.compiler.kinds import Approximation
 from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import format_pipeline
 from lissom.compiler.verify import relative_error
+from lissom.frontends.device import check_device
 from lissom.ops.native import load_kernels
+from lissom.options import resolve_passes, split_inputs
 from lissom.passes import RECIPES
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests.compiler.passes import DoubleGelu, ScaleWeights, StopsHalfway
@@ -102,7 +103,9 @@ def test_a_tensor_is_the_only_argument():
 
 def test_results_need_no_gradients():
     fast = lissom.compile(feed_forward().model, normal(2, 5, 8))
-    assert fast(normal(3, 4, 8)).is_inference()
+    found = fast(normal(3, 4, 8).requires_grad_())
+    assert not found.requires_grad
+    assert not found.is_inference()
 
 
 def test_a_compiled_model_reads_as_its_call():
@@ -178,7 +181,7 @@ def test_passes_follow_the_recipe_exact():
 
 def test_a_pass_that_is_none_is_refused():
     assert refusal(UnsupportedError, lambda: lissom.compile(feed_forward().model, normal(2, 5, 8), passes=[RemoveNoOps])) == (
-        f"passes= holds {RemoveNoOps!r}, which is no pass; give pass objects, e.g. RemoveNoOps()"
+        "passes= holds the class RemoveNoOps, which is no pass; give pass objects, e.g. RemoveNoOps()"
     )
 
 
@@ -258,7 +261,7 @@ def test_data_reaches_the_passes_flat_and_checked():
 def test_data_that_does_not_fit_is_refused():
     case = tiny_bert()
     found = refusal(InputError, lambda: lissom.compile(case.model, case.inputs, data=[{"input_ids": tokens()}]))
-    assert found.startswith("argument 'attention_mask' is missing; ")
+    assert found.startswith("batch 0 of data= does not fit: argument 'attention_mask' is missing; ")
 
 
 @pytest.mark.parametrize(

@@ -151,12 +151,12 @@ def _confirm(program: Program, folder: Path) -> None:
 
 
 def load_whole(
-    directory: Path, manifest: Manifest, device: torch.device | None, backend: Backend | None, trust: Trust = NO_TRUST
+    directory: Path, manifest: Manifest, device: torch.device | None, backend: str | Backend | None, trust: Trust = NO_TRUST
 ) -> Loaded:
     """The artifact in a directory whose files are checked, but for those named in `CHECKED_HERE`.
 
     device: where it is to run, where it ran before by default. backend: in place of the one it was saved with, which has the
-    same name.
+    same name; a name stands for the one it was saved with.
 
     Raises: ArtifactError when it is damaged or cannot run here; UnsupportedError when what its backend needs is not installed.
     """
@@ -184,23 +184,25 @@ def _load_weights(directory: Path, manifest: Manifest, entries: Mapping[str, obj
         return load_weights(entries, path, place)
 
 
-def find_saved_backend(manifest: Manifest, directory: Path, wanted: Backend | None, trust: Trust = NO_TRUST) -> Backend:
-    """The backend the artifact was saved with, or the one wanted in its place.
+def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backend | None, trust: Trust = NO_TRUST) -> Backend:
+    """The backend the artifact was saved with, or the one wanted in its place, which may be named.
 
     Raises: ArtifactError, also for one that runs native code which is not allowed; UnsupportedError.
     """
     name = manifest.backend
+    if not isinstance(wanted, (str, Backend, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"backend= is {wanted!r:.80}; give '{name}', or an object with options of it")
     if name not in BACKENDS:
         hint = nearest(name, BACKENDS) or ";"
         raise ArtifactError(f"'{directory}' was made by a backend '{name}'{hint} this Lissom has {', '.join(BACKENDS)}")
-    if wanted is not None and wanted.name != name:
+    asked = wanted.name if isinstance(wanted, Backend) else wanted
+    if asked not in (None, name):
         raise UnsupportedError(
-            f"'{directory}' was saved for backend '{name}', and backend= is '{wanted.name}'; "
-            f"compile the model again for that one"
+            f"'{directory}' was saved for backend '{name}', and backend= is '{asked}'; compile the model again for that one"
         )
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in manifest.options.items()}
     try:
-        found = wanted or BACKENDS[name](**options)
+        found = wanted if isinstance(wanted, Backend) else BACKENDS[name](**options)
         native = found.native_code(saved_options=not isinstance(wanted, Backend))
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"'{directory}' has options of backend '{name}' that this Lissom lacks: {error}") from error

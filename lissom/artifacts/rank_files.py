@@ -29,10 +29,12 @@ from lissom.artifacts.artifact import (
     write_program,
 )
 from lissom.artifacts.directory import read_directory, verified_path, write_directory
+from lissom.artifacts.fields import shown
 from lissom.artifacts.manifest import Manifest
 from lissom.artifacts.weights import Place, load_alone, save_weights
 from lissom.backends.base import Backend, Executable
 from lissom.backends.distributed import (
+    MOST_RANKS,
     Distributed,
     Held,
     RankProgram,
@@ -45,6 +47,7 @@ from lissom.backends.ranks import current_ranks, in_group
 from lissom.compiler.errors import ArtifactError, UnsupportedError
 from lissom.compiler.history import History
 from lissom.compiler.program import Program
+from lissom.ops.native import load_kernels
 
 
 def weights_file(rank: int) -> str:
@@ -124,7 +127,7 @@ def _save_together(directory: Path, executable: RankProgram, shared: partial[Non
 
 
 def load(
-    directory: Path, device: torch.device | None = None, backend: Backend | None = None, trust: Trust = NO_TRUST
+    directory: Path, device: torch.device | None = None, backend: str | Backend | None = None, trust: Trust = NO_TRUST
 ) -> Loaded:
     """The artifact in a directory, or this rank's part of one for several ranks; arguments and errors as for `load_whole`.
 
@@ -135,11 +138,11 @@ def load(
     )
     if manifest.backend != Distributed.name:
         return load_whole(directory, manifest, device, backend, trust)
+    _check_group(manifest, directory, f"run {directory} --input FILE")
     chosen = find_saved_backend(manifest, directory, backend)
     assert isinstance(chosen, Distributed)
-    _check_group(manifest, directory, f"run {directory} --input FILE")
     ranks = current_ranks(chosen.timeout_seconds, chosen.shared_memory)
-    with ranks.working():
+    with ranks.working(manifest.name):
         found = ranks.settle(
             partial(_load_part, directory, chosen, device, trust),
             manifest.name,
@@ -147,7 +150,14 @@ def load(
         )
         executable = RankProgram(found.lowered, found.stored, ranks, found.history)
     history = append_steps(found.history, found.lowering)
-    return Loaded(found.lowered, executable, history, chosen, manifest.facts, (), manifest.files)
+    return Loaded(found.lowered, executable, history, chosen, manifest.facts, _notes(found.lowered), manifest.files)
+
+
+def _notes(program: Program) -> tuple[str, ...]:
+    """A sentence when this rank has no kernels, for which `load_whole` has one too: each rank lowers its own program here."""
+    on_cpu = all(leaf.type.device.type == "cpu" for leaf in program.signature.tensors)
+    reason = load_kernels() if on_cpu else ""
+    return (f"{program.name} runs slowly without C++ kernels: {reason}",) if reason else ()
 
 
 @dataclass(frozen=True)
@@ -163,6 +173,8 @@ class _Part:
 def _load_part(directory: Path, backend: Distributed, device: torch.device | None, trust: Trust) -> _Part:
     rank = torch.distributed.get_rank()
     manifest = read_directory(directory, lambda found: found.files, trust.keys)
+    if weights_file(rank) not in manifest.files:
+        raise ArtifactError(f"the manifest of '{directory}' names no '{weights_file(rank)}'; copy it whole, or save again")
     if device is None and manifest.device.startswith("cuda") and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     saved, wanted = find_devices(manifest, directory, device)
@@ -213,9 +225,9 @@ def check_world(ways: int, what: str, rest: str) -> None:
 
 def _ways(manifest: Manifest) -> int:
     found = manifest.options.get("ways")
-    if not isinstance(found, int) or not 1 <= found <= len(manifest.files):
+    if type(found) is not int or not 2 <= found <= MOST_RANKS:
         raise ArtifactError(
-            f"the manifest of {manifest.name} does not say for how many ranks it is, one to the {len(manifest.files)} files "
-            f"it names; save the model again"
+            f"the manifest of {manifest.name} is for {shown(found)} ranks, and a program is shared by 2 to {MOST_RANKS}; "
+            f"save the model again"
         )
     return found

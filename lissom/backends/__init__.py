@@ -22,12 +22,17 @@ def find_backend(wanted: str | Backend) -> Backend:
 
     Raises: UnsupportedError when there is none, or this machine lacks what it needs.
     """
+    names = (*BACKENDS, FASTEST)
     if isinstance(wanted, Backend):
         backend = wanted
+    elif not isinstance(wanted, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(
+            f"backend= is {wanted!r:.80}; give a name, {', '.join(names)}, or an object with options, such as "
+            f"lissom.OnnxRuntime(threads=2)"
+        )
     elif wanted in BACKENDS:
         backend = BACKENDS[wanted]()
     else:
-        names = (*BACKENDS, FASTEST)
         hint = nearest(wanted, names) or ";"
         raise UnsupportedError(f"there is no backend '{wanted}'{hint} choose {', '.join(names)}")
     missing = backend.missing()
@@ -42,6 +47,6 @@ def find_backends(wanted: str | Backend) -> Sequence[Backend]:
 
     Raises: UnsupportedError when there is none, or this machine lacks what it needs.
     """
-    if wanted != FASTEST:
+    if not isinstance(wanted, str) or wanted != FASTEST:
         return [find_backend(wanted)]
     return [backend() for backend in BACKENDS.values() if not backend.runs_ranks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
@@ -12,12 +12,13 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 
 from lissom.backends.kernels import SimulatedLayer, simulated_layers
+from lissom.compiler.equality import EARLIER, shared_memory
 from lissom.compiler.errors import InputError, UnsupportedError, VerifyError
 from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
 from lissom.compiler.rounding import SHARE, rounding_loss, rounds_values
 from lissom.compiler.samples import Sample, check_samples, resize
-from lissom.compiler.verify import compare, run_original, tolerance_of
+from lissom.compiler.verify import output_errors, run_original, shapes_of, tolerances
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 """Flat inputs in the order of the program's placeholders; flat outputs. One that keeps state is `Stateful` too."""
@@ -115,44 +116,55 @@ class Backend(ABC):
 
 
 def confirm(name: str, executable: Executable, program: Program, example: Sample, allowed: float = 0.0) -> float:
-    """Run what a backend built from a program beside it: on the example, at other sizes, and at the smallest.
+    """Run what a backend built from a program beside it: on the example, at other sizes, and at the smallest, twice each.
 
     State is compared too, and put back to what it was.
 
     allowed: the relative error it may show, where that is more than two correct programs may. Returns the one it shows.
 
-    Raises: VerifyError when it does not run, or gives something else.
+    Raises: VerifyError when it does not run, gives something else, or hands out memory that is not the caller's.
     """
-    samples, wanted = run_original(program, [*check_samples(program.signature, example), *smallest_samples(program, example)])
-    allowed = max(allowed, tolerance_of(program))
-    worst = 0.0
+    given = [*check_samples(program.signature, example), *smallest_samples(program, example)]
+    samples, wanted, _ = run_original(program, given)
     if rounds_values(program):
         allowed = max(allowed, SHARE * rounding_loss(program, samples, wanted))
+    worst = 0.0
     for sample, outputs in zip(samples, wanted, strict=True):
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
+        subject, inputs = f"what backend '{name}' built from {program.name}", f"on inputs {shapes_of(sample)}"
         try:
-            with restored_state(executable):
-                found = [*executable(sample), *(tensor.clone() for tensor in state_of(executable).values())]
+            first, again = (_call(executable, sample) for _ in range(2))
         except Exception as error:
             raise VerifyError(
-                f"what backend '{name}' built from {program.name} does not run on inputs {shapes}: "
-                f"{type(error).__name__}: {error}; choose another backend"
+                f"{subject} does not run {inputs}: {type(error).__name__}: {error}; choose another backend"
             ) from error
-        error = compare([outputs], [found]).relative_error
-        worst = max(worst, error)
-        if error > allowed:
-            raise VerifyError(
-                f"what backend '{name}' built from {program.name} differs from the program by {error:.2g} relative on inputs "
-                f"{shapes}, allowed {allowed:.2g}; choose another backend"
-            )
+        for found in (first, again):
+            errors = output_errors([outputs], [found])
+            worst = max(worst, *errors, 0.0)
+            for error, limit in zip(errors, tolerances(program), strict=True):
+                if error > max(limit, allowed):
+                    raise VerifyError(
+                        f"{subject} differs from the program by {error:.2g} relative {inputs}, allowed "
+                        f"{max(limit, allowed):.2g}; choose another backend"
+                    )
+        usual = shared_memory(program, sample, outputs)
+        same = {(index, EARLIER) for index, _ in usual}  # an input or a weight, which is there in every call
+        for index, other in sorted(shared_memory(program, sample, again, first) - usual - same)[:1]:
+            raise VerifyError(f"{subject} gives an output {index} that shares memory with {other}; choose another backend")
     return worst
+
+
+def _call(executable: Executable, sample: Sample) -> list[object]:
+    """The outputs of one call, and the state it leaves, which is put back."""
+    with restored_state(executable):
+        return [*executable(sample), *(tensor.clone() for tensor in state_of(executable).values())]
 
 
 def smallest_samples(program: Program, example: Sample) -> list[Sample]:
     """The example at the smallest sizes the signature promises, where compilers go wrong; none when it refuses them."""
     signature = program.signature
     sample = resize(signature, example, {symbol: dimension.minimum for symbol, dimension in signature.dimensions.items()})
-    with suppress(InputError):
+    try:
         signature.check_sizes(sample)
-        return [sample]
-    return []
+    except InputError:
+        return []
+    return [sample]

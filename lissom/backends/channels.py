@@ -10,14 +10,15 @@ import mmap
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-FOLDER = Path("/dev/shm")
 SLOT_BYTES = 1 << 20
 """What a rank writes at once; longer values go in parts, which stay in the processor's caches."""
 _LINE = 64
@@ -41,12 +42,16 @@ class Channel(Protocol):
         """Write this rank's part, along the first dimension, of the sum or maximum of `x` over the ranks into `found`."""
         ...
 
+    def end(self) -> None:
+        """Let the ranks that wait for this one give up. It is not called again."""
+        ...
+
 
 class GroupChannel:
     """A process group, over gloo or NCCL."""
 
     def __init__(self, group: Any) -> None:
-        self._group = group
+        self._group: Any = group
         operations: dict[str, Any] = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
         self._reduce = {name: dist.AllreduceOptions() for name in operations}
         self._scatter = {name: dist.ReduceScatterOptions() for name in operations}
@@ -61,6 +66,20 @@ class GroupChannel:
 
     def scatter(self, found: torch.Tensor, x: torch.Tensor, operation: str) -> None:
         self._group._reduce_scatter_base(found, x, self._scatter[operation]).wait()
+
+    def end(self) -> None:
+        group, self._group = self._group, None
+        end_group(group)
+
+
+def end_group(group: Any) -> None:
+    """End a process group on this rank. The caller keeps no reference to it.
+
+    Gloo closes its connections, which the other ranks notice, when the last reference is gone.
+    """
+    group.abort()
+    if group.name() == "gloo":
+        dist.destroy_process_group(group)
 
 
 class SharedMemory:
@@ -83,9 +102,12 @@ class SharedMemory:
         self._step = 0
         self._meet: Callable[..., bool] = torch.ops.lissom.meet.default
         self._alive = select.poll()
+        handles: list[int] = []
+        weakref.finalize(self, _close, handles)
         for other in (number for index, number in enumerate(processes) if index != rank):
             # It can be read once the process has ended, one that nobody has waited for too.
-            self._alive.register(os.pidfd_open(other), select.POLLIN)
+            handles.append(os.pidfd_open(other))
+            self._alive.register(handles[-1], select.POLLIN)
 
     def reduce(self, x: torch.Tensor, operation: str) -> None:
         flat = x.view(-1)
@@ -105,7 +127,6 @@ class SharedMemory:
             combine(self._exchange(part).view(self.ways, *part.shape)[:, self.rank], operation, into)
 
     def end(self) -> None:
-        """Let those that wait for this rank give up."""
         self._ended.fill_(1)
 
     def _exchange(self, part: torch.Tensor) -> torch.Tensor:
@@ -143,27 +164,34 @@ def machine() -> str:
         return ""
 
 
-def create(ways: int) -> Path:
-    """A new file of shared memory for so many ranks. Raises: OSError when there is no room."""
-    path = FOLDER / f"lissom-{os.getpid()}-{time.monotonic_ns():x}"
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+@contextmanager
+def create(ways: int) -> Generator[Path]:
+    """New shared memory for so many ranks, and the path by which other processes of this user open it within the block.
+
+    It has no name in any folder, so the system frees it when the last process that maps it ends, however it ends.
+
+    Raises: OSError when there is no room.
+    """
+    descriptor = os.memfd_create("lissom")
     try:
         os.posix_fallocate(descriptor, 0, _head_bytes(ways) + 2 * ways * SLOT_BYTES)
-    except OSError:
-        path.unlink()
-        raise
+        yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
     finally:
         os.close(descriptor)
-    return path
 
 
 def attach(path: Path) -> mmap.mmap:
-    """The file's memory. Raises: OSError."""
+    """The memory at a path that `create` gave. Raises: OSError."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         return mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)
+
+
+def _close(handles: Sequence[int]) -> None:
+    for handle in handles:
+        os.close(handle)
 
 
 def _head_bytes(ways: int) -> int:

@@ -2,14 +2,14 @@
 
 What a rank runs is lowered and called as the backend `eager` does it, on its own weights. Collectives go to a channel
 directly, memory that ranks of one machine share or a process group, in place where nothing else reads their argument. Ranks
-compare what they run before they start, and their inputs at the first call of each shape. A rank that ends, or stands still,
-ends the others with a sentence.
+compare what they run before they start, and their inputs before each call. A rank that ends, or stands still, ends the others
+with a sentence.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -22,18 +22,23 @@ from torch import fx
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.channels import Channel
 from lissom.backends.eager import Eager, build_function
+from lissom.backends.entry import Entry
 from lissom.backends.kernels import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.backends.ranks import Ranks, current_ranks, in_group
 from lissom.compiler import node as nodes
 from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER, WAIT
-from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.compiler.errors import InputError, LissomError, RankError, UnsupportedError
 from lissom.compiler.history import History
 from lissom.compiler.kinds import Pass
-from lissom.compiler.lookups import CutTable, cut_tables
+from lissom.compiler.lookups import CutTable, cut_tables, outside_table
 from lissom.compiler.pipeline import Checks, Pipeline
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.version import __version__
+
+MOST_RANKS = 1024
+"""The largest number of ranks; a manifest that asks for more is refused before its files are listed."""
+LONGEST_SECONDS = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,12 @@ class Distributed(Backend):
     runs_ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.ways is not None and self.ways < 2:
-            raise UnsupportedError(f"ways is {self.ways}; a program is shared by 2 ranks or more")
-        if not self.timeout_seconds > 0:
-            raise UnsupportedError(f"timeout_seconds is {self.timeout_seconds:g}; give seconds above 0")
+        if self.ways is not None and not 2 <= self.ways <= MOST_RANKS:
+            raise UnsupportedError(f"ways is {self.ways}; a program is shared by 2 to {MOST_RANKS} ranks")
+        if not 0 < self.timeout_seconds <= LONGEST_SECONDS:
+            raise UnsupportedError(
+                f"timeout_seconds is {self.timeout_seconds:g}; give seconds above 0, and at most {LONGEST_SECONDS:g}"
+            )
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
         return Eager().lowering(device)
@@ -107,9 +114,8 @@ class RankProgram:
         self.ranks = ranks
         self.ways = ranks.ways
         self.notes: Sequence[str] = ()
-        self._name = program.name
-        self._seen: set[tuple[torch.Size, ...]] = set()
-        self._calls = 0
+        self._program = program
+        self._entry = Entry(ranks, program.name)
         # An embedding cut by rows has zeros for what is no row. On CUDA to look would be to wait for the device.
         self._tables: Sequence[CutTable] = ()
         device = next((leaf.type.device for leaf in program.signature.tensors), torch.device("cpu"))
@@ -118,36 +124,36 @@ class RankProgram:
         self._function = build_function(program, calls=_Collectives(ranks, ranks.channel(device), program.name).call_of)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
-        shapes = tuple(tensor.shape for tensor in inputs)
-        if shapes not in self._seen:
-            self._compare(inputs)
-            self._seen.add(shapes)
-        self._calls += 1
-        for table in self._tables:
-            sentence = table.outside(inputs)
-            if sentence is not None:
-                raise InputError(sentence)
+        with self.ranks.alone(self._program.name):
+            self._entry.agree(inputs, next(filter(None, (table.outside(inputs) for table in self._tables)), None))
+            try:
+                return self._function(inputs)
+            except (IndexError, RuntimeError) as error:
+                sentence = outside_table(self._program, inputs)
+                if sentence is None:
+                    raise
+                # All ranks have the same inputs and fail alike. Where one does not, it is not here, and that ends all.
+                self.ranks.exchange(b"", self._program.name)
+                raise InputError(sentence) from error
+
+    @contextmanager
+    def refusals(self) -> Generator[None]:
+        """Tell the other ranks when this one refuses the arguments of a call in the block, so that none waits for it.
+
+        Raises: what the block raises; RankError when one ended or does not answer.
+        """
         try:
-            return self._function(inputs)
-        except BaseException:
-            # Ranks that stopped in different places must not meet in the next call's collectives.
-            self._seen.clear()
+            yield
+        except RankError:
+            raise
+        except (LissomError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            with self.ranks.alone(self._program.name), suppress(InputError):
+                self._entry.agree((), str(error) or type(error).__name__)
             raise
 
     def state(self) -> dict[str, torch.Tensor]:
         """This rank's part of the state, by name."""
         return state_of(self._function)
-
-    def _compare(self, inputs: Sequence[torch.Tensor]) -> None:
-        """Compare inputs with those of the other ranks. Raises: RankError when they differ."""
-        # Bytes of any dtype; a view as bytes needs a dimension.
-        content = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in inputs]
-        facts = {
-            "the number of calls before": str(self._calls),
-            "their inputs": " ".join(f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in inputs),
-            "what their inputs hold, by a checksum": " ".join(f"{zlib.crc32(part.data):08x}" for part in content),
-        }
-        self.ranks.agree(facts, self._name)
 
 
 class _Collectives:

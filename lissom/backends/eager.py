@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from lissom.backends.base import Backend, Executable
+from lissom.backends.base import Backend, Executable, confirm
 from lissom.backends.cuda_graphs import with_fast_layout, with_graphs
 from lissom.compiler.execute import last_uses_of
 from lissom.compiler.kinds import Pass
@@ -119,13 +119,15 @@ class Eager(Backend):
         return (FoldQuantizedWeights(), *merge, FuseRotary(), LowerSparseAttention(), FuseAttention(), FuseRmsNorm(), *products)
 
     def build(self, program: Program, example: Sample) -> Executable:
-        return build_function(program, with_graphs)
+        executable = build_function(program, with_graphs)
+        confirm(self.name, executable, program, example)
+        return executable
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Nothing: the program is all there is."""
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
-        return self.build(program, [])
+        return build_function(program, with_graphs)
 
 
 def build_function(

@@ -20,7 +20,8 @@ from lissom.backends.compiled import device_of, leaves_of
 from lissom.backends.kernels import SimulatedLayer
 from lissom.backends.onnx_export import input_names, output_names, results_of, state_names
 from lissom.backends.onnx_state import shared_states
-from lissom.compiler.errors import UnsupportedError, nearest
+from lissom.backends.onnx_stored import check_interface
+from lissom.compiler.errors import InputError, UnsupportedError, nearest
 from lissom.compiler.program import Program
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -73,13 +74,17 @@ class Session:
         self._device = device_of(program)
         self._inputs = input_names(program)
         self._results = output_names(program)
-        self._types = [int(tensor_adapters.from_torch_dtype(leaf.type.dtype)) for leaf in program.signature.tensors]
+        self._dtypes = [leaf.type.dtype for leaf in program.signature.tensors]
+        self._types = [int(tensor_adapters.from_torch_dtype(dtype)) for dtype in self._dtypes]
+        # Where tensors say they are: a CPU without a number, any other device with one.
+        self._place = self._device if self._device.type == "cpu" else torch.device(self._device.type, self._device.index or 0)
         # ONNX counts negative rows of a table from its end, and PyTorch refuses them.
         rows = [node.args[1] for node in program.nodes(torch.ops.aten.embedding.default)]
         self._rows = [index for index, node in enumerate(program.placeholders) if node in rows]
         # What is returned, leaf by leaf: which result, or a value that is always the same.
         places = {result: index for index, result in enumerate(results_of(program))}
         self._leaves = [(places[leaf], None) if isinstance(leaf, fx.Node) else (None, leaf) for leaf in leaves_of(program)]
+        check_interface(program, path, session)
         self._memories = _memories(program, path, session) if program.state else {}
         if not keep:
             weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
@@ -96,11 +101,18 @@ class Session:
         return {name: memory.now for name, memory in self._memories.items()}
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The model's results for flat inputs, in one go."""
+        """The model's results for flat inputs, in one go.
+
+        Raises: InputError for an input of another dtype, or on another device, whose memory would be misread.
+        """
+        for name, tensor, dtype in zip(self._inputs, inputs, self._dtypes, strict=True):
+            if tensor.dtype is not dtype or tensor.device != self._place:
+                found = f"{tensor.dtype} on {tensor.device}"
+                raise InputError(f"input '{name}' is {found}, and the model takes {dtype} on {self._place}; convert it first")
         kind, index = self._device.type, self._device.index or 0
         binding = self._session.io_binding()
         # Held until the call is over: the binding has no more than their addresses.
-        held = [tensor.detach().contiguous() for tensor in inputs]
+        held = [tensor.detach().resolve_neg().contiguous() for tensor in inputs]
         for name, tensor, dtype in zip(self._inputs, held, self._types, strict=True):
             binding.bind_input(name, kind, index, dtype, list(tensor.shape), tensor.data_ptr())
         for name in self._results:

@@ -15,7 +15,27 @@ import onnx_ir as ir
 import torch
 from onnxscript import evaluator, values
 
-from lissom.ops import attention, block_sparse_attention, grouped_product, linear_attention, rotary
+from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.program import Program
+from lissom.ops import (
+    attention,
+    block_sparse_attention,
+    fused_attention,
+    fused_rms_norm,
+    fused_rotary,
+    grouped_product,
+    linear_attention,
+    merged_attention,
+    packed_embedding,
+    packed_linear,
+    packed_linear_norm,
+    quantized_linear,
+    quantized_linear_norm,
+    rotary,
+    sparse_linear,
+    weight_quantized_linear,
+    weight_quantized_linear_norm,
+)
 from lissom.ops.linear_attention import CHUNK, FLOOR
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
@@ -213,3 +233,24 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     aten.where.self: _where,
 }
 """What the exporter is to write for operators that it does not know, or knows a worse form of."""
+
+_WRITTEN_BY: Mapping[object, str] = {
+    fused_attention: "fuse-attention or lower-sparse-attention",
+    merged_attention: "fuse-merged-attention",
+    fused_rms_norm: "fuse-rms-norm",
+    fused_rotary: "fuse-rotary",
+    **dict.fromkeys((packed_linear, packed_embedding), "pack-linear or pack-quantized-linear"),
+    **dict.fromkeys((quantized_linear, weight_quantized_linear), "pack-quantized-linear"),
+    **dict.fromkeys((packed_linear_norm, quantized_linear_norm, weight_quantized_linear_norm), "fuse-epilogues"),
+    sparse_linear: "pack-sparse",
+}
+"""Operators whose kernels are Lissom's or PyTorch's own, and the passes that write them."""
+
+
+def check_translatable(program: Program) -> None:
+    """Refuse operators that a lowering pass for another backend wrote. Raises: UnsupportedError naming the pass."""
+    for node in program.nodes(*_WRITTEN_BY):
+        raise UnsupportedError(
+            f"ONNX Runtime has no kernel for {node.target} in '{node.name}' of {program.name}, which the pass "
+            f"{_WRITTEN_BY[node.target]} writes for backend 'eager'; leave that pass out, or choose backend 'eager'"
+        )

@@ -25,7 +25,7 @@ from lissom.backends.compiled import check_tensors, kind_and_reason
 from lissom.backends.kernels import SimulatedLayer, account
 from lissom.backends.onnx_options import unlisted_option
 from lissom.compiler import node as nodes
-from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError, VerifyError
+from lissom.compiler.errors import ArtifactError, InputError, LissomError, UnsupportedError, VerifyError
 from lissom.compiler.kinds import Pass
 from lissom.compiler.program import Program
 from lissom.compiler.rounding import LOCAL_TOLERANCE
@@ -101,7 +101,9 @@ class OnnxRuntime(Backend):
         # Here, because they are an extra and take a second or two to import.
         from lissom.backends.batches import fastest_cutting
         from lissom.backends.onnx_forms import CHOICES
+        from lissom.backends.onnx_translation import check_translatable
 
+        check_translatable(program)
         try:
             start = self._start(program, example, decompose=False)
         # What the exporter cannot translate, or translates wrongly, it may know when it is taken apart.
@@ -297,13 +299,15 @@ class OnnxRuntime(Backend):
             raise UnsupportedError(missing)
         from lissom.backends.batches import Cutting, batch_inputs
         from lissom.backends.onnx_export import MODEL
+        from lissom.backends.onnx_stored import check_stored
 
         try:
+            check_stored(folder / MODEL)
             session = self._session(program, folder / MODEL, keep=True)
-            elements = json.loads((folder / CUTTING).read_text(encoding="utf-8"))["elements"]
-            session.cutting = Cutting(batch_inputs(program), int(elements)) if elements else None
+            elements, batch = json.loads((folder / CUTTING).read_text(encoding="utf-8"))["elements"], batch_inputs(program)
+            session.cutting = Cutting(batch, int(elements)) if elements and batch else None
             return session
-        except UnsupportedError:
+        except LissomError:
             raise
         # ONNX Runtime's errors have no common class.
         except Exception as error:

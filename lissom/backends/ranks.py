@@ -12,19 +12,19 @@ import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, RLock, Thread
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
-from lissom.backends.channels import Channel, GroupChannel, SharedMemory, attach, create, machine
+from lissom.backends.channels import Channel, GroupChannel, SharedMemory, attach, create, end_group, machine
 from lissom.compiler import errors
-from lissom.compiler.errors import LissomError, RankError
+from lissom.compiler.errors import LissomError, RankError, UnsupportedError
 from lissom.ops.native import load_kernels
 
 Found = TypeVar("Found")
@@ -48,9 +48,10 @@ class Ranks:
         self.rank, self.ways = dist.get_rank(), dist.get_world_size()
         self.timeout_seconds = timeout_seconds
         self.shares_memory = shares_memory
-        self._memory: SharedMemory | None = None
         self._failure: str | None = None
-        self._data: dict[str, Any] = {}
+        self._channels: dict[str, Channel] = {}
+        self._running = RLock()
+        self._calls = self._programs = 0
         self._heard = {rank: 0.0 for rank in range(self.ways) if rank != self.rank}
         self._control: Any = None
         with self.answering("this process group"):
@@ -63,13 +64,10 @@ class Ranks:
     def channel(self, device: torch.device) -> Channel:
         """What carries values on the device; every rank asks for it at the same point."""
         with self.answering("this process group"):
-            if device.type not in self._data:
-                if device.type == "cpu" and self.shares_memory:
-                    self._memory = self._memory or self._share_memory()
-                    if self._memory is not None:
-                        return self._memory
-                self._data[device.type] = self._group("nccl" if device.type == "cuda" else "gloo")
-        return GroupChannel(self._data[device.type])
+            if device.type not in self._channels:
+                memory = self._share_memory() if device.type == "cpu" and self.shares_memory else None
+                self._channels[device.type] = memory or GroupChannel(self._group("nccl" if device.type == "cuda" else "gloo"))
+        return self._channels[device.type]
 
     def _share_memory(self) -> SharedMemory | None:
         """Memory that all ranks see; None where they are not on one machine, or one cannot have it. Raises: RankError."""
@@ -78,19 +76,16 @@ class Ranks:
         told = [json.loads(item) for item in self._exchange_json(mine, who, patient=False)]
         if not mine["machine"] or any(item["machine"] != mine["machine"] for item in told):
             return None
-        path, found = b"", None
-        if self.rank == 0:
-            with suppress(OSError):
-                path = os.fsencode(create(self.ways))
-        try:
+        with ExitStack() as stack:
+            path, found = b"", None
+            if self.rank == 0:
+                with suppress(OSError):
+                    path = os.fsencode(stack.enter_context(create(self.ways)))
             first, *_ = self.exchange(path, who)
             with suppress(OSError):
                 memory, numbers = attach(Path(os.fsdecode(first))), [item["process"] for item in told]
                 found = SharedMemory(memory, self.rank, self.ways, numbers, self.timeout_seconds)
             everyone = all(self.exchange(b"" if found is None else b"has it", who))
-        finally:
-            if path:
-                Path(os.fsdecode(path)).unlink(missing_ok=True)
         return found if everyone else None
 
     @contextmanager
@@ -105,10 +100,15 @@ class Ranks:
 
     def fail(self, what: str, cause: Exception | None = None) -> NoReturn:
         """End the work of all ranks that can be reached; from now on every call here raises. Raises: RankError."""
-        self._end(
+        self.end(
             f"{what} ended or did not answer within {self.timeout_seconds:g} s; see what the other ranks say, "
-            f"and start all of them again"
+            f"and start all of them again",
+            cause,
         )
+
+    def end(self, sentence: str, cause: Exception | None = None) -> NoReturn:
+        """As `fail`, with a sentence that says why. Raises: RankError."""
+        self._end(sentence)
         raise RankError(self._failure) from cause
 
     def _end(self, sentence: str) -> None:
@@ -117,18 +117,48 @@ class Ranks:
         self._failure = sentence
         atexit.register(_leave)
         # Those that wait for this rank notice it now, and not when their own time is over.
-        if self._memory is not None:
-            self._memory.end()
-        for group in (self._control, *self._data.values()):
-            if group is not None:
-                group.abort()
+        for channel in self._channels.values():
+            channel.end()
+        control, self._control = self._control, None
+        if control is not None:
+            end_group(control)
+
+    def next_program(self) -> int:
+        """The number of the next program that these ranks run."""
+        self._programs += 1
+        return self._programs
+
+    def next_call(self) -> int:
+        """The number of the next call that these ranks make."""
+        self._calls += 1
+        return self._calls
 
     @contextmanager
-    def working(self) -> Generator[None]:
-        """Tell the others that this rank is alive, until the end of the block, while they wait for what it makes.
+    def alone(self, who: str) -> Generator[None]:
+        """Work that the ranks do together, by one thread of this rank at a time. who: the name of what they run.
 
         What stops this rank and is none of our errors, an interrupt for one, ends the others' wait.
+
+        Raises: UnsupportedError when another thread is at it.
         """
+        if not self._running.acquire(blocking=False):
+            raise UnsupportedError(
+                f"{who} was called while another thread of this rank runs a call with the other ranks; all ranks make their "
+                f"calls in the same order, so make them one after the other, from one thread"
+            )
+        try:
+            yield
+        except LissomError:
+            raise
+        except BaseException:
+            self._end(f"{who} was stopped on this rank while the other ranks waited for it; start all of them again")
+            raise
+        finally:
+            self._running.release()
+
+    @contextmanager
+    def working(self, who: str) -> Generator[None]:
+        """As `alone`, and tell the others that this rank is alive while they wait for what it makes."""
         stop = Event()
 
         def beat() -> None:
@@ -144,18 +174,14 @@ class Ranks:
                 stop.wait(_BEAT_SECONDS)
 
         thread = Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        except LissomError:
-            raise
-        except BaseException:
-            self._end("this rank was stopped while others waited for it; start all of them again")
-            raise
-        finally:
-            stop.set()
-            # It may hang on a store that does not answer.
-            thread.join(2 * _BEAT_SECONDS)
+        with self.alone(who):
+            thread.start()
+            try:
+                yield
+            finally:
+                stop.set()
+                # It may hang on a store that does not answer.
+                thread.join(2 * _BEAT_SECONDS)
 
     def exchange(self, data: bytes, who: str, *, patient: bool = False) -> list[bytes]:
         """What every rank gives, in their order; all call it at the same point. who: the name of what they run.
@@ -256,7 +282,7 @@ class Ranks:
             write(enter)
             return b""
 
-        with self.working():
+        with self.working(who):
             if self.rank:
                 folder = self.from_first(lead, who)
                 try:

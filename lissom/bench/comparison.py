@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -114,12 +114,24 @@ def _start(threads: int, errors: IO[str]) -> subprocess.Popen[str]:
 
 def _exchange(process: subprocess.Popen[str], request: Request) -> Iterator[Record]:
     assert process.stdin is not None and process.stdout is not None
-    # A process that ended before it read the request has its reason on standard error.
-    with suppress(BrokenPipeError), process.stdin as stdin:
-        stdin.write(json.dumps(asdict(request)))
-    with process.stdout as lines:
+    # The worker ends when its standard input does, so that it does not outlive this process, however that ends.
+    with process.stdout as lines, _open_until_read(process.stdin) as stdin:
+        # A process that ended before it read the request has its reason on standard error.
+        with suppress(BrokenPipeError):
+            stdin.write(json.dumps(asdict(request)) + "\n")
+            stdin.flush()
         for line in lines:
             yield from_json(json.loads(line))
+
+
+@contextmanager
+def _open_until_read(stdin: IO[str]) -> Generator[IO[str]]:
+    """Close a worker's standard input in the end, whether or not the worker still reads it."""
+    try:
+        yield stdin
+    finally:
+        with suppress(BrokenPipeError):
+            stdin.close()
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

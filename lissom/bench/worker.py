@@ -1,8 +1,7 @@
-"""One engine in this process: a JSON request on standard input, a JSON line for every shape on standard output.
+"""One engine in this process: a line of JSON on standard input, a line of JSON for every shape on standard output.
 
-    python -m lissom.bench.worker < request.json
-
-The request's fields are those of `Request`. Each line is a `Measurement` or a `Failure`.
+The request's fields are those of `Request`. Each line is a `Measurement` or a `Failure`. The process ends, and what it started
+with it, when its standard input is closed: then nobody waits for the answer.
 """
 
 from __future__ import annotations
@@ -10,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -157,11 +158,23 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
+def _end_with_input() -> None:
+    """Wait for the end of standard input, then end this process and its group where it leads one."""
+    # Of the file itself: a thread that waits in a text stream holds its lock, and Python could not exit.
+    while os.read(0, 1 << 16):
+        pass
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os._exit(1)
+
+
 def main() -> None:
     """Answer the request; what libraries print goes to standard error."""
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    for record in measure(Request(**json.load(sys.stdin))):
+    request = Request(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    for record in measure(request):
         print(json.dumps(asdict(record)), file=lines, flush=True)
 
 

@@ -25,6 +25,7 @@ _EXAMPLE = "example"
 """The name of the only shape of models that do not read text: that of their example inputs."""
 _RAGGED = "ragged"
 _CALIBRATION = 100
+_MOST_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,12 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
         found = re.fullmatch(rf"\s*([1-9]\d*)x([1-9]\d*|{_RAGGED})\s*", part)
         if found is None:
             raise UnsupportedError(f"'{part}' is no shape; write rows x tokens, for example 1x32,8x128,32x{_RAGGED}")
-        shapes.append(Shape(int(found[1]), None if found[2] == _RAGGED else int(found[2])))
+        shape = Shape(int(found[1]), None if found[2] == _RAGGED else int(found[2]))
+        if shape.batch * (shape.tokens or 1) > _MOST_TOKENS:
+            raise UnsupportedError(
+                f"'{part.strip():.80}' is {shape.batch * (shape.tokens or 1):,} tokens; give {_MOST_TOKENS:,} or fewer"
+            )
+        shapes.append(shape)
     return tuple(dict.fromkeys(shapes))
 
 

@@ -11,6 +11,7 @@ Which blocks of a length a pattern may reach is found from the bounds of each su
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
@@ -18,6 +19,8 @@ import torch
 
 UNBOUNDED = 2**31 - 1
 """Stands for infinity in `low` and `high`."""
+MOST_MODULUS = 2**30
+"""With a larger one the sum of two remainders would leave the range of 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,15 @@ class Condition:
     @property
     def asks_layout(self) -> bool:
         return self.query == 0 and self.key == 0
+
+    def check(self) -> None:
+        """Raise ValueError when a field is out of range."""
+        fits = {self.query, self.key} <= {-1, 0, 1} and 1 <= self.unit <= UNBOUNDED and 0 <= self.modulus <= MOST_MODULUS
+        if not (fits and -UNBOUNDED <= self.low <= UNBOUNDED and -UNBOUNDED <= self.high <= UNBOUNDED):
+            raise ValueError(
+                f"{self} is out of range: query and key are -1, 0 or 1, unit is from 1 to {UNBOUNDED}, low and high are from "
+                f"-{UNBOUNDED} to {UNBOUNDED}, and modulus is from 0 to {MOST_MODULUS}"
+            )
 
     def holds(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """Whether it holds for queries i and keys j, which are broadcast; for one that does not ask the layout."""
@@ -75,11 +87,20 @@ class Pattern:
 
     @staticmethod
     def decode(values: Sequence[int], block: int) -> Pattern:
-        """The pattern an operator was given."""
+        """The pattern an operator was given.
+
+        Raises: ValueError when the numbers are no pattern, or one that kernels cannot compute in 32 bits.
+        """
+        if len(values) % (_FIELDS + 1):
+            raise ValueError(f"a pattern has {len(values)} numbers, and must have seven a condition")
+        if any(after < before for before, after in itertools.pairwise(values[:: _FIELDS + 1])):
+            raise ValueError("a pattern's alternatives must be numbered in order")
         alternatives: dict[int, list[Condition]] = {}
         for start in range(0, len(values), _FIELDS + 1):
             number, *fields = values[start : start + _FIELDS + 1]
-            alternatives.setdefault(number, []).append(Condition(*fields))
+            condition = Condition(*fields)
+            condition.check()
+            alternatives.setdefault(number, []).append(condition)
         return Pattern(tuple(map(tuple, alternatives.values())), block)
 
     @property

@@ -80,7 +80,13 @@ def block_sum(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
-    """The nearest q, ties to even, one element each (four-bit formats too), in the shape of x.
+    """The nearest q, ties to even, one element each (four-bit formats too), in the shape of x."""
+    whole = nearest(x, scale, zero_point, form)
+    return whole if not form.is_integer else whole.to(torch.int8 if form.low < 0 else torch.uint8)
+
+
+def nearest(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
+    """The same with whole numbers in float32, where NaN stays NaN.
 
     x · (1 / scale) is rounded, not x / scale: that is what kernels do.
     """
@@ -90,7 +96,7 @@ def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | No
     whole = scaled.round()
     if zero_point is not None:
         whole = _by_block(whole, zero_point.float(), torch.add)
-    return whole.clamp(form.low, form.high).to(torch.int8 if form.low < 0 else torch.uint8)
+    return whole.clamp(form.low, form.high)
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
@@ -132,4 +138,4 @@ def _by_block(x: torch.Tensor, values: torch.Tensor, function: Callable[..., tor
 def _split(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """[d0, d1] as [s0, d0 / s0, s1, d1 / s1] for blocks of the shape [s0, s1]."""
     sizes = shape or (1,) * x.dim()
-    return x.reshape([size for whole, parts in zip(x.shape, sizes, strict=True) for size in (parts, whole // parts)])
+    return x.reshape([size for whole, parts in zip(x.shape, sizes, strict=True) for size in (parts, whole // max(parts, 1))])

@@ -29,8 +29,10 @@ def heap_set_aside() -> Generator[None]:
     mine = gc.isenabled() and gc.get_freeze_count() == 0
     if mine:
         gc.freeze()
+    frozen = gc.get_freeze_count()
     try:
         yield
     finally:
-        if mine:
+        # More than were frozen here: someone else froze what lives since, to keep it so.
+        if mine and gc.get_freeze_count() <= frozen:
             gc.unfreeze()

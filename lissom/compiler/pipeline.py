@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NoReturn, get_args
 
 import torch
 
 from lissom.compiler import text
 from lissom.compiler.collectives import alone
 from lissom.compiler.editor import Editor
+from lissom.compiler.equality import changed_strides, require_equal
 from lissom.compiler.errors import (
     BudgetError,
     Interrupted,
@@ -27,38 +27,14 @@ from lissom.compiler.errors import (
 from lissom.compiler.history import History, Size, Step, changed_calls
 from lissom.compiler.kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.memory import heap_set_aside
+from lissom.compiler.options import Checks, Metric, Progress, check_options, read_score
 from lissom.compiler.program import Program
-from lissom.compiler.rounding import local_error, local_tolerance
-from lissom.compiler.samples import Sample
+from lissom.compiler.samples import Sample, more_samples
 from lissom.compiler.spelling import format_pass, format_pipeline
-from lissom.compiler.verify import (
-    Divergence,
-    answers,
-    compare,
-    first_difference,
-    kept_state,
-    run_original,
-    run_samples,
-    tolerance_of,
-    verify_structure,
-    with_kept_form,
-)
+from lissom.compiler.verify import REFUSALS, answers, compare, kept_state, run_original, run_samples
+from lissom.compiler.well_formed import verify_structure
 
-Checks = Literal["numeric", "structural", "off"]
-Metric = Callable[[Program], float]
-Progress = Callable[[str, int, int], None]
 Judge = Callable[[Program, Program], str | None]
-
-
-def check_options(checks: Checks, metric: Metric | None = None, max_drop: float | None = None) -> None:
-    """Refuse options no pipeline can run with.
-
-    Raises: UnsupportedError.
-    """
-    if checks not in get_args(Checks):
-        raise UnsupportedError(f"checks='{checks}' is not known; choose {', '.join(get_args(Checks))}")
-    if max_drop is not None and metric is None:
-        raise UnsupportedError("max_drop needs a metric to measure the drop of: pass metric=")
 
 
 @dataclass(frozen=True)
@@ -96,6 +72,8 @@ class Pipeline:
         Raises: RequirementError, PassError, VerifyError, BudgetError, Interrupted; each holds the history so far.
         """
         run = self._run(program, history, len(self.passes))
+        with alone(), _stopped_with(run.history):
+            run.check_stretch()
         return run.program, run.history
 
     def run_each(
@@ -112,6 +90,8 @@ class Pipeline:
             branch = run.branch(format_pipeline([*self.passes, *ending]))
             try:
                 self._steps(branch, ending, finished, count)
+                with alone(), _stopped_with(branch.history):
+                    branch.check_stretch()
                 found[name] = branch.program, branch.history
             except LissomError as error:
                 found[name] = error
@@ -188,7 +168,11 @@ class _Trial:
 
 @dataclass
 class _Run:
-    """One run of a pipeline: the program so far, the outputs it is compared with, and the program before numbers changed."""
+    """One run of a pipeline.
+
+    program: so far; outputs: what it gives on the samples. original: the outputs it is measured against.
+    reference: the program before numbers changed. stretch: the exact passes since `start`.
+    """
 
     pipeline: Pipeline
     program: Program
@@ -198,14 +182,17 @@ class _Run:
     outputs: list[list[object]] = field(init=False)
     score: float | None = field(init=False, default=None)
     reference: Program | None = field(init=False, default=None)
+    stretch: tuple[Pass, ...] = field(init=False, default=())
+    start: Program = field(init=False)
 
     def __post_init__(self) -> None:
         samples = self.pipeline.samples if self.pipeline.checks == "numeric" else ()
-        self.samples, self.outputs = run_original(self.program, samples)
+        self.samples, self.outputs, notes = run_original(self.program, samples)
+        self.start = self.program
         self.original = answers(self.program, self.outputs)
         self.score = self._measure(self.program)
         start = self.history.steps[0] if self.history.steps else Step(0, "capture", "capture", 0.0, 0.0, Size.of(self.program))
-        self.history.steps[:1] = [replace(start, metric=self.score)]
+        self.history.steps[:1] = [replace(start, metric=self.score, notes=(*start.notes, *notes))]
         self.history.texts[:1] = [self.program.text()]
 
     def branch(self, pipeline: str) -> _Run:
@@ -217,12 +204,8 @@ class _Run:
     def go_back(self, start: _Run, steps: int) -> None:
         """Be as `start` was, whose history had so many steps."""
         del self.history.steps[steps:], self.history.texts[steps:]
-        self.program, self.original, self.outputs, self.reference = (
-            start.program,
-            start.original,
-            start.outputs,
-            start.reference,
-        )
+        self.program, self.original, self.outputs = start.program, start.original, start.outputs
+        self.reference, self.stretch, self.start = start.reference, start.stretch, start.start
 
     def record_undone(self, item: Pass, seconds: float, reason: str) -> None:
         """Tell of a pass that ran and was undone."""
@@ -239,9 +222,11 @@ class _Run:
         )
         self.history.record(step, self.program.text())
 
-    def step(self, item: Pass, show: Callable[[str, int, int], None]) -> None:
+    def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""
         self._check_requirements(item)
+        if not isinstance(item, (Rewrite, Annotation)):
+            self.check_stretch()
         started = time.perf_counter()
         after = self.program.trainable() if isinstance(item, Training) else self.program.copy()
         edit = Editor(after, item.name(), self.pipeline.data, reference=self.reference, progress=show)
@@ -249,13 +234,10 @@ class _Run:
         after.drop_dead()
         ran = time.perf_counter()
         try:
-            error, cosine, outputs = self._check(item, after)
-        except VerifyError as problem:
-            raise VerifyError(f"{format_pass(item)} was rolled back: {problem}") from problem
-        except Exception as problem:
-            raise VerifyError(
-                f"{format_pass(item)} was rolled back: the program does not run after it: {type(problem).__name__}: {problem}"
-            ) from problem
+            error, cosine, outputs = self._check(item, after, edit)
+        except (VerifyError, *REFUSALS) as problem:
+            what = "" if isinstance(problem, VerifyError) else f"the program does not run after it: {type(problem).__name__}: "
+            raise VerifyError(f"{format_pass(item)} was rolled back: {what}{problem}") from problem
         metric = self._charge(item, after)
         added, removed = changed_calls([n.name for n in self.program.nodes()], [n.name for n in after.nodes()])
         step = Step(
@@ -274,8 +256,10 @@ class _Run:
             metric=metric,
             notes=tuple(edit.notes),
         )
-        if self.reference is None and isinstance(item, (Approximation, Training)):
-            self.reference = self.program
+        if not isinstance(item, (Rewrite, Annotation)):
+            self.start, self.reference = after, self.reference or self.program
+        elif outputs is not self.outputs and self.pipeline.checks == "numeric":
+            self.stretch = (*self.stretch, item)
         self.program, self.outputs = after, outputs
         if item.redefines:
             self.original = answers(after, outputs)
@@ -309,7 +293,7 @@ class _Run:
                 f"came from; the model's own weight is changed now: load it again, and use edit.set_weight in the pass"
             )
 
-    def _check(self, item: Pass, after: Program) -> tuple[float | None, float | None, list[list[object]]]:
+    def _check(self, item: Pass, after: Program, edit: Editor) -> tuple[float | None, float | None, list[list[object]]]:
         """The error and cosine of the program after the pass, and its outputs; both None when nothing was run.
 
         A program that no edit and no training touched gives the outputs of the program before, and is not run again.
@@ -322,34 +306,44 @@ class _Run:
         if self.pipeline.checks == "structural":
             return None, None, []
         outputs = run_samples(after, self.samples) if touched else self.outputs
-        if isinstance(item, (Rewrite, Annotation)):
-            divergence = compare(*(with_kept_form(self.program, after, found) for found in (self.outputs, outputs)))
-            allowed = 0.0 if isinstance(item, Annotation) else tolerance_of(self.program)
-            if divergence.relative_error > allowed and not self._rounds_alike(item, after):
-                self._refuse(after, divergence, allowed)
-            return divergence.relative_error, compare(self.original, answers(after, outputs)).cosine, outputs
         divergence = compare(self.original, answers(after, outputs))
-        return divergence.relative_error, divergence.cosine, outputs
+        if not isinstance(item, (Rewrite, Annotation)):
+            return divergence.relative_error, divergence.cosine, outputs
+        bitwise = isinstance(item, Annotation)
+        error = require_equal(self.program, after, self.samples, self.outputs, outputs, bitwise) if touched else 0.0
+        edit.notes += changed_strides(self.outputs[0], outputs[0])
+        return error, divergence.cosine, outputs
 
-    def _rounds_alike(self, item: Pass, after: Program) -> bool:
-        """True when no node differs by more than its own rounding, given the same values: what is behind it made more of it."""
-        if isinstance(item, Annotation):
-            return False
-        return local_error(self.program, after, self.samples) <= local_tolerance(self.program)
+    def check_stretch(self) -> None:
+        """Compare the program with the one before the exact passes that ran last, on more inputs than each was checked on.
 
-    def _refuse(self, after: Program, divergence: Divergence, allowed: float) -> NoReturn:
-        message = (
-            f"its outputs differ from the program before by {divergence.relative_error:.2g} relative, allowed {allowed:.2g}"
-        )
-        for sample in self.samples:
-            found = first_difference(self.program, after, sample, allowed)
-            if found is not None:
-                node, error = found
-                raise VerifyError(
-                    f"{message}; the first node that differs is {text.place(after, node)}, by {error:.2g}\n"
-                    f"{text.excerpt(after, node)}"
-                )
-        raise VerifyError(f"{message}; no node that both programs have differs, so the outputs themselves were changed")
+        Raises: VerifyError naming the pass that is wrong on one of them.
+        """
+        stretch, start, began = self.stretch, self.start, time.perf_counter()
+        self.stretch, self.start = (), self.program
+        if not stretch:
+            return
+        given = more_samples(start.signature, self.samples[0], self.history.steps[0].size.flops)
+        samples, wanted, notes = run_original(start, [self.samples[0], *given])
+        try:
+            require_equal(start, self.program, samples, wanted, run_samples(self.program, samples))
+        except (VerifyError, *REFUSALS):
+            self._find_wrong(stretch, start, samples, wanted)
+        first, last = self.history.steps[0], self.history.steps[-1]
+        self.history.steps[-1] = replace(last, check_seconds=last.check_seconds + time.perf_counter() - began)
+        fresh = [note for note in notes if note not in first.notes]
+        self.history.steps[0] = replace(self.history.steps[0], notes=(*first.notes, *fresh))
+
+    def _find_wrong(self, stretch: Sequence[Pass], start: Program, samples: list[Sample], wanted: list[list[object]]) -> None:
+        """Run exact passes again, each checked on all inputs; their roundings may add up where no pass is wrong.
+
+        Raises: VerifyError.
+        """
+        again = copy(self)
+        again.history = History(self.history.pipeline, self.history.checks, self.history.steps[:1], [start.text()])
+        again.program, again.samples, again.outputs, again.original = start, samples, wanted, answers(start, wanted)
+        for item in stretch:
+            again.step(item)
 
     def _charge(self, item: Pass, after: Program) -> float | None:
         """The caller's score of the program, measured after every pass that may change it."""
@@ -370,7 +364,7 @@ class _Run:
         if self.pipeline.metric is None:
             return None
         with torch.no_grad(), kept_state(program):
-            return float(self.pipeline.metric(program))
+            return read_score(self.pipeline.metric(program), original=self.score is None)
 
 
 def _version(tensor: torch.Tensor) -> int:

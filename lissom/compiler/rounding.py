@@ -4,30 +4,43 @@ In a quantized program a value half way between two steps may go either way, by 
 everything behind it follows, and at the end two correct programs differ by more than sums do. In floating point, a deep model
 with few large values in its residual stream does the same by degrees. So they are not compared at the end alone:
 
-- `local_error` gives every node of the one program the values its inputs have in the other. Then a single rounding counts.
+- `local_errors` gives every node of the one program the values its inputs have in the other. Then a single rounding counts.
 - `rounding_loss` is what all the rounding changes at the end. Two correct programs differ by no more than some of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
 from lissom.compiler import node as nodes
 from lissom.compiler.execute import call, run_ranks
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
-from lissom.compiler.verify import compare, kept_state, lasting, run_samples, worst_error
+from lissom.compiler.verify import (
+    REFUSALS,
+    TOLERANCE,
+    compare,
+    kept_state,
+    lasting,
+    node_tolerances,
+    relative_error,
+    run_samples,
+    worst_error,
+)
 
 aten = torch.ops.aten
+_Replaced = Callable[[fx.Node, object], str | None]
 
 LOCAL_TOLERANCE = 5e-3
 """One value of eight bits rounded the other way moves a sum over sixteen or more by less, relative to the largest sum."""
 LOCAL_FLOAT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 """One sum of a few thousand terms in another order, with what is fused to it: 1e-7 to 2e-6 seen in float32."""
-_ROUNDINGS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+ROUNDINGS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
 """What one rounding to a short dtype costs."""
 _FUSED = 4
 """How often two programs round where they differ: a kernel once, and each of the three operators it stands for at most, as a
@@ -53,22 +66,29 @@ def rounds_values(program: Program) -> bool:
     return any(_rounds(node, _ROUNDING) or _stores_whole(node) for node in program.nodes())
 
 
-def local_tolerance(program: Program) -> float:
-    """The `local_error` a correct program may show, in the dtypes computed in: of one sum, or of one value rounded the other
-    way where values are rounded.
+def local_tolerances(program: Program) -> dict[str, float]:
+    """By a node's name the error that a correct program may show there, given the values of its inputs in the program before.
+
+    It is that of one sum in the coarsest dtype on the way to the node, or of one value rounded the other way where values are
+    rounded.
     """
-    dtypes = {nodes.tensor_type(node).dtype for node in program.nodes() if nodes.is_tensor(node)}
-    sums = max((LOCAL_FLOAT_TOLERANCE[dtype] for dtype in dtypes if dtype in LOCAL_FLOAT_TOLERANCE), default=0.0)
-    short = _FUSED * max((_ROUNDINGS.get(dtype, 0.0) for dtype in dtypes), default=0.0)
-    return short + (LOCAL_TOLERANCE if rounds_values(program) else sums)
+    rounds = rounds_values(program)
+    sums = dict(zip(TOLERANCE.values(), (_local(dtype, rounds) for dtype in TOLERANCE), strict=True))
+    return {node.name: sums[found] for node, found in program.fact(node_tolerances).items()}
 
 
-def local_error(before: Program, after: Program, samples: Sequence[Sample]) -> float:
-    """The largest relative error of a node of `after`, given the values that its inputs have in `before`.
+def _local(dtype: torch.dtype, rounds: bool) -> float:
+    short = _FUSED * ROUNDINGS.get(dtype, 0.0)
+    return short + (LOCAL_TOLERANCE if rounds else LOCAL_FLOAT_TOLERANCE.get(dtype, LOCAL_FLOAT_TOLERANCE[torch.float32]))
+
+
+def differs_locally(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
+    """True when a node of `after` differs by more than its own rounding, given the values that its inputs have in `before`.
 
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other; between them, values of `after`.
     """
-    return max((_forced_error(before, after, sample) for sample in samples), default=0.0)
+    allowed = before.fact(local_tolerances)
+    return any(error > allowed[name] for sample in samples for name, error in local_errors(before, after, sample).items())
 
 
 def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence[Sequence[object]]) -> float:
@@ -124,44 +144,89 @@ def _rounds(node: fx.Node, operators: set[str]) -> bool:
     return str(node.target) in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
 
 
-def _forced_error(before: Program, after: Program, sample: Sample) -> float:
+def equal_in_float32(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
+    """True when two programs of reduced precision give the same where both compute in float32.
+
+    Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores, and a kernel
+    that adds in float32 gives the softmax that the program before loses. Programs that cannot run in float32 are not equal.
+    """
+    if before.ranks or after.ranks or before.state:
+        return False
+    wide = [_in_float32(program) for program in (before, after)]
+    inputs = [[_widened(tensor) for tensor in sample] for sample in samples]
+    try:
+        outputs = [run_samples(program, inputs) for program in wide]
+    except REFUSALS:
+        return False
+    return compare(*outputs).relative_error <= TOLERANCE[torch.float32]
+
+
+def _in_float32(program: Program) -> Program:
+    found = program.copy()
+    for name, tensor in program.weights().items():
+        found.set_weight(name, _widened(tensor.detach()))
+    for node in found.nodes():
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _widened)  # pyright: ignore
+    return found
+
+
+def _widened(item: Any) -> Any:
+    """A tensor, or a dtype, of reduced precision in float32; anything else as it is."""
+    if isinstance(item, torch.Tensor):
+        return item.float() if item.dtype in ROUNDINGS else item
+    return torch.float32 if item in tuple(ROUNDINGS) else item
+
+
+def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, float]:
+    """By the names of nodes of `before` the relative error of those of `after` that stand for them, given the values of
+    `before`. The errors of the outputs are among them.
+    """
     known: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
         wanted = before.run(sample, lambda node, value: known.update({node.name: lasting(node, value)}))
-    if after.ranks:
-        return _forced_ranks(after, sample, known, wanted)
-    values: dict[fx.Node, object] = dict(zip(after.placeholders, sample, strict=True))
-    worst = 0.0
+    errors = dict[str, float]()
+
+    def replaced(node: fx.Node, value: object) -> str | None:
+        """The name of the node that this one stands for, once the error of its value is recorded."""
+        name = node.name if node.name in known else nodes.origin(node).replaces
+        if name not in known or not _alike(known[name], value):
+            return None
+        errors[name] = max(errors.get(name, 0.0), worst_error(known[name], value))
+        return name
+
     with torch.no_grad(), kept_state(after):
-        for node in after.graph.nodes:
-            if node.op == "get_attr":
-                values[node] = after.weight(str(node.target))
-            elif node.op == "call_function":
-                values[node] = found = call(node, values.__getitem__)
-                name = node.name if node.name in known else nodes.origin(node).replaces
-                if name in known and _alike(known[name], found):
-                    worst = max(worst, worst_error(known[name], found))
-                    values[node] = known[name]
-    results = [values[item] if isinstance(item, fx.Node) else item for item in after.output.args[0]]  # pyright: ignore
-    return max(worst, compare([wanted], [results]).relative_error)
+        force = _forced_ranks if after.ranks else _forced
+        results = force(after, sample, known, replaced)
+    leaves: Sequence[object] = before.output.args[0]  # pyright: ignore[reportAssignmentType]
+    for leaf, left, right in zip(leaves, wanted, results, strict=True):
+        name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
+        errors[name] = max(errors.get(name, 0.0), relative_error(left, right))
+    return errors
 
 
-def _forced_ranks(after: Program, sample: Sample, known: dict[str, object], wanted: list[object]) -> float:
+def _forced(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
+    """The outputs of a program whose nodes are given the values known of those they stand for."""
+    values: dict[fx.Node, object] = dict(zip(after.placeholders, sample, strict=True))
+    for node in after.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = after.weight(str(node.target))
+        elif node.op == "call_function":
+            values[node] = call(node, values.__getitem__)
+            name = replaced(node, values[node])
+            if name is not None:
+                values[node] = known[name]
+    leaves: Sequence[object] = after.output.args[0]  # pyright: ignore[reportAssignmentType]
+    return [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+
+
+def _forced_ranks(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
     """The same for a program cut for several ranks, which are given their parts of the values."""
-    worst = 0.0
 
     def force(node: fx.Node, parts: list[object]) -> list[object] | None:
-        nonlocal worst
-        name = node.name if node.name in known else nodes.origin(node).replaces
-        found = after.whole(node, parts, sample)
-        if name not in known or not _alike(known[name], found):
-            return None
-        worst = max(worst, worst_error(known[name], found))
-        return after.parts(node, known[name], sample)
+        name = replaced(node, after.whole(node, parts, sample))
+        return None if name is None else after.parts(node, known[name], sample)
 
-    with torch.no_grad(), kept_state(after):
-        results = run_ranks(after.graph, after.ranks, sample, force)
-    return max(worst, compare([wanted], [results[0]]).relative_error)
+    return run_ranks(after.graph, after.ranks, sample, force)[0]
 
 
 def _alike(wanted: object, found: object) -> bool:

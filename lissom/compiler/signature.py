@@ -179,10 +179,11 @@ class Signature:
         for leaf, value in zip(item.leaves, values, strict=True):
             if isinstance(leaf, TensorArgument):
                 tensors.append(self._check_tensor(leaf, value))
-            elif value is not leaf.value and value != leaf.value:
+            elif value is not leaf.value and not _equal(value, leaf.value):
+                found = f"a {type(value).__name__}" if hasattr(value, "shape") else f"{value!r:.80}"
                 raise InputError(
-                    f"argument '{leaf.path}' is {value!r}; the program was captured with {leaf.value!r} fixed: "
-                    f"pass {leaf.value!r}, or compile again with {value!r} among the example inputs"
+                    f"argument '{leaf.path}' is {found}; the program was captured with {leaf.value!r} fixed: "
+                    f"pass {leaf.value!r}, or compile again with {found} among the example inputs"
                 )
         return tensors
 
@@ -193,8 +194,15 @@ class Signature:
                 f"argument '{leaf.path}' is a {type(value).__name__}; the program takes a tensor, "
                 f"{format_type(wanted, self.name_of)}"
             )
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else f"of layout {value.layout}"
+            raise InputError(
+                f"argument '{leaf.path}' is a tensor that is {kind}; the program takes a dense tensor, "
+                f"{format_type(wanted, self.name_of)}: call .to_dense() or pad it"
+            )
         if value.dtype is wanted.dtype and value.dim() == len(wanted.shape) and value.device == wanted.device:
-            return value
+            # Kernels read memory as it is, and a view such as `z.conj().imag` is the negative of what is in memory.
+            return value.resolve_neg() if value.is_neg() else value
         found = format_type(TensorType(value.dtype, tuple(value.shape), value.device), str)
         advice = f"move it with .to('{wanted.device}')" if value.device != wanted.device else "pass that dtype and rank"
         raise InputError(f"argument '{leaf.path}' is {found}; the program takes {format_type(wanted, self.name_of)}: {advice}")
@@ -250,6 +258,13 @@ class Signature:
                 if isinstance(size, sympy.Symbol):
                     sizes[size] = found
         return sizes
+
+
+def _equal(value: object, captured: object) -> bool:
+    """Whether a constant is the one captured. Whole numbers and floats stay apart: operators give other dtypes for them."""
+    if not isinstance(value, (bool, int, float, str)) or isinstance(value, float) != isinstance(captured, float):
+        return False
+    return value == captured or (value != value and captured != captured)
 
 
 def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool:

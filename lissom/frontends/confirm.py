@@ -7,27 +7,63 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import sympy
+import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lissom.compiler.errors import CaptureError
+from lissom.compiler.errors import CaptureError, InputError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, resize
-from lissom.compiler.verify import relative_error, run_samples, tolerance_of
+from lissom.compiler.verify import REFUSALS, output_errors, run_samples, tolerances
+from lissom.frontends.failures import describe_failure
 
 
 class RefusedSizesError(CaptureError):
     """The model, or the bounds found while capturing it, refuse every size tried beside the example's."""
 
 
-def confirm(program: Program, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Program:
+def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
+    """What the model returns for the example inputs, flat. It is given copies of them, and its buffers are put back.
+
+    Raises: CaptureError when the model itself fails, with its own error, or returns what is no nest of tensors.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    own_args, own_kwargs = pytree.tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], spec)
+    with _kept(model, [name for name, _ in model.named_buffers()]):
+        try:
+            found = pytree.tree_leaves(nn.Module.__call__(model, *own_args, **own_kwargs))
+        # The caller's code may raise anything.
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} itself fails on the example inputs, before it is captured: {describe_failure(error)}"
+            ) from error
+    odd = next((leaf for leaf in found if not isinstance(leaf, (torch.Tensor, bool, int, float, str, tuple, type(None)))), None)
+    if odd is not None:
+        raise CaptureError(
+            f"{type(model).__name__} returns a {type(odd).__name__}, and PyTorch does not know what is in it; return a tensor, "
+            f"a tuple or a mapping, or for a dataclass call torch.export.register_dataclass({type(odd).__name__}) first"
+        )
+    return found
+
+
+def confirm(
+    program: Program,
+    model: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    answer: Sequence[object] | None = None,
+) -> Program:
     """Check the program against the model on the example, at size 1, and at larger sizes; narrow what it promises.
+
+    answer: what the model returned for the example, where it is known.
 
     Raises: CaptureError when they disagree at a size the program would have to take. RefusedSizesError.
     """
     dimensions = program.signature.dimensions
     example = program.signature.flatten(args, kwargs)
-    _require_equal(program, model, example, _answer(model, program, example))
+    wanted = answer if answer is not None and not program.state else _answer(model, program, example)
+    _require_equal(program, model, example, wanted)
     if not dimensions:
         return program
     sizes = program.signature.sizes_of(example)
@@ -82,11 +118,11 @@ def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[
     try:
         program.signature.check_sizes(sample)
         wanted = _answer(model, program, sample)
-    except Exception:
+    except (InputError, *REFUSALS):
         return None
     try:
         _require_equal(program, model, sample, wanted)
-    except Exception:
+    except (CaptureError, *REFUSALS):
         return False
     return True
 
@@ -103,21 +139,24 @@ def _answer(model: nn.Module, program: Program, sample: Sample) -> list[object]:
 def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: Sequence[object]) -> None:
     """Raise CaptureError where the program gives something else."""
     found = run_samples(program, [sample])[0]
-    errors = [relative_error(left, right) for left, right in zip(wanted, found, strict=True)]
-    allowed = tolerance_of(program)
-    if max(errors, default=0.0) > allowed:
-        raise CaptureError(
-            f"the captured program differs from {type(model).__name__} by {max(errors):.2g} relative, allowed "
-            f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
-        )
+    for error, allowed in zip(output_errors([wanted], [found]), tolerances(program), strict=True):
+        if error > allowed:
+            raise CaptureError(
+                f"the captured program differs from {type(model).__name__} by {error:.2g} relative, allowed "
+                f"{allowed:.2g}; the model may be random, or keep state outside its buffers"
+            )
 
 
 @contextmanager
 def _kept(model: nn.Module, names: Sequence[str]) -> Generator[None]:
     """Put the buffers a call of the model writes back to what they were."""
-    saved = {name: model.get_buffer(name).clone() for name in names}
+    buffers = {name: model.get_buffer(name) for name in names}
+    # A buffer made under inference mode is written by nobody outside of it.
+    buffers = {name: tensor for name, tensor in buffers.items() if not tensor.is_inference()}
+    saved = {name: (tensor.clone(), tensor._version) for name, tensor in buffers.items()}
     try:
         yield
     finally:
-        for name, tensor in saved.items():
-            model.get_buffer(name).copy_(tensor)
+        for name, (before, version) in saved.items():
+            if buffers[name]._version != version:
+                buffers[name].copy_(before)

@@ -26,7 +26,8 @@ from lissom.compiler.errors import CaptureError, InputError, UnsupportedError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.verify import kept_state, relative_error, tolerance_of
-from lissom.frontends.export import Capture, capture, evaluating
+from lissom.frontends.export import Capture, capture, check_model, evaluating
+from lissom.frontends.isolation import isolated, with_own_modules
 from lissom.frontends.untouched import untouched
 
 if TYPE_CHECKING:
@@ -66,7 +67,13 @@ def capture_decoder(
     Raises: UnsupportedError when it is no causal language model of transformers, or keeps more than keys and values;
         InputError when max_length or batch do not fit it; CaptureError naming the line that cannot be captured.
     """
-    model = _check(model, max_length, batch)
+    known = _check(model, max_length, batch)
+    with isolated(_device_of(known)):
+        return _capture(cast("PreTrainedModel", with_own_modules(known)), max_length, batch, all_logits, device)
+
+
+def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bool, device: torch.device | None) -> Capture:
+    """What `capture_decoder` gives, for a model that is known to be one it takes."""
     places = _places(model)
     example = _example(model, max_length, batch)
     sequence = Dim("sequence", max=max_length)
@@ -148,16 +155,14 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
     if not hasattr(Cache, "get_query_offset"):
         raise UnsupportedError("generation needs a transformers that has Cache.get_query_offset: pip install -U transformers")
+    check_model(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"{name} is no model of transformers; generation takes one, such as LlamaForCausalLM")
     if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
         kind = "reads with an encoder" if model.config.is_encoder_decoder else "does not generate"
         raise UnsupportedError(f"{name} {kind}; generation takes a causal language model, such as LlamaForCausalLM")
-    if max_length < SHORTEST:
-        raise InputError(f"max_length is {max_length}; give the tokens of prompt and answer together, {SHORTEST} or more")
-    if batch < 1:
-        raise InputError(f"batch is {batch}; give how many sequences are generated at once, 1 or more")
+    check_capacity(max_length, batch)
     known = longest_text(model)
     if known is not None and max_length > known:
         raise InputError(f"max_length is {max_length}, and {name} knows positions up to {known}; give {known} or less")
@@ -176,6 +181,17 @@ def _longrope_switch(model: PreTrainedModel) -> int | None:
     kinds = [found, *(item for item in found.values() if isinstance(item, dict))]
     lengths = [item["original_max_position_embeddings"] for item in kinds if item.get("rope_type") == "longrope"]
     return min(lengths, default=None)
+
+
+def check_capacity(max_length: int, batch: int) -> None:
+    """Refuse a cache of no size. Raises: InputError."""
+    for word, number in (("max_length", max_length), ("batch", batch)):
+        if isinstance(number, bool) or not isinstance(number, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(f"{word} is {number!r:.80}; give a whole number")
+    if max_length < SHORTEST:
+        raise InputError(f"max_length is {max_length}; give the tokens of prompt and answer together, {SHORTEST} or more")
+    if batch < 1:
+        raise InputError(f"batch is {batch}; give how many sequences are generated at once, 1 or more")
 
 
 def longest_text(model: nn.Module) -> int | None:

@@ -71,10 +71,11 @@ def check_device(device: str | torch.device | None) -> torch.device | None:
         return None
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise UnsupportedError(f"device '{device}' is not known to PyTorch; write 'cpu' or 'cuda:0'") from error
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedError(f"device {device!r:.80} is not known to PyTorch; write 'cpu' or 'cuda:0'") from error
     if found.type == "cpu":
-        return found
+        # `cpu:1` names the same memory, and tensors there call it `cpu`.
+        return torch.device("cpu")
     count = torch.cuda.device_count() if found.type == "cuda" else 0
     if (found.index or 0) >= count:
         have = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])

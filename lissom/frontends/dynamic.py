@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 import sympy
 import torch
@@ -16,6 +17,32 @@ from lissom.compiler.program import Program
 from lissom.compiler.signature import Signature
 
 Dynamic = Mapping[str, Mapping[int, "str | Dim"]]
+_EXAMPLE = '{"input_ids": {0: "batch"}}'
+
+
+def check_dynamic(dynamic: object) -> None:
+    """Refuse a `dynamic=` that is not True, False, or a mapping from arguments to dimensions to names.
+
+    Raises: CaptureError.
+    """
+    if isinstance(dynamic, bool):
+        return
+    if not isinstance(dynamic, Mapping):
+        raise CaptureError(f"dynamic= is {dynamic!r:.80}; give True, False, or a mapping such as {_EXAMPLE}")
+    for name, dims in cast("Mapping[object, object]", dynamic).items():
+        if not isinstance(name, str):
+            raise CaptureError(f"dynamic has the key {name!r:.80}; keys are the names of arguments, such as {_EXAMPLE}")
+        if not isinstance(dims, Mapping):
+            raise CaptureError(f"dynamic gives {dims!r:.80} for '{name}'; give the dimensions by number, such as {_EXAMPLE}")
+        for index, given in cast("Mapping[object, object]", dims).items():
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise CaptureError(
+                    f"dynamic names the dimension {index!r:.80} of '{name}'; dimensions are counted from 0, such as {_EXAMPLE}"
+                )
+            if not isinstance(given, Dim) and not (isinstance(given, str) and given.isidentifier()):
+                raise CaptureError(
+                    f"dynamic gives {given!r:.80} for dimension {index} of '{name}'; give a name, or Dim(name, min=, max=)"
+                )
 
 
 def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict[int, dict[int, object]]:
@@ -32,10 +59,6 @@ def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict
         for index, given in dims.items():
             if not 0 <= index < rank:
                 raise CaptureError(f"dynamic names dimension {index} of '{name}', which has {rank}, counted from 0")
-            if not isinstance(given, (str, Dim)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise CaptureError(
-                    f"dynamic gives {given!r} for dimension {index} of '{name}'; give a name, or Dim(name, min=, max=)"
-                )
             outside = next((tensor.shape[index] for tensor in tensors if not _in_range(given, tensor.shape[index])), None)
             if outside is not None:
                 raise CaptureError(

@@ -7,16 +7,12 @@ them free, and the program is run beside the model at other sizes before they ar
 from __future__ import annotations
 
 import inspect
-import logging
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import fx, nn
@@ -28,10 +24,11 @@ from torch.utils import _pytree as pytree
 from lissom.compiler.errors import CaptureError
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
-from lissom.frontends.confirm import RefusedSizesError, confirm, refused_dimensions
-from lissom.frontends.device import move
+from lissom.frontends.confirm import RefusedSizesError, answer_to, confirm, refused_dimensions
+from lissom.frontends.device import device_of, move
 from lissom.frontends.dynamic import (
     Dynamic,
+    check_dynamic,
     declared_but_fixed,
     describe_dimensions,
     fixed_sequences,
@@ -39,11 +36,12 @@ from lissom.frontends.dynamic import (
     renamed,
     wanted_dimensions,
 )
-from lissom.frontends.flatten import FRAME, flatten_exported
+from lissom.frontends.failures import describe_failure, first_line, model_line
+from lissom.frontends.flatten import flatten_exported
+from lissom.frontends.isolation import isolated, with_own_modules, without_export_messages
 from lissom.frontends.untouched import nothing_registered, untouched
 
 FreeDimensions = Callable[[torch.Tensor], dict[int, object]]
-_TORCH = str(Path(torch.__file__).parent)
 _BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING = (0, 1), (0,), (1,), ()
 
 
@@ -80,15 +78,21 @@ def capture(
     """
     started = time.perf_counter()
     kwargs = dict(kwargs or {})
-    _check_model(model)
+    check_model(model)
+    check_dynamic(dynamic)
     _check_leaves((args, kwargs))
-    if isinstance(model, fx.GraphModule):
-        kwargs = _in_order(model, args, kwargs)
-    with untouched(model), evaluating(model), torch.no_grad():
-        if isinstance(dynamic, Mapping):
-            program, notes = _capture_named(model, args, kwargs, dynamic)
-        else:
-            program, notes = _capture_by_trying(model, args, kwargs, dynamic)
+    with isolated(device_of(model, (args, kwargs))), torch.no_grad():
+        model = with_own_modules(model)
+        if isinstance(model, fx.GraphModule):
+            kwargs = _in_order(model, args, kwargs)
+        with untouched(model), evaluating(model):
+            _bound(model, args, kwargs)
+            with nothing_registered(model):
+                answer = answer_to(model, args, kwargs)
+            if isinstance(dynamic, Mapping):
+                program, notes = _capture_named(model, args, kwargs, dynamic, answer)
+            else:
+                program, notes = _capture_by_trying(model, args, kwargs, dynamic, answer)
     example = program.signature.flatten(args, kwargs)
     if dynamic is True:
         notes += declared_but_fixed(model, program.signature) or fixed_sequences(program.signature)
@@ -98,7 +102,7 @@ def capture(
 
 
 def _capture_by_trying(
-    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: bool
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: bool, answer: Sequence[object]
 ) -> tuple[Program, list[str]]:
     """Free batch and sequence, else batch, else sequence, else nothing; the first that agrees with the model."""
     tried: list[str] = []
@@ -110,13 +114,13 @@ def _capture_by_trying(
             continue  # what depends on a size may be a number where every size is fixed, and is none in between
         try:
             program = _export(model, args, kwargs, partial(_free, dims, masks))
-            program = confirm(program, model, args, kwargs)
+            program = confirm(program, model, args, kwargs, answer)
         except Exception as error:
             first = first or error
             if dims == _NOTHING:
                 raise _explain(model, first) from first
             words = " and ".join(("batch", "sequence")[dim] for dim in dims)
-            tried.append(f"tried {words} dynamic: {_first_line(error)}")
+            tried.append(f"tried {words} dynamic: {first_line(error)}")
             continue
         return program, [describe_dimensions(program.signature), *tried]
     raise AssertionError("the last plan returns or raises")
@@ -131,7 +135,7 @@ def capture_sizes(
 
     Raises: CaptureError.
     """
-    with evaluating(model):
+    with isolated(device_of(model, args)), evaluating(model):
         try:
             program = _export(model, args, {}, dims_of)
             refuse(program)
@@ -153,14 +157,14 @@ def capture_sizes(
 
 
 def _capture_named(
-    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic, answer: Sequence[object]
 ) -> tuple[Program, list[str]]:
     """Free exactly the dimensions the caller names."""
     wanted = wanted_dimensions(dynamic, _bound(model, args, kwargs))
     try:
         program = _export(model, args, kwargs, partial(_named, wanted))
         program = renamed(program, dynamic)
-        program = confirm(program, model, args, kwargs)
+        program = confirm(program, model, args, kwargs, answer)
     except CaptureError:
         raise
     except Exception as error:
@@ -192,7 +196,7 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
     bound = _bound(model, hint_args, hint_kwargs)
     # The model is run beside the program afterwards, and must not hold the fake tensors of the export then.
-    with untouched(model), _only_exceptions(), warnings.catch_warnings():
+    with untouched(model), without_export_messages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
         with nothing_registered(model):
             dynamic = bound if free else None
@@ -240,16 +244,20 @@ def _in_order(model: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str
     return {found.name: given.get(found.name, found.default) for found in parameters[len(args) : last + 1]}
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Refuse what is no module with weights. Raises: CaptureError."""
+    if inspect.isclass(model):
+        raise CaptureError(f"the model is the class {model.__name__}; pass an object of it, {model.__name__}(...)")
+    if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
+        made = "TorchScript" if isinstance(model, torch.jit.ScriptModule) else "torch.compile"
+        raise CaptureError(f"the model was made by {made}; pass the torch.nn.Module it was made from")
     if not isinstance(model, nn.Module):
         raise CaptureError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
-    weights = [*model.named_parameters(), *model.named_buffers()]
-    lazy = next((name for name, tensor in weights if is_lazy(tensor)), None)
-    if lazy is not None:
-        raise CaptureError(f"weight '{lazy}' has no size yet; call {type(model).__name__} once, which makes its lazy weights")
-    empty = next((name for name, tensor in weights if tensor.is_meta), None)
-    if empty is not None:
-        raise CaptureError(f"weight '{empty}' is on the meta device and has no values; load the model's weights first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise CaptureError(f"weight '{name}' has no size before the model's first call; call the model once")
+        if tensor.is_meta:
+            raise CaptureError(f"weight '{name}' is on the meta device and has no values; load the model's weights first")
 
 
 def _check_leaves(inputs: object) -> None:
@@ -260,6 +268,24 @@ def _check_leaves(inputs: object) -> None:
                 f"example input {where} is a {type(leaf).__name__}; inputs are tensors, numbers, flags, text, None, "
                 f"or nests of these: convert it first"
             )
+        if isinstance(leaf, torch.Tensor):
+            kind = _odd_kind(leaf)
+            if kind is not None:
+                raise CaptureError(
+                    f"example input {pytree.keystr(path[1:])} is a {kind} tensor; "
+                    f"a program takes plain, dense tensors with values"
+                )
+
+
+def _odd_kind(tensor: torch.Tensor) -> str | None:
+    """What makes a tensor one that no program takes; None for a plain one."""
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout is not torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    if tensor.is_quantized:
+        return "quantized"
+    return "meta" if tensor.is_meta else None
 
 
 @contextmanager
@@ -274,55 +300,14 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = training
 
 
-def _say_nothing(*_: object, **__: object) -> None:
-    pass
-
-
-@contextmanager
-def _only_exceptions() -> Generator[None]:
-    """Keep torch.export from writing to standard error what `_explain` says in one sentence: a partial graph, and warnings."""
-    loggers = [logging.getLogger(name) for name in ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with patch("torch.export._trace.print", _say_nothing, create=True):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _explain(model: nn.Module, error: Exception) -> CaptureError:
     """One sentence for a failed capture: the model, its line, what happened, what to do."""
     name = type(model).__name__
     if isinstance(error, CaptureError):
         return error
-    place = _model_line(error)
     if isinstance(error, GuardOnDataDependentSymNode):
         return CaptureError(
-            f"{name} cannot be captured: {place} decides on the values of a tensor, and a graph has one path for all "
-            f"values; use torch.where or torch.cond there, or compile the part without it"
+            f"{name} cannot be captured: {model_line(error)} decides on the values of a tensor, and a graph has one path for "
+            f"all values; use torch.where or torch.cond there, or compile the part without it"
         )
-    return CaptureError(f"{name} cannot be captured: {place}: {type(error).__name__}: {_first_line(error)}")
-
-
-def _model_line(error: Exception) -> str:
-    """The innermost line of the traceback that is not torch's own, `modeling.py:12 (if x.sum() > 0:)`.
-
-    A graph that fails says itself where the node came from.
-    """
-    recorded = FRAME.findall(str(error).partition("Original traceback:")[2])
-    recorded = [frame for frame in recorded if not frame[0].startswith(_TORCH)]
-    if recorded:
-        file, line, code = recorded[-1]
-        return f"{Path(file).name}:{line} (`{code.strip()}`)"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_TORCH)]
-    frames = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
-    if not frames:
-        return "torch.export"
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} (`{(frames[-1].line or '').strip()}`)"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return CaptureError(f"{name} cannot be captured: {describe_failure(error)}")

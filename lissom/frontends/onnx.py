@@ -7,23 +7,26 @@ module and the line it came from. Weights do not pass through the conversion.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import sympy
 import torch
 from torch import fx, nn
 
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.errors import CaptureError, LissomError, UnsupportedError
+from lissom.frontends.onnx_sizes import NoFormulaError, names_in, size_of
 from lissom.frontends.sizes import MOST, remember, with_numbers
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _BATCH, _FIRST_LENGTH = 2, 8
+_MOST_ELEMENTS = 2**28
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,29 @@ def from_onnx(path: str | Path) -> nn.Module:
 
 def read(path: str | Path) -> OnnxModel:
     """The module of an ONNX file, with its inputs. Raises: as `from_onnx`."""
-    try:
-        import onnx2fx
-        import onnx_ir as ir
-
-        from lissom.frontends import onnx_graph, onnx_operators, onnx_rewrites
-    except ImportError as error:
-        raise UnsupportedError("reading an ONNX file needs onnx2fx and onnx-ir: pip install 'lissom[from-onnx]'") from error
+    for name in ("onnx2fx", "onnx_ir"):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UnsupportedError("reading an ONNX file needs onnx2fx and onnx-ir: pip install 'lissom[from-onnx]'") from error
     path = Path(path)
+    try:
+        return _read(path)
+    except LissomError:
+        raise
+    # What onnx, onnx-ir and onnx2fx raise for a graph they cannot read has no class in common.
+    except Exception as error:
+        from lissom.frontends.onnx_file import root_line
+
+        raise UnsupportedError(f"{path} cannot be converted: {root_line(error)}") from error
+
+
+def _read(path: Path) -> OnnxModel:
+    import onnx2fx
+    import onnx_ir as ir
+
+    from lissom.frontends import onnx_graph, onnx_operators, onnx_rewrites
+
     model = onnx_graph.load(path)
     onnx_rewrites.simplify(model)
     onnx_operators.register()
@@ -91,10 +109,7 @@ def read(path: str | Path) -> OnnxModel:
     inputs = tuple(_input(value, rows, path) for value in model.graph.inputs)
     origins = onnx_graph.origins_of(model, path)
     weights = onnx_graph.take_weights(model)
-    try:
-        converted = onnx2fx.convert(ir.to_proto(model))
-    except Exception as error:
-        raise UnsupportedError(f"{path} cannot be converted by onnx2fx: {type(error).__name__}: {error}") from error
+    converted = onnx2fx.convert(ir.to_proto(model))
     found = OnnxModel(_module(converted, re.sub(r"\W", "_", path.stem), weights, origins), inputs)
     found.module.meta["dynamic"] = {
         name: {index: size for index, size in enumerate(item.sizes) if isinstance(size, str)}
@@ -112,7 +127,10 @@ def _input(value: ir.Value, rows: Mapping[str, int], path: Path) -> Input:
             f"input '{value.name}' of {path} is {value.type} of shape {value.shape}; only tensors of a known rank are taken"
         )
     sizes = [size if isinstance(size, int) else size.value for size in value.shape]
-    named = tuple(f"size_{index}" if size is None else size for index, size in enumerate(sizes))
+    # Some exporters write -1 for a size that varies.
+    named = tuple(
+        f"size_{index}" if size is None or (isinstance(size, int) and size < 0) else size for index, size in enumerate(sizes)
+    )
     return Input(str(value.name), dtype, named, rows.get(str(value.name)))
 
 
@@ -166,6 +184,11 @@ def _read_weight(graph: fx.Graph, root: nn.Module, node: fx.Node, name: str, ten
 def _example(item: Input, sizes: dict[str, int]) -> torch.Tensor:
     """An example of one input; `sizes` holds the sizes chosen so far, by name."""
     shape = [_size(size, sizes) for size in item.sizes]
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise CaptureError(
+            f"input '{item.name}' is {shape}, and example inputs are made of at most {_MOST_ELEMENTS} elements; "
+            f"give example inputs of your own"
+        )
     generator = torch.Generator().manual_seed(0)
     if item.dtype.is_floating_point:
         return torch.randn(shape, generator=generator).to(item.dtype)
@@ -179,16 +202,12 @@ def _example(item: Input, sizes: dict[str, int]) -> torch.Tensor:
 
 
 def _size(size: int | str, sizes: dict[str, int]) -> int:
-    """The number for a size; names met for the first time get one of their own, and a formula is worked out."""
+    """The number for a size; names met for the first time get one of their own, and a formula is computed."""
     if isinstance(size, int):
         return size
-    names = re.findall(r"[A-Za-z_]\w*", size)
-    for name in names:
-        sizes.setdefault(name, _BATCH if not sizes else _FIRST_LENGTH + 3 * (len(sizes) - 1))
-    if size in sizes:
-        return sizes[size]
     try:
-        symbols = {name: sympy.Integer(sizes[name]) for name in names}
-        return int(str(sympy.parse_expr(size, local_dict=symbols)))
-    except (SyntaxError, TypeError, ValueError):
+        for name in names_in(size):
+            sizes.setdefault(name, _BATCH if not sizes else _FIRST_LENGTH + 3 * (len(sizes) - 1))
+        return size_of(size, sizes)
+    except NoFormulaError:
         return sizes.setdefault(size, _FIRST_LENGTH + 3 * len(sizes))

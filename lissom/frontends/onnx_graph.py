@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,39 +11,26 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
 
-from lissom.compiler.errors import ArtifactError, UnsupportedError
-from lissom.frontends import onnx_operators
+from lissom.compiler.errors import UnsupportedError
+from lissom.frontends import onnx_file, onnx_operators
 
 PLACE, KIND, NAME, TRANSPOSED = "place", "kind", "name", "transposed"
 """What a node carries, its number and operator in the file; and a value, the weight's name, and that it is to be transposed."""
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 _TRACE = "pkg.torch.onnx.stack_trace"
-_FRAME = re.compile(r'( *File "([^"]+)", line \d+, in .*\n\s*.*)')
+_QUOTED = re.compile(r"'([^'\\]*)'")
+_FRAME = re.compile(r'^ *(File "([^"\n]+)", line \d+, in .*\n.*)', re.MULTILINE)
 
 
 def load(path: Path) -> ir.Model:
     """The model in the file, with every node's place in the file noted, and weights read when they are asked for.
 
-    Raises: ArtifactError when there is no such file, it is no ONNX, or its external data is missing.
+    Raises: ArtifactError when there is no such file, or it does not follow the ONNX standard.
     """
-    if not path.is_file():
-        raise ArtifactError(f"{path} is no file; give the path of an ONNX file")
-    try:
-        model = ir.load(path)
-    except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise ArtifactError(f"{path} is not an ONNX file: {type(error).__name__}: {first}") from error
-    if not model.graph.outputs or not model.opset_imports:
-        raise ArtifactError(f"{path} is not an ONNX file: it holds no graph with outputs")
+    model = onnx_file.read_file(path)
     for index, node in enumerate(model.graph):
         node.meta[PLACE], node.meta[KIND] = index + 1, node.op_type
-    for value in _initializers(model):
-        data = value.const_value
-        if isinstance(data, ir.ExternalTensor) and not Path(data.path).is_file():
-            raise ArtifactError(
-                f"{path} keeps '{value.name}' in the file {data.location}, which is not there; put it beside the ONNX file"
-            )
     return model
 
 
@@ -131,10 +117,9 @@ def is_in_module(node: ir.Node) -> bool:
 
 def module_path(node: ir.Node) -> str:
     """The module a node is in, `encoder.layer.0.attention.self.query`."""
-    recorded = node.metadata_props.get(SCOPES)
-    if recorded:
-        scopes = ast.literal_eval(recorded)
-        return str(scopes[-2]) if len(scopes) > 1 else ""
+    scopes = _QUOTED.findall(node.metadata_props.get(SCOPES, ""))
+    if scopes:
+        return scopes[-2] if len(scopes) > 1 else ""
     name = node.name or node.op_type
     folders, _, last = name.strip("/").rpartition("/")
     return (folders or last).replace("/", ".")
@@ -168,14 +153,6 @@ def _unique(name: str, taken: set[str]) -> str:
     return found
 
 
-def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.initializers.values()
-    for node in all_nodes(model):
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from attribute.as_graph().initializers.values()
-
-
 def torch_dtype(dtype: ir.DataType) -> torch.dtype | None:
     """The dtype in PyTorch, or None where it has none of that kind."""
     try:
@@ -195,4 +172,7 @@ def _to_torch(data: ir.TensorProtocol) -> torch.Tensor:
     shape = list(data.shape.numpy())
     if data.size == 0:
         return torch.empty(shape, dtype=dtype)
+    if dtype is torch.bool:
+        # A byte of a file may be neither 0 nor 1, and no boolean of PyTorch is.
+        return torch.frombuffer(bytearray(data.tobytes()), dtype=torch.uint8).ne(0).reshape(shape)
     return torch.frombuffer(bytearray(data.tobytes()), dtype=dtype).reshape(shape)

@@ -27,6 +27,13 @@ _FAR = 2**31 - 2
 """What exporters write for "to the end" is beyond this."""
 
 
+def _dimension(x: torch.Tensor, axis: int) -> int:
+    """The axis, which may count from the back, counted from the front. Raises: IndexError when there is none."""
+    if not -x.dim() <= axis < x.dim():
+        raise IndexError(f"axis {axis} is given for {x.dim()} dimensions")
+    return axis % x.dim()
+
+
 def shape(x: torch.Tensor, *, start: int = 0, end: int | None = None) -> torch.Tensor:
     """The sizes from `start` up to, and without, `end`."""
     sizes = list(x.shape)[start:end]
@@ -88,7 +95,7 @@ def _slice(x: torch.Tensor, axis: int, start: Any, end: Any, step: int) -> torch
     end = None if (type(end) is int and end > _FAR) or _is_same(end, x.shape[axis]) else end
     if start is None and end is None and step == 1:
         return x
-    return x[(*(slice(None),) * (axis % x.dim()), slice(start, end, step))]
+    return x[(*(slice(None),) * _dimension(x, axis), slice(start, end, step))]
 
 
 def _is_same(left: object, right: object) -> bool:
@@ -100,7 +107,10 @@ def _is_same(left: object, right: object) -> bool:
 
 def tile(x: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
     """The input so many times over along each axis."""
-    return x.repeat(repeats.tolist())
+    counts = repeats.tolist()
+    if len(counts) != x.dim():
+        raise ValueError(f"{len(counts)} repeats are given for {x.dim()} dimensions")
+    return x.repeat(counts)
 
 
 def pad(
@@ -114,7 +124,9 @@ def pad(
     """Elements added before (first half of `pads`) and after (second half) each axis."""
     amounts = pads.tolist()
     count = len(amounts) // 2
-    along = list(range(count)) if axes is None else [axis % x.dim() for axis in axes.tolist()]
+    along = list(range(count)) if axes is None else [_dimension(x, axis) for axis in axes.tolist()]
+    if len(set(along)) != len(along) or (axes is None and count != x.dim()):
+        raise ValueError(f"{len(amounts)} pads are given for the axes {along} of {x.dim()} dimensions")
     around = dict(zip(along, zip(amounts[:count], amounts[count:], strict=True), strict=True))
     flat = [size for axis in reversed(range(x.dim())) for size in around.get(axis, (0, 0))]
     while len(flat) > 2 and flat[-2:] == [0, 0]:
@@ -131,7 +143,7 @@ def gather(x: torch.Tensor, indices: torch.Tensor, *, axis: int = 0) -> torch.Te
         return x.select(axis, known.item())
     if axis == 0 and x.dim() == 2 and x.is_floating_point() and indices.dim() > 0:
         return functional.embedding(indices, x)
-    around = (slice(None),) * (axis % x.dim())
+    around = (slice(None),) * _dimension(x, axis)
     return x[(*around, indices)] if indices.dim() > 0 else x[(*around, indices.reshape(1))].squeeze(axis)
 
 
@@ -153,6 +165,8 @@ def power(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
 
 def gather_nd(x: torch.Tensor, indices: torch.Tensor, *, batch_dims: int = 0) -> torch.Tensor:
     """The slices of `x` at the points in the last dimension of `indices`, after `batch_dims` dimensions both have."""
+    if not 0 <= batch_dims < min(x.dim(), indices.dim()):
+        raise ValueError(f"batch_dims is {batch_dims} for inputs of {x.dim()} and {indices.dim()} dimensions")
     rows = [
         torch.arange(x.shape[dim], device=x.device).reshape([-1 if other == dim else 1 for other in range(indices.dim() - 1)])
         for dim in range(batch_dims)
@@ -162,14 +176,14 @@ def gather_nd(x: torch.Tensor, indices: torch.Tensor, *, batch_dims: int = 0) ->
 
 def rms_normalization(x: torch.Tensor, scale: torch.Tensor, *, axis: int = -1, epsilon: float = 1e-5, **_: int) -> torch.Tensor:
     """x / sqrt(mean(x²) + epsilon) · scale, over the dimensions from `axis` on."""
-    return functional.rms_norm(x, x.shape[axis % x.dim() :], scale, epsilon)
+    return functional.rms_norm(x, x.shape[_dimension(x, axis) :], scale, epsilon)
 
 
 def layer_normalization(
     x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *, axis: int = -1, epsilon: float = 1e-5, **_: int
 ) -> torch.Tensor:
     """(x - mean) / sqrt(variance + epsilon) · scale + bias, over the dimensions from `axis` on."""
-    return functional.layer_norm(x, x.shape[axis % x.dim() :], scale, bias, epsilon)
+    return functional.layer_norm(x, x.shape[_dimension(x, axis) :], scale, bias, epsilon)
 
 
 def attention(*args: Any, **options: Any) -> torch.Tensor:

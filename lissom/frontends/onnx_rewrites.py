@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from lissom.frontends import onnx_operators
+from lissom.frontends.onnx_file import infer_shapes
 from lissom.frontends.onnx_graph import KIND, NAME, PLACE, TRANSPOSED, all_nodes, is_in_module, module_path
 
 _LEARNED = {
@@ -33,7 +34,7 @@ def simplify(model: ir.Model) -> None:
     common.RemoveInitializersFromInputsPass()(model)
     common.IdentityEliminationPass()(model)
     common.NameFixPass()(model)
-    common.ShapeInferencePass()(model)
+    infer_shapes(model)
     opset = model.opset_imports.get("") or model.opset_imports.get("ai.onnx", 1)
     transposed: dict[ir.Value, ir.Value] = {}
     for node in list(model.graph):

@@ -151,6 +151,10 @@ def ordinary(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or one in its memory that autograd may see too where it was made under inference mode."""
     if not tensor.is_inference():
         return tensor
-    with torch.inference_mode(False), torch.no_grad():
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return ordinary(tensor)
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        return tensor.clone()
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from types import ModuleType
 
 import torch
@@ -22,7 +23,14 @@ def load_timm(name: str) -> tuple[nn.Module, torch.Tensor]:
     known: list[str] = timm.list_models()
     if name.split(".")[0] not in known:
         raise ArtifactError(f"timm has no model '{name}'{nearest(name, known) or '; timm.list_models() lists what it has'}")
-    model = timm.create_model(name, pretrained=False).eval()
+    try:
+        model = timm.create_model(name, pretrained=False).eval()
+    except RuntimeError as error:
+        architecture, _, tag = name.partition(".")
+        raise ArtifactError(
+            f"timm has no weights '{tag}' for the model '{architecture}'; leave the tag out, weights are random here: "
+            f"timm:{architecture}"
+        ) from error
     return model, _pictures(*model.pretrained_cfg["input_size"])
 
 
@@ -37,13 +45,17 @@ def load_torchvision(name: str) -> tuple[nn.Module, torch.Tensor]:
         hint = nearest(name, known) or "; torchvision.models.list_models() lists what it has"
         raise ArtifactError(f"torchvision has no model '{name}'{hint}")
     size = _crop_size(models.get_model_weights(name))
-    return models.get_model(name, weights=None).eval(), _pictures(3, *size)
+    # Detection and segmentation would fetch the weights of their backbone over the network.
+    takes_backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
+    options = {"weights_backbone": None} if takes_backbone else {}
+    return models.get_model(name, weights=None, **options).eval(), _pictures(3, *size)
 
 
 def _crop_size(weights) -> tuple[int, int]:  # noqa: ANN001
     """The size pictures are cropped to for the first weights of a model."""
     first = next(iter(weights), None)
-    options = first.transforms.keywords if first is not None else {}
+    # Those of detection are a class without options.
+    options = getattr(first.transforms, "keywords", {}) if first is not None else {}
     size = options.get("crop_size", 224)
     return (size, size) if isinstance(size, int) else tuple(size)
 

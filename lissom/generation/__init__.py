@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lissom.api import Inputs, Settings, check_device, compile_captured, resolve_passes
+from lissom.api import compile_captured
 from lissom.artifacts.artifact import Trust
 from lissom.backends.base import Backend
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.errors import InputError, UnsupportedError
 from lissom.compiler.kinds import Pass
-from lissom.compiler.pipeline import Checks, Metric, Progress
+from lissom.compiler.options import Checks, Metric, Progress, check_options, check_progress
 from lissom.compiler.program import Program
-from lissom.frontends.decoder import INPUTS, capture_decoder
-from lissom.frontends.device import device_of
+from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
+from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture
 from lissom.generation.decoder import Decoder, prompts
 from lissom.hosting import check_uncompiled
 from lissom.inspect.progress import progress_bar
+from lissom.options import Inputs, Settings, check_data, check_path, resolve_passes
 from lissom.scatter import with_ways
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def compile_generation(
     max_length: int,
     batch: int = 1,
     all_logits: bool = False,
-    passes: str | Sequence[Pass] = "exact",
+    passes: str | Pass | Sequence[Pass] = "exact",
     backend: str | Backend = "eager",
     ways: int | None = None,
     device: str | torch.device | None = None,
@@ -77,6 +78,10 @@ def compile_generation(
     torch.Size([1, 50])
     """
     check_uncompiled(model)
+    check_progress(progress)
+    check_options(checks, metric, max_drop)  # pyright: ignore[reportArgumentType]
+    check_data(data)
+    check_capacity(max_length, batch)
     place = check_device(device)
 
     def take() -> Capture:
@@ -103,7 +108,7 @@ def load_generation(
     directory: str | Path,
     device: str | torch.device | None = None,
     *,
-    backend: Backend | None = None,
+    backend: str | Backend | None = None,
     allow_native: bool = False,
     trusted_keys: Sequence[str | Path] | None = None,
 ) -> GenerationModel:
@@ -116,10 +121,10 @@ def load_generation(
         from lissom.generation.saved import load
     except ImportError as error:
         raise UnsupportedError("generation needs transformers: pip install 'lissom[demo]'") from error
-    return load(Path(directory), device, backend, Trust(allow_native, trusted_keys))
+    return load(check_path(directory), device, backend, Trust(allow_native, trusted_keys))
 
 
-def _with_recipe(passes: str | Sequence[Pass]) -> list[Pass]:
+def _with_recipe(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
     """The recipe `generation`, then what was asked for beyond the canonical form."""
     wanted, exact, recipe = resolve_passes(passes), resolve_passes("exact"), resolve_passes("generation")
     start = len(recipe) if wanted[: len(recipe)] == recipe else len(exact)
@@ -139,7 +144,15 @@ def _scorer(metric: Callable[[NextToken], float] | None, batch: int, max_length:
     def score(program: Program) -> float:
         def next_token(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
             given = {"input_ids": input_ids} | ({} if attention_mask is None else {"attention_mask": attention_mask})
-            (sample,) = prompts([given], batch, max_length)
+            if not isinstance(input_ids, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InputError(f"metric gave a {type(input_ids).__name__} as input_ids; give a tensor, [{batch}, tokens]")
+            samples = prompts([given], batch, max_length) if input_ids.shape[:1] == (batch,) else []
+            if len(samples) != 1:
+                raise InputError(
+                    f"metric gave input_ids of {list(input_ids.shape)}, and this decoder reads [{batch}, tokens]; score it on "
+                    f"{batch} rows at once, or compile with another batch="
+                )
+            (sample,) = samples
             (logits,) = program.run(sample)
             assert isinstance(logits, torch.Tensor)
             return logits[:, -1]

@@ -54,12 +54,10 @@ class Decoder(FixedModule):
         input_ids: [batch, tokens], the whole prompt or a single token. attention_mask: [batch, tokens], 0 for padding, which
         stands left of a prompt. With all_logits the logits behind every token, [batch, tokens, vocabulary].
 
-        Raises: InputError when the batch is another, the cache is full, or a token is not in the vocabulary.
+        Raises: InputError when the batch is another, the cache is full, or a token is not in the vocabulary. What was read
+            before stays as it was then.
         """
-        tokens = self._check(input_ids)
-        if attention_mask is not None:
-            self._hide(attention_mask, tokens)
-        logits = self._run(input_ids, tokens)
+        logits = self._read(input_ids, attention_mask)
         return logits if self.all_logits else logits[:, -1]
 
     def reset(self) -> None:
@@ -74,21 +72,58 @@ class Decoder(FixedModule):
 
         Raises: InputError when fewer were read.
         """
-        if not 0 <= length <= self.length:
-            raise InputError(f"the decoder has read {self.length} tokens, and was to keep {length}; keep 0 to {self.length}")
+        if not isinstance(length, int) or not 0 <= length <= self.length:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"the decoder has read {self.length} tokens, and was to keep {length!r:.80}; keep 0 to {self.length}"
+            )
         self.length = length
         self._mask[:, length:] = 1
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Let row i go on from what row `rows[i]` has read, [batch], as beam search needs."""
+        """Let row i go on from what row `rows[i]` has read, [batch], as beam search needs.
+
+        Raises: InputError for rows that are not there.
+        """
+        if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64) or rows.shape != (self.batch,):  # pyright: ignore
+            raise InputError(f"rows is {rows!r:.80}; give a tensor of {self.batch} row numbers, one for each row")
         rows = rows.to(self.device)
-        self._mask.copy_(self._mask[rows])
+        try:
+            self._mask.copy_(self._mask[rows])
+        except IndexError as error:
+            raise InputError(f"rows is {rows.tolist()!s:.80}; this decoder has rows 0 to {self.batch - 1}") from error
         for tensor in self.compiled.state().values():
             filled = tensor[:, :, : self.length]
             filled.copy_(filled[rows])
 
+    def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The logits of a call, [batch, tokens or 1, vocabulary]. One that fails hides no token from the next.
+
+        Raises: InputError.
+        """
+        with self.compiled.refusals():
+            tokens = self._check(input_ids)
+        # Embeddings take ids of 32 bits as well as of 64, and a program is captured with 64.
+        ids = input_ids if input_ids.dtype is torch.int64 else input_ids.to(torch.int64)
+        if attention_mask is None:
+            return self._run(ids, tokens)
+        mask, padded = self._mask.clone(), self._padded
+        try:
+            with self.compiled.refusals():
+                self._hide(attention_mask, tokens)
+            return self._run(ids, tokens)
+        except BaseException:
+            self._mask.copy_(mask)
+            self._padded = padded
+            raise
+
     def _check(self, input_ids: torch.Tensor) -> int:
         """How many tokens a call brings. Raises: InputError."""
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):  # pyright: ignore
+            kind = str(input_ids.dtype) if isinstance(input_ids, torch.Tensor) else f"a {type(input_ids).__name__}"  # pyright: ignore
+            raise InputError(f"input_ids is {kind}; give a tensor of token ids, torch.int64 or torch.int32")
+        if input_ids.device != self.device or input_ids.layout is not torch.strided or input_ids.is_nested:
+            kind = f"on {input_ids.device}" if input_ids.device != self.device else "not dense"
+            raise InputError(f"input_ids is {kind}, and this decoder reads dense tensors on {self.device}; pass them so")
         shape = input_ids.shape
         if len(shape) != 2 or shape[0] != self.batch:
             raise InputError(
@@ -105,13 +140,21 @@ class Decoder(FixedModule):
     def _hide(self, attention_mask: torch.Tensor, tokens: int) -> None:
         """Note which places hold padding; the mask is that of the new tokens, or of all so far. Raises: InputError."""
         start, end = self.length, self.length + tokens
-        begin = {end: 0, tokens: start}.get(attention_mask.shape[-1])
-        if begin is None or attention_mask.dim() != 2 or attention_mask.shape[0] != self.batch:
+        if not isinstance(attention_mask, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InputError(
+                f"attention_mask is a {type(attention_mask).__name__}; give a tensor, or None where nothing is padding"
+            )
+        begin = {end: 0, tokens: start}.get(attention_mask.shape[-1]) if attention_mask.dim() == 2 else None
+        if begin is None or attention_mask.shape[0] != self.batch:
             raise InputError(
                 f"attention_mask is {list(attention_mask.shape)}; give [{self.batch}, {tokens}] for the new tokens"
                 + (f", or [{self.batch}, {end}] for all" if start else "")
             )
-        self._mask[:, begin:end] = attention_mask
+        if attention_mask.is_floating_point() or attention_mask.is_complex():
+            raise InputError(
+                f"attention_mask is {attention_mask.dtype}; give integers or booleans, 1 for tokens and 0 for padding"
+            )
+        self._mask[:, begin:end] = attention_mask != 0
         self._padded = True
 
     def _run(self, input_ids: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -145,10 +188,14 @@ def prompts(batches: Sequence[torch.Tensor | Mapping[str, object]], batch: int, 
     """
     rows: list[torch.Tensor] = []
     for given in batches:
-        ids = given if isinstance(given, torch.Tensor) else given.get(INPUTS[0])
+        ids = given.get(INPUTS[0]) if isinstance(given, Mapping) else given
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
             raise InputError("data= of a decoder holds token ids [rows, tokens], or mappings with input_ids and attention_mask")
         mask = given.get(INPUTS[1]) if isinstance(given, Mapping) else None
+        if isinstance(mask, torch.Tensor) and mask.shape != ids.shape:
+            raise InputError(
+                f"data= has an attention_mask of {list(mask.shape)} for input_ids of {list(ids.shape)}; give both alike"
+            )
         kept = mask.bool() if isinstance(mask, torch.Tensor) else torch.ones_like(ids, dtype=torch.bool)
         rows += [row[seen][:max_length] for row, seen in zip(ids, kept, strict=True) if bool(seen.any())]
     # The last rows are filled up with the first.

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lissom.api import CompiledModel
 from lissom.compiler.errors import InputError, UnsupportedError
 from lissom.generation.decoder import Decoder
+from lissom.options import check_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -65,15 +66,12 @@ class GenerationModel(Decoder, GenerationMixin):
             self.reset()
         elif cache is not self.cache:
             raise InputError(f"cache= is a {type(cache).__name__} from elsewhere; a compiled decoder has its own, .cache")
-        tokens = self._check(input_ids)
-        if attention_mask is not None:
-            self._hide(attention_mask, tokens)
         if logits_to_keep > 1 and not self.all_logits:
             raise UnsupportedError(
                 f"logits of {logits_to_keep} tokens were asked for, and this decoder gives those of the last; "
                 f"compile it with all_logits=True"
             )
-        logits = self._run(input_ids, tokens)
+        logits = self._read(input_ids, attention_mask)
         if logits_to_keep:
             logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=logits, cache=self.cache if use_cache else None)  # pyright: ignore
@@ -89,7 +87,7 @@ class GenerationModel(Decoder, GenerationMixin):
         """
         from lissom.generation.saved import save
 
-        save(self, Path(directory), tokenizer)
+        save(self, check_path(directory), tokenizer)
 
     def can_generate(self) -> bool:
         return True

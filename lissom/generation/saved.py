@@ -44,7 +44,7 @@ def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokeniz
     decoder.compiled.save_with(directory, write_more)
 
 
-def load(directory: Path, device: str | torch.device | None, backend: Backend | None, trust: Trust) -> GenerationModel:
+def load(directory: Path, device: str | torch.device | None, backend: str | Backend | None, trust: Trust) -> GenerationModel:
     """The decoder in the directory. Raises: ArtifactError, UnsupportedError."""
     if is_former(directory):
         raise ArtifactError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _UNFINISHED = "�"
+_COLDEST = 1e-30
+"""Logits divided by less are infinite, and softmax of two infinities is NaN; here the likeliest token is drawn already."""
 
 
 @dataclass
@@ -73,8 +76,10 @@ def stream_tokens(
     """
     if decoder.batch != 1:
         raise InputError(f"the decoder reads {decoder.batch} sequences at once, and a text is streamed from one: batch=1")
-    if temperature < 0 or max_new_tokens < 1:
+    if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise InputError(f"temperature is {temperature:g} and max_new_tokens {max_new_tokens}; give 0 or more, and 1 or more")
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise InputError(f"seed is {seed}; give a whole number of 64 bits")
     speed = speed or Speed()
     draw = torch.Generator(decoder.device).manual_seed(seed)
     decoder.reset()
@@ -100,7 +105,7 @@ def _choose(logits: torch.Tensor, temperature: float, draw: torch.Generator) -> 
     last = logits[:, -1] if logits.dim() == 3 else logits
     if temperature == 0:
         return last.argmax(-1, keepdim=True)
-    return torch.multinomial(torch.softmax(last.float() / temperature, -1), 1, generator=draw)
+    return torch.multinomial(torch.softmax(last.float() / max(temperature, _COLDEST), -1), 1, generator=draw)
 
 
 def stream_text(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

@@ -8,11 +8,13 @@ kernel, and wherever gradients are wanted, it is computed by `lissom.ops.blocked
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from lissom.ops.blocked_attention import blocked_attention
+from lissom.ops.blocked_attention import blocked_attention, check_pattern
+from lissom.ops.fused_attention import check_attention
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 _LIBRARY.define(
@@ -35,7 +37,20 @@ _LIBRARY.impl("block_sparse_attention", blocked_attention, "CompositeExplicitAut
 _LIBRARY.impl("block_sparse_attention", _with_gradients, "Autograd")
 
 
-def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+def _shape_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    layout: torch.Tensor | None = None,
+    *,
+    pattern: Sequence[int],
+    block: int,
+    sinks: torch.Tensor | None = None,
+    **_: object,
+) -> torch.Tensor:
+    check_pattern(q, layout, pattern, block)
+    check_attention(q, k, v, bias, sinks)
     batch, heads, queries, _depth = q.shape
     return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
 

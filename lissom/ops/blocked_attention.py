@@ -13,13 +13,15 @@ from collections.abc import MutableMapping, Sequence
 from functools import lru_cache
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_false
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lissom.compiler.attention_patterns import Pattern
+from lissom.compiler.attention_patterns import UNBOUNDED, Pattern
 from lissom.compiler.key_blocks import KeyBlocks, key_blocks
 from lissom.ops.attention import attention_reference
-from lissom.ops.fused_attention import fused_attention_reference, with_bias
+from lissom.ops.checks import require
+from lissom.ops.fused_attention import check_attention, fused_attention_reference, with_bias
 
 _WORTH = 0.5
 """From this share of all scores on the copies cost as much as is saved."""
@@ -28,6 +30,24 @@ _MOST = 256
 """Key blocks that are remembered, of patterns and lengths."""
 _OF_LAYOUTS: MutableMapping[torch.Tensor, tuple[int, dict[object, KeyBlocks | str]]] = WeakIdKeyDictionary()
 """For each layout its version, and what is read under it by a pattern, or by one at some lengths."""
+
+
+def check_pattern(q: torch.Tensor, layout: torch.Tensor | None, pattern: Sequence[int], block: int) -> Pattern:
+    """The pattern an operator was given; raises unless it and its layout fit the queries."""
+    require(1 <= block <= UNBOUNDED, "a pattern's block is {} tokens, and must be from 1 to {}", block, UNBOUNDED)
+    try:
+        found = Pattern.decode(pattern, block)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
+    require(layout is not None or not found.asks_layout, "this pattern asks a layout, and none was given")
+    if layout is not None:
+        message = "a layout is boolean, [heads or 1, query blocks, key blocks], not {} with the sizes {}"
+        fits = layout.dim() == 3 and layout.dtype == torch.bool
+        require(fits, message, layout.dtype, layout.shape)
+        require(layout.numel() > 0, message, layout.dtype, layout.shape)
+        if statically_known_false(layout.shape[0] == 1):
+            require(layout.shape[0] == q.shape[1], message, layout.dtype, layout.shape)
+    return found
 
 
 def block_sparse_attention_reference(
@@ -62,7 +82,8 @@ def blocked_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The operator by key blocks where that is less work than the reference, which it is otherwise."""
-    said = Pattern.decode(pattern, block)
+    check_attention(q, k, v, bias, sinks)
+    said = check_pattern(q, layout, pattern, block)
     found = _blocks_of(said, layout, q.shape[2], k.shape[2])
     by_head = sinks is None or (sinks.dim() == 4 and sinks.shape[2] == 1)
     if by_head and isinstance(found, KeyBlocks) and found.pairs(q.shape[2], k.shape[2]) < _WORTH * q.shape[2] * k.shape[2]:
@@ -95,7 +116,7 @@ def attend_by_blocks(
     # Heads that have key blocks of their own are not brought together.
     groups = k.shape[1] if reads.heads == 1 else heads
     k_read, v_read = (_gathered(item, j, reads, groups) for item in (k, v))
-    blocks = functional.pad(q, (0, 0, 0, rows * size - queries)).view(batch, groups, -1, rows, size, depth)
+    blocks = functional.pad(q, (0, 0, 0, rows * size - queries)).view(batch, groups, heads // groups, rows, size, depth)
     blocks = blocks.transpose(2, 3).flatten(3, 4)
     mask = with_bias(seen[None, :, :, None], _bias_read(bias, j, rows, size, groups))
     mask = mask.expand(*mask.shape[:3], heads // groups, size, mask.shape[-1]).flatten(3, 4)
@@ -107,7 +128,7 @@ def attend_by_blocks(
     if sinks is None:
         blind = ~mask if mask.dtype == torch.bool else mask == -torch.inf
         found = found.masked_fill(blind.all(-1, keepdim=True), 0.0)
-    found = found.unflatten(3, (-1, size)).transpose(2, 3).reshape(batch, heads, rows * size, -1)
+    found = found.unflatten(3, (-1, size)).transpose(2, 3).reshape(batch, heads, rows * size, v.shape[-1])
     dense = [row for row in reads.dense_rows if row < rows]
     dense += range(reads.dense_end, rows) if reads.dense_end is not None else ()
     if dense:

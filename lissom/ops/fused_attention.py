@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from lissom.ops.attention import attention_reference
+from lissom.ops.checks import check_broadcast, check_floats, require
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 _LIBRARY.define(
@@ -26,6 +27,50 @@ _LIBRARY.define(
     "bool causal=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+def check_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> None:
+    """Raise unless the operands of an attention fit each other. scales: of keys and of values kept in int8."""
+    dims = [item.dim() for item in (q, k, v)]
+    require(dims == [4, 4, 4], "q, k and v have {} dimensions, and must be [batch, heads, tokens, head_dim]", dims)
+    fit = "q {}, k {} and v {} must have the same batch, q and k the same head_dim, k and v the same heads and keys, and key "
+    fit += "and value heads must divide the query heads"
+    sizes = q.shape, k.shape, v.shape
+    for one, another in ((q.shape[0], k.shape[0]), (q.shape[0], v.shape[0]), (q.shape[3], k.shape[3])):
+        require(one == another, fit, *sizes)
+    for one, another in zip(k.shape[1:3], v.shape[1:3], strict=True):
+        require(one == another, fit, *sizes)
+    require(k.shape[1] > 0, fit, *sizes)
+    require(q.shape[1] % k.shape[1] == 0, fit, *sizes)
+    require((scales[0] is None) == (scales[1] is None), "keys and values are both kept in bytes, or neither")
+    kept = q.dtype if scales[0] is None else torch.int8
+    for item, name in ((k, "k"), (v, "v")):
+        require(item.dtype == kept, "{} is of {}, and must be of {}", name, item.dtype, kept)
+    for item in scales:
+        check_floats(item, (*k.shape[:3], 1), "a scale of keys or values")
+    scores = (*q.shape[:3], k.shape[2])
+    if bias is not None:
+        require(not bias.is_complex(), "a bias is of {}, and must be boolean or real", bias.dtype)
+        check_broadcast(bias, scores, "a bias")
+    if sinks is not None:
+        require(sinks.dtype.is_floating_point, "sinks are of {}, and must be of a floating dtype", sinks.dtype)
+        check_broadcast(sinks, (*scores[:2], 1, 1), "sinks")
+
+
+def check_merged(qkv: torch.Tensor, heads: int, key_heads: int) -> None:
+    """Raise unless a merged projection holds so many heads of queries, and twice so many of keys."""
+    require(qkv.dim() == 3, "qkv has {} dimensions, and must be [batch, tokens, all heads]", qkv.dim())
+    width = qkv.shape[2]
+    fits = heads > 0 and key_heads > 0 and width > 0 and width % (heads + 2 * key_heads) == 0
+    message = "qkv has {} features, and must have some for each of {} heads and twice {} key heads"
+    require(fits, message, width, heads, key_heads)
 
 
 def fused_attention_reference(
@@ -42,6 +87,7 @@ def fused_attention_reference(
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    check_attention(q, k, v, bias, sinks, (k_scale, v_scale))
     if k_scale is not None and v_scale is not None:
         k, v = ((item.float() * by).to(q.dtype) for item, by in ((k, k_scale), (v, v_scale)))
     group = q.shape[1] // k.shape[1]
@@ -59,7 +105,9 @@ def with_bias(seen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """What is seen, or what is added to the scores, of what is seen and a mask or bias beside it."""
     if bias is None:
         return seen
-    return bias & seen if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
+    if bias.dtype == torch.bool:
+        return bias & seen
+    return (bias if bias.is_floating_point() else bias.float()).masked_fill(~seen, -torch.inf)
 
 
 def merged_attention_reference(
@@ -73,6 +121,7 @@ def merged_attention_reference(
     causal: bool = False,
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    check_merged(qkv, heads, key_heads)
     whole = qkv.unflatten(-1, (heads + 2 * key_heads, -1)).transpose(1, 2)
     q, k, v = whole.split([heads, key_heads, key_heads], 1)
     found = fused_attention_reference(q, k, v, bias, scale=scale, softcap=softcap, causal=causal)
@@ -83,12 +132,24 @@ _LIBRARY.impl("fused_attention", fused_attention_reference, "CompositeExplicitAu
 _LIBRARY.impl("merged_attention", merged_attention_reference, "CompositeExplicitAutograd")
 
 
-def _shape_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+def _shape_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    **_: object,
+) -> torch.Tensor:
+    check_attention(q, k, v, bias, sinks, (k_scale, v_scale))
     batch, heads, queries, _depth = q.shape
     return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
 
 
 def _merged_shape_of(qkv: torch.Tensor, *_: object, heads: int, key_heads: int, **__: object) -> torch.Tensor:
+    check_merged(qkv, heads, key_heads)
     batch, tokens, width = qkv.shape
     return qkv.new_empty((batch, tokens, width // (heads + 2 * key_heads) * heads))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from lissom.ops.checks import cast, check_broadcast, check_floats, require
 from lissom.ops.rotary import rotary_reference
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
@@ -26,11 +27,13 @@ _LIBRARY.define(
 
 def fused_rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float) -> torch.Tensor:
     """The operator in PyTorch's own."""
-    return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    _check_norm(x, weight)
+    return functional.rms_norm(x, (x.shape[-1],), cast(weight, x.dtype), eps)
 
 
 def fused_rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    _check_rotary(x, cos, sin)
     return rotary_reference(x, cos, sin, interleaved=interleaved).transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -38,11 +41,34 @@ _LIBRARY.impl("fused_rms_norm", fused_rms_norm_reference, "CompositeExplicitAuto
 _LIBRARY.impl("fused_rotary", fused_rotary_reference, "CompositeExplicitAutograd")
 
 
-def _norm_shape(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+def _check_norm(x: torch.Tensor, weight: torch.Tensor | None) -> None:
+    require(x.dim() >= 1, "x is a scalar, and must be [..., features]")
+    check_floats(weight, x.shape[-1:], "a norm's weight")
+
+
+def _check_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    require(x.dim() == 4, "x has {} dimensions, and must be [batch, heads, tokens, head_dim]", x.dim())
+    features = x.shape[-1]
+    require(features % 2 == 0, "x has {} features, and must have an even number", features)
+    for item, name in ((cos, "cos"), (sin, "sin")):
+        require(item.dtype == x.dtype, "{} is of {}, and must be of {}", name, item.dtype, x.dtype)
+        require(
+            item.dim() >= 1 and item.shape[-1] in (features, features // 2) and item.shape[-1] == cos.shape[-1],
+            "cos and sin have the sizes {} and {}, and must have one number for each of {} features, or one a pair",
+            cos.shape,
+            sin.shape,
+            features,
+        )
+        check_broadcast(item, (*x.shape[:-1], item.shape[-1]), name)
+
+
+def _norm_shape(x: torch.Tensor, weight: torch.Tensor | None = None, **_: object) -> torch.Tensor:
+    _check_norm(x, weight)
     return x.new_empty(x.shape)
 
 
-def _rotary_shape(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+def _rotary_shape(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: object) -> torch.Tensor:
+    _check_rotary(x, cos, sin)
     batch, heads, tokens, depth = x.shape
     return x.new_empty((batch, tokens, heads, depth)).transpose(1, 2)
 

@@ -18,27 +18,35 @@ _LIBRARY.define("grouped_product(Tensor input, Tensor weight, Tensor offs) -> Te
 
 def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
     """The operator in PyTorch's own: one product a group that has rows."""
+    _check(input, weight, offs)
     result = input.new_zeros(input.shape[0], weight.shape[2])
-    for group, rows in _groups(offs):
+    for group, rows in _groups(offs, input.shape[0]):
         torch.mm(input[rows], weight[group], out=result[rows])
     return result
 
 
-def _groups(offs: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """The groups that have rows, and which."""
+def _groups(offs: torch.Tensor, count: int) -> Iterator[tuple[int, slice]]:
+    """The groups that have rows, and which of so many. Raises: RuntimeError when `offs` falls or passes the last row."""
     start = 0
     for group, end in enumerate(offs.tolist()):
+        if not start <= end <= count:
+            raise RuntimeError(f"lissom::grouped_product has {count} rows, and group {group} is from row {start} to {end}")
         if end > start:
             yield group, slice(start, end)
         start = end
 
 
-def _fake(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+def _check(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> None:
+    """Raise RuntimeError unless the operands fit each other."""
     if input.dim() != 2 or weight.dim() != 3 or offs.dim() != 1 or input.shape[1] != weight.shape[1]:
         raise RuntimeError(
             f"lissom::grouped_product takes input [rows, k], weight [groups, k, n] and offs [groups], "
             f"not {list(input.shape)}, {list(weight.shape)} and {list(offs.shape)}"
         )
+
+
+def _fake(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    _check(input, weight, offs)
     return input.new_empty(input.shape[0], weight.shape[2])
 
 
@@ -49,7 +57,7 @@ def _remember(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     input, weight, offs = ctx.saved_tensors
     of_weight = torch.zeros_like(weight)
-    for group, rows in _groups(offs):
+    for group, rows in _groups(offs, input.shape[0]):
         of_weight[group] = input[rows].T @ gradient[rows]
     return grouped_product(gradient, weight.transpose(1, 2), offs), of_weight, None
 

@@ -35,6 +35,7 @@ def linear_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    _check(q, k, v, causal, chunk)
     heads, groups, tokens = q.shape[1], k.shape[1], q.shape[2]
     q_wide, k_wide, v_wide = _widened(q, k, v)
     if causal:
@@ -81,17 +82,19 @@ def _causal_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int) 
     q = q.reshape(batch, groups, copies, chunks, chunk, q.shape[-1]).transpose(2, 3)
     q = q.reshape(batch, groups, chunks, copies * chunk, q.shape[-1])
     states = torch.matmul(k.transpose(-1, -2), v)
-    before = functional.pad(states, (0, 0, 0, 0, 1, -1)).cumsum(2)
+    before = functional.pad(states, (0, 0, 0, 0, 1, 0))[:, :, :-1].cumsum(2)
     seen = torch.ones(chunk, chunk, dtype=q.dtype, device=q.device).tril().repeat(copies, 1)
     sums = torch.matmul(q, before) + torch.matmul(torch.matmul(q, k.transpose(-1, -2)) * seen, v)
     sums = sums.reshape(batch, groups, chunks, copies, chunk, v.shape[-1]).transpose(2, 3)
     return sums.reshape(batch, heads, chunks * chunk, v.shape[-1])[:, :, :tokens]
 
 
-def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK) -> torch.Tensor:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, chunk: int) -> None:
+    """Raise RuntimeError unless the operands fit each other."""
     shapes = " and ".join(str(list(item.shape)) for item in (q, k, v))
     if (
         not q.dim() == k.dim() == v.dim() == 4
+        or k.shape[1] == 0
         or q.shape[1] % k.shape[1]
         or q.shape[3] != k.shape[3]
         or k.shape[1] != v.shape[1]
@@ -102,6 +105,12 @@ def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = F
         )
     if causal and q.shape[2] != k.shape[2]:
         raise RuntimeError(f"lissom::linear_attention is causal with as many keys as queries, not {shapes}")
+    if chunk < 1:
+        raise RuntimeError(f"lissom::linear_attention takes chunks of at least one token, not {chunk}")
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK) -> torch.Tensor:
+    _check(q, k, v, causal, chunk)
     return v.new_empty(*q.shape[:3], v.shape[3])
 
 

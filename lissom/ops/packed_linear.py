@@ -12,10 +12,12 @@ It is an ordinary tensor, so it can be stored, moved and unpacked.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
+
+from lissom.ops.checks import cast, check_exact, check_floats, require
 
 PANEL = 32
 
@@ -55,7 +57,41 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     """The weight [features, inputs] a packed one was made from."""
-    return packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)[:features]
+    return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:features]
+
+
+def check_linear(
+    x: torch.Tensor,
+    features: int,
+    vectors: Sequence[torch.Tensor | None],
+    other: torch.Tensor | None = None,
+    *,
+    activation: str = "none",
+    combine: str = "add",
+) -> None:
+    """Raise unless x and what surrounds its product fit each other.
+
+    vectors: operands with one number for each feature: the bias, and the weight and bias of a norm.
+    """
+    require(x.dim() >= 1, "x is a scalar, and must be [..., inputs]")
+    require(features >= 0, "the number of features is {}, and must not be negative", features)
+    require(activation in ACTIVATIONS, "the activation is '{}', and must be one of {}", activation, ", ".join(ACTIVATIONS))
+    require(combine in ("add", "mul"), "a product is combined by 'add' or 'mul', not by '{}'", combine)
+    for item in vectors:
+        check_floats(item, (features,), "a bias or a norm's weight")
+    check_floats(other, (*x.shape[:-1], features), "what is combined with the product")
+
+
+def packed_sizes(x: torch.Tensor, features: int) -> tuple[int, ...]:
+    """The sizes of a packed weight for so many features of x.
+
+    Raises: RuntimeError for an odd number of inputs in bfloat16.
+    """
+    panels, inputs = -(-features // PANEL), x.shape[-1]
+    if x.dtype != torch.bfloat16:
+        return panels, inputs, PANEL
+    require(inputs % 2 == 0, "there are {} inputs, and bfloat16 takes an even number", inputs)
+    return panels, inputs // 2, PANEL, 2
 
 
 def packed_linear_reference(
@@ -69,9 +105,12 @@ def packed_linear_reference(
     combine: str = "add",
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
-    y = ACTIVATIONS[activation](functional.linear(x, unpack(weight, features), bias))
+    check_linear(x, features, (bias,), other, activation=activation, combine=combine)
+    check_exact(weight, packed_sizes(x, features), x.dtype, "a packed weight")
+    y = ACTIVATIONS[activation](functional.linear(x, unpack(weight, features), cast(bias, x.dtype)))
     if other is None:
         return y
+    other = other.to(x.dtype)
     return y * other if combine == "mul" else y + other
 
 
@@ -87,12 +126,14 @@ def packed_linear_norm_reference(
     eps: float,
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    check_linear(x, features, (norm_weight, norm_bias))
     y = packed_linear_reference(x, weight, bias, other, features=features)
-    return functional.layer_norm(y, (features,), norm_weight, norm_bias, eps)
+    return functional.layer_norm(y, (features,), cast(norm_weight, x.dtype), cast(norm_bias, x.dtype), eps)
 
 
 def packed_embedding_reference(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    _check_rows(weight, indices, features=features, bits=bits)
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= features):
         raise IndexError(f"index out of range in packed_embedding, which has rows 0 to {features - 1}")
     panel, column = indices // PANEL, indices % PANEL
@@ -108,7 +149,19 @@ _LIBRARY.impl("packed_linear_norm", packed_linear_norm_reference, "CompositeExpl
 _LIBRARY.impl("packed_embedding", packed_embedding_reference, "CompositeExplicitAutograd")
 
 
-def _shape_of(x: torch.Tensor, *_: object, features: int, **__: object) -> torch.Tensor:
+def _shape_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *norm: torch.Tensor | None,
+    features: int,
+    activation: str = "none",
+    combine: str = "add",
+    eps: float = 0.0,
+) -> torch.Tensor:
+    check_linear(x, features, (bias, *norm), other, activation=activation, combine=combine)
+    check_exact(weight, packed_sizes(x, features), x.dtype, "a packed weight")
     return x.new_empty((*x.shape[:-1], features))
 
 
@@ -116,7 +169,23 @@ torch.library.register_fake("lissom::packed_linear", _shape_of, lib=_LIBRARY)
 torch.library.register_fake("lissom::packed_linear_norm", _shape_of, lib=_LIBRARY)
 
 
+def _check_rows(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> None:
+    whole = not (indices.dtype.is_floating_point or indices.is_complex() or indices.dtype == torch.bool)
+    require(whole, "indices are of {}, and must be whole numbers", indices.dtype)
+    width = PANEL // 2 if bits == 4 else PANEL
+    fits = weight.dim() in ((3,) if bits == 4 else (3, 4)) and weight.shape[2] == width and weight.is_contiguous()
+    message = (
+        "a packed weight has the sizes {}, and must be contiguous and [panels, steps, {}] or that and the values of a step"
+    )
+    require(fits, message, weight.shape, width)
+    fits = weight.dtype == torch.uint8 and weight.shape[1] % 2 == 0 if bits == 4 else bits in (8, 16, 32)
+    require(fits, "a number takes {} bits, and must take 8, 16, 32, or 4 in bytes of an even number of inputs", bits)
+    message = "a packed weight has {} panels of {} rows, and must have those of {} features"
+    require(features >= 0 and weight.shape[0] == -(-features // PANEL), message, weight.shape[0], PANEL, features)
+
+
 def _rows_of(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> torch.Tensor:
+    _check_rows(weight, indices, features=features, bits=bits)
     inputs = weight.shape[1] * (weight.shape[3] if weight.dim() == 4 else 1)
     return weight.new_empty((*indices.shape, inputs if bits > 4 else inputs // 2))
 

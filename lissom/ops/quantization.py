@@ -32,7 +32,9 @@ for _schema in (
 
 def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scale and zero point of x by its own range: [..., 1] for `token`, [] for `tensor`."""
-    if granularity == "token":
+    if x.shape[-1:].numel() == 0 or (granularity == "tensor" and x.numel() == 0):
+        low = high = x.new_zeros((*x.shape[:-1], 1) if granularity == "token" else ())
+    elif granularity == "token":
         low, high = x.aminmax(dim=-1, keepdim=True)
     else:
         low, high = x.aminmax()
@@ -42,8 +44,8 @@ def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch
 def fake_quantize_reference(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
-    return grids.dequantize(grids.quantize(x, scale, zero_point, FORMATS[format]), scale, zero_point, x.dtype)
+    """The operator in PyTorch's own; NaN stays NaN."""
+    return grids.dequantize(grids.nearest(x, scale, zero_point, FORMATS[format]), scale, zero_point, x.dtype)
 
 
 def fake_quantize_dynamic_reference(x: torch.Tensor, *, format: str, granularity: str = "token") -> torch.Tensor:

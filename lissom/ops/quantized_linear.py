@@ -20,7 +20,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from lissom.ops.packed_linear import ACTIVATIONS, PANEL
+from lissom.ops.checks import cast, check_exact, require
+from lissom.ops.packed_linear import ACTIVATIONS, PANEL, check_linear
 from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
 
 FORMAT = "uint8"
@@ -53,12 +54,34 @@ def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
 
 def unpack_bytes(packed: torch.Tensor, features: int, inputs: int) -> torch.Tensor:
     """The weight [features, inputs] a packed one was made from."""
-    return packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)[:features, :inputs]
+    return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:features, :inputs]
 
 
 def fill_panels(values: torch.Tensor, features: int) -> torch.Tensor:
     """One number a feature, or one for all of them, as one a feature of whole panels."""
     return functional.pad(values.reshape(-1).expand(features), (0, -features % PANEL)).contiguous()
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    sums: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+    features: int,
+    granularity: str,
+) -> None:
+    """Raise unless the operands of the product fit each other."""
+    inputs, panels = x.shape[-1], -(-features // PANEL)
+    require(inputs <= MOST_INPUTS, "there are {} inputs, and sums of 32 bits take {}", inputs, MOST_INPUTS)
+    check_exact(weight, (panels, -(-inputs // _STEP), PANEL, _STEP), torch.int8, "a packed weight")
+    check_exact(scale, (panels * PANEL,), torch.float32, "a weight's scale")
+    check_exact(sums, (panels * PANEL,), torch.int32, "the sums of a weight")
+    require(granularity in ("token", "tensor"), "x is rounded by 'token' or by 'tensor', not by '{}'", granularity)
+    for item in (x_scale, x_zero_point):
+        require(item is None or item.numel() == 1, "x has one scale and one zero point where they are known")
+    require(x_zero_point is None or x_scale is not None, "x has a zero point only with a scale")
 
 
 def quantized_linear_reference(
@@ -77,12 +100,14 @@ def quantized_linear_reference(
     combine: str = "add",
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    check_linear(x, features, (bias,), other, activation=activation, combine=combine)
+    _check(x, weight, scale, sums, x_scale, x_zero_point, features, granularity)
     if x_scale is None:
         rounded = fake_quantize_dynamic_reference(x.float(), format=FORMAT, granularity=granularity)
     else:
         rounded = fake_quantize_reference(x.float(), x_scale, x_zero_point, format=FORMAT)
     matrix = unpack_bytes(weight, features, x.shape[-1]).float() * scale[:features, None]
-    y = ACTIVATIONS[activation](functional.linear(rounded, matrix, None if bias is None else bias.float()))
+    y = ACTIVATIONS[activation](functional.linear(rounded, matrix, cast(bias, torch.float32)))
     if other is not None:
         y = y * other.float() if combine == "mul" else y + other.float()
     return y.to(x.dtype)
@@ -105,16 +130,34 @@ def quantized_linear_norm_reference(
     eps: float,
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    check_linear(x, features, (norm_weight, norm_bias))
     operands = (x, weight, scale, sums, x_scale, x_zero_point, bias, other)
     y = quantized_linear_reference(*operands, features=features, granularity=granularity)
-    return functional.layer_norm(y, (features,), norm_weight, norm_bias, eps)
+    return functional.layer_norm(y, (features,), cast(norm_weight, x.dtype), cast(norm_bias, x.dtype), eps)
 
 
 _LIBRARY.impl("quantized_linear", quantized_linear_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("quantized_linear_norm", quantized_linear_norm_reference, "CompositeExplicitAutograd")
 
 
-def _shape_of(x: torch.Tensor, *_: object, features: int, **__: object) -> torch.Tensor:
+def _shape_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    sums: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *norm: torch.Tensor | None,
+    features: int,
+    granularity: str = "token",
+    activation: str = "none",
+    combine: str = "add",
+    eps: float = 0.0,
+) -> torch.Tensor:
+    check_linear(x, features, (bias, *norm), other, activation=activation, combine=combine)
+    _check(x, weight, scale, sums, x_scale, x_zero_point, features, granularity)
     return x.new_empty((*x.shape[:-1], features))
 
 

@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional
 
 from lissom.compiler.grids import FORMATS, unpack_halves
-from lissom.ops.packed_linear import ACTIVATIONS, PANEL
+from lissom.ops.checks import cast, check_exact, require
+from lissom.ops.packed_linear import ACTIVATIONS, PANEL, check_linear
 from lissom.ops.quantization import dequantize_reference
 
 FORMS = tuple(name for name, form in FORMATS.items() if form.is_integer)
@@ -55,13 +56,32 @@ def unpack_stored(packed: torch.Tensor, format: str, features: int) -> torch.Ten
         # Two to a byte along the last dimension is what `unpack_halves` takes.
         halves = unpack_halves(packed, form).unflatten(-1, (-1, 2))
         packed = torch.cat((halves[..., 0], halves[..., 1]), -1)
-    return packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)[:features]
+    return packed.transpose(1, 2).flatten(0, 1)[:features]
 
 
 def pack_blocks(values: torch.Tensor, features: int) -> torch.Tensor:
     """Scales or zero points of a weight's blocks, [features or 1, groups] or [], as [groups, packed features]."""
     blocks = values.reshape(-1, values.shape[-1] if values.dim() else 1).expand(features, -1)
     return functional.pad(blocks.T, (0, -features % PANEL)).contiguous()
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, features: int, format: str
+) -> None:
+    """Raise unless the operands of the product fit each other."""
+    inputs, panels = x.shape[-1], -(-features // PANEL)
+    require(format in FORMS, "a weight is stored as one of {}, not as '{}'", ", ".join(FORMS), format)
+    width = PANEL // 2 if FORMATS[format].bits == 4 else PANEL
+    check_exact(weight, (panels, inputs, width), FORMATS[format].storage, "a packed weight")
+    if x.dtype == torch.bfloat16:
+        require(inputs % 2 == 0, "there are {} inputs, and bfloat16 takes an even number", inputs)
+    fits = scale.dim() == 2 and scale.shape[0] > 0 and inputs % scale.shape[0] == 0
+    message = "scales have the sizes {}, and must be [groups, packed features], where the groups divide {} inputs"
+    require(fits, message, scale.shape, inputs)
+    sizes = scale.shape[0], panels * PANEL
+    check_exact(scale, sizes, scale.dtype if scale.dtype in SCALES else torch.float32, "a weight's scale")
+    if zero_point is not None:
+        check_exact(zero_point, sizes, torch.uint8, "a weight's zero point")
 
 
 def weight_quantized_linear_reference(
@@ -78,13 +98,16 @@ def weight_quantized_linear_reference(
     combine: str = "add",
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    check_linear(x, features, (bias,), other, activation=activation, combine=combine)
+    _check(x, weight, scale, zero_point, features, format)
     q = unpack_stored(weight, format, features)
     blocks = [None if item is None else item.T[:features].contiguous() for item in (scale, zero_point)]
     # One element each, as formats of eight bits are.
     matrix = dequantize_reference(q, blocks[0], blocks[1], format="int8", dtype=x.dtype)  # pyright: ignore[reportArgumentType]
-    y = ACTIVATIONS[activation](functional.linear(x, matrix, bias))
+    y = ACTIVATIONS[activation](functional.linear(x, matrix, cast(bias, x.dtype)))
     if other is None:
         return y
+    other = other.to(x.dtype)
     return y * other if combine == "mul" else y + other
 
 
@@ -103,15 +126,31 @@ def weight_quantized_linear_norm_reference(
     eps: float,
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
+    check_linear(x, features, (norm_weight, norm_bias))
     y = weight_quantized_linear_reference(x, weight, scale, zero_point, bias, other, features=features, format=format)
-    return functional.layer_norm(y, (features,), norm_weight, norm_bias, eps)
+    return functional.layer_norm(y, (features,), cast(norm_weight, x.dtype), cast(norm_bias, x.dtype), eps)
 
 
 _LIBRARY.impl("weight_quantized_linear", weight_quantized_linear_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("weight_quantized_linear_norm", weight_quantized_linear_norm_reference, "CompositeExplicitAutograd")
 
 
-def _shape_of(x: torch.Tensor, *_: object, features: int, **__: object) -> torch.Tensor:
+def _shape_of(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    other: torch.Tensor | None = None,
+    *norm: torch.Tensor | None,
+    features: int,
+    format: str,
+    activation: str = "none",
+    combine: str = "add",
+    eps: float = 0.0,
+) -> torch.Tensor:
+    check_linear(x, features, (bias, *norm), other, activation=activation, combine=combine)
+    _check(x, weight, scale, zero_point, features, format)
     return x.new_empty((*x.shape[:-1], features))
 
 

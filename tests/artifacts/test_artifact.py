@@ -21,7 +21,7 @@ from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
 from lissom.compiler.pipeline import Pipeline
 from lissom.compiler.samples import check_samples, resize
 from lissom.compiler.spelling import parse_pipeline
-from lissom.compiler.verify import verify_structure
+from lissom.compiler.well_formed import verify_structure
 from lissom.ops import block_sparse_attention
 from lissom.ops.native import load_kernels
 from lissom.passes import RECIPES, known_passes

@@ -41,10 +41,8 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize("ways", [2, 3])
 def test_shared_memory_gives_what_gloo_gives(ways: int, tmp_path: Path) -> None:
-    before = set(Path("/dev/shm").glob("lissom-*"))
     for lines in printed(run_ranks(EXCHANGES, tmp_path, ways)):
         assert lines == ["SharedMemory GroupChannel", "True"]
-    assert set(Path("/dev/shm").glob("lissom-*")) <= before
 
 
 @pytest.mark.parametrize(
@@ -69,3 +67,49 @@ print(type(channel).__name__, x.tolist())
 torch.distributed.destroy_process_group()
 """
     assert printed(run_ranks(script, tmp_path)) == [["GroupChannel [2.0, 2.0, 2.0]"]] * 2
+
+
+OPENS = """
+join()
+from lissom.backends.ranks import Ranks
+def held():
+    with open("/proc/self/maps") as maps:
+        return len(os.listdir("/proc/self/fd")), sum("memfd:lissom" in line for line in maps)
+ranks = Ranks(10.0)
+first = None
+for turn in range(100):
+    channel = ranks._share_memory()
+    x = torch.ones(3)
+    channel.reduce(x, "sum")
+    assert x.tolist() == [2.0] * 3
+    del channel
+    first = first or held()
+print(held() == first, first[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_memory_and_handles_are_given_back(tmp_path: Path) -> None:
+    """100 times: no descriptor and no memory more than after the first time."""
+    assert printed(run_ranks(OPENS, tmp_path)) == [["True 0"]] * 2
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_is_killed_leaves_no_memory_with_a_name(tmp_path: Path) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    script = """
+    join()
+    from lissom.backends import ranks
+    keep = ranks.attach
+    def killed(path):
+        # Rank 0 has made the memory, and nobody has mapped it.
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return keep(path)
+    ranks.attach = killed
+    print(said(lambda: ranks.Ranks(10.0).channel(torch.device("cpu"))) < 8)
+    """
+    found = run_ranks(script, tmp_path)
+    sentence, in_time = found[1].out.splitlines()
+    assert sentence.startswith("RankError a rank of this process group ended or did not answer") and in_time == "True"
+    assert set(Path("/dev/shm").iterdir()) <= before

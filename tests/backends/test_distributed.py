@@ -70,7 +70,8 @@ def test_settings_that_do_not_fit():
     for options, message in (
         ({"backend": "eager", "ways": 2}, r"ways=2 goes with backend='distributed', and backend is 'eager'"),
         ({"backend": "distributed"}, r"needs the number of ranks where there is no process group: ways=2"),
-        ({"backend": "distributed", "ways": 1}, r"ways is 1; a program is shared by 2 ranks or more"),
+        ({"backend": "distributed", "ways": 1}, r"ways is 1; a program is shared by 2 to 1024 ranks"),
+        ({"backend": "distributed", "ways": 1025}, r"ways is 1025; a program is shared by 2 to 1024 ranks"),
         ({"backend": lissom.Distributed(ways=3), "ways": 2}, r"ways is 2, and the backend's is 3; give the number once"),
         (
             {"backend": "distributed", "ways": 2, "passes": "shard{ways=3},cut"},
@@ -79,8 +80,9 @@ def test_settings_that_do_not_fit():
     ):
         with pytest.raises(UnsupportedError, match=message):
             lissom.compile(seeded(FeedForward), x, **options)
-    with pytest.raises(UnsupportedError, match="timeout_seconds is 0; give seconds above 0"):
-        lissom.Distributed(timeout_seconds=0)
+    for seconds in (0, -1, float("nan"), float("inf"), 1e9):
+        with pytest.raises(UnsupportedError, match=r"timeout_seconds is .*; give seconds above 0, and at most 604800"):
+            lissom.Distributed(timeout_seconds=seconds)
 
 
 def test_a_pipeline_that_cuts_is_left_as_it_is():

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lissom.backends.eager import METHODS, Eager, emit
+from lissom.backends.base import confirm
+from lissom.backends.eager import METHODS, Eager, build_function, emit
+from lissom.compiler.errors import VerifyError
 from lissom.compiler.execute import last_uses_of
 from lissom.compiler.verify import run_samples
 from lissom.frontends.export import capture
@@ -196,3 +198,26 @@ def test_source_holds_no_text_of_the_program():
     assert "reflect" not in source and "'a'" not in source
     assert {"reflect", "x=1, **{'a'"} <= {item for item in names.values() if isinstance(item, str)}
     compile(source, "<test>", "exec")
+
+
+@pytest.mark.parametrize("name", ["feed_forward", "bert", "counter"])
+def test_what_eager_runs_is_compared_with_the_program(name):
+    found = capture_of(name)
+    run = build_function(found.program)
+    assert confirm("eager", run, found.program, found.example) == 0
+    with pytest.raises(VerifyError, match=r"what backend 'eager' built from \w+ differs from the program by 0\.\d+ relative"):
+        calls = {aten.linear.default: lambda *args: torch.nn.functional.linear(*args) * 1.05}
+        confirm("eager", build_function(found.program, calls=lambda node: calls.get(node.target)), found.program, found.example)
+
+
+def test_memory_that_the_next_call_writes_to_is_refused():
+    found = capture_of("feed_forward")
+    run, kept = build_function(found.program), {}
+
+    def reuses(inputs):
+        (output,) = run(inputs)
+        return [kept.setdefault(output.shape, output.clone()).copy_(output)]
+
+    sentence = "gives an output 0 that shares memory with an output of the call before; choose another backend"
+    with torch.inference_mode(), pytest.raises(VerifyError, match=sentence):
+        confirm("eager", reuses, found.program, found.example)

@@ -17,7 +17,7 @@ from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
 from lissom.compiler.samples import resize
 from lissom.compiler.verify import relative_error, run_samples, tolerance_of
 from lissom.frontends.export import capture
-from tests.models import CASES, capture_of, captured, feed_forward, normal, tiny_bert, tiny_gpt2, tokens
+from tests.models import CASES, capture_of, captured, feed_forward, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,33 @@ def test_what_it_cannot_run_is_refused():
     )
 
 
+@pytest.mark.parametrize(
+    ("passes", "operator", "named"),
+    [
+        ("fuse-rotary", "lissom.fused_rotary", "fuse-rotary"),
+        ("fuse-attention", "lissom.fused_attention", "fuse-attention or lower-sparse-attention"),
+        ("pack-linear", "lissom.packed_linear", "pack-linear or pack-quantized-linear"),
+    ],
+)
+def test_a_lowering_for_another_backend_is_refused_with_its_pass(passes, operator, named):
+    case = tiny_llama()
+    program = lissom.optimize(case.model, case.inputs, passes=passes, checks="structural").program
+    found = refusal(program, program.signature.flatten((), case.kwargs))
+    assert found.startswith(f"ONNX Runtime has no kernel for {operator}")
+    assert found.endswith(f"the pass {named} writes for backend 'eager'; leave that pass out, or choose backend 'eager'")
+
+
+@pytest.mark.parametrize("passes", ["fuse-epilogues", "fuse-merged-attention", "write-state-in-place", "merge-projections"])
+@pytest.mark.slow
+def test_a_lowering_that_leaves_plain_operators_runs(passes):
+    case = tiny_llama()
+    backend = OnnxRuntime(timing_seconds=0)
+    fast = lissom.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)
+    with torch.no_grad():
+        # Two layers of float32.
+        assert relative_error(case.model(**case.inputs).logits, fast(**case.inputs).logits) < 1e-5
+
+
 def test_execution_providers_that_are_not_there_are_refused():
     found = capture_of("feed_forward")
     assert refusal(found.program, found.example, providers=("CPUExecutionProvidr",)).startswith(
@@ -208,7 +235,7 @@ def test_it_is_saved_and_loaded(tmp_path, built):
     del again
     assert (tmp_path / "model.onnx").is_file()
     (tmp_path / "model.onnx").write_bytes(b"not a model")
-    with pytest.raises(ArtifactError, match=r"model.onnx' does not open: .*; compile the model again"):
+    with pytest.raises(ArtifactError, match=r"model.onnx is not an ONNX file: DecodeError: "):
         OnnxRuntime().load_executable(found.program, tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Tests of lissom.bench.comparison and of the workers it starts: real processes, and what becomes of those that fail."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -143,3 +144,46 @@ def test_peak_memory_is_that_of_this_process_and_does_not_fall():
     assert peak_bytes() >= before + (before >> 2)
     del block
     assert peak_bytes() >= before + (before >> 2)
+
+
+def test_a_worker_ends_with_the_process_that_started_it(directory, tmp_path):  # noqa: F811
+    """A worker that has begun to time an engine for a minute, and whose parent is killed."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from lissom.bench import comparison\n"
+        "from lissom.bench.engines import ENGINES\n"
+        "from lissom.bench.workload import load_model, parse_shapes, prepare\n"
+        "started = comparison._start\n"
+        "def start(threads, errors):\n"
+        "    process = started(threads, errors)\n"
+        "    print(process.pid, flush=True)\n"
+        "    return process\n"
+        "comparison._start = start\n"
+        "workload = prepare(load_model(sys.argv[1]), parse_shapes('1x4,2x6'), None, Path(sys.argv[2]))\n"
+        "for record in comparison.run_worker(ENGINES['eager'], workload, 1, 5.0):\n"
+        "    print(record.shape, flush=True)\n"
+    )
+    command = [sys.executable, str(script), str(directory), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "1x4\n"
+        assert _is_alive(worker)
+        parent.kill()
+        parent.wait()
+        ended = time.monotonic() + 20
+        while _is_alive(worker) and time.monotonic() < ended:
+            time.sleep(0.05)
+        assert not _is_alive(worker)
+
+
+def _is_alive(pid: int) -> bool:
+    """True while a process runs; one that ended and was not waited for is no more."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"

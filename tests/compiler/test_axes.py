@@ -21,7 +21,8 @@ from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.spelling import parse_pipeline
 from lissom.compiler.structure import structure
-from lissom.compiler.verify import TOLERANCE, compare, run_samples, verify_structure
+from lissom.compiler.verify import TOLERANCE, compare, run_samples
+from lissom.compiler.well_formed import verify_structure
 from lissom.frontends.export import capture
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens

@@ -8,7 +8,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler.editor import Editor
 from lissom.compiler.errors import PassError
 from lissom.compiler.program import Program
-from lissom.compiler.verify import verify_structure
+from lissom.compiler.well_formed import verify_structure
 from lissom.frontends.export import capture
 from tests.models import captured, feed_forward, normal
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lissom.compiler.samples import check_samples, mask_tail, resize
+from lissom.compiler.samples import check_samples, resize
 from tests.models import capture_of, captured, normal, tokens
 
 
@@ -33,19 +33,18 @@ def test_the_same_seed_gives_the_same_sample():
     assert torch.equal(resize(signature, example, sizes, seed=3)[0], resize(signature, example, sizes, seed=3)[0])
 
 
-def test_an_all_ones_input_gets_a_masked_tail_in_its_last_row():
-    (mask,) = mask_tail([torch.ones(2, 5, dtype=torch.long)])
-    assert mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+def test_rows_differ_where_the_example_has_one():
+    signature = captured("bert").signature
+    example = [tokens(1, 8), torch.ones(1, 8, dtype=torch.long)]
+    ids, _ = resize(signature, example, sizes_at(signature, example, batch=3, sequence=8))
+    assert len(set(map(tuple, ids.tolist()))) == 3
 
 
-def test_an_input_that_is_no_mask_is_not_masked():
-    ids = tokens()
-    assert mask_tail([ids])[0] is ids
-
-
-def test_a_mask_of_one_token_is_left_whole():
-    mask = torch.ones(2, 1, dtype=torch.long)
-    assert mask_tail([mask])[0] is mask
+def test_positions_go_on_counting():
+    signature = captured("bert").signature
+    example = [torch.arange(3, 8).expand(2, 5), tokens()]
+    positions, _ = resize(signature, example, sizes_at(signature, example, batch=3, sequence=7))
+    assert positions.tolist() == [list(range(3, 10))] * 3
 
 
 def test_checks_run_on_the_example_and_on_a_masked_variant_of_another_size():

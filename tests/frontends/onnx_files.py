@@ -88,5 +88,7 @@ def graph(path: Path, nodes: Sequence[Any], inputs: Mapping[str, Sequence[int | 
         [helper.make_tensor_value_info("y", float32, None)],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
-    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    domains = {node.domain for node in nodes} - {""}
+    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=9), path)
     return path

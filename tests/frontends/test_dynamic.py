@@ -354,7 +354,7 @@ def test_an_example_that_does_not_fit_forward_is_refused():
 
 def test_an_example_the_model_cannot_run_is_refused_with_the_line():
     found = refusal(lambda: capture(feed_forward().model, (normal(2, 5, 9),)))
-    assert found.startswith("FeedForward cannot be captured: models.py:")
+    assert found.startswith("FeedForward itself fails on the example inputs, before it is captured: models.py:")
     assert "(`return x + self.dropout(self.down(nn.functional.gelu(self.up(self.norm(x)))))`): RuntimeError: " in found
 
 

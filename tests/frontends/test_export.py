@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lissom.compiler.errors import CaptureError
 from lissom.frontends.export import capture
 from tests.models import (
     CASES,
@@ -51,7 +52,7 @@ def test_every_submodule_stays_in_the_mode_it_was_in():
 def test_a_capture_that_fails_restores_the_modes_too():
     case = feed_forward()
     case.model.train()
-    with pytest.raises(Exception, match="cannot be captured"):
+    with pytest.raises(CaptureError, match="itself fails on the example inputs"):
         capture(case.model, (normal(2, 5, 9),))
     assert case.model.dropout.training
 

@@ -250,5 +250,5 @@ def test_modules_of_every_kind_are_captured_and_left_alone(kind: str) -> None:
 
 
 def test_a_lazy_weight_is_refused() -> None:
-    with pytest.raises(CaptureError, match=r"weight '0\.weight' has no size yet; call Sequential once, which makes its lazy"):
+    with pytest.raises(CaptureError, match=r"weight '0\.weight' has no size before the model's first call; call the"):
         capture(nn.Sequential(nn.LazyLinear(8)), (normal(2, 8),))

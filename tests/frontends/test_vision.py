@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lissom
-from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.compiler.errors import ArtifactError, CaptureError, UnsupportedError
 from lissom.frontends import sources, vision
 from lissom.ops import fused_attention
 from tests.models import seeded
@@ -109,3 +109,25 @@ def test_a_library_that_is_not_installed_is_named(library, monkeypatch):
     with pytest.raises(UnsupportedError) as caught:
         sources.load(f"{library}:vit")
     assert str(caught.value) == f"models of {library} need {library}: pip install 'lissom[vision]'"
+
+
+def test_a_tag_timm_does_not_know_is_refused(timm):
+    with pytest.raises(ArtifactError) as caught:
+        sources.load("timm:vit_tiny_patch16_224.nonsense")
+    assert str(caught.value) == (
+        "timm has no weights 'nonsense' for the model 'vit_tiny_patch16_224'; leave the tag out, weights are random here: "
+        "timm:vit_tiny_patch16_224"
+    )
+
+
+def test_detectors_and_segmentation_models_are_made_without_the_network(torchvision, monkeypatch):
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: pytest.fail("weights were fetched"))
+    for name in ("ssdlite320_mobilenet_v3_large", "lraspp_mobilenet_v3_large"):
+        assert sources.load(f"torchvision:{name}").example_inputs.shape == (2, 3, 224, 224)
+
+
+@pytest.mark.slow
+def test_a_detector_is_refused_in_a_sentence(torchvision):
+    found = sources.load("torchvision:ssdlite320_mobilenet_v3_large")
+    with pytest.raises(CaptureError, match=r"SSD cannot be captured: .* decides on the values of a tensor"):
+        lissom.optimize(found.model, found.example_inputs, dynamic=False)

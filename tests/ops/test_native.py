@@ -1,13 +1,11 @@
 """The kernels' memory: results of one call reuse each other's, and nothing a caller holds is written to."""
 
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from lissom.ops.native import _build_once, load_kernels, one_call
+from lissom.ops.native import load_kernels, one_call
 from lissom.ops.packed_linear import pack, packed_linear
 
 MISSING = load_kernels()
@@ -74,14 +72,7 @@ def test_results_may_be_freed_by_another_thread():
     held.clear()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux only")
-def test_who_comes_while_the_kernels_are_built_waits_and_builds_nothing(tmp_path):
-    compiler, library, log = tmp_path / "compiler", tmp_path / "cache" / "kernels-0.so", tmp_path / "log"
-    # It takes a while and writes its last argument, the library, as a compiler does.
-    compiler.write_text(f'#!/bin/sh\necho built >> "{log}"\nsleep 0.2\nfor path; do :; done\necho library > "$path"\n')
-    compiler.chmod(0o755)
-    with ThreadPoolExecutor(3) as pool:
-        for done in [pool.submit(_build_once, str(compiler), library) for _ in range(3)]:
-            done.result()
-    assert library.read_text() == "library\n"
-    assert log.read_text() == "built\n"
+def test_an_end_without_a_begin_is_refused():
+    with pytest.raises(RuntimeError, match="end_call without a begin_call on this thread"):
+        torch.ops.lissom.end_call()
+    assert one_call(lambda x: x + 1)(1) == 2

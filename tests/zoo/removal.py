@@ -29,7 +29,8 @@ from lissom.compiler.removal import Columns, head_columns, neuron_columns
 from lissom.compiler.samples import Sample, check_samples
 from lissom.compiler.spelling import parse_pipeline
 from lissom.compiler.structure import structure
-from lissom.compiler.verify import compare, run_original, run_samples, tolerance_of, verify_structure
+from lissom.compiler.verify import compare, run_original, run_samples, tolerance_of
+from lissom.compiler.well_formed import verify_structure
 from lissom.frontends.export import capture
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case
@@ -135,7 +136,7 @@ def _remove(entry: Entry, record: dict[str, Any], report: Callable[[dict[str, An
     verify_structure(after, masked)
     phase("compare")
     # Some sizes a model itself does not take: a classifier looks for a token that only the example has.
-    samples, wanted = run_original(masked, samples)
+    samples, wanted, _ = run_original(masked, samples)
     error = compare(wanted, run_samples(after, samples)).relative_error
     phase("count")
     record |= {

@@ -57,7 +57,7 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
         warnings.simplefilter("ignore")
         try:
             program, samples = canonical(entry.build())
-            samples, _ = run_original(program, samples)
+            samples, _, _ = run_original(program, samples)
             for ways in WAYS:
                 record["phase"] = str(ways)
                 report(record)

@@ -101,10 +101,11 @@ inline float soften(const Call& call, float* row, int64_t visible, int64_t padde
     finish_scores(call, row, visible, padded, bias, seen);
   }
   Vec highest = splat(kHidden);
-  for (int64_t c = 0; c < padded; c += kLanes) highest = maximum(highest, load(row + c) * scale);
+  for (int64_t c = 0; c < padded; c += kLanes) highest = maximum(load(row + c) * scale, highest);  // of the numbers, without NaN
   float top = largest(highest);
   if (sink) top = std::max(top, *sink);
-  if (top == kHidden) {  // a row that sees nothing yields zeros, as PyTorch's operator does
+  auto spoilt = [&] { return std::any_of(row, row + padded, [](float score) { return std::isnan(score); }); };
+  if (top == kHidden && !spoilt()) {  // a row that sees nothing yields zeros, as PyTorch's operator does
     std::fill(row, row + padded, 0.0f);
     return 1.0f;
   }

@@ -5,14 +5,44 @@
 #include "block_sparse.h"
 #include "memory.h"
 
+#include <cmath>
+#include <functional>
+#include <vector>
+
 namespace lissom {
 namespace {
+
+// Raises unless the operands of an attention fit each other; `kept` is the dtype of keys and values.
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
+                     Optional sinks, at::ScalarType kept) {
+  check_readable(q, "q"), check_readable(k, "k"), check_readable(v, "v");
+  check_readable(bias, "bias"), check_readable(sinks, "sinks");
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v have ", q.dim(), ", ", k.dim(), " and ", v.dim(),
+              " dimensions, and must be [batch, heads, tokens, head_dim]");
+  for (const Tensor& item : {q, k, v})
+    for (int64_t size : item.sizes()) check_size(size, "a size of q, k or v");
+  check_dtype(k, kept, "k"), check_dtype(v, kept, "v");
+  bool alike = k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) && k.size(3) == q.size(3) &&
+               v.size(2) == k.size(2);
+  TORCH_CHECK(alike && k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(),
+              " must have the same batch, q and k the same head_dim, k and v the same heads and keys, and key and value heads "
+              "must divide the query heads");
+  TORCH_CHECK(std::isfinite(static_cast<float>(scale)) && std::isfinite(static_cast<float>(softcap)), "scale ", scale,
+              " and softcap ", softcap, " must be finite");
+  std::vector<int64_t> scores{q.size(0), q.size(1), q.size(2), k.size(2)};
+  TORCH_CHECK(!bias || (!bias->is_complex() && at::is_expandable_to(bias->sizes(), scores)),
+              "a bias is boolean or real and broadcasts to the scores, ", at::IntArrayRef(scores));
+  scores[3] = 1;
+  TORCH_CHECK(!sinks || (sinks->is_floating_point() && at::is_expandable_to(sinks->sizes(), scores) &&
+                         (sinks->dim() < 2 || sinks->size(-2) == 1)),
+              "sinks are floating, one number a head: they broadcast to [batch, heads, 1, 1]");
+}
 
 // Calls work with what the tensors hold, and yields what it fills.
 template <typename T, typename Kept, typename Work>
 Tensor with_attention(const Tensor& given, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
                       Optional sinks, Work&& work) {
-  TORCH_CHECK(given.dim() == 4 && k.dim() == 4 && v.dim() == 4, "attention takes [batch, heads, tokens, head_dim]");
+  check_attention(given, k, v, bias, scale, softcap, sinks, c10::CppTypeToScalarType<Kept>::value);
   Tensor q = given.stride(3) == 1 ? given : given.contiguous();
   int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
   Tensor y = fresh({batch, queries, heads, v.size(3)}, q.options());
@@ -30,16 +60,12 @@ Tensor with_attention(const Tensor& given, const Tensor& k, const Tensor& v, Opt
   }
   if (sinks) {
     sink = sinks->to(at::kFloat).expand({batch, heads, queries, 1});
-    TORCH_CHECK(sink.stride(2) == 0 || queries == 1, "a sink is one number a head");
     call.sinks = sink.const_data_ptr<float>(), call.sink_batch = sink.stride(0), call.sink_head = sink.stride(1);
   }
   call.y = y.mutable_data_ptr<T>();
   call.batch = batch, call.heads = heads, call.key_heads = k.size(1), call.queries = queries, call.keys = keys;
   call.head_dim = q.size(3), call.value_dim = v.size(3), call.scale = static_cast<float>(scale);
   call.softcap = static_cast<float>(softcap);
-  TORCH_CHECK(k.size(0) == batch && v.size(0) == batch, "queries, keys and values have the same batch");
-  bool alike = v.size(1) == call.key_heads && k.size(3) == call.head_dim && v.size(2) == keys;
-  TORCH_CHECK(alike && call.key_heads > 0 && heads % call.key_heads == 0, "key and value heads must divide the query heads");
   if (y.numel() == 0) return y.transpose(1, 2);
   work(call);
   return y.transpose(1, 2);
@@ -53,10 +79,7 @@ Tensor attention_of(const Tensor& q, const Tensor& k, const Tensor& v, Optional 
     if constexpr (std::is_same_v<T, Kept>) {
       run(call);
     } else {
-      TORCH_CHECK(k.stride(3) == 1 && v.stride(3) == 1, "bytes of a key or value are adjacent");
       Tensor k_scales = k_scale->to(at::kFloat).contiguous(), v_scales = v_scale->to(at::kFloat).contiguous();
-      int64_t rows = call.batch * call.key_heads * call.keys;
-      TORCH_CHECK(k_scales.numel() == rows && v_scales.numel() == rows, "a scale is one number a key or value");
       call.k_scale = k_scales.const_data_ptr<float>(), call.v_scale = v_scales.const_data_ptr<float>();
       few_rows(call, Sight(call));
     }
@@ -66,10 +89,17 @@ Tensor attention_of(const Tensor& q, const Tensor& k, const Tensor& v, Optional 
 Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
                        Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
   TORCH_CHECK(k_scale.has_value() == v_scale.has_value(), "keys and values are both kept in bytes, or neither");
+  if (k_scale) {
+    TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k have ", q.dim(), " and ", k.dim(), " dimensions, and must have four");
+    check_readable(k, "k"), check_readable(v, "v");
+    check_dtype(k, at::kChar, "k"), check_dtype(v, at::kChar, "v");
+    for (Optional scales : {std::cref(k_scale), std::cref(v_scale)})
+      check_floats(scales, {k.size(0), k.size(1), k.size(2), 1}, "a scale of keys or values");
+  }
   auto call = [&](auto function, const Tensor& keys, const Tensor& values) {
     return function(q, keys, values, bias, scale, softcap, sinks, causal, k_scale, v_scale);
   };
-  if (k_scale && q.size(2) <= kFewRows)
+  if (k_scale && q.size(2) <= kFewRows && k.stride(-1) == 1 && v.dim() == 4 && v.stride(-1) == 1)
     return by_dtype(q, [&] { return call(attention_of<float, int8_t>, k, v); },
                     [&] { return call(attention_of<BFloat16, int8_t>, k, v); });
   auto floats = [&](const Tensor& kept, Optional by) { return by ? kept.to(at::kFloat).mul(*by).to(q.scalar_type()) : kept; };
@@ -81,7 +111,12 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
 // Heads are cut and joined by strides alone, here rather than by operators of their own: a small model notices each of those.
 Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64_t key_heads, double scale, double softcap,
                         bool causal) {
-  TORCH_CHECK(given.dim() == 3 && given.size(2) % (heads + 2 * key_heads) == 0, "attention takes [batch, tokens, all heads]");
+  check_readable(given, "qkv");
+  TORCH_CHECK(given.dim() == 3, "qkv has ", given.dim(), " dimensions, and must be [batch, tokens, all heads]");
+  for (int64_t size : given.sizes()) check_size(size, "a size of qkv");
+  bool fits = heads > 0 && key_heads > 0 && heads <= given.size(2) && key_heads <= given.size(2);
+  TORCH_CHECK(fits && given.size(2) % (heads + 2 * key_heads) == 0, "qkv has ", given.size(2), " features, and must have some for ",
+              "each of ", heads, " heads and twice ", key_heads, " key heads");
   Tensor x = given.contiguous();
   int64_t batch = x.size(0), tokens = x.size(1), width = x.size(2), head_dim = width / (heads + 2 * key_heads);
   auto part = [&](int64_t first, int64_t count) {
@@ -97,15 +132,24 @@ constexpr size_t kFields = 7;  // of a condition as an operator takes it: the nu
 
 Pattern pattern_of(at::IntArrayRef values, int64_t block, Optional given, const Tensor& layout, int64_t heads) {
   Pattern pattern;
-  TORCH_CHECK(values.size() % kFields == 0 && block >= 1, "a pattern has seven numbers a condition, and blocks of a token or more");
+  TORCH_CHECK(values.size() % kFields == 0, "a pattern has ", values.size(), " numbers, and must have seven a condition");
+  TORCH_CHECK(block >= 1 && block <= kLargestSize, "a pattern's block is ", block, " tokens, and must be from 1 to ", kLargestSize);
   int64_t number = -1;
   bool asks = false;
   for (size_t n = 0; n < values.size(); n += kFields) {
+    TORCH_CHECK(n == 0 || values[n] >= number, "a pattern's alternatives are numbered in order, and ", values[n], " follows ", number);
     if (pattern.alternatives.empty() || values[n] != number) pattern.alternatives.emplace_back();
     number = values[n];
     Condition condition{values[n + 1], values[n + 2], values[n + 3], values[n + 4], values[n + 5], values[n + 6]};
-    TORCH_CHECK(std::abs(condition.query) <= 1 && std::abs(condition.key) <= 1 && condition.unit >= 1 && condition.modulus >= 0,
-                "a condition multiplies positions with -1, 0 or 1, in units of a token or more");
+    for (int64_t factor : {condition.query, condition.key})
+      TORCH_CHECK(factor >= -1 && factor <= 1, "a condition multiplies positions with -1, 0 or 1, not ", factor);
+    for (int64_t bound : {condition.low, condition.high})
+      TORCH_CHECK(bound >= -kLargestSize && bound <= kLargestSize, "a condition's bound is ", bound, ", and must fit in 32 bits");
+    TORCH_CHECK(condition.unit >= 1 && condition.unit <= kLargestSize, "a condition's unit is ", condition.unit,
+                " tokens, and must be from 1 to ", kLargestSize);
+    constexpr int64_t kLargestModulus = int64_t(1) << 30;  // the sum of two remainders fits in 32 bits
+    TORCH_CHECK(condition.modulus >= 0 && condition.modulus <= kLargestModulus, "a condition's modulus is ", condition.modulus,
+                ", and must be from 0 to ", kLargestModulus);
     asks |= condition.asks_layout();
     pattern.alternatives.back().push_back(condition);
   }
@@ -122,12 +166,16 @@ Pattern pattern_of(at::IntArrayRef values, int64_t block, Optional given, const 
 
 Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, Optional layout,
                               at::IntArrayRef pattern, int64_t block, double scale, double softcap, Optional sinks) {
+  check_readable(layout, "layout");
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k have ", q.dim(), " and ", k.dim(), " dimensions, and must have four");
+  TORCH_CHECK(q.size(2) <= kLargestSize - k.size(2), "a pattern has ", q.size(2), " queries and ", k.size(2),
+              " keys, and may have ", kLargestSize, " together");
   Tensor table = layout ? layout->contiguous() : Tensor();
+  Pattern said = pattern_of(pattern, block, layout, table, q.size(1));
   auto call = [&](auto zero) {
     using T = decltype(zero);
-    return with_attention<T, T>(q, k, v, bias, scale, softcap, sinks, [&](Attention<T>& found) {
-      run(BlockSparse<T>{found, pattern_of(pattern, block, layout, table, found.heads)});
-    });
+    return with_attention<T, T>(q, k, v, bias, scale, softcap, sinks,
+                                [&](Attention<T>& found) { run(BlockSparse<T>{found, said}); });
   };
   return by_dtype(q, [&] { return call(float{}); }, [&] { return call(BFloat16{}); });
 }

@@ -2,16 +2,10 @@
 #pragma once
 
 #include "attention.h"
-
-#include <ATen/core/Tensor.h>
-
-#include <optional>
+#include "checks.h"
 
 namespace lissom {
 namespace {
-
-using at::Tensor;
-using Optional = const std::optional<Tensor>&;
 
 // Calls the function for the tensor's dtype, float32 or bfloat16.
 template <typename OfFloat, typename OfBFloat16>

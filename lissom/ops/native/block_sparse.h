@@ -177,7 +177,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
           for (int w = 0; w < kWide; ++w) {
             Vec value = sums[r][w] * call.scale;
             store(to + r * shape.stride + w * kLanes, value);
-            highest[r] = maximum(highest[r], value);
+            highest[r] = maximum(value, highest[r]);
           }
         continue;
       }
@@ -188,7 +188,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
           Vec value = finished(call, sums[r][w], bias + r * strides.row, key + column,
                                reach == Reach::kSome ? &scratch.test : nullptr, column);
           store(to + r * shape.stride + w * kLanes, value);
-          highest[r] = maximum(highest[r], value);
+          highest[r] = maximum(value, highest[r]);
         }
       }
     }
@@ -251,7 +251,7 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
   }
   float sink = call.sinks ? call.sinks[b * call.sink_batch + h * call.sink_head] : kHidden;
   std::fill(scratch.top, scratch.top + count, sink);
-  std::fill(scratch.total, scratch.total + count, sink == kHidden ? 0.0f : 1.0f);
+  std::fill(scratch.total, scratch.total + count, sink == kHidden ? 0.0f : std::exp(sink - sink));  // NaN where the sink is
   float* results = scratch.sums.of(kTile * shape.outputs);
   std::fill(results, results + count * shape.outputs, 0.0f);
   scratch.scores.of(kRows * shape.stride);
@@ -269,7 +269,7 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
   }
   for (int64_t r = 0; r < count; ++r) {
     T* y = call.y + ((b * call.queries + rows.begin + r) * call.heads + h) * call.value_dim;
-    float inverse = scratch.total[r] > 0 ? 1.0f / scratch.total[r] : 0.0f;  // a row that sees nothing yields zeros
+    float inverse = scratch.total[r] == 0 ? 0.0f : 1.0f / scratch.total[r];  // a row that sees nothing yields zeros
     for (int64_t c = 0; c < call.value_dim; c += kLanes)
       store_some(y + c, load(results + r * shape.outputs + c) * inverse, call.value_dim - c);
   }
@@ -321,7 +321,7 @@ inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h,
         float* place = scores + r * width + n * kPanel + column;
         Vec value = finished(call, load(place), bias, key + column, tested ? &scratch.test : nullptr, column);
         store(place, value);
-        highest[r] = maximum(highest[r], value);
+        highest[r] = maximum(value, highest[r]);
       }
     }
   }
@@ -335,7 +335,7 @@ inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h,
       store(place, value);
     }
     float whole = sum(total) + (sink == kHidden ? 0.0f : std::exp(sink - from));
-    inverse[r] = whole > 0 ? 1.0f / whole : 0.0f;
+    inverse[r] = whole == 0 ? 0.0f : 1.0f / whole;
   }
   weigh_rows<R>(scores, width, inverse, v, call.v_strides.row, spans.data(), spans.size(), call.value_dim, y);
 }

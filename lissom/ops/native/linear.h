@@ -119,7 +119,7 @@ template <typename T, typename Source>
 void run(const Linear<T>& call, const Source& source) {
   int64_t threads = at::get_num_threads();
   int64_t panels = ceil_div(call.features, kPanel);
-  int64_t most = std::min(std::max<int64_t>(kCached / source.row_bytes() / kRows, 2) * kRows, kMost);
+  int64_t most = std::min(std::max<int64_t>(kCached / std::max<int64_t>(source.row_bytes(), 1) / kRows, 2) * kRows, kMost);
   // Few rows: threads share the columns, so that each reads its part of the weights once. Many: they share the rows.
   int64_t across = call.rows < 3 * kRows * threads ? std::min(threads, panels) : 1;
   int64_t blocks = across > 1 ? ceil_div(call.rows, most) : ceil_div(ceil_div(call.rows, most), threads) * threads;

@@ -4,6 +4,7 @@
 // anew, that costs a quarter of the call. Between begin_call and end_call a thread keeps what it frees; then at most kKept.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -44,13 +45,13 @@ inline void begin_call() { ++kept().depth; }
 
 inline void end_call() {
   Kept& mine = kept();
+  TORCH_CHECK(mine.depth > 0, "end_call without a begin_call on this thread");
   if (--mine.depth == 0) mine.shrink(kKept);
 }
 
 // An uninitialised tensor. A large one made inside a call is kept by the thread that frees it there, for the next of its size.
 inline at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  size_t bytes = options.dtype().itemsize();
-  for (int64_t size : sizes) bytes *= size;
+  size_t bytes = at::detail::computeStorageNbytesContiguous(sizes, options.dtype().itemsize());  // raises when it overflows
   Kept& mine = kept();
   if (mine.depth == 0 || bytes < kLarge) return at::empty(sizes, options);
   void* block;

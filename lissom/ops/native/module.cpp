@@ -41,15 +41,33 @@ struct Around {
   double eps = 0;
 };
 
+// Raises unless x, and what surrounds the product, fit each other.
+void check_linear(const Tensor& x, const Around& around) {
+  check_readable(x, "x");
+  TORCH_CHECK(x.dim() >= 1, "x is a scalar, and must be [..., inputs]");
+  check_size(x.size(-1), "the number of inputs"), check_size(around.features, "the number of features");
+  check_floats(around.bias, around.features, "a bias");
+  check_floats(around.norm_weight, around.features, "a norm's weight");
+  check_floats(around.norm_bias, around.features, "a norm's bias");
+  if (!around.other) return;
+  auto sizes = x.sizes().vec();
+  sizes.back() = around.features;
+  check_floats(around.other, sizes, "what is combined with the product");
+}
+
+bool multiplies(c10::string_view combine) {
+  TORCH_CHECK(combine == "add" || combine == "mul", "a product is combined by 'add' or 'mul', not by '", std::string(combine), "'");
+  return combine == "mul";
+}
+
+int64_t packed_features(const Around& around) { return ceil_div(around.features, kPanel) * kPanel; }
+
 template <typename T, typename Source>
 Tensor linear_of(const Tensor& x, const Source& source, const Around& around) {
   auto sizes = x.sizes().vec();
   sizes.back() = around.features;
   Tensor y = fresh(sizes, x.options());
   Held<T> b(around.bias, x), o(around.other, x), nw(around.norm_weight, x), nb(around.norm_bias, x);
-  TORCH_CHECK(!around.other || o.tensor.numel() == y.numel(), "what is added to the product has its shape");
-  for (const auto& item : {b, nw, nb})
-    TORCH_CHECK(!item.tensor.defined() || item.tensor.numel() == around.features, "a bias or a norm has one number a feature");
   if (y.numel() == 0) return y;
   run(Linear<T>{b.pointer(), o.pointer(), y.mutable_data_ptr<T>(), y.numel() / around.features, around.features,
                 around.activation, around.multiplies, nw.pointer(), nb.pointer(), around.norms, static_cast<float>(around.eps)},
@@ -59,10 +77,13 @@ Tensor linear_of(const Tensor& x, const Source& source, const Around& around) {
 
 template <typename T>
 Tensor plain_of(const Tensor& given, const Tensor& weight, const Around& around) {
+  check_linear(given, around);
+  int64_t inputs = given.size(-1), panels = ceil_div(around.features, kPanel);
+  TORCH_CHECK(inputs % kPair<T> == 0, "there are ", inputs, " inputs, and bfloat16 takes an even number");
+  std::vector<int64_t> sizes{panels, inputs / kPair<T>, kPanel};
+  if (kPair<T> > 1) sizes.push_back(kPair<T>);
+  check_exact(weight, sizes, given.scalar_type(), "a packed weight");
   Tensor x = given.contiguous();
-  int64_t inputs = x.size(-1);
-  TORCH_CHECK(weight.is_contiguous() && weight.scalar_type() == x.scalar_type(), "a packed weight is of the input's dtype");
-  TORCH_CHECK(weight.numel() == ceil_div(around.features, kPanel) * kPanel * inputs, "a packed weight holds inputs x features");
   return linear_of<T>(x, Plain<T>{x.const_data_ptr<T>(), weight.const_data_ptr<T>(), inputs}, around);
 }
 
@@ -72,7 +93,7 @@ Tensor plain(const Tensor& x, const Tensor& weight, const Around& around) {
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, Optional bias, Optional other, int64_t features,
                      c10::string_view activation, c10::string_view combine) {
-  return plain(x, weight, {bias, other, {}, {}, features, activation_of(activation), combine == "mul"});
+  return plain(x, weight, {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor packed_linear_norm(const Tensor& x, const Tensor& weight, Optional bias, Optional other, Optional norm_weight,
@@ -89,19 +110,30 @@ struct Bytes {
 
 template <typename T>
 Tensor rounded_of(const Tensor& given, const Bytes& bytes, const Around& around) {
+  check_linear(given, around);
+  int64_t inputs = given.size(-1), padded = ceil_div(inputs, 4) * 4, columns = packed_features(around);
+  TORCH_CHECK(inputs <= kMostByteInputs, "there are ", inputs, " inputs, and sums of 32 bits take ", kMostByteInputs);
+  check_exact(bytes.weight, {columns / kPanel, padded / 4, kPanel, 4}, at::kChar, "a packed weight");
+  check_exact(bytes.scale, columns, at::kFloat, "a weight's scale");
+  check_exact(bytes.sums, columns, at::kInt, "the sums of a weight");
+  TORCH_CHECK(bytes.granularity == "token" || bytes.granularity == "tensor", "x is rounded by 'token' or by 'tensor', not by '",
+              std::string(bytes.granularity), "'");
+  for (Optional known : {std::cref(bytes.x_scale), std::cref(bytes.x_zero_point)}) {
+    check_readable(known, "the scale of x");
+    TORCH_CHECK(!known || (known->numel() == 1 && !known->is_complex()), "x has one scale and one zero point where they are known");
+  }
+  TORCH_CHECK(!bytes.x_zero_point || bytes.x_scale, "x has a zero point only with a scale");
   Tensor x = given.contiguous();
-  int64_t inputs = x.size(-1), padded = ceil_div(inputs, 4) * 4, columns = ceil_div(around.features, kPanel) * kPanel;
-  TORCH_CHECK(bytes.weight.is_contiguous() && bytes.weight.numel() == columns * padded, "a packed weight holds inputs x features");
-  for (const Tensor& item : {bytes.scale, bytes.sums})
-    TORCH_CHECK(item.is_contiguous() && item.numel() == columns, "scales and sums have one number a packed feature");
-  TORCH_CHECK(bytes.granularity == "token" || bytes.granularity == "tensor", "x is rounded by token or by tensor");
   Rounded<T> source{x.const_data_ptr<T>(), bytes.weight.const_data_ptr<int8_t>(), bytes.scale.const_data_ptr<float>(),
                     bytes.sums.const_data_ptr<int32_t>(), x.numel() / std::max<int64_t>(inputs, 1), inputs, padded,
                     bytes.granularity == "token" ? Rounding::kToken : Rounding::kTensor, Grid{}};
   if (bytes.x_scale) {
     float scale = bytes.x_scale->item<float>();
+    TORCH_CHECK(std::isfinite(scale) && scale > 0, "the scale of x is ", scale, ", and must be finite and greater than 0");
     source.rounding = Rounding::kKnown;
-    source.grid = {scale, 1.0f / scale, bytes.x_zero_point ? bytes.x_zero_point->item<int32_t>() : 0};
+    double zero = bytes.x_zero_point ? bytes.x_zero_point->item<double>() : 0;
+    TORCH_CHECK(zero >= 0 && zero <= kLargestByte, "the zero point of x is ", zero, ", and must be from 0 to ", kLargestByte);
+    source.grid = {scale, 1.0f / scale, static_cast<int32_t>(zero)};
   }
   if (inputs > 0) source.measure();
   return linear_of<T>(x, source, around);
@@ -115,7 +147,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& sca
                         Optional x_zero_point, Optional bias, Optional other, int64_t features, c10::string_view granularity,
                         c10::string_view activation, c10::string_view combine) {
   return rounded(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
-                 {bias, other, {}, {}, features, activation_of(activation), combine == "mul"});
+                 {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
@@ -136,23 +168,22 @@ Form form_of(c10::string_view format) {
 template <typename T>
 Tensor stored_of(const Tensor& given, const StoredWeight& weight, const Around& around) {
   Tensor x = given.contiguous();
-  TORCH_CHECK(weight.inputs % kPair<T> == 0, "bfloat16 takes two inputs at once");
+  TORCH_CHECK(weight.inputs % kPair<T> == 0, "there are ", weight.inputs, " inputs, and bfloat16 takes an even number");
   return linear_of<T>(x, Stored<T>{x.const_data_ptr<T>(), weight, x.numel() / std::max<int64_t>(weight.inputs, 1)}, around);
 }
 
 Tensor stored(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, c10::string_view format,
               const Around& around) {
-  int64_t columns = ceil_div(around.features, kPanel) * kPanel, groups = scale.size(0), inputs = x.size(-1);
+  check_linear(x, around);
+  int64_t columns = packed_features(around), inputs = x.size(-1);
   Form form = form_of(format);
-  int64_t bytes = inputs * columns / kPanel * step_bytes(form);
-  TORCH_CHECK(q.is_contiguous() && q.numel() == bytes, "a packed weight holds inputs x features");
-  TORCH_CHECK(scale.is_contiguous() && scale.numel() == groups * columns && groups > 0 && inputs % groups == 0,
-              "scales are [groups, packed features]");
+  check_exact(q, {columns / kPanel, inputs, step_bytes(form)}, form == Form::kInt8 ? at::kChar : at::kByte, "a packed weight");
+  TORCH_CHECK(scale.dim() == 2 && scale.size(0) > 0 && inputs % scale.size(0) == 0, "scales have the sizes ", scale.sizes(),
+              ", and must be [groups, packed features], where the groups divide ", inputs, " inputs");
+  int64_t groups = scale.size(0);
   bool half = scale.scalar_type() == at::kHalf;
-  TORCH_CHECK(half || scale.scalar_type() == at::kFloat, "scales are float16 or float32");
-  if (zero_point)
-    TORCH_CHECK(zero_point->is_contiguous() && zero_point->sizes() == scale.sizes() && zero_point->scalar_type() == at::kByte,
-                "zero points are like scales, in bytes");
+  check_exact(scale, {groups, columns}, half ? at::kHalf : at::kFloat, "a weight's scale");
+  if (zero_point) check_exact(*zero_point, {groups, columns}, at::kByte, "a weight's zero point");
   StoredWeight weight{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
                       zero_point ? zero_point->const_data_ptr<uint8_t>() : nullptr, inputs, groups, columns};
   return by_dtype(x, [&] { return stored_of<float>(x, weight, around); }, [&] { return stored_of<BFloat16>(x, weight, around); });
@@ -162,7 +193,7 @@ Tensor weight_quantized_linear(const Tensor& x, const Tensor& weight, const Tens
                                Optional other, int64_t features, c10::string_view format, c10::string_view activation,
                                c10::string_view combine) {
   return stored(x, weight, scale, zero_point, format,
-                {bias, other, {}, {}, features, activation_of(activation), combine == "mul"});
+                {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point,
@@ -174,10 +205,12 @@ Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const
 
 template <typename T>
 Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
+  check_readable(given, "x");
+  TORCH_CHECK(given.dim() >= 1, "x is a scalar, and must be [..., features]");
+  int64_t n = given.size(-1);
+  check_size(n, "the number of features"), check_floats(weight, n, "a norm's weight");
   Tensor x = given.contiguous(), y = fresh(x.sizes(), x.options());
   Held<T> w(weight, x);
-  int64_t n = x.size(-1);
-  TORCH_CHECK(!weight || w.tensor.numel() == n, "a norm's weight has one number a feature");
   if (x.numel() > 0)
     rms_norm(x.const_data_ptr<T>(), w.pointer(), y.mutable_data_ptr<T>(), x.numel() / n, n, static_cast<float>(eps));
   return y;
@@ -189,11 +222,17 @@ Tensor fused_rms_norm(const Tensor& x, Optional weight, double eps) {
 
 template <typename T>
 Tensor rotary_of(const Tensor& given, const Tensor& cos, const Tensor& sin, bool interleaved) {
-  TORCH_CHECK(given.dim() == 4, "a rotation takes [batch, heads, tokens, head_dim]");
+  check_readable(given, "x"), check_readable(cos, "cos"), check_readable(sin, "sin");
+  check_dtype(cos, given.scalar_type(), "cos"), check_dtype(sin, given.scalar_type(), "sin");
+  TORCH_CHECK(given.dim() == 4 && cos.dim() >= 1 && sin.dim() >= 1, "x has ", given.dim(),
+              " dimensions, and must be [batch, heads, tokens, head_dim], to which cos and sin broadcast");
+  for (int64_t size : given.sizes()) check_size(size, "a size of x");
   Tensor x = given.stride(3) == 1 ? given : given.contiguous();
   int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), head_dim = x.size(3), angles = cos.size(-1);
-  TORCH_CHECK(head_dim % 2 == 0 && (angles == head_dim || 2 * angles == head_dim) && sin.size(-1) == angles,
-              "cos and sin have one number a feature, or one a pair");
+  check_size(angles, "the number of angles");
+  TORCH_CHECK(head_dim % 2 == 0 && (angles == head_dim || 2 * angles == head_dim) && sin.size(-1) == angles, "cos and sin have ",
+              angles, " and ", sin.size(-1), " angles, and must have one for each of an even number of features, here ", head_dim,
+              ", or one a pair");
   auto spread = [&](const Tensor& table) {
     Tensor rows = table.stride(-1) == 1 ? table : table.contiguous();
     return rows.expand({batch, heads, tokens, angles});
@@ -207,19 +246,27 @@ Tensor rotary_of(const Tensor& given, const Tensor& cos, const Tensor& sin, bool
 }
 
 Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
-  TORCH_CHECK(cos.scalar_type() == x.scalar_type() && sin.scalar_type() == x.scalar_type(), "cos and sin are of x's dtype");
   auto call = [&](auto function) { return function(x, cos, sin, interleaved); };
   return by_dtype(x, [&] { return call(rotary_of<float>); }, [&] { return call(rotary_of<BFloat16>); });
 }
 
 // Rows of a packed weight: what lies `stride` bytes apart in it, brought together.
 Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t features, int64_t bits) {
-  TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= 4, "a packed weight holds panels");
-  Tensor rows = indices.to(at::kLong).contiguous();
+  check_readable(weight, "a packed weight"), check_readable(indices, "indices");
+  TORCH_CHECK(at::isIntegralType(indices.scalar_type(), false), "indices are of ", indices.scalar_type(), ", and must be whole numbers");
   bool halves = bits == 4;
+  int64_t width_of_panel = halves ? kPanel / 2 : kPanel;
+  TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= (halves ? 3 : 4) && weight.size(2) == width_of_panel,
+              "a packed weight has the sizes ", weight.sizes(), ", and must be contiguous and [panels, steps, ", width_of_panel,
+              "] or [panels, steps, 32, values of a step]");
+  TORCH_CHECK(halves ? weight.scalar_type() == at::kByte && weight.size(1) % 2 == 0 : bits == 8 || bits == 16 || bits == 32,
+              "a number takes ", bits, " bits, and must take 8, 16, 32, or 4 in bytes of an even number of inputs");
+  check_size(features, "the number of features");
+  TORCH_CHECK(ceil_div(features, kPanel) == weight.size(0), "a packed weight has ", weight.size(0), " panels of ", kPanel,
+              " rows, and must have those of ", features, " features");
+  Tensor rows = indices.to(at::kLong).contiguous();
   int64_t steps = weight.size(1), pair = weight.dim() == 4 ? weight.size(3) : 1, width = pair * weight.element_size();
   int64_t stride = weight.size(2) * width;
-  TORCH_CHECK(!halves || (width == 1 && weight.size(2) == kPanel / 2 && steps % 2 == 0), "four bits are packed by two");
   std::vector<int64_t> sizes = indices.sizes().vec();
   sizes.push_back(halves ? steps / 2 : steps * pair);
   Tensor found = at::empty(sizes, weight.options());

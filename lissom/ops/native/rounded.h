@@ -15,6 +15,7 @@ namespace lissom {
 
 constexpr float kLeastScale = 1e-30f;
 constexpr float kLargestByte = 255.0f;
+constexpr int64_t kMostByteInputs = 1 << 16;  // more products of bytes could leave the range of a sum of 32 bits
 constexpr int64_t kBytesGrain = 1 << 14;  // values below which a second thread costs more than it does
 
 // x is about (q - zero) * scale.
@@ -121,7 +122,7 @@ struct Rounded {
   // Finds the grid of the whole of x.
   void measure() {
     if (rounding != Rounding::kTensor) return;
-    int64_t step = std::max<int64_t>(1, kBytesGrain / inputs), pieces = ceil_div(rows, step);
+    int64_t step = std::max<int64_t>(1, kBytesGrain / std::max<int64_t>(inputs, 1)), pieces = ceil_div(rows, step);
     std::vector<Range> ranges(pieces);
     at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
       for (int64_t piece = from; piece < to; ++piece)
@@ -139,7 +140,7 @@ struct Rounded {
     origin = begin;
     wholes.resize((end - begin) * padded);
     grids.resize(end - begin);
-    at::parallel_for(begin, end, std::max<int64_t>(1, kBytesGrain / inputs), [&](int64_t from, int64_t to) {
+    at::parallel_for(begin, end, std::max<int64_t>(1, kBytesGrain / std::max<int64_t>(inputs, 1)), [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row) {
         Grid& mine = grids[row - begin];
         if (rounding == Rounding::kToken) {
@@ -168,7 +169,7 @@ struct Rounded {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Grid& mine = grids[row - origin + r];
-        Vec whole = to_floats(totals[r][v] - ones * mine.zero);
+        Vec whole = to_floats((IntVec)((BitVec)totals[r][v] - (BitVec)ones * uint32_t(mine.zero)));  // wrong sums wrap around
         values[r][v] = whole * (factor * mine.scale);
       }
     }

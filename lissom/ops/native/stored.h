@@ -200,7 +200,6 @@ struct Stored {
     constexpr int chains = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums side by side, as one addition waits for the one before
     int64_t group = weight.inputs / weight.groups;
     const uint8_t* from = weight.panel(panel);
-    const char* coming = reinterpret_cast<const char*>(from + 4096);
     const Decoder<form> decoder;
     for (int64_t g = 0; g < weight.groups; ++g) {
       Vec partial[chains][R][kWide] = {};
@@ -215,12 +214,12 @@ struct Stored {
       };
       int64_t i = 0;
       for (; i + chains <= group; i += chains) {
-        __builtin_prefetch(coming + i * step, 0, 2);
+        __builtin_prefetch(from + i * step + 4096, 0, 2);
 #pragma GCC unroll 4
         for (int chain = 0; chain < chains; ++chain) take(i + chain, partial[chain]);
       }
       for (; i < group; ++i) take(i, partial[0]);
-      from += group * step, coming += group * step;
+      from += group * step;
 #pragma GCC unroll 2
       for (int v = 0; v < kWide; ++v) {
         int64_t c = panel * kPanel + column + v * kLanes;

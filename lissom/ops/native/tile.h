@@ -113,7 +113,7 @@ inline void with_rows(int rows, Work&& work) {
   with_rows(rows, std::forward<Work>(work), std::make_integer_sequence<int, kRows>{});
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // 0 <= a, and no sum that overflows
 
 // Cuts [begin, end) into the fewest pieces of at most `most`, all but equal.
 template <typename Work>

@@ -29,6 +29,7 @@ constexpr int kRows = 8;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));  // sums wrap around
 
 #if defined(__AVX512BF16__)
 constexpr bool kHasBFloat16 = true;
@@ -119,12 +120,12 @@ inline Vec to_floats(IntVec value) { return __builtin_convertvector(value, Vec);
 inline Vec load(const int8_t* from) { return to_floats(widen(from)); }
 inline Vec load(const uint8_t* from) { return to_floats(widen(from)); }
 
-// The first `count` lanes only; the rest reads as zero and is left unwritten.
+// The first `count` lanes only, none where it is negative; the rest reads as zero and is left unwritten.
 template <typename T>
 inline Vec load_some(const T* from, int64_t count) {
   if (count >= kLanes) return load(from);
   T held[kLanes] = {};
-  std::copy(from, from + count, held);
+  std::copy(from, from + std::max<int64_t>(count, 0), held);
   return load(held);
 }
 
@@ -136,6 +137,7 @@ inline void store_some(T* to, Vec value, int64_t count) {
   std::copy(held, held + std::max<int64_t>(count, 0), to);
 }
 
+// Of both, a lane that is NaN in either yields b.
 inline Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -144,6 +146,7 @@ inline Vec maximum(Vec a, Vec b) {
 #endif
 }
 
+// Likewise.
 inline Vec minimum(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
@@ -210,10 +213,11 @@ inline IntVec nearest(Vec value) {
 #endif
 }
 
-// e^x within 2 ulp: 2^n times a polynomial in the rest (Cephes expf); exactly 0 below -88, so that -inf hides completely.
+// e^x within 2 ulp: 2^n times a polynomial in the rest (Cephes expf); exactly 0 below -88, so that -inf hides completely, infinite
+// above 88.37, and NaN for NaN.
 inline Vec exponential(Vec x) {
-  x = maximum(x, splat(-88.02969f));
-  x = x > splat(88.37f) ? splat(88.37f) : x;
+  x = maximum(splat(-88.02969f), x);
+  IntVec large = x > splat(88.37f);
   Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
   Vec n = shifted - 12582912.0f;
   x = x - n * 0.693359375f;
@@ -225,8 +229,8 @@ inline Vec exponential(Vec x) {
   p = p * x + 1.6666665459e-1f;
   p = p * x + 5.0000001201e-1f;
   p = p * (x * x) + x + 1.0f;
-  IntVec bits = ((IntVec)shifted << 23) + (127 << 23);
-  return p * (Vec)bits;
+  BitVec bits = ((BitVec)shifted << 23) + (127u << 23);
+  return large ? splat(std::numeric_limits<float>::infinity()) : p * (Vec)bits;
 }
 
 inline Vec hyperbolic_tangent(Vec x) {

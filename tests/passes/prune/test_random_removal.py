@@ -15,7 +15,8 @@ from lissom.compiler.pipeline import Pipeline
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
 from lissom.compiler.spelling import parse_pipeline
-from lissom.compiler.verify import compare, run_samples, tolerance_of, verify_structure
+from lissom.compiler.verify import compare, run_samples, tolerance_of
+from lissom.compiler.well_formed import verify_structure
 from lissom.passes import PASSES
 from tests.zoo.catalogue import entries
 from tests.zoo.known import CANNOT_BE_CAPTURED

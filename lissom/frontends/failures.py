@@ -1,0 +1,39 @@
+"""Where a model's own code failed: its line and its error, in a few words."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
+import torch
+
+from lissom.frontends.flatten import FRAME
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def describe_failure(error: Exception) -> str:
+    """The model's line, the error's type and the first line of its text."""
+    return f"{model_line(error)}: {type(error).__name__}: {first_line(error)}"
+
+
+def model_line(error: Exception) -> str:
+    """The innermost line of the traceback that is not torch's own, `modeling.py:12 (if x.sum() > 0:)`.
+
+    A graph that fails says itself where the node came from. `torch` where all lines are its own.
+    """
+    recorded = FRAME.findall(str(error).partition("Original traceback:")[2])
+    recorded = [frame for frame in recorded if not frame[0].startswith(_TORCH)]
+    if recorded:
+        file, line, code = recorded[-1]
+        return f"{Path(file).name}:{line} (`{code.strip()}`)"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_TORCH, "<"))]
+    frames = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    if not frames:
+        return "torch"
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} (`{(frames[-1].line or '').strip()}`)"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text that says something; its type where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,62 @@
+// Checks that every entry point runs on its operands before it touches their memory.
+#pragma once
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace lissom {
+namespace {
+
+using at::Tensor;
+using Optional = const std::optional<Tensor>&;
+
+// The largest size of a dimension. The product of two sizes, and of a few constants, then fits in 64 bits.
+constexpr int64_t kLargestSize = (int64_t(1) << 31) - 1;
+
+inline void check_size(int64_t size, const char* name) {
+  TORCH_CHECK(size >= 0 && size <= kLargestSize, name, " is ", size, ", and must be from 0 to ", kLargestSize);
+}
+
+// Whether every element may be read: dense, on the CPU, aligned, and within its storage.
+inline void check_readable(const Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.defined(), name, " is None, and must be a tensor");
+  TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided, name, " is ", tensor.layout(), " on ", tensor.device(),
+              ", and must be a dense tensor on the CPU");
+  if (tensor.numel() == 0) return;
+  size_t item = tensor.dtype().itemsize();
+  size_t needed = at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), item, tensor.storage_offset());
+  TORCH_CHECK(needed <= tensor.storage().nbytes(), name, " reaches ", needed, " bytes into a storage of ",
+              tensor.storage().nbytes(), "; clone it before its storage is resized");
+  TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % item == 0, name, " is not aligned to its dtype; clone it");
+}
+
+inline void check_readable(Optional tensor, const char* name) {
+  if (tensor) check_readable(*tensor, name);
+}
+
+inline void check_dtype(const Tensor& tensor, at::ScalarType dtype, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == dtype, name, " is of ", tensor.scalar_type(), ", and must be of ", dtype);
+}
+
+// A contiguous operand of exactly these sizes and this dtype.
+inline void check_exact(const Tensor& tensor, at::IntArrayRef sizes, at::ScalarType dtype, const char* name) {
+  check_readable(tensor, name);
+  check_dtype(tensor, dtype, name);
+  TORCH_CHECK(tensor.sizes() == sizes && tensor.is_contiguous(), name, " has the sizes ", tensor.sizes(), " and strides ",
+              tensor.strides(), ", and must be contiguous with the sizes ", sizes);
+}
+
+// An operand that is converted to the kernel's dtype: a bias, a norm's weight.
+inline void check_floats(Optional tensor, at::IntArrayRef sizes, const char* name) {
+  if (!tensor) return;
+  check_readable(*tensor, name);
+  TORCH_CHECK(tensor->is_floating_point() && tensor->sizes() == sizes, name, " is of ", tensor->scalar_type(), " with the sizes ",
+              tensor->sizes(), ", and must be of a floating dtype with the sizes ", sizes);
+}
+
+}  // namespace
+}  // namespace lissom

@@ -1,0 +1,125 @@
+"""Compares the kernels of a library with their references: `python -m lissom.ops.native.self_test LIBRARY`.
+
+It ends with an error that names the first kernel whose result differs. Sizes are small and odd, so that every kernel runs its
+whole vectors and its rests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from lissom.ops.blocked_attention import block_sparse_attention_reference
+from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
+from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
+from lissom.ops.packed_linear import (
+    pack,
+    packed_embedding_reference,
+    packed_linear_norm_reference,
+    packed_linear_reference,
+)
+from lissom.ops.quantized_linear import (
+    fill_panels,
+    pack_bytes,
+    quantized_linear_norm_reference,
+    quantized_linear_reference,
+)
+from lissom.ops.weight_quantized_linear import (
+    FORMS,
+    pack_blocks,
+    pack_stored,
+    weight_quantized_linear_norm_reference,
+    weight_quantized_linear_reference,
+)
+
+# Results are of size 1. A wrong instruction is off by as much; sums in another order are off by 1e-6, and in bfloat16, where
+# inputs, weights and results are rounded to 8 bits, by 2e-2.
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+
+Case = tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], Mapping[str, object]]
+"""An operator's name, its reference, and operands and options for both."""
+
+
+def main(library: str) -> None:
+    """Load the library and compare. Raises: SystemExit with the first difference."""
+    torch.ops.load_library(library)
+    dtypes = (torch.float32, torch.bfloat16) if torch.ops.lissom.has_bfloat16() else (torch.float32,)
+    with torch.inference_mode():
+        for dtype in dtypes:
+            for name, reference, operands, options in cases(dtype):
+                found = getattr(torch.ops.lissom, name)(*operands, **options)
+                wanted = reference(*operands, **options)
+                difference = float((found.float() - wanted.float()).abs().max())
+                if found.shape != wanted.shape or not difference <= ALLOWED[dtype]:
+                    raise SystemExit(f"{name} of {dtype} is off by {difference:.2g}")
+
+
+def cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Calls of every kernel."""
+    yield from _linear_cases(dtype)
+    yield from _quantized_cases(dtype)
+    q, k, v = (_numbers(2, heads, tokens, 18, dtype=dtype) for heads, tokens in ((4, 19), (2, 37), (2, 37)))
+    for queries in (2, 19):
+        seen = torch.arange(37) <= torch.arange(queries)[:, None] + 9
+        for bias in (seen, torch.zeros(queries, 37).masked_fill(~seen, -torch.inf)):
+            options = {"scale": 0.3, "softcap": 2.0, "sinks": _numbers(4, 1, 1, dtype=dtype), "causal": queries > 2}
+            yield "fused_attention", fused_attention_reference, (q[:, :, :queries], k, v, bias), options
+        window = {"pattern": [0, -1, 1, -5, 0, 1, 0], "block": 16, "scale": 0.3}
+        yield "block_sparse_attention", block_sparse_attention_reference, (q[:, :, :queries], k, v, None, None), window
+    whole = _numbers(2, 21, (4 + 2 * 2) * 10, dtype=dtype)
+    yield "merged_attention", merged_attention_reference, (whole,), {"heads": 4, "key_heads": 2, "scale": 0.3, "causal": True}
+    yield "fused_rms_norm", fused_rms_norm_reference, (_numbers(5, 37, dtype=dtype), _numbers(37, dtype=dtype)), {"eps": 1e-5}
+    for interleaved in (False, True):
+        angles = [_numbers(19, 9, dtype=dtype) for _ in range(2)]
+        yield "fused_rotary", fused_rotary_reference, (q, *angles), {"interleaved": interleaved}
+
+
+def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
+    features, inputs = 45, 38
+    weight = pack(_numbers(features, inputs, dtype=dtype) / 6)
+    vectors = [_numbers(features, dtype=dtype) for _ in range(3)]
+    for rows in (1, 5, 31):
+        x, other = _numbers(rows, inputs, dtype=dtype), _numbers(rows, features, dtype=dtype)
+        for activation in ("relu", "gelu", "gelu_tanh", "silu"):
+            options = {"features": features, "activation": activation, "combine": "mul"}
+            yield "packed_linear", packed_linear_reference, (x, weight, vectors[0], other), options
+        operands = x, weight, vectors[0], other, *vectors[1:]
+        yield "packed_linear_norm", packed_linear_norm_reference, operands, {"features": features, "eps": 1e-5}
+    ids = torch.tensor([[0, 44], [31, 32]])
+    yield "packed_embedding", packed_embedding_reference, (weight, ids), {"features": features, "bits": 8 * dtype.itemsize}
+
+
+def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
+    features, inputs = 45, 38
+    scale = torch.rand(features, 2, generator=torch.Generator().manual_seed(1)) / 300
+    sizes = {"features": features}
+    norm = {**sizes, "eps": 1e-5}
+    for rows in (1, 5, 31):
+        x = _numbers(rows, inputs, dtype=dtype)
+        if torch.ops.lissom.has_bytes():
+            q = _whole(features, inputs, -127, 128).to(torch.int8)
+            operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
+            yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
+            yield "quantized_linear_norm", quantized_linear_norm_reference, (x, *operands), norm
+        for form in FORMS if torch.ops.lissom.has_stored() else ():
+            low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
+            q = _whole(features, inputs, low, high).to(torch.int8 if low else torch.uint8)
+            zero_point = None if low else pack_blocks(torch.full((features, 2), high // 2, dtype=torch.uint8), features)
+            operands = pack_stored(q, form), pack_blocks(scale * 256 / (high - low), features), zero_point
+            options = {"format": form}
+            yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *operands), {**sizes, **options}
+            yield "weight_quantized_linear_norm", weight_quantized_linear_norm_reference, (x, *operands), {**norm, **options}
+
+
+def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(sum(sizes))).to(dtype)
+
+
+def _whole(features: int, inputs: int, low: int, high: int) -> torch.Tensor:
+    return torch.randint(low, high, (features, inputs), generator=torch.Generator().manual_seed(0))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

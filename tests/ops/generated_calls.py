@@ -1,0 +1,397 @@
+"""Calls of every entry point of the C++ kernels, right ones and spoilt ones: `python -m tests.ops.generated_calls`.
+
+A right call has odd sizes, odd strides and both dtypes. A spoilt call has one to three operands or options changed: another
+dtype, size, stride or storage, an empty or a scalar tensor, a huge size, an index out of range, NaN. Whatever is called, the
+result equals the reference's, or the call is refused with a sentence; the process lives. `tools.sanitize` runs them under
+sanitizers. The last call is named when the process is ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import os
+import random
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lissom.compiler.errors import LissomError
+from lissom.ops.blocked_attention import blocked_attention
+from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
+from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
+from lissom.ops.native import kernel_dtypes, load_kernels
+from lissom.ops.packed_linear import (
+    pack,
+    packed_embedding_reference,
+    packed_linear_norm_reference,
+    packed_linear_reference,
+)
+from lissom.ops.quantized_linear import (
+    fill_panels,
+    pack_bytes,
+    quantized_linear_norm_reference,
+    quantized_linear_reference,
+)
+from lissom.ops.weight_quantized_linear import (
+    FORMS,
+    pack_blocks,
+    pack_stored,
+    weight_quantized_linear_norm_reference,
+    weight_quantized_linear_reference,
+)
+from tests.ops.patterns import PATTERNS, layout_of
+
+Value = torch.Tensor | int | float | bool | str | list[int] | None
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+HUGE = (2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -1, -(2**31), -(2**63))
+REFUSALS = (RuntimeError, ValueError, IndexError, LissomError)
+# float32: sums in another order, and exponentials good to 2e-7.  bfloat16: the reference also rounds what is between two
+# operators, 8 bits each of numbers up to the largest; a norm divides these by a deviation that may be small.
+ALLOWED = {torch.float32: 2e-5, torch.bfloat16: 6e-2}
+# Limits of the kernels alone: other dtypes, sizes of 32 bits, memory they cannot read, numbers they do not compute with.
+OF_KERNELS = ("kernels compute in", "must be from 0 to", "clone it", "must be finite", "allocate memory", "zero point of x is")
+OF_SCHEMAS = ("Expected a value of type", "value cannot be converted to type")
+
+
+@dataclass
+class Call:
+    """An operator of ours, its reference, and operands and options by name."""
+
+    name: str
+    reference: Callable[..., torch.Tensor]
+    operands: dict[str, Value]
+    options: dict[str, Value]
+
+    def run(self, function: Callable[..., torch.Tensor]) -> torch.Tensor | Exception:
+        """The result, or the error that refuses the call; any other error ends the run."""
+        try:
+            return function(*self.operands.values(), **self.options)
+        except REFUSALS as error:
+            return error
+
+    def __str__(self) -> str:
+        said = [f"{name}={_said(value)}" for name, value in {**self.operands, **self.options}.items()]
+        return f"{self.name}({', '.join(said)})"
+
+
+def _said(value: Value) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"<{list(value.shape)} {value.dtype} strides {list(value.stride())}>".replace("torch.", "")
+
+
+class Generator:
+    """Calls from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.torch = torch.Generator().manual_seed(seed)
+        self.dtypes = kernel_dtypes() or (torch.float32,)
+        self.makers = [self.linear, self.quantized, self.stored, self.embedding, self.attention, self.merged, self.sparse]
+        self.makers += [self.norm, self.rotary]
+
+    def call(self) -> tuple[Call, bool]:
+        """A call, and whether it is spoilt."""
+        call = self.random.choice(self.makers)()
+        spoilt = self.random.random() < 0.7
+        if spoilt:
+            for _ in range(self.random.choice([1, 1, 2, 3])):
+                self.spoil(call)
+        return call, spoilt
+
+    def numbers(self, *sizes: int, dtype: torch.dtype) -> torch.Tensor:
+        """Normal, laid out in some way that has these sizes."""
+        whole = torch.randn(sizes, generator=self.torch).to(dtype)
+        if len(sizes) > 1 and self.random.random() < 0.3:
+            one, another = self.random.sample(range(len(sizes)), 2)
+            return whole.transpose(one, another).contiguous().transpose(one, another)
+        return whole
+
+    def size(self, most: int = 70) -> int:
+        return self.random.choice([0, 1, 2, 3, 31, 32, 33, self.random.randint(1, most), self.random.randint(1, most)])
+
+    def around(self, call: Call, lead: Sequence[int], features: int, dtype: torch.dtype) -> Call:
+        """The call with a bias and what else surrounds a product; half the time with a norm."""
+        maybe = lambda *sizes: self.numbers(*sizes, dtype=dtype) if self.random.random() < 0.6 else None  # noqa: E731
+        call.operands |= {"bias": maybe(features), "other": maybe(*lead, features)}
+        call.options["features"] = features
+        if call.name.endswith("_norm"):
+            call.operands |= {"norm_weight": maybe(features), "norm_bias": maybe(features)}
+            call.options["eps"] = 1e-5
+        else:
+            call.options |= {"activation": self.random.choice(ACTIVATIONS), "combine": self.random.choice(["add", "mul"])}
+        return call
+
+    def lead(self) -> list[int]:
+        return [self.random.choice([0, 1, 1, 2, 5, 17, 60]) for _ in range(self.random.choice([0, 1, 1, 2]))]
+
+    def linear(self) -> Call:
+        dtype, lead = self.random.choice(self.dtypes), self.lead()
+        inputs, features = self.size(), self.size()
+        inputs += inputs % 2 if dtype == torch.bfloat16 else 0
+        weight = pack(torch.randn(features, inputs, generator=self.torch).to(dtype))
+        operands = {"x": self.numbers(*lead, inputs, dtype=dtype), "weight": weight}
+        norm = self.random.random() < 0.4
+        reference = packed_linear_norm_reference if norm else packed_linear_reference
+        return self.around(Call("packed_linear" + "_norm" * norm, reference, operands, {}), lead, features, dtype)
+
+    def quantized(self) -> Call:
+        dtype, lead = self.random.choice(self.dtypes), self.lead()
+        inputs, features = self.size(), self.size()
+        q = torch.randint(-127, 128, (features, inputs), generator=self.torch).to(torch.int8)
+        scale = torch.rand(features, generator=self.torch) / 100
+        operands = {
+            "x": self.numbers(*lead, inputs, dtype=dtype),
+            "weight": pack_bytes(q),
+            "scale": fill_panels(scale, features),
+        }
+        known = self.random.random() < 0.3
+        operands |= {
+            "sums": fill_panels(q.sum(1, dtype=torch.int32), features),
+            "x_scale": torch.tensor(0.02) if known else None,
+            "x_zero_point": torch.tensor(self.random.choice([0, 128, 255]), dtype=torch.uint8) if known else None,
+        }
+        norm = self.random.random() < 0.4
+        reference = quantized_linear_norm_reference if norm else quantized_linear_reference
+        options: dict[str, Value] = {"granularity": self.random.choice(["token", "tensor"])}
+        return self.around(Call("quantized_linear" + "_norm" * norm, reference, operands, options), lead, features, dtype)
+
+    def stored(self) -> Call:
+        dtype, lead = self.random.choice(self.dtypes), self.lead()
+        groups, features, form = self.random.choice([1, 1, 2, 3]), self.size(), self.random.choice(FORMS)
+        inputs = groups * 2 * self.random.choice([0, 1, 5, 8, 16, 17])
+        low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
+        q = torch.randint(low, high, (features, inputs), generator=self.torch).to(torch.int8 if low else torch.uint8)
+        scale = (torch.rand(features, groups, generator=self.torch) / 100).to(
+            self.random.choice([torch.float16, torch.float32])
+        )
+        zero = torch.randint(0, high, (features, groups), generator=self.torch).to(torch.uint8)
+        operands = {
+            "x": self.numbers(*lead, inputs, dtype=dtype),
+            "weight": pack_stored(q, form),
+            "scale": pack_blocks(scale, features),
+            "zero_point": pack_blocks(zero, features) if low == 0 or self.random.random() < 0.3 else None,
+        }
+        norm = self.random.random() < 0.4
+        reference = weight_quantized_linear_norm_reference if norm else weight_quantized_linear_reference
+        call = Call("weight_quantized_linear" + "_norm" * norm, reference, operands, {"format": form})
+        return self.around(call, lead, features, dtype)
+
+    def embedding(self) -> Call:
+        features, inputs = self.size(), 2 * self.size()
+        four = self.random.random() < 0.4
+        if four:
+            weight = pack_stored(torch.randint(0, 16, (features, inputs), generator=self.torch).to(torch.uint8), "uint4")
+        else:
+            weight = pack(torch.randn(features, inputs, generator=self.torch).to(self.random.choice(self.dtypes)))
+        sizes = self.lead() if features else [0]
+        indices = torch.randint(0, max(features, 1), sizes, generator=self.torch)
+        operands = {"weight": weight, "indices": indices.to(self.random.choice([torch.int64, torch.int32]))}
+        options: dict[str, Value] = {"features": features, "bits": 4 if four else 8 * weight.element_size()}
+        return Call("packed_embedding", packed_embedding_reference, operands, options)
+
+    def qkv(self) -> tuple[dict[str, Value], dict[str, Value], list[int]]:
+        dtype, shared = self.random.choice(self.dtypes), self.random.choice([1, 1, 2, 3])
+        batch, key_heads, queries, keys = self.random.choice([0, 1, 2]), self.random.choice([1, 2]), self.size(), self.size(150)
+        head_dim, value_dim = self.size(), self.size()
+        heads = shared * key_heads
+        q = self.numbers(batch, heads, queries, head_dim, dtype=dtype)
+        k = self.numbers(batch, key_heads, keys, head_dim, dtype=dtype)
+        v = self.numbers(batch, key_heads, keys, value_dim, dtype=dtype)
+        sizes = [self.random.choice([1, size]) for size in (batch, heads, queries)] + [keys]
+        kind = self.random.choice(["none", "seen", "bias", "hidden"])
+        bias = None if kind == "none" else torch.randn(sizes, generator=self.torch)
+        if bias is not None and kind != "bias":
+            bias = bias > -0.5 if kind == "seen" else torch.zeros(sizes).masked_fill(bias < -0.5, -torch.inf)
+        softcap, with_sinks = self.random.choice([0.0, 2.0]), self.random.random() < 0.3
+        sinks = self.numbers(heads, 1, 1, dtype=torch.float32) if with_sinks else None
+        options: dict[str, Value] = {"scale": head_dim**-0.5 if head_dim else 1.0, "softcap": softcap, "sinks": sinks}
+        return {"q": q, "k": k, "v": v, "bias": bias}, options, [heads, queries, keys]
+
+    def attention(self) -> Call:
+        operands, options, _ = self.qkv()
+        options["causal"] = self.random.random() < 0.3
+        if self.random.random() < 0.2:
+            for name in ("k", "v"):
+                whole = operands[name]
+                assert isinstance(whole, torch.Tensor)
+                operands[name] = (whole * 20).clamp(-127, 127).to(torch.int8)
+                options[f"{name}_scale"] = torch.rand(*whole.shape[:3], 1, generator=self.torch) / 20
+        return Call("fused_attention", fused_attention_reference, operands, options)
+
+    def merged(self) -> Call:
+        dtype, key_heads = self.random.choice(self.dtypes), self.random.choice([1, 2])
+        heads, tokens = key_heads * self.random.choice([1, 2]), self.size()
+        width = (heads + 2 * key_heads) * self.random.choice([1, 7, 8, 32])
+        qkv = self.numbers(self.random.choice([0, 1, 2]), tokens, width, dtype=dtype)
+        bias = torch.randn(tokens, tokens, generator=self.torch) > -0.5 if self.random.random() < 0.4 else None
+        options: dict[str, Value] = {"heads": heads, "key_heads": key_heads, "scale": 0.4, "softcap": 0.0}
+        options["causal"] = self.random.random() < 0.5
+        return Call("merged_attention", merged_attention_reference, {"qkv": qkv, "bias": bias}, options)
+
+    def sparse(self) -> Call:
+        operands, options, (heads, queries, keys) = self.qkv()
+        pattern = self.random.choice([item for name, item in PATTERNS.items() if name != "many"])
+        operands["layout"] = layout_of(pattern, self.random.choice([1, heads]), queries + 1, keys + 1)
+        options |= {"pattern": pattern.encode(), "block": pattern.block}
+        return Call("block_sparse_attention", blocked_attention, operands, options)
+
+    def norm(self) -> Call:
+        dtype, features = self.random.choice(self.dtypes), self.size()
+        x = self.numbers(*self.lead(), features, dtype=dtype)
+        weight = self.numbers(features, dtype=dtype) if self.random.random() < 0.7 else None
+        return Call("fused_rms_norm", fused_rms_norm_reference, {"x": x, "weight": weight}, {"eps": 1e-5})
+
+    def rotary(self) -> Call:
+        dtype, half, tokens = self.random.choice(self.dtypes), self.size(), self.size()
+        batch, angles = self.random.choice([0, 1, 2]), half * self.random.choice([1, 2])
+        sizes = self.random.choice([[tokens], [1, 1, tokens], [batch, 1, tokens]])
+        operands: dict[str, Value] = {"x": self.numbers(batch, self.random.choice([1, 3]), tokens, 2 * half, dtype=dtype)}
+        operands |= {name: self.numbers(*sizes, angles, dtype=dtype) for name in ("cos", "sin")}
+        return Call("fused_rotary", fused_rotary_reference, operands, {"interleaved": self.random.random() < 0.5})
+
+    def spoil(self, call: Call) -> None:
+        """Change one operand or option."""
+        place = self.random.choice([call.operands, call.operands, call.options])
+        name = self.random.choice(list(place))
+        value = place[name]
+        if isinstance(value, torch.Tensor):
+            place[name] = self.spoilt_tensor(value)
+        elif isinstance(value, bool):
+            place[name] = not value
+        elif isinstance(value, int):
+            place[name] = self.random.choice([value + 1, value - 1, value * 2, 0, *HUGE])
+        elif isinstance(value, float):
+            place[name] = self.random.choice([0.0, torch.nan, torch.inf, -torch.inf, 1e300])
+        elif isinstance(value, str):
+            place[name] = self.random.choice(["", "other", "int8", "uint4", "mul", "none"])
+        elif isinstance(value, list):
+            at = self.random.randrange(max(len(value), 1))
+            place[name] = value[:at] + self.random.choice([[], [self.random.choice([0, 1, -2, *HUGE])]]) + value[at + 1 :]
+        else:
+            place[name] = self.random.choice([torch.randn(3), torch.randn(()), torch.randn(1, 1, 2, 2), torch.ones(2, 3) > 0])
+
+    def spoilt_tensor(self, value: torch.Tensor) -> Value:
+        """Another tensor, or this one where it has no storage or is huge: PyTorch's own operators fail there."""
+        if value.layout != torch.strided or value.is_meta or _is_gone(value) or max(value.shape, default=0) > 2**20:
+            return value
+        dim = self.random.randrange(value.dim()) if value.dim() else 0
+        dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int32, torch.bool)
+        changes: list[Callable[[], Value]] = [
+            lambda: value.to(self.random.choice([*dtypes, torch.int64, torch.complex64])),
+            lambda: value.narrow(dim, 0, max(value.shape[dim] - 1, 0)) if value.dim() else value,
+            lambda: torch.cat([value, value], dim) if value.dim() else value,
+            lambda: value.flatten(),
+            lambda: value.unsqueeze(dim),
+            lambda: value.select(dim, 0) if value.dim() and value.shape[dim] else value,
+            lambda: value.transpose(0, -1) if value.dim() else value,
+            lambda: value.new_empty(*value.shape[:dim], 0, *value.shape[dim + 1 :]),
+            lambda: value.new_zeros(()).expand(value.shape),
+            lambda: value.new_zeros(()).expand(*value.shape[:dim], 2**40, *value.shape[dim + 1 :]),
+            lambda: value.new_empty((0, 2**40)),
+            lambda: value.repeat_interleave(2, dim).narrow(dim, 0, value.shape[dim]) if value.dim() else value,
+            lambda: value.clone().fill_(self.random.choice([-1, 32, 127])),
+            lambda: value.clone().as_strided(value.shape, [self.random.choice([0, 0, 1])] * value.dim()),
+            lambda: _without_storage(value),
+            lambda: _unaligned(value),
+            lambda: value.to("meta"),
+            lambda: value.to_sparse() if value.dim() else value,
+        ]
+        try:
+            return self.random.choice(changes)()
+        except RuntimeError:  # of a tensor that was spoilt before
+            return value
+
+
+def _is_gone(value: torch.Tensor) -> bool:
+    return value.numel() > 0 and value.untyped_storage().nbytes() == 0
+
+
+def _without_storage(value: torch.Tensor) -> torch.Tensor:
+    found = value.clone()
+    found.untyped_storage().resize_(0)
+    return found
+
+
+def _unaligned(value: torch.Tensor) -> torch.Tensor:
+    if value.numel() == 0 or value.element_size() == 1:
+        return value
+    memory = bytearray(value.numel() * value.element_size() + 1)
+    return torch.frombuffer(memory, dtype=value.dtype, offset=1, count=value.numel()).view(value.shape)
+
+
+def fault_of(call: Call, spoilt: bool) -> str | None:
+    """What is wrong with what a call does, or None. The reference is asked where it does not take terabytes."""
+    operator = getattr(torch.ops.lissom, call.name)
+    found = call.run(operator)
+    tensors = [item for item in (*call.operands.values(), *call.options.values()) if isinstance(item, torch.Tensor)]
+    if isinstance(found, Exception) and not spoilt:
+        return f"a right call was refused: {found}"
+    strange = any(item.is_meta or item.is_sparse or _is_gone(item) or item.numel() > 2**24 for item in tensors)
+    if strange or (isinstance(found, Exception) and any(text in str(found) for text in (*OF_KERNELS, *OF_SCHEMAS))):
+        return None
+    wanted = call.run(call.reference)
+    if isinstance(found, Exception) or isinstance(wanted, Exception):
+        if isinstance(found, Exception) and isinstance(wanted, Exception):
+            return None
+        return f"the kernel gives {_outcome(found)}, and the reference {_outcome(wanted)}"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        declared = call.run(operator)
+    if isinstance(declared, Exception) or (declared.shape, declared.dtype) != (found.shape, found.dtype):
+        return f"the kernel gives {_outcome(found)}, and the fake kernel {_outcome(declared)}"
+    return _difference(call, found, wanted)
+
+
+def _outcome(found: torch.Tensor | Exception) -> str:
+    return _said(found) if isinstance(found, torch.Tensor) else f"{type(found).__name__}: {found}"
+
+
+def _difference(call: Call, found: torch.Tensor, wanted: torch.Tensor) -> str | None:
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return f"the kernel gives {_said(found)}, and the reference {_said(wanted)}"
+    if found.numel() == 0:
+        return None
+    one, another = found.double(), wanted.double()
+    finite = another.isfinite()
+    if not torch.equal(one.isfinite(), finite):
+        counts = [int((~item).sum()) for item in (one.isfinite(), finite)]
+        return f"of {one.numel()} numbers the kernel has {counts[0]} that are not finite, and the reference {counts[1]}"
+    scale = float(another[finite].abs().max()) if bool(finite.any()) else 0.0
+    difference = float((one - another)[finite].abs().max()) if bool(finite.any()) else 0.0
+    allowed = ALLOWED.get(found.dtype, 0.0)
+    return None if difference <= allowed * max(scale, 1.0) else f"they are off by {difference:.3g} of {scale:.3g}"
+
+
+def main() -> int:
+    """Run calls from a seed; returns 1 when one does something wrong."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--calls", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    faulthandler.enable()
+    if "asan" not in os.environ.get("LD_PRELOAD", ""):  # which reserves terabytes
+        resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+    missing = load_kernels()
+    if missing:
+        raise SystemExit(missing)
+    faults = 0
+    with torch.inference_mode():
+        for number in range(given.seed, given.seed + given.calls):
+            torch.set_num_threads(1 + number % 3)
+            call, spoilt = Generator(number).call()
+            print(f"\r{number}: {call}"[:2000], file=sys.stderr, flush=True)
+            fault = fault_of(call, spoilt)
+            if fault is not None:
+                faults += 1
+                print(f"{number}: {call}\n    {fault}", flush=True)
+    print(f"{given.calls} calls, {faults} faults")
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Building the kernels: where the library is kept, what makes it be built again, and when it is not used."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from lissom.ops import KERNELS
+from lissom.ops.native import build, load_kernels, self_test
+
+MISSING = load_kernels()
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the kernels are built on Linux only"),
+    pytest.mark.skipif(bool(MISSING), reason=MISSING),
+]
+
+
+def compiler_that_copies(folder: Path, library: str | Path) -> str:
+    """A compiler that writes a library that is there already, and counts its calls in `log`."""
+    script = folder / "compiler"
+    log = f'case "$1" in --version) exit;; esac\necho built >> "{folder / "log"}"\nsleep 0.2\n'
+    script.write_text(f'#!/bin/sh\n{log}for path; do :; done\ncp "{library}" "$path"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
+def in_process(code: str, **environment: str | None) -> str:
+    """What a process of its own prints; variables that are None are unset."""
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_who_comes_while_the_kernels_are_built_waits_and_builds_nothing(tmp_path):
+    (tmp_path / "library").write_text("library\n")
+    compiler, library = compiler_that_copies(tmp_path, tmp_path / "library"), tmp_path / "kernels-0.so"
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(build.build_once, [compiler], library) for _ in range(3)]:
+            done.result()
+    assert library.read_text() == "library\n"
+    assert (tmp_path / "log").read_text() == "built\n"
+    # What cannot be loaded fails its self-test, and is not built again at the next start.
+    assert "Could not load this library" in str(build.self_test_of(library))
+
+
+@pytest.mark.parametrize("size", [0, 100, 1000, 100_000, 800_000])
+def test_a_library_cut_short_is_found_out(tmp_path, size):
+    kept = build.kept_library()
+    library = tmp_path / kept.name
+    library.write_bytes(kept.read_bytes())
+    build._record(library).write_bytes(build._record(kept).read_bytes())
+    assert build.self_test_of(library) == ""
+    os.truncate(library, size)
+    assert build.self_test_of(library) is None
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{}", "null", '{"sha256": 1}'])
+def test_a_damaged_record_is_found_out(tmp_path, record):
+    library = tmp_path / "kernels-0.so"
+    library.write_text("library")
+    build._record(library).write_text(record)
+    assert build.self_test_of(library) is None
+
+
+@pytest.mark.slow
+def test_a_library_cut_short_is_built_again(tmp_path):
+    compiler = compiler_that_copies(tmp_path, build.kept_library())
+    code = "from lissom.ops.native import build, load_kernels; print(load_kernels(), build.kept_library())"
+    library = Path(in_process(code, XDG_CACHE_HOME=str(tmp_path), CXX=compiler))
+    assert library.parent == tmp_path / "lissom"
+    assert library.parent.stat().st_mode & 0o777 == 0o700
+    os.truncate(library, 1000)
+    assert Path(in_process(code, XDG_CACHE_HOME=str(tmp_path), CXX=compiler)) == library
+    assert (tmp_path / "log").read_text() == "built\nbuilt\n"
+
+
+def test_a_library_that_fails_its_self_test_is_not_used(tmp_path):
+    (tmp_path / "library").write_text("no library")
+    compiler = compiler_that_copies(tmp_path, tmp_path / "library")
+    code = "import torch; from lissom.ops.native import load_kernels; print(load_kernels())"
+    found = in_process(code, XDG_CACHE_HOME=str(tmp_path), CXX=compiler)
+    assert found.startswith("the C++ kernels failed their self-test: ")
+    assert found.endswith(".json to build them again")
+    assert in_process(code, XDG_CACHE_HOME=str(tmp_path), CXX=compiler) == found
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_the_self_test_names_the_kernel_that_differs(monkeypatch):
+    self_test.main(str(build.kept_library()))
+    monkeypatch.setattr(self_test, "ALLOWED", dict.fromkeys(self_test.ALLOWED, -1.0))
+    with pytest.raises(SystemExit, match=r"packed_linear of torch.float32 is off by \d"):
+        self_test.main(str(build.kept_library()))
+
+
+def test_the_self_test_calls_every_kernel():
+    assert {name for name, *_ in self_test.cases(torch.float32)} == {kernel.name().split("::")[1] for kernel in KERNELS}
+
+
+@pytest.mark.parametrize("value", ["", "cache", "./cache", None])
+def test_a_cache_that_is_not_absolute_is_ignored(tmp_path, value):
+    code = "from lissom.ops.native import build; print(build.cache_folder())"
+    found = in_process(code, XDG_CACHE_HOME=value, HOME=str(tmp_path))
+    assert Path(found) == tmp_path / ".cache" / "lissom"
+
+
+def test_a_cache_others_may_write_to_is_not_used(tmp_path, monkeypatch):
+    shared = tmp_path / "lissom"
+    shared.mkdir()
+    shared.chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.warns(UserWarning, match=r"Lissom keeps its C\+\+ kernels in .* can be written to by other users"):
+        found = build.cache_folder()
+    assert found == tmp_path / f"lissom-{os.getuid()}"
+    found.chmod(0o770)
+    with pytest.raises(PermissionError, match="can be written to by other users"):
+        build.cache_folder()
+
+
+def test_without_a_home_folder_the_cache_is_a_temporary_one(tmp_path, monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.warns(UserWarning, match="Could not determine home directory"):
+        assert build.cache_folder() == tmp_path / f"lissom-{os.getuid()}"
+
+
+def test_a_compiler_that_is_not_there_is_named(tmp_path):
+    code = "from lissom.ops.native import load_kernels; print(load_kernels())"
+    found = in_process(code, XDG_CACHE_HOME=str(tmp_path), CXX="no-compiler -O1")
+    assert found == "CXX names the compiler 'no-compiler', and there is no such program"
+    broken = tmp_path / "broken"
+    broken.write_text("#!/no/interpreter\n")
+    broken.chmod(0o755)
+    assert "No such file or directory" in in_process(code, XDG_CACHE_HOME=str(tmp_path), CXX=str(broken))
+
+
+def test_flags_name_another_library(monkeypatch):
+    compiler = build.find_compiler()
+    plain = build._fingerprint(compiler)
+    monkeypatch.setenv(build.FLAGS, "-march=haswell")
+    assert build._fingerprint(compiler) != plain
