@@ -326,9 +326,9 @@ def test_another_program_is_refused(saved, edit, said):
 @pytest.mark.parametrize(
     ("ways", "said"),
     [
-        (10**9, "does not say for how many ranks it is, one to the 3 files it names; save the model again"),
+        (10**9, "is for 1000000000 ranks, and a program is shared by 2 to 1024; save the model again"),
         (10**30, "is no whole number of 64 bits"),
-        (None, "does not say for how many ranks it is"),
+        (None, "is for None ranks"),
     ],
 )
 def test_the_number_of_ranks_is_bounded(saved, ways, said):
