@@ -10,6 +10,7 @@ import torch
 
 from lissom.backends.onnxruntime import OnnxRuntime
 from lissom.compiler.errors import ArtifactError, InputError
+from lissom.compiler.verify import kept_state
 from tests.backends.caches import decoder
 from tests.models import capture_of, normal, tokens
 
@@ -133,7 +134,7 @@ def test_a_state_of_another_size_is_refused(saved, tmp_path):
 def test_it_runs_when_nothing_is_changed(saved):
     for found, folder in saved.values():
         session = BACKEND.load_executable(found.program, folder)
-        with torch.no_grad():
+        with torch.no_grad(), kept_state(found.program):
             wanted = found.program.run(found.example)[0]
         # A few products of float32 with sums of at most 64 terms, unit roundoff 6e-8.
         torch.testing.assert_close(session(found.example)[0], wanted, rtol=1e-4, atol=1e-5)
