@@ -194,12 +194,14 @@ def _layout_blocks(
     """The same for the layout: of the blocks of its own that each pair of blocks touches, whether some or all are seen."""
     if layout is None:
         raise ValueError(_NO_LAYOUT)
-    table = layout.cpu()
-    sums = torch.nn.functional.pad(table.to(torch.int32).cumsum(1).cumsum(2), (1, 0, 1, 0))
     ends = []
-    for (first, last), size in zip((i, j), table.shape[1:], strict=True):
+    for (first, last), size in zip((i, j), layout.shape[1:], strict=True):
         ends.append([(item // block).clamp(max=size - 1) for item in (first, last)])
     (top, bottom), (left, right) = ends
+    # Only the part that the blocks touch, because a layout covers the longest sequence.
+    rows, columns = (int(last[-1]) + 1 if len(last) else 0 for last in (bottom, right))
+    table = layout[:, :rows, :columns].cpu()
+    sums = torch.nn.functional.pad(table.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
     count = (
         sums[:, bottom + 1][:, :, right + 1]
         - sums[:, top][:, :, right + 1]
