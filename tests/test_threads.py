@@ -155,14 +155,24 @@ def test_numbers_a_model_draws_are_given_back() -> None:
 
 
 def test_what_a_caller_froze_stays_frozen() -> None:
-    with heap_set_aside():
-        assert gc.get_freeze_count()
-        kept = [[] for _ in range(1000)]
-        gc.freeze()
+    gc.freeze()
     try:
-        assert gc.get_freeze_count() > len(kept)
+        frozen = gc.get_freeze_count()
+        with heap_set_aside(), heap_set_aside():
+            assert gc.get_freeze_count() == frozen
+        assert gc.get_freeze_count() == frozen
     finally:
         gc.unfreeze()
+
+
+def test_the_heap_is_set_aside_once_and_given_back() -> None:
+    with heap_set_aside():
+        frozen = gc.get_freeze_count()
+        assert frozen
+        with heap_set_aside():
+            assert gc.get_freeze_count() == frozen
+        assert gc.get_freeze_count() == frozen
+    assert not gc.get_freeze_count()
 
 
 class Locked(nn.Module):

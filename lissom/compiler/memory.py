@@ -20,19 +20,24 @@ def give_back_memory() -> None:
             trim(0)
 
 
+_aside: list[bool] = []
+"""Not empty while the heap is set aside. Passes run under the lock of `frontends/isolation.py`, one thread at a time."""
+
+
 @contextmanager
 def heap_set_aside() -> Generator[None]:
     """Keep the garbage collector from going through what lives already, the model and torch itself, while passes run.
 
     Passes make many small objects, and each full collection over a whole process costs as much as several passes.
     """
-    mine = gc.isenabled() and gc.get_freeze_count() == 0
-    if mine:
-        gc.freeze()
-    frozen = gc.get_freeze_count()
+    # Counting takes as long as there are frozen objects: only what freezes first asks, where a caller's own are usually none.
+    if _aside or not gc.isenabled() or gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    _aside.append(True)
     try:
         yield
     finally:
-        # More than were frozen here: someone else froze what lives since, to keep it so.
-        if mine and gc.get_freeze_count() <= frozen:
-            gc.unfreeze()
+        _aside.clear()
+        gc.unfreeze()
