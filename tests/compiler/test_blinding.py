@@ -284,3 +284,13 @@ def test_memory_read_by_its_strides() -> None:
 
     found = capture(Strided(), (normal(2, 4),), dynamic=False)
     refused(found, last(aten.mul.Tensor), transposed)
+
+
+def overflowing(edit: Editor, node: fx.Node) -> fx.Node:
+    return edit.call(aten.mul.Tensor, edit.call(aten.mul.Tensor, node, 30000.0), 1 / 30000.0)
+
+
+def test_an_overflow_that_float32_does_not_have_is_refused():
+    model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))).half()
+    found = capture(model, (4 * normal(2, 5, 8).half(),))
+    refused(found, lambda edit: edit.program.nodes(aten.linear.default)[0], overflowing)
