@@ -55,7 +55,6 @@ def check_writable(path: Path) -> None:
 
     Raises: ArtifactError.
     """
-    path = path.absolute()
     try:
         if not path.parent.is_dir():
             raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")

@@ -64,5 +64,5 @@ def test_rotary(sizes, rank, halved, interleaved, dtype, form):
 def test_wrong_angles_are_refused():
     if load_kernels():
         pytest.skip(load_kernels())
-    with pytest.raises(RuntimeError, match="one number a feature, or one a pair"):
+    with pytest.raises(RuntimeError, match="one for each of an even number of features, here 8, or one a pair"):
         fused_rotary(numbers(1, 2, 3, 8), numbers(3, 5), numbers(3, 5))
