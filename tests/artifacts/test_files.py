@@ -76,7 +76,8 @@ def test_what_is_no_plain_file_is_refused_and_stays(tmp_path, kind, monkeypatch)
     ):
         with pytest.raises(ArtifactError) as caught:
             write(path)
-        assert str(caught.value) == f"'{tmp_path / 'out'}' {said}"
+        # Named as the caller does, or in full.
+        assert str(caught.value) in (f"'out' {said}", f"'{tmp_path / 'out'}' {said}")
     assert kind_of(path) == was
     assert not [name for name in names_in(tmp_path) if name.startswith(".lissom")]
 
