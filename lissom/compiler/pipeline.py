@@ -311,7 +311,7 @@ class _Run:
             return divergence.relative_error, divergence.cosine, outputs
         bitwise = isinstance(item, Annotation)
         error = require_equal(self.program, after, self.samples, self.outputs, outputs, bitwise) if touched else 0.0
-        edit.notes += changed_strides(self.outputs[0], outputs[0])
+        edit.notes += changed_strides(answers(self.program, self.outputs[:1])[0], answers(after, outputs[:1])[0])
         return error, divergence.cosine, outputs
 
     def check_stretch(self) -> None:

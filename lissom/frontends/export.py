@@ -87,8 +87,11 @@ def capture(
             kwargs = _in_order(model, args, kwargs)
         with untouched(model), evaluating(model):
             _bound(model, args, kwargs)
-            with nothing_registered(model):
-                answer = answer_to(model, args, kwargs)
+            # A graph has no code of its own to fail, and its export names the node that does.
+            answer = None
+            if not isinstance(model, fx.GraphModule):
+                with nothing_registered(model):
+                    answer = answer_to(model, args, kwargs)
             if isinstance(dynamic, Mapping):
                 program, notes = _capture_named(model, args, kwargs, dynamic, answer)
             else:
@@ -102,7 +105,7 @@ def capture(
 
 
 def _capture_by_trying(
-    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: bool, answer: Sequence[object]
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: bool, answer: Sequence[object] | None
 ) -> tuple[Program, list[str]]:
     """Free batch and sequence, else batch, else sequence, else nothing; the first that agrees with the model."""
     tried: list[str] = []
@@ -157,7 +160,7 @@ def capture_sizes(
 
 
 def _capture_named(
-    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic, answer: Sequence[object]
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic, answer: Sequence[object] | None
 ) -> tuple[Program, list[str]]:
     """Free exactly the dimensions the caller names."""
     wanted = wanted_dimensions(dynamic, _bound(model, args, kwargs))

@@ -212,9 +212,7 @@ def _oracle(
             with torch.no_grad():
                 plain = _called(case, model, inputs)
                 exact = _called(case, precise, {name: _doubled(item) for name, item in inputs.items()})
-            mask = inputs.get("mask")
-            kept = models.kept_tokens(case.spec, mask) if packs and isinstance(mask, torch.Tensor) else None
-            return oracle.differs_from_float64(found, plain, exact, kept)
+            return oracle.differs_from_float64(found, plain, exact, _kept(case, inputs) if packs else None)
 
         return by_model
     prefix = ",".join(case.passes[: lossy[-1] + 1])
@@ -232,9 +230,15 @@ def _oracle(
     def by_program(inputs: Mapping[str, object], found: list[torch.Tensor]) -> str | None:
         with torch.no_grad():
             flat = program.run(program.signature.flatten(*_split(_given(case, inputs))))
-        return oracle.differs_from_program(found, [item for item in flat if isinstance(item, torch.Tensor)], precision)
+        tensors = [item for item in flat if isinstance(item, torch.Tensor)]
+        return oracle.differs_from_program(found, tensors, precision, None if precision == "fp32" else _kept(case, inputs))
 
     return by_program
+
+
+def _kept(case: Case, inputs: Mapping[str, object]) -> torch.Tensor | None:
+    mask = inputs.get("mask")
+    return models.kept_tokens(case.spec, mask) if isinstance(mask, torch.Tensor) else None
 
 
 def _reloaded(

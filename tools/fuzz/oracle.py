@@ -43,8 +43,13 @@ def differs_from_float64(
     return None
 
 
-def differs_from_program(found: Sequence[object], wanted: Sequence[torch.Tensor], precision: str) -> str | None:
-    """Why a compiled program's answer is not that of the program before lowering; precision: a key of `LIMITS`."""
+def differs_from_program(
+    found: Sequence[object], wanted: Sequence[torch.Tensor], precision: str, kept: torch.Tensor | None = None
+) -> str | None:
+    """Why a compiled program's answer is not that of the program before lowering.
+
+    precision: a key of `LIMITS`. kept: as above; in bfloat16 the score of a query that sees padding alone is all rounding.
+    """
     sentence = _form_differs(found, wanted)
     if sentence is not None:
         return sentence
@@ -53,7 +58,7 @@ def differs_from_program(found: Sequence[object], wanted: Sequence[torch.Tensor]
         sentence = _places_differ(a, b)
         if sentence is not None:
             return f"output {at}: {sentence}"
-        error = _mean_error(a, b)
+        error = _mean_error(a, b, _counted(b, kept))
         if error > LIMITS[precision]:
             return f"output {at} is off by {error:.1e} of its size, and {precision} allows {LIMITS[precision]:.1e}"
     return None
@@ -90,9 +95,9 @@ def _error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> 
     return float((a - b).abs().max() / b.square().mean().sqrt().clamp_min(1e-6))
 
 
-def _mean_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def _mean_error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
     """The root mean square of the differences, as a share of that of what is wanted."""
-    counted = torch.isfinite(wanted)
+    counted = counted & torch.isfinite(wanted)
     if not counted.any():
         return 0.0
     a, b = found.double()[counted], wanted.double()[counted]
