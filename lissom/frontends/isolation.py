@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 _LOGGERS = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")
 
@@ -46,9 +46,11 @@ def with_own_modules(model: nn.Module) -> nn.Module:
     """The model's modules copied, in evaluation mode, around the same parameters and buffers.
 
     The model itself where it cannot be copied: where an object in it refuses, or a `forward` that was put into an instance may
-    have hold of the module.
+    have hold of the module. A graph is not copied, because a copy loses the name of its class.
     """
-    if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
+    if isinstance(model, fx.GraphModule) or any(
+        isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()
+    ):
         return model
     tensors: dict[int, object] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     for module in model.modules():

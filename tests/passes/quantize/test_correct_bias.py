@@ -89,7 +89,9 @@ def test_real_tokens_alone_count(name: str) -> None:
 def test_rounding_costs_less_after_it() -> None:
     module, x = biased(), normal(6, 5, 8)
     steps = lissom.optimize(module, x, passes=f"{SCHEME},correct-bias", data=[x]).report.history.steps
-    assert steps[-1].relative_error < 0.9 * steps[-2].relative_error
+    assert steps[-1].relative_error < steps[-2].relative_error
+    # The error that is left is that of single values, which has no mean: 1 - cosine falls to about a quarter.
+    assert 1 - steps[-1].cosine < 0.5 * (1 - steps[-2].cosine)
 
 
 def test_composes() -> None:
