@@ -124,7 +124,7 @@ def test_inputs_of_any_layout_and_rank():
 def test_a_wrong_weight_is_refused():
     if MISSING:
         pytest.skip(MISSING)
-    with pytest.raises(RuntimeError, match="a packed weight has the sizes .* must be contiguous with the sizes"):
+    with pytest.raises(RuntimeError, match=r"a packed weight has the sizes .* must be contiguous with the sizes"):
         packed_linear(numbers(2, 8), pack(numbers(6, 9)), features=6)
 
 

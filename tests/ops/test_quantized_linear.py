@@ -212,7 +212,7 @@ def test_inputs_of_any_layout_and_rank() -> None:
 
 @pytest.mark.skipif(missing_byte_kernel(torch.float32, CPU) is not None, reason="no kernel for bytes here")
 def test_a_wrong_weight_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="a packed weight has the sizes .* must be contiguous with the sizes"):
+    with pytest.raises(RuntimeError, match=r"a packed weight has the sizes .* must be contiguous with the sizes"):
         quantized_linear(numbers(2, 8), *packed(*layer(6, 9)), features=6)
     with pytest.raises(RuntimeError, match="by 'token' or by 'tensor'"):
         quantized_linear(numbers(2, 8), *packed(*layer(6, 8)), features=6, granularity="channel")

@@ -143,5 +143,5 @@ def test_inputs_of_any_layout_and_rank() -> None:
 def test_a_wrong_weight_is_refused() -> None:
     if missing_stored_kernel(torch.float32, torch.device("cpu")) is not None:
         pytest.skip("no kernel for stored integers here")
-    with pytest.raises(RuntimeError, match="a packed weight has the sizes .* must be contiguous with the sizes"):
+    with pytest.raises(RuntimeError, match=r"a packed weight has the sizes .* must be contiguous with the sizes"):
         weight_quantized_linear(numbers(2, 8), *packed(*layer(6, 6, 1, "int8"), "int8"), features=6, format="int8")
