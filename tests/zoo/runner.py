@@ -130,12 +130,17 @@ def _processor_seconds(process: BaseProcess) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
-def _child(entry: Entry, writer: Connection, check: Check) -> None:
-    """Check one model and tell what is found, with nothing on the terminal."""
+def confine() -> None:
+    """Limit the memory this process may allocate, and let nothing of it reach the terminal."""
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+
+
+def _child(entry: Entry, writer: Connection, check: Check) -> None:
+    """Check one model and tell what is found, with nothing on the terminal."""
+    confine()
     started = time.process_time()
     check(entry, writer.send)
     writer.send({"total_seconds": round(time.process_time() - started, 2)})

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import os
-import resource
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +12,11 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from tests.zoo.runner import confine
 from tools.fuzz import case as cases
 from tools.fuzz import models, pipelines
 from tools.fuzz.case import Case, Outcome
 
-MOST_BYTES = 6 << 30
-"""Memory a process may allocate."""
 PATIENCE = 240.0
 """Seconds by the clock that one case may take; the slowest takes some ten seconds of a processor."""
 
@@ -110,10 +107,7 @@ def _start(block: Sequence[tuple[int, Case]], address: str) -> _Worker:
 
 def _work(block: Sequence[tuple[int, Case]], writer: Connection, address: str) -> None:
     """Run the cases, with nothing on the terminal."""
-    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    confine()
     for _, case in block:
         writer.send(cases.run(case, address))
     writer.close()
