@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from lissom.artifacts.fields import MOST_BYTES
-from lissom.artifacts.files import open_plain, read_plain, reason, writing_whole
+from lissom.artifacts.files import check_parent, open_plain, read_plain, reason, writing_whole
 from lissom.artifacts.manifest import NAME, Content, Manifest, listed_files, parse_manifest
 from lissom.artifacts.signature import SIGNATURE, check_signature, sign
 from lissom.compiler.errors import ArtifactError
@@ -80,10 +80,7 @@ def check_target(target: Path) -> None:
     try:
         if not target.name:
             raise ArtifactError(f"'{target}' is no name for an artifact; name a directory that is not there yet")
-        if not target.parent.is_dir():
-            raise ArtifactError(f"'{target}' cannot be written: there is no directory '{target.parent}'; make it first")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise ArtifactError(f"'{target}' cannot be written: '{target.parent}' takes no new files; choose another directory")
+        check_parent(target)
         mode = target.lstat().st_mode
         found = {path.name for path in target.iterdir()} if stat.S_ISDIR(mode) else set[str]()
     except FileNotFoundError:

@@ -50,16 +50,21 @@ def read_plain(path: Path, most: int) -> bytes:
             raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
 
 
+def check_parent(path: Path) -> None:
+    """Refuse a path whose directory is not there, or takes no new files. Raises: ArtifactError, OSError, ValueError."""
+    if not path.parent.is_dir():
+        raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ArtifactError(f"'{path}' cannot be written: '{path.parent}' takes no new files; choose another directory")
+
+
 def check_writable(path: Path) -> None:
     """Refuse a path that could not be written, or names something else than a plain file, before the work is done.
 
     Raises: ArtifactError.
     """
     try:
-        if not path.parent.is_dir():
-            raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise ArtifactError(f"'{path}' cannot be written: '{path.parent}' takes no new files; choose another directory")
+        check_parent(path)
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
