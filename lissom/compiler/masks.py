@@ -71,7 +71,7 @@ def _kind(program: Program, mask: fx.Node) -> MaskKind:
         return MaskKind(padding=inputs, bias=True)
     blocked = ~plain if plain.dtype == torch.bool else plain <= _BLOCKED
     padding = inputs and (masked.shape != plain.shape or not torch.equal(masked, plain))
-    bias = plain.dtype != torch.bool and bool((plain[~blocked] != 0).any())
+    bias = plain.dtype != torch.bool and bool(plain.masked_fill(blocked, 0).any())
     square = blocked.reshape(-1, *blocked.shape[-2:])[0]
     causal, window = _triangle(square)
     return MaskKind(causal, window, padding, bias)

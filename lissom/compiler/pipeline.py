@@ -232,9 +232,9 @@ class _Run:
         edit = Editor(after, item.name(), self.pipeline.data, reference=self.reference, progress=show)
         self._run_pass(item, edit)
         after.drop_dead()
-        ran = time.perf_counter()
+        ran, text_after = time.perf_counter(), after.text()
         try:
-            error, cosine, outputs = self._check(item, after, edit)
+            error, cosine, outputs = self._check(item, after, edit, text_after)
         except (VerifyError, *REFUSALS) as problem:
             what = "" if isinstance(problem, VerifyError) else f"the program does not run after it: {type(problem).__name__}: "
             raise VerifyError(f"{format_pass(item)} was rolled back: {what}{problem}") from problem
@@ -263,7 +263,7 @@ class _Run:
         self.program, self.outputs = after, outputs
         if item.redefines:
             self.original = answers(after, outputs)
-        self.history.record(step, after.text())
+        self.history.record(step, text_after)
 
     def _check_requirements(self, item: Pass) -> None:
         for requirement in item.requires:
@@ -293,14 +293,16 @@ class _Run:
                 f"came from; the model's own weight is changed now: load it again, and use edit.set_weight in the pass"
             )
 
-    def _check(self, item: Pass, after: Program, edit: Editor) -> tuple[float | None, float | None, list[list[object]]]:
+    def _check(
+        self, item: Pass, after: Program, edit: Editor, text_after: str
+    ) -> tuple[float | None, float | None, list[list[object]]]:
         """The error and cosine of the program after the pass, and its outputs; both None when nothing was run.
 
         A program that no edit and no training touched gives the outputs of the program before, and is not run again.
         """
         if self.pipeline.checks == "off":
             return None, None, []
-        touched = after.edits > 0 or isinstance(item, Training) or after.text() != self.history.texts[-1]
+        touched = after.edits > 0 or isinstance(item, Training) or text_after != self.history.texts[-1]
         if touched:
             verify_structure(after, self.program)
         if self.pipeline.checks == "structural":

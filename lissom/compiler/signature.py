@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn
 
 import sympy
@@ -85,8 +86,16 @@ class Signature:
 
     def name_of(self, expression: sympy.Expr) -> str:
         """The expression with the dimensions' names in it, `batch*sequence`."""
-        names = {symbol: sympy.Symbol(dimension.name) for symbol, dimension in self.dimensions.items()}
-        return str(expression.xreplace(names))
+        known = self._named.get(expression)
+        if known is None:
+            names = {symbol: sympy.Symbol(dimension.name) for symbol, dimension in self.dimensions.items()}
+            known = self._named[expression] = str(expression.xreplace(names))
+        return known
+
+    @cached_property
+    def _named(self) -> dict[sympy.Expr, str]:
+        """Expressions by what `name_of` made of them: a program's text names each many times."""
+        return {}
 
     def describe(self) -> str:
         """The call as a person would write it, `(input_ids: i64[batch, sequence], *, use_cache=False)`."""

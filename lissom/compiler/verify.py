@@ -185,9 +185,9 @@ def relative_error(wanted: object, found: object) -> float:
         return math.inf
     if not (wanted.is_floating_point() or wanted.is_complex()):
         return 0.0 if torch.equal(wanted, found) else math.inf
-    if wanted.numel() == 0:
-        return 0.0
     a, b = wanted.detach(), found.detach()
+    if torch.equal(a, b):
+        return 0.0
     precise = torch.complex128 if a.is_complex() else torch.float64 if a.dtype == torch.float64 else torch.float32
     a, b = a.to(precise), b.to(precise)
     odd = ~torch.isfinite(a)
@@ -215,6 +215,8 @@ def _size(values: torch.Tensor) -> tuple[float, float]:
 
 
 def _cosine(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    if wanted.dtype == found.dtype and torch.equal(wanted, found):
+        return 1.0
     a, b = wanted.detach().double().flatten(), found.detach().double().flatten()
     if a.numel() != b.numel():
         return -1.0
