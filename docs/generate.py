@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from blocks import fill, mask, settled
 from examples import EXAMPLES
 from measure import machine, measure
@@ -61,6 +62,7 @@ def documents() -> list[Path]:
 
 def fresh(path: Path, seconds: float | None = None) -> str:
     """The document as it should read now. seconds: how long to time each engine; None leaves out what is measured."""
+    torch.compiler.reset()  # graphs are numbered, and a document shows its own
     if path == DEMO:
         return _demo(seconds)
     if path.parent.name == "passes":

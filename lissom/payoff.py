@@ -13,7 +13,7 @@ from lissom.compiler.kinds import Pass
 from lissom.compiler.pipeline import Pipeline
 from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample
-from lissom.inspect.timing import Timing, time_calls
+from lissom.inspect.timing import ENOUGH, Timing, time_calls
 
 FASTER = 0.97
 """A program is faster when it takes less than this share of the time: two runs of one program differ by as much."""
@@ -58,7 +58,7 @@ class Payoff:
         if getattr(built[1], "simulated", ()):
             return None
         calls = [partial(executable, self.example) for executable in built]
-        without, found = time_calls(dict(zip(("without", "with"), calls, strict=True)), _SECONDS).values()
+        without, found = time_calls(dict(zip(("without", "with"), calls, strict=True)), _SECONDS, most=ENOUGH).values()
         if found.median_ms < FASTER * without.median_ms:
             return None
         shapes = ", ".join(str(list(tensor.shape)) for tensor in self.example)

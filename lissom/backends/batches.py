@@ -18,7 +18,7 @@ from lissom.compiler.program import Program
 from lissom.compiler.samples import Sample, resize
 from lissom.compiler.types import Size
 from lissom.compiler.verify import compare, tolerance_of
-from lissom.inspect.timing import time_calls
+from lissom.inspect.timing import ENOUGH, time_calls
 
 Call = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
@@ -84,14 +84,14 @@ def fastest_cutting(call: Call, program: Program, example: Sample, seconds: floa
     one = _at(program, example, symbol, max(dimension.minimum, 1))
     if one is None:
         return None
-    once = time_calls({"one": partial(call, one)}, seconds / 4)["one"].median_ms
+    once = time_calls({"one": partial(call, one)}, seconds / 4, most=ENOUGH)["one"].median_ms
     # A large batch of some fifth of a second: two of some twenty pieces are measured in a second or two.
     largest = min(_LARGEST, dimension.maximum or _LARGEST, 1 << max(0, int(200 / max(once, 1e-3)).bit_length() - 1))
     counts = [largest >> step for step in range(5) if largest >> step >= max(1, dimension.minimum)]
     samples = {count: sample for count in counts if (sample := _at(program, example, symbol, count)) is not None}
     if len(samples) < 2 or largest not in samples:
         return None
-    timings = time_calls({str(count): partial(call, sample) for count, sample in samples.items()}, seconds / 2)
+    timings = time_calls({str(count): partial(call, sample) for count, sample in samples.items()}, seconds / 2, most=ENOUGH)
     a_row = {count: timings[str(count)].low_ms / count for count in samples}
     best = min(a_row, key=lambda count: a_row[count])
     if a_row[best] > _GAIN * a_row[largest] or 2 * best > largest:

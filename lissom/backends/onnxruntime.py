@@ -31,7 +31,7 @@ from lissom.compiler.program import Program
 from lissom.compiler.rounding import LOCAL_TOLERANCE
 from lissom.compiler.samples import Sample, resize
 from lissom.compiler.verify import kept_state
-from lissom.inspect.timing import time_calls
+from lissom.inspect.timing import ENOUGH, time_calls
 from lissom.ops import block_sparse_attention
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
@@ -385,7 +385,7 @@ def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: 
     told: list[str] = []
     for sample in samples:
         with restored_state(other, best):
-            timings = time_calls({"with": partial(other, sample), "without": partial(best, sample)}, seconds, least)
+            timings = time_calls({"with": partial(other, sample), "without": partial(best, sample)}, seconds, least, ENOUGH)
         ratios.append(timings["with"].low_ms / timings["without"].low_ms)
         shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
         told.append(f"{timings['with']} ms with it and {timings['without']} ms without on inputs {shapes}")

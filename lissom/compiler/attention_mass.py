@@ -16,8 +16,8 @@ from torch import fx
 
 from lissom.compiler import node as nodes
 from lissom.compiler.attention_operands import mask_of, scale_of
-from lissom.compiler.calibration import token_mask
 from lissom.compiler.program import Program
+from lissom.compiler.real_tokens import token_mask
 from lissom.compiler.samples import Sample
 from lissom.compiler.stream import Stream
 

@@ -1,7 +1,7 @@
 """Calibration: run samples through a program and keep sums of what chosen nodes yield, and of the gradients that reach them.
 
 Samples are run one after another and only sums are kept, so memory does not grow with their number. Padding does not count: a
-token does where the attention mask of its input is not zero.
+token does that attention does not hide (see `real_tokens`).
 
 There are no labels, so gradients are those of the program's own likelihood, whose second moment is the Fisher information.
 An output over a vocabulary is a distribution, and a label is drawn from it. Any other output f is the mean of a normal
@@ -22,6 +22,7 @@ from lissom.compiler import node as nodes
 from lissom.compiler.linears import as_int
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.program import Program
+from lissom.compiler.real_tokens import token_mask
 from lissom.compiler.samples import Sample
 from lissom.compiler.structure import structure
 from lissom.compiler.verify import kept_state
@@ -75,24 +76,6 @@ class Moments:
         self.count += len(rows) if weights is None else float(weights.sum())
         self.total += weighted.sum(0)
         self.gram.addmm_(weighted.T, rows)
-
-
-def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -> torch.Tensor | None:
-    """Which tokens of what the node yields are real, of booleans in the shape of its batch and tokens; None where all are.
-
-    That is told by the argument named a mask that has these sizes, [batch, tokens]. axis: the dimension of the tokens, one
-    before the last.
-    """
-    shape = nodes.tensor_type(node).shape
-    for leaf, tensor in zip(program.signature.tensors, sample, strict=True):
-        if "mask" not in leaf.path or len(leaf.type.shape) != 2:
-            continue
-        batch, tokens = leaf.type.shape
-        if len(shape) == axis + 2 and (shape[0], shape[axis]) == (batch, tokens):
-            return tensor != 0
-        if len(shape) == 2 and shape[0] == batch * tokens:
-            return (tensor != 0).flatten()
-    return None
 
 
 def spread(data: Sequence[Sample], tokens: int) -> list[Sample]:

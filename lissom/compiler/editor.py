@@ -239,7 +239,7 @@ class Editor:
 
     def _type(self, node: fx.Node) -> None:
         try:
-            nodes.set_value(node, fake.fake_call(self.program.fake_mode, node))
+            nodes.set_value(node, fake.known_call(self.program.fake_mode, node))
         except Exception as error:
             shown = text.argument_text([*node.args, *node.kwargs.values()])
             raise PassError(

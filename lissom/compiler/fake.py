@@ -24,6 +24,9 @@ from lissom.compiler.types import ScalarType, Size, TensorType, ValueType, size_
 
 aten = torch.ops.aten
 
+_KNOWN = "lissom_known_calls"
+_NEW_SIZES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
 
 class FlatModule(_LazyGraphModule):
     """A graph module that generates its Python code at its first call, so that edits and copies cost nothing."""
@@ -57,6 +60,39 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
         if nodes.is_call(node, aten.constant_pad_nd.default, aten.pad.default):
             return _fake_pad(node)
         return call(node, nodes.value)
+
+
+def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
+    """The same, of an earlier call where one of that operator read values of the same types: most layers are alike.
+
+    The value may be another node's too, so it tells nothing of which tensors share memory.
+    """
+    known: dict[object, object] = mode.__dict__.setdefault(_KNOWN, {})
+    key = _key(node)
+    try:
+        found = known.get(key, known)
+    except TypeError:  # an argument that cannot be hashed
+        return fake_call(mode, node)
+    if found is known:
+        found = fake_call(mode, node)
+        # A size that depends on values has a name of its own each time.
+        if key is not None and not _NEW_SIZES.intersection(getattr(node.target, "tags", ())):
+            known[key] = found
+    return found
+
+
+def _key(node: fx.Node) -> object:
+    """All that the type of a call depends on; None where it may depend on more."""
+    if any(getattr(nodes.value(used), "constant", None) is not None for used in node.all_input_nodes):
+        return None
+    return node.target, _described(node.args), *((name, _described(item)) for name, item in sorted(node.kwargs.items()))
+
+
+def _described(item: object) -> object:
+    if isinstance(item, (tuple, list)):
+        return tuple(map(_described, item))
+    # The number 1 is equal to 1.0 and to True, and gives other types.
+    return description(nodes.value(item)) if isinstance(item, fx.Node) else (type(item), item)
 
 
 def _fake_pad(node: fx.Node) -> object:

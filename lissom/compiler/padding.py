@@ -66,7 +66,7 @@ def key_mask(program: Program, attention: fx.Node) -> KeyMask | None:
         return KeyMask(kind.causal)
     if kind.bias or kind.window is not None:
         return None
-    order = _order(program, [mask])
+    order = order_of(program, [mask])
     if order is None:
         return None
     read = [node for node in order if node.op == "placeholder"]
@@ -140,7 +140,7 @@ def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int,
 
 def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Check) -> bool:
     """True when the check holds of the values of `wanted` and of the mask on all probes; False where there are none."""
-    order = _order(program, [mask, *wanted])
+    order = order_of(program, [mask, *wanted])
     return order is not None and mask in order and _holds_on(check, order, program, mask)
 
 
@@ -156,7 +156,7 @@ def _may_be_mask(found: object) -> bool:
     return isinstance(found, TensorType) and found.rank == 2 and not found.dtype.is_complex
 
 
-def _order(program: Program, wanted: Sequence[fx.Node]) -> list[fx.Node] | None:
+def order_of(program: Program, wanted: Sequence[fx.Node]) -> list[fx.Node] | None:
     """What the nodes are computed from, in order; None when linear layers or attentions are among it."""
     pending, seen = list(wanted), set[fx.Node]()
     while pending:
@@ -204,22 +204,23 @@ def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) ->
         size = max(_BATCH if symbol in shape[:1] else _TOKENS + index, dimension.minimum)
         sizes[symbol] = min(size, dimension.maximum or size)
     if mask is None:
-        yield _values(program, order, sizes)
+        yield values_at(program, order, sizes)
         return
     batch, tokens = (evaluate(size, sizes) for size in shape)
     rows = _Patterns.of(tokens).rows
     rows = rows[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
     for group in rows.split(batch):
         found = nodes.tensor_type(mask)
-        yield _values(program, order, sizes, {mask: group.to(found.device, found.dtype)})
+        yield values_at(program, order, sizes, {mask: group.to(found.device, found.dtype)})
 
 
-def _values(
+def values_at(
     program: Program,
     order: Sequence[fx.Node],
     sizes: Mapping[sympy.Symbol, int],
     given: Mapping[fx.Node, torch.Tensor] | None = None,
 ) -> Values:
+    """The values of nodes in order, at these sizes; inputs that are not given are ones."""
     values: dict[fx.Node, object] = dict(given or {})
     with torch.no_grad():
         for node in order:

@@ -28,11 +28,12 @@ import torch
 from torch import fx
 
 from lissom.compiler import node as nodes
-from lissom.compiler.calibration import Moments, Progress, real_rows, spread, token_mask
+from lissom.compiler.calibration import Moments, Progress, real_rows, spread
 from lissom.compiler.editor import Editor
 from lissom.compiler.linears import as_int, input_of
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.program import Program
+from lissom.compiler.real_tokens import token_mask
 from lissom.compiler.removal import Columns, find_head_columns, find_neuron_columns
 from lissom.compiler.samples import Sample
 from lissom.compiler.stream import Stream

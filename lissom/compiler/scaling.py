@@ -87,7 +87,14 @@ class ScalingSite:
         return _largest(self.matrix.read(program).float().abs().amax(1), self.parameters[0].channel, self.count)
 
     def scale(self, edit: Editor, factors: torch.Tensor) -> None:
-        """Divide the channels by these factors, and multiply what reads them. factors: [channels], positive."""
+        """Divide the channels by these factors, and multiply what reads them. factors: [channels], positive.
+
+        Where weights are in a short format, by the nearest powers of two: no weight is rounded by them.
+        """
+        weights = [edit.program.weight(str(item.node.target)) for item in self.parameters]
+        weights += [item.matrix.read(edit.program) for item in self.readers]
+        if any(weight.dtype.itemsize < 4 for weight in weights):
+            factors = factors.log2().round().exp2()
         for parameter in self.parameters:
             weight = edit.program.weight(str(parameter.node.target)).detach()
             shape = [-1 if dim == parameter.dim else 1 for dim in range(weight.dim())]

@@ -17,10 +17,11 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.calibration import Moments, real_rows, token_mask
+from lissom.compiler.calibration import Moments, real_rows
 from lissom.compiler.execute import call
 from lissom.compiler.linears import input_of
 from lissom.compiler.program import Program
+from lissom.compiler.real_tokens import token_mask
 from lissom.compiler.samples import Sample
 
 TokenWeights = Callable[[fx.Node, Sequence[torch.Tensor]], Sequence[torch.Tensor] | None]

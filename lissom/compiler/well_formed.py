@@ -97,7 +97,7 @@ def _check_type(program: Program, node: fx.Node, old: fx.Node | None) -> None:
     than can be worked out; it must then be right at the example's sizes.
     """
     try:
-        again = nodes.type_of(fake.fake_call(program.fake_mode, node))
+        again = nodes.type_of(fake.known_call(program.fake_mode, node))
     except Exception as error:
         _fail(program, node, f"it does not run on its arguments' types: {error}", cause=error)
     recorded = nodes.node_type(node)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -23,18 +25,26 @@ class Timing:
         return f"{_three_digits(self.median_ms)} ({_three_digits(self.low_ms)} to {_three_digits(self.high_ms)})"
 
 
-def time_calls(calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, least: int = 5) -> dict[str, Timing]:
+ENOUGH = 300
+"""Runs that are enough to choose by; a call of a tenth of a millisecond would have thousands."""
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, least: int = 5, most: float = math.inf
+) -> dict[str, Timing]:
     """Time several calls in turn, A B A B …, so that a drift of the machine's speed meets them alike.
 
     seconds: how long to measure each, after two calls to warm up. least: how many runs are made at least, two or more; where
-        that is fewer than five, one call warms up.
+        that is fewer than five, one call warms up. most: how many are made at most, however short they are.
     """
     for call in calls.values():
         for _ in range(1 if least < 5 else 2):
             call()
     taken: dict[str, list[float]] = {name: [] for name in calls}
     started = time.perf_counter()
-    while time.perf_counter() - started < seconds * len(calls) or len(next(iter(taken.values()))) < least:
+    for run in itertools.count():
+        if run >= least and (run >= most or time.perf_counter() - started >= seconds * len(calls)):
+            break
         for name, call in calls.items():
             taken[name].append(_time_once(call))
     return {name: _summary(runs) for name, runs in taken.items()}

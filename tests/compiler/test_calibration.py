@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 import lissom
-from lissom.compiler.calibration import Moments, moments, observe_gradients, real_rows, token_mask
+from lissom.compiler.calibration import Moments, moments, observe_gradients, real_rows
 from lissom.compiler.linears import input_of
 from lissom.compiler.program import Program
+from lissom.compiler.real_tokens import token_mask
 from lissom.compiler.samples import Sample
 from lissom.compiler.structure import structure
 from tests.models import normal, tiny_bert

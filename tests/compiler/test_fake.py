@@ -18,6 +18,39 @@ def test_a_call_is_typed_from_the_types_of_its_arguments():
     assert fake.same_type(program.fake_mode, typed, nodes.node_type(linear))
 
 
+def test_a_known_call_has_the_type_of_a_new_one():
+    program = captured("bert")
+    for node in program.nodes():
+        fresh = fake.description(fake.fake_call(program.fake_mode, node))
+        assert fake.description(fake.known_call(program.fake_mode, node)) == fresh
+        assert fake.description(fake.known_call(program.fake_mode, node)) == fresh
+
+
+def test_a_known_call_is_told_by_its_arguments():
+    program = captured("feed_forward")
+    linear = program.nodes(torch.ops.aten.linear.default)[0]
+    known = fake.known_call(program.fake_mode, linear)
+    assert fake.known_call(program.fake_mode, linear) is known
+    with program.graph.inserting_after(linear):
+        calls = [program.graph.call_function(torch.ops.aten.add.Scalar, (linear, number)) for number in (1, 1.0, True)]
+        product = program.graph.call_function(torch.ops.aten.to.dtype, (linear, torch.int64))
+    nodes.set_value(product, fake.known_call(program.fake_mode, product))
+    values = [fake.known_call(program.fake_mode, call) for call in calls]
+    assert len({id(value) for value in values}) == 3
+    for call, dtype in zip(calls, (torch.int64, torch.float32, torch.int64), strict=True):
+        call.args = (product, call.args[1])
+        assert fake.known_call(program.fake_mode, call).dtype == dtype
+
+
+def test_sizes_that_depend_on_values_are_never_shared():
+    program = captured("feed_forward")
+    norm = program.nodes(torch.ops.aten.layer_norm.default)[0]
+    with program.graph.inserting_after(norm):
+        found = [program.graph.call_function(torch.ops.aten.nonzero.default, (read,)) for read in (norm, norm.args[0])]
+    first, second = (nodes.type_of(fake.known_call(program.fake_mode, call)) for call in found)
+    assert first.shape[0] != second.shape[0]
+
+
 def test_typing_does_not_fix_a_size():
     program = captured("feed_forward")
     before = len(program.fake_mode.shape_env.guards)

@@ -17,6 +17,11 @@ def test_calls_are_warmed_up_twice_and_then_run_in_turn():
     assert found["a"].runs == found["b"].runs == 5
 
 
+def test_a_call_is_run_no_more_often_than_asked():
+    found = time_calls({"a": lambda: None, "b": lambda: None}, seconds=60.0, most=20)
+    assert found["a"].runs == found["b"].runs == 20
+
+
 def test_time_is_measured_in_milliseconds():
     found = time_calls({"sleep": lambda: time.sleep(0.01)}, seconds=0.0)["sleep"]
     # A sleep never ends early; on a busy machine it may end late.

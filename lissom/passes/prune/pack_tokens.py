@@ -7,8 +7,8 @@ Linear layers, norms, activations, embeddings and residual sums run on the packe
 attention and whatever else looks across tokens runs on the padded form. Both directions are lookups of whole rows, so that
 every backend has them. In the padded form a padding position holds a copy of the last real token before it, which nothing may
 read. The pass is exact because it follows every value to where a mask hides padding, sets it to zero, or one position is
-chosen, and leaves the program alone where a value goes anywhere else. A chosen position (`[CLS]`, the last token) is kept even
-where it is padding, and so are all positions of a row without any real token.
+chosen, and leaves the program alone where a value goes anywhere else. Of a row whose chosen position (`[CLS]`, the last token)
+is padding, or that has no real token, all positions are kept: attention from padding may see other padding.
 
 How many tokens are real is known only when the program runs; the history counts operations as if all were.
 
@@ -93,10 +93,19 @@ class _Packer:
         """Which positions to keep, bool [batch, tokens]."""
         call, mask = self.edit.call, self.flow.mask
         real = call(aten.ne.Scalar, mask, 0)
-        empty = call(aten.logical_not.default, call(aten.any.dim, real, 1, True))
-        kept = call(aten.logical_or.default, real, empty)
+        whole = call(aten.logical_not.default, call(aten.any.dim, real, 1, True))
+        chosen = self._chosen()
+        if chosen is not None:
+            padding = call(aten.logical_and.default, chosen, call(aten.logical_not.default, real))
+            whole = call(aten.logical_or.default, whole, call(aten.any.dim, padding, 1, True))
+        return call(aten.logical_or.default, real, whole)
+
+    def _chosen(self) -> fx.Node | None:
+        """The positions that one is chosen by, bool [batch, tokens]; None where none is chosen."""
+        call = self.edit.call
         if not self.flow.positions:
-            return kept
+            return None
+        chosen: fx.Node | None = None
         start = self._numbers(1)
         end = call(aten.sub.Scalar, call(aten.sub.Tensor, start, call(aten.amax.default, start, [1], True)), 1)
         for position in self.flow.positions:
@@ -106,8 +115,8 @@ class _Packer:
                 column = call(aten.unsqueeze.default, position, 1)
                 found = [call(aten.eq.Tensor, counted, column) for counted in (start, end)]
             for item in found:
-                kept = call(aten.logical_or.default, kept, item)
-        return kept
+                chosen = item if chosen is None else call(aten.logical_or.default, chosen, item)
+        return chosen
 
     def _numbers(self, dim: int) -> fx.Node:
         """The number of each position's row (dim 0) or token (dim 1), [batch, tokens]."""

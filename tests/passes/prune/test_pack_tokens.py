@@ -84,6 +84,29 @@ def test_numbers(answer: str) -> None:
     assert history.steps[1].relative_error is not None
 
 
+@pytest.mark.parametrize("fill", [-1e4, float("-inf")])
+@pytest.mark.parametrize("answer", ["first", "last"])
+def test_padding_that_is_chosen_may_see_padding(answer: str, fill: float) -> None:
+    """Found by tools/fuzz: a query that causality keeps from every real token attends to padding, all the same."""
+
+    class Causal(Encoder):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            shown = mask[:, None, None, :] & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            hidden = torch.zeros(shown.shape).masked_fill(~shown, fill)
+            for q, k, v, o, feed_forward in zip(self.q, self.k, self.v, self.o, self.feed_forward, strict=True):
+                heads = [layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (q, k, v)]
+                mixed = functional.scaled_dot_product_attention(*heads, attn_mask=hidden)
+                x = feed_forward(x + o(mixed.transpose(1, 2).flatten(2)))
+            return _ANSWERS[self.answer](x, mask)
+
+    module = seeded(lambda: Causal(answer))
+    program, _ = rewrite(PackTokens(), module, *inputs())
+    assert calls(program, aten.nonzero.default) == 1
+    x, mask = inputs(4, 5, seed=1)
+    # Scores that -1e4 is added to are rounded to a thousandth.
+    torch.testing.assert_close(program(x, mask), module(x, mask), rtol=0, atol=1e-3)
+
+
 def test_a_row_without_padding_gives_the_same() -> None:
     module = seeded(lambda: Encoder("zeroed"))
     program, _ = rewrite(PackTokens(), module, *inputs())

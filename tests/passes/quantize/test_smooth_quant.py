@@ -59,6 +59,18 @@ def test_numbers(alpha: float) -> None:
         torch.testing.assert_close(program.weight("up.weight")[:, channel], module.up.weight[:, channel] * factor)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_short_formats_are_scaled_by_powers_of_two(dtype: torch.dtype) -> None:
+    """Found by tools/fuzz: weights rounded anew moved outputs by more than two correct programs differ."""
+    module, x = outlying()
+    module, x = module.to(dtype), x.to(dtype)
+    found = lissom.optimize(module, x, passes="smooth-quant", data=[x])
+    factors = found.program.weight("up.weight").float() / module.up.weight.detach().float()
+    assert bool((factors[0] != 1).any())
+    assert torch.equal(factors.log2(), factors.log2().round())
+    assert torch.equal(found.program(x), module(x))
+
+
 def test_the_factor_is_that_of_all_layers_that_read_a_norm() -> None:
     def weight(program: Program, name: str) -> torch.Tensor:
         return program.weight(f"model.layers.0.{name}.weight").detach()
