@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -35,6 +37,13 @@ def warm_up() -> None:
     """Import and build what every process needs. PyTorch is kept on one thread: a pool of threads does not survive a fork."""
     torch.set_num_threads(1)
     cases.run(Case(models.Spec(), ("prune-neurons{keep=0.5}", "quantize")))
+    cases.run(Case(models.Spec(), ("cast",), dynamic=False))
+    # What an export to ONNX imports, and no session: its threads would not survive a fork.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), dynamo=True, verbose=False)
+    gc.collect()
+    gc.freeze()
 
 
 def run_all(blocks: Iterator[list[tuple[int, Case]]], jobs: int, address: str = "") -> Generator[tuple[int, Case, Outcome]]:
