@@ -34,7 +34,7 @@ from tests.artifacts.saving import (
     tensors_of,
     write_expectation,
 )
-from tests.models import CASES, capture_of, counter, feed_forward, normal, tiny_bert, tiny_llama
+from tests.models import CASES, capture_of, counter, feed_forward, normal, tied, tiny_bert, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,21 @@ def test_a_lowered_model_comes_back_with_its_packed_weights(build, lowered, tmp_
     assert again.program.text() == model.program.text()
     assert str(again.report) == str(model.report)
     assert again.report.history.diff(0, 2) == model.report.history.diff(0, 2)
+    wanted, found = (tensors_of(item(*case.args, **case.kwargs)) for item in (model, again))
+    assert all(map(torch.equal, wanted, found))
+
+
+@pytest.mark.parametrize(
+    "passes",
+    ["quantize{scheme=int8-dynamic,embeddings=true,output_heads=true}", "quantize{scheme=int4-weight,embeddings=true}"],
+    ids=["int8", "int4"],
+)
+def test_packed_tables_of_integers_come_back(passes, tmp_path):
+    """Found by tools/fuzz: no kernel computes in integers, and a lookup was taken for one."""
+    case = tied()
+    model = lissom.compile(case.model, case.inputs, passes=passes, checks="off", only_if_faster=False)
+    assert model.program.nodes(torch.ops.lissom.packed_embedding.default)
+    again = reloaded(model, tmp_path / "artifact")
     wanted, found = (tensors_of(item(*case.args, **case.kwargs)) for item in (model, again))
     assert all(map(torch.equal, wanted, found))
 

@@ -82,6 +82,7 @@ WRONG = [
     ("fused_attention", (Q, K, K), {"scale": 1.0, **SCALES}),
     ("fused_attention", (Q, K.char(), K.char()), {"scale": 1.0, **SCALES, "k_scale": torch.ones(2, 2, 7)}),
     ("fused_attention", (Q, K.char(), K.char()), {"scale": 1.0, "k_scale": SCALES["k_scale"]}),
+    ("fused_attention", (Q, K.char(), torch.zeros(0, dtype=torch.int8)), {"scale": 1.0, **SCALES}),
     ("merged_attention", (QKV,), {"heads": 0, "key_heads": 0, "scale": 1.0}),
     ("merged_attention", (QKV,), {"heads": 2, "key_heads": -1, "scale": 1.0}),
     ("merged_attention", (QKV,), {"heads": 2**62, "key_heads": 2**62, "scale": 1.0}),

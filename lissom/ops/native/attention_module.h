@@ -90,7 +90,8 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
                        Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
   TORCH_CHECK(k_scale.has_value() == v_scale.has_value(), "keys and values are both kept in bytes, or neither");
   if (k_scale) {
-    TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "q and k have ", q.dim(), " and ", k.dim(), " dimensions, and must have four");
+    TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v have ", q.dim(), ", ", k.dim(), " and ", v.dim(),
+                " dimensions, and must be [batch, heads, tokens, head_dim]");
     check_readable(k, "k"), check_readable(v, "v");
     check_dtype(k, at::kChar, "k"), check_dtype(v, at::kChar, "v");
     for (Optional scales : {std::cref(k_scale), std::cref(v_scale)})
@@ -99,7 +100,7 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
   auto call = [&](auto function, const Tensor& keys, const Tensor& values) {
     return function(q, keys, values, bias, scale, softcap, sinks, causal, k_scale, v_scale);
   };
-  if (k_scale && q.size(2) <= kFewRows && k.stride(-1) == 1 && v.dim() == 4 && v.stride(-1) == 1)
+  if (k_scale && q.size(2) <= kFewRows && k.stride(-1) == 1 && v.stride(-1) == 1)
     return by_dtype(q, [&] { return call(attention_of<float, int8_t>, k, v); },
                     [&] { return call(attention_of<BFloat16, int8_t>, k, v); });
   auto floats = [&](const Tensor& kept, Optional by) { return by ? kept.to(at::kFloat).mul(*by).to(q.scalar_type()) : kept; };
