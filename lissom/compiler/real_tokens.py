@@ -6,7 +6,7 @@ where an input is no padding mask whose zeros hide keys, the mask that an attent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -56,19 +56,21 @@ class _Sources:
             self._sample, self._found = sample, list(self._read(program, sample))
         return self._found
 
-    def _read(self, program: Program, sample: Sample) -> Sequence[tuple[Size, Size, torch.Tensor]]:
-        placeholders = program.placeholders
-        found = [(*nodes.tensor_type(placeholders[at]).shape, kept_rows(sample[at])) for at in self.inputs]
+    def _read(self, program: Program, sample: Sample) -> Iterator[tuple[Size, Size, torch.Tensor]]:
+        leaves = program.signature.tensors
+        for at in self.inputs:
+            batch, tokens = leaves[at].type.shape
+            yield batch, tokens, kept_rows(sample[at])
         for mask in self.masks:
             shape = nodes.tensor_type(mask).shape
             # What a program cannot compute of a sample tells nothing of its tokens.
-            with suppress(Exception):
-                found.append((shape[0], shape[-1], _seen(program, mask, sample)))
+            with suppress(RuntimeError, IndexError, KeyError, TypeError, ValueError):
+                yield shape[0], shape[-1], _seen(program, mask, sample)
         for at in self.named:
             value = sample[at]
             added = value.is_floating_point() and bool((value < 0).any())
-            found.append((*nodes.tensor_type(placeholders[at]).shape, kept_rows(value == 0 if added else value)))
-        return found
+            batch, tokens = leaves[at].type.shape
+            yield batch, tokens, kept_rows(value == 0 if added else value)
 
 
 def _sources(program: Program) -> _Sources:

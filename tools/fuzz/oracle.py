@@ -85,7 +85,8 @@ def _places_differ(found: torch.Tensor, wanted: torch.Tensor) -> str | None:
 
 def _counted(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     counted = torch.ones(values.shape, dtype=torch.bool)
-    return counted if kept is None or values.shape[:2] != kept.shape else counted & kept[..., None]
+    by_token = kept is not None and values.dim() == 3 and values.shape[:2] == kept.shape
+    return counted & kept[..., None] if by_token and kept is not None else counted
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
