@@ -35,7 +35,7 @@ from lissom.compiler.errors import LissomError
 from lissom.compiler.head_layers import HeadLayer, is_moved
 from lissom.compiler.hessian import damped
 from lissom.compiler.key_value_heads import Rows
-from lissom.compiler.linears import input_of
+from lissom.compiler.linears import as_int, input_of
 from lissom.compiler.low_rank import spectrum
 from lissom.compiler.matrices import Matrix, matrix_of, readers_of
 from lissom.compiler.program import Program
@@ -101,6 +101,8 @@ def _product(
     obstacle = found.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
     if obstacle:
         return f"the dimension of its {what} cannot be shortened: {obstacle}"
+    # Queries and keys may be of another size than values.
+    head_dim = as_int(nodes.tensor_type(value).shape[-1])
     layers: list[HeadLayer] = []
     for layer, dim in ((first[0], 0), (second[0], 0 if scores else 1)):
         matrix = matrix_of(layer)
@@ -108,10 +110,10 @@ def _product(
             return matrix
         if matrix.transposed or not _is_owned(layer, matrix) or not _in_order(found, matrix.node, dim, (heads, axis)):
             return f"the weights of its {what} are shared, or hold more than its heads"
-        indices, bias = torch.arange(site.heads * site.head_dim).view(site.heads, -1), nodes.argument(layer, "bias")
+        indices, bias = torch.arange(site.heads * head_dim).view(site.heads, -1), nodes.argument(layer, "bias")
         made = Rows(bias, 0, indices) if isinstance(bias, fx.Node) and dim == 0 else None
         layers.append(HeadLayer(layer, Rows(matrix.node, dim, indices), made))
-    return HeadProduct(site.node, layers[0], layers[1], scores, axis, site.heads, site.head_dim)
+    return HeadProduct(site.node, layers[0], layers[1], scores, axis, site.heads, head_dim)
 
 
 def _is_owned(layer: fx.Node, matrix: Matrix) -> bool:

@@ -41,10 +41,15 @@ def padding_masks(program: Program) -> tuple[fx.Node, ...]:
     """The inputs [batch, tokens] whose zeros hide keys from an attention; ask for it as `program.fact(padding_masks)`."""
     candidates = [node for node in program.placeholders if _may_be_mask(nodes.node_type(node))]
     masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    # A mask that hides all keys but a query's own hides those of any input's zeros, and is made of none.
+    made_of = {mask: order_of(program, [mask]) or () for mask in masks}
     return tuple(
         candidate
         for candidate in candidates
-        if any(holds(program, candidate, [mask], partial(_mask_hides, mask, candidate)) for mask in masks)
+        if any(
+            candidate in made_of[mask] and holds(program, candidate, [mask], partial(_mask_hides, mask, candidate))
+            for mask in masks
+        )
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -44,7 +44,7 @@ class Stream:
                 pending += node.all_input_nodes
         for node in sorted(needed, key=self._index.__getitem__):
             values[node] = self._call(node, values)
-        return [cast(torch.Tensor, values[node]) for node in wanted]
+        return [self._value(node, values) for node in wanted]
 
     def advance(self, sample: int, last: fx.Node, wanted: Sequence[fx.Node] = ()) -> list[torch.Tensor]:
         """Move one sample past `last`; gives what the wanted nodes yield, which are held or lie on the way."""
@@ -54,20 +54,21 @@ class Stream:
         for node in self._order[self._place[sample] : end]:
             if node.op == "call_function":
                 held[node] = self._call(node, held)
-            if node in wanted:
+            if node in wanted and node.op != "get_attr":
                 found[node] = held[node]
             for used in self._last_uses.get(node, ()):
                 held.pop(used, None)
         self._place[sample] = max(self._place[sample], end)
         self._held[sample] = {node: _short(value) for node, value in held.items()}
-        return [cast(torch.Tensor, found[node]) for node in wanted]
+        return [self._value(node, found) for node in wanted]
 
     def _call(self, node: fx.Node, values: dict[fx.Node, object]) -> object:
-        def value_of(used: fx.Node) -> object:
-            return self.program.weight(str(used.target)) if used.op == "get_attr" else values[used]
-
         with torch.no_grad():
-            return call(node, value_of)
+            return call(node, lambda used: self._value(used, values))
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, object]) -> torch.Tensor:
+        found = self.program.weight(str(node.target)) if node.op == "get_attr" else values[node]
+        return cast(torch.Tensor, found)
 
 
 def _short(value: object) -> object:

@@ -15,6 +15,7 @@ import torch
 
 from lissom.ops.blocked_attention import blocked_attention, check_pattern
 from lissom.ops.fused_attention import check_attention
+from lissom.ops.native import kernel_dtypes
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 _LIBRARY.define(
@@ -25,9 +26,12 @@ _LIBRARY.define(
 
 
 def _with_gradients(*operands: torch.Tensor | None, **options: Any) -> torch.Tensor:
-    """The operator, computed of operators that have gradients where one is wanted."""
+    """The operator, computed of PyTorch's where a gradient is wanted, and of numbers that no kernel computes in."""
     given = (*operands, options.get("sinks"))
-    if torch.is_grad_enabled() and any(item is not None and item.requires_grad for item in given):
+    gradients = torch.is_grad_enabled() and any(item is not None and item.requires_grad for item in given)
+    q = operands[0]
+    # A subclass may be a stand-in that has a type alone.
+    if gradients or (type(q) is torch.Tensor and q.device.type == "cpu" and q.dtype not in kernel_dtypes()):
         return blocked_attention(*operands, **options)  # pyright: ignore[reportArgumentType]
     with torch._C._AutoDispatchBelowAutograd():
         return block_sparse_attention(*operands, **options)

@@ -86,8 +86,10 @@ def blocked_attention(
     said = check_pattern(q, layout, pattern, block)
     found = _blocks_of(said, layout, q.shape[2], k.shape[2])
     by_head = sinks is None or (sinks.dim() == 4 and sinks.shape[2] == 1)
-    if by_head and isinstance(found, KeyBlocks) and found.pairs(q.shape[2], k.shape[2]) < _WORTH * q.shape[2] * k.shape[2]:
-        return attend_by_blocks(q, k, v, bias, layout, said, found, scale=scale, softcap=softcap, sinks=sinks)
+    # A block longer than all keys is no fewer of them, and memory is made for all of it.
+    fits = found if isinstance(found, KeyBlocks) and found.block <= k.shape[2] else None
+    if by_head and fits is not None and fits.pairs(q.shape[2], k.shape[2]) < _WORTH * q.shape[2] * k.shape[2]:
+        return attend_by_blocks(q, k, v, bias, layout, said, fits, scale=scale, softcap=softcap, sinks=sinks)
     return block_sparse_attention_reference(
         q, k, v, bias, layout, pattern=pattern, block=block, scale=scale, softcap=softcap, sinks=sinks
     )

@@ -31,6 +31,17 @@ def test_a_stream_arrives_at_what_a_run_gives() -> None:
             torch.testing.assert_close(found, wanted[down], rtol=2e-3, atol=2e-3)
 
 
+def test_a_weight_may_be_wanted() -> None:
+    """Found by tools/fuzz: the mask of an attention is a weight where no size varies."""
+    case = tiny_bert()
+    program = lissom.optimize(case.model, case.inputs).program
+    stream = Stream(program, [program.signature.flatten((), case.kwargs)])
+    down = program.fact(structure).feed_forward[0].down
+    weight = down.args[1]
+    assert stream.advance(0, down, [weight])[0] is program.weight(str(weight.target))
+    assert stream.peek(0, [weight])[0] is program.weight(str(weight.target))
+
+
 def test_little_is_held_between_layers() -> None:
     case = tiny_bert()
     program = lissom.optimize(case.model, case.inputs).program

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
 from lissom.compiler.verify import relative_error
 from lissom.ops import block_sparse_attention, fused_attention
-from lissom.ops.blocked_attention import block_sparse_attention_reference
+from lissom.ops.blocked_attention import block_sparse_attention_reference, blocked_attention
 from lissom.ops.native import kernel_dtypes, load_kernels
 from tests.ops.patterns import MASKS, PATTERNS, layout_of, mask_of, numbers, projected
 
@@ -107,6 +107,24 @@ def test_any_size_of_block(block):
     """Blocks longer than a tile of queries, those no tile divides evenly among them."""
     layout = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     check(Pattern(((LAYOUT,),), block), *projected(1, (2, 1), (200, 200), (16, 16), torch.float32), layout=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_computed_without_a_kernel(dtype):
+    """Found by tools/fuzz: a program cast to float16 did not run."""
+    q, k, v = (torch.randn(1, 2, 40, 8, dtype=dtype) for _ in range(3))
+    options = {"pattern": PATTERNS["window"].encode(), "block": PATTERNS["window"].block, "scale": 0.3}
+    wanted = block_sparse_attention_reference(*(item.double() for item in (q, k, v)), None, None, **options)
+    assert relative_error(wanted, block_sparse_attention(q, k, v, None, None, **options).double()) < 2e-3
+
+
+def test_a_block_longer_than_the_keys_takes_no_memory_of_its_own():
+    """Found by tests.ops.generated_calls: memory was made for the whole block, 17 GB of it."""
+    q, k, v = (torch.randn(1, 2, tokens, 8) for tokens in (3, 5, 5))
+    pattern = Pattern(((LAYOUT,),), 2**31 - 1)
+    layout = torch.zeros(1, 1, 1, dtype=torch.bool)
+    found = blocked_attention(q, k, v, None, layout, pattern=pattern.encode(), block=pattern.block, scale=0.3)
+    assert torch.equal(found, torch.zeros_like(found))
 
 
 def test_a_hidden_key_has_no_part_however_large_its_value():

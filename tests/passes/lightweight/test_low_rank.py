@@ -10,6 +10,7 @@ import lissom
 from lissom.compiler import node as nodes
 from lissom.compiler.errors import UnsupportedError
 from lissom.compiler.linears import is_linear
+from lissom.compiler.program import Program
 from lissom.passes.lightweight.low_rank import LowRank
 from tests.models import FeedForward, normal, seeded, tokens
 from tests.passes.harness import apply, aten, calls, capture_model, check_golden, every_backend, rewrite
@@ -311,6 +312,23 @@ def test_heads_of_every_measure(options: str) -> None:
         return
     sizes = [nodes.tensor_type(node).shape[-1] for node in program.nodes(aten.scaled_dot_product_attention.default)]
     assert all(size < 8 for size in sizes)
+
+
+def test_heads_may_be_shortened_twice() -> None:
+    """Found by tools/fuzz: values were taken to be as long as queries and keys, which are of another size by then."""
+    once = "low-rank{keep=0.8,whiten=false,attention=true}"
+    program, _ = passed(MODELS["tiny_bert"], once)
+    before = _head_sizes(program)
+    assert before[0][0] != before[0][1]
+    again, history = passed(MODELS["tiny_bert"], f"{once},low-rank{{rank=2,whiten=false,attention=true}}")
+    assert history.steps[-1].relative_error is not None
+    assert _head_sizes(again) == [(2, 2)] * len(before)
+
+
+def _head_sizes(program: Program) -> list[tuple[object, object]]:
+    """The sizes of a head's queries and of its values, of each attention."""
+    found = program.nodes(aten.scaled_dot_product_attention.default)
+    return [(nodes.tensor_type(node.args[0]).shape[-1], nodes.tensor_type(node).shape[-1]) for node in found]
 
 
 def test_heads_that_cannot_be_shortened_are_reported_and_their_layers_factored() -> None:
