@@ -87,6 +87,8 @@ def stop_saves(kind: str, count: int, number: signal.Signals, folder: Path, seed
 
 
 def _save_until_stopped(one: Save, other: Save, target: Path) -> None:
+    # A shell that starts something in the background has it ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         while True:
             one(target)
