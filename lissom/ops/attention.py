@@ -28,7 +28,7 @@ def attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The operator in PyTorch's own. A query that sees no key is given zeros, as `scaled_dot_product_attention` gives it."""
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -37,7 +37,11 @@ def attention_reference(
     if sinks is not None:
         scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
-    return torch.matmul(weights if sinks is None else weights[..., :-1], v)
+    result = torch.matmul(weights if sinks is None else weights[..., :-1], v)
+    if bias is None or sinks is not None or bias.dim() < 2:
+        return result
+    seen = bias if bias.dtype == torch.bool else bias > -torch.inf
+    return result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
 
 
 _LIBRARY.impl("attention", attention_reference, "CompositeImplicitAutograd")

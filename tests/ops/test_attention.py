@@ -47,6 +47,18 @@ def test_a_boolean_mask_says_what_is_seen():
     assert relative_error(wanted, attention(q, k, v, seen, scale=0.5)) < 2e-6
 
 
+@pytest.mark.parametrize("form", ["flags", "numbers"])
+def test_a_query_that_sees_nothing_is_given_zeros(form):
+    """Found by tools/fuzz: it was NaN here, and zeros in the kernels and in PyTorch's attention."""
+    q, k, v = torch.randn(3, 2, 2, 4, 8).unbind(0)
+    seen = torch.ones(2, 1, 4, 4, dtype=torch.bool)
+    seen[1, :, 2] = False
+    bias = seen if form == "flags" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    found = attention(q, k, v, bias, scale=0.5)
+    assert torch.equal(found[1, :, 2], torch.zeros(2, 8))
+    assert relative_error(torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, scale=0.5), found) < 2e-6
+
+
 def test_gradients_flow():
     q, k, v = torch.randn(3, 1, 2, 4, 8, requires_grad=True).unbind(0)
     attention(q, k, v, scale=1.0, softcap=3.0).sum().backward()
