@@ -72,8 +72,7 @@ def stop_saves(kind: str, count: int, number: signal.Signals, folder: Path, seed
             # The version that is not there comes first.
             _save_until_stopped(*((first, second) if found == wanted[1] else (second, first)), target)
         time.sleep(draw.uniform(0, 4 * seconds))
-        os.kill(process, number)
-        os.waitpid(process, 0)
+        _stop(process, number)
         found = contents(target)
         assert found in wanted, f"neither version: {sorted(found)}"
         load(target)
@@ -84,6 +83,17 @@ def stop_saves(kind: str, count: int, number: signal.Signals, folder: Path, seed
     left = [path.name for path in target.parent.iterdir()]
     assert left == ["artifact"], left
     return seen
+
+
+def _stop(process: int, number: signal.Signals) -> None:
+    """Send the signal, and again where it was lost: an interrupt within a callback from C++ is another error there, or none."""
+    while True:
+        os.kill(process, number)
+        until = time.monotonic() + 5.0
+        while time.monotonic() < until:
+            if os.waitpid(process, os.WNOHANG)[0] == process:
+                return
+            time.sleep(0.01)
 
 
 def _save_until_stopped(one: Save, other: Save, target: Path) -> None:
