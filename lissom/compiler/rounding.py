@@ -11,6 +11,7 @@ with few large values in its residual stream does the same by degrees. So they a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from lissom.compiler.verify import (
     kept_state,
     lasting,
     node_tolerances,
+    output_errors,
     relative_error,
     run_samples,
     worst_error,
@@ -52,6 +54,8 @@ SHARE = 2.0
 A change of 1e-7 in one table of MiniLM moves its outputs by up to 1.0 times that, since a value rounded the other way moves all
 behind it; two that round independently would differ by 1.4 times, and more at the worst of few samples.
 """
+_AS_FAR = 4.0
+"""Two programs that round in their own ways are as far from the exact result; of few samples the one may be lucky."""
 _FAKE = {"lissom.fake_quantize.default", "lissom.fake_quantize_dynamic.default"}
 _PRODUCTS = {aten._int_mm.default, aten._scaled_mm.default}
 """Products whose first factor is rounded by operators before it, as `lower-quantized-products` writes them."""
@@ -144,37 +148,52 @@ def _rounds(node: fx.Node, operators: set[str]) -> bool:
     return str(node.target) in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
 
 
-def equal_in_float32(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
-    """True when two programs of reduced precision give the same where both compute in float32.
+def errs_no_more(
+    before: Program, samples: Sequence[Sample], wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]
+) -> bool:
+    """True when the outputs `found` are hardly further than those `wanted`, of the program before, from what that program gives
+    in a wider dtype: float64, or float32 instead of 16 bits.
 
-    Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores, and a kernel
-    that adds in float32 gives the softmax that the program before loses. Programs that cannot run in float32 are not equal.
+    Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores and in float32
+    their thousandths, and softmax makes much of it. A program that cannot run in the wider dtype says nothing.
     """
-    if before.ranks or after.ranks or before.state:
+    if before.ranks or before.state:
         return False
-    wide = [_in_float32(program) for program in (before, after)]
-    inputs = [[_widened(tensor) for tensor in sample] for sample in samples]
+    reduced = any(tensor.dtype in ROUNDINGS for tensor in before.weights().values()) or any(map(_is_reduced, before.nodes()))
+    wide = torch.float32 if reduced else torch.float64
+    inputs = [[_widened(tensor, wide) for tensor in sample] for sample in samples]
     try:
-        outputs = [run_samples(program, inputs) for program in wide]
+        exact = run_samples(_widened_program(before, wide), inputs)
     except REFUSALS:
         return False
-    return compare(*outputs).relative_error <= TOLERANCE[torch.float32]
+    own, other = (
+        output_errors(exact, [[_widened(item, wide) for item in outputs] for outputs in given]) for given in (wanted, found)
+    )
+    return all(error <= _AS_FAR * rounded for error, rounded in zip(other, own, strict=True))
 
 
-def _in_float32(program: Program) -> Program:
+def _is_reduced(node: fx.Node) -> bool:
+    return nodes.is_tensor(node) and nodes.tensor_type(node).dtype in ROUNDINGS
+
+
+def _widened_program(program: Program, wide: torch.dtype) -> Program:
     found = program.copy()
     for name, tensor in program.weights().items():
-        found.set_weight(name, _widened(tensor.detach()))
+        found.set_weight(name, _widened(tensor.detach(), wide))
     for node in found.nodes():
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _widened)  # pyright: ignore
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_widened, wide=wide))  # pyright: ignore
     return found
 
 
-def _widened(item: Any) -> Any:
-    """A tensor, or a dtype, of reduced precision in float32; anything else as it is."""
+def _widened(item: Any, wide: torch.dtype) -> Any:
+    """A tensor, or a dtype, of a narrower floating type in the wide one; anything else as it is."""
     if isinstance(item, torch.Tensor):
-        return item.float() if item.dtype in ROUNDINGS else item
-    return torch.float32 if item in tuple(ROUNDINGS) else item
+        return item.to(wide) if _is_narrower(item.dtype, wide) else item
+    return wide if isinstance(item, torch.dtype) and _is_narrower(item, wide) else item
+
+
+def _is_narrower(dtype: torch.dtype, wide: torch.dtype) -> bool:
+    return dtype in ROUNDINGS or (dtype is torch.float32 and wide is torch.float64)
 
 
 def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, float]:
