@@ -41,13 +41,11 @@ def padding_masks(program: Program) -> tuple[fx.Node, ...]:
     """The inputs [batch, tokens] whose zeros hide keys from an attention; ask for it as `program.fact(padding_masks)`."""
     candidates = [node for node in program.placeholders if _may_be_mask(nodes.node_type(node))]
     masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
-    # A mask that hides all keys but a query's own hides those of any input's zeros, and is made of none.
-    made_of = {mask: order_of(program, [mask]) or () for mask in masks}
     return tuple(
         candidate
         for candidate in candidates
         if any(
-            candidate in made_of[mask] and holds(program, candidate, [mask], partial(_mask_hides, mask, candidate))
+            holds(program, candidate, [mask], partial(_mask_hides, mask, candidate)) and _has_effect(program, mask, candidate)
             for mask in masks
         )
     )
@@ -113,6 +111,24 @@ def kept_rows(mask: torch.Tensor) -> torch.Tensor:
     return real | ~real.any(1, keepdim=True)
 
 
+def _has_effect(program: Program, mask: fx.Node, candidate: fx.Node) -> bool:
+    """True when a zero hides a key that a query sees where there is none: a mask that lets each token see itself alone hides
+    the keys at any input's zeros.
+    """
+    order, sizes = order_of(program, [candidate, mask]) or (), _probe_sizes(program, candidate)
+    for values in _probes(program, candidate, order):
+        hidden, given = _hidden(values[mask]), values[candidate]
+        without = _hidden(values_at(program, order, sizes, {candidate: torch.ones_like(given)})[mask])
+        if bool((hidden & ~without & (given == 0)[:, None, None, :]).any()):
+            return True
+    return False
+
+
+def _hidden(mask: torch.Tensor) -> torch.Tensor:
+    """What a mask hides, [batch or 1, heads or 1, queries, keys]."""
+    return (~mask if mask.dtype == torch.bool else mask <= HIDDEN)[(None,) * (4 - mask.dim())]
+
+
 def _mask_hides(mask: fx.Node, candidate: fx.Node, values: Values) -> bool:
     kept = kept_rows(values[candidate])
     return hides(values[mask], kept, own=values[mask].shape[-2:] == (kept.shape[1],) * 2)
@@ -125,12 +141,10 @@ def hides(mask: torch.Tensor, kept: torch.Tensor, *, own: bool) -> bool:
     """
     if not 2 <= mask.dim() <= 4 or mask.shape[-1] != kept.shape[1] or (mask.dim() == 4 and mask.shape[0] not in (1, len(kept))):
         return False
-    hidden = ~mask if mask.dtype == torch.bool else mask <= HIDDEN
-    hidden = hidden[(None,) * (4 - mask.dim())]
     wanted = ~kept[:, None, None, :]
     if own:
         wanted = wanted & kept[:, None, :, None]
-    return bool((hidden | ~wanted).all())
+    return bool((_hidden(mask) | ~wanted).all())
 
 
 def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int, int], rank: int) -> bool:
@@ -202,21 +216,26 @@ class _Patterns:
 
 def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) -> Iterator[Values]:
     """The values on masks of every kind, or once where they depend on none."""
+    sizes = _probe_sizes(program, mask)
+    if mask is None:
+        yield values_at(program, order, sizes)
+        return
+    batch, tokens = (evaluate(size, sizes) for size in nodes.tensor_type(mask).shape)
+    rows = _Patterns.of(tokens).rows
+    rows = rows[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
+    for group in rows.split(batch):
+        found = nodes.tensor_type(mask)
+        yield values_at(program, order, sizes, {mask: group.to(found.device, found.dtype)})
+
+
+def _probe_sizes(program: Program, mask: fx.Node | None) -> dict[sympy.Symbol, int]:
     sizes: dict[sympy.Symbol, int] = {}
     shape = () if mask is None else nodes.tensor_type(mask).shape
     for index, (symbol, dimension) in enumerate(program.signature.dimensions.items()):
         # Sizes that need not be equal are not.
         size = max(_BATCH if symbol in shape[:1] else _TOKENS + index, dimension.minimum)
         sizes[symbol] = min(size, dimension.maximum or size)
-    if mask is None:
-        yield values_at(program, order, sizes)
-        return
-    batch, tokens = (evaluate(size, sizes) for size in shape)
-    rows = _Patterns.of(tokens).rows
-    rows = rows[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
-    for group in rows.split(batch):
-        found = nodes.tensor_type(mask)
-        yield values_at(program, order, sizes, {mask: group.to(found.device, found.dtype)})
+    return sizes
 
 
 def values_at(

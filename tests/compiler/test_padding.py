@@ -36,8 +36,13 @@ def causal(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         (lambda x, mask: attend(x, mask[:, None, :, None] != 0), []),
         (lambda x, mask: attend(x * mask[..., None], torch.ones(x.shape[1], x.shape[1]).bool()), []),
         (lambda x, mask: attend(x * mask[..., None], torch.eye(x.shape[1]).bool()), []),
+        (lambda x, mask: attend(x, torch.eye(x.shape[1]).bool() & (mask[:, None, None, :] != 0)), ["y"]),
+        (lambda x, mask: attend(x, mask[:, None, None, :] + torch.eye(x.shape[1]).log()), []),
     ],
-    ids=["flags", "numbers", "causal", "a bias", "the other way round", "queries", "no mask", "each its own"],
+    ids=[
+        *("flags", "numbers", "causal", "a bias", "the other way round", "queries", "no mask"),
+        *("each its own", "each its own real one", "each its own and a bias"),
+    ],
 )
 def test_masks_are_found_by_what_they_hide(function: Callable, found: list[str]) -> None:
     program = capture_model(Calls(function), normal(2, 3, 4), MASK).program

@@ -35,7 +35,7 @@ def differs_from_float64(
         sentence = _places_differ(a, b)
         if sentence is not None:
             return f"output {at}: {sentence}"
-        counted = _counted(exact, kept) & torch.isfinite(exact)
+        counted = _counted(exact, kept if exact.dim() == 3 else None) & torch.isfinite(exact)
         allowed = EXACT_FACTOR * _error(b, exact, counted) + EXACT_FLOOR
         error = _error(a, exact, counted)
         if error > allowed:
@@ -84,9 +84,13 @@ def _places_differ(found: torch.Tensor, wanted: torch.Tensor) -> str | None:
 
 
 def _counted(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """The values of real tokens, or of rows without padding, where one token of each row is returned."""
     counted = torch.ones(values.shape, dtype=torch.bool)
-    by_token = kept is not None and values.dim() == 3 and values.shape[:2] == kept.shape
-    return counted & kept[..., None] if by_token and kept is not None else counted
+    if kept is None or values.shape[0] != kept.shape[0]:
+        return counted
+    if values.dim() == 3 and values.shape[1] == kept.shape[1]:
+        return counted & kept[..., None]
+    return counted & kept.all(1)[:, None] if values.dim() == 2 else counted
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
