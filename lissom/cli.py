@@ -45,9 +45,25 @@ from lissom.passes import RECIPES, known_passes
 from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
 from lissom.scatter import with_ways
 from lissom.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
+from lissom.version import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="A compiler-style graph optimizer for transformers.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lissom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def take_options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """A compiler-style graph optimizer for transformers."""
 
 
 @app.command("demo")

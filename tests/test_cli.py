@@ -17,6 +17,7 @@ from lissom.compiler.errors import ArtifactError, LissomError, UnsupportedError
 from lissom.frontends.huggingface import find_directory
 from lissom.inspect.machine import cache_path, save_machine
 from lissom.passes import PASSES, RECIPES
+from lissom.version import __version__
 from tests.frontends.test_huggingface import directory  # noqa: F401
 from tests.inspect.test_machine import example
 from tests.models import seeded
@@ -46,6 +47,11 @@ def test_passes_are_listed():
     assert all(name in shown for name in [*PASSES, *RECIPES])
     # A narrow terminal or a pipe breaks the long text of a recipe, and cuts nothing off.
     assert "…" not in shown
+
+
+def test_the_version_is_printed():
+    found = runner.invoke(app, ["--version"])
+    assert (found.exit_code, found.stdout) == (0, f"lissom {__version__}\n")
 
 
 def test_help_names_every_command():

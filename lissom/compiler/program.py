@@ -265,6 +265,9 @@ class Program:
     def __str__(self) -> str:
         return self.text()
 
+    def __repr__(self) -> str:
+        return f"<Program {self.name}{self.signature.describe()}: {len(self.nodes())} calls; print it to read them>"
+
     def drop_dead(self) -> int:
         """Remove the nodes nothing reads, and the weights no node reads; returns how many nodes went."""
         dropped = 0

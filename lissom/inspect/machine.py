@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -246,9 +247,15 @@ def _processors() -> list[dict[str, str]]:
 
 
 def cache_path() -> Path:
-    """Where this machine's ceilings are kept: one file for each processor, number of threads and version of PyTorch."""
+    """Where this machine's ceilings are kept: one file for each processor, number of threads and version of PyTorch.
+
+    Raises: ArtifactError when the user has no home directory.
+    """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    directory = given if given.is_absolute() else Path.home() / ".cache"
+    try:
+        directory = given if given.is_absolute() else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise ArtifactError("there is no home directory to keep a file in; set XDG_CACHE_HOME to a directory") from error
     model = hashlib.sha256(device_name(_CPU).encode()).hexdigest()[:12]
     return directory / "lissom" / f"machine-{model}-{torch.get_num_threads()}-threads-torch-{torch.__version__}.json"
 
@@ -258,7 +265,7 @@ def load_machine() -> Machine | None:
     try:
         data = json.loads(cache_path().read_text(encoding="utf-8"))
         found = _from_json(data) if data["version"] == FORMAT_VERSION else None
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, ArtifactError):
         return None
     present = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found if found is not None and [item.name for item in found.devices] == present else None
@@ -270,11 +277,12 @@ def save_machine(machine: Machine) -> Path:
     Raises: ArtifactError when the directory cannot be written.
     """
     path = cache_path()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     content = json.dumps({"version": FORMAT_VERSION, **asdict(machine)}, indent=1) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(content, encoding="utf-8")
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(content)
         temporary.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -18,7 +18,7 @@ from lissom.compiler.spelling import options_of, type_text
 _PLAIN_WIDTH = 140
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What compiling did, for people: prints as a table, exports as JSON through `history`."""
 
@@ -30,6 +30,9 @@ class Report:
 
     def __str__(self) -> str:
         return plain(history_table(self.title, self.history))
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.title}: {len(self.history.steps)} steps; print it to read them>"
 
 
 def plain(item: RenderableType) -> str:

@@ -173,3 +173,4 @@ def test_writes_of_state_are_not_dead():
 def test_str_is_the_text():
     program = captured("tied")
     assert str(program) == program.text()
+    assert repr(program).startswith(f"<Program {program.name}(") and "\n" not in repr(program)

@@ -248,3 +248,14 @@ def test_a_card_has_ceilings_above_the_processors(measured):
     assert card.bf16_gflops is not None
     assert card.memory_gb_per_second.median > measured.cpu.memory_gb_per_second.median
     assert card.fp32_gflops.median > measured.cpu.fp32_gflops.median
+
+
+def test_without_a_home_directory_nothing_is_found_and_saving_says_so(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert load_machine() is None
+    with pytest.raises(ArtifactError, match="there is no home directory to keep a file in; set XDG_CACHE_HOME"):
+        cache_path()

@@ -55,6 +55,7 @@ def test_a_report_reads_as_a_table():
 
 
 def test_a_metric_has_a_column_only_where_there_is_one():
+    assert repr(Report("Model", fixed())) == f"<Report of Model: {len(fixed().steps)} steps; print it to read them>"
     assert "metric" not in str(Report("Model", fixed()))
     assert lines(str(Report("Model", fixed(metric=0.5))))[1][-1] == "metric"
     assert lines(str(Report("Model", fixed(metric=0.5))))[3][-1] == "0.5"
