@@ -69,7 +69,7 @@ def test_pieces_add_up_to_the_whole(count):
 def clock(monkeypatch, milliseconds):
     """Let a call with so many rows take so long, by the book: what is tested is the choice, not the machine."""
 
-    def time_calls(calls, seconds):
+    def time_calls(calls, seconds, **_):
         rows = {name: 1 if name == "one" else int(name) for name in calls}
         return {name: Timing(*[milliseconds(count)] * 3, runs=5) for name, count in rows.items()}
 

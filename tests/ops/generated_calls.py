@@ -206,9 +206,13 @@ class Generator:
         k = self.numbers(batch, key_heads, keys, head_dim, dtype=dtype)
         v = self.numbers(batch, key_heads, keys, value_dim, dtype=dtype)
         sizes = [self.random.choice([1, size]) for size in (batch, heads, queries)] + [keys]
-        kind = self.random.choice(["none", "seen", "bias", "hidden"])
+        kind = self.random.choice(["none", "seen", "bias", "hidden", "window"])
         bias = None if kind == "none" else torch.randn(sizes, generator=self.torch)
-        if bias is not None and kind != "bias":
+        if kind == "window":  # of some keys, from anywhere on: a row may see none, and a later one earlier keys
+            first, width = torch.randint(-keys - 1, keys + 1, (*sizes[:-1], 1), generator=self.torch), self.random.randint(1, 9)
+            place = torch.arange(sizes[-1])
+            bias = (place >= first) & (place < first + width)
+        elif bias is not None and kind != "bias":
             bias = bias > -0.5 if kind == "seen" else torch.zeros(sizes).masked_fill(bias < -0.5, -torch.inf)
         softcap, with_sinks = self.random.choice([0.0, 2.0]), self.random.random() < 0.3
         sinks = self.numbers(heads, 1, 1, dtype=torch.float32) if with_sinks else None

@@ -173,3 +173,19 @@ def test_keys_and_values_kept_in_bytes(form, queries):
     kept = (item.to(torch.int8) for item in (k, v))
     found = FORMS[form](q, *kept, mask, scale=0.2, k_scale=scales[0], v_scale=scales[1])
     assert relative_error(wanted, found.double()) < ALLOWED[torch.float32]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_causality_leaves_nothing_of_their_windows_are_zeros(dtype, threads):
+    """Windows that begin behind the last key causality shows: memory beyond what was made for no keys was read and written."""
+    q, k, v = (numbers(3, 4, tokens, 8, dtype=dtype) for tokens in (54, 279, 279))
+    keys, first = torch.arange(279), 270 - torch.arange(54)[:, None]
+    seen = ((keys >= first) & (keys < first + 9)).expand(3, 1, 54, 279)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = fused_attention(q, k, v, seen, scale=0.3, causal=True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, torch.zeros_like(found))

@@ -84,8 +84,9 @@ class Sight {
       int64_t head = heads_ > 1 ? h : 0, query = queries_ > 1 ? row : 0;
       found = spans_[b * per_batch_ + head * queries_ + query];
     }
-    if (causal_) found.end = std::max(found.begin, std::min(found.end, row + 1));
-    return found;
+    if (causal_) found.end = std::min(found.end, row + 1);
+    // What is empty has no place: memory is made for the keys between the first and the last that any row sees.
+    return found.begin < found.end ? found : Span{0, 0};
   }
 
   Span of(int64_t b, int64_t h, int64_t begin, int64_t end) const {
