@@ -25,18 +25,8 @@ from lissom.ops.blocked_attention import blocked_attention
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import kernel_dtypes, load_kernels
-from lissom.ops.packed_linear import (
-    pack,
-    packed_embedding_reference,
-    packed_linear_norm_reference,
-    packed_linear_reference,
-)
-from lissom.ops.quantized_linear import (
-    fill_panels,
-    pack_bytes,
-    quantized_linear_norm_reference,
-    quantized_linear_reference,
-)
+from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_norm_reference, packed_linear_reference
+from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_norm_reference, quantized_linear_reference
 from lissom.ops.weight_quantized_linear import (
     FORMS,
     pack_blocks,
