@@ -36,7 +36,7 @@ from quality import (
 from readme import put_table
 
 import lissom
-from lissom.compiler.program import Program
+from lissom.compiler.ir.program import Program
 from lissom.frontends.huggingface import Checkpoint, load
 
 FIGURE = Path(__file__).parent / "low_rank.svg"

@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import lissom
-from lissom.compiler.program import Program
+from lissom.compiler.ir.program import Program
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.machine import core_count, device_name
 from lissom.inspect.timing import time_calls

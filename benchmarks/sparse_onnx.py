@@ -30,10 +30,10 @@ from quality import conditions
 from readme import put_table
 from torch import nn
 
-from lissom.backends.onnx_export import export_onnx, save_onnx
-from lissom.backends.onnx_forms import ATTENTION, PAIRS, write_form
-from lissom.backends.onnx_session import SessionOptions, open_session
-from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
+from lissom.backends.onnx.export import export_onnx, save_onnx
+from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_form
+from lissom.backends.onnxruntime.session import SessionOptions, open_session
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.frontends.export import capture
 from lissom.inspect.timing import Timing, time_calls
 from lissom.ops import block_sparse_attention

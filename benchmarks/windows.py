@@ -19,8 +19,8 @@ from quality import conditions, windows
 from readme import put_table
 
 import lissom
-from lissom.backends.eager import Eager
-from lissom.compiler.kinds import Pass
+from lissom.backends.eager.backend import Eager
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.frontends.huggingface import load
 from lissom.inspect.timing import time_calls
 from lissom.passes.lowering.fuse_attention import FuseAttention

@@ -12,8 +12,8 @@ from typing import get_args
 from examples import Example
 from measure import Gain
 
-from lissom.compiler.kinds import Pass
-from lissom.compiler.spelling import options_of, type_text
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.spelling import options_of, type_text
 from lissom.inspect.tables import first_line
 from lissom.passes import RECIPES
 from lissom.passes.quantize.quantize import Scheme

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from lissom.api import CompiledModel, compile
-from lissom.compiler.verify import relative_error
+from lissom.compiler.verify.divergence import relative_error
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.progress import Report, progress_bar
 from lissom.inspect.timing import Timing, time_calls

@@ -13,9 +13,9 @@ from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Loaded, Trust
 from lissom.backends.base import Backend
 from lissom.frontends.device import check_device
-from lissom.hosting import Facts
+from lissom.runtime.hosted_model import Facts
 from lissom.inspect.tables import Report
-from lissom.options import check_path
+from lissom.driver.options import check_path
 
 
 def load(

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 
-from lissom.compiler.program import Program
+from lissom.compiler.ir.program import Program
 from lissom.frontends.export import Capture, capture
 
 VOCABULARY = 37

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lissom.compiler.errors import LissomError, PipelineTextError
+from lissom.errors import LissomError, PipelineTextError
 
 Refusal = tuple[type[LissomError], str, Callable[[], object]]
 """The kind of error, what its sentence says, and the call."""

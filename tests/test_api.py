@@ -12,23 +12,15 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.editor import Editor
-from lissom.compiler.errors import (
-    BudgetError,
-    InputError,
-    LissomError,
-    PassError,
-    PipelineTextError,
-    UnsupportedError,
-    VerifyError,
-)
-from lissom.compiler.kinds import Approximation
-from lissom.compiler.samples import Sample
-from lissom.compiler.spelling import format_pipeline
-from lissom.compiler.verify import relative_error
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import BudgetError, InputError, LissomError, PassError, PipelineTextError, UnsupportedError, VerifyError
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.spelling import format_pipeline
+from lissom.compiler.verify.divergence import relative_error
 from lissom.frontends.device import check_device
 from lissom.ops.native import load_kernels
-from lissom.options import resolve_passes, split_inputs
+from lissom.driver.options import resolve_passes, split_inputs
 from lissom.passes import RECIPES
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests.compiler.passes import DoubleGelu, ScaleWeights, StopsHalfway

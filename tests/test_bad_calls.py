@@ -14,12 +14,7 @@ from torch import nn
 from torch.export import Dim
 
 import lissom
-from lissom.compiler.errors import (
-    CaptureError,
-    InputError,
-    PipelineTextError,
-    UnsupportedError,
-)
+from lissom.errors import CaptureError, InputError, PipelineTextError, UnsupportedError
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests.refusals import Refusal, check, table
 

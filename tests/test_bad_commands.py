@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import lissom
 from lissom.bench.workload import parse_shapes
 from lissom.cli import app
-from lissom.compiler.errors import LissomError, UnsupportedError
+from lissom.errors import LissomError, UnsupportedError
 from tests.refusals import Refusal, check, table
 
 runner = CliRunner(env={"COLUMNS": "400", "NO_COLOR": "1"})

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.errors import ArtifactError, CaptureError, InputError, UnsupportedError
+from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
 from lissom.generation.model import GenerationModel
 from lissom.generation.stream import stream_tokens
 from tests.decoders import decoder

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.errors import ArtifactError, LissomError, UnsupportedError
+from lissom.errors import ArtifactError, LissomError, UnsupportedError
 from tests.refusals import Refusal, check, table
 
 X = torch.zeros(2, 4)

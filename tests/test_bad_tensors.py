@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.errors import InputError, UnsupportedError
+from lissom.errors import InputError, UnsupportedError
 from tests.refusals import Refusal, check, table
 
 # What torch says of its own kinds of tensor when a test makes one.

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 import lissom
-from lissom.compiler.errors import InputError, PipelineTextError, UnsupportedError
+from lissom.errors import InputError, PipelineTextError, UnsupportedError
 from lissom.inspect.tables import Report
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from lissom.torch_compile import GraphReport, _reports, compile_graph

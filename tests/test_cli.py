@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from lissom.bench.worker import Failure
 from lissom.cli import app, main, write_whole
-from lissom.compiler.errors import ArtifactError, LissomError, UnsupportedError
+from lissom.errors import ArtifactError, LissomError, UnsupportedError
 from lissom.frontends.huggingface import find_directory
 from lissom.inspect.machine import cache_path, save_machine
 from lissom.passes import PASSES, RECIPES

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 import lissom
-from lissom.compiler.errors import ArtifactError, CaptureError, InputError, UnsupportedError
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.spelling import parse_pipeline
+from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.frontends.decoder import capture_decoder
 from lissom.frontends.huggingface import find_directory, load
 from lissom.generation.decoder import prompts
@@ -305,8 +305,8 @@ def test_lossy_passes_calibrate_on_texts_and_are_scored() -> None:
 def test_attention_over_a_cache_as_one_operator_gives_the_same_tokens(name: str) -> None:
     """The form of ONNX Runtime that is chosen where it is faster, which for models as small it may not be."""
     pytest.importorskip("onnxruntime")
-    from lissom.backends.onnx_export import export_onnx
-    from lissom.backends.onnx_forms import CACHE, write_form
+    from lissom.backends.onnx.export import export_onnx
+    from lissom.backends.onnx.variants import CACHE, write_form
     from lissom.generation.model import GenerationModel
 
     model, backend = decoder(name), BACKENDS["onnxruntime"]

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import lissom
-from lissom.compiler.errors import UnsupportedError
+from lissom.errors import UnsupportedError
 from tests.backends.ranks import printed, run_ranks
 from tests.decoders import MAX_LENGTH, decoder, prompt
 

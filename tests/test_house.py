@@ -13,7 +13,7 @@ import pytest
 
 import lissom
 import lissom.passes
-from lissom.compiler.kinds import Pass
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.passes import PASSES
 
 ROOT = Path(lissom.__file__).parent.parent

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.errors import CaptureError, LissomError
+from lissom.errors import CaptureError, LissomError
 from lissom.compiler.memory import heap_set_aside
 from lissom.frontends.isolation import with_own_modules
 

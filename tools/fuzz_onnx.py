@@ -32,9 +32,9 @@ import torch
 from google.protobuf.message import Message
 from onnx import TensorProto, helper, numpy_helper
 
-from lissom.compiler.errors import LissomError
+from lissom.errors import LissomError
 from lissom.frontends.export import capture
-from lissom.frontends.onnx import OnnxModel, read
+from lissom.frontends.onnx.model import OnnxModel, read
 
 MEMORY_BYTES, SECONDS, CHUNK = 8 << 30, 30, 50
 INTEGERS = (0, 1, -1, 2, 3, 9, -9, 255, 2**31 - 1, -(2**31), 2**40, 2**63 - 1, -(2**63))

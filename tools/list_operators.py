@@ -19,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from lissom.artifacts.operators import is_allowed
-from lissom.compiler.errors import LissomError
+from lissom.errors import LissomError
 from lissom.frontends.export import capture
 from tests.zoo import selection
 from tests.zoo.catalogue import entries

@@ -10,7 +10,7 @@ arguments and does nothing else. The list was made from PyTorch 2.13 as follows.
 4. Without those that read memory that nothing has written (`empty`), or that do not compare the sizes of their arguments and so
    read past them: `_reshape_alias`, `_nested_view_from_buffer`, `_sparse_coo_tensor_unsafe`, `_unsafe_index`, `_fft_c2r`,
    `_native_batch_norm_legit`. `as_strided` compares with the storage, `_unsafe_view` the number of elements. What attention and
-   batch norm of running statistics do not compare, the functions that `backends/eager.py` calls in their place do.
+   batch norm of running statistics do not compare, the functions that `backends/eager/backend.py` calls in their place do.
 
 `python -m tools.list_operators` collects the operators of the zoo anew, and prints those that are not here.
 """

@@ -13,8 +13,8 @@ from torch import fx
 from lissom.artifacts.allowed import FIXED
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.artifacts.fields import shown
-from lissom.compiler import node as nodes
-from lissom.compiler.types import ScalarType, TensorType
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.types import ScalarType, TensorType
 
 MOST_EXPONENT = 64
 """Of a power or a shift of sizes: Python computes it exactly, however long it is."""

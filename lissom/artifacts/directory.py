@@ -20,7 +20,7 @@ from lissom.artifacts.fields import MOST_BYTES
 from lissom.artifacts.files import check_parent, open_plain, read_plain, reason, writing_whole
 from lissom.artifacts.manifest import NAME, Content, Manifest, listed_files, parse_manifest
 from lissom.artifacts.signature import SIGNATURE, check_signature, sign
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _EXCHANGE, _HERE = 2, -100

@@ -16,7 +16,7 @@ from sympy.core import relational
 from torch.utils._sympy import functions
 
 from lissom.artifacts.fields import finite, number, shown
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function

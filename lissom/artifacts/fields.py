@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 
 Kind = TypeVar("Kind")
 Item = TypeVar("Item")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 
 
 def open_plain(path: Path) -> BufferedReader:

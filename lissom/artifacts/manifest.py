@@ -16,7 +16,7 @@ from typing import cast
 
 from lissom.artifacts.fields import MOST_BYTES, count, number, parse_json, printable, shown, take, text
 from lissom.artifacts.files import read_plain
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 
 NAME = "manifest.json"
 KIND = "lissom artifact"

@@ -14,9 +14,9 @@ import lissom.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from lissom.artifacts.allowed import ALLOWED
 from lissom.artifacts.expression import FUNCTIONS as SIZE_FUNCTIONS
 from lissom.artifacts.fields import shown
-from lissom.compiler.collectives import COLLECTIVES, WAIT
-from lissom.compiler.errors import ArtifactError
-from lissom.compiler.text import target_text
+from lissom.compiler.ir.collectives import COLLECTIVES, WAIT
+from lissom.errors import ArtifactError
+from lissom.compiler.ir.printer import target_text
 
 _OF_NUMBERS = (
     *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs", "lshift", "rshift"),

@@ -7,7 +7,7 @@ from typing import cast
 from lissom.artifacts.expression import encode_expression
 from lissom.artifacts.fields import number, take, take_list
 from lissom.artifacts.values import Reader
-from lissom.compiler.placements import Placed, Span, Spans
+from lissom.compiler.ir.placement import Placed, Span, Spans
 
 
 def encode_placed(placed: Placed | tuple[Placed, ...]) -> object:

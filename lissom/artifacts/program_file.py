@@ -19,13 +19,13 @@ from lissom.artifacts.operators import find_operator, operator_name
 from lissom.artifacts.placed import decode_placed, encode_placed
 from lissom.artifacts.values import Reader, decode_argument, decode_value, encode_argument, encode_type, encode_value
 from lissom.artifacts.weights import Place, check_memory
-from lissom.compiler import fake
-from lissom.compiler import node as nodes
-from lissom.compiler.fake import FlatModule, SymbolFact
-from lissom.compiler.node import Origin
-from lissom.compiler.program import Program
-from lissom.compiler.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
-from lissom.compiler.types import TensorType, ValueType
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.fake import FlatModule, SymbolFact
+from lissom.compiler.ir.node import Origin
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
+from lissom.compiler.ir.types import TensorType, ValueType
 
 ReadWeights = Callable[[Mapping[str, object], Place], Mapping[str, torch.Tensor]]
 MOST_NODES = 1_000_000

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lissom.artifacts.files import read_plain
-from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey

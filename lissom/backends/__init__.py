@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lissom.backends.base import Backend
-from lissom.backends.distributed import Distributed
-from lissom.backends.eager import Eager
+from lissom.backends.distributed.backend import Distributed
+from lissom.backends.eager.backend import Eager
 from lissom.backends.inductor import Inductor
-from lissom.backends.onnxruntime import OnnxRuntime
-from lissom.compiler.errors import UnsupportedError, nearest
+from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.errors import UnsupportedError, nearest
 
 BACKENDS: Mapping[str, type[Backend]] = {backend.name: backend for backend in (Eager, Inductor, OnnxRuntime, Distributed)}
 

@@ -19,11 +19,11 @@ import torch
 from torch import fx, nn
 
 from lissom.backends.base import Backend, Executable, confirm
-from lissom.backends.compiled import check_plain, device_of, free_dimensions, kind_and_reason, leaves_of, traced_example
-from lissom.compiler.errors import ArtifactError, UnsupportedError
-from lissom.compiler.kinds import Pass
-from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
+from lissom.backends.exported import check_plain, device_of, free_dimensions, kind_and_reason, leaves_of, traced_example
+from lissom.errors import ArtifactError, UnsupportedError
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 from lissom.inspect.machine import instruction_sets
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights

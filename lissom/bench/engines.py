@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lissom import api
 from lissom.bench.workload import Inputs, Model
-from lissom.compiler.errors import UnsupportedError, nearest
+from lissom.errors import UnsupportedError, nearest
 from lissom.frontends.huggingface import find_directory
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils import _pytree as pytree
 
-from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.huggingface import SENTENCES
 from lissom.frontends.sources import Source, load
 

@@ -9,11 +9,11 @@ from torch import nn
 from torch.fx.node import Argument as CallArgument
 from torch.utils import _pytree as pytree
 
-from lissom.compiler import fake
-from lissom.compiler import node as nodes
-from lissom.compiler.errors import UnsupportedError
-from lissom.compiler.program import Program
-from lissom.compiler.signature import Argument, TensorArgument
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.errors import UnsupportedError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.signature import Argument, TensorArgument
 
 
 def device_of(model: object, inputs: object = ()) -> torch.device:

@@ -20,12 +20,12 @@ from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from lissom.compiler import node as nodes
-from lissom.compiler.errors import CaptureError
-from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
-from lissom.compiler.signature import Signature
-from lissom.compiler.types import size_of
+from lissom.compiler.ir import node as nodes
+from lissom.errors import CaptureError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.signature import Signature
+from lissom.compiler.ir.types import size_of
 from lissom.frontends.dynamic import describe_dimensions
 from lissom.frontends.export import Capture, capture_sizes
 from lissom.frontends.untouched import alias, ordinary

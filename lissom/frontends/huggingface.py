@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from lissom.compiler.errors import ArtifactError, UnsupportedError, nearest
+from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.huggingface_inputs import SENTENCES, encode, make_inputs
 
 if TYPE_CHECKING:

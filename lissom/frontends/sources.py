@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lissom.compiler.errors import ArtifactError
-from lissom.frontends import huggingface, onnx, vision
+from lissom.errors import ArtifactError
+from lissom.frontends import huggingface, vision
+from lissom.frontends.onnx import model as onnx
 
 NAMES = (
     f"A checkpoint directory; a packaged model ({', '.join(huggingface.PACKAGED)}); an ONNX file (model.onnx); a model of "

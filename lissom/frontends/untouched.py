@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from lissom.compiler.errors import CaptureError
+from lissom.errors import CaptureError
 
 _Container = dict[object, object] | list[object] | set[object]
 _CONTAINERS = (dict, OrderedDict, list, set)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from lissom.compiler.errors import ArtifactError, UnsupportedError, nearest
+from lissom.errors import ArtifactError, UnsupportedError, nearest
 
 _ROWS = 2
 

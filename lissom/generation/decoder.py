@@ -8,13 +8,13 @@ from typing import cast
 import torch
 
 from lissom.api import CompiledModel
-from lissom.compiler import node as nodes
-from lissom.compiler.errors import InputError
-from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
-from lissom.compiler.types import TensorType
+from lissom.compiler.ir import node as nodes
+from lissom.errors import InputError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.types import TensorType
 from lissom.frontends.decoder import INPUTS
-from lissom.hosting import FixedModule
+from lissom.runtime.hosted_model import FixedModule
 from lissom.inspect.tables import Report
 
 

@@ -16,7 +16,7 @@ from lissom.artifacts.directory import verified_bytes
 from lissom.artifacts.fields import parse_json, shown
 from lissom.artifacts.manifest import Content
 from lissom.backends.base import Backend
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from lissom.frontends.device import check_device
 from lissom.generation.directory import CONFIG, GENERATION, is_former, is_saved
 from lissom.generation.model import GenerationModel

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lissom.compiler.errors import InputError
+from lissom.errors import InputError
 from lissom.generation.decoder import Decoder
 
 if TYPE_CHECKING:

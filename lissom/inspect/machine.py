@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from lissom.inspect.progress import Report
 from lissom.inspect.timing import Timing, time_calls
 

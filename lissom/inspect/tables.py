@@ -11,9 +11,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lissom.compiler.history import History, Step
-from lissom.compiler.kinds import Pass
-from lissom.compiler.spelling import options_of, type_text
+from lissom.compiler.pipeline.history import History, Step
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.spelling import options_of, type_text
 
 _PLAIN_WIDTH = 140
 

@@ -17,8 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_false
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lissom.compiler.attention_patterns import UNBOUNDED, Pattern
-from lissom.compiler.key_blocks import KeyBlocks, key_blocks
+from lissom.ops.pattern import UNBOUNDED, Pattern
+from lissom.ops.key_blocks import KeyBlocks, key_blocks
 from lissom.ops.attention import attention_reference
 from lissom.ops.checks import require
 from lissom.ops.fused_attention import check_attention, fused_attention_reference, with_bias

@@ -9,7 +9,7 @@ result is a floating-point tensor, so a quantized program runs and trains as it 
 lies in the range, and is zero where x is cut off. Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference, §3. Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, §4.
 
-dequantize turns stored integers, or fp8, back into floating point; see `lissom/compiler/grids.py` for formats and scales.
+dequantize turns stored integers, or fp8, back into floating point; see `lissom/ops/formats.py` for formats and scales.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from lissom.compiler import grids
-from lissom.compiler.grids import FORMATS
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 for _schema in (
@@ -38,14 +38,14 @@ def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch
         low, high = x.aminmax(dim=-1, keepdim=True)
     else:
         low, high = x.aminmax()
-    return grids.scale_for(low, high, FORMATS[format])
+    return formats.scale_for(low, high, FORMATS[format])
 
 
 def fake_quantize_reference(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
 ) -> torch.Tensor:
     """The operator in PyTorch's own; NaN stays NaN."""
-    return grids.dequantize(grids.nearest(x, scale, zero_point, FORMATS[format]), scale, zero_point, x.dtype)
+    return formats.dequantize(formats.nearest(x, scale, zero_point, FORMATS[format]), scale, zero_point, x.dtype)
 
 
 def fake_quantize_dynamic_reference(x: torch.Tensor, *, format: str, granularity: str = "token") -> torch.Tensor:
@@ -58,7 +58,7 @@ def dequantize_reference(
 ) -> torch.Tensor:
     """The operator in PyTorch's own."""
     form = FORMATS[format]
-    return grids.dequantize(grids.unpack_halves(q, form) if form.bits == 4 else q, scale, zero_point, dtype)
+    return formats.dequantize(formats.unpack_halves(q, form) if form.bits == 4 else q, scale, zero_point, dtype)
 
 
 def _fake(x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
@@ -79,7 +79,7 @@ def _remember(
     output: torch.Tensor,
 ) -> None:
     x, scale, zero_point = inputs
-    ctx.save_for_backward(grids.within(x, scale, zero_point, FORMATS[keyword_only_inputs["format"]]))
+    ctx.save_for_backward(formats.within(x, scale, zero_point, FORMATS[keyword_only_inputs["format"]]))
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -107,7 +107,7 @@ torch.library.register_autograd(
 )
 
 fake_quantize = torch.ops.lissom.fake_quantize.default
-"""The operator. x: any shape; scale, zero_point: [] or a block each, see `lissom/compiler/grids.py`; format: a name in FORMATS.
+"""The operator. x: any shape; scale, zero_point: [] or a block each, see `lissom/ops/formats.py`; format: a name in FORMATS.
 Returns x's shape and dtype. Differentiable in x."""
 
 fake_quantize_dynamic = torch.ops.lissom.fake_quantize_dynamic.default

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lissom.artifacts.arrays import named_tensors, read_inputs, write_tensors
-from lissom.compiler.errors import ArtifactError, InputError
+from lissom.errors import ArtifactError, InputError
 from tests.models import captured, normal
 
 

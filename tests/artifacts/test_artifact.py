@@ -12,16 +12,16 @@ import lissom
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import PROGRAM, WEIGHTS
 from lissom.backends.base import Backend
-from lissom.backends.batches import Cutting
-from lissom.backends.eager import Eager
-from lissom.compiler import fake
-from lissom.compiler import node as nodes
-from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
-from lissom.compiler.errors import ArtifactError, InputError, UnsupportedError
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.samples import check_samples, resize
-from lissom.compiler.spelling import parse_pipeline
-from lissom.compiler.well_formed import verify_structure
+from lissom.backends.microbatches import Cutting
+from lissom.backends.eager.backend import Eager
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
+from lissom.errors import ArtifactError, InputError, UnsupportedError
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.ir.samples import check_samples, resize
+from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.compiler.verify.structure import verify_structure
 from lissom.ops import block_sparse_attention
 from lissom.ops.native import load_kernels
 from lissom.passes import RECIPES, known_passes

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import lissom
 from lissom.cli import app
-from lissom.compiler.errors import ArtifactError, InputError
+from lissom.errors import ArtifactError, InputError
 from tests.artifacts.saving import compiled
 from tests.frontends.test_huggingface import directory  # noqa: F401
 

@@ -15,7 +15,7 @@ import lissom
 from lissom.artifacts import artifact
 from lissom.artifacts.directory import sign_directory
 from lissom.artifacts.manifest import NAME, Content, read_manifest
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from lissom.generation.directory import CONFIG, GENERATION, is_saved
 from lissom.generation.saved import _config
 from tests.artifacts.killing import contents

@@ -18,7 +18,7 @@ import lissom
 from lissom.artifacts import artifact, directory
 from lissom.artifacts.directory import read_directory, write_directory
 from lissom.artifacts.manifest import NAME, Content, Manifest, read_manifest, write_manifest
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from tests.artifacts.saving import compiled
 from tests.models import feed_forward
 

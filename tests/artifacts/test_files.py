@@ -18,7 +18,7 @@ from lissom.artifacts.directory import verified_bytes, verified_path, write_dire
 from lissom.artifacts.files import check_writable, open_plain, write_whole, writing_whole
 from lissom.artifacts.manifest import Content
 from lissom.cli import app
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from tests.artifacts.saving import compiled
 
 SPECIAL = "is a device, a pipe or a socket, and would be replaced; name a plain file"

@@ -12,7 +12,7 @@ from torch import nn
 
 import lissom
 from lissom.artifacts import program_file, weights
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from tests.artifacts.hostile import change, node, seal
 from tests.artifacts.saving import compiled, compiled_module
 from tests.models import normal
@@ -189,7 +189,7 @@ class Attends(nn.Module):
 
 
 def test_attention_reads_no_key_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("lissom.backends.eager.Eager.lowering", lambda self, device: ())
+    monkeypatch.setattr("lissom.backends.eager.backend.Eager.lowering", lambda self, device: ())
     q, k = normal(1, 2, 3, 8), normal(1, 2, 4, 8)
     model = lissom.compile(Attends(), (q, k, k), dynamic=False, passes="remove-no-ops")
     model.save(tmp_path / "artifact")

@@ -12,7 +12,7 @@ import pytest
 
 import lissom
 from lissom.artifacts import directory
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from tests.artifacts.killing import contents
 from tests.artifacts.saving import compiled
 

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from lissom.artifacts import nesting
 from lissom.artifacts.nesting import Output, decode_nesting, encode_nesting
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 
 Pair = namedtuple("Pair", "left right")
 

@@ -10,7 +10,7 @@ import pytest
 
 import lissom
 from lissom.artifacts.manifest import NAME, read_manifest, write_manifest
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from tests.backends.ranks import printed, run_ranks, small_ids, small_llama
 
 

@@ -15,7 +15,7 @@ from lissom.artifacts.directory import read_directory, sign_directory
 from lissom.artifacts.manifest import NAME, Content, read_manifest
 from lissom.artifacts.signature import SIGNATURE
 from lissom.cli import app
-from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
 from tests.artifacts.saving import compiled
 from tests.artifacts.test_directory import rewrite
 

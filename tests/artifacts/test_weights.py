@@ -8,7 +8,7 @@ from torch import nn
 import lissom
 from lissom.artifacts.artifact import WEIGHTS
 from lissom.artifacts.weights import load_weights, save_weights
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from tests.artifacts.saving import compiled, compiled_module, reloaded
 from tests.models import FeedForward, captured, normal, seeded
 

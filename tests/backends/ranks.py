@@ -19,7 +19,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 import lissom
-from lissom.compiler.errors import LissomError
+from lissom.errors import LissomError
 from tests.backends.ranks import small_llama, small_ids
 rank = int(os.environ["RANK"])
 folder = Path(sys.argv[1])

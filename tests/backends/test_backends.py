@@ -4,10 +4,10 @@ import pytest
 
 from lissom.backends import BACKENDS, find_backend, find_backends
 from lissom.backends.base import Backend
-from lissom.backends.eager import Eager
+from lissom.backends.eager.backend import Eager
 from lissom.backends.inductor import Inductor
-from lissom.backends.onnxruntime import OnnxRuntime
-from lissom.compiler.errors import UnsupportedError
+from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.errors import UnsupportedError
 
 
 def test_a_backend_is_found_by_its_name():

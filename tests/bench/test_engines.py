@@ -5,7 +5,7 @@ import torch
 
 from lissom.bench.engines import ENGINES, Engine, Task, eager, find_engines
 from lissom.bench.workload import Shape, answer, cosine, encode, load_model
-from lissom.compiler.errors import UnsupportedError
+from lissom.errors import UnsupportedError
 from tests.frontends.test_huggingface import directory  # noqa: F401
 
 TEXTS = ["A lake.", "The lake lies still this morning, and nobody is on it.", "Who is there?"]

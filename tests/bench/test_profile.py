@@ -6,7 +6,7 @@ import torch
 import lissom
 from lissom.bench.profile import Part, Profile, operator_name, profile, profile_model, profile_table, time_nodes
 from lissom.bench.workload import parse_shapes
-from lissom.compiler.cost import total_cost
+from lissom.compiler.analysis.cost import total_cost
 from lissom.inspect.tables import plain
 from tests.frontends.test_huggingface import directory  # noqa: F401
 from tests.inspect.test_machine import example

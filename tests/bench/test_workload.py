@@ -16,7 +16,7 @@ from lissom.bench.workload import (
     read_texts,
     read_wanted,
 )
-from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
 from tests.frontends.test_huggingface import directory  # noqa: F401
 
 TEXTS = ["one two three", "four", "five six seven eight nine"]

@@ -7,11 +7,11 @@ from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lissom.compiler import node as nodes
-from lissom.compiler.cost import node_flops
-from lissom.compiler.execute import call
-from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.cost import node_flops
+from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 
 UNKNOWN = ("aten._grouped_mm.default", "lissom.grouped_product.default")
 """Operators PyTorch does not count, although they multiply matrices."""

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Annotation, Approximation, Requirement, Rewrite, Training
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Annotation, Approximation, Requirement, Rewrite, Training
 
 aten = torch.ops.aten
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.compiler import node as nodes
-from lissom.compiler.well_formed import verify_structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.verify.structure import verify_structure
 from lissom.frontends.device import device_of, move
 from lissom.frontends.export import capture
 from tests.models import captured, normal, tiny_bert

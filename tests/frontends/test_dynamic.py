@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lissom.compiler.errors import CaptureError, InputError
+from lissom.errors import CaptureError, InputError
 from lissom.frontends.export import Capture, capture
 from tests.models import FeedForward, blocked, branching, capture_of, feed_forward, nested, normal, tiny_bert, tokens
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
-from lissom.compiler.program import Program
+from lissom.compiler.ir.program import Program
 from lissom.frontends.dynamo import capture_graph, read_graph
 
 Function = Callable[..., tuple[torch.Tensor, ...]]

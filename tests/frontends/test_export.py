@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.compiler.errors import CaptureError
+from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from tests.models import (
     CASES,

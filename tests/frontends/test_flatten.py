@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.compiler import node as nodes
-from lissom.compiler.errors import CaptureError
-from lissom.compiler.signature import ConstantArgument, TensorArgument
+from lissom.compiler.ir import node as nodes
+from lissom.errors import CaptureError
+from lissom.compiler.ir.signature import ConstantArgument, TensorArgument
 from lissom.frontends.export import capture
 from lissom.frontends.flatten import flatten_exported
 from tests.models import captured, feed_forward, normal, tokens

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from lissom.compiler.errors import ArtifactError, UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends import huggingface
 from lissom.frontends.huggingface import find_directory, load
 from tests.models import tiny_bert
@@ -162,7 +162,7 @@ def settings():
 
 before = settings()
 from lissom.frontends.huggingface import load, tokenizer_of, find_directory
-from lissom.compiler.errors import LissomError
+from lissom.errors import LissomError
 load(sys.argv[1])
 tokenizer_of(find_directory(sys.argv[1]))
 try:

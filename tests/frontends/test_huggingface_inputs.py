@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 import lissom
-from lissom.compiler.errors import UnsupportedError
+from lissom.errors import UnsupportedError
 from lissom.frontends import sources
 from lissom.frontends.huggingface import find_directory, load
 from lissom.frontends.huggingface_inputs import _two_sizes

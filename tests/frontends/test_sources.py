@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from lissom.frontends import sources
 from tests.models import tiny_bert
 

@@ -5,9 +5,9 @@ import torch
 from torch import fx, nn
 
 import lissom
-from lissom.compiler import node as nodes
-from lissom.compiler.errors import CaptureError
-from lissom.compiler.program import Program
+from lissom.compiler.ir import node as nodes
+from lissom.errors import CaptureError
+from lissom.compiler.ir.program import Program
 from lissom.frontends.export import capture
 from tests.models import FeedForward, feed_forward, normal, seeded
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.compiler.errors import CaptureError, InputError
+from lissom.errors import CaptureError, InputError
 from lissom.frontends.decoder import capture_decoder
 from lissom.frontends.export import capture
 from lissom.frontends.untouched import alias, untouched

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lissom
-from lissom.compiler.errors import ArtifactError, CaptureError, UnsupportedError
+from lissom.errors import ArtifactError, CaptureError, UnsupportedError
 from lissom.frontends import sources, vision
 from lissom.ops import fused_attention
 from tests.models import seeded

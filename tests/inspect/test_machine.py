@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from lissom.inspect import machine
 from lissom.inspect.machine import Ceiling, Ceilings, Machine, cache_path, load_machine, measure_machine, save_machine
 

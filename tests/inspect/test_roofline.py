@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lissom.compiler.cost import Cost, cost, total_cost
-from lissom.compiler.errors import UnsupportedError
+from lissom.compiler.analysis.cost import Cost, cost, total_cost
+from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from lissom.inspect.machine import Ceiling
 from lissom.inspect.roofline import cost_table, machine_table, node_seconds, roofline_seconds

@@ -2,7 +2,7 @@
 
 from lissom.inspect.sites import axes_table, structure_tables
 from lissom.inspect.tables import plain
-from tests.compiler.test_axes import canonical
+from tests.compiler.analysis.axes.test_axes import canonical
 
 
 def test_structure_names_layers_heads_masks_and_widths():

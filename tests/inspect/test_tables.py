@@ -3,13 +3,13 @@
 import pytest
 from rich.console import Console
 
-from lissom.compiler.editor import Skip
-from lissom.compiler.history import History, Size, Step
-from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.ir.editor import Skip
+from lissom.compiler.pipeline.history import History, Size, Step
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.inspect.tables import Report, coloured_diff, first_line, passes_table, plain
 from lissom.passes import PASSES, RECIPES
 from tests.compiler.passes import DropDropout, ScaleWeights
-from tests.compiler.test_spelling import ManyOptions
+from tests.compiler.pipeline.test_spelling import ManyOptions
 from tests.models import capture_of, normal
 
 

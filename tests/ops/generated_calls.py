@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lissom.compiler.errors import LissomError
+from lissom.errors import LissomError
 from lissom.ops.blocked_attention import blocked_attention
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 
 CAUSAL = Condition(-1, 1, high=0)
 PATTERNS = {

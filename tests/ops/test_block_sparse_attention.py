@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
-from lissom.compiler.verify import relative_error
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
+from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import block_sparse_attention, fused_attention
 from lissom.ops.blocked_attention import block_sparse_attention_reference, blocked_attention
 from lissom.ops.native import kernel_dtypes, load_kernels
@@ -181,7 +181,7 @@ def test_what_no_pattern_is(pattern, layout, message):
 PEAK = """
 import re, sys, torch
 from pathlib import Path
-from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.ops import block_sparse_attention
 from lissom.ops.native import load_kernels
 load_kernels()

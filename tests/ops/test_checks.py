@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lissom
-from lissom.compiler.attention_patterns import Pattern
+from lissom.ops.pattern import Pattern
 from lissom.ops.blocked_attention import blocked_attention
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference

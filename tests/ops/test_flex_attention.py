@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lissom.compiler.attention_patterns import LAYOUT, Condition, Pattern
-from lissom.compiler.verify import relative_error
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
+from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import block_sparse_attention
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.flex_attention import BLOCK, block_mask, flex_block_sparse_attention

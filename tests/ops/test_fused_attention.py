@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.compiler.verify import relative_error
+from lissom.compiler.verify.divergence import relative_error
 from lissom.ops.attention import attention_reference
 from lissom.ops.fused_attention import (
     fused_attention,

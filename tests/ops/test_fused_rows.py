@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lissom.compiler.verify import relative_error
+from lissom.compiler.verify.divergence import relative_error
 from lissom.ops.fused_rows import fused_rms_norm, fused_rms_norm_reference, fused_rotary, fused_rotary_reference
 from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.rotary import rotary_reference

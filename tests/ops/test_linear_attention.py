@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.flops import operations
-from lissom.compiler.verify import relative_error
+from lissom.compiler.analysis.flops import operations
+from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import linear_attention
 from lissom.ops.linear_attention import FLOOR, linear_attention_step
 from tests.models import normal

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lissom.compiler.verify import relative_error
+from lissom.compiler.verify.divergence import relative_error
 from lissom.ops.native import kernel_dtypes, load_kernels
 from lissom.ops.packed_linear import (
     ACTIVATIONS,

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from lissom.compiler import grids
-from lissom.compiler.grids import FORMATS
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 
 def scales(x: torch.Tensor, shape: tuple[int, ...], name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return grids.scale_for(*grids.block_range(x, shape), FORMATS[name])
+    return formats.scale_for(*formats.block_range(x, shape), FORMATS[name])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -20,8 +20,8 @@ def scales(x: torch.Tensor, shape: tuple[int, ...], name: str) -> tuple[torch.Te
 def test_stored_values_turn_back_into_the_rounded_ones(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
     scale, zero_point = scales(x.float(), (6, 2), name)
-    q = grids.quantize(x, scale, zero_point, FORMATS[name])
-    stored = grids.pack_halves(q) if FORMATS[name].bits == 4 else q
+    q = formats.quantize(x, scale, zero_point, FORMATS[name])
+    stored = formats.pack_halves(q) if FORMATS[name].bits == 4 else q
     rounded = fake_quantize(x, scale, zero_point, format=name)
     assert rounded.dtype == dtype
     torch.testing.assert_close(dequantize(stored, scale, zero_point, format=name, dtype=dtype), rounded, rtol=0, atol=0)
@@ -68,8 +68,8 @@ def test_the_operators_are_well_behaved(name: str) -> None:
     scale, zero_point = scales(x.detach(), (6, 1), name)
     torch.library.opcheck(fake_quantize, (x, scale, zero_point), {"format": name})
     torch.library.opcheck(fake_quantize_dynamic, (x,), {"format": "uint8"})
-    q = grids.quantize(x.detach(), scale, zero_point, FORMATS[name])
-    stored = grids.pack_halves(q) if FORMATS[name].bits == 4 else q
+    q = formats.quantize(x.detach(), scale, zero_point, FORMATS[name])
+    stored = formats.pack_halves(q) if FORMATS[name].bits == 4 else q
     # One of opcheck's own checks computes with its inputs, which PyTorch cannot in fp8.
     utilities = ("test_faketensor",) if name == "fp8" else ("test_schema", "test_autograd_registration", "test_faketensor")
     options = {"format": name, "dtype": torch.float32}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lissom.compiler.verify import relative_error
+from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import rotary
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 3, 5, 8

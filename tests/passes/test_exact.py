@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.samples import resize
-from lissom.compiler.spelling import parse_pipeline
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.ir.samples import resize
+from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
 from tests.passes.harness import aten, calls
 from tests.passes.models import EAGER, case_of, compiled, optimized

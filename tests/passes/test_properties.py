@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lissom.compiler.spelling import format_pipeline
+from lissom.compiler.pipeline.spelling import format_pipeline
 from lissom.passes import PASSES
 from tests.models import normal, seeded
 from tests.passes.harness import apply, capture_model

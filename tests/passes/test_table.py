@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lissom.compiler.errors import UnsupportedError
-from lissom.compiler.kinds import Pass, Rewrite
-from lissom.compiler.spelling import format_pipeline, parse_pipeline
+from lissom.errors import UnsupportedError
+from lissom.compiler.pipeline.pass_kinds import Pass, Rewrite
+from lissom.compiler.pipeline.spelling import format_pipeline, parse_pipeline
 from lissom.passes import PASSES, RECIPES, known_passes
 from tests.passes.harness import GOLDEN
 
@@ -27,7 +27,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: st
 
 PASS = """
 from dataclasses import dataclass
-from lissom.compiler.kinds import Rewrite
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 @dataclass(frozen=True)
 class {name}(Rewrite):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lissom.compiler.errors import ArtifactError
+from lissom.errors import ArtifactError
 from tools.fuzz_artifacts.campaign import Case, Worker, cases, make_samples, run, smallest
 from tools.fuzz_artifacts.mutations import CANARY, JSON, MANIFEST, Mutation, apply, seal
 from tools.fuzz_artifacts.samples import SAMPLES, Answer, Sample

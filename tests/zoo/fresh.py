@@ -19,7 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import lissom
-from lissom.compiler.samples import Sample
+from lissom.compiler.ir.samples import Sample
 
 _INPUTS, _ANSWERS = "inputs.pt", "answers.pt"
 _PATIENCE = 120.0
@@ -87,7 +87,7 @@ def _answer(artifact: Path) -> None:
 
 
 def _serve(address: str) -> None:
-    import lissom.backends.onnx_session  # noqa: F401
+    import lissom.backends.onnxruntime.session  # noqa: F401
 
     torch.set_num_threads(1)
     parent = os.getppid()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 import torch
 
-from lissom.compiler.errors import LissomError
+from lissom.errors import LissomError
 from tools.fuzz_artifacts.mutations import CANARY, Mutation, apply
 from tools.fuzz_artifacts.samples import SAMPLES, Answer, Sample
 

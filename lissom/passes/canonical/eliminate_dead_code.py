@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.execute import evaluate_nodes
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import is_handed_out, is_view
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.interpreter import evaluate_nodes
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.match import is_handed_out, is_view
 
 aten = torch.ops.aten
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.program import Program
-from lissom.compiler.types import ScalarType
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import ScalarType
 
 
 @dataclass(frozen=True)

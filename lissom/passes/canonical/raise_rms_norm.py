@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import other_argument, scalar_and_node, strip_casts
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.match import other_argument, scalar_and_node, strip_casts
 
 aten = torch.ops.aten
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler import fake
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import is_handed_out, is_read_by, is_view, memory_of
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.match import is_handed_out, is_read_by, is_view, memory_of
 
 aten = torch.ops.aten
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler import fake
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.types import ScalarType, Size
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.types import ScalarType, Size
 
 aten = torch.ops.aten
 

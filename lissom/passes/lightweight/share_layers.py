@@ -24,15 +24,15 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.errors import UnsupportedError
-from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Approximation
-from lissom.compiler.program import Program
-from lissom.compiler.protection import is_path_protected
-from lissom.compiler.samples import Sample
-from lissom.compiler.structure import Layer, structure
-from lissom.compiler.verify import kept_state
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import UnsupportedError
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.analysis.structure.transformer import Layer, structure
+from lissom.compiler.verify.divergence import kept_state
 
 Values = Mapping[str, torch.Tensor]
 """The weights of a layer, by their names within it."""

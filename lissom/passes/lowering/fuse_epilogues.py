@@ -18,10 +18,10 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from lissom.compiler import fake
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.packed_linear import packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
 from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm

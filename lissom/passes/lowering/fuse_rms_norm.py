@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_rows import fused_rms_norm
 from lissom.ops.native import missing_kernel
 

@@ -32,12 +32,13 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
-from lissom.compiler import fake, grids
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.grids import FORMATS, FP8_LARGEST
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.quantized_layers import PRODUCTS, QuantizedLayer, quantized_layer
+from lissom.compiler.ir import fake
+from lissom.ops import formats
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.ops.formats import FORMATS, FP8_LARGEST
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.analysis.structure.quantized_linear import PRODUCTS, QuantizedLayer, quantized_layer
 from lissom.ops.quantized_linear import MOST_INPUTS
 
 aten = torch.ops.aten
@@ -165,7 +166,7 @@ def _slower(edit: Editor, layer: QuantizedLayer) -> str | None:
     value = nodes.value(layer.x)
     shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
     x = torch.randn(shape, device=q.device).to(nodes.tensor_type(layer.x).dtype).reshape(-1, q.shape[1])
-    dense = grids.dequantize(q, scale, None, x.dtype)
+    dense = formats.dequantize(q, scale, None, x.dtype)
     calls = {
         "int8": partial(aten._weight_int8pack_mm.default, x, q.contiguous(), per_feature(scale, q.shape[0]).to(x.dtype)),
         "dense": partial(functional.linear, x, dense),
@@ -253,7 +254,7 @@ class _Lowering:
         else:
             reach = call(aten.sub.Tensor, high, low)
         steps = form.high if form.symmetric else form.high - form.low
-        scale = call(aten.clamp_min.default, call(aten.div.Tensor, reach, steps), grids.LEAST)
+        scale = call(aten.clamp_min.default, call(aten.div.Tensor, reach, steps), formats.LEAST)
         inverse = call(aten.reciprocal.default, scale)
         if form.symmetric:
             return scale, inverse, None, None

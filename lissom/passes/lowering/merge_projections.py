@@ -19,11 +19,11 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
-from lissom.compiler import fake
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import is_read_by
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.match import is_read_by
 from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.native import missing_kernel
 from lissom.ops.packed_linear import pack, packed_embedding, packed_linear
 

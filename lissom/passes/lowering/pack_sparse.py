@@ -18,10 +18,10 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
-from lissom.compiler import fake
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.sparse_linear import COLUMNS, DTYPES, ROWS, is_two_in_four, pack, sparse_linear
 
 aten = torch.ops.aten

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import is_handed_out
-from lissom.compiler.node import IN_PLACE
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.match import is_handed_out
+from lissom.compiler.ir.node import IN_PLACE
 
 aten = torch.ops.aten
 

@@ -11,14 +11,14 @@ groups go with the heads that read them. A rank holds a bias of a layer cut by r
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
 Layers that form no such pair are cut by themselves where the pairs have less than `share` of the weights: by columns with an
-all-gather of what they give (`lissom/compiler/placement_gathered.py`), or by rows where they give fewer values than there are
+all-gather of what they give (`lissom/compiler/parallel/rules/gathered.py`), or by rows where they give fewer values than there are
 ranks. The largest come first.
 
 What reads logits along a vocabulary that is cut (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges a
-few numbers a token. With `sequence`, values between the layers are cut by position (`lissom/compiler/placement_sequence.py`).
+few numbers a token. With `sequence`, values between the layers are cut by position (`lissom/compiler/parallel/rules/sequence.py`).
 
 Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
-result lies from how its arguments do (`lissom/compiler/placement_rules.py`); an operator without a rule gets them whole. The
+result lies from how its arguments do (`lissom/compiler/parallel/rules/table.py`); an operator without a rule gets them whole. The
 program stays as it is; `cut` carries the plan out.
 
 Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
@@ -34,17 +34,17 @@ from fnmatch import fnmatchcase
 
 from torch import fx
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.errors import UnsupportedError
-from lissom.compiler.kinds import Annotation
-from lissom.compiler.linears import weight_of
-from lissom.compiler.placement_joint import JOINT, numbers_a_row
-from lissom.compiler.placement_sequence import position_obstacle
-from lissom.compiler.protection import is_path_protected
-from lissom.compiler.shard_sites import linear_layers, shard_sites
-from lissom.compiler.sharding import SHARE, Plan, make_plan
-from lissom.compiler.text import target_text
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import UnsupportedError
+from lissom.compiler.pipeline.pass_kinds import Annotation
+from lissom.compiler.analysis.structure.linear import weight_of
+from lissom.compiler.parallel.rules.joint import JOINT, numbers_a_row
+from lissom.compiler.parallel.rules.sequence import position_obstacle
+from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.parallel.sites import linear_layers, shard_sites
+from lissom.compiler.parallel.plan import SHARE, Plan, make_plan
+from lissom.compiler.ir.printer import target_text
 
 _LAYER_WORDS = ("column-wise", "row-wise")
 

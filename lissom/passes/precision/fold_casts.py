@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from lissom.compiler.casts import cast_from, dtype_of, holds, rests_on_copy
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.match import CASTS
-from lissom.compiler.types import short_dtype
+from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_copy
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.match import CASTS
+from lissom.compiler.ir.types import short_dtype
 
 aten = torch.ops.aten
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lissom.compiler.axis_edit import remove_indices
-from lissom.compiler.editor import Editor
-from lissom.compiler.errors import UnsupportedError
-from lissom.compiler.key_value_heads import SeparateHeads, Separation, separated_heads
-from lissom.compiler.kinds import Rewrite
-from lissom.compiler.program import Program
+from lissom.compiler.transforms.removal.indices import remove_indices
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import UnsupportedError
+from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation, separated_heads
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.program import Program
 
 
 @dataclass(frozen=True)

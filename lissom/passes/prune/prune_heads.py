@@ -3,7 +3,7 @@
 An attention is a sum over heads, Σ_h W_o[:, h] softmax(q_h k_hᵀ) v_h. Head h is pruned by zeroing its columns W_o[:, h];
 `eliminate-dead-heads` then removes it. With grouped queries a key/value head goes with all query heads that read it; where one
 key/value head serves all, query heads go one by one. Criteria, with formulas and sources, are in
-`lissom/compiler/importance.py`, and what is done to the weights that stay in `lissom/compiler/reconstruction.py`:
+`lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in `lissom/compiler/transforms/pruning/reconstruction.py`:
 
 - `second-order` takes heads one after another, each time the one whose loss the others can make up for best, and then refits
   the output projection of every attention to the original model, in the order of the program. It is what `auto` means with
@@ -17,11 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Approximation
-from lissom.compiler.ranking import Amount
-from lissom.compiler.unit_pruning import Criterion, UnitPruning
-from lissom.compiler.unit_sites import head_sites
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.transforms.pruning.budget import Amount
+from lissom.compiler.transforms.pruning.prune import Criterion, UnitPruning
+from lissom.compiler.transforms.pruning.units import head_sites
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Prune feed-forward neurons: choose those that matter least, zero what reads them, and let the rest make up for them.
 
 A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i] x). Neuron i is pruned by zeroing W₂[:, i];
-`eliminate-dead-neurons` then removes it. Criteria, with formulas and sources, are in `lissom/compiler/importance.py`, and what
-is done to the weights that stay in `lissom/compiler/reconstruction.py`:
+`eliminate-dead-neurons` then removes it. Criteria, with formulas and sources, are in `lissom/compiler/transforms/pruning/importance.py`, and what
+is done to the weights that stay in `lissom/compiler/transforms/pruning/reconstruction.py`:
 
 - `second-order` takes neurons one after another, each time the one whose loss the others can make up for best, and then refits
   every layer that ends a branch to the original model, in the order of the program. It is what `auto` means
@@ -16,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Approximation
-from lissom.compiler.ranking import Amount
-from lissom.compiler.unit_pruning import Criterion, UnitPruning
-from lissom.compiler.unit_sites import neuron_sites
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.transforms.pruning.budget import Amount
+from lissom.compiler.transforms.pruning.prune import Criterion, UnitPruning
+from lissom.compiler.transforms.pruning.units import neuron_sites
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import Approximation
-from lissom.compiler.padding import padding_masks
-from lissom.compiler.types import TensorType
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.analysis.structure.padding import padding_masks
+from lissom.compiler.ir.types import TensorType
 
 aten = torch.ops.aten
 

@@ -25,16 +25,16 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.compiler import grids
-from lissom.compiler.calibration import Moments
-from lissom.compiler.editor import Editor
-from lissom.compiler.errors import RequirementError, UnsupportedError
-from lissom.compiler.grids import FORMATS, Format
-from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Rewrite
-from lissom.compiler.linears import input_of
-from lissom.compiler.observers import WeightObserver, weight_scale
-from lissom.compiler.scaling import Reader, ScalingSite, chosen_sites
-from lissom.compiler.sweep import moments_of, sweep
+from lissom.ops import formats
+from lissom.compiler.calibration.statistics import Moments
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops.formats import FORMATS, Format
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Rewrite
+from lissom.compiler.analysis.structure.linear import input_of
+from lissom.compiler.calibration.observers import WeightObserver, weight_scale
+from lissom.compiler.transforms.channel_scaling import Reader, ScalingSite, chosen_sites
+from lissom.compiler.calibration.layer_sweep import moments_of, sweep
 
 STEPS = 20
 _LEAST = 1e-4
@@ -108,7 +108,7 @@ class Awq(Rewrite):
             kind = "group" if self.scheme == "int4-weight" else "channel"
         groups = columns // self.group if kind == "group" and columns % self.group == 0 else 1
         scale, zero_point = weight_scale(weight, (1 if kind == "tensor" else rows, groups), form, self.weight_observer)
-        return grids.dequantize(grids.quantize(weight, scale, zero_point, form), scale, zero_point, torch.float32)
+        return formats.dequantize(formats.quantize(weight, scale, zero_point, form), scale, zero_point, torch.float32)
 
     @property
     def _form(self) -> Format:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from lissom.compiler.editor import Editor
-from lissom.compiler.kinds import FLOATING_POINT_WEIGHTS, Rewrite
-from lissom.compiler.scaling import ScalingSite, chosen_sites
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Rewrite
+from lissom.compiler.transforms.channel_scaling import ScalingSite, chosen_sites
 
 _CLOSE = 1e-3
 _ROUNDS = 20

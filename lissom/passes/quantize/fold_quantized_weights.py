@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler import grids
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.grids import FORMATS
-from lissom.compiler.kinds import Rewrite
+from lissom.ops import formats
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.ops.formats import FORMATS
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.quantization import dequantize, fake_quantize
 
 aten = torch.ops.aten
@@ -39,10 +39,10 @@ def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
         edit.skip(node, f"its last dimension, {value.shape[-1]}, is odd, and two of four bits share a byte")
         return
     scale, *zero_point = (edit.program.weight(str(item.target)) for item in node.all_input_nodes[1:])
-    q = grids.quantize(value, scale, zero_point[0] if zero_point else None, form)
+    q = formats.quantize(value, scale, zero_point[0] if zero_point else None, form)
     dtype = nodes.tensor_type(node).dtype
     with edit.before(node):
-        stored = edit.weight(f"{weight.target}_{form.name}", grids.pack_halves(q) if form.bits == 4 else q)
+        stored = edit.weight(f"{weight.target}_{form.name}", formats.pack_halves(q) if form.bits == 4 else q)
         folded = edit.call(dequantize, stored, *node.all_input_nodes[1:], format=form.name, dtype=dtype)
     edit.replace(node, folded)
     for look_up in [user for user in folded.users if user.target is aten.embedding.default and user.args[0] is folded]:

@@ -42,19 +42,19 @@ from typing import Literal, cast
 import torch
 from torch import fx
 
-from lissom.compiler import grids
-from lissom.compiler.editor import Editor
-from lissom.compiler.errors import RequirementError, UnsupportedError
-from lissom.compiler.execute import call, evaluate_nodes
-from lissom.compiler.grids import FORMATS, Format
-from lissom.compiler.hessian import damped, inverse_factor, shifted
-from lissom.compiler.kinds import Approximation
-from lissom.compiler.linears import input_of, is_linear
-from lissom.compiler.matrices import Matrix, RoundedMatrix, matrix_of, rounded_matrix_of
-from lissom.compiler.observers import weight_scale
-from lissom.compiler.program import Program
-from lissom.compiler.protection import obstacle_by_name
-from lissom.compiler.sweep import Counterpart, Read, sweep_moments
+from lissom.ops import formats
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.compiler.ir.interpreter import call, evaluate_nodes
+from lissom.ops.formats import FORMATS, Format
+from lissom.compiler.calibration.hessian import damped, inverse_factor, shifted
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.analysis.structure.linear import input_of, is_linear
+from lissom.compiler.analysis.structure.matrix import Matrix, RoundedMatrix, matrix_of, rounded_matrix_of
+from lissom.compiler.calibration.observers import weight_scale
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
 
 aten = torch.ops.aten
 
@@ -148,10 +148,10 @@ class Gptq(Approximation):
         else:
             rounded, scale, zero_point = gptq_with_scales(weight, gram, scale, zero_point, form, self.damping, self.rescale)
         if self.refit:
-            q = grids.quantize(rounded, scale, zero_point, form)
-            levels = grids.dequantize(q, torch.ones_like(scale), zero_point, torch.float32)
+            q = formats.quantize(rounded, scale, zero_point, form)
+            levels = formats.dequantize(q, torch.ones_like(scale), zero_point, torch.float32)
             scale = fitted_scale(weight, levels, damped(gram, self.damping), scale)
-            rounded = grids.dequantize(q, scale, zero_point, torch.float32)
+            rounded = formats.dequantize(q, scale, zero_point, torch.float32)
         for part, value in zip(matrix.quantizer.all_input_nodes[1:], (scale, zero_point), strict=False):
             if value is not None:
                 edit.set_weight(part, (value.T if matrix.transposed else value).contiguous())
@@ -297,4 +297,4 @@ def _rounded(
 ) -> torch.Tensor:
     """A column of the matrix, [features out], with the scales of its group."""
     held = scale[:, group, None], None if zero_point is None else zero_point[:, group, None]
-    return grids.dequantize(grids.quantize(column[:, None], *held, form), *held, torch.float32)[:, 0]
+    return formats.dequantize(formats.quantize(column[:, None], *held, form), *held, torch.float32)[:, 0]

@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.compiler import node as nodes
-from lissom.compiler.editor import Editor
-from lissom.compiler.grids import FORMATS, LEAST, Format, pack_halves
-from lissom.compiler.kinds import Approximation
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.ops.formats import FORMATS, LEAST, Format, pack_halves
+from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten

@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lissom.compiler.editor import Editor
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.program import Program
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.ir.program import Program
 from lissom.passes.canonical.eliminate_dead_code import EliminateDeadCode
 from tests.models import captured, normal, seeded
 from tests.passes.harness import apply, aten, calls, capture_model, check_golden, rewrite

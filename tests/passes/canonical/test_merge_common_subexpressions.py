@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.editor import Editor
+from lissom.compiler.ir.editor import Editor
 from lissom.passes.canonical.merge_common_subexpressions import MergeCommonSubexpressions
 from tests.models import captured, normal, seeded
 from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, every_backend, rewrite

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.program import Program
+from lissom.compiler.ir.program import Program
 from lissom.ops import fused_rms_norm
 from lissom.passes.canonical.raise_rms_norm import RaiseRmsNorm
 from tests.models import normal

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import lissom
-from lissom.compiler.editor import Editor
-from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests.models import normal, seeded
 from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, every_backend, rewrite

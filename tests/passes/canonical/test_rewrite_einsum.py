@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lissom.compiler.verify import relative_error
+from lissom.compiler.verify.divergence import relative_error
 from lissom.passes.canonical.rewrite_einsum import RewriteEinsum, parse
 from tests.models import normal, seeded
 from tests.passes.harness import Calls, aten, calls, check_golden, rewrite

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import lissom
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.spelling import parse_pipeline
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes import RECIPES, known_passes
 from lissom.passes.canonical.simplify_masks import SimplifyMasks

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
-from lissom.compiler.program import Program
+from lissom.compiler.ir.program import Program
 from lissom.ops import packed_linear, packed_linear_norm
 from tests.models import normal, seeded, tiny_llama
 from tests.passes.harness import aten, calls, check_golden, rewrite

@@ -1,6 +1,6 @@
 """Tests of lower-quantized-products on a CPU, which has all of its products but that with four bits; a stand-in has that one.
 
-tests/backends/test_cuda.py has what needs a device.
+tests/backends/eager/test_cuda.py has what needs a device.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lissom
-from lissom.backends.eager import Eager
+from lissom.backends.eager.backend import Eager
 from lissom.backends.inductor import Inductor
-from lissom.backends.kernels import count_kernels, simulated_layers
-from lissom.compiler import grids
-from lissom.compiler.grids import FORMATS
-from lissom.compiler.history import History
-from lissom.compiler.program import Program
-from lissom.compiler.rounding import differs_locally
-from lissom.compiler.verify import compare, run_samples
+from lissom.backends.simulated_layers import count_kernels, simulated_layers
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.ir.program import Program
+from lissom.compiler.verify.rounding import differs_locally
+from lissom.compiler.verify.divergence import compare, run_samples
 from lissom.ops.quantization import dynamic_scale, fake_quantize, fake_quantize_dynamic
 from lissom.passes.lowering import lower_quantized_products
 from lissom.passes.lowering.lower_quantized_products import per_feature, tile_grid
@@ -155,7 +155,7 @@ def test_sums_of_bytes_are_exact(
     assert history.steps[-1].summary == "rewrote 1"
     flat = x.reshape(-1, inputs)
     scale, zero_point = dynamic_scale(flat, "uint8", by)
-    q = grids.quantize(flat, scale, zero_point, FORMATS["uint8"])
+    q = formats.quantize(flat, scale, zero_point, FORMATS["uint8"])
     (multiplied,) = values_multiplied(program, BYTES, x)
     assert len(multiplied) == len(flat) if len(flat) >= 32 and not dynamic else len(multiplied) >= 32
     assert torch.equal(multiplied[: len(flat)].int() + 128, q.int())

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 import lissom
-from lissom.compiler import node as nodes
-from lissom.compiler.attention_patterns import Condition, Pattern
-from lissom.compiler.program import Program
+from lissom.compiler.ir import node as nodes
+from lissom.ops.pattern import Condition, Pattern
+from lissom.compiler.ir.program import Program
 from lissom.ops import attention, block_sparse_attention, fused_attention
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention, crossing, hides
-from tests.compiler.test_pattern_reading import SIZES, SLIDING
+from tests.compiler.analysis.patterns.test_reader import SIZES, SLIDING
 from tests.models import Case, normal, seeded, tiny_bert, tokens
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 

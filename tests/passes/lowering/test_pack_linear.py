@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.errors import InputError
+from lissom.errors import InputError
 from lissom.ops import packed_embedding, packed_linear
 from lissom.ops.packed_linear import unpack
 from lissom.passes.lowering.pack_linear import PackLinear

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends.eager import Eager
+from lissom.backends.eager.backend import Eager
 from lissom.ops.sparse_linear import sparse_linear
 from lissom.passes.lowering.pack_sparse import PackSparse
 from tests.models import normal, seeded

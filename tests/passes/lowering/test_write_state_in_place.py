@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.cost import cost
+from lissom.compiler.analysis.cost import cost
 from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
 from tests.decoders import decoder
 from tests.models import normal

@@ -8,12 +8,12 @@ from functools import cache
 import torch
 import transformers
 
-from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE
-from lissom.compiler.history import History
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
-from lissom.compiler.spelling import parse_pipeline
+from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case, normal, seeded, tokens
 from tests.zoo.removal import canonical

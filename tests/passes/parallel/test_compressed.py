@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lissom.compiler.structure import structure
-from lissom.compiler.verify import relative_error, tolerance_of
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import rewrite
 from tests.passes.parallel.models import cut, program_of, reasons, run_passes

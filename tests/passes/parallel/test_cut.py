@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.collectives import COLLECTIVES
-from lissom.compiler.errors import PassError, RequirementError, UnsupportedError
-from lissom.compiler.verify import relative_error, run_samples, tolerance_of
+from lissom.compiler.ir.collectives import COLLECTIVES
+from lissom.errors import PassError, RequirementError, UnsupportedError
+from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.parallel.cut import Cut
 from tests.decoders import DECODERS
@@ -148,7 +148,7 @@ def test_heads_left_by_pruning_need_not_divide(ways: int) -> None:
     zero_heads(program, 0, [1])
     pruned, _ = run_passes("eliminate-dead-heads", program, samples)
     after, history = cut(pruned, samples, ways)
-    assert [site.heads for site in pruned.fact(lissom.compiler.structure.structure).attention] == [3, 4]
+    assert [site.heads for site in pruned.fact(lissom.compiler.analysis.structure.transformer.structure).attention] == [3, 4]
     notes = " ".join(history.steps[1].notes)
     assert "zeros make blocks of the attention at encoder.layer.0.attention.self even: 3 as 4" in notes
     last = after.ranks[ways - 1]["encoder.layer.0.attention.self.query.weight"]

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler import node as nodes
-from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE
-from lissom.compiler.sharding import make_plan
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
+from lissom.compiler.parallel.plan import make_plan
 from lissom.inspect.sharding import joint_traffic, traffic
 from tests.models import seeded
 from tests.passes.harness import rewrite

@@ -7,9 +7,9 @@ import torch
 import transformers
 from torch import nn
 
-from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE
-from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
+from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 from tests.models import Case, normal, seeded, tokens
 from tests.passes.harness import rewrite
 from tests.passes.parallel.models import collectives, cut, program_of, run_passes

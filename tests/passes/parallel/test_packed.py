@@ -9,7 +9,7 @@ import pytest
 from tests.backends.ranks import printed, run_ranks
 
 PACKED = """
-from tests.passes.prune.test_pack_tokens import Encoder, inputs
+from tests.passes.prune.pack_tokens.test_pack_tokens import Encoder, inputs
 from tests.models import seeded
 join()
 model = seeded(lambda: Encoder("plain"))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import fx
 
-from lissom.compiler.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
-from lissom.compiler.execute import run_ranks
-from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
-from lissom.compiler.sharding import make_plan
-from lissom.compiler.verify import relative_error, tolerance_of
+from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
+from lissom.compiler.ir.interpreter import run_ranks
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.parallel.plan import make_plan
+from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.frontends.decoder import capture_decoder
 from lissom.inspect.sharding import Link, sharding_table, traffic
 from lissom.inspect.tables import plain

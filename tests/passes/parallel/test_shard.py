@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.compiler import node as nodes
-from lissom.compiler.errors import PipelineTextError, UnsupportedError
-from lissom.compiler.sharding import make_plan, sharded_share
+from lissom.compiler.ir import node as nodes
+from lissom.errors import PipelineTextError, UnsupportedError
+from lissom.compiler.parallel.plan import make_plan, sharded_share
 from lissom.passes.parallel.shard import Shard
 from tests.models import FeedForward, normal, seeded, tokens
 from tests.passes.harness import check_golden, rewrite

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler import node as nodes
+from lissom.compiler.ir import node as nodes
 from tests.models import CASES, normal, seeded
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 

@@ -7,15 +7,15 @@ from functools import cache
 
 import torch
 
-from lissom.compiler.editor import Editor
-from lissom.compiler.history import History
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.program import Program
-from lissom.compiler.removal import head_columns, neuron_columns
-from lissom.compiler.samples import Sample
-from lissom.compiler.spelling import parse_pipeline
-from lissom.compiler.structure import Structure, structure
-from lissom.compiler.verify import compare, run_samples, tolerance_of, with_kept_form
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.axes.columns import head_columns, neuron_columns
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.compiler.analysis.structure.transformer import Structure, structure
+from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of, with_kept_form
 from lissom.passes import PASSES, RECIPES
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.zoo.removal import canonical

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.removal import neuron_columns
+from lissom.compiler.analysis.axes.columns import neuron_columns
 from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, every_backend, rewrite

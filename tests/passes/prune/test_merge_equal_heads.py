@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.editor import Editor
+from lissom.compiler.ir.editor import Editor
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.prune.merge_equal_heads import MergeEqualHeads, largest_group
 from tests.decoders import decoder

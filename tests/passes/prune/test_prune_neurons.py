@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import lissom
-from lissom.compiler.editor import Editor
-from lissom.compiler.errors import LissomError, RequirementError, UnsupportedError
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.program import Program
-from lissom.compiler.unit_sites import neuron_sites
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import LissomError, RequirementError, UnsupportedError
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.ir.program import Program
+from lissom.compiler.transforms.pruning.units import neuron_sites
 from lissom.passes.prune.prune_neurons import PruneNeurons
 from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import check_golden

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lissom
-from lissom.compiler.pipeline import Pipeline
-from lissom.compiler.program import Program
-from lissom.compiler.samples import Sample
-from lissom.compiler.spelling import parse_pipeline
-from lissom.compiler.verify import compare, run_samples, tolerance_of
-from lissom.compiler.well_formed import verify_structure
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
+from lissom.compiler.verify.structure import verify_structure
 from lissom.passes import PASSES
 from tests.zoo.catalogue import entries
 from tests.zoo.known import CANNOT_BE_CAPTURED

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.errors import RequirementError, UnsupportedError
+from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes.quantize.awq import Awq
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.errors import RequirementError
+from lissom.errors import RequirementError
 from lissom.passes.quantize.equalize import balance
 from tests.models import normal, seeded
 from tests.passes.harness import check_golden, rewrite

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler import grids
-from lissom.compiler.errors import RequirementError, UnsupportedError
-from lissom.compiler.grids import FORMATS
-from lissom.compiler.hessian import damped, shifted
-from lissom.compiler.linears import is_linear
-from lissom.compiler.matrices import rounded_matrix_of
-from lissom.compiler.observers import weight_scale
-from lissom.compiler.program import Program
+from lissom.ops import formats
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops.formats import FORMATS
+from lissom.compiler.calibration.hessian import damped, shifted
+from lissom.compiler.analysis.structure.linear import is_linear
+from lissom.compiler.analysis.structure.matrix import rounded_matrix_of
+from lissom.compiler.calibration.observers import weight_scale
+from lissom.compiler.ir.program import Program
 from lissom.ops.quantization import fake_quantize
 from lissom.passes.quantize.gptq import Gptq, fitted_scale, gptq, gptq_with_scales
 from tests.models import FeedForward, normal, seeded
@@ -158,7 +158,7 @@ def test_scales_are_fitted_by_least_squares(shape: tuple[int, int], rows_a_scale
     """The oracle solves for the scales of a block of rows at once, λ as rows of its own."""
     weight, rows, _, _ = layer(3, "int4")
     scale, _ = weight_scale(weight, shape, FORMATS["int4"], "min-max")
-    levels = grids.quantize(weight, scale, None, FORMATS["int4"]).float()
+    levels = formats.quantize(weight, scale, None, FORMATS["int4"]).float()
     gram = moments_of(rows).gram
     found = fitted_scale(weight, levels, damped(gram, 0.01), scale)
     pull = (0.01 * gram.double().diagonal().mean()).sqrt() * torch.eye(12, dtype=torch.float64)
@@ -219,7 +219,7 @@ def test_a_feature_that_is_always_zero_is_rounded_to_the_nearest() -> None:
     rows[:, 3] = 0
     found = gptq(weight, moments_of(rows).gram, scale, None, FORMATS["int4"], 0.01, 128, True)
     assert torch.equal(
-        found[:, 3], grids.dequantize(grids.quantize(weight, scale, None, FORMATS["int4"]), scale, None, torch.float32)[:, 3]
+        found[:, 3], formats.dequantize(formats.quantize(weight, scale, None, FORMATS["int4"]), scale, None, torch.float32)[:, 3]
     )
 
 

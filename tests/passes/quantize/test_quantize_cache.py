@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lissom
-from lissom.compiler.pipeline import Pipeline
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.frontends.decoder import capture_decoder
 from lissom.ops import fused_attention
 from lissom.ops.native import load_kernels

@@ -1,0 +1,1 @@
+"""One process a rank: what they exchange, and how they enter and leave a call together."""

@@ -1,0 +1,270 @@
+"""One process a rank: each runs its part of a program that `cut` made, over `torch.distributed`.
+
+What a rank runs is lowered and called as the backend `eager` does it, on its own weights. Collectives go to a channel
+directly, memory that ranks of one machine share or a process group, in place where nothing else reads their argument. Ranks
+compare what they run before they start, and their inputs before each call. A rank that ends, or stands still, ends the others
+with a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import fx
+
+from lissom.backends.base import Backend, Executable, state_of
+from lissom.backends.distributed.channels import Channel
+from lissom.backends.eager.backend import Eager, build_function
+from lissom.backends.distributed.entry import Entry
+from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
+from lissom.backends.distributed.ranks import Ranks, current_ranks, in_group
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER, WAIT
+from lissom.errors import InputError, LissomError, RankError, UnsupportedError
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.analysis.embedding_bounds import CutTable, cut_tables, outside_table
+from lissom.compiler.pipeline.pipeline import Checks, Pipeline
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.version import __version__
+
+MOST_RANKS = 1024
+"""The largest number of ranks; a manifest that asks for more is refused before its files are listed."""
+LONGEST_SECONDS = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Distributed(Backend):
+    """Runs a program on several ranks, one process each: memory they share or gloo on CPUs, NCCL on CUDA devices.
+
+    ways: how many ranks; None for as many as the process group has. timeout_seconds: how long a rank may not answer.
+    shared_memory: whether ranks that are processes of one machine exchange values through memory they share, and not over gloo.
+
+    Raises: UnsupportedError when a number is out of range.
+    """
+
+    ways: int | None = None
+    timeout_seconds: float = 30.0
+    shared_memory: bool = True
+
+    name: ClassVar[str] = "distributed"
+    movable: ClassVar[bool] = True
+    runs_ranks: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.ways is not None and not 2 <= self.ways <= MOST_RANKS:
+            raise UnsupportedError(f"ways is {self.ways}; a program is shared by 2 to {MOST_RANKS} ranks")
+        if not 0 < self.timeout_seconds <= LONGEST_SECONDS:
+            raise UnsupportedError(
+                f"timeout_seconds is {self.timeout_seconds:g}; give seconds above 0, and at most {LONGEST_SECONDS:g}"
+            )
+
+    def lowering(self, device: torch.device) -> Sequence[Pass]:
+        return Eager().lowering(device)
+
+    def missing(self) -> str | None:
+        if dist.is_available():
+            return None
+        return "backend 'distributed' needs torch.distributed, and this PyTorch was built without; choose backend 'eager'"
+
+    def build(self, program: Program, example: Sample) -> Executable:
+        """What runs one rank's program on this rank, or what holds a program for all ranks and says how to run it."""
+        if program.ranks or not in_group():
+            return Held(program, len(program.ranks) or self.ways or 2)
+        return RankProgram(program, program, current_ranks(self.timeout_seconds, self.shared_memory))
+
+    def save_files(self, executable: Executable, folder: Path) -> None:
+        """Nothing: the program and the ranks' weights are all there is."""
+
+
+def torchrun(ways: int, rest: str) -> str:
+    """The command that runs Lissom's command line on so many ranks."""
+    return f"torchrun --nproc-per-node {ways} -m lissom {rest}"
+
+
+class Held:
+    """A program for several ranks in a process that is none of them: it can be looked at and saved. history: what made it."""
+
+    def __init__(self, program: Program, ways: int, history: History | None = None) -> None:
+        self.stored = program
+        self.history = history
+        self.ways = ways
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        raise UnsupportedError(
+            f"{self.stored.name} is compiled for {self.ways} ranks, and this process is in no process group: save it, and run "
+            f"`{torchrun(self.ways, 'run DIRECTORY --input FILE')}`, or a script of your own that torchrun starts"
+        )
+
+
+class RankProgram:
+    """What one rank runs. stored: its program before it was lowered, as an artifact holds it, and history: what made that."""
+
+    def __init__(self, program: Program, stored: Program, ranks: Ranks, history: History | None = None) -> None:
+        self.stored = stored
+        self.history = history
+        self.ranks = ranks
+        self.ways = ranks.ways
+        self.notes: Sequence[str] = ()
+        self._program = program
+        self._entry = Entry(ranks, program.name)
+        # An embedding cut by rows has zeros for what is no row. On CUDA to look would be to wait for the device.
+        self._tables: Sequence[CutTable] = ()
+        device = next((leaf.type.device for leaf in program.signature.tensors), torch.device("cpu"))
+        if device.type == "cpu":
+            self._tables = cut_tables(stored)
+        self._function = build_function(program, calls=_Collectives(ranks, ranks.channel(device), program.name).call_of)
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        with self.ranks.alone(self._program.name):
+            self._entry.agree(inputs, next(filter(None, (table.outside(inputs) for table in self._tables)), None))
+            try:
+                return self._function(inputs)
+            except (IndexError, RuntimeError) as error:
+                sentence = outside_table(self._program, inputs)
+                if sentence is None:
+                    raise
+                # All ranks have the same inputs and fail alike. Where one does not, it is not here, and that ends all.
+                self.ranks.exchange(b"", self._program.name)
+                raise InputError(sentence) from error
+
+    @contextmanager
+    def refusals(self) -> Generator[None]:
+        """Tell the other ranks when this one refuses the arguments of a call in the block, so that none waits for it.
+
+        Raises: what the block raises; RankError when one ended or does not answer.
+        """
+        try:
+            yield
+        except RankError:
+            raise
+        except (LissomError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            with self.ranks.alone(self._program.name), suppress(InputError):
+                self._entry.agree((), str(error) or type(error).__name__)
+            raise
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """This rank's part of the state, by name."""
+        return state_of(self._function)
+
+
+class _Collectives:
+    """What nodes call in place of functional collectives: a channel, which waits for the result."""
+
+    def __init__(self, ranks: Ranks, channel: Channel, name: str) -> None:
+        self.ranks = ranks
+        self.channel = channel
+        self.name = name
+
+    def call_of(self, node: fx.Node) -> Callable[..., object] | None:
+        if node.target is WAIT:
+            return _itself
+        if node.target is ALL_REDUCE:
+            return self._reduce(cast(str, node.args[1]), _owns_argument(node))
+        if node.target is ALL_GATHER:
+            return self._gather
+        if node.target is REDUCE_SCATTER:
+            return self._scatter(cast(str, node.args[1]))
+        return None
+
+    def _reduce(self, operation: str, in_place: bool) -> Callable[..., torch.Tensor]:
+        all_reduce, layout = self.channel.reduce, torch.contiguous_format
+
+        def reduce(x: torch.Tensor, *_: object) -> torch.Tensor:
+            x = x.contiguous() if in_place else x.clone(memory_format=layout)
+            try:
+                all_reduce(x, operation)
+            except RuntimeError as error:
+                self._fail(error)
+            return x
+
+        return reduce
+
+    def _gather(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+        found = x.new_empty((self.ranks.ways * x.shape[0], *x.shape[1:]))
+        try:
+            self.channel.gather(found, x.contiguous())
+        except RuntimeError as error:
+            self._fail(error)
+        return found
+
+    def _scatter(self, operation: str) -> Callable[..., torch.Tensor]:
+        def scatter(x: torch.Tensor, *_: object) -> torch.Tensor:
+            found = x.new_empty((x.shape[0] // self.ranks.ways, *x.shape[1:]))
+            try:
+                self.channel.scatter(found, x.contiguous(), operation)
+            except RuntimeError as error:
+                self._fail(error)
+            return found
+
+        return scatter
+
+    def _fail(self, error: RuntimeError) -> None:
+        self.ranks.fail(f"a rank of {self.name}", error)
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _owns_argument(node: fx.Node) -> bool:
+    """True when the memory of a collective's argument is read by nothing else: made by an operator that returns no view."""
+    made = cast(fx.Node, node.args[0])
+    if made.op != "call_function" or len(made.users) > 1 or not isinstance(made.target, torch._ops.OpOverload):
+        return False
+    return all(item.alias_info is None for item in made.target._schema.returns) and made.target is not WAIT
+
+
+def lower_rank(
+    program: Program, backend: Distributed, device: torch.device, samples: Sequence[Sample], checks: Checks, *, simulate: bool
+) -> tuple[Program, History]:
+    """One rank's program lowered, each pass checked against the one before with collectives' stand-ins; and what passes did.
+
+    Raises: what a pipeline raises; UnsupportedError for quantized layers without a kernel, unless they are simulated.
+    """
+    lowering = Pipeline(backend.lowering(device), samples=samples, checks=checks)
+    lowered, history = lowering.run(program, History("", checks))
+    left: Sequence[SimulatedLayer] = explain(backend.simulated(lowered), history.steps)
+    total = len(left) + count_kernels(lowered)
+    if not simulate:
+        refuse(backend.name, left, total)
+    if total:
+        history.note(account(left, total))
+    return lowered, history
+
+
+def append_steps(history: History, further: History) -> History:
+    """A history with the steps of another behind it, the first left out, which stands for the program it began with."""
+    joined = replace(history, steps=[*history.steps], texts=[*history.texts])
+    for step, text in zip(further.steps[1:], further.texts[1:], strict=True):
+        joined.record(replace(step, index=len(joined.steps)), text)
+    return joined
+
+
+def facts_of(stored: Program, lowered: Program) -> dict[str, str]:
+    """What has to be the same on all ranks before they run, by what it is called.
+
+    What a lowered program communicates, in order, is compared beside the program: a pass may look at weights.
+    """
+    types = [f"{node.target} {node.args[1:]} {nodes.tensor_type(node).shape}" for node in lowered.nodes(*COLLECTIVES)]
+    return versions() | {
+        "the program, by a checksum": _checksum(stored.text()),
+        "what they communicate, by a checksum": _checksum("\n".join(types)),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions ranks are compared by."""
+    return {"the version of Lissom": __version__, "the version of PyTorch": str(torch.__version__)}
+
+
+def _checksum(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:16]

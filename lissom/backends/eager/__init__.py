@@ -1,0 +1,1 @@
+"""PyTorch's operators and ours, called one after another."""

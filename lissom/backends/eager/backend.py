@@ -1,0 +1,238 @@
+"""Eager PyTorch: the flat program as one Python function that calls one operator a line, on any device PyTorch has.
+
+No module, hook or attribute stands between two operators; each value is freed right after its last use. Calls from several
+threads are independent unless the program has state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from keyword import iskeyword
+from pathlib import Path
+from typing import ClassVar, cast
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from lissom.backends.base import Backend, Executable, confirm
+from lissom.backends.eager.cuda_graphs import with_fast_layout, with_graphs
+from lissom.compiler.ir.interpreter import last_uses_of
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.ops import IMPLEMENTATIONS, KERNELS
+from lissom.ops.native import load_kernels, one_call
+from lissom.passes.lowering.fuse_attention import FuseAttention
+from lissom.passes.lowering.fuse_epilogues import FuseEpilogues
+from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
+from lissom.passes.lowering.fuse_rms_norm import FuseRmsNorm
+from lissom.passes.lowering.fuse_rotary import FuseRotary
+from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
+from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
+from lissom.passes.lowering.merge_projections import MergeProjections
+from lissom.passes.lowering.pack_linear import PackLinear
+from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
+from lissom.passes.lowering.pack_sparse import PackSparse
+from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
+from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
+
+aten = torch.ops.aten
+
+Calls = Callable[[fx.Node], Callable[..., object] | None]
+"""What a node calls in place of its own target; None where it calls that."""
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """PyTorch's attention, which on a CPU reads past the end of the shorter of keys and values (torch 2.13).
+
+    Raises: ValueError, after which a call is not run once more to be explained.
+    """
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"attention has {key.shape[-2]} keys and {value.shape[-2]} values")
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """PyTorch's, which reads past the end of arguments that are shorter than there are channels (torch 2.13)."""
+    for given in (weight, bias, running_mean, running_var):
+        if given is not None and given.shape != input.shape[1:2]:
+            raise ValueError(f"batch norm has {list(given.shape)} for {input.shape[1]} channels")
+    return aten._native_batch_norm_legit_no_training.default(input, weight, bias, running_mean, running_var, momentum, eps)
+
+
+# Methods of tensors take half the time to call that their operators take; small models notice.
+METHODS: dict[object, Callable[..., object]] = {
+    aten.scaled_dot_product_attention.default: _attention,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    # A program from a file may return memory that nothing has written.
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+    aten.reshape.default: torch.Tensor.reshape,
+    aten.view.default: torch.Tensor.view,
+    aten.transpose.int: torch.Tensor.transpose,
+    aten.permute.default: torch.Tensor.permute,
+    aten.unsqueeze.default: torch.Tensor.unsqueeze,
+    aten.expand.default: torch.Tensor.expand,
+    aten.select.int: torch.Tensor.select,
+    aten.split_with_sizes.default: torch.Tensor.split_with_sizes,
+    aten.sym_size.int: torch.Tensor.size,
+    **IMPLEMENTATIONS,
+}
+
+
+class Eager(Backend):
+    """Runs the program's operators one after the other."""
+
+    name: ClassVar[str] = "eager"
+    movable: ClassVar[bool] = True
+
+    def lowering(self, device: torch.device) -> Sequence[Pass]:
+        if device.type == "cuda":
+            return (LowerSparseAttention(), PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts(), WriteStateInPlace())
+        if device.type != "cpu":
+            return (WriteStateInPlace(),)
+        # Without kernels the passes behind it say why; merged projections would then be read with gaps.
+        merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
+        products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseMergedAttention(), WriteStateInPlace())
+        return (FoldQuantizedWeights(), *merge, FuseRotary(), LowerSparseAttention(), FuseAttention(), FuseRmsNorm(), *products)
+
+    def build(self, program: Program, example: Sample) -> Executable:
+        executable = build_function(program, with_graphs)
+        confirm(self.name, executable, program, example)
+        return executable
+
+    def save_files(self, executable: Executable, folder: Path) -> None:
+        """Nothing: the program is all there is."""
+
+    def load_executable(self, program: Program, folder: Path) -> Executable:
+        return build_function(program, with_graphs)
+
+
+def build_function(
+    program: Program,
+    wrap: Callable[[Program, Executable], Executable] = lambda _, run: run,
+    calls: Calls = lambda _: None,
+) -> Executable:
+    """What runs the program's operators one after the other. wrap: put around the function. calls: as for `emit`."""
+    program = with_fast_layout(program)
+    state = {name: program.weight(name).detach().clone() for name in program.state}
+    source, names = emit(program, state, calls)
+    scope = dict(names)
+    exec(compile(source, "<lissom program>", "exec"), scope)
+    function = cast(Callable[..., Sequence[object]], scope["run"])
+
+    def run(inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        with torch.inference_mode():
+            return function(*inputs)
+
+    if program.nodes(*KERNELS) and not load_kernels():
+        run = one_call(run)
+    executable = wrap(program, run)
+    return _Stateful(executable, state) if state else executable
+
+
+class _Stateful:
+    """A function of flat inputs that keeps state: the tensors it writes."""
+
+    def __init__(self, function: Executable, tensors: dict[str, torch.Tensor]) -> None:
+        self.notes: Sequence[str] = getattr(function, "notes", ())
+        self._function = function
+        self._tensors = tensors
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        return self._function(inputs)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state by name, in the memory that calls read and write."""
+        return dict(self._tensors)
+
+
+def emit(
+    program: Program, state: Mapping[str, torch.Tensor] | None = None, calls: Calls = lambda _: None
+) -> tuple[str, dict[str, object]]:
+    """The program as the source of a function `run`, and the objects its names stand for.
+
+    The source holds no text of the program's: it may come from a file. Variables are numbered, text and names are among the
+    objects, and keywords are those of the operator's schema.
+
+    state: what stands for the program's own state, by name. calls: what is called by nodes that do not call their own target.
+    """
+    names: dict[str, object] = {}
+    scope: dict[fx.Node, str] = {}
+    frees = last_uses_of(program.graph)
+    lines: list[str] = []
+    parameters: list[str] = []
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            name = str(node.target)
+            scope[node] = f"w{len(names)}"
+            names[scope[node]] = state[name] if state and name in state else program.weight(name).detach()
+            continue
+        if node.op == "output":
+            lines.append(f"    return {_argument(node.args[0], scope, names)}")
+            continue
+        scope[node] = f"v{len(scope)}"
+        if node.op == "placeholder":
+            parameters.append(scope[node])
+        else:
+            lines.append(f"    {scope[node]} = {_call(node, scope, names, calls)}")
+        freed = [scope[used] for used in frees.get(node, ()) if used.op != "get_attr"]
+        if freed:
+            lines.append(f"    del {', '.join(freed)}")
+    return "\n".join([f"def run({', '.join(parameters)}):", *lines, ""]), names
+
+
+def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object], calls: Calls) -> str:
+    function = f"f{len(names)}"
+    names[function] = calls(node) or METHODS.get(node.target, node.target)
+    arguments = [_argument(item, scope, names) for item in node.args]
+    arguments += [_named(node, key, _argument(item, scope, names), names) for key, item in node.kwargs.items()]
+    return f"{function}({', '.join(arguments)})"
+
+
+def _named(node: fx.Node, key: str, value: str, names: dict[str, object]) -> str:
+    """An argument by its name: as the operator's schema has it, or, where there is no schema, as an object."""
+    schema = getattr(node.target, "_schema", None)
+    known = {parameter.name for parameter in schema.arguments} if schema is not None else set[str]()
+    found = next((name for name in known if name == key and name.isidentifier() and not iskeyword(name)), None)
+    if found is not None:
+        return f"{found}={value}"
+    name = f"c{len(names)}"
+    names[name] = key
+    return f"**{{{name}: {value}}}"
+
+
+def _argument(item: object, scope: dict[fx.Node, str], names: dict[str, object]) -> str:
+    if isinstance(item, fx.Node):
+        return scope[item]
+    if isinstance(item, list):
+        return "[" + ", ".join(_argument(part, scope, names) for part in item) + "]"
+    if isinstance(item, tuple):
+        return "(" + "".join(_argument(part, scope, names) + ", " for part in item) + ")"
+    if item is None or isinstance(item, (bool, int)) or (isinstance(item, float) and math.isfinite(item)):
+        return repr(item)
+    name = f"c{len(names)}"
+    names[name] = item
+    return name

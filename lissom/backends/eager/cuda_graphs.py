@@ -1,0 +1,198 @@
+"""CUDA graphs: what a program does on the device, recorded once for each shape of its inputs and replayed by one launch.
+
+A call copies its inputs to the graph's own, replays, and copies the outputs out, without waiting for the device. Graphs share a
+memory pool, which is safe as they never run at once: calls of other threads and streams are put behind each other by an event.
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+
+import torch
+from torch import fx
+
+from lissom.backends.base import Executable
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.ops import block_sparse_attention
+
+aten = torch.ops.aten
+
+GRAPHS = 16
+"""How many shapes keep a graph; the one used longest ago goes."""
+_SHAPES = 64
+"""How many shapes are remembered as seen once."""
+_CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding, aten.convolution.default)
+_SYNCHRONISING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# One capture at a time in a process.
+_CAPTURE = Lock()
+
+Shapes = tuple[torch.Size, ...]
+
+
+class CudaGraphs:
+    """Runs a function of flat inputs on one device through CUDA graphs.
+
+    A shape is called plainly when it is first seen, and recorded when it comes again, so that shapes that never come back cost
+    nothing. notes: why there are no graphs, where there are none.
+    """
+
+    def __init__(self, function: Executable, device: torch.device, obstacle: str | None = None) -> None:
+        self.notes: tuple[str, ...] = (f"no CUDA graphs: {obstacle}",) if obstacle else ()
+        self._function = function
+        self._device = device
+        self._lock = Lock()
+        self._seen: OrderedDict[Shapes, None] = OrderedDict()
+        self._graphs: OrderedDict[Shapes, _Graph] = OrderedDict()
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream()
+            self._pool = torch.cuda.graph_pool_handle()
+            self._done = torch.cuda.Event()
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
+        shapes = tuple(tensor.shape for tensor in inputs)
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            if torch.cuda.is_current_stream_capturing():
+                return self._function(inputs)
+            with self._lock:
+                graph = self._find(shapes, inputs)
+                if graph is not None:
+                    return self._replay(graph, inputs)
+            return self._function(inputs)
+
+    def _find(self, shapes: Shapes, inputs: Sequence[torch.Tensor]) -> _Graph | None:
+        """The graph for these shapes, recorded now if they were seen before; None for a plain call."""
+        if self.notes:
+            return None
+        if shapes in self._graphs:
+            self._graphs.move_to_end(shapes)
+            return self._graphs[shapes]
+        if shapes not in self._seen:
+            self._seen[shapes] = None
+            if len(self._seen) > _SHAPES:
+                self._seen.popitem(last=False)
+            return None
+        # What is freed below may still be read by the last replay.
+        self._done.synchronize()
+        while len(self._graphs) >= GRAPHS:
+            self._graphs.popitem(last=False)
+        graph = self._capture(inputs)
+        if graph is not None:
+            self._graphs[shapes] = graph
+        return graph
+
+    def _capture(self, inputs: Sequence[torch.Tensor]) -> _Graph | None:
+        current = torch.cuda.current_stream()
+        static = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
+        self._stream.wait_stream(current)
+        # Libraries set themselves up at their first calls, which must not be recorded. What goes wrong here is the caller's.
+        with torch.cuda.stream(self._stream):
+            for _ in range(2):
+                self._function(static)
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with (
+                _CAPTURE,
+                torch.cuda.stream(current),  # a failed capture leaves its own stream the current one
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                outputs = self._function(static)
+        except RuntimeError as error:
+            self.notes = (f"no CUDA graphs: {str(error).partition(chr(10))[0]}",)
+            return None
+        return _Graph(graph, static, outputs)
+
+    def _replay(self, graph: _Graph, inputs: Sequence[torch.Tensor]) -> list[object]:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        for static, given in zip(graph.inputs, inputs, strict=True):
+            static.copy_(given, non_blocking=True)
+        graph.graph.replay()
+        outputs = [value.clone() if isinstance(value, torch.Tensor) else value for value in graph.outputs]
+        self._done.record(stream)
+        return outputs
+
+
+class _Graph:
+    """A recorded graph with the tensors it reads and writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: Sample, outputs: Sequence[object]) -> None:
+        self.graph = graph
+        self.inputs = inputs
+        self.outputs = outputs
+
+
+def with_graphs(program: Program, function: Executable) -> Executable:
+    """The function that runs the program, through CUDA graphs where all its inputs are on one CUDA device."""
+    device = _device_of(program)
+    return function if device is None else CudaGraphs(function, device, obstacle(program))
+
+
+def obstacle(program: Program) -> str | None:
+    """Why the program cannot be recorded, in words; None when nothing stands against it.
+
+    It must keep no state, which recording would advance, and nothing in it may make the host wait for the device.
+    """
+    if program.state:
+        return f"the program writes to '{program.state[0]}'"
+    for node in program.nodes():
+        tags = node.target.tags if isinstance(node.target, torch._ops.OpOverload) else ()
+        if not _SYNCHRONISING.isdisjoint(tags) and not _reads_integers(node):
+            return f"{node.name} depends on values, which the host would have to wait for"
+        if _computes_layout(node):
+            return f"{node.name} has a layout that is computed, and the host reads it"
+        if any(_crosses(used, node) for used in node.all_input_nodes):
+            return f"{node.name} moves a tensor between devices"
+    return None
+
+
+def _computes_layout(node: fx.Node) -> bool:
+    """True for block-sparse attention whose blocks are not known until the program runs; those of a weight are listed once."""
+    layout = nodes.argument(node, "layout") if node.target is block_sparse_attention else None
+    return isinstance(layout, fx.Node) and layout.op != "get_attr"
+
+
+def _reads_integers(node: fx.Node) -> bool:
+    """True for indexing by integers, whose result has a known shape; indexing by flags is the same operator."""
+    indices = [used for used in node.all_input_nodes[1:] if nodes.is_tensor(used)]
+    return node.target is aten.index.Tensor and all(nodes.tensor_type(used).dtype is not torch.bool for used in indices)
+
+
+def _crosses(used: fx.Node, node: fx.Node) -> bool:
+    """True when a value goes from one device to another; a number on the CPU is an argument of the kernel."""
+    if not (nodes.is_tensor(used) and nodes.is_tensor(node)):
+        return False
+    left, right = nodes.tensor_type(used), nodes.tensor_type(node)
+    copies = node.target in (aten._to_copy.default, aten.to.device, aten.to.dtype_layout, aten.copy.default)
+    return left.device != right.device and (left.device.type != "cpu" or left.rank > 0 or copies)
+
+
+def with_fast_layout(program: Program) -> Program:
+    """A program on CUDA with its weights contiguous, and those of two-dimensional convolutions in channels-last order.
+
+    The weights it shares with the caller's model keep their layout. Programs elsewhere are left alone.
+    """
+    if _device_of(program) is None:
+        return program
+    convolved = {item.args[1].name for item in program.nodes(*_CONVOLUTIONS) if isinstance(item.args[1], fx.Node)}
+    placed = program.copy()
+    for node in program.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = program.weight(str(node.target)).detach()
+        last = node.name in convolved and tensor.dim() == 4
+        layout = torch.channels_last if last else torch.contiguous_format
+        if not tensor.is_contiguous(memory_format=layout) and str(node.target) not in program.state:
+            placed.set_weight(str(node.target), tensor.contiguous(memory_format=layout))
+    return placed
+
+
+def _device_of(program: Program) -> torch.device | None:
+    """The CUDA device all inputs are on; None where they are elsewhere."""
+    devices = {leaf.type.device for leaf in program.signature.tensors}
+    return devices.pop() if len(devices) == 1 and all(device.type == "cuda" for device in devices) else None

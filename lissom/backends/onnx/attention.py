@@ -1,0 +1,284 @@
+"""Attention in ONNX: each node that stands for one becomes matrix products and a softmax, or a single operator.
+
+The single operators read queries, keys and values as projections give them where they can, [batch, tokens, heads · head_dim],
+so that the transpositions around them go away: `com.microsoft.MultiHeadAttention`, which ONNX Runtime computes block by block
+where nothing is masked, and `Attention` of opset 23 where something is. Where something stands between projections and
+attention, such as a rotary embedding, `Attention` reads them with heads apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from ml_dtypes import finfo
+
+from lissom.backends.onnx.projections import replace
+from lissom.backends.onnx.translation import ATTENTION, DOMAIN
+
+CONTRIB = "com.microsoft"
+_HEADS_FIRST = (0, 2, 1, 3)
+
+
+def expand_attention(model: ir.Model, fused: bool) -> int:
+    """Put plain operators in the place of each attention, or a single one where that can be; how many became one."""
+    count = 0
+    for node in list(model.graph.all_nodes()):
+        if node.domain != DOMAIN or node.op_type != ATTENTION:
+            continue
+        site = Site.of(node)
+        found = _single(site) if fused else None
+        count += found is not None
+        replace(model, node, site.tape, found or _explicit(site))
+    if any(node.domain == CONTRIB for node in model.graph.all_nodes()):
+        model.opset_imports[CONTRIB] = 1
+    return count
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention: its operands and options, and the tape that records what takes its place."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    mask: ir.Value | None
+    sinks: ir.Value | None
+    scale: float
+    softcap: float
+    causal: bool
+    zeros: bool
+    result: ir.Value
+    tape: ir.tape.Tape
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Site:
+        q, k, v, mask, sinks = [*node.inputs, None, None][:5]
+        assert q is not None and k is not None and v is not None
+        number = node.attributes
+        return cls(
+            q, k, v, mask, sinks,
+            scale=number.get_float("scale", 1.0), softcap=number.get_float("softcap", 0.0),
+            causal=bool(number.get_int("causal", 0)), zeros=bool(number.get_int("zeros", 0)),
+            result=node.outputs[0], tape=ir.tape.Tape(),
+        )  # fmt: skip
+
+    def call(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | Sequence[int]
+    ) -> ir.Value:
+        """The result of a new node."""
+        return self.tape.op(op_type, inputs, attributes, domain=domain)
+
+    def integers(self, *numbers: int) -> ir.Value:
+        return self.tape.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})
+
+    def number(self, value: float) -> ir.Value:
+        """A scalar of the operands' dtype."""
+        assert self.q.dtype is not None
+        return self.tape.op("Constant", [], {"value": ir.tensor(np.array(value, self.q.dtype.numpy()))})
+
+    @property
+    def floor(self) -> float:
+        """Stands for minus infinity: nothing is left of it after a softmax, but a row of nothing else has a result."""
+        assert self.q.dtype is not None
+        return float(finfo(self.q.dtype.numpy()).min) / 2
+
+    def bias(self) -> ir.Value | None:
+        """What is added to the scores; None for nothing."""
+        mask = _causal(self) if self.causal else self.mask
+        if mask is None:
+            return None
+        if mask.dtype == ir.DataType.BOOL:
+            hidden = self.floor if self.zeros or self.causal else -np.inf
+            return self.call("Where", mask, self.number(0.0), self.number(hidden))
+        return self.call("Max", mask, self.number(self.floor)) if self.zeros else mask
+
+    def visible(self) -> ir.Value | None:
+        """1 for rows that see a key and 0 for those that see none, [.., queries or 1, 1]; None when nothing hides keys."""
+        if self.mask is None or not self.zeros:
+            return None
+        assert self.q.dtype is not None
+        told = self.mask.dtype == ir.DataType.BOOL
+        highest = self.call("ReduceMax", self.bias() if told else self.mask, self.integers(-1), keepdims=1)
+        least = self.number(self.floor if told else -np.inf)
+        return self.call("Cast", self.call("Greater", highest, least), to=int(self.q.dtype))
+
+
+def _explicit(site: Site) -> ir.Value:
+    """softmax(q kᵀ · scale + mask) v, one operator each."""
+    call = site.call
+    k, v = (_repeated(site, item) for item in (site.k, site.v))
+    rank = len(shape_of(site.k))
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    scores = call("MatMul", call("Mul", site.q, site.number(site.scale)), call("Transpose", k, perm=swapped))
+    if site.softcap:
+        cap = site.number(site.softcap)
+        scores = call("Mul", call("Tanh", call("Div", scores, cap)), cap)
+    bias = site.bias()
+    if bias is not None:
+        scores = call("Add", scores, bias)
+    if site.sinks is not None:
+        rows = call("Concat", call("Shape", scores, end=-1), site.integers(1), axis=0)
+        scores = call("Concat", scores, call("Expand", site.sinks, rows), axis=-1)
+    weights = call("Softmax", scores, axis=-1)
+    if site.sinks is not None:
+        weights = call("Slice", weights, site.integers(0), site.integers(-1), site.integers(-1))
+    result = call("MatMul", weights, v)
+    visible = site.visible()
+    return result if visible is None else call("Mul", result, visible)
+
+
+def _repeated(site: Site, item: ir.Value) -> ir.Value:
+    """Keys or values with each head as often as there are queries' heads for it."""
+    heads, own = (shape_of(found)[1] if len(shape_of(found)) == 4 else 1 for found in (site.q, item))
+    if heads == own or not (isinstance(heads, int) and isinstance(own, int)) or own == 1:
+        return item
+    spread = site.call("Expand", site.call("Unsqueeze", item, site.integers(2)), site.integers(1, 1, heads // own, 1, 1))
+    return site.call("Reshape", spread, site.integers(0, heads, -1, _fixed(shape_of(item)[-1])))
+
+
+def _causal(site: Site) -> ir.Value:
+    """[queries, keys]: query i sees keys 0 to i."""
+    call = site.call
+    zero, one = (site.tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.int64))}) for number in (0, 1))
+    count = [call("Squeeze", call("Shape", item, start=-2, end=-1)) for item in (site.q, site.k)]
+    queries, keys = (call("Range", zero, number, one) for number in count)
+    seen = call("LessOrEqual", call("Unsqueeze", keys, site.integers(0)), call("Unsqueeze", queries, site.integers(1)))
+    seen.dtype = ir.DataType.BOOL
+    return seen
+
+
+def _single(site: Site) -> ir.Value | None:
+    """The attention as one operator; None where none can say it."""
+    if site.sinks is not None or site.softcap or site.q.dtype == ir.DataType.DOUBLE:
+        return None
+    if any(len(shape_of(item)) != 4 or not isinstance(shape_of(item)[1], int) for item in (site.q, site.k, site.v)):
+        return None
+    if site.causal and shape_of(site.q)[2] != shape_of(site.k)[2]:
+        return None
+    bias = _whole_bias(site) if site.mask is not None else None
+    if site.mask is not None and bias is None:
+        return None
+    operands = [projection(item) for item in (site.q, site.k, site.v)]
+    alike = _fixed(shape_of(site.q)[1]) == _fixed(shape_of(site.k)[1]) == _fixed(shape_of(site.v)[1])
+    if None in operands or not (alike or bias is not None or site.causal):
+        return _by_heads(site, bias)
+    return _by_projections(site, operands, bias)
+
+
+def _by_heads(site: Site, bias: ir.Value | None) -> ir.Value | None:
+    """`Attention` of queries, keys and values as they are, [batch, heads, tokens, head_dim]; heads that share keys once."""
+    k, v = (_shared(item) for item in (site.k, site.v))
+    heads, groups = _fixed(shape_of(site.q)[1]), _fixed(shape_of(k)[1])
+    if shape_of(v)[1] != groups or heads % groups:
+        return None
+    operands = [site.q, k, v, *([bias] if bias is not None else [])]
+    result = site.call("Attention", *operands, scale=site.scale, is_causal=int(site.causal))
+    visible = site.visible()
+    return result if visible is None else site.call("Mul", result, visible)
+
+
+def _shared(value: ir.Value) -> ir.Value:
+    """Keys or values before each head was repeated for the queries' heads that share it; the value itself where none was."""
+    between = _read_by(_read_by(value, "Reshape"), "Expand")
+    source = _read_by(between, "Unsqueeze")
+    if source is None or len(shape_of(source)) != 4:
+        return value
+    (batch, groups, tokens, width), heads = shape_of(source), shape_of(value)[1]
+    repeated = (
+        list(shape_of(between)) == [batch, groups, 1, tokens, width] and isinstance(groups, int) and isinstance(heads, int)
+    )
+    return source if repeated and list(shape_of(value)) == [batch, heads, tokens, width] else value
+
+
+def _read_by(value: ir.Value | None, op_type: str) -> ir.Value | None:
+    """The first input of the operator of that kind that gives the value; None where another one does."""
+    node = value.producer() if value is not None else None
+    return node.inputs[0] if node is not None and node.op_type == op_type else None
+
+
+def _by_projections(site: Site, sources: Sequence[ir.Value | None], bias: ir.Value | None) -> ir.Value:
+    """One operator that reads what projections give, [batch, tokens, heads · head_dim], and gives the same."""
+    heads, width = _fixed(shape_of(site.q)[1]), _fixed(shape_of(site.v)[3])
+    call = site.call
+    if bias is None and not site.causal:
+        result = call("MultiHeadAttention", *sources, domain=CONTRIB, num_heads=heads, scale=site.scale)
+    else:
+        operands = [*sources, *([bias] if bias is not None else [])]
+        causal, groups = int(site.causal), _fixed(shape_of(site.k)[1])
+        result = call("Attention", *operands, scale=site.scale, q_num_heads=heads, kv_num_heads=groups, is_causal=causal)
+    batch, _, queries, _ = shape_of(site.q)
+    visible = site.visible()
+    if visible is not None:
+        # Without the dimension of heads; a mask of fewer dimensions has none.
+        flat = call("Squeeze", visible, site.integers(1)) if len(shape_of(site.mask)) == 4 else visible
+        result = call("Mul", result, flat)
+    result.type, result.shape = site.q.type, ir.Shape([batch, queries, heads * width])
+    apart = call("Reshape", result, site.integers(0, 0, heads, width))
+    skip_joins(site.result, result)
+    return call("Transpose", apart, perm=_HEADS_FIRST)
+
+
+def projection(value: ir.Value) -> ir.Value | None:
+    """x of [batch, tokens, heads · head_dim] that the value is a view of, [batch, heads, tokens, head_dim]; None otherwise."""
+    apart = _transposed(value)
+    if apart is None or len(shape_of(value)) != 4:
+        return None
+    reshape = apart.producer()
+    x = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+    batch, heads, tokens, width = shape_of(value)
+    if x is None or not isinstance(heads, int) or not isinstance(width, int):
+        return None
+    return x if list(shape_of(x)) == [batch, tokens, heads * width] else None
+
+
+def skip_joins(old: ir.Value, joined: ir.Value) -> None:
+    """Where the attention's heads are brought side by side again, let what follows read the value that has them so."""
+    for transpose, _ in list(old.uses()):
+        if _transposed(transpose.outputs[0]) is not old:
+            continue
+        for reshape, _ in list(transpose.outputs[0].uses()):
+            found = reshape.outputs[0]
+            same = reshape.op_type == "Reshape" and list(shape_of(found)) == list(shape_of(joined))
+            if same and not found.is_graph_output():
+                ir.convenience.replace_all_uses_with(found, joined)
+
+
+def _transposed(value: ir.Value) -> ir.Value | None:
+    """What the value is with its two middle dimensions exchanged; None when it is not made so."""
+    node = value.producer()
+    if node is None or node.op_type != "Transpose" or tuple(node.attributes.get_ints("perm", ())) != _HEADS_FIRST:
+        return None
+    return node.inputs[0]
+
+
+def _whole_bias(site: Site) -> ir.Value | None:
+    """The mask as [batch or 1, heads or 1, queries, keys]; None when it has another form, or hides by head."""
+    assert site.mask is not None
+    batch, heads, queries, keys = shape_of(site.q)[0], shape_of(site.q)[1], shape_of(site.q)[2], shape_of(site.k)[2]
+    shape = list(shape_of(site.mask))
+    shape = [1] * (4 - len(shape)) + shape
+    if shape[0] not in (1, batch) or shape[1] not in (1, heads) or (site.zeros and shape[1] != 1):
+        return None
+    bias = site.bias()
+    assert bias is not None
+    if list(shape_of(site.mask)) == [*shape[:2], queries, keys]:
+        return bias
+    call = site.call
+    sizes = [call("Shape", item, start=2, end=3) for item in (site.q, site.k)]
+    return call("Expand", bias, call("Concat", site.integers(1, 1), *sizes, axis=0))
+
+
+def shape_of(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
+    """The sizes of a value, which has to have some."""
+    if value is None or value.shape is None:
+        raise ValueError(f"'{value.name if value is not None else None}' has no shape")
+    return tuple(value.shape)
+
+
+def _fixed(size: int | ir.SymbolicDim) -> int:
+    if not isinstance(size, int):
+        raise ValueError(f"a size of heads is {size}; it has to be fixed")
+    return size

@@ -1,0 +1,287 @@
+"""Attention over a cache in ONNX: new keys and values written to their places, and attended to, by one operator.
+
+`com.microsoft.GroupQueryAttention` writes in place and reads the places filled so far, where a copy followed by attention reads
+all that the cache has. It stands for both where this is seen from the graph to be the same for every input:
+
+- new keys and values go to places start, start + 1, …, so the last of them tells how many are filled;
+- the mask is a conjunction, and one of its conditions lets a query see no place behind its own.
+
+A window of places and nothing else beside that condition is the operator's own; whatever else hides keys, such as padding, is
+added to the scores. The operator continues a prompt for one sequence only, so those of a batch are further heads of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lissom.backends.onnx.attention import CONTRIB, Site, projection, shape_of, skip_joins
+from lissom.backends.onnx.projections import constant_of, replace
+from lissom.backends.onnx.state import checked_places, dimension_of, integers, is_index_copy
+from lissom.backends.onnx.translation import ATTENTION, DOMAIN
+
+_VIEWS = ("Unsqueeze", "Squeeze", "Reshape", "Identity")
+_UP_TO, _BEYOND = ("LessOrEqual", "Less"), ("Greater", "GreaterOrEqual")
+"""Comparisons with a place, each with the one that says the same of the next place."""
+
+
+def fuse_cached_attention(model: ir.Model) -> int:
+    """Put one operator in the place of each attention over a cache and the copies into it; how many there were."""
+    count = 0
+    for node in list(model.graph):
+        found = _Cached.of(Site.of(node)) if node.domain == DOMAIN and node.op_type == ATTENTION else None
+        if found is not None:
+            _fuse(model, node, found)
+            count += 1
+    if count:
+        model.opset_imports[CONTRIB] = 1
+    return count
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """An attention over a cache. keys, values: the copies into it. repeated: what repeats its heads for those of queries.
+
+    window: how many places up to its own a query sees, -1 for all. masked: whether more than window and causality hides keys.
+    """
+
+    site: Site
+    keys: ir.Node
+    values: ir.Node
+    repeated: Sequence[ir.Node]
+    window: int
+    masked: bool
+
+    @classmethod
+    def of(cls, site: Site) -> _Cached | None:
+        """What an attention is when it is one over a cache; None when it is another, or may be for some inputs."""
+        if site.sinks is not None or site.softcap or site.causal or not site.zeros or site.mask is None:
+            return None
+        keys, values = _copy_behind(site.k), _copy_behind(site.v)
+        if keys is None or values is None or site.mask.dtype != ir.DataType.BOOL:
+            return None
+        queries, cache = _numbers(site.q), _numbers(keys[0].outputs[0])
+        if len(queries) != 4 or cache != _numbers(values[0].outputs[0]) or [queries[0], queries[3]] != [cache[0], cache[3]]:
+            return None
+        groups, places = cache[1:3]
+        if -1 in (*cache, queries[1]) or queries[1] % groups or not _fits(site.mask, site.q, places):
+            return None
+        start = _start_of(keys[0].inputs[1])
+        if start is None or _start_of(values[0].inputs[1]) is not start:
+            return None
+        conditions = _conditions(site.mask)
+        causal = [item for item in conditions if _limit(item, site, start, places, _UP_TO) == 0]
+        others = [item for item in conditions if item not in causal]
+        windows = [-offset for item in others if (offset := _limit(item, site, start, places, _BEYOND)) is not None]
+        if not causal:
+            return None
+        plain = len(windows) == len(others) and all(window > 0 for window in windows)
+        repeated = [*keys[1], *values[1]]
+        return cls(site, keys[0], values[0], repeated, min(windows, default=-1) if plain else -1, not plain)
+
+
+def _fuse(model: ir.Model, node: ir.Node, found: _Cached) -> None:
+    site = found.site
+    batch, heads, _, width = _numbers(site.q)
+    groups, places = _numbers(found.keys.outputs[0])[1:3]
+    last = _last_place(site, found.keys.inputs[1], places)
+    total = site.call("Squeeze", site.call("Add", last, integers(site.tape, 1)))
+    k, v = found.keys.inputs[2], found.values.inputs[2]
+    past = [found.keys.inputs[0], found.values.inputs[0]]
+    assert k is not None and v is not None
+    inputs: list[ir.Value | None] = [_side_by_side(site, item) for item in (site.q, k, v)]
+    inputs += [*past, *(site.call("Cast", item, to=int(ir.DataType.INT32)) for item in (last, total))]
+    if found.masked:
+        inputs += [None, None, None, _bias(site, total, batch, heads)]
+    options = {"num_heads": batch * heads, "kv_num_heads": batch * groups, "scale": site.scale}
+    if found.window > 0:
+        options["local_window_size"] = found.window
+    result, *present = site.tape.op_multi_out("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
+    replace(model, node, site.tape, _apart(site, result, batch, heads, width, found.masked))
+    for unused in found.repeated:
+        model.graph.remove(unused, safe=True)
+    for copy, state, new in zip((found.keys, found.values), past, present, strict=True):
+        old = copy.outputs[0]
+        assert state is not None
+        name, new.type = old.name, old.type
+        # The same elements, the heads of all sequences side by side.
+        state.shape = new.shape = ir.Shape([1, batch * groups, places, width])
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        model.graph.remove(copy, safe=True)
+        new.name = name
+
+
+def _last_place(site: Site, index: ir.Value | None, places: int) -> ir.Value:
+    """The last place that is written, [1]; reading it from a table of all places fails where there is no such place."""
+    assert index is not None
+    found = checked_places(site.tape, site.call("Reshape", index, site.integers(-1)), site.integers(places))
+    table = site.call("Gather", site.integers(*range(places)), found, axis=0)
+    return site.call("Slice", table, site.integers(-1), site.integers(np.iinfo(np.int64).max))
+
+
+def _side_by_side(site: Site, value: ir.Value) -> ir.Value:
+    """[batch, heads, tokens, head_dim] as [1, tokens, batch · heads · head_dim]."""
+    batch, heads, _, width = _numbers(value)
+    source = projection(value) if batch == 1 else None
+    if source is not None:
+        return source
+    moved = site.call("Transpose", value, perm=(2, 0, 1, 3))
+    return site.call("Reshape", moved, site.integers(1, -1, batch * heads * width))
+
+
+def _bias(site: Site, total: ir.Value, batch: int, heads: int) -> ir.Value:
+    """What is added to the scores, [1, heads or 1, tokens, places filled]; heads of all sequences where their masks differ."""
+    assert site.mask is not None
+    end = site.call("Reshape", total, site.integers(1))
+    seen = site.call("Slice", site.mask, site.integers(0), end, site.integers(-1))
+    bias = site.call("Where", seen, site.number(0.0), site.number(site.floor))
+    sizes = shape_of(site.mask)
+    if len(sizes) < 4:
+        return site.call("Unsqueeze", bias, site.integers(*range(4 - len(sizes))))
+    if sizes[0] == 1:
+        return bias
+    tokens = site.call("Shape", site.q, start=2, end=3)
+    spread = site.call("Expand", bias, site.call("Concat", site.integers(batch, heads), tokens, end, axis=0))
+    return site.call("Reshape", spread, site.call("Concat", site.integers(1, batch * heads), tokens, end, axis=0))
+
+
+def _apart(site: Site, joined: ir.Value, batch: int, heads: int, width: int, masked: bool) -> ir.Value:
+    """[1, tokens, batch · heads · head_dim] as [batch, heads, tokens, head_dim], zeros for a query that sees nothing."""
+    if batch > 1:
+        apart = site.call("Reshape", joined, site.integers(-1, batch, heads, width))
+        result = site.call("Transpose", apart, perm=(1, 2, 0, 3))
+        visible = site.visible() if masked else None
+        return result if visible is None else site.call("Mul", result, visible)
+    visible = site.visible() if masked else None
+    if visible is not None:
+        flat = site.call("Squeeze", visible, site.integers(1)) if len(shape_of(site.mask)) == 4 else visible
+        joined = site.call("Mul", joined, flat)
+    joined.type, joined.shape = site.q.type, ir.Shape([1, shape_of(site.q)[2], heads * width])
+    apart = site.call("Reshape", joined, site.integers(1, -1, heads, width))
+    skip_joins(site.result, joined)
+    return site.call("Transpose", apart, perm=(0, 2, 1, 3))
+
+
+def _copy_behind(value: ir.Value) -> tuple[ir.Node, list[ir.Node]] | None:
+    """The copy into a state behind keys or values, and the nodes that repeat its heads; None where others read them too."""
+    repeated: list[ir.Node] = []
+    for op_type in ("Reshape", "Expand", "Unsqueeze"):
+        node = value.producer()
+        if node is None or node.op_type != op_type or node.inputs[0] is None:
+            break
+        if len(list(value.uses())) != 1 or value.is_graph_output():
+            return None
+        repeated.append(node)
+        value = node.inputs[0]
+    copy = value.producer()
+    if copy is None or not is_index_copy(copy) or dimension_of(copy) != 2 or len(repeated) not in (0, 3):
+        return None
+    if repeated:
+        batch, groups, *rest = shape_of(value)
+        if list(shape_of(repeated[2].outputs[0])) != [batch, groups, 1, *rest]:
+            return None
+    state = copy.inputs[0]
+    alone = len(list(value.uses())) == 1 and value.is_graph_output()
+    if state is None or not alone or not state.is_graph_input() or len(list(state.uses())) != 1:
+        return None
+    return copy, repeated
+
+
+def _start_of(places: ir.Value | None) -> ir.Value | None:
+    """The value that places start, start + 1, … begin with; None for places that may be others."""
+    node = _seen_through(places).producer() if places is not None else None
+    if node is None or node.op_type != "Add":
+        return None
+    for counted, start in (node.inputs, node.inputs[::-1]):
+        producer = counted.producer() if counted is not None else None
+        if producer is None or producer.op_type != "Range" or start is None:
+            continue
+        first, step = constant_of(producer.inputs[0]), constant_of(producer.inputs[2])
+        if first is not None and step is not None and first == 0 and step == 1 and list(shape_of(start)) in ([], [1]):
+            return _seen_through(start)
+    return None
+
+
+def _seen_through(value: ir.Value) -> ir.Value:
+    """The value before views that change its shape alone, for one of whose dimensions all but one are 1."""
+    node = value.producer()
+    while node is not None and node.op_type in _VIEWS and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
+
+
+def _conditions(mask: ir.Value) -> list[ir.Value]:
+    """The values whose conjunction a mask is; True throughout left out."""
+    node = mask.producer()
+    constant = constant_of(mask)
+    if constant is not None and bool(constant.all()):
+        return []
+    if node is not None and node.op_type == "And" and None not in node.inputs:
+        return [found for item in node.inputs if item is not None for found in _conditions(item)]
+    source = node.inputs[0] if node is not None and node.op_type in ("Expand", "Unsqueeze", "Identity") else None
+    if source is not None and (not shape_of(source) or list(shape_of(source)[-2:]) == list(shape_of(mask)[-2:])):
+        return _conditions(source)
+    return [mask]
+
+
+def _comparison(condition: ir.Value, places: int) -> tuple[str, ir.Value] | None:
+    """The operator that compares the number of each place with something, which it gives too; None for another condition."""
+    node = condition.producer()
+    turned = {"LessOrEqual": "GreaterOrEqual", "GreaterOrEqual": "LessOrEqual", "Less": "Greater", "Greater": "Less"}
+    if node is None or node.op_type not in turned:
+        return None
+    left, right = node.inputs
+    assert left is not None and right is not None
+    if _are_places(left, places):
+        return node.op_type, right
+    return (turned[node.op_type], left) if _are_places(right, places) else None
+
+
+def _are_places(value: ir.Value, places: int) -> bool:
+    """True for 0, 1, … along the last dimension."""
+    found = constant_of(value)
+    return found is not None and found.shape[-1:] == (places,) and np.array_equal(found.ravel(), np.arange(places))
+
+
+def _limit(condition: ir.Value, site: Site, start: ir.Value, places: int, operators: tuple[str, str]) -> int | None:
+    """d, where the condition compares a place with the query's own + d; None for another one.
+
+    operators: the one that does, and the one that says the same of d + 1: `_UP_TO` for place ≤ own + d, `_BEYOND` for >.
+    """
+    found = _comparison(condition, places)
+    shift = _shift(found[1], site, start) if found is not None else None
+    if found is None or shift is None or found[0] not in operators:
+        return None
+    return shift - operators.index(found[0])
+
+
+def _shift(value: ir.Value, site: Site, start: ir.Value) -> int | None:
+    """d, where a value of [..., tokens, 1] is each query's own place + d; None for another one."""
+    sizes = shape_of(value)
+    if len(sizes) < 2 or list(sizes[-2:]) != [shape_of(site.q)[2], 1] or any(size != 1 for size in sizes[:-2]):
+        return None
+    if _start_of(value) is start:
+        return 0
+    node = value.producer()
+    if node is None or node.op_type not in ("Sub", "Add") or node.inputs[0] is None:
+        return None
+    number = constant_of(node.inputs[1])
+    if number is None or number.size != 1 or number.ndim > len(sizes) or _start_of(node.inputs[0]) is not start:
+        return None
+    return int(number.item()) if node.op_type == "Add" else -int(number.item())
+
+
+def _fits(mask: ir.Value, q: ir.Value, places: int) -> bool:
+    """True for a mask of [1 or batch, 1, tokens, places], or of its last dimensions."""
+    batch, _, tokens, _ = shape_of(q)
+    sizes = list(shape_of(mask))
+    return sizes[-2:] == [tokens, places] and [1] * (4 - len(sizes)) + sizes[:-2] in ([1, 1], [batch, 1])
+
+
+def _numbers(value: ir.Value) -> list[int]:
+    """The sizes of a value; those that vary as -1."""
+    return [size if isinstance(size, int) else -1 for size in shape_of(value)]

@@ -1,0 +1,271 @@
+"""A program as an ONNX model: torch's exporter, with the program's names, module paths and varying sizes kept."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+from onnxscript.optimizer import optimize
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lissom.backends.exported import free_dimensions, leaves_of, traced_example
+from lissom.backends.onnx.state import return_state
+from lissom.backends.onnx.translation import OPSET, TRANSLATIONS
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+
+MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
+"""The files a model is saved in; weights are apart, so that they can be mapped and may exceed 2 GB."""
+
+aten = torch.ops.aten
+
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other)
+_SPELLINGS: Mapping[object, object] = {
+    aten.__and__.Tensor: aten.bitwise_and.Tensor,
+    aten.__or__.Tensor: aten.bitwise_or.Tensor,
+    aten.__xor__.Tensor: aten.bitwise_xor.Tensor,
+    aten.min.other: aten.minimum.default,
+    aten.max.other: aten.maximum.default,
+}
+_PATHS = "pkg.torch.onnx.name_scopes"
+_NO_MODULE = "_empty_nn_module_stack"
+_WINDOW = 16
+"""How far ahead the counterpart of an exported node is looked for."""
+
+
+def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir.Model:
+    """The program as an ONNX model, its inputs and outputs named as the caller names them.
+
+    State comes behind them: as it was among the inputs, as it is then among the outputs. Attention is left as nodes of the
+    domain `lissom`; `onnx_forms.write_form` makes a model of it that runs.
+
+    decompose: let the exporter take operators apart first. It then has a translation for nearly all, and takes twice as long.
+    """
+    exported = _export(program, example)
+    if not decompose:
+        exported.run_decompositions = _same(exported)
+    _keep_origins(program, exported)
+    past, present = state_names(program)
+    inputs, outputs = input_names(program) + past, output_names(program) + present
+    # Warnings of the exporter's own parts; what matters is in its exception.
+    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        result = torch.onnx.export(
+            exported,
+            (),
+            input_names=inputs,
+            output_names=outputs,
+            opset_version=OPSET,
+            custom_translation_table=dict(TRANSLATIONS),  # pyright: ignore[reportArgumentType]
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+        )
+        assert result is not None
+        model = result.model
+        _name_transposed(model)
+        # Not by the exporter, which fuses to operators whose kernels take less than they say.
+        with suppress(Exception):
+            # Where it meets a graph it cannot fold it stops, and what it has not folded runs as it is.
+            optimize(model)
+    _name_sizes(program, model)
+    return model
+
+
+def save_onnx(model: ir.Model, folder: Path) -> Path:
+    """Write the model and its weights to a folder; the model's path."""
+    path = folder / MODEL
+    ir.save(model, path, external_data=WEIGHTS)
+    return path
+
+
+def tidy(model: ir.Model) -> None:
+    """Merge what is there twice, drop what nothing reads, and name nodes by the modules they come from."""
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common_passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    common_passes.DeduplicateInitializersPass()(model)
+    common_passes.CommonSubexpressionEliminationPass()(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    common_passes.RemoveUnusedOpsetsPass()(model)
+    _name_nodes(model)
+
+
+def results_of(program: Program) -> list[fx.Node]:
+    """The tensors the program returns, each once."""
+    return list(dict.fromkeys(leaf for leaf in leaves_of(program) if isinstance(leaf, fx.Node)))
+
+
+def input_names(program: Program) -> list[str]:
+    """The names of the inputs, as the caller writes them, with what is not a letter or a digit as an underscore."""
+    return _unique([_plain(leaf.path) for leaf in program.signature.tensors], ())
+
+
+def output_names(program: Program) -> list[str]:
+    """The names of the results, by where they are in what is returned: `last_hidden_state`, `output_0`."""
+    paths = dict(zip(reversed(leaves_of(program)), reversed(_paths(program.signature.out_spec)), strict=True))
+    wanted = [_plain(paths[result]) or "output" for result in results_of(program)]
+    return _unique([f"output_{name}" if name[0].isdigit() else name for name in wanted], input_names(program))
+
+
+def state_names(program: Program) -> tuple[list[str], list[str]]:
+    """The names of the state before and after a call: `past_layers_0_keys` and `present_layers_0_keys`."""
+    past = _unique([f"past_{_plain(name)}" for name in program.state], [*input_names(program), *output_names(program)])
+    return past, _unique([f"present_{name[5:]}" for name in past], [*input_names(program), *output_names(program)])
+
+
+def _export(program: Program, example: Sample) -> ExportedProgram:
+    traced = (*traced_example(program, example), *(program.weight(name).detach() for name in program.state))
+    flat = program.copy()
+    flat.output.args = (tuple(results_of(flat)),)
+    return_state(flat)
+    _respell(flat)
+    shapes = (*(free_dimensions(leaf) for leaf in program.signature.tensors), *({} for _ in program.state))
+    # Of a graph whose code is not generated yet the exporter does not see the arguments.
+    module = fx.GraphModule(flat.graph_module, flat.graph).eval()
+    with torch.no_grad():
+        return torch.export.export(module, traced, dynamic_shapes=shapes, strict=False)
+
+
+def _same(exported: ExportedProgram) -> Callable[..., ExportedProgram]:
+    """A function that gives back the program, whatever it is asked to take apart."""
+
+    def same(*tables: object) -> ExportedProgram:
+        return exported
+
+    return same
+
+
+def _respell(program: Program) -> None:
+    """Call operators by the names the exporter knows."""
+    for node in program.nodes():
+        node.target = _SPELLINGS.get(node.target, node.target)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        if node.target in _CASTS:
+            node.target, node.args = aten._to_copy.default, node.args[:1]
+            node.kwargs = {"dtype": nodes.tensor_type(node).dtype}
+        elif node.target is aten.rsub.Scalar and len(node.args) == 2 and not node.kwargs:
+            # Of whole numbers and a fraction the exporter makes a difference that does not exist.
+            with program.graph.inserting_before(node):
+                negative = program.graph.call_function(aten.neg.default, node.args[:1])
+            node.target, node.args = aten.add.Tensor, (negative, node.args[1])
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep the exporter from logging that our translations have no types it knows."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _keep_origins(program: Program, exported: ExportedProgram) -> None:
+    """Tell the exporter which module each node is from: the nodes of both graphs are in one order."""
+    ours, start = program.nodes(), 0
+    path = ""
+    for node in exported.graph.nodes:
+        if node.op != "call_function":
+            continue
+        # What the exporter wrote anew, such as a read of a size, has no counterpart, and is from where it is used: nearby.
+        found = next(
+            (index for index in range(start, min(start + _WINDOW, len(ours))) if ours[index].target == node.target), None
+        )
+        if found is not None:
+            path, start = nodes.origin(ours[found]).module_path, found + 1
+        stack = {"": ("", program.name)} | ({path: (path, "module")} if path else {})
+        node.meta["nn_module_stack"] = stack
+
+
+def _name_transposed(model: ir.Model) -> None:
+    """Let a weight that is transposed, which is done once and for all, keep its name."""
+    taken: Counter[str] = Counter()
+    for node in model.graph:
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is not None and weight.is_initializer():
+            name = f"{weight.name}_transposed"
+            taken[name] += 1
+            node.outputs[0].name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+
+
+def _name_sizes(program: Program, model: ir.Model) -> None:
+    """Give the sizes that vary the names they have in the program's signature."""
+    names: dict[str, str] = {}
+    # State, which comes behind them, has sizes that are fixed.
+    for leaf, value in zip(program.signature.tensors, model.graph.inputs, strict=False):
+        for size, found in zip(leaf.type.shape, value.shape or (), strict=True):
+            if isinstance(found, ir.SymbolicDim) and found.value and size in program.signature.dimensions:
+                names[found.value] = program.signature.dimensions[size].name  # pyright: ignore[reportArgumentType]
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+
+
+def _named(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return re.sub(r"[A-Za-z_]\w*", lambda word: names.get(word[0], word[0]), str(size.value))
+
+
+def module_of(node: ir.Node) -> str:
+    """The path of the module a node comes from."""
+    scopes = ast.literal_eval(node.metadata_props.get(_PATHS, "[]"))
+    path = node.metadata_props.get("module", scopes[-2] if len(scopes) > 1 else "")
+    return "" if path.startswith(_NO_MODULE) else path
+
+
+def _name_nodes(model: ir.Model) -> None:
+    taken: Counter[str] = Counter()
+    for node in model.graph.all_nodes():
+        path = module_of(node)
+        name = f"{path}/{node.op_type}".lstrip("/")
+        taken[name] += 1
+        node.name = name if taken[name] == 1 else f"{name}_{taken[name] - 1}"
+        node.metadata_props.clear()
+        node.metadata_props["module"] = path
+        if node.graph is not model.graph:
+            # Names inside a graph are of one kind with those around it.
+            for number, value in enumerate(node.outputs):
+                value.name = f"{node.name}.{number}"
+    model.graph.metadata_props.clear()
+
+
+def _paths(spec: pytree.TreeSpec, path: str = "") -> list[str]:
+    """Where each leaf of a nesting is, `past_0_key`."""
+    if spec.is_leaf():
+        return [path]
+    count = spec.num_children
+    given = getattr(spec.context, "_fields", spec.context)
+    named = isinstance(given, (list, tuple)) and len(given) == count
+    keys: Sequence[object] = given if named else range(count)
+    return [
+        leaf for key, child in zip(keys, spec.children(), strict=True) for leaf in _paths(child, f"{path}_{key}".lstrip("_"))
+    ]
+
+
+def _plain(path: str) -> str:
+    return re.sub(r"\W+", "_", path).strip("_")
+
+
+def _unique(wanted: Sequence[str], taken: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for name in wanted:
+        number, unique = 1, name
+        while unique in found or unique in taken:
+            unique, number = f"{name}_{number}", number + 1
+        found.append(unique)
+    return found

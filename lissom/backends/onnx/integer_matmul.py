@@ -1,0 +1,391 @@
+"""Quantized layers in ONNX as products of integers, with the kernels ONNX Runtime has for them.
+
+Values and weights of eight bits are multiplied as integers, and the sum is scaled, with one scale for the values and one for
+each feature out:
+
+    y = s_x · s_w · Σ_i (q_i - z) w_i + bias        (`MatMulIntegerToFloat`)
+
+It takes no scale and zero point for each row of x. So where there is one for each token, the scale is multiplied in behind the
+product, and the zero point is taken out by
+
+    Σ_i (q_i - z) w_i = Σ_i q_i w_i - z Σ_i w_i
+
+exactly, within the product itself: z stands as further features beside q, and as many rows d_j with Σ_j d_j = -Σ_i w_i, each in
+the range of the weights, stand below w. That takes some twenty rows for the 384 of a small encoder.
+
+Weights of few bits that meet values in floating point become `MatMulNBits`, which reads them as they are stored.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lissom.backends.simulated_layers import SimulatedLayer
+from lissom.backends.onnx.attention import CONTRIB
+from lissom.backends.onnx.projections import constant_of, fixed_last
+from lissom.backends.onnx.export import module_of
+from lissom.backends.onnx.quantization import Stored, Tape, dynamic_range, format_of, is_quantization, operands, scalar_scales
+from lissom.backends.onnx.translation import DEQUANTIZE, ROUND, ROUND_DYNAMIC
+
+PRODUCTS = frozenset(
+    (
+        *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulInteger16", "QLinearMatMul", "QGemm"),
+        *("QLinearConv", "ConvInteger", "QAttention", "MatMulNBits", "MatMulBnb4"),
+    )
+)
+"""Operators of ONNX Runtime that multiply stored integers."""
+_BLOCKS = (256, 128, 64, 32, 16)
+_BLOCK = 32
+"""Of `MatMulNBits` where a channel has one scale."""
+_FACTOR = 8
+"""There may be one row for the zero points for so many features; where more are needed they are taken out behind."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with a weight or values that are rounded.
+
+    product: its node. x: what it reads; rounded: what rounds it, None where nothing does. stored: its weight as
+    [features in, features out], None where it is not stored in a short format; weight: the value that holds it.
+    """
+
+    product: ir.Node
+    x: ir.Value
+    rounded: ir.Node | None
+    stored: Stored | None
+    weight: ir.Value
+
+    @property
+    def module(self) -> str:
+        return module_of(self.product)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it is not computed from integers, with any values; None where it is."""
+        if self.stored is None:
+            return "its weight is not stored in integers"
+        if self.x.dtype != ir.DataType.FLOAT or not self.x.shape:
+            return "it does not compute in float32"
+        if not self.stored.form.is_integer or (self.rounded is not None and not format_of(self.rounded).is_integer):
+            return "ONNX Runtime has no products of fp8 on a CPU"
+        return self._whole_obstacle(self.stored) if self.rounded is not None else self._weight_obstacle(self.stored)
+
+    def _whole_obstacle(self, stored: Stored) -> str | None:
+        assert self.rounded is not None
+        if stored.form.bits != 8 or format_of(self.rounded).bits != 8:
+            return "ONNX Runtime multiplies integers of eight bits with such of eight bits alone"
+        if stored.scale.shape[0] != 1:
+            return "a product of integers takes a scale for each channel, and it has one for each group of a channel"
+        scale = constant_of(self.rounded.inputs[1]) if self.rounded.op_type == ROUND else np.ones(1)
+        if scale is None or scale.size != 1:
+            return "a product of integers takes one scale for the values it reads"
+        return None
+
+    def _weight_obstacle(self, stored: Stored) -> str | None:
+        if not self.block:
+            return f"MatMulNBits takes groups of {_BLOCKS[-1]} neighbours and more, and it has {self._group}"
+        return None
+
+    @property
+    def _group(self) -> int:
+        """How many features in share a scale."""
+        assert self.stored is not None
+        return self.stored.q.shape[0] // self.stored.scale.shape[0]
+
+    @property
+    def block(self) -> int:
+        """The features in that `MatMulNBits` reads under one scale, which several blocks may share; 0 where it cannot."""
+        assert self.stored is not None
+        if self.stored.scale.shape[0] == 1:
+            return _BLOCK
+        return next((block for block in _BLOCKS if self._group % block == 0), 0)
+
+
+def quantized_layers(model: ir.Model) -> list[Layer]:
+    """Every product of two matrices of which the second, a weight, or the first is rounded."""
+    found = [_as_layer(node) for node in model.graph if node.op_type in ("MatMul", "Gemm") and node.domain == ""]
+    return [layer for layer in found if layer is not None]
+
+
+def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False) -> int:
+    """Compute layers from integers where that can be; how many are.
+
+    beside: let the graph go on with each layer as it is, and give how far the product of integers is from it, as a result of
+    the model more for each: max |found - wanted| / max |wanted|, of the same values.
+    """
+    groups: dict[ir.Value, list[Layer]] = defaultdict(list)
+    for layer in quantized_layers(model):
+        if layer.obstacle is None and _level_obstacle(layer, accuracy_level) is None:
+            groups[layer.x].append(layer)
+    for group in groups.values():
+        tape, rounded = Tape(model), group[0].rounded
+        values = _integers(tape, rounded, _rows(group)) if rounded is not None else None
+        model.graph.insert_before(group[0].product, _from(tape, group[0]))
+        for layer in group:
+            tape = Tape(model)
+            if values is None:
+                result, biased = _few_bits(tape, layer, accuracy_level), False
+            elif values.by_row is None:
+                result, biased = _scaled_once(tape, layer, values), True
+            else:
+                result, biased = _scaled_by_row(tape, layer, values), False
+            _finish(tape, layer, result, biased, beside)
+    if groups:
+        model.opset_imports[CONTRIB] = 1
+    return sum(map(len, groups.values()))
+
+
+def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str = "") -> list[SimulatedLayer]:
+    """The layers that are not computed from integers, and why. failure: why the others are not either."""
+    found: list[SimulatedLayer] = []
+    for layer in layers:
+        reason = layer.obstacle or _level_obstacle(layer, accuracy_level) or failure
+        if reason:
+            parts = (
+                layer.stored and f"{layer.stored.form.name} weights",
+                layer.rounded and f"{format_of(layer.rounded).name} values",
+            )
+            found.append(SimulatedLayer(layer.product.name or "", layer.module, " on ".join(filter(None, parts)), reason))
+    return found
+
+
+def _level_obstacle(layer: Layer, accuracy_level: int) -> str | None:
+    """Why weights that meet values in floating point have no kernel faster than turning them back."""
+    if layer.rounded is not None or layer.stored is None or layer.stored.form.bits == 4 or accuracy_level == 4:
+        return None
+    return (
+        "ONNX Runtime is fast at weights of eight bits where it may round the values they meet, as "
+        "OnnxRuntime(accuracy_level=4) lets it"
+    )
+
+
+def _as_layer(product: ir.Node) -> Layer | None:
+    x, second = product.inputs[:2]
+    if x is None or second is None:
+        return None
+    options = product.attributes
+    turned = bool(options.get_int("transB", 0))
+    if options.get_int("transA", 0) or options.get_float("alpha", 1.0) != 1.0 or options.get_float("beta", 1.0) != 1.0:
+        return None
+    node = second.producer()
+    if node is not None and node.op_type == "Transpose" and node.domain == "" and len(second.shape or ()) == 2:
+        first = node.inputs[0]
+        node, turned = first.producer() if first is not None else None, not turned
+    rounds = x.producer()
+    rounded = rounds if rounds is not None and is_quantization(rounds, ROUND, ROUND_DYNAMIC) else None
+    weight = node if node is not None and is_quantization(node, DEQUANTIZE) else None
+    stored = Stored.of(weight) if weight is not None else None
+    if weight is None:
+        # Two values, as in attention, are no layer.
+        return Layer(product, x, rounded, None, second) if rounded is not None and constant_of(second) is not None else None
+    return Layer(product, x, rounded, stored.transposed() if stored and turned else stored, operands(weight)[0])
+
+
+@dataclass(frozen=True)
+class _Integers:
+    """Values as integers. q: with the zero points beside them, `rows` times. by_row: the scale of each row, None for one.
+
+    rows: None where zero points are to be taken out behind the product.
+    """
+
+    q: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value | None
+    by_row: ir.Value | None = None
+    rows: int | None = 0
+
+
+def _integers(tape: Tape, rounded: ir.Node, rows: int | None) -> _Integers:
+    """What a node rounds, as integers, and their scale."""
+    x, scale, zero_point = operands(rounded)
+    form = format_of(rounded)
+    if rounded.op_type == ROUND:
+        assert scale is not None
+        scale, zero_point = scalar_scales(tape, scale, zero_point, form)
+        return _Integers(tape.op("QuantizeLinear", [x, scale, zero_point]), scale, zero_point)
+    if rounded.attributes["granularity"].as_string() != "token" and form.name == "uint8":
+        q, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
+        return _Integers(q, scale, zero_point)
+    by_row, point = dynamic_range(tape, x, form)
+    blocks = {"axis": -1, "block_size": fixed_last(x)}
+    one = tape.number(1.0)
+    if point is None:
+        q = tape.op("QuantizeLinear", [x, by_row], blocks | {"output_dtype": int(ir.DataType.INT8)})
+        return _Integers(q, one, None, by_row)
+    whole = tape.op("Cast", [point], {"to": int(ir.DataType.UINT8)})
+    q = tape.op("QuantizeLinear", [x, by_row, whole], blocks)
+    if rows:
+        q = tape.op("Concat", [q, *[whole] * rows], {"axis": -1})
+    return _Integers(q, one, point, by_row, rows)
+
+
+def _rows(group: Sequence[Layer]) -> int | None:
+    """How many rows the zero points take for all layers that read the same values; None where they are too many."""
+    needed = [0]
+    for layer in group:
+        assert layer.stored is not None
+        low, high = _range(layer.stored)
+        total = -_column_sums(layer.stored)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rows = np.where(total > 0, total / high, np.where(total < 0, total / low, 0.0)).max()
+        needed.append(int(np.ceil(min(rows, 2**31))))
+    features = group[0].stored.q.shape[0] if group[0].stored is not None else 0
+    # Kernels read four features at once.
+    padded = max(needed) + -(features + max(needed)) % 4
+    return padded if padded <= features // _FACTOR else None
+
+
+def _column_sums(stored: Stored) -> np.ndarray:
+    """Σ_i w_i of each feature out, in whole numbers."""
+    points = 0 if stored.zero_point is None else stored.zero_point.astype(np.int64)
+    return (stored.q.astype(np.int64) - points).sum(0)
+
+
+def _range(stored: Stored) -> tuple[np.ndarray, np.ndarray]:
+    """The least and largest w of each feature out."""
+    points = np.zeros(1, np.int64) if stored.zero_point is None else stored.zero_point.astype(np.int64).reshape(-1)
+    return int(stored.form.low) - points, int(stored.form.high) - points
+
+
+def _with_rows(stored: Stored, rows: int) -> np.ndarray:
+    """The stored weight with rows below it that add up to what its own add up to, negative."""
+    low, high = _range(stored)
+    rest = -_column_sums(stored)
+    below: list[np.ndarray] = []
+    for _ in range(rows):
+        below.append(np.clip(rest, low, high))
+        rest = rest - below[-1]
+    assert not rest.any()
+    points = 0 if stored.zero_point is None else stored.zero_point.astype(np.int64).reshape(-1)
+    return np.concatenate([stored.q, (np.stack(below) + points).astype(stored.q.dtype)])
+
+
+def _operands(tape: Tape, layer: Layer, q: np.ndarray, suffix: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """A layer's weight, its scales and zero points, as `MatMulIntegerToFloat` reads them."""
+    stored = layer.stored
+    assert stored is not None
+    points = stored.zero_point
+    return (
+        tape.weight(layer.weight, suffix, q),
+        tape.weight(layer.weight, "scales", _flat(stored.scale)),
+        None if points is None else tape.weight(layer.weight, "zero_points", _flat(points.astype(q.dtype))),
+    )
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    """Without the dimension of features in; no dimension where one serves all."""
+    return array.reshape(-1) if array.size > 1 else array.reshape(())
+
+
+def _scaled_once(tape: Tape, layer: Layer, values: _Integers) -> ir.Value:
+    assert layer.stored is not None
+    weight, scale, points = _operands(tape, layer, layer.stored.q, "integers")
+    inputs = [values.q, weight, values.scale, scale, values.zero_point, points, _bias(layer)]
+    return tape.op("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+
+
+def _scaled_by_row(tape: Tape, layer: Layer, values: _Integers) -> ir.Value:
+    stored = layer.stored
+    assert stored is not None and values.by_row is not None
+    q = _with_rows(stored, values.rows) if values.rows else stored.q
+    weight, scale, points = _operands(tape, layer, q, f"integers_{values.rows}" if values.rows else "integers")
+    result = tape.op("MatMulIntegerToFloat", [values.q, weight, values.scale, scale, None, points], domain=CONTRIB)
+    if values.rows is None and values.zero_point is not None:
+        sums = _column_sums(stored) * stored.scale.reshape(-1).astype(np.float64)
+        result = tape.op(
+            "Sub", [result, tape.op("Mul", [values.zero_point, tape.weight(layer.weight, "sums", sums.astype(np.float32))])]
+        )
+    return tape.op("Mul", [result, values.by_row])
+
+
+def _few_bits(tape: Tape, layer: Layer, accuracy_level: int) -> ir.Value:
+    """The product of values in floating point with a weight in blocks, [features out, blocks, bytes]."""
+    stored, block = layer.stored, layer.block
+    assert stored is not None
+    bits = stored.form.bits
+    features, count = stored.q.shape
+    blocks = -(-features // block)
+    middle = 0 if stored.form.low == 0 else 2 ** (bits - 1)
+    whole = np.full((count, blocks * block), middle, np.uint8)
+    whole[:, :features] = (stored.q.T.astype(np.int16) + middle).astype(np.uint8)
+    each = blocks // stored.scale.shape[0]
+    scale = np.broadcast_to(stored.scale.T.repeat(each, 1), (count, blocks)).astype(np.float32)
+    inputs = [
+        layer.x,
+        tape.weight(layer.weight, "blocks", _packed(whole, bits).reshape(count, blocks, -1)),
+        tape.weight(layer.weight, "block_scales", scale.reshape(-1)),
+    ]
+    if stored.zero_point is not None:
+        points = np.broadcast_to(stored.zero_point.T.astype(np.uint8).repeat(each, 1), (count, blocks))
+        inputs.append(tape.weight(layer.weight, "block_zero_points", _packed(points, bits)))
+    options = {"K": features, "N": count, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
+    return tape.op("MatMulNBits", inputs, options, domain=CONTRIB)
+
+
+def _packed(elements: np.ndarray, bits: int) -> np.ndarray:
+    """Two elements a byte where they have four bits, the first in the low half."""
+    if bits == 8:
+        return elements
+    even = elements if elements.shape[-1] % 2 == 0 else np.pad(elements, ((0, 0), (0, 1)))
+    return even[..., 0::2] | (even[..., 1::2] << 4)
+
+
+def _bias(layer: Layer) -> ir.Value | None:
+    """A constant that is added to a layer's result, one element for each feature out."""
+    found = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None
+    add = _sum_behind(layer) if found is None else None
+    if add is not None:
+        found = next(item for item in add.inputs if item is not layer.product.outputs[0])
+    value = constant_of(found)
+    count = layer.stored.q.shape[1] if layer.stored is not None else 0
+    return found if value is not None and value.shape == (count,) else None
+
+
+def _sum_behind(layer: Layer) -> ir.Node | None:
+    result = layer.product.outputs[0]
+    uses = list(result.uses())
+    node = uses[0].node if len(uses) == 1 and not result.is_graph_output() else None
+    return node if node is not None and node.op_type == "Add" and node.inputs[0] is not node.inputs[1] else None
+
+
+def _finish(tape: Tape, layer: Layer, result: ir.Value, biased: bool, beside: bool) -> None:
+    """Let the graph use a result in the place of a layer's, or tell how far it is from it. biased: a bias is in it, if any."""
+    graph, last = tape.model.graph, layer.product
+    bias = _bias(layer) if biased else None
+    own = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None
+    if bias is not None and own is None:
+        last = _sum_behind(layer) or last
+    elif own is not None and bias is None:
+        result = tape.op("Add", [result, own])
+    old = last.outputs[0]
+    if beside:
+        graph.outputs.append(_distance(tape, old, result, f"error_{len(graph.outputs)}"))
+        graph.insert_after(last, _from(tape, layer))
+        return
+    graph.insert_before(layer.product, _from(tape, layer))
+    result.shape, result.type = old.shape, old.type
+    name = old.name
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    old.name, result.name = None, name
+
+
+def _from(tape: Tape, layer: Layer) -> Sequence[ir.Node]:
+    """The nodes recorded, as from the module of a layer."""
+    for node in tape.nodes:
+        node.metadata_props.update(layer.product.metadata_props)
+    return tape.nodes
+
+
+def _distance(tape: Tape, wanted: ir.Value, found: ir.Value, name: str) -> ir.Value:
+    """max |found - wanted| / max |wanted|, of values under 1e-6 throughout by 1e-6."""
+    largest = [
+        tape.op("ReduceMax", [tape.op("Abs", [item])], {"keepdims": 0}) for item in (tape.op("Sub", [found, wanted]), wanted)
+    ]
+    result = tape.op("Div", [largest[0], tape.op("Max", [largest[1], tape.number(1e-6)])])
+    result.name, result.shape, result.type = name, ir.Shape(()), ir.TensorType(ir.DataType.FLOAT)
+    return result

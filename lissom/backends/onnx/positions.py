@@ -1,0 +1,282 @@
+"""What a pattern of positions lets attention see, computed by ONNX nodes from the lengths of a call.
+
+Lengths are read from the model's inputs where these tell them, so that layers of one pattern compute it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lissom.backends.onnx.attention import shape_of
+from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
+from lissom.ops.key_blocks import KeyBlocks
+
+Number = ir.Value | int
+"""Whole numbers: a value, int64, or one that is known."""
+
+
+class Writer:
+    """Records nodes. Operators take whole numbers as they are."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.tape = ir.tape.Tape()
+        self._inputs = tuple(model.graph.inputs)
+
+    def inside(self) -> Writer:
+        """Records the nodes of a graph inside this one."""
+        found = copy(self)
+        found.tape = ir.tape.Tape()
+        return found
+
+    def call(self, op_type: str, *inputs: Number, **attributes: int | Sequence[int]) -> ir.Value:
+        """The result of a new node; numbers among its inputs are vectors of one."""
+        values = [self.integers(item) if isinstance(item, int) else item for item in inputs]
+        return self.tape.op(op_type, values, attributes)
+
+    def integers(self, *numbers: int) -> ir.Value:
+        return self.constant(np.array(numbers, np.int64))
+
+    def constant(self, array: np.ndarray) -> ir.Value:
+        return self.tape.op("Constant", [], {"value": ir.tensor(array)})
+
+    def length(self, value: ir.Value, axis: int) -> ir.Value:
+        """A size, [1]."""
+        size = shape_of(value)[axis]
+        if isinstance(size, int):
+            return self.integers(size)
+        for given in self._inputs:
+            for place, other in enumerate(given.shape or ()):
+                if other == size and size.value is not None:
+                    return self.call("Shape", given, start=place, end=place + 1)
+        axis %= len(shape_of(value))
+        return self.call("Shape", value, start=axis, end=axis + 1)
+
+    def counted(self, start: Number, end: Number, step: int = 1) -> ir.Value:
+        """start, start + step, … below end; each is [1]."""
+        return self.call("Range", *(self._scalar(item) for item in (start, end, step)))
+
+    def shaped(self, value: ir.Value, *sizes: Number) -> ir.Value:
+        """The value with these sizes; -1 is what is left, 0 as it was."""
+        known = all(isinstance(size, int) for size in sizes)
+        shape = self.integers(*sizes) if known else self.call("Concat", *sizes, axis=0)  # pyright: ignore[reportArgumentType]
+        return self.call("Reshape", value, shape)
+
+    def padded(self, value: ir.Value, count: ir.Value, axis: int = 1) -> ir.Value:
+        """[batch, tokens, ..] of rank 3, or of rank 4 with an axis of 2, with so many zeros behind it along the axis."""
+        rank = 3 if axis == 1 else 4
+        front, behind = self.integers(*[0] * (rank + axis)), self.integers(*[0] * (rank - axis - 1))
+        return self.call("Pad", value, self.call("Concat", front, count, behind, axis=0))
+
+    def expanded(self, value: ir.Value, *sizes: Number) -> ir.Value:
+        """The value broadcast together with these sizes."""
+        return self.call("Expand", value, self.call("Concat", *sizes, axis=0))
+
+    def every(self, *conditions: ir.Value) -> ir.Value:
+        return self._joined("And", conditions)
+
+    def some(self, *conditions: ir.Value) -> ir.Value:
+        return self._joined("Or", conditions)
+
+    def _joined(self, op_type: str, conditions: Sequence[ir.Value]) -> ir.Value:
+        found, *others = conditions
+        for other in others:
+            found = self.call(op_type, found, other)
+        return found
+
+    def _scalar(self, item: Number) -> ir.Value:
+        return self.constant(np.array(item, np.int64)) if isinstance(item, int) else self.call("Squeeze", item)
+
+
+@dataclass(frozen=True)
+class Read:
+    """What blocks of queries read. rows, blocks: how many there are, of queries and of keys, [1].
+
+    alone: positions that all read, made whole blocks behind the others, [count]; None for none. all_blocks: how many blocks
+    there are with these, [1]. column: the blocks, [heads or 1, rows, slots]. j: positions of what they hold, [heads or 1, rows,
+    read]; counts: which of them are there and not named before. read: how many, [1].
+    """
+
+    rows: ir.Value
+    blocks: ir.Value
+    all_blocks: ir.Value
+    column: ir.Value
+    alone: ir.Value | None
+    j: ir.Value
+    counts: ir.Value
+    read: ir.Value
+
+
+def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.Value) -> Read:
+    """The positions each block of queries reads. queries, keys: how many there are, [1]."""
+    call, size, heads = write.call, reads.block, reads.heads
+    rows, blocks = (call("Div", call("Add", item, size - 1), size) for item in (queries, keys))
+    row = call("Unsqueeze", write.counted(0, rows), 1)
+    column = call("Add", row, write.constant(np.array([reads.offsets], np.int64)))
+    column = write.expanded(column, heads, 1, 1)
+    counts = call("GreaterOrEqual", column, 0)
+    if reads.table is not None:
+        last = reads.table.shape[1] - 1
+        table = call("Gather", write.constant(reads.table.numpy()), write.call("Min", write.counted(0, rows), last), axis=1)
+        fresh = [call("GreaterOrEqual", table, 0)]
+        for start, end in reads.runs():
+            apart = call("Sub", table, row)
+            fresh.append(call("Not", write.every(call("GreaterOrEqual", apart, start), call("LessOrEqual", apart, end))))
+        counts = call("Concat", counts, write.every(*fresh), axis=-1)
+        column = call("Concat", column, table, axis=-1)
+    inside = write.constant(np.arange(size, dtype=np.int64))
+    column = call("Max", column, 0)
+    j = call("Add", call("Unsqueeze", call("Mul", column, size), -1), inside)
+    there = write.every(call("Unsqueeze", counts, -1), call("Less", j, keys))
+    others = _is_alone(write, reads, j, reads.tail)
+    there = there if others is None else write.every(there, call("Not", others))
+    width = reads.slots * size
+    end = call("Sub", keys, 1)
+    j, there = write.shaped(call("Min", j, end), heads, -1, width), write.shaped(there, heads, -1, width)
+    column = call("Min", column, call("Sub", blocks, 1))
+    found = _alone(write, reads, keys)
+    if found is None:
+        return Read(rows, blocks, blocks, column, None, j, there, write.integers(width))
+    places, once = found
+    count = call("Shape", places, start=0, end=1)
+    spare = call("Mod", call("Neg", count), size)
+    places = call("Pad", places, call("Concat", 0, spare, axis=0))
+    once = _longer(write, once, spare)
+    behind = call("Add", blocks, call("Div", call("Add", count, spare), size))
+    sizes = heads, rows, 1
+    column = call("Concat", column, write.expanded(write.counted(blocks, behind), *sizes), axis=-1)
+    j = call("Concat", j, write.expanded(places, *sizes), axis=-1)
+    there = call("Concat", there, write.expanded(once, *sizes), axis=-1)
+    return Read(rows, blocks, behind, column, places, j, there, call("Shape", j, start=-1))
+
+
+def row_places(write: Writer, reads: KeyBlocks, rows: ir.Value, end: ir.Value) -> ir.Value:
+    """Where each block of queries is among the blocks of all, which have an end, and behind it those that read all keys."""
+    call, row = write.call, write.counted(0, rows)
+    place = row
+    if reads.dense_rows:
+        numbers = [-1] * (reads.dense_rows[-1] + 2)
+        for number, dense in enumerate(reads.dense_rows):
+            numbers[dense] = number
+        known = call("Gather", write.integers(*numbers), call("Min", row, len(numbers) - 1), axis=0)
+        place = call("Where", call("GreaterOrEqual", known, 0), call("Add", known, end), place)
+    if reads.dense_end is not None:
+        behind = call("Add", row, call("Add", end, len(reads.dense_rows) - reads.dense_end))
+        place = call("Where", call("GreaterOrEqual", row, reads.dense_end), behind, place)
+    return place
+
+
+def _longer(write: Writer, conditions: ir.Value, count: ir.Value) -> ir.Value:
+    """Conditions with so many that do not hold behind them."""
+    return write.call("Concat", conditions, write.call("Less", write.counted(0, count), 0), axis=0)
+
+
+def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """The positions that all queries read, and which of them are there and named for the first time; None for none."""
+    call, end = write.call, write.call("Sub", keys, 1)
+    places: list[ir.Value] = []
+    fresh: list[ir.Value] = []
+    if reads.prefix:
+        front = write.constant(np.arange(reads.prefix, dtype=np.int64))
+        places.append(call("Min", front, end))
+        fresh.append(call("Less", front, keys))
+    for number, (first, last, period) in enumerate(reads.strides):
+        starts = call("Unsqueeze", write.counted(0, keys, period), 1)
+        found = write.shaped(call("Add", starts, write.constant(np.arange(first, last + 1, dtype=np.int64))), -1)
+        new = [call("Less", found, keys), call("GreaterOrEqual", found, reads.prefix)]
+        new += [call("Not", _in_stride(write, other, found)) for other in reads.strides[:number]]
+        places.append(call("Min", found, end))
+        fresh.append(write.every(*new))
+    if reads.tail is not None:
+        found = write.counted(write.call("Min", keys, reads.tail), keys)
+        others = _is_alone(write, reads, found, None)
+        places.append(found)
+        fresh.append(call("GreaterOrEqual", found, 0) if others is None else call("Not", others))
+    if not places:
+        return None
+    return (places[0], fresh[0]) if len(places) == 1 else (call("Concat", *places, axis=0), call("Concat", *fresh, axis=0))
+
+
+def _is_alone(write: Writer, reads: KeyBlocks, j: ir.Value, tail: int | None) -> ir.Value | None:
+    """Whether all queries read a position; None where there are none of the kind."""
+    found = [write.call("Less", j, reads.prefix)] if reads.prefix else []
+    found += [_in_stride(write, stride, j) for stride in reads.strides]
+    found += [write.call("GreaterOrEqual", j, tail)] if tail is not None else []
+    return write.some(*found) if found else None
+
+
+def _in_stride(write: Writer, stride: tuple[int, int, int], j: ir.Value) -> ir.Value:
+    first, last, period = stride
+    place = write.call("Mod", j, period)
+    return write.every(write.call("GreaterOrEqual", place, first), write.call("LessOrEqual", place, last))
+
+
+def seen(
+    write: Writer, pattern: Pattern, i: ir.Value, j: ir.Value, row: ir.Value, layout: ir.Value | None, rank: int
+) -> ir.Value:
+    """What the pattern says of queries i and keys j, broadcast; row: positions whose blocks are those of i.
+
+    rank: how many dimensions j has, the first of them that of the layout's heads, or of 1.
+    """
+    alternatives: list[ir.Value] = []
+    for conditions in pattern.alternatives:
+        found = [
+            _laid_out(write, pattern, row, j, layout, rank) if condition.asks_layout else _holds(write, condition, i, j)
+            for condition in conditions
+        ]
+        always = [write.call("GreaterOrEqual", j, 0)]
+        alternatives.append(write.every(*(item for part in found for item in part), *([] if any(found) else always)))
+    found = write.some(*alternatives) if alternatives else write.call("Less", j, 0)
+    conditions = [condition for alternative in pattern.alternatives for condition in alternative]
+    # What says nothing of queries, or of keys, is the same for all of them.
+    for named, item in ((any(one.query for one in conditions), i), (any(one.key for one in conditions), j)):
+        found = found if named else write.every(found, write.call("GreaterOrEqual", item, 0))
+    return found
+
+
+def _holds(write: Writer, condition: Condition, i: ir.Value, j: ir.Value) -> list[ir.Value]:
+    """The comparisons whose conjunction is the condition."""
+    call = write.call
+    parts: list[tuple[int, ir.Value]] = []
+    for factor, value in ((condition.key, j), (condition.query, i)):
+        if factor:
+            parts.append((factor, value if condition.unit == 1 else call("Div", value, condition.unit)))
+    low, high = condition.low, condition.high
+    if condition.modulus or len(parts) == 1 or condition.key == condition.query:
+        signed = [value if factor == 1 else call("Neg", value) for factor, value in parts]
+        value = signed[0] if len(signed) == 1 else call("Add", *signed)
+        value = call("Mod", value, condition.modulus) if condition.modulus else value
+        least, most = low, high
+        bounds: tuple[Number, Number] = low, high
+    else:
+        # j - i in bounds: j is compared with i and a bound, which are fewer than the differences.
+        (factor, value), (_, other) = parts
+        least, most = (low, high) if factor == 1 else (-high, -low)
+        bounds = call("Add", other, least), call("Add", other, most)
+    found: list[ir.Value] = []
+    if least > -UNBOUNDED:
+        found.append(call("GreaterOrEqual", value, bounds[0]))
+    if most < UNBOUNDED:
+        found.append(call("LessOrEqual", value, bounds[1]))
+    return found
+
+
+def _laid_out(
+    write: Writer, pattern: Pattern, row: ir.Value, j: ir.Value, layout: ir.Value | None, rank: int
+) -> list[ir.Value]:
+    """What the layout has for the blocks of rows and keys."""
+    if layout is None:
+        raise ValueError("this pattern asks a layout, and none was given")
+    call = write.call
+    heads, rows, columns = (write.length(layout, axis) for axis in range(3))
+    ends = [call("Sub", item, 1) for item in (rows, columns)]
+    row, column = (call("Min", call("Div", item, pattern.block), end) for item, end in zip((row, j), ends, strict=True))
+    place = call("Add", call("Mul", row, columns), column)
+    if shape_of(layout)[0] != 1:
+        head = write.shaped(write.counted(0, heads), -1, *[1] * (rank - 1))
+        place = call("Add", place, call("Mul", head, call("Mul", rows, columns)))
+    return [call("Gather", write.shaped(layout, -1), place, axis=0)]

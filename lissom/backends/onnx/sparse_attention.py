@@ -1,0 +1,390 @@
+"""`lissom::block_sparse_attention` in ONNX: by key blocks that are gathered, or with a mask of all pairs.
+
+By key blocks, each block of queries is a sequence of its own to an attention as `onnx_attention` writes it, so that it too may
+be one operator: blocks of what projections give, [batch, tokens, heads · head_dim], are copied whole, for a few blocks
+of queries at a time. Nothing has the size of all queries times all keys.
+
+ONNX Runtime's own operators for it are not used. On a CPU `com.microsoft.GroupQueryAttention` with `local_window_size` and
+`com.microsoft.SparseAttention` compute the scores of all pairs and leave some out of the softmax, in at least twice the time
+of the form by key blocks at a window of an eighth of 4,096 tokens, and memory for all pairs; `LongformerAttention` has a kernel
+for CUDA only, takes projections apart by itself and lets global tokens have projections of their own, which no pattern says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from lissom.backends.onnx.attention import Site, projection, shape_of, skip_joins
+from lissom.backends.onnx.projections import constant_of, replace
+from lissom.backends.onnx.chunks import CPU_BYTES, in_chunks
+from lissom.backends.onnx.positions import Read, Writer, read_positions, row_places, seen
+from lissom.backends.onnx.translation import ATTENTION, DOMAIN, SPARSE_ATTENTION
+from lissom.ops.pattern import Pattern
+from lissom.ops.key_blocks import KeyBlocks, key_blocks
+
+_HEADS_FIRST = (0, 2, 1, 3)
+_ROWS, _READ = "query_blocks", "keys_read"
+"""Names of sizes: blocks of queries of all sequences, and keys that are read for one."""
+
+
+def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES) -> int:
+    """Write each block-sparse attention as an attention by key blocks where that can be, or with a mask; how many by blocks.
+
+    chunk_bytes: of keys and values that are copied at a time, at least those of one block of queries.
+    """
+    count = 0
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type == SPARSE_ATTENTION:
+            site = Sparse.of(model, node, chunk_bytes)
+            reads = site.reads() if gathered else ""
+            count += isinstance(reads, KeyBlocks)
+            result = _by_blocks(site, reads) if isinstance(reads, KeyBlocks) else _by_mask(site)
+            replace(model, node, site.write.tape, result)
+    return count
+
+
+def ungathered(model: ir.Model) -> str | None:
+    """Why the first block-sparse attention that has no form by key blocks has none; None where all have."""
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == SPARSE_ATTENTION:
+            found = Sparse.of(model, node).reads()
+            if isinstance(found, str):
+                return found
+    return None
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """One block-sparse attention: its operands and options, and what writes the nodes in its place."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    bias: ir.Value | None
+    layout: ir.Value | None
+    sinks: ir.Value | None
+    pattern: Pattern
+    scale: float
+    softcap: float
+    result: ir.Value
+    write: Writer
+    chunk_bytes: int
+
+    @classmethod
+    def of(cls, model: ir.Model, node: ir.Node, chunk_bytes: int = CPU_BYTES) -> Sparse:
+        q, k, v, bias, layout, sinks = (*node.inputs, None, None, None)[:6]
+        assert q is not None and k is not None and v is not None
+        given = node.attributes
+        pattern = Pattern.decode(given.get_ints("pattern", ()), given.get_int("block", 0))
+        return cls(
+            q, k, v, bias, layout if pattern.asks_layout else None, sinks, pattern,
+            scale=given.get_float("scale", 1.0), softcap=given.get_float("softcap", 0.0),
+            result=node.outputs[0], write=Writer(model), chunk_bytes=chunk_bytes,
+        )  # fmt: skip
+
+    def reads(self) -> KeyBlocks | str:
+        """The key blocks each block of queries reads, or why it reads none."""
+        found = constant_of(self.layout)
+        if found is None and self.layout is not None:
+            return "its layout is computed"
+        lengths = [shape_of(value)[2] for value in (self.q, self.k)]
+        known = [size for size in lengths if isinstance(size, int)]
+        table = None if found is None else torch.tensor(found)
+        found = key_blocks(self.pattern, table, *(known if len(known) == 2 else ()))
+        return "it reads no blocks" if isinstance(found, KeyBlocks) and not found.slots else found
+
+    def attention(
+        self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value, sinks: ir.Value | None, zeros: bool = True
+    ) -> ir.Value:
+        """The node of an attention, which `onnx_attention` takes up; zeros: whether rows that see no key are to yield them."""
+        options = {"scale": self.scale, "softcap": self.softcap, "causal": 0, "zeros": int(zeros and sinks is None)}
+        return self.write.tape.op(ATTENTION, [q, k, v, mask, sinks], options, domain=DOMAIN)
+
+    def joined(self, value: ir.Value) -> ir.Value:
+        """[batch, heads, tokens, width] as [batch, tokens, heads · width]."""
+        found = projection(value)
+        if found is not None:
+            return found
+        moved = self.write.call("Transpose", value, perm=_HEADS_FIRST)
+        return self.write.shaped(moved, 0, 0, _heads(value) * _width(value))
+
+    def biased(self, visible: ir.Value, i: ir.Value, j: ir.Value, rank: int) -> ir.Value:
+        """What is seen, or added to the scores, with the bias; of queries i and keys j, [heads or 1, .., queries, keys].
+
+        A dimension of sequences, 1 where all have the same, comes in front.
+        """
+        write, call, bias = self.write, self.write.call, self.bias
+        visible = call("Unsqueeze", visible, 0)
+        if bias is not None:
+            sizes = [1] * (4 - len(shape_of(bias))) + list(shape_of(bias))
+            place = write.constant(np.zeros([1] * rank, np.int64))
+            for axis, item in ((1, None), (2, i), (3, j)):
+                if sizes[axis] == 1:
+                    continue
+                length = write.length(bias, axis - 4)
+                if item is None:
+                    item = write.shaped(write.counted(0, length), -1, *[1] * (rank - 1))
+                place = call("Add", call("Mul", place, length), call("Min", item, call("Sub", length, 1)))
+            flat = write.shaped(bias, *((1, -1) if sizes[0] == 1 else (write.length(bias, 0), -1)))
+            found = call("Gather", flat, place, axis=1)
+            if bias.dtype == ir.DataType.BOOL:
+                visible = write.every(visible, found)
+            else:
+                hidden = call("CastLike", write.constant(np.array(-np.inf, np.float32)), bias)
+                visible = call("Where", visible, found, hidden)
+        dtype = ir.DataType.BOOL if bias is None else bias.dtype
+        assert dtype is not None
+        visible.dtype = dtype
+        return visible
+
+
+def _heads(value: ir.Value) -> int:
+    return _fixed(value, 1)
+
+
+def _width(value: ir.Value) -> int:
+    return _fixed(value, 3)
+
+
+def _fixed(value: ir.Value, axis: int) -> int:
+    size = shape_of(value)[axis]
+    if not isinstance(size, int):
+        raise ValueError(f"dimension {axis} of '{value.name}' is {size}; it has to be fixed")
+    return size
+
+
+def _by_mask(site: Sparse) -> ir.Value:
+    write = site.write
+    queries, keys = write.length(site.q, 2), write.length(site.k, 2)
+    i, j = write.call("Unsqueeze", write.counted(0, queries), 1), write.shaped(write.counted(0, keys), 1, 1, -1)
+    mask = site.biased(seen(write, site.pattern, i, j, i, site.layout, 3), i, j, 3)
+    heads = _heads_of_mask(site)
+    sequences = _sequences_of_mask(site)
+    _typed(mask, mask.dtype, [sequences, heads, shape_of(site.q)[2], shape_of(site.k)[2]])
+    return site.attention(site.q, site.k, site.v, mask, site.sinks)
+
+
+def _heads_of_mask(site: Sparse) -> int:
+    """How many heads the mask tells apart."""
+    of_bias = shape_of(site.bias)[-3] if site.bias is not None and len(shape_of(site.bias)) > 2 else 1
+    of_layout = shape_of(site.layout)[0] if site.layout is not None else 1
+    return 1 if of_bias == 1 and of_layout == 1 else _heads(site.q)
+
+
+def _sequences_of_mask(site: Sparse) -> int | ir.SymbolicDim:
+    """How many sequences the mask tells apart."""
+    return shape_of(site.bias)[0] if site.bias is not None and len(shape_of(site.bias)) == 4 else 1
+
+
+def _typed(value: ir.Value, dtype: ir.DataType | None, sizes: Sequence[int | ir.SymbolicDim | str | None]) -> ir.Value:
+    assert dtype is not None
+    value.type, value.shape = ir.TensorType(dtype), ir.Shape(sizes)
+    return value
+
+
+def _by_blocks(site: Sparse, reads: KeyBlocks) -> ir.Value:
+    write, call, size = site.write, site.write.call, reads.block
+    queries, keys = write.length(site.q, 2), write.length(site.k, 2)
+    read = read_positions(write, reads, queries, keys)
+    padding = call("Sub", call("Mul", read.rows, size), queries)
+    i = write.shaped(write.counted(0, call("Mul", read.rows, size)), -1, size, 1)
+    first = write.shaped(write.counted(0, call("Mul", read.rows, size), size), -1, 1, 1)
+    j = call("Unsqueeze", read.j, 2)
+    visible = write.every(seen(write, site.pattern, i, j, first, site.layout, 4), call("Unsqueeze", read.counts, 2))
+    # [sequences or 1, heads or 1, rows, block, read]; what becomes of it here is computed once for all layers of a pattern.
+    mask = site.biased(visible, call("Min", i, call("Sub", queries, 1)), j, 4)
+    hidden = Site(
+        site.q, site.k, site.v, mask, None, scale=site.scale, softcap=site.softcap,
+        causal=False, zeros=site.sinks is None, result=site.result, tape=write.tape,
+    )  # fmt: skip
+    bias, some = hidden.bias(), hidden.visible()
+    assert bias is not None
+    gather = _heads_together if reads.heads == 1 else _heads_apart
+    found = gather(site, reads, read, _Hidden(bias, some, _heads_of_mask(site)), padding)
+    # [batch, rows or more, block · heads · width] from here on.
+    heads, width = _heads(site.q), _width(site.v)
+    if reads.dense_rows or reads.dense_end is not None:
+        found = _with_dense_rows(site, reads, read, found, padding)
+    joined = call("Slice", write.shaped(found, 0, -1, heads * width), 0, queries, 1)
+    batch, _, tokens, _ = shape_of(site.q)
+    _typed(joined, site.q.dtype, [batch, tokens, heads * width])
+    skip_joins(site.result, joined)
+    return call("Transpose", write.shaped(joined, 0, 0, heads, width), perm=_HEADS_FIRST)
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """What is added to scores, and which rows see a key at all, both [sequences or 1, heads or 1, rows, block, read or 1]."""
+
+    bias: ir.Value
+    some: ir.Value | None
+    heads: int
+
+    def of_rows(self, site: Sparse, row: ir.Value, apart: bool) -> tuple[ir.Value, ir.Value | None]:
+        """The same of some blocks of queries, as of sequences of their own: [rows, heads or 1, block, read or 1].
+
+        apart: each head is a sequence too.
+        """
+        parts = [self._of_rows(site, item, row, apart) for item in (self.bias, self.some) if item is not None]
+        return parts[0], parts[1] if len(parts) > 1 else None
+
+    def _of_rows(self, site: Sparse, item: ir.Value, row: ir.Value, apart: bool) -> ir.Value:
+        write, call = site.write, site.write.call
+        found = call("Gather", item, row, axis=2)
+        if shape_of(site.q)[0] != 1:
+            found = write.expanded(found, write.length(site.q, 0), 1, 1, 1, 1)
+        if self.heads > 1 and not apart:
+            found = call("Transpose", found, perm=(0, 2, 1, 3, 4))
+        sizes = call("Shape", found, start=3)
+        found = call("Reshape", found, call("Concat", -1, 1 if apart else self.heads, sizes, axis=0))
+        assert site.q.dtype is not None
+        found.dtype = site.q.dtype
+        return found
+
+
+def _in_chunks(site: Sparse, read: Read, heads: int, size: int, part: Callable[[Sparse, ir.Value], ir.Value]) -> ir.Value:
+    """What `part` writes of some blocks of queries, of all of them; heads: of which keys are gathered; size: of a block."""
+    call, dtype = site.write.call, site.q.dtype
+    assert dtype is not None
+    key_bytes = round(heads * (_width(site.k) + _width(site.v)) * dtype.itemsize)
+    row_bytes = call("Mul", call("Mul", read.read, key_bytes), site.write.length(site.q, 0))
+    most = call("Max", call("Div", site.write.integers(site.chunk_bytes), row_bytes), 1)
+    features = size * _heads(site.q) * _width(site.v)
+
+    def typed(write: Writer, row: ir.Value) -> ir.Value:
+        return _typed(part(dataclasses.replace(site, write=write), row), dtype, [None, None, features])
+
+    return in_chunks(site.write, read.rows, most, features, typed)
+
+
+def _heads_together(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, padding: ir.Value) -> ir.Value:
+    """Attention of blocks whose heads read the same keys: each block of queries is a sequence with all its heads."""
+    write, call, size = site.write, site.write.call, reads.block
+    heads, groups, width = _heads(site.q), _heads(site.k), _width(site.v)
+    q = write.shaped(write.padded(site.joined(site.q), padding), 0, -1, size * heads * _width(site.q))
+    behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
+    blocks: list[ir.Value] = []
+    for item in (site.k, site.v):
+        x = site.joined(item)
+        padded = write.padded(x, behind)
+        if read.alone is not None:
+            padded = call("Concat", padded, call("Gather", x, read.alone, axis=1), axis=1)
+        blocks.append(write.shaped(padded, 0, -1, size * groups * _width(item)))
+
+    def part(site: Sparse, row: ir.Value) -> ir.Value:
+        write, call = site.write, site.write.call
+        rows = write.shaped(call("Gather", q, row, axis=1), -1, size, heads * _width(site.q))
+        operands = [_by_heads(site, rows, size, heads, _width(site.q))]
+        column = write.shaped(call("Gather", read.column, row, axis=1), -1)
+        for item, those in zip((site.k, site.v), blocks, strict=True):
+            gathered = write.shaped(call("Gather", those, column, axis=1), -1, read.read, groups * _width(item))
+            operands.append(_by_heads(site, gathered, _read(reads), groups, _width(item)))
+        bias, some = hidden.of_rows(site, row, apart=False)
+        _typed(bias, bias.dtype, [_ROWS, hidden.heads, size, _read(reads)])
+        found = site.attention(*operands, mask=bias, sinks=site.sinks, zeros=False)
+        _typed(found, site.q.dtype, [_ROWS, heads, size, width])
+        if some is not None and hidden.heads > 1:
+            found = _typed(call("Mul", found, some), site.q.dtype, [_ROWS, heads, size, width])
+        together = call("Transpose", found, perm=_HEADS_FIRST)
+        flat = _typed(write.shaped(together, 0, 0, heads * width), site.q.dtype, [_ROWS, size, heads * width])
+        if some is not None and hidden.heads == 1:
+            flat = call("Mul", flat, call("Squeeze", some, 1))
+        return write.shaped(flat, write.length(site.q, 0), call("Shape", row), size * heads * width)
+
+    return _in_chunks(site, read, groups, size, part)
+
+
+def _heads_apart(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, padding: ir.Value) -> ir.Value:
+    """Attention of blocks whose heads read keys of their own: each block of each head is a sequence."""
+    write, call, size = site.write, site.write.call, reads.block
+    heads, groups, width = _heads(site.q), _heads(site.k), _width(site.v)
+    q = write.shaped(write.padded(site.q, padding, axis=2), 0, 0, -1, size * _width(site.q))
+    behind = call("Sub", call("Mul", read.blocks, size), write.length(site.k, 2))
+    shared = write.constant(torch.arange(heads).div(heads // groups, rounding_mode="floor").numpy())
+    place = call("Add", read.column, call("Mul", write.shaped(shared, -1, 1, 1), read.all_blocks))
+    blocks: list[ir.Value] = []
+    for item in (site.k, site.v):
+        padded = write.padded(item, behind, axis=2)
+        if read.alone is not None:
+            padded = call("Concat", padded, call("Gather", item, read.alone, axis=2), axis=2)
+        blocks.append(write.shaped(padded, 0, call("Mul", read.all_blocks, groups), size * _width(item)))
+
+    def part(site: Sparse, row: ir.Value) -> ir.Value:
+        write, call = site.write, site.write.call
+        count = call("Shape", row)
+        rows = write.shaped(call("Gather", q, row, axis=2), -1, 1, size, _width(site.q))
+        operands = [_typed(rows, site.q.dtype, [_ROWS, 1, size, _width(site.q)])]
+        column = write.shaped(call("Gather", place, row, axis=1), -1)
+        for item, those in zip((site.k, site.v), blocks, strict=True):
+            gathered = write.shaped(call("Gather", those, column, axis=1), -1, 1, read.read, _width(item))
+            operands.append(_typed(gathered, item.dtype, [_ROWS, 1, _read(reads), _width(item)]))
+        bias, some = hidden.of_rows(site, row, apart=True)
+        _typed(bias, bias.dtype, [_ROWS, 1, size, _read(reads)])
+        sinks = site.sinks
+        if sinks is not None:
+            spread = write.expanded(call("Unsqueeze", sinks, 2), write.length(site.q, 0), heads, count, 1, 1)
+            sinks = _typed(write.shaped(spread, -1, 1, 1, 1), sinks.dtype, [_ROWS, 1, 1, 1])
+        found = site.attention(*operands, mask=bias, sinks=sinks, zeros=False)
+        _typed(found, site.q.dtype, [_ROWS, 1, size, width])
+        if some is not None:
+            found = call("Mul", found, some)
+        apart = call("Reshape", found, call("Concat", write.length(site.q, 0), heads, -1, width, axis=0))
+        together = call("Transpose", apart, perm=_HEADS_FIRST)
+        return write.shaped(together, 0, count, size * heads * width)
+
+    return _in_chunks(site, read, heads, size, part)
+
+
+def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value, padding: ir.Value) -> ir.Value:
+    """The result of all blocks of queries, those put in their places that read all keys."""
+    write, call, size = site.write, site.write.call, reads.block
+    heads, keys = _heads(site.q), write.length(site.k, 2)
+    row = write.integers(*reads.dense_rows) if reads.dense_rows else None
+    # Blocks that are not there are computed as the last one, and put nowhere.
+    parts = [call("Min", row, call("Sub", read.rows, 1))] if row is not None else []
+    if reads.dense_end is not None:
+        parts.append(write.counted(call("Min", read.rows, reads.dense_end), read.rows))
+    dense = parts[0] if len(parts) == 1 else call("Concat", *parts, axis=0)
+    width = heads * _width(site.q)
+    blocks = write.shaped(write.padded(site.joined(site.q), padding), 0, -1, size * width)
+    q = write.shaped(call("Gather", blocks, dense, axis=1), 0, -1, width)
+    q = _by_heads(site, q, "dense_queries", heads, _width(site.q), batch=shape_of(site.q)[0])
+    inside = write.integers(*range(size))
+    i = write.shaped(call("Add", call("Unsqueeze", call("Mul", dense, size), 1), inside), -1, 1)
+    j = write.shaped(write.counted(0, keys), 1, 1, -1)
+    visible = seen(write, site.pattern, i, j, i, site.layout, 3)
+    mask = site.biased(visible, call("Min", i, call("Sub", write.length(site.q, 2), 1)), j, 3)
+    _typed(mask, mask.dtype, [_sequences_of_mask(site), _heads_of_mask(site), "dense_queries", shape_of(site.k)[2]])
+    whole = site.attention(q, site.k, site.v, mask, site.sinks)
+    _typed(whole, site.q.dtype, [shape_of(site.q)[0], heads, "dense_queries", _width(site.v)])
+    width = heads * _width(site.v)
+    joined = write.shaped(call("Transpose", whole, perm=_HEADS_FIRST), 0, 0, width)
+    _typed(joined, site.q.dtype, [shape_of(site.q)[0], "dense_queries", width])
+    flat = write.shaped(joined, 0, -1, size * width)
+    return call(
+        "Gather",
+        call("Concat", found, flat, axis=1),
+        row_places(write, reads, read.rows, call("Shape", found, start=1, end=2)),
+        axis=1,
+    )
+
+
+def _by_heads(
+    site: Sparse, x: ir.Value, tokens: int | str, heads: int, width: int, batch: int | ir.SymbolicDim | str = _ROWS
+) -> ir.Value:
+    """[batch, tokens, heads · width] as [batch, heads, tokens, width]."""
+    _typed(x, site.q.dtype, [batch, tokens, heads * width])
+    apart = site.write.shaped(x, 0, 0, heads, width)
+    found = site.write.call("Transpose", apart, perm=_HEADS_FIRST)
+    return _typed(found, site.q.dtype, [batch, heads, tokens, width])
+
+
+def _read(reads: KeyBlocks) -> int | str:
+    """How many keys a block of queries reads."""
+    return _READ if reads.prefix or reads.strides or reads.tail is not None else reads.slots * reads.block

@@ -1,0 +1,153 @@
+"""State in ONNX: what a program keeps from call to call is an input of the model as it was, and an output as it is then.
+
+Where one operator alone reads a state and what it makes of it is the new one, it may write in place, and both are one memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from lissom.backends.onnx.projections import replace
+from lissom.backends.onnx.translation import DOMAIN, INDEX_COPY
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+_IN_PLACE: Mapping[tuple[str, str], Mapping[int, int]] = {
+    # Copies its first input unless that is where its result goes, and checks every index before it writes.
+    ("", "ScatterND"): {0: 0},
+    # Writes the new keys and values only, where past and present are one memory.
+    ("com.microsoft", "GroupQueryAttention"): {3: 1, 4: 2},
+}
+"""Operators whose kernels may write a result over an input, and which: by the input's number that of the result."""
+
+
+def return_state(program: Program) -> None:
+    """Let a program that returns tensors take its state as inputs behind the others, and return it behind the results.
+
+    Nothing is written any more.
+    """
+    graph = program.graph
+    start = next(node for node in graph.nodes if node.op != "placeholder")
+    held: dict[str, fx.Node] = {}
+    reads: dict[fx.Node, str] = {}
+    for index, name in enumerate(program.state):
+        with graph.inserting_before(start):
+            held[name] = graph.placeholder(f"past_{index}")
+    given = set(held.values())
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.target in held:
+            reads[node] = str(node.target)
+            nodes.set_value(held[reads[node]], nodes.value(node))
+            continue
+        written = reads[node.args[0]] if nodes.is_state_write(node) else None
+        for used in node.all_input_nodes:
+            if used in reads:
+                node.replace_input_with(used, held[reads[used]])
+        if written is not None:
+            held[written] = _stored(graph, node)
+            node.replace_all_uses_with(held[written])
+            graph.erase_node(node)
+    for node in reads:
+        graph.erase_node(node)
+    leaves: list[fx.Node] = []
+    for leaf in (*cast(tuple[fx.Node, ...], program.output.args[0]), *held.values()):
+        # A model gives each value once, and gives back none as it is.
+        again = leaf in leaves or leaf in given
+        with graph.inserting_before(program.output):
+            leaves.append(graph.call_function(aten.clone.default, (leaf,)) if again else leaf)
+    program.output.args = (tuple(leaves),)
+
+
+def _stored(graph: fx.Graph, write: fx.Node) -> fx.Node:
+    """What a write leaves in the state, in the state's dtype and shape."""
+    memory, value = write.args[0], write.args[1]
+    assert isinstance(memory, fx.Node) and isinstance(value, fx.Node)
+    kept, given = nodes.tensor_type(memory), nodes.tensor_type(value)
+    with graph.inserting_before(write):
+        if given.shape != kept.shape:
+            value = graph.call_function(aten.expand.default, (value, cast(list[int], list(kept.shape))))
+        if given.dtype != kept.dtype:
+            value = graph.call_function(aten._to_copy.default, (value,), {"dtype": kept.dtype})
+    nodes.set_value(value, nodes.value(memory))
+    return value
+
+
+def shared_states(model: ir.Model, past: Sequence[str], present: Sequence[str]) -> list[bool]:
+    """For each state whether what it was and what it is then may be one memory."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    return [_is_written_in_place(inputs[name], result) for name, result in zip(past, present, strict=True)]
+
+
+def _is_written_in_place(past: ir.Value, present: str) -> bool:
+    uses = list(past.uses())
+    if len(uses) != 1:
+        return False
+    node, place = uses[0].node, uses[0].idx
+    result = _IN_PLACE.get((node.domain, node.op_type), {}).get(place)
+    return (
+        result is not None
+        and node.outputs[result].name == present
+        and node.attributes.get_string("reduction", "none") == "none"
+    )
+
+
+def expand_index_copies(model: ir.Model) -> int:
+    """Put `ScatterND` in the place of each copy to given places along a dimension; how many there were."""
+    found = [node for node in model.graph if is_index_copy(node)]
+    for node in found:
+        tape = ir.tape.Tape()
+        replace(model, node, tape, _scattered(tape, node))
+    return len(found)
+
+
+def is_index_copy(node: ir.Node | None) -> bool:
+    """True for a node that stands for `index_copy`: x, index and source, and the dimension as `dim`."""
+    return node is not None and node.domain == DOMAIN and node.op_type == INDEX_COPY
+
+
+def dimension_of(node: ir.Node) -> int:
+    """The dimension along which a node of `index_copy` copies."""
+    x = node.inputs[0]
+    assert x is not None and x.shape is not None
+    return node.attributes.get_int("dim", 0) % len(x.shape)
+
+
+def _scattered(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
+    x, index, source = node.inputs
+    assert x is not None and index is not None
+    dim = dimension_of(node)
+    places = checked_places(tape, tape.op("Reshape", [index, integers(tape, -1)]), size_of(tape, x, dim))
+    leading = [size_of(tape, x, axis) for axis in range(dim)]
+    rows = tape.op("Concat", [*leading, tape.op("Shape", [places]), integers(tape, 1)], {"axis": 0})
+    zero, one = (tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.int64))}) for number in (0, 1))
+    ranges = [tape.op("Range", [zero, tape.op("Squeeze", [size]), one]) for size in leading]
+    columns: list[ir.Value] = []
+    for axis, numbers in enumerate([*ranges, places]):
+        # Along its own dimension of [..., rows, ..., 1].
+        apart = tape.op("Reshape", [numbers, integers(tape, *[1] * axis, -1, *[1] * (dim + 1 - axis))])
+        columns.append(tape.op("Expand", [apart, rows]))
+    return tape.op("ScatterND", [x, tape.op("Concat", columns, {"axis": -1}), source])
+
+
+def size_of(tape: ir.tape.Tape, x: ir.Value, axis: int) -> ir.Value:
+    """A size of x, [1]: a constant where it is fixed, so that nobody else reads x for it."""
+    size = x.shape[axis] if x.shape is not None else None
+    return integers(tape, size) if isinstance(size, int) else tape.op("Shape", [x], {"start": axis, "end": axis + 1})
+
+
+def checked_places(tape: ir.tape.Tape, index: ir.Value, size: ir.Value) -> ir.Value:
+    """The index, negative numbers in it past the end: ONNX would count them from there, and PyTorch refuses them."""
+    return tape.op("Where", [tape.op("Less", [index, integers(tape, 0)]), size, index])
+
+
+def integers(tape: ir.tape.Tape, *numbers: int) -> ir.Value:
+    """A constant of [count] integers."""
+    return tape.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})

@@ -1,0 +1,256 @@
+"""Operators that torch's ONNX exporter lacks, or that are wanted as one node: each as a function that writes ONNX nodes.
+
+Attention, rotary embeddings, quantization and copies to given places are written as nodes of the domain `lissom`, which no
+runtime knows: `onnx_attention`, `onnx_sparse`, `onnx_blocks`, `onnx_quantization` and `onnx_state` put in their place what the
+runtime at hand is fast at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import evaluator, values
+
+from lissom.errors import UnsupportedError
+from lissom.compiler.ir.program import Program
+from lissom.ops import (
+    attention,
+    block_sparse_attention,
+    fused_attention,
+    fused_rms_norm,
+    fused_rotary,
+    grouped_product,
+    linear_attention,
+    merged_attention,
+    packed_embedding,
+    packed_linear,
+    packed_linear_norm,
+    quantized_linear,
+    quantized_linear_norm,
+    rotary,
+    sparse_linear,
+    weight_quantized_linear,
+    weight_quantized_linear_norm,
+)
+from lissom.ops.linear_attention import CHUNK, FLOOR
+from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
+
+aten = torch.ops.aten
+
+OPSET = 23
+DOMAIN = "lissom"
+ATTENTION, ROTARY = "Attention", "Rotary"
+"""The domain and names of nodes that stand for an attention and a rotary embedding."""
+SPARSE_ATTENTION = "BlockSparseAttention"
+"""That of nodes that stand for an attention of which a pattern says what is seen."""
+ROUND, ROUND_DYNAMIC, DEQUANTIZE = "FakeQuantize", "FakeQuantizeDynamic", "Dequantize"
+"""Those of nodes that stand for the operators of quantization."""
+INDEX_COPY = "IndexCopy"
+"""That of nodes that stand for `index_copy`."""
+
+op: Any = values.Opset("", OPSET)
+
+
+def _attention_node(
+    inputs: Sequence[ir.Value | None], scale: float, softcap: float = 0.0, causal: bool = False, zeros: bool = False
+) -> ir.Value:
+    """The node of an attention; zeros: rows that see nothing yield zeros, where they would yield no number."""
+    options = {"scale": scale, "softcap": softcap, "causal": int(causal), "zeros": int(zeros)}
+    node = ir.Node(DOMAIN, ATTENTION, inputs, ir.convenience.convert_attributes(options), num_outputs=1, version=1)
+    return _recorded(node)[0]
+
+
+def _recorded(node: ir.Node) -> Sequence[ir.Value]:
+    """The results of a node that the opset's functions cannot make."""
+    evaluator.default().nodes.append(node)  # pyright: ignore[reportAttributeAccessIssue]
+    return node.outputs
+
+
+def _scaled_dot_product_attention(
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    attn_mask: ir.Value | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> ir.Value:
+    factor = 1.0 / math.sqrt(_fixed(query, -1)) if scale is None else scale
+    return _attention_node([query, key, value, attn_mask], factor, causal=is_causal, zeros=attn_mask is not None)
+
+
+def _attention(
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    bias: ir.Value | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    sinks: ir.Value | None = None,
+) -> ir.Value:
+    return _attention_node([q, k, v, bias, sinks], scale, softcap)
+
+
+def _block_sparse_attention(
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    bias: ir.Value | None = None,
+    layout: ir.Value | None = None,
+    pattern: Sequence[int] = (),
+    block: int = 1,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    sinks: ir.Value | None = None,
+) -> ir.Value:
+    options = {"block": block, "scale": scale, "softcap": softcap}
+    given = [*ir.convenience.convert_attributes(options), ir.AttrInt64s("pattern", list(pattern))]
+    return _recorded(ir.Node(DOMAIN, SPARSE_ATTENTION, [q, k, v, bias, layout, sinks], given, num_outputs=1, version=1))[0]
+
+
+def _rotary(x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bool = False) -> ir.Value:
+    options = ir.convenience.convert_attributes({"interleaved": int(interleaved)})
+    return _recorded(ir.Node(DOMAIN, ROTARY, [x, cos, sin], options, num_outputs=1, version=1))[0]
+
+
+def _fake_quantize(x: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "") -> ir.Value:
+    options = ir.convenience.convert_attributes({"format": format})
+    return _recorded(ir.Node(DOMAIN, ROUND, [x, scale, zero_point], options, num_outputs=1, version=1))[0]
+
+
+def _fake_quantize_dynamic(x: ir.Value, format: str = "", granularity: str = "token") -> ir.Value:
+    options = ir.convenience.convert_attributes({"format": format, "granularity": granularity})
+    return _recorded(ir.Node(DOMAIN, ROUND_DYNAMIC, [x], options, num_outputs=1, version=1))[0]
+
+
+def _dequantize(
+    q: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "", dtype: int = ir.DataType.FLOAT
+) -> ir.Value:
+    options = ir.convenience.convert_attributes({"format": format})
+    return _recorded(ir.Node(DOMAIN, DEQUANTIZE, [q, scale, zero_point], options, num_outputs=1, version=1))[0]
+
+
+def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Value:
+    """Rows [offs[i - 1], offs[i]) times weight[i], and zeros for rows behind; input: [rows, k], weight: [groups, k, n]."""
+    groups = _fixed(weight, 0)
+    first = op.Constant(value_ints=[0])
+    ends = op.Concat(first, op.Cast(offs, to=ir.DataType.INT64), op.Shape(input, start=0, end=1), axis=0)
+    count = op.Constant(value_ints=[groups + 1])
+    sizes = op.Sub(
+        op.Slice(ends, op.Constant(value_ints=[1]), op.Constant(value_ints=[groups + 2]), first),
+        op.Slice(ends, first, count, first),
+    )
+    rows = _recorded(ir.Node("", "Split", [input, sizes], [ir.AttrInt64("axis", 0)], num_outputs=groups + 1))
+    weights = [op.Gather(weight, op.Constant(value_int=group), axis=0) for group in range(groups)]
+    parts = [op.MatMul(part, item) for part, item in zip(rows, weights, strict=False)]
+    rest = op.Mul(op.MatMul(rows[-1], weights[0]), op.CastLike(op.Constant(value_float=0.0), input))
+    return op.Concat(*parts, rest, axis=0)
+
+
+def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = False, chunk: int = CHUNK) -> ir.Value:
+    """Keys' features times values, and queries' features times what that sums up to; the last column is the denominator.
+
+    Causal sums are those of the chunks before, and within a chunk those of a triangle of weights.
+    """
+    heads, key_heads, features, head_dim = _fixed(q, 1), _fixed(k, 1), _fixed(q, 3), _fixed(v, 3)
+    given, wide = v, ir.DataType.DOUBLE if v.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
+    q, k, v = (op.Cast(item, to=wide) for item in (q, k, v))
+    ends = op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1])
+    v = op.Pad(v, ends, op.CastLike(op.Constant(value_float=1.0), v))
+    tokens = op.Shape(q, start=2, end=3)
+    if not causal:
+        grouped = op.Reshape(q, op.Constant(value_ints=[0, key_heads, -1, features]))
+        sums = op.MatMul(grouped, op.MatMul(op.Transpose(k, perm=[0, 1, 3, 2]), v))
+    else:
+        missing = op.Mod(op.Neg(tokens), op.Constant(value_ints=[chunk]))
+        zeros = op.Constant(value_ints=[0, 0, 0, 0, 0, 0])
+        pads = op.Concat(zeros, missing, op.Constant(value_ints=[0]), axis=0)
+        q, k, v = (op.Pad(item, pads) for item in (q, k, v))
+        # One more dimension stands for the query heads that share a key head.
+        q = op.Reshape(q, op.Constant(value_ints=[0, key_heads, heads // key_heads, -1, chunk, features]))
+        k = op.Reshape(k, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, features]))
+        v = op.Reshape(v, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, head_dim + 1]))
+        turned = op.Transpose(k, perm=[0, 1, 2, 3, 5, 4])
+        before = op.CumSum(op.MatMul(turned, v), op.Constant(value_int=3), exclusive=1)
+        weights = op.Trilu(op.MatMul(q, turned), upper=0)
+        sums = op.Add(op.MatMul(q, before), op.MatMul(weights, v))
+    sums = op.Reshape(sums, op.Constant(value_ints=[0, heads, -1, head_dim + 1]))
+    if causal:
+        sums = op.Slice(sums, op.Constant(value_ints=[0]), tokens, op.Constant(value_ints=[2]))
+    last, end, axis = (op.Constant(value_ints=[number]) for number in (head_dim, head_dim + 1, 3))
+    floor = op.CastLike(op.Constant(value_float=FLOOR), sums)
+    values = op.Slice(sums, op.Constant(value_ints=[0]), last, axis)
+    return op.CastLike(op.Div(values, op.Max(op.Slice(sums, last, end, axis), floor)), given)
+
+
+def _index_copy(self: ir.Value, dim: int, index: ir.Value, source: ir.Value) -> ir.Value:
+    options = ir.convenience.convert_attributes({"dim": dim})
+    return _recorded(ir.Node(DOMAIN, INDEX_COPY, [self, index, source], options, num_outputs=1, version=1))[0]
+
+
+def _masked_fill(self: ir.Value, mask: ir.Value, value: ir.Value | float) -> ir.Value:
+    filled = op.CastLike(value, self)
+    return _chosen(mask, filled, self)
+
+
+def _where(condition: ir.Value, self: ir.Value, other: ir.Value) -> ir.Value:
+    return _chosen(condition, self, other)
+
+
+def _chosen(condition: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
+    """ONNX Runtime has no `Where` of booleans on a CPU."""
+    if second.dtype != ir.DataType.BOOL:
+        return op.Where(condition, first, second)
+    return op.Or(op.And(condition, first), op.And(op.Not(condition), second))
+
+
+def _fixed(value: ir.Value, dim: int) -> int:
+    """A size that does not vary."""
+    size = value.shape[dim] if value.shape is not None else None
+    if not isinstance(size, int):
+        raise ValueError(f"dimension {dim} of '{value.name}' is {size}; it has to be fixed")
+    return size
+
+
+TRANSLATIONS: Mapping[object, Callable[..., object]] = {
+    aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
+    attention: _attention,
+    block_sparse_attention: _block_sparse_attention,
+    rotary: _rotary,
+    grouped_product: _grouped_product,
+    linear_attention: _linear_attention,
+    fake_quantize: _fake_quantize,
+    fake_quantize_dynamic: _fake_quantize_dynamic,
+    dequantize: _dequantize,
+    aten.index_copy.default: _index_copy,
+    aten.masked_fill.Scalar: _masked_fill,
+    aten.masked_fill.Tensor: _masked_fill,
+    aten.where.self: _where,
+}
+"""What the exporter is to write for operators that it does not know, or knows a worse form of."""
+
+_WRITTEN_BY: Mapping[object, str] = {
+    fused_attention: "fuse-attention or lower-sparse-attention",
+    merged_attention: "fuse-merged-attention",
+    fused_rms_norm: "fuse-rms-norm",
+    fused_rotary: "fuse-rotary",
+    **dict.fromkeys((packed_linear, packed_embedding), "pack-linear or pack-quantized-linear"),
+    **dict.fromkeys((quantized_linear, weight_quantized_linear), "pack-quantized-linear"),
+    **dict.fromkeys((packed_linear_norm, quantized_linear_norm, weight_quantized_linear_norm), "fuse-epilogues"),
+    sparse_linear: "pack-sparse",
+}
+"""Operators whose kernels are Lissom's or PyTorch's own, and the passes that write them."""
+
+
+def check_translatable(program: Program) -> None:
+    """Refuse operators that a lowering pass for another backend wrote. Raises: UnsupportedError naming the pass."""
+    for node in program.nodes(*_WRITTEN_BY):
+        raise UnsupportedError(
+            f"ONNX Runtime has no kernel for {node.target} in '{node.name}' of {program.name}, which the pass "
+            f"{_WRITTEN_BY[node.target]} writes for backend 'eager'; leave that pass out, or choose backend 'eager'"
+        )

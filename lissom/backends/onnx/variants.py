@@ -1,0 +1,116 @@
+"""The forms one ONNX model can be written in; which of them ONNX Runtime is fastest with depends on the machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+import onnx_ir as ir
+
+from lissom.backends.onnx.attention import expand_attention
+from lissom.backends.onnx.projections import expand_rotary, merge_projections, write_out_rms_norms
+from lissom.backends.onnx.cached_attention import fuse_cached_attention
+from lissom.backends.onnx.chunks import CPU_BYTES
+from lissom.backends.onnx.export import tidy
+from lissom.backends.onnx.integer_matmul import expand_integers
+from lissom.backends.onnx.quantization import expand_quantization
+from lissom.backends.onnx.sparse_attention import expand_sparse
+from lissom.backends.onnx.state import expand_index_copies
+from lissom.backends.onnx.translation import DOMAIN
+
+PAIRS = "pairs"
+"""That block-sparse attention is computed with a mask of all pairs; else it is by key blocks, where those have a rule."""
+ATTENTION, CACHE, NORMS, ROTARY = "attention", "cache", "norms", "rotary"
+RMS_NORMS, PROJECTIONS = "rms-norms", "projections"
+
+CHOICES: Mapping[str, str] = {
+    ATTENTION: "attention as one operator",
+    CACHE: "attention over a cache and the copies into it as one operator",
+    NORMS: "layer norms kept apart from the sums before them",
+    ROTARY: "rotary embedding as one operator",
+    RMS_NORMS: "RMS norms written out, to be fused with the sums before them",
+    PROJECTIONS: "projections of one input merged into one product",
+}
+"""What may be done to a model, in the order it is tried, in words."""
+
+
+INTEGERS = "integers"
+"""That quantized layers are computed from integers, which is not timed: what is asked for is done where it can be."""
+
+
+def write_form(
+    exported: ir.Model, chosen: Collection[str] = (), *, accuracy_level: int = 0, chunk_bytes: int = CPU_BYTES
+) -> tuple[ir.Model, dict[str, int]]:
+    """The exported model with what was chosen of CHOICES and INTEGERS done to it, and in how many places each was.
+
+    chunk_bytes: what block-sparse attention copies at a time.
+    """
+    model = exported.clone()
+    gathered = expand_sparse(model, PAIRS not in chosen, chunk_bytes)
+    places = {
+        PAIRS: gathered,
+        INTEGERS: expand_integers(model, accuracy_level) if INTEGERS in chosen else 0,
+        CACHE: fuse_cached_attention(model) if CACHE in chosen else 0,
+        ATTENTION: expand_attention(model, ATTENTION in chosen),
+        ROTARY: expand_rotary(model, ROTARY in chosen),
+        NORMS: _keep_norms_apart(model) if NORMS in chosen else 0,
+        RMS_NORMS: write_out_rms_norms(model) if RMS_NORMS in chosen else 0,
+    }
+    expand_index_copies(model)
+    expand_quantization(model)
+    model.opset_imports.pop(DOMAIN, None)
+    tidy(model)
+    if PROJECTIONS in chosen:
+        # What reads one value reads it under one name now.
+        places[PROJECTIONS] = merge_projections(model)
+        tidy(model)
+    _separate_weights(model)
+    return model, places
+
+
+def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
+    """The exported model as it is, and how far each layer computed from integers is from it, as a result more for each."""
+    model = exported.clone()
+    expand_sparse(model, gathered=False)
+    expand_integers(model, accuracy_level, beside=True)
+    expand_attention(model, fused=False)
+    expand_rotary(model, fused=False)
+    expand_index_copies(model)
+    expand_quantization(model)
+    model.opset_imports.pop(DOMAIN, None)
+    tidy(model)
+    _separate_weights(model)
+    return model
+
+
+def _separate_weights(model: ir.Model) -> None:
+    """Let no two products of integers read a weight under one name; the numbers stay the same in memory.
+
+    Where products of uint8 with int8 may overflow, ONNX Runtime makes the weight uint8 at each product that reads it, and fails
+    at the second one of the same weight.
+    """
+    read: Counter[str] = Counter()
+    for node in model.graph:
+        weight = node.inputs[1] if node.op_type == "MatMulIntegerToFloat" else None
+        if weight is None or weight.name is None or weight.const_value is None:
+            continue
+        read[weight.name] += 1
+        if read[weight.name] > 1:
+            name = f"{weight.name}_of_{read[weight.name]}"
+            copy = ir.Value(name=name, const_value=weight.const_value, shape=weight.shape, type=weight.type)
+            model.graph.register_initializer(copy)
+            node.replace_input_with(1, copy)
+
+
+def _keep_norms_apart(model: ir.Model) -> int:
+    """Write the sum in front of each layer norm as `Sum`, which ONNX Runtime does not fuse with it; how many there were.
+
+    What it fuses the two to, `SkipLayerNormalization`, takes longer on a CPU than they take apart.
+    """
+    count = 0
+    for node in model.graph:
+        added = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] is not None else None
+        if added is not None and added.op_type == "Add":
+            added.op_type = "Sum"
+            count += 1
+    return count

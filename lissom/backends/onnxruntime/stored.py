@@ -1,0 +1,98 @@
+"""The ONNX model of an artifact, which may come from anyone: checked before ONNX Runtime opens it and memory is bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+
+from lissom.backends.onnx.export import WEIGHTS, input_names, output_names, results_of, state_names
+from lissom.compiler.ir import node as nodes
+from lissom.errors import ArtifactError
+from lissom.compiler.ir.program import Program
+from lissom.frontends.onnx.file import external_place, is_external, parts_of, read_proto
+
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+"""Whose operators the models have that are written here."""
+_TYPES = {"float32": "float", "float64": "double", "float8_e4m3fn": "float8e4m3fn", "float8_e5m2": "float8e5m2"}
+"""The names of dtypes in ONNX Runtime, where they are not PyTorch's."""
+
+
+def check_stored(path: Path) -> None:
+    """Refuse a model with operators of other domains, with functions, or with data in other files than the weights beside it.
+
+    ONNX Runtime takes some locations of data for addresses in memory.
+
+    Raises: ArtifactError.
+    """
+    proto = read_proto(path)
+    for tensor in parts_of(proto, onnx.TensorProto):
+        if is_external(tensor) and external_place(tensor, path, path.absolute().parent)[0].name != WEIGHTS:
+            raise ArtifactError(f"'{path}' keeps '{tensor.name}' in another file than {WEIGHTS}; compile the model again")
+    strange = next((node for node in parts_of(proto, onnx.NodeProto) if node.domain not in _DOMAINS), None)
+    if strange is not None:
+        name = f"{strange.domain}.{strange.op_type}"
+        raise ArtifactError(f"'{path}' holds the operator {name}, which no artifact has; compile the model again")
+    if proto.functions:
+        name = proto.functions[0].name
+        raise ArtifactError(f"'{path}' holds the function '{name}', and no artifact has any; compile the model again")
+
+
+def check_interface(program: Program, path: Path, session: onnxruntime.InferenceSession) -> None:
+    """Refuse a model whose inputs, outputs and states are not those of the program, since memory is bound by the program's.
+
+    Raises: ArtifactError naming the first that differs.
+    """
+    past, present = state_names(program)
+    states = [program.weight(name) for name in program.state]
+    results = [nodes.tensor_type(result) for result in results_of(program)]
+    wanted = [(leaf.type.dtype, leaf.type.shape) for leaf in program.signature.tensors]
+    kept = [(state.dtype, None) for state in states]
+    given = [(item.dtype, item.shape) for item in results]
+    _check_values(path, "input", session.get_inputs(), [*input_names(program), *past], [*wanted, *kept])
+    _check_values(path, "output", session.get_outputs(), [*output_names(program), *present], [*given, *kept])
+    shapes = {item.name: item.shape for item in (*session.get_inputs(), *session.get_outputs())}
+    for before, after, state in zip(past, present, states, strict=True):
+        fixed = all(isinstance(size, int) and size >= 0 for size in shapes[before])
+        if not fixed or shapes[before] != shapes[after] or math.prod(shapes[before]) != state.numel():
+            raise ArtifactError(
+                f"'{path}' keeps '{before}' as {shapes[before]} and '{after}' as {shapes[after]}, and the program keeps "
+                f"{list(state.shape)}; compile the model again"
+            )
+
+
+def _check_values(
+    path: Path,
+    kind: str,
+    found: Sequence[onnxruntime.NodeArg],
+    names: Sequence[str],
+    wanted: Sequence[tuple[torch.dtype, Sequence[object] | None]],
+) -> None:
+    """Compare inputs or outputs with the names, dtypes and shapes of the program's; a shape of None is not compared."""
+    if [item.name for item in found] != list(names):
+        raise ArtifactError(
+            f"'{path}' has the {kind}s {', '.join(item.name for item in found)}, and the program {', '.join(names)}; "
+            f"compile the model again"
+        )
+    for item, (dtype, shape) in zip(found, wanted, strict=True):
+        name = str(dtype).removeprefix("torch.")
+        # Of an output ONNX Runtime may not know the rank.
+        same = shape is None or (kind == "output" and not item.shape) or _may_be_same(item.shape, shape)
+        if item.type != f"tensor({_TYPES.get(name, name)})" or not same:
+            raise ArtifactError(
+                f"'{path}' has the {kind} '{item.name}' as {item.type} {item.shape}, and the program as {name}"
+                f"{'' if shape is None else ' ' + str(list(shape))}; compile the model again"
+            )
+
+
+def _may_be_same(found: Sequence[object], wanted: Sequence[object]) -> bool:
+    """True for shapes of one rank whose fixed sizes are equal."""
+    if len(found) != len(wanted):
+        return False
+    return all(
+        one == other for one, other in zip(found, wanted, strict=True) if isinstance(one, int) and isinstance(other, int)
+    )

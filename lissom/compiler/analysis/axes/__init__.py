@@ -1,0 +1,1 @@
+"""Which indices of which tensors belong together, and which of them contribute nothing."""

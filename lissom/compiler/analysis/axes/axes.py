@@ -1,0 +1,89 @@
+"""Which dimensions of which tensors are the same dimension, over a whole program.
+
+Every dimension of every value gets an axis (`axis.py`); one rule an operator (`axis_rules.py`) says how the axes of its
+result come from those of its arguments. Removing an index of an axis, or sharding it, is then the same edit everywhere the
+axis occurs. An operator without a rule pins its axes and is named in the refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from lissom.compiler.analysis.axes import rules
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axis import Axis, pin
+from lissom.compiler.analysis.axes.base import Value, fresh
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import TensorType
+
+
+@dataclass(frozen=True)
+class Occurrence:
+    """A place where an axis occurs: dimension `dim` of what `node` yields."""
+
+    node: fx.Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a program.
+
+    of: for each node that yields a tensor, its axes, one a dimension; for each that yields several, a tuple of these.
+    """
+
+    of: Mapping[fx.Node, Value]
+
+    def axis(self, node: fx.Node, dim: int) -> Axis:
+        """The axis of one dimension of a node's tensor."""
+        found = self.of[node][dim]
+        assert isinstance(found, Axis), f"'{node.name}' yields several tensors"
+        return found.find()
+
+    def occurrences(self, axis: Axis) -> list[Occurrence]:
+        """Every place an atom of the axis occurs: what removing an index of it, or sharding it, would touch."""
+        atoms = set(axis.atoms())
+        return [
+            Occurrence(node, dim)
+            for node, value in self.of.items()
+            for dim, found in enumerate(value)
+            if isinstance(found, Axis) and not atoms.isdisjoint(found.atoms())
+        ]
+
+    def obstacle(self, axis: Axis, *, zero: bool = False) -> str:
+        """Why indices of the axis cannot be removed; empty when they can.
+
+        zero: whether what is removed is exactly zero wherever a norm reads it.
+        """
+        for atom in axis.atoms():
+            if atom.pinned:
+                return atom.pinned
+            if not isinstance(atom.size, int):
+                return "its size varies from call to call"
+            if atom.whole or (atom.normed and not zero):
+                return "an operator reads all of it at once, so its length changes the numbers"
+        return ""
+
+
+def axes(program: Program) -> Axes:
+    """The axes of a program; ask for them as `program.fact(axes)`."""
+    of: dict[fx.Node, Value] = {}
+    for node in program.graph.nodes:
+        if node.op == "output":
+            break
+        found = nodes.node_type(node)
+        if node.op == "call_function":
+            if isinstance(found, (TensorType, tuple)):
+                of[node] = rules.apply(node, of)
+            else:
+                rules.read_sizes(node, of)
+        elif isinstance(found, TensorType):
+            of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else "")
+    for leaf in program.output.all_input_nodes:
+        for axis in of.get(leaf, ()):
+            if isinstance(axis, Axis):
+                pin(axis, "an output of the program")
+    return Axes(of)

@@ -1,0 +1,255 @@
+"""Axes: what the dimensions of tensors mean, as trees that are unified where two dimensions are the same.
+
+An axis is atomic, an ordered product of axes (384 = heads × head_dim, major first), or a sum of axes laid end to end
+(1152 = q + k + v). Unifying two axes refines both until they agree; where they cannot agree, both are pinned with the reason,
+and a pinned axis is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+
+from lissom.compiler.ir.types import Size
+
+
+@dataclass(eq=False)
+class Axis:
+    """One axis. `parts` are the factors of a product or the segments of a sum.
+
+    whole: an operator reads all of it at once (softmax, a mean), so its length changes the numbers.
+    normed: a norm does, which can be told how many indices there were; what goes must be zero then.
+    pinned: why it must stay as it is; empty when it may change.
+    """
+
+    size: Size
+    form: str = "atom"
+    parts: tuple[Axis, ...] = ()
+    whole: bool = False
+    normed: bool = False
+    pinned: str = ""
+    same_as: Axis | None = field(default=None, repr=False)
+
+    def find(self) -> Axis:
+        """The axis that stands for this one and all it was unified with."""
+        axis = self
+        while axis.same_as is not None:
+            axis = axis.same_as
+        if axis is not self:
+            self.same_as = axis
+        return axis
+
+    def atoms(self) -> Iterator[Axis]:
+        """The atoms this axis is made of, in order; an atom may come more than once."""
+        axis = self.find()
+        if axis.form == "atom":
+            yield axis
+        for part in axis.parts:
+            yield from part.atoms()
+
+    def factors(self) -> list[Axis]:
+        """The factors of the axis, nested products flattened, sizes of 1 left out."""
+        axis = self.find()
+        if axis.size == 1:
+            return []
+        if axis.form != "product":
+            return [axis]
+        return [factor for part in axis.parts for factor in part.factors()]
+
+    def segments(self) -> list[Axis]:
+        """The segments of the axis, nested sums flattened."""
+        axis = self.find()
+        if axis.form != "sum":
+            return [axis]
+        return [segment for part in axis.parts for segment in part.segments()]
+
+
+def product(parts: Sequence[Axis]) -> Axis:
+    """The axis whose index runs through the indices of the parts, the last one fastest."""
+    factors = [factor for part in parts for factor in part.factors()]
+    if len(factors) == 1:
+        return factors[0]
+    size: Size = 1
+    for factor in factors:
+        size = size * factor.size
+    return Axis(size, "product", tuple(factors)) if factors else Axis(1)
+
+
+def concatenation(parts: Sequence[Axis]) -> Axis:
+    """The axis made of the parts laid end to end."""
+    segments = [segment for part in parts for segment in part.segments()]
+    if len(segments) == 1:
+        return segments[0]
+    size: Size = 0
+    for segment in segments:
+        size = size + segment.size
+    return Axis(size, "sum", tuple(segments))
+
+
+def pin(axis: Axis, reason: str) -> None:
+    """Keep every atom of the axis from being changed; the first reason stays."""
+    for atom in axis.atoms():
+        atom.pinned = atom.pinned or reason
+
+
+def mark_whole(axis: Axis) -> None:
+    """Note that an operator reads all of the axis at once."""
+    for atom in axis.atoms():
+        atom.whole = True
+
+
+def mark_normed(axis: Axis) -> None:
+    """Note that a norm runs over the axis."""
+    for atom in axis.atoms():
+        atom.normed = True
+
+
+def unify(left: Axis, right: Axis, reason: str) -> None:
+    """Make two axes the same, refining either as far as needed; where that is not possible, both are pinned."""
+    left, right = left.find(), right.find()
+    if left is right:
+        return
+    if left.size != right.size:
+        _pin_both(left, right, reason)
+    elif left.form == "atom":
+        _absorb(left, right)
+    elif right.form == "atom":
+        _absorb(right, left)
+    elif left.form == right.form == "product":
+        _align(left.factors(), right.factors(), reason, divide)
+    elif left.form == right.form == "sum":
+        _align(left.segments(), right.segments(), reason, cut)
+    else:
+        _pin_both(left, right, f"{reason}: one side is a product of axes, the other a sum")
+
+
+def _pin_both(left: Axis, right: Axis, reason: str) -> None:
+    pin(left, reason)
+    pin(right, reason)
+
+
+def _absorb(atom: Axis, other: Axis) -> None:
+    if any(found is atom for found in other.atoms()):
+        _pin_both(atom, other, "an axis would contain itself")
+        return
+    atom.same_as = other
+    if atom.whole:
+        mark_whole(other)
+    if atom.normed:
+        mark_normed(other)
+    if atom.pinned:
+        pin(other, atom.pinned)
+
+
+def _align(left: list[Axis], right: list[Axis], reason: str, split) -> None:  # noqa: ANN001
+    """Unify two lists of parts from the front, splitting the larger part wherever their ends do not meet."""
+    left, right = list(left), list(right)
+    while left and right:
+        a, b = left.pop(0).find(), right.pop(0).find()
+        if a.size == b.size:
+            unify(a, b, reason)
+            continue
+        for large, small, rest in ((a, b, left), (b, a, right)):
+            pieces = split(large, small.size)
+            if pieces is not None:
+                unify(pieces[0], small, reason)
+                rest.insert(0, pieces[1])
+                break
+        else:
+            for axis in (a, b, *left, *right):
+                pin(axis, reason)
+            return
+
+
+def divide(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
+    """The axis as a product of `size` and the rest; None when it does not divide so, or is a sum."""
+    axis = axis.find()
+    rest = quotient(axis.size, size)
+    if rest is None:
+        return None
+    if rest == 1:
+        return axis, Axis(1)
+    if axis.form == "product":
+        return _divide_product(axis, size)
+    if axis.form != "atom":
+        return None
+    axis.form, axis.parts = "product", (_like(axis, size), _like(axis, rest))
+    return axis.parts[0], axis.parts[1]
+
+
+def _divide_product(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
+    taken: list[Axis] = []
+    factors = axis.factors()
+    wanted = size
+    while factors:
+        if wanted == 1:
+            break
+        factor = factors.pop(0)
+        rest = quotient(wanted, factor.size)
+        if rest is not None:
+            taken.append(factor)
+            wanted = rest
+            continue
+        pieces = divide(factor, wanted)
+        if pieces is None:
+            return None
+        return product([*taken, pieces[0]]), product([pieces[1], *factors])
+    return product(taken), product(factors)
+
+
+def cut(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
+    """The axis as its first `size` indices and the rest; None when it is a product that is not cut between its rows."""
+    axis = axis.find()
+    if not isinstance(axis.size, int) or not isinstance(size, int) or not 0 < size < axis.size:
+        return None
+    if axis.form == "product":
+        return _cut_product(axis, size)
+    if axis.form == "sum":
+        return _cut_sum(axis, size)
+    axis.form, axis.parts = "sum", (_like(axis, size), _like(axis, axis.size - size))
+    return axis.parts[0], axis.parts[1]
+
+
+def _cut_product(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
+    """A product is cut between rows: (a + b) × c is a × c followed by b × c."""
+    major, *minor = axis.factors()
+    row = quotient(axis.size, major.size)
+    if not isinstance(row, int) or size % row:
+        return None
+    pieces = cut(major, size // row)
+    return None if pieces is None else (product([pieces[0], *minor]), product([pieces[1], *minor]))
+
+
+def _cut_sum(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
+    taken: list[Axis] = []
+    segments = axis.segments()
+    while size > 0:
+        segment = segments.pop(0)
+        if not isinstance(segment.size, int):
+            return None
+        if segment.size > size:
+            pieces = cut(segment, size)
+            if pieces is None:
+                return None
+            taken.append(pieces[0])
+            segments.insert(0, pieces[1])
+            break
+        taken.append(segment)
+        size -= segment.size
+    return concatenation(taken), concatenation(segments)
+
+
+def _like(axis: Axis, size: Size) -> Axis:
+    return Axis(size, whole=axis.whole, normed=axis.normed, pinned=axis.pinned)
+
+
+def quotient(size: Size, divisor: Size) -> Size | None:
+    """size / divisor when that is whole for every value of the symbols in it, else None."""
+    if isinstance(size, int) and isinstance(divisor, int):
+        return size // divisor if divisor and size % divisor == 0 else None
+    ratio = sympy.cancel(sympy.sympify(size) / sympy.sympify(divisor))
+    if sympy.denom(ratio) != 1:
+        return None
+    return int(ratio) if ratio.is_Integer else ratio

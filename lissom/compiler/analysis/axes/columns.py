@@ -1,0 +1,165 @@
+"""Which weights hold what a head or a neuron contributes: the columns of the layer that reads it, told from the axes.
+
+A head or a neuron contributes nothing once these columns are zero. Approximations zero them; the rewrites that eliminate dead
+structure look at them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import UnsupportedError
+from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
+from lissom.compiler.analysis.structure.linear import input_of, weight_of
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.printer import place
+
+aten = torch.ops.aten
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one weight that read the units of a site, its heads or its neurons.
+
+    layer: the linear layer. weight: the node that reads its weight. dim: the dimension of the weight that is summed over.
+    unit: [size of that dimension], the unit each index reads; -1 where it reads none of them.
+    count: how many units there are. axes: the axes whose indices number the units, the last one fastest.
+    """
+
+    layer: fx.Node
+    weight: fx.Node
+    dim: int
+    unit: torch.Tensor
+    count: int
+    axes: tuple[Axis, ...]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the layer reads nothing beside the units."""
+        return bool((self.unit >= 0).all())
+
+    def indices(self, units: int | Iterable[int]) -> torch.Tensor:
+        """The indices along `dim` that read these units, [indices], in order."""
+        wanted = torch.tensor([units] if isinstance(units, int) else [*units], dtype=torch.long)
+        return torch.isin(self.unit, wanted).nonzero().flatten()
+
+    def read(self, program: Program) -> torch.Tensor:
+        """The weight as [out_features, in_features], in float32 and apart from the original."""
+        weight = program.weight(str(self.weight.target)).detach()
+        return weight.movedim(self.dim, -1).flatten(0, -2).to(torch.float32, copy=True)
+
+    def write(self, edit: Editor, matrix: torch.Tensor) -> None:
+        """Give the weight new values, in this program only; matrix: [out_features, in_features]."""
+        weight = edit.program.weight(str(self.weight.target)).detach()
+        shape = weight.movedim(self.dim, -1).shape
+        edit.set_weight(self.weight, matrix.to(weight.dtype).reshape(shape).movedim(-1, self.dim).contiguous())
+
+    def zeroed(self, weight: torch.Tensor, units: int | Iterable[int]) -> torch.Tensor:
+        """A copy of the weight in which the columns of these units are zero; for `edit.set_weight(columns.weight, …)`."""
+        return weight.detach().index_fill(self.dim, self.indices(units).to(weight.device), 0.0)
+
+    def dead(self, weight: torch.Tensor) -> torch.Tensor:
+        """Which units have nothing but zeros in their columns, [count] of booleans."""
+        others = [dim for dim in range(weight.dim()) if dim != self.dim]
+        living = (weight.detach() != 0).cpu()
+        read = self.unit[(living.any(others) if others else living) & (self.unit >= 0)]
+        dead = torch.ones(self.count, dtype=torch.bool)
+        dead[read] = False
+        return dead
+
+
+def head_columns(program: Program, site: AttentionSite) -> Columns:
+    """The columns of the output projection that read each query head of an attention, numbered in the order of its heads.
+
+    Raises: UnsupportedError when no layer reads the heads, or its weight does not tell them apart.
+    """
+    found = find_head_columns(program, site)
+    if isinstance(found, str):
+        raise UnsupportedError(f"{place(program, site.node)}: {found}")
+    return found
+
+
+def find_head_columns(program: Program, site: AttentionSite) -> Columns | str:
+    """The columns that read each query head of an attention, or why there are none."""
+    if site.output is None:
+        return "no layer projects its heads out"
+    if nodes.tensor_type(site.node).rank < 3:
+        return "it has no dimension of heads"
+    found = program.fact(axes)
+    return _columns(found, site.output, found.axis(site.node, -3), site.heads, "heads")
+
+
+def neuron_columns(program: Program, site: FeedForwardSite) -> Columns:
+    """The columns of the down projection that read each neuron of a feed-forward.
+
+    Raises: UnsupportedError when the weight does not tell the neurons apart.
+    """
+    found = find_neuron_columns(program, site)
+    if isinstance(found, str):
+        raise UnsupportedError(f"{place(program, site.down)}: {found}")
+    return found
+
+
+def find_neuron_columns(program: Program, site: FeedForwardSite) -> Columns | str:
+    """The columns that read each neuron of a feed-forward, or why there are none."""
+    found = program.fact(axes)
+    return _columns(found, site.down, found.axis(input_of(site.down), feature_dim(site.down)), site.width, "neurons")
+
+
+def feature_dim(layer: fx.Node) -> int:
+    """The dimension of its features in what a linear layer reads and gives."""
+    return 1 if layer.target in _CONVOLUTIONS else -1
+
+
+def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) -> Columns | str:
+    weight = weight_of(layer)
+    assert weight is not None, "a site ends in a linear layer"
+    if not nodes.tensor_type(weight).dtype.is_floating_point:
+        return f"the {units} that '{layer.name}' reads cannot be told apart: its weight is stored in a short format"
+    numbering = list(axis.atoms())
+    for dim, other in enumerate(cast("tuple[Axis, ...]", found.of[weight])):
+        present = set(other.atoms())
+        shared = tuple(atom for atom in dict.fromkeys(numbering) if atom in present)
+        if math.prod(cast(int, atom.size) for atom in shared) == count and (shared or count == 1):
+            return Columns(layer, weight, dim, unit_of(other, shared), count, shared)
+    reason = next((atom.pinned for atom in numbering if atom.pinned), "") or "no dimension of its weight numbers them"
+    return f"the {units} that '{layer.name}' reads cannot be told apart: {reason}"
+
+
+def unit_of(axis: Axis, numbering: Sequence[Axis]) -> torch.Tensor:
+    """For each index of an axis, the number of its unit: its indices in the atoms `numbering`, the last one fastest.
+
+    [size of the axis]; -1 where a segment has none of them.
+    """
+    unit = torch.zeros(cast(int, axis.find().size), dtype=torch.long)
+    for atom in numbering:
+        index = _index_of(axis, atom)
+        unit = torch.where((index < 0) | (unit < 0), -1, unit * cast(int, atom.size) + index)
+    return unit
+
+
+def _index_of(axis: Axis, atom: Axis) -> torch.Tensor:
+    """For each index of an axis, the index in one of its atoms; -1 where it has none."""
+    axis = axis.find()
+    size = cast(int, axis.size)
+    if axis.form == "atom":
+        return torch.arange(size) if axis is atom.find() else torch.full((size,), -1)
+    parts = [_index_of(part, atom) for part in axis.parts]
+    if axis.form == "sum":
+        return torch.cat(parts)
+    found = parts[0]
+    for part in parts[1:]:
+        found = torch.maximum(found[:, None], part[None, :]).flatten()
+    return found

@@ -1,0 +1,98 @@
+"""Which indices of axes contribute nothing: every operator that sums over them meets zeros there, in a weight or in a value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.rules import reduced_dims
+from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.zeros import Zeros, zero_at, zeros
+
+aten = torch.ops.aten
+
+Place = tuple[fx.Node, int]
+"""A dimension of a value."""
+
+_PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
+_ADDED_PRODUCTS = (aten.addmm.default, aten.baddbmm.default)
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+_SUMS = (aten.sum.dim_IntList, aten.sum.default)
+
+
+def dead_units(program: Program, numbering: Sequence[Axis]) -> torch.Tensor:
+    """The units that nothing would miss, [sizes of the axes that number them] of booleans.
+
+    numbering: atomic axes; a unit is one index of each, such as a head among those of its group.
+    """
+    found, zero = program.fact(axes), program.fact(zeros)
+    shape = [cast(int, atom.size) for atom in numbering]
+    dead = torch.ones(shape, dtype=torch.bool)
+    for places in contractions(program):
+        touched = [place for place in places if not set(numbering).isdisjoint(found.axis(*place).atoms())]
+        if touched:
+            dead &= torch.stack([zero_units(found, zero, place, numbering) for place in touched]).any(0)
+    return dead
+
+
+def contractions(program: Program) -> list[list[Place]]:
+    """For every sum over a dimension in a program: the operands' dimensions it runs over; where one is zero, so is the term."""
+    return program.fact(_contractions)
+
+
+def _contractions(program: Program) -> list[list[Place]]:
+    return [places for node in program.nodes() for places in summed(node)]
+
+
+def summed(node: fx.Node) -> list[list[Place]]:
+    """The dimensions a call sums over: for each sum those of its operands."""
+    args = cast("tuple[fx.Node, ...]", node.args)
+    name = str(node.target)
+    if node.target is aten.linear.default:
+        return [[(args[0], -1), (args[1], 1)]]
+    if node.target in _PRODUCTS:
+        return [[(args[0], -1), (args[1], -2 if nodes.tensor_type(args[1]).rank > 1 else -1)]]
+    if node.target in _ADDED_PRODUCTS:
+        return [[(args[1], -1), (args[2], -2)]]
+    if is_attention(node):
+        return [[(args[0], -1), (args[1], -1)]]
+    if name.split(".")[1:2] and name.split(".")[1] in _CONVOLUTIONS and nodes.argument(node, "groups") == 1:
+        return [[(args[0], 1), (args[1], 1)]]
+    if node.target in _SUMS:
+        return [[(args[0], dim)] for dim in reduced_dims(node, nodes.tensor_type(args[0]).rank)]
+    return _summed_by_einsum(node) if node.target is aten.einsum.default else []
+
+
+def _summed_by_einsum(node: fx.Node) -> list[list[Place]]:
+    inputs, _, output = cast(str, node.args[0]).replace(" ", "").partition("->")
+    operands = list(zip(inputs.split(","), cast("list[fx.Node]", node.args[1]), strict=True))
+    letters = dict.fromkeys(letter for letter in inputs if letter.isalpha() and letter not in output)
+    return [[(item, _dim_of(term, letter)) for term, item in operands if letter in term] for letter in letters]
+
+
+def _dim_of(term: str, letter: str) -> int:
+    """The dimension a letter of an einsum's term stands for, counted from the end behind an ellipsis."""
+    index = term.index(letter)
+    return index - len(term) if "..." in term[:index] else index
+
+
+def zero_units(found: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:
+    """The units whose indices along one dimension are all zero, [sizes of the axes that number them]."""
+    axis = found.axis(*place)
+    present = [atom for atom in numbering if atom in set(axis.atoms())]
+    if not present or not all(isinstance(atom.size, int) for atom in axis.atoms()):
+        return torch.zeros([cast(int, atom.size) for atom in numbering], dtype=torch.bool)
+    unit, gone = unit_of(axis, present), zero_at(zero, *place)
+    sizes = [cast(int, atom.size) for atom in present]
+    dead = torch.ones(int(torch.tensor(sizes).prod()), dtype=torch.bool)
+    dead[unit[~gone & (unit >= 0)]] = False
+    grid = dead.reshape([cast(int, atom.size) if atom in present else 1 for atom in numbering])
+    return grid.expand([cast(int, atom.size) for atom in numbering])

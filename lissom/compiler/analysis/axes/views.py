@@ -1,0 +1,276 @@
+"""Rules of axes for operators that move, join, cut or look up values without computing with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axis import Axis, concatenation, cut, divide, pin, product, unify
+from lissom.compiler.analysis.axes.base import Dims, Known, Value, broadcast, dim_of, fresh, of
+from lissom.compiler.ir.printer import target_text
+from lissom.compiler.ir.types import Size, TensorType
+
+
+def permute(node: fx.Node, known: Known) -> Value:
+    """Dimensions in the order listed."""
+    dims = of(node.args[0], known)
+    order = cast("list[int]", node.args[1])
+    return tuple(dims[index] for index in order)
+
+
+def transpose(node: fx.Node, known: Known) -> Value:
+    """Two dimensions exchanged; the last two when none are named."""
+    dims = list(of(node.args[0], known))
+    if len(dims) < 2:
+        return tuple(dims)
+    a, b = (cast(int, item) for item in node.args[1:]) if len(node.args) > 1 else (-2, -1)
+    dims[a], dims[b] = dims[b], dims[a]
+    return tuple(dims)
+
+
+def unsqueeze(node: fx.Node, known: Known) -> Value:
+    """A dimension of size 1 more."""
+    dims = list(of(node.args[0], known))
+    dims.insert(dim_of(node, 1, len(dims) + 1), Axis(1))
+    return tuple(dims)
+
+
+def squeeze(node: fx.Node, known: Known) -> Value:
+    """Dimensions of size 1 left out."""
+    dims = of(node.args[0], known)
+    wanted = node.args[1] if len(node.args) > 1 else list(range(len(dims)))
+    listed = {cast(int, dim) % len(dims) for dim in (wanted if isinstance(wanted, (list, tuple)) else [wanted])}
+    return tuple(axis for index, axis in enumerate(dims) if not (index in listed and axis.size == 1))
+
+
+def reshape(node: fx.Node, known: Known) -> Value:
+    """Take factors from the front until they make up each size of the result, dividing a factor where it is too large."""
+    source = of(node.args[0], known)
+    factors = [factor for axis in source for factor in axis.factors()]
+    result: list[Axis] = []
+    for size in nodes.tensor_type(node).shape:
+        taken = take(factors, size)
+        if taken is None:
+            reason = f"{target_text(node.target)} mixes it with other dimensions"
+            for axis in (*source, *result):
+                pin(axis, reason)
+            return fresh(nodes.node_type(node), reason)
+        result.append(taken)
+    return tuple(result)
+
+
+def take(factors: list[Axis], size: Size) -> Axis | None:
+    """Remove factors of product `size` from the front of the list; None when they do not make it up."""
+    if size == 1:
+        return Axis(1)
+    pieces = divide(product(factors), size) if factors else None
+    if pieces is None:
+        return None
+    factors[:] = pieces[1].factors()
+    return pieces[0]
+
+
+def expand(node: fx.Node, known: Known) -> Value:
+    """A dimension of size 1 becomes a free axis."""
+    dims, sizes = of(node.args[0], known), nodes.tensor_type(node).shape
+    padded = (*(Axis(1) for _ in range(len(sizes) - len(dims))), *dims)
+    return tuple(axis if axis.size == size else Axis(size) for axis, size in zip(padded, sizes, strict=True))
+
+
+def repeat(node: fx.Node, known: Known) -> Value:
+    """Copies of an axis: the product of the copies and the axis."""
+    dims, sizes = of(node.args[0], known), nodes.tensor_type(node).shape
+    padded = (*(Axis(1) for _ in range(len(sizes) - len(dims))), *dims)
+    found: list[Axis] = []
+    for axis, size, count in zip(padded, sizes, cast("list[object]", node.args[1]), strict=True):
+        copies = Axis(nodes.node_type(count).value if isinstance(count, fx.Node) else cast(int, count))  # pyright: ignore
+        found.append(axis if count == 1 else product([copies, axis]) if axis.size != 1 else Axis(size))
+    return tuple(found)
+
+
+def repeat_interleave(node: fx.Node, known: Known) -> Value:
+    """Each index several times in a row: the product of the axis and the copies."""
+    dims = list(of(node.args[0], known))
+    index = dim_of(node, 2, len(dims))
+    dims[index] = product([dims[index], Axis(cast(int, node.args[1]))])
+    return tuple(dims)
+
+
+def cat(node: fx.Node, known: Known) -> Value:
+    """Axes laid end to end along one dimension; the others are the same."""
+    items = [of(item, known) for item in cast("list[fx.Node]", node.args[0])]
+    # An empty tensor of rank 1 goes with any others.
+    parts = [dims for dims in items if len(dims) == max(map(len, items))]
+    index = dim_of(node, 1, len(parts[0]))
+    others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(dims)) for dims in parts]
+    found = list(broadcast(others, len(parts[0]), "cat"))
+    found[index] = concatenation([dims[index] for dims in parts])
+    return tuple(found)
+
+
+def stack(node: fx.Node, known: Known) -> Value:
+    """A new dimension over tensors of the same axes."""
+    parts = [of(item, known) for item in cast("list[fx.Node]", node.args[0])]
+    found = list(broadcast(parts, len(parts[0]), "stack"))
+    found.insert(dim_of(node, 1, len(found) + 1), Axis(len(parts), pinned="stacked tensors"))
+    return tuple(found)
+
+
+def pieces_of(axis: Axis, sizes: Sequence[Size]) -> list[Axis] | None:
+    """The axis cut into pieces of these sizes; None when it cannot be cut there."""
+    pieces: list[Axis] = []
+    for size in sizes[:-1]:
+        found = cut(axis, size)
+        if found is None:
+            return None
+        pieces.append(found[0])
+        axis = found[1]
+    return [*pieces, axis]
+
+
+def split(node: fx.Node, known: Known) -> Value:
+    """Axes laid end to end along one dimension; the others are the same."""
+    dims = of(node.args[0], known)
+    index = dim_of(node, 2, len(dims))
+    types = cast("tuple[TensorType, ...]", nodes.node_type(node))
+    pieces = pieces_of(dims[index], [found.shape[index] for found in types])
+    if pieces is None:
+        pin(dims[index], f"cut by {target_text(node.target)}")
+        pieces = [Axis(found.shape[index], pinned="a piece of another axis") for found in types]
+    return tuple((*dims[:index], piece, *dims[index + 1 :]) for piece in pieces)
+
+
+def unbind(node: fx.Node, known: Known) -> Value:
+    """Each index several times in a row: the product of the axis and the copies."""
+    dims = of(node.args[0], known)
+    index = dim_of(node, 1, len(dims))
+    pin(dims[index], "its indices are told apart by unbind")
+    rest = (*dims[:index], *dims[index + 1 :])
+    return tuple(rest for _ in cast("tuple[object, ...]", nodes.node_type(node)))
+
+
+def select(node: fx.Node, known: Known) -> Value:
+    """Copies of an axis: the product of the copies and the axis."""
+    dims = of(node.args[0], known)
+    index = dim_of(node, 1, len(dims))
+    pin(dims[index], "one index of it is selected")
+    return (*dims[:index], *dims[index + 1 :])
+
+
+def slice_bounds(node: fx.Node, size: Size) -> tuple[int, int] | None:
+    """Start and end of a slice of an axis of known size; None when they vary or skip."""
+    start, end, step = (nodes.argument(node, name) for name in ("start", "end", "step"))
+    start = 0 if start is None else start
+    end = size if end is None else end
+    if not (isinstance(start, int) and isinstance(end, int) and isinstance(size, int)) or step != 1:
+        return None
+    start, end = (bound + size if bound < 0 else bound for bound in (start, end))
+    return max(0, min(start, size)), max(0, min(end, size))
+
+
+def slice_of(node: fx.Node, known: Known) -> Value:
+    """A dimension of size 1 becomes a free axis."""
+    dims = list(of(node.args[0], known))
+    index = dim_of(node, 1, len(dims))
+    wanted = nodes.tensor_type(node).shape[index]
+    axis = dims[index]
+    if axis.size == wanted:
+        return tuple(dims)
+    bounds = slice_bounds(node, axis.size)
+    if bounds is not None and bounds[0] >= bounds[1]:
+        dims[index] = Axis(0)
+        return tuple(dims)
+    sizes = [bounds[0], bounds[1] - bounds[0], cast(int, axis.size) - bounds[1]] if bounds else []
+    pieces = pieces_of(axis, [size for size in sizes if size > 0]) if sizes else None
+    if pieces is None:
+        strided = every_nth(node, axis.size)
+        pair = divide(axis, cast(int, axis.size) // strided) if strided else None
+        pin(axis, "cut by slice")
+        dims[index] = pair[0] if pair else Axis(wanted, pinned="a piece of another axis")
+    else:
+        dims[index] = pieces[1 if sizes[0] > 0 else 0]
+    return tuple(dims)
+
+
+def every_nth(node: fx.Node, size: Size) -> int:
+    """n for a slice that takes one index of each n of an axis, to its end, such as x[..., ::2]; 0 for any other."""
+    start, end, step = (nodes.argument(node, name) for name in ("start", "end", "step"))
+    fixed = isinstance(size, int) and isinstance(step, int) and isinstance(start or 0, int) and isinstance(end or size, int)
+    if not fixed:
+        return 0
+    size, step, start, end = (cast(int, item) for item in (size, step, start or 0, size if end is None else end))
+    return step if step > 1 and 0 <= start < step and end >= size and size % step == 0 else 0
+
+
+def reorder(node: fx.Node, known: Known) -> Value:
+    """Dimensions of size 1 left out."""
+    dims = of(node.args[0], known)
+    for axis in dims:
+        pin(axis, f"its order matters to {target_text(node.target)}")
+    return dims
+
+
+def index_select(node: fx.Node, known: Known) -> Value:
+    """A dimension of size 1 more."""
+    dims, chosen = list(of(node.args[0], known)), of(node.args[2], known)
+    index = dim_of(node, 1, len(dims))
+    pin(dims[index], "its indices are looked up")
+    dims[index] = chosen[0] if chosen else Axis(1)
+    return tuple(dims)
+
+
+def index_copy(node: fx.Node, known: Known) -> Value:
+    """Rows of a tensor exchanged: where they go is looked up, and the other dimensions are those of the new rows."""
+    dims, rows = of(node.args[0], known), of(node.args[3], known)
+    index = dim_of(node, 1, len(dims))
+    for axis in (dims[index], rows[index]):
+        pin(axis, "its indices are looked up")
+    others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(item)) for item in (dims, rows)]
+    found = list(broadcast(others, len(dims), "index_copy"))
+    found[index] = dims[index]
+    return tuple(found)
+
+
+def copy(node: fx.Node, known: Known) -> Value:
+    """A tensor written whole: its axes are those of what is written."""
+    dims = of(node.args[0], known)
+    broadcast([dims, of(node.args[1], known)], len(dims), "copy_")
+    return dims
+
+
+def gather(node: fx.Node, known: Known) -> Value:
+    """Two dimensions exchanged; the last two when none are named."""
+    dims, chosen = of(node.args[0], known), of(node.args[2], known)
+    index = dim_of(node, 1, len(dims))
+    pin(dims[index], "its indices are looked up")
+    for dim, (axis, other) in enumerate(zip(dims, chosen, strict=True)):
+        if dim != index and axis.size == other.size:
+            unify(axis, other, "gathered along another dimension")
+    return chosen
+
+
+def index(node: fx.Node, known: Known) -> Value:
+    """`x[i, j]`: the indexed dimensions are looked up; the others follow when the indices come first."""
+    dims = of(node.args[0], known)
+    indices = cast("list[fx.Node | None]", node.args[1])
+    used = [dim for dim, item in enumerate(indices) if item is not None]
+    for dim in used:
+        pin(dims[dim], "its indices are looked up")
+    typed = nodes.tensor_type(node)
+    chosen = [of(item, known) for item in indices if item is not None]
+    rank = max(len(found) for found in chosen)
+    plain = all(nodes.tensor_type(item).dtype != torch.bool for item in indices if item is not None)
+    if plain and used == list(range(used[0], used[-1] + 1)) and typed.rank == len(dims) - len(used) + rank:
+        return (*dims[: used[0]], *broadcast(chosen, rank, "index"), *dims[used[-1] + 1 :])
+    for axis in dims:
+        pin(axis, "indexed")
+    return fresh(typed, "indexed")
+
+
+def getitem(node: fx.Node, known: Known) -> Value:
+    """Dimensions in the order listed."""
+    return cast(Dims, known[cast(fx.Node, node.args[0])][cast(int, node.args[1])])

@@ -1,0 +1,378 @@
+"""Where values are exactly zero whatever the inputs are, told from zeros in the weights.
+
+For every dimension of every value: the indices at which the whole value is zero. A row of zeros in a weight without a bias
+makes a feature zero; a product is zero where either factor is; a sum is where both terms are; what moves values moves their
+zeros.
+Inputs are taken to be finite: zero times infinity is no zero.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.axes.columns import unit_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Where one value is zero.
+
+    at: for the dimensions with a zero in them, at which of their indices, [size] of booleans. whole: everywhere.
+    """
+
+    at: Mapping[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+    whole: bool = False
+
+
+NOWHERE = Zero()
+EVERYWHERE = Zero(whole=True)
+Zeros = Mapping[fx.Node, Zero]
+_Rule = Callable[[fx.Node, "_Known"], Zero]
+
+_KEEPING = {
+    "neg", "relu", "gelu", "silu", "tanh", "erf", "abs", "sqrt", "square", "clone", "contiguous", "to", "_to_copy", "dropout",
+    "hardswish", "leaky_relu", "elu", "selu", "mish", "sin", "detach", "alias", "sign", "expm1", "log1p", "asinh", "atan",
+    "lift_fresh_copy", "relu6",
+}  # fmt: skip
+"""Functions of one value that are zero at zero."""
+
+
+@dataclass
+class _Known:
+    program: Program
+    axes: Axes
+    zeros: dict[fx.Node, Zero]
+
+    def of(self, item: object) -> Zero:
+        """Where an argument is zero; a missing bias is everywhere."""
+        if item is None:
+            return EVERYWHERE
+        if isinstance(item, fx.Node):
+            return self.zeros.get(item, NOWHERE)
+        return EVERYWHERE if isinstance(item, (int, float)) and item == 0 else NOWHERE
+
+
+def zeros(program: Program) -> Zeros:
+    """Where the values of a program are zero; ask for it as `program.fact(zeros)`. Values that nowhere are have no entry."""
+    known = _Known(program, program.fact(axes), {})
+    for node in program.graph.nodes:
+        found = NOWHERE
+        if node.op == "get_attr" and str(node.target) not in program.state:
+            found = _of_weight(program.weight(str(node.target)))
+        elif node.op == "call_function" and any(used in known.zeros for used in node.all_input_nodes):
+            found = _rule(node)(node, known) if nodes.is_tensor(node) else _same(node, known) if _moves(node) else NOWHERE
+        if found.whole or found.at:
+            known.zeros[node] = _settled(found)
+    return known.zeros
+
+
+def is_zero(found: Zeros, item: object) -> bool:
+    """True when the value is zero everywhere."""
+    return isinstance(item, fx.Node) and found.get(item, NOWHERE).whole
+
+
+def zero_at(found: Zeros, node: fx.Node, dim: int) -> torch.Tensor:
+    """The indices of a dimension of fixed size at which the value is zero, [size] of booleans."""
+    shape = nodes.tensor_type(node).shape
+    size, zero = cast(int, shape[dim]), found.get(node, NOWHERE)
+    return (
+        torch.ones(size, dtype=torch.bool) if zero.whole else zero.at.get(dim % len(shape), torch.zeros(size, dtype=torch.bool))
+    )
+
+
+def _of_weight(weight: torch.Tensor) -> Zero:
+    """Where a weight is zero; the values of other tensors than floating ones are of no interest."""
+    if not weight.is_floating_point() or weight.numel() == 0:
+        return NOWHERE
+    living = weight.detach() != 0
+    if bool(living.all()):
+        return NOWHERE
+    if not bool(living.any()):
+        return EVERYWHERE
+    others = {dim: [other for other in range(weight.dim()) if other != dim] for dim in range(weight.dim())}
+    at = {dim: ~(living.any(rest) if rest else living).cpu() for dim, rest in others.items()}
+    return Zero({dim: mask for dim, mask in at.items() if bool(mask.any())})
+
+
+def _settled(found: Zero) -> Zero:
+    """The same without dimensions that have no zero, and everywhere when all of a dimension is zero."""
+    at = {dim: mask for dim, mask in found.at.items() if bool(mask.any())}
+    return EVERYWHERE if found.whole or any(bool(mask.all()) for mask in at.values()) else Zero(at)
+
+
+def _rule(node: fx.Node) -> _Rule:
+    name = _name(node)
+    if is_attention(node):
+        return _attention
+    if name in _KEEPING:
+        return _same
+    return _RULES.get(name, _moved)
+
+
+def _same(node: fx.Node, known: _Known) -> Zero:
+    return known.of(node.args[0])
+
+
+def _aligned(node: fx.Node, item: object, known: _Known) -> tuple[Zero, int]:
+    """Where an operand is zero, and how many dimensions it has fewer than the result."""
+    rank = nodes.tensor_type(node).rank
+    return known.of(item), rank - nodes.tensor_type(item).rank if nodes.is_tensor(item) else 0
+
+
+def _at(zero: Zero, shift: int, dim: int, size: int) -> torch.Tensor:
+    """The zeros of an operand along a dimension of the result; one that is broadcast over it is zero where it is everywhere."""
+    found = zero.at.get(dim - shift)
+    if zero.whole:
+        return torch.ones(size, dtype=torch.bool)
+    return found if found is not None and len(found) == size else torch.zeros(size, dtype=torch.bool)
+
+
+def _combined(node: fx.Node, items: Sequence[object], known: _Known, join: Callable[..., torch.Tensor]) -> Zero:
+    operands = [_aligned(node, item, known) for item in items]
+    at: dict[int, torch.Tensor] = {}
+    for dim, size in enumerate(nodes.tensor_type(node).shape):
+        if isinstance(size, int) and size > 1:
+            masks = [_at(zero, shift, dim, size) for zero, shift in operands]
+            found = masks[0]
+            for mask in masks[1:]:
+                found = join(found, mask)
+            at[dim] = found
+    every = all if join is torch.logical_and else any
+    return Zero(at, every(zero.whole for zero, _ in operands))
+
+
+def _product(node: fx.Node, known: _Known) -> Zero:
+    return _combined(node, node.args[:2], known, torch.logical_or)
+
+
+def _sum(node: fx.Node, known: _Known) -> Zero:
+    return _combined(node, node.args[:2], known, torch.logical_and)
+
+
+def _choice(node: fx.Node, known: _Known) -> Zero:
+    return _combined(node, node.args[1:3], known, torch.logical_and)
+
+
+def _quotient(node: fx.Node, known: _Known) -> Zero:
+    return _combined(node, node.args[:1], known, torch.logical_and)
+
+
+def _power(node: fx.Node, known: _Known) -> Zero:
+    exponent = nodes.argument(node, "exponent")
+    return known.of(node.args[0]) if isinstance(exponent, (int, float)) and exponent > 0 else NOWHERE
+
+
+def _linear(node: fx.Node, known: _Known) -> Zero:
+    bias = known.of(nodes.argument(node, "bias"))
+    return _contracted(node, known, node.args[0], node.args[1], bias, rows=0)
+
+
+def _matmul(node: fx.Node, known: _Known) -> Zero:
+    return _contracted(node, known, node.args[0], node.args[1], EVERYWHERE, rows=-1)
+
+
+def _added_product(node: fx.Node, known: _Known) -> Zero:
+    return _contracted(node, known, node.args[1], node.args[2], known.of(node.args[0]), rows=-1)
+
+
+def _contracted(node: fx.Node, known: _Known, left: object, right: object, bias: Zero, rows: int) -> Zero:
+    """A product of matrices and what is added: features are the right factor's `rows`, all else comes from the left one."""
+    rank, size = nodes.tensor_type(node).rank, nodes.tensor_type(node).shape[-1]
+    x, weight = known.of(left), known.of(right)
+    right_rank = nodes.tensor_type(right).rank
+    at = {dim: mask for dim, mask in x.at.items() if bias.whole and dim < nodes.tensor_type(left).rank - 1}
+    if right_rank > 1 and isinstance(size, int) and nodes.tensor_type(left).rank > 1:
+        added = bias.at.get(max(bias.at, default=0))
+        zero_bias = torch.ones(size, dtype=torch.bool) if bias.whole else added
+        found = weight.at.get(rows % right_rank)
+        if found is not None and zero_bias is not None and len(zero_bias) == size:
+            at[rank - 1] = found & zero_bias
+        if weight.whole and zero_bias is not None and len(zero_bias) == size:
+            at[rank - 1] = zero_bias
+    if nodes.tensor_type(left).rank != rank:
+        at = {dim: mask for dim, mask in at.items() if dim == rank - 1}
+    return Zero(at, (x.whole or weight.whole) and bias.whole)
+
+
+def _embedding(node: fx.Node, known: _Known) -> Zero:
+    table = known.of(node.args[0])
+    last = nodes.tensor_type(node).rank - 1
+    return Zero({last: table.at[1]} if 1 in table.at else {}, table.whole)
+
+
+def _attention(node: fx.Node, known: _Known) -> Zero:
+    """What values are zero stay zero; a group's zeros are those of all its query heads."""
+    v, rank = known.of(node.args[2]), nodes.tensor_type(node).rank
+    shape, wanted = nodes.tensor_type(node.args[2]).shape, nodes.tensor_type(node).shape
+    at: dict[int, torch.Tensor] = {}
+    for dim, mask in v.at.items():
+        if dim == len(shape) - 2 or len(shape) != rank:
+            continue
+        size = wanted[dim]
+        if isinstance(size, int) and size % len(mask) == 0:
+            at[dim] = mask.repeat_interleave(size // len(mask))
+    return Zero(at, v.whole)
+
+
+def _rotary(node: fx.Node, known: _Known) -> Zero:
+    x, rank = known.of(node.args[0]), nodes.tensor_type(node).rank
+    return Zero({dim: mask for dim, mask in x.at.items() if dim != rank - 1}, x.whole)
+
+
+def _layer_norm(node: fx.Node, known: _Known) -> Zero:
+    """A feature is zero where its weight and bias are; all of it is the bias where what is normalised is zero."""
+    rank, count = nodes.tensor_type(node).rank, len(cast("list[int]", node.args[1]))
+    x, weight, bias = known.of(node.args[0]), nodes.argument(node, "weight"), known.of(nodes.argument(node, "bias"))
+    scale = known.of(weight) if weight is not None else NOWHERE
+    at = {dim: mask for dim, mask in x.at.items() if bias.whole and dim < rank - count}
+    for dim, mask in scale.at.items():
+        size = len(mask)
+        at[rank - count + dim] = mask & _at(bias, 0, dim, size)
+    return Zero(at, bias.whole and (x.whole or scale.whole))
+
+
+def _rms_norm(node: fx.Node, known: _Known) -> Zero:
+    rank, count = nodes.tensor_type(node).rank, len(cast("list[int]", node.args[1]))
+    weight = nodes.argument(node, "weight")
+    x, scale = known.of(node.args[0]), known.of(weight) if weight is not None else NOWHERE
+    at = dict(x.at)
+    for dim, mask in scale.at.items():
+        at[rank - count + dim] = mask | _at(x, 0, rank - count + dim, len(mask))
+    return Zero(at, x.whole or scale.whole)
+
+
+def _convolution(node: fx.Node, known: _Known) -> Zero:
+    x, weight, bias = known.of(node.args[0]), known.of(node.args[1]), known.of(nodes.argument(node, "bias"))
+    size = cast(int, nodes.tensor_type(node.args[1]).shape[0])
+    rows = _at(weight, 0, 0, size)
+    if nodes.argument(node, "groups") == size == nodes.tensor_type(node.args[0]).shape[1]:
+        rows = rows | _at(x, 0, 1, size)
+    return Zero({1: rows & _at(bias, 0, 0, size)}, (x.whole or weight.whole) and bias.whole)
+
+
+def _permuted(node: fx.Node, known: _Known) -> Zero:
+    source, rank = known.of(node.args[0]), nodes.tensor_type(node).rank
+    order = list(range(rank))
+    if "permute" in str(node.target):
+        order = [dim % rank for dim in cast("list[int]", node.args[1])]
+    elif rank > 1:
+        a, b = (cast(int, item) for item in node.args[1:]) if len(node.args) > 1 else (-2, -1)
+        order[a], order[b] = order[b], order[a]
+    return Zero({new: source.at[old] for new, old in enumerate(order) if old in source.at}, source.whole)
+
+
+def _joined(node: fx.Node, known: _Known) -> Zero:
+    """Parts laid end to end: along the seam each has its own zeros, elsewhere what is zero in all of them."""
+    parts = cast("list[fx.Node]", node.args[0])
+    rank = nodes.tensor_type(node).rank
+    seam = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank
+    found = [known.of(part) for part in parts]
+    at: dict[int, torch.Tensor] = {}
+    for dim, size in enumerate(nodes.tensor_type(node).shape):
+        sizes = [nodes.tensor_type(part).shape[dim] for part in parts if nodes.tensor_type(part).rank == rank]
+        if not isinstance(size, int) or not all(isinstance(one, int) for one in sizes) or len(sizes) != len(parts):
+            continue
+        masks = [_at(zero, 0, dim, cast(int, one)) for zero, one in zip(found, sizes, strict=True)]
+        at[dim] = torch.cat(masks) if dim == seam else torch.stack(masks).all(0)
+    return Zero(at, all(zero.whole for zero in found))
+
+
+def _moved(node: fx.Node, known: _Known) -> Zero:
+    """What follows from the axes for an operator that only moves values: the zeros of an axis go where the axis goes."""
+    if not _moves(node):
+        return Zero(whole=_name(node) in _GATHERS and known.of(node.args[0]).whole)
+    source = cast(fx.Node, node.args[0])
+    if node.target is operator.getitem:
+        source = cast(fx.Node, source.args[0])
+    zero = known.of(source)
+    before, after = known.axes.of.get(source, ()), known.axes.of[node]
+    if zero.whole or not before or not isinstance(before[0], Axis):
+        return Zero(whole=zero.whole)
+    dims, wanted = cast("tuple[Axis, ...]", before), cast("tuple[Axis, ...]", after)
+    if _repeats(dims) or _repeats(wanted):
+        return NOWHERE
+    at: dict[int, torch.Tensor] = {}
+    for dim, mask in zero.at.items():
+        for new, axis in enumerate(wanted):
+            moved = _carried(dims[dim], mask, axis)
+            if moved is not None:
+                at[new] = at[new] | moved if new in at else moved
+    return Zero(at)
+
+
+def _carried(axis: Axis, mask: torch.Tensor, other: Axis) -> torch.Tensor | None:
+    """The zeros of one axis as those of another with atoms of it: an index is zero when all that it stands for are."""
+    shared = [atom for atom in dict.fromkeys(axis.atoms()) if atom in set(other.atoms())]
+    if not shared or not all(isinstance(atom.size, int) for atom in (*axis.atoms(), *other.atoms())):
+        return None
+    old, new = unit_of(axis, shared), unit_of(other, shared)
+    count = int(torch.tensor([cast(int, atom.size) for atom in shared]).prod())
+    dead = torch.ones(count, dtype=torch.bool)
+    dead[old[~mask & (old >= 0)]] = False
+    return (new >= 0) & dead[new.clamp(min=0)]
+
+
+def _repeats(dims: Sequence[Axis]) -> bool:
+    """True when an atom is in two dimensions, so that it does not tell which of them is meant."""
+    seen = [atom for axis in dims for atom in set(axis.atoms())]
+    return len(seen) != len(set(seen))
+
+
+def _moves(node: fx.Node) -> bool:
+    """True for operators that only move values, and for pieces of what one of them yields."""
+    if node.target is operator.getitem:
+        return _moves(cast(fx.Node, node.args[0]))
+    return _name(node) in _MOVES
+
+
+def _name(node: fx.Node) -> str:
+    """`linear` for `aten.linear.default`, `rotary` for ours."""
+    return str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+_MOVES = {
+    "reshape", "view", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "slice", "select",
+    "repeat_interleave", "repeat", "expand_as", "index_select", "split", "split_with_sizes", "chunk", "unbind",
+}  # fmt: skip
+
+_GATHERS = {"index", "gather", "sum", "mean", "amax", "cumsum", "flip", "roll", "avg_pool1d", "avg_pool2d", "take_along_dim"}
+"""Operators that give zero where all they are given is zero."""
+
+_RULES: dict[str, _Rule] = {
+    "mul": _product,
+    "div": _quotient,
+    "add": _sum,
+    "sub": _sum,
+    "where": _choice,
+    "pow": _power,
+    "linear": _linear,
+    "matmul": _matmul,
+    "mm": _matmul,
+    "bmm": _matmul,
+    "addmm": _added_product,
+    "baddbmm": _added_product,
+    "embedding": _embedding,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "conv1d": _convolution,
+    "conv2d": _convolution,
+    "permute": _permuted,
+    "transpose": _permuted,
+    "t": _permuted,
+    "mT": _permuted,
+    "cat": _joined,
+    "rotary": _rotary,
+}

@@ -1,0 +1,67 @@
+"""Casts in a program: which calls are nothing but one, and which lose nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import CASTS, is_handed_out, memory_of, views_of
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HOLDS = {
+    torch.float16: {torch.float32, torch.float64},
+    torch.bfloat16: {torch.float32, torch.float64},
+    torch.float32: {torch.float64},
+    torch.bool: {*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64},
+    # bfloat16 has 8 bits for a number, float16 11, float32 24.
+    torch.uint8: {*_FLOATS, torch.int16, torch.int32, torch.int64},
+    torch.int8: {*_FLOATS, torch.int16, torch.int32, torch.int64},
+    torch.int16: {torch.float32, torch.float64, torch.int32, torch.int64},
+    torch.int32: {torch.float64, torch.int64},
+}
+"""For each dtype the others that hold all its values."""
+# These read memory as it is laid out.
+_READ_LAYOUT = {
+    aten.as_strided.default,
+    aten.view.default,
+    aten.view.dtype,
+    aten._unsafe_view.default,
+    aten.view_as_complex.default,
+    aten.pad.default,
+}
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """True when every value of `narrow` is one of `wide`, so that a cast there and back gives it again."""
+    return wide in _HOLDS.get(narrow, ())
+
+
+def cast_from(node: object) -> fx.Node | None:
+    """What a call casts to another dtype; None where it does more, such as move to a device, or is no cast."""
+    if not isinstance(node, fx.Node) or not nodes.is_call(node, *CASTS) or not nodes.is_tensor(node.args[0]):
+        return None
+    source: fx.Node = node.args[0]
+    plain = set(node.kwargs) <= {"dtype"} and not any(node.args[2:])
+    same_place = nodes.tensor_type(source).device == nodes.tensor_type(node).device
+    return source if plain and same_place and dtype_of(source) != dtype_of(node) else None
+
+
+def dtype_of(node: object) -> torch.dtype:
+    """The dtype of the tensor a node yields."""
+    return nodes.tensor_type(node).dtype
+
+
+def rests_on_copy(program: Program, cast: fx.Node, source: fx.Node) -> str | None:
+    """Why a cast cannot give way to its source, or a view of that, though the values are the same; None when it can."""
+    memory = memory_of(source)
+    if nodes.is_state_write(memory) or (memory.op == "get_attr" and str(memory.target) in program.state):
+        return "it keeps what the state was before it is written"
+    if memory.op in ("placeholder", "get_attr") and is_handed_out(program, cast):
+        return "the caller would be given an input or a weight itself"
+    if any(user.target in _READ_LAYOUT for view in views_of(cast) for user in view.users):
+        return "its memory is read as it is laid out"
+    return None

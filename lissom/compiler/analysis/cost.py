@@ -1,0 +1,295 @@
+"""What a program costs: operations, bytes moved and parameters, of every node, of every site, for given or symbolic sizes.
+
+A node reads each of its inputs once and writes its outputs once, as if nothing stayed in a cache. Views move nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.errors import UnsupportedError, nearest
+from lissom.compiler.analysis.flops import operations, product
+from lissom.compiler.ir.match import is_view
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.sites import Site
+from lissom.compiler.analysis.sites import sites as find_sites
+from lissom.compiler.ir.types import Size, TensorType, size_of
+
+aten = torch.ops.aten
+
+_LOOKUPS = {aten.embedding.default, aten.gather.default, aten.index_select.default, aten.index.Tensor, aten.take.default}
+"""Operators that read of their first argument only the elements they yield."""
+
+
+_ANSWERS: WeakKeyDictionary[FakeTensorMode, dict[object, bool]] = WeakKeyDictionary()
+"""What `moves_nothing` found by calling operators again, for as long as the fake tensors live."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one node or several. Each value is a number, or an expression of the program's dimensions.
+
+    flops: operations of products, convolutions and attentions; see `lissom.compiler.analysis.flops`.
+    read_bytes, written_bytes: of all inputs, weights among them, and of all outputs.
+    parameters: elements of the weights and buffers read, a weight read twice counted once.
+    """
+
+    flops: Size = 0
+    read_bytes: Size = 0
+    written_bytes: Size = 0
+    parameters: int = 0
+
+    @property
+    def bytes(self) -> Size:
+        return self.read_bytes + self.written_bytes
+
+    @property
+    def intensity(self) -> sympy.Expr | float:
+        """Arithmetic intensity: operations a byte moved; 0 where nothing is moved."""
+        if self.bytes == 0:
+            return 0.0
+        return self.flops / self.bytes
+
+    @property
+    def symbols(self) -> set[sympy.Symbol]:
+        """The sizes it depends on: dimensions without a number, and sizes that depend on the values of the inputs."""
+        values = (self.flops, self.read_bytes, self.written_bytes)
+        free = [value.free_symbols for value in values if isinstance(value, sympy.Expr)]
+        return cast("set[sympy.Symbol]", set[sympy.Basic]().union(*free))
+
+    def at(self, sizes: Mapping[sympy.Symbol, int]) -> Cost:
+        """The cost with these symbols replaced by numbers."""
+        found = (_replace(value, sizes) for value in (self.flops, self.read_bytes, self.written_bytes))
+        return Cost(*found, parameters=self.parameters)
+
+
+def flops(program: Program) -> int:
+    """Operations of the whole program at the sizes it was captured with.
+
+    A size that depends on values counts as the largest it can be, where `nonzero` yields it, and else as 0.
+    """
+    largest: dict[sympy.Basic, sympy.Integer] = {}
+    for node in program.nodes(aten.nonzero.default):
+        elements = int(product(example_shape(cast(fx.Node, node.args[0]))))
+        largest |= {symbol: sympy.Integer(elements) for symbol in _shape(node)[:1] if isinstance(symbol, sympy.Symbol)}
+    if not largest:
+        return sum(map(node_flops, program.nodes()))
+    return sum(int(operations(node, partial(_largest_shape, largest))) for node in program.nodes())
+
+
+def node_flops(node: fx.Node) -> int:
+    """The same for one node; 0 for operators without a formula."""
+    return int(operations(node, example_shape))
+
+
+def node_cost(node: fx.Node) -> Cost:
+    """The cost of one node, as numbers where its sizes are numbers. Views, sizes, inputs and weights themselves cost nothing.
+
+    A table that is looked up in is read at the rows looked up; an expanded dimension is read once.
+    """
+    if node.op != "call_function" or not _writes(node) or moves_nothing(node):
+        return Cost()
+    written = _bytes(cast(fx.Node, node.args[3]) if node.target in nodes.IN_PLACE.values() else node)
+    return Cost(operations(node, _shape), _read_bytes(node, written), written, sum(_weights_of(node).values()))
+
+
+def cost(program: Program, sizes: Mapping[str, int] | None = None) -> Mapping[fx.Node, Cost]:
+    """The cost of every call of a program.
+
+    sizes: numbers for dimensions by name, `{"batch": 8, "sequence": 128}`; those left out stay symbolic.
+
+    Raises: UnsupportedError for a name the program does not have, or a size it does not take.
+
+    >>> import torch, lissom
+    >>> from lissom.compiler.analysis.cost import cost
+    >>> program = lissom.compile(torch.nn.Linear(4, 8), torch.randn(2, 4)).program
+    >>> (node,) = program.nodes()
+    >>> program.signature.name_of(cost(program)[node].flops), cost(program, {"batch": 3})[node].flops
+    ('64*batch', 192)
+    """
+    numbers = size_numbers(program, sizes or {})
+    return {node: found.at(numbers) for node, found in program.fact(_symbolic_costs).items()}
+
+
+def total_cost(program: Program, sizes: Mapping[str, int] | None = None) -> Cost:
+    """The cost of the whole program; `sizes` as in `cost`, and the same errors."""
+    return _total(cost(program, sizes), program.nodes())
+
+
+def site_costs(program: Program, sizes: Mapping[str, int] | None = None) -> Mapping[Site, Cost]:
+    """The cost of every site, in the order `lissom.compiler.analysis.sites` gives. `sizes` as in `cost`, and the same errors.
+
+    Operations and bytes add up to those of the program; parameters need not, because sites may share a weight.
+    """
+    costs = cost(program, sizes)
+    return {site: _total(costs, site.nodes) for site in program.fact(find_sites)}
+
+
+def example_sizes(program: Program) -> dict[str, int]:
+    """The size each dimension had in the example the program was captured with, by name."""
+    found: dict[str, int] = {}
+    for node in program.placeholders:
+        for size in getattr(nodes.value(node), "shape", ()):
+            dimension = program.signature.dimensions.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            if dimension is not None:
+                found[dimension.name] = fake.hint(size)
+    return found
+
+
+def moves_nothing(node: fx.Node) -> bool:
+    """True when the result lies in the memory of the first argument: a view, or a reshape or cast that had nothing to do."""
+    if not is_view(node):
+        return False
+    source, mode = node.args[0], fake.mode_of(node)
+    if not nodes.is_tensor(source) or not nodes.is_tensor(node) or mode is None:
+        return True
+    if _memory(nodes.value(node)) == _memory(nodes.value(source)):
+        return True
+    # Capture types some views with memory of their own; calling the operator again tells them from copies. Layers are alike, so
+    # that few calls tell of all.
+    known = _ANSWERS.setdefault(mode, {})
+    key = (node.target, _layout(source), _layout(node), str(node.kwargs))
+    if key not in known:
+        known[key] = _memory(fake.fake_call(mode, node)) == _memory(nodes.value(source))
+    return known[key]
+
+
+def _layout(node: fx.Node) -> object:
+    """Type and strides of a node's tensor."""
+    value = cast(torch.Tensor, nodes.value(node))
+    return value.dtype, tuple(map(str, value.shape)), tuple(map(str, value.stride()))
+
+
+def _memory(value: object) -> int:
+    """Names the storage of a fake tensor, while that lives."""
+    return cast(torch.Tensor, value).untyped_storage()._cdata
+
+
+def _writes(node: fx.Node) -> bool:
+    """True for calls that yield tensors, rather than sizes or nothing."""
+    found = nodes.node_type(node)
+    return isinstance(found, (TensorType, tuple))
+
+
+def _read_bytes(node: fx.Node, written: Size) -> Size:
+    inputs = [item for item in node.all_input_nodes if nodes.is_tensor(item)]
+    if node.target in _LOOKUPS:
+        return _sum([written, *(_bytes(item) for item in inputs if item is not node.args[0])])
+    if _is_filled(node):
+        return 0
+    skipped = node.args[0] if nodes.is_state_write(node) else None
+    return _sum(_bytes(item) for item in inputs if item is not skipped)
+
+
+def _is_filled(node: fx.Node) -> bool:
+    """True for operators that read nothing of their argument but its sizes: `zeros_like`, `new_full`."""
+    name = getattr(node.target, "__name__", "")
+    return name.partition(".")[0].endswith("_like") or name.startswith("new_")
+
+
+def _bytes(item: fx.Node) -> Size:
+    """Bytes of the tensors a node yields; a dimension that is expanded lies in memory once."""
+    found = nodes.value(item)
+    tensors = found if isinstance(found, (tuple, list)) else [found]
+    return _sum(_tensor_bytes(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> Size:
+    strides = tensor.stride() if tensor.layout is torch.strided else (1,) * tensor.dim()
+    sizes = [size_of(size) for size, stride in zip(tensor.shape, strides, strict=True) if size_of(stride) != 0]
+    return product(sizes) * tensor.element_size()
+
+
+def _shape(node: fx.Node) -> tuple[Size, ...]:
+    return nodes.tensor_type(node).shape
+
+
+def example_shape(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of what a node yields, at the sizes the program was captured with."""
+    return tuple(fake.hint(size) for size in cast(torch.Tensor, nodes.value(node)).shape)
+
+
+def _largest_shape(largest: Mapping[sympy.Basic, sympy.Integer], node: fx.Node) -> tuple[int, ...]:
+    """The sizes at the example, where `largest` says how large those may be that depend on values."""
+    shape = zip(cast(torch.Tensor, nodes.value(node)).shape, _shape(node), strict=True)
+    known = ((size, found.xreplace(largest)) if isinstance(found, sympy.Basic) else (size, found) for size, found in shape)
+    return tuple(
+        found if isinstance(found, int) else int(str(found)) if found.is_number else fake.hint(size) for size, found in known
+    )
+
+
+def _weights_of(node: fx.Node) -> dict[str, int]:
+    """The elements of the weights a node reads, whole or as a view, by name."""
+    found: dict[str, int] = {}
+    for item in node.all_input_nodes:
+        views = [item]
+        while is_view(views[-1]):
+            views.append(cast(fx.Node, views[-1].args[0]))
+        root = views.pop()
+        if root.op == "get_attr" and all(map(moves_nothing, views)):
+            found[str(root.target)] = int(product(_shape(root)))
+    return found
+
+
+def _symbolic_costs(program: Program) -> dict[fx.Node, Cost]:
+    return {node: node_cost(node) for node in program.nodes()}
+
+
+def _total(costs: Mapping[fx.Node, Cost], members: Sequence[fx.Node]) -> Cost:
+    found = [costs[node] for node in members]
+    weights = {name: count for node in members if costs[node].parameters for name, count in _weights_of(node).items()}
+    return Cost(
+        flops=_sum(item.flops for item in found),
+        read_bytes=_sum(item.read_bytes for item in found),
+        written_bytes=_sum(item.written_bytes for item in found),
+        parameters=sum(weights.values()),
+    )
+
+
+def _sum(sizes: Iterable[Size]) -> Size:
+    terms = list(sizes)
+    if all(isinstance(term, int) for term in terms):
+        return sum(cast("list[int]", terms))
+    return sympy.Add(*terms)
+
+
+def _replace(value: Size, numbers: Mapping[sympy.Symbol, int]) -> Size:
+    if isinstance(value, int) or not numbers:
+        return value
+    found = value.xreplace({symbol: sympy.Integer(number) for symbol, number in numbers.items()})
+    return int(str(found)) if found.is_Integer else cast(sympy.Expr, found)
+
+
+def size_numbers(program: Program, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+    """The sizes by symbol, each checked against the signature."""
+    signature = program.signature
+    symbols = {dimension.name: symbol for symbol, dimension in signature.dimensions.items()}
+    listed = ", ".join(f"{dimension.name} ({dimension.range})" for dimension in signature.dimensions.values())
+    numbers: dict[sympy.Symbol, int] = {}
+    for name, number in sizes.items():
+        if name not in symbols:
+            have = f"it has {listed}" if listed else "all its sizes are fixed"
+            raise UnsupportedError(f"{program.name} has no dimension '{name}'{nearest(name, symbols) or ';'} {have}")
+        dimension = signature.dimensions[symbols[name]]
+        if number < dimension.minimum or (dimension.maximum is not None and number > dimension.maximum):
+            raise UnsupportedError(f"{name} = {number} is no size {program.name} takes; allowed: {dimension.range}")
+        numbers[symbols[name]] = number
+    for condition in signature.conditions:
+        if condition.xreplace({symbol: sympy.Integer(number) for symbol, number in numbers.items()}) == sympy.false:
+            given = ", ".join(f"{name} = {number}" for name, number in sizes.items())
+            raise UnsupportedError(
+                f"{given} breaks a condition of {program.name}, {signature.name_of(condition)}; "  # pyright: ignore[reportArgumentType]
+                "give sizes that meet it"
+            )
+    return numbers

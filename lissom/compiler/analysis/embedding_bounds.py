@@ -1,0 +1,109 @@
+"""Say in one sentence which table a call's inputs lead out of: a token id past the vocabulary, a position past the last."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.collectives import alone
+from lissom.compiler.ir.placement import Placed
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+
+def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | None:
+    """The sentence for the first lookup that asks for a row its table does not have; None when all are inside.
+
+    The program is run once more, so this is for a call that has failed already. On CUDA such a call cannot be explained:
+    it leaves the device in an error state.
+    """
+    indices: dict[object, torch.Tensor] = dict(zip(program.placeholders, inputs, strict=True))
+
+    def observe(node: fx.Node, value: object) -> None:
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+            indices[node] = value
+
+    with alone(), suppress(IndexError, RuntimeError):
+        program.run(inputs, observe)
+    for node in program.nodes():
+        found = _look_up(node)
+        if found is None:
+            continue
+        asked, rows = indices.get(found[0]), found[1]
+        if asked is None or asked.numel() == 0 or not isinstance(rows, int):
+            continue
+        low, high = int(asked.min()), int(asked.max())
+        if low < 0 or high >= rows:
+            return _sentence(high if high >= rows else low, _name(node.args[0]), rows)
+    return None
+
+
+def _sentence(row: int, table: str, rows: int) -> str:
+    return (
+        f"the inputs ask for row {row} of '{table}', which has rows 0 to {rows - 1}; pass token ids inside the vocabulary, "
+        f"and no more tokens than the model has positions"
+    )
+
+
+@dataclass(frozen=True)
+class CutTable:
+    """A table cut by rows that an input is looked up in. argument: the input's place. rows: of the whole table."""
+
+    argument: int
+    name: str
+    rows: int
+
+    def outside(self, inputs: Sequence[torch.Tensor]) -> str | None:
+        """The sentence for an input that asks for a row the whole table does not have."""
+        ids = inputs[self.argument]
+        if ids.numel() == 0:
+            return None
+        low, high = (int(end) for end in torch.aminmax(ids))
+        return None if low >= 0 and high < self.rows else _sentence(high if high >= self.rows else low, self.name, self.rows)
+
+
+def cut_tables(program: Program) -> tuple[CutTable, ...]:
+    """The tables of one rank's program that are cut by rows, which answer zeros for rows that no rank has."""
+    found = dict[tuple[int, int], CutTable]()
+    places = {node: index for index, node in enumerate(program.placeholders)}
+    for node in program.nodes(aten.embedding.default):
+        table, held = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+        placed = nodes.placed(table)
+        spans = placed.spans(0) if isinstance(placed, Placed) else ()
+        if not spans or not isinstance(spans[0].size, int):
+            continue
+        ids = _original(held)
+        if ids in places:
+            rows = spans[0].size
+            found.setdefault((places[ids], rows), CutTable(places[ids], _name(table), rows))
+    return tuple(found.values())
+
+
+def _original(held: fx.Node) -> fx.Node:
+    """The ids that a rank clamps to the rows it has."""
+    while held.target in (aten.clamp.default, aten.sub.Tensor):
+        held = cast(fx.Node, held.args[0])
+    return held
+
+
+def _look_up(node: fx.Node) -> tuple[object, object] | None:
+    """The indices a call looks up and how many rows its table has; None when it is no look-up."""
+    if str(node.target) == "lissom.packed_embedding.default":
+        return node.args[1], node.kwargs["features"]
+    if node.target is aten.embedding.default:
+        return node.args[1], nodes.tensor_type(node.args[0]).shape[0]
+    if node.target in (aten.index_select.default, aten.gather.default):
+        return node.args[2], nodes.tensor_type(node.args[0]).shape[cast(int, node.args[1])]
+    return None
+
+
+def _name(table: object) -> str:
+    assert isinstance(table, fx.Node)
+    return str(table.target) if table.op == "get_attr" else table.name

@@ -1,0 +1,238 @@
+"""Floating-point operations of one operator call, from the sizes of what it reads and yields.
+
+A multiplication with its addition is two operations. What counts is what `torch.utils.flop_counter` counts: products of
+matrices, convolutions and attentions. Element-wise work, norms, softmax, and products with a vector are free there and here.
+Beyond it, the grouped products of mixtures of experts count too, which it does not know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import cast
+
+import sympy
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.ops.pattern import Pattern
+from lissom.compiler.ir.types import Size
+
+aten = torch.ops.aten
+
+Shape = Sequence[Size]
+ShapeOf = Callable[[fx.Node], Shape]
+Formula = Callable[[fx.Node, ShapeOf], Size]
+
+
+def operations(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """The operations of a call; 0 for operators without a formula. `shape_of` gives the sizes of a node's tensor."""
+    formula = _formula(node)
+    return 0 if formula is None else 2 * formula(node, shape_of)
+
+
+def is_counted(node: fx.Node) -> bool:
+    """True when the call's operations count."""
+    return _formula(node) is not None
+
+
+def _formula(node: fx.Node) -> Formula | None:
+    return FORMULAS.get(node.target) or _FOREIGN.get(str(node.target))
+
+
+def product(sizes: Shape) -> Size:
+    """The sizes multiplied, numbers and expressions alike."""
+    return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def _operand(node: fx.Node, index: int, shape_of: ShapeOf) -> Shape:
+    """The sizes of the operator's tensor parameter at `index`, given by position or by name."""
+    schema = cast(torch._ops.OpOverload, node.target)._schema
+    return shape_of(cast(fx.Node, nodes.argument(node, schema.arguments[index].name)))
+
+
+def _product(node: fx.Node, shape_of: ShapeOf) -> Size:
+    left, right = _operand(node, 0, shape_of), _operand(node, 1, shape_of)
+    return product(shape_of(node)) * left[-1] if len(right) > 1 else 0
+
+
+def _packed(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """A linear layer whose weight is packed, so that its sizes say less than the input's."""
+    return product(shape_of(node)) * _operand(node, 0, shape_of)[-1]
+
+
+def _half_packed(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """A linear layer of whose weights half are kept and multiplied with, [features, inputs / 2]."""
+    return product(shape_of(node)) * _operand(node, 1, shape_of)[-1]
+
+
+def _grouped_product(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Rows [tokens, in_features], each with the matrix of its group of [groups, in_features, out_features]."""
+    return product(_operand(node, 0, shape_of)) * _operand(node, 1, shape_of)[-1]
+
+
+def _biased_product(node: fx.Node, shape_of: ShapeOf) -> Size:
+    return product(shape_of(node)) * _operand(node, 1, shape_of)[-1]
+
+
+def _attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Scores q·kᵀ, then scores·v. Key/value heads that several query heads share are multiplied once for each of these."""
+    q, k, v = (_operand(node, index, shape_of) for index in range(3))
+    batch = q[:-2] if node.kwargs.get("enable_gqa") else [b if a == 1 else a for a, b in zip(q[:-2], k[:-2], strict=True)]
+    scores = product([*batch, q[-2], q[-1]]) * k[-2]
+    return scores + product([*shape_of(node)[:-1], k[-2]]) * v[-1]
+
+
+def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """The same, of queries, keys and values that lie beside each other and are of one size."""
+    *_, tokens, features = shape_of(node)
+    return 2 * product(shape_of(node)[:-2]) * tokens * tokens * features
+
+
+def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """The same of the blocks the pattern reaches. A layout that is no weight counts as if all its blocks were seen."""
+    q, k, v = (_operand(node, index, shape_of) for index in range(3))
+    block, layout = cast(int, nodes.argument(node, "block")), nodes.argument(node, "layout")
+    pattern = Pattern.decode(cast(Sequence[int], nodes.argument(node, "pattern")), block)
+    if isinstance(layout, fx.Node):
+        table = _weight(layout)
+        pairs = _pairs_function(pattern, torch.ones(1, 1, 1, dtype=torch.bool) if table is None else table)
+    else:
+        pairs = _pairs_function_without_layout(pattern)
+    return product(q[:2]) * cast(Size, pairs(q[2], k[2])) * (q[3] + v[3])
+
+
+def _weight(node: fx.Node) -> torch.Tensor | None:
+    """The weight a node reads; None when it reads none, or one without values."""
+    if node.op != "get_attr" or node.graph.owning_module is None:
+        return None
+    path, _, leaf = str(node.target).rpartition(".")
+    found = getattr(node.graph.owning_module.get_submodule(path), leaf)
+    return None if found.is_meta else found
+
+
+def _pairs_function(pattern: Pattern, layout: torch.Tensor | None) -> type[sympy.Function]:
+    """pairs(queries, keys): pairs of a query and a key in the blocks reached, the mean of the layout's heads."""
+
+    def evaluate(_: type[sympy.Function], queries: sympy.Expr, keys: sympy.Expr) -> sympy.Integer | None:
+        if not (queries.is_Integer and keys.is_Integer):
+            return None
+        rows, columns = int(str(queries)), int(str(keys))
+        some, _whole = pattern.blocks(rows, columns, pattern.block, layout)
+        heights, widths = (
+            (length - torch.arange(count) * pattern.block).clamp(max=pattern.block)
+            for length, count in zip((rows, columns), some.shape[1:], strict=True)
+        )
+        area = (some * heights[:, None] * widths).sum()
+        return sympy.Integer(round(int(area) / len(some)))
+
+    return type("pairs", (sympy.Function,), {"eval": classmethod(evaluate)})
+
+
+# One for each pattern, so that the pairs of two layers are like terms.
+@cache
+def _pairs_function_without_layout(pattern: Pattern) -> type[sympy.Function]:
+    return _pairs_function(pattern, None)
+
+
+def _linear_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Keys' features times values, queries' features times these sums; causal ones also a triangle of weights in each chunk.
+
+    The denominator is one more feature of v.
+    """
+    q, k, v = (_operand(node, index, shape_of) for index in range(3))
+    total = product(k) * (v[-1] + 1) + product(q) * (v[-1] + 1)
+    if not nodes.argument(node, "causal"):
+        return total
+    return total + product(q[:-1]) * cast(int, nodes.argument(node, "chunk")) * (q[-1] + v[-1] + 1)
+
+
+def _convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
+    return product(shape_of(node)) * product(_operand(node, 1, shape_of)[1:])
+
+
+def _transposed_convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
+    return product(_operand(node, 0, shape_of)) * product(_operand(node, 1, shape_of)[1:])
+
+
+def _any_convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
+    return (_transposed_convolution if nodes.argument(node, "transposed") else _convolution)(node, shape_of)
+
+
+def _einsum(node: fx.Node, shape_of: ShapeOf) -> Size:
+    """Pair by pair, in the order PyTorch takes them: a pair that sums over no label of both is an element-wise product."""
+    inputs, arrow, output = cast(str, node.args[0]).replace(" ", "").partition("->")
+    shapes = [shape_of(item) for item in cast(Sequence[fx.Node], node.args[1])]
+    terms = inputs.split(",")
+    labels = [_labels(term, len(shape)) for term, shape in zip(terms, shapes, strict=True)]
+    kept = {*output} if arrow else {letter for letter in inputs if inputs.count(letter) == 1}
+    if "..." in output or not arrow:
+        kept |= {label for term in labels for label in term if label.isdigit()}
+    operands = [dict(zip(term, shape, strict=True)) for term, shape in zip(labels, shapes, strict=True)]
+    path = list(cast("Sequence[int] | None", nodes.argument(node, "path")) or ())
+    total: Size = 0
+    while len(operands) > 1:
+        first, second = sorted((path.pop(0), path.pop(0))) if path else (0, 1)
+        b, a = operands.pop(second), operands.pop(first)
+        needed = kept | {label for other in operands for label, size in other.items() if size != 1}
+        pair = {label: b.get(label, 1) if a.get(label, 1) == 1 else a[label] for label in {**a, **b}}
+        summed = {label for label in pair if label not in needed}
+        contracted = {label for label in summed if a.get(label, 1) != 1 and b.get(label, 1) != 1}
+        if contracted:
+            total += product([size for label, size in pair.items() if label not in summed or label in contracted])
+        operands.append({label: size for label, size in pair.items() if label not in summed})
+    return total
+
+
+def _labels(term: str, rank: int) -> list[str]:
+    """One label a dimension: a letter, or for those under `...` a number counted from the last of them."""
+    before, dots, after = term.partition("...")
+    missing = rank - len(before) - len(after) if dots else 0
+    return [*before, *map(str, range(missing, 0, -1)), *after]
+
+
+FORMULAS: dict[object, Formula] = {
+    aten.linear.default: _product,
+    aten.matmul.default: _product,
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
+    aten._grouped_mm.default: _grouped_product,
+    aten._int_mm.default: _product,
+    aten._scaled_mm.default: _product,
+    aten._weight_int4pack_mm.default: _packed,
+    aten._weight_int8pack_mm.default: _packed,
+    aten.addmm.default: _biased_product,
+    aten.baddbmm.default: _biased_product,
+    aten.scaled_dot_product_attention.default: _attention,
+    aten.einsum.default: _einsum,
+    aten.conv1d.default: _convolution,
+    aten.conv1d.padding: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv2d.padding: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.conv3d.padding: _convolution,
+    aten.conv_transpose1d.default: _transposed_convolution,
+    aten.conv_transpose2d.input: _transposed_convolution,
+    aten.conv_transpose3d.input: _transposed_convolution,
+    aten.convolution.default: _any_convolution,
+}
+"""Multiplications of a call, by operator."""
+
+_FOREIGN: dict[str, Formula] = {
+    "lissom.attention.default": _attention,
+    "lissom.fused_attention.default": _attention,
+    "lissom.block_sparse_attention.default": _block_sparse_attention,
+    "lissom.merged_attention.default": _merged_attention,
+    "lissom.linear_attention.default": _linear_attention,
+    "lissom.packed_linear.default": _packed,
+    "lissom.sparse_linear.default": _half_packed,
+    "lissom.packed_linear_norm.default": _packed,
+    "lissom.quantized_linear.default": _packed,
+    "lissom.quantized_linear_norm.default": _packed,
+    "lissom.weight_quantized_linear.default": _packed,
+    "lissom.weight_quantized_linear_norm.default": _packed,
+    "lissom.grouped_product.default": _grouped_product,
+}
+"""The same for our own operators, by name."""

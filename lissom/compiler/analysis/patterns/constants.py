@@ -1,0 +1,102 @@
+"""Which counts and conditions of positions constants are: a band, a table made of blocks, numbers that grow evenly."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lissom.compiler.analysis.patterns.facts import ALWAYS, NEVER, Count, Seen, Table, between, both, either
+
+_INTEGERS = (torch.int32, torch.int64)
+_MOST = 1 << 24
+"""Numbers of a weight that are looked at: a table of 4,096 tokens square."""
+_BLOCKS = (128, 64, 32, 16)
+_RUNS = 4
+"""Bands a constant mask may have."""
+
+
+def value_of_constant(weight: torch.Tensor) -> Count | Seen | None:
+    """What a constant of whole numbers or booleans says of positions; None where that is nothing simple."""
+    weight = weight.detach()
+    if not 0 < weight.numel() <= _MOST:
+        return None
+    if weight.dtype == torch.bool:
+        return _of_table(weight.cpu(), weight.data_ptr())
+    return _of_numbers(weight.cpu()) if weight.dtype in _INTEGERS else None
+
+
+def _of_numbers(numbers: torch.Tensor) -> Count | None:
+    """Whole numbers that grow evenly along each dimension, or by one every so many along one."""
+    offset = int(numbers.flatten()[0])
+    axes = [axis for axis in range(-numbers.dim(), 0) if numbers.shape[axis] > 1]
+    slopes = [(axis, int(numbers.select(axis, 1).flatten()[0]) - offset) for axis in axes]
+    even = torch.full_like(numbers, offset)
+    for axis, slope in slopes:
+        even += (slope * torch.arange(numbers.shape[axis], dtype=numbers.dtype)).reshape(-1, *[1] * (-axis - 1))
+    if torch.equal(even, numbers):
+        return Count(tuple(((axis, 1), slope) for axis, slope in slopes if slope), offset)
+    if len(axes) != 1 or offset:
+        return None
+    flat = numbers.flatten()
+    unit = int((flat != 0).nonzero()[0])
+    steps = torch.arange(len(flat), dtype=flat.dtype) // unit
+    return Count((((axes[0], unit), 1),)) if torch.equal(flat, steps) else None
+
+
+def _of_table(table: torch.Tensor, identity: int) -> Seen | None:
+    """A constant condition: on one dimension, a band, or one made of blocks."""
+    axes = [axis for axis in range(-table.dim(), 0) if table.shape[axis] > 1]
+    if bool(table.all()) or not bool(table.any()):
+        return ALWAYS if bool(table.all()) else NEVER
+    if len(axes) == 1:
+        return _runs(table.flatten(), Count((((axes[0], 1), 1),)))
+    if len(axes) == 2:
+        band = _band(table.reshape(table.shape[axes[0]], table.shape[axes[1]]))
+        if band is not None:
+            return _runs(band, Count((((axes[0], 1), -1), ((axes[1], 1), 1)), table.shape[axes[0]] - 1))
+    if len(axes) not in (2, 3) or axes[-2:] != [-2, -1]:
+        return None
+    squares = table.reshape(-1, *table.shape[-2:])
+    heads = axes[0] if len(axes) == 3 else 0
+    for block in _BLOCKS:
+        blocks = _blocks(squares, block)
+        spread = blocks.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : table.shape[-2], : table.shape[-1]]
+        seen: Seen = ((Table(blocks, identity, (heads, -2, -1), block),),)
+        if torch.equal(spread, squares):
+            return seen
+        if torch.equal(spread.tril(), squares):
+            return both(seen, between(Count((((-2, 1), -1), ((-1, 1), 1))), -math.inf, 0))
+    return None
+
+
+def _blocks(squares: torch.Tensor, block: int) -> torch.Tensor:
+    """Which blocks hold something seen, [heads, query blocks, key blocks]."""
+    heads, *sizes = squares.shape
+    rows, columns = (-(-size // block) for size in sizes)
+    padded = torch.zeros(heads, rows * block, columns * block, dtype=torch.bool)
+    padded[:, : sizes[0], : sizes[1]] = squares
+    return padded.reshape(heads, rows, block, columns, block).any(4).any(2)
+
+
+def _band(square: torch.Tensor) -> torch.Tensor | None:
+    """What is seen for each difference of key and query, from 1 - rows to columns - 1; None where more than that matters."""
+    if not torch.equal(square[1:, 1:], square[:-1, :-1]):
+        return None
+    return torch.cat([square[:, 0].flip(0), square[0, 1:]])
+
+
+def _runs(line: torch.Tensor, count: Count) -> Seen | None:
+    """Where a line along a count holds, as intervals; what lies before and behind it is as at its ends."""
+    changes = (line[1:] != line[:-1]).nonzero().flatten().tolist()
+    starts = [-1, *changes]
+    ends = [*changes, len(line) - 1]
+    found: Seen | None = NEVER
+    if len(ends) > 2 * _RUNS:
+        return None
+    for start, end in zip(starts, ends, strict=True):
+        if bool(line[end]):
+            low = -math.inf if start < 0 else start + 1
+            high = math.inf if end == len(line) - 1 else end
+            found = either(found, between(count, low, high))
+    return found

@@ -1,0 +1,283 @@
+"""The pattern of positions in an attention's mask, told apart from what else the mask says.
+
+A mask is taken apart at every `&`, or `+` of numbers that hide, through views. What each part says of positions is found by
+`position_values`; the rest, padding and learnt biases, stays as it is. The pattern is exact: with the rest it is the mask.
+
+Finite numbers that hide, such as the lowest of float32, are as good as -∞ where every row sees a key; else a row that sees none
+is a mean over all keys. So such masks are read only where nothing else can hide what the pattern shows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.ops.pattern import Condition, Pattern
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import CASTS, number
+from lissom.compiler.analysis.patterns.facts import ALWAYS, Count, Seen, between, both, moved, opposite, pattern_of
+from lissom.compiler.analysis.patterns.values import AND, NOT, OR, PositionValues
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import Size
+
+aten = torch.ops.aten
+
+_LOWEST = -1e4
+"""Scores are never so far apart that a key with this bias counts, as BERT's authors had it."""
+_PLAIN = aten.scaled_dot_product_attention.default
+_WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+CAUSAL = Condition(1, -1, 0)
+"""A query sees no later key."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a mask that is no pattern: a condition that must hold, or numbers that are added.
+
+    negated: what must not hold. views: the dimensions of size 1 that are put into it, in order.
+    """
+
+    node: fx.Node
+    negated: bool = False
+    views: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was found in a mask.
+
+    pattern: what it says of positions; None where that is nothing a kernel can use.
+    reason: why there is no pattern; empty where the mask says nothing of positions.
+    layout: boolean, [heads or 1, query blocks, key blocks], where the pattern asks one.
+    rest: the other parts of the mask.
+    """
+
+    pattern: Pattern | None
+    layout: torch.Tensor | None = None
+    rest: tuple[Part, ...] = ()
+    reason: str = ""
+
+    @property
+    def causal(self) -> bool:
+        """Whether all it says is that a query sees no later key."""
+        return self.pattern is not None and self.pattern.alternatives == ((CAUSAL,),)
+
+
+def read_pattern(program: Program, attention: fx.Node) -> Reading:
+    """The pattern in the mask of an attention, `scaled_dot_product_attention` or `lissom::attention`."""
+    causal = attention.target is _PLAIN and bool(nodes.argument(attention, "is_causal"))
+    mask = mask_of(attention)
+    known = program.fact(_readings)
+    key = (mask, causal)
+    if key not in known:
+        known[key] = _read(program, mask, causal)
+    return known[key]
+
+
+def _readings(program: Program) -> dict[tuple[fx.Node | None, bool], Reading]:
+    return {}
+
+
+def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
+    reader = _Reader(program)
+    if causal:
+        reader.meet(between(Count((((-2, 1), -1), ((-1, 1), 1))), -math.inf, 0))
+    if mask is not None:
+        reader.split(mask)
+    rest = tuple(reader.rest)
+    found = pattern_of(reader.seen)
+    if reader.seen == ALWAYS:
+        return Reading(None, rest=rest, reason=_why(program, rest))
+    if found is None:
+        return Reading(None, rest=rest, reason="what its mask says of positions is more than a pattern of blocks and distances")
+    pattern, layout = found
+    if reader.finite and not (_sees_itself(pattern) and _is_square(mask)):
+        return Reading(None, rest=rest, reason="its mask hides with finite numbers, and may hide all keys of a row")
+    if reader.finite and rest:
+        reason = "its mask hides with finite numbers: a row that sees no key is a mean over all, and padding may make one"
+        return Reading(None, rest=rest, reason=reason)
+    return Reading(pattern, layout, rest)
+
+
+class _Reader:
+    """Takes one mask apart. seen: what it says of positions so far. finite: whether finite numbers stand for -∞ in it."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._values = program.fact(PositionValues)
+        self.seen: Seen = ALWAYS
+        self.rest: list[Part] = []
+        self.finite = False
+
+    def meet(self, seen: Seen | None) -> bool:
+        """Add a condition; False when it is not known, or becomes too many alternatives."""
+        found = both(self.seen, seen)
+        if found is not None and pattern_of(found) is not None:
+            self.seen = found
+            return True
+        return False
+
+    def split(self, node: fx.Node, negated: bool = False, inserted: tuple[int, ...] = ()) -> None:
+        """Take in a mask. inserted: dimensions of size 1 put into it on the way to the attention, outermost first."""
+        if nodes.tensor_type(node).dtype == torch.bool:
+            self._split_condition(node, negated, inserted)
+        else:
+            self._split_numbers(node, inserted)
+
+    def _split_condition(self, node: fx.Node, negated: bool, inserted: tuple[int, ...]) -> None:
+        seen = _inserted(self._values.seen(node), inserted)
+        if seen is not None and self.meet(opposite(seen) if negated else seen):
+            return
+        if nodes.is_call(node, *(OR if negated else AND)):
+            for item in node.args[:2]:
+                self._split_condition(item, negated, inserted)  # pyright: ignore
+        elif nodes.is_call(node, *NOT):
+            self._split_condition(node.args[0], not negated, inserted)  # pyright: ignore[reportArgumentType]
+        elif (view := _plain_view(node)) is not None:
+            self._split_condition(node.args[0], negated, (*inserted, *view))  # pyright: ignore[reportArgumentType]
+        else:
+            self.rest.append(Part(node, negated, inserted[::-1]))
+
+    def _split_numbers(self, node: fx.Node, inserted: tuple[int, ...]) -> None:
+        if nodes.is_call(node, aten.add.Tensor) and not node.kwargs and all(map(nodes.is_tensor, node.args)):
+            for item in node.args:
+                self._split_numbers(item, inserted)  # pyright: ignore[reportArgumentType]
+            return
+        chosen = self._hidden(node)
+        if chosen is not None:
+            condition, negated, fill, kept = chosen
+            before = len(self.rest)
+            self._split_condition(condition, negated, inserted)
+            if len(self.rest) == before or fill == -math.inf:
+                self.finite |= fill != -math.inf
+                if kept is not None:
+                    self._split_numbers(kept, inserted)
+                return
+            # What else the condition says would have to be said by the same number.
+            del self.rest[before:]
+            self.finite = True
+            self.rest.append(Part(node, False, inserted[::-1]))
+        elif (view := _plain_view(node)) is not None:
+            self._split_numbers(node.args[0], (*inserted, *view))  # pyright: ignore[reportArgumentType]
+        elif not self._is_zero(node):
+            self.rest.append(Part(node, False, inserted[::-1]))
+
+    def _hidden(self, node: fx.Node) -> tuple[fx.Node, bool, float, fx.Node | None] | None:
+        """Of numbers that hide: the condition, whether what holds is hidden, the number, and what else is added."""
+        if nodes.is_call(node, *_FILL):
+            kept, condition, fill = node.args
+            value = number(self._program, fill)
+            if value is not None and value <= _LOWEST and nodes.is_tensor(condition):
+                return condition, True, value, None if self._is_zero(kept) else kept  # pyright: ignore
+        if nodes.is_call(node, *_WHERE) and nodes.is_tensor(node.args[0]):
+            condition, left, right = node.args
+            for fill, kept, negated in ((right, left, False), (left, right, True)):
+                value = number(self._program, fill)
+                if value is not None and value <= _LOWEST and (self._is_zero(kept) or nodes.is_tensor(kept)):
+                    return condition, negated, value, None if self._is_zero(kept) else kept  # pyright: ignore
+        return None
+
+    def _is_zero(self, item: object) -> bool:
+        while nodes.is_call(item, aten.expand.default, aten.unsqueeze.default, *CASTS):
+            item = item.args[0]
+        if nodes.is_call(item, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
+            return True
+        if nodes.is_call(item, aten.full.default, aten.full_like.default, aten.new_full.default):
+            return nodes.argument(item, "fill_value") == 0
+        return number(self._program, item) == 0
+
+
+def _plain_view(node: fx.Node) -> tuple[int, ...] | None:
+    """The dimension of size 1 a view puts in, told from the end; empty where it spreads some; None where it is no such view."""
+    if nodes.is_call(node, aten.expand.default):
+        return ()
+    if nodes.is_call(node, aten.unsqueeze.default):
+        rank = nodes.tensor_type(node).rank
+        return (node.args[1] % rank - rank,)  # pyright: ignore
+    return None
+
+
+def _inserted(seen: Seen | None, inserted: tuple[int, ...]) -> Seen | None:
+    """The condition after dimensions of size 1 were put in."""
+    for place in reversed(inserted):
+        seen = moved(seen, {axis: axis - 1 if axis <= place else axis for axis in range(-8, 0)})
+    return seen
+
+
+def _sees_itself(pattern: Pattern) -> bool:
+    """Whether every query sees the key of its own position, whatever a layout holds."""
+    return any(all(_holds_at_once(condition) for condition in conditions) for conditions in pattern.alternatives)
+
+
+def _holds_at_once(condition: Condition) -> bool:
+    unbounded = condition == Condition(condition.query, condition.key)
+    return (condition.query == -condition.key != 0 and condition.low <= 0 <= condition.high) or (
+        unbounded and not condition.asks_layout
+    )
+
+
+def _is_square(mask: fx.Node | None) -> bool:
+    return mask is not None and nodes.tensor_type(mask).shape[-2] == nodes.tensor_type(mask).shape[-1]
+
+
+def _why(program: Program, rest: tuple[Part, ...]) -> str:
+    """Why a mask without a pattern has none; empty where it says nothing of positions."""
+    both_positions = [part.node for part in rest if 1 not in _shape(part)[-2:]]
+    if not both_positions:
+        return ""
+    found: dict[fx.Node, None] = {}
+    pending = list(both_positions)
+    while pending:
+        node = pending.pop()
+        if node not in found and nodes.is_tensor(node):
+            found[node] = None
+            pending += node.all_input_nodes
+    data = [item for item in program.graph.nodes if item in found and _is_data(program, item)]
+    if data:
+        return f"what its mask hides depends on '{data[0].target}', which is data"
+    return "its mask is no function of positions that is known here"
+
+
+def _shape(part: Part) -> tuple[Size, ...]:
+    shape = list(nodes.tensor_type(part.node).shape)
+    for place in part.views:
+        if -place <= len(shape):
+            shape.insert(len(shape) + 1 + place, 1)
+    return (1, 1, *shape)
+
+
+def _is_data(program: Program, node: fx.Node) -> bool:
+    return node.op == "placeholder" or (node.op == "get_attr" and str(node.target) in program.state)
+
+
+def write_rest(edit: Editor, rest: tuple[Part, ...]) -> fx.Node | None:
+    """What a pattern leaves of a mask as one: a condition, or numbers to add; None where nothing is left; use in `before`."""
+    conditions: list[fx.Node] = []
+    numbers: list[fx.Node] = []
+    for part in rest:
+        node = part.node
+        for place in part.views:
+            # A dimension in front of all of a part's own is there by broadcasting.
+            if -place <= nodes.tensor_type(node).rank:
+                node = edit.call(aten.unsqueeze.default, node, place)
+        if part.negated:
+            node = edit.call(aten.logical_not.default, node)
+        (conditions if nodes.tensor_type(node).dtype == torch.bool else numbers).append(node)
+    condition = _folded(edit, aten.__and__.Tensor, conditions)
+    total = _folded(edit, aten.add.Tensor, numbers)
+    if condition is None or total is None:
+        return condition if total is None else total
+    return edit.call(aten.masked_fill.Scalar, total, edit.call(aten.logical_not.default, condition), -math.inf)
+
+
+def _folded(edit: Editor, operator: torch._ops.OpOverload, found: list[fx.Node]) -> fx.Node | None:
+    result = found[0] if found else None
+    for node in found[1:]:
+        result = edit.call(operator, result, node)
+    return result

@@ -1,0 +1,308 @@
+"""Which counts and conditions of positions the values of a program are, found by following its operators.
+
+`arange(n)` is a count, and so are sums, differences and remainders of counts; comparisons of them are conditions. Of constants
+see `position_constants`. Whatever depends on data is neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import CASTS
+from lissom.compiler.analysis.patterns.constants import value_of_constant
+from lissom.compiler.analysis.patterns.facts import ALWAYS, NEVER, Count, Seen, Table, between, both, difference, either, equal, moved, opposite, shifted, slide
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import ScalarType, Size
+
+aten = torch.ops.aten
+Value = Count | Seen | None
+"""What a tensor of whole numbers or of booleans says of positions; None where that is not known."""
+
+_INTEGERS = (torch.int32, torch.int64)
+_END = float("inf")
+AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
+OR = (aten.__or__.Tensor, aten.logical_or.default, aten.bitwise_or.Tensor)
+NOT = (aten.logical_not.default, aten.bitwise_not.default)
+_TO = (*CASTS, aten.to.device, aten.to.dtype_layout, aten.clone.default, aten.contiguous.default, aten.alias.default)
+_BOUNDS: Mapping[str, Callable[[int], tuple[float, float]]] = {
+    "le": lambda number: (-_END, number),
+    "lt": lambda number: (-_END, number - 1),
+    "ge": lambda number: (number, _END),
+    "gt": lambda number: (number + 1, _END),
+    "eq": lambda number: (number, number),
+}
+
+
+class PositionValues:
+    """The values of one program's nodes as counts and conditions, each found once."""
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._known: dict[fx.Node, Value] = {}
+
+    def count(self, item: object) -> Count | None:
+        """The count a tensor or a number is."""
+        if isinstance(item, (bool, float)):
+            return None
+        if isinstance(item, int):
+            return Count(offset=item)
+        if not isinstance(item, fx.Node) or not nodes.has_value(item):
+            return None
+        found = nodes.node_type(item)
+        if isinstance(found, ScalarType):
+            return Count(offset=found.value) if isinstance(found.value, int) else None
+        value = self._value(item)
+        return value if isinstance(value, Count) else None
+
+    def seen(self, item: object) -> Seen | None:
+        """The condition a boolean tensor is."""
+        if isinstance(item, bool):
+            return ALWAYS if item else NEVER
+        if not nodes.is_tensor(item) or nodes.tensor_type(item).dtype != torch.bool:
+            return None
+        value = self._value(item)
+        return None if isinstance(value, Count) else value
+
+    def _value(self, node: fx.Node) -> Value:
+        if node not in self._known:
+            self._known[node] = None
+            self._known[node] = self._find(node)
+        return self._known[node]
+
+    def _find(self, node: fx.Node) -> Value:
+        if not nodes.is_tensor(node):
+            return None
+        dtype = nodes.tensor_type(node).dtype
+        if node.op == "get_attr":
+            constant = str(node.target) not in self._program.state
+            return value_of_constant(self._program.weight(str(node.target))) if constant else None
+        if node.op != "call_function" or dtype not in (torch.bool, *_INTEGERS):
+            return None
+        name = str(node.target).split(".")[1] if "." in str(node.target) else ""
+        if dtype == torch.bool:
+            return self._condition(node, name)
+        return self._counted(node, name)
+
+    def _condition(self, node: fx.Node, name: str) -> Seen | None:
+        args = node.args
+        if node.target in AND:
+            return both(self.seen(args[0]), self.seen(args[1]))
+        if node.target in OR:
+            return either(self.seen(args[0]), self.seen(args[1]))
+        if node.target in NOT:
+            return opposite(self.seen(args[0]))
+        if name in _BOUNDS or name == "ne":
+            return self._compared(name, self.count(args[0]), self.count(args[1]))
+        if name in ("tril", "triu"):
+            return self._triangle(node, name)
+        if name in ("index_select", "index"):
+            return self._looked_up(node)
+        return cast("Seen | None", self._moved_or_filled(node, name, self.seen))
+
+    def _counted(self, node: fx.Node, name: str) -> Count | None:
+        args, alone = node.args, not node.kwargs
+        if name == "arange":
+            return self._arange(node)
+        left = self.count(args[0]) if args else None
+        right = self.count(args[1]) if len(args) > 1 else None
+        if name in ("add", "sub", "rsub") and alone and left is not None and right is not None:
+            if name == "add":
+                right = right.then("mul", -1)
+            left, right = (right, left) if name == "rsub" else (left, right)
+            return difference(left, right) if left is not None and right is not None else None
+        if name == "neg" and left is not None:
+            return left.then("mul", -1)
+        if name == "abs" and left is not None:
+            return left.then("abs")
+        if name in ("mul", "floor_divide", "remainder") and alone:
+            return _by_number({"mul": "mul", "floor_divide": "div", "remainder": "mod"}[name], left, right)
+        if name == "div" and node.kwargs.get("rounding_mode") == "floor":
+            return _by_number("div", left, right)
+        if name in ("clamp_max", "clamp_min", "minimum", "maximum"):
+            return _by_number("min" if name in ("clamp_max", "minimum") else "max", left, right)
+        if name == "clamp" and left is not None:
+            return self._clamped(node, left)
+        if name == "diff":
+            return self._steps(node, left)
+        if name == "cumsum":
+            summed = self.seen(node.args[0]) == NEVER or (left is not None and left.constant == 0)
+            return Count() if summed else None
+        return cast("Count | None", self._moved_or_filled(node, name, self.count))
+
+    def _arange(self, node: fx.Node) -> Count | None:
+        start = Count() if node.target is aten.arange.default else self.count(nodes.argument(node, "start"))
+        step = nodes.argument(node, "step") if node.target is aten.arange.start_step else 1
+        first = None if start is None else start.constant
+        if first is None or not isinstance(step, int) or step == 0:
+            return None
+        long = nodes.tensor_type(node).shape[0] != 1
+        return Count((((-1, 1), step),) if long else (), first)
+
+    def _clamped(self, node: fx.Node, x: Count) -> Count | None:
+        found: Count | None = x
+        for step, name in (("max", "min"), ("min", "max")):
+            bound = nodes.argument(node, name)
+            if bound is not None:
+                found = _by_number(step, found, self.count(bound))
+        return found
+
+    def _steps(self, node: fx.Node, x: Count | None) -> Count | None:
+        """`diff(x)` of what grows evenly, with a value in front that keeps it so; transformers tells packed texts by it."""
+        rank = nodes.tensor_type(node).rank
+        axis = cast(int, nodes.argument(node, "dim")) % rank - rank
+        front, behind = (nodes.argument(node, name) for name in ("prepend", "append"))
+        before = self.count(front)
+        if x is None or before is None or x.steps or nodes.argument(node, "n") != 1 or behind is not None:
+            return None
+        slope = sum(factor for (found, _), factor in x.terms if found == axis)
+        even = all(unit == 1 for (found, unit), _ in x.terms if found == axis)
+        first = difference(x.at(axis, 0), before)
+        return Count(offset=slope) if even and first is not None and first.constant == slope else None
+
+    def _compared(self, name: str, left: Count | None, right: Count | None) -> Seen | None:
+        if left is None or right is None:
+            return None
+        if name in ("eq", "ne"):
+            found = equal(left, right)
+            return opposite(found) if name == "ne" else found
+        apart = difference(left, right)
+        if apart is not None:
+            return between(apart, *_BOUNDS[name](0))
+        apart = difference(right, left)
+        return None if apart is None else between(apart, *_BOUNDS[{"l": "g", "g": "l"}[name[0]] + name[1]](0))
+
+    def _triangle(self, node: fx.Node, name: str) -> Seen | None:
+        diagonal = nodes.argument(node, "diagonal")
+        if not isinstance(diagonal, int):
+            return None
+        apart = Count((((-2, 1), -1), ((-1, 1), 1)))
+        part = between(apart, -_END, diagonal) if name == "tril" else between(apart, diagonal, _END)
+        return both(self.seen(node.args[0]), part)
+
+    def _looked_up(self, node: fx.Node) -> Seen | None:
+        """Blocks looked up in a constant table by the blocks of query and key."""
+        found = _table_and_indices(node)
+        if found is None:
+            return None
+        weight, rows, columns = found
+        table = self._program.weight(str(weight.target)).detach()
+        rank = nodes.tensor_type(node).rank
+        if str(weight.target) in self._program.state or table.dtype != torch.bool or table.dim() not in (2, 3):
+            return None
+        selected = node.target is aten.index_select.default
+        places: list[tuple[int, int]] = []
+        for index, size, axis in ((rows, table.shape[-2], -2), (columns, table.shape[-1], -1)):
+            place = _block_of(self.count(index), size)
+            if place is None:
+                return None
+            places.append((axis, place[1]) if selected else place)
+        (row, block), (column, other) = places
+        if block != other:
+            return None
+        heads = -rank if table.dim() == 3 else 0
+        return ((Table(table if table.dim() == 3 else table[None], table.data_ptr(), (heads, row, column), block),),)
+
+    def _moved_or_filled(self, node: fx.Node, name: str, value_of: Callable[[object], Value]) -> Value:
+        """What views of known values and constants are."""
+        if name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"):
+            fill = nodes.argument(node, "fill_value") if "full" in name else int("ones" in name)
+            whole = nodes.tensor_type(node).dtype != torch.bool
+            return value_of(fill if whole else bool(fill)) if isinstance(fill, (bool, int)) else None
+        if node.target in _TO and nodes.is_tensor(node.args[0]):
+            from_integers = nodes.tensor_type(node.args[0]).dtype in _INTEGERS
+            return value_of(node.args[0]) if from_integers == (nodes.tensor_type(node).dtype in _INTEGERS) else None
+        if name == "where" and len(node.args) == 3 and nodes.tensor_type(node).dtype == torch.bool:
+            chosen, left, right = (self.seen(item) for item in node.args)
+            return either(both(chosen, left), both(opposite(chosen), right))
+        if not node.args or not nodes.is_tensor(node.args[0]):
+            return None
+        x = value_of(node.args[0])
+        if x is None:
+            return None
+        if name == "slice":
+            return _sliced(node, x)
+        axes = axes_of_view(node)
+        if axes is None:
+            return None
+        return x.moved(axes) if isinstance(x, Count) else moved(x, axes)
+
+
+def _by_number(step: str, left: Count | None, right: Count | None) -> Count | None:
+    if left is None or right is None:
+        return None
+    if left.constant is not None and step in ("mul", "min", "max"):
+        left, right = right, left
+    return left.then(step, right.constant) if right.constant is not None else None
+
+
+def _block_of(count: Count | None, size: int) -> tuple[int, int] | None:
+    """The dimension and the block's tokens of min(⌊index / block⌋, size - 1)."""
+    if count is None or len(count.terms) != 1 or count.offset or count.terms[0][1] != 1:
+        return None
+    return count.terms[0][0] if count.steps in ((), (("min", size - 1),)) else None
+
+
+def _table_and_indices(node: fx.Node) -> tuple[fx.Node, object, object] | None:
+    """The weight, rows and columns of `index_select(index_select(weight, -2, rows), -1, columns)`, or of its indexing."""
+    if node.target is aten.index.Tensor:
+        weight, indices = node.args[0], cast(Sequence[object], node.args[1])
+        if not (isinstance(weight, fx.Node) and weight.op == "get_attr") or len(indices) != nodes.tensor_type(weight).rank:
+            return None
+        rows, columns = indices[-2:]
+        known = rows is not None and columns is not None and not any(indices[:-2])
+        return (weight, rows, columns) if known else None
+    inner = node.args[0]
+    if not nodes.is_call(inner, aten.index_select.default) or node.target is not aten.index_select.default:
+        return None
+    weight, rank = inner.args[0], nodes.tensor_type(node).rank
+    dims = [cast(int, item.args[1]) % rank - rank for item in (inner, node)]
+    if not (isinstance(weight, fx.Node) and weight.op == "get_attr") or sorted(dims) != [-2, -1]:
+        return None
+    found = {dims[0]: inner.args[2], dims[1]: node.args[2]}
+    return weight, found[-2], found[-1]
+
+
+def _sliced(node: fx.Node, x: Count | Seen) -> Value:
+    rank = nodes.tensor_type(node).rank
+    axis = cast(int, nodes.argument(node, "dim")) % rank - rank
+    start = nodes.argument(node, "start") or 0
+    if not isinstance(start, int) or start < 0 or nodes.argument(node, "step") != 1:
+        return None
+    single = nodes.tensor_type(node).shape[axis] == 1
+    if isinstance(x, Count):
+        return x.at(axis, start) if single else slide(x, axis, start)
+    return shifted(x, axis, start, single)
+
+
+def axes_of_view(node: fx.Node) -> dict[int, int] | None:
+    """For each dimension of a view's argument, which of the view's it becomes, from the end; None where it is no such view.
+
+    Dimensions of size 1 may come, go and be spread.
+    """
+    old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)
+    if node.target is aten.expand.default:
+        return {axis: axis for axis in range(-old.rank, 0)}
+    if node.target in (aten.transpose.int, aten.permute.default):
+        order = list(range(old.rank))
+        if node.target is aten.permute.default:
+            order = [dim % old.rank for dim in cast(Sequence[int], node.args[1])]
+        else:
+            first, second = (cast(int, item) for item in node.args[1:3])
+            order[first], order[second] = order[second], order[first]
+        return {dim - old.rank: place - old.rank for place, dim in enumerate(order)}
+    views = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.reshape.default)
+    if node.target not in (*views, aten.view.default, *_TO):
+        return None
+    wide_old, wide_new = _wide(old.shape), _wide(new.shape)
+    if [old.shape[axis] for axis in wide_old] != [new.shape[axis] for axis in wide_new]:
+        return None
+    return dict(zip(wide_old, wide_new, strict=True))
+
+
+def _wide(shape: Sequence[Size]) -> list[int]:
+    return [axis for axis in range(-len(shape), 0) if shape[axis] != 1]

@@ -1,0 +1,79 @@
+"""Which nodes belong to which site: every call of a program in one attention, feed-forward, embedding, norm or other part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from lissom.compiler.analysis.flops import is_counted
+from lissom.compiler.analysis.structure.linear import is_linear
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.structure.transformer import structure
+
+
+@dataclass(frozen=True)
+class Site:
+    """A part of a program.
+
+    kind: `attention`, `cross-attention`, `feed-forward`, `convolution`, `embedding`, `norm`, `output head`; then `product` for
+        products of matrices in none of these, and `other`.
+    layer: the module path of the layer it belongs to; empty for all kinds but attentions and feed-forwards.
+    nodes: its calls, in the order of the graph.
+    """
+
+    kind: str
+    layer: str
+    nodes: tuple[fx.Node, ...]
+
+
+def sites(program: Program) -> tuple[Site, ...]:
+    """The sites of a program, which hold every call once; ask for it as `program.fact(sites)`.
+
+    Attentions and feed-forwards come first, in the order of the graph. Each owns its projections and what is computed from
+    these on the way to its last layer. Masks, position tables and residual sums are `other`.
+    """
+    found = program.fact(structure)
+    order = {node: index for index, node in enumerate(program.nodes())}
+    claims: list[tuple[str, str, set[fx.Node]]] = []
+    for layer in found.layers:
+        for site in layer.attention:
+            kind = "cross-attention" if site.cross else "attention"
+            claims.append((kind, layer.path, _between((*site.q, *site.k, *site.v, site.node), site.output or site.node, order)))
+        claims += [("feed-forward", layer.path, _between(site.up, site.down, order)) for site in layer.feed_forward]
+    claims.sort(key=lambda claim: min(order[node] for node in claim[2]))
+    kinds = {
+        "convolution": found.convolutions,
+        "embedding": [item.node for item in found.embeddings],
+        "norm": found.norms,
+        "output head": found.output_heads,
+        "product": [node for node in order if is_counted(node)],
+        "other": order,
+    }
+    claims += [(kind, "", set(members)) for kind, members in kinds.items()]
+    taken: set[fx.Node] = set()
+    result: list[Site] = []
+    for kind, layer, members in claims:
+        if mine := members - taken:
+            result.append(Site(kind, layer, tuple(sorted(mine, key=order.__getitem__))))
+        taken |= mine
+    return tuple(result)
+
+
+def _between(firsts: Iterable[fx.Node], last: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
+    """The firsts, the last, and what is computed from the firsts on the way to the last without another linear layer."""
+    before: set[fx.Node] = set()
+    pending = [last]
+    while pending:
+        node = pending.pop()
+        if node not in order or node in before:
+            continue
+        before.add(node)
+        if node is last or not is_linear(node):
+            pending += node.all_input_nodes
+    reached = {last, *firsts}
+    for node in sorted(before, key=order.__getitem__):
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return reached

@@ -1,0 +1,136 @@
+"""Attention sites: the operator, the layers that project into it and out of it, and what its mask and positions are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, as_int, features, input_of, is_linear, is_pointwise, is_quantizer, producers, residual_of, source
+from lissom.compiler.analysis.structure.masks import MaskKind, mask_kind
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention.
+
+    node: the attention operator. q, k, v, output: the layers that project into it and out of it; empty where there are none.
+    packed: whether q, k and v come from one layer. cross: whether k and v come from other tokens than q.
+    heads, key_value_heads, head_dim: sizes. scale: the factor on the scores, None for 1/√head_dim.
+    mask: what the mask does. positions: `rotary`, `relative` (a bias learnt or computed per distance), or `none here`.
+    softcap: what the scores are soft-capped at, None where they are not. sinks: whether each row has a logit beside its keys.
+    residual: the sum that joins what comes out with the residual stream; None where there is none.
+    """
+
+    node: fx.Node
+    q: tuple[fx.Node, ...]
+    k: tuple[fx.Node, ...]
+    v: tuple[fx.Node, ...]
+    output: fx.Node | None
+    packed: bool
+    cross: bool
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    scale: float | None
+    mask: MaskKind
+    positions: str
+    softcap: float | None
+    sinks: bool
+    residual: fx.Node | None
+
+    @property
+    def path(self) -> str:
+        return nodes.origin(self.node).module_path
+
+
+def attention_site(program: Program, node: fx.Node, rotary: set[fx.Node]) -> AttentionSite:
+    """The site of one attention operator; `rotary` holds the nodes that are tables of angles."""
+    q, k, v = (producers(item) for item in node.args[:3])
+    types = [nodes.tensor_type(item) for item in node.args[:3]]
+    query_sources = {source(input_of(item)) for item in q}
+    cross = bool(k) and query_sources.isdisjoint({source(input_of(item)) for item in k})
+    heads, groups = (as_int(found.shape[-3]) if found.rank > 2 else 1 for found in types[:2])
+    head_dim = as_int(types[0].shape[-1])
+    if heads < 1 and len(q) == 1:
+        # Batch and heads are one dimension: the heads are what the projection gives, its keys and values left out.
+        heads = groups = features(q[0], 0) // (3 if q == k == v else 1) // head_dim
+    scale = nodes.argument(node, "scale")
+    mask = mask_kind(program, node)
+    between = _between(node.args[0], q)
+    positions = "rotary" if between & rotary or _takes(between, rotary) else "relative" if mask.bias else "none here"
+    output = _consumer(node)
+    return AttentionSite(
+        node=node,
+        q=q,
+        k=k,
+        v=v,
+        output=output,
+        packed=len({*q, *k, *v}) == 1 and bool(q),
+        cross=cross,
+        heads=heads,
+        key_value_heads=_shared_groups(node, groups),
+        head_dim=head_dim,
+        scale=float(scale) if isinstance(scale, (int, float)) else None,
+        mask=mask,
+        positions=positions,
+        softcap=abs(float(node.kwargs.get("softcap") or 0.0)) or None,  # pyright: ignore[reportArgumentType]
+        sinks=node.kwargs.get("sinks") is not None,
+        residual=residual_of(output or node),
+    )
+
+
+def _shared_groups(attention: fx.Node, heads: int) -> int:
+    """The key/value heads before they were repeated for the query heads that share them."""
+    node = attention.args[1]
+    while nodes.is_call(node, *SHAPES, aten.repeat.default):
+        before = node.args[0]
+        if nodes.is_call(node, aten.repeat_interleave.self_int):
+            return heads // int(node.args[1])  # pyright: ignore[reportArgumentType]
+        if nodes.is_call(node, aten.repeat.default) and len(node.args[1]) > 2 and isinstance(node.args[1][-3], int):  # pyright: ignore
+            return heads // node.args[1][-3]  # pyright: ignore
+        if nodes.is_call(node, aten.expand.default) and nodes.is_tensor(before):
+            old, new = nodes.tensor_type(before).shape, nodes.tensor_type(node).shape
+            grown = [size for size, one in zip(new, old, strict=False) if one == 1 and size != 1]
+            if len(old) == len(new) == 5 and grown and isinstance(grown[0], int) and heads % grown[0] == 0:
+                return heads // grown[0]
+        node = before
+    return heads
+
+
+def _between(start: object, ends: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes between a value and the layers it comes from."""
+    found: set[fx.Node] = set()
+    pending = [start]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, fx.Node) and node.op == "call_function" and node not in found and node not in ends:
+            found.add(node)
+            pending += node.all_input_nodes
+    return found
+
+
+def _takes(found: set[fx.Node], rotary: set[fx.Node]) -> bool:
+    return any(not rotary.isdisjoint(node.all_input_nodes) for node in found)
+
+
+def _consumer(node: fx.Node) -> fx.Node | None:
+    """The first linear layer that reads a value through shapes, casts, gates, norms and rounding."""
+    frontier, seen = list(node.users), set()
+    for _ in range(24):
+        following: list[fx.Node] = []
+        for user in frontier:
+            if is_linear(user):
+                return user
+            passes = user.target in SHAPES or user.target in NORMS or is_pointwise(user) or is_quantizer(user)
+            if passes and user not in seen:
+                seen.add(user)
+                following += user.users
+        frontier = following
+    return None

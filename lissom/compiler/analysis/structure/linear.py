@@ -1,0 +1,154 @@
+"""Questions about linear layers: which nodes are one, what they multiply with, what they read, where a value comes from."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+
+aten = torch.ops.aten
+
+LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default}
+"""Operators that multiply with a weight. A `matmul` with a weight counts too."""
+ATTENTION = {"aten.scaled_dot_product_attention.default", "lissom.attention.default"}
+"""Attention operators, by name."""
+QUANTIZERS = {"lissom.fake_quantize.default", "lissom.fake_quantize_dynamic.default", "lissom.dequantize.default"}
+"""Operators of quantization, by name."""
+NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default}
+_AFFINE = {
+    "add", "sub", "rsub", "mul", "div", "neg", "clone", "where", "masked_fill", "copy", "detach", "alias", "minimum", "maximum",
+    "bitwise_not", "logical_not", "bitwise_and", "logical_and", "eq", "ne", "lt", "le", "gt", "ge",
+}  # fmt: skip
+"""Point-wise operators that are no activation by themselves."""
+_WEIGHT_VIEWS = (
+    *(aten.t.default, aten.transpose.int, aten.permute.default, aten.reshape.default, aten.to.dtype),
+    *(operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor),
+)
+SHAPES = {
+    aten.reshape.default,
+    aten.view.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.t.default,
+    aten.contiguous.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.expand.default,
+    aten.repeat_interleave.self_int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.dropout.default,
+}
+
+_FAR = 12
+"""How many operators may stand between a layer and the sum that joins it with the residual stream."""
+
+
+def is_attention(node: fx.Node) -> bool:
+    """True for an attention operator: PyTorch's, or ours with soft-capped scores and sinks."""
+    return str(node.target) in ATTENTION
+
+
+def is_quantizer(node: fx.Node) -> bool:
+    """True for an operator that rounds its first argument to a short format, or turns one in such a format back."""
+    return str(node.target) in QUANTIZERS
+
+
+def is_linear(node: fx.Node) -> bool:
+    """True for a product with a weight: linear, addmm, a convolution, or a matmul whose second factor is a weight."""
+    return weight_of(node) is not None
+
+
+def weight_of(node: fx.Node) -> fx.Node | None:
+    """The weight a linear layer multiplies with, seen through views, casts and rounding; None for any other node."""
+    if node.target in (aten.addmm.default, aten.baddbmm.default):
+        found = node.args[2]
+    elif node.target in LINEAR or node.target in (aten.matmul.default, aten.bmm.default):
+        found = node.args[1]
+    else:
+        return None
+    while nodes.is_call(found, *_WEIGHT_VIEWS) or (isinstance(found, fx.Node) and is_quantizer(found)):
+        found = found.args[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
+
+
+def input_of(linear: fx.Node) -> fx.Node:
+    """What a linear layer reads."""
+    index = 1 if linear.target in (aten.addmm.default, aten.baddbmm.default) else 0
+    found = linear.args[index]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+def producers(start: object) -> tuple[fx.Node, ...]:
+    """The linear layers a value comes from, nearest first, without passing through another one or an attention."""
+    found: dict[fx.Node, None] = {}
+    pending, seen = [start], set()
+    while pending:
+        node = pending.pop(0)
+        if not isinstance(node, fx.Node) or node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if is_linear(node):
+            found[node] = None
+        elif not is_attention(node):
+            pending += node.all_input_nodes
+    return tuple(found)
+
+
+def source(node: fx.Node) -> fx.Node:
+    """A value before shapes, casts and norms were applied to it, so that two readers of it are seen to read the same."""
+    while nodes.is_call(node, *SHAPES, *NORMS) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def residual_of(last: fx.Node) -> fx.Node | None:
+    """The sum in which the result of a site meets the residual stream, through shapes, norms and scales alone."""
+    node = last
+    for _ in range(_FAR):
+        users = [user for user in node.users if user.op == "call_function"]
+        if len(users) != 1:
+            return None
+        user = users[0]
+        if nodes.is_call(user, aten.add.Tensor) and all(map(nodes.is_tensor, user.args[:2])):
+            return user if {nodes.tensor_type(item).rank for item in user.args[:2]} == {nodes.tensor_type(user).rank} else None
+        if not (user.target in SHAPES or user.target in NORMS or is_pointwise(user)):
+            return None
+        node = user
+    return None
+
+
+def features(linear: fx.Node, side: int) -> int:
+    """Features a linear layer gives (side 0) or takes (side 1)."""
+    if linear.target in (aten.conv1d.default, aten.conv2d.default):
+        return as_int(nodes.tensor_type(linear.args[1]).shape[side])
+    value = nodes.tensor_type(linear if side == 0 else input_of(linear)).shape[-1]
+    return as_int(value)
+
+
+def is_activation(node: fx.Node) -> bool:
+    """True for a point-wise operator that is more than arithmetic, a choice or a comparison."""
+    return is_pointwise(node) and str(node.target).split(".")[1] not in _AFFINE
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """True for an operator that PyTorch calls point-wise."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def as_int(size: object) -> int:
+    """The size where it is fixed, -1 where it varies."""
+    return size if isinstance(size, int) else -1

@@ -1,0 +1,128 @@
+"""What an attention's mask does, found by computing it: causal, windowed, padding, or a bias.
+
+The part of the program that makes a mask is small. It is run on inputs of ones, and once more with the end of each input
+zeroed; what comes out is the answer, whatever operators the author used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.signature import evaluate
+
+aten = torch.ops.aten
+
+_PROBE = 1100
+"""Tokens the mask is computed for: more than the usual windows of 128, 512 and 1,024."""
+_BLOCKED = -1e4
+
+
+@dataclass(frozen=True)
+class MaskKind:
+    """causal: later tokens are hidden. window: how many tokens back are seen, None without a limit.
+    padding: it depends on the caller's inputs. bias: it holds finite values other than zero, or depends on q.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    padding: bool = False
+    bias: bool = False
+
+    def __str__(self) -> str:
+        words = ["causal"] if self.causal else []
+        words += [f"window {self.window}"] if self.window else []
+        words += ["padding"] if self.padding else []
+        words += ["bias"] if self.bias else []
+        return " + ".join(words) or "none"
+
+
+def mask_kind(program: Program, attention: fx.Node) -> MaskKind:
+    """What the mask of one attention does; a mask shared by several is computed once."""
+    found = program.fact(_cache)
+    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
+    causal = attention.target is aten.scaled_dot_product_attention.default and bool(nodes.argument(attention, "is_causal"))
+    if not isinstance(mask, fx.Node):
+        return MaskKind(causal=causal)
+    if mask not in found:
+        found[mask] = _kind(program, mask)
+    return found[mask]
+
+
+def _cache(program: Program) -> dict[fx.Node, MaskKind]:
+    return {}
+
+
+def _kind(program: Program, mask: fx.Node) -> MaskKind:
+    order = _ancestors(mask)
+    if order is None:
+        return MaskKind(bias=True)
+    inputs = any(node.op == "placeholder" for node in order)
+    try:
+        plain = _compute(program, order, masked=False)
+        masked = _compute(program, order, masked=True) if inputs else plain
+    except Exception:  # a mask that cannot be computed for these sizes is left undescribed
+        return MaskKind(padding=inputs, bias=True)
+    blocked = ~plain if plain.dtype == torch.bool else plain <= _BLOCKED
+    padding = inputs and (masked.shape != plain.shape or not torch.equal(masked, plain))
+    bias = plain.dtype != torch.bool and bool(plain.masked_fill(blocked, 0).any())
+    square = blocked.reshape(-1, *blocked.shape[-2:])[0]
+    causal, window = _triangle(square)
+    return MaskKind(causal, window, padding, bias)
+
+
+def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
+    """Whether later keys are blocked, and how many earlier ones are seen; [queries, keys]."""
+    rows, columns = blocked.shape
+    if rows < 3 or columns < 3:
+        return False, None
+    upper = torch.triu(torch.ones(rows, columns, dtype=torch.bool), 1)
+    causal = bool(blocked[upper].all())
+    last = ~blocked[-1]
+    seen = int(last.sum())
+    banded = bool(blocked[-1, :2].any()) and 0 < seen < columns
+    return causal, seen if banded and bool(last[min(rows, columns) - 1]) else None
+
+
+def _ancestors(mask: fx.Node) -> list[fx.Node] | None:
+    """The nodes a mask is computed from, in order; None when linear layers are among them."""
+    pending, seen = [mask], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        if len(seen) > 400 or node.target in (aten.linear.default, aten.addmm.default, aten.bmm.default):
+            return None
+        seen.add(node)
+        pending += node.all_input_nodes
+    return [node for node in mask.graph.nodes if node in seen]
+
+
+def _compute(program: Program, order: list[fx.Node], masked: bool) -> torch.Tensor:
+    """The mask for a probe of one row and many tokens, as far as the program's ranges allow."""
+    sizes = {}
+    for symbol, dimension in program.signature.dimensions.items():
+        wanted = dimension.minimum if dimension.name == "batch" else _PROBE
+        sizes[symbol] = min(wanted, dimension.maximum or wanted)
+    values: dict[fx.Node, object] = {}
+    with torch.no_grad():
+        for node in order:
+            if node.op == "placeholder":
+                found = nodes.tensor_type(node)
+                # A single number says where a cache is filled up to; an empty cache leaves the mask square.
+                make = torch.zeros if found.shape == (1,) else torch.ones
+                tensor = make([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
+                if masked and tensor.dim() > 1:
+                    tensor[..., tensor.shape[-1] // 2 :] = 0
+                values[node] = tensor
+            elif node.op == "get_attr":
+                values[node] = program.weight(str(node.target))
+            else:
+                values[node] = call(node, values.__getitem__)
+    return cast(torch.Tensor, values[order[-1]])

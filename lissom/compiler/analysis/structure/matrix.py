@@ -1,0 +1,99 @@
+"""The matrix a linear layer multiplies with, always as [features out, features in], whichever way round the model keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.analysis.structure.linear import is_quantizer, weight_of
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+_PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
+_TRANSPOSES = (aten.t.default, aten.transpose.int)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where a linear layer's matrix is kept.
+
+    node: the weight. transposed: whether it is kept as [features in, features out], as GPT-2 keeps it.
+    """
+
+    node: fx.Node
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        return str(self.node.target)
+
+    def read(self, program: Program) -> torch.Tensor:
+        """The weight as [features out, features in], a view of it."""
+        weight = program.weight(self.name).detach()
+        return weight.T if self.transposed else weight
+
+    def write(self, edit: Editor, matrix: torch.Tensor) -> None:
+        """Give the weight new values, in this program only; one place rewritten. matrix: [features out, features in]."""
+        matrix = matrix.to(edit.program.weight(self.name).dtype)
+        edit.set_weight(self.node, (matrix.T if self.transposed else matrix).contiguous())
+        edit.rewritten += 1
+
+
+def matrix_of(linear: fx.Node) -> Matrix | str:
+    """Where a layer's matrix is, or why it cannot be changed for this layer alone."""
+    weight = weight_of(linear)
+    assert weight is not None, f"'{linear.name}' is no linear layer"
+    if linear.target is not aten.linear.default and linear.target not in _PRODUCTS:
+        return "it is a convolution or a product of batches"
+    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target in _PRODUCTS
+    while nodes.is_call(found, *_TRANSPOSES):
+        found, transposed = found.args[0], not transposed
+    if isinstance(found, fx.Node) and is_quantizer(found):
+        return "its weight is quantized already"
+    if found is not weight:
+        return "its weight is cut, cast or reshaped before it is used"
+    form = nodes.tensor_type(weight)
+    if form.rank != 2 or not form.dtype.is_floating_point:
+        return "its weight is no matrix of floating-point numbers"
+    return Matrix(weight, transposed)
+
+
+@dataclass(frozen=True)
+class RoundedMatrix(Matrix):
+    """Where a rounded matrix is kept, and the Q/DQ node that rounds it."""
+
+    quantizer: fx.Node
+
+    def read_scale(self, program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scale and zero point, each [blocks of features out, blocks of features in]."""
+        values = [program.weight(str(item.target)).detach() for item in self.quantizer.all_input_nodes[1:]]
+        turned = [value.reshape(1, 1) if value.dim() == 0 else value.T if self.transposed else value for value in values]
+        return turned[0], turned[1] if len(turned) > 1 else None
+
+
+def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
+    """Where the matrix is that `lissom::fake_quantize` rounds for a layer, or why there is none."""
+    if linear.target is not aten.linear.default and linear.target not in _PRODUCTS:
+        return "it is a convolution or a product of batches"
+    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target in _PRODUCTS
+    while nodes.is_call(found, *_TRANSPOSES):
+        found, transposed = found.args[0], not transposed
+    if not isinstance(found, fx.Node) or str(found.target) != "lissom.fake_quantize.default":
+        return "its weight is not rounded"
+    weight = found.args[0]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != 2:
+        return "its weight is computed before it is rounded"
+    return RoundedMatrix(weight, transposed, found)
+
+
+def readers_of(weight: fx.Node) -> list[fx.Node]:
+    """The nodes that compute with a weight, past transposes of it."""
+    found: list[fx.Node] = []
+    for user in weight.users:
+        found += readers_of(user) if nodes.is_call(user, *_TRANSPOSES) else [user]
+    return found

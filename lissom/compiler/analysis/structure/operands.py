@@ -1,0 +1,101 @@
+"""The operands of an attention as kernels take them."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import RESHAPES
+from lissom.compiler.ir.types import ScalarType
+
+aten = torch.ops.aten
+
+_PLAIN = aten.scaled_dot_product_attention.default
+
+
+def scale_of(node: fx.Node) -> float:
+    """The factor on the scores."""
+    scale = nodes.argument(node, "scale")
+    if scale is None:
+        scale = 1.0 / math.sqrt(int(nodes.tensor_type(node.args[0]).shape[-1]))  # pyright: ignore[reportArgumentType]
+    return scale  # pyright: ignore[reportReturnType]
+
+
+def mask_of(attention: fx.Node) -> fx.Node | None:
+    """What is added to, or hides, the scores of an attention; None for nothing."""
+    found = nodes.argument(attention, "attn_mask" if attention.target is _PLAIN else "bias")
+    return found if isinstance(found, fx.Node) else None
+
+
+def sinks_of(node: fx.Node) -> fx.Node | None:
+    """The logits that stand beside the keys, before they were spread over batch and queries; None where there are none."""
+    sinks = node.kwargs.get("sinks")
+    while nodes.is_call(sinks, aten.expand.default) and nodes.tensor_type(sinks.args[0]).rank == 4:
+        sinks = sinks.args[0]
+    return sinks if isinstance(sinks, fx.Node) else None
+
+
+def unrepeated(node: object) -> fx.Node:
+    """Keys or values before their heads were repeated for the query heads that share them; the node where they were not.
+
+    node: [batch, heads, tokens, features], made by unsqueeze, expand and reshape, or by repeat_interleave.
+    """
+    assert isinstance(node, fx.Node)
+    if nodes.is_call(node, aten.repeat_interleave.self_int):
+        repeats_heads = nodes.argument(node, "dim") in (1, -3) and nodes.tensor_type(node).rank == 4
+        return cast(fx.Node, node.args[0]) if repeats_heads else node
+    if not nodes.is_call(node, *RESHAPES) or not nodes.is_call(node.args[0], aten.expand.default):
+        return node
+    spread = node.args[0]
+    inner = spread.args[0]
+    if not nodes.is_call(inner, aten.unsqueeze.default) or inner.args[1] != 2 or nodes.tensor_type(spread).rank != 5:
+        return node
+    x = inner.args[0]
+    assert isinstance(x, fx.Node)
+    wanted, found = nodes.tensor_type(node), nodes.tensor_type(x)
+    copies = nodes.tensor_type(spread).shape[2]
+    heads = found.shape[1]
+    repeats = isinstance(copies, int) and isinstance(heads, int) and wanted.shape[1] == heads * copies
+    return x if repeats and wanted.rank == 4 and wanted.shape[2:] == found.shape[2:] else node
+
+
+def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The keys and values of an attention before they were repeated; as they are, where not both were.
+
+    Kernels let several query heads read one key head, so the copies need not be made.
+    """
+    k, v = node.args[1:3]
+    shared = unrepeated(k), unrepeated(v)
+    if shared[0] is k or shared[1] is v:
+        return cast(fx.Node, k), cast(fx.Node, v)
+    return shared
+
+
+def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
+    """Why no kernel of ours can take an attention's operands; None when they can."""
+    q, k, v = (nodes.tensor_type(item) for item in node.args[:3])  # pyright: ignore[reportArgumentType]
+    if q.rank != 4 or k.rank != 4 or v.rank != 4:
+        return "its operands are not [batch, heads, tokens, head_dim]"
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        return "its operands differ in dtype"
+    sinks = sinks_of(node)
+    if sinks is not None and nodes.tensor_type(sinks).shape[2:3] != (1,):
+        return "its sinks differ from query to query"
+    if node.target is _PLAIN and nodes.argument(node, "dropout_p"):
+        return "it drops out weights"
+    heads, key_heads = q.shape[1], k.shape[1]
+    if not (isinstance(heads, int) and isinstance(key_heads, int) and isinstance(q.shape[-1], int)):
+        return "its number of heads or their size is not fixed"
+    grouped = node.target is _PLAIN and bool(nodes.argument(node, "enable_gqa"))
+    if v.shape[1] != key_heads or (heads != key_heads and not (grouped and heads % key_heads == 0)):
+        return f"{heads} query heads are broadcast with {key_heads} key and {v.shape[1]} value heads"
+    same = (ScalarType(int, item.shape[0]) for item in (k, v))
+    if not all(fake.same_type(edit.program.fake_mode, ScalarType(int, q.shape[0]), size) for size in same):
+        return "its batch is broadcast"
+    return None

@@ -1,0 +1,266 @@
+"""Which input says where padding is, found by computing what depends on it; and what a value is at padding positions.
+
+A padding mask is an input [batch, tokens] whose zeros hide keys from attention. The parts of a program that make masks and
+positions are small; they are run here on masks of every kind: full, padded on either side, with holes, and empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import sympy
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.compiler.ir.interpreter import call
+from lissom.compiler.analysis.structure.linear import is_attention, is_linear
+from lissom.compiler.analysis.structure.masks import mask_kind
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.signature import evaluate
+from lissom.compiler.ir.types import ScalarType, TensorType
+
+aten = torch.ops.aten
+
+_BATCH, _TOKENS = 8, 9
+"""Sizes of the probes, where a program does not fix or bound them."""
+_MOST = 400
+"""Calls that may make up a mask."""
+HIDDEN = -1e4
+"""Scores with this or less added have a weight of exactly zero beside any other."""
+
+Values = Mapping[fx.Node, torch.Tensor]
+Check = Callable[[Values], bool]
+
+
+def padding_masks(program: Program) -> tuple[fx.Node, ...]:
+    """The inputs [batch, tokens] whose zeros hide keys from an attention; ask for it as `program.fact(padding_masks)`."""
+    candidates = [node for node in program.placeholders if _may_be_mask(nodes.node_type(node))]
+    masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    return tuple(
+        candidate
+        for candidate in candidates
+        if any(
+            holds(program, candidate, [mask], partial(_mask_hides, mask, candidate)) and _has_effect(program, mask, candidate)
+            for mask in masks
+        )
+    )
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """What of the keys is hidden: later ones with `causal`, and those where the input `padding`, [batch, tokens], is zero."""
+
+    causal: bool = False
+    padding: fx.Node | None = None
+
+
+def key_mask(program: Program, attention: fx.Node) -> KeyMask | None:
+    """What an attention's mask hides from every query that is kept, when it does no more than that; None when it does.
+
+    A mask that reads values of an input other than one for padding does more, whatever it looks like.
+    """
+    mask, kind = mask_of(attention), mask_kind(program, attention)
+    if mask is None:
+        return KeyMask(kind.causal)
+    if kind.bias or kind.window is not None:
+        return None
+    order = order_of(program, [mask])
+    if order is None:
+        return None
+    read = [node for node in order if node.op == "placeholder"]
+    if len(read) > 1:
+        return None
+    padding = read[0] if read and read[0] in program.fact(padding_masks) else None
+    if read and padding is None:
+        return None
+    for causal in (False, True):
+        check = partial(_hides_no_more, mask, padding, causal)
+        if _holds_on(check, order, program, padding):
+            return KeyMask(causal, padding)
+    return None
+
+
+def _hides_no_more(mask: fx.Node, padding: fx.Node | None, causal: bool, values: Values) -> bool:
+    """True when, of rows with a token, the mask hides what padding and causality hide from their tokens, and adds nothing."""
+    value = values[mask]
+    if not 2 <= value.dim() <= 4:
+        return False
+    value = value[(None,) * (4 - value.dim())]
+    hidden = ~value if value.dtype == torch.bool else value <= HIDDEN
+    queries, keys = value.shape[-2:]
+    if (causal and queries != keys) or (value.dtype != torch.bool and bool(value[~hidden].any())):
+        return False
+    kept = torch.ones(value.shape[0], keys, dtype=torch.bool) if padding is None else values[padding] != 0
+    if kept.shape[1] != keys or value.shape[0] not in (1, len(kept)):
+        return False
+    wanted = ~kept[:, None, None, :]
+    if causal:
+        wanted = wanted | torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    looked_at = kept[:, None, :, None] if queries == keys else kept.any(1)[:, None, None, None]
+    return not bool(((hidden != wanted) & looked_at).any())
+
+
+def kept_rows(mask: torch.Tensor) -> torch.Tensor:
+    """Which positions are tokens, [batch, tokens]; in a row without any, all, since attention there sees what is hidden."""
+    real = mask != 0
+    return real | ~real.any(1, keepdim=True)
+
+
+def _has_effect(program: Program, mask: fx.Node, candidate: fx.Node) -> bool:
+    """True when a zero hides a key that a query sees where there is none: a mask that lets each token see itself alone hides
+    the keys at any input's zeros.
+    """
+    order, sizes = order_of(program, [candidate, mask]) or (), _probe_sizes(program, candidate)
+    for values in _probes(program, candidate, order):
+        hidden, given = _hidden(values[mask]), values[candidate]
+        without = _hidden(values_at(program, order, sizes, {candidate: torch.ones_like(given)})[mask])
+        if bool((hidden & ~without & (given == 0)[:, None, None, :]).any()):
+            return True
+    return False
+
+
+def _hidden(mask: torch.Tensor) -> torch.Tensor:
+    """What a mask hides, [batch or 1, heads or 1, queries, keys]."""
+    return (~mask if mask.dtype == torch.bool else mask <= HIDDEN)[(None,) * (4 - mask.dim())]
+
+
+def _mask_hides(mask: fx.Node, candidate: fx.Node, values: Values) -> bool:
+    kept = kept_rows(values[candidate])
+    return hides(values[mask], kept, own=values[mask].shape[-2:] == (kept.shape[1],) * 2)
+
+
+def hides(mask: torch.Tensor, kept: torch.Tensor, *, own: bool) -> bool:
+    """True when the mask hides every key that is not kept from every query, or from every query that is kept.
+
+    mask: broadcast to [batch, heads, queries, keys]; kept: [batch, tokens]; own: whether the queries are the same tokens.
+    """
+    if not 2 <= mask.dim() <= 4 or mask.shape[-1] != kept.shape[1] or (mask.dim() == 4 and mask.shape[0] not in (1, len(kept))):
+        return False
+    wanted = ~kept[:, None, None, :]
+    if own:
+        wanted = wanted & kept[:, None, :, None]
+    return bool((_hidden(mask) | ~wanted).all())
+
+
+def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int, int], rank: int) -> bool:
+    """True when the value, broadcast to a tensor of this rank, is zero or False at every position that is not kept.
+
+    place: the dimensions of batch and tokens.
+    """
+    value = value[(None,) * (rank - value.dim())]
+    rows = value.movedim(place, (0, 1)).flatten(2).ne(0).any(-1) if rank > 2 else value.ne(0)
+    return not bool((rows.expand(kept.shape) & ~kept).any())
+
+
+def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Check) -> bool:
+    """True when the check holds of the values of `wanted` and of the mask on all probes; False where there are none."""
+    order = order_of(program, [mask, *wanted])
+    return order is not None and mask in order and _holds_on(check, order, program, mask)
+
+
+def _holds_on(check: Check, order: Sequence[fx.Node], program: Program, mask: fx.Node | None) -> bool:
+    try:
+        return all(check(values) for values in _probes(program, mask, order))
+    # A part of a program that cannot be run on a probe says nothing of what it does.
+    except Exception:
+        return False
+
+
+def _may_be_mask(found: object) -> bool:
+    return isinstance(found, TensorType) and found.rank == 2 and not found.dtype.is_complex
+
+
+def order_of(program: Program, wanted: Sequence[fx.Node]) -> list[fx.Node] | None:
+    """What the nodes are computed from, in order; None when linear layers or attentions are among it."""
+    pending, seen = list(wanted), set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        if len(seen) > _MOST or (node.op == "call_function" and (is_linear(node) or is_attention(node))):
+            return None
+        seen.add(node)
+        if not _is_size(node):
+            pending += node.all_input_nodes
+    return [node for node in program.graph.nodes if node in seen]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return nodes.is_call(node, aten.sym_size.int)
+
+
+@dataclass(frozen=True)
+class _Patterns:
+    """Masks to try: [many, tokens] of zeros and ones."""
+
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: int) -> _Patterns:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.ones(_BATCH, tokens, dtype=torch.bool)
+        rows[0, (tokens + 1) // 2 :] = False
+        rows[1, 1:] = False
+        rows[2, : tokens // 2] = False
+        rows[3, :-1] = False
+        rows[4] = torch.rand(tokens, generator=generator) > 0.5
+        rows[5] = False
+        rows[6, -1:] = False
+        return cls(rows)
+
+
+def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) -> Iterator[Values]:
+    """The values on masks of every kind, or once where they depend on none."""
+    sizes = _probe_sizes(program, mask)
+    if mask is None:
+        yield values_at(program, order, sizes)
+        return
+    batch, tokens = (evaluate(size, sizes) for size in nodes.tensor_type(mask).shape)
+    rows = _Patterns.of(tokens).rows
+    rows = rows[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
+    for group in rows.split(batch):
+        found = nodes.tensor_type(mask)
+        yield values_at(program, order, sizes, {mask: group.to(found.device, found.dtype)})
+
+
+def _probe_sizes(program: Program, mask: fx.Node | None) -> dict[sympy.Symbol, int]:
+    sizes: dict[sympy.Symbol, int] = {}
+    shape = () if mask is None else nodes.tensor_type(mask).shape
+    for index, (symbol, dimension) in enumerate(program.signature.dimensions.items()):
+        # Sizes that need not be equal are not.
+        size = max(_BATCH if symbol in shape[:1] else _TOKENS + index, dimension.minimum)
+        sizes[symbol] = min(size, dimension.maximum or size)
+    return sizes
+
+
+def values_at(
+    program: Program,
+    order: Sequence[fx.Node],
+    sizes: Mapping[sympy.Symbol, int],
+    given: Mapping[fx.Node, torch.Tensor] | None = None,
+) -> Values:
+    """The values of nodes in order, at these sizes; inputs that are not given are ones."""
+    values: dict[fx.Node, object] = dict(given or {})
+    with torch.no_grad():
+        for node in order:
+            if node not in values:
+                values[node] = _value(program, node, sizes, values)
+    return cast(Values, values)
+
+
+def _value(program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], values: Mapping[fx.Node, object]) -> object:
+    if node.op == "placeholder":
+        found = nodes.tensor_type(node)
+        return torch.ones([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
+    if node.op == "get_attr":
+        return program.weight(str(node.target))
+    if _is_size(node):
+        found = nodes.node_type(node)
+        assert isinstance(found, ScalarType)
+        return evaluate(cast(int, found.value), sizes)
+    return call(node, values.__getitem__)

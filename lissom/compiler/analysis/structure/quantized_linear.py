@@ -1,0 +1,124 @@
+"""Linear layers whose weights are stored in a short format, as the passes find them that put kernels in their place.
+
+    linear(fake_quantize(x) | fake_quantize_dynamic(x) | x, dequantize(W_q), b)
+
+and the same as `addmm`, `mm` or `matmul`, with the weight either way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.ops.formats import FORMATS, unpack_halves
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+"""Operators a linear layer may be."""
+_TRANSPOSES = (aten.t.default, aten.transpose.int)
+_KNOWN, _DYNAMIC, _TURNED_BACK = (
+    "lissom.fake_quantize.default",
+    "lissom.fake_quantize_dynamic.default",
+    "lissom.dequantize.default",
+)
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A linear layer whose weight is stored in a short format.
+
+    node: the product. values: what it multiplies. weight: the weight turned back. bias: what is added, if anything.
+    transposed: whether the weight is [features in, features out].
+    """
+
+    node: fx.Node
+    values: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    transposed: bool
+
+    @property
+    def stored(self) -> fx.Node:
+        """The stored weight."""
+        return cast(fx.Node, self.weight.args[0])
+
+    @property
+    def rounds(self) -> bool:
+        """True when what it reads is rounded."""
+        return str(self.values.target) in (_KNOWN, _DYNAMIC)
+
+    @property
+    def scale_is_known(self) -> bool:
+        """True when what it reads is rounded with a scale from calibration."""
+        return str(self.values.target) == _KNOWN
+
+    @property
+    def x(self) -> fx.Node:
+        """What the layer reads before it is rounded."""
+        return cast(fx.Node, self.values.args[0]) if self.rounds else self.values
+
+    @property
+    def format(self) -> str:
+        """What the weight is stored in."""
+        return str(self.weight.kwargs["format"])
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many blocks with a scale the weight is cut into, along features out and features in."""
+        shape = cast("Sequence[int]", nodes.tensor_type(self.weight.args[1]).shape) or (1, 1)
+        return cast("tuple[int, int]", tuple(shape[::-1] if self.transposed else shape))
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Features out and features in."""
+        shape = cast("Sequence[int]", nodes.tensor_type(self.weight).shape)
+        return cast("tuple[int, int]", tuple(shape[::-1] if self.transposed else shape))
+
+    @property
+    def is_read_whole(self) -> bool:
+        """True when something needs the weight in floating point, all of it."""
+        return any(_reads_whole(user) for user in self.weight.users)
+
+    @property
+    def has_one_scale(self) -> bool:
+        """False when what it reads is rounded with known scales, and more than one."""
+        return not self.scale_is_known or not any(nodes.tensor_type(item).rank for item in self.values.all_input_nodes[1:])
+
+    def parts(self, edit: Editor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The stored weight, one element each, its scale and its zero point, as [features out, features in]."""
+        q, *grid = (edit.program.weight(str(item.target)).detach() for item in self.weight.all_input_nodes)
+        form = FORMATS[self.format]
+        q = unpack_halves(q, form) if form.bits == 4 else q
+        q, scale, *zero_point = (item.T if self.transposed and item.dim() else item for item in (q, *grid))
+        return q, scale, zero_point[0] if zero_point else None
+
+
+def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
+    """The quantized layer a product is; None for any other."""
+    if node.kwargs:
+        return None
+    if node.target is aten.addmm.default:
+        bias, x, weight = node.args
+    else:
+        x, weight, bias = (*node.args, None)[:3]
+    transposed = node.target is not aten.linear.default
+    while nodes.is_call(weight, *_TRANSPOSES):
+        weight, transposed = weight.args[0], not transposed
+    if not isinstance(weight, fx.Node) or str(weight.target) != _TURNED_BACK or nodes.tensor_type(weight).rank != 2:
+        return None
+    if not isinstance(x, fx.Node) or any(item.op != "get_attr" for item in weight.all_input_nodes):
+        return None
+    return QuantizedLayer(node, x, weight, cast("fx.Node | None", bias), transposed)
+
+
+def _reads_whole(user: fx.Node) -> bool:
+    if nodes.is_call(user, *_TRANSPOSES):
+        return any(_reads_whole(item) for item in user.users)
+    return user.target not in PRODUCTS

@@ -1,0 +1,102 @@
+"""Which tokens of a sample are real and which are padding, told by what the program's attentions hide.
+
+An input's name says little: of one `mask` the ones are kept, of another they are hidden, a third is added to the scores. So
+where an input is no padding mask whose zeros hide keys, the mask that an attention adds is computed from the sample itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.analysis.structure.padding import HIDDEN, kept_rows, order_of, padding_masks, values_at
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.types import Size
+
+
+def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -> torch.Tensor | None:
+    """Which tokens of what the node yields are real, of booleans in the shape of its batch and tokens; None where all are.
+
+    Of a row without a real token, all count. axis: the dimension of the tokens, one before the last.
+    """
+    shape = nodes.tensor_type(node).shape
+    for batch, tokens, real in program.fact(_sources).of(program, sample):
+        if len(shape) == axis + 2 and (shape[0], shape[axis]) == (batch, tokens):
+            return real
+        if len(shape) == 2 and shape[0] == batch * tokens:
+            return real.flatten()
+    return None
+
+
+@dataclass
+class _Sources:
+    """Where it is told which tokens are real.
+
+    inputs: indices of inputs whose zeros hide keys. masks: what attentions add, that is computed from other inputs.
+    named: indices of inputs that are called masks, in a program whose attentions are not known for what they are.
+    """
+
+    inputs: list[int]
+    masks: list[fx.Node]
+    named: list[int]
+    _sample: Sample | None = None
+    _found: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
+
+    def of(self, program: Program, sample: Sample) -> list[tuple[Size, Size, torch.Tensor]]:
+        """By the sizes of batch and tokens, which tokens of this sample are real."""
+        if self._sample is not sample:
+            self._sample, self._found = sample, list(self._read(program, sample))
+        return self._found
+
+    def _read(self, program: Program, sample: Sample) -> Iterator[tuple[Size, Size, torch.Tensor]]:
+        leaves = program.signature.tensors
+        for at in self.inputs:
+            batch, tokens = leaves[at].type.shape
+            yield batch, tokens, kept_rows(sample[at])
+        for mask in self.masks:
+            shape = nodes.tensor_type(mask).shape
+            # What a program cannot compute of a sample tells nothing of its tokens.
+            with suppress(RuntimeError, IndexError, KeyError, TypeError, ValueError):
+                yield shape[0], shape[-1], _seen(program, mask, sample)
+        for at in self.named:
+            value = sample[at]
+            added = value.is_floating_point() and bool((value < 0).any())
+            batch, tokens = leaves[at].type.shape
+            yield batch, tokens, kept_rows(value == 0 if added else value)
+
+
+def _sources(program: Program) -> _Sources:
+    placeholders = program.placeholders
+    known = program.fact(padding_masks)
+    masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
+    computed = {mask: order for mask in masks if (order := order_of(program, [mask])) is not None}
+    told = [
+        mask
+        for mask, order in computed.items()
+        if nodes.tensor_type(mask).rank == 4 and any(node.op == "placeholder" and node not in known for node in order)
+    ]
+    named = [
+        at
+        for at, leaf in enumerate(program.signature.tensors)
+        if "mask" in leaf.path and leaf.type.rank == 2 and not any(placeholders[at] in order for order in computed.values())
+    ]
+    return _Sources([placeholders.index(node) for node in known], told, named)
+
+
+def _seen(program: Program, mask: fx.Node, sample: Sample) -> torch.Tensor:
+    """The keys that a query sees, [batch, keys]. mask: of an attention, [batch or 1, heads or 1, queries, keys]."""
+    order = order_of(program, [mask])
+    assert order is not None
+    given = dict(zip(program.placeholders, sample, strict=True))
+    value = values_at(program, order, program.signature.sizes_of(sample), given)[mask]
+    # -1e4 is -9984 in bfloat16.
+    seen = value if value.dtype == torch.bool else value > 0.99 * HIDDEN
+    return kept_rows(seen.flatten(1, -2).any(1))

@@ -1,0 +1,129 @@
+"""The transformer seen in a program: attention and feed-forward sites, layers, norms, embeddings, output heads.
+
+Sites are found from what the operators do, not from what the author called them: an attention is a
+`scaled_dot_product_attention` with the projections that feed and follow it, a feed-forward is a linear layer fed by an
+activation of linear layers of the same input. Module paths serve only to say where a site is and which layer it belongs to.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.attention import AttentionSite, attention_site
+from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite, MixtureSite, feed_forward_site, mixture_site
+from lissom.compiler.analysis.structure.layers import in_order, layer_paths
+from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, as_int, is_activation, is_attention, is_linear, weight_of
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A table of rows looked up by number. tied: whether an output head multiplies with the same weight."""
+
+    node: fx.Node
+    rows: int
+    width: int
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The sites of one layer, by the module path they share."""
+
+    path: str
+    attention: tuple[AttentionSite, ...]
+    feed_forward: tuple[FeedForwardSite, ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Everything found in a program, in the order of the graph."""
+
+    attention: tuple[AttentionSite, ...]
+    feed_forward: tuple[FeedForwardSite, ...]
+    mixtures: tuple[MixtureSite, ...]
+    layers: tuple[Layer, ...]
+    norms: tuple[fx.Node, ...]
+    embeddings: tuple[Embedding, ...]
+    output_heads: tuple[fx.Node, ...]
+    convolutions: tuple[fx.Node, ...]
+
+
+def structure(program: Program) -> Structure:
+    """The transformer in a program; ask for it as `program.fact(structure)`."""
+    rotary = _reached_from(program, {aten.cos.default, aten.sin.default, aten.polar.default})
+    attention = tuple(attention_site(program, node, rotary) for node in program.nodes() if is_attention(node))
+    projections = {used for site in attention for used in (*site.q, *site.k, *site.v)}
+    feed_forward = tuple(
+        site for node in program.nodes() if is_linear(node) and (site := feed_forward_site(node, projections)) is not None
+    )
+    embeddings = program.nodes(aten.embedding.default)
+    tables = {node.all_input_nodes[0] for node in embeddings}
+    linears = [node for node in program.nodes() if is_linear(node)]
+    return Structure(
+        attention=attention,
+        feed_forward=feed_forward,
+        mixtures=tuple(site for node in program.nodes(aten.topk.default) if (site := mixture_site(node)) is not None),
+        layers=_layers(attention, feed_forward),
+        norms=tuple(program.nodes(*NORMS)),
+        embeddings=tuple(_embedding(node, linears) for node in embeddings),
+        output_heads=tuple(node for node in linears if weight_of(node) in tables or _reaches_output(program, node)),
+        convolutions=tuple(program.nodes(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)),
+    )
+
+
+def _embedding(node: fx.Node, linears: Iterable[fx.Node]) -> Embedding:
+    table = node.args[0]
+    rows, width = nodes.tensor_type(table).shape
+    return Embedding(node, as_int(rows), as_int(width), any(weight_of(linear) is table for linear in linears))
+
+
+def _reaches_output(program: Program, linear: fx.Node) -> bool:
+    """True when a layer's result goes to the output through shapes, casts and activations alone."""
+    node = linear
+    for _ in range(8):
+        users = list(node.users)
+        if program.output in users:
+            return True
+        if len(users) != 1 or not (users[0].target in SHAPES or is_activation(users[0])):
+            return False
+        node = users[0]
+    return False
+
+
+def _reached_from(program: Program, targets: set[object]) -> set[fx.Node]:
+    """The nodes computed from a call of one of the targets without a linear layer or an attention between."""
+    found: set[fx.Node] = set()
+    for node in program.nodes():
+        if is_linear(node) or is_attention(node):
+            continue
+        if node.target in targets or any(used in found for used in node.all_input_nodes if not _mixes(node, found)):
+            found.add(node)
+    return found
+
+
+def _mixes(node: fx.Node, found: set[fx.Node]) -> bool:
+    """True where a table of angles is applied to a value: the result is no table any more."""
+    others = [
+        used for used in node.all_input_nodes if used not in found and used.op == "call_function" and nodes.is_tensor(used)
+    ]
+    return bool(others)
+
+
+def _layers(attention: Sequence[AttentionSite], feed_forward: Sequence[FeedForwardSite]) -> tuple[Layer, ...]:
+    """Sites grouped by layer, in the order of the layers' paths."""
+    of_attention, of_feed_forward = layer_paths([site.path for site in attention], [site.path for site in feed_forward])
+    held: dict[str, tuple[list[AttentionSite], list[FeedForwardSite]]] = defaultdict(lambda: ([], []))
+    for path, site in zip(of_attention, attention, strict=True):
+        held[path][0].append(site)
+    for path, site in zip(of_feed_forward, feed_forward, strict=True):
+        held[path][1].append(site)
+    return tuple(Layer(path, tuple(held[path][0]), tuple(held[path][1])) for path in sorted(held, key=in_order))

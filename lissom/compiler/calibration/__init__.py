@@ -1,0 +1,1 @@
+"""Statistics of what nodes yield on a caller's data."""

@@ -1,0 +1,156 @@
+"""Observers: from values to the range a quantized format should hold. What lies outside is cut off.
+
+Of activations, from a histogram of 2,048 bins over all calibration data:
+
+- `min-max`: the least and the largest value.
+- `percentile`: the middle share of all values, 0.9999 unless told. McKinstry et al. 2018, Discovering Low-Precision Networks,
+  §3.
+- `mse`: both ends drawn in by the factor α for which Σ (x - fake_quantize(x))² is least. Choukroun et al. 2019, Low-bit
+  Quantization of Neural Networks for Efficient Inference, eq. 3.
+- `entropy`: the α for which D(P ‖ Q) is least; P: the histogram, what is cut off added to the outermost bins, Q: P spread
+  evenly over the bins that share a level. Migacz 2017, 8-bit Inference with TensorRT, slides 24 to 28.
+
+Of weights, block by block: `min-max`, or `mse` for every block on its own; `auto` is `mse` for formats of four bits, whose few
+levels make the search pay, else `min-max`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.ops import formats
+from lissom.compiler.calibration.statistics import Progress, observe
+from lissom.ops.formats import Format
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+
+Observer = Literal["min-max", "percentile", "mse", "entropy"]
+WeightObserver = Literal["auto", "min-max", "mse"]
+BINS = 2048
+_FACTORS = torch.linspace(1.0, 0.2, 81)
+_WEIGHT_FACTORS = torch.linspace(1.0, 0.5, 26)
+_AT_ONCE = 1 << 19
+"""Numbers of a weight whose ranges are searched at once."""
+
+
+def observed_ranges(
+    program: Program,
+    data: Sequence[Sample],
+    chosen: Collection[fx.Node],
+    observer: Observer,
+    form: Format,
+    *,
+    share: float = 0.9999,
+    progress: Progress | None = None,
+) -> dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]:
+    """The range of what each chosen node yields on the data's real tokens, each end of shape []."""
+    ends: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def widen(node: fx.Node, rows: torch.Tensor) -> None:
+        low, high = rows.float().aminmax()
+        before = ends.get(node, (low, high))
+        ends[node] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+
+    observe(program, data, chosen, widen, progress)
+    if observer == "min-max":
+        return ends
+    counts = {node: torch.zeros(BINS, dtype=torch.float64) for node in ends}
+
+    def count(node: fx.Node, rows: torch.Tensor) -> None:
+        low, high = (float(end) for end in ends[node])
+        counts[node] += torch.histc(rows.float(), BINS, low, high).double().cpu() if high > low else 0
+
+    observe(program, data, chosen, count, progress)
+    return {node: choose_range(counts[node], *ends[node], observer, form, share) for node in ends}
+
+
+def choose_range(
+    counts: torch.Tensor, low: torch.Tensor, high: torch.Tensor, observer: Observer, form: Format, share: float = 0.9999
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The range for values with this histogram. counts: [bins], evenly from low to high."""
+    if observer == "min-max" or not float(counts.sum()) or not float(high - low) > 0:
+        return low, high
+    edges = torch.linspace(0, 1, len(counts) + 1) * (high - low).cpu() + low.cpu()
+    centers = (edges[1:] + edges[:-1]) / 2
+    if observer == "percentile":
+        part = counts.cumsum(0) / counts.sum()
+        first = int((part <= (1 - share) / 2).sum())
+        last = int((part < (1 + share) / 2).sum())
+        return edges[first].to(low), edges[last + 1].to(high)
+    losses: list[float] = []
+    for factor in _FACTORS:
+        ends = factor * low.cpu(), factor * high.cpu()
+        loss = _squared_error if observer == "mse" else _divergence
+        losses.append(loss(counts, centers, *ends, form))
+    best = _FACTORS[int(torch.tensor(losses).argmin())]
+    return best * low, best * high
+
+
+def weight_scale(
+    weight: torch.Tensor, shape: tuple[int, ...], form: Format, observer: WeightObserver
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale and zero point of a weight, one for each block. shape: of the scale."""
+    if observer == "auto":
+        observer = "mse" if form.bits == 4 else "min-max"
+    if observer == "min-max" or not shape or shape[0] == 1 or weight.numel() <= _AT_ONCE:
+        return _weight_scale(weight, shape, form, observer)
+    # Piece by piece, so that what is tried stays in the cache.
+    blocks = max(1, shape[0] * _AT_ONCE // weight.numel())
+    pieces = weight.split(blocks * (weight.shape[0] // shape[0]))
+    found = [_weight_scale(piece, (len(piece) * shape[0] // len(weight), *shape[1:]), form, observer) for piece in pieces]
+    zero_points = [zero_point for _, zero_point in found if zero_point is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zero_points) if zero_points else None
+
+
+def _weight_scale(
+    weight: torch.Tensor, shape: tuple[int, ...], form: Format, observer: Literal["min-max", "mse"]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    low, high = formats.block_range(weight, shape)
+    scale, zero_point = formats.scale_for(low, high, form)
+    if observer == "min-max":
+        return scale, zero_point
+    least = _block_error(weight, scale, zero_point, form)
+    for factor in _WEIGHT_FACTORS[1:]:
+        narrow, shifted = formats.scale_for(factor * low, factor * high, form)
+        error = _block_error(weight, narrow, shifted, form)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, narrow, scale)
+        if zero_point is not None and shifted is not None:
+            zero_point = torch.where(better, shifted, zero_point)
+    return scale, zero_point
+
+
+def _block_error(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
+    """The squared error of each block, in the shape of the scale."""
+    error = formats.dequantize(formats.quantize(weight, scale, zero_point, form), scale, zero_point, torch.float32) - weight
+    return formats.block_sum(error.square(), tuple(scale.shape))
+
+
+def _squared_error(counts: torch.Tensor, centers: torch.Tensor, low: torch.Tensor, high: torch.Tensor, form: Format) -> float:
+    scale, zero_point = formats.scale_for(low, high, form)
+    held = formats.dequantize(formats.quantize(centers, scale, zero_point, form), scale, zero_point, torch.float32)
+    return float((counts * (held - centers).double().square()).sum())
+
+
+def _divergence(counts: torch.Tensor, centers: torch.Tensor, low: torch.Tensor, high: torch.Tensor, form: Format) -> float:
+    scale, zero_point = formats.scale_for(low, high, form)
+    held = formats.dequantize(formats.quantize(centers, scale, zero_point, form), scale, zero_point, torch.float32)
+    inside = (centers >= low) & (centers <= high)
+    wanted = torch.where(inside, counts, 0.0)
+    first, last = inside.nonzero()[0], inside.nonzero()[-1]
+    wanted[first] += counts[: int(first)].sum()
+    wanted[last] += counts[int(last) + 1 :].sum()
+    # Each level's mass, spread over its bins that hold any.
+    levels, level_of = held.unique(return_inverse=True)
+    there = inside & (counts > 0)
+    mass = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, level_of, torch.where(inside, counts, 0.0))
+    bins = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, level_of, there.double())
+    spread = torch.where(there, (mass / bins.clamp_min(1))[level_of], 0.0)
+    p, q = wanted / wanted.sum(), spread / spread.sum().clamp_min(1e-30)
+    held_bins = p > 0
+    return float((p[held_bins] * (p[held_bins] / q[held_bins].clamp_min(1e-12)).log()).sum())

@@ -1,0 +1,99 @@
+"""Ranges: how large and how small the numbers are that weights hold and that nodes yield on calibration data.
+
+Told apart are numbers a shorter format cannot hold and numbers it holds with fewer bits. Every element counts, those of padding
+too: a single infinity there becomes NaN where attention multiplies it with zero. Only a few numbers a node are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.calibration.statistics import Progress
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.verify.divergence import kept_state
+
+
+@dataclass(frozen=True)
+class Range:
+    """The finite numbers of a tensor, or of all a node yielded.
+
+    low, high: the least and the greatest, or 0 where all are on the other side. norm: the greatest ‖x‖₂ along the last
+    dimension. small: of the numbers that are not zero, the share below the smallest normal number of a format.
+    """
+
+    low: float
+    high: float
+    norm: float
+    small: float
+
+    @property
+    def largest(self) -> float:
+        return max(-self.low, self.high)
+
+
+def range_of(tensor: torch.Tensor, dtype: torch.dtype) -> Range:
+    """The range of one tensor. dtype: the format whose smallest normal number divides small from large."""
+    return _range(_sums(tensor.detach(), dtype))
+
+
+def measured_ranges(
+    program: Program,
+    data: Sequence[Sample],
+    chosen: Collection[fx.Node],
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> dict[fx.Node, Range]:
+    """The range of what each chosen node yields over all samples; of all parts together where it yields several."""
+    sums: dict[fx.Node, torch.Tensor] = {}
+
+    def add(node: fx.Node, value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            if not value.is_floating_point():
+                return
+            found = _sums(value, dtype)
+            sums[node] = _merge(sums[node], found) if node in sums else found
+        elif isinstance(value, (tuple, list)):
+            for part in cast("Sequence[object]", value):
+                add(node, part)
+
+    def look(node: fx.Node, value: object) -> None:
+        if node in chosen:
+            add(node, value)
+
+    with torch.no_grad(), kept_state(program):
+        for finished, sample in enumerate(data):
+            for node, tensor in zip(program.placeholders, sample, strict=True):
+                look(node, tensor)
+            program.run(sample, look)
+            if progress is not None:
+                progress(finished + 1, len(data))
+    return {node: _range(found) for node, found in sums.items()}
+
+
+def _sums(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Least, greatest, greatest norm, numbers that are not zero, and those of them that are small: [5], float64."""
+    if value.numel() == 0:
+        return torch.zeros(5, dtype=torch.float64, device=value.device)
+    finite = torch.where(value.isfinite(), value, 0)
+    low, high = finite.aminmax()
+    sizes = finite.abs()
+    norm = torch.linalg.vector_norm(finite, dim=-1, dtype=torch.float64).max() if value.dim() else sizes
+    used = (sizes > 0).sum()
+    small = used - (sizes >= torch.finfo(dtype).tiny).sum()
+    return torch.stack([item.double() for item in (low.clamp_max(0), high.clamp_min(0), norm, used, small)])
+
+
+def _merge(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    ends = torch.stack([torch.minimum(left[0], right[0]), *torch.maximum(left[1:3], right[1:3])])
+    return torch.cat([ends, left[3:] + right[3:]])
+
+
+def _range(sums: torch.Tensor) -> Range:
+    low, high, norm, used, small = sums.tolist()
+    return Range(low, high, norm, small / max(used, 1))

@@ -1,0 +1,198 @@
+"""Calibration: run samples through a program and keep sums of what chosen nodes yield, and of the gradients that reach them.
+
+Samples are run one after another and only sums are kept, so memory does not grow with their number. Padding does not count: a
+token does that attention does not hide (see `real_tokens`).
+
+There are no labels, so gradients are those of the program's own likelihood, whose second moment is the Fisher information.
+An output over a vocabulary is a distribution, and a label is drawn from it. Any other output f is the mean of a normal
+distribution, and the gradient is that of rᵀf / rms(f) with r drawn from N(0, I), as E[(Jᵀr)(Jᵀr)ᵀ] = JᵀJ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.linear import as_int
+from lissom.compiler.memory import give_back_memory
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.verify.divergence import kept_state
+
+Visit = Callable[[fx.Node, torch.Tensor], None]
+VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+Progress = Callable[[int, int], None]
+"""Called with the samples finished and the samples in all."""
+
+
+@dataclass
+class Moments:
+    """Sums over the real tokens of what one node yields, x: [features].
+
+    count: tokens. total: Σ x, [features]. gram: Σ x·xᵀ, [features, features]. Where tokens have weights, each counts as often.
+    """
+
+    count: float
+    total: torch.Tensor
+    gram: torch.Tensor
+
+    @staticmethod
+    def empty(features: int, device: torch.device | None = None) -> Moments:
+        return Moments(0, torch.zeros(features, device=device), torch.zeros(features, features, device=device))
+
+    @staticmethod
+    def sum(parts: Sequence[Moments]) -> Moments:
+        """The sums over the tokens of all parts."""
+        total = Moments.empty(len(parts[0].total), parts[0].total.device)
+        for part in parts:
+            total.count += part.count
+            total.total += part.total
+            total.gram += part.gram
+        return total
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """‖x_j‖₂ of every feature over all tokens, [features]."""
+        return self.gram.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """The mean of (x - mean)·(x - mean)ᵀ, [features, features]."""
+        mean = self.total / max(self.count, 1)
+        return self.gram / max(self.count, 1) - torch.outer(mean, mean)
+
+    def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """rows: [tokens, features]; weights: [tokens], 1 each by default."""
+        rows = rows.float()
+        weighted = rows if weights is None else rows * weights[:, None]
+        self.count += len(rows) if weights is None else float(weights.sum())
+        self.total += weighted.sum(0)
+        self.gram.addmm_(weighted.T, rows)
+
+
+def spread(data: Sequence[Sample], tokens: int) -> list[Sample]:
+    """Samples spread over the data, as many as hold about so many tokens; all of them when they hold fewer."""
+    held = sum(max(tensor.shape[:2].numel() for tensor in sample) for sample in data)
+    wanted = max(1, min(len(data), round(len(data) * tokens / max(held, 1))))
+    return [data[index * len(data) // wanted] for index in range(wanted)]
+
+
+def real_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The features of the real tokens, [tokens, features]. value: [..., features]; mask: [...]."""
+    return value.reshape(-1, value.shape[-1]) if mask is None else value[mask]
+
+
+def observe(
+    program: Program, data: Sequence[Sample], chosen: Collection[fx.Node], visit: Visit, progress: Progress | None = None
+) -> None:
+    """Run every sample and call `visit` with each chosen node and the features of its real tokens, [tokens, features]."""
+    with torch.no_grad(), kept_state(program):
+        for finished, sample in enumerate(data):
+            _run(program, sample, chosen, lambda node, value, mask: visit(node, real_rows(value, mask)))
+            if progress is not None:
+                progress(finished + 1, len(data))
+
+
+def moments(
+    program: Program, data: Sequence[Sample], chosen: Iterable[fx.Node], progress: Progress | None = None
+) -> dict[fx.Node, Moments]:
+    """The moments of what each chosen node yields; take `linears.input_of(linear)` for what a linear layer reads."""
+    sums = {node: Moments.empty(_features(node), nodes.tensor_type(node).device) for node in chosen}
+    observe(program, data, sums, lambda node, rows: sums[node].add(rows), progress)
+    return sums
+
+
+def observe_gradients(
+    program: Program,
+    data: Sequence[Sample],
+    chosen: Collection[fx.Node],
+    visit: VisitGradient,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> None:
+    """Run every sample forth and back; `visit` gets each chosen node, its value, the gradient ∂L/∂value and its mask.
+
+    The first two have the node's own shape, and are zero at padding; for the mask see `token_mask`. L is the
+    log-likelihood of outputs drawn from the program itself, see above; `seed` fixes the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for finished, sample in enumerate(data):
+        found: list[tuple[fx.Node, torch.Tensor, torch.Tensor | None]] = []
+        with torch.enable_grad(), kept_state(program):
+            outputs = _run(program, sample, chosen, partial(_track, found))
+            likelihood = _likelihood(program, sample, outputs, generator)
+            values = [value for _, value, _ in found]
+            # Outputs that no chosen value reaches have no gradient.
+            reached = bool(values) and likelihood.requires_grad
+            given = torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values]
+            gradients = cast("list[torch.Tensor | None]", given)
+        for (node, value, mask), gradient in zip(found, gradients, strict=True):
+            gradient = torch.zeros_like(value) if gradient is None else gradient
+            real = 1.0 if mask is None else mask[..., None]
+            visit(node, value.detach() * real, gradient * real, mask)
+        del found, outputs, likelihood, values, given, gradients
+        give_back_memory()
+        if progress is not None:
+            progress(finished + 1, len(data))
+
+
+def _features(node: fx.Node) -> int:
+    return as_int(nodes.tensor_type(node).shape[-1])
+
+
+def _run(
+    program: Program,
+    sample: Sample,
+    chosen: Collection[fx.Node],
+    see: Callable[[fx.Node, torch.Tensor, torch.Tensor | None], None],
+) -> list[object]:
+    """Run one sample; `see` gets each chosen node, inputs of the program included, its value and its mask."""
+    for node, tensor in zip(program.placeholders, sample, strict=True):
+        if node in chosen:
+            see(node, tensor, token_mask(program, sample, node))
+
+    def look(node: fx.Node, value: object) -> None:
+        if node in chosen:
+            see(node, cast(torch.Tensor, value), token_mask(program, sample, node))
+
+    return program.run(sample, look)
+
+
+def _track(
+    found: list[tuple[fx.Node, torch.Tensor, torch.Tensor | None]],
+    node: fx.Node,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    """Keep a value for its gradient; where no weight before it is trainable, the graph of gradients starts here."""
+    if not value.requires_grad:
+        value.requires_grad_()
+    found.append((node, value, mask))
+
+
+def _likelihood(program: Program, sample: Sample, outputs: Sequence[object], generator: torch.Generator) -> torch.Tensor:
+    """The log-likelihood of outputs drawn from the program's own, summed over real tokens; constants left out."""
+    leaves = cast("Sequence[object]", program.output.args[0])
+    vocabularies = {item.rows for item in program.fact(structure).embeddings}
+    total = torch.zeros(())
+    for node, value in zip(leaves, outputs, strict=True):
+        if not (isinstance(node, fx.Node) and isinstance(value, torch.Tensor)) or not value.requires_grad or value.dim() == 0:
+            continue
+        rows = real_rows(value, token_mask(program, sample, node)).float()
+        if _features(node) in vocabularies:
+            logs = rows.log_softmax(-1)
+            noise = torch.rand(rows.shape, generator=generator).to(rows.device)
+            drawn = (logs.detach() - (-noise.clamp_min(1e-20).log()).log()).argmax(-1)
+            total = total.to(rows.device) + logs.gather(-1, drawn[:, None]).sum()
+        else:
+            noise = torch.randn(rows.shape, generator=generator).to(rows.device)
+            total = total.to(rows.device) + (rows * noise).sum() / rows.detach().square().mean().sqrt().clamp_min(1e-12)
+    return total

@@ -1,0 +1,248 @@
+"""The one way passes change a program: every edit is typed, stamped with the pass, and counted."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler.ir import fake, printer
+from lissom.compiler.ir import node as nodes
+from lissom.errors import PassError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.types import format_type
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A place a pass looked at and left alone: which node, where it is, and why."""
+
+    node: str
+    place: str
+    reason: str
+
+
+class Editor:
+    """Edits one program on behalf of one pass.
+
+    program: the program being changed.
+    data: calibration inputs, flat; empty when the caller gave none.
+    reference: the program before the first pass that changed numbers; None where that is this one.
+    rewritten: how many places the pass changed.
+    skipped: the places it could not treat, with the reason.
+    notes: sentences on the pass as a whole, for the reader of the history.
+    current: the node the pass is looking at, for error messages.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        pass_name: str,
+        data: Sequence[Sample] = (),
+        *,
+        reference: Program | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        self.program = program
+        self.pass_name = pass_name
+        self.data = data
+        self.reference = reference
+        self._progress = progress
+        self.rewritten = 0
+        self.skipped: list[Skip] = []
+        self.notes: list[str] = []
+        self.current: fx.Node | None = None
+
+    def nodes(self, *targets: object) -> Iterator[fx.Node]:
+        """The program's call nodes (of these targets) in order; nodes erased meanwhile are passed over."""
+        for node in self.program.nodes(*targets):
+            if not node._erased:
+                self.current = node
+                yield node
+        self.current = None
+
+    def treatable(self, obstacle: Callable[[fx.Node], str | None], *targets: object) -> Iterator[fx.Node]:
+        """The nodes of these targets that nothing stands against; the others are reported with the reason `obstacle` gives."""
+        for node in self.nodes(*targets):
+            reason = obstacle(node)
+            if reason is None:
+                yield node
+            else:
+                self.skip(node, reason)
+
+    def report(self, what: str, finished: int, total: int) -> None:
+        """Say how far a pass that takes long has come: what it does now, and how many of how many steps are finished."""
+        if self._progress is not None:
+            self._progress(what, finished, total)
+
+    def skip(self, node: fx.Node, reason: str) -> None:
+        """Report a place the pass leaves as it is."""
+        self.skipped.append(Skip(node.name, printer.place(self.program, node), reason))
+
+    def note(self, sentence: str) -> None:
+        """Tell the reader of the history something about the pass as a whole."""
+        self.notes.append(sentence)
+
+    @contextmanager
+    def before(self, node: fx.Node, like: Sequence[fx.Node] = ()) -> Generator[None]:
+        """Put what is made inside before `node`; its origin is that of the nodes it stands for (`like`, else `node`)."""
+        self._like = [*like] or [node]
+        with self.program.graph.inserting_before(node):
+            yield
+
+    def call(self, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
+        """A new, typed call node; use inside `before`.
+
+        Raises: PassError when the operator does not accept these arguments.
+        """
+        name = target._schema.name.partition("::")[2]
+        node = self.program.graph.create_node("call_function", target, args, kwargs, name)  # pyright: ignore
+        nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
+        self._type(node)
+        return node
+
+    def size(self, node: fx.Node, dim: int) -> fx.Node | int:
+        """The size of one dimension as an argument for a call: a number, or a node that reads it; use inside `before`."""
+        size = nodes.tensor_type(node).shape[dim]
+        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim)
+
+    def compute_size(self, function: Callable[[int, int], int], size: fx.Node, number: fx.Node | int) -> fx.Node:
+        """A size computed from another while the program runs, such as `operator.mul(batch, 4)`; use inside `before`."""
+        return self._call_plain(function, size, number)
+
+    def item(self, pieces: fx.Node, index: int) -> fx.Node:
+        """One of the values that a call yields several of, such as a piece of a split; use inside `before`."""
+        return self._call_plain(operator.getitem, pieces, index)
+
+    def _call_plain(self, function: Callable[..., object], *args: fx.Node | int) -> fx.Node:
+        node = self.program.graph.call_function(function, args)
+        nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
+        self._type(node)
+        return node
+
+    def weight(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """A read of a new weight or buffer; a name in use gets a number; use inside `before`."""
+        unique, number = name, 1
+        while self.program.is_taken(unique):
+            unique, number = f"{name}_{number}", number + 1
+        self.program.set_weight(unique, tensor)
+        node = self.program.graph.get_attr(unique)
+        node._rename(unique.replace(".", "_"))
+        nodes.set_value(node, fake.fake_weight(self.program.fake_mode, tensor))
+        nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
+        return node
+
+    def exchange_state(self, old: fx.Node, new: Mapping[str, torch.Tensor]) -> list[fx.Node]:
+        """Reads of new state that stands in the place of a state, which nothing may read or write any more; inside `before`."""
+        reads = [self.weight(name, tensor) for name, tensor in new.items()]
+        names = [str(read.target) for read in reads]
+        state = self.program.state
+        self.program.state = tuple(item for name in state for item in (names if name == old.target else [name]))
+        return reads
+
+    def set_weight(self, node: fx.Node, tensor: torch.Tensor, *, retype: bool = True) -> None:
+        """Give a weight new values, in this program only; what computes from it is typed anew, now or by `retype` later.
+
+        A tensor that replaces a trainable parameter becomes one.
+        """
+        old = self.program.weight(str(node.target))
+        if isinstance(old, nn.Parameter) and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+        self.program.set_weight(str(node.target), tensor)
+        nodes.set_value(node, fake.fake_weight(self.program.fake_mode, tensor))
+        self._stamp(node)
+        if retype and (old.shape != tensor.shape or old.dtype != tensor.dtype):
+            self.retype_from(node)
+
+    def change_call(self, node: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
+        """Let a node call another operator, or the same with other arguments; typed anew. Counts as one place rewritten.
+
+        Raises: PassError when the operator does not accept these arguments.
+        """
+        node.target = target
+        node.args = args  # pyright: ignore[reportAttributeAccessIssue]
+        node.kwargs = kwargs  # pyright: ignore[reportAttributeAccessIssue]
+        self._stamp(node)
+        self._type(node)
+        self.rewritten += 1
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let everything that reads `old` read `new`; `old` is erased. Counts as one place rewritten.
+
+        Raises: PassError when the two have different types.
+        """
+        program = self.program
+        wanted, found = nodes.node_type(old), nodes.node_type(new)
+        if not fake.same_type(program.fake_mode, wanted, found):
+            name_of = program.signature.name_of
+            raise PassError(
+                f"{self.pass_name}: {printer.place(program, old)} yields {format_type(wanted, name_of)}, but its "
+                f"replacement {printer.place(program, new)} yields {format_type(found, name_of)}; "
+                f"a replacement must have the same type\n{printer.excerpt(program, old)}"
+            )
+        old.replace_all_uses_with(new)
+        if self.pass_name in nodes.origin(new).passes and not nodes.origin(new).replaces:
+            nodes.set_origin(new, replace(nodes.origin(new), replaces=old.name))
+        program.graph.erase_node(old)
+        program.edits += 1
+        self.rewritten += 1
+
+    def move_before(self, node: fx.Node, place: fx.Node) -> None:
+        """Let a value be computed in front of `place`, with what it is computed from; nothing of it may depend on `place`."""
+        needed, pending = set[fx.Node](), [node]
+        while pending:
+            found = pending.pop()
+            if found not in needed:
+                needed.add(found)
+                pending += found.all_input_nodes
+        late = False
+        for found in list(self.program.graph.nodes):
+            late = late or found is place
+            if late and found in needed:
+                place.prepend(found)
+                self.program.edits += 1
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node nothing reads. Counts as one place rewritten."""
+        self.program.graph.erase_node(node)
+        self.program.edits += 1
+        self.rewritten += 1
+
+    def retype(self) -> None:
+        """Type every call anew, after sizes written into the program changed."""
+        for node in self.program.nodes():
+            self.retype_call(node)
+
+    def retype_from(self, node: fx.Node) -> None:
+        """Type anew everything that computes from a node, after its own type changed."""
+        changed = {node}
+        for found in self.program.graph.nodes:
+            if found.op == "call_function" and not changed.isdisjoint(found.all_input_nodes):
+                self._type(found)
+                changed.add(found)
+
+    def retype_call(self, node: fx.Node) -> None:
+        """Type a call anew, after what it reads changed, and note the pass on it when its type changed."""
+        before = nodes.node_type(node)
+        self._type(node)
+        if nodes.node_type(node) != before:
+            self._stamp(node)
+
+    def _stamp(self, node: fx.Node) -> None:
+        nodes.set_origin(node, nodes.origin(node).changed_by(self.pass_name))
+        self.program.edits += 1
+
+    def _type(self, node: fx.Node) -> None:
+        try:
+            nodes.set_value(node, fake.known_call(self.program.fake_mode, node))
+        except Exception as error:
+            shown = printer.argument_text([*node.args, *node.kwargs.values()])
+            raise PassError(
+                f"{self.pass_name}: {printer.target_text(node.target)} does not accept the arguments {shown}: {error}"
+            ) from error
+        self.program.edits += 1

@@ -1,0 +1,265 @@
+"""The one file of the compiler that touches torch internals that drift: fake tensors, symbolic sizes, lazy modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import sympy
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.numbers import int_oo
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.types import ScalarType, Size, TensorType, ValueType, size_of, type_of
+
+aten = torch.ops.aten
+
+_KNOWN = "lissom_known_calls"
+_NEW_SIZES = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+
+
+class FlatModule(_LazyGraphModule):
+    """A graph module that generates its Python code at its first call, so that edits and copies cost nothing."""
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode the graph's fake values belong to; a new one when the graph has no tensors."""
+    return next((found for node in graph.nodes if (found := mode_of(node)) is not None), None) or FakeTensorMode()
+
+
+def mode_of(node: fx.Node) -> FakeTensorMode | None:
+    """The mode a node's fake tensor belongs to; None when it yields no tensor."""
+    found = nodes.value(node) if nodes.has_value(node) else None
+    return found.fake_mode if isinstance(found, FakeTensor) else None
+
+
+@contextmanager
+def typing_scope(mode: FakeTensorMode) -> Generator[None]:
+    """Run operators on fake values without letting a size become fixed by accident."""
+    if mode.shape_env is None:
+        with mode, torch.no_grad():
+            yield
+    else:
+        with mode, mode.shape_env.suppress_guards(), torch.no_grad():
+            yield
+
+
+def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
+    """The fake value of a call node from the fake values of its arguments."""
+    with typing_scope(mode):
+        if nodes.is_call(node, aten.constant_pad_nd.default, aten.pad.default):
+            return _fake_pad(node)
+        return call(node, nodes.value)
+
+
+def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
+    """The same, of an earlier call where one of that operator read values of the same types: most layers are alike.
+
+    The value may be another node's too, so it tells nothing of which tensors share memory.
+    """
+    known: dict[object, object] = mode.__dict__.setdefault(_KNOWN, {})
+    key = _key(node)
+    try:
+        found = known.get(key, known)
+    except TypeError:  # an argument that cannot be hashed
+        return fake_call(mode, node)
+    if found is known:
+        found = fake_call(mode, node)
+        # A size that depends on values has a name of its own each time.
+        if key is not None and not _NEW_SIZES.intersection(getattr(node.target, "tags", ())):
+            known[key] = found
+    return found
+
+
+def _key(node: fx.Node) -> object:
+    """All that the type of a call depends on; None where it may depend on more."""
+    if any(getattr(nodes.value(used), "constant", None) is not None for used in node.all_input_nodes):
+        return None
+    return node.target, _described(node.args), *((name, _described(item)) for name, item in sorted(node.kwargs.items()))
+
+
+def _described(item: object) -> object:
+    if isinstance(item, (tuple, list)):
+        return tuple(map(_described, item))
+    # The number 1 is equal to 1.0 and to True, and gives other types.
+    return description(nodes.value(item)) if isinstance(item, fx.Node) else (type(item), item)
+
+
+def _fake_pad(node: fx.Node) -> object:
+    """The fake value of a padding; the operator itself would fix symbolic sizes at those of the example."""
+    if node.target is aten.pad.default and nodes.argument(node, "mode") != "constant":
+        return call(node, nodes.value)
+    x = cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0])))
+    listed = cast("list[object]", node.args[1])
+    pad = cast("list[int]", [nodes.value(size) if isinstance(size, fx.Node) else size for size in listed])
+    shape = list(x.shape)
+    for dim, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        shape[-dim] = shape[-dim] + before + after
+    return x.new_empty(shape)
+
+
+def fake_weight(mode: FakeTensorMode, weight: torch.Tensor) -> torch.Tensor:
+    """A fake tensor with the weight's type; all its sizes are fixed."""
+    return mode.from_tensor(weight, static_shapes=True)
+
+
+def same_type(mode: FakeTensorMode | None, left: ValueType, right: ValueType) -> bool:
+    """True when two types are equal for every value of their symbols, as far as can be shown."""
+    return _same(left, right, partial(_same_size, mode))
+
+
+def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> bool:
+    """True when two types are equal at the sizes the program was captured with.
+
+    A size that depends on the values of the inputs gets a new name each time its node is typed; two such sizes count as equal.
+    """
+    return _same(left, right, partial(_same_size_at_example, mode))
+
+
+def depends_on_values(mode: FakeTensorMode, found: ValueType) -> bool:
+    """True for a tensor as large as the values of the inputs say: its size gets a new name each time it is typed."""
+    if not isinstance(found, TensorType) or mode.shape_env is None:
+        return False
+    known = _known_sizes(mode.shape_env)
+    return any(symbol not in known for size in found.shape if isinstance(size, sympy.Basic) for symbol in size.free_symbols)
+
+
+def _same(left: ValueType, right: ValueType, same_size: Callable[[Size | float, Size | float], bool]) -> bool:
+    match left, right:
+        case TensorType(), TensorType():
+            same_kind = (left.dtype, left.device, left.rank) == (right.dtype, right.device, right.rank)
+            return same_kind and all(map(same_size, left.shape, right.shape))
+        case ScalarType(), ScalarType():
+            return left.kind is right.kind and same_size(left.value, right.value)
+        case tuple(), tuple():
+            return len(left) == len(right) and all(map(partial(_same, same_size=same_size), left, right))
+        case _:
+            return left is right
+
+
+def _same_size_at_example(mode: FakeTensorMode, left: Size | float, right: Size | float) -> bool:
+    left, right = _at_example(mode, left), _at_example(mode, right)
+    if isinstance(left, sympy.Basic) and isinstance(right, sympy.Basic) and left.free_symbols and right.free_symbols:
+        return True
+    return left == right or _same_size(mode, left, right)
+
+
+def _at_example(mode: FakeTensorMode, size: Size | float) -> Size | float:
+    if not isinstance(size, sympy.Basic) or mode.shape_env is None:
+        return size
+    known = {symbol: value for symbol, value in _known_sizes(mode.shape_env).items() if symbol in size.free_symbols}
+    return cast(Size, size.xreplace(known))
+
+
+def _same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | float) -> bool:
+    if left == right:
+        return True
+    if mode is None or mode.shape_env is None or not (isinstance(left, sympy.Basic) or isinstance(right, sympy.Basic)):
+        return False
+    difference = sympy.sympify(left) - sympy.sympify(right)
+    if mode.shape_env.simplify(difference) == 0 or sympy.simplify(difference) == 0:
+        return True
+    return difference.has(FloorDiv) and bool(sympy.simplify(difference.replace(FloorDiv, _divided)) == 0)
+
+
+def _divided(left: sympy.Expr, right: sympy.Expr) -> sympy.Basic:
+    """`left // right` as a polynomial of sizes where nothing is left over; `FloorDiv` itself does not divide powers."""
+    numerator, denominator = sympy.fraction(sympy.cancel(left / right))  # pyright: ignore[reportUnknownMemberType]
+    return cast(sympy.Basic, numerator if denominator == 1 else FloorDiv(left, right))
+
+
+def description(value: object) -> object:
+    """All that the types of results depend on: dtype, device, sizes and strides of tensors, expressions of numbers."""
+    if isinstance(value, torch.Tensor):
+        strides = tuple(map(size_of, value.stride())) if value.layout is torch.strided else None
+        return value.dtype, value.device, tuple(map(size_of, value.shape)), strides
+    if isinstance(value, (tuple, list)):
+        return tuple(map(description, value))
+    return type_of(value)
+
+
+def hint(size: object) -> int:
+    """The size at the example the program was captured with; 0 when it depends on the values of the inputs."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 0
+    return int(size)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class SymbolFact:
+    """What is known of a symbol, None where nothing is: its size at the example, and its bounds.
+
+    A size that depends on the values of the inputs has none at the example.
+    """
+
+    hint: int | None
+    minimum: int | None
+    maximum: int | None
+
+
+def symbol_facts(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, SymbolFact]:
+    """What the mode knows of each symbol."""
+    env = mode.shape_env
+    if env is None:
+        return {}
+    known, ranges = _known_sizes(env), env.var_to_range
+    found: dict[sympy.Symbol, SymbolFact] = {}
+    for symbol in symbols:
+        bounds = ranges.get(symbol)
+        minimum, maximum = (None, None) if bounds is None else (_bound(bounds.lower), _bound(bounds.upper))
+        found[symbol] = SymbolFact(int(known[symbol]) if symbol in known else None, minimum, maximum)
+    return found
+
+
+def symbolic_mode(facts: Mapping[sympy.Symbol, SymbolFact], conditions: Iterable[sympy.Basic]) -> FakeTensorMode:
+    """A new mode that knows these symbols, and that the conditions hold."""
+    env = ShapeEnv()
+    for symbol, fact in facts.items():
+        minimum = -int_oo if fact.minimum is None else fact.minimum
+        env.constrain_symbol_range(symbol, minimum, int_oo if fact.maximum is None else fact.maximum)
+        if fact.hint is not None:
+            _known_sizes(env)[symbol] = sympy.Integer(fact.hint)
+    # Sizes that depend on values are numbered by the mode, and the next must not get the name of one that is there.
+    numbered = (re.fullmatch(r"u(\d+)", symbol.name) for symbol in facts)
+    first = max((int(found[1]) + 1 for found in numbered if found), default=0)
+    # A number, or an `itertools.count` in other releases.
+    env.unbacked_symint_counter = type(env.unbacked_symint_counter)(first)
+    for condition in conditions:
+        env.evaluate_expr(condition)
+    return FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
+
+
+def fake_tensor(mode: FakeTensorMode, found: TensorType, stride: Sequence[Size]) -> torch.Tensor:
+    """A fake tensor of that type."""
+    sizes, strides = ([fake_number(mode, int, size) for size in given] for given in (found.shape, stride))
+    with typing_scope(mode):
+        return torch.empty_strided(sizes, strides, dtype=found.dtype, device=found.device)  # pyright: ignore
+
+
+def fake_number(mode: FakeTensorMode, kind: type[float], value: Size | sympy.Basic) -> object:
+    """A number computed from sizes, symbolic unless it is plain."""
+    env = mode.shape_env
+    if not isinstance(value, sympy.Basic) or env is None:
+        return value
+    if kind is int:
+        return env.create_symintnode(cast(sympy.Expr, value), hint=None)
+    return env.create_symboolnode(value) if kind is bool else env.create_symfloatnode(value, hint=None)  # pyright: ignore
+
+
+def _known_sizes(env: ShapeEnv) -> dict[sympy.Symbol, sympy.Integer]:
+    """The symbols' sizes at the example; renamed between torch 2.11 and 2.13."""
+    return getattr(env, "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val")
+
+
+def _bound(value: object) -> int | None:
+    return int(value) if isinstance(value, sympy.Integer) else None

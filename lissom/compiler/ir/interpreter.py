@@ -1,0 +1,113 @@
+"""Run a program's graph node by node, freeing each value after its last use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler.ir.collectives import COLLECTIVES, stand_in, together
+
+Observer = Callable[[fx.Node, object], None]
+
+
+def run(graph: fx.Graph, weights: nn.Module, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
+    """The flat outputs of the graph; `observe` sees every call's result in order."""
+    values: dict[fx.Node, object] = {}
+    last_uses = last_uses_of(graph)
+    feed = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "output":
+            return list(_with_values(node.args[0], values.__getitem__))
+        if node.op == "placeholder":
+            values[node] = next(feed)
+        elif node.op == "get_attr":
+            values[node] = attrgetter(str(node.target))(weights)
+        else:
+            values[node] = call(node, values.__getitem__)
+            if observe is not None:
+                observe(node, values[node])
+        for used in last_uses.get(node, ()):
+            del values[used]
+    raise AssertionError("a graph ends in its output node")
+
+
+def run_ranks(
+    graph: fx.Graph,
+    ranks: Sequence[Mapping[str, torch.Tensor]],
+    inputs: Sequence[torch.Tensor],
+    observe: Callable[[fx.Node, list[object]], list[object] | None] | None = None,
+) -> list[list[object]]:
+    """The flat outputs of each rank of a graph with collectives, all ranks run in lock-step in this process.
+
+    ranks: the weights of each, by name. observe: sees what every call gives on each rank, in order, and may give other values.
+    """
+    values: dict[fx.Node, list[object]] = {}
+    last_uses = last_uses_of(graph)
+    feed = iter(inputs)
+    for node in graph.nodes:
+        if node.op == "output":
+            return [list(_with_values(node.args[0], lambda used, rank=rank: values[used][rank])) for rank in range(len(ranks))]
+        if node.op == "placeholder":
+            values[node] = [next(feed)] * len(ranks)
+        elif node.op == "get_attr":
+            values[node] = [weights[str(node.target)] for weights in ranks]
+        elif node.target in COLLECTIVES:
+            values[node] = [*together(node.target, cast("list[torch.Tensor]", values[node.args[0]]), node.args[1:])]
+        else:
+            values[node] = [call(node, lambda used, rank=rank: values[used][rank]) for rank in range(len(ranks))]
+        if node.op == "call_function" and observe is not None:
+            values[node] = observe(node, values[node]) or values[node]
+        for used in last_uses.get(node, ()):
+            del values[used]
+    raise AssertionError("a graph ends in its output node")
+
+
+def call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
+    """The result of a call node, with the values of the nodes it reads."""
+    target = stand_in(node.target) or cast(Callable[..., object], node.target)
+    return target(*_with_values(node.args, value_of), **_with_values(node.kwargs, value_of))
+
+
+def _with_values(arguments: object, value_of: Callable[[fx.Node], object]) -> Any:
+    """The arguments with every node in them exchanged for its value."""
+    return fx.map_arg(cast(Any, arguments), cast(Any, value_of))
+
+
+def last_uses_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nothing reads after it."""
+    seen: set[fx.Node] = set()
+    last_uses: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            seen.update(node.all_input_nodes)
+            continue
+        finished = [used for used in (node, *node.all_input_nodes) if used not in seen]
+        seen.update(finished)
+        if finished:
+            last_uses[node] = finished
+    return last_uses
+
+
+def evaluate_nodes(weights: nn.Module, node: fx.Node) -> torch.Tensor:
+    """The tensor a node yields, when it depends on weights alone."""
+    order: list[fx.Node] = []
+    pending, seen = [(node, False)], set()
+    while pending:
+        found, ready = pending.pop()
+        if ready:
+            order.append(found)
+        elif found not in seen:
+            seen.add(found)
+            pending += [(found, True), *((used, False) for used in found.all_input_nodes)]
+    values: dict[fx.Node, object] = {}
+    with torch.no_grad():
+        for found in order:
+            if found.op == "get_attr":
+                values[found] = attrgetter(str(found.target))(weights)
+            else:
+                values[found] = call(found, values.__getitem__)
+    return cast(torch.Tensor, values[node]).detach().clone()

@@ -1,0 +1,108 @@
+"""Small questions passes ask of nodes while they look for a pattern."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+CASTS = (aten.to.dtype, aten._to_copy.default)
+RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+# These may give back their argument, though their schemas promise a new tensor.
+_MAY_GIVE_BACK = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.type_as.default)
+
+
+def strip_casts(node: fx.Node) -> fx.Node:
+    """The value before any casts between floating types."""
+    while nodes.is_call(node, *CASTS) and _is_floating(node) and _is_floating(node.args[0]):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    return node
+
+
+def _is_floating(item: object) -> bool:
+    return nodes.is_tensor(item) and nodes.tensor_type(item).dtype.is_floating_point
+
+
+def is_view(node: fx.Node) -> bool:
+    """True when the result may be in the memory of the first argument."""
+    if nodes.is_call(node, operator.getitem, *_MAY_GIVE_BACK):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    aliases = [found.alias_info for found in schema.returns] if schema is not None else []
+    return any(found is not None and not found.is_write for found in aliases)
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The value in whose memory the node's result may be."""
+    while is_view(node):
+        node = node.args[0]  # pyright: ignore[reportAssignmentType]
+    return node
+
+
+def views_of(node: fx.Node) -> list[fx.Node]:
+    """The node, and every value that may be in its memory."""
+    found = [node]
+    for view in found:
+        found += [user for user in view.users if is_view(user) and user.args[0] is view]
+    return found
+
+
+def is_read_by(node: fx.Node, operators: Collection[object]) -> bool:
+    """True when one of these operators reads the node, or a value that may be in its memory."""
+    return any(user.target in operators for view in views_of(node) for user in view.users)
+
+
+def is_handed_out(program: Program, node: fx.Node) -> bool:
+    """True when the caller gets the node's memory, whole or as a view."""
+    return any(program.output in view.users for view in views_of(node))
+
+
+def other_argument(node: fx.Node, known: fx.Node) -> object:
+    """The second operand of a commutative operator, given one; None when `known` is no operand."""
+    left, right = node.args[0], node.args[1]
+    if left is known:
+        return right
+    return left if right is known else None
+
+
+def unshifted(node: object, dim: int) -> fx.Node | None:
+    """x of x − max(x) over one dimension that is kept with size 1; None when the node is no such difference."""
+    if not nodes.is_call(node, aten.sub.Tensor) or node.kwargs:
+        return None
+    value, shift = node.args
+    if nodes.is_call(shift, operator.getitem) and shift.args[1] == 0:
+        shift = shift.args[0]
+    if not nodes.is_call(shift, aten.amax.default, aten.max.dim) or shift.args[0] is not value:
+        return None
+    dims, rank = nodes.argument(shift, "dim"), nodes.tensor_type(value).rank
+    found = [dims] if isinstance(dims, int) else list(dims)  # pyright: ignore
+    same = len(found) == 1 and found[0] % rank == dim % rank
+    return value if same and nodes.argument(shift, "keepdim") else None  # pyright: ignore[reportReturnType]
+
+
+def number(program: Program, item: object) -> float | None:
+    """The number an argument is: a literal, or a constant of rank 0 in the program; None when it is neither."""
+    if isinstance(item, (int, float)):
+        return float(item)
+    if not isinstance(item, fx.Node) or item.op != "get_attr" or str(item.target) in program.state:
+        return None
+    weight = program.weight(str(item.target))
+    return float(weight) if weight.dim() == 0 and not isinstance(weight, torch.nn.Parameter) else None
+
+
+def scalar_and_node(program: Program, node: object, targets: Collection[object]) -> tuple[float, fx.Node] | None:
+    """The number and the value a commutative operator combines, in either order; None when it does not."""
+    if not isinstance(node, fx.Node) or node.target not in targets or node.kwargs:
+        return None
+    for item, other in (node.args, reversed(node.args)):
+        found = number(program, item)
+        if found is not None and nodes.is_tensor(other):
+            return found, other  # pyright: ignore[reportReturnType]
+    return None

@@ -1,0 +1,183 @@
+"""Typed access to what a node carries: its (fake) value and its origin. Nothing else reads `node.meta`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeGuard, cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir.types import TensorType, ValueType, type_of
+
+if TYPE_CHECKING:
+    from lissom.compiler.ir.placement import Placed
+
+aten = torch.ops.aten
+
+IN_PLACE: Mapping[object, torch._ops.OpOverload] = {aten.index_copy.default: aten.index_copy_.default}
+"""Calls that exchange rows of a tensor, and those that do so in place, as a program may with its state."""
+STATE_WRITES: tuple[torch._ops.OpOverload, ...] = (aten.copy_.default, *IN_PLACE.values())
+"""The operators that may write state."""
+_ORIGIN = "lissom_origin"
+_VALUE = "val"
+_PLACED = "lissom_placed"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node came from.
+
+    module_path: the module whose forward made it, `encoder.layer.0.attention.self`; empty for the model itself.
+    source: file name and line in the model's code, `modeling_bert.py:215`; empty when unknown.
+    code: the text of that line.
+    passes: the passes that made or changed the node, oldest first.
+    replaces: the node's name before a pass put this one in its place; used to line up two programs.
+    """
+
+    module_path: str = ""
+    source: str = ""
+    code: str = ""
+    passes: tuple[str, ...] = ()
+    replaces: str = ""
+
+    def changed_by(self, pass_name: str) -> Origin:
+        return self if pass_name in self.passes else replace(self, passes=(*self.passes, pass_name))
+
+
+class Deferred:
+    """A fake value that is made when it is first asked for; its type is known before.
+
+    Fake values need parts of PyTorch that take a second to import, and a program that only runs needs none.
+    """
+
+    def __init__(self, value_type: ValueType, make: Callable[[], object]) -> None:
+        self.type = value_type
+        self._make = make
+
+    @cached_property
+    def value(self) -> object:
+        return self._make()
+
+
+def origin(node: fx.Node) -> Origin:
+    """Where the node came from; an empty origin when nothing is recorded."""
+    return node.meta.get(_ORIGIN, Origin())
+
+
+def set_origin(node: fx.Node, value: Origin) -> None:
+    """Record where the node came from."""
+    node.meta[_ORIGIN] = value
+
+
+def placed(node: fx.Node) -> Placed | tuple[Placed, ...] | None:
+    """How what the node yields lies on ranks that share the program; None where no plan says so."""
+    return node.meta.get(_PLACED)
+
+
+def set_placed(node: fx.Node, value: Placed | tuple[Placed, ...]) -> None:
+    """Record how what the node yields lies on ranks."""
+    node.meta[_PLACED] = value
+
+
+def has_value(node: fx.Node) -> bool:
+    """True once the node is typed."""
+    return _VALUE in node.meta
+
+
+def value(node: fx.Node) -> object:
+    """The fake value the node was typed with: fake tensor, symbolic or plain number, or a tuple of these."""
+    found = node.meta[_VALUE]
+    return found.value if isinstance(found, Deferred) else found
+
+
+def set_value(node: fx.Node, fake: object) -> None:
+    """Type the node with a fake value, or one to be made later."""
+    node.meta[_VALUE] = fake
+
+
+def node_type(node: fx.Node) -> ValueType:
+    """The type of what the node yields."""
+    found = node.meta[_VALUE]
+    return found.type if isinstance(found, Deferred) else type_of(found)
+
+
+def tensor_type(node: object) -> TensorType:
+    """The node's type, which must be a tensor.
+
+    Raises: TypeError when the node yields something else.
+    """
+    found = node_type(node) if isinstance(node, fx.Node) else node
+    if not isinstance(found, TensorType):
+        raise TypeError(f"{node} yields {found}, not a tensor")
+    return found
+
+
+def is_tensor(node: object) -> TypeGuard[fx.Node]:
+    """True when `node` is a node of a program that yields one tensor."""
+    if not isinstance(node, fx.Node) or not has_value(node):
+        return False
+    found = node.meta[_VALUE]
+    return isinstance(found, torch.Tensor) or (isinstance(found, Deferred) and isinstance(found.type, TensorType))
+
+
+def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
+    """True when `node` calls one of the targets."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def argument(node: fx.Node, name: str) -> object:
+    """The argument the call gives for the operator's parameter `name`, or the schema's default.
+
+    Raises: KeyError when the operator has no such parameter.
+    """
+    schema = cast(torch._ops.OpOverload, node.target)._schema
+    for index, parameter in enumerate(schema.arguments):
+        if parameter.name != name:
+            continue
+        if not parameter.kwarg_only and index < len(node.args):
+            return node.args[index]
+        return node.kwargs.get(name, parameter.default_value)
+    raise KeyError(f"{node.target} has no parameter '{name}'")
+
+
+def set_argument(node: fx.Node, name: str, value: object) -> None:
+    """Set the argument of a call for the operator's parameter `name`, wherever the call has it."""
+    names = [parameter.name for parameter in cast(torch._ops.OpOverload, node.target)._schema.arguments]
+    index = names.index(name)
+    if index < len(node.args):
+        node.args = (*node.args[:index], value, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        node.kwargs = {**node.kwargs, name: value}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_state_write(node: fx.Node) -> bool:
+    """True for the mutations a program may hold: `copy_` into a weight listed as state, or into rows of it."""
+    first = node.args[0] if node.args else None
+    return is_call(node, *STATE_WRITES) and isinstance(first, fx.Node) and first.op == "get_attr"
+
+
+def is_pure(node: fx.Node) -> bool:
+    """True when calling the node twice with equal arguments gives equal results and changes nothing."""
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    tags = node.target.tags
+    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in tags
+
+
+def merged_origin(nodes: Iterable[fx.Node]) -> Origin:
+    """The origin of a node that stands for several: the longest module path they share, the last one's source line."""
+    origins = [origin(node) for node in nodes]
+    if not origins:
+        return Origin()
+    paths = [found.module_path.split(".") for found in origins]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return replace(origins[-1], module_path=".".join(shared), replaces="")

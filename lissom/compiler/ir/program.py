@@ -1,0 +1,300 @@
+"""The program: a flat graph of ATen operators with its weights, its signature, and types and origins on every node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import sympy
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lissom.compiler.ir import fake, printer as text
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.parallel.dtensor import as_dtensors
+from lissom.errors import PassError
+from lissom.compiler.ir.interpreter import Observer, run, run_ranks
+from lissom.compiler.ir.placement import REPLICATED, Placed, at_sizes, local_part, whole_of
+from lissom.compiler.ir.signature import Signature
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+Fact = TypeVar("Fact")
+
+
+class Program:
+    """A transformer as a flat `torch.fx` graph in one dialect: functional, pre-dispatch ATen.
+
+    name: the class of the model it was captured from.
+    graph_module: the graph and, as attributes under their original names, the weights and buffers it reads. They lie in the
+        memory of the model's own, require no gradients, and are read only; `trainable` gives a program with copies.
+    signature: the call it answers.
+    state: the names of the buffers it may write; everything else is read only.
+    ranks: of a program cut for several ranks the weights of each, by name; empty for any other. The graph is the one all of
+        them run, and the weights of the program itself are those of the first.
+    edits: counts the changes made, so that facts about the program can be remembered until the next one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        graph_module: fx.GraphModule,
+        signature: Signature,
+        state: tuple[str, ...] = (),
+        ranks: tuple[Mapping[str, torch.Tensor], ...] = (),
+    ) -> None:
+        self.name = name
+        self.graph_module = graph_module
+        self.signature = signature
+        self.state = state
+        self.ranks = ranks
+        self.edits = 0
+        self._facts: dict[Callable[[Program], object], tuple[int, object]] = {}
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def fake_mode(self) -> FakeTensorMode:
+        return self.fact(_fake_mode_of)
+
+    @property
+    def output(self) -> fx.Node:
+        return self.graph.output_node()
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def nodes(self, *targets: object) -> list[fx.Node]:
+        """The call nodes in order, or those that call one of the targets."""
+        calls = (node for node in self.graph.nodes if node.op == "call_function")
+        return [node for node in calls if not targets or node.target in targets]
+
+    def fact(self, analysis: Callable[[Program], Fact]) -> Fact:
+        """The analysis of this program, computed once for each state of the graph."""
+        known = self._facts.get(analysis)
+        if known is not None and known[0] == self.edits:
+            return cast(Fact, known[1])
+        found = analysis(self)
+        self._facts[analysis] = (self.edits, found)
+        return found
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The tensors the graph reads, by name, in the order of their first use."""
+        reads = dict.fromkeys(str(node.target) for node in self.graph.nodes if node.op == "get_attr")
+        return {name: self.weight(name) for name in reads}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The weight or buffer of that name.
+
+        Raises: AttributeError when the program has none.
+        """
+        path, _, leaf = name.rpartition(".")
+        return getattr(self.graph_module.get_submodule(path), leaf)
+
+    def constant(self, node: fx.Node) -> torch.Tensor | None:
+        """The weight a node reads that no call writes; None for any other node."""
+        is_read = node.op == "get_attr" and str(node.target) not in self.state
+        return self.weight(str(node.target)) if is_read else None
+
+    def has_weight(self, name: str) -> bool:
+        """True when the program has a weight or buffer of that name."""
+        return isinstance(self._attribute(name), torch.Tensor)
+
+    def is_taken(self, name: str) -> bool:
+        """True when no new weight may have the name: a weight, a container of weights or a module's own attribute has it."""
+        return self._attribute(name) is not None
+
+    def _attribute(self, name: str) -> object:
+        owner: object = self.graph_module
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        return owner
+
+    def set_weight(self, name: str, tensor: torch.Tensor) -> None:
+        """Give the name a tensor in this program alone; programs that shared the old one keep it.
+
+        Raises: PassError when the program is cut for several ranks.
+        """
+        if self.ranks:
+            raise PassError(
+                f"the weight '{name}' cannot be changed in a program cut for {len(self.ranks)} ranks, which hold parts of it; "
+                f"change it before `cut`, or in one rank's program, `program.of_rank(rank)`"
+            )
+        path, _, leaf = name.rpartition(".")
+        owner: nn.Module = self.graph_module
+        for part in path.split(".") if path else ():
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = cast(nn.Module, getattr(owner, part))
+        owner._parameters.pop(leaf, None)
+        owner._buffers.pop(leaf, None)
+        if isinstance(tensor, nn.Parameter):
+            owner.register_parameter(leaf, tensor)
+        else:
+            owner.register_buffer(leaf, tensor)
+        self.edits += 1
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(tensor.numel() for tensor in self.weights().values())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """The bytes of all weights and buffers the graph reads, those that share memory counted once."""
+        places = {(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in self.weights().values()}
+        return sum(size for _, size in places)
+
+    def copy(self) -> Program:
+        """A program with its own graph that shares every weight with this one."""
+        graph = fx.Graph()
+        copied: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+        return Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state, self.ranks)
+
+    def trainable(self) -> Program:
+        """A copy with weights of its own, whose parameters require gradients: `trainable().graph_module.parameters()`.
+
+        A program shares its weights with the model it was captured from, to read them. What is trained must be a copy, or the
+        model would change. Weights that were frozen in the model stay frozen.
+
+        Raises: PassError when the program is cut for several ranks.
+        """
+        found = self.copy()
+        for name, tensor in found.weights().items():
+            owned = tensor.detach().clone()
+            learned = isinstance(tensor, nn.Parameter) and owned.is_floating_point()
+            found.set_weight(name, nn.Parameter(owned) if learned else owned)
+        return found
+
+    def of_rank(self, rank: int) -> Program:
+        """What one rank runs of a program cut for several: the same graph with collectives in it, and its own weights.
+
+        Raises: PassError when there is no such rank.
+        """
+        if not 0 <= rank < len(self.ranks):
+            count = f"{len(self.ranks)} ranks, 0 to {len(self.ranks) - 1}" if self.ranks else "no ranks; `cut` makes some"
+            raise PassError(f"{self.name} has no rank {rank}: it has {count}")
+        found = Program(self.name, self.copy().graph_module, self.signature, self.state)
+        for name in found.weights():
+            found.set_weight(name, self.ranks[rank][name])
+        return found
+
+    def to_dtensor(self, mesh: DeviceMesh) -> dict[str, DTensor]:
+        """The weights of a program cut for several ranks, or of one rank's, as torch's DTensors on a mesh of the ranks.
+
+        `full_tensor()` of each is the model's weight. What `cut` made to tell ranks apart is left out.
+
+        Raises: UnsupportedError for a mesh of another size, and for a weight whose placement torch's vocabulary cannot say.
+        """
+        return as_dtensors(self, mesh)
+
+    def state_tensors(self) -> list[torch.Tensor]:
+        """The buffers a call may write, those of every rank."""
+        return [weights[name] for weights in self.ranks for name in self.state] or [self.weight(name) for name in self.state]
+
+    def state_values(self) -> list[torch.Tensor]:
+        """What the buffers hold that a call may write, put together where ranks hold parts of them; copies."""
+        if not self.ranks:
+            return [self.weight(name).clone() for name in self.state]
+        reads = {str(node.target): node for node in self.graph.nodes if node.op == "get_attr"}
+        found = list[torch.Tensor]()
+        for name in self.state:
+            placed = _placed(reads[name])
+            parts = [weights[name] for weights in self.ranks]
+            shape = [sum(cast(int, span.whole) for span in placed.spans(dim)) or n for dim, n in enumerate(parts[0].shape)]
+            found.append(whole_of(parts, placed, shape).clone())
+        return found
+
+    def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
+        """The flat outputs for flat inputs, without checks; gradients flow to the inputs unless they are switched off.
+
+        A program cut for several ranks runs all of them in lock-step, and shows the values its ranks hold parts of.
+        """
+        if self.ranks:
+            return self.run_ranks(inputs, observe)[0]
+        return run(self.graph, self.graph_module, inputs, observe)
+
+    def run_ranks(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[list[object]]:
+        """The flat outputs of every rank of a program cut for several."""
+        if observe is None:
+            return run_ranks(self.graph, self.ranks, inputs)
+        show = observe
+        return run_ranks(self.graph, self.ranks, inputs, lambda node, parts: show(node, self.whole(node, parts, inputs)))
+
+    def whole(self, node: fx.Node, parts: Sequence[object], inputs: Sequence[torch.Tensor]) -> object:
+        """The value that the ranks hold these parts of, as far as the node's placement tells; inputs: of the call."""
+        placed = _placed(node)
+        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+        if placed.is_replicated or len(tensors) < len(parts):
+            return parts[0]
+        settled = at_sizes(placed, self._sizes(inputs))
+        shape = [sum(cast(int, span.whole) for span in settled.spans(dim)) or n for dim, n in enumerate(tensors[0].shape)]
+        return whole_of(tensors, settled, shape)
+
+    def parts(self, node: fx.Node, value: object, inputs: Sequence[torch.Tensor]) -> list[object] | None:
+        """The parts of a value that each rank holds; None where it is no tensor."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        placed = at_sizes(_placed(node), self._sizes(inputs))
+        return [local_part(value, placed, rank) for rank in range(len(self.ranks))]
+
+    def _sizes(self, inputs: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
+        found: dict[object, int] = {}
+        for node, tensor in zip(self.placeholders, inputs, strict=True):
+            found.update(zip(nodes.tensor_type(node).shape, tensor.shape, strict=True))
+        return {size: number for size, number in found.items() if isinstance(size, sympy.Symbol)}
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Call the program as the original model is called; gradients flow to the inputs unless they are switched off.
+
+        Raises: InputError when the arguments do not fit the signature.
+        """
+        return self.signature.unflatten(self.run(self.signature.flatten(args, kwargs)))
+
+    def text(self) -> str:
+        """The program as text, one node a line: the same for the same program, whatever machine made it."""
+        return text.program_text(self)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"<Program {self.name}{self.signature.describe()}: {len(self.nodes())} calls; print it to read them>"
+
+    def drop_dead(self) -> int:
+        """Remove the nodes nothing reads, and the weights no node reads; returns how many nodes went."""
+        dropped = 0
+        for node in reversed(self.graph.nodes):
+            if node.users or node.op in ("placeholder", "output") or _has_effect(node):
+                continue
+            self.graph.erase_node(node)
+            dropped += 1
+        if dropped:
+            self.graph_module = fake.FlatModule(self.graph_module, self.graph)
+            self.edits += 1
+        return dropped
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self.graph.nodes)
+
+
+def _fake_mode_of(program: Program) -> FakeTensorMode:
+    return fake.fake_mode(program.graph)
+
+
+def _placed(node: fx.Node) -> Placed:
+    found = nodes.placed(node)
+    return found if isinstance(found, Placed) else REPLICATED
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """True for writes and for checks: operators that change something or return nothing."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and (schema.is_mutable or not schema.returns)

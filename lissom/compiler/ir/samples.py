@@ -1,0 +1,244 @@
+"""Inputs for checks: the caller's example, and variants with other sizes, values and masks, drawn so that they stay valid.
+
+docs/verification.md says what each is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import sympy
+import torch
+
+from lissom.errors import InputError
+from lissom.compiler.ir.signature import Signature, evaluate
+
+Sample = list[torch.Tensor]
+Sizes = Mapping[sympy.Symbol, int]
+Pattern = Callable[[int, int], torch.Tensor]
+"""For so many rows and columns of a mask, which places change."""
+
+LONGEST = 513
+"""The longest length that is tried for its own sake: one more than the powers of two that windows of small models have."""
+WORK = 2e9
+"""The operations that a run at the longest length may take, some tenths of a second on one core."""
+_HIDING = -1e4
+"""What hides a key where a mask that is added to scores holds only zeros; small enough for half precision."""
+_LOW = -1e3
+"""Floating-point inputs that hold only zeros and values below are added to scores as masks."""
+
+
+def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, seed: int = 0) -> Sample:
+    """The example with its dynamic dimensions at `sizes`.
+
+    Rows and positions are drawn from the example's own, so token ids stay inside the vocabulary and masks stay masks. Each row
+    draws other positions, the same ones in every argument that shares the dimensions. Positions that count up go on counting.
+    """
+    draws: dict[tuple[object, int], int] = {}
+
+    def picks(size: object, old: int, new: int, rows: int = 1) -> torch.Tensor:
+        """For each row the places to take from; the first row is the same for any number of rows."""
+        number = draws.setdefault((size, old), len(draws))
+        return torch.randint(0, old, (rows, new), generator=torch.Generator().manual_seed(seed * 1000 + number))
+
+    resized = []
+    for leaf, tensor in zip(signature.tensors, example, strict=True):
+        dims = [dim for dim, size in enumerate(leaf.type.shape) if not isinstance(size, int)]
+        counts_up = tensor.dim() - 1 in dims and _counts_up(tensor)
+        rows = 1
+        for dim in dims[:-1] if counts_up else dims:
+            size = leaf.type.shape[dim]
+            new = evaluate(size, sizes)
+            found = picks(size, tensor.shape[dim], new, rows).to(tensor.device)
+            if len(found) == 1:
+                tensor = tensor.index_select(dim, found[0])
+            else:
+                tensor = torch.stack([row.index_select(dim - 1, place) for row, place in zip(tensor, found, strict=True)])
+            rows = new if dim == 0 else 1
+        if counts_up:
+            length = evaluate(leaf.type.shape[-1], sizes)
+            tensor = tensor[..., :1] + torch.arange(length, dtype=tensor.dtype, device=tensor.device)
+        resized.append(tensor)
+    return resized
+
+
+def check_samples(signature: Signature, example: Sequence[torch.Tensor]) -> list[Sample]:
+    """What every exact pass is checked on: the example, and a variant with other sizes, values and masks."""
+    other = _masked(_variant(signature, example), _tail_and_hole)
+    return [list(example)] if _same(other, example) else [list(example), other]
+
+
+def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> list[Sample]:
+    """What exact passes in a row are checked on besides, from the first to the last. flops: of a run on the example."""
+    plain = _variant(signature, example, seed=1)
+    found = [
+        _masked(plain, _left, low=-float("inf")),
+        _masked(plain, _whole_row),
+        _masked(list(map(_ids_redrawn, plain)), _tail_and_hole, kind=0),
+    ]
+    found = [sample for sample in found if not _same(sample, plain)]
+    for seed, sizes in enumerate((_four_times(signature, example), _longest(signature, example, flops)), 2):
+        if sizes is not None:
+            found.append(_masked(_redrawn(resize(signature, example, sizes, seed), seed), _tail_and_hole))
+    return found
+
+
+def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 0) -> Sample:
+    """The example at other sizes, where it has any, with floating-point values of its own in every row."""
+    sizes = signature.sizes_of(example)
+    grown = {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}
+    doubled = {symbol: size * 2 for symbol, size in sizes.items()}
+    shrunk = {symbol: max(signature.dimensions[symbol].minimum, size // 2) for symbol, size in sizes.items()}
+    found = _first_allowed(signature, example, (grown, doubled, shrunk)) or sizes
+    return _redrawn(resize(signature, example, found, seed) if found != sizes else list(example), seed)
+
+
+def _four_times(signature: Signature, example: Sequence[torch.Tensor]) -> Sizes | None:
+    """Four times the example's length, or as much of it as the signature takes."""
+    sizes, lengths = signature.sizes_of(example), _lengths(signature)
+    tried = ({symbol: _at_most(signature, symbol, size * factor) for symbol, size in sizes.items()} for factor in (4, 3, 2))
+    return _first_allowed(signature, example, [sizes | {symbol: found[symbol] for symbol in lengths} for found in tried])
+
+
+def _longest(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Sizes | None:
+    """One row of the largest length that is worth its time; None where it is no longer than four times the example's."""
+    sizes, lengths = signature.sizes_of(example), _lengths(signature)
+    if not lengths:
+        return None
+    short = {symbol: signature.dimensions[symbol].minimum for symbol in sizes}
+    work = max(flops, 1) * prod(short[symbol] / size for symbol, size in sizes.items() if symbol not in lengths)
+    longest = max(sizes[symbol] for symbol in lengths)
+    length = min(LONGEST, int(longest * WORK / work))
+    if length <= 4 * longest:
+        return None
+    rounded = dict.fromkeys(length // step * step for step in (1, 2, 8, 64))
+    tried = [short | {symbol: _at_most(signature, symbol, number) for symbol in lengths} for number in rounded]
+    return _first_allowed(signature, example, tried)
+
+
+def _lengths(signature: Signature) -> list[sympy.Symbol]:
+    """The dimensions that vary, without the first of the first input, which counts rows where there is another."""
+    first = next((leaf.type.shape[0] for leaf in signature.tensors if leaf.type.shape), None)
+    return [symbol for symbol in signature.dimensions if symbol != first] or [*signature.dimensions]
+
+
+def _at_most(signature: Signature, symbol: sympy.Symbol, size: int) -> int:
+    maximum = signature.dimensions[symbol].maximum
+    return size if maximum is None else min(size, maximum)
+
+
+def _first_allowed(signature: Signature, example: Sequence[torch.Tensor], tried: Iterable[Sizes]) -> Sizes | None:
+    """The first sizes that the signature takes, and that are not the example's."""
+    usual = signature.sizes_of(example)
+    for sizes in tried:
+        try:
+            signature.check_sizes(resize(signature, example, sizes))
+        except InputError:
+            continue
+        if sizes != usual:
+            return sizes
+    return None
+
+
+def _redrawn(sample: Sample, seed: int) -> Sample:
+    """The sample with floating-point values nearer to zero, each by another factor, so that no two rows are equal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point() or _seen_and_hidden(tensor) is not None:
+            return tensor
+        factors = 1 - torch.rand(tensor.shape, generator=generator) / 2
+        return tensor * factors.to(tensor.device, tensor.dtype)
+
+    return list(map(draw, sample))
+
+
+def _ids_redrawn(tensor: torch.Tensor) -> torch.Tensor:
+    """Integers anywhere between the smallest and the largest, unless they are a mask or count up."""
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.numel() < 2:
+        return tensor
+    if _seen_and_hidden(tensor) is not None or _counts_up(tensor):
+        return tensor
+    low, high = int(tensor.min()), int(tensor.max())
+    drawn = torch.randint(low, high + 1, tensor.shape, generator=torch.Generator().manual_seed(low), dtype=tensor.dtype)
+    return drawn.to(tensor.device)
+
+
+def _masked(sample: Sample, pattern: Pattern, kind: int = 1, low: float | None = None) -> Sample:
+    """The sample with some places of its masks hidden.
+
+    kind: 1 for masks whose usual value is one, true, or a zero that is added; 0 for those whose usual value is zero or false.
+    low: what is added to hide, where the mask itself does not say.
+    """
+    return [_hide(tensor, pattern, kind, low) for tensor in sample]
+
+
+def _hide(tensor: torch.Tensor, pattern: Pattern, kind: int, low: float | None) -> torch.Tensor:
+    values = _seen_and_hidden(tensor)
+    if values is None or values.kind != kind:
+        return tensor
+    hidden = low if low is not None and values.hidden == _HIDING else values.hidden
+    rows, columns = tensor.shape[0], tensor.shape[-1]
+    places = pattern(rows, columns).reshape(rows, *[1] * (tensor.dim() - 2), columns)
+    if tensor.shape[-2] == columns and tensor.dim() > 2:
+        places = places & ~torch.eye(columns, dtype=torch.bool)  # every query sees its own key
+    return tensor.masked_fill(places.to(tensor.device), hidden)
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """The values of a mask. kind: see `_masked`."""
+
+    kind: int
+    hidden: float
+
+
+def _seen_and_hidden(tensor: torch.Tensor) -> _Flags | None:
+    """What a mask, or a tensor of token types, holds; None for any other input."""
+    if tensor.dim() < 2 or tensor.shape[-1] < 2 or tensor.numel() == 0 or tensor.is_complex():
+        return None
+    zeros = tensor == 0
+    if tensor.is_floating_point() and bool((zeros | (tensor <= _LOW)).all()):
+        if not zeros.all():
+            return _Flags(1, float(tensor.min()))
+        if tensor.dim() == 4 and tensor.shape[1] == 1:  # one for all heads
+            return _Flags(1, _HIDING)
+    if not (zeros | (tensor == 1)).all():
+        return None
+    usual = int(2 * int(zeros.sum()) <= tensor.numel())
+    return _Flags(usual, 1 - usual)
+
+
+def _counts_up(tensor: torch.Tensor) -> bool:
+    """True for positions: integers that grow by one along the last dimension."""
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() == 0 or tensor.shape[-1] < 3:
+        return False
+    return bool((tensor.diff(dim=-1) == 1).all())
+
+
+def _tail_and_hole(rows: int, columns: int) -> torch.Tensor:
+    """Padding at the end of the last row, and a hole in the first."""
+    places = torch.zeros(rows, columns, dtype=torch.bool)
+    places[-1, columns // 2 + 1 :] = True
+    places[0, 1] = columns > 2
+    return places
+
+
+def _left(rows: int, columns: int) -> torch.Tensor:
+    """Padding at the start of the first row."""
+    places = torch.zeros(rows, columns, dtype=torch.bool)
+    places[0, : max(columns // 3, 1)] = True
+    return places
+
+
+def _whole_row(rows: int, columns: int) -> torch.Tensor:
+    """All of the first row, where there are others."""
+    places = torch.zeros(rows, columns, dtype=torch.bool)
+    places[0] = rows > 1
+    return places
+
+
+def _same(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
+    return all(map(torch.equal, left, right))

@@ -1,0 +1,307 @@
+"""What a program takes and returns: names, nesting, dtypes, and which sizes may vary and how far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn
+
+import sympy
+import torch
+from torch.utils import _pytree as pytree
+
+from lissom.errors import InputError, nearest
+from lissom.compiler.ir.types import Size, TensorType, format_type
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A size that may vary from call to call; `maximum` is None when nothing bounds it."""
+
+    name: str
+    minimum: int
+    maximum: int | None
+
+    @property
+    def range(self) -> str:
+        return f"{self.minimum} or more" if self.maximum is None else f"{self.minimum} to {self.maximum}"
+
+
+@dataclass(frozen=True)
+class TensorArgument:
+    """One tensor the program takes; `path` is how the caller writes it, `past[0].key`."""
+
+    path: str
+    type: TensorType
+
+
+@dataclass(frozen=True)
+class ConstantArgument:
+    """A number, flag, string or None that was fixed when the program was captured."""
+
+    path: str
+    value: object
+
+
+Leaf = TensorArgument | ConstantArgument
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of the call: its name, its nesting, and the leaves in it, in order."""
+
+    name: str
+    spec: pytree.TreeSpec
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def constant(self) -> bool:
+        return all(isinstance(leaf, ConstantArgument) for leaf in self.leaves)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The call a program answers.
+
+    positional, keyword: the arguments as they were given at capture, in order.
+    parameters: the names of the original `forward`, in order, so that either way of passing them works.
+    out_spec: the nesting of what is returned.
+    dimensions: the symbols that vary. Symbols made from others appear only in the arguments' sizes.
+    conditions: relations between sizes found while capturing, such as a sequence divisible by a block.
+    """
+
+    positional: tuple[Argument, ...]
+    keyword: tuple[Argument, ...]
+    parameters: tuple[str, ...]
+    out_spec: pytree.TreeSpec
+    dimensions: Mapping[sympy.Symbol, Dimension]
+    conditions: tuple[sympy.Basic, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[TensorArgument, ...]:
+        """The tensor leaves in the order of the program's placeholders."""
+        arguments = (*self.positional, *self.keyword)
+        return tuple(leaf for item in arguments for leaf in item.leaves if isinstance(leaf, TensorArgument))
+
+    def name_of(self, expression: sympy.Expr) -> str:
+        """The expression with the dimensions' names in it, `batch*sequence`."""
+        known = self._named.get(expression)
+        if known is None:
+            names = {symbol: sympy.Symbol(dimension.name) for symbol, dimension in self.dimensions.items()}
+            known = self._named[expression] = str(expression.xreplace(names))
+        return known
+
+    @cached_property
+    def _named(self) -> dict[sympy.Expr, str]:
+        """Expressions by what `name_of` made of them: a program's text names each many times."""
+        return {}
+
+    def describe(self) -> str:
+        """The call as a person would write it, `(input_ids: i64[batch, sequence], *, use_cache=False)`."""
+        shown = [self._describe(item) for item in self.positional]
+        if self.keyword:
+            shown += ["*", *(self._describe(item) for item in self.keyword)]
+        return f"({', '.join(shown)})"
+
+    def _describe(self, item: Argument) -> str:
+        if len(item.leaves) == 1 and isinstance(item.leaves[0], TensorArgument):
+            return f"{item.leaves[0].path}: {format_type(item.leaves[0].type, self.name_of)}"
+        if item.constant:
+            return f"{item.name}={pytree.tree_unflatten([_constant(leaf) for leaf in item.leaves], item.spec)!r}"
+        leaves = [
+            f"{leaf.path}: {format_type(leaf.type, self.name_of)}"
+            if isinstance(leaf, TensorArgument)
+            else f"{leaf.path}={leaf.value!r}"
+            for leaf in item.leaves
+        ]
+        return "{" + ", ".join(leaves) + "}"
+
+    def flatten(self, args: Sequence[object], kwargs: Mapping[str, object]) -> list[torch.Tensor]:
+        """The call's tensors in the order of the program's placeholders, checked against the signature.
+
+        Raises: InputError, one sentence naming the argument, what was found and what is allowed.
+        """
+        tensors: list[torch.Tensor] = []
+        for item, given in self._bind(args, kwargs):
+            tensors.extend(self._leaves_of(item, given))
+        self.check_sizes(tensors)
+        return tensors
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The positional and keyword arguments whose tensors, in order, are these; the inverse of `flatten`."""
+        feed = iter(tensors)
+
+        def build(item: Argument) -> object:
+            leaves = [next(feed) if isinstance(leaf, TensorArgument) else leaf.value for leaf in item.leaves]
+            return pytree.tree_unflatten(leaves, item.spec)
+
+        return tuple(map(build, self.positional)), {item.name: build(item) for item in self.keyword}
+
+    def unflatten(self, values: Sequence[object]) -> object:
+        """The returned values in the structure the original model returns."""
+        return pytree.tree_unflatten(list(values), self.out_spec)
+
+    def _bind(self, args: Sequence[object], kwargs: Mapping[str, object]) -> list[tuple[Argument, object]]:
+        names = (*(item.name for item in self.positional), *self.parameters[len(self.positional) :])
+        if len(args) > len(names):
+            raise InputError(f"{len(args)} positional arguments given; the program takes {self.describe()}")
+        given = dict(zip(names, args, strict=False))
+        twice = next((name for name in kwargs if name in given), None)
+        if twice:
+            raise InputError(f"argument '{twice}' is given twice, by position and by name; give it once")
+        given.update(kwargs)
+        items = (*self.positional, *self.keyword)
+        captured = {item.name for item in items}
+        for name, value in given.items():
+            if name in captured or (value is None and name in self.parameters):
+                continue
+            self._refuse_extra(name, captured)
+        return [(item, self._take(item, given)) for item in items]
+
+    def _take(self, item: Argument, given: Mapping[str, object]) -> object:
+        if item.name in given:
+            return given[item.name]
+        if item.constant:
+            return pytree.tree_unflatten([_constant(leaf) for leaf in item.leaves], item.spec)
+        raise InputError(f"argument '{item.name}' is missing; the program takes {self.describe()}")
+
+    def _refuse_extra(self, name: str, captured: set[str]) -> NoReturn:
+        if name in self.parameters:
+            raise InputError(
+                f"argument '{name}' was not among the example inputs, so the program does not have it; "
+                f"it takes {self.describe()}: add '{name}' to example_inputs and compile again"
+            )
+        raise InputError(f"there is no argument '{name}'{nearest(name, captured) or ';'} the program takes {self.describe()}")
+
+    def _leaves_of(self, item: Argument, given: object) -> list[torch.Tensor]:
+        if isinstance(given, torch.Tensor) and len(item.leaves) == 1:
+            values: list[object] = [given]
+        else:
+            values, spec = pytree.tree_flatten(given)
+            if spec != item.spec:
+                raise InputError(
+                    f"argument '{item.name}' is nested as {_nesting(given)}; "
+                    f"the program takes {_nesting(pytree.tree_unflatten(list(item.leaves), item.spec))}"
+                )
+        tensors = []
+        for leaf, value in zip(item.leaves, values, strict=True):
+            if isinstance(leaf, TensorArgument):
+                tensors.append(self._check_tensor(leaf, value))
+            elif value is not leaf.value and not _equal(value, leaf.value):
+                found = f"a {type(value).__name__}" if hasattr(value, "shape") else f"{value!r:.80}"
+                raise InputError(
+                    f"argument '{leaf.path}' is {found}; the program was captured with {leaf.value!r} fixed: "
+                    f"pass {leaf.value!r}, or compile again with {found} among the example inputs"
+                )
+        return tensors
+
+    def _check_tensor(self, leaf: TensorArgument, value: object) -> torch.Tensor:
+        wanted = leaf.type
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"argument '{leaf.path}' is a {type(value).__name__}; the program takes a tensor, "
+                f"{format_type(wanted, self.name_of)}"
+            )
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else f"of layout {value.layout}"
+            raise InputError(
+                f"argument '{leaf.path}' is a tensor that is {kind}; the program takes a dense tensor, "
+                f"{format_type(wanted, self.name_of)}: call .to_dense() or pad it"
+            )
+        if value.dtype is wanted.dtype and value.dim() == len(wanted.shape) and value.device == wanted.device:
+            # Kernels read memory as it is, and a view such as `z.conj().imag` is the negative of what is in memory.
+            return value.resolve_neg() if value.is_neg() else value
+        found = format_type(TensorType(value.dtype, tuple(value.shape), value.device), str)
+        advice = f"move it with .to('{wanted.device}')" if value.device != wanted.device else "pass that dtype and rank"
+        raise InputError(f"argument '{leaf.path}' is {found}; the program takes {format_type(wanted, self.name_of)}: {advice}")
+
+    def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Refuse sizes outside the signature.
+
+        Raises: InputError naming the argument and dimension, the size found and the sizes allowed.
+        """
+        sizes: dict[sympy.Symbol, int] = {}
+        derived: list[tuple[TensorArgument, int, sympy.Expr, int]] = []
+        for leaf, tensor in zip(self.tensors, tensors, strict=True):
+            for index, (size, found) in enumerate(zip(leaf.type.shape, tensor.shape, strict=True)):
+                if isinstance(size, int):
+                    if size != found:
+                        self._refuse_size(leaf, index, found, str(size))
+                elif isinstance(size, sympy.Symbol) and size not in sizes:
+                    sizes[size] = found
+                    dimension = self.dimensions[size]
+                    if found < dimension.minimum or (dimension.maximum is not None and found > dimension.maximum):
+                        self._refuse_size(leaf, index, found, dimension.range)
+                elif isinstance(size, sympy.Symbol):
+                    if sizes[size] != found:
+                        wanted = f"{sizes[size]}, the {self.dimensions[size].name} of another argument in this call"
+                        self._refuse_size(leaf, index, found, wanted)
+                else:
+                    derived.append((leaf, index, size, found))
+        for leaf, index, size, found in derived:
+            if evaluate(size, sizes) != found:
+                self._refuse_size(leaf, index, found, self.name_of(size))
+        self._check_conditions(sizes)
+
+    def _refuse_size(self, leaf: TensorArgument, index: int, found: int, allowed: str) -> NoReturn:
+        size = leaf.type.shape[index]
+        label = f" ({self.name_of(size)})" if isinstance(size, sympy.Basic) else ""
+        advice = "" if label else "; compile again with an example of that size, or mark the dimension dynamic"
+        raise InputError(f"argument '{leaf.path}' has size {found} in dimension {index}{label}; allowed: {allowed}{advice}")
+
+    def _check_conditions(self, sizes: Mapping[sympy.Symbol, int]) -> None:
+        for condition in self.conditions:
+            if not _may_hold(condition, sizes):
+                found = ", ".join(f"{self.dimensions[symbol].name} = {size}" for symbol, size in sizes.items())
+                raise InputError(
+                    f"sizes {found} break a condition found while capturing the model, "
+                    f"{self.name_of(condition)}; pass sizes that meet it"  # pyright: ignore[reportArgumentType]
+                )
+
+    def sizes_of(self, tensors: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
+        """The size each dimension has in these inputs."""
+        sizes: dict[sympy.Symbol, int] = {}
+        for leaf, tensor in zip(self.tensors, tensors, strict=True):
+            for size, found in zip(leaf.type.shape, tensor.shape, strict=True):
+                if isinstance(size, sympy.Symbol):
+                    sizes[size] = found
+        return sizes
+
+
+def _equal(value: object, captured: object) -> bool:
+    """Whether a constant is the one captured. Whole numbers and floats stay apart: operators give other dtypes for them."""
+    if not isinstance(value, (bool, int, float, str)) or isinstance(value, float) != isinstance(captured, float):
+        return False
+    return value == captured or (value != value and captured != captured)
+
+
+def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool:
+    """False when the condition does not hold at these sizes, or divides by zero there."""
+    try:
+        return condition.xreplace(_integers(sizes)) != sympy.false
+    except ZeroDivisionError:
+        return False
+
+
+def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
+    """The size as a number once every symbol has one."""
+    return size if isinstance(size, int) else int(str(size.xreplace(_integers(sizes))))
+
+
+def _integers(sizes: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Integer]:
+    return {symbol: sympy.Integer(size) for symbol, size in sizes.items()}
+
+
+def _constant(leaf: Leaf) -> object:
+    return leaf.value if isinstance(leaf, ConstantArgument) else leaf
+
+
+def _nesting(tree: object) -> str:
+    """The containers of a structure with its leaves left out, `{a: (*, *), b: [*]}`."""
+    if isinstance(tree, Mapping):
+        return "{" + ", ".join(f"{key}: {_nesting(item)}" for key, item in tree.items()) + "}"
+    if isinstance(tree, (tuple, list)):
+        parts = ", ".join(map(_nesting, tree))
+        return f"[{parts}]" if isinstance(tree, list) else f"({parts})"
+    return "*"

@@ -1,0 +1,103 @@
+"""Weights of a cut program as `DTensor`s: what torch's own vocabulary can say of how they lie on ranks.
+
+`Shard(dim)` is equal blocks of neighbours, the last of them shorter; a packed projection, which is cut in each of its parts,
+key/value heads that several ranks hold, and blocks of whole heads that do not divide have no word there.
+https://docs.pytorch.org/docs/stable/distributed.tensor.html
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.errors import UnsupportedError
+from lissom.compiler.ir.placement import Placed, Span, indices_of
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+
+    from lissom.compiler.ir.program import Program
+
+_OWN = "rank."
+"""What `cut` calls weights that tell ranks apart, and are none of the model's."""
+
+
+def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
+    """The weights of a program cut for ranks, or of one rank's, by name, each with this rank's part and how it is placed.
+
+    Raises: UnsupportedError for a mesh of another size, and for a weight that no placement of torch's says the truth of.
+    """
+    from torch.distributed.tensor import DTensor
+
+    ways = len(program.ranks) or _ways(program)
+    if mesh.ndim != 1 or mesh.size() != ways:
+        raise UnsupportedError(f"{program.name} is cut for {ways} ranks, and the mesh is {[*mesh.shape]}; give one of [{ways}]")
+    rank = mesh.get_local_rank()
+    own = program.ranks[rank] if program.ranks else program.weights()
+    found: dict[str, DTensor] = {}
+    for node in program.graph.nodes:
+        name = str(node.target)
+        if node.op != "get_attr" or name in found or name.startswith(_OWN):
+            continue
+        local, shape, placement = _described(name, own[name], _placed(program, node), ways, rank)
+        stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        found[name] = DTensor.from_local(
+            local.contiguous(), mesh, [placement], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
+        )
+    return found
+
+
+def _ways(program: Program) -> int:
+    placed = [nodes.placed(node) for node in program.graph.nodes]
+    spans = [span for item in placed if isinstance(item, Placed) for _, spans in item.dims for span in spans]
+    return max((span.parts * span.every for span in spans), default=1)
+
+
+def _placed(program: Program, node: fx.Node) -> Placed:
+    found = nodes.placed(node)
+    if isinstance(found, Placed):
+        return found
+    raise UnsupportedError(
+        f"the weight '{node.target}' of {program.name} has no placement: the program was not cut, or was lowered since; "
+        f'take the one that passes="shard{{ways=N}},cut" gives'
+    )
+
+
+def _described(
+    name: str, weight: torch.Tensor, placed: Placed, ways: int, rank: int
+) -> tuple[torch.Tensor, list[int], Placement]:
+    """This rank's part without what fills it up, the shape of the whole, and the placement. Raises: UnsupportedError."""
+    from torch.distributed.tensor import Shard
+
+    shape, local = [*weight.shape], weight.detach()
+    if not placed.dims:
+        return local, shape, placed.placements[0]
+    if len(placed.dims) > 1:
+        _refuse(name, "it is cut along several dimensions at once")
+    dim, spans = next(iter(placed.dims))
+    span = spans[0]
+    if len(spans) > 1 or span.outer != 1:
+        _refuse(name, "it is packed, and cut in each of its parts")
+    if span.parts != ways:
+        _refuse(name, f"it is cut in {span.parts}, and each part is on several of the {ways} ranks")
+    if span.is_padded and span.inner != 1:
+        _refuse(name, f"its {span.size} blocks do not divide among {ways} ranks")
+    shape[dim] = _whole(span)
+    kept = (indices_of(spans, rank) >= 0).sum()
+    return local.narrow(dim, 0, int(kept)), shape, Shard(dim)
+
+
+def _whole(span: Span) -> int:
+    return cast(int, span.whole)
+
+
+def _refuse(name: str, reason: str) -> None:
+    raise UnsupportedError(
+        f"the weight '{name}' is no DTensor: {reason}, which the placements of torch.distributed.tensor cannot say; "
+        f"use the program's own weights"
+    )

@@ -1,0 +1,102 @@
+"""Linear layers that no pair has, and that ranks share nevertheless: each is cut by itself.
+
+Pairs of layers need one sum over ranks for two weights; a layer by itself needs a collective of its own. It is worth that where
+weights would otherwise not fit, so the largest layers are cut, and no more of them than the share asked for takes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.parallel.rules import table as rules
+from lissom.compiler.analysis.structure.linear import input_of
+from lissom.compiler.parallel.rules.base import Reading
+from lissom.compiler.ir.placement import REPLICATED, Placed, Span, sharded
+from lissom.compiler.ir.program import Program
+from lissom.compiler.parallel.sites import ShardSite, linear_weights
+
+aten = torch.ops.aten
+
+
+def lone_layers(
+    program: Program,
+    ways: int,
+    placed: Mapping[fx.Node, Placed | tuple[Placed, ...]],
+    share: float,
+    whole: Collection[fx.Node],
+) -> list[ShardSite]:
+    """The layers to cut by themselves so that `share` of all weights of linear layers is cut; layers of one size all or none.
+
+    placed: how weights lie without them. whole: layers the user wants on every rank.
+    """
+    layers = linear_weights(program)
+    sizes = {weight: program.weight(str(weight.target)).numel() for weight in layers}
+    by_size: dict[int, list[fx.Node]] = defaultdict(list)
+    cut, found = 0, list[ShardSite]()
+    for weight, size in sizes.items():
+        have = placed[weight]
+        if isinstance(have, Placed) and have.is_sharded:
+            cut += size
+        else:
+            by_size[size].append(weight)
+    for size in sorted(by_size, reverse=True):
+        if cut >= share * sum(sizes.values()):
+            break
+        for weight in by_size[size]:
+            sites = [_alone(layer, weight, ways) for layer in layers[weight]]
+            chosen = [site for site in sites if site is not None and site.node not in whole]
+            if len(chosen) == len(sites) and len({(site.kind, site.dim) for site in chosen}) == 1:
+                found += chosen
+                cut += size
+    return found
+
+
+def own_placement(site: ShardSite, number: int, ways: int) -> Placed:
+    """How the weight of a layer that is cut by itself lies. number: of the site in the plan."""
+    size = nodes.tensor_type(site.weight).shape[site.dim]
+    return sharded((site.dim, (Span(1, size, 1, ways, site=number),)))
+
+
+def _alone(layer: fx.Node, weight: fx.Node, ways: int) -> ShardSite | None:
+    """The site of one layer: by columns where each rank gets one, else by rows; None where its weight is not cut so.
+
+    A weight for each head (`bmm`) is not: PyTorch has no type for `baddbmm` whose bias is broadcast and whose sizes vary.
+    """
+    if layer.target in (aten.bmm.default, aten.baddbmm.default):
+        return None
+    features, read = (nodes.tensor_type(item).shape[-1] for item in (layer, input_of(layer)))
+    path = nodes.origin(layer).module_path
+    for kind, size in (("gathered layer", features), ("summed layer", read)):
+        if not isinstance(size, int) or size < ways:
+            continue
+        for dim in range(nodes.tensor_type(weight).rank):
+            site = ShardSite(kind, layer, path, {}, weight=weight, dim=dim)
+            result = _result(layer, weight, own_placement(site, 0, ways), ways)
+            if result.partial if kind == "summed layer" else result.spans(nodes.tensor_type(layer).rank - 1):
+                return site
+    return None
+
+
+def _result(layer: fx.Node, weight: fx.Node, placed: Placed, ways: int) -> Placed:
+    """How the result of a layer lies when its weight lies so, and what it reads is whole."""
+    between: list[fx.Node] = []
+    pending = [item for item in layer.all_input_nodes if item is not input_of(layer)]
+    seen = set[fx.Node]()
+    while pending:
+        item = pending.pop()
+        if item not in seen and item is not weight and item.op == "call_function":
+            seen.add(item)
+            between.append(item)
+            pending += item.all_input_nodes
+    known: dict[fx.Node, Placed | tuple[Placed, ...]] = defaultdict(lambda: REPLICATED)
+    known[weight] = placed
+    read = Reading(known, ways=ways)
+    for item in [*reversed(between), layer]:
+        known[item] = rules.outcome(item, read).result
+    return cast(Placed, known[layer])

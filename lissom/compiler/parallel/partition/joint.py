@@ -1,0 +1,180 @@
+"""What ranks work out together of rows they hold parts of, as calls and collectives; see `placement_joint.py`.
+
+A rank whose part is filled up holds places that are not there. They count as -inf where the greatest is looked for and as 0 in
+sums, so that they never win, and come behind every real place among equals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, WAIT
+from lissom.compiler.ir.editor import Editor
+from lissom.ops.formats import FORMATS, LEAST
+from lissom.compiler.parallel.rules.joint import BEST, LOG_SOFTMAX, LOOK_UP, NORMS, SOFTMAX, candidates, computed_dtype, packed_dtype
+from lissom.compiler.ir.placement import Span, Spans, indices_of
+from lissom.compiler.ir.types import TensorType
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Makes the calls of one operator, in front of it.
+
+    edit: the program's. ways: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
+    reduced: the reduction of a value over the ranks.
+    """
+
+    edit: Editor
+    ways: int
+    own: Callable[[str, list[torch.Tensor]], fx.Node]
+    reduced: Callable[[fx.Node, str], fx.Node]
+
+    def work_out(self, node: fx.Node, item: TensorType, result: torch.dtype, dim: int, span: Span) -> list[fx.Node]:
+        """The results of a call that reads `dim` of its argument, `item` when it is whole, cut as `span` says."""
+        call, x = self.edit.call, cast(fx.Node, node.args[0])
+        if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
+            return [self._normalized(node, x, result, dim, span)]
+        if nodes.is_call(node, *LOOK_UP):
+            return [self._looked_up(node, x, dim, span)]
+        if nodes.is_call(node, *NORMS):
+            return [self._normed(node, x, result, dim, span)]
+        if nodes.is_call(node, aten.amax.default):
+            kept = bool(nodes.argument(node, "keepdim"))
+            return [self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], kept), "max")]
+        if nodes.is_call(node, aten.logsumexp.default):
+            return [self._log_sum(node, x, result, dim, span)]
+        best, places = self._best(node, x, packed_dtype(item, dim), dim, span)
+        best = call(aten.to.dtype, best, item.dtype) if nodes.tensor_type(best).dtype != item.dtype else best
+        if nodes.is_call(node, *BEST) and not nodes.argument(node, "keepdim"):
+            best, places = (call(aten.squeeze.dim, found, dim) for found in (best, places))
+        return [places] if nodes.is_call(node, aten.argmax.default) else [best, places]
+
+    def _normalized(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
+        """softmax or log softmax, from the greatest and the sum of exponentials of all parts."""
+        call, x = self.edit.call, self._in(x, computed_dtype(node))
+        greatest = self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], True), "max")
+        below = call(aten.sub.Tensor, x, greatest)
+        powers = self._masked(call(aten.exp.default, below), dim, span, 0)
+        total = self.reduced(call(aten.sum.dim_IntList, powers, [dim], True), "sum")
+        if nodes.is_call(node, *SOFTMAX):
+            return self._in(call(aten.div.Tensor, powers, total), result)
+        return self._in(call(aten.sub.Tensor, below, call(aten.log.default, total)), result)
+
+    def _normed(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
+        """rms norm or layer norm, from the sums of all parts; one that several ranks hold is counted once."""
+        call, inner = self.edit.call, computed_dtype(node)
+        share = span.parts / self.ways / cast(int, span.whole)
+
+        def mean(values: fx.Node) -> fx.Node:
+            values = call(aten.sum.dim_IntList, self._masked(values, dim, span, 0), [dim], True)
+            return call(aten.mul.Scalar, self.reduced(values, "sum"), share)
+
+        epsilon, dtype, x = nodes.argument(node, "eps"), nodes.tensor_type(x).dtype, self._in(x, inner)
+        if nodes.is_call(node, aten.layer_norm.default):
+            x = call(aten.sub.Tensor, x, mean(x))
+        squares = mean(call(aten.mul.Tensor, x, x))
+        squares = call(aten.add.Scalar, squares, torch.finfo(dtype).eps if epsilon is None else epsilon)
+        found = call(aten.mul.Tensor, x, call(aten.rsqrt.default, squares))
+        if isinstance(weight := nodes.argument(node, "weight"), fx.Node):
+            found = call(aten.mul.Tensor, found, self._in(weight, inner))
+        if nodes.is_call(node, aten.layer_norm.default) and isinstance(bias := nodes.argument(node, "bias"), fx.Node):
+            found = call(aten.add.Tensor, found, self._in(bias, inner))
+        return self._in(found, result)
+
+    def _log_sum(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
+        call, x = self.edit.call, self._in(x, computed_dtype(node))
+        greatest = self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], True), "max")
+        # A row of -inf, or with an inf in it, has an infinite sum: nothing is taken off it.
+        greatest = call(aten.masked_fill.Scalar, greatest, call(aten.isinf.default, greatest), 0)
+        powers = self._masked(call(aten.exp.default, call(aten.sub.Tensor, x, greatest)), dim, span, 0)
+        total = self.reduced(call(aten.sum.dim_IntList, powers, [dim], True), "sum")
+        found = self._in(call(aten.add.Tensor, call(aten.log.default, total), greatest), result)
+        return found if nodes.argument(node, "keepdim") else call(aten.squeeze.dim, found, dim)
+
+    def _best(self, node: fx.Node, x: fx.Node, dtype: torch.dtype, dim: int, span: Span) -> tuple[fx.Node, fx.Node]:
+        """The greatest values and their indices along `dim`, which is kept: each rank's, gathered, and the best of these."""
+        call, count = self.edit.call, candidates(node, span)
+        x = self._masked(x, dim, span, -math.inf)
+        pair = call(aten.max.dim, x, dim, True) if nodes.is_call(node, *BEST) else call(aten.topk.default, x, count, dim)
+        best, places = self.edit.item(pair, 0), call(aten.add.Tensor, self.edit.item(pair, 1), self._first(span))
+        # [1, 2, …] of each rank, so that the parts are gathered along the first dimension.
+        both = call(aten.stack.default, [self._in(best, dtype), call(aten.to.dtype, places, dtype)])
+        every = call(WAIT, call(ALL_GATHER, call(aten.unsqueeze.default, both, 0), self.ways, GROUP))
+        found = call(
+            aten.cat.default, [self.edit.item(call(aten.unbind.int, every), rank) for rank in range(self.ways)], dim + 1
+        )
+        best, places = (call(aten.select.int, found, 0, at) for at in (0, 1))
+        if nodes.is_call(node, *BEST):
+            # The first of equals, which is of the lowest index: ranks hold a row in order.
+            first = call(aten.argmax.default, best, dim, True)
+            best, places = call(aten.amax.default, best, [dim], True), call(aten.gather.default, places, dim, first)
+        else:
+            order = call(aten.sort.stable, best, stable=True, dim=dim, descending=True)
+            k = cast(int, nodes.argument(node, "k"))
+            chosen = call(aten.slice.Tensor, self.edit.item(order, 1), dim, 0, k)
+            best, places = call(aten.gather.default, best, dim, chosen), call(aten.gather.default, places, dim, chosen)
+            if span.is_padded:
+                # Among values of -inf a part that is filled up may name a place that is not there.
+                places = call(aten.clamp_max.default, places, cast(int, span.whole) - 1)
+        return best, call(aten.to.dtype, places, torch.int64)
+
+    def _looked_up(self, node: fx.Node, x: fx.Node, dim: int, span: Span) -> fx.Node:
+        """What a rank has of what is looked up, zeros for what others have: a sum over ranks."""
+        call = self.edit.call
+        own = call(aten.sub.Tensor, node.all_input_nodes[1], self._first(span))
+        held = call(aten.clamp.default, own, 0, cast(int, span.local) - 1)
+        found = call(aten.gather.default, x, dim, held)
+        return call(aten.masked_fill.Scalar, found, call(aten.ne.Tensor, own, held), 0)
+
+    def _first(self, span: Span) -> fx.Node:
+        """The index of the first place a rank holds."""
+        local = cast(int, span.local)
+        starts = [torch.full((), rank * local, dtype=torch.int64) for rank in range(self.ways)]
+        return self.own(f"rank.first_row_{span.whole}by{span.parts}x{local}", starts)
+
+    def _masked(self, x: fx.Node, dim: int, span: Span, value: float) -> fx.Node:
+        """The value with another in the places that a rank's part is filled up with."""
+        if not span.is_padded:
+            return x
+        return self._filled(x, dim, (span,), value)
+
+    def _filled(self, x: fx.Node, dim: int, spans: Spans, value: float) -> fx.Node:
+        behind = nodes.tensor_type(x).rank - dim - 1
+        missing = [(indices_of(spans, rank) < 0).reshape(-1, *[1] * behind) for rank in range(self.ways)]
+        stretches = "_".join(f"{span.outer}x{span.size}x{span.inner}by{span.parts}e{span.every}" for span in spans)
+        mask = self.own(f"rank.is_filled_{stretches}_{behind}", missing)
+        return self.edit.call(aten.masked_fill.Scalar, x, mask, value)
+
+    def _in(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return x if nodes.tensor_type(x).dtype == dtype else self.edit.call(aten.to.dtype, x, dtype)
+
+    def round_together(self, node: fx.Node, spans: Spans) -> fx.Node:
+        """Values rounded with the range of the parts of all ranks; every range has 0 in it, so what is filled up is 0."""
+        x = cast(fx.Node, node.args[0])
+        if any(span.is_padded for span in spans):
+            x = self._filled(x, nodes.tensor_type(x).rank - 1, spans, 0)
+        form = FORMATS[cast(str, node.kwargs["format"])]
+        call: Callable[..., fx.Node] = self.edit.call
+        least = call(aten.neg.default, call(aten.amin.default, x, [-1], True))
+        ends = call(aten.cat.default, [least, call(aten.amax.default, x, [-1], True)], -1)
+        ends = call(aten.clamp_min.default, call(aten.to.dtype, self.reduced(ends, "max"), torch.float32), 0)
+        below, high = (call(aten.slice.Tensor, ends, -1, at, at + 1) for at in (0, 1))
+        zero_point = None
+        if form.symmetric:
+            scale = call(aten.div.Tensor, call(aten.maximum.default, below, high), form.high)
+        else:
+            scale = call(aten.div.Tensor, call(aten.add.Tensor, high, below), form.high - form.low)
+        scale = call(aten.clamp_min.default, scale, LEAST)
+        if not form.symmetric:
+            zero_point = call(aten.add.Tensor, call(aten.div.Tensor, below, scale), form.low)
+            zero_point = call(aten.clamp.default, call(aten.round.default, zero_point), form.low, form.high)
+        return call(torch.ops.lissom.fake_quantize.default, x, scale, zero_point, format=form.name)

@@ -1,0 +1,97 @@
+"""Collectives that follow one another and do not depend on one another become one, of their values laid end to end.
+
+A message has a latency whatever its size; short values are sent together:
+
+    a' = all-reduce(a), b' = all-reduce(b)    →    [a', b'] = all-reduce([a, b])
+
+Sums that are added need no such thing: they stay sums over ranks until their total is reduced, and are never two collectives.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, WAIT
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.fake import hint
+from lissom.compiler.ir.placement import REPLICATED
+
+aten = torch.ops.aten
+
+LARGEST = 2**18
+"""Of how many numbers, at the example, a value is sent together with others; to copy more takes longer than a message waits."""
+
+
+def merge_collectives(edit: Editor) -> int:
+    """Merge the all-reduces, and the all-gathers, that are ready together; returns how many fewer there are."""
+    merged, first = 0, None
+    for node in list(edit.program.graph.nodes):
+        if node.target not in COLLECTIVES:
+            continue
+        if first is not None and _fit(first, node) and not _depends(node, first):
+            first = _merge(edit, first, node)
+            merged += 1
+        else:
+            first = node
+    return merged
+
+
+def _fit(first: fx.Node, second: fx.Node) -> bool:
+    """True for two of the same kind, reduction and dtype, both of short values."""
+    if first.target is not second.target or first.target not in (ALL_REDUCE, ALL_GATHER) or first.args[1:] != second.args[1:]:
+        return False
+    a, b = (cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0]))) for node in (first, second))
+    waited = all(len(node.users) == 1 and nodes.is_call(next(iter(node.users)), WAIT) for node in (first, second))
+    return waited and a.dtype == b.dtype and all(math.prod(map(hint, x.shape)) <= LARGEST for x in (a, b))
+
+
+def _depends(late: fx.Node, early: fx.Node) -> bool:
+    """True when a value is computed from an earlier one."""
+    reached, node = {early}, early.next
+    while node is not late:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+        node = node.next
+    return not reached.isdisjoint(late.all_input_nodes)
+
+
+def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:
+    """One collective of what two were of, in the place of the first; what the second is of is computed before it."""
+    values = [cast(fx.Node, node.args[0]) for node in (first, second)]
+    waits = [next(iter(node.users)) for node in (first, second)]
+    edit.move_before(values[1], first)
+    call = edit.call
+    with edit.before(first, like=[first, second]):
+        counts = [_count(edit, value) for value in values]
+        shapes = [[edit.size(value, dim) for dim in range(nodes.tensor_type(value).rank)] for value in values]
+        together = call(aten.cat.default, [call(aten.reshape.default, value, [1, -1]) for value in values], 1)
+        one = call(first.target, together, *first.args[1:])  # pyright: ignore[reportArgumentType]
+        pieces = call(aten.split_with_sizes.default, call(WAIT, one), counts, 1)
+        for at, (wait, shape) in enumerate(zip(waits, shapes, strict=True)):
+            if first.target is ALL_GATHER:
+                ways, lead = cast(int, first.args[1]), shape[0]
+                shape[0] = lead * ways if isinstance(lead, int) else edit.compute_size(operator.mul, lead, ways)
+            found = call(aten.reshape.default, edit.item(pieces, at), shape)
+            nodes.set_placed(found, nodes.placed(wait) or REPLICATED)
+            # Typed with sizes told from other values, which are the same.
+            nodes.set_value(wait, nodes.value(found))
+            edit.replace(wait, found)
+    edit.erase(first)
+    edit.erase(second)
+    return one
+
+
+def _count(edit: Editor, value: fx.Node) -> fx.Node | int:
+    """How many numbers a value has."""
+    fixed = math.prod(size for size in nodes.tensor_type(value).shape if isinstance(size, int))
+    found: fx.Node | int = fixed
+    for dim, size in enumerate(nodes.tensor_type(value).shape):
+        if not isinstance(size, int):
+            found = edit.compute_size(operator.mul, cast(fx.Node, edit.size(value, dim)), found)
+    return found

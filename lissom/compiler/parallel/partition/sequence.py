@@ -1,0 +1,110 @@
+"""Values cut by position, as calls and collectives; see `placement_sequence.py`.
+
+Of [batch, positions, …] each rank holds ⌈positions / ways⌉ positions. Where they do not divide, the last ranks hold positions
+behind the end: zeros, or the last token again. Nothing that is computed for a token reads another's, so these are of no
+consequence, and the gathering leaves them out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, REDUCE_SCATTER, WAIT
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.placement import Placed
+from lissom.compiler.ir.types import Size
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Length:
+    """A number of positions: all of them, those of a rank, those of all ranks together, and how many more that is."""
+
+    whole: fx.Node | int
+    block: fx.Node | int
+    filled: fx.Node | int
+    more: fx.Node | int
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Cuts values by position and puts them together again; use inside `edit.before`.
+
+    edit: the program's. ways: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
+    """
+
+    edit: Editor
+    ways: int
+    own: Callable[[str, list[torch.Tensor]], fx.Node]
+    lengths: dict[Size, _Length] = field(default_factory=dict[Size, _Length])
+    indices: dict[Size, fx.Node] = field(default_factory=dict[Size, fx.Node])
+
+    def scattered(self, value: fx.Node, want: Placed) -> fx.Node:
+        """The sum over ranks of the positions of each."""
+        call, length, rank = self.edit.call, self._length(value, want), nodes.tensor_type(value).rank
+        if length.more != 0:
+            value = call(aten.constant_pad_nd.default, value, [*[0, 0] * (rank - 2), 0, length.more])
+        # The operator scatters along the first dimension.
+        value = call(aten.clone.default, call(aten.transpose.int, value, 0, 1), memory_format=torch.contiguous_format)
+        found = call(WAIT, call(REDUCE_SCATTER, value, "sum", self.ways, GROUP))
+        return call(aten.transpose.int, found, 0, 1)
+
+    def own_part(self, value: fx.Node, want: Placed) -> fx.Node:
+        """A rank's positions of a value that every rank has; behind the end, the last."""
+        return self.edit.call(aten.index_select.default, value, 1, self._indices(self._length(value, want), want, clamped=True))
+
+    def gathered(self, value: fx.Node, have: Placed) -> fx.Node:
+        """The positions of all ranks."""
+        call, length = self.edit.call, self.lengths[_size(have)]
+        value = call(aten.clone.default, call(aten.transpose.int, value, 0, 1), memory_format=torch.contiguous_format)
+        found = call(aten.transpose.int, call(WAIT, call(ALL_GATHER, value, self.ways, GROUP)), 0, 1)
+        return found if length.more == 0 else call(aten.slice.Tensor, found, 1, 0, length.whole)
+
+    def spread(self, value: fx.Node, have: Placed) -> fx.Node:
+        """A rank's positions among zeros where the others have theirs: a sum over ranks."""
+        call, length, typed = self.edit.call, self.lengths[_size(have)], nodes.tensor_type(value)
+        sizes = [length.filled if dim == 1 else self.edit.size(value, dim) for dim in range(typed.rank)]
+        zeros = call(aten.zeros.default, sizes, dtype=typed.dtype, device=typed.device)
+        found = call(aten.index_copy.default, zeros, 1, self._indices(length, have, clamped=False), value)
+        return found if length.more == 0 else call(aten.slice.Tensor, found, 1, 0, length.whole)
+
+    def _length(self, value: fx.Node, want: Placed) -> _Length:
+        """The lengths of a value's positions, computed where the first of that length is cut."""
+        size, ways = _size(want), self.ways
+        if size not in self.lengths:
+            whole = self.edit.size(value, 1)
+            if isinstance(whole, int):
+                block = -(-whole // ways)
+                self.lengths[size] = _Length(whole, block, block * ways, block * ways - whole)
+            else:
+                compute = self.edit.compute_size
+                block = compute(operator.floordiv, compute(operator.add, whole, ways - 1), ways)
+                filled = compute(operator.mul, block, ways)
+                self.lengths[size] = _Length(whole, block, filled, compute(operator.sub, filled, whole))
+        return self.lengths[size]
+
+    def _indices(self, length: _Length, placed: Placed, *, clamped: bool) -> fx.Node:
+        """Which positions a rank holds."""
+        call, size = self.edit.call, _size(placed)
+        if size not in self.indices:
+            number = self.own("rank.number", [torch.full((), rank, dtype=torch.int64) for rank in range(self.ways)])
+            first = call(aten.mul.Scalar, number, length.block)
+            places = call(aten.arange.default, length.block, device=nodes.tensor_type(number).device)
+            self.indices[size] = call(aten.add.Tensor, places, first)
+        found = self.indices[size]
+        if not clamped or length.more == 0:
+            return found
+        last = length.whole - 1 if isinstance(length.whole, int) else self.edit.compute_size(operator.sub, length.whole, 1)
+        return call(aten.clamp_max.default, found, last)
+
+
+def _size(placed: Placed) -> Size:
+    """The number of positions."""
+    return placed.dims[0][1][0].size

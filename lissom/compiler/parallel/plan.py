@@ -1,0 +1,304 @@
+"""The plan of tensor parallelism: how every value of a program lies on the ranks, and what has to be communicated.
+
+Sites say which axes are cut (`shard_sites.py`); their weights are then cut wherever these axes occur, and one rule an operator
+(`placement_rules.py`) says how results lie. Where a value does not lie as what reads it wants, it is redistributed. Weights
+that no axis names, such as a bias behind a sum over ranks, lie as what reads them wants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.parallel.lone_layers import lone_layers, own_placement
+from lissom.compiler.parallel.rules.base import Reading, is_weight
+from lissom.compiler.parallel.rules.gathered import gatherings, outcome
+from lissom.compiler.parallel.rules.joint import ROUNDS, Exchange, all_exchanges
+from lissom.compiler.parallel.rules.table import rule_of
+from lissom.compiler.ir.placement import REPLICATED, Placed, Spans, can_gather, sharded
+from lissom.compiler.ir.program import Program
+from lissom.compiler.parallel.sites import ShardSite, linear_weights, mixer_sites, shard_sites, spans_of
+from lissom.compiler.ir.printer import target_text
+
+Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
+Joint = Mapping[fx.Node, tuple[Exchange, ...]]
+
+SHARE = 0.95
+"""The share of the weights of linear layers that is cut by default, where the program lets it."""
+
+
+@dataclass(frozen=True)
+class Redistribution:
+    """A value that has to lie otherwise for what reads it.
+
+    value: what is moved. reader: the first that wants it so. have, want: how it lies and how it shall. steps: `all-reduce`,
+    `reduce-scatter`, `all-gather`, `slice`, `mask` (one rank keeps it, the others have zeros) and `spread` (a rank has zeros
+    where others have their positions), in order.
+    """
+
+    value: fx.Node
+    reader: fx.Node
+    have: Placed
+    want: Placed
+    steps: tuple[str, ...]
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The collectives among the steps."""
+        typed = nodes.tensor_type(self.value)
+        return tuple(Exchange(step, typed.shape, typed.dtype) for step in self.steps if step in ROUNDS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a program is shared by `ways` ranks.
+
+    placed: for every node how what it yields lies. sites: what is cut. left: what could be and is not, with the reason in
+    `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read values
+    which were cut. joint: the collectives inside operators that ranks work out together on their parts.
+    sequence: whether values between the layers are cut by position where they can be.
+    """
+
+    ways: int
+    placed: Mapping[fx.Node, Placed | tuple[Placed, ...]]
+    sites: tuple[ShardSite, ...]
+    left: tuple[ShardSite, ...]
+    moves: tuple[Redistribution, ...]
+    gathered: tuple[fx.Node, ...]
+    joint: Mapping[fx.Node, tuple[Exchange, ...]]
+    sequence: bool = False
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        """How many collectives there are before any are merged, and how many numbers they send; sizes that vary count as 1."""
+        found = [item for items in (*(move.exchanges for move in self.moves), *self.joint.values()) for item in items]
+        return len(found), sum(ROUNDS[item.kind] * math.prod(n for n in item.shape if isinstance(n, int)) for item in found)
+
+
+class _RefusedError(Exception):
+    """A site cannot be cut; args: its number, the reason."""
+
+
+def make_plan(
+    program: Program,
+    ways: int,
+    *,
+    whole: Mapping[fx.Node, str] | None = None,
+    layers: Mapping[fx.Node, str] | None = None,
+    share: float = SHARE,
+    sequence: bool = False,
+) -> Plan:
+    """The plan for a program.
+
+    whole: sites and layers the user wants on every rank, by their node, with the pattern that says so.
+    layers: linear layers the user names, each `column-wise` or `row-wise`.
+    share: the least share of the weights of linear layers that is to be cut: where pairs of layers are fewer, others are cut by
+        themselves. sequence: whether values between the layers are cut by position.
+    """
+    found, whole, layers = program.fact(axes), whole or {}, layers or {}
+    sites = [
+        ShardSite(site.kind, site.node, site.path, {}, f"the plan says so: {whole[site.node]}") if site.node in whole else site
+        for site in shard_sites(program, ways, layers)
+    ]
+    left = [site for site in sites if site.obstacle]
+    sites = [site for site in sites if not site.obstacle]
+    pairs = _settle(program, found, sites, left, ways, sequence)
+    lone = lone_layers(program, ways, pairs.placed, share, whole)
+    if not lone:
+        return pairs
+    alone = _settle(program, found, [*pairs.sites, *lone], pairs.left, ways, sequence)
+    uncut = [readers for weight, readers in linear_weights(program).items() if pairs.placed[weight] == REPLICATED]
+    mixers = mixer_sites(program, ways, [node for readers in uncut for node in readers if node not in whole])
+    if not mixers:
+        return alone
+    mixed = _settle(program, found, [*pairs.sites, *mixers], pairs.left, ways, sequence)
+    if lone := lone_layers(program, ways, mixed.placed, share, whole):
+        mixed = _settle(program, found, [*mixed.sites, *lone], mixed.left, ways, sequence)
+    # What mixes tokens is cut by its channels where that takes fewer collectives than its layers, each cut by itself.
+    return mixed if mixed.cost <= alone.cost else alone
+
+
+def _settle(
+    program: Program, found: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], ways: int, sequence: bool
+) -> Plan:
+    """The plan that cuts as many of these sites as can be; the others join those that are left, with the reason."""
+    sites, left = list(sites), list(left)
+    while True:
+        try:
+            placed, moves, gathered, joint = _Planner(program, found, sites, ways, sequence).run()
+        except _RefusedError as refusal:
+            number, reason = cast("tuple[int, str]", refusal.args)
+            site = sites.pop(number)
+            left.append(ShardSite(site.kind, site.node, site.path, {}, reason))
+            continue
+        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered, joint, sequence)
+
+
+class _Planner:
+    """One attempt at a plan for some sites."""
+
+    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], ways: int, sequence: bool) -> None:
+        self.program = program
+        self.found = found
+        self.ways = ways
+        self.sequence = sequence
+        self.cuts: dict[Axis, tuple[int, int, int]] = {}
+        for number, site in enumerate(sites):
+            for atom, cut in site.cuts.items():
+                self.cuts.setdefault(atom.find(), (*cut, number))
+        self.weights = {
+            node: self._by_axes(node) for node in program.graph.nodes if node.op == "get_attr" and nodes.is_tensor(node)
+        }
+        lone = [(number, site) for number, site in enumerate(sites) if site.weight is not None]
+        self.weights |= {cast(fx.Node, site.weight): own_placement(site, number, ways) for number, site in lone}
+        self.gathered = {site.node for _, site in lone if site.kind == "gathered layer"}
+        self.fixed: set[fx.Node] = set()
+
+    def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...], Joint]:
+        """The placements once weights lie as what reads them wants.
+
+        Raises: _RefusedError.
+        """
+        while True:
+            known, wants, gathered = self._propagate()
+            if not self._adapt(known, wants):
+                read = self._reading(known)
+                return (
+                    known,
+                    self._moves(known, wants),
+                    gathered,
+                    {**all_exchanges(self.program.graph, read), **gatherings(read)},
+                )
+
+    def cut(self, node: fx.Node, dim: int) -> Spans:
+        """How the plan cuts a dimension of a value, told from its axis."""
+        spans = spans_of(self.found.axis(node, dim), self.cuts)
+        if spans is None:
+            atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
+            number = next(self.cuts[atom][2] for atom in atoms if atom in self.cuts)
+            raise _RefusedError(number, f"'{node.name}' mixes what would be cut with other things along dimension {dim}")
+        return spans
+
+    def _reading(self, known: Known) -> Reading:
+        return Reading(known, self.cut, self.ways, self.program.constant, self.sequence, self.gathered)
+
+    def _by_axes(self, weight: fx.Node) -> Placed:
+        return sharded(*((dim, self.cut(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
+
+    def _propagate(self) -> tuple[Known, dict[fx.Node, list[tuple[fx.Node, Placed]]], tuple[fx.Node, ...]]:
+        """The placement of every value, how each is wanted by what reads it, and the operators without a rule that gather."""
+        known: Known = {}
+        wants: dict[fx.Node, list[tuple[fx.Node, Placed]]] = defaultdict(list)
+        gathered: list[fx.Node] = []
+        read = self._reading(known)
+        for node in self.program.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                known[node] = self.weights.get(node, REPLICATED)
+                continue
+            if node.op == "output":
+                for used in node.all_input_nodes:
+                    wants[used].append((node, REPLICATED))
+                continue
+            found = outcome(node, read)
+            if found.reason:
+                self._refuse(node, known, found.reason)
+            if rule_of(node) is None and any(
+                not read.of(item).partial and not read.of(item).is_by_position for item in found.wants
+            ):
+                gathered.append(node)
+            known[node] = found.result
+            for used in node.all_input_nodes:
+                have = known[used]
+                if isinstance(have, Placed):
+                    wants[used].append((node, found.wants.get(used, have)))
+        return known, wants, tuple(gathered)
+
+    def _adapt(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> bool:
+        """Let weights lie as all that reads them wants; whole where readers differ. True when one was changed."""
+        changed = False
+        for weight, have in self.weights.items():
+            wanted = {want for _, want in wants[weight]}
+            new = wanted.pop() if len(wanted) == 1 else have if wanted in (set(), {have}) else REPLICATED
+            if new == have or (weight in self.fixed and new != REPLICATED):
+                continue
+            if have.is_sharded or len({want for _, want in wants[weight]}) > 1:
+                self.fixed.add(weight)
+            self.weights[weight] = new
+            changed = True
+        return changed
+
+    def _moves(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> tuple[Redistribution, ...]:
+        moves: dict[tuple[fx.Node, Placed], Redistribution] = {}
+        for value, readers in wants.items():
+            have, wanted = known[value], {want for _, want in readers}
+            for reader, want in readers:
+                if not isinstance(have, Placed) or have == want or (value, want) in moves:
+                    continue
+                steps = redistribution_steps(have, want, self.ways, has_whole=REPLICATED in wanted)
+                weight = is_weight(value) and have.is_sharded
+                if steps is None or weight:
+                    what = target_text(reader.target) if reader.op == "call_function" else "the output"
+                    self._refuse(reader, known, f"'{reader.name}' ({what}) needs '{value.name}' as {want}, not {have}")
+                moves[value, want] = Redistribution(value, reader, have, want, steps or ())
+        order = {node: index for index, node in enumerate(self.program.graph.nodes)}
+        return tuple(sorted(moves.values(), key=lambda move: order[move.reader]))
+
+    def _refuse(self, node: fx.Node, known: Known, reason: str) -> None:
+        """Give up the site whose cut meets a call that does not take it.
+
+        Raises: _RefusedError.
+        """
+        for used in node.all_input_nodes:
+            have = known.get(used)
+            for item in (have,) if isinstance(have, Placed) else have or ():
+                for _, spans in () if item.is_by_position else item.dims:
+                    raise _RefusedError(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
+        raise AssertionError(f"no argument of '{node.name}' is cut: {reason}")
+
+
+def redistribution_steps(have: Placed, want: Placed, ways: int, *, has_whole: bool = False) -> tuple[str, ...] | None:
+    """The steps from one placement to another; None where there is no way.
+
+    has_whole: whether every rank is given the whole of a sum for another reader, so that it can take its positions from it.
+    """
+    steps: list[str] = []
+    if have.partial and want.is_by_position:
+        return ("slice",) if has_whole else ("reduce-scatter",)
+    if have.is_by_position and want.partial:
+        return ("spread",)
+    if have.partial:
+        steps.append("all-reduce")
+    elif have.is_sharded:
+        if not can_gather(have, ways):
+            return None
+        steps.append("all-gather")
+    if want.partial:
+        steps.append("mask")
+    elif want.is_sharded:
+        if not want.is_by_position and not all(_is_fixed(spans) for _, spans in want.dims):
+            return None
+        steps.append("slice")
+    return tuple(steps)
+
+
+def _is_fixed(spans: Spans) -> bool:
+    return all(isinstance(size, int) for span in spans for size in (span.outer, span.size, span.inner))
+
+
+def sharded_share(program: Program) -> float:
+    """The share of the weights of linear layers, mixtures of experts included, that the program's placements cut."""
+    total, cut = 0, 0
+    for weight in linear_weights(program):
+        placed = nodes.placed(weight)
+        count = program.weight(str(weight.target)).numel()
+        total += count
+        cut += count if isinstance(placed, Placed) and placed.is_sharded else 0
+    return cut / total if total else 1.0

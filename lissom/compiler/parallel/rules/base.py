@@ -1,0 +1,156 @@
+"""What the rules of placements share: reading the placements of arguments, and saying what an operator wants of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Spans, sharded
+from lissom.compiler.ir.types import Size, TensorType
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the result of a call lies, or each of its results; and how it wants the arguments that lie otherwise.
+
+    reason: why it wants them so, where the operator does not say it by itself.
+    """
+
+    result: Placed | tuple[Placed, ...]
+    wants: Mapping[fx.Node, Placed] = field(default_factory=dict["fx.Node", "Placed"])
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a rule may ask: how the arguments of a call lie, and which dimensions the plan cuts where a value has no parts yet.
+
+    known: the placement of every value before the call. cut: the spans the plan gives a dimension of a value, told from its
+    axes; empty for one it does not cut. ways: how many ranks there are.
+    constant: the value of a weight that no call writes; None for any other node.
+    by_position: whether values between the layers are cut by position.
+    gathered: linear layers that are cut by columns and whose results are gathered at once.
+    """
+
+    known: Mapping[fx.Node, Placed | tuple[Placed, ...]]
+    cut: Callable[[fx.Node, int], Spans] = lambda node, dim: ()
+    ways: int = 2
+    constant: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
+    by_position: bool = False
+    gathered: Collection[fx.Node] = ()
+
+    def is_apart(self, spans: Spans) -> bool:
+        """True when each rank holds a part of its own, so that sums of the parts are a sum over ranks."""
+        return all(span.parts == self.ways for span in spans)
+
+    def fits(self, dims: Mapping[int, Spans]) -> bool:
+        """True when a value may be cut along these dimensions: one, or several whose parts are dealt out to ranks together."""
+        parts = [max(span.parts for span in spans) for spans in dims.values()]
+        return len(dims) < 2 or math.prod(parts) == self.ways
+
+    def of(self, item: object) -> Placed:
+        """How a tensor argument lies."""
+        found = self.known[item] if isinstance(item, fx.Node) else REPLICATED
+        return found if isinstance(found, Placed) else REPLICATED
+
+
+Rule = Callable[[fx.Node, Reading], Outcome]
+
+
+def shape_of(node: object) -> tuple[Size, ...]:
+    """The sizes of a tensor."""
+    return nodes.tensor_type(node).shape
+
+
+def tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensor arguments of a call, each once."""
+    return [used for used in node.all_input_nodes if nodes.is_tensor(used)]
+
+
+def settled(node: fx.Node, read: Reading, result: Placed | tuple[Placed, ...], wants: Mapping[fx.Node, Placed]) -> Outcome:
+    """The outcome, what arguments already are left out of what is wanted of them."""
+    return Outcome(result, {item: want for item, want in wants.items() if read.of(item) != want})
+
+
+def replicated(node: fx.Node, read: Reading) -> Outcome:
+    """Every argument whole, and the result whole."""
+    found = nodes.node_type(node)
+    result = tuple(REPLICATED for _ in found) if isinstance(found, tuple) else REPLICATED
+    whole = {used: REPLICATED for used in node.all_input_nodes if isinstance(read.known.get(used), Placed)}
+    return settled(node, read, result, whole)
+
+
+def alike(node: fx.Node, read: Reading, whole: Collection[int] = (), items: Iterable[fx.Node] | None = None) -> Outcome:
+    """The result is cut where an argument is, and all arguments that have the dimension are cut alike.
+
+    whole: dimensions of the result that the operator reads as a whole. items: the arguments; all tensors by default.
+    """
+    items = tensors(node) if items is None else list(items)
+    typed = nodes.node_type(node)
+    rank = typed.rank if isinstance(typed, TensorType) else max(len(shape_of(item)) for item in items)
+    dims: dict[int, Spans] = {}
+    for item in items:
+        shape = shape_of(item)
+        for dim, spans in read.of(item).dims:
+            place = dim + rank - len(shape)
+            if place in whole or dims.setdefault(place, spans) != spans:
+                return replicated(node, read)
+    if not read.fits(dims):
+        return replicated(node, read)
+    wants = {item: aligned(item, dims, rank) for item in items}
+    return settled(node, read, sharded(*dims.items()), wants)
+
+
+def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
+    """How an argument that is broadcast to a result of that rank has to lie when these dimensions of the result are cut."""
+    shape = shape_of(item)
+    places = {dim: dim + rank - len(shape) for dim in range(len(shape))}
+    return sharded(*((dim, dims[place]) for dim, place in places.items() if place in dims and shape[dim] != 1))
+
+
+def moved(node: fx.Node, read: Reading, places: Mapping[int, int], item: fx.Node | None = None) -> Outcome:
+    """The result of moving dimensions: `places` says where each dimension of the first argument goes; sums move too."""
+    item = cast(fx.Node, node.args[0]) if item is None else item
+    placed = read.of(item)
+    if placed.partial:
+        return Outcome(PARTIAL) if is_only_reader(node, item) else replicated(node, read)
+    if any(dim not in places for dim, _ in placed.dims):
+        return replicated(node, read)
+    return Outcome(sharded(*((places[dim], spans) for dim, spans in placed.dims)))
+
+
+def is_only_reader(node: fx.Node, item: fx.Node) -> bool:
+    """True when nothing else reads the value, so that it need not be summed up for another."""
+    return list(item.users) == [node]
+
+
+def dim_at(node: fx.Node, name: str, rank: int) -> int:
+    """The dimension a call names, counted from the front."""
+    return cast(int, nodes.argument(node, name)) % rank
+
+
+def is_weight(item: object) -> bool:
+    """True for a value made of weights alone through views and turning back: where ranks hold nothing, it is zero."""
+    views = (
+        "t",
+        "transpose",
+        "permute",
+        "dequantize",
+        "fake_quantize",
+        "reshape",
+        "unsqueeze",
+        "squeeze",
+        "clone",
+        "contiguous",
+    )
+    while isinstance(item, fx.Node) and item.op == "call_function" and isinstance(item.target, torch._ops.OpOverload):
+        if item.target._schema.name.partition("::")[2] not in views:
+            return False
+        item = item.args[0]
+    return isinstance(item, fx.Node) and item.op == "get_attr"

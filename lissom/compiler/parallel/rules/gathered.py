@@ -1,0 +1,49 @@
+"""Linear layers that are cut by themselves: by columns, and what they give is gathered at once.
+
+A layer that belongs to no pair, such as the projections of an attention whose heads are not told apart or of a recurrence, is
+cut for its memory and its work alone. Each rank multiplies with its rows of the weight, and all get the whole result:
+
+    y = [x A₁ᵀ, x A₂ᵀ, …]                                          one all-gather, (N - 1) / N of the bytes of y
+
+It is `ColumnParallelLinear(gather_output=True)` of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, §3).
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
+
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.parallel.rules import table as rules
+from lissom.compiler.parallel.rules import sequence as sequence
+from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, shape_of, tensors
+from lissom.compiler.parallel.rules.joint import Exchange
+from lissom.compiler.ir.placement import REPLICATED, Placed, can_gather
+
+
+def outcome(node: fx.Node, read: Reading) -> Outcome:
+    """The outcome of a call: that of its rule, or a whole result where the plan gathers it at once."""
+    found = own_part(node, read)
+    return sequence.outcome(node, read) if found is None else Outcome(REPLICATED, found.wants)
+
+
+def own_part(node: fx.Node, read: Reading) -> Outcome | None:
+    """How what a rank computes of such a layer lies, and what the layer wants; None for any other call."""
+    if node not in read.gathered:
+        return None
+    whole = {item: REPLICATED for item in tensors(node) if not is_weight(item) and not read.of(item).is_replicated}
+    found = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
+    part = found.result
+    if not isinstance(part, Placed) or not part.spans(len(shape_of(node)) - 1) or not can_gather(part, read.ways):
+        return None
+    return Outcome(part, {**whole, **found.wants})
+
+
+def gatherings(read: Reading) -> Mapping[fx.Node, tuple[Exchange, ...]]:
+    """The collective inside each layer that is gathered."""
+    typed = {node: nodes.tensor_type(node) for node in read.gathered if own_part(node, read) is not None}
+    return {node: (Exchange("all-gather", found.shape, found.dtype),) for node, found in typed.items()}

@@ -1,0 +1,186 @@
+"""Operators that read a dimension which is cut without gathering it: ranks work on their parts, and exchange a few numbers.
+
+A vocabulary that is cut is read by the loss and by whatever chooses tokens. Of each row of logits a rank tells its greatest,
+its sum of exponentials, or its best candidates (Shoeybi et al. 2019, arXiv:1909.08053, §3, for the cross entropy):
+
+    log softmax(x) = x - m - log Σ exp(x - m),  m = max x      two all-reduces of one number a row; the result stays cut
+    argmax(x)                                                  one all-gather of each rank's best value and its index
+
+Rows rounded with their own range are of the same kind: the range is found together. So are norms over all heads, as OLMo 2 has
+them on its queries and keys: ranks add up their sums of squares, and what is normed stays cut,
+
+    rms norm(x) = x / √(Σ x² / n + ε) · w                      one all-reduce of one number a row; two with a mean
+
+Where all ranks need the whole row anyway, because it is returned, they gather it, and read what they have gathered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.rules import reduced_dims
+from lissom.compiler.parallel.rules.base import Outcome, Reading, Rule, alike, settled, shape_of
+from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Span, can_gather
+from lissom.compiler.ir.types import Size, TensorType
+
+aten = torch.ops.aten
+
+LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+BEST = (aten.argmax.default, aten.max.dim)
+LOOK_UP = (aten.gather.default, aten.take_along_dim.default)
+CHOICES = (*LOG_SOFTMAX, *SOFTMAX, *BEST, aten.logsumexp.default, aten.topk.default)
+"""What reads logits to choose a token or to tell its probability."""
+NORMS = (aten.rms_norm.default, aten.layer_norm.default)
+JOINT = (*CHOICES, *LOOK_UP, *NORMS, aten.amax.default)
+"""What ranks can work out together. Ranks find the range of a row that is rounded together, too."""
+LEAST_ROW = 4
+"""The least length of a rank's part of a row: shorter rows are gathered, at one message where a softmax takes two."""
+_EXACT = 2**24
+"""Every index below it is a float32."""
+
+
+ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
+"""How often each byte of a value goes round a ring, but for a rank's own share, by the kind of collective."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One collective. kind: `all-reduce`, `reduce-scatter` or `all-gather`; shape: of what is reduced, or of all parts."""
+
+    kind: str
+    shape: tuple[Size, ...]
+    dtype: torch.dtype
+
+
+def jointly(rule: Rule) -> Rule:
+    """The rule of an operator that ranks work out together where that is less than a gathering, else the rule given."""
+
+    def found(node: fx.Node, read: Reading) -> Outcome:
+        if joint_span(node, read) is None:
+            return rule(node, read)
+        if nodes.is_call(node, *NORMS):
+            return alike(node, read)
+        if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
+            return Outcome(read.of(node.args[0]))
+        if nodes.is_call(node, *LOOK_UP):
+            return settled(node, read, PARTIAL, {cast(fx.Node, nodes.argument(node, _index_name(node))): REPLICATED})
+        typed = nodes.node_type(node)
+        return Outcome(tuple(REPLICATED for _ in typed) if isinstance(typed, tuple) else REPLICATED)
+
+    return found
+
+
+def joint_span(node: fx.Node, read: Reading) -> Span | None:
+    """How the one dimension is cut that a call reads and ranks can work on together; None where they cannot."""
+    if node.target not in JOINT or not isinstance(node.args[0], fx.Node):
+        return None
+    item, dim = node.args[0], joint_dim(node)
+    placed = read.of(item)
+    if dim is None or [at for at, _ in placed.dims] != [dim]:
+        return None
+    if nodes.is_call(node, *NORMS):
+        (span, *others) = placed.spans(dim)
+        # Every part is held by equally many ranks, so that a sum over ranks has each equally often.
+        alike_often = not others and read.ways % span.parts == 0 and isinstance(span.whole, int)
+        return span if alike_often and _is_number(item) and alike(node, read).result != REPLICATED else None
+    if not can_gather(placed, read.ways):
+        return None
+    (span,) = placed.spans(dim)
+    if not isinstance(span.whole, int) or cast(int, span.local) < LEAST_ROW or not _is_number(item):
+        return None
+    if nodes.is_call(node, *LOOK_UP) and not _is_alike(item, nodes.argument(node, _index_name(node)), dim):
+        return None
+    if nodes.is_call(node, aten.topk.default):
+        k = nodes.argument(node, "k")
+        if not isinstance(k, int) or not nodes.argument(node, "largest") or k * read.ways * 2 >= span.whole:
+            return None
+    returned = node if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX) else item
+    return None if any(user.op == "output" for user in returned.users) else span
+
+
+def joint_dim(node: fx.Node) -> int | None:
+    """The one dimension such a call reads, counted from the front; None where it reads several."""
+    rank = len(shape_of(node.args[0]))
+    if nodes.is_call(node, aten.amax.default, aten.logsumexp.default, *BEST):
+        dims = reduced_dims(node, rank)
+        return next(iter(dims)) if len(dims) == 1 and nodes.argument(node, "dim") not in (None, []) else None
+    if nodes.is_call(node, *NORMS):
+        return rank - 1 if len(cast("list[int]", node.args[1])) == 1 else None
+    dim = nodes.argument(node, "dim")
+    return dim % rank if isinstance(dim, int) else None
+
+
+def _index_name(node: fx.Node) -> str:
+    return "index" if nodes.is_call(node, aten.gather.default) else "indices"
+
+
+def _is_number(item: fx.Node) -> bool:
+    return nodes.tensor_type(item).dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _is_alike(item: fx.Node, index: object, dim: int) -> bool:
+    """True when indices and what is looked up have the same sizes but along the dimension."""
+    if not isinstance(index, fx.Node) or len(shape_of(index)) != len(shape_of(item)):
+        return False
+    return all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(index), strict=True)) if at != dim)
+
+
+def packed_dtype(item: TensorType, dim: int) -> torch.dtype:
+    """What holds values and their indices without loss, so that one message takes both."""
+    size = item.shape[dim]
+    return torch.float32 if item.dtype != torch.float64 and isinstance(size, int) and size < _EXACT else torch.float64
+
+
+def computed_dtype(node: fx.Node) -> torch.dtype:
+    """What sums of exponentials and of squares are computed in: at least float32."""
+    found = nodes.tensor_type(node).dtype
+    return found if found == torch.float64 else torch.float32
+
+
+def candidates(node: fx.Node, span: Span) -> int:
+    """How many of its best a rank tells of a row."""
+    return min(cast(int, nodes.argument(node, "k")), cast(int, span.local)) if nodes.is_call(node, aten.topk.default) else 1
+
+
+def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
+    """The collectives inside a call that ranks work out together; none where it is not such a call."""
+    if str(node.target) == "lissom.fake_quantize_dynamic.default":
+        typed = nodes.tensor_type(node)
+        placed = read.known.get(node)
+        if not isinstance(placed, Placed) or not placed.spans(typed.rank - 1):
+            return ()
+        return (Exchange("all-reduce", (*typed.shape[:-1], 2), typed.dtype),)
+    span = joint_span(node, read)
+    if span is None or nodes.is_call(node, *LOOK_UP):
+        return ()
+    item, dim = nodes.tensor_type(node.args[0]), cast(int, joint_dim(node))
+    rest = (*item.shape[:dim], *item.shape[dim + 1 :])
+    if nodes.is_call(node, *BEST, aten.topk.default):
+        return (Exchange("all-gather", (read.ways, 2, *rest, candidates(node, span)), packed_dtype(item, dim)),)
+    if nodes.is_call(node, aten.amax.default):
+        return (Exchange("all-reduce", rest, item.dtype),)
+    if nodes.is_call(node, aten.rms_norm.default):
+        return (Exchange("all-reduce", rest, computed_dtype(node)),)
+    return (Exchange("all-reduce", rest, computed_dtype(node)),) * 2
+
+
+def numbers_a_row(found: tuple[Exchange, ...], node: fx.Node) -> int:
+    """How many numbers these collectives exchange for each row of what the call reads."""
+    item = nodes.tensor_type(node.args[0])
+    dim = joint_dim(node) if node.target in JOINT else item.rank - 1
+    rows = math.prod(size for at, size in enumerate(item.shape) if at != dim)
+    return sum(int(math.prod(exchange.shape) / rows) for exchange in found)  # pyright: ignore[reportArgumentType]
+
+
+def all_exchanges(graph: fx.Graph, read: Reading) -> Mapping[fx.Node, tuple[Exchange, ...]]:
+    """The collectives inside calls, by call; only calls that have some."""
+    found = {node: exchanges(node, read) for node in graph.nodes if node.op == "call_function"}
+    return {node: items for node, items in found.items() if items}

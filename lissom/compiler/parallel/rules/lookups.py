@@ -1,0 +1,67 @@
+"""The rules of placements of operators that look up indices; see `placement_rules.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at, moved, replicated, shape_of
+from lissom.compiler.ir.placement import Spans, sharded
+from lissom.compiler.ir.types import Size
+
+
+def index_select(node: fx.Node, read: Reading) -> Outcome:
+    """Indices of a dimension that is not cut."""
+    item, _, chosen = cast("tuple[fx.Node, int, fx.Node]", node.args[:3])
+    rank = len(shape_of(item))
+    dim = dim_at(node, "dim", rank)
+    return _looked_up(node, read, {at: at for at in range(rank) if at != dim}, [chosen])
+
+
+def index(node: fx.Node, read: Reading) -> Outcome:
+    """`x[i, j]`: the dimensions that are not looked up may be cut, when the indices are neighbours."""
+    item = cast(fx.Node, node.args[0])
+    indices = cast("list[fx.Node | None]", node.args[1])
+    used = [dim for dim, found in enumerate(indices) if found is not None]
+    chosen = [found for found in indices if found is not None]
+    shape, rank = shape_of(item), max(len(shape_of(found)) for found in chosen)
+    if len(used) == 1 and _is_behind_parts(read.of(item).spans(used[0]), read.constant(chosen[0])):
+        kept = sharded(*((dim, spans) for dim, spans in read.of(item).dims if dim != used[0]))
+        return Outcome(kept) if kept.is_replicated else replicated(node, read)
+    plain = all(nodes.tensor_type(found).dtype != torch.bool for found in chosen)
+    together = used == list(range(used[0], used[-1] + 1)) and len(shape_of(node)) == len(shape) - len(used) + rank
+    places: dict[int, int] = {}
+    if plain and together:
+        places = {dim: dim if dim < used[0] else dim - len(used) + rank for dim in range(len(shape)) if dim not in used}
+    return _looked_up(node, read, places, chosen)
+
+
+def _is_behind_parts(spans: Spans, indices: torch.Tensor | None) -> bool:
+    """True for indices counted from the end that stay within what every rank has all of, as those of Falcon's one key head."""
+    if not spans or indices is None or indices.dtype == torch.bool or not indices.numel():
+        return False
+    whole: Size = 0
+    for span in reversed(spans):
+        if span.parts > 1:
+            break
+        whole = whole + span.whole
+    return isinstance(whole, int) and int(indices.max()) < 0 and -int(indices.min()) <= whole
+
+
+def _looked_up(node: fx.Node, read: Reading, places: dict[int, int], chosen: Sequence[fx.Node]) -> Outcome:
+    found = moved(node, read, places)
+    if not all(read.of(other).is_replicated for other in chosen):
+        return replicated(node, read)
+    return found
+
+
+def gather(node: fx.Node, read: Reading) -> Outcome:
+    """Indices of a dimension that is not cut, the others cut alike in both."""
+    item, _, chosen = cast("tuple[fx.Node, int, fx.Node]", node.args[:3])
+    dim = dim_at(node, "dim", len(shape_of(item)))
+    alike_here = all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(chosen), strict=True)) if at != dim)
+    return alike(node, read, whole=[dim]) if alike_here else replicated(node, read)

@@ -1,0 +1,103 @@
+"""Values between the layers cut by position: each rank has its own tokens of what is worked out for each token alone.
+
+Behind a layer that is cut by rows, a sum over ranks is still to be taken. Where what reads it works on each token alone (the
+residual stream, norms, element-wise operators), each rank takes the sum of its own positions alone, a reduce-scatter. In front
+of the next layer that is cut by columns the positions of all ranks are gathered. Both together send what one all-reduce sends:
+
+    all-reduce: 2 (N - 1) / N of the bytes = reduce-scatter: (N - 1) / N + all-gather: (N - 1) / N
+
+and the values between take one N-th of the memory and the work. A length that does not divide is filled up with tokens that no
+other token ever sees, and they are left out when positions are gathered. Korthikanti et al. 2022, "Reducing Activation
+Recomputation in Large Transformer Models", arXiv:2205.05198, §4.2.2.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.parallel.rules import table as rules
+from lissom.compiler.parallel.rules import views as views
+from lissom.compiler.ir.fake import hint
+from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, shape_of, tensors
+from lissom.compiler.ir.placement import POSITIONS, REPLICATED, Placed, Span, sharded
+
+_EACH_TOKEN = (rules.pointwise, rules.norm, rules.summed, rules.reduced, views.same)
+"""The rules of operators that may work on each token alone; reductions do where they are over other dimensions."""
+
+
+def outcome(node: fx.Node, read: Reading) -> Outcome:
+    """The outcome of a call by its rule, and by position where the plan cuts values so."""
+    found = rules.outcome(node, read)
+    if not read.by_position:
+        return found
+    known = {item: read.of(item) for item in tensors(node)}
+    cut = {item: placed for item, placed in known.items() if placed.is_by_position}
+    if found.wants and isinstance(found.result, Placed) and found.result.partial and _stay_sums(found, known):
+        return found
+    sums = {item: along for item in known if (along := _along(node, item, found, read)) is not None}
+    if not cut and not sums:
+        return found
+    meets_whole = not sums and any(placed.is_replicated and _is_as_large(item, node) for item, placed in known.items())
+    if rules.rule_of(node) in _EACH_TOKEN and not meets_whole and not _is_one_of_several_norms(node):
+        each = rules.outcome(node, replace(read, known=ChainMap({**cut, **sums}, cast("dict[fx.Node, Placed]", read.known))))
+        kept = all(each.wants.get(item, placed) == placed for item, placed in {**cut, **sums}.items())
+        if isinstance(each.result, Placed) and each.result.is_by_position and kept:
+            return Outcome(each.result, {**sums, **each.wants})
+    whole = dict.fromkeys(cut, REPLICATED)
+    found = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
+    return Outcome(found.result, {**whole, **found.wants}, found.reason)
+
+
+def _is_as_large(item: fx.Node, node: fx.Node) -> bool:
+    """True for a computed value of the result's sizes, such as what a layer that is not cut adds to the stream.
+
+    The stream is gathered there, once: cut, it would have to be gathered in front of each further layer that is not.
+    """
+    return item.op == "call_function" and not is_weight(item) and shape_of(item) == shape_of(node)
+
+
+def _stay_sums(found: Outcome, known: dict[fx.Node, Placed]) -> bool:
+    """True where a value cut by position is added to a sum over ranks that is reduced later, together with others."""
+    return all(found.wants.get(item, placed).partial for item, placed in known.items())
+
+
+def _along(node: fx.Node, item: fx.Node, found: Outcome, read: Reading) -> Placed | None:
+    """How a sum over ranks that a call wants whole lies by position; None for any other value."""
+    if not read.of(item).partial or found.wants.get(item) != REPLICATED or position_obstacle(item, read.ways):
+        return None
+    return by_position(item, read.ways)
+
+
+def by_position(item: fx.Node, ways: int) -> Placed:
+    """A value, [batch, positions, …], cut by position."""
+    return sharded((1, (Span(1, shape_of(item)[1], 1, ways, site=POSITIONS),)))
+
+
+def position_obstacle(item: fx.Node, ways: int) -> str:
+    """Why a value cannot be cut by position; empty where it can."""
+    shape = shape_of(item)
+    if len(shape) < 3:
+        return "it has no dimension of positions"
+    # Where ranks would hold one position or none at the example, that of a size that varies would be taken for a fixed 1.
+    length = hint(cast(torch.Tensor, nodes.value(item)).shape[1])
+    if length <= ways:
+        which = "" if isinstance(shape[1], int) else " of the example"
+        return f"the {length} positions{which} are not more than {ways} ranks"
+    return ""
+
+
+def _is_one_of_several_norms(node: fx.Node) -> bool:
+    """True for a norm beside others of the same value, as in front of attention and feed-forward side by side.
+
+    They read it whole, so that it is gathered once and not each of their results.
+    """
+    if rules.rule_of(node) is not rules.norm:
+        return False
+    (item, *_) = node.all_input_nodes
+    return sum(rules.rule_of(user) is rules.norm and user.args[0] is item for user in item.users) > 1

@@ -1,0 +1,77 @@
+"""The rules of placements of values in short formats and of state; see `placement_rules.py`."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.parallel.rules.base import Outcome, Reading, replicated, settled, shape_of, tensors
+from lissom.compiler.ir.placement import REPLICATED, Span, Spans, sharded
+
+
+def quantized_row(node: fx.Node, read: Reading) -> Outcome:
+    """Values rounded with their own range: one that ranks hold parts of is found together, by the greatest of all."""
+    (item,) = tensors(node)
+    placed = read.of(item)
+    per_token = nodes.argument(node, "granularity") == "token"
+    if placed.partial or (placed.dims and not per_token):
+        return replicated(node, read)
+    return Outcome(placed)
+
+
+def turned_back(node: fx.Node, read: Reading) -> Outcome:
+    """(q - zero point) · scale, and rounding with a known scale: scales and zero points are cut as their blocks are."""
+    q, *grid = [item for item in node.args if nodes.is_tensor(item)]
+    placed, shape = read.of(q), shape_of(node)
+    if placed.partial:
+        return replicated(node, read)
+    packed = {len(shape) - 1: 2} if shape_of(q)[-1] != shape[-1] else {}
+    dims = {dim: _widened(spans, packed.get(dim, 1)) for dim, spans in placed.dims}
+    wants = {}
+    for item in grid:
+        sizes = shape_of(item)
+        wanted = [(dim, _narrowed(spans, shape[dim], sizes[dim])) for dim, spans in dims.items() if sizes and sizes[dim] != 1]
+        if any(spans is None for _, spans in wanted):
+            return Outcome(REPLICATED, replicated(node, read).wants, "a block of equal scale would be cut in two")
+        wants[item] = sharded(*cast("list[tuple[int, Spans]]", wanted))
+    return settled(node, read, sharded(*dims.items()), wants)
+
+
+def _widened(spans: Spans, times: int) -> Spans:
+    return tuple(span.shaped(span.outer, span.size, span.inner * times) for span in spans)
+
+
+def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
+    """How a dimension of blocks is cut when that of their elements is; None when a block would be cut."""
+    if size == blocks:
+        return spans
+    each = cast(int, size) // cast(int, blocks)
+    found: list[Span] = []
+    for span in spans:
+        outer, inner = cast(int, span.outer), cast(int, span.inner)
+        if inner % each == 0:
+            found.append(span.shaped(outer, span.size, inner // each))
+        elif each % inner == 0 and outer == 1 and cast(int, span.block) % (each // inner) == 0 and not span.is_padded:
+            found.append(span.shaped(outer, cast(int, span.size) * inner // each, 1))
+        else:
+            return None
+    return tuple(found)
+
+
+def written(node: fx.Node, read: Reading) -> Outcome:
+    """State takes values that lie as it does."""
+    state, value = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    return settled(node, read, read.of(state), {value: read.of(state)})
+
+
+def rows_exchanged(node: fx.Node, read: Reading) -> Outcome:
+    """index_copy: rows along a dimension that is not cut; the state says how the others are."""
+    item, dim, index, source = cast("tuple[fx.Node, int, fx.Node, fx.Node]", node.args[:4])
+    placed = read.of(item)
+    if placed.partial or placed.spans(dim % len(shape_of(item))):
+        return replicated(node, read)
+    if placed.is_replicated and read.of(source).is_sharded:
+        placed = read.of(source)
+    return settled(node, read, placed, {item: placed, index: REPLICATED, source: placed})

@@ -1,0 +1,371 @@
+"""One rule an operator: how its result lies on the ranks, from how its arguments do, and what it wants of them.
+
+A rule wants an argument whole (`Replicate`) where the operator reads all of a dimension at once, and cut like the others where
+they are. A product over a dimension that is cut gives a sum that is still to be taken, `Partial`. An operator without a rule
+gets its arguments whole. The table is at the end; `placement_views.py` has the operators that move, join
+and cut, `placement_lookups.py` those that look up, `placement_stored.py` those of short formats and of state.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.parallel.rules import lookups as lookups
+from lissom.compiler.parallel.rules import stored as stored
+from lissom.compiler.parallel.rules import views as views
+from lissom.compiler.analysis.axes.rules import reduced_dims
+from lissom.compiler.parallel.rules.base import Outcome, Reading, Rule, aligned, alike, is_only_reader, is_weight, replicated, settled, shape_of, tensors
+from lissom.compiler.parallel.rules.joint import jointly
+from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Spans, is_padded, sharded
+from lissom.compiler.ir.rule_tables import register
+from lissom.compiler.ir.types import TensorType
+
+aten = torch.ops.aten
+
+Letters = tuple[Sequence[object], Sequence[object], Sequence[object]]
+"""The dimensions of both sides of a product and of its result, equal ones under one name."""
+
+
+def outcome(node: fx.Node, read: Reading) -> Outcome:
+    """The outcome of a call; without a rule, all of it is replicated."""
+    rule = rule_of(node)
+    if rule is not None:
+        return rule(node, read)
+    return replicated(node, read)
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The rule of the operator a node calls; None when it has none."""
+    found = RULES.get(str(node.target))
+    if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return pointwise
+    if found is None and not isinstance(nodes.node_type(node), (TensorType, tuple)):
+        return read_number
+    if found is None and not tensors(node):
+        return replicated
+    return found
+
+
+def pointwise(node: fx.Node, read: Reading) -> Outcome:
+    """f(x, …): cut where an argument is. Sums stay sums under f(x) = c · x and x + y, and are taken before any other f."""
+    items = tensors(node)
+    if any(is_padded(read.of(item)) for item in _poles(node)):
+        # Zeros that fill up would become infinite, and then not a number where weights of zero should take them away.
+        return replicated(node, read)
+    partial = [item for item in items if read.of(item).partial]
+    if not partial:
+        return alike(node, read)
+    lone = [item for item in partial if is_only_reader(node, item)]
+    if not lone:
+        return alike(node, read)
+    if nodes.is_call(node, aten.add.Tensor, aten.sub.Tensor):
+        others = [item for item in items if item not in lone]
+        same = all(shape_of(item) == shape_of(node) for item in partial)
+        if len(node.all_input_nodes) == 2 == len(items) and same and (not others or _joins_a_sum(node, read)):
+            return settled(node, read, PARTIAL, dict.fromkeys(items, PARTIAL))
+    if len(lone) < len(partial):
+        return alike(node, read)
+    scales = nodes.is_call(node, aten.mul.Tensor, aten.mul.Scalar) or (
+        nodes.is_call(node, aten.div.Tensor, aten.div.Scalar) and node.args[0] in partial
+    )
+    if (scales and len(partial) == 1 and nodes.tensor_type(partial[0]).dtype == nodes.tensor_type(node).dtype) or nodes.is_call(
+        node, aten.neg.default
+    ):
+        others = [item for item in items if item not in partial and not read.of(item).is_replicated]
+        if not others and shape_of(partial[0]) == shape_of(node):
+            return Outcome(PARTIAL)
+    return alike(node, read)
+
+
+def _poles(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call gives no number for where they are 0."""
+    if nodes.is_call(node, aten.div.Tensor):
+        divisor = node.args[1]
+        return [divisor] if isinstance(divisor, fx.Node) else []
+    return tensors(node) if nodes.is_call(node, aten.reciprocal.default, aten.rsqrt.default, aten.log.default) else []
+
+
+def _joins_a_sum(node: fx.Node, read: Reading) -> bool:
+    """True where a sum of a whole and a partial value is added to another partial one, so that one reduction serves both."""
+    users = list(node.users)
+    if len(users) != 1 or not nodes.is_call(users[0], aten.add.Tensor) or len(users[0].all_input_nodes) != 2:
+        return False
+    (other,) = [item for item in users[0].all_input_nodes if item is not node] or [node]
+    # What comes later is not placed yet when a plan is made, and must not count when it is carried out either.
+    return other < node and other in read.known and read.of(other).partial and is_only_reader(users[0], other)
+
+
+def read_number(node: fx.Node, read: Reading) -> Outcome:
+    """A number: a size of a dimension that is not cut is the same on every rank; any other value is read whole."""
+    if nodes.is_call(node, aten.sym_size.int):
+        item = cast(fx.Node, node.args[0])
+        if not read.of(item).spans(cast(int, node.args[1]) % len(shape_of(item))):
+            return Outcome(REPLICATED)
+    return replicated(node, read)
+
+
+def linear(node: fx.Node, read: Reading) -> Outcome:
+    """x Wᵀ + b: W cut by rows gives cut features; x and W cut by columns give a sum, to which one rank adds b."""
+    x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    bias = nodes.argument(node, "bias")
+    letters = ([*range(len(shape_of(x)) - 1), "k"], ["n", "k"], [*range(len(shape_of(x)) - 1), "n"])
+    return _product(node, read, (x, weight), letters, bias if isinstance(bias, fx.Node) else None)
+
+
+def matmul(node: fx.Node, read: Reading) -> Outcome:
+    """x y: batches and the free dimensions of either side may be cut; the contracted one gives a sum."""
+    x, y = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    return _product(node, read, (x, y), _letters(x, y))
+
+
+def added_product(node: fx.Node, read: Reading) -> Outcome:
+    """b + x y: a product; where it gives a sum, one rank adds b."""
+    bias, x, y = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
+    return _product(node, read, (x, y), _letters(x, y), bias)
+
+
+def _letters(x: fx.Node, y: fx.Node) -> Letters:
+    """The dimensions of both sides and of the result of a product of matrices, equal ones under one name."""
+    left, right = len(shape_of(x)), len(shape_of(y))
+    batch = list(range(max(left, right) - 2)) if max(left, right) > 2 else []
+    lead = batch[len(batch) - max(left - 2, 0) :] + (["m"] if left > 1 else []) + ["k"]
+    other = batch[len(batch) - max(right - 2, 0) :] + (["k", "n"] if right > 1 else ["k"])
+    return lead, other, [*batch, *(["m"] if left > 1 else []), *(["n"] if right > 1 else [])]
+
+
+def _product(
+    node: fx.Node,
+    read: Reading,
+    sides: tuple[fx.Node, fx.Node],
+    letters: Letters,
+    bias: fx.Node | None = None,
+) -> Outcome:
+    cut: dict[object, Spans] = {}
+    for item, names in zip(sides, letters, strict=False):
+        # A sum that is still to be taken has no dims: it is wanted whole.
+        for dim, spans in read.of(item).dims:
+            if cut.setdefault(names[dim], spans) != spans:
+                return replicated(node, read)
+    summed = cut.get("k", ())
+    if summed and len(cut) > 1:
+        # A side cut along a dimension of its own and the other along the contracted one: the free dimension gives way.
+        cut = {"k": summed}
+    elif len(cut) > 1 and "n" in cut:
+        # Values cut by position, a weight cut by features: the values are gathered.
+        cut = {"n": cut["n"]}
+    padded = any(span.is_padded for span in summed) and not any(map(is_weight, sides))
+    if summed and (padded or not read.is_apart(summed)):
+        return replicated(node, read)
+    wants = {}
+    for item, names in zip(sides, letters, strict=False):
+        shape = shape_of(item)
+        wants[item] = sharded(*((dim, cut.get(name, ())) for dim, name in enumerate(names) if shape[dim] != 1))
+    result = PARTIAL if summed else sharded(*((dim, cut.get(name, ())) for dim, name in enumerate(letters[2])))
+    if bias is not None:
+        wants[bias] = PARTIAL if summed else aligned(bias, dict(result.dims), len(letters[2]))
+    return settled(node, read, result, wants)
+
+
+def grouped_product(node: fx.Node, read: Reading) -> Outcome:
+    """Rows times the matrix of their expert: features cut on either side, as in a product; experts are not."""
+    x, weight, ends = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
+    found = _product(node, read, (x, weight), (["m", "k"], ["e", "k", "n"], ["m", "n"]))
+    if read.of(weight).spans(0) or not read.of(ends).is_replicated:
+        return replicated(node, read)
+    return found
+
+
+def embedding(node: fx.Node, read: Reading) -> Outcome:
+    """Rows of a table: cut by rows it gives a sum, zeros but for the rank that has the row; cut by columns, cut rows."""
+    table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    placed = read.of(table)
+    rows = placed.spans(0)
+    if (
+        placed.partial
+        or len(placed.dims) > 1
+        or len(rows) > 1
+        or any(span.outer != 1 for span in rows)
+        or not read.is_apart(rows)
+    ):
+        return replicated(node, read)
+    result = PARTIAL if rows else sharded((len(shape_of(node)) - 1, placed.spans(1)))
+    return settled(node, read, result, {ids: REPLICATED})
+
+
+def attention(node: fx.Node, read: Reading) -> Outcome:
+    """softmax(q kᵀ) v: batches and heads may be cut, key/value groups with the heads that read them; positions are whole."""
+    q, k, v = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
+    rank, first = len(shape_of(node)), len(shape_of(node)) - 3
+    if any(read.of(item).partial for item in tensors(node)) or any(dim > first for dim, _ in read.of(q).dims):
+        return replicated(node, read)
+    dims = dict(read.of(q).dims)
+    for item in (k, v):
+        placed = read.of(item)
+        if any(dim > first for dim, _ in placed.dims):
+            return replicated(node, read)
+        for dim, spans in placed.dims:
+            if shape_of(item)[dim] == shape_of(q)[dim] and dims.setdefault(dim, spans) != spans:
+                return replicated(node, read)
+    if not read.fits(dims):
+        return replicated(node, read)
+    wants = {item: aligned(item, dims, rank) for item in tensors(node)}
+    for item in (k, v):
+        heads, groups = shape_of(q)[first] if first >= 0 else 1, shape_of(item)[first] if first >= 0 else 1
+        if heads == groups or groups == 1:
+            continue
+        have, queries = read.of(item).spans(first), dims.get(first, ())
+        if not _goes_with(queries, have, cast(int, heads) // cast(int, groups)):
+            return replicated(node, read)
+        wants[item] = sharded(*((dim, spans) for dim, spans in wants[item].dims if dim != first), (first, have))
+    return settled(node, read, sharded(*dims.items()), wants)
+
+
+def _goes_with(queries: Spans, groups: Spans, repeats: int) -> bool:
+    """True when every rank's heads read the groups it holds, in order, equally many each."""
+    if not queries or not groups:
+        return not queries and not groups
+    (left, *more), (right, *others) = queries, groups
+    alike = left.parts // left.every == right.parts // right.every or left.parts == right.parts
+    return not more and not others and alike and left.local == right.local * repeats
+
+
+def over(*names: str) -> Rule:
+    """The rule of an operator that reads the dimensions of these arguments whole."""
+
+    def rule(node: fx.Node, read: Reading) -> Outcome:
+        item = cast(fx.Node, node.args[0])
+        rank = len(shape_of(item))
+        given = [nodes.argument(node, name) for name in names]
+        whole = {cast(int, dim) % rank for found in given for dim in (found if isinstance(found, (list, tuple)) else [found])}
+        placed = read.of(item)
+        if placed.partial or any(dim in whole for dim, _ in placed.dims):
+            return replicated(node, read)
+        found = nodes.node_type(node)
+        result = placed if isinstance(found, TensorType) else tuple(placed for _ in cast("tuple[object, ...]", found))
+        return settled(node, read, result, {other: REPLICATED for other in tensors(node) if other is not item})
+
+    return rule
+
+
+def _norm(node: fx.Node, read: Reading) -> Outcome:
+    """layer_norm, rms_norm: not over a dimension that is cut, unless ranks add up their sums."""
+    item = cast(fx.Node, node.args[0])
+    rank, count = len(shape_of(item)), len(cast("list[int]", node.args[1]))
+    return alike(node, read, whole=range(rank - count, rank))
+
+
+norm = jointly(_norm)
+
+
+def convolution(node: fx.Node, read: Reading) -> Outcome:
+    """A kernel a channel: channels may be cut. Other convolutions read all channels."""
+    x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
+    bias = nodes.argument(node, "bias")
+    channels = shape_of(node)[1]
+    if nodes.argument(node, "groups") == channels == shape_of(x)[1] and not read.of(x).partial:
+        spans = read.of(x).spans(1) or read.of(weight).spans(0)
+        wants = {x: sharded((1, spans)), weight: sharded((0, spans))}
+        if isinstance(bias, fx.Node):
+            wants[bias] = sharded((0, spans))
+        if all(dim == 1 for dim, _ in read.of(x).dims):
+            return settled(node, read, sharded((1, spans)), wants)
+    return replicated(node, read)
+
+
+def rotary(node: fx.Node, read: Reading) -> Outcome:
+    """Pairs of the last dimension are turned; the others may be cut."""
+    return alike(node, read, whole=[len(shape_of(node)) - 1])
+
+
+def summed(node: fx.Node, read: Reading) -> Outcome:
+    """Σ: over a dimension that is cut it gives a sum over ranks, where all of them hold something; sums of sums stay sums."""
+    item = cast(fx.Node, node.args[0])
+    placed, removed = read.of(item), reduced_dims(node, len(shape_of(item)))
+    inside = [dim for dim, _ in placed.dims if dim in removed]
+    if placed.partial:
+        return (
+            Outcome(PARTIAL)
+            if is_only_reader(node, item) and nodes.tensor_type(node).dtype.is_floating_point
+            else replicated(node, read)
+        )
+    if inside and len(placed.dims) == 1 and not is_padded(placed) and read.is_apart(placed.dims[0][1]):
+        return Outcome(PARTIAL) if nodes.tensor_type(item).dtype.is_floating_point else replicated(node, read)
+    return reduced(node, read)
+
+
+def reduced(node: fx.Node, read: Reading) -> Outcome:
+    """max, mean, …: not over a dimension that is cut."""
+    item = cast(fx.Node, node.args[0])
+    rank = len(shape_of(item))
+    removed = reduced_dims(node, rank)
+    found = nodes.node_type(node)
+    result = found[0] if isinstance(found, tuple) else found
+    keep = cast(TensorType, result).rank == rank
+    kept = [dim for dim in range(rank) if keep or dim not in removed]
+    places = {dim: kept.index(dim) for dim in kept if dim not in removed}
+    placed = read.of(item)
+    if placed.partial or any(dim not in places for dim, _ in placed.dims):
+        return replicated(node, read)
+    moved = sharded(*((places[dim], spans) for dim, spans in placed.dims))
+    return Outcome(tuple(moved for _ in found) if isinstance(found, tuple) else moved)
+
+
+RULES: dict[str, Rule] = {str(operator.getitem): views.getitem}
+"""By the name of the operator."""
+
+_register = functools.partial(register, RULES)
+
+_register(pointwise, "__and__.Tensor", "__or__.Tensor", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "lerp.Tensor")
+_register(pointwise, "log_sigmoid", "hardswish", "softplus", "isclose", "isin.Tensor_Scalar")
+_register(pointwise, "_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as", "zeros_like", "ones_like", "full_like")
+_register(views.same, "dropout", "lift_fresh_copy", "contiguous", "clone", "detach", "alias")
+_register(linear, "linear")
+_register(matmul, "matmul", "mm", "bmm")
+_register(added_product, "addmm", "baddbmm")
+_register(embedding, "embedding")
+_register(attention, "scaled_dot_product_attention")
+_register(jointly(over("dim")), "softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "topk")
+_register(over("dim"), "cumsum", "cumprod", "sort", "glu")
+_register(convolution, "conv1d", "conv2d")
+_register(norm, "layer_norm", "rms_norm")
+_register(summed, "sum.dim_IntList", "sum")
+_register(reduced, "mean.dim", "mean", "var.correction", "var.dim", "std.correction", "std.dim", "amin")
+_register(jointly(reduced), "amax", "logsumexp", "argmax", "max.dim")
+_register(reduced, "any.dim", "all.dim", "argmin", "linalg_vector_norm", "min.dim")
+_register(stored.written, "copy_")
+_register(stored.rows_exchanged, "index_copy", "index_copy_")
+_register(views.permute, "permute")
+_register(views.transpose, "transpose.int", "swapaxes", "swapdims", "t", "mT", "numpy_T")
+_register(views.unsqueeze, "unsqueeze")
+_register(views.squeeze, "squeeze", "squeeze.dim", "squeeze.dims")
+_register(views.reshape, "reshape", "view", "_unsafe_view", "flatten.using_ints", "unflatten.int")
+_register(views.expand, "expand")
+_register(views.repeat, "repeat")
+_register(views.repeat_interleave, "repeat_interleave.self_int")
+_register(views.cat, "cat", "concat", "concatenate")
+_register(views.stack, "stack")
+_register(views.split, "split.Tensor", "split_with_sizes", "split.sizes", "chunk", "tensor_split.sections")
+_register(views.unbind, "unbind.int")
+_register(views.select, "select.int")
+_register(views.slice_of, "slice.Tensor")
+_register(views.pad, "constant_pad_nd", "pad")
+_register(lookups.index_select, "index_select")
+_register(jointly(lookups.gather), "gather", "take_along_dim")
+_register(lookups.index, "index.Tensor")
+RULES.update(
+    {
+        "lissom.attention.default": attention,
+        "lissom.rotary.default": rotary,
+        "lissom.grouped_product.default": grouped_product,
+        "lissom.fake_quantize_dynamic.default": stored.quantized_row,
+        "lissom.fake_quantize.default": stored.turned_back,
+        "lissom.dequantize.default": stored.turned_back,
+    }
+)

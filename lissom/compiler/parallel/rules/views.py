@@ -1,0 +1,340 @@
+"""The rules of placements of operators that move, join and cut; see `placement_rules.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axis import quotient
+from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
+from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at, is_only_reader, moved, replicated, shape_of
+from lissom.compiler.ir.placement import REPLICATED, Span, Spans, sharded
+from lissom.compiler.ir.types import Size, TensorType
+
+aten = torch.ops.aten
+
+
+def same(node: fx.Node, read: Reading) -> Outcome:
+    """The result lies as the argument does, sums included."""
+    return moved(node, read, {dim: dim for dim in range(len(shape_of(node)))})
+
+
+def getitem(node: fx.Node, read: Reading) -> Outcome:
+    """One of several results."""
+    found = read.known[cast(fx.Node, node.args[0])]
+    return Outcome(found[cast(int, node.args[1])] if isinstance(found, tuple) else REPLICATED)
+
+
+def permute(node: fx.Node, read: Reading) -> Outcome:
+    """Dimensions in the order listed."""
+    rank = len(shape_of(node))
+    return moved(node, read, {dim % rank: place for place, dim in enumerate(cast("list[int]", node.args[1]))})
+
+
+def transpose(node: fx.Node, read: Reading) -> Outcome:
+    """Two dimensions exchanged; the last two when none are named."""
+    rank = len(shape_of(node))
+    pair = cast("Sequence[int]", node.args[1:3]) or (rank - 2, rank - 1)
+    left, right = (dim % rank for dim in pair) if rank > 1 else (0, 0)
+    return moved(node, read, {dim: right if dim == left else left if dim == right else dim for dim in range(rank)})
+
+
+def unsqueeze(node: fx.Node, read: Reading) -> Outcome:
+    """A dimension of size 1 more."""
+    rank = len(shape_of(node))
+    new = cast(int, node.args[1]) % rank
+    return moved(node, read, {dim: dim + (dim >= new) for dim in range(rank - 1)})
+
+
+def squeeze(node: fx.Node, read: Reading) -> Outcome:
+    """Dimensions of size 1 left out."""
+    shape = shape_of(node.args[0])
+    given = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+    named = {cast(int, dim) % len(shape) for dim in (given if isinstance(given, (list, tuple)) else [given])}
+    kept = [dim for dim, size in enumerate(shape) if dim not in named or size != 1]
+    return moved(node, read, {dim: place for place, dim in enumerate(kept)})
+
+
+def select(node: fx.Node, read: Reading) -> Outcome:
+    """One index of a dimension that is not cut."""
+    rank = len(shape_of(node.args[0]))
+    gone = cast(int, node.args[1]) % rank
+    return moved(node, read, {dim: dim - (dim > gone) for dim in range(rank) if dim != gone})
+
+
+def unbind(node: fx.Node, read: Reading) -> Outcome:
+    """Each index of a dimension that is not cut."""
+    rank = len(shape_of(node.args[0]))
+    gone = dim_at(node, "dim", rank)
+    return _several(node, moved(node, read, {dim: dim - (dim > gone) for dim in range(rank) if dim != gone}))
+
+
+def _several(node: fx.Node, found: Outcome) -> Outcome:
+    """The same outcome for each of several results."""
+    if isinstance(found.result, tuple):
+        return found
+    count = len(cast("tuple[object, ...]", nodes.node_type(node)))
+    return Outcome((found.result,) * count, found.wants)
+
+
+def expand(node: fx.Node, read: Reading) -> Outcome:
+    """Copies along dimensions of size 1, as many as the plan gives a rank."""
+    item = cast(fx.Node, node.args[0])
+    old, new = shape_of(item), shape_of(node)
+    added, placed = len(new) - len(old), read.of(item)
+    if placed.partial:
+        return replicated(node, read)
+    dims = {dim + added: spans for dim, spans in placed.dims}
+    for dim, size in enumerate(new):
+        grows = dim < added or old[dim - added] != size
+        if grows and (spans := read.cut(node, dim)) and _apart(spans, dims, read):
+            dims[dim] = spans
+    return Outcome(sharded(*dims.items()))
+
+
+def _apart(spans: Spans, dims: dict[int, Spans], read: Reading) -> bool:
+    """True for copies that are cut for every rank, or beside groups of which each rank has a single one."""
+    if len(spans) != 1 or any(len(other) != 1 or other[0].block != 1 for other in dims.values()):
+        return False
+    return spans[0].parts * math.prod(other[0].parts for other in dims.values()) == read.ways
+
+
+def repeat(node: fx.Node, read: Reading) -> Outcome:
+    """Copies of a dimension laid end to end; not of one that is cut."""
+    item = cast(fx.Node, node.args[0])
+    added = len(shape_of(node)) - len(shape_of(item))
+    counts = cast("list[object]", node.args[1])
+    return moved(node, read, {dim: dim + added for dim in range(len(shape_of(item))) if counts[dim + added] == 1})
+
+
+def repeat_interleave(node: fx.Node, read: Reading) -> Outcome:
+    """Each index several times in a row: blocks stay blocks."""
+    item, times = cast("tuple[fx.Node, int]", node.args[:2])
+    dim, placed = dim_at(node, "dim", len(shape_of(item))), read.of(item)
+    if placed.partial:
+        return replicated(node, read)
+    if not placed.spans(dim) and (spans := read.cut(node, dim)) and placed.is_replicated and shape_of(item)[dim] == 1:
+        return Outcome(sharded((dim, spans)))
+    if any(span.parts != placed.spans(dim)[0].parts for span in placed.spans(dim)):
+        return replicated(node, read)
+    wide = tuple(span.shaped(span.outer, span.size, span.inner * times) for span in placed.spans(dim))
+    return Outcome(sharded(*((at, wide if at == dim else spans) for at, spans in placed.dims)))
+
+
+def reshape(node: fx.Node, read: Reading) -> Outcome:
+    """Dimensions merged and split: a block stays one when what is before and after it is merged or split off whole."""
+    item = cast(fx.Node, node.args[0])
+    placed = read.of(item)
+    if placed.partial:
+        return same(node, read) if is_only_reader(node, item) else replicated(node, read)
+    if placed.is_replicated:
+        return Outcome(REPLICATED)
+    dims: list[tuple[int, Spans]] = []
+    for before, after in _groups(shape_of(item), shape_of(node)):
+        cut = [dim for dim in before if placed.spans(dim)]
+        found = _reshaped(shape_of(item), shape_of(node), before, after, {dim: placed.spans(dim) for dim in cut})
+        if found is None:
+            return replicated(node, read)
+        dims += found
+    return Outcome(sharded(*dims))
+
+
+def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
+    """The dimensions before and after a reshape, in the shortest stretches of equal size."""
+    groups: list[tuple[list[int], list[int]]] = []
+    left, right = 0, 0
+    while left < len(old) or right < len(new):
+        before, after = [left] if left < len(old) else [], [right] if right < len(new) else []
+        sizes = [_total(old, before), _total(new, after)]
+        left, right = left + len(before), right + len(after)
+        while sizes[0] != sizes[1] and (left < len(old) or right < len(new)):
+            # The side whose size divides the other's is the smaller; where neither does, both take one more.
+            takes_left = quotient(sizes[1], sizes[0]) is not None or right >= len(new)
+            takes_right = quotient(sizes[0], sizes[1]) is not None or left >= len(old)
+            if (takes_left or not takes_right) and left < len(old):
+                before.append(left)
+                left += 1
+            if (takes_right or not takes_left) and right < len(new):
+                after.append(right)
+                right += 1
+            sizes = [_total(old, before), _total(new, after)]
+        groups.append((before, after))
+    return groups
+
+
+def _total(sizes: Sequence[Size], dims: Sequence[int]) -> Size:
+    found: Size = 1
+    for dim in dims:
+        found = found * sizes[dim]
+    return found
+
+
+def _reshaped(
+    old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], cut: dict[int, Spans]
+) -> list[tuple[int, Spans]] | None:
+    """How the dimensions `after` are cut when those of `before` are; None when they cannot be told to be."""
+    if not cut:
+        return []
+    solid = [dim for dim in after if new[dim] != 1]
+    if len(cut) == 1 and len([dim for dim in before if old[dim] != 1]) == 1 and len(solid) == 1:
+        return [(solid[0], next(iter(cut.values())))]
+    if any(len(spans) != 1 for spans in cut.values()):
+        return _reshaped_parts(old, new, before, after, cut)
+    span = _merged(old, before, {dim: spans[0] for dim, spans in cut.items()})
+    if span is None:
+        return None
+    passed: Size = 1
+    for dim in after:
+        outer = quotient(span.outer, passed)
+        inside = passed * new[dim]
+        inner = quotient(span.inner, _total(new, [item for item in after if item > dim]))
+        if outer is not None and inner is not None and outer * span.size * inner == new[dim]:
+            return [(dim, (span.shaped(outer, span.size, inner),))]
+        passed = inside
+    return _parted(new, after, span)
+
+
+def _reshaped_parts(
+    old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], cut: dict[int, Spans]
+) -> list[tuple[int, Spans]] | None:
+    """The same for a dimension of several parts, in front: what is behind it is merged into each part or split off each."""
+    before, after = ([dim for dim in dims if sizes[dim] != 1] for dims, sizes in ((before, old), (after, new)))
+    (dim, spans), *more = cut.items()
+    if more or before[0] != dim or not after:
+        return None
+    inside, behind = _total(old, before[1:]), _total(new, after[1:])
+    found: list[Span] = []
+    for span in spans:
+        inner = quotient(span.inner * inside, behind)
+        size = span.size
+        if inner is None and span.parts == 1:
+            size, inner = quotient(span.whole * inside, behind) or 0, 1
+            span = span.shaped(1, size, 1)
+        if inner is None or size == 0:
+            return None
+        found.append(span.shaped(span.outer, size, inner))
+    return [(after[0], tuple(found))]
+
+
+def _merged(old: Sequence[Size], before: list[int], cut: dict[int, Span]) -> Span | None:
+    """The one span of dimensions merged; two that are cut make one when the first is cut to single indices."""
+    (first, *more) = sorted(cut)
+    span = cut[first]
+    lead, tail = _total(old, [dim for dim in before if dim < first]), _total(old, [dim for dim in before if dim > first])
+    if not more:
+        return span.shaped(lead * span.outer, span.size, span.inner * tail)
+    if len(more) > 1 or more[0] != first + 1 or span.block != 1 or span.inner != 1 or cut[more[0]].outer != 1:
+        return None
+    other = cut[more[0]]
+    tail = _total(old, [dim for dim in before if dim > more[0]])
+    return Span(lead * span.outer, span.size * other.size, other.inner * tail, span.parts * other.parts, other.every, span.site)
+
+
+def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int, Spans]] | None:
+    """A block told apart into the dimensions it was merged of: the outer one is cut, and the one inside where it has to be."""
+    passed: Size = 1
+    for dim in after:
+        outer, rows = quotient(span.outer, passed), new[dim]
+        if outer == 1 and isinstance(rows, int) and isinstance(span.size, int) and span.size % rows == 0:
+            times = span.size // rows
+            if rows % span.parts == 0 and not span.is_padded:
+                return [(dim, (span.shaped(1, rows, 1),))]
+            following = [item for item in after if item > dim]
+            if rows == 1 or not following or span.parts % rows or new[following[0]] != times or span.is_padded:
+                return None
+            inside = span.parts // rows
+            groups = Span(1, rows, 1, rows, span.every * inside, span.site)
+            return [(dim, (groups,)), (following[0], (Span(1, times, 1, inside, span.every, span.site),))]
+        passed = passed * rows
+    return None
+
+
+def cat(node: fx.Node, read: Reading) -> Outcome:
+    """Tensors laid end to end: cut alike in the other dimensions; along this one, each in its own way."""
+    items = cast("list[fx.Node]", node.args[0])
+    rank = len(shape_of(node))
+    items = [item for item in items if len(shape_of(item)) == rank]
+    dim = dim_at(node, "dim", rank)
+    if not any(read.of(item).spans(dim) for item in items):
+        return alike(node, read, whole=[dim])
+    if any(read.of(item).partial or any(at != dim for at, _ in read.of(item).dims) for item in items):
+        return replicated(node, read)
+    joined: list[Span] = []
+    for item in items:
+        joined += read.of(item).spans(dim) or (Span(1, shape_of(item)[dim], 1, 1),)
+    return Outcome(sharded((dim, tuple(joined))))
+
+
+def stack(node: fx.Node, read: Reading) -> Outcome:
+    """A new dimension over tensors that are cut alike."""
+    items = cast("list[fx.Node]", node.args[0])
+    new, first = dim_at(node, "dim", len(shape_of(node))), read.of(items[0])
+    if first.partial or any(read.of(item) != first for item in items):
+        return replicated(node, read)
+    return Outcome(sharded(*((dim + (dim >= new), spans) for dim, spans in first.dims)))
+
+
+def split(node: fx.Node, read: Reading) -> Outcome:
+    """Pieces of a dimension: where it is cut, each piece has to be cut like a part of it. A sum is taken once, before."""
+    item = cast(fx.Node, node.args[0])
+    rank = len(shape_of(item))
+    dim, placed = dim_at(node, "dim", rank), read.of(item)
+    if placed.partial:
+        return replicated(node, read)
+    types = cast("tuple[TensorType, ...]", nodes.node_type(node))
+    if not placed.spans(dim):
+        return _several(node, moved(node, read, {at: at for at in range(rank)}))
+    pieces = pieces_of(placed.spans(dim), [found.shape[dim] for found in types])
+    if pieces is None:
+        return replicated(node, read)
+    others = [(at, spans) for at, spans in placed.dims if at != dim]
+    return Outcome(tuple(sharded(*others, (dim, piece)) for piece in pieces))
+
+
+def pieces_of(spans: Spans, sizes: Sequence[Size]) -> list[Spans] | None:
+    """The spans that make up pieces of these sizes; None when a piece ends within one."""
+    left, found = list(spans), list[Spans]()
+    for size in sizes:
+        piece, have = list[Span](), cast(Size, 0)
+        while left and have != size:
+            piece.append(left.pop(0))
+            have = have + piece[-1].whole
+        if have != size:
+            return None
+        found.append(tuple(piece))
+    return None if left else found
+
+
+def slice_of(node: fx.Node, read: Reading) -> Outcome:
+    """A stretch of a dimension: of one that is cut, whole spans of it."""
+    item = cast(fx.Node, node.args[0])
+    shape = shape_of(item)
+    dim, placed = dim_at(node, "dim", len(shape)), read.of(item)
+    if not placed.spans(dim):
+        return moved(node, read, {at: at for at in range(len(shape))})
+    if shape[dim] == shape_of(node)[dim]:
+        return Outcome(placed)
+    if (step := every_nth(node, shape[dim])) and all(quotient(span.inner, step) is not None for span in placed.spans(dim)):
+        kept = tuple(span.shaped(span.outer, span.size, span.inner // step) for span in placed.spans(dim))
+        return Outcome(sharded(*((at, kept if at == dim else spans) for at, spans in placed.dims)))
+    bounds = slice_bounds(node, shape[dim])
+    sizes = [] if bounds is None else [bounds[0], bounds[1] - bounds[0], cast(int, shape[dim]) - bounds[1]]
+    pieces = pieces_of(placed.spans(dim), sizes) if sizes else None
+    if pieces is None or not pieces[1]:
+        return replicated(node, read)
+    return Outcome(sharded(*((at, pieces[1] if at == dim else spans) for at, spans in placed.dims)))
+
+
+def pad(node: fx.Node, read: Reading) -> Outcome:
+    """Values added at the ends of dimensions that are not cut."""
+    rank = len(shape_of(node))
+    changed = {rank - 1 - index // 2 for index, count in enumerate(cast("list[object]", node.args[1])) if count != 0}
+    item = cast(fx.Node, node.args[0])
+    if read.of(item).partial:
+        return replicated(node, read)
+    return moved(node, read, {dim: dim for dim in range(rank) if dim not in changed})

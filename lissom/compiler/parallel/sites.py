@@ -1,0 +1,298 @@
+"""Which axes of a program tensor parallelism cuts: heads, neurons, vocabularies, told from its structure.
+
+Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, §3): queries, keys, values, up and gate by columns, output and down by rows,
+embeddings and output heads by vocabulary. A site is a set of atomic axes and into how many parts each is cut; wherever they
+occur, in weights, scales, biases of attention or state, is known from the axes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, is_pointwise, is_quantizer, residual_of, weight_of
+from lissom.compiler.parallel.rules.joint import CHOICES, joint_dim
+from lissom.compiler.ir.placement import Span, Spans
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.axes.columns import feature_dim
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.types import Size
+
+aten = torch.ops.aten
+
+Cuts = Mapping[Axis, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class ShardSite:
+    """A part of a program that is cut.
+
+    kind: `attention`, `feed-forward`, `experts`, `embedding`, `output head`, `mixer`; `layer` for one the user names, `gathered
+        layer` and `summed layer` for one that is cut by itself.
+    node: the operator it is reported at. path: its module. cuts: the atomic axes, into how many parts each is cut, and how many
+        neighbouring ranks hold the same part.
+    obstacle: why it is not cut; empty where it is.
+    weight, dim: of a layer that is cut by itself, the weight and the dimension that is cut; no axis is.
+    """
+
+    kind: str
+    node: fx.Node
+    path: str
+    cuts: Mapping[Axis, tuple[int, int]]
+    obstacle: str = ""
+    weight: fx.Node | None = None
+    dim: int = 0
+
+
+def shard_sites(program: Program, ways: int, layers: Mapping[fx.Node, str]) -> list[ShardSite]:
+    """The sites of a program for so many ranks. layers: linear layers the user names, each `column-wise` or `row-wise`."""
+    found, facts = program.fact(axes), program.fact(structure)
+    sites = [_attention(found, site, ways) for site in facts.attention]
+    for item in facts.feed_forward:
+        inside = [(input_of(item.down), feature_dim(item.down)), *((up, feature_dim(up)) for up in item.up)]
+        sites.append(_whole("feed-forward", item.down, _axes(found, inside), ways))
+    grouped = [node for node in program.nodes() if str(node.target) == "lissom.grouped_product.default"]
+    for node in grouped:
+        if _reached(cast(fx.Node, node.args[0]), set(grouped)):
+            sites.append(_whole("experts", node, [found.axis(cast(fx.Node, node.args[0]), -1)], ways))
+    for item in facts.embeddings:
+        if item.rows >= item.width and (_is_vocabulary(item.node) or item.tied):
+            sites.append(_whole("embedding", item.node, [found.axis(cast(fx.Node, item.node.args[0]), 0)], ways))
+    taken = {site.node for site in sites}
+    scored = [node for node, _ in linear_layers(program) if is_linear(node) and _is_scored(node)]
+    for node in dict.fromkeys([*facts.output_heads, *scored]):
+        if node not in taken and feature_dim(node) == -1 and not _is_inside(node, facts.attention):
+            sites.append(_whole("output head", node, [found.axis(node, -1)], ways))
+    for node, how in layers.items():
+        axis = found.axis(node, -1) if how == "column-wise" else found.axis(input_of(node), -1)
+        sites.append(_whole("layer", node, [axis], ways))
+    return sites
+
+
+def mixer_sites(program: Program, ways: int, layers: Collection[fx.Node]) -> list[ShardSite]:
+    """What recurrences and short convolutions mix tokens with: channels that one of these layers gives and another reads.
+
+    Mamba's inner channels are an example: projected in, convolved, run through the recurrence, and projected out. Channels of
+    the residual stream are not of this kind.
+    layers: linear layers that no other site cuts.
+    """
+    found = program.fact(axes)
+    sums = [total for node, _ in linear_layers(program) if (total := residual_of(node)) is not None]
+    stream = {atom.find() for total in sums for atom in found.axis(total, -1).atoms()}
+    given = {atom.find() for node in layers for atom in found.axis(node, -1).atoms()} - stream
+    sites: list[ShardSite] = []
+    taken = set[Axis]()
+    for node in layers:
+        site = _whole("mixer", node, [found.axis(input_of(node), -1)], ways)
+        if site.cuts and given.issuperset(site.cuts) and not taken.intersection(site.cuts):
+            taken.update(site.cuts)
+            sites.append(site)
+    return sites
+
+
+def _is_inside(node: fx.Node, attention: Sequence[AttentionSite]) -> bool:
+    return any(node in (*site.q, *site.k, *site.v) or node is site.output for site in attention)
+
+
+def _axes(found: Axes, places: Iterable[tuple[fx.Node, int]]) -> list[Axis]:
+    return [found.axis(node, dim) for node, dim in places]
+
+
+def _whole(kind: str, node: fx.Node, cut: Sequence[Axis], ways: int) -> ShardSite:
+    """A site of which the largest factor of each segment of these axes is cut."""
+    chosen: dict[Axis, tuple[int, int]] = {}
+    path = nodes.origin(node).module_path
+    for axis in cut:
+        for segment in axis.segments():
+            factors = [factor.find() for factor in segment.factors()]
+            atom = next((item for item in factors if item.form == "atom" and isinstance(item.size, int)), None)
+            if atom is None:
+                return ShardSite(kind, node, path, {}, "its features are no axis of a fixed size")
+            if cast(int, atom.size) < ways:
+                return ShardSite(kind, node, path, {}, f"an axis of {atom.size} gives {ways} ranks nothing to share")
+            chosen[atom] = ways, 1
+    return ShardSite(kind, node, path, chosen)
+
+
+def _attention(found: Axes, site: AttentionSite, ways: int) -> ShardSite:
+    """The heads, and the key/value groups they read."""
+    rank = nodes.tensor_type(site.node).rank
+    if site.output is None or rank < 3:
+        return ShardSite("attention", site.node, site.path, {}, "no layer projects its heads out")
+    if feature_dim(site.output) != -1:
+        return ShardSite("attention", site.node, site.path, {}, "its heads are projected out by a convolution")
+    chosen: dict[Axis, tuple[int, int]] = {}
+    for index in range(3):
+        item = cast(fx.Node, site.node.args[index])
+        factors = _heads(found.axis(item, nodes.tensor_type(item).rank - 3), site)
+        if factors is None:
+            return ShardSite("attention", site.node, site.path, {}, "its heads are no axis of their own")
+        if not factors or any(factor in chosen for factor in factors):
+            continue
+        cut = _cut_heads(factors, ways)
+        if cut is None:
+            return ShardSite("attention", site.node, site.path, {}, f"{site.heads} heads give {ways} ranks nothing to share")
+        chosen |= cut
+    reason = "" if chosen else "it has one head"
+    return ShardSite("attention", site.node, site.path, chosen, reason)
+
+
+def _heads(axis: Axis, site: AttentionSite) -> list[Axis] | None:
+    """The atoms that number heads, key/value groups first; none where there is one head, None where they are not told apart."""
+    factors = [factor.find() for factor in axis.factors()]
+    for first in range(len(factors) + 1):
+        total: Size = 1
+        for factor in factors[first:]:
+            total = total * factor.size
+        if total in (site.heads, site.key_value_heads):
+            rest = factors[first:]
+            return rest if all(item.form == "atom" for item in rest) else None
+    return None
+
+
+def _cut_heads(factors: Sequence[Axis], ways: int) -> dict[Axis, tuple[int, int]] | None:
+    """Groups are dealt out to ranks, and where there are fewer groups than ranks, the heads in each group too."""
+    first, *more = factors
+    size = cast(int, first.size)
+    if size >= ways:
+        return {first: (ways, 1)}
+    if more and ways % size == 0 and cast(int, more[0].size) % (ways // size) == 0:
+        return {first: (size, ways // size), more[0]: (ways // size, 1)}
+    total = size
+    for item in more:
+        total *= cast(int, item.size)
+    # Filled up with zeros as long as more than half of the ranks have a head.
+    return {first: (ways, 1)} if 2 * size > ways or (total >= ways and size > 1) else None
+
+
+def _is_vocabulary(node: fx.Node) -> bool:
+    """True for rows looked up by what the caller gives, through shapes, casts and arithmetic with numbers, as a hash has."""
+    ids = node.args[1]
+    while isinstance(ids, fx.Node) and ids.op == "call_function":
+        alone = is_pointwise(ids) and len(ids.all_input_nodes) == 1
+        if not alone and ids.target not in SHAPES and not nodes.is_call(ids, aten.clone.default):
+            return False
+        ids = ids.all_input_nodes[0]
+    return isinstance(ids, fx.Node) and ids.op == "placeholder"
+
+
+def _is_scored(node: fx.Node) -> bool:
+    """True for a layer with more features than it reads, of which tokens are chosen, or told the probability of."""
+    features, read = (nodes.tensor_type(item).shape[-1] for item in (node, input_of(node)))
+    if feature_dim(node) != -1 or not isinstance(features, int) or not isinstance(read, int) or features <= read:
+        return False
+    pending, seen = [node], set[fx.Node]()
+    while pending:
+        found = pending.pop()
+        for user in found.users:
+            if user.target in CHOICES and user.args[0] is found:
+                dim = joint_dim(user)
+                if dim is not None and nodes.tensor_type(found).shape[dim] == features:
+                    return True
+            if user not in seen and (is_pointwise(user) or user.target in SHAPES):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _reached(start: fx.Node, ends: set[fx.Node]) -> bool:
+    """True where a value is computed from one of these nodes element by element."""
+    pending, seen = [start], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in ends:
+            return True
+        inside = is_pointwise(node) or node.target in SHAPES or node.target is operator.getitem or is_quantizer(node)
+        if node not in seen and inside:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return False
+
+
+def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Every linear layer with the weight it multiplies with, those of mixtures of experts too, whose weights may be stacked."""
+    found: list[tuple[fx.Node, fx.Node]] = []
+    for node in program.nodes():
+        if is_linear(node):
+            found.append((node, cast(fx.Node, weight_of(node))))
+        elif nodes.is_call(node, aten.linear.default) and (stack := _stack(node.args[1])) is not None:
+            found.append((node, stack))
+        elif str(node.target) == "lissom.grouped_product.default":
+            weight = cast(fx.Node, node.args[1])
+            while weight.op == "call_function" and weight.all_input_nodes:
+                weight = weight.all_input_nodes[0]
+            found.append((node, weight))
+    return found
+
+
+def _stack(weight: object) -> fx.Node | None:
+    """The stack a matrix is picked from by its number; None for any other."""
+    while nodes.is_call(weight, aten.select.int):
+        weight = weight.args[0]
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+
+
+def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """The weights of linear layers, those of mixtures of experts too, with the layers; convolutions are left out."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, weight in linear_layers(program):
+        if feature_dim(node) == -1:
+            found.setdefault(weight, []).append(node)
+    return found
+
+
+def spans_of(axis: Axis, cuts: Cuts) -> Spans | None:
+    """How a dimension of that axis is cut when atoms are; empty when none of its atoms is, None when blocks would not show.
+
+    cuts: for each atom, into how many parts, how many neighbouring ranks hold the same one, and the number of its site.
+    """
+    axis = axis.find()
+    if not any(atom.find() in cuts for atom in axis.atoms()):
+        return ()
+    if axis.form == "atom":
+        return (Span(1, axis.size, 1, *cuts[axis]),)
+    if axis.form == "sum":
+        return _summed(axis, cuts)
+    found: Spans | None = None
+    passed: Size = 1
+    for factor in axis.factors():
+        inner = spans_of(factor, cuts)
+        if inner is None:
+            return None
+        if found and inner:
+            (first, *others), (second, *more) = found, inner
+            if others or more or first.block != 1 or first.inner != 1 or second.outer != 1:
+                return None
+            found = (
+                Span(first.outer, first.size * second.size, second.inner, first.parts * second.parts, second.every, first.site),
+            )
+        elif inner:
+            if passed != 1 and len(inner) > 1:
+                return None
+            found = tuple(item.shaped(passed * item.outer, item.size, item.inner) for item in inner)
+        elif found:
+            if len(found) > 1 and any(item.outer != 1 for item in found):
+                return None
+            found = tuple(item.shaped(item.outer, item.size, item.inner * factor.size) for item in found)
+        else:
+            passed = passed * factor.size
+    return found
+
+
+def _summed(axis: Axis, cuts: Cuts) -> Spans | None:
+    joined: list[Span] = []
+    for segment in axis.segments():
+        spans = spans_of(segment, cuts)
+        if spans is None:
+            return None
+        joined += spans or (Span(1, segment.size, 1, 1),)
+    return tuple(joined)

@@ -1,0 +1,137 @@
+"""What a pipeline did: one record a step, as a table's rows, as JSON, and as a text diff between any two steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lissom.compiler.analysis.cost import flops
+from lissom.compiler.ir.editor import Skip
+from lissom.errors import UnsupportedError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.printer import unified_diff
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a program is.
+
+    nodes: operator calls. parameters: elements of all weights and buffers. flops: at the captured sizes.
+    """
+
+    nodes: int
+    parameters: int
+    parameter_bytes: int
+    flops: int
+
+    @classmethod
+    def of(cls, program: Program) -> Size:
+        return cls(len(program.nodes()), program.parameter_count, program.parameter_bytes, flops(program))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass that ran.
+
+    index: 0 is the capture. spelling: the pass as pipeline text. kind: rewrite, approximation, …
+    seconds, check_seconds: the pass itself, and the checks after it.
+    added, removed: operator calls that are new, and that are gone.
+    rewritten: places the pass treated; skipped: those it could not, with reasons.
+    relative_error: of a rewrite against the program before, of any other pass against the original; None unchecked.
+    cosine: the smallest cosine of an output to the original's. metric: the caller's score, when given.
+    notes: sentences for the reader.
+    """
+
+    index: int
+    spelling: str
+    kind: str
+    seconds: float
+    check_seconds: float
+    size: Size
+    added: int = 0
+    removed: int = 0
+    rewritten: int = 0
+    skipped: tuple[Skip, ...] = ()
+    relative_error: float | None = None
+    cosine: float | None = None
+    metric: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """`rewrote 10 of 12; skipped 2: mask is not additive (2)`."""
+        total = self.rewritten + len(self.skipped)
+        if not self.skipped:
+            return f"rewrote {self.rewritten}" if self.rewritten else "nothing to do"
+        reasons = Counter(skip.reason for skip in self.skipped)
+        listed = ", ".join(f"{reason} ({count})" if count > 1 else reason for reason, count in reasons.items())
+        return f"rewrote {self.rewritten} of {total}; skipped {len(self.skipped)}: {listed}"
+
+
+@dataclass
+class History:
+    """The steps of a pipeline, the capture first; grows while the pipeline runs.
+
+    pipeline: the whole pipeline as text. checks: how each step was checked.
+    """
+
+    pipeline: str
+    checks: str
+    steps: list[Step] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+    def record(self, step: Step, text: str) -> None:
+        self.steps.append(step)
+        self.texts.append(text)
+
+    def note(self, sentence: str) -> None:
+        """Add a sentence for the reader to the last step."""
+        self.steps[-1] = replace(self.steps[-1], notes=(*self.steps[-1].notes, sentence))
+
+    def diff(self, before: int, after: int) -> str:
+        """The lines of the program that changed between two steps (0 is the capture), in unified form.
+
+        Raises: UnsupportedError when there is no such step.
+        """
+        for index in (before, after):
+            if not 0 <= index < len(self.steps):
+                last = len(self.steps) - 1
+                raise UnsupportedError(f"there is no step {index}; this history has steps 0 (capture) to {last}")
+        names = [f"{index} {self.steps[index].spelling}" for index in (before, after)]
+        return unified_diff(self.texts[before], self.texts[after], names[0], names[1])
+
+    def to_json(self) -> dict[str, object]:
+        """Everything but the program texts, ready for `json.dumps`."""
+        steps = [asdict(step) | {"summary": step.summary} for step in self.steps]
+        return {"version": FORMAT_VERSION, "pipeline": self.pipeline, "checks": self.checks, "steps": steps}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], texts: Sequence[str]) -> History:
+        """The history `to_json` wrote, with the programs' texts.
+
+        Raises: ValueError, TypeError or KeyError when it is none.
+        """
+        if data["version"] != FORMAT_VERSION:
+            raise ValueError(f"the history is of version {data['version']}; this Lissom reads version {FORMAT_VERSION}")
+        steps = [_step_from_json(item) for item in data["steps"]]
+        if len(steps) != len(texts) or data["checks"] not in ("numeric", "structural", "off"):
+            raise ValueError("the history and the programs' texts do not belong together")
+        return cls(data["pipeline"], data["checks"], steps, list(texts))
+
+
+def _step_from_json(data: Mapping[str, Any]) -> Step:
+    fields: dict[str, Any] = {key: value for key, value in data.items() if key != "summary"}
+    fields["size"] = Size(**data["size"])
+    fields["skipped"] = tuple(Skip(**item) for item in data["skipped"])
+    fields["notes"] = tuple(data["notes"])
+    return Step(**fields)
+
+
+def changed_calls(before: Sequence[str], after: Sequence[str]) -> tuple[int, int]:
+    """How many names are new and how many are gone."""
+    old, new = set(before), set(after)
+    return len(new - old), len(old - new)

@@ -1,0 +1,53 @@
+"""What a caller chooses of a pipeline beside its passes: checks, a metric and its budget, a progress callback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+from typing import Literal, get_args
+
+import torch
+
+from lissom.errors import InputError, UnsupportedError
+from lissom.compiler.ir.program import Program
+
+Checks = Literal["numeric", "structural", "off"]
+Metric = Callable[[Program], float]
+Progress = Callable[[str, int, int], None]
+
+
+def check_options(checks: Checks, metric: Metric | None = None, max_drop: float | None = None) -> None:
+    """Refuse options no pipeline can run with.
+
+    Raises: UnsupportedError.
+    """
+    if not isinstance(checks, str) or checks not in get_args(Checks):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"checks={checks!r:.80} is not known; choose {', '.join(get_args(Checks))}")
+    if metric is not None and not callable(metric):
+        raise UnsupportedError(f"metric= is {metric!r:.80}; give a callable that takes a model and returns a number")
+    if max_drop is not None and (isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not max_drop >= 0):
+        raise UnsupportedError(f"max_drop= is {max_drop!r:.80}; give a number, 0 or more")
+    if max_drop is not None and metric is None:
+        raise UnsupportedError("max_drop needs a metric to measure the drop of: pass metric=")
+
+
+def check_progress(progress: Progress | None) -> None:
+    """Refuse what cannot be called with progress. Raises: UnsupportedError."""
+    if progress is not None and not callable(progress):
+        raise UnsupportedError(f"progress= is {progress!r:.80}; give a callable that takes a text and two numbers")
+
+
+def read_score(score: object, *, original: bool) -> float:
+    """The number a metric returned. original: the score is the captured model's own, with which others are compared.
+
+    Raises: InputError when it is no number, or the original's is NaN.
+    """
+    if isinstance(score, torch.Tensor) and score.numel() == 1 and not score.is_complex():
+        score = score.item()
+    if not isinstance(score, Real):
+        shape = f" of shape {list(shape)}" if (shape := getattr(score, "shape", None)) is not None else ""
+        raise InputError(f"metric returned a {type(score).__name__}{shape}; it returns one number, higher is better")
+    if original and math.isnan(score):
+        raise InputError("metric returned nan for the model as it is; nothing can be compared with that: return a number")
+    return float(score)

@@ -1,0 +1,105 @@
+"""The four kinds of pass, and the facts a pass may require of a program."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import printer
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.analysis.structure.linear import is_quantizer
+from lissom.compiler.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A fact about a program that a pass needs.
+
+    fact: the fact in words, `weights are floating point`.
+    breach: the first node that breaks it, or None.
+    remedy: what the user can do.
+    """
+
+    fact: str
+    breach: Callable[[Program], fx.Node | None]
+    remedy: str
+
+    def sentence(self, program: Program, pass_name: str, node: fx.Node) -> str:
+        """The refusal: which pass needs what, which node breaks it, which pass made it so, what to do."""
+        made_by = nodes.origin(node).passes
+        history = f", made so by {made_by[-1]}" if made_by else ", so in the model as it came"
+        shown = printer.node_text(program, node)
+        return f"{pass_name} requires that {self.fact}; {shown} breaks it{history}: {self.remedy}"
+
+
+def _first_quantized_weight(program: Program) -> fx.Node | None:
+    for node in program.nodes():
+        for used in node.all_input_nodes if "linear" in str(node.target) else ():
+            if is_quantizer(used) or (used.op == "get_attr" and not nodes.tensor_type(used).dtype.is_floating_point):
+                return used
+    return None
+
+
+FLOATING_POINT_WEIGHTS = Requirement(
+    "weights of linear layers are floating point",
+    _first_quantized_weight,
+    "put this pass before the one that quantizes",
+)
+
+
+class Pass(ABC):
+    """One step of a pipeline: a frozen dataclass whose fields are its options.
+
+    The class name in kebab case is its name in pipeline text. A subclass derives from one of the four kinds.
+
+    redefines: whether it changes what is answered by agreement, rather than how exactly: the passes behind it are measured
+        against the answers after it.
+    """
+
+    kind: ClassVar[str]
+    redefines: ClassVar[bool] = False
+    requires: ClassVar[tuple[Requirement, ...]] = ()
+
+    @classmethod
+    def name(cls) -> str:
+        """`raise-rms-norm` for the class `RaiseRmsNorm`."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    @abstractmethod
+    def run(self, edit: Editor) -> None:
+        """Change the program through the editor; report what could not be treated with `edit.skip`."""
+
+
+class Rewrite(Pass):
+    """Changes the form, not the numbers: checked against the program before."""
+
+    kind = "rewrite"
+
+
+class Approximation(Pass):
+    """Changes the numbers, not the form: measured against the original and charged to the budget.
+
+    cheapens: whether it is there to make the program faster or smaller, with the exact passes behind it, and not worth its
+        loss where it does neither; False where it makes other passes possible, or lets them lose less.
+    """
+
+    kind = "approximation"
+    cheapens: ClassVar[bool] = True
+
+
+class Annotation(Pass):
+    """Adds metadata only: outputs stay bit-identical."""
+
+    kind = "annotation"
+
+
+class Training(Pass):
+    """Changes weights only, to win back what approximations lost; it is given weights of its own."""
+
+    kind = "training"

@@ -1,0 +1,366 @@
+"""The only place that runs passes: requirements, run, drop dead nodes, verify, measure, record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+
+from lissom.compiler.ir import printer
+from lissom.compiler.ir.collectives import alone
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.verify.equality import changed_strides, require_equal
+from lissom.errors import BudgetError, Interrupted, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
+from lissom.compiler.pipeline.history import History, Size, Step, changed_calls
+from lissom.compiler.pipeline.pass_kinds import Annotation, Approximation, Pass, Rewrite, Training
+from lissom.compiler.memory import heap_set_aside
+from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, read_score
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample, more_samples
+from lissom.compiler.pipeline.spelling import format_pass, format_pipeline
+from lissom.compiler.verify.divergence import REFUSALS, answers, compare, kept_state, run_original, run_samples
+from lissom.compiler.verify.structure import verify_structure
+
+Judge = Callable[[Program, Program], str | None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes to run in the order written, and how to check each.
+
+    checks: `numeric` runs programs and compares outputs, `structural` checks form and types only, `off` nothing.
+    samples: flat inputs the numeric checks run on.
+    data: flat calibration inputs for passes that need some.
+    metric: scores a program, higher is better; max_drop: how far below the original's score a program may fall.
+    progress: called before each pass with its text, its number and the count.
+    judge: called with the program before a pass that cheapens it by a loss, and the one after it and the passes that belong
+        to it, those up to the next such pass; says why the loss is not worth it, or None. Then that pass is undone.
+    """
+
+    passes: Sequence[Pass]
+    samples: Sequence[Sample] = ()
+    checks: Checks = "numeric"
+    data: Sequence[Sample] = ()
+    metric: Metric | None = None
+    max_drop: float | None = None
+    progress: Progress | None = None
+    judge: Judge | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self.checks, self.metric, self.max_drop)
+        if self.checks == "numeric" and not self.samples:
+            raise UnsupportedError("numeric checks need samples to run on; pass samples, or checks='structural'")
+
+    def run(self, program: Program, history: History | None = None) -> tuple[Program, History]:
+        """The program after all passes, and what each did; the program given is left as it is.
+
+        A history given holds the record of the capture; the passes are recorded behind it.
+
+        Raises: RequirementError, PassError, VerifyError, BudgetError, Interrupted; each holds the history so far.
+        """
+        run = self._run(program, history, len(self.passes))
+        with alone(), _stopped_with(run.history):
+            run.check_stretch()
+        return run.program, run.history
+
+    def run_each(
+        self, program: Program, endings: Mapping[str, Sequence[Pass]], history: History | None = None
+    ) -> dict[str, tuple[Program, History] | LissomError]:
+        """Run the passes once, and after them each ending by itself; what `run` gives, or the error that stopped the ending.
+
+        Raises: what `run` raises, where the passes before the endings fail.
+        """
+        count = len(self.passes) + sum(map(len, endings.values()))
+        run = self._run(program, history, count)
+        finished, found = len(self.passes), dict[str, tuple[Program, History] | LissomError]()
+        for name, ending in endings.items():
+            branch = run.branch(format_pipeline([*self.passes, *ending]))
+            try:
+                self._steps(branch, ending, finished, count)
+                with alone(), _stopped_with(branch.history):
+                    branch.check_stretch()
+                found[name] = branch.program, branch.history
+            except LissomError as error:
+                found[name] = error
+            finished += len(ending)
+        return found
+
+    def _run(self, program: Program, history: History | None, count: int) -> _Run:
+        """The run after all passes."""
+        history = history or History(format_pipeline(self.passes), self.checks)
+        with alone(), _stopped_with(history):
+            run = _Run(self, program, history)
+        self._steps(run, self.passes, 0, count)
+        return run
+
+    def _steps(self, run: _Run, passes: Sequence[Pass], finished: int, count: int) -> None:
+        with alone(), heap_set_aside(), _stopped_with(run.history):
+            trial: _Trial | None = None
+            for index, item in enumerate(passes, finished):
+                show = partial(self._show, format_pass(item), index, count)
+                if self.judge is not None and isinstance(item, Approximation) and item.cheapens:
+                    self._settle(run, trial)
+                    trial = _Trial(item, copy(run), len(run.history.steps))
+                elif trial is not None:
+                    trial.following.append((item, show))
+                show()
+                run.step(item, show)
+            self._settle(run, trial)
+
+    def _settle(self, run: _Run, trial: _Trial | None) -> None:
+        """Undo a lossy pass that the judge finds not worth its loss, and what else loses behind it; exact passes run again."""
+        if trial is None or self.judge is None:
+            return
+        reason = self.judge(trial.start.program, run.program)
+        if reason is None:
+            return
+        seconds = sum(step.seconds + step.check_seconds for step in run.history.steps[trial.steps :])
+        run.go_back(trial.start, trial.steps)
+        run.record_undone(trial.item, seconds, reason)
+        for item, show in trial.following:
+            if isinstance(item, (Rewrite, Annotation)):
+                show()
+                run.step(item, show)
+
+    def _show(self, spelling: str, index: int, count: int, what: str = "", finished: int = 0, total: int = 0) -> None:
+        """Report the pass that runs, and what it is doing where it says so."""
+        if self.progress is not None:
+            self.progress(f"{spelling}: {what}, {finished} of {total}" if what else spelling, index, count)
+
+
+@contextmanager
+def _stopped_with(history: History) -> Generator[None]:
+    """Let what stops a run hold its history."""
+    try:
+        yield
+    except LissomError as error:
+        error.history = history
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted(history) from None
+
+
+@dataclass
+class _Trial:
+    """A lossy pass that is still to be judged.
+
+    start: the run before it. steps: how many the history had. following: the passes behind it that belong to it.
+    """
+
+    item: Pass
+    start: _Run
+    steps: int
+    following: list[tuple[Pass, Callable[..., None]]] = field(default_factory=list["tuple[Pass, Callable[..., None]]"])
+
+
+@dataclass
+class _Run:
+    """One run of a pipeline.
+
+    program: so far; outputs: what it gives on the samples. original: the outputs it is measured against.
+    reference: the program before numbers changed. stretch: the exact passes since `start`.
+    """
+
+    pipeline: Pipeline
+    program: Program
+    history: History
+    samples: list[Sample] = field(init=False)
+    original: list[list[object]] = field(init=False)
+    outputs: list[list[object]] = field(init=False)
+    score: float | None = field(init=False, default=None)
+    reference: Program | None = field(init=False, default=None)
+    stretch: tuple[Pass, ...] = field(init=False, default=())
+    start: Program = field(init=False)
+
+    def __post_init__(self) -> None:
+        samples = self.pipeline.samples if self.pipeline.checks == "numeric" else ()
+        self.samples, self.outputs, notes = run_original(self.program, samples)
+        self.start = self.program
+        self.original = answers(self.program, self.outputs)
+        self.score = self._measure(self.program)
+        start = self.history.steps[0] if self.history.steps else Step(0, "capture", "capture", 0.0, 0.0, Size.of(self.program))
+        self.history.steps[:1] = [replace(start, metric=self.score, notes=(*start.notes, *notes))]
+        self.history.texts[:1] = [self.program.text()]
+
+    def branch(self, pipeline: str) -> _Run:
+        """A run that goes on from here with a history of its own; pipeline: the text of it all."""
+        other = copy(self)
+        other.history = replace(self.history, pipeline=pipeline, steps=[*self.history.steps], texts=[*self.history.texts])
+        return other
+
+    def go_back(self, start: _Run, steps: int) -> None:
+        """Be as `start` was, whose history had so many steps."""
+        del self.history.steps[steps:], self.history.texts[steps:]
+        self.program, self.original, self.outputs = start.program, start.original, start.outputs
+        self.reference, self.stretch, self.start = start.reference, start.stretch, start.start
+
+    def record_undone(self, item: Pass, seconds: float, reason: str) -> None:
+        """Tell of a pass that ran and was undone."""
+        last = self.history.steps[-1]
+        step = Step(
+            index=len(self.history.steps),
+            spelling=format_pass(item),
+            kind=item.kind,
+            seconds=seconds,
+            check_seconds=0.0,
+            size=last.size,
+            metric=last.metric,
+            notes=(f"rolled back: {reason}",),
+        )
+        self.history.record(step, self.program.text())
+
+    def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
+        """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""
+        self._check_requirements(item)
+        if not isinstance(item, (Rewrite, Annotation)):
+            self.check_stretch()
+        started = time.perf_counter()
+        after = self.program.trainable() if isinstance(item, Training) else self.program.copy()
+        edit = Editor(after, item.name(), self.pipeline.data, reference=self.reference, progress=show)
+        self._run_pass(item, edit)
+        after.drop_dead()
+        ran, text_after = time.perf_counter(), after.text()
+        try:
+            error, cosine, outputs = self._check(item, after, edit, text_after)
+        except (VerifyError, *REFUSALS) as problem:
+            what = "" if isinstance(problem, VerifyError) else f"the program does not run after it: {type(problem).__name__}: "
+            raise VerifyError(f"{format_pass(item)} was rolled back: {what}{problem}") from problem
+        metric = self._charge(item, after)
+        added, removed = changed_calls([n.name for n in self.program.nodes()], [n.name for n in after.nodes()])
+        step = Step(
+            index=len(self.history.steps),
+            spelling=format_pass(item),
+            kind=item.kind,
+            seconds=ran - started,
+            check_seconds=time.perf_counter() - ran,
+            size=Size.of(after),
+            added=added,
+            removed=removed,
+            rewritten=edit.rewritten,
+            skipped=tuple(edit.skipped),
+            relative_error=error,
+            cosine=cosine,
+            metric=metric,
+            notes=tuple(edit.notes),
+        )
+        if not isinstance(item, (Rewrite, Annotation)):
+            self.start, self.reference = after, self.reference or self.program
+        elif outputs is not self.outputs and self.pipeline.checks == "numeric":
+            self.stretch = (*self.stretch, item)
+        self.program, self.outputs = after, outputs
+        if item.redefines:
+            self.original = answers(after, outputs)
+        self.history.record(step, text_after)
+
+    def _check_requirements(self, item: Pass) -> None:
+        for requirement in item.requires:
+            node = requirement.breach(self.program)
+            if node is not None:
+                raise RequirementError(requirement.sentence(self.program, item.name(), node))
+
+    def _run_pass(self, item: Pass, edit: Editor) -> None:
+        # State is written by whoever runs the program, and put back.
+        fixed = {name: tensor for name, tensor in edit.program.weights().items() if name not in edit.program.state}
+        shared = {name: (tensor, _version(tensor)) for name, tensor in fixed.items()}
+        try:
+            item.run(edit)
+        except LissomError:
+            raise
+        except Exception as error:
+            where = f" at {printer.place(edit.program, edit.current)}" if edit.current else ""
+            lines = f"\n{printer.excerpt(edit.program, edit.current)}" if edit.current else ""
+            raise PassError(
+                f"{format_pass(item)} failed{where}: {type(error).__name__}: {error}; "
+                f"the program from before the pass is intact{lines}"
+            ) from error
+        written = next((name for name, (tensor, version) in shared.items() if _version(tensor) != version), None)
+        if written is not None and not isinstance(item, Training):
+            raise PassError(
+                f"{format_pass(item)} wrote to the weight '{written}' in place, which the program shares with the model it "
+                f"came from; the model's own weight is changed now: load it again, and use edit.set_weight in the pass"
+            )
+
+    def _check(
+        self, item: Pass, after: Program, edit: Editor, text_after: str
+    ) -> tuple[float | None, float | None, list[list[object]]]:
+        """The error and cosine of the program after the pass, and its outputs; both None when nothing was run.
+
+        A program that no edit and no training touched gives the outputs of the program before, and is not run again.
+        """
+        if self.pipeline.checks == "off":
+            return None, None, []
+        touched = after.edits > 0 or isinstance(item, Training) or text_after != self.history.texts[-1]
+        if touched:
+            verify_structure(after, self.program)
+        if self.pipeline.checks == "structural":
+            return None, None, []
+        outputs = run_samples(after, self.samples) if touched else self.outputs
+        divergence = compare(self.original, answers(after, outputs))
+        if not isinstance(item, (Rewrite, Annotation)):
+            return divergence.relative_error, divergence.cosine, outputs
+        bitwise = isinstance(item, Annotation)
+        error = require_equal(self.program, after, self.samples, self.outputs, outputs, bitwise) if touched else 0.0
+        edit.notes += changed_strides(answers(self.program, self.outputs[:1])[0], answers(after, outputs[:1])[0])
+        return error, divergence.cosine, outputs
+
+    def check_stretch(self) -> None:
+        """Compare the program with the one before the exact passes that ran last, on more inputs than each was checked on.
+
+        Raises: VerifyError naming the pass that is wrong on one of them.
+        """
+        stretch, start, began = self.stretch, self.start, time.perf_counter()
+        self.stretch, self.start = (), self.program
+        if not stretch:
+            return
+        given = more_samples(start.signature, self.samples[0], self.history.steps[0].size.flops)
+        samples, wanted, notes = run_original(start, [self.samples[0], *given])
+        try:
+            require_equal(start, self.program, samples, wanted, run_samples(self.program, samples))
+        except (VerifyError, *REFUSALS):
+            self._find_wrong(stretch, start, samples, wanted)
+        first, last = self.history.steps[0], self.history.steps[-1]
+        self.history.steps[-1] = replace(last, check_seconds=last.check_seconds + time.perf_counter() - began)
+        fresh = [note for note in notes if note not in first.notes]
+        self.history.steps[0] = replace(self.history.steps[0], notes=(*first.notes, *fresh))
+
+    def _find_wrong(self, stretch: Sequence[Pass], start: Program, samples: list[Sample], wanted: list[list[object]]) -> None:
+        """Run exact passes again, each checked on all inputs; their roundings may add up where no pass is wrong.
+
+        Raises: VerifyError.
+        """
+        again = copy(self)
+        again.history = History(self.history.pipeline, self.history.checks, self.history.steps[:1], [start.text()])
+        again.program, again.samples, again.outputs, again.original = start, samples, wanted, answers(start, wanted)
+        for item in stretch:
+            again.step(item)
+
+    def _charge(self, item: Pass, after: Program) -> float | None:
+        """The caller's score of the program, measured after every pass that may change it."""
+        if isinstance(item, (Rewrite, Annotation)):
+            return self.history.steps[-1].metric
+        score, allowed = self._measure(after), self.pipeline.max_drop
+        if score is None or self.score is None or allowed is None:
+            return score
+        drop = self.score - score
+        if not drop <= allowed:
+            raise BudgetError(
+                f"{format_pass(item)} was rolled back: it takes the metric from {self.score:.4g} to {score:.4g}, "
+                f"a drop of {drop:.4g}, allowed {allowed:.4g}; make the pass milder or raise max_drop"
+            )
+        return score
+
+    def _measure(self, program: Program) -> float | None:
+        if self.pipeline.metric is None:
+            return None
+        with torch.no_grad(), kept_state(program):
+            return read_score(self.pipeline.metric(program), original=self.score is None)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written in place; tensors made under inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,303 @@
+"""Where the channels that linear layers read can be scaled without changing what a program computes, and the scaling.
+
+What makes the channels, a norm or a linear layer, gives each channel divided by its factor s_j; the layers that read them
+multiply the matching columns of their weights by it. What lies between has to carry a factor through: views, an attention from
+its values, a product with something else, ReLU.
+
+    norm → linear layers      its weight and bias / s            columns · s
+    v → output projection     rows of v and its bias / s         columns · s, the same for all heads that share a value head
+    up → down                 rows of up and its bias / s        columns · s, with ReLU between, or as the side of a gated
+                                                                 feed-forward that no activation is applied to
+
+Channels are matched by their axes, so packed projections and grouped heads need no rule of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import getitem
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axes import axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.base import Value
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_attention, is_linear
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.structure.transformer import structure
+
+aten = torch.ops.aten
+
+_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+_CARRYING = {*SHAPES, getitem, aten.relu.default, aten.leaky_relu.default, aten.clone.default, aten.mul.Scalar}
+"""Operators of one value that give s · f(x) for s · x, s positive."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A linear layer that reads the channels. channel: [features in], which one each column reads; -1 for none of them."""
+
+    layer: fx.Node
+    matrix: Matrix
+    channel: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A weight that makes the channels: of a norm, of a linear layer, or its bias.
+
+    channel: [size of `dim`], which one each index makes; -1 for none of them.
+    """
+
+    node: fx.Node
+    dim: int
+    channel: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ScalingSite:
+    """Channels that can be scaled. producer: the norm or the linear layer. matrix: of the linear layer, None of a norm."""
+
+    producer: fx.Node
+    count: int
+    parameters: tuple[Parameter, ...]
+    readers: tuple[Reader, ...]
+    matrix: Matrix | None
+
+    def by_channel(self, reader: Reader, values: torch.Tensor) -> torch.Tensor:
+        """The largest of the values of each channel's columns, [channels]. values: [features in], not negative."""
+        return _largest(values, reader.channel, self.count)
+
+    def columns(self, reader: Reader, factors: torch.Tensor) -> torch.Tensor:
+        """The factor of each column of a reader, [features in]. factors: [channels]."""
+        return _spread(factors, reader.channel)
+
+    def rows(self, program: Program) -> torch.Tensor:
+        """The largest magnitude among the rows of the producer's matrix that make each channel, [channels]."""
+        assert self.matrix is not None, "a norm has no rows"
+        return _largest(self.matrix.read(program).float().abs().amax(1), self.parameters[0].channel, self.count)
+
+    def scale(self, edit: Editor, factors: torch.Tensor) -> None:
+        """Divide the channels by these factors, and multiply what reads them. factors: [channels], positive.
+
+        Where weights are in a short format, by the nearest powers of two: no weight is rounded by them.
+        """
+        weights = [edit.program.weight(str(item.node.target)) for item in self.parameters]
+        weights += [item.matrix.read(edit.program) for item in self.readers]
+        if any(weight.dtype.itemsize < 4 for weight in weights):
+            factors = factors.log2().round().exp2()
+        for parameter in self.parameters:
+            weight = edit.program.weight(str(parameter.node.target)).detach()
+            shape = [-1 if dim == parameter.dim else 1 for dim in range(weight.dim())]
+            divided = weight.float() / _spread(factors, parameter.channel).reshape(shape)
+            edit.set_weight(parameter.node, divided.to(weight.dtype))
+        for reader in self.readers:
+            weight = reader.matrix.read(edit.program)
+            reader.matrix.write(edit, weight.float() * self.columns(reader, factors))
+
+
+def scaling_sites(edit: Editor, *, norms: bool = True, linears: bool = True) -> list[ScalingSite]:
+    """The sites of a program, those a norm makes and those a linear layer makes.
+
+    Norms, values of attentions and the first layers of feed-forwards that make none are reported.
+    """
+    found = edit.program.fact(structure)
+    known = set[fx.Node](found.norms)
+    known |= {layer for site in found.attention if site.output is not None for layer in site.v}
+    known |= {layer for site in found.feed_forward for layer in site.up}
+    sites: list[ScalingSite] = []
+    for node in edit.program.nodes():
+        if not (norms if node in found.norms else linears and is_linear(node) and node not in found.convolutions):
+            continue
+        site = _site(edit.program, node)
+        if not isinstance(site, str):
+            sites.append(site)
+        elif node in known:
+            edit.skip(node, site)
+    return sites
+
+
+def chosen_sites(edit: Editor, *, norms: bool, linears: bool, skip: str, only: str) -> list[ScalingSite]:
+    """The sites whose producers the patterns let be treated; the others are reported."""
+    sites: list[ScalingSite] = []
+    for site in scaling_sites(edit, norms=norms, linears=linears):
+        reason = obstacle_by_name(site.producer, skip=skip, only=only)
+        if reason is None:
+            sites.append(site)
+        else:
+            edit.skip(site.producer, reason)
+    return sites
+
+
+def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
+    """The site whose channels a node makes, or why there is none."""
+    start, others = _start(producer)
+    layers = _readers(start)
+    if isinstance(layers, str):
+        return layers
+    made = _parameters(producer)
+    if isinstance(made, str):
+        return made
+    known = program.fact(axes)
+    own = known.axis(producer, -1)
+    axes_read = [known.axis(input_of(layer), -1) for layer in layers]
+    shared = _shared(own, [_atoms(known.of[start]), *(set(axis.atoms()) for axis in axes_read)])
+    if not shared:
+        return "the channels it gives cannot be told apart where they are read"
+    count = math.prod(cast(int, atom.size) for atom in shared)
+    readers: list[Reader] = []
+    for layer, axis in zip(layers, axes_read, strict=True):
+        matrix = matrix_of(layer)
+        if isinstance(matrix, str):
+            return f"what reads it cannot be scaled: {matrix}"
+        if readers_of(matrix.node) != [layer]:
+            return "what reads it cannot be scaled: its weight is read elsewhere too"
+        readers.append(Reader(layer, matrix, unit_of(axis, shared)))
+    weights, matrix = made
+    channel = unit_of(own, shared)
+    read = torch.cat([reader.channel for reader in readers]).unique()
+    if not bool((channel >= 0).any()) or not bool(torch.isin(read, channel).all()):
+        return "the channels it gives cannot be told apart where they are read"
+    for other in others:
+        atoms = _atoms(known.of[other])
+        same = tuple(atom for atom in dict.fromkeys(own.atoms()) if atom in atoms)
+        if not same or bool(((unit_of(own, same) >= 0) & (channel >= 0)).any()):
+            return "the channels it gives cannot be told from others it gives"
+    parameters = tuple(
+        Parameter(weight, 1 if matrix is not None and matrix.transposed and weight is matrix.node else 0, channel)
+        for weight in weights
+    )
+    return ScalingSite(producer, count, parameters, tuple(readers), matrix)
+
+
+def _shared(own: Axis, others: list[set[Axis]]) -> tuple[Axis, ...]:
+    """The atoms of the producer's channels that are in each of these sets; of fixed sizes, else none.
+
+    One set has the atoms of the piece that is read: a packed projection has the groups of query heads as well, and the
+    output projection reads them, but the values are not numbered by them.
+    """
+    shared = tuple(atom for atom in dict.fromkeys(own.atoms()) if all(atom in atoms for atoms in others))
+    return shared if all(isinstance(atom.size, int) for atom in shared) else ()
+
+
+def _atoms(found: Value) -> set[Axis]:
+    """The atoms of all dimensions of a value, or of the several tensors it is."""
+    return {atom for item in found for atom in (item.atoms() if isinstance(item, Axis) else _atoms(item))}
+
+
+def _parameters(producer: fx.Node) -> tuple[list[fx.Node], Matrix | None] | str:
+    """The weights that make the channels, the matrix of a linear layer first; or why they cannot be scaled."""
+    if is_linear(producer):
+        matrix = matrix_of(producer)
+        if isinstance(matrix, str):
+            return matrix
+        if readers_of(matrix.node) != [producer]:
+            return "its weight is read elsewhere too"
+        index = 0 if producer.target is aten.addmm.default else 2
+        bias = producer.args[index] if len(producer.args) > index and producer.target not in _PLAIN else None
+        weights = [matrix.node]
+    elif producer.target in _NORMS:
+        matrix, bias = None, producer.args[3] if _has_bias(producer) else None
+        weight = producer.args[2] if len(producer.args) > 2 else None
+        if not _is_own(weight):
+            return "the norm has no weight of its own"
+        weights = [cast(fx.Node, weight)]
+    else:
+        return "it is no layer norm and no RMS norm"
+    if bias is not None and not _is_own(bias):
+        return "its bias is computed, or read elsewhere too"
+    return weights + ([cast(fx.Node, bias)] if bias is not None else []), matrix
+
+
+_PLAIN = (aten.mm.default, aten.matmul.default)
+
+
+def _has_bias(norm: fx.Node) -> bool:
+    return norm.target is aten.layer_norm.default and len(norm.args) > 3
+
+
+def _is_own(weight: object) -> bool:
+    """True for a weight that one node reads."""
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
+
+
+def _readers(start: fx.Node) -> list[fx.Node] | str:
+    """The linear layers that read a value, when nothing else does and all between carries factors through; or what does not."""
+    layers: dict[fx.Node, None] = {}
+    walked: dict[fx.Node, None] = {start: None}
+    pending = [start]
+    while pending:
+        node = pending.pop(0)
+        if not node.users:
+            return "nothing reads it"
+        for user in node.users:
+            if is_linear(user) and input_of(user) is node and user.all_input_nodes.count(node) == 1:
+                layers[user] = None
+            elif not _carries(user, node):
+                return f"what it gives is read by {_named(user)} too, which does not carry a factor through"
+            elif user not in walked:
+                walked[user] = None
+                pending.append(user)
+    for node in walked:
+        if nodes.is_call(node, aten.mul.Tensor) and node is not start and _walked_inputs(node, walked) > 1:
+            return "it is multiplied by itself"
+    return list(layers)
+
+
+def _carries(user: fx.Node, node: fx.Node) -> bool:
+    """True when a node gives s times its result for s times one thing it reads."""
+    if is_attention(user):
+        return user.args[2] is node and list(user.all_input_nodes).count(node) == 1 and node not in user.args[:2]
+    if user.target is aten.mul.Tensor:
+        return True
+    if user.target is aten.div.Tensor:
+        return user.args[0] is node and user.args[1] is not node
+    return user.target in _CARRYING
+
+
+def _walked_inputs(node: fx.Node, walked: dict[fx.Node, None]) -> int:
+    return sum(item in walked for item in node.args[:2] if isinstance(item, fx.Node))
+
+
+def _named(node: fx.Node) -> str:
+    return "the program's caller" if node.op == "output" else str(node.target).removesuffix(".default")
+
+
+def _start(producer: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """What a node gives, or the piece of it that linear layers read with all between carrying factors through.
+
+    With the other pieces it is cut into.
+    """
+    found = next((piece for piece in _pieces(producer, []) if not isinstance(_readers(piece[0]), str)), None)
+    return found or (producer, [])
+
+
+def _pieces(node: fx.Node, others: list[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """A value, and what it is cut into, as long as it is only viewed and cut; each with the other pieces."""
+    yield node, others
+    if all(user.target in SHAPES or user.target is getitem for user in node.users):
+        for user in node.users:
+            beside = [item for item in node.users if item is not user]
+            yield from _pieces(user, others + beside)
+
+
+def _spread(factors: torch.Tensor, channel: torch.Tensor) -> torch.Tensor:
+    """The factor of each index; 1 where it has no channel."""
+    index = channel.to(factors.device)
+    return torch.where(index < 0, torch.ones((), device=factors.device), factors[index.clamp_min(0)])
+
+
+def _largest(values: torch.Tensor, channel: torch.Tensor, count: int) -> torch.Tensor:
+    """The largest of the values of each channel, [channels]; values: not negative."""
+    index = channel.to(values.device)
+    found = torch.zeros(count, device=values.device)
+    return found.scatter_reduce_(0, index[index >= 0], values[index >= 0].float(), "amax")

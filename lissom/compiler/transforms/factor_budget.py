@@ -1,0 +1,25 @@
+"""How much of a layer is left by passes that factor it: told by a rank, by the energy kept, or by a share of its bytes."""
+
+from __future__ import annotations
+
+from lissom.errors import UnsupportedError
+
+
+def check_amount(name: str, *, rank: int | None, keep: float | None, budget: float | None) -> None:
+    """Check the options of a pass of this name that say how much it leaves.
+
+    Raises: UnsupportedError unless exactly one is given, rank of 1 or more, keep in (0, 1], budget in (0, 1).
+    """
+    given = [option for option, value in (("rank", rank), ("keep", keep), ("budget", budget)) if value is not None]
+    if len(given) != 1:
+        found = " and ".join(f"{option}=" for option in given) if given else "none"
+        raise UnsupportedError(
+            f"{name} takes one of rank=, keep= and budget=, and was given {found}: write for example "
+            f"{name}{{budget=0.5}} for half of the bytes"
+        )
+    if rank is not None and rank < 1:
+        raise UnsupportedError(f"{name} takes rank= of 1 or more, not {rank}")
+    if keep is not None and not 0 < keep <= 1:
+        raise UnsupportedError(f"{name} keeps a share of the energy above 0 and up to 1, not keep={keep:g}")
+    if budget is not None and not 0 < budget < 1:
+        raise UnsupportedError(f"{name} leaves a share of the bytes above 0 and below 1, not budget={budget:g}")

@@ -1,0 +1,1 @@
+"""Heads of attentions: the keys and values they share, and the layers that make them."""

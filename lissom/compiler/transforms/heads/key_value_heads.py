@@ -1,0 +1,254 @@
+"""The heads of an attention's queries, keys and values, told apart from each other, and the weights that make each of them.
+
+In the axes of a program a key head and the query head that reads it are one axis, so that removing one removes the other. While
+sums stand between an attention and what it reads, each argument's heads, and those of its result, are axes of their own: an
+edit of the key heads then reaches what makes keys, and nothing else.
+
+    attention(q, k, v)  ->  attention(expand(sum(q)), expand(sum(k)), expand(sum(v)))        sums over heads
+
+The program is not to be run so; the sums go when the edit is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.operands import unrepeated
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.dead_units import summed
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.analysis.structure.linear import as_int
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.structure.transformer import structure
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class SeparateHeads:
+    """An attention whose heads are told apart.
+
+    keys, values: what it reads, before heads are repeated for those that share them,
+    [batch, key/value heads, tokens, features]. count: how many key/value heads there are.
+    queries, key, value, output: the axes that number the heads of the queries, of keys, values and the result.
+    """
+
+    site: AttentionSite
+    keys: fx.Node
+    values: fx.Node
+    count: int
+    queries: Axis
+    key: Axis
+    value: Axis
+    output: Axis
+
+    @property
+    def shared(self) -> tuple[Axis, ...]:
+        """The axes of key and value heads; one where both come from one axis of a weight."""
+        return tuple(dict.fromkeys((self.key, self.value)))
+
+    @property
+    def numbering(self) -> tuple[Axis, ...]:
+        """All axes of heads."""
+        return (self.queries, self.key, self.value, self.output)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Indices along one dimension of a weight, told by the head they make.
+
+    indices: [heads, indices of a head].
+    """
+
+    weight: fx.Node
+    dim: int
+    indices: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return str(self.weight.target)
+
+    def read(self, program: Program) -> torch.Tensor:
+        """What the weight holds of every head, a copy of it: [heads, indices of a head, the other dimensions]."""
+        weight = program.weight(self.name).detach().movedim(self.dim, 0)
+        return weight[self.indices.to(weight.device)]
+
+    def write(self, edit: Editor, heads: torch.Tensor) -> None:
+        """Give the weight other values for every head, in this program only; heads: as `read` gives them."""
+        weight = edit.program.weight(self.name).detach().movedim(self.dim, 0).clone()
+        weight[self.indices.to(weight.device)] = heads.to(weight)
+        edit.set_weight(self.weight, weight.movedim(0, self.dim).contiguous())
+
+
+class Separation:
+    """Attentions whose heads are told apart, until `end`.
+
+    heads: the attentions. axes: the axes of the program meanwhile.
+    """
+
+    def __init__(self, edit: Editor) -> None:
+        self._edit = edit
+        self._arguments: dict[fx.Node, tuple[object, ...]] = {}
+        self._made: list[fx.Node] = []
+        found: list[tuple[AttentionSite, fx.Node, fx.Node]] = []
+        for site in edit.program.fact(structure).attention:
+            reason = _obstacle(site)
+            if reason:
+                edit.skip(site.node, reason)
+            elif as_int(nodes.tensor_type(unrepeated(site.node.args[1])).shape[1]) > 1:
+                found.append((site, unrepeated(site.node.args[1]), unrepeated(site.node.args[2])))
+        for site, keys, values in found:
+            self._separate(site, keys, values)
+        self.axes = edit.program.fact(axes)
+        self._readers = self._contracted()
+        self.heads = [item for site, keys, values in found if (item := self._told_apart(site, keys, values)) is not None]
+
+    def _separate(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> None:
+        node = site.node
+        self._arguments[node] = node.args
+        with self._edit.before(node):
+            apart: list[fx.Node] = []
+            for item in (cast(fx.Node, node.args[0]), keys, values):
+                joined = self._edit.call(aten.sum.dim_IntList, item, [1], True)
+                apart.append(self._edit.call(aten.expand.default, joined, [-1, site.heads, -1, -1]))
+                self._made += (apart[-1], joined)
+        node.args = (*apart, *node.args[3:])
+
+    def _told_apart(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> SeparateHeads | None:
+        found = [self.axes.axis(*place) for place in ((self._queries(site), 1), (keys, 1), (values, 1), (site.node, 1))]
+        queries, key, value, output = found
+        reason = next((reason for axis in (key, value) if (reason := self.obstacle(axis))), "")
+        if not reason and queries in (key, value):
+            reason = "one axis of a weight numbers them with the query heads"
+        if reason:
+            self._edit.skip(site.node, f"its key and value heads stay: {reason}")
+            return None
+        return SeparateHeads(site, keys, values, cast(int, key.size), queries, key, value, output)
+
+    def _queries(self, site: AttentionSite) -> fx.Node:
+        return cast(fx.Node, self._arguments[site.node][0])
+
+    def queries(self, heads: SeparateHeads) -> fx.Node:
+        """The queries an attention reads when it is put together."""
+        return self._queries(heads.site)
+
+    def is_alone(self, heads: SeparateHeads, *chosen: Axis) -> bool:
+        """True where no other attention has heads of these axes."""
+        others = {axis for item in self.heads if item is not heads for axis in item.numbering}
+        return others.isdisjoint(chosen) and len(set(chosen)) == len(chosen)
+
+    def order_obstacle(self, heads: SeparateHeads) -> str:
+        """Why the heads of an attention cannot be put in another order; empty when they can."""
+        for axis in heads.numbering:
+            if axis.form != "atom":
+                return "they are numbered by several axes"
+            if reason := self.axes.obstacle(axis):
+                return reason
+        return "" if self.is_alone(heads, *dict.fromkeys(heads.numbering)) else "other attentions have the same heads"
+
+    def reorder(self, heads: SeparateHeads, order: torch.Tensor) -> None:
+        """Put the key and value heads of an attention in another order, and with them the query heads that read them.
+
+        order: [key/value heads], which one comes to each place. The outputs stay what they are.
+        """
+        readers = heads.site.heads // heads.count
+        of_queries = (order[:, None] * readers + torch.arange(readers)).flatten()
+        for axis in dict.fromkeys(heads.numbering):
+            for rows in self.rows(axis):
+                rows.write(self._edit, rows.read(self._edit.program)[order if axis in heads.shared else of_queries])
+
+    def obstacle(self, axis: Axis) -> str:
+        """Why heads of this axis cannot be changed together with what makes them alone; empty when they can."""
+        if axis.form != "atom":
+            return "they are numbered by several axes"
+        if reason := self.axes.obstacle(axis):
+            return reason
+        return f"'{self._readers[axis].name}' reads them too" if axis in self._readers else ""
+
+    def _contracted(self) -> dict[Axis, fx.Node]:
+        """The atoms that the program sums over, each with the first call that does."""
+        found: dict[Axis, fx.Node] = {}
+        for node in self._edit.program.nodes():
+            for place in [place for places in summed(node) for place in places] if node not in self._made else ():
+                for atom in self.axes.axis(*place).atoms():
+                    found.setdefault(atom, node)
+        return found
+
+    def rows(self, axis: Axis) -> list[Rows]:
+        """The places in weights, the program's state included, that heads of this axis are made by, or that read them."""
+        return rows_of(self.axes, axis)
+
+    def share(self, heads: SeparateHeads) -> None:
+        """Let an attention's query heads share what is left of its key and value heads, once all is put together again."""
+        node, found = heads.site.node, [heads.keys, heads.values]
+        if not node.kwargs.get("enable_gqa"):
+            with self._edit.before(node):
+                found = [_repeated(self._edit, item, heads.site.heads) for item in found]
+        args = self._arguments[node]
+        self._arguments[node] = (args[0], *found, *args[3:])
+
+    def end(self) -> None:
+        """Put the program together again."""
+        for node, args in self._arguments.items():
+            node.args = args  # pyright: ignore[reportAttributeAccessIssue]
+        for node in self._made:
+            self._edit.program.graph.erase_node(node)
+        self._edit.retype()
+
+
+@contextmanager
+def separated_heads(edit: Editor) -> Generator[Separation]:
+    """The attentions of a program with several key/value heads, their heads told apart; the others are reported."""
+    found = Separation(edit)
+    try:
+        yield found
+    finally:
+        found.end()
+
+
+def rows_of(found: Axes, axis: Axis) -> list[Rows]:
+    """The places in weights that have this axis, an atom of fixed size."""
+    rows: list[Rows] = []
+    for node, dims in found.of.items():
+        if node.op != "get_attr":
+            continue
+        for dim, other in enumerate(cast("tuple[Axis, ...]", dims)):
+            if axis.find() in other.atoms():
+                unit = unit_of(other, [axis])
+                rows.append(Rows(node, dim, torch.stack([(unit == head).nonzero().flatten() for head in range(_size(axis))])))
+    return rows
+
+
+def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
+    """Each head as often in a row as query heads share it, in the form other grouped models have it in."""
+    copies = heads // as_int(nodes.tensor_type(x).shape[1])
+    if copies == 1:
+        return x
+    spread = edit.call(aten.expand.default, edit.call(aten.unsqueeze.default, x, 2), [-1, -1, copies, -1, -1])
+    return edit.call(aten.flatten.using_ints, spread, 1, 2)
+
+
+def _obstacle(site: AttentionSite) -> str:
+    """Why the heads of an attention are not told apart; empty when they are."""
+    if any(nodes.tensor_type(item).rank != 4 for item in site.node.args[:3]):
+        return "its operands are not [batch, heads, tokens, features]"
+    keys, values = (as_int(nodes.tensor_type(unrepeated(item)).shape[1]) for item in site.node.args[1:3])
+    if keys < 1 or site.heads < 1 or as_int(nodes.tensor_type(site.node).shape[1]) != site.heads:
+        return "its number of heads varies"
+    if keys != values or site.heads % keys:
+        return f"{site.heads} query heads read {keys} key and {values} value heads"
+    return ""
+
+
+def _size(axis: Axis) -> int:
+    return cast(int, axis.find().size)

@@ -1,0 +1,79 @@
+"""The layers that make an attention's heads, and the one that reads them, as rows and columns told by head.
+
+Where nothing lies between two of them but moves of whole features, the attention knows their products alone, so that heads may
+be made another way if what reads them follows: `head_products` makes them shorter, `head_factors` makes them equal.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.calibration.statistics import Moments
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.transforms.heads.key_value_heads import Rows
+from lissom.compiler.analysis.structure.linear import SHAPES, input_of
+from lissom.compiler.ir.program import Program
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class HeadLayer:
+    """The rows of a linear layer that make heads, or the columns that read them.
+
+    weight: [heads, features] of indices. bias: the same, where there is one. layer: the linear layer.
+    """
+
+    layer: fx.Node
+    weight: Rows
+    bias: Rows | None
+
+    def read(self, program: Program) -> torch.Tensor:
+        """Rows and their bias behind them, in float64: [heads, features, inputs] or one input more."""
+        rows = self.weight.read(program)
+        found = rows if self.bias is None else torch.cat([rows, self.bias.read(program)[..., None]], -1)
+        return found.double().cpu()
+
+    def write(self, edit: Editor, rows: torch.Tensor) -> None:
+        """Give rows and bias other values, as `read` gives them."""
+        if self.bias is None:
+            self.weight.write(edit, rows)
+            return
+        self.weight.write(edit, rows[..., :-1])
+        self.bias.write(edit, rows[..., -1])
+
+    def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
+        """The second moment of what the rows multiply, a 1 for the bias with it; the identity where nothing is known."""
+        inputs = self.weight_inputs
+        if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
+            return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
+        count = max(found.count, 1)
+        gram, mean = found.gram.double().cpu() / count, found.total.double().cpu()[:, None] / count
+        if self.bias is None:
+            return gram
+        return torch.cat([torch.cat([gram, mean], 1), torch.cat([mean.T, torch.ones(1, 1, dtype=torch.float64)], 1)])
+
+    @property
+    def weight_inputs(self) -> int:
+        return int(nodes.tensor_type(self.weight.weight).shape[1 - self.weight.dim])  # pyright: ignore[reportArgumentType]
+
+
+def is_moved(value: object, start: fx.Node, *, kept: bool = False) -> bool:
+    """True for a value that is moved about from where it was computed, whole features at a time.
+
+    kept: also where it is a part of several results, or was kept as state meanwhile.
+    """
+    while value is not start:
+        if nodes.is_call(value, *SHAPES) or (kept and nodes.is_call(value, operator.getitem)):
+            value = value.all_input_nodes[0]
+        elif kept and nodes.is_call(value, aten.index_copy.default):
+            value = value.args[3]
+        else:
+            return False
+    return True

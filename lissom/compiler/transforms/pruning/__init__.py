@@ -1,0 +1,1 @@
+"""Which units of a model matter least, and what the rest makes up for."""

@@ -1,0 +1,305 @@
+"""Fit the weights that stay after units have gone, so that the program answers as before; in closed form, without training.
+
+Two ways, both least squares over the tokens of calibration data:
+
+- `refit` goes through the layers that end a branch, attentions and feed-forwards alike, in the order of the program. x̃ is what
+  a layer reads in the program as it is by then, with all that was pruned and refitted before it; r̃ and r are the residual
+  streams it is added to, in this program and in the one before anything was pruned. Its weight and bias become those of
+
+      min over W̃, b̃   Σ_tokens ‖(r̃ + W̃·x̃ + b̃) - (r + W·x + b)‖² / var(r + W·x + b) + λ ‖W̃ - W‖²
+
+  so that it also makes up for what earlier layers left wrong. The variance is over the features of a token: the norm that reads
+  the sum divides by its root. λ is chosen by cross-validation. Columns of zeros stay zero. With a norm between the layer and
+  the sum, the layer's own result is the target, and each token counts alike. He et al. 2017, Channel Pruning for Accelerating
+  Very Deep Neural Networks, §3.2, whose regression has x̃ too; r̃ - r, the variance and the pull to W are ours.
+- `scale_units` gives each unit that stays one factor m_u, folded into its columns: Kwon et al. 2022, A Fast Post-Training
+  Pruning Framework for Transformers, eq. 12. We solve the normal equations, with x of the program before this pass:
+
+      min over m   Σ_tokens ‖Σ_u m_u W_u x_u - W·x‖²
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.analysis.structure.linear import as_int, input_of
+from lissom.compiler.memory import give_back_memory
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.calibration.partial_run import Stream
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.transforms.pruning.units import UnitSite
+from lissom.compiler.verify.divergence import kept_state
+
+aten = torch.ops.aten
+
+RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+"""What λ is chosen from, as shares of the mean of the diagonal of Σ x̃·x̃ᵀ over half the data."""
+_TOKENS_A_FEATURE = 40
+"""Tokens a layer is fitted to, for each feature it reads; with more the fit hardly changes."""
+_DAMPING = 1e-2
+_LEAST_VARIANCE = 1e-6
+_LARGEST_FACTOR = 10.0
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A layer that ends a branch, and the same place in the program before anything was pruned.
+
+    bias: the node that reads its bias; None where it has none of its own. start: a value on the way to it, past which few
+    features are held. other: what is added to its result; None where something lies between, such as a norm.
+    reference: in the other program, the sum; where there is no `other`, the layer.
+    """
+
+    columns: Columns
+    bias: fx.Node | None
+    start: fx.Node
+    other: fx.Node | None
+    reference: fx.Node
+
+    @property
+    def layer(self) -> fx.Node:
+        return self.columns.layer
+
+
+@dataclass
+class NormalEquations:
+    """Sums over tokens of what a layer reads, x: [in_features], and what it should give, y: [out_features], by their weights.
+
+    read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ. wanted: Σ y. product: Σ (x - shift)·yᵀ.
+    shift: about the mean of x, so that its variance is no small difference of large numbers; zero where there is no bias.
+    """
+
+    read: Moments
+    wanted: torch.Tensor
+    product: torch.Tensor
+    shift: torch.Tensor
+
+    @staticmethod
+    def empty(shift: torch.Tensor, out_features: int) -> NormalEquations:
+        size, device = len(shift), shift.device
+        product = torch.zeros(size, out_features, device=device)
+        return NormalEquations(Moments.empty(size, device), torch.zeros(out_features, device=device), product, shift)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
+        """x: [tokens, in_features]; y: [tokens, out_features]; weights: [tokens]."""
+        x, weighted = x.float() - self.shift, y.float() * weights[:, None]
+        self.read.add(x, weights)
+        self.wanted += weighted.sum(0)
+        self.product.addmm_(x.T, weighted)
+
+    def plus(self, other: NormalEquations) -> NormalEquations:
+        """The sums over the tokens of both."""
+        read = Moments.sum([self.read, other.read])
+        return NormalEquations(read, self.wanted + other.wanted, self.product + other.product, self.shift)
+
+    def centred(self, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ x·xᵀ and Σ x·yᵀ in float64, the means taken off where a bias holds them."""
+        gram, product = self.read.gram.double(), self.product.double()
+        if with_bias and self.read.count:
+            mean = self.read.total.double() / self.read.count
+            gram.addr_(mean, mean, alpha=-self.read.count)
+            product.addr_(mean, self.wanted.double(), alpha=-1)
+        return gram, product
+
+
+def solve(halves: list[NormalEquations], weight: torch.Tensor, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weight, [out_features, in_features], and bias that fit the data and stay near the weight given; empties `halves`.
+
+    λ is the one of `RIDGES` with which the weight fitted to either half of the data does best on the other. The error has one
+    valley over λ, so the ridges are tried from the middle down its slope.
+    """
+    # float32 is enough to choose by, and half the memory.
+    parts = [(gram.float(), product.float()) for gram, product in (half.centred(with_bias=with_bias) for half in halves)]
+    scale = sum(float(gram.diagonal().mean()) for gram, _ in parts) / len(parts)
+
+    @cache
+    def error(index: int) -> float:
+        ridge = RIDGES[index] * scale
+        fitted = [_ridge(*part, weight, ridge) for part in parts]
+        return sum(
+            float("inf") if found is None else _error(*other, found) for found, other in zip(fitted, parts[::-1], strict=True)
+        )
+
+    best = _valley(error, len(RIDGES))
+    parts.clear()
+    whole = halves[0].plus(halves[1])
+    halves.clear()
+    start = weight.double()
+    equations = whole.centred(with_bias=with_bias)
+    fits = (_ridge(*equations, start, ridge * scale) for ridge in RIDGES[best:])
+    fitted = next((found for found in fits if found is not None), start)
+    count = whole.read.count or 1.0
+    bias = (whole.wanted.double() - fitted @ whole.read.total.double()) / count - fitted @ whole.shift.double()
+    return fitted.float(), bias.float()
+
+
+def _valley(error: Callable[[int], float], count: int) -> int:
+    """The index whose error is least, walking downhill from the middle."""
+    best = count // 2
+    for step in (-1, 1):
+        while 0 <= best + step < count and error(best + step) < error(best):
+            best += step
+    return best
+
+
+def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²; None where the sums are too rough for so small a ridge."""
+    missing = product - gram @ start.T
+    # On the spot, and taken off again: a copy of the sums would be the largest thing held.
+    gram.diagonal().add_(max(ridge, 1e-9))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    gram.diagonal().sub_(max(ridge, 1e-9))
+    return None if int(failed) else start + torch.cholesky_solve(missing, factor).T
+
+
+def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> float:
+    """Σ ‖W·x - y‖² without the part that does not depend on W."""
+    return float(((weight @ gram - 2 * product.T) * weight).sum())
+
+
+def refit(
+    edit: Editor,
+    reference: Program,
+    data: Sequence[Sample],
+    progress: Progress | None = None,
+    *,
+    feed_forward: bool = True,
+) -> None:
+    """Refit every layer that ends a branch to what the reference program has in its place; see above.
+
+    feed_forward: False leaves feed-forwards as they are, and refits attentions alone.
+    """
+    endings = _endings(edit, reference, feed_forward=feed_forward)
+    widest = max((as_int(nodes.tensor_type(input_of(item.layer)).shape[-1]) for item in endings), default=1)
+    data = spread(data, _TOKENS_A_FEATURE * widest)
+    with kept_state(edit.program):
+        pruned, whole = Stream(edit.program, data), Stream(reference, data)
+        for index, ending in enumerate(endings):
+            _refit(edit, ending, pruned, whole, data)
+            give_back_memory()
+            if progress is not None:
+                progress(index + 1, len(endings))
+
+
+def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Sequence[Sample]) -> None:
+    layer, columns = ending.layer, ending.columns
+    weight = columns.read(edit.program)
+    alive = (weight != 0).any(0).nonzero().flatten()
+    if not len(alive):
+        return
+    halves: list[NormalEquations] = []
+    for index, sample in enumerate(data):
+        # Stopped before what is wide is computed, and peeked at from there, so that only little is held.
+        pruned.advance(index, ending.start)
+        (target,) = whole.advance(index, ending.reference, [ending.reference])
+        x, *others = pruned.peek(index, [input_of(layer), *([ending.other] if ending.other else [])])
+        mask = token_mask(edit.program, sample, layer)
+        weights = _weights(real_rows(target, mask), stream=bool(others))
+        for other in others:
+            target = target - other
+        rows, wanted = real_rows(x, mask)[:, alive], real_rows(target, mask)
+        if not halves:
+            shift = (
+                rows.float().mean(0).nan_to_num() if ending.bias is not None else torch.zeros(len(alive), device=weight.device)
+            )
+            halves = [NormalEquations.empty(shift, len(weight)) for _ in range(2)]
+        middle = len(rows) // 2
+        halves[0].add(rows[:middle], wanted[:middle], weights[:middle])
+        halves[1].add(rows[middle:], wanted[middle:], weights[middle:])
+    fitted, bias = solve(halves, weight[:, alive], with_bias=ending.bias is not None)
+    weight[:, alive] = fitted
+    columns.write(edit, weight)
+    if ending.bias is not None:
+        edit.set_weight(ending.bias, bias.to(nodes.tensor_type(ending.bias).dtype))
+
+
+def _weights(rows: torch.Tensor, *, stream: bool) -> torch.Tensor:
+    """What each token counts, [tokens]: one over the variance of the residual stream; rows: [tokens, features] of it."""
+    if not stream or rows.shape[-1] < 2:
+        return torch.ones(len(rows), device=rows.device)
+    return 1 / rows.float().var(-1).clamp_min(_LEAST_VARIANCE)
+
+
+def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[Ending]:
+    """The layers to refit, in the order of the program; the others are reported."""
+    program = edit.program
+    found = program.fact(structure)
+    sites = [
+        (find_head_columns(program, site), site.residual, input_of(site.q[0] if site.q else site.output))
+        for site in found.attention
+        if site.output
+    ]
+    if feed_forward:
+        sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]
+    endings: list[Ending] = []
+    for columns, residual, start in sites:
+        if isinstance(columns, str):
+            continue
+        ending = _ending(program, reference, columns, residual, start)
+        if isinstance(ending, Ending):
+            endings.append(ending)
+        else:
+            edit.skip(columns.layer, f"its weights are not refitted: {ending}")
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    return sorted(endings, key=lambda item: order[item.layer])
+
+
+def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | str:
+    """The layer as one to refit, or why it is none."""
+    layer = columns.layer
+    known = {node.name: node for node in reference.graph.nodes}
+    if not nodes.is_call(layer, aten.linear.default) or layer.args[1] is not columns.weight:
+        return "it is no plain linear layer"
+    if _reads(program, columns.weight) > 1:
+        return "other layers share its weight"
+    if not _same_type(known.get(layer.name), layer):
+        return "the program before pruning has no such layer"
+    given = layer.args[2] if len(layer.args) > 2 else None
+    own = isinstance(given, fx.Node) and given.op == "get_attr" and _reads(program, given) == 1
+    bias = given if isinstance(given, fx.Node) and own else None
+    joined = residual is not None and layer in residual.all_input_nodes and nodes.argument(residual, "alpha") == 1
+    if residual is None or not joined or not _same_type(known.get(residual.name), residual):
+        return Ending(columns, bias, start, None, known[layer.name])
+    other = next((item for item in residual.all_input_nodes if item is not layer), None)
+    return Ending(columns, bias, start, other, known[residual.name])
+
+
+def _reads(program: Program, weight: fx.Node) -> int:
+    """How often the program reads a weight."""
+    return sum(len(node.users) for node in program.graph.nodes if node.op == "get_attr" and node.target == weight.target)
+
+
+def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
+    return left is not None and nodes.node_type(left) == nodes.node_type(right)
+
+
+def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.Tensor) -> torch.Tensor:
+    """The weight of a site without the units gone, those that stay scaled; moments: of what its layers read."""
+    weight, gram = site.matrix(program).cpu(), moments.gram.cpu()
+    stay = torch.ones(site.count, dtype=torch.bool)
+    stay[gone] = False
+    products = (weight.T @ weight) * gram
+    blocks = torch.stack([products[columns].sum(0) for columns in site.units])
+    between = torch.stack([blocks[:, columns].sum(1) for columns in site.units], 1).double()
+    factors = torch.zeros(site.count, dtype=torch.float64)
+    system = between[stay][:, stay]
+    system.diagonal().add_(max(_DAMPING * float(system.diagonal().mean()), 1e-12))
+    # Towards one: units whose factor the data does not tell keep their weights.
+    missing = between[stay].sum(1) - between[stay][:, stay].sum(1)
+    factors[stay] = 1 + torch.linalg.solve(system, missing)
+    if float(factors.abs().max()) > _LARGEST_FACTOR:
+        factors = stay.double()
+    scaled = torch.zeros_like(weight)
+    scaled[:, site.units] = weight[:, site.units] * factors[:, None].float()
+    return scaled

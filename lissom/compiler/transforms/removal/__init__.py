@@ -1,0 +1,1 @@
+"""Taking indices out of every tensor they reach."""

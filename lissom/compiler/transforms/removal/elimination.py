@@ -1,0 +1,286 @@
+"""What the eliminations of dead structure share: remove units that nothing would miss, take out branches that are constant."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import sympy
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.transforms.removal.indices import remove_indices
+from lissom.compiler.analysis.axes.dead_units import dead_units
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import LissomError, UnsupportedError
+from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.ir.printer import target_text
+from lissom.compiler.ir.types import Size
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What of a site's dead units is to go.
+
+    node: where the site is. removed: indices of axes. order: for each index of the first axis, the order its units are put in
+    beforehand, so that those that go have the same index everywhere; None where they have. left: dead units that stay.
+    """
+
+    node: fx.Node
+    numbering: tuple[Axis, ...]
+    removed: Mapping[Axis, tuple[int, ...]]
+    order: torch.Tensor | None
+    left: tuple[int, ...]
+
+
+def plan_of(node: fx.Node, numbering: tuple[Axis, ...], dead: torch.Tensor) -> Plan:
+    """The most that can go of the dead units of one site: whole indices of any axis, and equal numbers in each of what is left.
+
+    dead: [sizes of the axes]. At least one unit is left: where all are dead the branch is a constant.
+    """
+    dead = dead.clone()
+    if bool(dead.all()):
+        dead.view(-1)[0] = False
+    gone, removed = torch.zeros_like(dead), dict[Axis, tuple[int, ...]]()
+    for dim, atom in enumerate(numbering):
+        whole = dead.all([other for other in range(dead.dim()) if other != dim]) if dead.dim() > 1 else dead
+        if bool(whole.any()):
+            removed[atom] = tuple(whole.nonzero().flatten().tolist())
+            gone.index_fill_(dim, whole.nonzero().flatten(), True)
+    order = None
+    if len(numbering) == 2:
+        order, more = _evened(dead, gone)
+        if more:
+            removed[numbering[1]] = tuple(sorted({*removed.get(numbering[1], ()), *more}))
+            gone[:, list(more)] = True
+            dead = dead.gather(1, order)
+        else:
+            order = None
+    left = (dead & ~gone).flatten().nonzero().flatten()
+    if order is not None:
+        places = torch.arange(dead.numel()).reshape(dead.shape).gather(1, order).flatten()
+        left = places[left]
+    return Plan(node, numbering, removed, order, tuple(sorted(left.tolist())))
+
+
+def _evened(dead: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The order of the units in each row that puts as many dead ones as every row can spare last, and their places.
+
+    dead, gone: [rows, units]; rows and columns that go whole are passed over.
+    """
+    rows = ~gone.all(1)
+    columns = ~gone.all(0) if bool(rows.any()) else torch.zeros(dead.shape[1], dtype=torch.bool)
+    spare = dead[rows][:, columns].sum(1)
+    count = int(spare.min()) if len(spare) else 0
+    order = torch.arange(dead.shape[1]).repeat(dead.shape[0], 1)
+    places = columns.nonzero().flatten()
+    for row in rows.nonzero().flatten().tolist():
+        order[row, places] = places[torch.argsort(dead[row, places].int(), stable=True)]
+    return order, tuple(places[len(places) - count :].tolist()) if count else ()
+
+
+def reorder(edit: Editor, found: Axes, numbering: Sequence[Axis], order: torch.Tensor) -> None:
+    """Put the units of every row in another order, wherever a weight has them: the outputs stay what they are.
+
+    numbering: the axes of rows and of units in a row; order: [rows, units], which unit comes to each place.
+
+    Raises: UnsupportedError when a weight has units without the rows they are in.
+    """
+    rows, units = (atom.find() for atom in numbering)
+    moved: list[tuple[fx.Node, torch.Tensor]] = []
+    for node, value in found.of.items():
+        if node.op != "get_attr":
+            continue
+        weight = edit.program.weight(str(node.target)).detach()
+        for dim, axis in enumerate(cast("tuple[Axis, ...]", value)):
+            atoms = set(axis.atoms())
+            if units not in atoms:
+                continue
+            if rows not in atoms:
+                raise UnsupportedError(f"'{node.target}' has the same entry for a place in every group")
+            weight = weight.index_select(dim, _places(axis, rows, units, order).to(weight.device))
+            moved.append((node, weight))
+    for node, weight in moved:
+        edit.set_weight(node, weight, retype=False)
+
+
+def _places(axis: Axis, rows: Axis, units: Axis, order: torch.Tensor) -> torch.Tensor:
+    """For each index of an axis, the index whose entry comes there."""
+    row, unit = unit_of(axis, [rows]), unit_of(axis, [units])
+    within = torch.zeros(len(row), dtype=torch.long)
+    seen: dict[tuple[int, int], int] = {}
+    where: dict[tuple[int, int, int], int] = {}
+    for index, key in enumerate(zip(row.tolist(), unit.tolist(), strict=True)):
+        within[index] = seen.get(key, 0)
+        seen[key] = seen.get(key, 0) + 1
+        where[(*key, int(within[index]))] = index
+    places = torch.arange(len(row))
+    for index in range(len(row)):
+        if row[index] >= 0 and unit[index] >= 0:
+            source = int(order[row[index], unit[index]])
+            places[index] = where[(int(row[index]), source, int(within[index]))]
+    return places
+
+
+def obstacle(edit: Editor, numbering: Sequence[Axis]) -> str:
+    """What stands against removing units numbered by these axes; empty when nothing does."""
+    found = edit.program.fact(axes)
+    if not numbering:
+        return "they are not numbered by an axis of their own"
+    return next((reason for atom in numbering if (reason := found.obstacle(atom))), "")
+
+
+def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], units: str) -> None:
+    """Remove what is dead of the units of several sites; what has to stay is reported.
+
+    sites: for each, the node that stands for it and the axes that number its units. units: what they are called.
+    """
+    plans = [plan_of(node, numbering, dead_units(edit.program, numbering)) for node, numbering in sites]
+    for plan in plans:
+        if plan.left:
+            edit.skip(plan.node, f"dead {units} {_numbers(plan.left)} stay: each group keeps as many as every other")
+    plans = [plan for plan in plans if plan.removed]
+    if not plans:
+        return
+    places = [[_place(edit.program.fact(axes), atom) for atom in plan.numbering] for plan in plans]
+    try:
+        _carry_out(edit, plans)
+    except LissomError:
+        for plan, found in zip(plans, places, strict=True):
+            _eliminate_alone(edit, plan.node, found, units)
+
+
+def _eliminate_alone(edit: Editor, node: fx.Node, places: Sequence[tuple[fx.Node, int, int]], units: str) -> None:
+    """Remove the dead units of one site, or report why they stay."""
+    found = edit.program.fact(axes)
+    numbering = tuple(list(found.axis(reader, dim).atoms())[index] for reader, dim, index in places)
+    plan = plan_of(node, numbering, dead_units(edit.program, numbering))
+    try:
+        if plan.removed:
+            _carry_out(edit, [plan])
+    except LissomError as error:
+        edit.skip(node, f"dead {units} stay: {error}")
+
+
+def _place(found: Axes, atom: Axis) -> tuple[fx.Node, int, int]:
+    """A dimension that has the axis, and which of its atoms it is: there it is found again after the program has changed."""
+    place = found.occurrences(atom)[0]
+    return place.node, place.dim, list(found.axis(place.node, place.dim).atoms()).index(atom.find())
+
+
+def _carry_out(edit: Editor, plans: Sequence[Plan]) -> None:
+    found = edit.program.fact(axes)
+    removed: dict[Axis, set[int]] = {}
+    for plan in plans:
+        for axis, indices in plan.removed.items():
+            removed.setdefault(axis, set()).update(indices)
+    ordered: set[Axis] = set()
+    for plan in plans:
+        if plan.order is not None and ordered.isdisjoint(plan.numbering):
+            reorder(edit, found, plan.numbering, plan.order)
+            ordered.update(plan.numbering)
+    remove_indices(edit, removed, found)
+
+
+def _numbers(found: Sequence[int]) -> str:
+    shown = ", ".join(map(str, found[:8]))
+    return f"{shown} and {len(found) - 8} more" if len(found) > 8 else shown
+
+
+def replace_by_constant(edit: Editor, layer: fx.Node) -> str:
+    """Replace a linear layer whose weight is zero by its bias; why that cannot be done, empty when it is.
+
+    A sum with the layer becomes a sum with the bias, or goes where there is none.
+    """
+    if layer.target not in (aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default):
+        return f"{target_text(layer.target)} has no bias that goes with its last dimension"
+    bias = layer.args[0] if layer.target is aten.addmm.default else None
+    bias = nodes.argument(layer, "bias") if layer.target is aten.linear.default else bias
+    return _replace(edit, layer, bias)
+
+
+def _replace(edit: Editor, constant: fx.Node, bias: object) -> str:
+    """Replace a value that is the bias at every position, in sums and behind what only moves its positions."""
+    reasons = [_replace(edit, user, bias) for user in list(constant.users) if _keeps_features(user)]
+    for user in list(constant.users):
+        _simplify_sum(edit, user, constant, bias)
+    living = [user for user in constant.users if user.users or user.op == "output"]
+    if any(reasons) or not living:
+        return next(filter(None, reasons), "")
+    return _expand(edit, constant, bias)
+
+
+def _keeps_features(node: fx.Node) -> bool:
+    """True for calls that move positions only, and leave the last dimension last."""
+    source = node.args[0] if node.args else None
+    if not nodes.is_tensor(node) or not nodes.is_tensor(source):
+        return False
+    rank = nodes.tensor_type(node).rank
+    if nodes.is_call(node, aten.transpose.int):
+        return rank - 1 not in {cast(int, dim) % rank for dim in node.args[1:]}
+    if nodes.is_call(node, aten.permute.default):
+        return cast("list[int]", node.args[1])[-1] % rank == rank - 1
+    same = nodes.tensor_type(node).shape[-1:] == nodes.tensor_type(source).shape[-1:]
+    return nodes.is_call(node, aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.clone.default) and same
+
+
+def _simplify_sum(edit: Editor, user: fx.Node, constant: fx.Node, bias: object) -> None:
+    if not nodes.is_call(user, aten.add.Tensor) or user.kwargs or len(user.args) != 2:
+        return
+    left, right = user.args
+    other = right if left is constant else left
+    if other is constant or not nodes.is_tensor(other) or nodes.node_type(other) != nodes.node_type(user):
+        return
+    if not isinstance(bias, fx.Node):
+        edit.replace(user, other)
+        return
+    with edit.before(user):
+        edit.replace(user, edit.call(aten.add.Tensor, other, bias))
+
+
+def _expand(edit: Editor, constant: fx.Node, bias: object) -> str:
+    typed = nodes.tensor_type(constant)
+    inputs = {
+        size: (node, dim)
+        for node in edit.program.placeholders
+        if nodes.is_tensor(node)
+        for dim, size in enumerate(nodes.tensor_type(node).shape)
+    }
+    factors = [_factors(size) for size in typed.shape]
+    if not all(factor in inputs for found in factors for factor in found if not isinstance(factor, int)):
+        return "its sizes are not those of the inputs"
+    with edit.before(constant):
+        if not isinstance(bias, fx.Node):
+            zero = torch.zeros(cast(int, typed.shape[-1]), dtype=typed.dtype, device=typed.device)
+            bias = edit.weight(f"{constant.name}.zero", zero)
+        sizes = [_computed(edit, found, inputs) for found in factors]
+        edit.replace(constant, edit.call(aten.expand.default, bias, sizes))
+    return ""
+
+
+def _factors(size: Size) -> list[Size]:
+    """The numbers and symbols a size is the product of; the size itself where it is no product."""
+    if isinstance(size, int):
+        return [size]
+    return [int(part) if part.is_Integer else part for part in sympy.Mul.make_args(size)]
+
+
+def _computed(edit: Editor, factors: Sequence[Size], inputs: Mapping[Size, tuple[fx.Node, int]]) -> fx.Node | int:
+    found: fx.Node | int = 1
+    for factor in factors:
+        size = factor if isinstance(factor, int) else edit.size(*inputs[factor])
+        found = (
+            size
+            if found == 1
+            else edit.compute_size(operator.mul, size, found)
+            if isinstance(size, fx.Node)
+            else (edit.compute_size(operator.mul, found, size) if isinstance(found, fx.Node) else found * size)
+        )
+    return found

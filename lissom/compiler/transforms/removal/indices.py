@@ -1,0 +1,252 @@
+"""Remove indices of an axis everywhere it occurs: weights, biases, norms, and the sizes written into operators."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.transforms.removal.norms import NORMS_OVER, follow_norm, normed_axes
+from lissom.compiler.analysis.axes.views import slice_bounds
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import LissomError, UnsupportedError
+from lissom.compiler.ir.printer import target_text
+from lissom.compiler.ir.types import format_size
+
+aten = torch.ops.aten
+
+SIZES_AT: dict[object, int] = {
+    aten.reshape.default: 1,
+    aten.view.default: 1,
+    aten.expand.default: 1,
+    aten.unflatten.int: 2,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.full.default: 0,
+    aten.new_zeros.default: 1,
+    aten.new_ones.default: 1,
+    aten.new_full.default: 1,
+}
+"""Where a call has its list of sizes."""
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
+"""Calls that cut a dimension in pieces."""
+_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+
+
+def remove_indices(
+    edit: Editor, removed: Mapping[Axis, Collection[int]], found: Axes | None = None, *, zero: bool = False
+) -> None:
+    """Remove indices of atomic axes from the program: every weight that has the axis is cut, every literal size follows.
+
+    The outputs are unchanged when what is removed contributed nothing: zero rows where the axis is contracted.
+    found: the axes these are of, where weights were given other values since; by default the program's as it is.
+    zero: whether what is removed is exactly zero wherever a norm reads it; norms are then told how much there was.
+
+    Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices. The
+        program is then what it was.
+    """
+    found = found or edit.program.fact(axes)
+    keep = {axis.find(): _kept(edit, found, axis.find(), set(indices), zero) for axis, indices in removed.items()}
+    with _all_or_nothing(edit):
+        _remove(edit, found, keep)
+
+
+@contextmanager
+def _all_or_nothing(edit: Editor) -> Generator[None]:
+    """Put every call and weight back as it was when an edit inside fails."""
+    calls = [(node, node.target, node.args, node.kwargs) for node in edit.program.nodes()]
+    weights, rewritten = edit.program.weights(), edit.rewritten
+    reads = [node for node in edit.program.graph.nodes if node.op == "get_attr"]
+    try:
+        yield
+    except LissomError:
+        for node, target, args, kwargs in calls:
+            node.target, node.args, node.kwargs = target, args, kwargs
+        for node in reads:
+            if edit.program.weight(str(node.target)) is not weights[str(node.target)]:
+                edit.set_weight(node, weights[str(node.target)], retype=False)
+        edit.retype()
+        edit.rewritten = rewritten
+        raise
+
+
+def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+    changed: list[fx.Node] = []
+    for node, value in found.of.items():
+        touched = any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(value))
+        source_touched = any(
+            not keep.keys().isdisjoint(axis.atoms())
+            for used in node.all_input_nodes
+            for axis in _axes_of(found.of.get(used, ()))
+        )
+        if node.op == "get_attr" and touched:
+            changed.append(node)
+        elif node.op == "call_function" and (touched or source_touched):
+            _follow(edit, node, found, keep)
+    for node in changed:
+        cut = _cut(edit.program.weight(str(node.target)), cast("tuple[Axis, ...]", found.of[node]), keep)
+        edit.set_weight(node, cut, retype=False)
+        edit.rewritten += 1
+    edit.retype()
+
+
+def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
+    """Which indices of an axis stay, [size] of booleans, from which indices of its atoms stay."""
+    axis = axis.find()
+    if axis.form == "atom":
+        return keep[axis] if axis in keep else torch.ones(cast(int, axis.size), dtype=torch.bool)
+    parts = [mask(part, keep) for part in axis.parts]
+    if axis.form == "sum":
+        return torch.cat(parts)
+    found = parts[0]
+    for part in parts[1:]:
+        found = (found[:, None] & part[None, :]).flatten()
+    return found
+
+
+def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int], zero: bool) -> torch.Tensor:
+    obstacle = "it is made of several axes" if axis.form != "atom" else found.obstacle(axis, zero=zero)
+    if obstacle:
+        size = format_size(axis.size, edit.program.signature.name_of)
+        raise UnsupportedError(f"indices of this axis of size {size} cannot be removed: {obstacle}")
+    kept = torch.ones(cast(int, axis.size), dtype=torch.bool)
+    outside = [index for index in indices if not 0 <= index < len(kept)]
+    if outside:
+        raise UnsupportedError(f"index {outside[0]} is outside this axis, which has 0 to {len(kept) - 1}")
+    kept[list(indices)] = False
+    if not kept.any():
+        raise UnsupportedError(f"all {len(kept)} indices of this axis would go; leave one, or remove what reads it")
+    return kept
+
+
+def _axes_of(value: object) -> list[Axis]:
+    items = cast("tuple[object, ...]", value)
+    return [axis for item in items for axis in ([item] if isinstance(item, Axis) else cast("tuple[Axis, ...]", item))]
+
+
+def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> int:
+    """The size the axis will have; that of an axis without removed atoms is not looked into."""
+    if keep.keys().isdisjoint(axis.atoms()):
+        return cast(int, axis.find().size)
+    return int(mask(axis, keep).sum())
+
+
+def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
+    """The weight without the removed indices; a parameter stays one."""
+    cut = weight.detach()
+    for dim, axis in enumerate(dims):
+        if not keep.keys().isdisjoint(axis.atoms()):
+            cut = cut.index_select(dim, mask(axis, keep).nonzero().flatten().to(cut.device))
+    trainable = isinstance(weight, nn.Parameter)
+    return nn.Parameter(cut, requires_grad=weight.requires_grad) if trainable else cut
+
+
+def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+    """Correct the sizes and positions written into a call whose axes lose indices."""
+    target = node.target
+    if target in NORMS_OVER and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
+        follow_norm(edit, node, found, lambda axis: mask(axis, keep))
+    elif target in SIZES_AT:
+        _set_argument(node, SIZES_AT[target], _new_sizes(edit, node, SIZES_AT[target], found, keep))
+    elif target in SPLITS:
+        _follow_split(node, found, keep)
+    elif target is aten.slice.Tensor:
+        _follow_slice(node, found, keep)
+    elif target is aten.scaled_dot_product_attention.default:
+        _keep_scale(node, found)
+    elif target in _CONVOLUTIONS and nodes.argument(node, "groups") != 1:
+        channels = _size(cast(Axis, found.of[node.all_input_nodes[0]][1]), keep)
+        nodes.set_argument(node, "groups", channels)
+    elif target is aten.repeat_interleave.self_int:
+        _set_argument(node, 1, _copies(node, cast(int, node.args[2] if len(node.args) > 2 else 0), found, keep))
+    elif target is aten.repeat.default:
+        counts = [_copies(node, dim, found, keep) for dim in range(len(cast("list[object]", node.args[1])))]
+        _set_argument(node, 1, counts)
+    elif target is aten.flatten.using_ints:
+        return
+    else:
+        _refuse_literals(node)
+
+
+def _new_sizes(edit: Editor, node: fx.Node, index: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
+    """The list of sizes of a call, its fixed numbers corrected; -1 and sizes read at run time stay."""
+    old = cast("list[object]", node.args[index])
+    dims = cast("tuple[Axis, ...]", found.of[node])
+    if node.target is aten.unflatten.int:
+        first = cast(int, node.args[1]) % (len(dims) - len(old) + 1)
+        dims = dims[first : first + len(old)]
+    return [_new_size(edit, node, size, axis, keep) for size, axis in zip(old, dims, strict=True)]
+
+
+def _new_size(edit: Editor, node: fx.Node, size: object, axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> object:
+    """A literal size corrected; a size computed from one (batch · heads) is scaled by the share that stays."""
+    if size == -1 or keep.keys().isdisjoint(axis.atoms()):
+        return size
+    if isinstance(size, int):
+        return _size(axis, keep)
+    factors = axis.factors()
+    if not isinstance(size, fx.Node) or any(factor.find().form != "atom" for factor in factors):
+        raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has a computed size in it that no rule corrects")
+    kept = math.prod(_size(factor, keep) for factor in factors if factor in keep)
+    whole = math.prod(cast(int, factor.size) for factor in factors if factor in keep)
+    with edit.before(node):
+        return edit.compute_size(operator.floordiv, edit.compute_size(operator.mul, size, kept), whole)
+
+
+def _follow_split(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+    """A split becomes one with the sizes of its pieces."""
+    dim = cast(int, nodes.argument(node, "dim"))
+    pieces = cast("tuple[tuple[Axis, ...], ...]", found.of[node])
+    sizes = [_size(piece[dim], keep) for piece in pieces]
+    node.target = aten.split_with_sizes.default
+    node.args, node.kwargs = (node.args[0], sizes, dim), {}
+
+
+def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
+    """The bounds of a slice count the indices that stay before them."""
+    dim = cast(int, nodes.argument(node, "dim"))
+    axis = cast(Axis, found.of[cast(fx.Node, node.args[0])][dim]).find()
+    if keep.keys().isdisjoint(axis.atoms()):
+        return
+    bounds = slice_bounds(node, axis.size)
+    assert bounds is not None, "an axis cut at varying positions is pinned"
+    kept = mask(axis, keep)
+    node.args = (node.args[0], dim, int(kept[: bounds[0]].sum()), int(kept[: bounds[1]].sum()))
+    node.kwargs = {}
+
+
+def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
+    """How often a call repeats a dimension, once the indices are gone: what is left over what is left of its source."""
+    source, result = (cast("tuple[Axis, ...]", found.of[item]) for item in (cast(fx.Node, node.args[0]), node))
+    count = node.args[1] if isinstance(node.args[1], int) else cast("list[object]", node.args[1])[dim]
+    axis, added = result[dim], len(result) - len(source)
+    if keep.keys().isdisjoint(axis.atoms()) or not isinstance(count, int):
+        return count
+    return _size(axis, keep) // (_size(source[dim - added], keep) if dim >= added else 1)
+
+
+def _keep_scale(node: fx.Node, found: Axes) -> None:
+    """An attention without a scale takes 1/√(head size), which must stay that of the original head size."""
+    if nodes.argument(node, "scale") is None:
+        head_dim = cast(int, cast(Axis, found.of[cast(fx.Node, node.args[0])][-1]).find().size)
+        nodes.set_argument(node, "scale", head_dim**-0.5)
+
+
+def _set_argument(node: fx.Node, index: int, value: object) -> None:
+    node.args = (*node.args[:index], value, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _refuse_literals(node: fx.Node) -> None:
+    """Any other operator must not have lists of sizes in it, or they would silently stay what they were."""
+    schema = getattr(node.target, "_schema", None)
+    kinds = [str(parameter.type) for parameter in schema.arguments] if schema else []
+    if any("SymInt" in kind and kind.startswith("List") for kind in kinds):
+        raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has sizes in it that no rule corrects")

@@ -1,0 +1,56 @@
+"""Linear layers that are written as products of flattened rows, as in GPT-2, brought into the form all others have.
+
+    reshape(addmm(b, reshape(x, [-1, in]), W), [.., out])  ->  linear(x, Wᵀ, b)
+
+In the flattened form batch and tokens are one dimension, and nothing can be said of tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.analysis.token_positions import product_of, shape_of
+
+aten = torch.ops.aten
+
+_RESHAPES = (aten.reshape.default, aten.view.default)
+
+
+def unflatten_where(edit: Editor, helps: Callable[[Editor], bool]) -> None:
+    """Write such products as linear layers, if that helps: the question is asked of an editor of a copy that has them so."""
+    trial = Editor(edit.program.copy(), edit.pass_name)
+    if _unflatten(trial) and helps(trial):
+        _unflatten(edit)
+
+
+def _unflatten(edit: Editor) -> bool:
+    """True when there were any."""
+    found = [node for node in edit.nodes(*_RESHAPES) if _is_product_of_rows(node)]
+    for node in found:
+        product = cast(fx.Node, node.args[0])
+        *bias, flat, weight = product.args
+        with edit.before(node, like=[product]):
+            turned = edit.call(aten.transpose.int, weight, 0, 1)
+            layer = edit.call(aten.linear.default, cast(fx.Node, flat).args[0], turned, *bias)
+        edit.replace(node, layer)
+    # What is left of them still reads what they read.
+    edit.program.drop_dead()
+    return bool(found)
+
+
+def _is_product_of_rows(node: fx.Node) -> bool:
+    product = node.args[0]
+    if not nodes.is_call(product, aten.addmm.default, aten.mm.default) or product.kwargs:
+        return False
+    *bias, flat, weight = product.args
+    if not nodes.is_call(flat, *_RESHAPES) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return False
+    x, rows, result = shape_of(flat.args[0]), shape_of(flat), shape_of(node)
+    whole = len(x) > 2 and rows[-1] == x[-1] and product_of(rows[:1]) == product_of(x[:-1])
+    return whole and result == (*x[:-1], shape_of(product)[-1]) and all(len(shape_of(item)) == 1 for item in bias)

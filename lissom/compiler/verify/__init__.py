@@ -1,0 +1,1 @@
+"""Whether two programs are the same, and how far apart they are."""

@@ -1,0 +1,266 @@
+"""How far two programs' outputs are apart, how far they may be, and the first node that differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.errors import VerifyError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+
+TOLERANCE = {
+    # Two float64 kernels that sum a few thousand terms in another order differ by some 1e-14.
+    torch.float64: 1e-12,
+    # The same in float32 (unit roundoff 6e-8): 1e-7 to 5e-6 seen over 12 to 96 layers.
+    torch.float32: 2e-5,
+    # One rounding to 11 bits is 5e-4; a residual stream meets some twenty of them.
+    torch.float16: 1e-2,
+    # One rounding to 8 bits is 4e-3; likewise.
+    torch.bfloat16: 8e-2,
+}
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model, or a program of one, may raise on inputs that it does not take."""
+_COUNTED = 0.99
+"""Of the magnitudes in a tensor, this fraction is no larger than its size. A channel in a hundred may be an outlier."""
+_EXTREME, _GAP = 1e3, 1e3
+"""Magnitudes from `_EXTREME` on, and `_GAP` times as large as the next smaller one, are what masks leave: -1e4, -1e30."""
+_NOISE = 1e-6
+"""Tensors of smaller values are compared as if they were of this size, so that noise is not divided by noise."""
+_SAMPLED = 1 << 16
+"""The size of a larger tensor is that of so many of its values."""
+_EXACT = {torch.bool, torch.int64}
+"""Masks and indices: two correct programs give the same, whatever floating type they are computed from."""
+
+
+def tolerances(program: Program) -> list[float]:
+    """The relative error that two correct programs may show in each output, and behind them in each buffer of the state."""
+    found = program.fact(node_tolerances)
+    leaves: Sequence[object] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
+    writes = {str(node.args[0].target): node for node in program.nodes() if nodes.is_state_write(node)}  # pyright: ignore
+    ends = [*leaves, *map(writes.get, program.state)]
+    return [found[end] if isinstance(end, fx.Node) else TOLERANCE[torch.float32] for end in ends]
+
+
+def tolerance_of(program: Program) -> float:
+    """The largest of `tolerances`."""
+    return max(tolerances(program), default=TOLERANCE[torch.float32])
+
+
+def node_tolerances(program: Program) -> dict[fx.Node, float]:
+    """The relative error that two correct programs may show at each node: that of the coarsest floating type computed in on
+    the way to it. Weights and inputs are the same in both.
+    """
+    coarsest: dict[fx.Node, float] = {}
+    for node in program.graph.nodes:
+        dtype = nodes.tensor_type(node).dtype if nodes.is_tensor(node) else None
+        computed = node.op == "call_function" or (node.op == "get_attr" and str(node.target) in program.state)
+        own = TOLERANCE.get(dtype, 0.0) if computed and dtype is not None else 0.0
+        coarsest[node] = 0.0 if dtype in _EXACT else max((coarsest[used] for used in node.all_input_nodes), default=0.0)
+        coarsest[node] = max(coarsest[node], own)
+    return {node: found or TOLERANCE[torch.float32] for node, found in coarsest.items()}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far outputs are from those of another program, over all samples.
+
+    relative_error: as `relative_error` gives it, of the worst output.
+    cosine: the smallest cosine between the two values of one floating output, without what masks leave in it.
+    """
+
+    relative_error: float
+    cosine: float
+
+
+def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Sample], list[list[object]], list[str]]:
+    """The samples that the program answers with numbers, with its outputs, and a sentence on each of the others.
+
+    All but the first are drawn from the first, and a draw may break what a model asserts of its inputs: an end in every row.
+
+    Raises: VerifyError when the program does not run on the first.
+    """
+    kept, outputs, notes = list[Sample](), list[list[object]](), list[str]()
+    for index, sample in enumerate(samples):
+        try:
+            found = run_samples(program, [sample])
+        except REFUSALS as error:
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            if index == 0:
+                raise VerifyError(f"{program.name} as captured does not run on the example inputs: {reason}") from error
+            notes.append(f"no check on inputs {shapes_of(sample)}, which the model refuses: {reason}")
+            continue
+        if outputs and any(map(_has_nan, found[0])) and not any(map(_has_nan, outputs[0])):
+            notes.append(f"no check on inputs {shapes_of(sample)}, of which the model makes NaN")
+            continue
+        kept.append(sample)
+        outputs += found
+    return kept, outputs, notes
+
+
+def _has_nan(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and bool(value.isnan().any())
+
+
+def shapes_of(sample: Sample) -> str:
+    """`[2, 7], [2, 7]`."""
+    return ", ".join(str(list(tensor.shape)) for tensor in sample)
+
+
+def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object]]:
+    """The program's flat outputs on each sample, then the state it leaves, without gradients. State is put back afterwards."""
+    outputs = []
+    for sample in samples:
+        with torch.no_grad(), kept_state(program):
+            outputs.append([*program.run(sample), *program.state_values()])
+    return outputs
+
+
+def answers(program: Program, outputs: Sequence[list[object]]) -> list[list[object]]:
+    """What calls return, of what `run_samples` gives: a pass that loses may keep the state in another form."""
+    count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
+    return [found[:count] for found in outputs]
+
+
+def with_kept_form(before: Program, after: Program, outputs: Sequence[list[object]]) -> list[list[object]]:
+    """Of what `run_samples` gives, what calls return, and the state that has the same form in both programs.
+
+    A rewrite may keep less of the state, as where several heads of a cache are one; what was read of it is in the answers.
+    """
+    count = len(before.output.args[0])  # pyright: ignore[reportArgumentType]
+    forms = [{name: _form(program.weight(name)) for name in program.state} for program in (before, after)]
+    if forms[0].keys() != forms[1].keys():
+        return [list(found) for found in outputs]
+    same = [forms[1][name] == form for name, form in forms[0].items()]
+    return [[*found[:count], *(item for item, kept in zip(found[count:], same, strict=True) if kept)] for found in outputs]
+
+
+def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+@contextmanager
+def kept_state(program: Program) -> Generator[None]:
+    """Put the program's state back to what it was."""
+    saved = [(tensor, tensor.clone()) for tensor in program.state_tensors()]
+    try:
+        yield
+    finally:
+        for tensor, value in saved:
+            tensor.copy_(value)
+
+
+def compare(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> Divergence:
+    """The divergence of the outputs `found` from `wanted`, sample by sample, output by output."""
+    cosines = [1.0]
+    for left, right in zip(wanted, found, strict=True):
+        for a, b in zip(left, right, strict=True):
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point():
+                cosines.append(_cosine(a, b))
+    return Divergence(max(output_errors(wanted, found), default=0.0), min(cosines))
+
+
+def output_errors(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> list[float]:
+    """The relative error of each output, the worst of all samples."""
+    errors = [list(map(relative_error, left, right)) for left, right in zip(wanted, found, strict=True)]
+    return [max(column) for column in zip(*errors, strict=True)]
+
+
+def relative_error(wanted: object, found: object) -> float:
+    """max |a - b| / max(|a|, size of the tensor); infinite when shapes, dtypes or the places of NaN and infinity differ.
+
+    The size is the 99th percentile of the magnitudes that are neither zero nor what a mask leaves. So neither one channel of
+    outliers nor one -1e30 hides what is wrong beside it, and each of these must be right relative to itself. Integers and flags
+    must be equal.
+    """
+    if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
+        return 0.0 if type(wanted) is type(found) and wanted == found else math.inf
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return math.inf
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        return 0.0 if torch.equal(wanted, found) else math.inf
+    a, b = wanted.detach(), found.detach()
+    if torch.equal(a, b):
+        return 0.0
+    precise = torch.complex128 if a.is_complex() else torch.float64 if a.dtype == torch.float64 else torch.float32
+    a, b = a.to(precise), b.to(precise)
+    odd = ~torch.isfinite(a)
+    if not torch.equal(odd, ~torch.isfinite(b)) or not torch.equal(a[odd].nan_to_num(), b[odd].nan_to_num()):
+        return math.inf
+    a, b = a.masked_fill(odd, 0), b.masked_fill(odd, 0)
+    size, _ = _size(a)
+    return float(((a - b).abs() / a.abs().clamp_min(size)).max())
+
+
+def _size(values: torch.Tensor) -> tuple[float, float]:
+    """The size of a tensor of finite values, and the largest magnitude that is not what a mask leaves."""
+    found = values.abs().flatten()
+    if found.numel() > _SAMPLED:
+        places = torch.randint(found.numel(), (_SAMPLED,), generator=torch.Generator().manual_seed(0))
+        found = found[places.to(found.device)]
+    found = found[found > 0].sort().values
+    if found.numel() == 0:
+        return _NOISE, math.inf
+    jumps = ((found[1:] > _GAP * found[:-1]) & (found[1:] >= _EXTREME)).nonzero()
+    if len(jumps):
+        found = found[: int(jumps[0]) + 1]
+    size = float(found[math.ceil(_COUNTED * found.numel()) - 1])
+    return max(size, _NOISE), max(float(found[-1]) * _GAP, _EXTREME)
+
+
+def _cosine(wanted: torch.Tensor, found: torch.Tensor) -> float:
+    if wanted.dtype == found.dtype and torch.equal(wanted, found):
+        return 1.0
+    a, b = wanted.detach().double().flatten(), found.detach().double().flatten()
+    if a.numel() != b.numel():
+        return -1.0
+    counted = a.isfinite() & b.isfinite()
+    counted &= a.abs() <= _size(a.where(counted, 0.0))[1]
+    a, b = a[counted], b[counted]
+    norm = float(a.norm() * b.norm())
+    return float(a @ b) / norm if norm > 0 else 1.0
+
+
+def first_difference(
+    before: Program, after: Program, sample: Sample, tolerance: float | None = None
+) -> tuple[fx.Node, float] | None:
+    """The first node of `after` whose value differs from that of the node it stands for in `before`.
+
+    Nodes correspond by name, or by the name a pass recorded when it replaced one by the other.
+    tolerance: what they may differ by; by default what two correct programs may show at that node.
+    """
+    values: dict[str, object] = {}
+    with torch.no_grad(), kept_state(before):
+        before.run(sample, lambda node, value: values.update({node.name: lasting(node, value)}))
+    found: list[tuple[fx.Node, float]] = []
+    allowed = {node.name: limit for node, limit in before.fact(node_tolerances).items()}
+
+    def observe(node: fx.Node, value: object) -> None:
+        name = node.name if node.name in values else nodes.origin(node).replaces
+        if found or name not in values:
+            return
+        error = worst_error(values[name], value)
+        if error > (allowed[name] if tolerance is None else tolerance):
+            found.append((node, error))
+
+    with torch.no_grad(), kept_state(after):
+        after.run(sample, observe)
+    return found[0] if found else None
+
+
+def lasting(node: fx.Node, value: object) -> object:
+    """The value as it will stay; what a write of state yields is the state itself, which is put back."""
+    return value.clone() if nodes.is_state_write(node) and isinstance(value, torch.Tensor) else value
+
+
+def worst_error(wanted: object, found: object) -> float:
+    """The relative error of two values, the worst of their parts where they have several."""
+    if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)):
+        return max(map(worst_error, wanted, found), default=0.0)
+    return relative_error(wanted, found)

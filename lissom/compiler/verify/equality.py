@@ -1,0 +1,134 @@
+"""Is a program after an exact pass equal to the one before: in its outputs, in its nodes where these round, in its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn, cast
+
+import torch
+
+from lissom.compiler.ir import printer
+from lissom.errors import VerifyError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.verify.rounding import ROUNDINGS, differs_locally, errs_no_more
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.verify.divergence import TOLERANCE, first_difference, output_errors, tolerances, with_kept_form
+
+_ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in ROUNDINGS.items()}
+"""By the tolerance of a reduced-precision output, the error of one value that the one program rounds up and the other down.
+
+By more than that, nodes are compared one by one: a scale that is wrong by 5 % is within what roundings add up to over a model.
+"""
+
+EARLIER = "an output of the call before"
+
+
+def require_equal(
+    before: Program,
+    after: Program,
+    samples: Sequence[Sample],
+    wanted: Sequence[list[object]],
+    found: Sequence[list[object]],
+    bitwise: bool = False,
+) -> float:
+    """The largest relative error of the outputs `found` after an exact pass to those `wanted`, of the program before.
+
+    bitwise: let nothing differ.
+
+    Raises: VerifyError naming the first node that differs by more than two correct programs may, or the outputs that share
+        memory.
+    """
+    (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
+    errors = output_errors(*(with_kept_form(before, after, outputs) for outputs in (wanted, found)))
+    far = [(error, cast(float, limit)) for error, limit in zip(errors, limits, strict=True) if error > cast(float, limit)]
+    if far and (bitwise or not _rounds_alike(before, after, samples, wanted, found)):
+        _refuse(before, after, samples, *max(far, key=lambda pair: pair[0] / (pair[1] or 1.0)))
+    for sample, old, new in zip(samples, wanted, found, strict=True):
+        shared = shared_memory(after, sample, new) - shared_memory(before, sample, old)
+        if shared:
+            index, other = min(shared)
+            raise VerifyError(
+                f"output {index} shares memory with {other}, which it did not before; whoever writes to the one changes the "
+                f"other: clone it"
+            )
+    return max(errors, default=0.0)
+
+
+def _rounds_alike(
+    before: Program, after: Program, samples: Sequence[Sample], wanted: Sequence[list[object]], found: Sequence[list[object]]
+) -> bool:
+    """True when two programs whose outputs differ are right all the same: what is behind a rounding has made more of it."""
+    if not differs_locally(before, after, samples):
+        return True
+    # A wider dtype does not overflow where float16 does.
+    return _finite_alike(wanted, found) and errs_no_more(before, samples, wanted, found)
+
+
+def _finite_alike(wanted: Sequence[list[object]], found: Sequence[list[object]]) -> bool:
+    """True when floating-point outputs are finite at the same places."""
+    pairs = [pair for outputs in zip(wanted, found, strict=True) for pair in zip(*outputs, strict=False)]
+    return all(
+        torch.equal(left.isfinite(), right.isfinite())
+        for left, right in pairs
+        if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and left.is_floating_point()
+    )
+
+
+def _refuse(before: Program, after: Program, samples: Sequence[Sample], error: float, allowed: float) -> NoReturn:
+    message = f"its outputs differ from the program before by {error:.2g} relative, allowed {allowed:.2g}"
+    for sample in samples:
+        for tolerance in (None, allowed) if allowed else (0.0,):
+            found = first_difference(before, after, sample, tolerance)
+            if found is not None:
+                node, worst = found
+                raise VerifyError(
+                    f"{message}; the first node that differs is {printer.place(after, node)}, by {worst:.2g}\n"
+                    f"{printer.excerpt(after, node)}"
+                )
+    raise VerifyError(f"{message}; no node that both programs have differs, so the outputs themselves were changed")
+
+
+def shared_memory(
+    program: Program, sample: Sample, outputs: Sequence[object], earlier: Sequence[object] = ()
+) -> set[tuple[int, str]]:
+    """The outputs, by number, that are in the memory of an input, a weight, or an output of this call or `earlier`."""
+    if program.ranks:
+        return set()  # their outputs are put together from parts
+    count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
+    others = [(f"input '{leaf.path}'", item) for leaf, item in zip(program.signature.tensors, sample, strict=True)]
+    others += [(EARLIER, item) for item in earlier[:count] if isinstance(item, torch.Tensor)]
+    weights = {weight.untyped_storage().data_ptr() for weight in program.weights().values()}
+    found = set[tuple[int, str]]()
+    for index, tensor in enumerate(outputs[:count]):
+        if isinstance(tensor, torch.Tensor) and tensor.numel():
+            found |= {(index, name) for name, item in others if _overlap(tensor, item)}
+            if tensor.untyped_storage().data_ptr() in weights:
+                found.add((index, "a weight"))
+            others.append((f"output {index}", tensor))
+    return found
+
+
+def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """True when two tensors have an element in one place."""
+    if not left.numel() or not right.numel() or left.untyped_storage().data_ptr() != right.untyped_storage().data_ptr():
+        return False
+    if left.dtype != right.dtype:
+        return True
+    size = left.untyped_storage().nbytes() // left.element_size()
+    places = torch.zeros(size, dtype=torch.bool)
+    places.as_strided(left.shape, left.stride(), left.storage_offset()).fill_(True)
+    return bool(places.as_strided(right.shape, right.stride(), right.storage_offset()).any())
+
+
+def changed_strides(wanted: Sequence[object], found: Sequence[object]) -> list[str]:
+    """Sentences on the outputs that lie in memory in another order than before."""
+    notes = list[str]()
+    for index, (left, right) in enumerate(zip(wanted, found, strict=False)):
+        if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and _strides(left) != _strides(right):
+            notes.append(f"output {index} has strides {tuple(right.stride())}, and had {tuple(left.stride())}")
+    return notes
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Those of dimensions that hold more than one element."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1] if tensor.numel() else []

@@ -1,0 +1,244 @@
+"""How far two correct programs may differ where what is behind a node makes more of its rounding.
+
+In a quantized program a value half way between two steps may go either way, by the last bit of a sum taken in another order;
+everything behind it follows, and at the end two correct programs differ by more than sums do. In floating point, a deep model
+with few large values in its residual stream does the same by degrees. So they are not compared at the end alone:
+
+- `local_errors` gives every node of the one program the values its inputs have in the other. Then a single rounding counts.
+- `rounding_loss` is what all the rounding changes at the end. Two correct programs differ by no more than some of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import call, run_ranks
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.verify.divergence import REFUSALS, TOLERANCE, compare, kept_state, lasting, node_tolerances, output_errors, relative_error, run_samples, worst_error
+
+aten = torch.ops.aten
+_Replaced = Callable[[fx.Node, object], str | None]
+
+LOCAL_TOLERANCE = 5e-3
+"""One value of eight bits rounded the other way moves a sum over sixteen or more by less, relative to the largest sum."""
+LOCAL_FLOAT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
+"""One sum of a few thousand terms in another order, with what is fused to it: 1e-7 to 2e-6 seen in float32."""
+ROUNDINGS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
+"""What one rounding to a short dtype costs."""
+_FUSED = 4
+"""How often two programs round where they differ: a kernel once, and each of the three operators it stands for at most, as a
+product, its activation and the product with a gate.
+"""
+SHARE = 2.0
+"""Two programs rounded alike differ by less than this many times what rounding changes.
+
+A change of 1e-7 in one table of MiniLM moves its outputs by up to 1.0 times that, since a value rounded the other way moves all
+behind it; two that round independently would differ by 1.4 times, and more at the worst of few samples.
+"""
+_AS_FAR = 4.0
+"""Two programs that round in their own ways are as far from the exact result; of few samples the one may be lucky."""
+_FAKE = {"lissom.fake_quantize.default", "lissom.fake_quantize_dynamic.default"}
+_PRODUCTS = {aten._int_mm.default, aten._scaled_mm.default}
+"""Products whose first factor is rounded by operators before it, as `lower-quantized-products` writes them."""
+_ROUNDING = {
+    *(*_FAKE, "lissom.quantized_linear.default", "lissom.quantized_linear_norm.default"),
+    *map(str, _PRODUCTS),
+}
+
+
+def rounds_values(program: Program) -> bool:
+    """True when values are rounded while the program runs, not its weights alone."""
+    return any(_rounds(node, _ROUNDING) or _stores_whole(node) for node in program.nodes())
+
+
+def local_tolerances(program: Program) -> dict[str, float]:
+    """By a node's name the error that a correct program may show there, given the values of its inputs in the program before.
+
+    It is that of one sum in the coarsest dtype on the way to the node, or of one value rounded the other way where values are
+    rounded.
+    """
+    rounds = rounds_values(program)
+    sums = dict(zip(TOLERANCE.values(), (_local(dtype, rounds) for dtype in TOLERANCE), strict=True))
+    return {node.name: sums[found] for node, found in program.fact(node_tolerances).items()}
+
+
+def _local(dtype: torch.dtype, rounds: bool) -> float:
+    short = _FUSED * ROUNDINGS.get(dtype, 0.0)
+    return short + (LOCAL_TOLERANCE if rounds else LOCAL_FLOAT_TOLERANCE.get(dtype, LOCAL_FLOAT_TOLERANCE[torch.float32]))
+
+
+def differs_locally(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
+    """True when a node of `after` differs by more than its own rounding, given the values that its inputs have in `before`.
+
+    Nodes correspond by name, or by the name a pass recorded when it replaced one by the other; between them, values of `after`.
+    """
+    allowed = before.fact(local_tolerances)
+    return any(error > allowed[name] for sample in samples for name, error in local_errors(before, after, sample).items())
+
+
+def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence[Sequence[object]]) -> float:
+    """The relative error of a program's outputs to those it has without rounding of values.
+
+    Kernels of ours that round within stay as they are.
+    """
+    plain = program.copy()
+    for node in plain.nodes():
+        if _rounds(node, _FAKE):
+            node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]
+            plain.graph.erase_node(node)
+        elif node.target in _PRODUCTS:
+            _multiply_floats(plain.graph, node)
+    return compare(run_samples(plain, samples), outputs).relative_error
+
+
+def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
+    """Let a product of short formats multiply the values as they were before they were rounded, on the same scale."""
+    cast = product.args[0]
+    while isinstance(cast, fx.Node) and cast.target is not aten.to.dtype:
+        cast = cast.args[0]
+    q, weight, *scales = product.args
+    assert isinstance(cast, fx.Node) and isinstance(cast.args[0], fx.Node)
+    if cast.args[1] is not torch.float32:
+        value = cast.args[0].args[0]  # before it is clamped
+        if nodes.is_call(value, aten.add.Tensor) and nodes.is_call(value.args[0], aten.round.default):
+            with graph.inserting_before(cast):
+                value = graph.call_function(aten.add.Tensor, (value.args[0].args[0], value.args[1]))
+        cast.args = value, torch.float32
+    with graph.inserting_before(product):
+        weight = graph.call_function(aten.to.dtype, (weight, torch.float32))
+        if scales:
+            q, weight = (graph.call_function(aten.mul.Tensor, pair) for pair in ((q, scales[0]), (weight, scales[1])))
+        found = graph.call_function(aten.matmul.default, (q, weight))
+        if scales and scales[2] is not None:
+            found = graph.call_function(aten.add.Tensor, (found, scales[2]))
+        if scales:
+            found = graph.call_function(aten.to.dtype, (found, scales[4]))
+    product.replace_all_uses_with(found)
+    graph.erase_node(product)
+
+
+def _stores_whole(node: fx.Node) -> bool:
+    """True for a cast of values to bytes, in which a cache may be kept."""
+    if not nodes.is_call(node, aten.to.dtype) or not nodes.is_tensor(node.args[0]):
+        return False
+    floating = nodes.tensor_type(node.args[0]).dtype.is_floating_point
+    return floating and nodes.tensor_type(node).dtype in (torch.int8, torch.uint8)
+
+
+def _rounds(node: fx.Node, operators: set[str]) -> bool:
+    return str(node.target) in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
+
+
+def errs_no_more(
+    before: Program, samples: Sequence[Sample], wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]
+) -> bool:
+    """True when the outputs `found` are hardly further than those `wanted`, of the program before, from what that program gives
+    in a wider dtype: float64, or float32 instead of 16 bits.
+
+    Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores and in float32
+    their thousandths, and softmax makes much of it. A program that cannot run in the wider dtype says nothing.
+    """
+    if before.ranks or before.state:
+        return False
+    reduced = any(tensor.dtype in ROUNDINGS for tensor in before.weights().values()) or any(map(_is_reduced, before.nodes()))
+    wide = torch.float32 if reduced else torch.float64
+    inputs = [[_widened(tensor, wide) for tensor in sample] for sample in samples]
+    try:
+        exact = run_samples(_widened_program(before, wide), inputs)
+    except REFUSALS:
+        return False
+    own, other = (
+        output_errors(exact, [[_widened(item, wide) for item in outputs] for outputs in given]) for given in (wanted, found)
+    )
+    return all(error <= _AS_FAR * rounded for error, rounded in zip(other, own, strict=True))
+
+
+def _is_reduced(node: fx.Node) -> bool:
+    return nodes.is_tensor(node) and nodes.tensor_type(node).dtype in ROUNDINGS
+
+
+def _widened_program(program: Program, wide: torch.dtype) -> Program:
+    found = program.copy()
+    for name, tensor in program.weights().items():
+        found.set_weight(name, _widened(tensor.detach(), wide))
+    for node in found.nodes():
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), partial(_widened, wide=wide))  # pyright: ignore
+    return found
+
+
+def _widened(item: Any, wide: torch.dtype) -> Any:
+    """A tensor, or a dtype, of a narrower floating type in the wide one; anything else as it is."""
+    if isinstance(item, torch.Tensor):
+        return item.to(wide) if _is_narrower(item.dtype, wide) else item
+    return wide if isinstance(item, torch.dtype) and _is_narrower(item, wide) else item
+
+
+def _is_narrower(dtype: torch.dtype, wide: torch.dtype) -> bool:
+    return dtype in ROUNDINGS or (dtype is torch.float32 and wide is torch.float64)
+
+
+def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, float]:
+    """By the names of nodes of `before` the relative error of those of `after` that stand for them, given the values of
+    `before`. The errors of the outputs are among them.
+    """
+    known: dict[str, object] = {}
+    with torch.no_grad(), kept_state(before):
+        wanted = before.run(sample, lambda node, value: known.update({node.name: lasting(node, value)}))
+    errors = dict[str, float]()
+
+    def replaced(node: fx.Node, value: object) -> str | None:
+        """The name of the node that this one stands for, once the error of its value is recorded."""
+        name = node.name if node.name in known else nodes.origin(node).replaces
+        if name not in known or not _alike(known[name], value):
+            return None
+        errors[name] = max(errors.get(name, 0.0), worst_error(known[name], value))
+        return name
+
+    with torch.no_grad(), kept_state(after):
+        force = _forced_ranks if after.ranks else _forced
+        results = force(after, sample, known, replaced)
+    leaves: Sequence[object] = before.output.args[0]  # pyright: ignore[reportAssignmentType]
+    for leaf, left, right in zip(leaves, wanted, results, strict=True):
+        name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
+        errors[name] = max(errors.get(name, 0.0), relative_error(left, right))
+    return errors
+
+
+def _forced(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
+    """The outputs of a program whose nodes are given the values known of those they stand for."""
+    values: dict[fx.Node, object] = dict(zip(after.placeholders, sample, strict=True))
+    for node in after.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = after.weight(str(node.target))
+        elif node.op == "call_function":
+            values[node] = call(node, values.__getitem__)
+            name = replaced(node, values[node])
+            if name is not None:
+                values[node] = known[name]
+    leaves: Sequence[object] = after.output.args[0]  # pyright: ignore[reportAssignmentType]
+    return [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
+
+
+def _forced_ranks(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
+    """The same for a program cut for several ranks, which are given their parts of the values."""
+
+    def force(node: fx.Node, parts: list[object]) -> list[object] | None:
+        name = replaced(node, after.whole(node, parts, sample))
+        return None if name is None else after.parts(node, known[name], sample)
+
+    return run_ranks(after.graph, after.ranks, sample, force)[0]
+
+
+def _alike(wanted: object, found: object) -> bool:
+    """True for values of one form; where a pass changed the form, what comes behind it is compared."""
+    if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
+        return wanted.shape == found.shape and wanted.dtype == found.dtype
+    return type(wanted) is type(found)

@@ -1,0 +1,143 @@
+"""Checks that a program is well formed: order, names, dialect, types, signature."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import fake, printer
+from lissom.compiler.ir import node as nodes
+from lissom.errors import VerifyError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import TensorType, format_type
+
+_SIZE_FUNCTIONS = {torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_ite, torch.sym_float, torch.sym_int}
+_SIZE_MODULES = {operator.__name__, "_operator", "math", "torch.utils._sympy.functions"}
+
+
+def verify_structure(program: Program, before: Program | None = None) -> None:
+    """Check that the program is well formed: order, names, dialect, types, signature.
+
+    Types are recomputed with fake tensors; nodes that `before` has too, with arguments of equal types, keep theirs.
+
+    Raises: VerifyError naming the first node at fault, with the lines around it.
+    """
+    known = {node.name: node for node in before.graph.nodes} if before else {}
+    defined: set[fx.Node] = set()
+    names: set[str] = set()
+    for node in program.graph.nodes:
+        if node.name in names:
+            _fail(program, node, f"the name '{node.name}' is used twice")
+        names.add(node.name)
+        for used in node.all_input_nodes:
+            if used not in defined:
+                _fail(program, node, f"it reads '{used.name}', which is defined later or not at all")
+        if node.op == "call_function":
+            _check_dialect(program, node)
+        if node.op != "output" and not nodes.has_value(node):
+            _fail(program, node, "it has no type; make nodes through the editor")
+        if node.op == "get_attr":
+            _check_weight(program, node)
+        elif node.op == "call_function" and not _is_unchanged(node, known.get(node.name)):
+            _check_type(program, node, known.get(node.name))
+        defined.add(node)
+    _check_signature(program, before)
+
+
+def _is_unchanged(node: fx.Node, old: fx.Node | None) -> bool:
+    """True when a call is the same as before, of values of the same types, and kept its own."""
+    if old is None or node.target != old.target or nodes.value(node) is not nodes.value(old):
+        return False
+    reads, read = list[fx.Node](), list[fx.Node]()
+    literals = [
+        fx.map_arg((item.args, item.kwargs), lambda used, found=found: found.append(used))
+        for item, found in ((node, reads), (old, read))
+    ]
+    return literals[0] == literals[1] and len(reads) == len(read) and all(map(_is_alike, reads, read))
+
+
+def _is_alike(left: fx.Node, right: fx.Node) -> bool:
+    """True when whatever is computed from the one value has the type of what is computed from the other."""
+    one, other = nodes.value(left), nodes.value(right)
+    return one is other or fake.description(one) == fake.description(other)
+
+
+def _check_dialect(program: Program, node: fx.Node) -> None:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if target._schema.is_mutable and not (nodes.is_state_write(node) and _writes_state(program, node)):
+            _fail(program, node, f"{target} writes to its argument; only buffers listed as state may be written")
+        return
+    module = getattr(target, "__module__", "")
+    if module not in _SIZE_MODULES and target not in _SIZE_FUNCTIONS:
+        _fail(program, node, f"{printer.target_text(target)} is no ATen or registered operator and no function of sizes")
+
+
+def _writes_state(program: Program, node: fx.Node) -> bool:
+    target = node.args[0]
+    return isinstance(target, fx.Node) and str(target.target) in program.state
+
+
+def _check_weight(program: Program, node: fx.Node) -> None:
+    if not program.has_weight(str(node.target)):
+        _fail(program, node, f"the program has no weight '{node.target}'")
+    weight, typed = program.weight(str(node.target)), nodes.tensor_type(node)
+    found = TensorType(weight.dtype, tuple(weight.shape), weight.device)
+    if found != typed:
+        described = format_type(found, program.signature.name_of)
+        _fail(program, node, f"the weight is {described} but typed {format_type(typed, program.signature.name_of)}")
+
+
+def _check_type(program: Program, node: fx.Node, old: fx.Node | None) -> None:
+    """Type a call anew. Where no pass has typed it, the type is the capture's, which may say less of sizes that vary
+    than can be worked out; it must then be right at the example's sizes.
+    """
+    try:
+        again = nodes.type_of(fake.known_call(program.fake_mode, node))
+    except Exception as error:
+        _fail(program, node, f"it does not run on its arguments' types: {error}", cause=error)
+    recorded = nodes.node_type(node)
+    untouched = old is not None and nodes.value(old) is nodes.value(node)
+    loose = untouched or _has_new_sizes(node) or fake.depends_on_values(program.fake_mode, recorded)
+    same = fake.same_at_example if loose else fake.same_type
+    if not same(program.fake_mode, again, recorded):
+        name_of = program.signature.name_of
+        _fail(program, node, f"it yields {format_type(again, name_of)} but is typed {format_type(recorded, name_of)}")
+
+
+def _has_new_sizes(node: fx.Node) -> bool:
+    """True for a call whose result is as large as values say; its size gets a new name each time it is typed."""
+    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+
+
+def _check_signature(program: Program, before: Program | None) -> None:
+    inputs, arguments = program.placeholders, program.signature.tensors
+    if len(inputs) != len(arguments):
+        raise VerifyError(f"the program has {len(inputs)} inputs but its signature names {len(arguments)}")
+    for node, argument in zip(inputs, arguments, strict=True):
+        if not fake.same_type(program.fake_mode, nodes.node_type(node), argument.type):
+            described = format_type(argument.type, program.signature.name_of)
+            _fail(program, node, f"the signature says {described}")
+    if before is None or before.signature is not program.signature:
+        return
+    old, new = _output_types(before), _output_types(program)
+    if len(old) != len(new):
+        raise VerifyError(f"the program had {len(old)} outputs and has {len(new)} now; a pass keeps the outputs")
+    for index, (wanted, found) in enumerate(zip(old, new, strict=True)):
+        if not fake.same_type(program.fake_mode, wanted, found):
+            name_of = program.signature.name_of
+            was, now = format_type(wanted, name_of), format_type(found, name_of)
+            raise VerifyError(f"output {index} was {was} and is now {now}; a pass keeps the outputs' types")
+
+
+def _output_types(program: Program) -> list[nodes.ValueType]:
+    leaves: Sequence[object] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
+    return [nodes.node_type(leaf) if isinstance(leaf, fx.Node) else None for leaf in leaves]
+
+
+def _fail(program: Program, node: fx.Node, reason: str, cause: Exception | None = None) -> NoReturn:
+    raise VerifyError(f"{printer.place(program, node)}: {reason}\n{printer.excerpt(program, node)}") from cause

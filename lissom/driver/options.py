@@ -1,0 +1,146 @@
+"""What a caller asks of `compile`: passes, a backend, inputs, calibration data. Wrong values are refused in a sentence."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lissom.backends import find_backends
+from lissom.backends.base import Backend
+from lissom.backends.distributed.backend import Distributed
+from lissom.errors import ArtifactError, InputError, UnsupportedError
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.options import Checks, Metric, check_options
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.signature import Signature
+from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.passes import RECIPES, known_passes
+from lissom.passes.parallel.cut import Cut
+from lissom.driver.ranks import passes_for
+
+Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
+_FORMS = "a tuple is positional, a mapping is keywords, a tensor the only argument"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a captured model is compiled; the fields are the keywords of `compile`."""
+
+    passes: str | Pass | Sequence[Pass] = "exact"
+    backend: str | Backend = "eager"
+    checks: Checks = "numeric"
+    data: Iterable[Inputs] = ()
+    metric: Metric | None = None
+    max_drop: float | None = None
+    only_if_faster: bool = True
+    simulate: bool = False
+
+
+def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
+    """The passes and the backends the settings ask for.
+
+    Raises: PipelineTextError, UnsupportedError, InputError.
+    """
+    check_options(settings.checks, settings.metric, settings.max_drop)
+    for name in ("only_if_faster", "simulate"):
+        value = getattr(settings, name)
+        if not isinstance(value, bool):
+            raise UnsupportedError(f"{name}= is {value!r}; give True or False")
+    check_data(settings.data)
+    passes, backends = resolve_passes(settings.passes), find_backends(settings.backend)
+    alone = next((item.name for item in backends if not item.runs_ranks), None)
+    if alone is not None and any(isinstance(item, Cut) for item in passes):
+        raise UnsupportedError(
+            f"backend '{alone}' runs a program in one process, and `cut` makes one for several ranks; choose backend "
+            f"'distributed', or take the program from lissom.optimize, and in each process run `program.of_rank(rank)`"
+        )
+    if isinstance(backends[0], Distributed):
+        passes, ranked = passes_for(backends[0], passes)
+        return passes, [ranked]
+    return passes, backends
+
+
+def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
+    """The passes to run: the recipe `exact`, then those asked for. A text may name recipes among its passes.
+
+    Raises: PipelineTextError, UnsupportedError.
+    """
+    table = known_passes()
+    exact = parse_pipeline(RECIPES["exact"], table)
+    if isinstance(passes, str):
+        wanted = parse_pipeline(passes, table, RECIPES)
+    elif isinstance(passes, Pass):
+        wanted = [passes]
+    elif isinstance(passes, Iterable) and not isinstance(passes, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        wanted = list(passes)
+        wrong: list[object] = [item for item in wanted if not isinstance(item, Pass)]  # pyright: ignore[reportUnnecessaryIsInstance]
+        if wrong:
+            raise UnsupportedError(f"passes= holds {_shown(wrong[0])}, which is no pass; give pass objects, e.g. RemoveNoOps()")
+    else:
+        raise UnsupportedError(f"passes= is {_shown(passes)}; give pipeline text, or pass objects, e.g. [RemoveNoOps()]")
+    return wanted if wanted[: len(exact)] == exact else [*exact, *wanted]
+
+
+def _shown(value: object) -> str:
+    return f"the class {value.__name__}" if inspect.isclass(value) else f"{value!r:.80}"
+
+
+def split_inputs(inputs: Inputs, what: str = "example_inputs") -> tuple[tuple[object, ...], dict[str, object]]:
+    """Positional and keyword arguments. what: the name of the option, for the error.
+
+    Raises: InputError for anything but a tensor, a tuple or a mapping.
+    """
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        odd = next((key for key in inputs if not isinstance(key, str)), None)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if odd is not None:
+            raise InputError(f"{what} has the key {odd!r}; keys are the names of the model's arguments, as text")
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise InputError(f"{what} is a {type(inputs).__name__}; {_FORMS}")
+
+
+def check_data(data: Iterable[object]) -> None:
+    """Refuse calibration data that cannot be a collection of batches. Raises: InputError."""
+    if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(f"data= is a {type(data).__name__}; give a list of batches, each like example_inputs")
+
+
+def read_data(data: Iterable[Inputs], signature: Signature) -> list[Sample]:
+    """The calibration batches as flat inputs.
+
+    Raises: InputError for a batch that is no call of the model, naming which.
+    """
+    samples: list[Sample] = []
+    for index, batch in enumerate(data):
+        args, kwargs = split_inputs(batch, f"batch {index} of data=")
+        try:
+            sample = signature.flatten(args, kwargs)
+            signature.check_sizes(sample)
+        except InputError as error:
+            raise InputError(f"batch {index} of data= does not fit: {error}") from error
+        samples.append(sample)
+    if not samples and isinstance(data, Iterator):
+        raise InputError("data= is an iterator that gives no batch; it may have been read before: give a list of batches")
+    return samples
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """The path, if the system can look it up, whether or not something is there. Raises: ArtifactError."""
+    if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArtifactError(f"the directory is {path!r:.80}; give a path, as text or as pathlib.Path")
+    try:
+        Path(path).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ArtifactError(f"'{path!s:.80}' cannot be looked up: {reason}; give another path") from error
+    return Path(path)

@@ -1,0 +1,220 @@
+"""Compile for several ranks: rank 0 captures the model and runs the passes, and gives every other its part and no more.
+
+What the others get is the shared program and their weights, so that ranks cannot come to run different programs; each lowers
+its own, and what they then communicate is compared. In a process that is in no group the program is made and held.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lissom.artifacts.program_file import decode_program, encode_program
+from lissom.artifacts.rank_files import check_world
+from lissom.artifacts.values import decode_named
+from lissom.artifacts.weights import read_weights, stored_weights
+from lissom.backends.base import Backend, Executable
+from lissom.backends.distributed.backend import Distributed, Held, RankProgram, append_steps, facts_of, lower_rank, versions
+from lissom.backends.distributed.ranks import Ranks, current_ranks, in_group
+from lissom.errors import UnsupportedError
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pipeline import Checks
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.shard import Shard
+
+_MODEL = "the model"
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A program cut for several ranks, what made it, and the inputs that lowering it is checked on."""
+
+    program: Program
+    history: History
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class RankModel:
+    """What a process is to run. program: to look at; history: of everything that made it."""
+
+    program: Program
+    executable: Executable
+    history: History
+
+
+def with_ways(backend: str | Backend, ways: int | None) -> str | Backend:
+    """The backend with the number of ranks as its option. Raises: UnsupportedError when it takes none, or has another."""
+    if ways is None:
+        return backend
+    if isinstance(ways, bool) or not isinstance(ways, int) or ways < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"ways= is {ways!r:.80}; give the number of ranks that share the model, 2 or more")
+    if isinstance(backend, str) and backend == Distributed.name:
+        return Distributed(ways)
+    if not isinstance(backend, Distributed):
+        name = getattr(backend, "name", backend)
+        raise UnsupportedError(f"ways={ways} goes with backend='distributed', and backend is '{name}'; leave one of them out")
+    if backend.ways not in (None, ways):
+        raise UnsupportedError(f"ways is {ways}, and the backend's is {backend.ways}; give the number once")
+    return replace(backend, ways=ways)
+
+
+def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass], Distributed]:
+    """The passes with those that share a program at their end, unless they are among them, and the backend with its ways.
+
+    Raises: UnsupportedError when the number of ranks is not told, or told twice and differently.
+    """
+    planned = next((item.ways for item in passes if isinstance(item, Shard)), None)
+    if None not in (planned, backend.ways) and planned != backend.ways:
+        raise UnsupportedError(f"ways is {backend.ways}, and the passes have shard{{ways={planned}}}; give the number once")
+    ways = planned or backend.ways or (torch.distributed.get_world_size() if in_group() else None)
+    if ways is None:
+        raise UnsupportedError("backend 'distributed' needs the number of ranks where there is no process group: ways=2")
+    if in_group():
+        check_world(ways, _MODEL, "...")
+    if ways < 2:
+        raise UnsupportedError("this process group has one rank, and a program is shared by 2 or more; choose backend 'eager'")
+    ending: list[Pass] = [] if planned else [Shard(ways)]
+    if any(isinstance(item, Cut) for item in passes):
+        return [*passes], replace(backend, ways=ways)
+    return [*passes, *ending, Cut()], replace(backend, ways=ways)
+
+
+def compile_for_ranks(
+    make: Callable[[], CutModel], backend: Distributed, device: torch.device, *, checks: Checks, simulate: bool
+) -> RankModel:
+    """This rank's part of what `make` gives on rank 0; outside a process group all of it. device: of this rank.
+
+    Raises: on every rank what `make` or a rank's lowering raises on one; RankError when one ended or does not answer.
+    """
+    if not in_group():
+        cut = _checked(make(), backend)
+        # Its graph is that of all ranks, and whether it can be lowered is to be known here.
+        lower_rank(cut.program.of_rank(0), backend, device, cut.samples, checks, simulate=simulate)
+        return RankModel(cut.program, Held(cut.program, len(cut.program.ranks), cut.history), cut.history)
+    ranks = current_ranks(backend.timeout_seconds, backend.shared_memory)
+    with ranks.working(_MODEL):
+        ranks.agree(versions() | {"the number of ranks": str(backend.ways)}, _MODEL)
+        part = _scatter(lambda: _checked(make(), backend), ranks, device)
+        stored, history = part.program, part.history
+        lowered, lowering = ranks.settle(
+            lambda: lower_rank(stored, backend, device, part.samples, checks, simulate=simulate),
+            stored.name,
+            tell=lambda found: facts_of(stored, found[0]),
+        )
+        executable = RankProgram(lowered, stored, ranks, history)
+    return RankModel(lowered, executable, append_steps(history, lowering))
+
+
+def _checked(cut: CutModel, backend: Distributed) -> CutModel:
+    if len(cut.program.ranks) != backend.ways:
+        raise UnsupportedError(
+            f"nothing of {cut.program.name} can be shared by {backend.ways} ranks: `shard` cuts none of its weights; "
+            f"choose backend 'eager'"
+        )
+    return cut
+
+
+def _scatter(make: Callable[[], CutModel], ranks: Ranks, device: torch.device) -> CutModel:
+    """The program of this rank, the history up to here, and the samples; rank 0 makes them and hands them out."""
+    made: list[CutModel] = []
+
+    def first() -> bytes:
+        made.append(make())
+        cut = made[0]
+        header = {
+            "program": encode_program(cut.program.of_rank(0), {}),
+            "history": cut.history.to_json(),
+            "texts": cut.history.texts,
+        }
+        return json.dumps(header).encode()
+
+    header = json.loads(ranks.from_first(first, _MODEL))
+    name = str(header["program"]["name"])
+    received: list[dict[str, torch.Tensor]] = []
+    for turn in range(1, ranks.ways):
+        # One after the other, so that no rank waits for a tensor longer than it takes to send it.
+        ranks.exchange(b"", name, patient=True)
+        if ranks.rank == 0:
+            _send_part(made[0], ranks, turn)
+        elif ranks.rank == turn:
+            received = _receive_tensors(ranks, name)
+    if ranks.rank == 0:
+        cut = made.pop()
+        return CutModel(_owned(cut.program.of_rank(0)), cut.history, cut.samples)
+    weights, *samples = received
+    history = History.from_json(header["history"], header["texts"])
+    return CutModel(_decode(header["program"], weights, device), history, [[*sample.values()] for sample in samples])
+
+
+def _send_part(cut: CutModel, ranks: Ranks, rank: int) -> None:
+    """Send a rank its weights with how they are read, and the samples."""
+    entries, tensors = stored_weights(cut.program.of_rank(rank))
+    note = torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
+    samples = [{f"{index:04}": tensor for index, tensor in enumerate(sample)} for sample in cut.samples]
+    _send_tensors([{_ENTRIES: note, **tensors}, *samples], ranks, rank, cut.program.name)
+
+
+_ENTRIES = ":entries"
+
+
+def _send_tensors(groups: Sequence[dict[str, torch.Tensor]], ranks: Ranks, rank: int, who: str) -> None:
+    """Send named tensors: first what they are, then each by itself, so that none is in memory twice."""
+    described = [
+        {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in group.items()} for group in groups
+    ]
+    head = torch.frombuffer(bytearray(json.dumps(described).encode()), dtype=torch.uint8)
+    ranks.send(torch.tensor([head.numel()]), rank, who)
+    ranks.send(head, rank, who)
+    for group in groups:
+        for tensor in group.values():
+            ranks.send(tensor.detach().cpu().contiguous(), rank, who)
+
+
+def _receive_tensors(ranks: Ranks, who: str) -> list[dict[str, torch.Tensor]]:
+    """The named tensors that rank 0 sends."""
+    length = torch.zeros(1, dtype=torch.int64)
+    ranks.receive(length, 0, who)
+    head = torch.zeros(int(length), dtype=torch.uint8)
+    ranks.receive(head, 0, who)
+    found: list[dict[str, torch.Tensor]] = []
+    for group in json.loads(head.numpy().tobytes()):
+        tensors = {name: torch.empty(shape, dtype=decode_named("dtype", kind)) for name, (kind, *shape) in group.items()}
+        for tensor in tensors.values():
+            ranks.receive(tensor, 0, who)
+        found.append(tensors)
+    return found
+
+
+def _decode(data: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Program:
+    """The program rank 0 encoded, with this rank's weights, on this rank's device."""
+    entries = json.loads(weights.pop(_ENTRIES).numpy().tobytes())
+    return decode_program(
+        data,
+        lambda _, place: read_weights(entries, weights.__getitem__, place),
+        lambda found: device if found.type == device.type else found,
+    )
+
+
+def _owned(program: Program) -> Program:
+    """The program with memory of its own in place of views of the whole model's, which could not be freed else."""
+    made: dict[object, torch.Tensor] = {}
+    for name, weight in program.weights().items():
+        if weight.untyped_storage().nbytes() <= weight.nbytes:
+            continue
+        key = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+        copied = made.setdefault(key, weight.detach().clone())
+        program.set_weight(name, nn.Parameter(copied, requires_grad=weight.requires_grad) if _trains(weight) else copied)
+    return program
+
+
+def _trains(weight: torch.Tensor) -> bool:
+    return isinstance(cast(object, weight), nn.Parameter)

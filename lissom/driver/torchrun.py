@@ -1,0 +1,112 @@
+"""The command line as torchrun starts it, once for each rank: the process group, who speaks, and whose numbers are drawn."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lissom.artifacts.directory import is_artifact
+from lissom.artifacts.manifest import NAME, read_manifest
+from lissom.backends.distributed.backend import Distributed
+from lissom.errors import UnsupportedError
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun sets for every process it starts."""
+
+
+def under_torchrun() -> bool:
+    """True in a process that torchrun started."""
+    return all(name in os.environ for name in _VARIABLES)
+
+
+def refuse_torchrun(what: str) -> None:
+    """Refuse work that one process does. Raises: UnsupportedError under torchrun."""
+    if under_torchrun():
+        raise UnsupportedError(f"`lissom {what}` is the work of one process; run it without torchrun")
+
+
+@dataclass(frozen=True)
+class RankProcess:
+    """This process as one of several. speaks: whether it prints and writes. device: where its part runs; None where it did."""
+
+    speaks: bool = True
+    device: str | None = None
+
+    def seed(self, own: int) -> int:
+        """Rank 0's number, for all to draw the same with."""
+        store = _STORES[-1] if _STORES else None
+        if store is None:
+            return own
+        if self.speaks:
+            store.set("lissom/seed", str(own))
+        return int(store.get("lissom/seed"))
+
+
+_STORES: list[Any] = []
+
+
+@contextmanager
+def one_of_ranks(artifact: Path | None, device: str | None) -> Generator[RankProcess]:
+    """The process group of what torchrun started, over gloo, or NCCL on CUDA, until the end of the block; none without.
+
+    artifact: a directory with a program to run; None where the program is made. device: the user's choice.
+
+    Raises: UnsupportedError when torchrun started a program of one process.
+    """
+    if not under_torchrun():
+        yield RankProcess(device=device)
+        return
+    on_cuda = (device or "").startswith("cuda")
+    if artifact is not None and is_artifact(artifact):
+        manifest = read_manifest(artifact / NAME)
+        if manifest.backend != Distributed.name:
+            raise UnsupportedError(f"'{artifact}' was compiled for backend '{manifest.backend}'; run it without torchrun")
+        on_cuda = on_cuda or (device is None and manifest.device.startswith("cuda"))
+    if on_cuda:
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= torch.cuda.device_count():
+            raise UnsupportedError(
+                f"rank {os.environ['RANK']} is process {local} of this machine, which has {torch.cuda.device_count()} CUDA "
+                f"devices; start as many processes as there are devices, or choose --device cpu"
+            )
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    _STORES.append(dist.distributed_c10d._get_default_store())
+    yield RankProcess(dist.get_rank() == 0, device)
+    # After an error the process ends as it is: a group whose ranks are gone cannot be left in order.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def ending_at_once() -> Generator[None]:
+    """End a process that torchrun started with the block, when what it wrote is out.
+
+    Gloo's threads abort a process that they outlive: to let go of a tensor they want the interpreter's lock, and it is gone.
+    """
+    try:
+        yield
+    except SystemExit as ended:
+        if not under_torchrun() or ended.code not in (None, 0, 1, 2):
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(ended.code or 0))
+
+
+def may_speak() -> bool:
+    """True in the process that says what went wrong: the first that comes, of those that torchrun started."""
+    if not _STORES:
+        return os.environ.get("RANK", "0") == "0" or not under_torchrun()
+    try:
+        return _STORES[-1].add("lissom/said", 1) == 1
+    except RuntimeError:
+        return True

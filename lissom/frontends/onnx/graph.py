@@ -1,0 +1,178 @@
+"""The graph of an ONNX file: read, checked, its weights taken out, and what it tells of where its nodes came from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+
+from lissom.errors import UnsupportedError
+from lissom.frontends.onnx import file as onnx_file, operators
+
+PLACE, KIND, NAME, TRANSPOSED = "place", "kind", "name", "transposed"
+"""What a node carries, its number and operator in the file; and a value, the weight's name, and that it is to be transposed."""
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+_TRACE = "pkg.torch.onnx.stack_trace"
+_QUOTED = re.compile(r"'([^'\\]*)'")
+_FRAME = re.compile(r'^ *(File "([^"\n]+)", line \d+, in .*\n.*)', re.MULTILINE)
+
+
+def load(path: Path) -> ir.Model:
+    """The model in the file, with every node's place in the file noted, and weights read when they are asked for.
+
+    Raises: ArtifactError when there is no such file, or it does not follow the ONNX standard.
+    """
+    model = onnx_file.read_file(path)
+    for index, node in enumerate(model.graph):
+        node.meta[PLACE], node.meta[KIND] = index + 1, node.op_type
+    return model
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes of the graph and of the graphs in it."""
+    return iter(ir.traversal.RecursiveGraphIterator(model.graph))
+
+
+def check_operators(model: ir.Model, path: Path) -> None:
+    """Refuse operators that have no conversion.
+
+    Raises: UnsupportedError naming each with the first node that uses it.
+    """
+    from onnx2fx import is_supported
+
+    missing: dict[str, str] = {}
+    for node in all_nodes(model):
+        opset = model.opset_imports.get(node.domain, 1)
+        standard = node.domain in ("", "ai.onnx")
+        wrong = standard and opset >= operators.WRONG.get(node.op_type, opset + 1)
+        if wrong or not is_supported(node.op_type, node.domain, opset):
+            full = node.op_type if standard else f"{node.domain}.{node.op_type}"
+            missing.setdefault(f"{full} (opset {opset})", f"node '{node.name}'")
+    if missing:
+        found = ", ".join(f"{operator} in {node}" for operator, node in missing.items())
+        raise UnsupportedError(
+            f"{path} cannot be converted: there is no correct conversion of {found}; export the model again with standard ONNX "
+            f"operators, opset 17 to 23"
+        )
+
+
+def take_weights(model: ir.Model) -> dict[str, tuple[str, torch.Tensor]]:
+    """Make every floating-point initializer an input of the graph: the input's name -> the weight's name, and the weight.
+
+    Single numbers and integers stay: conversion wants to see them.
+    """
+    taken: dict[str, tuple[str, torch.Tensor]] = {}
+    names: set[str] = set()
+    for index, value in enumerate(list(model.graph.initializers.values())):
+        data = cast(ir.TensorProtocol, value.const_value)
+        wanted = _unique(_weight_name(value), names)
+        del model.graph.initializers[cast(str, value.name)]
+        value.name = f"lissom_weight_{index}"
+        if data.dtype.is_floating_point() and data.size > 1:
+            tensor = _to_torch(data)
+            taken[value.name] = (wanted, tensor.t().contiguous() if TRANSPOSED in value.meta else tensor)
+            value.const_value = None
+            model.graph.inputs.append(value)
+        else:
+            taken[value.name] = (wanted, _to_torch(data))
+            # Conversion sees the model without its directory, where external data would be looked for.
+            value.const_value = ir.Tensor(data.numpy(), name=value.name)
+            model.graph.initializers.add(value)
+    return taken
+
+
+def rows_of(model: ir.Model) -> dict[str, int]:
+    """For each input that looks up a table of constants, how many rows the table has."""
+    rows: dict[str, int] = {}
+    for value in model.graph.inputs:
+        readers = [use.node for use in value.uses()]
+        readers += [use.node for node in readers if node.op_type == "Cast" for use in node.outputs[0].uses()]
+        for node in readers:
+            table = node.inputs[0]
+            if node.op_type == "Gather" and table is not None and table.const_value is not None and table is not value:
+                axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+                rows[cast(str, value.name)] = table.const_value.shape.numpy()[axis]
+    return rows
+
+
+def origins_of(model: ir.Model, path: Path) -> dict[str, tuple[str, str]]:
+    """For each node, by its name, the module it is in and a stack trace.
+
+    The module is the one the exporter recorded, else the folders of the node's name, else that name. The trace is the line of
+    the exported model's code, else the node's place in the file.
+    """
+    return {cast(str, node.name): (module_path(node), _trace(node, path)) for node in all_nodes(model)}
+
+
+def is_in_module(node: ir.Node) -> bool:
+    """True when the exporter recorded the module a node is in, or its name has folders."""
+    return SCOPES in node.metadata_props or "/" in str(node.name).strip("/")
+
+
+def module_path(node: ir.Node) -> str:
+    """The module a node is in, `encoder.layer.0.attention.self.query`."""
+    scopes = _QUOTED.findall(node.metadata_props.get(SCOPES, ""))
+    if scopes:
+        return scopes[-2] if len(scopes) > 1 else ""
+    name = node.name or node.op_type
+    folders, _, last = name.strip("/").rpartition("/")
+    return (folders or last).replace("/", ".")
+
+
+def _trace(node: ir.Node, path: Path) -> str:
+    frames = _FRAME.findall(node.metadata_props.get(_TRACE, ""))
+    own = [text for text, file in frames if "/torch/" not in file.replace("\\", "/")]
+    if own:
+        return own[-1].strip()
+    return f'File "{path.name}", line {node.meta.get(PLACE, 0)}, in graph\n    {node.meta.get(KIND, node.op_type)} {node.name}'
+
+
+def _weight_name(value: ir.Value) -> str:
+    """The name as a path of attributes: `/m/Constant_1` is `m.Constant_1`, `onnx::MatMul_12` is `onnx__MatMul_12`."""
+    parts = re.split(r"[./]+", str(value.meta.get(NAME, value.name)).strip("/."))
+    return ".".join(re.sub(r"\W", "_", part) for part in parts)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    """The name, or one with a number behind it, that is neither taken nor a folder of one that is, nor in one."""
+    found, count = name, 0
+    while any(found == other or found.startswith(f"{other}.") or other.startswith(f"{found}.") for other in taken):
+        count += 1
+        found = (
+            f"{name}_{count}"
+            if not any(name.startswith(f"{other}.") for other in taken)
+            else f"{name.replace('.', '_')}_{count}"
+        )
+    taken.add(found)
+    return found
+
+
+def torch_dtype(dtype: ir.DataType) -> torch.dtype | None:
+    """The dtype in PyTorch, or None where it has none of that kind."""
+    try:
+        return tensor_adapters.to_torch_dtype(dtype)
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _to_torch(data: ir.TensorProtocol) -> torch.Tensor:
+    """A copy of the tensor.
+
+    Raises: UnsupportedError for a dtype PyTorch does not have.
+    """
+    dtype = torch_dtype(data.dtype)
+    if dtype is None:
+        raise UnsupportedError(f"weight '{data.name}' is {data.dtype}, which PyTorch has no tensors of")
+    shape = list(data.shape.numpy())
+    if data.size == 0:
+        return torch.empty(shape, dtype=dtype)
+    if dtype is torch.bool:
+        # A byte of a file may be neither 0 nor 1, and no boolean of PyTorch is.
+        return torch.frombuffer(bytearray(data.tobytes()), dtype=torch.uint8).ne(0).reshape(shape)
+    return torch.frombuffer(bytearray(data.tobytes()), dtype=dtype).reshape(shape)

@@ -1,0 +1,213 @@
+"""ONNX files as modules, through onnx2fx.
+
+The graph is read and simplified exactly (`onnx_graph`), onnx2fx turns every operator into PyTorch but for those in
+`onnx_operators`, and what it gives is put together here: weights under the names they have in the file, and on every node the
+module and the line it came from. Weights do not pass through the conversion.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import fx, nn
+
+from lissom.errors import CaptureError, LissomError, UnsupportedError
+from lissom.frontends.onnx.dimension_text import NoFormulaError, names_in, size_of
+from lissom.frontends.onnx.sizes import MOST, remember, with_numbers
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+_BATCH, _FIRST_LENGTH = 2, 8
+_MOST_ELEMENTS = 2**28
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of an ONNX graph.
+
+    sizes: for each dimension a number, or the name or formula of a size that may vary.
+    rows: when the input looks up a table, the rows it has.
+    """
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int | str, ...]
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A module made from an ONNX file, and the inputs it takes, in order."""
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the module's arguments: the inputs' own, made into names of Python."""
+        return [str(node.target) for node in self.module.graph.nodes if node.op == "placeholder"]
+
+    def example_inputs(self) -> dict[str, torch.Tensor]:
+        """Inputs of the sizes the file gives, and small ones where it lets them vary: two rows, eight or more of the rest."""
+        sizes: dict[str, int] = {}
+        return {name: _example(item, sizes) for name, item in zip(self.names, self.inputs, strict=True)}
+
+    def describe_inputs(self) -> str:
+        """The inputs as the file declares them, `input_ids[batch, sequence]`."""
+        return ", ".join(f"{item.name}[{', '.join(map(str, item.sizes))}]" for item in self.inputs)
+
+
+def from_onnx(path: str | Path) -> nn.Module:
+    """An ONNX file as a module that takes the file's inputs, by name or in order, and returns its outputs.
+
+    One output comes alone, several as a tuple. Floating-point weights are parameters, under the names they have in the file.
+
+    Raises: ArtifactError when the file is missing, is no ONNX, or lacks its external data; UnsupportedError for an operator
+        that cannot be converted, named with its node, and when the packages of the extra `from-onnx` are not installed.
+    """
+    return read(path).module
+
+
+def read(path: str | Path) -> OnnxModel:
+    """The module of an ONNX file, with its inputs. Raises: as `from_onnx`."""
+    for name in ("onnx2fx", "onnx_ir"):
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UnsupportedError("reading an ONNX file needs onnx2fx and onnx-ir: pip install 'lissom[from-onnx]'") from error
+    path = Path(path)
+    try:
+        return _read(path)
+    except LissomError:
+        raise
+    # What onnx, onnx-ir and onnx2fx raise for a graph they cannot read has no class in common.
+    except Exception as error:
+        from lissom.frontends.onnx.file import root_line
+
+        raise UnsupportedError(f"{path} cannot be converted: {root_line(error)}") from error
+
+
+def _read(path: Path) -> OnnxModel:
+    import onnx2fx
+    import onnx_ir as ir
+
+    from lissom.frontends.onnx import graph as onnx_graph, operators, rewrites
+
+    model = onnx_graph.load(path)
+    rewrites.simplify(model)
+    operators.register()
+    onnx_graph.check_operators(model, path)
+    rows = onnx_graph.rows_of(model)
+    inputs = tuple(_input(value, rows, path) for value in model.graph.inputs)
+    origins = onnx_graph.origins_of(model, path)
+    weights = onnx_graph.take_weights(model)
+    converted = onnx2fx.convert(ir.to_proto(model))
+    found = OnnxModel(_module(converted, re.sub(r"\W", "_", path.stem), weights, origins), inputs)
+    found.module.meta["dynamic"] = {
+        name: {index: size for index, size in enumerate(item.sizes) if isinstance(size, str)}
+        for name, item in zip(found.names, inputs, strict=True)
+    }
+    return found
+
+
+def _input(value: ir.Value, rows: Mapping[str, int], path: Path) -> Input:
+    from lissom.frontends.onnx.graph import torch_dtype
+
+    dtype = None if value.dtype is None else torch_dtype(value.dtype)
+    if dtype is None or value.shape is None:
+        raise UnsupportedError(
+            f"input '{value.name}' of {path} is {value.type} of shape {value.shape}; only tensors of a known rank are taken"
+        )
+    sizes = [size if isinstance(size, int) else size.value for size in value.shape]
+    # Some exporters write -1 for a size that varies.
+    named = tuple(
+        f"size_{index}" if size is None or (isinstance(size, int) and size < 0) else size for index, size in enumerate(sizes)
+    )
+    return Input(str(value.name), dtype, named, rows.get(str(value.name)))
+
+
+def _module(
+    converted: fx.GraphModule,
+    name: str,
+    weights: Mapping[str, tuple[str, torch.Tensor]],
+    origins: Mapping[str, tuple[str, str]],
+) -> fx.GraphModule:
+    """The converted graph over our weights, each node with its origin, and known sizes passed on from node to node."""
+    graph, root = converted.graph, nn.Module()
+    for child, module in converted.named_children():
+        root.add_module(child, module)
+    for node in list(graph.nodes):
+        if str(node.target) in weights and node.op in ("placeholder", "get_attr"):
+            _read_weight(graph, root, node, *weights[str(node.target)])
+    origin = ("", "")
+    for node in reversed(graph.nodes):
+        if node.op != "call_function":
+            continue
+        # What a conversion makes before its last node has no name of its own.
+        origin = origins.get(node.meta.get("onnx_name", ""), origin)
+        kind = node.meta.get("onnx_op_type", "operator")
+        node.meta = {"nn_module_stack": {origin[0]: (origin[0], f"onnx.{kind}")}, "stack_trace": origin[1]}
+        node.target = with_numbers(node.target, kind)
+    return fx.GraphModule(root, graph, name if name.isidentifier() else f"model_{name}")
+
+
+def _read_weight(graph: fx.Graph, root: nn.Module, node: fx.Node, name: str, tensor: torch.Tensor) -> None:
+    """Put a read of the weight `name` in the place of a node; a small one knows its numbers."""
+    folder, _, leaf = name.rpartition(".")
+    owner = root
+    for part in folder.split(".") if folder else ():
+        if not hasattr(owner, part):
+            owner.add_module(part, nn.Module())
+        owner = cast(nn.Module, getattr(owner, part))
+    if not hasattr(owner, leaf):
+        learned = tensor.is_floating_point() and tensor.numel() > 1
+        owner.register_parameter(leaf, nn.Parameter(tensor)) if learned else owner.register_buffer(leaf, tensor)
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        read = graph.create_node("get_attr", name)
+    value = read
+    if tensor.numel() <= MOST:
+        with graph.inserting_after(read):
+            value = graph.call_function(remember, (read, tuple(tensor.reshape(-1).tolist())))
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)
+
+
+def _example(item: Input, sizes: dict[str, int]) -> torch.Tensor:
+    """An example of one input; `sizes` holds the sizes chosen so far, by name."""
+    shape = [_size(size, sizes) for size in item.sizes]
+    if math.prod(shape) > _MOST_ELEMENTS:
+        raise CaptureError(
+            f"input '{item.name}' is {shape}, and example inputs are made of at most {_MOST_ELEMENTS} elements; "
+            f"give example inputs of your own"
+        )
+    generator = torch.Generator().manual_seed(0)
+    if item.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(item.dtype)
+    if item.dtype is torch.bool or "mask" in item.name:
+        return torch.ones(shape, dtype=item.dtype)
+    if "position" in item.name and shape:
+        return torch.arange(shape[-1], dtype=item.dtype).expand(shape).contiguous()
+    if "type" in item.name or "segment" in item.name:
+        return torch.zeros(shape, dtype=item.dtype)
+    return torch.randint(0, item.rows or 2, shape, generator=generator).to(item.dtype)
+
+
+def _size(size: int | str, sizes: dict[str, int]) -> int:
+    """The number for a size; names met for the first time get one of their own, and a formula is computed."""
+    if isinstance(size, int):
+        return size
+    try:
+        for name in names_in(size):
+            sizes.setdefault(name, _BATCH if not sizes else _FIRST_LENGTH + 3 * (len(sizes) - 1))
+        return size_of(size, sizes)
+    except NoFormulaError:
+        return sizes.setdefault(size, _FIRST_LENGTH + 3 * len(sizes))

@@ -1,0 +1,198 @@
+"""Exact rewrites of an ONNX graph before it is converted, to what a model's own code would say.
+
+Functions are inlined, constants become initializers, identities go. A product with a matrix of weights, and the bias added
+after it, become one `Linear` whose weight is stored [out, in], as PyTorch has it. What exporters take apart is put
+together again.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from lissom.frontends.onnx import operators
+from lissom.frontends.onnx.file import infer_shapes
+from lissom.frontends.onnx.graph import KIND, NAME, PLACE, TRANSPOSED, all_nodes, is_in_module, module_path
+
+_LEARNED = {
+    ("Linear", 2): "bias",
+    ("Conv", 2): "bias",
+    ("LayerNormalization", 1): "weight",
+    ("LayerNormalization", 2): "bias",
+    ("RMSNormalization", 1): "weight",
+}
+"""The places of operators where a vector of weights stands, and the name it has in PyTorch's module."""
+
+
+def simplify(model: ir.Model) -> None:
+    """Bring the graph into the form that is converted, in place."""
+    common.InlinePass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.LiftSubgraphInitializersToMainGraphPass()(model)
+    common.RemoveInitializersFromInputsPass()(model)
+    common.IdentityEliminationPass()(model)
+    common.NameFixPass()(model)
+    infer_shapes(model)
+    opset = model.opset_imports.get("") or model.opset_imports.get("ai.onnx", 1)
+    transposed: dict[ir.Value, ir.Value] = {}
+    for node in list(model.graph):
+        if node.domain not in ("", "ai.onnx") or node.graph is None:
+            continue
+        if node.op_type in ("MatMul", "Gemm"):
+            _to_linear(model.graph, node, transposed)
+        elif node.op_type == "Transpose":
+            _to_one_transpose(model.graph, node)
+        elif node.op_type == "Div":
+            _to_reciprocal(model.graph, node)
+    common.RemoveUnusedNodesPass()(model)
+    _unshare(model.graph)
+    for node in all_nodes(model):
+        if operators.is_ours(node, opset):
+            node.domain = operators.DOMAIN
+    model.opset_imports[operators.DOMAIN] = 1
+
+
+def _replace(graph: ir.Graph, old: list[ir.Node], new: ir.Node) -> None:
+    """Put a node in the place of several, the last of which gives the result."""
+    first, result = old[0], old[-1].outputs[0]
+    new.name = first.name
+    new.metadata_props.update(first.metadata_props)
+    new.meta[PLACE], new.meta[KIND] = first.meta.get(PLACE, 0), first.meta.get(KIND, first.op_type)
+    new.outputs[0].name, new.outputs[0].shape, new.outputs[0].type = result.name, result.shape, result.type
+    ir.convenience.replace_nodes_and_values(graph, old[-1], old, [new], [result], new.outputs)
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    """The node that reads the value, if nothing else does."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _to_one_transpose(graph: ir.Graph, node: ir.Node) -> None:
+    """Transpose keys of rank 4 at once; the exporter of PyTorch folds batch and heads, transposes, and unfolds."""
+    before, after = node.inputs[0].producer() if node.inputs[0] is not None else None, _only_user(node.outputs[0])
+    if before is None or after is None or before.op_type != "Reshape" or after.op_type != "Reshape":
+        return
+    x, y = before.inputs[0], after.outputs[0]
+    if (
+        x is None
+        or x.shape is None
+        or y.shape is None
+        or _only_user(before.outputs[0]) is not node
+        or _permutation(node) != [0, 2, 1]
+    ):
+        return
+    old, new = list(x.shape), list(y.shape)
+    known = not any(isinstance(size, ir.SymbolicDim) and size.value is None for size in old)
+    if len(old) == 4 and known and new == [old[0], old[1], old[3], old[2]]:
+        turned = ir.Node("", "Transpose", [x], [ir.AttrInt64s("perm", [0, 1, 3, 2])])
+        _replace(graph, [before, node, after], turned)
+
+
+def _permutation(node: ir.Node) -> list[int] | None:
+    return list(node.attributes["perm"].as_ints()) if "perm" in node.attributes else None
+
+
+def _to_reciprocal(graph: ir.Graph, node: ir.Node) -> None:
+    """Write 1 / x as the reciprocal it is."""
+    one, x = node.inputs
+    data = one.const_value if one is not None and one.is_initializer() else None
+    if x is not None and data is not None and data.dtype.is_floating_point() and data.shape.rank() == 0 and data.numpy() == 1:
+        _replace(graph, [node], ir.Node("", "Reciprocal", [x]))
+
+
+def _unshare(graph: ir.Graph) -> None:
+    """Give every module a vector of weights of its own: exporters store equal ones, as all biases of 0, once."""
+    for value in list(graph.initializers.values()):
+        uses = list(value.uses())
+        if not _is_weight(value, 1) or len(uses) < 2:
+            continue
+        owned: dict[str, ir.Value] = {}
+        for use in uses:
+            leaf = _LEARNED.get((use.node.op_type, use.idx))
+            name = f"{module_path(use.node)}.{leaf}"
+            if leaf is None or name == value.name:
+                continue
+            if name not in owned:
+                owned[name] = ir.Value(
+                    name=f"{value.name}_{use.node.name}", shape=value.shape, type=value.type, const_value=value.const_value
+                )
+                owned[name].meta[NAME] = name
+                graph.initializers.add(owned[name])
+            use.node.replace_input_with(use.idx, owned[name])
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[cast(str, value.name)]
+
+
+def _to_linear(graph: ir.Graph, node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> None:
+    """Put one `Linear` for a product of `x` with a matrix of weights, and for the addition of a bias that follows."""
+    x, matrix, *rest = node.inputs
+    weight = _weight(graph, node, matrix, transposed)
+    if x is None or weight is None or x.is_initializer():
+        return
+    old, bias = [node], next(iter(rest), None)
+    features = cast(ir.Shape, weight.shape)[0]
+    if node.op_type == "Gemm" and bias is not None and not _is_bias(bias, features):
+        return
+    after = _only_user(node.outputs[0])
+    if node.op_type == "MatMul" and after is not None and after.op_type == "Add" and after.graph is graph:
+        bias = next((item for item in after.inputs if item is not None and _is_bias(item, features)), None)
+        old += [after] if bias is not None else []
+    new = ir.Node(operators.DOMAIN, "Linear", [x, weight] if bias is None else [x, weight, bias])
+    if not _is_named(weight):
+        weight.meta[NAME] = _name_of_weight(bias, node)
+    _replace(graph, old, new)
+
+
+def _weight(graph: ir.Graph, node: ir.Node, matrix: ir.Value | None, transposed: dict[ir.Value, ir.Value]) -> ir.Value | None:
+    """The weight, [out, in], a product multiplies by, or None when it multiplies by something else."""
+    options = {name: item.value for name, item in node.attributes.items()}
+    plain = options.get("alpha", 1.0) == 1.0 and options.get("beta", 1.0) == 1.0 and not options.get("transA", 0)
+    if matrix is None or not plain:
+        return None
+    if options.get("transB", 0):
+        return matrix if _is_matrix(matrix) else None
+    producer = matrix.producer()
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        return producer.inputs[0] if _permutation(producer) in ([1, 0], None) and _is_matrix(producer.inputs[0]) else None
+    if not _is_matrix(matrix):
+        return None
+    if matrix not in transposed:
+        rows, columns = cast(ir.TensorProtocol, matrix.const_value).shape.numpy()
+        new = ir.Value(
+            name=f"{matrix.name}_transposed",
+            shape=ir.Shape([columns, rows]),
+            type=matrix.type,
+            const_value=matrix.const_value,
+        )
+        new.meta[TRANSPOSED] = True
+        new.meta[NAME] = matrix.name
+        graph.initializers.add(new)
+        transposed[matrix] = new
+    return transposed[matrix]
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    return _is_weight(value, 2)
+
+
+def _is_bias(value: ir.Value, features: object) -> bool:
+    return _is_weight(value, 1) and cast(ir.TensorProtocol, value.const_value).shape[0] == features
+
+
+def _is_weight(value: ir.Value, rank: int) -> bool:
+    data = value.const_value
+    return value.is_initializer() and data is not None and len(data.shape) == rank and data.dtype.is_floating_point()
+
+
+def _is_named(value: ir.Value) -> bool:
+    """True for a name an author gave, `query.weight`; false for one an exporter made up, `onnx::MatMul_12` or `val_8`."""
+    return str(value.meta.get(NAME, value.name)).endswith(".weight")
+
+
+def _name_of_weight(bias: ir.Value | None, node: ir.Node) -> str:
+    """A name for a weight that lost its own: the weight of its module, else its bias's neighbour."""
+    owner = "" if is_in_module(node) or bias is None else str(bias.name)
+    return f"{owner.removesuffix('.bias') if owner.endswith('.bias') else module_path(node)}.weight"

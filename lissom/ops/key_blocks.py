@@ -1,0 +1,206 @@
+"""Where the keys of a block of queries lie: what attention by blocks gathers, said so that it holds at every length.
+
+A pattern's alternatives each become one of these, and what an alternative sees is found in it whole:
+
+- a band, ⌊i⌋ and ⌊j⌋ no further apart than so much: key blocks at fixed offsets from the block of queries (`offsets`);
+- keys in front, or one in so many, whatever the query is: their positions (`prefix`, `strides`);
+- queries in front, whatever the key is: rows that read everything (`dense_rows`);
+- a layout: a table of key blocks for each row, rows that read far more than others taken out of it (`table`, `dense_rows`).
+
+Others, such as one that lets a query see every s-th key in front of it, have a table at one length and no rule for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
+
+BLOCK = 64
+"""Tokens a block has where no layout says: matrix products of such blocks are near the fastest, and little is read in vain."""
+_WIDE, _WIDE_BLOCK = 512, 128
+"""Bands of so many tokens take larger blocks, of which fewer are copied."""
+_SMALLEST = 16
+"""Products of smaller blocks take longer than what they leave out."""
+
+
+@dataclass(frozen=True)
+class KeyBlocks:
+    """What a block of queries reads.
+
+    block: tokens. offsets: block r of queries reads key blocks r + offset, where there are such.
+    prefix: keys 0 to prefix - 1 are read by all. strides: (first, last, period): keys with first <= j mod period <= last too.
+    table: int64, [heads or 1, rows + 1, count]: further key blocks of each block of queries, -1 for none; the last row is that
+        of all blocks behind the others.
+    tail: keys from here on are read by all; None where no more than that is read of them.
+    dense_rows: blocks of queries that read all keys instead, within `rows` of the table or in front.
+    dense_end: blocks of queries from here on read all keys; None for none.
+    """
+
+    block: int
+    offsets: tuple[int, ...] = ()
+    prefix: int = 0
+    strides: tuple[tuple[int, int, int], ...] = ()
+    table: torch.Tensor | None = None
+    tail: int | None = None
+    dense_rows: tuple[int, ...] = ()
+    dense_end: int | None = None
+
+    @property
+    def heads(self) -> int:
+        """How many heads have keys of their own: 1 where all have the same."""
+        return 1 if self.table is None else self.table.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """How many key blocks are read for one block of queries."""
+        return len(self.offsets) + (0 if self.table is None else self.table.shape[-1])
+
+    def runs(self) -> list[tuple[int, int]]:
+        """The offsets as runs of neighbours, each its first and last."""
+        found: list[tuple[int, int]] = []
+        for offset in self.offsets:
+            if found and found[-1][1] == offset - 1:
+                found[-1] = (found[-1][0], offset)
+            else:
+                found.append((offset, offset))
+        return found
+
+    def pairs(self, queries: int, keys: int) -> int:
+        """How many scores a head has at a length."""
+        rows = -(-queries // self.block)
+        strided = sum(-(-keys // period) * (last - first + 1) for first, last, period in self.strides)
+        behind = max(keys - self.tail, 0) if self.tail is not None else 0
+        dense = sum(row < rows for row in self.dense_rows)
+        dense += max(rows - self.dense_end, 0) if self.dense_end is not None else 0
+        return self.block * (
+            rows * (self.slots * self.block + min(self.prefix, keys) + strided + behind) + min(dense, rows) * keys
+        )
+
+
+def key_blocks(
+    pattern: Pattern, layout: torch.Tensor | None, queries: int | None = None, keys: int | None = None
+) -> KeyBlocks | str:
+    """What a pattern reads, at every length; where no rule does and both lengths are given, at those; or why nothing does.
+
+    layout: [heads or 1, query blocks, key blocks], its values known.
+    """
+    asks = [any(condition.asks_layout for condition in conditions) for conditions in pattern.alternatives]
+    if any(asks) and pattern.block < _SMALLEST:
+        return f"its layout has blocks of {pattern.block} tokens, and products of fewer than {_SMALLEST} gain nothing"
+    found = _by_rules(pattern, layout, asks)
+    if isinstance(found, KeyBlocks) or queries is None or keys is None:
+        return found
+    block = pattern.block if any(asks) else BLOCK
+    table = pattern.blocks(queries, keys, block, layout)[0]
+    return _with_table(KeyBlocks(block), table, table.new_zeros(table.shape[0], 1, table.shape[2]))
+
+
+def _by_rules(pattern: Pattern, layout: torch.Tensor | None, asks: Sequence[bool]) -> KeyBlocks | str:
+    bands: list[tuple[int, int]] = []
+    prefix = dense = 0
+    strides: list[tuple[int, int, int]] = []
+    for conditions, asking in zip(pattern.alternatives, asks, strict=True):
+        if asking:
+            continue
+        low, high = _band(conditions)
+        front, stride, rows = _front(conditions, of_keys=True), _stride(conditions), _front(conditions, of_keys=False)
+        if high < low or front == 0 or rows == 0:
+            continue
+        width = high - low + 1
+        if front is not None and front <= width:
+            prefix = max(prefix, front)
+        elif low > -UNBOUNDED and high < UNBOUNDED:
+            bands.append((low, high))
+        elif stride is not None:
+            strides.append(stride)
+        elif rows is not None:
+            dense = max(dense, rows)
+        else:
+            return "what a query sees grows with the length, and not as blocks or single keys that all queries share"
+    widest = max((high - low + 1 for low, high in bands), default=0)
+    block = pattern.block if any(asks) else _WIDE_BLOCK if widest >= _WIDE else BLOCK
+    offsets: set[int] = set()
+    for low, high in bands:
+        offsets.update(range(-((block - 1 - low) // block), (high + block - 1) // block + 1))
+    found = KeyBlocks(
+        block, tuple(sorted(offsets)), prefix, tuple(sorted(set(strides))), dense_rows=tuple(range(-(-dense // block)))
+    )
+    return found if not any(asks) else _with_layout(found, pattern, layout, asks)
+
+
+def _with_layout(found: KeyBlocks, pattern: Pattern, layout: torch.Tensor | None, asks: Sequence[bool]) -> KeyBlocks:
+    if layout is None:
+        raise ValueError("this pattern asks a layout, and none was given")
+    layout = layout.cpu()
+    _, rows, columns = layout.shape
+    asking = tuple(conditions for conditions, asked in zip(pattern.alternatives, asks, strict=True) if asked)
+    table = Pattern(asking, pattern.block).blocks(rows * found.block, columns * found.block, found.block, layout)[0]
+    apart = torch.arange(columns) - torch.arange(rows)[:, None]
+    in_band = torch.isin(apart, torch.tensor(found.offsets, dtype=torch.int64))
+    # Further down the band is elsewhere.
+    found = _with_table(found, table & ~in_band, layout[:, -1:])
+    return replace(found, tail=columns * found.block) if bool(layout[:, :, -1].any()) else found
+
+
+def _with_table(found: KeyBlocks, table: torch.Tensor, behind: torch.Tensor) -> KeyBlocks:
+    """With the blocks of a boolean table, rows that would make it wide taken out; behind: its row for all further ones."""
+    table = torch.cat([table, behind], 1)
+    rows, columns = table.shape[1] - 1, table.shape[2]
+    counts = table.sum(-1).amax(0)
+    widths = [int(count) for count in counts.unique()]
+    width = min(widths, key=lambda item: rows * item + int((counts > item).sum()) * columns)
+    dense = counts > width
+    table = table & ~dense[:, None]
+    indices = torch.where(table, torch.arange(columns), columns).sort(-1).values[..., :width]
+    return replace(
+        found,
+        table=indices.masked_fill(indices == columns, -1),
+        dense_rows=tuple(sorted({*found.dense_rows, *(int(row) for row in dense[:-1].nonzero())})),
+        dense_end=rows if bool(dense[-1]) else None,
+    )
+
+
+def _band(conditions: Sequence[Condition]) -> tuple[int, int]:
+    """Between which bounds j - i is, in tokens."""
+    low, high = -UNBOUNDED, UNBOUNDED
+    for condition in conditions:
+        if condition.modulus or condition.query * condition.key != -1:
+            continue
+        ends = (condition.low, condition.high) if condition.key == 1 else (-condition.high, -condition.low)
+        # ⌊j / unit⌋ - ⌊i / unit⌋ is less than 1 from (j - i) / unit.
+        if ends[0] > -UNBOUNDED:
+            low = max(low, ends[0] * condition.unit - (condition.unit - 1))
+        if ends[1] < UNBOUNDED:
+            high = min(high, ends[1] * condition.unit + condition.unit - 1)
+    return low, high
+
+
+def _front(conditions: Sequence[Condition], of_keys: bool) -> int | None:
+    """How many keys, or queries, in front fulfil conditions on them alone; None where these do not end."""
+    found: int | None = None
+    for condition in conditions:
+        factor, other = (condition.key, condition.query) if of_keys else (condition.query, condition.key)
+        if factor == 0 or other != 0 or condition.modulus:
+            continue
+        last = condition.high if factor == 1 else -condition.low
+        if last < UNBOUNDED:
+            end = max(last + 1, 0) * condition.unit
+            found = end if found is None else min(found, end)
+    return found
+
+
+def _stride(conditions: Sequence[Condition]) -> tuple[int, int, int] | None:
+    """The keys that are one in so many, first and last place and period; None where there is no such condition."""
+    found = [item for item in conditions if item.query == 0 and item.key == 1 and item.modulus]
+    if not found:
+        return None
+    condition = min(found, key=lambda item: (item.high - item.low) / item.modulus)
+    low, high = max(condition.low, 0), min(condition.high, condition.modulus - 1)
+    # Half of the keys and more is near to all of them.
+    if 2 * (high - low + 1) > condition.modulus:
+        return None
+    return low * condition.unit, (high + 1) * condition.unit - 1, condition.modulus * condition.unit

@@ -1,0 +1,1 @@
+"""The pass `linear-attention` and its feature maps."""

@@ -1,0 +1,287 @@
+"""Put linear attention in the place of softmax attention, so that its work and memory grow with the length, not its square.
+
+    softmax(scale · q kᵀ) v   ->   φ(q) (φ(k)ᵀ v) / φ(q) (φ(k)ᵀ 1)
+
+Katharopoulos et al. 2020, Transformers are RNNs, eq. 4 to 12. https://arxiv.org/abs/2006.16236. With `causal` the sums are
+those over the tokens so far; `lissom::linear_attention` takes them in chunks. Features that `features=` chooses:
+
+| features | φ(x) | learned from calibration data |
+|---|---|---|
+| elu | elu(s x) + 1 | s, one number a head |
+| relu | max(x, 0) | nothing |
+| hedgehog | [exp(x W + b), exp(-x W - b)] | W and b of every head |
+
+They are fitted to the weights softmax gives: Zhang et al. 2024, Hedgehog, eq. 6 to 8. https://arxiv.org/abs/2402.04347
+Without data s is 1, W is the square root of the scale times the identity, and b is 0. Features of keys that the mask hides are
+zero. The history tells for each layer which share of softmax's mass linear weights put on the same keys.
+
+`only=` chooses layers, and gradients flow through what is put there, so that training can win back what is lost. Features are
+computed in float32. Passes that look for attention, such as `prune-heads` and `pack-tokens`, find none here any more; put them
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.operands import operands_obstacle, scale_of, shared_operands
+from lissom.compiler.calibration.statistics import spread
+from lissom.compiler.ir.editor import Editor
+from lissom.passes.attention.linear_attention.feature_maps import LARGEST_EXPONENT, FeatureMap, Maps, Observed, agreement, fit_maps, initial_maps, observe_weights
+from lissom.compiler.pipeline.pass_kinds import Approximation, Requirement
+from lissom.compiler.analysis.structure.masks import mask_kind
+from lissom.compiler.analysis.structure.padding import KeyMask, key_mask
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.ir.types import ScalarType
+from lissom.compiler.verify.divergence import kept_state
+from lissom.ops.attention import attention
+from lissom.ops.linear_attention import linear_attention
+
+aten = torch.ops.aten
+
+_PLAIN = aten.scaled_dot_product_attention.default
+_TOKENS = 4096
+"""Calibration tokens that are looked at: many more than a head's W and b have numbers in a column."""
+_ROWS = 64
+"""Queries of a sequence whose weights are looked at."""
+_CHUNKS = (64, 256)
+"""The fewest and the most tokens of a chunk."""
+
+
+def _first_state(program: Program) -> fx.Node | None:
+    return next((node for node in program if node.op == "get_attr" and str(node.target) in program.state), None)
+
+
+@dataclass(frozen=True)
+class LinearAttention(Approximation):
+    """Turns attention into linear attention.
+
+    features: the feature map φ, see the table.
+    skip: module paths whose attention stays, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    only: module paths whose attention alone is treated, in the same form.
+    """
+
+    features: FeatureMap = "hedgehog"
+    skip: str = ""
+    only: str = ""
+
+    requires = (
+        Requirement(
+            "a program keeps no state, such as a cache of keys and values",
+            _first_state,
+            "capture the model without a cache, with use_cache=False",
+        ),
+    )
+
+    def run(self, edit: Editor) -> None:
+        sites = [
+            _site(edit.program, node) for node in edit.treatable(lambda node: self._obstacle(edit, node), _PLAIN, attention)
+        ]
+        maps = {site.node: initial_maps(self.features, site.sizes, site.scale, site.device) for site in sites}
+        if sites and edit.data:
+            maps = self._fit(edit, sites, maps)
+        elif sites and self.features != "relu":
+            edit.note(f"there is no calibration data, so {_UNFITTED[self.features]}; pass data= to fit them to softmax")
+        writer = _Writer(edit, self.features)
+        for site in sites:
+            writer.write(site, maps[site.node])
+
+    def _obstacle(self, edit: Editor, node: fx.Node) -> str | None:
+        """Why an attention stays as it is; None when it can be treated."""
+        reason = obstacle_by_name(node, skip=self.skip, only=self.only)
+        return reason or operands_obstacle(edit, node) or _obstacle_in_scores(edit, node)
+
+    def _fit(self, edit: Editor, sites: Sequence[_Site], maps: dict[fx.Node, Maps]) -> dict[fx.Node, Maps]:
+        """The maps fitted to softmax, layer by layer, on what the program as it is makes of the data."""
+        observed = _observe(edit, sites)
+        found: dict[fx.Node, Maps] = {}
+        told: list[str] = []
+        for finished, site in enumerate(sites):
+            edit.current = site.node
+            edit.report("layers", finished, len(sites))
+            data = [_weights_of(site, *item) for item in observed.pop(site.node)]
+            found[site.node] = fit_maps(self.features, maps[site.node], data)
+            near = agreement(self.features, found[site.node], data)
+            path = nodes.origin(site.node).module_path or site.node.name
+            told.append(f"{path} {near.mass:.0%} and {near.divergence:.2g}")
+        edit.note(f"the share of softmax's mass that stays, and the divergence from it in nats: {'; '.join(told)}")
+        return found
+
+
+_UNFITTED = {"elu": "scales are 1", "hedgehog": "projections are the identity"}
+
+
+@dataclass(frozen=True)
+class _Site:
+    """One attention to treat; k and v: before they were repeated for query heads that share them."""
+
+    node: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    scale: float
+    mask: KeyMask
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Query heads, key heads, features of a head."""
+        q, k = nodes.tensor_type(self.q).shape, nodes.tensor_type(self.k).shape
+        return int(q[1]), int(k[1]), int(q[3])  # pyright: ignore[reportArgumentType]
+
+    @property
+    def device(self) -> torch.device:
+        return nodes.tensor_type(self.q).device
+
+
+def _site(program: Program, node: fx.Node) -> _Site:
+    q, (k, v), mask = node.args[0], shared_operands(node), key_mask(program, node)
+    assert isinstance(q, fx.Node) and mask is not None
+    return _Site(node, q, k, v, scale_of(node), mask)
+
+
+def _obstacle_in_scores(edit: Editor, node: fx.Node) -> str | None:
+    """Why an attention's scores are more than products of queries and keys; None when they are not."""
+    if node.kwargs.get("softcap"):
+        return "its scores are soft-capped"
+    if node.kwargs.get("sinks") is not None:
+        return "it has sinks beside its keys"
+    if mask_kind(edit.program, node).bias:
+        return "a bias is added to its scores"
+    mask = key_mask(edit.program, node)
+    if mask is None:
+        return "its mask hides more than padding and later tokens"
+    q, k = (nodes.tensor_type(item) for item in node.args[:2])
+    if mask.causal and not _same_size(edit, q.shape[2], k.shape[2]):
+        return "it is causal, and its queries are not as many as its keys"
+    if mask.padding is not None and not _same_size(edit, nodes.tensor_type(mask.padding).shape[0], q.shape[0]):
+        return "its padding mask is broadcast"
+    return None
+
+
+def _same_size(edit: Editor, first: object, second: object) -> bool:
+    return fake.same_type(edit.program.fake_mode, ScalarType(int, first), ScalarType(int, second))  # pyright: ignore
+
+
+@dataclass
+class _Writer:
+    """Writes linear attention into a program; what is made of a padding mask is made once."""
+
+    edit: Editor
+    features: FeatureMap
+    kept: dict[tuple[fx.Node, torch.dtype], fx.Node] = field(default_factory=dict[tuple[fx.Node, torch.dtype], fx.Node])
+
+    def write(self, site: _Site, maps: Maps) -> None:
+        path = nodes.origin(site.node).module_path
+        with self.edit.before(site.node):
+            q, k = self._changed(site.q, "query", path, maps, 0), self._changed(site.k, "key", path, maps, 1)
+            q, k = self._query_features(q), self._key_features(k)
+            if site.mask.padding is not None:
+                k = self.edit.call(aten.mul.Tensor, k, self._kept_keys(site.mask.padding, nodes.tensor_type(k).dtype))
+            features = int(nodes.tensor_type(k).shape[3])  # pyright: ignore[reportArgumentType]
+            options = {"causal": True, "chunk": chunk_for(features)} if site.mask.causal else {}
+            call = self.edit.call(linear_attention, q, k, site.v, **options)
+        self.edit.replace(site.node, call)
+
+    def _changed(self, x: fx.Node, side: str, path: str, maps: Maps, index: int) -> fx.Node:
+        """x in float32 at least, times what the map multiplies with."""
+        dtype = torch.promote_types(nodes.tensor_type(x).dtype, torch.float32)
+        if nodes.tensor_type(x).dtype != dtype:
+            x = self.edit.call(aten.to.dtype, x, dtype)
+        name = f"{path}.{side}_features" if path else f"{side}_features"
+
+        def weight(what: str, values: tuple[torch.Tensor, ...]) -> fx.Node:
+            return self.edit.weight(f"{name}.{what}", nn.Parameter(values[index].to(dtype), requires_grad=False))
+
+        if maps.matrices:
+            x = self.edit.call(aten.matmul.default, x, weight("weight", maps.matrices))
+            return self.edit.call(aten.add.Tensor, x, weight("bias", maps.biases))
+        return self.edit.call(aten.mul.Tensor, x, weight("scale", maps.factors)) if maps.factors else x
+
+    def _query_features(self, x: fx.Node) -> fx.Node:
+        if self.features != "hedgehog":
+            return self._simple(x)
+        # Divided by the largest feature of the row, which cancels, so that none overflows.
+        largest = self.edit.call(aten.amax.default, self.edit.call(aten.abs.default, x), [-1], True)
+        both = self.edit.call(aten.cat.default, [x, self.edit.call(aten.neg.default, x)], -1)
+        return self.edit.call(aten.exp.default, self.edit.call(aten.sub.Tensor, both, largest))
+
+    def _key_features(self, x: fx.Node) -> fx.Node:
+        if self.features != "hedgehog":
+            return self._simple(x)
+        x = self.edit.call(aten.clamp.default, x, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+        both = self.edit.call(aten.cat.default, [x, self.edit.call(aten.neg.default, x)], -1)
+        return self.edit.call(aten.exp.default, both)
+
+    def _simple(self, x: fx.Node) -> fx.Node:
+        if self.features == "relu":
+            return self.edit.call(aten.relu.default, x)
+        return self.edit.call(aten.add.Tensor, self.edit.call(aten.elu.default, x), 1.0)
+
+    def _kept_keys(self, padding: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """1 for keys that are seen and 0 for others, [batch, 1, keys, 1]."""
+        if (padding, dtype) not in self.kept:
+            kept = self.edit.call(aten.to.dtype, self.edit.call(aten.ne.Scalar, padding, 0), dtype)
+            kept = self.edit.call(aten.unsqueeze.default, self.edit.call(aten.unsqueeze.default, kept, 1), 3)
+            self.kept[padding, dtype] = kept
+        return self.kept[padding, dtype]
+
+
+def chunk_for(features: int) -> int:
+    """Tokens of a chunk, a power of two: as many as features, within `_CHUNKS`."""
+    return min(max(1 << (features - 1).bit_length(), _CHUNKS[0]), _CHUNKS[1])
+
+
+_Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of one sample: some rows of q, all of k, which keys the rows see, and which rows count."""
+
+
+def _observe(edit: Editor, sites: Sequence[_Site]) -> dict[fx.Node, list[_Seen]]:
+    """For each attention what some queries and all keys are, sample by sample."""
+    found: dict[fx.Node, list[_Seen]] = {site.node: [] for site in sites}
+    generator = torch.Generator().manual_seed(0)
+    program, samples = edit.program, spread(edit.data, _TOKENS)
+    for finished, sample in enumerate(samples):
+        edit.report("observe", finished, len(samples))
+        values: dict[fx.Node, torch.Tensor] = {}
+        wanted = {item for site in sites for item in (site.q, site.k)}
+
+        def keep(
+            node: fx.Node, value: object, wanted: set[fx.Node] = wanted, values: dict[fx.Node, torch.Tensor] = values
+        ) -> None:
+            if node in wanted and isinstance(value, torch.Tensor):
+                values[node] = value
+
+        with torch.no_grad(), kept_state(program):
+            program.run(sample, keep)
+        for site in sites:
+            found[site.node].append(_seen(program, site, sample, (values[site.q], values[site.k]), generator))
+    return found
+
+
+def _seen(
+    program: Program, site: _Site, sample: Sample, pair: tuple[torch.Tensor, torch.Tensor], generator: torch.Generator
+) -> _Seen:
+    q, k = pair
+    queries, keys = q.shape[2], k.shape[2]
+    rows = torch.randperm(queries, generator=generator)[:_ROWS].sort().values.to(q.device)
+    kept = torch.ones(len(q), keys, dtype=torch.bool, device=q.device)
+    if site.mask.padding is not None:
+        kept = sample[program.placeholders.index(site.mask.padding)] != 0
+    seen = kept[:, None, None, :]
+    if site.mask.causal:
+        seen = seen & (rows[:, None] >= torch.arange(keys, device=q.device))
+    real = kept[:, rows] if queries == keys else kept.new_ones(len(q), len(rows))
+    return q[:, :, rows], k, seen, real
+
+
+def _weights_of(site: _Site, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, real: torch.Tensor) -> Observed:
+    with torch.no_grad():
+        return observe_weights(q, k, site.scale, seen=seen, real=real)

@@ -1,0 +1,138 @@
+"""Where an attention's keys and values are made, and where what reads them can be fitted to other ones.
+
+Keys are read by queries, values by the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.calibration.statistics import Moments
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
+from lissom.passes.attention.pool_heads.pooling import Pooled, Products
+from lissom.compiler.transforms.heads.key_value_heads import Rows, SeparateHeads, Separation
+from lissom.compiler.analysis.structure.linear import input_of
+from lissom.compiler.analysis.structure.matrix import matrix_of, readers_of
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.structure.transformer import structure
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The keys, or the values, of an attention.
+
+    rows: everything in weights that makes them. made: the layer that makes them, where that is all.
+    read: what reads them, where it can be fitted. keys: whether they are keys.
+    """
+
+    rows: tuple[Rows, ...]
+    made: HeadLayer | None
+    read: HeadLayer | None
+    keys: bool
+
+    def products(self, program: Program, known: Mapping[fx.Node, Moments], *, align: bool) -> Products:
+        """What pooling is to keep: the products with what reads the heads, or the heads themselves where that stays."""
+        if self.made is None:
+            right = torch.cat([rows.read(program).flatten(1) for rows in self.rows], 1).double().cpu()[:, None]
+            return Products(torch.ones(len(right), 1, 1, dtype=torch.float64), right, None, fitted=False)
+        right, moment = self.made.read(program), self.made.moment(known)
+        if self.read is None or not align:
+            left = torch.eye(right.shape[1], dtype=torch.float64).expand(len(right), -1, -1)
+            return Products(left, right, moment, fitted=False)
+        rows = self.read.read(program)
+        if not self.keys:
+            return Products(rows @ rows.mT, right, moment, fitted=True)
+        if self.made.bias is not None:
+            right, moment = right[..., :-1], moment[:-1, :-1]
+        return Products(rows @ self.read.moment(known) @ rows.mT, right, _centred(moment, self.made, known), fitted=True)
+
+    def write(self, edit: Editor, pooled: Sequence[Pooled], size: int, *, align: bool) -> None:
+        """Let every group of so many heads be what stands for it, and what reads them follow."""
+        if self.made is None or self.read is None or not align:
+            for rows in self.rows:
+                held = rows.read(edit.program)
+                mean = held.float().unflatten(0, (-1, size)).mean(1)
+                rows.write(edit, mean.repeat_interleave(size, 0))
+            return
+        right = torch.stack([item.right for item in pooled]).repeat_interleave(size, 0)
+        if self.keys and self.made.bias is not None:
+            right = torch.cat([right, torch.zeros_like(right[..., :1])], -1)
+        self.made.write(edit, right)
+        mix = torch.cat([item.mix for item in pooled])
+        self.read.write(edit, mix.mT @ self.read.read(edit.program))
+
+
+def key_factors(program: Program, separation: Separation, heads: SeparateHeads) -> Factors:
+    """The keys of an attention, and the queries that read them."""
+    site, found = heads.site, separation.axes
+    rows = tuple(separation.rows(heads.key))
+    queries, keys = separation.queries(heads), heads.keys
+    made = _layer(program, separation, heads.key, found.axis(keys, 3), site.k, rows)
+    read = _layer(program, separation, heads.queries, found.axis(queries, 3), site.q, tuple(separation.rows(heads.queries)))
+    fits = made is not None and read is not None and separation.is_alone(heads, heads.key, heads.queries)
+    fits = fits and is_moved(keys, made.layer, kept=True) and is_moved(queries, read.layer, kept=True)  # pyright: ignore[reportOptionalMemberAccess]
+    return Factors(rows, made, read if fits else None, keys=True)
+
+
+def value_factors(program: Program, separation: Separation, heads: SeparateHeads) -> Factors:
+    """The values of an attention, and the output projection that reads them."""
+    site, found = heads.site, separation.axes
+    rows = tuple(separation.rows(heads.value))
+    made = _layer(program, separation, heads.value, found.axis(heads.values, 3), site.v, rows)
+    read = None
+    if site.output is not None and made is not None and separation.is_alone(heads, heads.value):
+        matrix = matrix_of(site.output)
+        columns = [item for item in separation.rows(heads.output) if not isinstance(matrix, str) and item.weight is matrix.node]
+        read = _layer(program, separation, heads.output, found.axis(site.node, 3), (site.output,), columns)
+        if not (is_moved(heads.values, made.layer, kept=True) and is_moved(input_of(site.output), site.node, kept=True)):
+            read = None
+    return Factors(rows, made, read, keys=False)
+
+
+def projection_inputs(program: Program) -> list[fx.Node]:
+    """What the query, key and value projections of a program read."""
+    layers = [layer for site in program.fact(structure).attention for layer in (*site.q, *site.k, *site.v)]
+    return list(dict.fromkeys(input_of(layer) for layer in layers if not isinstance(matrix_of(layer), str)))
+
+
+def _layer(
+    program: Program,
+    separation: Separation,
+    axis: Axis,
+    features: Axis,
+    layers: Sequence[fx.Node],
+    rows: Sequence[Rows],
+) -> HeadLayer | None:
+    """The layer that has heads of this axis, where nothing else has any, and its rows tell their features."""
+    if len(layers) != 1 or features.form != "atom" or isinstance(matrix := matrix_of(layers[0]), str):
+        return None
+    layer = layers[0]
+    if readers_of(matrix.node) != [layer]:
+        return None
+    found: dict[str, Rows] = {}
+    for item in rows:
+        if item.name in program.state and not program.weight(item.name).any():
+            continue
+        kind = "weight" if item.weight is matrix.node else "bias" if layer in item.weight.users else ""
+        unit = unit_of(separation.axes.axis(item.weight, item.dim), [features])
+        told = torch.equal(unit[item.indices], torch.arange(len(item.indices[0])).expand_as(item.indices))
+        if not kind or kind in found or len(item.weight.users) > 1 or not told:
+            return None
+        found[kind] = item
+    return HeadLayer(layer, found["weight"], found.get("bias")) if "weight" in found else None
+
+
+def _centred(moment: torch.Tensor, made: HeadLayer, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
+    """The covariance: what all keys have in common adds the same to all scores of a query."""
+    found = known.get(input_of(made.layer))
+    if found is None or len(found.total) != len(moment):
+        return moment
+    mean = found.total.double().cpu() / max(found.count, 1)
+    return moment - torch.outer(mean, mean)

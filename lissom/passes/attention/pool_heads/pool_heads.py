@@ -1,0 +1,117 @@
+"""Pool key and value heads: neighbouring query heads get one key and one value head that stands for what each of them had.
+
+    k̄ = mean k_i,  v̄ = mean v_i                                       of the heads i of a group      Ainslie et al. 2023, §2.1
+
+The rows of the projections become equal within a group; `merge-equal-heads` then keeps one of each, and multi-head attention is
+grouped-query attention, whose cache is smaller by the size of a group. Attention that is grouped already gets fewer groups.
+
+Means of heads that have nothing in common say little, and the paper trains the model further. With `align` the pooled heads are
+those from which the old ones are told best, and what reads them is fitted: an attention computes Σ O_i softmax(…) V_i x, and
+the products O_i V_i are all it knows of its values. With the heads of a group on top of each other,
+
+    [O₁V₁; O₂V₂; …] C^½  ≈  [O₁'; O₂'; …] V̄ C^½                       C = E[x xᵀ], from calibration data; I without
+
+is solved for the least squared error by a singular value decomposition, as a matrix of rank head_dim. So are keys with queries,
+[Q₁ᵀK₁; Q₂ᵀK₂; …], where nothing lies between projections and attention: rotary embeddings and norms of queries and keys fix
+their features, and such keys are averaged. A bias of keys adds the same to all scores of a query, and goes.
+
+With `regroup` heads are put in another order first, in queries, keys, values and the output projection together, which
+changes nothing, so that those stand together that lose least as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from lissom.compiler.calibration.statistics import Moments, moments
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import UnsupportedError
+from lissom.passes.attention.pool_heads.factors import key_factors, projection_inputs, value_factors
+from lissom.passes.attention.pool_heads.pooling import arranged
+from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation, separated_heads
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.analysis.module_filter import is_path_protected
+
+
+@dataclass(frozen=True)
+class PoolHeads(Approximation):
+    """Makes the key and value heads of each group equal.
+
+    groups: how many key and value heads stay different in each attention; must divide how many there are.
+    keep: their share instead, over 0 to 1; as many stay as divide, and no more.
+    align: fit what reads the heads, where it can be; otherwise heads are averaged as they are.
+    regroup: put heads together that lose least as one; otherwise neighbours.
+    protect: module paths that keep all heads, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    """
+
+    groups: int | None = None
+    keep: float | None = None
+    align: bool = True
+    regroup: bool = True
+    protect: str = ""
+
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    def __post_init__(self) -> None:
+        if (self.groups is None) == (self.keep is None):
+            given = "neither is given" if self.groups is None else "both are given"
+            raise UnsupportedError(f"pool-heads takes groups, how many key and value heads stay, or keep, a share; {given}")
+        if self.groups is not None and self.groups < 1:
+            raise UnsupportedError(f"groups is {self.groups}; give 1 or more")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UnsupportedError(f"keep is {self.keep:g}; give a share over 0 and up to 1")
+
+    def run(self, edit: Editor) -> None:
+        informed = edit.data and (self.align or self.regroup)
+        known = moments(edit.program, edit.data, projection_inputs(edit.program)) if informed else {}
+        with separated_heads(edit) as separation:
+            chosen = self._chosen(edit, separation)
+            for finished, (heads, groups) in enumerate(chosen):
+                self._pool(edit, separation, heads, groups, known)
+                edit.report("pool", finished + 1, len(chosen))
+
+    def _chosen(self, edit: Editor, separation: Separation) -> list[tuple[SeparateHeads, int]]:
+        """The attentions that lose heads, and how many key and value heads they keep.
+
+        Raises: UnsupportedError when the number asked for divides those of none.
+        """
+        found = [item for item in separation.heads if not is_path_protected(item.site.path, self.protect)]
+        left = [self._left(item.count) for item in found]
+        if found and not any(left):
+            counts = ", ".join(map(str, sorted({item.count for item in found})))
+            raise UnsupportedError(f"groups={self.groups} does not divide the key and value heads of any attention: {counts}")
+        for item, groups in zip(found, left, strict=True):
+            if not groups:
+                edit.skip(item.site.node, f"{self.groups} does not divide its {item.count} key and value heads")
+        return [(item, groups) for item, groups in zip(found, left, strict=True) if 0 < groups < item.count]
+
+    def _left(self, count: int) -> int:
+        """How many of so many heads stay; 0 where the number asked for does not divide them."""
+        if self.groups is not None:
+            return count if self.groups > count else 0 if count % self.groups else self.groups
+        assert self.keep is not None
+        return max(number for number in range(1, count + 1) if count % number == 0 and number <= max(1.0, self.keep * count))
+
+    def _pool(
+        self, edit: Editor, separation: Separation, heads: SeparateHeads, groups: int, known: Mapping[fx.Node, Moments]
+    ) -> None:
+        size = heads.count // groups
+        factors = [find(edit.program, separation, heads) for find in (key_factors, value_factors)]
+        products = [item.products(edit.program, known, align=self.align) for item in factors]
+        reason = separation.order_obstacle(heads) if self.regroup else ""
+        if self.regroup and not reason:
+            order = arranged(products, size)
+            separation.reorder(heads, order)
+            products = [item.ordered(order) for item in products]
+        elif reason:
+            edit.note(f"{heads.site.path}: neighbouring heads are pooled: {reason}")
+        errors: list[str] = []
+        for item, product, name in zip(factors, products, ("keys", "values"), strict=True):
+            pooled = [product.pooled(range(start, start + size)) for start in range(0, heads.count, size)]
+            item.write(edit, pooled, size, align=self.align)
+            errors.append(f"{name} {(sum(one.error for one in pooled) / product.energy) ** 0.5:.2f}")
+        edit.note(f"{heads.site.path}: {heads.count} heads are {groups}; relative error of {', '.join(errors)}")
+        edit.rewritten += 1

@@ -1,0 +1,1 @@
+"""The pass `sparsify-attention`, how it measures attention, and how it writes masks."""

@@ -1,0 +1,139 @@
+"""How much of the attention goes from which block of queries to which block of keys, and the fewest blocks that keep a share.
+
+Mass is the softmax weight. Real queries count once each, padded ones not at all. A pair of blocks is averaged over the texts
+that reach both, so that texts which end before a block do not make it look unneeded to those that do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.operands import mask_of, scale_of
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.calibration.partial_run import Stream
+
+aten = torch.ops.aten
+_PLAIN = aten.scaled_dot_product_attention.default
+
+
+@dataclass
+class BlockMass:
+    """Sums over all texts.
+
+    total: mass from the real queries of a block to a block of keys, [heads, query blocks, key blocks]. count: the real queries
+    of a block in texts that have real keys in the other, [query blocks, key blocks].
+    """
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mass a query of a block gives a block of keys, in texts that have both, [heads, query blocks, key blocks]."""
+        return self.total / self.count.clamp_min(1)
+
+    def add(self, mass: torch.Tensor, real: torch.Tensor, block: int) -> None:
+        """One text. mass: its weights, [heads, queries, keys]; real: which of its tokens are no padding, [tokens]."""
+        tokens = int(real.nonzero().max()) + 1 if bool(real.any()) else 0
+        size = -(-tokens // block)
+        padded = torch.zeros(mass.shape[0], size * block, size * block)
+        padded[:, :tokens, :tokens] = mass[:, :tokens, :tokens] * real[:tokens, None]
+        sums = padded.reshape(-1, size, block, size, block).sum((2, 4))
+        held = torch.zeros(size * block)
+        held[:tokens] = real[:tokens].float()
+        queries = held.reshape(size, block).sum(1)
+        self._grow(size, mass.shape[0])
+        self.total[:, :size, :size] += sums
+        self.count[:size, :size] += queries[:, None] * (queries > 0)
+
+    def _grow(self, size: int, heads: int) -> None:
+        more = size - len(self.count)
+        if more > 0 or len(self.total) != heads:
+            grown = (0, more, 0, more)
+            self.count = torch.nn.functional.pad(self.count, grown)
+            total = torch.nn.functional.pad(self.total, grown)
+            self.total = total if len(total) == heads else torch.zeros(heads, *total.shape[1:])
+
+
+def block_masses(
+    program: Program,
+    data: Sequence[Sample],
+    attentions: Collection[fx.Node],
+    block: int,
+    progress: Callable[[int, int], None] = lambda finished, total: None,
+) -> dict[fx.Node, BlockMass]:
+    """The masses of these attentions, with blocks of so many tokens; one text and one layer are in memory at a time."""
+    found = {node: BlockMass(torch.zeros(0, 0, 0), torch.zeros(0, 0)) for node in attentions}
+    order = [node for node in program.graph.nodes if node in found]
+    for finished, sample in enumerate(data):
+        stream = Stream(program, [sample])
+        for node in order:
+            masks = [item for item in (mask_of(node), node.kwargs.get("sinks")) if isinstance(item, fx.Node)]
+            wanted = [cast(fx.Node, item) for item in (*node.args[:2], *masks)]
+            values = dict(zip(wanted, stream.advance(0, node, wanted), strict=True))
+            real = token_mask(program, sample, wanted[0], axis=2)
+            for row in range(values[wanted[0]].shape[0]):
+                tokens = torch.ones(values[wanted[0]].shape[2], dtype=torch.bool) if real is None else real[row].cpu()
+                found[node].add(_weights(node, partial(_row, values, row)).cpu(), tokens, block)
+        progress(finished + 1, len(data))
+    return found
+
+
+def _row(values: dict[fx.Node, torch.Tensor], row: int, item: object) -> torch.Tensor | None:
+    """One text's part of an operand."""
+    if not isinstance(item, fx.Node):
+        return None
+    value = values[item]
+    return value[row : row + 1] if value.dim() == 4 and value.shape[0] > 1 else value
+
+
+def _weights(node: fx.Node, operand: Callable[[object], torch.Tensor | None]) -> torch.Tensor:
+    """The weights of one text, [heads, queries, keys]; those of a row that sees nothing are zero."""
+    q, k = (cast(torch.Tensor, operand(item)).float() for item in node.args[:2])
+    if k.shape[1] != q.shape[1]:
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    mask = operand(mask_of(node))
+    if node.target is _PLAIN and nodes.argument(node, "is_causal"):
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = q @ k.transpose(-1, -2) * scale_of(node)
+    softcap = cast(float, node.kwargs.get("softcap") or 0.0)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    sinks = operand(node.kwargs.get("sinks"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
+    return torch.softmax(scores, -1)[0, ..., : k.shape[2]].nan_to_num(0.0)
+
+
+def fewest_blocks(mean: torch.Tensor, share: float) -> torch.Tensor:
+    """The fewest blocks of keys with which each block of queries keeps a share of its mass, whatever the length of the text.
+
+    mean: [heads, query blocks, key blocks], see `BlockMass.mean`. For every length, from the block of the query on, the blocks
+    a text of that length has are to keep the share of what they have in all. The block of the query itself is always kept.
+    Returns booleans of that shape.
+    """
+    size = mean.shape[-1]
+    kept = torch.eye(size, dtype=torch.bool).expand_as(mean).clone()
+    rows = torch.arange(size)
+    for length in range(1, size + 1):
+        part = mean[..., :length]
+        reached = rows < length
+        while True:
+            held = (part * kept[..., :length]).sum(-1)
+            short = (held < share * part.sum(-1) - 1e-6) & reached
+            if not bool(short.any()):
+                break
+            best = part.masked_fill(kept[..., :length], -1.0).argmax(-1, keepdim=True)
+            kept[..., :length].scatter_(-1, best, kept[..., :length].gather(-1, best) | short[..., None])
+    return kept

@@ -1,0 +1,285 @@
+"""Let each query attend to some of the keys: put a sparse pattern into the masks of attentions.
+
+    mask(i, j)  ->  mask(i, j) ∧ pattern(i, j)
+
+The result is dense attention under a mask made of ordinary operators, which `lower-sparse-attention` turns into a kernel that
+skips what is hidden. A causal attention stays causal; padding stays hidden. B is `block`. The patterns:
+
+- `window`: |i - j| ≤ `window`. Beltagy et al. 2020, Longformer, §3.1. https://arxiv.org/abs/2004.05150
+- `block`: ⌊i/B⌋ = ⌊j/B⌋, attention within blocks. Qiu et al. 2019, Blockwise Self-Attention. https://arxiv.org/abs/1911.02972
+- `global-window-random`: the window, `global_tokens` first tokens that see all and are seen by all, and for each block of
+  queries `random_blocks` blocks of keys, drawn for each head. Zaheer et al. 2020, Big Bird, §2. https://arxiv.org/abs/2007.14062
+  They are a table of all pairs of blocks, at most 16 MiB for an attention; a longer text has none behind what the table holds.
+- `strided`: the window, and every `stride`-th block: (⌊i/B⌋ - ⌊j/B⌋) mod stride = 0. Child et al. 2019, Sparse Transformer,
+  §4.3, https://arxiv.org/abs/1904.10509, whose strides are of tokens; with blocks, blocks can be skipped whole.
+- `dilated`: a window with gaps, ⌊window/B⌋ blocks to each side of which each is `dilation` blocks from the next. Longformer
+  §3.1, with blocks again in place of tokens.
+- `measured`: for each head, the fewest blocks of keys with which each block of queries keeps the share `mass` of its attention
+  on the calibration data. What a block gives another is averaged over the texts that have both, and texts of every length keep
+  their share, so short texts among the data do not hide what long ones need; long ones must be among them, as blocks no text
+  reached are kept. The kept blocks are a weight of the program. The block of the query itself always stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass, block_masses, fewest_blocks
+from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.analysis.patterns.reader import CAUSAL
+from lissom.passes.attention.sparsify_attention.mask_writer import write_pattern
+from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.types import ScalarType
+
+aten = torch.ops.aten
+
+_PLAIN = aten.scaled_dot_product_attention.default
+_OPTIONS: Mapping[str, Mapping[str, float]] = {
+    "window": {"window": 128, "global_tokens": 0},
+    "block": {"block": 64, "global_tokens": 0},
+    "global-window-random": {"window": 192, "block": 64, "global_tokens": 64, "random_blocks": 3, "seed": 0},
+    "strided": {"window": 64, "block": 64, "stride": 8},
+    "dilated": {"window": 128, "block": 64, "dilation": 2},
+    "measured": {"mass": 0.95, "block": 32},
+}
+"""The options of each pattern, with their values unless told."""
+_DRAWN = 8192
+"""Tokens random blocks are drawn for where the program has no longest text; behind them there are none."""
+_LARGEST_LAYOUT = 2**24
+"""Bytes of one attention's table of random blocks: 724 blocks for each of 32 heads, some 46,000 tokens in blocks of 64."""
+
+
+@dataclass(frozen=True)
+class SparsifyAttention(Approximation):
+    """Restricts attentions to a sparse pattern of keys.
+
+    pattern: which keys a query sees; see above.
+    window: tokens seen to each side; 128, for `global-window-random` 192, for `strided` 64 unless told.
+    block: tokens of a block, 64 unless told, 32 for `measured`.
+    global_tokens: first tokens that see all and are seen by all; 0, for `global-window-random` 64 unless told.
+    random_blocks: blocks of keys drawn for each block of queries, 3 unless told.
+    stride: every so many-th block is seen, 8 unless told.
+    dilation: blocks from one to the next in a dilated window, 2 unless told.
+    seed: of the drawing, 0 unless told.
+    mass: the share of the attention that `measured` keeps, above 0 and below 1, 0.95 unless told.
+    skip: module paths whose attentions stay dense, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    only: module paths whose attentions alone are treated, in the same form.
+    """
+
+    pattern: Literal["window", "block", "global-window-random", "strided", "dilated", "measured"] = "window"
+    window: int | None = None
+    block: int | None = None
+    global_tokens: int | None = None
+    random_blocks: int | None = None
+    stride: int | None = None
+    dilation: int | None = None
+    seed: int | None = None
+    mass: float | None = None
+    skip: str = ""
+    only: str = ""
+
+    def __post_init__(self) -> None:
+        allowed = _OPTIONS[self.pattern]
+        given = {name: getattr(self, name) for name in _least() if getattr(self, name) is not None}
+        foreign = [name for name in given if name not in allowed]
+        if foreign:
+            raise UnsupportedError(
+                f"sparsify-attention{{pattern={self.pattern}}} has no use for {foreign[0]}=; its options: {', '.join(allowed)}"
+            )
+        for name, value in given.items():
+            if value < _least()[name] or (name == "mass" and not 0 < value < 1):
+                wanted = "a share above 0 and below 1" if name == "mass" else f"{_least()[name]} or more"
+                raise UnsupportedError(f"sparsify-attention takes {name}= of {wanted}, not {value:g}")
+
+    def run(self, edit: Editor) -> None:
+        if self.pattern == "measured" and not edit.data:
+            raise RequirementError(
+                "sparsify-attention{pattern=measured} needs calibration data: pass data=, or choose another pattern="
+            )
+        sites = {site.node: site for site in edit.program.fact(structure).attention}
+        chosen = [node for node in edit.nodes() if is_attention(node) and self._treats(edit, node, sites[node].cross)]
+        if self.pattern == "measured":
+            self._measure(edit, chosen)
+            return
+        known: dict[object, fx.Node] = {}
+        for order, node in enumerate(chosen):
+            pattern, layout = self._pattern(edit, sites[node], order)
+            key = (mask_of(node), _is_causal(node), _tokens(node)) if layout is None else node
+            if key not in known:
+                with edit.before(node):
+                    known[key] = _masked(edit, node, pattern, layout)
+            _exchange(edit, node, known[key])
+
+    def _value(self, name: str) -> int:
+        given = getattr(self, name)
+        return int(_OPTIONS[self.pattern][name] if given is None else given)
+
+    def _treats(self, edit: Editor, node: fx.Node, cross: bool) -> bool:
+        reason = obstacle_by_name(node, skip=self.skip, only=self.only) or _obstacle(edit, node, cross)
+        if reason is not None:
+            edit.skip(node, reason)
+        return reason is None
+
+    def _pattern(self, edit: Editor, site: AttentionSite, order: int) -> tuple[Pattern, torch.Tensor | None]:
+        """The pattern, and the layout it asks."""
+        options = _OPTIONS[self.pattern]
+        block = self._value("block") if "block" in options else 64
+        window = self._value("window") if "window" in options else 0
+        near = Condition(1, -1, -window, window)
+        tokens = self._value("global_tokens") if "global_tokens" in options else 0
+        everywhere = [(Condition(1, 0, high=tokens - 1),), (Condition(0, 1, high=tokens - 1),)] if tokens else []
+        if self.pattern == "window":
+            return Pattern(((near,), *everywhere)), None
+        if self.pattern == "block":
+            return Pattern(((Condition(1, -1, 0, 0, block),), *everywhere)), None
+        if self.pattern == "strided":
+            return Pattern(((near,), (Condition(1, -1, 0, 0, block, self._value("stride")),))), None
+        if self.pattern == "dilated":
+            step = self._value("dilation")
+            reach = window // block * step
+            return Pattern(((Condition(1, -1, -reach, reach, block), Condition(1, -1, 0, 0, block, step)),)), None
+        layout = self._draw(edit, site, order, block)
+        return Pattern(((near,), (LAYOUT,), *everywhere), block), layout
+
+    def _draw(self, edit: Editor, site: AttentionSite, order: int, block: int) -> torch.Tensor:
+        """Random blocks of keys for each head and block of queries; for a causal attention, from those before."""
+        generator = torch.Generator().manual_seed(self._value("seed") + (order << 16))
+        heads = int(nodes.tensor_type(site.node.args[0]).shape[1])  # pyright: ignore[reportArgumentType]
+        blocks = _drawn_blocks(edit, site.node, heads, block)
+        return random_layout(heads, blocks, self._value("random_blocks"), causal=site.mask.causal, generator=generator)
+
+    def _measure(self, edit: Editor, chosen: list[fx.Node]) -> None:
+        block, share = self._value("block"), self.mass or _OPTIONS["measured"]["mass"]
+        masses = block_masses(
+            edit.program, edit.data, chosen, block, lambda finished, total: edit.report("samples", finished, total)
+        )
+        for node in chosen:
+            kept = fewest_blocks(masses[node].mean, share)
+            layout = with_room(kept | (masses[node].count == 0))
+            path = nodes.origin(node).module_path or node.name
+            with edit.before(node):
+                mask = _masked(edit, node, Pattern(((LAYOUT,),), block), layout.to(nodes.tensor_type(node).device))
+            _exchange(edit, node, mask)
+            edit.note(f"{path}: {_account(masses[node], kept)}")
+
+
+def _least() -> dict[str, float]:
+    """Options with the least they may be."""
+    return {
+        "window": 0, "block": 1, "global_tokens": 0, "random_blocks": 1, "stride": 1, "dilation": 1, "seed": 0, "mass": 0,
+    }  # fmt: skip
+
+
+def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
+    """Why an attention stays dense; None when it need not."""
+    q, k = (nodes.tensor_type(item) for item in node.args[:2])
+    if q.rank != 4 or k.rank != 4 or not isinstance(q.shape[1], int):
+        return "its operands are not [batch, heads, tokens, head_dim]"
+    same = (ScalarType(int, item.shape[2]) for item in (q, k))
+    if cross or not fake.same_type(edit.program.fake_mode, *same):
+        return "its keys are not the tokens of its queries"
+    return None
+
+
+def _drawn_blocks(edit: Editor, node: fx.Node, heads: int, block: int) -> int:
+    """How many blocks of queries and of keys random blocks are drawn for.
+
+    Raises: UnsupportedError when the length is fixed and the table of its blocks is too large.
+    """
+    size = _tokens(node)
+    longest = [item.maximum for symbol, item in edit.program.signature.dimensions.items() if symbol == size]
+    tokens = size if isinstance(size, int) else (longest[0] if longest and longest[0] else _DRAWN)
+    blocks, most = -(-tokens // block), isqrt(_LARGEST_LAYOUT // heads)
+    if blocks <= most:
+        return blocks
+    if isinstance(size, int):
+        raise UnsupportedError(
+            f"sparsify-attention{{pattern=global-window-random}} keeps a table of {heads} heads × {blocks:,} × {blocks:,} "
+            f"blocks for {tokens:,} tokens in blocks of {block}, more than {_LARGEST_LAYOUT:,} bytes; give block= of "
+            f"{-(-tokens // most)} or more, or another pattern="
+        )
+    path = nodes.origin(node).module_path or node.name
+    edit.note(f"{path}: random blocks are drawn for the first {most * block:,} tokens; a larger block= reaches further")
+    return most
+
+
+def _is_causal(node: fx.Node) -> bool:
+    return node.target is _PLAIN and bool(nodes.argument(node, "is_causal"))
+
+
+def _tokens(node: fx.Node) -> object:
+    return nodes.tensor_type(node.args[0]).shape[2]
+
+
+def _masked(edit: Editor, node: fx.Node, pattern: Pattern, layout: torch.Tensor | None) -> fx.Node:
+    """The attention's mask with the pattern in it."""
+    q, k = node.args[:2]
+    if _is_causal(node):
+        pattern = Pattern(tuple((*found, CAUSAL) for found in pattern.alternatives), pattern.block)
+    name = f"{nodes.origin(node).module_path}.layout".removeprefix(".")
+    seen = write_pattern(edit, pattern, layout, q, k, name)  # pyright: ignore[reportArgumentType]
+    mask = mask_of(node)
+    if mask is None:
+        return seen
+    if nodes.tensor_type(mask).dtype == torch.bool:
+        return edit.call(aten.__and__.Tensor, seen, mask)
+    return edit.call(aten.masked_fill.Scalar, mask, edit.call(aten.logical_not.default, seen), -torch.inf)
+
+
+def _exchange(edit: Editor, node: fx.Node, mask: fx.Node) -> None:
+    """Let the attention take another mask."""
+    kwargs = {key: value for key, value in node.kwargs.items() if key not in ("attn_mask", "bias", "is_causal")}
+    args = [*node.args[:3], mask]
+    if node.target is _PLAIN and len(node.args) > 4:
+        args.append(node.args[4])
+    with edit.before(node):
+        call = edit.call(node.target, *args, **kwargs)  # pyright: ignore[reportArgumentType]
+    edit.replace(node, call)
+
+
+def _account(mass: BlockMass, kept: torch.Tensor) -> str:
+    """What is kept, in words."""
+    there = (mass.count > 0) & (mass.total.sum(0) > 0)
+    blocks = (kept & there).sum((1, 2)) / there.sum().clamp_min(1)
+    held = (mass.total * kept).sum((1, 2)) / mass.total.sum((1, 2)).clamp_min(1e-30)
+    return (
+        f"{100 * float(blocks.mean()):.0f} % of blocks kept ({100 * float(blocks.min()):.0f} to "
+        f"{100 * float(blocks.max()):.0f} % of a head's), with {100 * float(held.mean()):.1f} % of the attention "
+        f"({100 * float(held.min()):.1f} % in the least of {len(kept)} heads)"
+    )
+
+
+def random_layout(heads: int, blocks: int, count: int, *, causal: bool, generator: torch.Generator) -> torch.Tensor:
+    """For each head and block of queries so many blocks of keys other than its own, or all there are where there are fewer.
+
+    Returns booleans, [heads, blocks + 1, blocks + 1], of which the last row and column, for what lies behind, are false.
+    """
+    allowed = ~torch.eye(blocks, dtype=torch.bool)
+    if causal:
+        allowed = allowed.tril()
+    layout = torch.zeros(heads, blocks + 1, blocks + 1, dtype=torch.bool)
+    for head in layout:
+        scores = torch.rand(blocks, blocks, generator=generator).masked_fill(~allowed, -1.0)
+        chosen = scores.topk(min(count, blocks), -1)
+        head[:blocks, :blocks].scatter_(-1, chosen.indices, chosen.values >= 0)
+    return layout
+
+
+def with_room(kept: torch.Tensor) -> torch.Tensor:
+    """The layout with a row and a column more, all true, which stand for the blocks no text reached."""
+    return torch.nn.functional.pad(kept, (0, 1, 0, 1), value=True)

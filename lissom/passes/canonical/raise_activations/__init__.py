@@ -1,0 +1,1 @@
+"""The pass `raise-activations` and how it knows functions by their values."""

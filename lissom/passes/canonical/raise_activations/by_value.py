@@ -1,0 +1,118 @@
+"""Recognise a function of one tensor by what it computes, whatever its spelling.
+
+An activation written out in parts is a closed expression of one value. Evaluating the expression on a grid and comparing it
+with a reference recognises every spelling of it, the constants' rounding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import call
+
+aten = torch.ops.aten
+
+ELEMENTWISE = {
+    aten.add.Tensor,
+    aten.add.Scalar,
+    aten.sub.Tensor,
+    aten.sub.Scalar,
+    aten.rsub.Scalar,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.pow.Tensor_Scalar,
+    aten.square.default,
+    aten.neg.default,
+    aten.exp.default,
+    aten.log1p.default,
+    aten.reciprocal.default,
+    aten.tanh.default,
+    aten.erf.default,
+    aten.sigmoid.default,
+    aten.softplus.default,
+    aten.relu.default,
+    aten.clamp.default,
+    aten.clamp_min.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+}
+_CASTS = {aten.to.dtype, aten._to_copy.default}
+# Spelled-out constants carry 8 to 10 digits (0.79788456, 0.044715), which moves values on the grid by up to 1e-7.
+_TOLERANCE = 1e-6
+_DEPTH = 12
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def grid() -> torch.Tensor:
+    """The points functions are compared on: zero, both tails, and far out, where a clamp would show that the rest hides."""
+    near = torch.linspace(-9.0, 9.0, 181, dtype=torch.float64)
+    far = torch.logspace(1.0, 6.0, 11, dtype=torch.float64)
+    return torch.cat([-far, near, far])
+
+
+def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node] | None:
+    """The root and the argument of the expression around `core` that computes `reference`, or None.
+
+    core: the node a spelling turns on, such as its tanh. The largest matching expression wins.
+    """
+    points = grid()
+    wanted = reference(points)
+    arguments = _above(core)
+    for root in reversed(_below(core)):
+        for argument in arguments:
+            if nodes.node_type(root) != nodes.node_type(argument):
+                continue
+            found = _evaluate(root, argument, points, {})
+            if found is not None and torch.allclose(found, wanted, rtol=0.0, atol=_TOLERANCE):
+                return root, argument
+    return None
+
+
+def _above(core: fx.Node) -> list[fx.Node]:
+    """The values the core is computed from through element-wise operators, nearest first."""
+    found: list[fx.Node] = []
+    frontier = [core]
+    for _ in range(_DEPTH):
+        above = [used for node in frontier if node.target in ELEMENTWISE for used in node.all_input_nodes]
+        frontier = [used for used in dict.fromkeys(above) if nodes.is_tensor(used) and used not in found]
+        found += frontier
+    return found
+
+
+def _below(core: fx.Node) -> list[fx.Node]:
+    """The values computed from the core through element-wise operators, nearest first, a few steps far."""
+    found = [core]
+    frontier = [core]
+    for _ in range(5):
+        below = [user for node in frontier for user in node.users if user.target in ELEMENTWISE]
+        frontier = [user for user in dict.fromkeys(below) if nodes.is_tensor(user) and user not in found]
+        found += frontier
+    return found
+
+
+def _evaluate(
+    node: object, argument: fx.Node, points: torch.Tensor, known: dict[fx.Node, torch.Tensor | None]
+) -> torch.Tensor | None:
+    """The expression's values with the points for its argument; None when it reads anything else."""
+    if node is argument:
+        return points
+    if not nodes.is_tensor(node) or node.target not in ELEMENTWISE or not nodes.tensor_type(node).dtype.is_floating_point:
+        return None
+    if node not in known:
+        known[node] = None
+        inputs = {used: _evaluate(used, argument, points, known) for used in node.all_input_nodes}
+        if all(found is not None for found in inputs.values()):
+            known[node] = inputs[node.all_input_nodes[0]] if node.target in _CASTS else _apply(node, inputs)
+    return known[node]
+
+
+def _apply(node: fx.Node, inputs: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor:
+    return cast(torch.Tensor, call(node, inputs.__getitem__))

@@ -1,0 +1,1 @@
+"""The pass `raise-attention` and how it reads scores."""

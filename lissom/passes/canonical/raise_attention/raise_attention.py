@@ -1,0 +1,255 @@
+"""Raise attention written out in parts to `scaled_dot_product_attention`, or to `lissom::attention` where that cannot say it.
+
+    attention(q, k, v) = softmax(q kᵀ · scale + bias) v            Vaswani et al. 2017, eq. 1
+
+Found from the softmax outwards: upwards the scores (`passes/canonical/raise_attention/scores.py` has the spellings), downwards casts, a reshape that
+folds batch and heads, zeros put where the scores were hidden, the slice that drops the sinks, and the product with v.
+Soft-capped scores and sinks become `lissom::attention`, all else PyTorch's operator. What cannot be said as one attention is
+left alone, with the reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.ir.match import CASTS, number, strip_casts
+from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMatchError, Scores, folds_heads, scores_of
+from lissom.ops import attention
+
+aten = torch.ops.aten
+
+_SOFTMAX = (aten.softmax.int, aten._softmax.default)
+# Scores with a fill this low are hidden in a row that has others, and adding the fill is the same as putting it. In a row that
+# is hidden throughout, the sum rounds to the fill itself while the scores are below 32, half the spacing of float32 there.
+_LOWEST = -1e9
+
+
+@dataclass(frozen=True)
+class RaiseAttention(Rewrite):
+    """Replaces matmul, scale, mask, softmax, matmul by one attention."""
+
+    def run(self, edit: Editor) -> None:
+        for softmax in edit.nodes(*_SOFTMAX):
+            try:
+                found = _product_with_values(edit, softmax)
+                if found is not None:
+                    _raise(edit, softmax, found, scores_of(edit, softmax))
+            except NoMatchError as reason:
+                edit.skip(softmax, str(reason))
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The product of the attention weights with v.
+
+    zeroed: where weights are put to 0 before it. sliced: whether the last column of the weights is dropped.
+    """
+
+    node: fx.Node
+    zeroed: fx.Node | None
+    sliced: bool
+
+
+def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
+    """The product of the attention weights with v; None when the softmax belongs to something else.
+
+    Raises: NoMatchError when the weights are used for anything beside.
+    """
+    weights = _without_nan(edit, softmax)
+    zeroed, sliced = None, False
+    while len(weights.users) == 1:
+        user = next(iter(weights.users))
+        if zeroed is None and _puts_zeros(edit, user, weights):
+            zeroed = user.args[1]
+        elif _drops_last(user, weights) and not sliced:
+            sliced = True
+        elif not (nodes.is_call(user, *CASTS) or folds_heads(user)):
+            break
+        weights = user
+    product = next((user for user in weights.users if nodes.is_call(user, *PRODUCTS) and user.args[0] is weights), None)
+    if product is None:
+        return None
+    if softmax.args[1] not in (-1, nodes.tensor_type(softmax).rank - 1):
+        raise NoMatchError("the softmax is not over the last dimension")
+    if len(weights.users) > 1:
+        raise NoMatchError("the attention weights are used beside the product with v")
+    return _Product(product, zeroed, sliced)  # pyright: ignore[reportArgumentType]
+
+
+def _puts_zeros(edit: Editor, node: fx.Node, weights: fx.Node) -> bool:
+    """True for `weights.masked_fill(mask, 0)`."""
+    fills = nodes.is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor) and node.args[0] is weights
+    return fills and number(edit.program, node.args[2]) == 0
+
+
+def _drops_last(node: fx.Node, weights: fx.Node) -> bool:
+    """True for `weights[..., :-1]`."""
+    if not nodes.is_call(node, aten.slice.Tensor) or node.args[0] is not weights:
+        return False
+    dim, start, end, step = (nodes.argument(node, name) for name in ("dim", "start", "end", "step"))
+    return dim in (-1, nodes.tensor_type(weights).rank - 1) and not start and end == -1 and step == 1
+
+
+def _without_nan(edit: Editor, softmax: fx.Node) -> fx.Node:
+    """The weights with NaN put to 0, as attention has them for a row that is masked throughout; else the softmax itself."""
+    for user in softmax.users:
+        if not nodes.is_call(user, aten.where.self, aten.where.ScalarSelf) or user.args[2] is not softmax:
+            continue
+        is_nan = user.args[0]
+        if not nodes.is_call(is_nan, aten.isnan.default) or is_nan.args[0] is not softmax or len(is_nan.users) > 1:
+            continue
+        if number(edit.program, user.args[1]) == 0 and set(softmax.users) == {user, is_nan}:
+            return user
+    return softmax
+
+
+def _raise(edit: Editor, softmax: fx.Node, found: _Product, scores: Scores) -> None:
+    product, v = found.node, found.node.args[1]
+    if found.sliced != (scores.sinks is not None):
+        raise NoMatchError("the last column is dropped from the weights, or sinks are kept in them")
+    if found.zeroed is not None:
+        scores = _hidden_for_good(scores, found.zeroed)
+    if not nodes.is_tensor(v):
+        raise NoMatchError("v is not a tensor")
+    factors: list[fx.Node] = [scores.q, scores.keys, v]  # pyright: ignore[reportAssignmentType]
+    ranks = {nodes.tensor_type(item).rank for item in factors}
+    heads = nodes.tensor_type(softmax).shape[1] if nodes.tensor_type(softmax).rank == 4 else scores.heads
+    if not ranks <= {3, 4} or (len(ranks) > 1 and heads is None):
+        raise NoMatchError(f"q, k and v have ranks {sorted(ranks)}; attention takes 4, or 3")
+    dtype = nodes.tensor_type(product).dtype
+    with edit.before(product, like=[softmax, product]):
+        q, k, values = (
+            _unfold(edit, _cast(edit, item, dtype), heads) for item in (scores.q, _keys(edit, scores.keys), factors[2])
+        )
+        for factor in scores.factors:
+            q = edit.call(aten.mul.Tensor, q, _cast(edit, factor, dtype))
+        bias = _sum(edit, scores.biases, dtype, heads)
+        if scores.softcap or scores.sinks is not None:
+            sinks = None if scores.sinks is None else _cast(edit, scores.sinks, dtype)
+            raised = edit.call(attention, q, k, values, bias, scale=scores.scale, softcap=scores.softcap, sinks=sinks)
+        else:
+            raised = edit.call(aten.scaled_dot_product_attention.default, q, k, values, bias, scale=scores.scale)
+        folded = raised
+        if nodes.tensor_type(product).rank == 3:
+            sizes = [-1, edit.size(raised, 2), nodes.tensor_type(product).shape[2]]
+            folded = edit.call(aten.reshape.default, raised, sizes)
+    if folded is not raised:
+        _skip_reshapes(edit, product, raised)
+    edit.replace(product, folded)
+
+
+def _hidden_for_good(scores: Scores, zeroed: fx.Node) -> Scores:
+    """The scores with minus infinity where the weights are put to 0, so that a row hidden throughout comes out 0 as well.
+
+    Raises: NoMatchError when the scores were not hidden there before.
+    """
+    hides = [bias.value is zeroed and bias.fill is not None and not bias.inverted for bias in scores.biases]
+    if not any(hides):
+        raise NoMatchError("the weights are put to 0 where the scores are not hidden")
+    biases = (replace(bias, fill=-float("inf")) if hidden else bias for bias, hidden in zip(scores.biases, hides, strict=True))
+    return replace(scores, biases=tuple(biases))
+
+
+def _skip_reshapes(edit: Editor, product: fx.Node, raised: fx.Node) -> None:
+    """Let what unfolds the product again read the attention itself."""
+    for user in list(product.users):
+        if folds_heads(user) and nodes.node_type(user) == nodes.node_type(raised):
+            user.replace_all_uses_with(raised)
+
+
+def _keys(edit: Editor, transposed: fx.Node) -> fx.Node:
+    """The keys before their last two dimensions were exchanged."""
+    last = nodes.tensor_type(transposed).rank - 1
+    if nodes.is_call(transposed, aten.transpose.int):
+        dims = {dim % (last + 1) for dim in transposed.args[1:]}  # pyright: ignore[reportOperatorIssue]
+        if dims == {last, last - 1}:
+            return transposed.args[0]  # pyright: ignore[reportReturnType]
+    return edit.call(aten.transpose.int, transposed, -2, -1)
+
+
+def _unfold(edit: Editor, node: fx.Node, heads: object) -> fx.Node:
+    """[batch·heads, a, b] as [batch, heads, a, b]; with no heads known, as [1, batch·heads, a, b]."""
+    if nodes.tensor_type(node).rank == 4:
+        return node
+    if heads is None:
+        return edit.call(aten.unsqueeze.default, node, 0)
+    if folds_heads(node) and nodes.tensor_type(node.args[0]).shape[1] == heads:
+        return node.args[0]  # pyright: ignore[reportReturnType]
+    if not isinstance(heads, int):
+        raise NoMatchError("the number of heads varies")
+    return edit.call(aten.reshape.default, node, [-1, heads, edit.size(node, 1), edit.size(node, 2)])
+
+
+def _cast(edit: Editor, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    node = strip_casts(node) if nodes.tensor_type(strip_casts(node)).dtype == dtype else node
+    return node if nodes.tensor_type(node).dtype == dtype else edit.call(aten.to.dtype, node, dtype)
+
+
+def _sum(edit: Editor, biases: tuple[Bias, ...], dtype: torch.dtype, heads: object) -> fx.Node | None:
+    """The biases as one tensor in the dtype of the attention; None when there are none."""
+    total: fx.Node | None = None
+    for bias in biases:
+        if bias.floor:
+            total = total and edit.call(aten.clamp_min.default, total, torch.finfo(dtype).min)
+            continue
+        value = _shaped(edit, bias, heads)
+        if bias.fill is None:
+            term = _cast_bias(edit, value, dtype)
+            term = term if bias.factor == 1.0 else edit.call(aten.mul.Tensor, term, bias.factor)
+            total = term if total is None else edit.call(aten.add.Tensor, total, term)
+            continue
+        if bias.inverted:
+            value = edit.call(aten.logical_not.default, value)
+        total = edit.call(aten.zeros_like.default, value, dtype=dtype) if total is None else total
+        total = edit.call(aten.masked_fill.Scalar, total, value, _lowest(bias, dtype))
+    return total
+
+
+def _shaped(edit: Editor, bias: Bias, heads: object) -> fx.Node:
+    """The bias with the dimensions attention takes: [a, b], or [batch, heads, a, b]."""
+    value, found = bias.value, nodes.tensor_type(bias.value)
+    if bias.rank == 5:
+        return _windowed(edit, bias)
+    if found.rank > 4:
+        raise NoMatchError("a bias has more dimensions than the scores")
+    if found.rank == 3:
+        varies = bias.rank == 3 and heads is not None and found.shape[0] != 1
+        return _unfold(edit, value, heads) if varies else edit.call(aten.unsqueeze.default, value, 0)
+    for _ in range(found.rank, 2):
+        value = edit.call(aten.unsqueeze.default, value, 0)
+    return value
+
+
+def _windowed(edit: Editor, bias: Bias) -> fx.Node:
+    """A bias of [batch, windows, heads, a, b] as one of [batch·windows, heads, a, b]."""
+    value = bias.value
+    for _ in range(nodes.tensor_type(value).rank, 5):
+        value = edit.call(aten.unsqueeze.default, value, 0)
+    heads, *places = nodes.tensor_type(value).shape[2:]
+    if not all(isinstance(size, int) for size in (heads, *places)):
+        raise NoMatchError("a bias of windows varies in size")
+    sizes = [edit.size(bias.scores, dim) for dim in (0, 1)]
+    value = edit.call(aten.expand.default, value, [*sizes, -1, -1, -1])
+    return edit.call(aten.reshape.default, value, [-1, heads, *places])
+
+
+def _cast_bias(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The bias in the dtype of the attention; the lowest finite numbers stay finite, so that a row of them stays uniform."""
+    found, lowest = nodes.tensor_type(strip_casts(value)).dtype, torch.finfo(dtype).min
+    if found.is_floating_point and torch.finfo(found).min < lowest:
+        value = edit.call(aten.clamp_min.default, value, lowest)
+    return _cast(edit, value, dtype)
+
+
+def _lowest(bias: Bias, dtype: torch.dtype) -> float:
+    """What the filled scores are, within the range of the dtype."""
+    fill, lowest = float(bias.fill or 0.0) * bias.factor, torch.finfo(dtype).min
+    if fill > max(_LOWEST, lowest):
+        raise NoMatchError(f"a fill of {fill:g} is not low enough to be the same as adding it")
+    return fill if fill == -float("inf") else max(fill, lowest)

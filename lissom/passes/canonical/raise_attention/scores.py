@@ -1,0 +1,243 @@
+"""Attention scores taken apart: q, keys, scale, biases, soft-capping and sinks, whatever operators the author wrote.
+
+Read upwards from the argument of a softmax: casts, a scale on the scores, on q or on k, any number of added or subtracted
+biases (padding and causal masks, T5's and DeBERTa's position biases), `masked_fill` and `where` with a fill so low that it is
+the same as adding it, `baddbmm`, reshapes that fold batch and heads into one dimension, soft-capping (Gemma 2), a column of
+sinks (GPT-OSS), and a shift by the row's maximum, which a softmax does not see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import RESHAPES, number, scalar_and_node, strip_casts, unshifted
+
+aten = torch.ops.aten
+
+PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
+_DIVIDE = (aten.div.Tensor, aten.div.Scalar)
+_LARGER = (aten.max.other, aten.maximum.default, aten.clamp.default, aten.clamp_min.default)
+
+
+class NoMatchError(Exception):
+    """Why a softmax is not the middle of an attention we can say as one operator."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A term of the scores: `value` added, or `fill` put where `value` is true; `factor` scales either afterwards.
+
+    scores: the scores at that point. Their rank is 3 while batch and heads are one dimension, and 5 while windows (Swin) are a
+    dimension beside the batch. inverted: the fill is put where `value` is false. floor: nothing is added; the sum so far is
+    kept from falling below the lowest finite number.
+    """
+
+    value: fx.Node
+    scores: fx.Node
+    factor: float = 1.0
+    fill: float | None = None
+    inverted: bool = False
+    floor: bool = False
+
+    @property
+    def rank(self) -> int:
+        return nodes.tensor_type(self.scores).rank
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores taken apart: softcap · tanh(q · transposed keys · scale / softcap) + biases, the biases in the order they come.
+
+    factors: tensors that scale q, one number a head (Swin V2's temperature).
+    heads: the number of heads, where a reshape between three and four dimensions tells it. softcap: 0 for none.
+    sinks: the logits beside the scores of each row, [batch, heads, queries, 1]. shifted: by the row's maximum.
+    """
+
+    q: fx.Node
+    keys: fx.Node
+    scale: float
+    biases: tuple[Bias, ...] = ()
+    heads: object = None
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
+    shifted: bool = False
+    factors: tuple[fx.Node, ...] = ()
+
+    def scaled(self, factor: float) -> Scores:
+        biases = tuple(replace(bias, factor=bias.factor * factor) for bias in self.biases)
+        return replace(self, scale=self.scale * factor, biases=biases, softcap=self.softcap * factor)
+
+    def biased(self, bias: Bias) -> Scores:
+        return replace(self, biases=(*self.biases, bias))
+
+    def capped(self) -> Scores:
+        """tanh of the scores; a factor that follows is the cap."""
+        if self.biases or self.softcap or self.shifted:
+            raise NoMatchError("the scores are soft-capped after a bias, a shift or another cap")
+        return replace(self, softcap=1.0)
+
+
+def scores_of(edit: Editor, softmax: fx.Node) -> Scores:
+    """What the softmax is taken of.
+
+    Raises: NoMatchError naming the operator in the way.
+    """
+    argument = _unshifted(softmax.args[0])
+    if not nodes.is_call(argument, aten.cat.default):
+        return take_apart(edit, argument)
+    parts, dim = argument.args[0], argument.args[1] if len(argument.args) > 1 else 0
+    last = nodes.tensor_type(argument).rank - 1
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-1, last) or last != 3:
+        raise NoMatchError("the scores are joined with something that is not one column of sinks")
+    scores, sinks = parts
+    if not nodes.is_tensor(sinks) or nodes.tensor_type(sinks).shape[-1] != 1:
+        raise NoMatchError("the scores are joined with something that is not one column of sinks")
+    return replace(take_apart(edit, scores), sinks=strip_casts(sinks))
+
+
+def _unshifted(node: object) -> fx.Node:
+    """The value before casts, and before the maximum of each row was subtracted from it.
+
+    Raises: NoMatchError when it is no value.
+    """
+    if not isinstance(node, fx.Node):
+        raise NoMatchError("the scores are a constant")
+    node = strip_casts(node)
+    before = unshifted(node, -1)
+    return node if before is None else _unshifted(before)
+
+
+def folds_heads(node: fx.Node) -> bool:
+    """True for a reshape between [batch, heads, a, b] and [batch·heads, a, b]."""
+    if not nodes.is_call(node, *RESHAPES) or not nodes.is_tensor(node.args[0]):
+        return False
+    old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)  # pyright: ignore[reportArgumentType]
+    return {old.rank, new.rank} == {3, 4} and old.shape[-2:] == new.shape[-2:]
+
+
+def _folds_windows(node: fx.Node) -> bool:
+    """True for a reshape of scores between [batch, windows, heads, a, b] and [batch·windows, heads, a, b]."""
+    if not nodes.is_call(node, *RESHAPES) or not nodes.is_tensor(node.args[0]):
+        return False
+    old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)
+    return {old.rank, new.rank} == {4, 5} and old.shape[-3:] == new.shape[-3:]
+
+
+def _heads_of(reshape: fx.Node) -> object:
+    """The number of heads on the side of the reshape that has four dimensions."""
+    return max(map(nodes.tensor_type, (reshape, reshape.args[0])), key=lambda found: found.rank).shape[1]
+
+
+def take_apart(edit: Editor, node: object) -> Scores:
+    """The scores as a scaled product of q and k, soft-capped or not, with biases.
+
+    Raises: NoMatchError naming the operator in the way.
+    """
+    if not isinstance(node, fx.Node):
+        raise NoMatchError("the scores are a constant")
+    before = _unshifted(node)
+    if before is not strip_casts(node):
+        return replace(take_apart(edit, before), shifted=True)
+    node = before
+    if nodes.is_call(node, *PRODUCTS):
+        return _product_of(edit, node.args[0], node.args[1])
+    if _folds_windows(node):
+        return take_apart(edit, node.args[0])
+    if folds_heads(node):
+        return replace(take_apart(edit, node.args[0]), heads=_heads_of(node))
+    if nodes.is_call(node, aten.baddbmm.default):
+        bias, q, keys = node.args
+        alpha, beta = (float(nodes.argument(node, name)) for name in ("alpha", "beta"))  # pyright: ignore
+        scores = _product_of(edit, q, keys).scaled(alpha)
+        return scores if beta == 0 else scores.biased(Bias(bias, node, beta))  # pyright: ignore[reportArgumentType]
+    if nodes.is_call(node, aten.add.Tensor, aten.sub.Tensor):
+        return _take_sum_apart(edit, node)
+    if nodes.is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        return take_apart(edit, node.args[0]).biased(_fill(edit, node, node.args[1], node.args[2]))
+    if nodes.is_call(node, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
+        return _take_choice_apart(edit, node)
+    if nodes.is_call(node, *_LARGER) and _is_floor(edit, node):
+        return take_apart(edit, node.args[0]).biased(Bias(node, node, floor=True))
+    if nodes.is_call(node, aten.tanh.default):
+        return take_apart(edit, node.args[0]).capped()
+    scaled = _scaled_by(edit, node)
+    if scaled is not None:
+        return take_apart(edit, scaled[1]).scaled(scaled[0])
+    if nodes.is_call(node, aten.mul.Tensor):
+        return _take_temperature_apart(edit, node)
+    raise NoMatchError(f"the scores come through {node.target}" if node.op == "call_function" else "the scores are an input")
+
+
+def _take_sum_apart(edit: Editor, node: fx.Node) -> Scores:
+    if node.kwargs:
+        raise NoMatchError("the scores are added with a factor")
+    left, right = node.args
+    subtracted = nodes.is_call(node, aten.sub.Tensor)
+    for term, bias in ((left, right),) if subtracted else ((left, right), (right, left)):
+        if not nodes.is_tensor(bias):
+            continue
+        try:
+            found = Bias(bias, node, -1.0 if subtracted else 1.0)  # pyright: ignore[reportArgumentType]
+            return take_apart(edit, term).biased(found)
+        except NoMatchError:
+            continue
+    raise NoMatchError("neither term of the scores is a scaled product")
+
+
+def _take_temperature_apart(edit: Editor, node: fx.Node) -> Scores:
+    """Scores times a tensor with one number a head."""
+    for scores, factor in (node.args, reversed(node.args)):
+        if nodes.is_tensor(factor) and nodes.tensor_type(factor).shape[-2:] == (1, 1) and nodes.tensor_type(node).rank == 4:
+            found = take_apart(edit, scores)
+            if found.biases or found.softcap:
+                break
+            return replace(found, factors=(*found.factors, factor))
+    raise NoMatchError(f"the scores come through {node.target}")
+
+
+def _take_choice_apart(edit: Editor, node: fx.Node) -> Scores:
+    """`where(seen, scores, fill)`, or `where(hidden, fill, scores)`."""
+    condition, left, right = node.args
+    if number(edit.program, right) is not None:
+        return take_apart(edit, left).biased(replace(_fill(edit, node, condition, right), inverted=True))
+    return take_apart(edit, right).biased(_fill(edit, node, condition, left))
+
+
+def _is_floor(edit: Editor, node: fx.Node) -> bool:
+    """True for a maximum with the lowest finite number of the dtype (XGLM, OPT)."""
+    lowest = torch.finfo(nodes.tensor_type(node).dtype).min
+    return len(node.args) == 2 and number(edit.program, node.args[1]) == lowest
+
+
+def _fill(edit: Editor, node: fx.Node, mask: object, value: object) -> Bias:
+    fill = number(edit.program, value)
+    if fill is None:
+        raise NoMatchError("the fill of the masked scores is computed")
+    return Bias(mask, node, fill=fill)  # pyright: ignore[reportArgumentType]
+
+
+def _product_of(edit: Editor, q: object, keys: object) -> Scores:
+    """The product of q and transposed keys, with numbers that scale either taken out."""
+    scale = 1.0
+    factors: list[fx.Node] = []
+    for factor in (q, keys):
+        while (found := _scaled_by(edit, factor)) is not None:
+            scale, factor = scale * found[0], found[1]
+        if not nodes.is_tensor(factor):
+            raise NoMatchError("a factor of the scores is not a tensor")
+        factors.append(factor)  # pyright: ignore[reportArgumentType]
+    return Scores(factors[0], factors[1], scale)
+
+
+def _scaled_by(edit: Editor, node: object) -> tuple[float, fx.Node] | None:
+    """The number a value is multiplied with, and the value."""
+    if nodes.is_call(node, *_DIVIDE) and not node.kwargs:  # pyright: ignore[reportAttributeAccessIssue]
+        divisor = number(edit.program, node.args[1])  # pyright: ignore[reportAttributeAccessIssue]
+        return (1 / divisor, node.args[0]) if divisor else None  # pyright: ignore
+    return scalar_and_node(edit.program, node, _MULTIPLY)

@@ -1,0 +1,1 @@
+"""The pass `depthwise-separable` and how it factors a convolution."""

@@ -1,0 +1,116 @@
+"""What a convolution computes, read from its call: its kernel, and how that is laid over what it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.cost import example_shape
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+)
+"""Convolutions with padding given in numbers, and by `same` and `valid`."""
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+"""Their transposes, which read channels the other way round."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a kernel is laid over what it reads: for each of its dimensions its size, stride, dilation, and zeros on each side.
+
+    padding: pairs, before and behind; `same` puts the odd one behind, as PyTorch does.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def taps(self) -> int:
+        """The numbers of a kernel a channel."""
+        return prod(self.size)
+
+    def patches(self, value: torch.Tensor) -> torch.Tensor:
+        """What a kernel meets at each place: [batch, channels, places, taps] of [batch, channels, *sizes]."""
+        padded = torch.nn.functional.pad(value, [side for pair in reversed(self.padding) for side in pair])
+        for dim, (size, stride, dilation) in enumerate(zip(self.size, self.stride, self.dilation, strict=True), 2):
+            padded = padded.unfold(dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        rank = len(self.size)
+        return padded.flatten(-rank).flatten(2, 1 + rank)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution with a kernel of its own, [channels out, channels in / groups, *sizes].
+
+    places_in, places_out: positions of the batch read and given, at the sizes the program was captured with.
+    """
+
+    node: fx.Node
+    kernel: fx.Node
+    bias: fx.Node | None
+    window: Window
+    groups: int
+    channels_in: int
+    channels_out: int
+    places_in: int
+    places_out: int
+
+    @property
+    def input(self) -> fx.Node:
+        return cast(fx.Node, self.node.args[0])
+
+
+def convolution_of(node: fx.Node) -> Convolution | str:
+    """The convolution a node computes, or why it cannot be told."""
+    kernel, bias, groups = (nodes.argument(node, name) for name in ("weight", "bias", "groups"))
+    if not isinstance(kernel, fx.Node) or kernel.op != "get_attr":
+        return "its kernel is computed by the program, cast or rounded; put this pass before the one that makes it so"
+    shape = nodes.tensor_type(kernel).shape
+    sizes = tuple(size for size in shape[2:] if isinstance(size, int))
+    numbers = [_numbers(nodes.argument(node, name), len(sizes)) for name in ("stride", "dilation")]
+    padding = _padding(nodes.argument(node, "padding"), sizes, numbers[1])
+    if numbers[0] is None or numbers[1] is None or padding is None or not isinstance(groups, int):
+        return "its stride, padding, dilation or groups are computed while the program runs"
+    read, given = example_shape(cast(fx.Node, node.args[0])), example_shape(node)
+    rank = len(sizes)
+    return Convolution(
+        node,
+        kernel,
+        bias if isinstance(bias, fx.Node) else None,
+        Window(sizes, numbers[0], padding, numbers[1]),
+        groups,
+        channels_in=int(cast(int, shape[1])) * groups,
+        channels_out=int(cast(int, shape[0])),
+        places_in=prod(read) // read[-rank - 1],
+        places_out=prod(given) // given[-rank - 1],
+    )
+
+
+def _numbers(item: object, rank: int) -> tuple[int, ...] | None:
+    """One number for each dimension, of a number or a list of one or of as many."""
+    found = [item] if isinstance(item, int) else list(cast("Sequence[object]", item))
+    if not all(isinstance(number, int) for number in found):
+        return None
+    return cast("tuple[int, ...]", tuple(found) * (rank if len(found) == 1 else 1))
+
+
+def _padding(item: object, sizes: Sequence[int], dilation: Sequence[int] | None) -> tuple[tuple[int, int], ...] | None:
+    if item == "valid":
+        return ((0, 0),) * len(sizes)
+    if item == "same":
+        totals = [(size - 1) * step for size, step in zip(sizes, dilation or (), strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    numbers = _numbers(item, len(sizes))
+    return None if numbers is None else tuple((number, number) for number in numbers)

@@ -1,0 +1,252 @@
+"""Kernels as a depthwise and a pointwise convolution one behind the other: the factors, and their fit to data.
+
+A kernel K: [channels out, channels in / groups, *sizes], its sizes flattened to t taps, is cut into slices, and each of these
+factored by a singular value decomposition with r terms:
+
+- depthwise first: the slices of input channel i, K[o, i, t] ≈ Σ_ρ P[o, i, ρ] · D[i, ρ, t], o among the outputs of its group;
+- pointwise first: the slices of output channel o, K[o, i, t] ≈ Σ_ρ D[o, ρ, t] · P[o, ρ, i], i among the inputs of its group.
+
+Slices share no number, so that K as a whole has the least Frobenius error for r terms each. The factor that is applied first
+is `first`: [slices, r, columns], the one applied last `last`: [slices, rows, r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from lissom.passes.lightweight.depthwise_separable.convolution import Window
+
+Order = Literal["depthwise-first", "pointwise-first"]
+ORDERS: tuple[Order, ...] = ("depthwise-first", "pointwise-first")
+_SMALLEST = 1e-4
+"""Of a covariance's mean variance, added to each: what data never hold still has a weight, so that its inverse is no noise."""
+_LARGEST = 1 << 25
+"""Numbers of Σ zzᵀ: 256 MB for both halves."""
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Shares of the mean of the diagonal of ZᵀZ to choose the pull towards the first factors from."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a kernel that is factored: its order, channels, groups and window, and r, the terms of each slice."""
+
+    order: Order
+    channels_in: int
+    channels_out: int
+    groups: int
+    window: Window
+
+    @property
+    def inputs(self) -> int:
+        """Channels in of one group."""
+        return self.channels_in // self.groups
+
+    @property
+    def outputs(self) -> int:
+        """Channels out of one group."""
+        return self.channels_out // self.groups
+
+    @property
+    def most_terms(self) -> int:
+        """The terms with which the factors are the kernel."""
+        columns = self.window.taps if self.order == "depthwise-first" else self.inputs
+        return min(columns, self.outputs if self.order == "depthwise-first" else self.window.taps)
+
+    def slices(self, kernel: torch.Tensor) -> torch.Tensor:
+        """The kernel as [slices, rows, columns]."""
+        if self.order == "pointwise-first":
+            return kernel.flatten(2).transpose(1, 2)
+        return kernel.reshape(self.groups, self.outputs, self.inputs, -1).transpose(1, 2).flatten(0, 1)
+
+    def kernel(self, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """What both convolutions do as one kernel; first, last: as `weights` gives them."""
+        if self.order == "pointwise-first":
+            parts = first.reshape(self.channels_out, -1, self.inputs), last.flatten(2)
+            return torch.einsum("ori,ort->oit", *parts).unflatten(-1, self.window.size)
+        depthwise = first.reshape(self.groups, self.inputs, -1, self.window.taps)
+        pointwise = last.reshape(self.groups, self.outputs, self.inputs, -1)
+        return torch.einsum("goir,girt->goit", pointwise, depthwise).flatten(0, 1).unflatten(-1, self.window.size)
+
+    def weights(self, first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both factors as kernels: that of the convolution that comes first, and that of the last.
+
+        Depthwise first: [r · channels in, 1, *sizes] and [channels out, r · channels in / groups, 1, …].
+        Pointwise first: [r · channels out, channels in / groups, 1, …] and [channels out, r, *sizes].
+        """
+        ones = (1,) * len(self.window.size)
+        if self.order == "pointwise-first":
+            pointwise = first.reshape(-1, self.inputs, *ones)
+            return pointwise, last.transpose(1, 2).unflatten(-1, self.window.size).contiguous()
+        depthwise = first.reshape(-1, 1, *self.window.size)
+        mixing = last.reshape(self.groups, self.inputs, self.outputs, -1).transpose(1, 2)
+        return depthwise, mixing.reshape(self.channels_out, -1, *ones)
+
+    @property
+    def first_groups(self) -> int:
+        """Groups of the convolution that comes first."""
+        return self.channels_in if self.order == "depthwise-first" else self.groups
+
+    @property
+    def last_groups(self) -> int:
+        """Groups of the one that comes last."""
+        return self.groups if self.order == "depthwise-first" else self.channels_out
+
+
+def decompose(slices: torch.Tensor, root: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, S, Vt of each slice, behind the root of the covariance of what its columns meet where that is known.
+
+    slices: [slices, rows, columns]; root: [slices, columns, columns].
+    """
+    slices = slices.double()
+    return torch.linalg.svd(slices if root is None else slices @ root, full_matrices=False)
+
+
+def factors(
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], terms: int, inverse: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors `first` and `last` with so many terms, of one size each. inverse: of the root `decompose` was given."""
+    u, s, vt = found
+    first, last = vt[:, :terms], u[:, :, :terms] * s[:, None, :terms]
+    if inverse is not None:
+        first = first @ inverse
+    sizes = last.norm(dim=1) / first.norm(dim=2).clamp_min(1e-300)
+    balance = torch.where(sizes > 0, sizes, 1).sqrt()
+    return first * balance[:, :, None], last / balance[:, None, :]
+
+
+def energy(values: torch.Tensor) -> torch.Tensor:
+    """The share of the squared numbers of all slices that 1, 2, … terms hold, [terms]; values: S, [slices, terms]."""
+    held = values.square().sum(0).cumsum(0)
+    return held / held[-1] if held[-1] > 0 else torch.ones_like(held)
+
+
+def roots(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The symmetric roots of covariances, and the inverses of these; covariance: sums of products, [n, columns, columns]."""
+    mean = covariance.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-30)
+    spread = _SMALLEST * mean[:, None, None] * torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    values, vectors = torch.linalg.eigh(covariance + spread)
+    values = values.clamp_min(0.5 * _SMALLEST * mean[:, None])[:, None, :].sqrt()
+    return vectors * values @ vectors.mT, vectors / values @ vectors.mT
+
+
+def covariance(layout: Layout, value: torch.Tensor) -> torch.Tensor:
+    """Σ over all places of what the columns of slices meet: [channels in, taps, taps], or [groups, inputs, inputs].
+
+    value: [batch, channels in, *sizes].
+    """
+    if layout.order == "depthwise-first":
+        met = layout.window.patches(value).transpose(0, 1).flatten(1, 2)
+    else:
+        met = value.flatten(2).unflatten(1, (layout.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    met = met.double()
+    return met.mT @ met
+
+
+def of_slices(layout: Layout, each: torch.Tensor) -> torch.Tensor:
+    """What is known of each channel in, or of each group, for every slice."""
+    return each if layout.order == "depthwise-first" else each.repeat_interleave(layout.outputs, 0)
+
+
+@dataclass
+class Fit:
+    """Sums for the least squares of the last convolution's kernel W, each group of it a matrix [features, outputs].
+
+    first, last: both kernels to start from. z: what the last convolution meets at a place, [features]; e: what W₀, the last
+    kernel, leaves of what the layer should give there, [outputs]. Kept are Σ zzᵀ, Σ zeᵀ and Σ eᵀe, of two halves of the data
+    apart, so that a fit to one is tried on the other; and of what the layer should give, Σ yᵀy. Sums with e instead of y lose
+    nothing to rounding where W₀ is nearly right.
+    """
+
+    layout: Layout
+    first: torch.Tensor
+    last: torch.Tensor
+    gram: list[torch.Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
+    product: list[torch.Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
+    left: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    power: float = 0.0
+
+    @property
+    def start(self) -> torch.Tensor:
+        """W₀, [groups, features, outputs]."""
+        outputs = len(self.last) // self.layout.last_groups
+        return self.last.reshape(self.layout.last_groups, outputs, -1).mT
+
+    @property
+    def is_too_large(self) -> bool:
+        """True where Σ zzᵀ would take more memory and time than it is worth: W₀ stays."""
+        groups, features, _ = self.start.shape
+        return groups * features * features > _LARGEST
+
+    def add(self, value: torch.Tensor, wanted: torch.Tensor, half: int | None) -> None:
+        """Add a sample to one half, 0 or 1, or where there is no other, the first half of its places to 0 and the rest to 1.
+
+        value: [1, channels in, *sizes]; wanted: [1, channels out, *sizes], without bias.
+        """
+        z = self._met(value)
+        y = wanted.flatten(2)[0].unflatten(0, (z.shape[0], -1)).mT
+        e = y - z @ self.start.to(z.dtype)
+        self.power += float(y.double().square().sum())
+        middle = z.shape[1] // 2
+        halves = ((0, slice(None, middle)), (1, slice(middle, None))) if half is None else ((half, slice(None)),)
+        for half, part in halves:
+            self.left[half] += float(e[:, part].double().square().sum())
+            if not self.is_too_large:
+                self.gram[half] = self.gram[half] + z[:, part].mT @ z[:, part]
+                self.product[half] = self.product[half] + z[:, part].mT @ e[:, part]
+
+    def solve(self) -> tuple[torch.Tensor, float]:
+        """argmin over W of Σ ‖W·z - y‖² + λ ‖W - W₀‖², and its relative error on data it was not fitted to.
+
+        λ is the one with which a fit to half of the data errs least on the other half; W₀ itself where none does better. It
+        is there because z of few or alike places does not tell W in all directions; in those W₀ stays.
+        """
+        least, best_ridge = 0.0, None
+        gram, product = self._sums(self.gram), self._sums(self.product)
+        for ridge in _RIDGES if gram else ():
+            changes = [_ridge(gram[half], product[half], ridge) for half in (0, 1)]
+            gained = sum(_gained(gram[half], product[half], changes[1 - half]) for half in (0, 1))
+            if gained < least:
+                least, best_ridge = gained, ridge
+        error = (max(sum(self.left) + least, 0.0) / max(self.power, 1e-300)) ** 0.5
+        if best_ridge is None:
+            return self.last, error
+        fitted = self.start + _ridge(gram[0] + gram[1], product[0] + product[1], best_ridge)
+        return fitted.mT.reshape(self.last.shape), error
+
+    def _met(self, value: torch.Tensor) -> torch.Tensor:
+        """z of every place: [groups, places, features]."""
+        layout, window = self.layout, self.layout.window
+        rank, first = len(window.size), self.first.to(value.dtype)
+        ones, zeros = (1,) * rank, (0,) * rank
+        if layout.order == "depthwise-first":
+            padded = torch.nn.functional.pad(value, [side for pair in reversed(window.padding) for side in pair])
+            steps = window.stride, zeros, window.dilation
+            given = torch.convolution(padded, first, None, *steps, False, zeros, layout.first_groups)
+            return given.flatten(2)[0].unflatten(0, (layout.groups, -1)).mT
+        given = torch.convolution(value, first, None, ones, zeros, ones, False, zeros, layout.first_groups)
+        met = window.patches(given)[0].unflatten(0, (layout.channels_out, -1))
+        return met.transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def _sums(sums: Sequence[torch.Tensor | float]) -> list[torch.Tensor]:
+        """Those of both halves; none where there were none of one."""
+        found = [item.double() for item in sums if isinstance(item, torch.Tensor)]
+        return found if len(found) == 2 else []
+
+
+def _ridge(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Tensor:
+    """argmin over Δ of Σ ‖Δᵀz - e‖² + ridge · mean(diag Σ zzᵀ) · ‖Δ‖² for each group; [groups, features, outputs]."""
+    mean = gram.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-30)
+    damped = gram + ridge * mean[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    # A group whose sums are too rough for so small a ridge keeps what it has.
+    return torch.where(failed[:, None, None] == 0, torch.cholesky_solve(product, factor).nan_to_num(), 0)
+
+
+def _gained(gram: torch.Tensor, product: torch.Tensor, change: torch.Tensor) -> float:
+    """Σ ‖Δᵀz - e‖² - Σ ‖e‖²."""
+    return float(((gram @ change - 2 * product) * change).sum())

@@ -1,0 +1,1 @@
+"""The pass `low-rank` and its factors."""

@@ -1,0 +1,227 @@
+"""The products inside an attention's heads, each a map of low rank: queries with keys, and values with the output projection.
+
+Of one head, q, k, v: [head_dim] of a token, and z: [head_dim], a mean of v over tokens, which the output projection W_o
+multiplies with its columns W_oh. For matrices A, B of rank < head_dim rows,
+
+    qᵀk ≈ (A q)ᵀ (B k)        W_oh z ≈ U (V z)
+
+A and B go into the projections of q and k, with their biases; V into that of v, and U is put in the place of W_oh. Softmax sees
+the same scores but for what the rank leaves out, and its scale stays 1/√head_dim. With G_q = Σ q qᵀ = S_q S_qᵀ and likewise
+G_k, the squared error of the scores of all pairs of tokens, ‖S_qᵀ (AᵀB - I) S_k‖², is least for
+
+    P Σ Qᵀ = S_qᵀ S_k,   A = Σ_r^½ P_rᵀ S_q⁻¹,   B = Σ_r^½ Q_rᵀ S_k⁻¹
+
+and that of the outputs for the factors of `low_rank.spectrum` with H = Σ z zᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.transforms.removal.indices import remove_indices
+from lissom.compiler.calibration.statistics import observe
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import LissomError
+from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
+from lissom.compiler.calibration.hessian import damped
+from lissom.compiler.transforms.heads.key_value_heads import Rows
+from lissom.compiler.analysis.structure.linear import as_int, input_of
+from lissom.passes.lightweight.low_rank.svd import spectrum
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.axes.columns import unit_of
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class HeadProduct:
+    """One product of every head of an attention.
+
+    node: the attention. first, second: the layers of q and k, or of v and the output projection; scores: whether of the former.
+    axis: the dimension of the heads that is shortened. heads, head_dim: sizes.
+    """
+
+    node: fx.Node
+    first: HeadLayer
+    second: HeadLayer
+    scores: bool
+    axis: Axis
+    heads: int
+    head_dim: int
+
+    @property
+    def observed(self) -> tuple[fx.Node, ...]:
+        """What is seen of it on calibration data: q and k; or z, what the output projection reads."""
+        return (self.first.layer, self.second.layer) if self.scores else (input_of(self.second.layer),)
+
+
+def head_products(program: Program, site: AttentionSite) -> list[HeadProduct | str]:
+    """The products of one attention, scores first; a reason in the place of one that cannot be treated."""
+    return [_scores(program, site), _values(program, site)]
+
+
+def _scores(program: Program, site: AttentionSite) -> HeadProduct | str:
+    if site.positions == "rotary":
+        return "its queries and keys are rotated by their positions before they meet"
+    if site.node.target is not aten.scaled_dot_product_attention.default and site.scale is None:
+        return "its scores have no scale of their own"
+    return _product(program, site, site.q, site.k, scores=True)
+
+
+def _values(program: Program, site: AttentionSite) -> HeadProduct | str:
+    return _product(program, site, site.v, () if site.output is None else (site.output,), scores=False)
+
+
+def _product(
+    program: Program, site: AttentionSite, first: Sequence[fx.Node], second: Sequence[fx.Node], *, scores: bool
+) -> HeadProduct | str:
+    what = "queries and keys" if scores else "values and outputs"
+    if len(first) != 1 or len(second) != 1 or site.packed or first == second:
+        return f"its {what} are not of two layers of their own"
+    if site.heads != site.key_value_heads:
+        return "heads share keys and values"
+    between = [(site.node.args[0], first[0]), (site.node.args[1], second[0])]
+    between = between if scores else [(site.node.args[2], first[0]), (input_of(second[0]), site.node)]
+    if not all(is_moved(*pair) for pair in between):
+        return f"something is done to its {what} between the layers and their product"
+    found = program.fact(axes)
+    value = cast(fx.Node, site.node.args[0]) if scores else site.node
+    heads, axis = (found.axis(value, dim) for dim in (-3, -1))
+    obstacle = found.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
+    if obstacle:
+        return f"the dimension of its {what} cannot be shortened: {obstacle}"
+    # Queries and keys may be of another size than values.
+    head_dim = as_int(nodes.tensor_type(value).shape[-1])
+    layers: list[HeadLayer] = []
+    for layer, dim in ((first[0], 0), (second[0], 0 if scores else 1)):
+        matrix = matrix_of(layer)
+        if isinstance(matrix, str):
+            return matrix
+        if matrix.transposed or not _is_owned(layer, matrix) or not _in_order(found, matrix.node, dim, (heads, axis)):
+            return f"the weights of its {what} are shared, or hold more than its heads"
+        indices, bias = torch.arange(site.heads * head_dim).view(site.heads, -1), nodes.argument(layer, "bias")
+        made = Rows(bias, 0, indices) if isinstance(bias, fx.Node) and dim == 0 else None
+        layers.append(HeadLayer(layer, Rows(matrix.node, dim, indices), made))
+    return HeadProduct(site.node, layers[0], layers[1], scores, axis, site.heads, head_dim)
+
+
+def _is_owned(layer: fx.Node, matrix: Matrix) -> bool:
+    """True for `linear` whose weight, and bias where it has one, nothing else reads."""
+    if layer.target is not aten.linear.default or readers_of(matrix.node) != [layer]:
+        return False
+    bias = nodes.argument(layer, "bias")
+    return bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1)
+
+
+def _in_order(found: Axes, weight: fx.Node, dim: int, numbering: tuple[Axis, Axis]) -> bool:
+    """True when a dimension of a weight is heads × head_dim and nothing else."""
+    unit = unit_of(found.axis(weight, dim), numbering)
+    return torch.equal(unit, torch.arange(len(unit)))
+
+
+def gram_of_heads(edit: Editor, products: Sequence[HeadProduct]) -> dict[fx.Node, torch.Tensor]:
+    """Σ x xᵀ over tokens of each head of what is observed, [heads, head_dim, head_dim]."""
+    sums: dict[fx.Node, torch.Tensor] = {}
+    heads = {node: product.heads for product in products for node in product.observed}
+
+    def add(node: fx.Node, rows: torch.Tensor) -> None:
+        parts = rows.float().unflatten(-1, (heads[node], -1)).transpose(0, 1)
+        gram = parts.mT @ parts
+        sums[node] = sums[node] + gram if node in sums else gram
+
+    observe(edit.program, edit.data, heads, add, partial(edit.report, "heads"))
+    return sums
+
+
+def gram_of_weights(program: Program, product: HeadProduct) -> dict[fx.Node, torch.Tensor]:
+    """The same for independent inputs of unit size, and biases left out."""
+    chosen = (product.first, product.second) if product.scores else (product.first,)
+    rows = (layer.weight.read(program).float() for layer in chosen)
+    return {node: part @ part.mT for node, part in zip(product.observed, rows, strict=True)}
+
+
+def score_factors(query: torch.Tensor, key: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A and B of every rank, their rows in falling order, and what each adds to Σ (qᵀk)²; query: G_q, key: G_k."""
+    left, right = (torch.linalg.cholesky(damped(gram, damping)) for gram in (query, key))
+    directions, values, others = torch.linalg.svd(left.T @ right)
+    root = values.sqrt()[:, None]
+    a = torch.linalg.solve_triangular(left, root * directions.T, upper=False, left=False)
+    b = torch.linalg.solve_triangular(right, root * others, upper=False, left=False)
+    return a, b, values.square()
+
+
+def value_factors(columns: torch.Tensor, gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """V and Uᵀ of every rank, their rows in falling order, and what each adds to Σ ‖W_oh z‖²; columns: W_oh, gram: Σ z zᵀ."""
+    found = spectrum(columns, damped(gram, damping))
+    u, v = found.truncated(len(found.energy))
+    return v, u.T, found.energy
+
+
+def factors_of(
+    program: Program, product: HeadProduct, grams: dict[fx.Node, torch.Tensor], damping: float
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each head the rows of both factors in falling order, and the energy each adds."""
+    if product.scores:
+        pairs = zip(*(grams[node] for node in product.observed), strict=True)
+        return [score_factors(query, key, damping) for query, key in pairs]
+    columns = product.second.weight.read(program).mT
+    return [value_factors(part, gram, damping) for part, gram in zip(columns, grams[product.observed[0]], strict=True)]
+
+
+Factors = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""For each head both factors and energies, as `factors_of` gives them."""
+
+
+def shorten_heads(edit: Editor, chosen: Sequence[tuple[HeadProduct, Factors, int]]) -> set[fx.Node]:
+    """Put the factors of these ranks into the layers, and take what is behind the ranks out of the heads.
+
+    Gives the layers that were changed: none where the dimensions cannot be shortened, which is reported then.
+    """
+    found, before, rewritten = edit.program.fact(axes), edit.program.weights(), edit.rewritten
+    removed = {product.axis: range(rank, product.head_dim) for product, _, rank in chosen}
+    for product, factors, rank in chosen:
+        edit.current = product.node
+        _put(edit, product, factors, rank)
+    try:
+        remove_indices(edit, removed, found)
+    except LissomError as error:
+        for node in [node for node in edit.program.graph.nodes if node.op == "get_attr"]:
+            if edit.program.weight(str(node.target)) is not before[str(node.target)]:
+                edit.set_weight(node, before[str(node.target)])
+        edit.rewritten = rewritten
+        for product, _, _ in chosen:
+            edit.skip(product.node, str(error))
+        return set()
+    edit.rewritten = rewritten + len(chosen)
+    return {layer.layer for product, _, _ in chosen for layer in (product.first, product.second)}
+
+
+def _put(edit: Editor, product: HeadProduct, factors: Factors, rank: int) -> None:
+    """Write the factors into the layers, zeros behind the rank, where the axis is to lose its indices."""
+    first, second, _ = zip(*factors, strict=True)
+    _set_rows(edit, product.first, _times(edit.program, product.first, first), rank)
+    _set_rows(edit, product.second, _times(edit.program, product.second, second) if product.scores else second, rank)
+
+
+def _times(program: Program, layer: HeadLayer, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A factor times what each head of a layer is, bias included."""
+    return [factor.cpu() @ rows for factor, rows in zip(factors, layer.read(program), strict=True)]
+
+
+def _set_rows(edit: Editor, layer: HeadLayer, rows: Sequence[torch.Tensor], rank: int) -> None:
+    """Let each head of a layer be the first of these rows, as many as the rank says, and zeros behind them."""
+    new = layer.read(edit.program).zero_()
+    for head, found in zip(new, rows, strict=True):
+        head[:rank] = found[:rank]
+    layer.write(edit, new)

@@ -1,0 +1,356 @@
+"""Put two thin linear layers in the place of one: W ≈ U V.
+
+W: [features out, features in], U: [features out, rank], V: [rank, features in]. The layer becomes a linear layer with V and one
+with U and the bias, where these two have fewer elements: rank · (out + in) < out · in. X: [tokens, features in] is what the
+layer reads of the calibration data, padding left out.
+
+With calibration data the factors are those of the matrix of that rank with which the layer errs least on it,
+
+    min over U, V   ‖(X (U V)ᵀ - X₀ Wᵀ) diag(s)^½‖² + λ ‖diag(s)^½ (U V - W)‖²
+
+as in Wang et al. 2024, SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, §3.1,
+https://arxiv.org/abs/2403.07378 (Yuan et al. 2023, ASVD, https://arxiv.org/abs/2312.05821, takes the diagonal of XᵀX alone).
+Without data, and with `whiten=false`, it is the truncated SVD of W. How the factors are computed is in
+`lissom/passes/lightweight/low_rank/svd.py`. The columns of diag(s)^½ U are orthonormal, so that rounding the values between the two layers
+costs no more there than elsewhere.
+
+Four things differ from the paper. Layers are treated in the order in which they run: X is what a layer reads after those before
+it were factored, X₀ what it read before anything was (`asymmetric`). λ, `damping` times the mean of the diagonal of XᵀX, keeps
+the factors near W where the data says little. s, features out: each feature a layer gives counts by the mean square of the
+gradient of the program's likelihood there, its Fisher information (`fisher`), as rows do in Hsu et al. 2022, Language Model
+Compression with Weighted Low-rank Factorization, https://arxiv.org/abs/2207.00112. And `budget` gives ranks to all layers
+together, the most energy for a byte first, in Fisher's measure or as shares of what each layer gives. Layers whose energy is
+spread evenly stay whole then, and others pay for them.
+
+With `attention` the heads of an attention become shorter: queries with keys, and values with the output projection, are one map
+each, whose rank the size of a head is. See `lissom/passes/lightweight/low_rank/head_products.py`. Of a budget they take the same share as layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import fx, nn
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.transforms.factor_budget import check_amount
+from lissom.compiler.calibration.statistics import observe_gradients, spread
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import UnsupportedError
+from lissom.passes.lightweight.low_rank.head_products import Factors, HeadProduct, factors_of, gram_of_heads, gram_of_weights, head_products, shorten_heads
+from lissom.compiler.calibration.hessian import damped, shifted
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.analysis.structure.linear import input_of, is_linear
+from lissom.passes.lightweight.low_rank.svd import Curve, Spectrum, allot, rank_of, relative_error, spectrum
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
+
+aten = torch.ops.aten
+
+_GRADIENT_TOKENS = 4096
+"""Tokens gradients are taken of; with more their mean squares hardly change."""
+_LEAST_SHARE = 0.1
+"""What every feature counts at least, as a share of their mean: gradients of some tokens do not tell that one never matters."""
+_LEAST = 1e-30
+
+
+@dataclass(frozen=True)
+class LowRank(Approximation):
+    """Puts two thin linear layers in the place of one, by truncated SVD.
+
+    rank: features between the two layers. Give one of rank, keep and budget.
+    keep: the share of the energy of what each layer gives that its factors keep at least, above 0 and up to 1.
+    budget: the share of the bytes of all treated weights that is left, above 0 and below 1.
+    whiten: whether layers err least on the calibration data, where there is some, and not in their weights.
+    asymmetric: whether layers are fitted to what they gave before any was factored, and not to what they would give now.
+    fisher: whether what matters more to the likelihood of the outputs counts more, where there is calibration data.
+    attention: whether heads are made shorter where they can be, and not the projections into and out of them thinner.
+    damping: towards the weights as they were, as a share of the mean of the diagonal of XᵀX.
+    round_to: ranks found by keep and budget are a multiple of this.
+    output_heads: whether output heads are treated too; those that share a table of embeddings never are.
+    skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    only: module paths that alone are treated, in the same form.
+    """
+
+    rank: int | None = None
+    keep: float | None = None
+    budget: float | None = None
+    whiten: bool = True
+    asymmetric: bool = True
+    fisher: bool = True
+    attention: bool = False
+    damping: float = 0.01
+    round_to: int = 1
+    output_heads: bool = False
+    skip: str = ""
+    only: str = ""
+
+    def __post_init__(self) -> None:
+        check_amount("low-rank", rank=self.rank, keep=self.keep, budget=self.budget)
+        if self.damping <= 0 or self.round_to < 1:
+            raise UnsupportedError("low-rank takes damping= above 0 and round_to= of 1 or more")
+
+    def run(self, edit: Editor) -> None:
+        reference = edit.reference or edit.program.copy()
+        layers = self._layers(edit, self._shorten_heads(edit) if self.attention else set())
+        counts = _fisher(edit, layers) if self.fisher and self._whitens(edit) else {}
+        ranks = self._allotted(edit, layers, counts) if self.budget is not None else {}
+        factors: dict[str, _Factors] = {}
+        weights = _Borrowed(edit, layers)
+        for node, read in self._reads(edit, layers, _counterpart(edit.program, layers, reference)):
+            matrix = layers[node]
+            weights.give_back()
+            weight, hessian = _target(matrix.read(edit.program), read, self.damping)
+            found = spectrum(weight, hessian, counts.get(matrix.name))
+            rank = ranks[matrix.name] if self.budget is not None else self._rank(found.energy)
+            if rank is None or rank * sum(weight.shape) >= weight.numel():
+                continue
+            factors[matrix.name] = _factored(weight, found, rank, read, matrix.read(edit.program).dtype)
+            weights.lend(node, factors[matrix.name])
+        weights.give_back(shared=True)
+        _replace(edit, layers, factors)
+        if factors:
+            edit.note(_errors(list(factors.values()), on_data=self._whitens(edit)))
+
+    def _whitens(self, edit: Editor) -> bool:
+        return self.whiten and bool(edit.data)
+
+    def _rank(self, energy: torch.Tensor) -> int:
+        if self.keep is None:
+            assert self.rank is not None, "one of rank, keep and budget is given"
+            return self.rank
+        return -(-rank_of(energy, self.keep) // self.round_to) * self.round_to
+
+    def _reads(
+        self, edit: Editor, layers: Mapping[fx.Node, Matrix], counterpart: Counterpart | None
+    ) -> Iterator[tuple[fx.Node, Read | None]]:
+        """One of the layers of each weight, with what they read on the calibration data; None where that plays no part."""
+        names = {node: matrix.name for node, matrix in layers.items()}
+        pairs: Iterable[tuple[fx.Node, Read | None]] = {name: (node, None) for node, name in names.items()}.values()
+        if self._whitens(edit):
+            pairs = sweep_moments(edit.program, edit.data, names, counterpart=counterpart if self.asymmetric else None)
+        for finished, (node, read) in enumerate(pairs):
+            edit.report("layers", finished, len(set(names.values())))
+            edit.current = node
+            yield node, read
+
+    def _allotted(
+        self, edit: Editor, layers: Mapping[fx.Node, Matrix], counts: Mapping[str, torch.Tensor]
+    ) -> dict[str, int | None]:
+        """The rank of each weight within the budget, None where it stays whole; told from the program as it came."""
+        assert self.budget is not None, "asked for with a budget alone"
+        curves: dict[str, Curve] = {}
+        for node, read in self._reads(edit, layers, None):
+            matrix = layers[node]
+            weight = matrix.read(edit.program)
+            energy = spectrum(*_target(weight, read, self.damping), counts.get(matrix.name)).energy
+            gains = torch.stack([part.sum() for part in energy.split(self.round_to)]).cpu()
+            if not counts:
+                gains /= gains.sum().clamp_min(1e-300)
+            step_bytes = self.round_to * sum(weight.shape) * weight.element_size()
+            curves[matrix.name] = Curve(gains, step_bytes, weight.numel() * weight.element_size())
+        whole = sum(curve.whole_bytes for curve in curves.values())
+        least = sum(min(curve.step_bytes, curve.whole_bytes) for curve in curves.values())
+        if least > self.budget * whole:
+            raise UnsupportedError(
+                f"low-rank{{budget={self.budget:g}}} leaves {int(self.budget * whole)} bytes for {len(curves)} weights, and "
+                f"rank {self.round_to} takes {least} of their {whole}: give budget={least / whole:.2g} or more, or name layers "
+                "to leave alone with skip="
+            )
+        steps = allot(list(curves.values()), int(self.budget * whole))
+        return {name: None if count is None else count * self.round_to for name, count in zip(curves, steps, strict=True)}
+
+    def _shorten_heads(self, edit: Editor) -> set[fx.Node]:
+        """Make heads shorter; gives the layers that project into and out of them."""
+        products: list[HeadProduct] = []
+        for site in edit.program.fact(structure).attention:
+            edit.current = site.node
+            for found in head_products(edit.program, site):
+                reason = found if isinstance(found, str) else self._obstacle_by_name(found.first.layer, found.second.layer)
+                if reason is not None:
+                    edit.skip(site.node, reason)
+                elif isinstance(found, HeadProduct):
+                    products.append(found)
+        seen = gram_of_heads(edit, products) if self._whitens(edit) and products else {}
+        chosen: list[tuple[HeadProduct, Factors, int]] = []
+        for product in products:
+            factors = factors_of(edit.program, product, seen or gram_of_weights(edit.program, product), self.damping)
+            rank = self._head_rank(torch.stack([energy for _, _, energy in factors]).sum(0), product.head_dim)
+            if rank < product.head_dim:
+                chosen.append((product, factors, rank))
+            else:
+                edit.skip(product.node, "heads of the rank they take would be no shorter")
+        return shorten_heads(edit, chosen) if chosen else set()
+
+    def _head_rank(self, energy: torch.Tensor, head_dim: int) -> int:
+        """The size heads are to have; energy: of all heads, [at most head_dim]."""
+        if self.budget is not None:
+            return max(int(self.budget * head_dim) // self.round_to, 1) * self.round_to
+        return self._rank(energy)
+
+    def _layers(self, edit: Editor, treated: set[fx.Node]) -> dict[fx.Node, Matrix]:
+        """The linear layers to treat, and where their matrices are; the others, but for those treated, are reported."""
+        layers: dict[fx.Node, Matrix] = {}
+        for node in edit.nodes():
+            if not is_linear(node) or node in treated:
+                continue
+            matrix = matrix_of(node)
+            reason = matrix if isinstance(matrix, str) else self._obstacle(edit.program, node, matrix)
+            if reason is not None:
+                edit.skip(node, reason)
+            elif isinstance(matrix, Matrix):
+                layers[node] = matrix
+        shared = [node for node, matrix in layers.items() if not layers.keys() >= {*readers_of(matrix.node)}]
+        for node in shared:
+            edit.skip(node, "its weight is read by more than layers that are treated")
+        return {node: matrix for node, matrix in layers.items() if node not in shared}
+
+    def _obstacle_by_name(self, *layers: fx.Node) -> str | None:
+        return obstacle_by_name(*layers, skip=self.skip, only=self.only)
+
+    def _obstacle(self, program: Program, node: fx.Node, matrix: Matrix) -> str | None:
+        """Why a layer is left alone; None when it is not."""
+        found = program.fact(structure)
+        if reason := self._obstacle_by_name(node):
+            return reason
+        if any(item.node.args[0] is matrix.node for item in found.embeddings):
+            return "its weight is a table of embeddings too"
+        if node in found.output_heads and not self.output_heads:
+            return "it is an output head; output_heads=true treats it"
+        if node in {site.router for site in found.mixtures}:
+            return "it chooses among experts"
+        if "low-rank" in nodes.origin(node).passes:
+            return "it is a factor already"
+        if node.target is aten.addmm.default and (node.kwargs or nodes.tensor_type(node.args[0]).rank != 1):
+            return "what it adds is more than a bias"
+        return None
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """u: [features out, rank] and v: [rank, features in], in the dtype of the weight.
+
+    errors: relative, of what the layer gives on the data with u v and with plain SVD of that rank; then of its weights.
+    """
+
+    u: torch.Tensor
+    v: torch.Tensor
+    errors: tuple[float, ...]
+
+
+@dataclass
+class _Borrowed:
+    """Weights that are U V for as long as layers behind them are calibrated; then as they were, so that few are held twice."""
+
+    edit: Editor
+    layers: Mapping[fx.Node, Matrix]
+    _lent: list[tuple[fx.Node, torch.Tensor, bool]] = field(default_factory=list)
+
+    def lend(self, node: fx.Node, factors: _Factors) -> None:
+        matrix = self.layers[node]
+        original = self.edit.program.weight(matrix.name)
+        product = factors.u @ factors.v
+        self.edit.set_weight(matrix.node, (product.T if matrix.transposed else product).contiguous())
+        self._lent.append((matrix.node, original, len(readers_of(matrix.node)) > 1))
+
+    def give_back(self, *, shared: bool = False) -> None:
+        """Those the sweep is past; with `shared` also those that layers further on may read."""
+        for node, original, several in self._lent:
+            if shared or not several:
+                self.edit.set_weight(node, original)
+        self._lent = [item for item in self._lent if item[2] and not shared]
+
+
+def _counterpart(program: Program, layers: Mapping[fx.Node, Matrix], reference: Program) -> Counterpart:
+    """The layers in the program before numbers were changed, as far as their weights are still those."""
+    known = {node.name: node for node in reference.nodes() if is_linear(node)}
+    found: dict[fx.Node, fx.Node] = {}
+    for layer, matrix in layers.items():
+        held = matrix_of(known[layer.name]) if layer.name in known else ""
+        if isinstance(held, Matrix) and torch.equal(held.read(reference), matrix.read(program)):
+            found[layer] = known[layer.name]
+    return Counterpart(reference, found)
+
+
+def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[str, _Factors]) -> None:
+    """Put two linear layers in the place of each whose weight has factors; layers that share a weight share these."""
+    reads: dict[str, tuple[fx.Node, fx.Node]] = {}
+    for node, matrix in layers.items():
+        edit.current = node
+        if matrix.name not in factors:
+            edit.skip(node, "factors of the rank it takes would be no smaller")
+            continue
+        with edit.before(node):
+            if matrix.name not in reads:
+                old, found = edit.program.weight(matrix.name), factors[matrix.name]
+                parts = [(f"{matrix.name}_v", found.v), (f"{matrix.name}_u", found.u)]
+                v, u = (edit.weight(name, _like(old, part)) for name, part in parts)
+                reads[matrix.name] = v, u
+            v, u = reads[matrix.name]
+            thin = edit.call(aten.linear.default, input_of(node), v)
+            bias = _bias(node)
+            edit.replace(node, edit.call(aten.linear.default, thin, u, *([] if bias is None else [bias])))
+
+
+def _bias(linear: fx.Node) -> object:
+    """What the layer adds to its product; None where it adds nothing."""
+    if linear.target is aten.linear.default:
+        return nodes.argument(linear, "bias")
+    return linear.args[0] if linear.target is aten.addmm.default else None
+
+
+def _like(old: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """A factor, to be trained where the weight was."""
+    factor = factor.contiguous()
+    return nn.Parameter(factor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else factor
+
+
+def _fisher(edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, torch.Tensor]:
+    """s of each weight: Σ over tokens of the squared gradient of what its layers give, [features out]; none of them zero."""
+    squares: dict[str, torch.Tensor] = {}
+
+    def add(node: fx.Node, value: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
+        found = gradient.double().square().flatten(0, -2).sum(0)
+        name = layers[node].name
+        squares[name] = squares[name] + found if name in squares else found
+
+    observe_gradients(edit.program, spread(edit.data, _GRADIENT_TOKENS), set(layers), add, partial(edit.report, "gradients"))
+    return {name: (found + _LEAST_SHARE * found.mean()).clamp_min(_LEAST) for name, found in squares.items()}
+
+
+def _target(weight: torch.Tensor, read: Read | None, damping: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight W* and XᵀX + λI with which ‖XW'ᵀ - X₀Wᵀ‖² + λ‖W' - W‖² = ‖(W' - W*)(XᵀX + λI)^½‖² and what no W' changes."""
+    if read is None:
+        return weight, None
+    gram = read.moments.gram
+    if read.shift is not None:
+        weight = shifted(weight, gram, read.shift, damping)
+    return weight, damped(gram, damping)
+
+
+def _factored(weight: torch.Tensor, found: Spectrum, rank: int, read: Read | None, dtype: torch.dtype) -> _Factors:
+    """The factors, with the errors of their product and of plain SVD."""
+    u, v = found.truncated(rank)
+    plain = torch.mm(*spectrum(weight).truncated(rank))
+    gram = None if read is None else read.moments.gram
+    errors = [relative_error(weight, item, known) for known in (gram, None) for item in (u @ v, plain)]
+    return _Factors(u.to(dtype), v.to(dtype), tuple(errors))
+
+
+def _errors(factors: Sequence[_Factors], *, on_data: bool) -> str:
+    """A sentence on how far the layers are off: root mean squares over them."""
+    squares = torch.tensor([found.errors for found in factors], dtype=torch.float64).square().mean(0)
+    data, plain_data, weights, plain_weights = (f"{item:.1%}" for item in squares.sqrt().tolist())
+    count = f"{len(factors)} weight{'s' * (len(factors) > 1)}"
+    if not on_data:
+        return f"{count} in factors, which are off by {weights} (root mean square)"
+    return (
+        f"{count} in factors: what layers give on the calibration data is off by {data}, with plain SVD by {plain_data}; "
+        f"weights by {weights}, with plain SVD by {plain_weights} (root mean squares)"
+    )

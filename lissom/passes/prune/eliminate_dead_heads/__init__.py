@@ -1,0 +1,1 @@
+"""The pass `eliminate-dead-heads` and how it takes heads out."""

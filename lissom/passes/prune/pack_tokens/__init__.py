@@ -1,0 +1,1 @@
+"""The pass `pack-tokens` and how it follows tokens through a program."""

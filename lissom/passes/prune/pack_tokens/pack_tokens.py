@@ -1,0 +1,207 @@
+"""Compute what works token by token on real tokens only: gathered from a padded batch once, spread out again around attention.
+
+    rows = indices of the real tokens in mask [batch, tokens]        packed = x[rows]           [1, real tokens, features]
+    slot[b, t] = (how many real tokens stand up to (b, t)) - 1       padded = packed[slot]      [batch, tokens, features]
+
+Linear layers, norms, activations, embeddings and residual sums run on the packed rows, which are one long sequence to them;
+attention and whatever else looks across tokens runs on the padded form. Both directions are lookups of whole rows, so that
+every backend has them. In the padded form a padding position holds a copy of the last real token before it, which nothing may
+read. The pass is exact because it follows every value to where a mask hides padding, sets it to zero, or one position is
+chosen, and leaves the program alone where a value goes anywhere else. Of a row whose chosen position (`[CLS]`, the last token)
+is padding, or that has no real token, all positions are kept: attention from padding may see other padding.
+
+How many tokens are real is known only when the program runs; the history counts operations as if all were.
+
+Padding is removed so in ByteTransformer (Zhai et al. 2022, §III.D), there with a kernel of attention over packed rows.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.transforms.unflatten import unflatten_where
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.analysis.structure.padding import padding_masks
+from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, shape_of, with_operands
+from lissom.passes.prune.pack_tokens.token_flow import RESHAPES, PaddingReadError, TokenFlow, Use, has_layers, is_item
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PackTokens(Rewrite):
+    """Runs per-token work on real tokens only."""
+
+    def run(self, edit: Editor) -> None:
+        unflatten_where(edit, _packs)
+        for mask in edit.program.fact(padding_masks):
+            try:
+                flow = TokenFlow(edit.program, mask).run()
+            except PaddingReadError as found:
+                edit.skip(found.node, _obstacle(found.use))
+                continue
+            if has_layers(flow):
+                _Packer(edit, flow).run()
+
+
+def _obstacle(use: Use) -> str:
+    """Why tokens cannot be packed, from how padding is read."""
+    if use == "output":
+        return "it is an output, at padding positions too; put zero-padding in front if nobody reads these"
+    if use == "mask":
+        return "its mask does not hide padding"
+    if use == "operands":
+        return "its operands or its mask mix tokens in a way that is not followed"
+    return "it reads positions that may be padding"
+
+
+def _packs(edit: Editor) -> bool:
+    """True when there are tokens to pack."""
+    with suppress(PaddingReadError):
+        return any(has_layers(TokenFlow(edit.program, mask).run()) for mask in edit.program.fact(padding_masks))
+    return False
+
+
+@dataclass
+class _Packer:
+    """Puts packed calls in the place of padded ones."""
+
+    edit: Editor
+    flow: TokenFlow
+    new: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    gathered: dict[tuple[fx.Node, int | None, int | None], fx.Node] = field(default_factory=dict)
+
+    def run(self) -> None:
+        first = next(iter(self.flow.packed))
+        for position in self.flow.positions:
+            if isinstance(position, fx.Node):
+                self.edit.move_before(position, first)
+        with self.edit.before(first, like=[self.flow.mask]):
+            self._index(self._kept())
+        for node in list(self.flow.packed):
+            self.edit.current = node
+            self._pack(node)
+
+    def _kept(self) -> fx.Node:
+        """Which positions to keep, bool [batch, tokens]."""
+        call, mask = self.edit.call, self.flow.mask
+        real = call(aten.ne.Scalar, mask, 0)
+        whole = call(aten.logical_not.default, call(aten.any.dim, real, 1, True))
+        chosen = self._chosen()
+        if chosen is not None:
+            padding = call(aten.logical_and.default, chosen, call(aten.logical_not.default, real))
+            whole = call(aten.logical_or.default, whole, call(aten.any.dim, padding, 1, True))
+        return call(aten.logical_or.default, real, whole)
+
+    def _chosen(self) -> fx.Node | None:
+        """The positions that one is chosen by, bool [batch, tokens]; None where none is chosen."""
+        call = self.edit.call
+        if not self.flow.positions:
+            return None
+        chosen: fx.Node | None = None
+        start = self._numbers(1)
+        end = call(aten.sub.Scalar, call(aten.sub.Tensor, start, call(aten.amax.default, start, [1], True)), 1)
+        for position in self.flow.positions:
+            if isinstance(position, int):
+                found = [call(aten.eq.Scalar, start if position >= 0 else end, position)]
+            else:
+                column = call(aten.unsqueeze.default, position, 1)
+                found = [call(aten.eq.Tensor, counted, column) for counted in (start, end)]
+            for item in found:
+                chosen = item if chosen is None else call(aten.logical_or.default, chosen, item)
+        return chosen
+
+    def _numbers(self, dim: int) -> fx.Node:
+        """The number of each position's row (dim 0) or token (dim 1), [batch, tokens]."""
+        ones = self.edit.call(aten.ones_like.default, self.flow.mask, dtype=torch.int64)
+        return self.edit.call(aten.sub.Scalar, self.edit.call(aten.cumsum.default, ones, dim), 1)
+
+    def _index(self, kept: fx.Node) -> None:
+        """Where kept positions are in the batch, and where each position is among the kept ones."""
+        call = self.edit.call
+        self.batch, self.tokens = (self.edit.size(self.flow.mask, dim) for dim in (0, 1))
+        flat = call(aten.reshape.default, kept, [-1])
+        self.rows = call(aten.squeeze.dim, call(aten.nonzero.default, flat), 1)
+        counted = call(aten.cumsum.default, call(aten.to.dtype, flat, torch.int64), 0)
+        # A position in front of the first kept one takes that one.
+        self.slots = call(aten.clamp_min.default, call(aten.sub.Scalar, counted, 1), 0)
+        self.count = call(aten.sym_size.int, self.rows, 0)
+
+    def _pack(self, node: fx.Node) -> None:
+        edit = self.edit
+        with edit.before(node):
+            args, kwargs = with_operands(node, self._operands(node))
+            if node.target in RESHAPES:
+                args[1] = [1, self.count, *shape_of(node)[2:]]
+            target = cast(torch._ops.OpOverload, node.target)
+            new = edit.item(cast(fx.Node, args[0]), cast(int, args[1])) if is_item(node) else edit.call(target, *args, **kwargs)
+        self.new[node] = new
+        for user in list(node.users):
+            if user in self.flow.chosen:
+                self._choose(user, new)
+            elif nodes.is_call(user, aten.sym_size.int):
+                with edit.before(user):
+                    edit.replace(user, self._size(node, new, cast(int, user.args[1])))
+        if any(user not in self.flow.packed for user in node.users):
+            with edit.before(node.next, like=[node]):
+                padded = self._unpacked(new, self.slots, [self.batch, self.tokens])
+            edit.replace(node, padded)
+            self.new[padded] = new
+            self.flow.packed[padded] = None
+        else:
+            edit.rewritten += 1
+
+    def _operands(self, node: fx.Node) -> dict[Slot, object]:
+        """What the packed call reads, by where it stands."""
+        by_batch, by_tokens = (position_sources(node, dim) or {} for dim in (0, 1))
+        changed: dict[Slot, object] = {}
+        for slot, item in operands(node).items():
+            if item in self.new:
+                changed[slot] = self.new[item]
+            elif slot in by_batch or slot in by_tokens:
+                changed[slot] = self._gathered(item, by_batch.get(slot), by_tokens.get(slot))
+        return changed
+
+    def _gathered(self, item: fx.Node, batch_dim: int | None, token_dim: int | None) -> fx.Node:
+        """The kept rows of a padded value; of one that is the same for every row or every token, what belongs to them."""
+        key = (item, batch_dim, token_dim)
+        if key not in self.gathered:
+            self.gathered[key] = self._gather(*key)
+        return self.gathered[key]
+
+    def _gather(self, item: fx.Node, batch_dim: int | None, token_dim: int | None) -> fx.Node:
+        call = self.edit.call
+        if batch_dim is not None and token_dim is not None:
+            flat = call(aten.reshape.default, item, [1, -1, *shape_of(item)[2:]])
+            return call(aten.index_select.default, flat, 1, self.rows)
+        numbers = call(aten.reshape.default, self._numbers(0 if token_dim is None else 1), [-1])
+        wanted = call(aten.index_select.default, numbers, 0, self.rows)
+        if token_dim is not None:
+            return call(aten.index_select.default, item, token_dim, wanted)
+        return call(aten.transpose.int, call(aten.index_select.default, item, batch_dim, wanted), 0, 1)
+
+    def _unpacked(self, packed: fx.Node, slots: fx.Node, sizes: list[fx.Node | int]) -> fx.Node:
+        """Rows of a packed value spread out to the sizes."""
+        spread = self.edit.call(aten.index_select.default, packed, 1, slots)
+        return self.edit.call(aten.reshape.default, spread, [*sizes, *shape_of(packed)[2:]])
+
+    def _choose(self, user: fx.Node, packed: fx.Node) -> None:
+        """Read the chosen position of each row from the packed value."""
+        edit = self.edit
+        with edit.before(user):
+            slots = edit.call(aten.reshape.default, self.slots, [self.batch, self.tokens])
+            slots = edit.call(cast(torch._ops.OpOverload, user.target), slots, *user.args[1:])
+            found = self._unpacked(packed, slots, [self.batch])
+        edit.replace(user, found)
+
+    def _size(self, node: fx.Node, new: fx.Node, dim: int) -> fx.Node:
+        """The size of a dimension of the padded value."""
+        source = self.flow.mask if dim % len(shape_of(node)) < 2 else new
+        return self.edit.call(aten.sym_size.int, source, dim % len(shape_of(node)))

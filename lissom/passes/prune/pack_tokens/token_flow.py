@@ -1,0 +1,248 @@
+"""Which values of a program are needed at real tokens only, so that they may be computed there and nowhere else.
+
+Starting at embeddings and at layers that read an input, values are followed through everything that works position by position,
+and through attention whose mask hides padding. Such a value is *loose*: it need only be right at the positions that are kept.
+It ends where a mask sets it to zero at padding, or where single positions are chosen, which are then kept too. Where a loose
+value reaches anything else, an output or a sum over all positions, padding is read after all.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, cast
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.compiler.analysis.structure.linear import is_attention, is_linear
+from lissom.compiler.analysis.structure.padding import Values, hides, holds, kept_rows, zero_where_hidden
+from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, shape_of
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import TensorType
+
+aten = torch.ops.aten
+
+Place = tuple[int, int]
+"""Which dimensions of a value are the batch and the tokens."""
+FIRST: Place = (0, 1)
+Check = Callable[[torch.Tensor, torch.Tensor], bool]
+"""A question about a value, given which positions are kept."""
+Use = Literal["output", "positions", "operands", "mask"]
+"""How padding is read: as an output; by a call that mixes positions; as an attention's operands; past its mask."""
+
+_VIEWS = {
+    *(aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int, aten.expand.default),
+    *(aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default),
+    *(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
+}
+RESHAPES = {aten.reshape.default, aten.view.default}
+_PACKED_VIEWS = RESHAPES | {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default}
+"""Views that can be taken of packed tokens: they leave batch and tokens as they are."""
+
+
+class PaddingReadError(Exception):
+    """Padding is read after all: the node that reads it, and how."""
+
+    def __init__(self, node: fx.Node, use: Use) -> None:
+        super().__init__(use)
+        self.node = node
+        self.use: Use = use
+
+
+@dataclass
+class TokenFlow:
+    """How the tokens of one padding mask run through a program.
+
+    places: the loose values, and where their batch and tokens are.
+    packed: those of them to compute at kept positions alone, in order.
+    chosen: calls that read single positions of a loose value; positions: constant ones, and tensors of one a row.
+    """
+
+    program: Program
+    mask: fx.Node
+    places: dict[fx.Node, Place] = field(default_factory=dict[fx.Node, Place])
+    packed: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
+    chosen: dict[fx.Node, None] = field(default_factory=dict[fx.Node, None])
+    positions: dict[int | fx.Node, None] = field(default_factory=dict["int | fx.Node", None])
+    _checks: list[tuple[fx.Node, fx.Node, Check]] = field(default_factory=list["tuple[fx.Node, fx.Node, Check]"])
+
+    def run(self) -> TokenFlow:
+        """Follow the tokens.
+
+        Raises: PaddingReadError.
+        """
+        for node in self.program.nodes():
+            loose = {slot: self.places[item] for slot, item in operands(node).items() if item in self.places}
+            if not loose:
+                self._start(node)
+            elif is_attention(node):
+                self._attention(node, loose)
+            elif not isinstance(nodes.node_type(node), (TensorType, tuple)):
+                continue
+            elif not self._is_zeroed(node, loose) and not self._is_chosen(node, loose):
+                self._follow(node, loose)
+        for leaf in self.program.output.all_input_nodes:
+            if leaf in self.places:
+                raise PaddingReadError(leaf, "output")
+        for reader, mask, check in self._checks:
+            if not self._holds(mask, check):
+                raise PaddingReadError(reader, "mask")
+        self._choose_packed()
+        return self
+
+    def kept(self, values: Values) -> torch.Tensor:
+        """The positions that are kept, [batch, tokens], from the values of the mask and of computed positions."""
+        kept = kept_rows(values[self.mask])
+        for position in self.positions:
+            if isinstance(position, int):
+                kept[:, position] = True
+            else:
+                kept[torch.arange(len(kept)), values[position]] = True
+        return kept
+
+    def _holds(self, value: fx.Node, check: Check) -> bool:
+        wanted = [value, *(item for item in self.positions if isinstance(item, fx.Node))]
+
+        def check_values(values: Values) -> bool:
+            return check(values[value], self.kept(values))
+
+        return holds(self.program, self.mask, wanted, check_values)
+
+    def _start(self, node: fx.Node) -> None:
+        """Begin at an embedding of, or a layer over, [batch, tokens, ...]."""
+        if not nodes.is_call(node, aten.embedding.default, aten.linear.default):
+            return
+        sizes = nodes.tensor_type(self.mask).shape
+        source = node.args[1 if node.target is aten.embedding.default else 0]
+        if shape_of(node)[:2] == sizes and shape_of(source)[:2] == sizes and len(shape_of(node)) > 2:
+            self.places[node] = FIRST
+
+    def _attention(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
+        q, k, v = (cast(fx.Node, item) for item in node.args[:3])
+        rank = len(shape_of(node))
+        if any(item in self.places and self.places[item][1] != rank - 2 for item in (q, k, v)) or not {0, 1, 2}.issuperset(
+            loose
+        ):
+            raise PaddingReadError(node, "operands")
+        batches = {place[0] for place in loose.values()}
+        if len(batches) > 1 or not batches.issubset(range(rank - 2)):
+            raise PaddingReadError(node, "operands")
+        if k in self.places or v in self.places:
+            mask = mask_of(node)
+            if mask is None or rank != 4:
+                raise PaddingReadError(node, "mask")
+            self._checks.append((node, mask, partial(hides, own=q in self.places)))
+        if q in self.places:
+            self.places[node] = self.places[q]
+
+    def _is_zeroed(self, node: fx.Node, loose: dict[Slot, Place]) -> bool:
+        """True for a choice or product with a value that may be zero at padding; that it is, is checked at the end."""
+        if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and list(loose) == [0]:
+            mask, hidden = cast(fx.Node, node.args[1]), True
+        elif nodes.is_call(node, aten.where.self, aten.where.ScalarOther) and list(loose) == [1]:
+            mask, hidden = cast(fx.Node, node.args[0]), False
+        elif (
+            nodes.is_call(node, aten.mul.Tensor)
+            and len(loose) == 1
+            and nodes.is_tensor(node.args[1 - cast(int, next(iter(loose)))])
+        ):
+            mask, hidden = cast(fx.Node, node.args[1 - cast(int, next(iter(loose)))]), False
+        else:
+            return False
+        (place,) = loose.values()
+        rank = len(shape_of(node))
+        if rank != len(shape_of(node.args[cast(int, next(iter(loose)))])):
+            return False
+
+        def is_zero(value: torch.Tensor, kept: torch.Tensor) -> bool:
+            return zero_where_hidden(~value if hidden else value, kept, place, rank)
+
+        # Positions chosen further on are kept too, which only makes this easier to hold.
+        return self._holds(mask, is_zero)
+
+    def _is_chosen(self, node: fx.Node, loose: dict[Slot, Place]) -> bool:
+        """True for a call that reads one position a row, known before any loose value is."""
+        if list(loose) != [0]:
+            return False
+        batch_dim, token_dim = loose[0]
+        rank = len(shape_of(node.args[0]))
+        if nodes.is_call(node, aten.select.int) and cast(int, node.args[1]) % rank == token_dim:
+            if not isinstance(node.args[2], int):
+                return False
+            self.positions[node.args[2]] = None
+        elif nodes.is_call(node, aten.index.Tensor) and (batch_dim, token_dim) == FIRST:
+            position = row_position(self.program, node)
+            if position is None or not self._is_early(position):
+                return False
+            self.positions[position] = None
+        else:
+            return False
+        self.chosen[node] = None
+        return True
+
+    def _is_early(self, position: fx.Node) -> bool:
+        """True when the value does not depend on loose ones, and can be computed on probes."""
+        return holds(self.program, self.mask, [position], _is_computed)
+
+    def _follow(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
+        place = place_of(node, loose)
+        if place is None:
+            raise PaddingReadError(node, "positions")
+        self.places[node] = place
+
+    def _choose_packed(self) -> None:
+        """What is computed in packed form: calls over [batch, tokens, ...], and the views that only such calls are between."""
+        wanted = {node for node, place in self.places.items() if place == FIRST and self._packs(node)}
+        views = {node for node in self.places if node.target in _VIEWS or is_item(node)}
+        for node in reversed(self.places):
+            if node in views and node in wanted and wanted.isdisjoint(node.users):
+                wanted.discard(node)
+        for node in self.places:
+            sources = [item for item in operands(node).values() if item in self.places]
+            whole = is_item(node) and sources[0] in self.packed
+            if whole or (node in wanted and (node not in views or all(item in self.packed for item in sources))):
+                self.packed[node] = None
+
+    def _packs(self, node: fx.Node) -> bool:
+        """True when the call can be made of packed tokens: all that is loose has batch and tokens in front."""
+        if is_attention(node) or any(self.places.get(item, FIRST) != FIRST for item in operands(node).values()):
+            return False
+        if node.target in RESHAPES:
+            return shape_of(node)[:2] == shape_of(node.args[0])[:2] and all(
+                isinstance(size, int) for size in shape_of(node)[2:]
+            )
+        return node.target not in _VIEWS or node.target in _PACKED_VIEWS
+
+
+def _is_computed(_: Values) -> bool:
+    return True
+
+
+def is_item(node: fx.Node) -> bool:
+    """True for one of the values that a call yields several of."""
+    return node.target is operator.getitem
+
+
+def place_of(node: fx.Node, loose: dict[Slot, Place]) -> Place | None:
+    """Where batch and tokens are in what a call yields; None when positions are mixed."""
+    rank = len(shape_of(node))
+    sources = [position_sources(node, dim) or {} for dim in range(rank)]
+    found: list[int] = []
+    for which in (0, 1):
+        dims = [
+            dim for dim, known in enumerate(sources) if all(known.get(slot) == place[which] for slot, place in loose.items())
+        ]
+        if len(dims) != 1:
+            return None
+        found += dims
+    return found[0], found[1]
+
+
+def has_layers(flow: TokenFlow) -> bool:
+    """True when packing saves products of matrices."""
+    return any(is_linear(node) for node in flow.packed)

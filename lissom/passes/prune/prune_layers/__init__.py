@@ -1,0 +1,1 @@
+"""The pass `prune-layers` and the branches it takes out."""

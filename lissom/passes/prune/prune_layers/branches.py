@@ -1,0 +1,112 @@
+"""Residual branches: what an attention or a feed-forward reads from the residual stream, and the sum that takes it back in.
+
+pre-norm:   y = x + f(norm(x))          before: x   after: y
+post-norm:  y = norm(x + f(x))          before: x   after: y, behind the norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
+from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, input_of, is_linear, is_pointwise, residual_of
+
+_SUMS = 4
+"""How many sums may lie between a branch and the stream, where several branches are added up first."""
+_FAR = 12
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch.
+
+    last: the linear layer that ends it. before, after: the residual stream before and after it.
+    total: the first sum behind it, of `addend`, which comes from it, and `rest`. Where branches are in parallel, that is the
+        sum of two of them; else it is the sum with the stream, and `rest` is `before`.
+    post_norm: whether `after` is a norm of the sum with the stream.
+    """
+
+    last: fx.Node
+    before: fx.Node
+    after: fx.Node
+    total: fx.Node
+    addend: fx.Node
+    rest: fx.Node
+    post_norm: bool
+
+
+def branch_of(site: AttentionSite | FeedForwardSite) -> Branch | str:
+    """The branch of a site, or why none can be told."""
+    last = site.output if isinstance(site, AttentionSite) else site.down
+    firsts = site.q if isinstance(site, AttentionSite) else site.up
+    if last is None or not firsts:
+        return "it has no layers that lead into it and out of it"
+    behind = _behind(input_of(firsts[0]))
+    total = stream = site.residual
+    for _ in range(_SUMS):
+        if total is None or stream is None:
+            break
+        for before in stream.all_input_nodes:
+            if (bare := _bare(before)) in behind:
+                addend, rest = _operands(total, last)
+                plain = not any(nodes.is_call(node, *NORMS) for node in behind[: behind.index(bare)])
+                norm = _only_norm(stream) if plain and not _norm_between(addend, last) else None
+                return Branch(last, before, norm or stream, total, addend, rest, norm is not None)
+        stream = residual_of(stream)
+    return "the sum that takes it back into the residual stream cannot be told"
+
+
+def follow(branches: Sequence[Branch]) -> bool:
+    """True when each branch reads what the one before it leaves, or ends in the same sum, so that nothing lies between them."""
+    pairs = pairwise(branches)
+    return all(_bare(later.before) is _bare(earlier.after) or later.after is earlier.after for earlier, later in pairs)
+
+
+def _operands(total: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What a sum takes from the layer, and what else."""
+    node = last
+    while total not in node.users:
+        (node,) = node.users
+    return node, next((item for item in total.all_input_nodes if item is not node), node)
+
+
+def _bare(node: fx.Node) -> fx.Node:
+    """The value before shapes and casts."""
+    while nodes.is_call(node, *SHAPES) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """The value and those it was before shapes, casts and norms were applied to it, nearest first."""
+    found = [node]
+    while nodes.is_call(node, *SHAPES, *NORMS) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        found.append(node)
+    return found
+
+
+def _only_norm(total: fx.Node) -> fx.Node | None:
+    """The norm that alone reads a sum."""
+    users = list(total.users)
+    return users[0] if len(users) == 1 and nodes.is_call(users[0], *NORMS) else None
+
+
+def _norm_between(addend: fx.Node, last: fx.Node) -> bool:
+    """True when the branch is normed before it is added, as in Gemma and OLMo 2."""
+    node = addend
+    for _ in range(_FAR):
+        if node is last or is_linear(node):
+            return False
+        if nodes.is_call(node, *NORMS):
+            return True
+        if not (nodes.is_call(node, *SHAPES) or is_pointwise(node)) or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
+    return False

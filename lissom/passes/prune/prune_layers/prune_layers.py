@@ -1,0 +1,185 @@
+"""Remove whole layers, or the attention or feed-forward of them: those that change the residual stream least.
+
+    influence = 1 − E[cos(x, y)]     x, y: the residual stream of one token before and after
+
+- `influence` needs calibration data; padding is left out. Men et al. 2024, ShortGPT: Layers in Large Language Models are More
+  Redundant Than You Expect, equation 1. https://arxiv.org/abs/2403.03853 All are measured in the program as it is, once.
+- `magnitude` needs none: the Frobenius norm of the last matrices of the layer's branches, which bounds what they can add. It is
+  weaker, as it does not know what they read.
+
+How a layer is taken out depends on where its norms are. Pre-norm, y = x + f(norm(x)): weight and bias of the last layer of
+each branch are set to zero, so that y = x, and `eliminate-dead-layers` takes the branch out. Post-norm, y = norm(x + f(x)), as
+in BERT: with f = 0 the stream would be normed once more and changed, so the layer is passed by with its norms,
+y = x, which this pass does itself. So are layers whose weights others share, as in ALBERT, and those whose branch ends in a
+norm with a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.passes.prune.prune_layers.branches import Branch, branch_of, follow
+from lissom.compiler.calibration.statistics import observe
+from lissom.compiler.ir.editor import Editor
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.analysis.structure.linear import weight_of
+from lissom.compiler.ir.program import Program
+from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.analysis.structure.transformer import Layer, structure
+from lissom.compiler.analysis.axes.zeros import is_zero, zeros
+
+
+@dataclass(frozen=True)
+class PruneLayers(Approximation):
+    """Removes the layers that change the residual stream least.
+
+    keep: the share of the layers that stays, above 0 and below 1, rounded to whole layers.
+    part: what goes of a layer: all of it, or its `attention` or `feed-forward` alone.
+    criterion: how layers are ranked; `influence` needs calibration data.
+    protect: module paths of layers that stay, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    """
+
+    keep: float = 0.75
+    part: Literal["layer", "attention", "feed-forward"] = "layer"
+    criterion: Literal["influence", "magnitude"] = "influence"
+    protect: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep < 1:
+            raise UnsupportedError(f"prune-layers keeps a share of the layers above 0 and below 1, not keep={self.keep:g}")
+
+    def run(self, edit: Editor) -> None:
+        found: dict[str, list[Branch] | str] = {}
+        for layer in edit.program.fact(structure).layers:
+            found |= _units(edit.program, layer, self.part)
+        staying = {name: unit for name, unit in found.items() if isinstance(unit, str)}
+        staying |= {name: "it is protected" for name in found if is_path_protected(name.partition(" ")[0], self.protect)}
+        units = {name: unit for name, unit in found.items() if name not in staying and not isinstance(unit, str)}
+        count = self._count(len(found), staying)
+        scores = self._scores(edit, units)
+        chosen = sorted(units, key=scores.__getitem__)[:count]
+        _remove(edit, [branch for path, unit in units.items() if path in chosen for branch in unit])
+
+    def _count(self, layers: int, staying: dict[str, str]) -> int:
+        """How many layers go.
+
+        Raises: UnsupportedError when that many cannot.
+        """
+        what = {"layer": "layers", "attention": "attentions", "feed-forward": "feed-forwards"}[self.part]
+        count = layers - max(1, round(self.keep * layers))
+        if not layers:
+            raise UnsupportedError(f"prune-layers finds no {what} in this program, so none can go")
+        if count == 0:
+            possible = f"keep={(layers - 1) / layers:.2g} removes one" if layers > 1 else "one has to stay"
+            raise UnsupportedError(f"prune-layers{{keep={self.keep:g}}} removes none of {layers} {what}, rounded; {possible}")
+        if count > layers - len(staying):
+            (path, reason), more = next(iter(staying.items())), len(staying) - 1
+            also = f", and {more} more stay too" if more else ""
+            possible = f"keep={len(staying) / layers:.2g} or more is possible" if len(staying) < layers else "none can go"
+            raise UnsupportedError(
+                f"prune-layers{{keep={self.keep:g}}} has to remove {count} of {layers} {what}, but '{path}' cannot go: "
+                f"{reason}{also}; {possible}"
+            )
+        return count
+
+    def _scores(self, edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float]:
+        if self.criterion == "magnitude":
+            return {path: _magnitude(edit.program, unit) for path, unit in units.items()}
+        if not edit.data:
+            raise RequirementError(
+                "prune-layers{criterion=influence} needs calibration data: pass data=, or choose criterion=magnitude"
+            )
+        return _influences(edit, units)
+
+
+def _units(program: Program, layer: Layer, part: str) -> dict[str, list[Branch] | str]:
+    """The branches to remove together, in order, or why they cannot be; none where the layer has none of that kind.
+
+    A layer that is called several times, as in ALBERT, is one each time: `layers.0`, `layers.0 (call 2)`.
+    """
+    branches = _branches(program, layer, part)
+    if isinstance(branches, str):
+        return {layer.path: branches}
+    calls: list[list[Branch]] = []
+    for branch in branches:
+        if not calls or any(weight_of(branch.last) is weight_of(other.last) for other in calls[-1]):
+            calls.append([])
+        calls[-1].append(branch)
+    names = [layer.path, *(f"{layer.path} (call {index})" for index in range(2, len(calls) + 1))]
+    reason = "between its parts something else changes the residual stream"
+    return {name: call if follow(call) else reason for name, call in zip(names, calls, strict=False)}
+
+
+def _branches(program: Program, layer: Layer, part: str) -> list[Branch] | str:
+    """The branches of a layer in order, or why they cannot be told."""
+    sites = [*(layer.attention if part != "feed-forward" else ()), *(layer.feed_forward if part != "attention" else ())]
+    mixtures = [site.path for site in program.fact(structure).mixtures]
+    if part == "layer" and any(f"{path}.".startswith(f"{layer.path}.") for path in mixtures):
+        return "it holds a mixture of experts, which has no one branch"
+    branches: list[Branch] = []
+    for site in sites:
+        branch = branch_of(site)
+        if isinstance(branch, str):
+            return branch
+        if nodes.node_type(branch.before) != nodes.node_type(branch.after):
+            return "the residual stream has another type after it"
+        branches.append(branch)
+    order = {node: index for index, node in enumerate(program.graph.nodes)}
+    branches.sort(key=lambda branch: order[branch.total])
+    return branches
+
+
+def _influences(edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float]:
+    """1 − the mean cosine of the residual stream before and after each unit, over real tokens."""
+    cosines, counts = dict.fromkeys(units, 0.0), dict.fromkeys(units, 0)
+    seen: dict[fx.Node, torch.Tensor] = {}
+
+    def visit(node: fx.Node, rows: torch.Tensor) -> None:
+        seen[node] = rows.float()
+        for path, unit in units.items():
+            if unit[-1].after is node:
+                cosines[path] += float(torch.cosine_similarity(seen[unit[0].before], seen[node], -1).sum())
+                counts[path] += len(rows)
+
+    observe(edit.program, edit.data, {node for unit in units.values() for node in (unit[0].before, unit[-1].after)}, visit)
+    return {path: 1 - cosines[path] / max(1, counts[path]) for path in units}
+
+
+def _magnitude(program: Program, unit: list[Branch]) -> float:
+    """The Frobenius norm of the last matrices of all branches together."""
+    weights = [weight_of(branch.last) for branch in unit]
+    return sum(float(program.weight(str(item.target)).detach().square().sum()) for item in weights if item is not None) ** 0.5
+
+
+def _remove(edit: Editor, branches: Sequence[Branch]) -> None:
+    """Let branches, given in order, add nothing: by zeros in the last layer where that does it, else by passing them by."""
+    zeroed = {branch: read for branch in branches if not branch.post_norm and (read := _own_weights(edit, branch))}
+    for weight, tensor in (item for read in zeroed.values() for item in read):
+        edit.set_weight(weight, torch.zeros_like(tensor))
+    found = edit.program.fact(zeros) if zeroed else {}
+    dead = [branch for branch in zeroed if is_zero(found, branch.addend)]
+    edit.rewritten += len(dead)
+    for branch in reversed([branch for branch in branches if branch not in dead]):
+        for weight, tensor in zeroed.get(branch, ()):
+            edit.set_weight(weight, tensor)
+        if not branch.post_norm and not branch.total._erased:
+            edit.replace(branch.total, branch.rest)
+        elif not branch.after._erased:
+            edit.replace(branch.after, branch.before)
+
+
+def _own_weights(edit: Editor, branch: Branch) -> list[tuple[fx.Node, torch.Tensor]]:
+    """Weight and bias of a branch's last layer, with their values; none where something else reads them too."""
+    weight = weight_of(branch.last)
+    assert weight is not None, "a branch ends in a linear layer"
+    read = dict.fromkeys([weight, *(item for item in branch.last.all_input_nodes if item.op == "get_attr")])
+    if any(len(item.users) > 1 for item in read):
+        return []
+    return [(item, edit.program.weight(str(item.target)).detach()) for item in read]

@@ -1,0 +1,95 @@
+"""Quantized layers on a CUDA device, on PyTorch's own products of short formats, beside the program that simulates them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import lissom
+from lissom.backends.simulated_layers import count_kernels
+from lissom.compiler.verify.rounding import SHARE, rounding_loss
+from lissom.compiler.ir.samples import resize
+from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
+from lissom.ops.quantization import dequantize
+from lissom.passes.lowering.lower_quantized_products import capability, tiles
+from tests.models import Case, seeded, tokens
+from tests.passes.harness import aten, calls
+
+pytestmark = pytest.mark.gpu
+
+LAYERS, LINEAR = 2, 6
+PRODUCTS = {
+    "quantize": aten._int_mm.default,
+    "quantize{activations=tensor}": aten._int_mm.default,
+    "quantize{scheme=int8-static}": aten._int_mm.default,
+    "cast{dtype=bf16},quantize": aten._int_mm.default,
+    "quantize{scheme=fp8}": aten._scaled_mm.default,
+    "cast{dtype=bf16},quantize{scheme=fp8}": aten._scaled_mm.default,
+    "cast{dtype=bf16},quantize{scheme=fp8,activations=tensor}": aten._scaled_mm.default,
+    "cast{dtype=bf16},quantize{scheme=int4-weight}": aten._weight_int4pack_mm.default,
+    "cast{dtype=bf16},quantize{scheme=int4-weight,group=64,symmetric=false}": aten._weight_int4pack_mm.default,
+}
+
+
+def bert() -> Case:
+    """A BERT in the shape of MiniLM, whose sizes are multiples of 64."""
+    config = transformers.BertConfig(
+        vocab_size=37, hidden_size=128, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=256,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    ids = tokens(2, 7)
+    return Case(seeded(lambda: transformers.BertModel(config, add_pooling_layer=False)).cuda(), {"input_ids": ids.cuda()})
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("passes", PRODUCTS)
+def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str) -> None:
+    device = torch.device("cuda")
+    if "fp8" in passes and (capability(device) or (0, 0)) < (8, 9):
+        pytest.skip("products of fp8 need compute capability 8.9")
+    case = bert()
+    simulated = lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs]).program
+    fast = lissom.compile(
+        case.model, case.inputs, passes=passes, data=[case.inputs], backend=backend, only_if_faster=False
+    )  # fmt: skip
+    assert calls(fast.program, PRODUCTS[passes]) == count_kernels(fast.program) == LAYERS * LINEAR
+    assert calls(fast.program, dequantize) == 0
+    told = f"{LAYERS * LINEAR} of {LAYERS * LINEAR} quantized layers run in integers"
+    assert any(told in note for note in fast.report.history.steps[-1].notes)
+    signature, example = simulated.signature, simulated.signature.flatten((), case.inputs)
+    for batch, sequence in ((1, 1), (3, 5), (16, 33)):
+        sample = resize(signature, example, dict(zip(signature.dimensions, (batch, sequence), strict=True)))
+        wanted = run_samples(simulated, [sample])
+        loss = rounding_loss(simulated, [sample], wanted)
+        # What two programs may differ by that round values, or compute in bfloat16.
+        allowed = max(tolerance_of(fast.program), SHARE * loss)
+        for _ in range(3):
+            found = fast(input_ids=sample[0]).last_hidden_state  # pyright: ignore
+            assert compare([[wanted[0][0]]], [[found]]).relative_error <= allowed
+
+
+@pytest.mark.parametrize(("features", "inputs"), [(8, 32), (16, 64), (24, 128), (64, 384)])
+def test_tiles_of_four_bits_hold_the_weight(features: int, inputs: int) -> None:
+    q = torch.randint(-8, 8, (features, inputs), dtype=torch.int8).cuda()
+    grid = torch.stack((torch.ones(inputs // 32, features), torch.zeros(inputs // 32, features)), -1).bfloat16().cuda()
+    # Each row of the unit matrix picks one column of the weight, and whole numbers up to 8 are exact in bfloat16.
+    found = aten._weight_int4pack_mm.default(torch.eye(inputs).bfloat16().cuda(), tiles(q), 32, grid)
+    assert torch.equal(found.T.to(torch.int8), q)
+
+
+@pytest.mark.parametrize("rows", [32, 33, 49, 161])
+def test_sums_of_bytes_are_exact(rows: int) -> None:
+    left, right = (torch.randint(-128, 128, (size, 384), dtype=torch.int8) for size in (rows, 1536))
+    found = aten._int_mm.default(left.cuda(), right.cuda().T)
+    assert torch.equal(found.cpu(), left.int() @ right.int().T)
+
+
+def test_weights_of_eight_bits_are_measured_on_it() -> None:
+    """Either a layer runs on `_weight_int8pack_mm`, or the history has both times."""
+    case = bert()
+    passes = "quantize{scheme=int8-weight}"
+    fast = lissom.compile(case.model, case.inputs, passes=passes, simulate=True, only_if_faster=False)
+    step = next(item for item in fast.report.history.steps if item.spelling == "lower-quantized-products")
+    assert step.rewritten + len(step.skipped) == LAYERS * LINEAR
+    assert all(skip.reason.startswith("with weights of eight bits it takes") for skip in step.skipped)

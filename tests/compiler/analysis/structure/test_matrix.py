@@ -1,0 +1,58 @@
+"""Tests of lissom.compiler.analysis.structure.matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import lissom
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.analysis.structure.linear import is_linear
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from tests.models import captured, normal, seeded
+
+
+class Products(nn.Module):
+    """One matrix each way round, one through views, one cut, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.turned = nn.Parameter(normal(3, 4)), nn.Parameter(normal(4, 3))
+        self.whole = nn.Parameter(normal(4, 6))
+        self.convolution = nn.Conv1d(2, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            nn.functional.linear(x, self.plain),
+            x @ self.turned,
+            x @ self.plain.t(),
+            x @ self.whole[:, :3],
+            self.convolution(x),
+        ]
+
+
+def test_matrices_are_features_out_by_features_in():
+    module, x = seeded(Products), normal(2, 4)
+    program = lissom.frontends.export.capture(module, (x,), {}, dynamic=False).program
+    found = [matrix_of(node) for node in program.nodes() if is_linear(node)]
+    assert [item.transposed if isinstance(item, Matrix) else item for item in found] == [
+        False,
+        True,
+        False,
+        "its weight is cut, cast or reshaped before it is used",
+        "it is a convolution or a product of batches",
+    ]
+    for item in found[:3]:
+        assert item.read(program).shape == (3, 4)
+    assert len(readers_of(found[0].node)) == 2
+
+
+def test_what_is_written_is_read_back_and_counts():
+    program = captured("gpt2")
+    layer = next(node for node in program.nodes() if is_linear(node))
+    matrix, edit = matrix_of(layer), Editor(program, "test")
+    wanted = normal(48, 16)
+    matrix.write(edit, wanted)
+    assert torch.equal(matrix.read(program), wanted)
+    assert program.weight(matrix.name).shape == (16, 48) and program.weight(matrix.name).is_contiguous()
+    assert edit.rewritten == 1

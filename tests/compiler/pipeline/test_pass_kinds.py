@@ -1,0 +1,63 @@
+"""Tests of lissom.compiler.pipeline.pass_kinds."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Annotation, Approximation, Pass, Rewrite, Training
+from tests.models import captured
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class RaiseRms8Norm(Rewrite):
+    def run(self, edit: Editor) -> None:
+        pass
+
+
+def test_a_pass_is_named_after_its_class_in_kebab_case():
+    assert RaiseRms8Norm.name() == "raise-rms8-norm"
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [(Rewrite, "rewrite"), (Approximation, "approximation"), (Annotation, "annotation"), (Training, "training")],
+)
+def test_each_kind_has_a_word(kind, word):
+    assert kind.kind == word
+    assert issubclass(kind, Pass)
+
+
+def test_a_pass_must_say_how_it_runs():
+    with pytest.raises(TypeError, match="abstract"):
+        Rewrite()
+
+
+def test_floating_point_weights_are_no_breach():
+    assert FLOATING_POINT_WEIGHTS.breach(captured("bert")) is None
+
+
+def test_an_integer_weight_of_a_linear_layer_is_a_breach():
+    program = captured("feed_forward")
+    edit = Editor(program, "quantize")
+    read = program.nodes(aten.linear.default)[1].args[1]
+    with edit.before(program.nodes()[0]):
+        integers = edit.weight("down.integers", torch.zeros(8, 12, dtype=torch.int8))
+    read.replace_all_uses_with(integers)
+    assert FLOATING_POINT_WEIGHTS.breach(program) is integers
+    assert FLOATING_POINT_WEIGHTS.sentence(program, "prune-heads", integers) == (
+        "prune-heads requires that weights of linear layers are floating point; weight @down.integers: i8[8, 12] breaks it, "
+        "made so by quantize: put this pass before the one that quantizes"
+    )
+
+
+def test_a_breach_that_no_pass_made_is_the_model_s():
+    program = captured("feed_forward")
+    read = program.nodes(aten.linear.default)[1].args[1]
+    assert FLOATING_POINT_WEIGHTS.sentence(program, "prune-heads", read) == (
+        "prune-heads requires that weights of linear layers are floating point; weight @down.weight: f32[8, 12] breaks it, "
+        "so in the model as it came: put this pass before the one that quantizes"
+    )

@@ -1,0 +1,224 @@
+"""Tests of prune-layers, with the models' own layers taken out by hand as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lissom
+from lissom.passes.prune.prune_layers.branches import branch_of
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.passes import PASSES
+from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
+from tests.models import VOCABULARY, Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
+from tests.passes.harness import aten, calls, check_golden, rewrite
+
+Build = Callable[[], Case]
+LAYERS: dict[Build, Callable[[nn.Module], nn.ModuleList]] = {
+    tiny_gpt2: lambda model: model.h,
+    tiny_llama: lambda model: model.model.layers,
+    tiny_bert: lambda model: model.encoder.layer,
+    tiny_t5: lambda model: model.encoder.block,
+}
+
+
+def deep(layers: int = 4) -> Case:
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=layers, n_head=2, n_positions=32, use_cache=False, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return Case(seeded(lambda: transformers.GPT2Model(config)), tiny_gpt2().inputs)
+
+
+def albert() -> Case:
+    """Two layers of the same weights, normed behind each sum."""
+    config = transformers.AlbertConfig(
+        vocab_size=VOCABULARY, embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=32,
+    )  # fmt: skip
+    return Case(seeded(lambda: transformers.AlbertModel(config)), tiny_bert().inputs)
+
+
+def gemma() -> Case:
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=24, max_position_embeddings=32, sliding_window=3, pad_token_id=0, use_cache=False, bos_token_id=0,
+        eos_token_id=0, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return Case(seeded(lambda: transformers.Gemma3ForCausalLM(config)), tiny_llama().inputs)
+
+
+def neox() -> Case:
+    """Attention and feed-forward in parallel."""
+    config = transformers.GPTNeoXConfig(
+        vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, use_cache=False, use_parallel_residual=True, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return Case(seeded(lambda: transformers.GPTNeoXModel(config)), tiny_llama().inputs)
+
+
+@cache
+def exact(build: Build) -> Program:
+    case = build()
+    return lissom.optimize(case.model, case.inputs).program
+
+
+def pruned(build: Build, passes: str, data: bool = True) -> tuple[Program, History]:
+    program = exact(build)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    given = [{"input_ids": tokens(seed=seed), "attention_mask": mask} for seed in range(3)]
+    flat = [program.signature.flatten((), inputs) for inputs in given]
+    return Pipeline(parse_pipeline(passes, PASSES), samples=flat[:1], data=flat if data else ()).run(program)
+
+
+def same(found: object, wanted: object) -> None:
+    for one, other in zip(found.values(), wanted.values(), strict=True):  # pyright: ignore
+        # Sums of some dozens of float32 products of order 1.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+
+
+class Layer(nn.Module):
+    """A feed-forward with its norm before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Normed(Layer):
+    """A feed-forward with its norm behind it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.down(torch.relu(self.up(x))))
+
+
+def test_rewrites() -> None:
+    """Behind norms layers are passed by; the text of the others stays as it is."""
+    model = seeded(lambda: nn.Sequential(Normed(), Normed()))
+    _, history = rewrite(PruneLayers(keep=0.5, criterion="magnitude"), model, normal(2, 5, 8))
+    check_golden("prune_layers", history.diff(0, 1))
+    model = seeded(lambda: nn.Sequential(Layer(), Layer()))
+    _, history = rewrite(PruneLayers(keep=0.5, criterion="magnitude"), model, normal(2, 5, 8))
+    assert history.texts[0] == history.texts[1]
+    assert history.steps[1].summary == "rewrote 1"
+
+
+@pytest.mark.parametrize("build", LAYERS, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("criterion", ["influence", "magnitude"])
+def test_numbers(build: Build, criterion: str) -> None:
+    """What is left answers as the model without that layer."""
+    case = build()
+    path = exact(build).fact(structure).layers[0].path
+    program, _ = pruned(build, f"prune-layers{{keep=0.5,criterion={criterion},protect={path}}}")
+    layers = LAYERS[build](case.model)
+    if build is tiny_t5:
+        # The first block holds the relative positions of all.
+        layers[1] = Passed()
+    else:
+        del layers[1]
+    case.model.config.num_hidden_layers = 1
+    with torch.no_grad():
+        same(program(**case.kwargs), case.model(**case.kwargs))
+
+
+class Passed(nn.Module):
+    def forward(self, hidden: torch.Tensor, mask: object, bias: object, *_: object, **__: object) -> tuple[object, ...]:
+        return hidden, bias, None
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, gemma, neox], ids=lambda build: build.__name__)
+def test_what_is_zeroed_is_then_eliminated_exactly(build: Build) -> None:
+    for part, gone in (("layer", 2), ("attention", 1), ("feed-forward", 1)):
+        program, history = pruned(build, f"prune-layers{{keep=0.5,part={part}}},eliminate-dead-layers")
+        assert history.steps[1].summary == f"rewrote {gone}"
+        assert history.steps[2].relative_error == 0
+        found = program.fact(structure)
+        assert (len(found.attention), len(found.feed_forward)) == {
+            "layer": (1, 1), "attention": (1, 2), "feed-forward": (2, 1)
+        }[part]  # fmt: skip
+
+
+def test_layers_that_share_weights_are_passed_by() -> None:
+    program, history = pruned(albert, "prune-layers{keep=0.5}")
+    assert calls(program, aten.scaled_dot_product_attention.default) == 1
+    assert history.steps[1].summary == "rewrote 2"
+
+
+def test_influence_is_one_minus_the_cosine_over_real_tokens() -> None:
+    """The order of removal is that of the scores, taken from the model's own hidden states."""
+    case = deep()
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    with torch.no_grad():
+        inputs = [{"input_ids": tokens(seed=seed), "attention_mask": mask} for seed in range(3)]
+        states: list[torch.Tensor] = []
+        hooks = [layer.register_forward_hook(lambda _, args, out: states.append(out)) for layer in case.model.h]
+        case.model.h[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        scores = torch.zeros(4)
+        for item in inputs:
+            states.clear()
+            case.model(**item)
+            for index in range(4):
+                x, y = states[index][mask != 0], states[index + 1][mask != 0]
+                scores[index] += (1 - (x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).sum()
+        assert len(hooks) == 4
+    least = int(scores.argmin())
+    program, _ = pruned(deep, "prune-layers{keep=0.75}")
+    dead = {index for index in range(4) if not program.weight(f"h.{index}.mlp.c_proj.weight").any()}
+    assert dead == {least}
+
+
+@pytest.mark.parametrize("build", LAYERS, ids=lambda build: build.__name__)
+def test_branches(build: Build) -> None:
+    """BERT norms behind its sums, the others before what they add."""
+    found = exact(build).fact(structure)
+    branches = [branch_of(site) for site in (*found.attention, *found.feed_forward)]
+    assert [branch.post_norm for branch in branches] == [build is tiny_bert] * 4  # pyright: ignore
+
+
+def test_too_much_is_refused_with_the_place_the_reason_and_what_is_possible() -> None:
+    with pytest.raises(UnsupportedError) as refusal:
+        pruned(deep, 'prune-layers{keep=0.25,protect="h.0 h.2"}')
+    assert str(refusal.value) == (
+        "prune-layers{keep=0.25} has to remove 3 of 4 layers, but 'h.0' cannot go: it is protected, and 1 more stay too; "
+        "keep=0.5 or more is possible"
+    )
+
+
+def test_too_little_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"prune-layers\{keep=0.9\} removes none of 2 layers, rounded; keep=0.5 removes"):
+        pruned(tiny_gpt2, "prune-layers{keep=0.9}")
+    with pytest.raises(UnsupportedError, match="above 0 and below 1, not keep=1"):
+        PruneLayers(keep=1.0)
+
+
+def test_a_program_without_layers_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="prune-layers finds no layers in this program, so none can go"):
+        rewrite(PruneLayers(), seeded(lambda: nn.Linear(8, 8)), normal(2, 5, 8))
+
+
+def test_without_data_influence_says_so() -> None:
+    with pytest.raises(RequirementError, match=r"prune-layers\{criterion=influence\} needs calibration data: pass data=, or"):
+        pruned(tiny_gpt2, "prune-layers{keep=0.5}", data=False)
+
+
+def test_composes() -> None:
+    case = tiny_gpt2()
+    passes = "prune-layers{keep=0.5,criterion=magnitude},eliminate-dead-layers,sparsify{keep=0.5}"
+    fast = lissom.compile(case.model, case.inputs, passes=passes)
+    with torch.no_grad():
+        assert fast(**case.kwargs).last_hidden_state.shape == (2, 5, 16)

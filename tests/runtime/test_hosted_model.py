@@ -1,0 +1,187 @@
+"""A compiled model in the place of one of transformers, and as a module."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import lissom
+from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
+from lissom.frontends.huggingface import find_directory
+from lissom.runtime.hosted_model import Facts
+from tests.models import feed_forward, normal, seeded, tiny_bert
+
+TEXTS = ["Whisk the eggs, then season them.", "The orbit of the comet takes it past Jupiter."]
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """A tiny encoder, and it compiled."""
+    case = tiny_bert()
+    return case, lissom.compile(case.model, case.inputs)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(find_directory("minilm"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tokenizer):
+    """A tiny classifier of three labels with random weights, and it compiled."""
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32, id2label={0: "cooking", 1: "astronomy", 2: "music"},
+    )  # fmt: skip
+    model = seeded(lambda: transformers.BertForSequenceClassification(config))
+    return model, lissom.compile(model, tokenizer(TEXTS, padding=True, return_tensors="pt"))
+
+
+def pipeline(task, model, tokenizer):
+    return transformers.pipeline(task, model=model, tokenizer=tokenizer, device="cpu")
+
+
+@pytest.fixture
+def complaints(monkeypatch):
+    """What transformers logs as wrong meanwhile."""
+    found = []
+    monkeypatch.setattr(logging.getLogger("transformers.pipelines.base"), "error", found.append)
+    return found
+
+
+def test_a_pipeline_classifies_as_with_the_original(classifier, tokenizer, complaints):
+    model, fast = classifier
+    wanted = pipeline("text-classification", model, tokenizer)(TEXTS, top_k=3)
+    found = pipeline("text-classification", fast, tokenizer)(TEXTS, top_k=3, batch_size=2)
+    for left, right in zip(wanted, found, strict=True):
+        assert [item["label"] for item in left] == [item["label"] for item in right]
+        # Two layers of float32, unit roundoff 6e-8, with sums of at most 24 terms in another order.
+        assert [item["score"] for item in right] == pytest.approx([item["score"] for item in left], rel=1e-5)
+    assert complaints == []
+
+
+def test_a_pipeline_extracts_features_as_with_the_original(classifier, tokenizer):
+    model, fast = classifier
+    wanted, found = (pipeline("feature-extraction", item, tokenizer)(TEXTS[0], return_tensors=True) for item in (model, fast))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_pipeline_shows_the_model_it_has(classifier, tokenizer):
+    model, fast = classifier
+    assert repr(pipeline("text-classification", fast, tokenizer)) == repr(pipeline("text-classification", model, tokenizer))
+
+
+def test_it_is_called_what_the_original_is_and_has_its_configuration(bert):
+    case, fast = bert
+    assert isinstance(fast, lissom.CompiledModel)
+    assert type(fast).__name__ == "BertModel"
+    assert fast.config.to_dict() == case.model.config.to_dict()
+    assert fast.config is not case.model.config
+    assert (fast.main_input_name, fast.can_generate()) == ("input_ids", False)
+
+
+def test_what_the_model_says_of_itself_is_saved(classifier, tokenizer, tmp_path):
+    _, fast = classifier
+    fast.save(tmp_path / "model")
+    again = lissom.load(tmp_path / "model")
+    assert type(again.config) is transformers.BertConfig
+    assert again.config.to_dict() == fast.config.to_dict()
+    assert pipeline("text-classification", again, tokenizer)(TEXTS) == pipeline("text-classification", fast, tokenizer)(TEXTS)
+
+
+def test_a_configuration_no_library_knows_is_read_as_a_plain_one():
+    facts = Facts.from_json({"config": {"model_type": "of my own", "width": 3}, "main_input": "x", "modalities": ["text"]})
+    assert type(facts.make_config()) is transformers.PretrainedConfig
+    assert facts.make_config().width == 3
+
+
+def test_facts_that_are_none_are_refused():
+    with pytest.raises(ArtifactError, match=r"there is no field 'main_input' in .*; save the model again"):
+        Facts.from_json({"config": {}})
+
+
+def test_a_configuration_transformers_refuses_is_named():
+    facts = Facts.from_json({"config": {"model_type": "bert", "hidden_size": "wide"}, "main_input": "x", "modalities": []})
+    with pytest.raises(ArtifactError, match="transformers refuses the configuration of this model of type 'bert'"):
+        _ = facts.make_config()
+
+
+def test_other_models_have_no_configuration():
+    fast = lissom.compile(feed_forward().model, normal(2, 5, 8))
+    assert type(fast) is lissom.CompiledModel
+    assert not hasattr(fast, "config")
+    assert not hasattr(fast, "main_input_name")
+    assert (fast.device, fast.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_arguments_that_ask_for_what_is_returned_anyway_are_taken(bert):
+    case, fast = bert
+    plain = fast(**case.inputs)
+    asked = fast(**case.inputs, return_dict=True, output_attentions=False, output_hidden_states=None, use_cache=False)
+    assert torch.equal(plain.last_hidden_state, asked.last_hidden_state)
+
+
+@pytest.mark.parametrize(("name", "value"), [("return_dict", False), ("output_attentions", True), ("use_cache", True)])
+def test_arguments_that_ask_for_something_else_are_refused(bert, name, value):
+    case, fast = bert
+    with pytest.raises(InputError) as caught:
+        fast(**case.inputs, **{name: value})
+    assert str(caught.value) == (
+        f"argument '{name}' is {value}, and the program was captured with {not value}: pass {not value}, "
+        f"or compile again with {name}={value} among the example inputs"
+    )
+
+
+def test_outputs_that_were_captured_may_be_asked_for(bert):
+    case, _ = bert
+    fast = lissom.compile(case.model, case.inputs | {"output_hidden_states": True})
+    found = fast(**case.inputs, output_hidden_states=True)
+    assert len(found.hidden_states) == 3
+
+
+def test_it_stays_where_it_was_compiled_for(bert):
+    _, fast = bert
+    assert fast.to("cpu") is fast.cpu().float().eval() is fast
+    around = nn.Sequential(fast)
+    for move in (fast.to, around.to):
+        with pytest.raises(UnsupportedError) as caught:
+            move("meta")
+        assert str(caught.value) == (
+            "BertModel was compiled for cpu and cannot move to meta; compile it with device='meta', "
+            "or keep what runs it on cpu (for a pipeline: device='cpu')"
+        )
+    with pytest.raises(UnsupportedError, match=r"BertModel is compiled and cannot be turned into torch\.float16;"):
+        around.half()
+
+
+def test_it_cannot_train(bert):
+    _, fast = bert
+    assert not fast.training
+    with pytest.raises(UnsupportedError, match="BertModel is compiled for inference and cannot train"):
+        nn.Sequential(fast).train()
+
+
+def test_it_has_nothing_to_train_and_nothing_to_save_as_a_module(bert):
+    _, fast = bert
+    assert list(fast.parameters()) == []
+    assert fast.state_dict() == {}
+
+
+def test_it_is_not_compiled_again(bert):
+    case, fast = bert
+    with pytest.raises(CaptureError, match="BertModel is compiled already; compile the model it was made from"):
+        lissom.compile(fast, case.inputs)
+
+
+def test_sentence_transformers_encode_as_with_the_original(minilm):
+    package = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers: pip install 'lissom[examples]'")
+    encoder = package.SentenceTransformer(str(find_directory("minilm")), device="cpu")
+    wanted = encoder.encode(TEXTS, convert_to_tensor=True)
+    encoder[0].model = lissom.compile(encoder[0].model, minilm.example_inputs)
+    # Six layers of float32 that sum 384 and 1536 terms in another order, and a norm.
+    torch.testing.assert_close(encoder.encode(TEXTS, convert_to_tensor=True), wanted, rtol=1e-4, atol=1e-5)
+    assert encoder.device == torch.device("cpu")
