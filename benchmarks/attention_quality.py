@@ -18,8 +18,8 @@ from quality import conditions, embed, long_texts, optimized, read_pairs
 from readme import put_table
 
 from lissom.compiler.analysis.patterns.reader import read_pattern
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.program import Program
 from lissom.frontends.huggingface import Checkpoint, load
 
 TOKENS, BLOCK, BATCH = 256, 32, 8

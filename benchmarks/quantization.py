@@ -24,11 +24,11 @@ from quality import WINDOW, conditions, decoder_inputs, losses, minilm_table, pe
 from readme import put_table
 
 import lissom
-from lissom.ops import formats
 from lissom.compiler.calibration.observers import weight_scale
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.frontends.huggingface import Checkpoint, find_directory, load
+from lissom.ops import formats
 from lissom.passes import PASSES, RECIPES
 from lissom.passes.canonical.fold_constants import FoldConstants
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
@@ -82,10 +82,8 @@ def finds_the_grid(checkpoint: Checkpoint) -> bool:
     """Whether int8 in groups of 32 gives the table of embeddings back to the last bit."""
     table = checkpoint.model.get_input_embeddings().weight.detach()  # pyright: ignore
     scale, _ = weight_scale(table, (table.shape[0], table.shape[1] // 32), formats.FORMATS["int8"], "min-max")
-    return torch.equal(
-        formats.dequantize(formats.quantize(table, scale.half(), None, formats.FORMATS["int8"]), scale.half(), None, table.dtype),
-        table,
-    )
+    rounded = formats.quantize(table, scale.half(), None, formats.FORMATS["int8"])
+    return torch.equal(formats.dequantize(rounded, scale.half(), None, table.dtype), table)
 
 
 def gemma_tables(name: str, pipelines: Sequence[str], calibration: int, evaluation: int) -> Iterator[str]:

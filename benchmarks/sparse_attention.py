@@ -26,10 +26,10 @@ from quality import conditions
 from readme import put_table
 from torch.nn.functional import scaled_dot_product_attention
 
-from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.inspect.timing import Timing, time_calls
 from lissom.ops import block_sparse_attention, flex_block_sparse_attention, fused_attention
 from lissom.ops.native import load_kernels
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 
 FIGURE = Path(__file__).parent / "sparse_attention.svg"
 KINDS = ("window", "random blocks")

@@ -33,10 +33,10 @@ from torch import nn
 from lissom.backends.onnx.export import export_onnx, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_form
 from lissom.backends.onnxruntime.session import SessionOptions, open_session
-from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.frontends.export import capture
 from lissom.inspect.timing import Timing, time_calls
 from lissom.ops import block_sparse_attention
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 
 BLOCK = 64
 KEPT = 0.125

@@ -20,8 +20,8 @@ from quality import conditions, decoder_inputs, losses, windows
 from readme import put_table
 
 import lissom
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.passes.prune.sparsify import Sparsify
 

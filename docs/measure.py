@@ -10,13 +10,13 @@ import torch
 from examples import Example
 
 from lissom.backends import find_backend
+from lissom.compiler.ir.samples import check_samples
 from lissom.compiler.pipeline.history import Size
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.samples import check_samples
 from lissom.compiler.verify.divergence import tolerance_of
+from lissom.driver.options import resolve_passes, split_inputs
 from lissom.frontends.export import capture
 from lissom.inspect.timing import Timing, time_calls
-from lissom.driver.options import resolve_passes, split_inputs
 
 
 @dataclass(frozen=True)

@@ -15,31 +15,40 @@ from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import WriteMore, write_nothing
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed.backend import Distributed, RankProgram
+from lissom.backends.distributed.ranks import Ranks
 from lissom.backends.eager.backend import Eager
 from lissom.backends.fastest import build_fastest
-from lissom.backends.distributed.ranks import Ranks
-from lissom.errors import InputError, LissomError, UnsupportedError
-from lissom.compiler.pipeline.history import History, Size, Step
-from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.analysis.embedding_bounds import outside_table
-from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples
+from lissom.compiler.pipeline.history import History, Size, Step
+from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pipeline
+from lissom.driver.options import (
+    Inputs,
+    Settings,
+    check_data,
+    check_path,
+    check_settings,
+    read_data,
+    resolve_passes,
+    split_inputs,
+)
+from lissom.driver.payoff import Payoff
+from lissom.driver.ranks import CutModel, compile_for_ranks, with_ways
+from lissom.errors import InputError, LissomError, UnsupportedError
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.dynamic import Dynamic
 from lissom.frontends.export import Capture, capture
 from lissom.frontends.isolation import isolated
 from lissom.frontends.untouched import ordinary
-from lissom.runtime.hosted_model import Facts, HostedModel, check_uncompiled
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
-from lissom.driver.options import Inputs, Settings, check_data, check_path, check_settings, read_data, resolve_passes, split_inputs
 from lissom.passes.parallel.cut import Cut
 from lissom.passes.parallel.shard import Shard
-from lissom.driver.payoff import Payoff
-from lissom.driver.ranks import CutModel, compile_for_ranks, with_ways
+from lissom.runtime.hosted_model import Facts, HostedModel, check_uncompiled
 
 
 class CompiledModel(HostedModel):

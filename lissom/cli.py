@@ -26,9 +26,13 @@ from lissom.bench.saved import saved_table
 from lissom.bench.worker import Record
 from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
 from lissom.cli_options import MOST_THREADS, Backend, Checks, Device, Model, Passes, Seconds, Simulate, finite
-from lissom.errors import Interrupted, LissomError
-from lissom.compiler.pipeline.options import check_options
 from lissom.compiler.parallel.plan import make_plan
+from lissom.compiler.pipeline.history import Interrupted
+from lissom.compiler.pipeline.options import check_options
+from lissom.driver.options import resolve_passes
+from lissom.driver.ranks import with_ways
+from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
+from lissom.errors import LissomError
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import NAMES, load
 from lissom.generation.directory import is_saved
@@ -40,11 +44,8 @@ from lissom.inspect.roofline import cost_table, machine_table
 from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import axes_table, structure_tables
 from lissom.inspect.tables import Report, coloured_diff, passes_table
-from lissom.driver.options import resolve_passes
 from lissom.passes import RECIPES, known_passes
 from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
-from lissom.driver.ranks import with_ways
-from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 from lissom.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)

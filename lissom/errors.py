@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from lissom.compiler.pipeline.history import History
+from typing import Any
 
 
 class LissomError(Exception):
-    """The one family; `history` holds what a pipeline had done when it stopped, where there was one."""
+    """The one family; `history` is the `History` of the pipeline that stopped, where there was one."""
 
-    history: History | None = None
+    history: Any = None
 
 
 class CaptureError(LissomError):
@@ -57,14 +54,6 @@ class ArtifactError(LissomError):
 
 class RankError(LissomError):
     """A rank that runs a program with others ended, does not answer, or runs something else."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user interrupted a pipeline; `history` holds the steps that were finished."""
-
-    def __init__(self, history: History) -> None:
-        super().__init__(f"interrupted after {len(history.steps)} finished steps")
-        self.history = history
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

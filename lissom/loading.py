@@ -12,10 +12,10 @@ from lissom.api import CompiledModel
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import Loaded, Trust
 from lissom.backends.base import Backend
-from lissom.frontends.device import check_device
-from lissom.runtime.hosted_model import Facts
-from lissom.inspect.tables import Report
 from lissom.driver.options import check_path
+from lissom.frontends.device import check_device
+from lissom.inspect.tables import Report
+from lissom.runtime.hosted_model import Facts
 
 
 def load(

@@ -21,14 +21,14 @@ from torch import fx
 from lissom.api import CompiledModel, compile_captured
 from lissom.backends import FASTEST
 from lissom.compiler.ir import fake
-from lissom.errors import BudgetError, InputError, LissomError, PipelineTextError, RequirementError, UnsupportedError, nearest
 from lissom.compiler.ir.samples import Sample
+from lissom.driver.options import Settings, check_settings
+from lissom.errors import BudgetError, InputError, LissomError, PipelineTextError, RequirementError, UnsupportedError, nearest
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamo import Graph, capture_graph, read_graph
 from lissom.frontends.untouched import ordinary
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
-from lissom.driver.options import Settings, check_settings
 
 Function = Callable[..., Sequence[object]]
 
@@ -86,8 +86,8 @@ def compile_graph(
     """What runs a graph of Dynamo's: the backend `lissom` of `torch.compile`.
 
     mode: `default` and `reduce-overhead` use the backend eager, `max-autotune` the fastest. options: the keywords of
-    `lissom.compile` that are fields of `lissom.driver.options.Settings`; batches of `data` are mappings from the names of the graph's
-    inputs to tensors, and `metric` scores a callable that takes these and returns the graph's outputs in a tuple.
+    `lissom.compile` that are fields of `lissom.driver.options.Settings`; batches of `data` are mappings from the names of the
+    graph's inputs to tensors, and `metric` scores a callable that takes these and returns the graph's outputs in a tuple.
 
     Raises: the errors of `lissom.compile` for wrong options and for passes that cannot do what is asked.
     """

@@ -13,14 +13,14 @@ from torch import nn
 
 import lissom
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import BudgetError, InputError, LissomError, PassError, PipelineTextError, UnsupportedError, VerifyError
-from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.spelling import format_pipeline
 from lissom.compiler.verify.divergence import relative_error
+from lissom.driver.options import resolve_passes, split_inputs
+from lissom.errors import BudgetError, InputError, LissomError, PassError, PipelineTextError, UnsupportedError, VerifyError
 from lissom.frontends.device import check_device
 from lissom.ops.native import load_kernels
-from lissom.driver.options import resolve_passes, split_inputs
 from lissom.passes import RECIPES
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests.compiler.passes import DoubleGelu, ScaleWeights, StopsHalfway

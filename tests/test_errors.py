@@ -3,8 +3,8 @@
 import pytest
 
 from lissom import errors
-from lissom.errors import Interrupted, LissomError, nearest
-from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.history import History, Interrupted
+from lissom.errors import LissomError, nearest
 
 
 def test_the_nearest_known_word_is_offered():

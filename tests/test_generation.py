@@ -18,9 +18,9 @@ from transformers import (
 )
 
 import lissom
-from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
 from lissom.frontends.decoder import capture_decoder
 from lissom.frontends.huggingface import find_directory, load
 from lissom.generation.decoder import prompts

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.errors import CaptureError, LissomError
 from lissom.compiler.memory import heap_set_aside
+from lissom.errors import CaptureError, LissomError
 from lissom.frontends.isolation import with_own_modules
 
 _THREADS = 8

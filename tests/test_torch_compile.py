@@ -15,8 +15,8 @@ from torch._dynamo.backends import registry
 from torch.utils import _pytree as pytree
 
 import lissom
-from lissom.errors import LissomError
 from lissom.compiler.verify.divergence import relative_error
+from lissom.errors import LissomError
 from lissom.passes.quantize.quantize import Quantize
 from lissom.torch_compile import compile_graph
 from tests.models import CASES, Case, counter, feed_forward, normal, seeded, tiny_bert, tiny_llama, tokens

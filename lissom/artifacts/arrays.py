@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lissom.artifacts.files import writing_whole
-from lissom.errors import ArtifactError, InputError
 from lissom.compiler.ir.signature import Signature, TensorArgument
+from lissom.errors import ArtifactError, InputError
 
 
 def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], dict[str, object]]:

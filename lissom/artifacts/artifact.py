@@ -19,10 +19,10 @@ from lissom.artifacts.weights import Place, load_weights, save_weights
 from lissom.backends import BACKENDS
 from lissom.backends.base import Backend, Executable
 from lissom.compiler.ir import node as nodes
-from lissom.errors import ArtifactError, UnsupportedError, nearest
-from lissom.compiler.pipeline.history import History
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType, ValueType
+from lissom.compiler.pipeline.history import History
+from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.inspect.machine import device_name
 from lissom.ops import KERNELS, block_sparse_attention
 from lissom.ops.native import SWITCH, load_kernels, missing_kernel

@@ -33,11 +33,20 @@ from lissom.artifacts.fields import shown
 from lissom.artifacts.manifest import Manifest
 from lissom.artifacts.weights import Place, load_alone, save_weights
 from lissom.backends.base import Backend, Executable
-from lissom.backends.distributed.backend import MOST_RANKS, Distributed, Held, RankProgram, append_steps, facts_of, lower_rank, torchrun
+from lissom.backends.distributed.backend import (
+    MOST_RANKS,
+    Distributed,
+    Held,
+    RankProgram,
+    append_steps,
+    facts_of,
+    lower_rank,
+    torchrun,
+)
 from lissom.backends.distributed.ranks import current_ranks, in_group
-from lissom.errors import ArtifactError, UnsupportedError
-from lissom.compiler.pipeline.history import History
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import History
+from lissom.errors import ArtifactError, UnsupportedError
 from lissom.ops.native import load_kernels
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from lissom.artifacts.fields import count, number, parse_json, take, take_list
-from lissom.errors import ArtifactError
 from lissom.compiler.ir.program import Program
+from lissom.errors import ArtifactError
 
 Place = Callable[[torch.device], torch.device]
 """Where a tensor saved on a device goes."""

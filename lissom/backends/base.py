@@ -12,13 +12,13 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 
 from lissom.backends.simulated_layers import SimulatedLayer, simulated_layers
-from lissom.compiler.verify.equality import EARLIER, shared_memory
-from lissom.errors import InputError, UnsupportedError, VerifyError
-from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.ir.program import Program
-from lissom.compiler.verify.rounding import SHARE, errs_no_more, rounding_loss, rounds_values
 from lissom.compiler.ir.samples import Sample, check_samples, resize
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.verify.divergence import output_errors, run_original, shapes_of, tolerances
+from lissom.compiler.verify.equality import EARLIER, shared_memory
+from lissom.compiler.verify.rounding import SHARE, errs_no_more, rounding_loss, rounds_values
+from lissom.errors import InputError, UnsupportedError, VerifyError
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
 """Flat inputs in the order of the program's placeholders; flat outputs. One that keeps state is `Stateful` too."""

@@ -10,10 +10,10 @@ from torch import fx
 from torch.export import Dim
 
 from lissom.compiler.ir import node as nodes
-from lissom.errors import UnsupportedError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import TensorArgument
+from lissom.errors import UnsupportedError
 
 
 def leaves_of(program: Program) -> list[object]:

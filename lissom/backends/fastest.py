@@ -10,10 +10,10 @@ from functools import partial
 from lissom.backends import FASTEST
 from lissom.backends.base import Backend, Executable, restored_state
 from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
-from lissom.errors import LissomError, UnsupportedError
-from lissom.compiler.pipeline.history import History
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.history import History
+from lissom.errors import LissomError, UnsupportedError
 from lissom.inspect.timing import ENOUGH, time_calls
 
 _SECONDS = 1.0

@@ -20,10 +20,10 @@ from torch import fx, nn
 
 from lissom.backends.base import Backend, Executable, confirm
 from lissom.backends.exported import check_plain, device_of, free_dimensions, kind_and_reason, leaves_of, traced_example
-from lissom.errors import ArtifactError, UnsupportedError
-from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.errors import ArtifactError, UnsupportedError
 from lissom.inspect.machine import instruction_sets
 from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProducts
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights

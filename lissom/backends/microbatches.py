@@ -13,11 +13,11 @@ from torch import fx
 
 from lissom.backends.exported import leaves_of
 from lissom.compiler.ir import node as nodes
-from lissom.errors import InputError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.types import Size
 from lissom.compiler.verify.divergence import compare, tolerance_of
+from lissom.errors import InputError
 from lissom.inspect.timing import ENOUGH, time_calls
 
 Call = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]

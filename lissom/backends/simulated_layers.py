@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import input_of, is_linear, is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import Step
 from lissom.errors import UnsupportedError
 from lissom.ops.formats import FORMATS
-from lissom.compiler.pipeline.history import Step
-from lissom.compiler.analysis.structure.linear import input_of, is_linear, is_quantizer, weight_of
-from lissom.compiler.ir.program import Program
 
 _KERNELS = "quantized_linear"
 """What names of our operators begin with that compute a quantized layer from integers."""

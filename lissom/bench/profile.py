@@ -18,11 +18,11 @@ from lissom.api import CompiledModel, compile
 from lissom.backends.eager.backend import METHODS
 from lissom.bench.workload import Inputs, Shape, load_model, make_inputs
 from lissom.compiler.analysis.cost import Cost, cost
-from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.analysis.flops import is_counted
+from lissom.compiler.analysis.sites import sites
+from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.ir.node import origin
 from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.sites import sites
 from lissom.inspect.machine import Machine
 from lissom.inspect.roofline import digits, node_seconds, plain_table, sizes_text
 from lissom.inspect.timing import time_calls

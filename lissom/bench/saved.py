@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 
 from lissom.bench.worker import peak_bytes
 from lissom.bench.workload import Shape
-from lissom.errors import UnsupportedError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import evaluate
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.verify.divergence import compare
+from lissom.errors import UnsupportedError
 from lissom.inspect.roofline import plain_table
 from lissom.inspect.timing import time_calls
 from lissom.loading import load

@@ -13,15 +13,15 @@ import torch
 from lissom.backends import find_backends
 from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
-from lissom.errors import ArtifactError, InputError, UnsupportedError
-from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.options import Checks, Metric, check_options
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import Signature
+from lissom.compiler.pipeline.options import Checks, Metric, check_options
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.driver.ranks import passes_for
+from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.passes import RECIPES, known_passes
 from lissom.passes.parallel.cut import Cut
-from lissom.driver.ranks import passes_for
 
 Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
 _FORMS = "a tuple is positional, a mapping is keywords, a tensor the only argument"

@@ -8,11 +8,11 @@ from functools import partial
 
 from lissom.artifacts.weights import stored_bytes
 from lissom.backends.base import Backend
-from lissom.errors import LissomError
-from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.errors import LissomError
 from lissom.inspect.timing import ENOUGH, Timing, time_calls
 
 FASTER = 0.97

@@ -21,12 +21,12 @@ from lissom.artifacts.weights import read_weights, stored_weights
 from lissom.backends.base import Backend, Executable
 from lissom.backends.distributed.backend import Distributed, Held, RankProgram, append_steps, facts_of, lower_rank, versions
 from lissom.backends.distributed.ranks import Ranks, current_ranks, in_group
-from lissom.errors import UnsupportedError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Checks
-from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample
+from lissom.errors import UnsupportedError
 from lissom.passes.parallel.cut import Cut
 from lissom.passes.parallel.shard import Shard
 

@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.errors import UnsupportedError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, TensorArgument
+from lissom.errors import UnsupportedError
 
 
 def device_of(model: object, inputs: object = ()) -> torch.device:

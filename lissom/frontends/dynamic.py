@@ -12,9 +12,9 @@ from torch import nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from lissom.errors import CaptureError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Signature
+from lissom.errors import CaptureError
 
 Dynamic = Mapping[str, Mapping[int, "str | Dim"]]
 _EXAMPLE = '{"input_ids": {0: "batch"}}'

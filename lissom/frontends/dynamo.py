@@ -21,11 +21,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
 from lissom.compiler.ir import node as nodes
-from lissom.errors import CaptureError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import Signature
 from lissom.compiler.ir.types import size_of
+from lissom.errors import CaptureError
 from lissom.frontends.dynamic import describe_dimensions
 from lissom.frontends.export import Capture, capture_sizes
 from lissom.frontends.untouched import alias, ordinary

@@ -21,9 +21,9 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from lissom.errors import CaptureError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.errors import CaptureError
 from lissom.frontends.confirm import RefusedSizesError, answer_to, confirm, refused_dimensions
 from lissom.frontends.device import device_of, move
 from lissom.frontends.dynamic import (

@@ -28,7 +28,7 @@ def model_line(error: Exception) -> str:
         file, line, code = recorded[-1]
         return f"{Path(file).name}:{line} (`{code.strip()}`)"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((_TORCH, "<"))]
-    frames = [frame for frame in frames if Path(frame.filename).parent != Path(__file__).parent]
+    frames = [frame for frame in frames if Path(__file__).parent not in Path(frame.filename).parents]
     if not frames:
         return "torch"
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno} (`{(frames[-1].line or '').strip()}`)"

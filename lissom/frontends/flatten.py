@@ -17,12 +17,12 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from lissom.compiler.ir import node as nodes
-from lissom.errors import CaptureError
 from lissom.compiler.ir.fake import FlatModule, fake_mode
 from lissom.compiler.ir.node import Origin
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import type_of
+from lissom.errors import CaptureError
 from lissom.frontends.untouched import alias
 from lissom.ops import grouped_product
 

@@ -12,18 +12,18 @@ from torch import nn
 from lissom.api import compile_captured
 from lissom.artifacts.artifact import Trust
 from lissom.backends.base import Backend
-from lissom.errors import InputError, UnsupportedError
-from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.driver.options import Inputs, Settings, check_data, check_path, resolve_passes
+from lissom.driver.ranks import with_ways
+from lissom.errors import InputError, UnsupportedError
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture
 from lissom.generation.decoder import Decoder, prompts
-from lissom.runtime.hosted_model import check_uncompiled
 from lissom.inspect.progress import progress_bar
-from lissom.driver.options import Inputs, Settings, check_data, check_path, resolve_passes
-from lissom.driver.ranks import with_ways
+from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
     from lissom.generation.model import GenerationModel

@@ -9,13 +9,13 @@ import torch
 
 from lissom.api import CompiledModel
 from lissom.compiler.ir import node as nodes
-from lissom.errors import InputError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import TensorType
+from lissom.errors import InputError
 from lissom.frontends.decoder import INPUTS
-from lissom.runtime.hosted_model import FixedModule
 from lissom.inspect.tables import Report
+from lissom.runtime.hosted_model import FixedModule
 
 
 class Decoder(FixedModule):

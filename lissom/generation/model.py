@@ -13,9 +13,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lissom.api import CompiledModel
+from lissom.driver.options import check_path
 from lissom.errors import InputError, UnsupportedError
 from lissom.generation.decoder import Decoder
-from lissom.driver.options import check_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lissom.errors import UnsupportedError
 from lissom.compiler.pipeline.options import check_options
+from lissom.driver.options import resolve_passes
+from lissom.errors import UnsupportedError
 from lissom.frontends.decoder import SHORTEST, longest_text
 from lissom.frontends.huggingface import tokenizer_of
 from lissom.frontends.sources import load
 from lissom.generation import compile_generation, load_generation
 from lissom.generation.stream import read_prompt
-from lissom.driver.options import resolve_passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.cost import Cost, cost, example_sizes, site_costs, total_cost
-from lissom.errors import UnsupportedError
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
+from lissom.errors import UnsupportedError
 from lissom.inspect.machine import Ceiling, Ceilings, Machine
 
 _CPU = torch.device("cpu")

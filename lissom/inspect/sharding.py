@@ -13,15 +13,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
+from lissom.compiler.analysis.cost import example_sizes, size_numbers
+from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER
-from lissom.compiler.analysis.cost import example_sizes, size_numbers
-from lissom.compiler.parallel.rules.joint import ROUNDS, Exchange
 from lissom.compiler.ir.placement import Placed, local_size
 from lissom.compiler.ir.program import Program
-from lissom.compiler.parallel.plan import Plan, Redistribution
-from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.types import Size
+from lissom.compiler.parallel.plan import Plan, Redistribution
+from lissom.compiler.parallel.rules.joint import ROUNDS, Exchange
 from lissom.inspect.roofline import digits, plain_table, sizes_text
 
 _KINDS: Mapping[object, str] = {ALL_REDUCE: "all-reduce", REDUCE_SCATTER: "reduce-scatter", ALL_GATHER: "all-gather"}

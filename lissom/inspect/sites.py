@@ -9,15 +9,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.patterns.reader import read_pattern
+from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
 from lissom.compiler.analysis.structure.linear import input_of, is_linear, weight_of
-from lissom.compiler.analysis.patterns.reader import read_pattern
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.transformer import Structure, structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
 
 _TOKENS = 4096
 _BLOCK = 64

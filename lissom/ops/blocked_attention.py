@@ -17,11 +17,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_false
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lissom.ops.pattern import UNBOUNDED, Pattern
-from lissom.ops.key_blocks import KeyBlocks, key_blocks
 from lissom.ops.attention import attention_reference
 from lissom.ops.checks import require
 from lissom.ops.fused_attention import check_attention, fused_attention_reference, with_bias
+from lissom.ops.key_blocks import KeyBlocks, key_blocks
+from lissom.ops.pattern import UNBOUNDED, Pattern
 
 _WORTH = 0.5
 """From this share of all scores on the copies cost as much as is saved."""

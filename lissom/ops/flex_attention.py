@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
-from lissom.ops.pattern import Condition, Pattern
 from lissom.ops.blocked_attention import block_sparse_attention_reference
+from lissom.ops.pattern import Condition, Pattern
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 

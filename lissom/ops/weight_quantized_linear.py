@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.checks import cast, check_exact, require
+from lissom.ops.formats import FORMATS, unpack_halves
 from lissom.ops.packed_linear import ACTIVATIONS, PANEL, check_linear
 from lissom.ops.quantization import dequantize_reference
 

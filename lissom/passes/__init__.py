@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
-from lissom.errors import UnsupportedError
 from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.errors import UnsupportedError
 from lissom.passes.attention.linear_attention.linear_attention import LinearAttention
 from lissom.passes.attention.pool_heads.pool_heads import PoolHeads
 from lissom.passes.attention.sparsify_attention.sparsify_attention import SparsifyAttention

@@ -13,9 +13,9 @@ from torch import nn
 
 from lissom.artifacts.fields import take, take_list, text
 from lissom.compiler.ir import node as nodes
-from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
+from lissom.errors import ArtifactError, CaptureError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -12,18 +12,18 @@ import lissom
 from lissom.artifacts import rank_files
 from lissom.artifacts.artifact import PROGRAM, WEIGHTS
 from lissom.backends.base import Backend
-from lissom.backends.microbatches import Cutting
 from lissom.backends.eager.backend import Eager
+from lissom.backends.microbatches import Cutting
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.ops.pattern import LAYOUT, Condition, Pattern
-from lissom.errors import ArtifactError, InputError, UnsupportedError
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.samples import check_samples, resize
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.structure import verify_structure
+from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.ops import block_sparse_attention
 from lissom.ops.native import load_kernels
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.passes import RECIPES, known_passes
 from tests.artifacts.saving import (
     CHECK,

@@ -9,10 +9,10 @@ from torch import nn
 from torch.export import Dim
 from torch.nn import functional
 
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.samples import Sample
-from lissom.frontends.export import Capture, capture
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.driver.options import resolve_passes
+from lissom.frontends.export import Capture, capture
 from tests.models import VOCABULARY, seeded, tokens
 
 PLACES = 24

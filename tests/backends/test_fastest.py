@@ -12,8 +12,8 @@ import torch
 import lissom
 from lissom import backends
 from lissom.backends.base import Backend
-from lissom.errors import UnsupportedError
 from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.errors import UnsupportedError
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
 from tests.compiler.passes import DoubleGelu
 from tests.models import feed_forward, normal

@@ -10,9 +10,9 @@ from torch import nn
 import lissom
 from lissom.backends.base import confirm
 from lissom.backends.inductor import Inductor, Package, _compile
-from lissom.errors import InputError, UnsupportedError, VerifyError
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
+from lissom.errors import InputError, UnsupportedError, VerifyError
 from lissom.frontends.export import capture
 from tests.models import CASES, capture_of, captured, feed_forward, normal, tiny_gpt2, tokens
 

@@ -9,9 +9,9 @@ from torch import nn
 import lissom
 from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse, simulated_layers
 from lissom.compiler.ir.editor import Skip
-from lissom.errors import UnsupportedError
 from lissom.compiler.pipeline.history import Size, Step
 from lissom.compiler.verify.divergence import compare, run_samples
+from lissom.errors import UnsupportedError
 from tests.models import feed_forward, normal, seeded, tiny_bert, tiny_gpt2
 
 FP8 = "quantize{scheme=fp8}"

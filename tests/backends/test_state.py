@@ -11,8 +11,8 @@ import lissom
 from lissom.backends.base import confirm, restored_state, state_of
 from lissom.backends.eager.backend import Eager
 from lissom.backends.onnxruntime.backend import OnnxRuntime
-from lissom.errors import VerifyError
 from lissom.compiler.verify.divergence import relative_error
+from lissom.errors import VerifyError
 from lissom.frontends.export import capture
 from tests.backends.caches import DYNAMIC, PLACES, Decoder, call_of, decoder, generation
 from tests.models import capture_of, counter, normal, seeded

@@ -7,8 +7,8 @@ from torch import fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.cost import node_flops
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample

@@ -9,7 +9,14 @@ import torch
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Annotation, Approximation, Requirement, Rewrite, Training
+from lissom.compiler.pipeline.pass_kinds import (
+    FLOATING_POINT_WEIGHTS,
+    Annotation,
+    Approximation,
+    Requirement,
+    Rewrite,
+    Training,
+)
 
 aten = torch.ops.aten
 

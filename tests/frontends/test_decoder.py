@@ -6,12 +6,12 @@ import pytest
 import torch
 import transformers
 
+from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
-from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.verify.divergence import kept_state
+from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.decoder import INPUTS, capture_decoder
 from lissom.passes import PASSES, RECIPES
 from tests.decoders import DECODERS, GATED, MAX_LENGTH, ROTARY, WINDOWED, decoder

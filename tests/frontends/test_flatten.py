@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lissom.compiler.ir import node as nodes
-from lissom.errors import CaptureError
 from lissom.compiler.ir.signature import ConstantArgument, TensorArgument
+from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from lissom.frontends.flatten import flatten_exported
 from tests.models import captured, feed_forward, normal, tokens

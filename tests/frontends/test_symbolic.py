@@ -6,8 +6,8 @@ from torch import fx, nn
 
 import lissom
 from lissom.compiler.ir import node as nodes
-from lissom.errors import CaptureError
 from lissom.compiler.ir.program import Program
+from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from tests.models import FeedForward, feed_forward, normal, seeded
 

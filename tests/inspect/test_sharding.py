@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lissom.errors import UnsupportedError
 from lissom.compiler.parallel.plan import make_plan
+from lissom.errors import UnsupportedError
 from lissom.inspect.sharding import Link, joint_traffic, sharding_table, traffic
 from lissom.inspect.tables import plain
 from tests.passes.parallel.models import cut, program_of, run_passes

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import block_sparse_attention, fused_attention
 from lissom.ops.blocked_attention import block_sparse_attention_reference, blocked_attention
 from lissom.ops.native import kernel_dtypes, load_kernels
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from tests.ops.patterns import MASKS, PATTERNS, layout_of, mask_of, numbers, projected
 
 MISSING = load_kernels()

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.ops.pattern import LAYOUT, Condition, Pattern
-from lissom.ops.key_blocks import KeyBlocks, key_blocks
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.blocked_attention import attend_by_blocks, block_sparse_attention_reference
+from lissom.ops.key_blocks import KeyBlocks, key_blocks
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 
 CAUSAL = Condition(-1, 1, high=0)
 FIRST = Condition(0, 1, high=4)

@@ -6,12 +6,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lissom
-from lissom.ops.pattern import Pattern
 from lissom.ops.blocked_attention import blocked_attention
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import load_kernels
 from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
+from lissom.ops.pattern import Pattern
 from lissom.ops.quantized_linear import quantized_linear_reference
 from lissom.ops.weight_quantized_linear import weight_quantized_linear_reference
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import block_sparse_attention
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.flex_attention import BLOCK, block_mask, flex_block_sparse_attention
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from tests.ops.patterns import PATTERNS, layout_of, mask_of, numbers, projected
 
 # Not compiled, FlexAttention says so once a process.

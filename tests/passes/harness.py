@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lissom.backends import FASTEST, find_backends
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.frontends.export import Capture, capture
 from lissom.passes import PASSES, RECIPES

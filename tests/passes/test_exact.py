@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.samples import resize
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
 from tests.passes.harness import aten, calls

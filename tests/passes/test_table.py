@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lissom.errors import UnsupportedError
 from lissom.compiler.pipeline.pass_kinds import Pass, Rewrite
 from lissom.compiler.pipeline.spelling import format_pipeline, parse_pipeline
+from lissom.errors import UnsupportedError
 from lissom.passes import PASSES, RECIPES, known_passes
 from tests.passes.harness import GOLDEN
 

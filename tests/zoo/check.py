@@ -24,14 +24,14 @@ from torch.utils import _pytree as pytree
 import lissom
 from lissom.api import CompiledModel
 from lissom.backends.base import Backend
-from lissom.errors import InputError
-from lissom.compiler.pipeline.history import History
 from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import Signature
-from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.pipeline.history import History
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
+from lissom.errors import InputError
 from lissom.frontends.export import Capture, capture
 from tests.compiler.flop_counter import miscounted
 from tests.models import Case

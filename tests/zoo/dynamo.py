@@ -20,9 +20,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 import lissom
-from lissom.errors import CaptureError
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import tolerance_of
+from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from lissom.torch_compile import compile_graph
 from tests.models import Case

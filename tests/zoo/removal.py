@@ -19,18 +19,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
+from lissom.compiler.analysis.axes.columns import Columns, head_columns, neuron_columns
 from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import UnsupportedError
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.axes.columns import Columns, head_columns, neuron_columns
-from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.verify.divergence import compare, run_original, run_samples, tolerance_of
 from lissom.compiler.verify.structure import verify_structure
+from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case

@@ -24,10 +24,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import torch.distributed as dist
 
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.plan import sharded_share
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error, run_original, tolerance_of
 from lissom.passes.parallel.cut import Cut
 from lissom.passes.parallel.shard import Shard

@@ -22,13 +22,13 @@ from torch.utils import _pytree as pytree
 
 import lissom
 from lissom.api import compile_captured
-from lissom.errors import InputError, LissomError, PassError, VerifyError
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.frontends.export import Capture, capture
 from lissom.driver.options import Settings, resolve_passes
+from lissom.errors import InputError, LissomError, PassError, VerifyError
+from lissom.frontends.export import Capture, capture
 from lissom.passes import PASSES
 from tests.zoo import fresh
 from tools.fuzz import models, oracle

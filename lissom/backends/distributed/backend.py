@@ -21,19 +21,19 @@ from torch import fx
 
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed.channels import Channel
-from lissom.backends.eager.backend import Eager, build_function
 from lissom.backends.distributed.entry import Entry
-from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.backends.distributed.ranks import Ranks, current_ranks, in_group
+from lissom.backends.eager.backend import Eager, build_function
+from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
+from lissom.compiler.analysis.embedding_bounds import CutTable, cut_tables, outside_table
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER, WAIT
-from lissom.errors import InputError, LissomError, RankError, UnsupportedError
-from lissom.compiler.pipeline.history import History
-from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.analysis.embedding_bounds import CutTable, cut_tables, outside_table
-from lissom.compiler.pipeline.pipeline import Checks, Pipeline
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pipeline import Checks, Pipeline
+from lissom.errors import InputError, LissomError, RankError, UnsupportedError
 from lissom.version import __version__
 
 MOST_RANKS = 1024

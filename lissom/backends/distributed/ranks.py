@@ -22,8 +22,8 @@ import torch
 import torch._C._distributed_c10d as c10d
 import torch.distributed as dist
 
-from lissom.backends.distributed.channels import Channel, GroupChannel, SharedMemory, attach, create, end_group, machine
 from lissom import errors
+from lissom.backends.distributed.channels import Channel, GroupChannel, SharedMemory, attach, create, end_group, machine
 from lissom.errors import LissomError, RankError, UnsupportedError
 from lissom.ops.native import load_kernels
 

@@ -19,9 +19,9 @@ from torch.nn import functional
 from lissom.backends.base import Backend, Executable, confirm
 from lissom.backends.eager.cuda_graphs import with_fast_layout, with_graphs
 from lissom.compiler.ir.interpreter import last_uses_of
-from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.ops import IMPLEMENTATIONS, KERNELS
 from lissom.ops.native import load_kernels, one_call
 from lissom.passes.lowering.fuse_attention import FuseAttention

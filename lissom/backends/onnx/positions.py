@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from lissom.backends.onnx.attention import shape_of
-from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 from lissom.ops.key_blocks import KeyBlocks
+from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 
 Number = ir.Value | int
 """Whole numbers: a value, int64, or one that is known."""

@@ -15,8 +15,8 @@ import onnx_ir as ir
 import torch
 from onnxscript import evaluator, values
 
-from lissom.errors import UnsupportedError
 from lissom.compiler.ir.program import Program
+from lissom.errors import UnsupportedError
 from lissom.ops import (
     attention,
     block_sparse_attention,

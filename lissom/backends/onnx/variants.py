@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 import onnx_ir as ir
 
 from lissom.backends.onnx.attention import expand_attention
-from lissom.backends.onnx.projections import expand_rotary, merge_projections, write_out_rms_norms
 from lissom.backends.onnx.cached_attention import fuse_cached_attention
 from lissom.backends.onnx.chunks import CPU_BYTES
 from lissom.backends.onnx.export import tidy
 from lissom.backends.onnx.integer_matmul import expand_integers
+from lissom.backends.onnx.projections import expand_rotary, merge_projections, write_out_rms_norms
 from lissom.backends.onnx.quantization import expand_quantization
 from lissom.backends.onnx.sparse_attention import expand_sparse
 from lissom.backends.onnx.state import expand_index_copies

@@ -22,15 +22,15 @@ import torch
 
 from lissom.backends.base import Backend, Executable, confirm, restored_state, smallest_samples
 from lissom.backends.exported import check_tensors, kind_and_reason
-from lissom.backends.simulated_layers import SimulatedLayer, account
 from lissom.backends.onnxruntime.session_options import unlisted_option
+from lissom.backends.simulated_layers import SimulatedLayer, account
 from lissom.compiler.ir import node as nodes
-from lissom.errors import ArtifactError, InputError, LissomError, UnsupportedError, VerifyError
-from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.ir.program import Program
-from lissom.compiler.verify.rounding import LOCAL_TOLERANCE
 from lissom.compiler.ir.samples import Sample, resize
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.verify.divergence import kept_state
+from lissom.compiler.verify.rounding import LOCAL_TOLERANCE
+from lissom.errors import ArtifactError, InputError, LissomError, UnsupportedError, VerifyError
 from lissom.inspect.timing import ENOUGH, time_calls
 from lissom.ops import block_sparse_attention
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
@@ -100,8 +100,8 @@ class OnnxRuntime(Backend):
         _check(program)
         # Here, because they are an extra and take a second or two to import.
         from lissom.backends.microbatches import fastest_cutting
-        from lissom.backends.onnx.variants import CHOICES
         from lissom.backends.onnx.translation import check_translatable
+        from lissom.backends.onnx.variants import CHOICES
 
         check_translatable(program)
         try:
@@ -145,9 +145,9 @@ class OnnxRuntime(Backend):
         self, program: Program, example: Sample, start: _Start, best: Session, chosen: Sequence[str], notes: list[str]
     ) -> Session:
         """The faster of a session and one whose block-sparse attention has a mask of all pairs; what was found is noted."""
-        from lissom.backends.onnxruntime.crossover import affordable_lengths, tell_lengths, time_lengths
-        from lissom.backends.onnx.variants import ATTENTION, PAIRS
         from lissom.backends.onnx.sparse_attention import ungathered
+        from lissom.backends.onnx.variants import ATTENTION, PAIRS
+        from lissom.backends.onnxruntime.crossover import affordable_lengths, tell_lengths, time_lengths
 
         if not program.nodes(block_sparse_attention):
             return best
@@ -185,8 +185,8 @@ class OnnxRuntime(Backend):
     def _start(self, program: Program, example: Sample, decompose: bool) -> _Start:
         """The exported model, and its first form opened and confirmed. Raises: UnsupportedError, VerifyError."""
         from lissom.backends.onnx.export import export_onnx
-        from lissom.backends.onnx.variants import INTEGERS
         from lissom.backends.onnx.integer_matmul import quantized_layers, simulated
+        from lissom.backends.onnx.variants import INTEGERS
 
         try:
             exported = export_onnx(program, example, decompose)

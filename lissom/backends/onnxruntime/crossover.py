@@ -13,10 +13,10 @@ import sympy
 
 from lissom.backends.base import Executable, restored_state
 from lissom.compiler.ir import node as nodes
-from lissom.errors import InputError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import evaluate
+from lissom.errors import InputError
 from lissom.ops import block_sparse_attention
 
 _SHARES = (1.0, 0.25, 0.5, 2.0)

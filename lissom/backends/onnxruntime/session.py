@@ -15,14 +15,14 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import fx
 
-from lissom.backends.microbatches import Cutting
 from lissom.backends.exported import device_of, leaves_of
-from lissom.backends.simulated_layers import SimulatedLayer
+from lissom.backends.microbatches import Cutting
 from lissom.backends.onnx.export import input_names, output_names, results_of, state_names
 from lissom.backends.onnx.state import shared_states
 from lissom.backends.onnxruntime.stored import check_interface
-from lissom.errors import InputError, UnsupportedError, nearest
+from lissom.backends.simulated_layers import SimulatedLayer
 from lissom.compiler.ir.program import Program
+from lissom.errors import InputError, UnsupportedError, nearest
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 LEVELS: Mapping[str, onnxruntime.GraphOptimizationLevel] = {

@@ -12,8 +12,8 @@ import torch
 
 from lissom.backends.onnx.export import WEIGHTS, input_names, output_names, results_of, state_names
 from lissom.compiler.ir import node as nodes
-from lissom.errors import ArtifactError
 from lissom.compiler.ir.program import Program
+from lissom.errors import ArtifactError
 from lissom.frontends.onnx.file import external_place, is_external, parts_of, read_proto
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")

@@ -16,15 +16,15 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lissom.compiler.ir import fake
-from lissom.compiler.ir import node as nodes
-from lissom.errors import UnsupportedError, nearest
 from lissom.compiler.analysis.flops import operations, product
-from lissom.compiler.ir.match import is_view
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.sites import Site
 from lissom.compiler.analysis.sites import sites as find_sites
+from lissom.compiler.ir import fake
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import is_view
+from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size, TensorType, size_of
+from lissom.errors import UnsupportedError, nearest
 
 aten = torch.ops.aten
 

@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.ops.pattern import Pattern
 from lissom.compiler.ir.types import Size
+from lissom.ops.pattern import Pattern
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ from torch import fx
 
 from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.analysis.structure.linear import is_linear
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.program import Program
 
 
 @dataclass(frozen=True)

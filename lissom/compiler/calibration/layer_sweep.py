@@ -17,11 +17,11 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import input_of
+from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.statistics import Moments, real_rows
 from lissom.compiler.ir.interpreter import call
-from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.ir.samples import Sample
 
 TokenWeights = Callable[[fx.Node, Sequence[torch.Tensor]], Sequence[torch.Tensor] | None]

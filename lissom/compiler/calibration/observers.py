@@ -22,11 +22,11 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.ops import formats
 from lissom.compiler.calibration.statistics import Progress, observe
-from lissom.ops.formats import Format
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.ops import formats
+from lissom.ops.formats import Format
 
 Observer = Literal["min-max", "percentile", "mse", "entropy"]
 WeightObserver = Literal["auto", "min-max", "mse"]

@@ -18,13 +18,13 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.structure.linear import as_int
-from lissom.compiler.memory import give_back_memory
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.ir.samples import Sample
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.memory import give_back_memory
 from lissom.compiler.verify.divergence import kept_state
 
 Visit = Callable[[fx.Node, torch.Tensor], None]

@@ -12,10 +12,10 @@ from torch import fx, nn
 
 from lissom.compiler.ir import fake, printer
 from lissom.compiler.ir import node as nodes
-from lissom.errors import PassError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import format_type
+from lissom.errors import PassError
 
 
 @dataclass(frozen=True)

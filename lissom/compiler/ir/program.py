@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 import sympy
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lissom.compiler.ir import fake, printer as text
+from lissom.compiler.ir import fake, printer
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.parallel.dtensor import as_dtensors
-from lissom.errors import PassError
 from lissom.compiler.ir.interpreter import Observer, run, run_ranks
 from lissom.compiler.ir.placement import REPLICATED, Placed, at_sizes, local_part, whole_of
 from lissom.compiler.ir.signature import Signature
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
+from lissom.errors import PassError
 
 Fact = TypeVar("Fact")
 
@@ -186,15 +181,6 @@ class Program:
             found.set_weight(name, self.ranks[rank][name])
         return found
 
-    def to_dtensor(self, mesh: DeviceMesh) -> dict[str, DTensor]:
-        """The weights of a program cut for several ranks, or of one rank's, as torch's DTensors on a mesh of the ranks.
-
-        `full_tensor()` of each is the model's weight. What `cut` made to tell ranks apart is left out.
-
-        Raises: UnsupportedError for a mesh of another size, and for a weight whose placement torch's vocabulary cannot say.
-        """
-        return as_dtensors(self, mesh)
-
     def state_tensors(self) -> list[torch.Tensor]:
         """The buffers a call may write, those of every rank."""
         return [weights[name] for weights in self.ranks for name in self.state] or [self.weight(name) for name in self.state]
@@ -260,7 +246,7 @@ class Program:
 
     def text(self) -> str:
         """The program as text, one node a line: the same for the same program, whatever machine made it."""
-        return text.program_text(self)
+        return printer.program_text(self)
 
     def __str__(self) -> str:
         return self.text()

@@ -12,8 +12,8 @@ from math import prod
 import sympy
 import torch
 
-from lissom.errors import InputError
 from lissom.compiler.ir.signature import Signature, evaluate
+from lissom.errors import InputError
 
 Sample = list[torch.Tensor]
 Sizes = Mapping[sympy.Symbol, int]

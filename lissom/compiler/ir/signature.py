@@ -11,8 +11,8 @@ import sympy
 import torch
 from torch.utils import _pytree as pytree
 
-from lissom.errors import InputError, nearest
 from lissom.compiler.ir.types import Size, TensorType, format_type
+from lissom.errors import InputError, nearest
 
 
 @dataclass(frozen=True)

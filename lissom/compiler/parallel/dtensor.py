@@ -14,21 +14,22 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.errors import UnsupportedError
 from lissom.compiler.ir.placement import Placed, Span, indices_of
+from lissom.compiler.ir.program import Program
+from lissom.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Placement
-
-    from lissom.compiler.ir.program import Program
 
 _OWN = "rank."
 """What `cut` calls weights that tell ranks apart, and are none of the model's."""
 
 
 def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
-    """The weights of a program cut for ranks, or of one rank's, by name, each with this rank's part and how it is placed.
+    """The weights of a program cut for several ranks, or of one rank's, by name, on a mesh of the ranks.
+
+    `full_tensor()` of each is the model's weight. What `cut` made to tell ranks apart is left out.
 
     Raises: UnsupportedError for a mesh of another size, and for a weight that no placement of torch's says the truth of.
     """

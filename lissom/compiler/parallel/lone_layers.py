@@ -13,12 +13,12 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.parallel.rules import table as rules
 from lissom.compiler.analysis.structure.linear import input_of
-from lissom.compiler.parallel.rules.base import Reading
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.placement import REPLICATED, Placed, Span, sharded
 from lissom.compiler.ir.program import Program
+from lissom.compiler.parallel.rules import table as rules
+from lissom.compiler.parallel.rules.base import Reading
 from lissom.compiler.parallel.sites import ShardSite, linear_weights
 
 aten = torch.ops.aten

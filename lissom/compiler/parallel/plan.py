@@ -15,18 +15,18 @@ from typing import cast
 
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.placement import REPLICATED, Placed, Spans, can_gather, sharded
+from lissom.compiler.ir.printer import target_text
+from lissom.compiler.ir.program import Program
 from lissom.compiler.parallel.lone_layers import lone_layers, own_placement
 from lissom.compiler.parallel.rules.base import Reading, is_weight
 from lissom.compiler.parallel.rules.gathered import gatherings, outcome
 from lissom.compiler.parallel.rules.joint import ROUNDS, Exchange, all_exchanges
 from lissom.compiler.parallel.rules.table import rule_of
-from lissom.compiler.ir.placement import REPLICATED, Placed, Spans, can_gather, sharded
-from lissom.compiler.ir.program import Program
 from lissom.compiler.parallel.sites import ShardSite, linear_weights, mixer_sites, shard_sites, spans_of
-from lissom.compiler.ir.printer import target_text
 
 Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
 Joint = Mapping[fx.Node, tuple[Exchange, ...]]

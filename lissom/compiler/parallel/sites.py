@@ -15,17 +15,25 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, is_pointwise, is_quantizer, residual_of, weight_of
-from lissom.compiler.parallel.rules.joint import CHOICES, joint_dim
+from lissom.compiler.analysis.axes.columns import feature_dim
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.structure.linear import (
+    SHAPES,
+    input_of,
+    is_linear,
+    is_pointwise,
+    is_quantizer,
+    residual_of,
+    weight_of,
+)
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.placement import Span, Spans
 from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.axes.columns import feature_dim
-from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.types import Size
+from lissom.compiler.parallel.rules.joint import CHOICES, joint_dim
 
 aten = torch.ops.aten
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from lissom.compiler.analysis.cost import flops
 from lissom.compiler.ir.editor import Skip
-from lissom.errors import UnsupportedError
-from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.printer import unified_diff
+from lissom.compiler.ir.program import Program
+from lissom.errors import UnsupportedError
 
 FORMAT_VERSION = 1
 
@@ -135,3 +135,11 @@ def changed_calls(before: Sequence[str], after: Sequence[str]) -> tuple[int, int
     """How many names are new and how many are gone."""
     old, new = set(before), set(after)
     return len(new - old), len(old - new)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user interrupted a pipeline; `history` holds the steps that were finished."""
+
+    def __init__(self, history: History) -> None:
+        super().__init__(f"interrupted after {len(history.steps)} finished steps")
+        self.history = history

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
-from lissom.errors import InputError, UnsupportedError
 from lissom.compiler.ir.program import Program
+from lissom.errors import InputError, UnsupportedError
 
 Checks = Literal["numeric", "structural", "off"]
 Metric = Callable[[Program], float]

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import is_quantizer
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import printer
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.analysis.structure.linear import is_quantizer
 from lissom.compiler.ir.program import Program
 
 

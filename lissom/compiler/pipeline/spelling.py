@@ -8,8 +8,8 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from lissom.errors import PipelineTextError, nearest
 from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.errors import PipelineTextError, nearest
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _OPTION = re.compile(r"[a-z_][a-z0-9_]*")

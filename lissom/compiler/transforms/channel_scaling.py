@@ -23,17 +23,17 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.base import Value
-from lissom.compiler.ir.editor import Editor
+from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_attention, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
 

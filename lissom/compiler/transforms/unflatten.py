@@ -13,9 +13,9 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.token_positions import product_of, shape_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.analysis.token_positions import product_of, shape_of
 
 aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.errors import VerifyError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.errors import VerifyError
 
 TOLERANCE = {
     # Two float64 kernels that sum a few thousand terms in another order differ by some 1e-14.

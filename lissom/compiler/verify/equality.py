@@ -8,11 +8,11 @@ from typing import NoReturn, cast
 import torch
 
 from lissom.compiler.ir import printer
-from lissom.errors import VerifyError
 from lissom.compiler.ir.program import Program
-from lissom.compiler.verify.rounding import ROUNDINGS, differs_locally, errs_no_more
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import TOLERANCE, first_difference, output_errors, tolerances, with_kept_form
+from lissom.compiler.verify.rounding import ROUNDINGS, differs_locally, errs_no_more
+from lissom.errors import VerifyError
 
 _ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in ROUNDINGS.items()}
 """By the tolerance of a reduced-precision output, the error of one value that the one program rounds up and the other down.

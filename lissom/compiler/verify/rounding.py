@@ -22,7 +22,18 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call, run_ranks
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.verify.divergence import REFUSALS, TOLERANCE, compare, kept_state, lasting, node_tolerances, output_errors, relative_error, run_samples, worst_error
+from lissom.compiler.verify.divergence import (
+    REFUSALS,
+    TOLERANCE,
+    compare,
+    kept_state,
+    lasting,
+    node_tolerances,
+    output_errors,
+    relative_error,
+    run_samples,
+    worst_error,
+)
 
 aten = torch.ops.aten
 _Replaced = Callable[[fx.Node, object], str | None]

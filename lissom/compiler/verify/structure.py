@@ -11,9 +11,9 @@ from torch import fx
 
 from lissom.compiler.ir import fake, printer
 from lissom.compiler.ir import node as nodes
-from lissom.errors import VerifyError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType, format_type
+from lissom.errors import VerifyError
 
 _SIZE_FUNCTIONS = {torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_ite, torch.sym_float, torch.sym_int}
 _SIZE_MODULES = {operator.__name__, "_operator", "math", "torch.utils._sympy.functions"}

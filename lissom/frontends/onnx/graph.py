@@ -12,7 +12,8 @@ import torch
 from onnx_ir import tensor_adapters
 
 from lissom.errors import UnsupportedError
-from lissom.frontends.onnx import file as onnx_file, operators
+from lissom.frontends.onnx import file as onnx_file
+from lissom.frontends.onnx import operators
 
 PLACE, KIND, NAME, TRANSPOSED = "place", "kind", "name", "transposed"
 """What a node carries, its number and operator in the file; and a value, the weight's name, and that it is to be transposed."""

@@ -99,7 +99,8 @@ def _read(path: Path) -> OnnxModel:
     import onnx2fx
     import onnx_ir as ir
 
-    from lissom.frontends.onnx import graph as onnx_graph, operators, rewrites
+    from lissom.frontends.onnx import graph as onnx_graph
+    from lissom.frontends.onnx import operators, rewrites
 
     model = onnx_graph.load(path)
     rewrites.simplify(model)

@@ -15,8 +15,8 @@ from torch import fx, nn
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.match import is_handed_out, is_view
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 

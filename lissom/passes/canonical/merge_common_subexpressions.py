@@ -12,9 +12,9 @@ from torch import fx, nn
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 
 @dataclass(frozen=True)

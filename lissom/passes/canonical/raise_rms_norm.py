@@ -15,8 +15,8 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.match import other_argument, scalar_and_node, strip_casts
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 

@@ -18,8 +18,8 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.match import RESHAPES
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import rotary
 
 aten = torch.ops.aten

@@ -13,8 +13,8 @@ import torch
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.match import unshifted
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 

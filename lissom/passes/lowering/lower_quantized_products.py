@@ -32,13 +32,13 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
+from lissom.compiler.analysis.structure.quantized_linear import PRODUCTS, QuantizedLayer, quantized_layer
 from lissom.compiler.ir import fake
-from lissom.ops import formats
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.ops.formats import FORMATS, FP8_LARGEST
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.analysis.structure.quantized_linear import PRODUCTS, QuantizedLayer, quantized_layer
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS, FP8_LARGEST
 from lissom.ops.quantized_linear import MOST_INPUTS
 
 aten = torch.ops.aten

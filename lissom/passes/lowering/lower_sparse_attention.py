@@ -22,19 +22,19 @@ from statistics import median
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.patterns.reader import Reading, read_pattern, write_rest
+from lissom.compiler.analysis.structure.linear import as_int
+from lissom.compiler.analysis.structure.operands import mask_of, operands_obstacle, scale_of, shared_operands, sinks_of
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.operands import mask_of, operands_obstacle, scale_of, shared_operands, sinks_of
-from lissom.ops.pattern import Pattern
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.analysis.structure.linear import as_int
-from lissom.compiler.analysis.patterns.reader import Reading, read_pattern, write_rest
 from lissom.compiler.ir.types import Size
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.attention import attention
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.fused_attention import fused_attention
 from lissom.ops.native import load_kernels, missing_kernel
+from lissom.ops.pattern import Pattern
 
 aten = torch.ops.aten
 

@@ -22,8 +22,8 @@ from torch.utils.benchmark import Timer
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.match import is_read_by
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten

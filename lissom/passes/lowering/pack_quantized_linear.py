@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.quantized_linear import PRODUCTS, QuantizedLayer, quantized_layer
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.ops.formats import FORMATS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.analysis.structure.quantized_linear import PRODUCTS, QuantizedLayer, quantized_layer
+from lissom.ops.formats import FORMATS
 from lissom.ops.native import missing_byte_kernel, missing_stored_kernel
 from lissom.ops.packed_linear import packed_embedding
 from lissom.ops.quantized_linear import FORMAT, MOST_INPUTS, fill_panels, pack_bytes, quantized_linear

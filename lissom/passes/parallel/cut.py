@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.parallel.partition.partitioner import cut_program
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Requirement, Rewrite
 from lissom.compiler.ir.placement import Placed
 from lissom.compiler.ir.program import Program
+from lissom.compiler.parallel.partition.partitioner import cut_program
+from lissom.compiler.pipeline.pass_kinds import Requirement, Rewrite
 
 
 def _first_without_placement(program: Program) -> fx.Node | None:

@@ -11,15 +11,16 @@ groups go with the heads that read them. A rank holds a bias of a layer cut by r
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
 Layers that form no such pair are cut by themselves where the pairs have less than `share` of the weights: by columns with an
-all-gather of what they give (`lissom/compiler/parallel/rules/gathered.py`), or by rows where they give fewer values than there are
-ranks. The largest come first.
+all-gather of what they give (`lissom/compiler/parallel/rules/gathered.py`), or by rows where they give fewer values than there
+are ranks. The largest come first.
 
 What reads logits along a vocabulary that is cut (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges a
-few numbers a token. With `sequence`, values between the layers are cut by position (`lissom/compiler/parallel/rules/sequence.py`).
+few numbers a token. With `sequence`, values between the layers are cut by position
+(`lissom/compiler/parallel/rules/sequence.py`).
 
 Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
-result lies from how its arguments do (`lissom/compiler/parallel/rules/table.py`); an operator without a rule gets them whole. The
-program stays as it is; `cut` carries the plan out.
+result lies from how its arguments do (`lissom/compiler/parallel/rules/table.py`); an operator without a rule gets them whole.
+The program stays as it is; `cut` carries the plan out.
 
 Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
 arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way. Korthikanti et al. 2022, "Reducing
@@ -34,17 +35,17 @@ from fnmatch import fnmatchcase
 
 from torch import fx
 
+from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.analysis.structure.linear import weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import UnsupportedError
-from lissom.compiler.pipeline.pass_kinds import Annotation
-from lissom.compiler.analysis.structure.linear import weight_of
+from lissom.compiler.ir.printer import target_text
+from lissom.compiler.parallel.plan import SHARE, Plan, make_plan
 from lissom.compiler.parallel.rules.joint import JOINT, numbers_a_row
 from lissom.compiler.parallel.rules.sequence import position_obstacle
-from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.parallel.sites import linear_layers, shard_sites
-from lissom.compiler.parallel.plan import SHARE, Plan, make_plan
-from lissom.compiler.ir.printer import target_text
+from lissom.compiler.pipeline.pass_kinds import Annotation
+from lissom.errors import UnsupportedError
 
 _LAYER_WORDS = ("column-wise", "row-wise")
 

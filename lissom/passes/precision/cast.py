@@ -31,15 +31,15 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.casts import dtype_of
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.pipeline.pass_kinds import Approximation
-from lissom.compiler.ir.match import RESHAPES, is_view
 from lissom.compiler.analysis.module_filter import is_protected
-from lissom.compiler.calibration.ranges import Range, measured_ranges, range_of
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.ranges import Range, measured_ranges, range_of
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import RESHAPES, is_view
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.attention import attention
 from lissom.ops.rotary import rotary
 

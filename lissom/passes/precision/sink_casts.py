@@ -22,11 +22,11 @@ from functools import partial
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_copy
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.match import CASTS
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 

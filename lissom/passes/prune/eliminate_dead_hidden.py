@@ -20,17 +20,17 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.dead_units import dead_units, zero_units
+from lissom.compiler.analysis.axes.zeros import zero_at, zeros
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.removal.indices import remove_indices
 from lissom.compiler.transforms.removal.norms import NORMS_OVER, normed_axes
-from lissom.compiler.analysis.axes.dead_units import dead_units, zero_units
-from lissom.compiler.ir.editor import Editor
 from lissom.errors import LissomError
-from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.analysis.structure.transformer import structure
-from lissom.compiler.analysis.axes.zeros import zero_at, zeros
 
 aten = torch.ops.aten
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.axes.zeros import Zeros, is_zero, zeros
+from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.analysis.structure.transformer import structure
-from lissom.compiler.analysis.axes.zeros import Zeros, is_zero, zeros
 
 aten = torch.ops.aten
 

@@ -17,14 +17,14 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.dead_units import dead_units
-from lissom.compiler.ir.editor import Editor
-from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_by_constant
-from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.axes.columns import Columns, feature_dim, find_neuron_columns
-from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.analysis.axes.dead_units import dead_units
 from lissom.compiler.analysis.axes.zeros import zero_at, zeros
+from lissom.compiler.analysis.structure.linear import input_of
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_by_constant
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.flops import is_counted
+from lissom.compiler.analysis.structure.linear import is_attention, is_linear
+from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, shape_of, with_operands
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.transforms.unflatten import unflatten_where
-from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.analysis.structure.linear import is_attention, is_linear
-from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, shape_of, with_operands
+from lissom.compiler.transforms.unflatten import unflatten_where
 
 aten = torch.ops.aten
 

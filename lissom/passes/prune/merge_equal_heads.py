@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
-from lissom.compiler.transforms.removal.indices import remove_indices
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import UnsupportedError
-from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation, separated_heads
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation, separated_heads
+from lissom.compiler.transforms.removal.indices import remove_indices
+from lissom.errors import UnsupportedError
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 An attention is a sum over heads, Σ_h W_o[:, h] softmax(q_h k_hᵀ) v_h. Head h is pruned by zeroing its columns W_o[:, h];
 `eliminate-dead-heads` then removes it. With grouped queries a key/value head goes with all query heads that read it; where one
 key/value head serves all, query heads go one by one. Criteria, with formulas and sources, are in
-`lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in `lissom/compiler/transforms/pruning/reconstruction.py`:
+`lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in
+`lissom/compiler/transforms/pruning/reconstruction.py`:
 
 - `second-order` takes heads one after another, each time the one whose loss the others can make up for best, and then refits
   the output projection of every attention to the original model, in the order of the program. It is what `auto` means with

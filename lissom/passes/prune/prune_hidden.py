@@ -28,21 +28,21 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.transforms.removal.indices import mask
-from lissom.compiler.calibration.statistics import observe
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.analysis.axes.zeros import zero_at, zeros
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.layer_sweep import sweep
+from lissom.compiler.calibration.statistics import observe
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
-from lissom.compiler.analysis.axes.zeros import zero_at, zeros
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.transforms.removal.indices import mask
+from lissom.errors import RequirementError, UnsupportedError
 
 DAMPING = 0.01
 

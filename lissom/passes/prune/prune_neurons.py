@@ -1,8 +1,9 @@
 """Prune feed-forward neurons: choose those that matter least, zero what reads them, and let the rest make up for them.
 
 A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i] x). Neuron i is pruned by zeroing W₂[:, i];
-`eliminate-dead-neurons` then removes it. Criteria, with formulas and sources, are in `lissom/compiler/transforms/pruning/importance.py`, and what
-is done to the weights that stay in `lissom/compiler/transforms/pruning/reconstruction.py`:
+`eliminate-dead-neurons` then removes it. Criteria, with formulas and sources, are in
+`lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in
+`lissom/compiler/transforms/pruning/reconstruction.py`:
 
 - `second-order` takes neurons one after another, each time the one whose loss the others can make up for best, and then refits
   every layer that ends a branch to the original model, in the order of the program. It is what `auto` means

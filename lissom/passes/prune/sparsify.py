@@ -31,17 +31,17 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.calibration.statistics import Moments
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.calibration.hessian import inverse_factor
-from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.analysis.module_filter import is_protected
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
-from lissom.compiler.analysis.module_filter import is_protected
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.hessian import inverse_factor
 from lissom.compiler.calibration.layer_sweep import sweep_moments
+from lissom.compiler.calibration.statistics import Moments
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.errors import RequirementError, UnsupportedError
 
 Prune = Callable[[torch.Tensor, Moments], torch.Tensor]
 """From a matrix [features out, features in] and the moments of what it reads to the matrix with zeros."""

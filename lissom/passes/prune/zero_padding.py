@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.padding import padding_masks
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Approximation
-from lissom.compiler.analysis.structure.padding import padding_masks
 from lissom.compiler.ir.types import TensorType
+from lissom.compiler.pipeline.pass_kinds import Approximation
 
 aten = torch.ops.aten
 

@@ -25,16 +25,16 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.ops import formats
+from lissom.compiler.analysis.structure.linear import input_of
+from lissom.compiler.calibration.layer_sweep import moments_of, sweep
+from lissom.compiler.calibration.observers import WeightObserver, weight_scale
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.ops.formats import FORMATS, Format
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Rewrite
-from lissom.compiler.analysis.structure.linear import input_of
-from lissom.compiler.calibration.observers import WeightObserver, weight_scale
 from lissom.compiler.transforms.channel_scaling import Reader, ScalingSite, chosen_sites
-from lissom.compiler.calibration.layer_sweep import moments_of, sweep
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS, Format
 
 STEPS = 20
 _LEAST = 1e-4

@@ -21,17 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError
-from lissom.compiler.ir.interpreter import evaluate_nodes
-from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.matrix import RoundedMatrix, matrix_of, rounded_matrix_of
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.layer_sweep import sweep
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.interpreter import evaluate_nodes
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.errors import RequirementError
 
 aten = torch.ops.aten
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.ops import formats
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.ops.formats import FORMATS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dequantize, fake_quantize
 
 aten = torch.ops.aten

@@ -42,19 +42,19 @@ from typing import Literal, cast
 import torch
 from torch import fx
 
-from lissom.ops import formats
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.ir.interpreter import call, evaluate_nodes
-from lissom.ops.formats import FORMATS, Format
-from lissom.compiler.calibration.hessian import damped, inverse_factor, shifted
-from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, RoundedMatrix, matrix_of, rounded_matrix_of
-from lissom.compiler.calibration.observers import weight_scale
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.calibration.hessian import damped, inverse_factor, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
+from lissom.compiler.calibration.observers import weight_scale
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.interpreter import call, evaluate_nodes
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS, Format
 
 aten = torch.ops.aten
 

@@ -24,16 +24,16 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.ops.formats import FORMATS, Format, scale_for
-from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import input_of, is_attention, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
-from lissom.compiler.calibration.observers import Observer, WeightObserver, observed_ranges, weight_scale
-from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.observers import Observer, WeightObserver, observed_ranges, weight_scale
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops.formats import FORMATS, Format, scale_for
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten

@@ -22,8 +22,8 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.ops.formats import FORMATS, LEAST, Format, pack_halves
 from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.ops.formats import FORMATS, LEAST, Format, pack_halves
 from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten

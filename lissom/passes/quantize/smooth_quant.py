@@ -24,12 +24,12 @@ from functools import partial
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.calibration.statistics import observe
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Rewrite
-from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.transforms.channel_scaling import chosen_sites
+from lissom.errors import RequirementError, UnsupportedError
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tests of lissom.backends.distributed.backend: what ranks that talk over gloo answer, share, save and load, and how they end."""
+"""Tests of lissom.backends.distributed.backend: what ranks over gloo answer, share, save and load, and how they end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import lissom
 from lissom.artifacts.manifest import NAME
 from lissom.backends.distributed.backend import _owns_argument
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES
-from lissom.errors import ArtifactError, UnsupportedError
 from lissom.compiler.ir.printer import program_text
+from lissom.errors import ArtifactError, UnsupportedError
 from tests.backends.ranks import printed, run_ranks, small_ids, small_llama
 from tests.models import FeedForward, normal, seeded
 

@@ -1,4 +1,4 @@
-"""Tests of lissom.backends.distributed.entry: calls of ranks that refuse inputs, mix calls, call from threads, or stop in a call."""
+"""Tests of lissom.backends.distributed.entry: ranks that refuse inputs, mix calls, call from threads, or stop in a call."""
 
 from __future__ import annotations
 

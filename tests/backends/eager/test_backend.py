@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lissom.backends.base import confirm
 from lissom.backends.eager.backend import METHODS, Eager, build_function, emit
-from lissom.errors import VerifyError
 from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.verify.divergence import run_samples
+from lissom.errors import VerifyError
 from lissom.frontends.export import capture
 from tests.models import CASES, capture_of, captured, counter, feed_forward, normal, tiny_bert
 

@@ -8,9 +8,9 @@ import transformers
 
 import lissom
 from lissom.backends.simulated_layers import count_kernels
-from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
+from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.ops.quantization import dequantize
 from lissom.passes.lowering.lower_quantized_products import capability, tiles
 from tests.models import Case, seeded, tokens

@@ -16,8 +16,8 @@ from lissom.backends.base import confirm
 from lissom.backends.eager.backend import Eager
 from lissom.backends.onnx.export import export_onnx
 from lissom.backends.onnx.variants import CACHE, write_form
-from lissom.backends.onnxruntime.session import Session
 from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.backends.onnxruntime.session import Session
 from lissom.frontends.export import Capture, capture
 from tests.backends.caches import HEAD_DIM, PLACES, TOKENS, WIDTH, Decoder, call_of, captured_decoder, decoder, generation
 from tests.backends.test_state import TOLERANCE, errors

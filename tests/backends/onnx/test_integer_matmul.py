@@ -1,4 +1,4 @@
-"""Tests of lissom.backends.onnx.integer_matmul and onnx_quantization: layers as products of integers, against sums over integers."""
+"""Tests of lissom.backends.onnx.integer_matmul and quantization: products of integers, against sums over integers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lissom
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
-from lissom.backends.onnx.variants import INTEGERS, write_check, write_form
 from lissom.backends.onnx.integer_matmul import quantized_layers, simulated
+from lissom.backends.onnx.variants import INTEGERS, write_check, write_form
 from lissom.frontends.export import capture
 from tests.models import normal, seeded
 

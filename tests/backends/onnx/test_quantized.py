@@ -12,12 +12,12 @@ from torch import nn
 
 import lissom
 from lissom.backends.onnx import integer_matmul
-from lissom.backends.simulated_layers import simulated_layers
 from lissom.backends.onnxruntime.backend import OnnxRuntime
-from lissom.errors import UnsupportedError
-from lissom.compiler.verify.rounding import SHARE, rounding_loss
+from lissom.backends.simulated_layers import simulated_layers
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
+from lissom.compiler.verify.rounding import SHARE, rounding_loss
+from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from tests.models import normal, seeded, tiny_bert
 from tests.zoo.catalogue import entries

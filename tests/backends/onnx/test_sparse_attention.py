@@ -1,4 +1,4 @@
-"""Tests of lissom.backends.onnx.sparse_attention: block-sparse attention in ONNX, by key blocks and with a mask of all pairs."""
+"""Tests of lissom.backends.onnx.sparse_attention: block-sparse attention by key blocks and with a mask of all pairs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends.onnxruntime.crossover import Timed, affordable_lengths, tell_lengths
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_form
-from lissom.ops.pattern import LAYOUT, Condition, Pattern
+from lissom.backends.onnxruntime.crossover import Timed, affordable_lengths, tell_lengths
 from lissom.compiler.verify.divergence import relative_error
 from lissom.frontends.export import capture
 from lissom.ops import block_sparse_attention
 from lissom.ops.blocked_attention import block_sparse_attention_reference
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
 from tests.models import normal, seeded
 
 CAUSAL = Condition(-1, 1, high=0)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends.onnxruntime.session import CPU, CUDA, fallen_back
 from lissom.backends.onnxruntime.backend import OnnxRuntime
-from lissom.errors import ArtifactError, InputError, UnsupportedError
+from lissom.backends.onnxruntime.session import CPU, CUDA, fallen_back
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
+from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.frontends.export import capture
 from tests.models import CASES, capture_of, captured, feed_forward, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
 

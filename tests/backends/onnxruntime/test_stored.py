@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lissom.backends.onnxruntime.backend import OnnxRuntime
-from lissom.errors import ArtifactError, InputError
 from lissom.compiler.verify.divergence import kept_state
+from lissom.errors import ArtifactError, InputError
 from tests.backends.caches import decoder
 from tests.models import capture_of, normal, tokens
 

@@ -6,8 +6,18 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lissom.compiler.analysis.cost import (
+    Cost,
+    cost,
+    example_sizes,
+    flops,
+    moves_nothing,
+    node_cost,
+    node_flops,
+    site_costs,
+    total_cost,
+)
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.cost import Cost, cost, example_sizes, flops, moves_nothing, node_cost, node_flops, site_costs, total_cost
 from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from tests.models import CASES, Case, captured, normal, seeded, tokens

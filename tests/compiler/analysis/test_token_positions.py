@@ -9,9 +9,9 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from lissom.compiler.analysis.token_positions import operands, position_sources, row_position, shape_of, with_operands
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call
-from lissom.compiler.analysis.token_positions import operands, position_sources, row_position, shape_of, with_operands
 from tests.models import normal
 from tests.passes.harness import Calls, aten, capture_model
 

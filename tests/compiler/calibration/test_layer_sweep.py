@@ -1,4 +1,4 @@
-"""Tests of lissom.compiler.calibration.layer_sweep, with the program run again from the start after every change as the oracle."""
+"""Tests of lissom.compiler.calibration.layer_sweep, against the program run again from the start after every change."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import fx, nn
 
 import lissom
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
+from lissom.compiler.calibration.layer_sweep import Counterpart, sweep, sweep_moments
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.calibration.layer_sweep import Counterpart, sweep, sweep_moments
 from tests.models import captured, normal, seeded, tiny_gpt2, tokens
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.ops import formats
 from lissom.compiler.calibration import observers
-from lissom.ops.formats import FORMATS
 from lissom.compiler.calibration.observers import Observer, choose_range, observed_ranges, weight_scale
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS
 from tests.models import normal
 
 FORM = FORMATS["uint8"]

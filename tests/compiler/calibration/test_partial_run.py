@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 import lissom
-from lissom.compiler.ir.editor import Editor
 from lissom.compiler.analysis.structure.linear import input_of
-from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.partial_run import Stream
+from lissom.compiler.ir.editor import Editor
 from tests.models import tiny_bert
 
 

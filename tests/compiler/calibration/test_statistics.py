@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 import lissom
-from lissom.compiler.calibration.statistics import Moments, moments, observe_gradients, real_rows
 from lissom.compiler.analysis.structure.linear import input_of
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.ir.samples import Sample
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.statistics import Moments, moments, observe_gradients, real_rows
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 from tests.models import normal, tiny_bert
 
 

@@ -6,9 +6,9 @@ from torch import fx, nn
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import PassError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.verify.structure import verify_structure
+from lissom.errors import PassError
 from lissom.frontends.export import capture
 from tests.models import captured, feed_forward, normal
 

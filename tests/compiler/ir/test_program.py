@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lissom.errors import InputError
 from lissom.compiler.ir.program import Program
+from lissom.errors import InputError
 from lissom.frontends.export import capture
 from tests.models import captured, feed_forward, normal
 

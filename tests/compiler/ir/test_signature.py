@@ -8,8 +8,8 @@ import sympy
 import torch
 from torch import nn
 
-from lissom.errors import InputError
 from lissom.compiler.ir.signature import Dimension, evaluate
+from lissom.errors import InputError
 from lissom.frontends.export import capture
 from tests.models import captured, normal, tokens
 

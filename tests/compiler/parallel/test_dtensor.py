@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lissom.compiler.ir.placement import Placed, Span, local_part
 from lissom.compiler.parallel.dtensor import _described
 from lissom.errors import UnsupportedError
-from lissom.compiler.ir.placement import Placed, Span, local_part
 from tests.backends.ranks import printed, run_ranks
 
 WHOLE = """
 from torch.distributed.device_mesh import init_device_mesh
+from lissom.compiler.parallel.dtensor import as_dtensors
 from tests.passes.parallel.models import cut, program_of
 join()
 mesh = init_device_mesh("cpu", (2,))
@@ -21,13 +22,13 @@ for name in ("llama", "bert"):
     program, samples = program_of(name)
     lockstep, _ = cut(program, samples, 2)
     for found in (lockstep, lockstep.of_rank(rank)):
-        weights = found.to_dtensor(mesh)
+        weights = as_dtensors(found, mesh)
         same = [torch.equal(item.full_tensor(), program.weight(key)) for key, item in weights.items()]
         print(name, len(weights), all(same), sorted({str(item.placements) for item in weights.values()}))
 program, samples = program_of("gpt2")
-said(lambda: cut(program, samples, 2)[0].to_dtensor(mesh))
-said(lambda: cut(program_of("llama")[0], samples, 3)[0].to_dtensor(mesh))
-said(lambda: program_of("llama")[0].to_dtensor(mesh))
+said(lambda: as_dtensors(cut(program, samples, 2)[0], mesh))
+said(lambda: as_dtensors(cut(program_of("llama")[0], samples, 3)[0], mesh))
+said(lambda: as_dtensors(program_of("llama")[0], mesh))
 """
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lissom.compiler.ir.editor import Skip
-from lissom.errors import UnsupportedError
 from lissom.compiler.pipeline.history import FORMAT_VERSION, History, Size, Step, changed_calls
 from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.errors import UnsupportedError
 from tests.compiler.passes import DropDropout, Marks, ScaleWeights
 from tests.models import capture_of, captured
 

@@ -8,12 +8,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lissom.compiler.ir import node as nodes
-from lissom.errors import BudgetError, Interrupted, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
-from lissom.compiler.pipeline.history import History, Size, Step
-from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import check_samples
+from lissom.compiler.pipeline.history import History, Interrupted, Size, Step
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.errors import BudgetError, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
 from lissom.frontends.export import capture
 from tests.compiler.passes import (
     DoubleGelu,

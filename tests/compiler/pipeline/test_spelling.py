@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import PipelineTextError
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.pipeline.spelling import format_pass, format_pipeline, options_of, parse_pipeline, type_text
+from lissom.errors import PipelineTextError
 from lissom.passes import PASSES, RECIPES
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import fx, nn
 
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import VerifyError
+from lissom.compiler.ir.samples import check_samples
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Approximation, Rewrite
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.samples import check_samples
+from lissom.errors import VerifyError
 from lissom.frontends.export import Capture, capture
 from lissom.passes import PASSES
 from tests.models import normal, seeded, tiny_bert, tokens

@@ -7,7 +7,15 @@ import torch
 
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
-from lissom.compiler.verify.divergence import TOLERANCE, compare, first_difference, relative_error, run_samples, tolerance_of, tolerances
+from lissom.compiler.verify.divergence import (
+    TOLERANCE,
+    compare,
+    first_difference,
+    relative_error,
+    run_samples,
+    tolerance_of,
+    tolerances,
+)
 from lissom.frontends.export import capture
 from tests.models import captured, feed_forward, normal
 

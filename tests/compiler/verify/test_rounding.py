@@ -10,10 +10,17 @@ import torch
 import lissom
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import VerifyError
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.compiler.verify.rounding import LOCAL_TOLERANCE, differs_locally, local_errors, local_tolerances, rounding_loss, rounds_values
 from lissom.compiler.verify.divergence import TOLERANCE, relative_error
+from lissom.compiler.verify.rounding import (
+    LOCAL_TOLERANCE,
+    differs_locally,
+    local_errors,
+    local_tolerances,
+    rounding_loss,
+    rounds_values,
+)
+from lissom.errors import VerifyError
 from lissom.passes import PASSES
 from tests.models import normal, tiny_bert
 from tests.passes.harness import Calls

@@ -8,9 +8,9 @@ from torch import fx
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.errors import VerifyError
 from lissom.compiler.ir.program import Program
 from lissom.compiler.verify.structure import verify_structure
+from lissom.errors import VerifyError
 from tests.models import CASES, captured
 
 aten = torch.ops.aten

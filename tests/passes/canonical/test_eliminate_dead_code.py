@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.passes.canonical.eliminate_dead_code import EliminateDeadCode
 from tests.models import captured, normal, seeded
 from tests.passes.harness import apply, aten, calls, capture_model, check_golden, rewrite

@@ -10,8 +10,8 @@ from torch import nn
 
 import lissom
 from lissom.compiler.analysis.axes.axes import axes
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.program import Program
 from lissom.ops import fused_rotary
 from lissom.passes.canonical.raise_rotary import RaiseRotary
 from tests.models import normal, seeded, tiny_llama

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.pipeline.history import Step
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
+from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.lightweight.share_layers import ShareLayers
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5

@@ -17,12 +17,12 @@ import lissom
 from lissom.backends.eager.backend import Eager
 from lissom.backends.inductor import Inductor
 from lissom.backends.simulated_layers import count_kernels, simulated_layers
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.verify.divergence import compare, run_samples
+from lissom.compiler.verify.rounding import differs_locally
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS
-from lissom.compiler.pipeline.history import History
-from lissom.compiler.ir.program import Program
-from lissom.compiler.verify.rounding import differs_locally
-from lissom.compiler.verify.divergence import compare, run_samples
 from lissom.ops.quantization import dynamic_scale, fake_quantize, fake_quantize_dynamic
 from lissom.passes.lowering import lower_quantized_products
 from lissom.passes.lowering.lower_quantized_products import per_feature, tile_grid

@@ -13,9 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import lissom
 from lissom.compiler.ir import node as nodes
-from lissom.ops.pattern import Condition, Pattern
 from lissom.compiler.ir.program import Program
 from lissom.ops import attention, block_sparse_attention, fused_attention
+from lissom.ops.pattern import Condition, Pattern
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention, crossing, hides
 from tests.compiler.analysis.patterns.test_reader import SIZES, SLIDING
 from tests.models import Case, normal, seeded, tiny_bert, tokens

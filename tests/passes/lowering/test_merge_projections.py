@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.program import Program
 from lissom.passes.lowering.merge_projections import MergeProjections
 from tests.models import normal, seeded, tiny_llama
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.pipeline.history import History
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import History
 from lissom.ops import quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
 from lissom.ops.native import kernel_dtypes, missing_byte_kernel
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic

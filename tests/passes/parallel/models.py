@@ -9,10 +9,10 @@ import torch
 import transformers
 
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
-from lissom.compiler.pipeline.history import History
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case, normal, seeded, tokens

@@ -12,8 +12,8 @@ from torch import nn
 
 import lissom
 from lissom.compiler.ir.collectives import COLLECTIVES
-from lissom.errors import PassError, RequirementError, UnsupportedError
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
+from lissom.errors import PassError, RequirementError, UnsupportedError
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.parallel.cut import Cut
 from tests.decoders import DECODERS

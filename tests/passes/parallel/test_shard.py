@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lissom.compiler.ir import node as nodes
-from lissom.errors import PipelineTextError, UnsupportedError
 from lissom.compiler.parallel.plan import make_plan, sharded_share
+from lissom.errors import PipelineTextError, UnsupportedError
 from lissom.passes.parallel.shard import Shard
 from tests.models import FeedForward, normal, seeded, tokens
 from tests.passes.harness import check_golden, rewrite

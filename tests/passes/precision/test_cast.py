@@ -15,10 +15,10 @@ import lissom
 from lissom.backends import FASTEST, find_backends
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import LissomError, RequirementError
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.pass_kinds import Approximation
-from lissom.compiler.ir.program import Program
+from lissom.errors import LissomError, RequirementError
 from lissom.ops.attention import attention
 from lissom.passes.precision.cast import Cast, _Caster
 from tests.decoders import MAX_LENGTH, VOCABULARY

@@ -7,14 +7,14 @@ from functools import cache
 
 import torch
 
+from lissom.compiler.analysis.axes.columns import head_columns, neuron_columns
+from lissom.compiler.analysis.structure.transformer import Structure, structure
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.axes.columns import head_columns, neuron_columns
-from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.compiler.analysis.structure.transformer import Structure, structure
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of, with_kept_form
 from lissom.passes import PASSES, RECIPES
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5

@@ -11,9 +11,9 @@ from torch import nn
 import lissom
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.transforms.removal.indices import mask
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
+from lissom.compiler.transforms.removal.indices import mask
 from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
 from tests.models import normal, seeded
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite

@@ -7,10 +7,10 @@ import torch
 
 import lissom
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import LissomError, RequirementError, UnsupportedError
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.transforms.pruning.units import head_sites
+from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes.prune.prune_heads import PruneHeads
 from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import check_golden

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.pipeline.history import History
-from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.compiler.analysis.structure.transformer import structure
+from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.prune_hidden import PruneHidden, fit
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens

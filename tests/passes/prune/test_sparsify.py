@@ -11,11 +11,11 @@ from torch import nn
 
 import lissom
 from lissom.compiler.calibration.statistics import Moments
-from lissom.errors import LissomError, RequirementError, UnsupportedError
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
+from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.sparsify import NOTE, Sparsify, largest_share, sparsegpt, wanda
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens

@@ -9,9 +9,9 @@ import torch
 
 import lissom
 from lissom.compiler.calibration.statistics import Moments
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES
 from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens

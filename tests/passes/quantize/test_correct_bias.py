@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.errors import RequirementError
 from lissom.compiler.ir.program import Program
+from lissom.errors import RequirementError
 from lissom.passes.quantize.correct_bias import CorrectBias
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite

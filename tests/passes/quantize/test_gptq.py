@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.ops import formats
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.ops.formats import FORMATS
-from lissom.compiler.calibration.hessian import damped, shifted
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.matrix import rounded_matrix_of
+from lissom.compiler.calibration.hessian import damped, shifted
 from lissom.compiler.calibration.observers import weight_scale
 from lissom.compiler.ir.program import Program
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops import formats
+from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import fake_quantize
 from lissom.passes.quantize.gptq import Gptq, fitted_scale, gptq, gptq_with_scales
 from tests.models import FeedForward, normal, seeded
@@ -218,9 +218,8 @@ def test_a_feature_that_is_always_zero_is_rounded_to_the_nearest() -> None:
     weight, rows, scale, _ = layer(1, "int4")
     rows[:, 3] = 0
     found = gptq(weight, moments_of(rows).gram, scale, None, FORMATS["int4"], 0.01, 128, True)
-    assert torch.equal(
-        found[:, 3], formats.dequantize(formats.quantize(weight, scale, None, FORMATS["int4"]), scale, None, torch.float32)[:, 3]
-    )
+    rounded = formats.quantize(weight, scale, None, FORMATS["int4"])
+    assert torch.equal(found[:, 3], formats.dequantize(rounded, scale, None, torch.float32)[:, 3])
 
 
 class Chain(nn.Module):

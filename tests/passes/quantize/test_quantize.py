@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.ops.formats import FORMATS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes import PASSES
 from lissom.passes.quantize.quantize import Quantize

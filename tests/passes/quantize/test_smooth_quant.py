@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lissom
-from lissom.errors import RequirementError, UnsupportedError
 from lissom.compiler.ir.program import Program
+from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes.quantize.smooth_quant import SmoothQuant, smoothing
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite

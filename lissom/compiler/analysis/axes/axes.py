@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from lissom.compiler.analysis.axes import rules
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axis import Axis, pin
 from lissom.compiler.analysis.axes.base import Value, fresh
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 

@@ -7,8 +7,8 @@ from typing import cast
 
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axis import Axis, pin, unify
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import TensorType, ValueType
 

@@ -14,16 +14,16 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import UnsupportedError
+from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
 from lissom.compiler.analysis.structure.linear import input_of, weight_of
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import place
+from lissom.compiler.ir.program import Program
+from lissom.errors import UnsupportedError
 
 aten = torch.ops.aten
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)

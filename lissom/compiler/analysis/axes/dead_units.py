@@ -8,14 +8,14 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.rules import reduced_dims
-from lissom.compiler.analysis.structure.linear import is_attention
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.rules import reduced_dims
 from lissom.compiler.analysis.axes.zeros import Zeros, zero_at, zeros
+from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
 

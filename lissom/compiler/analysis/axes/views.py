@@ -8,11 +8,29 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axis import Axis, concatenation, cut, divide, pin, product, unify
 from lissom.compiler.analysis.axes.base import Dims, Known, Value, broadcast, dim_of, fresh, of
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import Size, TensorType
+
+aten = torch.ops.aten
+
+SIZES_AT: dict[object, int] = {
+    aten.reshape.default: 1,
+    aten.view.default: 1,
+    aten.expand.default: 1,
+    aten.unflatten.int: 2,
+    aten.zeros.default: 0,
+    aten.ones.default: 0,
+    aten.full.default: 0,
+    aten.new_zeros.default: 1,
+    aten.new_ones.default: 1,
+    aten.new_full.default: 1,
+}
+"""Where a call has its list of sizes."""
+SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
+"""Calls that cut a dimension in pieces."""
 
 
 def permute(node: fx.Node, known: Known) -> Value:

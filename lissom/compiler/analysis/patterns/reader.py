@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.operands import mask_of
-from lissom.ops.pattern import Condition, Pattern
-from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import CASTS, number
 from lissom.compiler.analysis.patterns.facts import ALWAYS, Count, Seen, between, both, moved, opposite, pattern_of
 from lissom.compiler.analysis.patterns.values import AND, NOT, OR, PositionValues
+from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import CASTS, number
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size
+from lissom.ops.pattern import Condition, Pattern
 
 aten = torch.ops.aten
 

@@ -12,10 +12,25 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.patterns.constants import value_of_constant
+from lissom.compiler.analysis.patterns.facts import (
+    ALWAYS,
+    NEVER,
+    Count,
+    Seen,
+    Table,
+    between,
+    both,
+    difference,
+    either,
+    equal,
+    moved,
+    opposite,
+    shifted,
+    slide,
+)
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.match import CASTS
-from lissom.compiler.analysis.patterns.constants import value_of_constant
-from lissom.compiler.analysis.patterns.facts import ALWAYS, NEVER, Count, Seen, Table, between, both, difference, either, equal, moved, opposite, shifted, slide
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType, Size
 

@@ -8,9 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, as_int, features, input_of, is_linear, is_pointwise, is_quantizer, producers, residual_of, source
+from lissom.compiler.analysis.structure.linear import (
+    NORMS,
+    SHAPES,
+    as_int,
+    features,
+    input_of,
+    is_linear,
+    is_pointwise,
+    is_quantizer,
+    producers,
+    residual_of,
+    source,
+)
 from lissom.compiler.analysis.structure.masks import MaskKind, mask_kind
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten

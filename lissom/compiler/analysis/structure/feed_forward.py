@@ -8,8 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import (
+    NORMS,
+    SHAPES,
+    features,
+    input_of,
+    is_activation,
+    is_linear,
+    is_pointwise,
+    is_quantizer,
+    producers,
+    residual_of,
+    source,
+)
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, features, input_of, is_activation, is_linear, is_pointwise, is_quantizer, producers, residual_of, source
 from lissom.compiler.ir.types import ScalarType, TensorType
 
 aten = torch.ops.aten

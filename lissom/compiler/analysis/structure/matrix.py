@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.analysis.structure.linear import is_quantizer, weight_of
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten

@@ -15,11 +15,11 @@ import sympy
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.operands import mask_of
-from lissom.compiler.ir.interpreter import call
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
 from lissom.compiler.analysis.structure.masks import mask_kind
+from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import call
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import evaluate
 from lissom.compiler.ir.types import ScalarType, TensorType

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.analysis.structure.padding import HIDDEN, kept_rows, order_of, padding_masks, values_at
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import Size

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.structure.attention import AttentionSite, attention_site
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite, MixtureSite, feed_forward_site, mixture_site
 from lissom.compiler.analysis.structure.layers import in_order, layer_paths
 from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, as_int, is_activation, is_attention, is_linear, weight_of
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten

@@ -17,10 +17,19 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, WAIT
 from lissom.compiler.ir.editor import Editor
-from lissom.ops.formats import FORMATS, LEAST
-from lissom.compiler.parallel.rules.joint import BEST, LOG_SOFTMAX, LOOK_UP, NORMS, SOFTMAX, candidates, computed_dtype, packed_dtype
 from lissom.compiler.ir.placement import Span, Spans, indices_of
 from lissom.compiler.ir.types import TensorType
+from lissom.compiler.parallel.rules.joint import (
+    BEST,
+    LOG_SOFTMAX,
+    LOOK_UP,
+    NORMS,
+    SOFTMAX,
+    candidates,
+    computed_dtype,
+    packed_dtype,
+)
+from lissom.ops.formats import FORMATS, LEAST
 
 aten = torch.ops.aten
 

@@ -13,23 +13,22 @@ from typing import cast
 import torch
 from torch import fx, nn
 
+from lissom.compiler.analysis.axes.views import SIZES_AT, SPLITS, every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.transforms.removal.indices import SIZES_AT, SPLITS
-from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
-from lissom.compiler.parallel.partition.merge_collectives import merge_collectives
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, GROUP, WAIT
-from lissom.compiler.parallel.partition.joint import Joint
-from lissom.compiler.parallel.partition.sequence import Positions
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import PassError
+from lissom.compiler.ir.placement import REPLICATED, Placed, Span, Spans, indices_of, local_part, local_size
+from lissom.compiler.ir.printer import place
+from lissom.compiler.ir.types import Size, TensorType
+from lissom.compiler.parallel.partition.joint import Joint
+from lissom.compiler.parallel.partition.merge_collectives import merge_collectives
+from lissom.compiler.parallel.partition.sequence import Positions
+from lissom.compiler.parallel.plan import redistribution_steps
 from lissom.compiler.parallel.rules.base import Reading
 from lissom.compiler.parallel.rules.gathered import outcome, own_part
 from lissom.compiler.parallel.rules.joint import joint_dim, joint_span
-from lissom.compiler.ir.placement import REPLICATED, Placed, Span, Spans, indices_of, local_part, local_size
 from lissom.compiler.parallel.sites import linear_layers
-from lissom.compiler.parallel.plan import redistribution_steps
-from lissom.compiler.ir.printer import place
-from lissom.compiler.ir.types import Size, TensorType
+from lissom.errors import PassError
 
 aten = torch.ops.aten
 

@@ -18,11 +18,11 @@ from typing import cast
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.parallel.rules import table as rules
+from lissom.compiler.ir.placement import REPLICATED, Placed, can_gather
 from lissom.compiler.parallel.rules import sequence as sequence
+from lissom.compiler.parallel.rules import table as rules
 from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, shape_of, tensors
 from lissom.compiler.parallel.rules.joint import Exchange
-from lissom.compiler.ir.placement import REPLICATED, Placed, can_gather
 
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:

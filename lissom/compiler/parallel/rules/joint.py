@@ -24,11 +24,11 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.rules import reduced_dims
-from lissom.compiler.parallel.rules.base import Outcome, Reading, Rule, alike, settled, shape_of
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Span, can_gather
 from lissom.compiler.ir.types import Size, TensorType
+from lissom.compiler.parallel.rules.base import Outcome, Reading, Rule, alike, settled, shape_of
 
 aten = torch.ops.aten
 

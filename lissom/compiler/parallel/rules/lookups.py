@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at, moved, replicated, shape_of
 from lissom.compiler.ir.placement import Spans, sharded
 from lissom.compiler.ir.types import Size
+from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at, moved, replicated, shape_of
 
 
 def index_select(node: fx.Node, read: Reading) -> Outcome:

@@ -16,16 +16,28 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.parallel.rules import lookups as lookups
-from lissom.compiler.parallel.rules import stored as stored
-from lissom.compiler.parallel.rules import views as views
 from lissom.compiler.analysis.axes.rules import reduced_dims
-from lissom.compiler.parallel.rules.base import Outcome, Reading, Rule, aligned, alike, is_only_reader, is_weight, replicated, settled, shape_of, tensors
-from lissom.compiler.parallel.rules.joint import jointly
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Spans, is_padded, sharded
 from lissom.compiler.ir.rule_tables import register
 from lissom.compiler.ir.types import TensorType
+from lissom.compiler.parallel.rules import lookups as lookups
+from lissom.compiler.parallel.rules import stored as stored
+from lissom.compiler.parallel.rules import views as views
+from lissom.compiler.parallel.rules.base import (
+    Outcome,
+    Reading,
+    Rule,
+    aligned,
+    alike,
+    is_only_reader,
+    is_weight,
+    replicated,
+    settled,
+    shape_of,
+    tensors,
+)
+from lissom.compiler.parallel.rules.joint import jointly
 
 aten = torch.ops.aten
 

@@ -9,12 +9,12 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axis import quotient
 from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
-from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at, is_only_reader, moved, replicated, shape_of
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.placement import REPLICATED, Span, Spans, sharded
 from lissom.compiler.ir.types import Size, TensorType
+from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at, is_only_reader, moved, replicated, shape_of
 
 aten = torch.ops.aten
 

@@ -19,17 +19,17 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.operands import unrepeated
-from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.dead_units import summed
-from lissom.compiler.ir.editor import Editor
-from lissom.compiler.analysis.structure.linear import as_int
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.dead_units import summed
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.structure.linear import as_int
+from lissom.compiler.analysis.structure.operands import unrepeated
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
 

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.calibration import statistics
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
 from lissom.compiler.analysis.structure.linear import as_int, input_of
+from lissom.compiler.calibration import statistics
+from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
-from lissom.compiler.transforms.pruning.budget import Ranking
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.transforms.pruning.budget import Ranking
 from lissom.compiler.transforms.pruning.units import UnitSite
 
 DAMPING = 1e-3

@@ -8,14 +8,14 @@ from typing import Literal
 
 import torch
 
-from lissom.compiler.transforms.pruning import importance
 from lissom.compiler.calibration.statistics import Moments, Progress, moments
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError
 from lissom.compiler.memory import give_back_memory
+from lissom.compiler.transforms.pruning import importance
 from lissom.compiler.transforms.pruning.budget import Amount, Choice, Ranking, allocate, check_amount
 from lissom.compiler.transforms.pruning.reconstruction import refit, scale_units
 from lissom.compiler.transforms.pruning.units import UnitSite
+from lissom.errors import RequirementError
 
 Criterion = Literal["auto", "magnitude", "gradient", "taylor", "wanda", "reconstruction", "second-order"]
 

@@ -27,17 +27,17 @@ from functools import cache
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
-from lissom.compiler.ir.editor import Editor
-from lissom.compiler.analysis.structure.linear import as_int, input_of
-from lissom.compiler.memory import give_back_memory
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns
-from lissom.compiler.ir.samples import Sample
-from lissom.compiler.calibration.partial_run import Stream
+from lissom.compiler.analysis.structure.linear import as_int, input_of
+from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.partial_run import Stream
+from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.compiler.memory import give_back_memory
 from lissom.compiler.transforms.pruning.units import UnitSite
 from lissom.compiler.verify.divergence import kept_state
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.ir.editor import Editor
-from lissom.compiler.analysis.structure.linear import input_of
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns
+from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 
 
 @dataclass(frozen=True)

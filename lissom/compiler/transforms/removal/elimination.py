@@ -11,16 +11,16 @@ import sympy
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.transforms.removal.indices import remove_indices
-from lissom.compiler.analysis.axes.dead_units import dead_units
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import LissomError, UnsupportedError
 from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.dead_units import dead_units
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import Size
+from lissom.compiler.transforms.removal.indices import remove_indices
+from lissom.errors import LissomError, UnsupportedError
 
 aten = torch.ops.aten
 

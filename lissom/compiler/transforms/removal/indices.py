@@ -11,33 +11,18 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.transforms.removal.norms import NORMS_OVER, follow_norm, normed_axes
-from lissom.compiler.analysis.axes.views import slice_bounds
+from lissom.compiler.analysis.axes.views import SIZES_AT, SPLITS, slice_bounds
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import LissomError, UnsupportedError
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import format_size
+from lissom.compiler.transforms.removal.norms import NORMS_OVER, follow_norm, normed_axes
+from lissom.errors import LissomError, UnsupportedError
 
 aten = torch.ops.aten
 
-SIZES_AT: dict[object, int] = {
-    aten.reshape.default: 1,
-    aten.view.default: 1,
-    aten.expand.default: 1,
-    aten.unflatten.int: 2,
-    aten.zeros.default: 0,
-    aten.ones.default: 0,
-    aten.full.default: 0,
-    aten.new_zeros.default: 1,
-    aten.new_ones.default: 1,
-    aten.new_full.default: 1,
-}
-"""Where a call has its list of sizes."""
-SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
-"""Calls that cut a dimension in pieces."""
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 

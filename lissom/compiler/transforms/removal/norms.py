@@ -17,12 +17,12 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.axes.axes import Axes
 from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import UnsupportedError
 from lissom.compiler.ir.printer import target_text
+from lissom.errors import UnsupportedError
 
 aten = torch.ops.aten
 

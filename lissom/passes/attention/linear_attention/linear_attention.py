@@ -28,22 +28,31 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
+from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.analysis.structure.masks import mask_kind
+from lissom.compiler.analysis.structure.operands import operands_obstacle, scale_of, shared_operands
+from lissom.compiler.analysis.structure.padding import KeyMask, key_mask
+from lissom.compiler.calibration.statistics import spread
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.operands import operands_obstacle, scale_of, shared_operands
-from lissom.compiler.calibration.statistics import spread
 from lissom.compiler.ir.editor import Editor
-from lissom.passes.attention.linear_attention.feature_maps import LARGEST_EXPONENT, FeatureMap, Maps, Observed, agreement, fit_maps, initial_maps, observe_weights
-from lissom.compiler.pipeline.pass_kinds import Approximation, Requirement
-from lissom.compiler.analysis.structure.masks import mask_kind
-from lissom.compiler.analysis.structure.padding import KeyMask, key_mask
 from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import ScalarType
+from lissom.compiler.pipeline.pass_kinds import Approximation, Requirement
 from lissom.compiler.verify.divergence import kept_state
 from lissom.ops.attention import attention
 from lissom.ops.linear_attention import linear_attention
+from lissom.passes.attention.linear_attention.feature_maps import (
+    LARGEST_EXPONENT,
+    FeatureMap,
+    Maps,
+    Observed,
+    agreement,
+    fit_maps,
+    initial_maps,
+    observe_weights,
+)
 
 aten = torch.ops.aten
 

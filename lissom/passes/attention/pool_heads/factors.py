@@ -12,16 +12,16 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.calibration.statistics import Moments
-from lissom.compiler.ir.editor import Editor
-from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
-from lissom.passes.attention.pool_heads.pooling import Pooled, Products
-from lissom.compiler.transforms.heads.key_value_heads import Rows, SeparateHeads, Separation
+from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.matrix import matrix_of, readers_of
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.statistics import Moments
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
+from lissom.compiler.transforms.heads.key_value_heads import Rows, SeparateHeads, Separation
+from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
+from lissom.passes.attention.pool_heads.pooling import Pooled, Products
 
 
 @dataclass(frozen=True)

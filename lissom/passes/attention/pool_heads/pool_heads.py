@@ -26,14 +26,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.calibration.statistics import Moments, moments
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
+from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation, separated_heads
 from lissom.errors import UnsupportedError
 from lissom.passes.attention.pool_heads.factors import key_factors, projection_inputs, value_factors
 from lissom.passes.attention.pool_heads.pooling import arranged
-from lissom.compiler.transforms.heads.key_value_heads import SeparateHeads, Separation, separated_heads
-from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
-from lissom.compiler.analysis.module_filter import is_path_protected
 
 
 @dataclass(frozen=True)

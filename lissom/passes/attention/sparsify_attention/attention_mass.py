@@ -14,12 +14,12 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.structure.operands import mask_of, scale_of
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.ir.samples import Sample
 from lissom.compiler.calibration.partial_run import Stream
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
 
 aten = torch.ops.aten
 _PLAIN = aten.scaled_dot_product_attention.default

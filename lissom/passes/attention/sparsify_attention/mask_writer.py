@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 from lissom.compiler.ir.editor import Editor
+from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 
 aten = torch.ops.aten
 

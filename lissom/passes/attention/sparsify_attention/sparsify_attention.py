@@ -30,21 +30,21 @@ from typing import Literal
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.analysis.patterns.reader import CAUSAL
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass, block_masses, fewest_blocks
-from lissom.compiler.analysis.structure.operands import mask_of
-from lissom.ops.pattern import LAYOUT, Condition, Pattern
-from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.pipeline.pass_kinds import Approximation
-from lissom.compiler.analysis.structure.linear import is_attention
-from lissom.compiler.analysis.patterns.reader import CAUSAL
-from lissom.passes.attention.sparsify_attention.mask_writer import write_pattern
-from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.types import ScalarType
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.ops.pattern import LAYOUT, Condition, Pattern
+from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass, block_masses, fewest_blocks
+from lissom.passes.attention.sparsify_attention.mask_writer import write_pattern
 
 aten = torch.ops.aten
 

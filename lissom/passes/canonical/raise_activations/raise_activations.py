@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.passes.canonical.raise_activations.by_value import Function, find_function
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.passes.canonical.raise_activations.by_value import Function, find_function
 
 aten = torch.ops.aten
 

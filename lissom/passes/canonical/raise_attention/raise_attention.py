@@ -2,10 +2,10 @@
 
     attention(q, k, v) = softmax(q kᵀ · scale + bias) v            Vaswani et al. 2017, eq. 1
 
-Found from the softmax outwards: upwards the scores (`passes/canonical/raise_attention/scores.py` has the spellings), downwards casts, a reshape that
-folds batch and heads, zeros put where the scores were hidden, the slice that drops the sinks, and the product with v.
-Soft-capped scores and sinks become `lissom::attention`, all else PyTorch's operator. What cannot be said as one attention is
-left alone, with the reason.
+Found from the softmax outwards: upwards the scores (`passes/canonical/raise_attention/scores.py` has the spellings), downwards
+casts, a reshape that folds batch and heads, zeros put where the scores were hidden, the slice that drops the sinks, and the
+product with v. Soft-capped scores and sinks become `lissom::attention`, all else PyTorch's operator. What cannot be said as one
+attention is left alone, with the reason.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.ir.match import CASTS, number, strip_casts
-from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMatchError, Scores, folds_heads, scores_of
+from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import attention
+from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMatchError, Scores, folds_heads, scores_of
 
 aten = torch.ops.aten
 

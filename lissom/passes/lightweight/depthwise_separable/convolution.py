@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.cost import example_shape
+from lissom.compiler.ir import node as nodes
 
 aten = torch.ops.aten
 

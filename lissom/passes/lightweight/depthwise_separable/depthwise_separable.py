@@ -39,18 +39,29 @@ from typing import Literal, cast
 import torch
 from torch import fx, nn
 
+from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.transforms.factor_budget import check_amount
-from lissom.passes.lightweight.depthwise_separable.convolution import CONVOLUTIONS, TRANSPOSED, Convolution, convolution_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
-from lissom.compiler.pipeline.pass_kinds import Approximation
-from lissom.compiler.memory import give_back_memory
 from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.passes.lightweight.depthwise_separable.factors import ORDERS, Fit, Layout, Order, covariance, decompose, energy, factors, of_slices, roots
-from lissom.compiler.calibration.partial_run import Stream
+from lissom.compiler.memory import give_back_memory
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.transforms.factor_budget import check_amount
 from lissom.compiler.verify.divergence import kept_state
+from lissom.passes.lightweight.depthwise_separable.convolution import CONVOLUTIONS, TRANSPOSED, Convolution, convolution_of
+from lissom.passes.lightweight.depthwise_separable.factors import (
+    ORDERS,
+    Fit,
+    Layout,
+    Order,
+    covariance,
+    decompose,
+    energy,
+    factors,
+    of_slices,
+    roots,
+)
 
 aten = torch.ops.aten
 

@@ -24,22 +24,22 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.transforms.removal.indices import remove_indices
-from lissom.compiler.calibration.statistics import observe
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import LissomError
-from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
-from lissom.compiler.calibration.hessian import damped
-from lissom.compiler.transforms.heads.key_value_heads import Rows
-from lissom.compiler.analysis.structure.linear import as_int, input_of
-from lissom.passes.lightweight.low_rank.svd import spectrum
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.structure.linear import as_int, input_of
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.calibration.hessian import damped
+from lissom.compiler.calibration.statistics import observe
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
+from lissom.compiler.transforms.heads.key_value_heads import Rows
+from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
+from lissom.compiler.transforms.removal.indices import remove_indices
+from lissom.errors import LissomError
+from lissom.passes.lightweight.low_rank.svd import spectrum
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ With calibration data the factors are those of the matrix of that rank with whic
 as in Wang et al. 2024, SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, §3.1,
 https://arxiv.org/abs/2403.07378 (Yuan et al. 2023, ASVD, https://arxiv.org/abs/2312.05821, takes the diagonal of XᵀX alone).
 Without data, and with `whiten=false`, it is the truncated SVD of W. How the factors are computed is in
-`lissom/passes/lightweight/low_rank/svd.py`. The columns of diag(s)^½ U are orthonormal, so that rounding the values between the two layers
-costs no more there than elsewhere.
+`lissom/passes/lightweight/low_rank/svd.py`. The columns of diag(s)^½ U are orthonormal, so that rounding the values between the
+two layers costs no more there than elsewhere.
 
 Four things differ from the paper. Layers are treated in the order in which they run: X is what a layer reads after those before
 it were factored, X₀ what it read before anything was (`asymmetric`). λ, `damping` times the mean of the diagonal of XᵀX, keeps
@@ -23,7 +23,8 @@ together, the most energy for a byte first, in Fisher's measure or as shares of 
 spread evenly stay whole then, and others pay for them.
 
 With `attention` the heads of an attention become shorter: queries with keys, and values with the output projection, are one map
-each, whose rank the size of a head is. See `lissom/passes/lightweight/low_rank/head_products.py`. Of a budget they take the same share as layers.
+each, whose rank the size of a head is. See `lissom/passes/lightweight/low_rank/head_products.py`. Of a budget they take the
+same share as layers.
 """
 
 from __future__ import annotations
@@ -35,21 +36,29 @@ from functools import partial
 import torch
 from torch import fx, nn
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.transforms.factor_budget import check_amount
-from lissom.compiler.calibration.statistics import observe_gradients, spread
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import UnsupportedError
-from lissom.passes.lightweight.low_rank.head_products import Factors, HeadProduct, factors_of, gram_of_heads, gram_of_weights, head_products, shorten_heads
-from lissom.compiler.calibration.hessian import damped, shifted
-from lissom.compiler.pipeline.pass_kinds import Approximation
-from lissom.compiler.analysis.structure.linear import input_of, is_linear
-from lissom.passes.lightweight.low_rank.svd import Curve, Spectrum, allot, rank_of, relative_error, spectrum
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.analysis.structure.linear import input_of, is_linear
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.calibration.hessian import damped, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
+from lissom.compiler.calibration.statistics import observe_gradients, spread
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.compiler.transforms.factor_budget import check_amount
+from lissom.errors import UnsupportedError
+from lissom.passes.lightweight.low_rank.head_products import (
+    Factors,
+    HeadProduct,
+    factors_of,
+    gram_of_heads,
+    gram_of_weights,
+    head_products,
+    shorten_heads,
+)
+from lissom.passes.lightweight.low_rank.svd import Curve, Spectrum, allot, rank_of, relative_error, spectrum
 
 aten = torch.ops.aten
 

@@ -17,17 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.dead_units import dead_units
-from lissom.compiler.ir.editor import Editor
-from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_by_constant
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.analysis.axes.columns import Columns, find_head_columns
-from lissom.passes.prune.eliminate_dead_heads.head_selection import MASK, QUERY_AND_KEY, VALUE, drop_selections, select_heads
-from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.analysis.axes.dead_units import dead_units
 from lissom.compiler.analysis.axes.zeros import zero_at, zeros
+from lissom.compiler.analysis.structure.attention import AttentionSite
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_by_constant
+from lissom.passes.prune.eliminate_dead_heads.head_selection import MASK, QUERY_AND_KEY, VALUE, drop_selections, select_heads
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.editor import Editor
-from lissom.compiler.transforms.unflatten import unflatten_where
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.analysis.structure.padding import padding_masks
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, shape_of, with_operands
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.transforms.unflatten import unflatten_where
 from lissom.passes.prune.pack_tokens.token_flow import RESHAPES, PaddingReadError, TokenFlow, Use, has_layers, is_item
 
 aten = torch.ops.aten

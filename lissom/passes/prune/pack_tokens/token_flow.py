@@ -17,11 +17,11 @@ from typing import Literal, cast
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
+from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.analysis.structure.padding import Values, hides, holds, kept_rows, zero_where_hidden
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, shape_of
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 

@@ -12,10 +12,10 @@ from itertools import pairwise
 
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
 from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, input_of, is_linear, is_pointwise, residual_of
+from lissom.compiler.ir import node as nodes
 
 _SUMS = 4
 """How many sums may lie between a branch and the stream, where several branches are added up first."""

@@ -23,17 +23,17 @@ from typing import Literal
 import torch
 from torch import fx
 
-from lissom.compiler.ir import node as nodes
-from lissom.passes.prune.prune_layers.branches import Branch, branch_of, follow
-from lissom.compiler.calibration.statistics import observe
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.pipeline.pass_kinds import Approximation
-from lissom.compiler.analysis.structure.linear import weight_of
-from lissom.compiler.ir.program import Program
-from lissom.compiler.analysis.module_filter import is_path_protected
-from lissom.compiler.analysis.structure.transformer import Layer, structure
 from lissom.compiler.analysis.axes.zeros import is_zero, zeros
+from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.analysis.structure.linear import weight_of
+from lissom.compiler.analysis.structure.transformer import Layer, structure
+from lissom.compiler.calibration.statistics import observe
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.pass_kinds import Approximation
+from lissom.errors import RequirementError, UnsupportedError
+from lissom.passes.prune.prune_layers.branches import Branch, branch_of, follow
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from torch import nn
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.transforms.removal.indices import mask, remove_indices
-from lissom.compiler.ir.editor import Editor
-from lissom.errors import UnsupportedError
 from lissom.compiler.analysis.structure.linear import input_of, is_attention, is_linear, weight_of
-from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.transforms.removal.indices import mask, remove_indices
 from lissom.compiler.verify.divergence import TOLERANCE, compare, run_samples
 from lissom.compiler.verify.structure import verify_structure
+from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens

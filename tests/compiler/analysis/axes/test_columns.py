@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from lissom.compiler.analysis.axes.axis import Axis, concatenation, product
-from lissom.errors import UnsupportedError
 from lissom.compiler.analysis.axes.columns import Columns, head_columns, neuron_columns, unit_of
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from tests.compiler.analysis.axes.test_axes import canonical
 from tests.models import Case, normal, seeded

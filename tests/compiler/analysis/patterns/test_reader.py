@@ -11,13 +11,13 @@ from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
 import lissom
+from lissom.compiler.analysis.patterns.reader import CAUSAL, Reading, read_pattern, write_rest
+from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.analysis.structure.operands import mask_of
-from lissom.ops.pattern import Condition
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
-from lissom.compiler.analysis.structure.linear import is_attention
-from lissom.compiler.analysis.patterns.reader import CAUSAL, Reading, read_pattern, write_rest
 from lissom.compiler.ir.program import Program
+from lissom.ops.pattern import Condition
 from tests.models import VOCABULARY, Case, normal, seeded, tokens
 from tests.passes.harness import Calls, rewrite
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.ir.editor import Editor
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.ir.editor import Editor
 from tests.models import captured, normal, seeded
 
 

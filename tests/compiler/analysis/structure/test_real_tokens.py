@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
-from lissom.compiler.calibration.statistics import moments
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
+from lissom.compiler.calibration.statistics import moments
 from tests.models import normal, seeded
 
 REAL = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()

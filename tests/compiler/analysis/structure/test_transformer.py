@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 import lissom
-from lissom.compiler.ir.program import Program
 from lissom.compiler.analysis.structure.transformer import Structure, structure
+from lissom.compiler.ir.program import Program
 from lissom.frontends.export import capture
 from tests.compiler.analysis.axes.test_axes import canonical
 from tests.models import normal, seeded, tied, tokens

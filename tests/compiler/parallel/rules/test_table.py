@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 import lissom.ops  # noqa: F401
+from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Span, local_part, sharded, whole_of
 from lissom.compiler.parallel.rules.base import Outcome, Reading
 from lissom.compiler.parallel.rules.table import RULES, outcome, rule_of
-from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Span, local_part, sharded, whole_of
 from lissom.compiler.verify.divergence import relative_error
 from tests.models import normal
 from tests.passes.harness import Calls, capture_model

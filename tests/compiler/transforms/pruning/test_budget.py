@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lissom.errors import UnsupportedError
 from lissom.compiler.transforms.pruning.budget import Amount, Choice, Ranking, allocate, check_amount
+from lissom.errors import UnsupportedError
 
 
 def test_the_least_goes_first() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import lissom
-from lissom.compiler.transforms.pruning import importance
 from lissom.compiler.calibration.statistics import spread
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.transforms.pruning.importance import GateMoments, damped_inverse, gate_moments, rearranged, removal_path
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.transforms.pruning import importance
+from lissom.compiler.transforms.pruning.importance import GateMoments, damped_inverse, gate_moments, rearranged, removal_path
 from lissom.compiler.transforms.pruning.units import UnitSite, head_sites, neuron_sites
 from tests.models import FeedForward, normal, seeded, tiny_bert
 

@@ -8,8 +8,8 @@ import lissom
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
-from lissom.compiler.transforms.pruning.reconstruction import RIDGES, NormalEquations, refit, scale_units, solve
 from lissom.compiler.ir.samples import Sample, resize
+from lissom.compiler.transforms.pruning.reconstruction import RIDGES, NormalEquations, refit, scale_units, solve
 from lissom.compiler.transforms.pruning.units import neuron_sites
 from tests.models import FeedForward, normal, seeded, tiny_bert
 

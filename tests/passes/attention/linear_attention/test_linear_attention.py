@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 import lissom
-from lissom.errors import RequirementError
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.program import Program
 from lissom.compiler.verify.divergence import relative_error
+from lissom.errors import RequirementError
 from lissom.ops.linear_attention import linear_attention
 from lissom.passes.attention.linear_attention.linear_attention import LinearAttention, chunk_for
 from tests.models import CASES, Counter, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tokens

@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 import lissom
-from lissom.errors import RequirementError, UnsupportedError
 from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.errors import RequirementError, UnsupportedError
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.attention.pool_heads.pool_heads import PoolHeads
 from tests.decoders import decoder, prompt

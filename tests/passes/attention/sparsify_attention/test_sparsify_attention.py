@@ -12,15 +12,15 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import lissom
-from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass, fewest_blocks
-from lissom.errors import RequirementError, UnsupportedError
-from lissom.compiler.pipeline.history import History
-from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.analysis.patterns.reader import read_pattern
-from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
+from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
+from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass, fewest_blocks
 from lissom.passes.attention.sparsify_attention.sparsify_attention import SparsifyAttention, random_layout, with_room
 from tests.models import Case, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from tests.passes.harness import Calls, check_golden, every_backend, rewrite

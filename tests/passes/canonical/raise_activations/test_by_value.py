@@ -9,9 +9,9 @@ from torch import fx, nn
 from torch.nn import functional
 
 from lissom.compiler.ir import node as nodes
-from lissom.passes.canonical.raise_activations.by_value import find_function, grid
 from lissom.compiler.ir.program import Program
 from lissom.frontends.export import capture
+from lissom.passes.canonical.raise_activations.by_value import find_function, grid
 from tests.models import normal
 
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lissom
-from lissom.errors import VerifyError
 from lissom.compiler.ir.program import Program
+from lissom.errors import VerifyError
 from lissom.ops import fused_attention
 from lissom.passes.canonical.raise_attention.raise_attention import RaiseAttention
 from tests.models import normal, seeded

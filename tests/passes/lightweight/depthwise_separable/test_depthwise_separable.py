@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.errors import UnsupportedError
-from lissom.compiler.pipeline.history import Step
 from lissom.compiler.ir.program import Program
+from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
+from lissom.errors import UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.lightweight.depthwise_separable.depthwise_separable import DepthwiseSeparable
-from tests.passes.lightweight.depthwise_separable.test_factors import best, layout_of
 from tests.models import Case, normal, seeded, tiny_bert
 from tests.passes.harness import Calls, calls, check_golden, every_backend, rewrite
+from tests.passes.lightweight.depthwise_separable.test_factors import best, layout_of
 from tests.passes.lightweight.models import (
     smooth,
     stem,

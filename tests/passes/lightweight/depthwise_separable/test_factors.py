@@ -8,7 +8,18 @@ import torch
 from torch.nn import functional
 
 from lissom.passes.lightweight.depthwise_separable.convolution import Window
-from lissom.passes.lightweight.depthwise_separable.factors import ORDERS, Fit, Layout, Order, covariance, decompose, energy, factors, of_slices, roots
+from lissom.passes.lightweight.depthwise_separable.factors import (
+    ORDERS,
+    Fit,
+    Layout,
+    Order,
+    covariance,
+    decompose,
+    energy,
+    factors,
+    of_slices,
+    roots,
+)
 from tests.models import normal
 
 SHAPES = [((3,), 1), ((4,), 2), ((3, 3), 1), ((2, 5), 3), ((1, 3, 2), 1)]

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.ir import node as nodes
-from lissom.errors import UnsupportedError
 from lissom.compiler.analysis.structure.linear import is_linear
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
+from lissom.errors import UnsupportedError
 from lissom.passes.lightweight.low_rank.low_rank import LowRank
 from tests.models import FeedForward, normal, seeded, tokens
 from tests.passes.harness import apply, aten, calls, capture_model, check_golden, every_backend, rewrite

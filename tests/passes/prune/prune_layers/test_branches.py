@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.passes.prune.prune_layers.branches import branch_of, follow
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.passes.prune.prune_layers.branches import branch_of, follow
 from tests.models import normal, seeded
 from tests.passes.models import optimized
 

@@ -11,14 +11,14 @@ import transformers
 from torch import nn
 
 import lissom
-from lissom.passes.prune.prune_layers.branches import branch_of
-from lissom.errors import RequirementError, UnsupportedError
+from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
-from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.compiler.analysis.structure.transformer import structure
+from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
+from lissom.passes.prune.prune_layers.branches import branch_of
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
 from tests.models import VOCABULARY, Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import aten, calls, check_golden, rewrite
