@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, check_samples
-from lissom.compiler.verify.divergence import kept_state, relative_error, tolerance_of
+from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.export import Capture, capture, check_model, evaluating
 from lissom.frontends.isolation import isolated, with_own_modules

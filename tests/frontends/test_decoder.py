@@ -8,9 +8,9 @@ import transformers
 
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.program import kept_state
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.compiler.verify.divergence import kept_state
 from lissom.errors import CaptureError, InputError, UnsupportedError
 from lissom.frontends.decoder import INPUTS, capture_decoder
 from lissom.passes import PASSES, RECIPES

@@ -94,7 +94,7 @@ def make_samples(folder: Path, names: Sequence[str]) -> None:
 
 def cases(folder: Path, names: Sequence[str], seed: int) -> Iterator[Case]:
     """Cases without end: the same for the same seed and names."""
-    files = {name: sorted(path.name for path in (folder / name / SAMPLES[name].program).iterdir()) for name in names}
+    files = {name: sorted(path.name for path in (folder / name).iterdir()) for name in names}
     index = 0
     while True:
         rng = Random(f"{seed} {index}")

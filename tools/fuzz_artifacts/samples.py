@@ -26,13 +26,11 @@ Answer = list[object]
 class Sample:
     """One kind of artifact.
 
-    save: writes it into a folder that is not there. program: the folder in it that has a manifest. load: gives what answers a
-    call with the inputs of the sample. backends: what must be installed.
+    save: writes it into a folder that is not there. load: gives what answers a call with the inputs of the sample.
     """
 
     save: Callable[[Path], None]
     load: Callable[[Path], Callable[[], Answer]]
-    program: str = "."
 
 
 def _leaves(tree: object) -> Answer:
@@ -82,7 +80,7 @@ SAMPLES: Mapping[str, Sample] = {
     "plain": _compiled(feed_forward, passes="remove-no-ops"),
     "int8": _compiled(tiny_bert, passes="quantize"),
     "counter": _compiled(counter),
-    "decoder": Sample(_save_decoder, _load_decoder, "program"),
+    "decoder": Sample(_save_decoder, _load_decoder),
     "onnx": _compiled(feed_forward, backend=lissom.OnnxRuntime(threads=1, timing_seconds=0.0)),
     "ranks": Sample(_save_ranks, _load_rank),
 }

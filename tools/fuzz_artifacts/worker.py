@@ -168,7 +168,7 @@ def main(root: Path) -> None:
         os.ftruncate(printed, 0)
         with tempfile.TemporaryDirectory(prefix="lissom-fuzz-") as place:
             folder = Path(shutil.copytree(root / name, Path(place) / name))
-            apply(folder / SAMPLES[name].program, [Mutation.of(text) for text in mutations])
+            apply(folder, [Mutation.of(text) for text in mutations])
             word = judge(SAMPLES[name], folder, wanted[name], watch)
         sys.stdout.flush()
         if os.fstat(printed).st_size and not word.startswith("FAULT"):

@@ -25,10 +25,9 @@ from lissom.backends.exported import check_tensors, kind_and_reason
 from lissom.backends.onnxruntime.session_options import unlisted_option
 from lissom.backends.simulated_layers import SimulatedLayer, account
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.verify.divergence import kept_state
 from lissom.compiler.verify.rounding import LOCAL_TOLERANCE
 from lissom.errors import ArtifactError, InputError, LissomError, UnsupportedError, VerifyError
 from lissom.inspect.timing import ENOUGH, time_calls

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import register
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.rule_tables import register
 from lissom.compiler.ir.types import Size, TensorType
 
 aten = torch.ops.aten

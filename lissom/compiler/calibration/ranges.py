@@ -14,9 +14,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.calibration.statistics import Progress
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.verify.divergence import kept_state
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ from lissom.compiler.analysis.structure.linear import as_int
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import give_back_memory
-from lissom.compiler.verify.divergence import kept_state
 
 Visit = Callable[[fx.Node, torch.Tensor], None]
 VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor, torch.Tensor | None], None]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
+from typing import TypeVar
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
+
+Rule = TypeVar("Rule")
 
 aten = torch.ops.aten
 
@@ -106,3 +109,9 @@ def scalar_and_node(program: Program, node: object, targets: Collection[object])
         if found is not None and nodes.is_tensor(other):
             return found, other  # pyright: ignore[reportReturnType]
     return None
+
+
+def register(rules: dict[str, Rule], rule: Rule, *names: str) -> None:
+    """Enter a rule for ATen operators by name: `softmax.int`, or `linear` for `linear.default`."""
+    for name in names:
+        rules[f"aten.{name}" if "." in name else f"aten.{name}.default"] = rule

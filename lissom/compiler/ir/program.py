@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar, cast
 
 import sympy
@@ -269,6 +270,17 @@ class Program:
 
     def __iter__(self) -> Iterator[fx.Node]:
         return iter(self.graph.nodes)
+
+
+@contextmanager
+def kept_state(program: Program) -> Generator[None]:
+    """Put the program's state back to what it was."""
+    saved = [(tensor, tensor.clone()) for tensor in program.state_tensors()]
+    try:
+        yield
+    finally:
+        for tensor, value in saved:
+            tensor.copy_(value)
 
 
 def _fake_mode_of(program: Program) -> FakeTensorMode:

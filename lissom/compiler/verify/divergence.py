@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import VerifyError
 
@@ -143,17 +142,6 @@ def with_kept_form(before: Program, after: Program, outputs: Sequence[list[objec
 
 def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
     return tensor.shape, tensor.dtype
-
-
-@contextmanager
-def kept_state(program: Program) -> Generator[None]:
-    """Put the program's state back to what it was."""
-    saved = [(tensor, tensor.clone()) for tensor in program.state_tensors()]
-    try:
-        yield
-    finally:
-        for tensor, value in saved:
-            tensor.copy_(value)
 
 
 def compare(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> Divergence:

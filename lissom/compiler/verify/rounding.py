@@ -20,13 +20,12 @@ from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call, run_ranks
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import (
     REFUSALS,
     TOLERANCE,
     compare,
-    kept_state,
     lasting,
     node_tolerances,
     output_errors,

@@ -28,10 +28,9 @@ from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.structure.transformer import Layer, structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
-from lissom.compiler.verify.divergence import kept_state
 from lissom.errors import UnsupportedError
 
 Values = Mapping[str, torch.Tensor]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lissom.backends.onnxruntime.backend import OnnxRuntime
-from lissom.compiler.verify.divergence import kept_state
+from lissom.compiler.ir.program import kept_state
 from lissom.errors import ArtifactError, InputError
 from tests.backends.caches import decoder
 from tests.models import capture_of, normal, tokens

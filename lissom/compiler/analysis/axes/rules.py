@@ -13,8 +13,8 @@ from lissom.compiler.analysis.axes import views
 from lissom.compiler.analysis.axes.axis import Axis, cut, divide, mark_normed, mark_whole, pin, product, unify
 from lissom.compiler.analysis.axes.base import Dims, Known, Rule, Value, broadcast, dim_of, fresh, of, tensors, unknown
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import register
 from lissom.compiler.ir.printer import target_text
-from lissom.compiler.ir.rule_tables import register
 from lissom.compiler.ir.types import TensorType
 
 aten = torch.ops.aten

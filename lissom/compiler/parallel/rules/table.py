@@ -18,8 +18,8 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.rules import reduced_dims
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import register
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Spans, is_padded, sharded
-from lissom.compiler.ir.rule_tables import register
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.rules import lookups as lookups
 from lissom.compiler.parallel.rules import stored as stored

@@ -35,11 +35,10 @@ from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.transforms.pruning.units import UnitSite
-from lissom.compiler.verify.divergence import kept_state
 
 aten = torch.ops.aten
 

@@ -36,11 +36,10 @@ from lissom.compiler.calibration.statistics import spread
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import ScalarType
 from lissom.compiler.pipeline.pass_kinds import Approximation, Requirement
-from lissom.compiler.verify.divergence import kept_state
 from lissom.ops.attention import attention
 from lissom.ops.linear_attention import linear_attention
 from lissom.passes.attention.linear_attention.feature_maps import (

@@ -44,11 +44,10 @@ from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
-from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.transforms.factor_budget import check_amount
-from lissom.compiler.verify.divergence import kept_state
 from lissom.passes.lightweight.depthwise_separable.convolution import CONVOLUTIONS, TRANSPOSED, Convolution, convolution_of
 from lissom.passes.lightweight.depthwise_separable.factors import (
     ORDERS,
