@@ -11,7 +11,7 @@ from lissom.compiler.ir import printer
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import TOLERANCE, first_difference, output_errors, tolerances, with_kept_form
-from lissom.compiler.verify.rounding import ROUNDINGS, differs_locally, errs_no_more
+from lissom.compiler.verify.rounding import ROUNDINGS, differs_locally, right_in_wider
 from lissom.errors import VerifyError
 
 _ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in ROUNDINGS.items()}
@@ -61,7 +61,7 @@ def _rounds_alike(
     if not differs_locally(before, after, samples):
         return True
     # A wider dtype does not overflow where float16 does.
-    return _finite_alike(wanted, found) and errs_no_more(before, samples, wanted, found)
+    return _finite_alike(wanted, found) and right_in_wider(before, after, samples, wanted, found)
 
 
 def _finite_alike(wanted: Sequence[list[object]], found: Sequence[list[object]]) -> bool:

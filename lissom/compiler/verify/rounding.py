@@ -11,6 +11,7 @@ with few large values in its residual stream does the same by degrees. So they a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -147,16 +148,23 @@ def _rounds(node: fx.Node, operators: set[str]) -> bool:
     return str(node.target) in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
 
 
-def errs_no_more(
-    before: Program, samples: Sequence[Sample], wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]
+def right_in_wider(
+    before: Program,
+    after: Program | None,
+    samples: Sequence[Sample],
+    wanted: Sequence[Sequence[object]],
+    found: Sequence[Sequence[object]],
 ) -> bool:
-    """True when the outputs `found` are hardly further than those `wanted`, of the program before, from what that program gives
-    in a wider dtype: float64, or float32 instead of 16 bits.
+    """True when outputs `found` that differ from those `wanted`, of the program before, are right all the same, as what that
+    program gives in a wider dtype shows: float64, or float32 instead of 16 bits.
+
+    The program after has to give that too. One of kernels that do not compute in the wider dtype, and what a backend built
+    (None), has to be hardly further from it than the program before is.
 
     Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores and in float32
-    their thousandths, and softmax makes much of it. A program that cannot run in the wider dtype says nothing.
+    their thousandths, and softmax makes much of it.
     """
-    if before.ranks or before.state:
+    if before.ranks or before.state or (after is not None and after.ranks):
         return False
     reduced = any(tensor.dtype in ROUNDINGS for tensor in before.weights().values()) or any(map(_is_reduced, before.nodes()))
     wide = torch.float32 if reduced else torch.float64
@@ -165,6 +173,9 @@ def errs_no_more(
         exact = run_samples(_widened_program(before, wide), inputs)
     except REFUSALS:
         return False
+    with suppress(*REFUSALS):
+        if after is not None:
+            return compare(exact, run_samples(_widened_program(after, wide), inputs)).relative_error <= TOLERANCE[wide]
     own, other = (
         output_errors(exact, [[_widened(item, wide) for item in outputs] for outputs in given]) for given in (wanted, found)
     )
