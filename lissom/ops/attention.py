@@ -38,10 +38,10 @@ def attention_reference(
         scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
     result = torch.matmul(weights if sinks is None else weights[..., :-1], v)
-    if bias is None or sinks is not None or bias.dim() < 2:
+    if bias is None or sinks is not None:
         return result
-    seen = bias if bias.dtype == torch.bool else bias > -torch.inf
-    return result.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    blind = ~bias if bias.dtype == torch.bool else bias == -torch.inf
+    return result.masked_fill(blind.all(-1, keepdim=True), 0.0)
 
 
 _LIBRARY.impl("attention", attention_reference, "CompositeImplicitAutograd")

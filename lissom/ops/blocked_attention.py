@@ -127,9 +127,6 @@ def attend_by_blocks(
         last = sinks.expand(-1, heads, -1, -1).reshape(-1, groups, 1, heads // groups, 1, 1)
         last = last.expand(-1, -1, -1, -1, size, -1).flatten(3, 4)
     found = attention_reference(blocks, k_read, v_read, mask, scale=scale, softcap=softcap, sinks=last)
-    if sinks is None:
-        blind = ~mask if mask.dtype == torch.bool else mask == -torch.inf
-        found = found.masked_fill(blind.all(-1, keepdim=True), 0.0)
     found = found.unflatten(3, (-1, size)).transpose(2, 3).reshape(batch, heads, rows * size, v.shape[-1])
     dense = [row for row in reads.dense_rows if row < rows]
     dense += range(reads.dense_end, rows) if reads.dense_end is not None else ()

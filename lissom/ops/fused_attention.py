@@ -95,9 +95,6 @@ def fused_attention_reference(
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril() if causal else None
     mask = bias if seen is None else with_bias(seen, bias)
     found = attention_reference(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
-    if mask is not None and sinks is None:
-        blind = ~mask if mask.dtype == torch.bool else mask == -torch.inf
-        found = found.masked_fill(blind.all(-1, keepdim=True), 0.0)
     return found.transpose(1, 2).contiguous().transpose(1, 2)
 
 

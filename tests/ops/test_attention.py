@@ -59,6 +59,15 @@ def test_a_query_that_sees_nothing_is_given_zeros(form):
     assert relative_error(torch.nn.functional.scaled_dot_product_attention(q, k, v, bias, scale=0.5), found) < 2e-6
 
 
+def test_a_bias_that_is_nan_gives_nan():
+    q, k, v = torch.randn(3, 1, 2, 4, 8).unbind(0)
+    bias = torch.zeros(4, 4)
+    bias[1] = torch.nan
+    found = attention(q, k, v, bias, scale=0.5)
+    assert bool(found[:, :, 1].isnan().all())
+    assert not bool(found[:, :, [0, 2, 3]].isnan().any())
+
+
 def test_gradients_flow():
     q, k, v = torch.randn(3, 1, 2, 4, 8, requires_grad=True).unbind(0)
     attention(q, k, v, scale=1.0, softcap=3.0).sum().backward()
