@@ -9,11 +9,10 @@ import random
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from torch.utils import _pytree as pytree
 
 import lissom
 from lissom.api import compile_captured
-from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
@@ -168,19 +166,20 @@ def run(case: Case, address: str = "") -> Outcome:
 
 def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: str) -> Outcome:
     inputs = _inputs(case, case.example, given)
-    text = ",".join(case.passes)
-    options = {
-        "checks": case.checks,
-        "dynamic": case.dynamic,
-        "data": [_inputs(case, call, given) for call in case.calls[:1]] * 2,
-    }
-    further: dict[str, Any] = {"backend": _BACKENDS.get(case.backend, case.backend), "only_if_faster": False, "simulate": True}
+    data = [_inputs(case, call, given) for call in case.calls[:1]] * 2
+    settings = Settings(
+        ",".join(case.passes) or "exact",
+        backend=_BACKENDS.get(case.backend, case.backend),
+        checks=case.checks,
+        data=data,
+        only_if_faster=False,
+        simulate=True,
+    )
     if case.captured_before:
-        settings = Settings(text or "exact", checks=case.checks, data=options["data"], **further)
         fast = compile_captured(lambda: _capture(case), torch.device("cpu"), settings, lambda *_: None)
     else:
-        fast = lissom.compile(model, _given(case, inputs), passes=text or "exact", **options, **further)
-    wanted = _oracle(case, model, inputs, options)
+        fast = lissom.compile(model, _given(case, inputs), dynamic=case.dynamic, **vars(settings))
+    wanted = _oracle(case, model, data)
     answers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
     for at, call in enumerate((case.example, *case.calls)):
         called = inputs if at == 0 else _inputs(case, call, given)
@@ -201,7 +200,7 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
 
 
 def _oracle(
-    case: Case, model: nn.Module, example: Mapping[str, object], options: Mapping[str, Any]
+    case: Case, model: nn.Module, data: Sequence[dict[str, object]]
 ) -> Callable[[Mapping[str, object], list[torch.Tensor]], str | None]:
     """What judges an answer: the model itself where every pass is exact, else the program up to the last lossy pass."""
     passes = parse_pipeline(",".join(case.passes), PASSES) if case.passes else []
@@ -218,11 +217,10 @@ def _oracle(
 
         return by_model
     prefix = ",".join(case.passes[: lossy[-1] + 1])
+    captured = _capture(case).program
+    samples = [captured.signature.flatten(*_split(_given(case, batch))) for batch in data]
     # Checks off: nothing of the verifier has a say in what is right.
-    program: Program
-    captured = _capture(case)
-    data = [captured.program.signature.flatten(*_split(_given(case, batch))) for batch in options["data"]]
-    program, _ = Pipeline(resolve_passes(prefix), checks="off", data=data).run(captured.program)
+    program, _ = Pipeline(resolve_passes(prefix), checks="off", data=samples).run(captured)
     names = {item.name() for item in passes}
     # What a query of padding sees through a pattern is padding alone, and adding twice what hides it rounds in many ways.
     padded = "sparsify-attention" in names

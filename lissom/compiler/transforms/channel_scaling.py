@@ -89,19 +89,17 @@ class ScalingSite:
     def scale(self, edit: Editor, factors: torch.Tensor) -> None:
         """Divide the channels by these factors, and multiply what reads them. factors: [channels], positive.
 
-        Where weights are in a short format, by the nearest powers of two: no weight is rounded by them.
+        Where weights are in a low-precision format, by the nearest powers of two: no weight is rounded by them.
         """
-        weights = [edit.program.weight(str(item.node.target)) for item in self.parameters]
-        weights += [item.matrix.read(edit.program) for item in self.readers]
-        if any(weight.dtype.itemsize < 4 for weight in weights):
+        made = [edit.program.weight(str(item.node.target)).detach() for item in self.parameters]
+        read = [item.matrix.read(edit.program) for item in self.readers]
+        if any(weight.dtype.itemsize < 4 for weight in (*made, *read)):
             factors = factors.log2().round().exp2()
-        for parameter in self.parameters:
-            weight = edit.program.weight(str(parameter.node.target)).detach()
+        for parameter, weight in zip(self.parameters, made, strict=True):
             shape = [-1 if dim == parameter.dim else 1 for dim in range(weight.dim())]
             divided = weight.float() / _spread(factors, parameter.channel).reshape(shape)
             edit.set_weight(parameter.node, divided.to(weight.dtype))
-        for reader in self.readers:
-            weight = reader.matrix.read(edit.program)
+        for reader, weight in zip(self.readers, read, strict=True):
             reader.matrix.write(edit, weight.float() * self.columns(reader, factors))
 
 

@@ -1,4 +1,4 @@
-"""Tests of lissom.backends.onnx.export and onnx_attention: the file, which runs without Lissom."""
+"""Tests of lissom.backends.onnx.export and attention: the file, which runs without Lissom."""
 
 from __future__ import annotations
 

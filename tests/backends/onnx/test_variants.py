@@ -1,4 +1,4 @@
-"""Tests of lissom.backends.onnx.variants and onnx_blocks: every form of a model gives the same."""
+"""Tests of lissom.backends.onnx.variants and projections: every form of a model gives the same."""
 
 from __future__ import annotations
 

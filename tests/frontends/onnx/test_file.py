@@ -195,7 +195,7 @@ def test_a_flag_that_is_none_is_refused_with_its_node(tmp_path, operator, said):
 
 
 def test_every_operator_of_ours_refuses_an_axis_that_is_not_there():
-    from lissom.frontends.onnx import operators as operators
+    from lissom.frontends.onnx import operators
 
     x, ids, w = normal(2, 4), torch.tensor([0, 1]), torch.ones(4)
     calls = [

@@ -91,7 +91,7 @@ def _hides_no_more(mask: fx.Node, padding: fx.Node | None, causal: bool, values:
     if not 2 <= value.dim() <= 4:
         return False
     value = value[(None,) * (4 - value.dim())]
-    hidden = ~value if value.dtype == torch.bool else value <= HIDDEN
+    hidden = _hidden(value)
     queries, keys = value.shape[-2:]
     if (causal and queries != keys) or (value.dtype != torch.bool and bool(value[~hidden].any())):
         return False
@@ -115,13 +115,12 @@ def _has_effect(program: Program, mask: fx.Node, candidate: fx.Node) -> bool:
     """True when a zero hides a key that a query sees where there is none: a mask that lets each token see itself alone hides
     the keys at any input's zeros.
     """
-    order, sizes = order_of(program, [candidate, mask]) or (), _probe_sizes(program, candidate)
-    for values in _probes(program, candidate, order):
-        hidden, given = _hidden(values[mask]), values[candidate]
-        without = _hidden(values_at(program, order, sizes, {candidate: torch.ones_like(given)})[mask])
-        if bool((hidden & ~without & (given == 0)[:, None, None, :]).any()):
-            return True
-    return False
+    order = order_of(program, [candidate, mask]) or ()
+    without = _hidden(values_at(program, order, _probe_sizes(program, candidate))[mask])  # inputs are ones
+    return any(
+        bool((_hidden(values[mask]) & ~without & (values[candidate] == 0)[:, None, None, :]).any())
+        for values in _probes(program, candidate, order)
+    )
 
 
 def _hidden(mask: torch.Tensor) -> torch.Tensor:

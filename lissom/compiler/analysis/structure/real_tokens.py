@@ -6,7 +6,7 @@ where an input is no padding mask whose zeros hide keys, the mask that an attent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -40,12 +40,13 @@ def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -
 class _Sources:
     """Where it is told which tokens are real.
 
-    inputs: indices of inputs whose zeros hide keys. masks: what attentions add, that is computed from other inputs.
+    inputs: indices of inputs whose zeros hide keys. masks: what attentions add, that is computed from other inputs, each with
+        the nodes it is made of, in order.
     named: indices of inputs that are called masks, in a program whose attentions are not known for what they are.
     """
 
     inputs: list[int]
-    masks: list[fx.Node]
+    masks: dict[fx.Node, list[fx.Node]]
     named: list[int]
     _sample: Sample | None = None
     _found: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
@@ -61,11 +62,11 @@ class _Sources:
         for at in self.inputs:
             batch, tokens = leaves[at].type.shape
             yield batch, tokens, kept_rows(sample[at])
-        for mask in self.masks:
+        for mask, order in self.masks.items():
             shape = nodes.tensor_type(mask).shape
             # What a program cannot compute of a sample tells nothing of its tokens.
             with suppress(RuntimeError, IndexError, KeyError, TypeError, ValueError):
-                yield shape[0], shape[-1], _seen(program, mask, sample)
+                yield shape[0], shape[-1], _seen(program, mask, order, sample)
         for at in self.named:
             value = sample[at]
             added = value.is_floating_point() and bool((value < 0).any())
@@ -78,11 +79,11 @@ def _sources(program: Program) -> _Sources:
     known = program.fact(padding_masks)
     masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
     computed = {mask: order for mask in masks if (order := order_of(program, [mask])) is not None}
-    told = [
-        mask
+    told = {
+        mask: order
         for mask, order in computed.items()
         if nodes.tensor_type(mask).rank == 4 and any(node.op == "placeholder" and node not in known for node in order)
-    ]
+    }
     named = [
         at
         for at, leaf in enumerate(program.signature.tensors)
@@ -91,10 +92,8 @@ def _sources(program: Program) -> _Sources:
     return _Sources([placeholders.index(node) for node in known], told, named)
 
 
-def _seen(program: Program, mask: fx.Node, sample: Sample) -> torch.Tensor:
+def _seen(program: Program, mask: fx.Node, order: Sequence[fx.Node], sample: Sample) -> torch.Tensor:
     """The keys that a query sees, [batch, keys]. mask: of an attention, [batch or 1, heads or 1, queries, keys]."""
-    order = order_of(program, [mask])
-    assert order is not None
     given = dict(zip(program.placeholders, sample, strict=True))
     value = values_at(program, order, program.signature.sizes_of(sample), given)[mask]
     # -1e4 is -9984 in bfloat16.
