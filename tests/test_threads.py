@@ -159,8 +159,8 @@ def test_what_a_caller_froze_stays_frozen() -> None:
     try:
         frozen = gc.get_freeze_count()
         with heap_set_aside(), heap_set_aside():
-            assert gc.get_freeze_count() == frozen
-        assert gc.get_freeze_count() == frozen
+            assert 0 < gc.get_freeze_count() <= frozen
+        assert 0 < gc.get_freeze_count() <= frozen
     finally:
         gc.unfreeze()
 
@@ -168,10 +168,11 @@ def test_what_a_caller_froze_stays_frozen() -> None:
 def test_the_heap_is_set_aside_once_and_given_back() -> None:
     with heap_set_aside():
         frozen = gc.get_freeze_count()
-        assert frozen
+        made: list[list[object]] = [[] for _ in range(1000)]
+        # Frozen objects may die, of other threads too; a second freeze would add the lists just made.
         with heap_set_aside():
-            assert gc.get_freeze_count() == frozen
-        assert gc.get_freeze_count() == frozen
+            assert 0 < gc.get_freeze_count() < frozen + len(made)
+        assert 0 < gc.get_freeze_count() < frozen + len(made)
     assert not gc.get_freeze_count()
 
 
