@@ -9,7 +9,7 @@ import random
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 import lissom
 from lissom.api import compile_captured
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
@@ -227,14 +228,32 @@ def _oracle(
     precision = "quantized" if names.intersection(_ROUNDING) else "bf16" if "cast" in names else "fp32"
 
     def by_program(inputs: Mapping[str, object], found: list[torch.Tensor]) -> str | None:
-        with torch.no_grad():
-            flat = program.run(program.signature.flatten(*_split(_given(case, inputs))))
-        tensors = [item for item in flat if isinstance(item, torch.Tensor)]
+        sample = program.signature.flatten(*_split(_given(case, inputs)))
+        kept = _kept(case, inputs) if padded or precision != "fp32" else None
         return oracle.differs_from_program(
-            found, tensors, precision, _kept(case, inputs) if padded or precision != "fp32" else None
+            found, _tensors_of(program, sample), precision, kept, lambda: _rounded_otherwise(program, sample)
         )
 
     return by_program
+
+
+_ROUNDINGS = 8
+
+
+def _rounded_otherwise(program: Program, sample: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """What a program gives when its weights are moved by half a rounding step, some up and some down, by chance."""
+    for seed in range(_ROUNDINGS):
+        generator, other = torch.Generator().manual_seed(seed), program.copy()
+        for name, weight in program.weights().items():
+            if weight.is_floating_point() and name not in program.state:
+                step = torch.finfo(weight.dtype).eps * (torch.rand(weight.shape, generator=generator) - 0.5)
+                other.set_weight(name, (weight.detach().double() * (1 + step)).to(weight.dtype))
+        yield _tensors_of(other, sample)
+
+
+def _tensors_of(program: Program, sample: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [item for item in program.run(sample) if isinstance(item, torch.Tensor)]
 
 
 def _kept(case: Case, inputs: Mapping[str, object]) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
-from lissom.compiler.calibration.statistics import Moments, real_rows
+from lissom.compiler.calibration.statistics import Moments, check_finite, real_rows
 from lissom.compiler.ir.interpreter import call
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -34,6 +34,8 @@ def sweep(
     """Each of these linear layers in the order of the graph, with what it reads: for every sample [real tokens, features].
 
     The caller may set weights of the layers to come, that of the layer just given included, before it asks for the next.
+
+    Raises: RequirementError when a value is infinite or NaN.
     """
     constant = _computed_from_weights(program)
     return _sweep(program, data, layers, constant, _behind(layers, constant))
@@ -155,6 +157,7 @@ def _sweep(
             _run(program, [node for node in piece if node not in constant], held, late, last_uses)
             value = cast(torch.Tensor, held[input_of(layer)])
             read.append(real_rows(value, token_mask(program, sample, input_of(layer))))
+            check_finite(program, input_of(layer), read[-1])
         for used in (used for node in piece for used in last_uses[node]):
             fixed.pop(used, None)
         start = end

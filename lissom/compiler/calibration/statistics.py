@@ -22,9 +22,11 @@ from lissom.compiler.analysis.structure.linear import as_int
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.memory import give_back_memory
+from lissom.errors import RequirementError
 
 Visit = Callable[[fx.Node, torch.Tensor], None]
 VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
@@ -89,6 +91,18 @@ def real_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return value.reshape(-1, value.shape[-1]) if mask is None else value[mask]
 
 
+def check_finite(program: Program, node: fx.Node, rows: torch.Tensor) -> None:
+    """Refuse what overflowed. rows: [tokens, features], activations or gradients of the node for one sample's real tokens.
+
+    Raises: RequirementError when a value is infinite or NaN.
+    """
+    if not rows.isfinite().all():
+        raise RequirementError(
+            f"calibration: activations or gradients of {place(program, node)} are infinite or NaN on the calibration data, in "
+            f"{nodes.tensor_type(node).dtype}; give data that the program handles, or keep this part in a wider dtype"
+        )
+
+
 def observe(
     program: Program, data: Sequence[Sample], chosen: Collection[fx.Node], visit: Visit, progress: Progress | None = None
 ) -> None:
@@ -103,9 +117,17 @@ def observe(
 def moments(
     program: Program, data: Sequence[Sample], chosen: Iterable[fx.Node], progress: Progress | None = None
 ) -> dict[fx.Node, Moments]:
-    """The moments of what each chosen node yields; take `linears.input_of(linear)` for what a linear layer reads."""
+    """The moments of what each chosen node yields; take `linears.input_of(linear)` for what a linear layer reads.
+
+    Raises: RequirementError when a value is infinite or NaN.
+    """
     sums = {node: Moments.empty(_features(node), nodes.tensor_type(node).device) for node in chosen}
-    observe(program, data, sums, lambda node, rows: sums[node].add(rows), progress)
+
+    def add(node: fx.Node, rows: torch.Tensor) -> None:
+        check_finite(program, node, rows)
+        sums[node].add(rows)
+
+    observe(program, data, sums, add, progress)
     return sums
 
 
@@ -121,6 +143,8 @@ def observe_gradients(
 
     The first two have the node's own shape, and are zero at padding; for the mask see `token_mask`. L is the
     log-likelihood of outputs drawn from the program itself, see above; `seed` fixes the draw.
+
+    Raises: RequirementError when a value or a gradient is infinite or NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     for finished, sample in enumerate(data):
@@ -131,13 +155,17 @@ def observe_gradients(
             values = [value for _, value, _ in found]
             # Outputs that no chosen value reaches have no gradient.
             reached = bool(values) and likelihood.requires_grad
-            given = torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values]
-            gradients = cast("list[torch.Tensor | None]", given)
+            gradients = cast(
+                "Sequence[torch.Tensor | None]",
+                torch.autograd.grad(likelihood, values, allow_unused=True) if reached else [None for _ in values],
+            )
         for (node, value, mask), gradient in zip(found, gradients, strict=True):
             gradient = torch.zeros_like(value) if gradient is None else gradient
             real = 1.0 if mask is None else mask[..., None]
+            for given in (value, gradient):
+                check_finite(program, node, real_rows(given.detach(), mask))
             visit(node, value.detach() * real, gradient * real, mask)
-        del found, outputs, likelihood, values, given, gradients
+        del found, outputs, likelihood, values, gradients
         give_back_memory()
         if progress is not None:
             progress(finished + 1, len(data))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import nn
 
 import lissom
 from lissom.compiler.analysis.structure.linear import input_of
@@ -11,6 +13,7 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.statistics import Moments, moments, observe_gradients, real_rows
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.errors import RequirementError
 from tests.models import normal, tiny_bert
 
 
@@ -85,3 +88,14 @@ def test_gradients_reach_values_and_not_padding() -> None:
         assert bool((gradient[:, :-2] != 0).any())
         assert bool((gradient[:, -2:] == 0).all()) is padded
     assert all(parameter.grad is None for parameter in program.graph_module.parameters())
+
+
+@pytest.mark.parametrize("passes", ["low-rank{keep=0.5}", "prune-neurons{keep=0.5}", "sparsify{pattern=2:4,criterion=wanda}"])
+def test_activations_that_overflow_are_refused(passes: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8)).half()
+    with torch.no_grad():
+        # 8 · 300 · 300 is above 65,504, the largest number in float16.
+        model[0].weight.fill_(300)
+    x = torch.full((4, 8), 300.0, dtype=torch.float16)
+    with pytest.raises(RequirementError, match=r"of '(linear|relu).* infinite or NaN .* torch.float16"):
+        lissom.optimize(model, x, passes=passes, checks="off", data=[x])

@@ -34,9 +34,12 @@ class Spectrum:
     counts: torch.Tensor
 
     def truncated(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """U, [features out, rank], and V, [rank, features in], of the nearest matrix U V."""
-        basis = self.basis[:, :rank]
-        return basis / self.counts.sqrt()[:, None], basis.T @ self.matrix
+        """U, [features out, rank], and V, [rank, features in], of the nearest matrix U V.
+
+        Both are of the size of W whatever the size of s, which may be far from 1: in float16 they would overflow.
+        """
+        basis, mean = self.basis[:, :rank], self.counts.mean()
+        return basis / (self.counts / mean).sqrt()[:, None], basis.T @ self.matrix / mean.sqrt()
 
 
 def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: torch.Tensor | None = None) -> Spectrum:

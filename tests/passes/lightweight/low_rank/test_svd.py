@@ -67,6 +67,16 @@ def test_features_count_as_often_as_they_are_given(outputs: int, inputs: int) ->
     torch.testing.assert_close((u @ v).repeat_interleave(counts, 0), repeated, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_factors_fit_into_float16_whatever_the_size_of_the_counts(size: float) -> None:
+    weight, rows = layer(7, 5)
+    counts = normal(7).abs().double() + 0.1
+    wanted = torch.mm(*spectrum(weight, rows.T @ rows, counts).truncated(3))
+    u, v = spectrum(weight, rows.T @ rows, counts * size).truncated(3)
+    # Rounded to 11 bits, and sums of three products.
+    torch.testing.assert_close(u.half().double() @ v.half().double(), wanted, rtol=0, atol=2e-3 * float(wanted.abs().max()))
+
+
 def test_the_rank_that_keeps_a_share_is_the_least_that_does() -> None:
     weight, rows = layer(8, 8)
     values = torch.linalg.svdvals(rows @ weight.T).square()
