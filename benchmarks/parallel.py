@@ -2,12 +2,12 @@
 
     python benchmarks/parallel.py --update
 
-A Llama-like decoder with random weights, and Gemma 3 270M, compiled with their cache, cut and saved by one process; then each
-rank is a process that reads its own file. It reads a prompt of 128 tokens and goes on for 50, chosen greedily, and the tokens
-of every number of ranks are compared with those of one. Ranks exchange values through memory that they share, and in rows of
-their own over gloo. Beside it, on the Llama-like model, PyTorch's own tensor parallelism over gloo: `parallelize_module` with
-the plan that transformers has for the model. Float32, one thread a rank: where there are fewer cores than ranks, they take
-turns.
+A Llama-like decoder with random weights, and Gemma 3 270M, compiled with their cache, partitioned and saved by one process;
+then each rank is a process that reads its own file. It reads a prompt of 128 tokens and goes on for 50, chosen greedily, and
+the tokens of every number of ranks are compared with those of one. Ranks exchange values through memory that they share, and
+in rows of their own over gloo. Beside it, on the Llama-like model, PyTorch's own tensor parallelism over gloo:
+`parallelize_module` with the plan that transformers has for the model. Float32, one thread a rank: where there are fewer
+cores than ranks, they take turns.
 
 *Memory* is the peak of the process with the most, above what it held before it loaded the model. *Bytes* are those the
 loopback device counted for one prompt, with the headers of packets, which shared memory does not go over; theory: what rings
@@ -44,7 +44,7 @@ from lissom.frontends.huggingface import load
 from lissom.inspect.sharding import program_traffic
 
 PROMPT, ANSWER, LENGTH = 128, 50, 256
-WAYS = (1, 2, 4)
+WORLD_SIZES = (1, 2, 4)
 MODELS = ("llama", "gemma3-270m")
 CONFIG: Mapping[str, Any] = {
     "vocab_size": 32000,
@@ -138,9 +138,9 @@ def lissom_rank(directory: str, rounds: int) -> dict[str, object]:
     before = held_bytes()
     decoder = lissom.load_generation(directory)
     program = decoder.compiled.program
-    ways = dist.get_world_size() if dist.is_initialized() else 1
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
     numbers = dict.fromkeys(program.signature.dimensions, PROMPT)
-    theory = ways * sum(item.sent_bytes for item in program_traffic(program, ways, numbers))
+    theory = world_size * sum(item.sent_bytes for item in program_traffic(program, world_size, numbers))
     found = measure(lambda ids: decoder.step(ids)[0], decoder.reset, rounds)
     return found | {"weights": program.parameter_bytes, "peak": peak_bytes() - before, "theory": theory}
 
@@ -197,32 +197,32 @@ def work(engine: str, source: str, rounds: int) -> None:
         dist.destroy_process_group()
 
 
-def run(engine: str, source: str, ways: int, rounds: int) -> Result:
+def run(engine: str, source: str, world_size: int, rounds: int) -> Result:
     """What so many ranks do, each in a process of its own. Raises: RuntimeError when one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = [sys.executable]
-    if ways > 1:
-        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(ways), "--master-port", str(port)]
+    if world_size > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(world_size), "--master-port", str(port)]
     request = [*start, __file__, "--worker", engine, source, "--rounds", str(rounds)]
     ran = subprocess.run(request, capture_output=True, text=True, check=False)
     lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
     if not lines:
-        raise RuntimeError(f"{engine} on {ways} ranks: {ran.stderr.strip()[-2000:]}")
+        raise RuntimeError(f"{engine} on {world_size} ranks: {ran.stderr.strip()[-2000:]}")
     return Result(**json.loads(lines[-1]))
 
 
-def rows(name: str, ways: Sequence[int], rounds: int) -> list[str]:
+def rows(name: str, world_size: Sequence[int], rounds: int) -> list[str]:
     """The rows of one model, as Markdown."""
     found: dict[tuple[str, int], Result] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for count in ways:
+        for count in world_size:
             backends: dict[str, Any] = {"Lissom": "eager"}
             if count > 1:
                 backends = {
-                    "Lissom": lissom.Distributed(ways=count),
-                    "Lissom, gloo": lissom.Distributed(ways=count, shared_memory=False),
+                    "Lissom": lissom.Distributed(world_size=count),
+                    "Lissom, gloo": lissom.Distributed(world_size=count, shared_memory=False),
                 }
             for engine, backend in backends.items():
                 directory = f"{folder}/{engine}-{count}"
@@ -232,14 +232,14 @@ def rows(name: str, ways: Sequence[int], rounds: int) -> list[str]:
                 found["PyTorch", count] = run("PyTorch", name, count, rounds)
     lines: list[str] = []
     for (engine, count), result in sorted(found.items()):
-        whole = found[engine.partition(",")[0], ways[0]]
+        whole = found[engine.partition(",")[0], world_size[0]]
         cells = [name, engine, str(count), *map(_spread, (result.prompt, result.token))]
         cells += [f"{result.weights / 1e6:.1f}", f"{result.weights / whole.weights:.1%}", f"{result.peak / 1e6:.0f}"]
         cells += [
             f"{result.sent / 1e6:.2f}" if count > 1 and engine != "Lissom" else "",
             f"{result.theory / 1e6:.2f}" if result.theory else "",
         ]
-        cells.append("yes" if result.tokens == found["Lissom", ways[0]].tokens else "no")
+        cells.append("yes" if result.tokens == found["Lissom", world_size[0]].tokens else "no")
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], json.dumps(asdict(result)), file=sys.stderr, flush=True)
     return lines
@@ -254,7 +254,9 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS, help="%(default)s by default")
-    parser.add_argument("--ways", nargs="*", type=int, default=list(WAYS), help="numbers of ranks; %(default)s by default")
+    parser.add_argument(
+        "--world-size", nargs="*", type=int, default=list(WORLD_SIZES), help="numbers of ranks; %(default)s by default"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="prompts and answers timed; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -268,7 +270,7 @@ def main() -> None:
     heads += ["sent for a prompt, MB", "theory, MB", "same tokens"]
     lines = [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 3) + "---|"]
     for name in options.models:
-        lines += rows(name, options.ways, options.rounds)
+        lines += rows(name, options.world_size, options.rounds)
     printed = "\n".join(
         [*lines, "", f"Prompt of {PROMPT} tokens, {options.rounds} rounds, one thread a rank. {conditions()}.", ""]
     )

@@ -601,8 +601,8 @@ EXAMPLES = {
         "[torch.randn(4, 64, 200).cumsum(-1) for _ in range(4)]",
     ),
     "share-layers": Example(Layered, "torch.randn(4, 128, 256)", "share-layers{every=2}"),
-    "shard": Example(PreNorm, "torch.randn(4, 128, 256)", "shard{ways=2}"),
-    "cut": Example(PreNorm, "torch.randn(4, 128, 256)", "shard{ways=2},cut"),
+    "shard": Example(PreNorm, "torch.randn(4, 128, 256)", "shard{world_size=2}"),
+    "partition": Example(PreNorm, "torch.randn(4, 128, 256)", "shard{world_size=2},partition"),
     "equalize": Example(PreNorm, "torch.randn(4, 128, 256)", "equalize"),
     "correct-bias": Example(
         Block,

@@ -47,7 +47,7 @@ def measure(example: Example, name: str, seconds: float) -> Gain:
     # From the start again, since some passes ask for the program before the first approximation.
     after, history = Pipeline(passes[: at + 1], samples, data=data).run(captured.program)
     eager = find_backend("eager")
-    # A program cut for several ranks runs all of them, and so does what it is timed beside: node by node in this process.
+    # A program partitioned for several ranks runs all of them, and so does what it is timed beside: node by node, here.
     lock_step = bool(after.ranks)
     runs = [item.run if lock_step else eager.build(item, captured.example) for item in (before, after)]
     timed = time_calls({str(index): lambda run=run: run(captured.example) for index, run in enumerate(runs)}, seconds)

@@ -33,7 +33,7 @@ MEASURED = {
     "[benchmarks](../../benchmarks/README.md#the-windows-a-model-comes-with).",
     "linear-attention": "Times and memory against the length, and what a real model loses: "
     f"[benchmarks](../../benchmarks/README.md#linear-attention), and {_LENGTH}.",
-    **dict.fromkeys(("shard", "cut"), "Plans of models of four families: [Tensor parallelism](../parallel.md)."),
+    **dict.fromkeys(("shard", "partition"), "Plans of models of four families: [Tensor parallelism](../parallel.md)."),
     "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
 }
 """Where a pass is measured on real models."""

@@ -37,8 +37,8 @@ from lissom.driver.options import (
     split_inputs,
 )
 from lissom.driver.payoff import Payoff
-from lissom.driver.ranks import CutModel, compile_for_ranks, with_ways
-from lissom.errors import InputError, LissomError, UnsupportedError
+from lissom.driver.ranks import PartitionedModel, compile_for_ranks, with_world_size
+from lissom.errors import InputError, LissomError, UnsupportedError, refuse_old_names
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.dynamic import Dynamic
 from lissom.frontends.export import Capture, capture
@@ -46,7 +46,7 @@ from lissom.frontends.isolation import isolated
 from lissom.frontends.untouched import ordinary
 from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
-from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
 from lissom.runtime.hosted_model import Facts, HostedModel, check_uncompiled
 
@@ -138,13 +138,14 @@ class CompiledModel(HostedModel):
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
 
 
+@refuse_old_names
 def compile(
     model: nn.Module,
     example_inputs: Inputs,
     *,
     passes: str | Pass | Sequence[Pass] = "exact",
     backend: str | Backend = "eager",
-    ways: int | None = None,
+    world_size: int | None = None,
     device: str | torch.device | None = None,
     dynamic: Dynamic | bool = True,
     checks: Checks = "numeric",
@@ -165,8 +166,9 @@ def compile(
     backend: what runs the result, by name, or with options of its own, `lissom.OnnxRuntime(threads=2)`;
         `lissom.backends.BACKENDS` lists them. `fastest` builds and measures each on the example
         inputs, and keeps the one that answers soonest.
-    ways: with the backend `distributed` how many ranks share the model: `shard{ways=N},cut` is put behind the passes, unless
-        they hold `cut`. In a process group of that size every rank calls this, rank 0 does the work, and each gets its part.
+    world_size: with the backend `distributed` how many ranks share the model: `shard{world_size=N},partition` is put behind the
+        passes, unless they hold `partition`. In a process group of that size every rank calls this, rank 0 does the work, and
+        each gets its part.
     device: where the result runs; the model's own device by default.
     dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
         dimensions that vary: `{"input_ids": {0: "batch"}}`.
@@ -190,7 +192,7 @@ def compile(
     """
     check_progress(progress)
     place = check_device(device)
-    settings = Settings(passes, with_ways(backend, ways), checks, data, metric, max_drop, only_if_faster, simulate)
+    settings = Settings(passes, with_world_size(backend, world_size), checks, data, metric, max_drop, only_if_faster, simulate)
     take, target = _capturing(model, example_inputs, dynamic, place)
     with progress_bar("compile") as bar:
         return compile_captured(take, target, settings, progress or bar, Facts.of(model))
@@ -231,7 +233,7 @@ def _compile_captured(
 ) -> CompiledModel:
     """What `compile_captured` gives, with the passes and the backends of the settings."""
     if isinstance(backends[0], Distributed):
-        make = partial(_cut_model, take, settings, shared, device, progress)
+        make = partial(_partition_model, take, settings, shared, device, progress)
         part = compile_for_ranks(make, backends[0], device, checks=settings.checks, simulate=settings.simulate)
         report = Report(f"{part.program.name} on {backends[0].name}", part.history)
         return CompiledModel(part.program, part.executable, report, backends[0], facts)
@@ -255,11 +257,11 @@ def _compile_captured(
     return CompiledModel(built.program, built.executable, report, built.backend, facts)
 
 
-def _cut_model(
+def _partition_model(
     take: Callable[[], Capture], settings: Settings, passes: Sequence[Pass], device: torch.device, progress: Progress
-) -> CutModel:
+) -> PartitionedModel:
     """Capture the model and run the passes; what loses is judged before the program is shared."""
-    at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Cut)))
+    at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Partition)))
     job = _job(take, passes[:at], settings, progress, 1 + len(passes))
     eager = Eager()
     judge = Payoff([eager], {eager.name: eager.lowering(device)}, job.example)
@@ -267,7 +269,7 @@ def _cut_model(
     (found,) = pipeline.run_each(job.program, {eager.name: passes[at:]}, job.history).values()
     if isinstance(found, LissomError):
         raise found
-    return CutModel(*found, job.pipeline.samples)
+    return PartitionedModel(*found, job.pipeline.samples)
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from lissom.bench.report import comparison_table, markdown_table
 from lissom.bench.saved import saved_table
 from lissom.bench.worker import Record
 from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
-from lissom.cli_options import MOST_THREADS, Backend, Checks, Device, Model, Passes, Seconds, Simulate, finite
+from lissom.cli_options import MOST_THREADS, Backend, Checks, Device, Model, Passes, Seconds, Simulate, Ways, finite
 from lissom.compiler.parallel.plan import make_plan
 from lissom.compiler.pipeline.history import Interrupted
 from lissom.compiler.pipeline.options import check_options
 from lissom.driver.options import resolve_passes
-from lissom.driver.ranks import with_ways
+from lissom.driver.ranks import with_world_size
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
 from lissom.errors import LissomError
 from lissom.frontends.device import check_device
@@ -85,13 +85,14 @@ def run_compile(
     passes: Passes = "exact",
     backend: Backend = "eager",
     device: Device = None,
-    ways: Annotated[int | None, typer.Option(help="With --backend distributed: how many ranks share the model.")] = None,
+    world_size: Annotated[int | None, typer.Option(help="With --backend distributed: how many ranks share the model.")] = None,
     checks: Checks = "numeric",
     simulate: Simulate = False,
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,
     only_if_faster: Annotated[bool, typer.Option(help="Undo lossy passes that make nothing faster or smaller here.")] = True,
+    _ways: Ways = None,
 ) -> None:
     """Compile a model and print what every pass did."""
     refuse_torchrun("compile")
@@ -99,7 +100,7 @@ def run_compile(
         check_writable(path)
     if save is not None:
         check_target(save)
-    chosen = with_ways(backend, ways)
+    chosen = with_world_size(backend, world_size)
     compiled = _compile(model, passes, chosen, device, checks, only_if_faster=only_if_faster, simulate=simulate)
     console.print(compiled.report)
     if save is not None:
@@ -187,7 +188,7 @@ def run_show(
     cost: Annotated[bool, typer.Option("--cost", help="Show what every site costs.")] = False,
     sharding: Annotated[int | None, typer.Option(help="Show how this many ranks would share it: `shard`'s plan.")] = None,
     sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="With --sharding: values between the layers are cut by position.")
+        bool, typer.Option("--sequence-parallel", help="With --sharding: values between the layers are sharded by position.")
     ] = False,
     latency: Annotated[
         float, typer.Option(min=0.0, callback=finite, help="With --sharding: microseconds one message takes.")

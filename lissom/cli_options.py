@@ -20,6 +20,12 @@ def finite(value: float) -> float:
     return value
 
 
+def refuse_ways(value: int | None) -> None:
+    """Answer the name an option once had with the one it has now."""
+    if value is not None:
+        raise typer.BadParameter("it is called --world-size now")
+
+
 Model = Annotated[str, typer.Argument(help=NAMES)]
 Passes = Annotated[str, typer.Option(help="Pipeline text, for example 'remove-no-ops,raise-attention', or a recipe's name.")]
 Backend = Annotated[str, typer.Option(help="What runs the result.")]
@@ -28,6 +34,7 @@ Seconds = Annotated[
     float,
     typer.Option(min=0.0, max=86_400.0, callback=finite, help="How long to time each engine at each shape."),
 ]
+Ways = Annotated[int | None, typer.Option("--ways", hidden=True, callback=refuse_ways)]
 Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
 Simulate = Annotated[
     bool, typer.Option("--simulate", help="Compute quantized layers without a kernel in floating point, on rounded values.")

@@ -6,8 +6,15 @@ A message says where (node, module path, source line, pass), what was found, wha
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, TypeVar
+
+_Made = TypeVar("_Made", bound=Callable[..., Any])
+
+RENAMED = (("ways", "world_size"), ("cut", "partition"))
+"""Names of options and passes as they once were, each with the name it has now."""
 
 
 class LissomError(Exception):
@@ -57,6 +64,30 @@ class RankError(LissomError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word nearest to `word`, or nothing when none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    """`; did you mean 'x'?` for the known word nearest to `word`, or nothing when none is near; for an old name the new one."""
+    known = list(known)
+    renamed = next((new for old, new in RENAMED if old == word and new in known), None)
+    if renamed is not None:
+        return f"; it is called '{renamed}' now;"
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def refuse_old_names(made: _Made) -> _Made:
+    """Let a function or a class answer a keyword that was renamed with a sentence that has the new name.
+
+    The result raises TypeError, as Python does for any other keyword that does not exist.
+    """
+    if inspect.isclass(made):
+        made.__init__ = refuse_old_names(made.__init__)
+        return made  # pyright: ignore[reportReturnType]
+    parameters = inspect.signature(made).parameters
+    renamed = {old: new for old, new in RENAMED if new in parameters}
+
+    @wraps(made)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for old in renamed.keys() & kwargs.keys():
+            raise TypeError(f"{made.__qualname__.removesuffix('.__init__')}() has no {old}=; it is called {renamed[old]}= now")
+        return made(*args, **kwargs)
+
+    return checked  # pyright: ignore[reportReturnType]

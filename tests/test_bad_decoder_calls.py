@@ -128,7 +128,7 @@ COMPILES: dict[str, Refusal] = {
     "device": (UnsupportedError, "device 1.5 is not known", lambda: compile_(device=1.5)),
     "passes": (UnsupportedError, "passes= is None;", lambda: compile_(passes=None)),
     "backend": (UnsupportedError, "backend= is 1; give a name", lambda: compile_(backend=1)),
-    "ways": (UnsupportedError, "ways= is '2';", lambda: compile_(ways="2", backend="distributed")),
+    "world_size": (UnsupportedError, "world_size= is '2';", lambda: compile_(world_size="2", backend="distributed")),
     "data a tensor": (InputError, "data= is a Tensor; give a list of batches", lambda: compile_(data=IDS)),
     "data a mapping": (InputError, "data= is a dict;", lambda: compile_(data={"input_ids": IDS})),
     "data of texts": (InputError, "data= of a decoder holds token ids", lambda: compile_(data=["a text"])),

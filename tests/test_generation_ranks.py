@@ -20,7 +20,7 @@ from tests.decoders import MAX_LENGTH, decoder, prompt
 from tests.test_generation_ranks import GREEDY
 join()
 model = decoder(NAME)
-fast = lissom.compile_generation(model, max_length=MAX_LENGTH, batch=2, backend="distributed", ways=2)
+fast = lissom.compile_generation(model, max_length=MAX_LENGTH, batch=2, backend="distributed", world_size=2)
 print(*(list(state.shape) for state in fast.compiled.state().values()))
 tokens = fast.generate(**prompt(2, padding=3), **GREEDY)
 print(tokens.tolist())
@@ -59,7 +59,7 @@ def test_torchrun_generates_from_what_was_saved(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     model = decoder("llama")
     model.generation_config.eos_token_id = None
-    held = lissom.compile_generation(model, max_length=MAX_LENGTH, backend="distributed", ways=2)
+    held = lissom.compile_generation(model, max_length=MAX_LENGTH, backend="distributed", world_size=2)
     with pytest.raises(UnsupportedError, match=r"is compiled for 2 ranks, and this process is in no process group"):
         held.step(prompt()["input_ids"])
     held.save(tmp_path / "saved", PreTrainedTokenizerFast(tokenizer_object=tokenizer))

@@ -20,7 +20,7 @@ from lissom.errors import ArtifactError
 
 NAME = "manifest.json"
 KIND = "lissom artifact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

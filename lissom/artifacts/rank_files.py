@@ -75,12 +75,12 @@ def save(
     if isinstance(executable, RankProgram):
         _save_together(directory, executable, shared)
         return
-    cut = executable.stored
+    partitioned = executable.stored
 
     def write(folder: Path) -> None:
-        for rank in range(len(cut.ranks)):
-            _write_rank(cut.of_rank(rank), rank, folder)
-        shared(cut.of_rank(0), folder)
+        for rank in range(len(partitioned.ranks)):
+            _write_rank(partitioned.of_rank(rank), rank, folder)
+        shared(partitioned.of_rank(0), folder)
 
     write_directory(directory, write)
 
@@ -94,7 +94,7 @@ def _write_shared(
     program: Program,
     folder: Path,
 ) -> None:
-    for rank in range(executable.ways):
+    for rank in range(executable.world_size):
         if not (folder / weights_file(rank)).is_file():
             raise ArtifactError(
                 f"rank {rank} wrote its weights elsewhere than where rank 0 sees '{folder}'; "
@@ -206,25 +206,27 @@ def check_ranks(directory: Path, rest: str) -> None:
 
 
 def _check_group(manifest: Manifest, directory: Path, rest: str) -> None:
-    ways = _ways(manifest)
+    world_size = _world_size(manifest)
     if in_group():
-        check_world(ways, f"'{directory}'", rest)
+        check_world(world_size, f"'{directory}'", rest)
         return
     raise UnsupportedError(
-        f"'{directory}' holds a model for {ways} ranks, and this process is in no process group: run "
-        f"`{torchrun(ways, rest)}`, or a script of your own that torchrun starts"
+        f"'{directory}' holds a model for {world_size} ranks, and this process is in no process group: run "
+        f"`{torchrun(world_size, rest)}`, or a script of your own that torchrun starts"
     )
 
 
-def check_world(ways: int, what: str, rest: str) -> None:
+def check_world(world_size: int, what: str, rest: str) -> None:
     """Refuse a process group of another size. rest: of the command line. Raises: UnsupportedError."""
     world = torch.distributed.get_world_size()
-    if world != ways:
-        raise UnsupportedError(f"{what} is for {ways} ranks, and this process group has {world}: run `{torchrun(ways, rest)}`")
+    if world != world_size:
+        raise UnsupportedError(
+            f"{what} is for {world_size} ranks, and this process group has {world}: run `{torchrun(world_size, rest)}`"
+        )
 
 
-def _ways(manifest: Manifest) -> int:
-    found = manifest.options.get("ways")
+def _world_size(manifest: Manifest) -> int:
+    found = manifest.options.get("world_size")
     if type(found) is not int or not 2 <= found <= MOST_RANKS:
         raise ArtifactError(
             f"the manifest of {manifest.name} is for {shown(found)} ranks, and a program is shared by 2 to {MOST_RANKS}; "

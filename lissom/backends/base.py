@@ -60,7 +60,7 @@ class Backend(ABC):
     """A way to run programs; its fields are its options.
 
     movable: True when what was saved for one kind of device can be loaded for another.
-    runs_ranks: True when it runs a program cut for several ranks.
+    runs_ranks: True when it runs a program partitioned for several ranks.
     """
 
     name: ClassVar[str]

@@ -21,7 +21,7 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.driver.ranks import passes_for
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.passes import RECIPES, known_passes
-from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.partition import Partition
 
 Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
 _FORMS = "a tuple is positional, a mapping is keywords, a tensor the only argument"
@@ -54,9 +54,9 @@ def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
     check_data(settings.data)
     passes, backends = resolve_passes(settings.passes), find_backends(settings.backend)
     alone = next((item.name for item in backends if not item.runs_ranks), None)
-    if alone is not None and any(isinstance(item, Cut) for item in passes):
+    if alone is not None and any(isinstance(item, Partition) for item in passes):
         raise UnsupportedError(
-            f"backend '{alone}' runs a program in one process, and `cut` makes one for several ranks; choose backend "
+            f"backend '{alone}' runs a program in one process, and `partition` makes one for several ranks; choose backend "
             f"'distributed', or take the program from lissom.optimize, and in each process run `program.of_rank(rank)`"
         )
     if isinstance(backends[0], Distributed):

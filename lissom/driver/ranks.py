@@ -27,15 +27,15 @@ from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Checks
 from lissom.errors import UnsupportedError
-from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
 
 _MODEL = "the model"
 
 
 @dataclass(frozen=True)
-class CutModel:
-    """A program cut for several ranks, what made it, and the inputs that lowering it is checked on."""
+class PartitionedModel:
+    """A program partitioned for several ranks, what made it, and the inputs that lowering it is checked on."""
 
     program: Program
     history: History
@@ -51,58 +51,62 @@ class RankModel:
     history: History
 
 
-def with_ways(backend: str | Backend, ways: int | None) -> str | Backend:
+def with_world_size(backend: str | Backend, world_size: int | None) -> str | Backend:
     """The backend with the number of ranks as its option. Raises: UnsupportedError when it takes none, or has another."""
-    if ways is None:
+    if world_size is None:
         return backend
-    if isinstance(ways, bool) or not isinstance(ways, int) or ways < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UnsupportedError(f"ways= is {ways!r:.80}; give the number of ranks that share the model, 2 or more")
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"world_size= is {world_size!r:.80}; give the number of ranks that share the model, 2 or more")
     if isinstance(backend, str) and backend == Distributed.name:
-        return Distributed(ways)
+        return Distributed(world_size)
     if not isinstance(backend, Distributed):
         name = getattr(backend, "name", backend)
-        raise UnsupportedError(f"ways={ways} goes with backend='distributed', and backend is '{name}'; leave one of them out")
-    if backend.ways not in (None, ways):
-        raise UnsupportedError(f"ways is {ways}, and the backend's is {backend.ways}; give the number once")
-    return replace(backend, ways=ways)
+        raise UnsupportedError(
+            f"world_size={world_size} goes with backend='distributed', and backend is '{name}'; leave one of them out"
+        )
+    if backend.world_size not in (None, world_size):
+        raise UnsupportedError(f"world_size is {world_size}, and the backend's is {backend.world_size}; give the number once")
+    return replace(backend, world_size=world_size)
 
 
 def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass], Distributed]:
-    """The passes with those that share a program at their end, unless they are among them, and the backend with its ways.
+    """The passes with those that share a program at their end, unless they are among them, and the backend with its world_size.
 
     Raises: UnsupportedError when the number of ranks is not told, or told twice and differently.
     """
-    planned = next((item.ways for item in passes if isinstance(item, Shard)), None)
-    if None not in (planned, backend.ways) and planned != backend.ways:
-        raise UnsupportedError(f"ways is {backend.ways}, and the passes have shard{{ways={planned}}}; give the number once")
-    ways = planned or backend.ways or (torch.distributed.get_world_size() if in_group() else None)
-    if ways is None:
-        raise UnsupportedError("backend 'distributed' needs the number of ranks where there is no process group: ways=2")
+    planned = next((item.world_size for item in passes if isinstance(item, Shard)), None)
+    if None not in (planned, backend.world_size) and planned != backend.world_size:
+        raise UnsupportedError(
+            f"world_size is {backend.world_size}, and the passes have shard{{world_size={planned}}}; give the number once"
+        )
+    world_size = planned or backend.world_size or (torch.distributed.get_world_size() if in_group() else None)
+    if world_size is None:
+        raise UnsupportedError("backend 'distributed' needs the number of ranks where there is no process group: world_size=2")
     if in_group():
-        check_world(ways, _MODEL, "...")
-    if ways < 2:
+        check_world(world_size, _MODEL, "...")
+    if world_size < 2:
         raise UnsupportedError("this process group has one rank, and a program is shared by 2 or more; choose backend 'eager'")
-    ending: list[Pass] = [] if planned else [Shard(ways)]
-    if any(isinstance(item, Cut) for item in passes):
-        return [*passes], replace(backend, ways=ways)
-    return [*passes, *ending, Cut()], replace(backend, ways=ways)
+    ending: list[Pass] = [] if planned else [Shard(world_size)]
+    if any(isinstance(item, Partition) for item in passes):
+        return [*passes], replace(backend, world_size=world_size)
+    return [*passes, *ending, Partition()], replace(backend, world_size=world_size)
 
 
 def compile_for_ranks(
-    make: Callable[[], CutModel], backend: Distributed, device: torch.device, *, checks: Checks, simulate: bool
+    make: Callable[[], PartitionedModel], backend: Distributed, device: torch.device, *, checks: Checks, simulate: bool
 ) -> RankModel:
     """This rank's part of what `make` gives on rank 0; outside a process group all of it. device: of this rank.
 
     Raises: on every rank what `make` or a rank's lowering raises on one; RankError when one ended or does not answer.
     """
     if not in_group():
-        cut = _checked(make(), backend)
+        model = _checked(make(), backend)
         # Its graph is that of all ranks, and whether it can be lowered is to be known here.
-        lower_rank(cut.program.of_rank(0), backend, device, cut.samples, checks, simulate=simulate)
-        return RankModel(cut.program, Held(cut.program, len(cut.program.ranks), cut.history), cut.history)
+        lower_rank(model.program.of_rank(0), backend, device, model.samples, checks, simulate=simulate)
+        return RankModel(model.program, Held(model.program, len(model.program.ranks), model.history), model.history)
     ranks = current_ranks(backend.timeout_seconds, backend.shared_memory)
     with ranks.working(_MODEL):
-        ranks.agree(versions() | {"the number of ranks": str(backend.ways)}, _MODEL)
+        ranks.agree(versions() | {"the number of ranks": str(backend.world_size)}, _MODEL)
         part = _scatter(lambda: _checked(make(), backend), ranks, device)
         stored, history = part.program, part.history
         lowered, lowering = ranks.settle(
@@ -114,33 +118,33 @@ def compile_for_ranks(
     return RankModel(lowered, executable, append_steps(history, lowering))
 
 
-def _checked(cut: CutModel, backend: Distributed) -> CutModel:
-    if len(cut.program.ranks) != backend.ways:
+def _checked(model: PartitionedModel, backend: Distributed) -> PartitionedModel:
+    if len(model.program.ranks) != backend.world_size:
         raise UnsupportedError(
-            f"nothing of {cut.program.name} can be shared by {backend.ways} ranks: `shard` cuts none of its weights; "
+            f"nothing of {model.program.name} can be shared by {backend.world_size} ranks: `shard` shards none of its weights; "
             f"choose backend 'eager'"
         )
-    return cut
+    return model
 
 
-def _scatter(make: Callable[[], CutModel], ranks: Ranks, device: torch.device) -> CutModel:
+def _scatter(make: Callable[[], PartitionedModel], ranks: Ranks, device: torch.device) -> PartitionedModel:
     """The program of this rank, the history up to here, and the samples; rank 0 makes them and hands them out."""
-    made: list[CutModel] = []
+    made: list[PartitionedModel] = []
 
     def first() -> bytes:
         made.append(make())
-        cut = made[0]
+        model = made[0]
         header = {
-            "program": encode_program(cut.program.of_rank(0), {}),
-            "history": cut.history.to_json(),
-            "texts": cut.history.texts,
+            "program": encode_program(model.program.of_rank(0), {}),
+            "history": model.history.to_json(),
+            "texts": model.history.texts,
         }
         return json.dumps(header).encode()
 
     header = json.loads(ranks.from_first(first, _MODEL))
     name = str(header["program"]["name"])
     received: list[dict[str, torch.Tensor]] = []
-    for turn in range(1, ranks.ways):
+    for turn in range(1, ranks.world_size):
         # One after the other, so that no rank waits for a tensor longer than it takes to send it.
         ranks.exchange(b"", name, patient=True)
         if ranks.rank == 0:
@@ -148,19 +152,19 @@ def _scatter(make: Callable[[], CutModel], ranks: Ranks, device: torch.device) -
         elif ranks.rank == turn:
             received = _receive_tensors(ranks, name)
     if ranks.rank == 0:
-        cut = made.pop()
-        return CutModel(_owned(cut.program.of_rank(0)), cut.history, cut.samples)
+        model = made.pop()
+        return PartitionedModel(_owned(model.program.of_rank(0)), model.history, model.samples)
     weights, *samples = received
     history = History.from_json(header["history"], header["texts"])
-    return CutModel(_decode(header["program"], weights, device), history, [[*sample.values()] for sample in samples])
+    return PartitionedModel(_decode(header["program"], weights, device), history, [[*sample.values()] for sample in samples])
 
 
-def _send_part(cut: CutModel, ranks: Ranks, rank: int) -> None:
+def _send_part(model: PartitionedModel, ranks: Ranks, rank: int) -> None:
     """Send a rank its weights with how they are read, and the samples."""
-    entries, tensors = stored_weights(cut.program.of_rank(rank))
+    entries, tensors = stored_weights(model.program.of_rank(rank))
     note = torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
-    samples = [{f"{index:04}": tensor for index, tensor in enumerate(sample)} for sample in cut.samples]
-    _send_tensors([{_ENTRIES: note, **tensors}, *samples], ranks, rank, cut.program.name)
+    samples = [{f"{index:04}": tensor for index, tensor in enumerate(sample)} for sample in model.samples]
+    _send_tensors([{_ENTRIES: note, **tensors}, *samples], ranks, rank, model.program.name)
 
 
 _ENTRIES = ":entries"

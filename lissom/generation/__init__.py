@@ -16,8 +16,8 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.options import Inputs, Settings, check_data, check_path, resolve_passes
-from lissom.driver.ranks import with_ways
-from lissom.errors import InputError, UnsupportedError
+from lissom.driver.ranks import with_world_size
+from lissom.errors import InputError, UnsupportedError, refuse_old_names
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture
@@ -33,6 +33,7 @@ __all__ = ["Decoder", "compile_generation", "load_generation"]
 NextToken = Callable[..., torch.Tensor]
 
 
+@refuse_old_names
 def compile_generation(
     model: nn.Module,
     *,
@@ -41,7 +42,7 @@ def compile_generation(
     all_logits: bool = False,
     passes: str | Pass | Sequence[Pass] = "exact",
     backend: str | Backend = "eager",
-    ways: int | None = None,
+    world_size: int | None = None,
     device: str | torch.device | None = None,
     checks: Checks = "numeric",
     data: Iterable[torch.Tensor | Mapping[str, object]] = (),
@@ -61,7 +62,7 @@ def compile_generation(
         last token's share of a prompt is computed.
     data: token ids [rows, tokens], or what a tokenizer gives, for passes that calibrate.
     metric: scores a callable that takes input_ids and attention_mask of `batch` rows and gives the next token's logits.
-    backend, ways, device, checks, max_drop, only_if_faster, simulate, progress: as for `compile`.
+    backend, world_size, device, checks, max_drop, only_if_faster, simulate, progress: as for `compile`.
 
     Raises: UnsupportedError when it is no causal language model of transformers; CaptureError when it is compiled, or a line
         of it cannot be captured; InputError when max_length or batch do not
@@ -89,7 +90,7 @@ def compile_generation(
 
     settings = Settings(
         _with_recipe(passes),
-        with_ways(backend, ways),
+        with_world_size(backend, world_size),
         checks,
         _named(data, batch, max_length),
         _scorer(metric, batch, max_length),

@@ -1,4 +1,4 @@
-"""A plan of tensor parallelism as a table: what each layer's weights are cut along, what a rank holds, what is communicated."""
+"""A plan of tensor parallelism as a table: how each layer's weights are sharded, what a rank holds, what is communicated."""
 
 from __future__ import annotations
 
@@ -57,28 +57,28 @@ class Traffic:
 
 def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
     """The collectives of a redistribution. numbers: the sizes of a call."""
-    return [_exchanged(plan.ways, item, numbers) for item in move.exchanges]
+    return [_exchanged(plan.world_size, item, numbers) for item in move.exchanges]
 
 
 def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
     """The small collectives inside operators that ranks work out together, such as the range of values rounded in parts."""
-    return [(node, _exchanged(plan.ways, item, numbers)) for node, items in plan.joint.items() for item in items]
+    return [(node, _exchanged(plan.world_size, item, numbers)) for node, items in plan.joint.items() for item in items]
 
 
-def program_traffic(program: Program, ways: int, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
-    """The collectives of a cut program, or of one rank's. numbers: the sizes of a call."""
+def program_traffic(program: Program, world_size: int, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
+    """The collectives of a partitioned program, or of one rank's. numbers: the sizes of a call."""
     found: list[Traffic] = []
     for node in program.nodes(*COLLECTIVES):
         # The whole value is what goes in where it is scattered, else what comes out.
         typed = nodes.tensor_type(cast(fx.Node, node.args[0]) if node.target is REDUCE_SCATTER else node)
-        found.append(_exchanged(ways, Exchange(_KINDS[node.target], typed.shape, typed.dtype), numbers))
+        found.append(_exchanged(world_size, Exchange(_KINDS[node.target], typed.shape, typed.dtype), numbers))
     return found
 
 
-def _exchanged(ways: int, item: Exchange, numbers: Mapping[sympy.Symbol, int]) -> Traffic:
+def _exchanged(world_size: int, item: Exchange, numbers: Mapping[sympy.Symbol, int]) -> Traffic:
     payload = math.prod(_number(size, numbers) for size in item.shape) * item.dtype.itemsize
     rounds = ROUNDS[item.kind]
-    return Traffic(item.kind, payload, rounds * payload * (ways - 1) / ways, rounds * (ways - 1))
+    return Traffic(item.kind, payload, rounds * payload * (world_size - 1) / world_size, rounds * (world_size - 1))
 
 
 def _number(size: Size, numbers: Mapping[sympy.Symbol, int]) -> int:
@@ -110,10 +110,10 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
     for node, item in [*pairs, *joint_traffic(plan, numbers)]:
         rows[_layer(nodes.origin(node).module_path, layers)].traffic.append(item)
     table = plain_table(
-        f"{program.name} on {plan.ways} ranks, {sizes_text(chosen)}",
+        f"{program.name} on {plan.world_size} ranks, {sizes_text(chosen)}",
         _caption(link, _tokens(plan, numbers), rows, _by_position(plan, numbers)),
     )
-    for heading in ("layer", "weights cut along", "collectives"):
+    for heading in ("layer", "weights sharded along", "collectives"):
         table.add_column(heading, overflow="fold")
     for heading in ("MB of\na rank", "% of\nwhole", "KB\nreduced or\ngathered", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -169,14 +169,14 @@ def _tokens(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> int:
 
 
 def _by_position(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> tuple[float, float]:
-    """The bytes of all values cut by position, and of what a rank holds of them."""
+    """The bytes of all values sharded by position, and of what a rank holds of them."""
     whole, held = 0.0, 0.0
     for node, placed in plan.placed.items():
         if isinstance(placed, Placed) and placed.is_by_position:
             typed = nodes.tensor_type(node)
             sizes = [_number(size, numbers) for size in typed.shape]
             size = math.prod(sizes) * typed.dtype.itemsize
-            whole, held = whole + size, held + size / sizes[1] * -(-sizes[1] // plan.ways)
+            whole, held = whole + size, held + size / sizes[1] * -(-sizes[1] // plan.world_size)
     return whole, held
 
 
@@ -186,7 +186,7 @@ def _caption(link: Link, tokens: int, rows: Mapping[str, _Row], by_position: tup
     sent = sum(item.sent_bytes for row in rows.values() for item in row.traffic)
     whole, held = (size / tokens / 1e3 for size in by_position)
     stream = (
-        f"Between the layers: {whole:.3g} KB of values cut by position, {held:.3g} KB of them on a rank.\n" if whole else ""
+        f"Between the layers: {whole:.3g} KB of values sharded by position, {held:.3g} KB of them on a rank.\n" if whole else ""
     )
     return (
         f"Each token: {payload / tokens / 1e3:.3g} KB reduced or gathered, {sent / tokens / 1e3:.3g} KB sent by each rank.\n"

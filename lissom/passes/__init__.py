@@ -36,7 +36,7 @@ from lissom.passes.lowering.pack_linear import PackLinear
 from lissom.passes.lowering.pack_quantized_linear import PackQuantizedLinear
 from lissom.passes.lowering.pack_sparse import PackSparse
 from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
-from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
 from lissom.passes.precision.cast import Cast
 from lissom.passes.precision.fold_casts import FoldCasts
@@ -120,7 +120,7 @@ PASSES: Mapping[str, type[Pass]] = {
         PackSparse,
         WriteStateInPlace,
         Shard,
-        Cut,
+        Partition,
     )
 }
 

@@ -77,7 +77,7 @@ def _umask() -> int:
 
 def test_the_manifest_says_what_is_there(saved):
     manifest = json.loads((saved / NAME).read_text())
-    assert (manifest["kind"], manifest["version"], manifest["name"]) == ("lissom artifact", 1, "BertModel")
+    assert (manifest["kind"], manifest["version"], manifest["name"]) == ("lissom artifact", 2, "BertModel")
     assert (manifest["backend"], manifest["device"]) == ("eager", "cpu")
     assert manifest["signature"].startswith("(*, input_ids: i64[batch, sequence]")
     assert set(manifest["environment"]) == {"python", "torch", "lissom", "cpu", "kernels"}
@@ -180,9 +180,9 @@ def test_a_directory_that_is_no_artifact_is_refused(saved, tmp_path):
 
 def test_a_manifest_from_the_future_is_refused(saved):
     text = (saved / NAME).read_text()
-    (saved / NAME).write_text(text.replace('"version": 1', '"version": 7', 1))
+    (saved / NAME).write_text(text.replace('"version": 2', '"version": 1', 1))
     assert refusal(saved) == (
-        f"'DIR/{NAME}' is of format version 7, and this Lissom reads version 1; "
+        f"'DIR/{NAME}' is of format version 1, and this Lissom reads version 2; "
         "install the Lissom that wrote it, or save the model again with this one"
     )
 

@@ -324,15 +324,15 @@ def test_another_program_is_refused(saved, edit, said):
 
 
 @pytest.mark.parametrize(
-    ("ways", "said"),
+    ("world_size", "said"),
     [
         (10**9, "is for 1000000000 ranks, and a program is shared by 2 to 1024; save the model again"),
         (10**30, "is no whole number of 64 bits"),
         (None, "is for None ranks"),
     ],
 )
-def test_the_number_of_ranks_is_bounded(saved, ways, said):
-    seal(saved, backend="distributed", options={"ways": ways})
+def test_the_number_of_ranks_is_bounded(saved, world_size, said):
+    seal(saved, backend="distributed", options={"world_size": world_size})
     assert said in refusal(saved)
 
 

@@ -18,15 +18,15 @@ from tests.backends.ranks import printed, run_ranks, small_ids, small_llama
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama saved for two ranks."""
     folder = tmp_path_factory.mktemp("saved") / "llama"
-    lissom.compile(small_llama(), {"input_ids": small_ids()}, checks="off", backend="distributed", ways=2).save(folder)
+    lissom.compile(small_llama(), {"input_ids": small_ids()}, checks="off", backend="distributed", world_size=2).save(folder)
     return folder
 
 
-@pytest.mark.parametrize("ways", [10**9, 1, 0, -3, True, 2.5, "2", None])
-def test_a_manifest_for_an_impossible_number_of_ranks_is_refused(ways: object, saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("world_size", [10**9, 1, 0, -3, True, 2.5, "2", None])
+def test_a_manifest_for_an_impossible_number_of_ranks_is_refused(world_size: object, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "model")
     manifest = read_manifest(saved / NAME)
-    write_manifest(replace(manifest, options={**manifest.options, "ways": ways}), tmp_path / "model" / NAME)
+    write_manifest(replace(manifest, options={**manifest.options, "world_size": world_size}), tmp_path / "model" / NAME)
     with pytest.raises(ArtifactError, match=r"is for .* ranks, and a program is shared by 2 to 1024; save the model again"):
         lissom.load(tmp_path / "model")
 

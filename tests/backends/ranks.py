@@ -53,14 +53,20 @@ def free_port() -> int:
 
 
 def run_ranks(
-    script: str, folder: Path, ways: int = 2, *, seconds: float = 120, leave: Sequence[int] = (), command: Sequence[str] = ()
+    script: str,
+    folder: Path,
+    world_size: int = 2,
+    *,
+    seconds: float = 120,
+    leave: Sequence[int] = (),
+    command: Sequence[str] = (),
 ) -> list[Ended]:
     """Run a script behind `BEGIN` in so many processes, or a command; `leave`: ranks that are not waited for, and killed."""
     port = free_port()
-    shared = {"WORLD_SIZE": str(ways), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     called = [*command] or ["-c", BEGIN + textwrap.dedent(script), str(folder)]
     processes: list[subprocess.Popen[str]] = []
-    files = [(folder / f"out-{rank}", folder / f"err-{rank}") for rank in range(ways)]
+    files = [(folder / f"out-{rank}", folder / f"err-{rank}") for rank in range(world_size)]
     for rank, (out, err) in enumerate(files):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         with out.open("w") as stdout, err.open("w") as stderr:

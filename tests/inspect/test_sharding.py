@@ -8,14 +8,14 @@ from lissom.compiler.parallel.plan import make_plan
 from lissom.errors import UnsupportedError
 from lissom.inspect.sharding import Link, joint_traffic, sharding_table, traffic
 from lissom.inspect.tables import plain
-from tests.passes.parallel.models import cut, program_of, run_passes
+from tests.passes.parallel.models import partition, program_of, run_passes
 
 LINK = Link(latency_seconds=1e-5, bytes_per_second=1e9)
 
 
 def test_the_bytes_of_a_rank_are_those_it_holds() -> None:
     program, samples = program_of("llama")
-    after, _ = cut(program, samples, 2)
+    after, _ = partition(program, samples, 2)
     (line,) = [line for line in plain(sharding_table(program, make_plan(program, 2), {}, LINK)).splitlines() if " all " in line]
     ours = sum(
         weight.numel() * weight.element_size() for name, weight in after.weights().items() if not name.startswith("rank.")

@@ -1,7 +1,7 @@
-"""`python -m tests.zoo.sharding`: every model of the zoo planned for ranks that share it, cut, and run in lock-step.
+"""`python -m tests.zoo.sharding`: every model of the zoo planned for ranks that share it, sharded, and run in lock-step.
 
-For each it says what share of the weights of its linear layers is cut, and whether the outputs on 2 and on 4 ranks are those of
-the program before, on every rank, at the example's sizes and at others; then the ranks run as processes, over gloo.
+For each it says what share of the weights of its linear layers is sharded, and whether the outputs on 2 and on 4 ranks are
+those of the program before, on every rank, at the example's sizes and at others; then the ranks run as processes, over gloo.
 """
 
 from __future__ import annotations
@@ -29,28 +29,29 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.plan import sharded_share
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error, run_original, tolerance_of
-from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
 from tests.zoo.coverage import load
 from tests.zoo.entry import FAMILIES, Entry
 from tests.zoo.removal import canonical
 
-WAYS = (2, 4)
+WORLD_SIZES = (2, 4)
 """How many ranks share each model."""
 WANTED = 0.9
-"""The share of its linear weights a model should have cut."""
+"""The share of its linear weights a model should have sharded."""
 _SECTION = "## Sharding\n"
 _INTRODUCTION = """\
-The same models shared by 2 and by 4 ranks with `shard` and `cut`, as `python -m tests.zoo.sharding` measures it: what share of
-the weights of linear layers is cut, and whether all ranks give what the program gave before: in lock-step in one process, and
-as processes that talk over gloo. Weights of convolutions are not counted.
+The same models shared by 2 and by 4 ranks with `shard` and `partition`, as `python -m tests.zoo.sharding` measures it: what
+share of
+the weights of linear layers is sharded, and whether all ranks give what the program gave before: in lock-step in one process,
+and as processes that talk over gloo. Weights of convolutions are not counted.
 """
 Record = dict[str, Any]
 
 
 def check(entry: Entry, report: Callable[[Record], None]) -> None:
-    """Build the model, and cut it for each number of ranks. report: called with what is found so far."""
-    record: Record = {"phase": "capture", "failed": None, "error": None, "ways": {}}
+    """Build the model, and sharded it for each number of ranks. report: called with what is found so far."""
+    record: Record = {"phase": "capture", "failed": None, "error": None, "world_size": {}}
     report(record)
     torch.manual_seed(0)
     with warnings.catch_warnings(), torch.no_grad():
@@ -58,20 +59,20 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
         try:
             program, samples = canonical(entry.build())
             samples, _, _ = run_original(program, samples)
-            for ways in WAYS:
-                record["phase"] = str(ways)
+            for world_size in WORLD_SIZES:
+                record["phase"] = str(world_size)
                 report(record)
-                record["ways"][str(ways)] = _cut(program, samples, ways)
+                record["world_size"][str(world_size)] = _partition(program, samples, world_size)
         except Exception as error:
             record |= {"failed": record["phase"], "error": f"{type(error).__name__}: {str(error)[:600]}"}
     report(record | {"phase": None})
 
 
-def _cut(program: Program, samples: list[Sample], ways: int) -> Record:
-    # A plan changes no call, so it is made once and not run; what is cut the pipeline compares with the outputs before.
-    planned, plans = Pipeline((Shard(ways),), checks="off").run(program)
+def _partition(program: Program, samples: list[Sample], world_size: int) -> Record:
+    # A plan changes no call, so it is made once and not run; what is sharded the pipeline compares with the outputs before.
+    planned, plans = Pipeline((Shard(world_size),), checks="off").run(program)
     found: Record = {"share": sharded_share(planned)}
-    after, history = Pipeline((Cut(),), samples=samples).run(planned)
+    after, history = Pipeline((Partition(),), samples=samples).run(planned)
     found["error_found"] = history.steps[-1].relative_error
     found["skipped"] = [f"{skip.place}: {skip.reason}" for step in (*plans.steps, *history.steps) for skip in step.skipped]
     if after.ranks:
@@ -110,8 +111,8 @@ def _be_rank(program: Program, rank: int, samples: list[Sample], wanted: list[An
     """Run as one rank of a group of processes, say how it went, and end."""
     try:
         torch.set_num_threads(1)
-        ways, store = len(program.ranks), f"file://{folder}/store"
-        dist.init_process_group("gloo", store, timedelta(seconds=60), ways, rank)
+        world_size, store = len(program.ranks), f"file://{folder}/store"
+        dist.init_process_group("gloo", store, timedelta(seconds=60), world_size, rank)
         own = program.of_rank(rank)
         found = [own.run(sample) for sample in samples]
         errors = [
@@ -126,9 +127,9 @@ def _be_rank(program: Program, rank: int, samples: list[Sample], wanted: list[An
 
 
 def is_equal(record: Record) -> bool:
-    """True when the model was cut for every number of ranks, and all of them give what it gave, as processes too."""
+    """True when the model was sharded for every number of ranks, and all of them give what it gave, as processes too."""
     return not record.get("failed") and all(
-        found.get("ranks_differ", 0.0) == 0.0 and not _process_problem(found) for found in record["ways"].values()
+        found.get("ranks_differ", 0.0) == 0.0 and not _process_problem(found) for found in record["world_size"].values()
     )
 
 
@@ -141,17 +142,17 @@ def _process_problem(found: Record) -> str | None:
 
 
 def share(record: Record) -> float:
-    """The least share of linear weights that is cut."""
-    return min((found["share"] for found in record["ways"].values()), default=0.0)
+    """The least share of linear weights that is sharded."""
+    return min((found["share"] for found in record["world_size"].values()), default=0.0)
 
 
 def headline(records: Sequence[Record]) -> str:
-    """How many models are equal, and how many have most of their linear weights cut."""
+    """How many models are equal, and how many have most of their linear weights sharded."""
     run = [record for record in records if record.get("failed") != "capture"]
     equal, most = sum(map(is_equal, run)), sum(share(record) >= WANTED for record in run if is_equal(record))
     return (
-        f"Of {len(run)} models {equal} give the same on {' and '.join(map(str, WAYS))} ranks; {most} of them have at least "
-        f"{WANTED:.0%} of their linear weights cut."
+        f"Of {len(run)} models {equal} give the same on {' and '.join(map(str, WORLD_SIZES))} ranks; {most} of them have at "
+        f"least {WANTED:.0%} of their linear weights sharded."
     )
 
 
@@ -162,7 +163,7 @@ def section(records: Sequence[Record]) -> str:
         _SECTION,
         _INTRODUCTION,
         f"{headline(records)}\n",
-        "| family | models | equal | most weights cut |",
+        "| family | models | equal | most weights sharded |",
         "|---|---|---|---|",
     ]
     for family in FAMILIES:
@@ -178,17 +179,17 @@ def section(records: Sequence[Record]) -> str:
 def _reason(record: Record) -> str:
     if record.get("failed"):
         return f"{record['failed']}: {record['error']}"
-    problem = next(filter(None, map(_process_problem, record["ways"].values())), None)
+    problem = next(filter(None, map(_process_problem, record["world_size"].values())), None)
     if problem is not None:
         return problem
-    skipped = [skip.partition(": ")[2] for found in record["ways"].values() for skip in found["skipped"]]
+    skipped = [skip.partition(": ")[2] for found in record["world_size"].values() for skip in found["skipped"]]
     reasons = "; ".join(f"{reason} ({count})" for reason, count in Counter(skipped).most_common(3))
-    return f"{share(record):.0%} cut{'; ' if reasons else ''}{reasons}"
+    return f"{share(record):.0%} sharded{'; ' if reasons else ''}{reasons}"
 
 
 def describe(record: Record) -> str:
     """One line: the model and what came of it."""
-    outcome = _reason(record) if not is_equal(record) or share(record) < WANTED else f"{share(record):.0%} cut"
+    outcome = _reason(record) if not is_equal(record) or share(record) < WANTED else f"{share(record):.0%} sharded"
     return f"{record['name']} ({record['total_seconds']:.1f} s): {'' if is_equal(record) else 'NOT EQUAL, '}{outcome}"
 
 

@@ -61,7 +61,7 @@ def _load_decoder(folder: Path) -> Callable[[], Answer]:
 
 def _save_ranks(folder: Path) -> None:
     case = tiny_bert()
-    lissom.compile(case.model, case.inputs, backend="distributed", ways=2, checks="off").save(folder)
+    lissom.compile(case.model, case.inputs, backend="distributed", world_size=2, checks="off").save(folder)
 
 
 def _load_rank(folder: Path) -> Callable[[], Answer]:

@@ -1,4 +1,4 @@
-"""One process a rank: each runs its part of a program that `cut` made, over `torch.distributed`.
+"""One process a rank: each runs its part of a program that `partition` made, over `torch.distributed`.
 
 What a rank runs is lowered and called as the backend `eager` does it, on its own weights. Collectives go to a channel
 directly, memory that ranks of one machine share or a process group, in place where nothing else reads their argument. Ranks
@@ -25,7 +25,7 @@ from lissom.backends.distributed.entry import Entry
 from lissom.backends.distributed.ranks import Ranks, current_ranks, in_group
 from lissom.backends.eager.backend import Eager, build_function
 from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
-from lissom.compiler.analysis.embedding_bounds import CutTable, cut_tables, outside_table
+from lissom.compiler.analysis.embedding_bounds import ShardedTable, outside_table, sharded_tables
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER, WAIT
 from lissom.compiler.ir.program import Program
@@ -33,7 +33,7 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Checks, Pipeline
-from lissom.errors import InputError, LissomError, RankError, UnsupportedError
+from lissom.errors import InputError, LissomError, RankError, UnsupportedError, refuse_old_names
 from lissom.version import __version__
 
 MOST_RANKS = 1024
@@ -41,17 +41,18 @@ MOST_RANKS = 1024
 LONGEST_SECONDS = 7 * 24 * 3600.0
 
 
+@refuse_old_names
 @dataclass(frozen=True)
 class Distributed(Backend):
     """Runs a program on several ranks, one process each: memory they share or gloo on CPUs, NCCL on CUDA devices.
 
-    ways: how many ranks; None for as many as the process group has. timeout_seconds: how long a rank may not answer.
+    world_size: how many ranks; None for as many as the process group has. timeout_seconds: how long a rank may not answer.
     shared_memory: whether ranks that are processes of one machine exchange values through memory they share, and not over gloo.
 
     Raises: UnsupportedError when a number is out of range.
     """
 
-    ways: int | None = None
+    world_size: int | None = None
     timeout_seconds: float = 30.0
     shared_memory: bool = True
 
@@ -60,8 +61,8 @@ class Distributed(Backend):
     runs_ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.ways is not None and not 2 <= self.ways <= MOST_RANKS:
-            raise UnsupportedError(f"ways is {self.ways}; a program is shared by 2 to {MOST_RANKS} ranks")
+        if self.world_size is not None and not 2 <= self.world_size <= MOST_RANKS:
+            raise UnsupportedError(f"world_size is {self.world_size}; a program is shared by 2 to {MOST_RANKS} ranks")
         if not 0 < self.timeout_seconds <= LONGEST_SECONDS:
             raise UnsupportedError(
                 f"timeout_seconds is {self.timeout_seconds:g}; give seconds above 0, and at most {LONGEST_SECONDS:g}"
@@ -78,30 +79,30 @@ class Distributed(Backend):
     def build(self, program: Program, example: Sample) -> Executable:
         """What runs one rank's program on this rank, or what holds a program for all ranks and says how to run it."""
         if program.ranks or not in_group():
-            return Held(program, len(program.ranks) or self.ways or 2)
+            return Held(program, len(program.ranks) or self.world_size or 2)
         return RankProgram(program, program, current_ranks(self.timeout_seconds, self.shared_memory))
 
     def save_files(self, executable: Executable, folder: Path) -> None:
         """Nothing: the program and the ranks' weights are all there is."""
 
 
-def torchrun(ways: int, rest: str) -> str:
+def torchrun(world_size: int, rest: str) -> str:
     """The command that runs Lissom's command line on so many ranks."""
-    return f"torchrun --nproc-per-node {ways} -m lissom {rest}"
+    return f"torchrun --nproc-per-node {world_size} -m lissom {rest}"
 
 
 class Held:
     """A program for several ranks in a process that is none of them: it can be looked at and saved. history: what made it."""
 
-    def __init__(self, program: Program, ways: int, history: History | None = None) -> None:
+    def __init__(self, program: Program, world_size: int, history: History | None = None) -> None:
         self.stored = program
         self.history = history
-        self.ways = ways
+        self.world_size = world_size
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
         raise UnsupportedError(
-            f"{self.stored.name} is compiled for {self.ways} ranks, and this process is in no process group: save it, and run "
-            f"`{torchrun(self.ways, 'run DIRECTORY --input FILE')}`, or a script of your own that torchrun starts"
+            f"{self.stored.name} is compiled for {self.world_size} ranks, and this process is in no process group: save it, "
+            f"and run `{torchrun(self.world_size, 'run DIRECTORY --input FILE')}`, or a script of your own that torchrun starts"
         )
 
 
@@ -112,15 +113,15 @@ class RankProgram:
         self.stored = stored
         self.history = history
         self.ranks = ranks
-        self.ways = ranks.ways
+        self.world_size = ranks.world_size
         self.notes: Sequence[str] = ()
         self._program = program
         self._entry = Entry(ranks, program.name)
-        # An embedding cut by rows has zeros for what is no row. On CUDA to look would be to wait for the device.
-        self._tables: Sequence[CutTable] = ()
+        # An embedding sharded by rows has zeros for what is no row. On CUDA to look would be to wait for the device.
+        self._tables: Sequence[ShardedTable] = ()
         device = next((leaf.type.device for leaf in program.signature.tensors), torch.device("cpu"))
         if device.type == "cpu":
-            self._tables = cut_tables(stored)
+            self._tables = sharded_tables(stored)
         self._function = build_function(program, calls=_Collectives(ranks, ranks.channel(device), program.name).call_of)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
@@ -189,7 +190,7 @@ class _Collectives:
         return reduce
 
     def _gather(self, x: torch.Tensor, *_: object) -> torch.Tensor:
-        found = x.new_empty((self.ranks.ways * x.shape[0], *x.shape[1:]))
+        found = x.new_empty((self.ranks.world_size * x.shape[0], *x.shape[1:]))
         try:
             self.channel.gather(found, x.contiguous())
         except RuntimeError as error:
@@ -198,7 +199,7 @@ class _Collectives:
 
     def _scatter(self, operation: str) -> Callable[..., torch.Tensor]:
         def scatter(x: torch.Tensor, *_: object) -> torch.Tensor:
-            found = x.new_empty((x.shape[0] // self.ranks.ways, *x.shape[1:]))
+            found = x.new_empty((x.shape[0] // self.ranks.world_size, *x.shape[1:]))
             try:
                 self.channel.scatter(found, x.contiguous(), operation)
             except RuntimeError as error:

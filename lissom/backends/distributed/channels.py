@@ -87,18 +87,18 @@ class SharedMemory:
 
     Every rank has two slots, which it fills in turn: who meets the others at a step has read what they wrote two steps before.
 
-    rank, ways: this process's number, and how many there are. processes: their numbers in the system, by rank.
+    rank, world_size: this process's number, and how many there are. processes: their numbers in the system, by rank.
     timeout_seconds: how long one may not answer.
     """
 
-    def __init__(self, memory: mmap.mmap, rank: int, ways: int, processes: Sequence[int], timeout_seconds: float) -> None:
-        self.rank, self.ways = rank, ways
+    def __init__(self, memory: mmap.mmap, rank: int, world_size: int, processes: Sequence[int], timeout_seconds: float) -> None:
+        self.rank, self.world_size = rank, world_size
         self.timeout_seconds = timeout_seconds
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        head = (ways + 1) * _LINE
-        told = whole[:head].view(torch.int64).view(ways + 1, -1)
-        self._told, self._ended = told[:ways], told[ways]
-        self._slots = whole[_head_bytes(ways) :].view(2, ways, SLOT_BYTES)
+        head = (world_size + 1) * _LINE
+        told = whole[:head].view(torch.int64).view(world_size + 1, -1)
+        self._told, self._ended = told[:world_size], told[world_size]
+        self._slots = whole[_head_bytes(world_size) :].view(2, world_size, SLOT_BYTES)
         self._step = 0
         self._meet: Callable[..., bool] = torch.ops.lissom.meet.default
         self._alive = select.poll()
@@ -116,15 +116,15 @@ class SharedMemory:
 
     def gather(self, found: torch.Tensor, x: torch.Tensor) -> None:
         step = SLOT_BYTES // x.element_size()
-        rows = found.view(self.ways, x.numel())
+        rows = found.view(self.world_size, x.numel())
         for part, into in zip(x.view(-1).split(step), rows.split(step, 1), strict=True):
             into.copy_(self._exchange(part))
 
     def scatter(self, found: torch.Tensor, x: torch.Tensor, operation: str) -> None:
-        step = SLOT_BYTES // x.element_size() // self.ways
-        rows = x.view(self.ways, found.numel())
+        step = SLOT_BYTES // x.element_size() // self.world_size
+        rows = x.view(self.world_size, found.numel())
         for part, into in zip(rows.split(step, 1), found.view(-1).split(step), strict=True):
-            combine(self._exchange(part).view(self.ways, *part.shape)[:, self.rank], operation, into)
+            combine(self._exchange(part).view(self.world_size, *part.shape)[:, self.rank], operation, into)
 
     def end(self) -> None:
         self._ended.fill_(1)
@@ -165,7 +165,7 @@ def machine() -> str:
 
 
 @contextmanager
-def create(ways: int) -> Generator[Path]:
+def create(world_size: int) -> Generator[Path]:
     """New shared memory for so many ranks, and the path by which other processes of this user open it within the block.
 
     It has no name in any folder, so the system frees it when the last process that maps it ends, however it ends.
@@ -174,7 +174,7 @@ def create(ways: int) -> Generator[Path]:
     """
     descriptor = os.memfd_create("lissom")
     try:
-        os.posix_fallocate(descriptor, 0, _head_bytes(ways) + 2 * ways * SLOT_BYTES)
+        os.posix_fallocate(descriptor, 0, _head_bytes(world_size) + 2 * world_size * SLOT_BYTES)
         yield Path(f"/proc/{os.getpid()}/fd/{descriptor}")
     finally:
         os.close(descriptor)
@@ -194,6 +194,6 @@ def _close(handles: Sequence[int]) -> None:
         os.close(handle)
 
 
-def _head_bytes(ways: int) -> int:
+def _head_bytes(world_size: int) -> int:
     """The bytes in front of the slots, whole pages."""
-    return -(-(ways + 1) * _LINE // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-(world_size + 1) * _LINE // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -41,7 +41,7 @@ class Entry:
         """
         facts = self._facts(inputs)
         mine = [self._ranks.next_call(), self._program, zlib.crc32(repr(facts).encode()), refusal is not None]
-        found = torch.empty(self._ranks.ways * _NUMBERS, dtype=torch.int64)
+        found = torch.empty(self._ranks.world_size * _NUMBERS, dtype=torch.int64)
         with self._ranks.answering(self._name):
             self._channel.gather(found, torch.tensor(mine))
         records = found.view(-1, _NUMBERS).tolist()

@@ -38,21 +38,21 @@ _PATIENT = timedelta(days=7)
 class Ranks:
     """This process and those it runs programs with: all of the default process group.
 
-    rank, ways: this one's number, and how many there are. timeout_seconds: how long one may not answer. shares_memory: whether
-    values go through memory that ranks share, where all are processes of one machine.
+    rank, world_size: this one's number, and how many there are. timeout_seconds: how long one may not answer. shares_memory:
+    whether values go through memory that ranks share, where all are processes of one machine.
 
     Raises: RankError when the others do not make theirs within that time.
     """
 
     def __init__(self, timeout_seconds: float, shares_memory: bool = True) -> None:
-        self.rank, self.ways = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.timeout_seconds = timeout_seconds
         self.shares_memory = shares_memory
         self._failure: str | None = None
         self._channels: dict[str, Channel] = {}
         self._running = RLock()
         self._calls = self._programs = 0
-        self._heard = {rank: 0.0 for rank in range(self.ways) if rank != self.rank}
+        self._heard = {rank: 0.0 for rank in range(self.world_size) if rank != self.rank}
         self._control: Any = None
         with self.answering("this process group"):
             self._control = self._group("gloo")
@@ -80,11 +80,11 @@ class Ranks:
             path, found = b"", None
             if self.rank == 0:
                 with suppress(OSError):
-                    path = os.fsencode(stack.enter_context(create(self.ways)))
+                    path = os.fsencode(stack.enter_context(create(self.world_size)))
             first, *_ = self.exchange(path, who)
             with suppress(OSError):
                 memory, numbers = attach(Path(os.fsdecode(first))), [item["process"] for item in told]
-                found = SharedMemory(memory, self.rank, self.ways, numbers, self.timeout_seconds)
+                found = SharedMemory(memory, self.rank, self.world_size, numbers, self.timeout_seconds)
             everyone = all(self.exchange(b"" if found is None else b"has it", who))
         return found if everyone else None
 
@@ -200,7 +200,7 @@ class Ranks:
         return [bytes(part[:size].numpy()) for part, size in zip(parts, lengths, strict=True)]
 
     def _gather(self, tensor: torch.Tensor, who: str, patient: bool) -> list[torch.Tensor]:
-        found = [torch.empty_like(tensor) for _ in range(self.ways)]
+        found = [torch.empty_like(tensor) for _ in range(self.world_size)]
         options = c10d.AllgatherOptions()
         if patient:
             options.timeout = _PATIENT

@@ -53,8 +53,8 @@ def _sentence(row: int, table: str, rows: int) -> str:
 
 
 @dataclass(frozen=True)
-class CutTable:
-    """A table cut by rows that an input is looked up in. argument: the input's place. rows: of the whole table."""
+class ShardedTable:
+    """A table sharded by rows that an input is looked up in. argument: the input's place. rows: of the whole table."""
 
     argument: int
     name: str
@@ -69,9 +69,9 @@ class CutTable:
         return None if low >= 0 and high < self.rows else _sentence(high if high >= self.rows else low, self.name, self.rows)
 
 
-def cut_tables(program: Program) -> tuple[CutTable, ...]:
-    """The tables of one rank's program that are cut by rows, which answer zeros for rows that no rank has."""
-    found = dict[tuple[int, int], CutTable]()
+def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
+    """The tables of one rank's program that are sharded by rows, which answer zeros for rows that no rank has."""
+    found = dict[tuple[int, int], ShardedTable]()
     places = {node: index for index, node in enumerate(program.placeholders)}
     for node in program.nodes(aten.embedding.default):
         table, held = cast("tuple[fx.Node, fx.Node]", node.args[:2])
@@ -82,7 +82,7 @@ def cut_tables(program: Program) -> tuple[CutTable, ...]:
         ids = _original(held)
         if ids in places:
             rows = spans[0].size
-            found.setdefault((places[ids], rows), CutTable(places[ids], _name(table), rows))
+            found.setdefault((places[ids], rows), ShardedTable(places[ids], _name(table), rows))
     return tuple(found.values())
 
 

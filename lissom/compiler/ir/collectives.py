@@ -37,12 +37,12 @@ def _alone_reduce(x: torch.Tensor, reduction: str, group: str) -> torch.Tensor:
     return x.clone()
 
 
-def _alone_gather(x: torch.Tensor, ways: int, group: str) -> torch.Tensor:
-    return torch.cat([x] * ways)
+def _alone_gather(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
+    return torch.cat([x] * world_size)
 
 
-def _alone_scatter(x: torch.Tensor, reduction: str, ways: int, group: str) -> torch.Tensor:
-    return x.narrow(0, 0, x.shape[0] // ways).clone()
+def _alone_scatter(x: torch.Tensor, reduction: str, world_size: int, group: str) -> torch.Tensor:
+    return x.narrow(0, 0, x.shape[0] // world_size).clone()
 
 
 def _alone_wait(x: torch.Tensor) -> torch.Tensor:
@@ -82,8 +82,8 @@ def together(target: object, parts: Sequence[torch.Tensor], options: Sequence[ob
 
     options: the arguments behind the tensor.
     """
-    ways = len(parts)
+    world_size = len(parts)
     if target is ALL_GATHER:
-        return [torch.cat([*parts])] * ways
+        return [torch.cat([*parts])] * world_size
     reduced = _REDUCTIONS[cast(str, options[0])](torch.stack([*parts]))
-    return [reduced] * ways if target is ALL_REDUCE else [*reduced.chunk(ways)]
+    return [reduced] * world_size if target is ALL_REDUCE else [*reduced.chunk(world_size)]

@@ -1,8 +1,8 @@
-"""Where the parts of a value are when several ranks share a program: whole on each, cut along a dimension, or summed up.
+"""Where the parts of a value are when several ranks share a program: whole on each, sharded along a dimension, or summed up.
 
 `Placed` says it in the vocabulary of `torch.distributed.tensor` (`Replicate`, `Shard(dim)`, `Partial`), and of a dimension
-that is cut also how: a packed projection [q, k, v] is cut in three places, heads between their rows. Such a dimension is a row
-of spans, each seen as [outer, size, inner]; of every `outer` a rank holds one block along `size`:
+that is sharded also how: a packed projection [q, k, v] is sharded in three places, heads between their rows. Such a dimension
+is a row of spans, each seen as [outer, size, inner]; of every `outer` a rank holds one block along `size`:
 
     span [outer, size, inner], parts, every: block = ⌈size / parts⌉, rank r holds block ⌊r / every⌋ mod parts
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 POSITIONS = -2
-"""The site of a stretch of positions, which no weight is cut along."""
+"""The site of a stretch of positions, which no weight is sharded along."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a dimension, seen as [outer, size, inner] and cut along `size` into `parts` blocks.
+    """A stretch of a dimension, seen as [outer, size, inner] and sharded along `size` into `parts` blocks.
 
     parts: 1 where every rank has all of it; the number of ranks, or fewer where several ranks hold the same block.
     every: how many neighbouring ranks hold the same block; more than 1 for key/value groups that several ranks read.
@@ -89,8 +89,8 @@ Spans = tuple[Span, ...]
 class Placed:
     """How a value lies on the ranks.
 
-    dims: the dimensions that are cut, in order, each with its spans; more than one where key/value groups and the heads in a
-        group are told apart. partial: whether the value is the sum of what the ranks hold.
+    dims: the dimensions that are sharded, in order, each with its spans; more than one where key/value groups and the heads in
+        a group are told apart. partial: whether the value is the sum of what the ranks hold.
     """
 
     dims: tuple[tuple[int, Spans], ...] = ()
@@ -110,12 +110,12 @@ class Placed:
         return len(self.dims) == 1 and self.dims[0][1][0].site == POSITIONS
 
     def spans(self, dim: int) -> Spans:
-        """How a dimension is cut; empty when it is not."""
+        """How a dimension is sharded; empty when it is not."""
         return next((spans for index, spans in self.dims if index == dim), ())
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        """The same in torch's vocabulary, one for each dimension that is cut, or the one there is."""
+        """The same in torch's vocabulary, one for each dimension that is sharded, or the one there is."""
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         if self.partial:
@@ -133,9 +133,9 @@ PARTIAL = Placed(partial=True)
 
 
 def sharded(*dims: tuple[int, Spans]) -> Placed:
-    """A value cut along these dimensions; those of which every rank has all are left out."""
-    cut = [(dim, spans) for dim, spans in dims if any(span.parts > 1 for span in spans)]
-    return Placed(tuple(sorted(cut, key=lambda item: item[0])))
+    """A value sharded along these dimensions; those of which every rank has all are left out."""
+    split = [(dim, spans) for dim, spans in dims if any(span.parts > 1 for span in spans)]
+    return Placed(tuple(sorted(split, key=lambda item: item[0])))
 
 
 def local_size(spans: Spans, size: Size) -> Size:
@@ -148,12 +148,12 @@ def is_padded(placed: Placed) -> bool:
     return any(span.is_padded for _, spans in placed.dims for span in spans)
 
 
-def can_gather(placed: Placed, ways: int) -> bool:
+def can_gather(placed: Placed, world_size: int) -> bool:
     """True when the blocks of all ranks laid end to end are the value: one stretch, a block a rank."""
     if len(placed.dims) != 1:
         return False
     spans = placed.dims[0][1]
-    return len(spans) == 1 and spans[0].outer == 1 and spans[0].parts == ways
+    return len(spans) == 1 and spans[0].outer == 1 and spans[0].parts == world_size
 
 
 def padded_share(spans: Spans) -> str:
@@ -197,7 +197,7 @@ def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor
 def whole_of(parts: Sequence[torch.Tensor], placed: Placed, shape: Sequence[int]) -> torch.Tensor:
     """The value that the ranks hold the parts of.
 
-    shape: of the whole; sizes of dimensions that are not cut are those of the parts.
+    shape: of the whole; sizes of dimensions that are not sharded are those of the parts.
     """
     if placed.partial:
         return torch.stack([*parts]).sum(0)

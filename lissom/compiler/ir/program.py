@@ -29,8 +29,8 @@ class Program:
         memory of the model's own, require no gradients, and are read only; `trainable` gives a program with copies.
     signature: the call it answers.
     state: the names of the buffers it may write; everything else is read only.
-    ranks: of a program cut for several ranks the weights of each, by name; empty for any other. The graph is the one all of
-        them run, and the weights of the program itself are those of the first.
+    ranks: of a program partitioned for several ranks the weights of each, by name; empty for any other. The graph is the one
+        all of them run, and the weights of the program itself are those of the first.
     edits: counts the changes made, so that facts about the program can be remembered until the next one.
     """
 
@@ -115,12 +115,12 @@ class Program:
     def set_weight(self, name: str, tensor: torch.Tensor) -> None:
         """Give the name a tensor in this program alone; programs that shared the old one keep it.
 
-        Raises: PassError when the program is cut for several ranks.
+        Raises: PassError when the program is partitioned for several ranks.
         """
         if self.ranks:
             raise PassError(
-                f"the weight '{name}' cannot be changed in a program cut for {len(self.ranks)} ranks, which hold parts of it; "
-                f"change it before `cut`, or in one rank's program, `program.of_rank(rank)`"
+                f"the weight '{name}' cannot be changed in a program partitioned for {len(self.ranks)} ranks, which hold parts "
+                f"of it; change it before `partition`, or in one rank's program, `program.of_rank(rank)`"
             )
         path, _, leaf = name.rpartition(".")
         owner: nn.Module = self.graph_module
@@ -160,7 +160,7 @@ class Program:
         A program shares its weights with the model it was captured from, to read them. What is trained must be a copy, or the
         model would change. Weights that were frozen in the model stay frozen.
 
-        Raises: PassError when the program is cut for several ranks.
+        Raises: PassError when the program is partitioned for several ranks.
         """
         found = self.copy()
         for name, tensor in found.weights().items():
@@ -170,12 +170,12 @@ class Program:
         return found
 
     def of_rank(self, rank: int) -> Program:
-        """What one rank runs of a program cut for several: the same graph with collectives in it, and its own weights.
+        """What one rank runs of a program partitioned for several: the same graph with collectives in it, and its own weights.
 
         Raises: PassError when there is no such rank.
         """
         if not 0 <= rank < len(self.ranks):
-            count = f"{len(self.ranks)} ranks, 0 to {len(self.ranks) - 1}" if self.ranks else "no ranks; `cut` makes some"
+            count = f"{len(self.ranks)} ranks, 0 to {len(self.ranks) - 1}" if self.ranks else "no ranks; `partition` makes some"
             raise PassError(f"{self.name} has no rank {rank}: it has {count}")
         found = Program(self.name, self.copy().graph_module, self.signature, self.state)
         for name in found.weights():
@@ -202,14 +202,14 @@ class Program:
     def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
         """The flat outputs for flat inputs, without checks; gradients flow to the inputs unless they are switched off.
 
-        A program cut for several ranks runs all of them in lock-step, and shows the values its ranks hold parts of.
+        A program partitioned for several ranks runs all of them in lock-step, and shows the values its ranks hold parts of.
         """
         if self.ranks:
             return self.run_ranks(inputs, observe)[0]
         return run(self.graph, self.graph_module, inputs, observe)
 
     def run_ranks(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[list[object]]:
-        """The flat outputs of every rank of a program cut for several."""
+        """The flat outputs of every rank of a program partitioned for several."""
         if observe is None:
             return run_ranks(self.graph, self.ranks, inputs)
         show = observe

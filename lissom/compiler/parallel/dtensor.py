@@ -1,7 +1,7 @@
-"""Weights of a cut program as `DTensor`s: what torch's own vocabulary can say of how they lie on ranks.
+"""Weights of a partitioned program as `DTensor`s: what torch's own vocabulary can say of how they lie on ranks.
 
-`Shard(dim)` is equal blocks of neighbours, the last of them shorter; a packed projection, which is cut in each of its parts,
-key/value heads that several ranks hold, and blocks of whole heads that do not divide have no word there.
+`Shard(dim)` is equal blocks of neighbours, the last of them shorter; a packed projection, which is sharded in each of its
+parts, key/value heads that several ranks hold, and blocks of whole heads that do not divide have no word there.
 https://docs.pytorch.org/docs/stable/distributed.tensor.html
 """
 
@@ -23,21 +23,23 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 _OWN = "rank."
-"""What `cut` calls weights that tell ranks apart, and are none of the model's."""
+"""What `partition` calls weights that tell ranks apart, and are none of the model's."""
 
 
 def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
-    """The weights of a program cut for several ranks, or of one rank's, by name, on a mesh of the ranks.
+    """The weights of a program partitioned for several ranks, or of one rank's, by name, on a mesh of the ranks.
 
-    `full_tensor()` of each is the model's weight. What `cut` made to tell ranks apart is left out.
+    `full_tensor()` of each is the model's weight. What `partition` made to tell ranks apart is left out.
 
     Raises: UnsupportedError for a mesh of another size, and for a weight that no placement of torch's says the truth of.
     """
     from torch.distributed.tensor import DTensor
 
-    ways = len(program.ranks) or _ways(program)
-    if mesh.ndim != 1 or mesh.size() != ways:
-        raise UnsupportedError(f"{program.name} is cut for {ways} ranks, and the mesh is {[*mesh.shape]}; give one of [{ways}]")
+    world_size = len(program.ranks) or _world_size(program)
+    if mesh.ndim != 1 or mesh.size() != world_size:
+        raise UnsupportedError(
+            f"{program.name} is partitioned for {world_size} ranks, and the mesh is {[*mesh.shape]}; give one of [{world_size}]"
+        )
     rank = mesh.get_local_rank()
     own = program.ranks[rank] if program.ranks else program.weights()
     found: dict[str, DTensor] = {}
@@ -45,7 +47,7 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
         name = str(node.target)
         if node.op != "get_attr" or name in found or name.startswith(_OWN):
             continue
-        local, shape, placement = _described(name, own[name], _placed(program, node), ways, rank)
+        local, shape, placement = _described(name, own[name], _placed(program, node), world_size, rank)
         stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         found[name] = DTensor.from_local(
             local.contiguous(), mesh, [placement], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
@@ -53,7 +55,7 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
     return found
 
 
-def _ways(program: Program) -> int:
+def _world_size(program: Program) -> int:
     placed = [nodes.placed(node) for node in program.graph.nodes]
     spans = [span for item in placed if isinstance(item, Placed) for _, spans in item.dims for span in spans]
     return max((span.parts * span.every for span in spans), default=1)
@@ -64,13 +66,13 @@ def _placed(program: Program, node: fx.Node) -> Placed:
     if isinstance(found, Placed):
         return found
     raise UnsupportedError(
-        f"the weight '{node.target}' of {program.name} has no placement: the program was not cut, or was lowered since; "
-        f'take the one that passes="shard{{ways=N}},cut" gives'
+        f"the weight '{node.target}' of {program.name} has no placement: the program was not partitioned, or was lowered "
+        f'since; take the one that passes="shard{{world_size=N}},partition" gives'
     )
 
 
 def _described(
-    name: str, weight: torch.Tensor, placed: Placed, ways: int, rank: int
+    name: str, weight: torch.Tensor, placed: Placed, world_size: int, rank: int
 ) -> tuple[torch.Tensor, list[int], Placement]:
     """This rank's part without what fills it up, the shape of the whole, and the placement. Raises: UnsupportedError."""
     from torch.distributed.tensor import Shard
@@ -79,15 +81,15 @@ def _described(
     if not placed.dims:
         return local, shape, placed.placements[0]
     if len(placed.dims) > 1:
-        _refuse(name, "it is cut along several dimensions at once")
+        _refuse(name, "it is sharded along several dimensions at once")
     dim, spans = next(iter(placed.dims))
     span = spans[0]
     if len(spans) > 1 or span.outer != 1:
-        _refuse(name, "it is packed, and cut in each of its parts")
-    if span.parts != ways:
-        _refuse(name, f"it is cut in {span.parts}, and each part is on several of the {ways} ranks")
+        _refuse(name, "it is packed, and sharded in each of its parts")
+    if span.parts != world_size:
+        _refuse(name, f"it is sharded in {span.parts}, and each part is on several of the {world_size} ranks")
     if span.is_padded and span.inner != 1:
-        _refuse(name, f"its {span.size} blocks do not divide among {ways} ranks")
+        _refuse(name, f"its {span.size} blocks do not divide among {world_size} ranks")
     shape[dim] = _whole(span)
     kept = (indices_of(spans, rank) >= 0).sum()
     return local.narrow(dim, 0, int(kept)), shape, Shard(dim)

@@ -1,7 +1,7 @@
-"""Linear layers that no pair has, and that ranks share nevertheless: each is cut by itself.
+"""Linear layers that no pair has, and that ranks share nevertheless: each is sharded by itself.
 
 Pairs of layers need one sum over ranks for two weights; a layer by itself needs a collective of its own. It is worth that where
-weights would otherwise not fit, so the largest layers are cut, and no more of them than the share asked for takes.
+weights would otherwise not fit, so the largest layers are sharded, and no more of them than the share asked for takes.
 """
 
 from __future__ import annotations
@@ -26,45 +26,46 @@ aten = torch.ops.aten
 
 def lone_layers(
     program: Program,
-    ways: int,
+    world_size: int,
     placed: Mapping[fx.Node, Placed | tuple[Placed, ...]],
     share: float,
     whole: Collection[fx.Node],
 ) -> list[ShardSite]:
-    """The layers to cut by themselves so that `share` of all weights of linear layers is cut; layers of one size all or none.
+    """The layers to shard by themselves so that `share` of all weights of linear layers is sharded; layers of one size all or
+    none.
 
     placed: how weights lie without them. whole: layers the user wants on every rank.
     """
     layers = linear_weights(program)
     sizes = {weight: program.weight(str(weight.target)).numel() for weight in layers}
     by_size: dict[int, list[fx.Node]] = defaultdict(list)
-    cut, found = 0, list[ShardSite]()
+    sharded_size, found = 0, list[ShardSite]()
     for weight, size in sizes.items():
         have = placed[weight]
         if isinstance(have, Placed) and have.is_sharded:
-            cut += size
+            sharded_size += size
         else:
             by_size[size].append(weight)
     for size in sorted(by_size, reverse=True):
-        if cut >= share * sum(sizes.values()):
+        if sharded_size >= share * sum(sizes.values()):
             break
         for weight in by_size[size]:
-            sites = [_alone(layer, weight, ways) for layer in layers[weight]]
+            sites = [_alone(layer, weight, world_size) for layer in layers[weight]]
             chosen = [site for site in sites if site is not None and site.node not in whole]
             if len(chosen) == len(sites) and len({(site.kind, site.dim) for site in chosen}) == 1:
                 found += chosen
-                cut += size
+                sharded_size += size
     return found
 
 
-def own_placement(site: ShardSite, number: int, ways: int) -> Placed:
-    """How the weight of a layer that is cut by itself lies. number: of the site in the plan."""
+def own_placement(site: ShardSite, number: int, world_size: int) -> Placed:
+    """How the weight of a layer that is sharded by itself lies. number: of the site in the plan."""
     size = nodes.tensor_type(site.weight).shape[site.dim]
-    return sharded((site.dim, (Span(1, size, 1, ways, site=number),)))
+    return sharded((site.dim, (Span(1, size, 1, world_size, site=number),)))
 
 
-def _alone(layer: fx.Node, weight: fx.Node, ways: int) -> ShardSite | None:
-    """The site of one layer: by columns where each rank gets one, else by rows; None where its weight is not cut so.
+def _alone(layer: fx.Node, weight: fx.Node, world_size: int) -> ShardSite | None:
+    """The site of one layer: by columns where each rank gets one, else by rows; None where its weight is not sharded so.
 
     A weight for each head (`bmm`) is not: PyTorch has no type for `baddbmm` whose bias is broadcast and whose sizes vary.
     """
@@ -73,17 +74,17 @@ def _alone(layer: fx.Node, weight: fx.Node, ways: int) -> ShardSite | None:
     features, read = (nodes.tensor_type(item).shape[-1] for item in (layer, input_of(layer)))
     path = nodes.origin(layer).module_path
     for kind, size in (("gathered layer", features), ("summed layer", read)):
-        if not isinstance(size, int) or size < ways:
+        if not isinstance(size, int) or size < world_size:
             continue
         for dim in range(nodes.tensor_type(weight).rank):
             site = ShardSite(kind, layer, path, {}, weight=weight, dim=dim)
-            result = _result(layer, weight, own_placement(site, 0, ways), ways)
+            result = _result(layer, weight, own_placement(site, 0, world_size), world_size)
             if result.partial if kind == "summed layer" else result.spans(nodes.tensor_type(layer).rank - 1):
                 return site
     return None
 
 
-def _result(layer: fx.Node, weight: fx.Node, placed: Placed, ways: int) -> Placed:
+def _result(layer: fx.Node, weight: fx.Node, placed: Placed, world_size: int) -> Placed:
     """How the result of a layer lies when its weight lies so, and what it reads is whole."""
     between: list[fx.Node] = []
     pending = [item for item in layer.all_input_nodes if item is not input_of(layer)]
@@ -96,7 +97,7 @@ def _result(layer: fx.Node, weight: fx.Node, placed: Placed, ways: int) -> Place
             pending += item.all_input_nodes
     known: dict[fx.Node, Placed | tuple[Placed, ...]] = defaultdict(lambda: REPLICATED)
     known[weight] = placed
-    read = Reading(known, ways=ways)
+    read = Reading(known, world_size=world_size)
     for item in [*reversed(between), layer]:
         known[item] = rules.outcome(item, read).result
     return cast(Placed, known[layer])

@@ -1,8 +1,8 @@
 """The plan of tensor parallelism: how every value of a program lies on the ranks, and what has to be communicated.
 
-Sites say which axes are cut (`shard_sites.py`); their weights are then cut wherever these axes occur, and one rule an operator
-(`placement_rules.py`) says how results lie. Where a value does not lie as what reads it wants, it is redistributed. Weights
-that no axis names, such as a bias behind a sum over ranks, lie as what reads them wants.
+Sites say which axes are sharded (`shard_sites.py`); their weights are then sharded wherever these axes occur, and one rule an
+operator (`placement_rules.py`) says how results lie. Where a value does not lie as what reads it wants, it is redistributed.
+Weights that no axis names, such as a bias behind a sum over ranks, lie as what reads them wants.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
 Joint = Mapping[fx.Node, tuple[Exchange, ...]]
 
 SHARE = 0.95
-"""The share of the weights of linear layers that is cut by default, where the program lets it."""
+"""The share of the weights of linear layers that is sharded by default, where the program lets it."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Redistribution:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a program is shared by `ways` ranks.
+    """How a program is shared by `world_size` ranks.
 
-    placed: for every node how what it yields lies. sites: what is cut. left: what could be and is not, with the reason in
+    placed: for every node how what it yields lies. sites: what is sharded. left: what could be and is not, with the reason in
     `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read values
-    which were cut. joint: the collectives inside operators that ranks work out together on their parts.
-    sequence: whether values between the layers are cut by position where they can be.
+    which were sharded. joint: the collectives inside operators that ranks work out together on their parts.
+    sequence: whether values between the layers are sharded by position where they can be.
     """
 
-    ways: int
+    world_size: int
     placed: Mapping[fx.Node, Placed | tuple[Placed, ...]]
     sites: tuple[ShardSite, ...]
     left: tuple[ShardSite, ...]
@@ -84,12 +84,12 @@ class Plan:
 
 
 class _RefusedError(Exception):
-    """A site cannot be cut; args: its number, the reason."""
+    """A site cannot be sharded; args: its number, the reason."""
 
 
 def make_plan(
     program: Program,
-    ways: int,
+    world_size: int,
     *,
     whole: Mapping[fx.Node, str] | None = None,
     layers: Mapping[fx.Node, str] | None = None,
@@ -100,65 +100,65 @@ def make_plan(
 
     whole: sites and layers the user wants on every rank, by their node, with the pattern that says so.
     layers: linear layers the user names, each `column-wise` or `row-wise`.
-    share: the least share of the weights of linear layers that is to be cut: where pairs of layers are fewer, others are cut by
-        themselves. sequence: whether values between the layers are cut by position.
+    share: the least share of the weights of linear layers that is to be sharded: where pairs of layers are fewer, others are
+        sharded by themselves. sequence: whether values between the layers are sharded by position.
     """
     found, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
         ShardSite(site.kind, site.node, site.path, {}, f"the plan says so: {whole[site.node]}") if site.node in whole else site
-        for site in shard_sites(program, ways, layers)
+        for site in shard_sites(program, world_size, layers)
     ]
     left = [site for site in sites if site.obstacle]
     sites = [site for site in sites if not site.obstacle]
-    pairs = _settle(program, found, sites, left, ways, sequence)
-    lone = lone_layers(program, ways, pairs.placed, share, whole)
+    pairs = _settle(program, found, sites, left, world_size, sequence)
+    lone = lone_layers(program, world_size, pairs.placed, share, whole)
     if not lone:
         return pairs
-    alone = _settle(program, found, [*pairs.sites, *lone], pairs.left, ways, sequence)
-    uncut = [readers for weight, readers in linear_weights(program).items() if pairs.placed[weight] == REPLICATED]
-    mixers = mixer_sites(program, ways, [node for readers in uncut for node in readers if node not in whole])
+    alone = _settle(program, found, [*pairs.sites, *lone], pairs.left, world_size, sequence)
+    unsharded = [readers for weight, readers in linear_weights(program).items() if pairs.placed[weight] == REPLICATED]
+    mixers = mixer_sites(program, world_size, [node for readers in unsharded for node in readers if node not in whole])
     if not mixers:
         return alone
-    mixed = _settle(program, found, [*pairs.sites, *mixers], pairs.left, ways, sequence)
-    if lone := lone_layers(program, ways, mixed.placed, share, whole):
-        mixed = _settle(program, found, [*mixed.sites, *lone], mixed.left, ways, sequence)
-    # What mixes tokens is cut by its channels where that takes fewer collectives than its layers, each cut by itself.
+    mixed = _settle(program, found, [*pairs.sites, *mixers], pairs.left, world_size, sequence)
+    if lone := lone_layers(program, world_size, mixed.placed, share, whole):
+        mixed = _settle(program, found, [*mixed.sites, *lone], mixed.left, world_size, sequence)
+    # What mixes tokens is sharded by its channels where that takes fewer collectives than its layers, each sharded by itself.
     return mixed if mixed.cost <= alone.cost else alone
 
 
 def _settle(
-    program: Program, found: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], ways: int, sequence: bool
+    program: Program, found: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], world_size: int, sequence: bool
 ) -> Plan:
-    """The plan that cuts as many of these sites as can be; the others join those that are left, with the reason."""
+    """The plan that shards as many of these sites as can be; the others join those that are left, with the reason."""
     sites, left = list(sites), list(left)
     while True:
         try:
-            placed, moves, gathered, joint = _Planner(program, found, sites, ways, sequence).run()
+            placed, moves, gathered, joint = _Planner(program, found, sites, world_size, sequence).run()
         except _RefusedError as refusal:
             number, reason = cast("tuple[int, str]", refusal.args)
             site = sites.pop(number)
             left.append(ShardSite(site.kind, site.node, site.path, {}, reason))
             continue
-        return Plan(ways, placed, tuple(sites), tuple(left), moves, gathered, joint, sequence)
+        return Plan(world_size, placed, tuple(sites), tuple(left), moves, gathered, joint, sequence)
 
 
 class _Planner:
     """One attempt at a plan for some sites."""
 
-    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], ways: int, sequence: bool) -> None:
+    def __init__(self, program: Program, found: Axes, sites: list[ShardSite], world_size: int, sequence: bool) -> None:
         self.program = program
         self.found = found
-        self.ways = ways
+        self.world_size = world_size
         self.sequence = sequence
-        self.cuts: dict[Axis, tuple[int, int, int]] = {}
+        self.sharded_axes: dict[Axis, tuple[int, int, int]] = {}
         for number, site in enumerate(sites):
-            for atom, cut in site.cuts.items():
-                self.cuts.setdefault(atom.find(), (*cut, number))
+            for atom, parts in site.sharded_axes.items():
+                self.sharded_axes.setdefault(atom.find(), (*parts, number))
         self.weights = {
             node: self._by_axes(node) for node in program.graph.nodes if node.op == "get_attr" and nodes.is_tensor(node)
         }
         lone = [(number, site) for number, site in enumerate(sites) if site.weight is not None]
-        self.weights |= {cast(fx.Node, site.weight): own_placement(site, number, ways) for number, site in lone}
+        self.weights |= {cast(fx.Node, site.weight): own_placement(site, number, world_size) for number, site in lone}
         self.gathered = {site.node for _, site in lone if site.kind == "gathered layer"}
         self.fixed: set[fx.Node] = set()
 
@@ -178,20 +178,20 @@ class _Planner:
                     {**all_exchanges(self.program.graph, read), **gatherings(read)},
                 )
 
-    def cut(self, node: fx.Node, dim: int) -> Spans:
-        """How the plan cuts a dimension of a value, told from its axis."""
-        spans = spans_of(self.found.axis(node, dim), self.cuts)
+    def planned(self, node: fx.Node, dim: int) -> Spans:
+        """How the plan shards a dimension of a value, told from its axis."""
+        spans = spans_of(self.found.axis(node, dim), self.sharded_axes)
         if spans is None:
             atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
-            number = next(self.cuts[atom][2] for atom in atoms if atom in self.cuts)
-            raise _RefusedError(number, f"'{node.name}' mixes what would be cut with other things along dimension {dim}")
+            number = next(self.sharded_axes[atom][2] for atom in atoms if atom in self.sharded_axes)
+            raise _RefusedError(number, f"'{node.name}' mixes what would be sharded with other things along dimension {dim}")
         return spans
 
     def _reading(self, known: Known) -> Reading:
-        return Reading(known, self.cut, self.ways, self.program.constant, self.sequence, self.gathered)
+        return Reading(known, self.planned, self.world_size, self.program.constant, self.sequence, self.gathered)
 
     def _by_axes(self, weight: fx.Node) -> Placed:
-        return sharded(*((dim, self.cut(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
+        return sharded(*((dim, self.planned(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
 
     def _propagate(self) -> tuple[Known, dict[fx.Node, list[tuple[fx.Node, Placed]]], tuple[fx.Node, ...]]:
         """The placement of every value, how each is wanted by what reads it, and the operators without a rule that gather."""
@@ -242,7 +242,7 @@ class _Planner:
             for reader, want in readers:
                 if not isinstance(have, Placed) or have == want or (value, want) in moves:
                     continue
-                steps = redistribution_steps(have, want, self.ways, has_whole=REPLICATED in wanted)
+                steps = redistribution_steps(have, want, self.world_size, has_whole=REPLICATED in wanted)
                 weight = is_weight(value) and have.is_sharded
                 if steps is None or weight:
                     what = target_text(reader.target) if reader.op == "call_function" else "the output"
@@ -252,7 +252,7 @@ class _Planner:
         return tuple(sorted(moves.values(), key=lambda move: order[move.reader]))
 
     def _refuse(self, node: fx.Node, known: Known, reason: str) -> None:
-        """Give up the site whose cut meets a call that does not take it.
+        """Give up the site whose shards meet a call that does not take it.
 
         Raises: _RefusedError.
         """
@@ -261,10 +261,10 @@ class _Planner:
             for item in (have,) if isinstance(have, Placed) else have or ():
                 for _, spans in () if item.is_by_position else item.dims:
                     raise _RefusedError(spans[0].site if spans[0].site >= 0 else spans[-1].site, reason)
-        raise AssertionError(f"no argument of '{node.name}' is cut: {reason}")
+        raise AssertionError(f"no argument of '{node.name}' is sharded: {reason}")
 
 
-def redistribution_steps(have: Placed, want: Placed, ways: int, *, has_whole: bool = False) -> tuple[str, ...] | None:
+def redistribution_steps(have: Placed, want: Placed, world_size: int, *, has_whole: bool = False) -> tuple[str, ...] | None:
     """The steps from one placement to another; None where there is no way.
 
     has_whole: whether every rank is given the whole of a sum for another reader, so that it can take its positions from it.
@@ -277,7 +277,7 @@ def redistribution_steps(have: Placed, want: Placed, ways: int, *, has_whole: bo
     if have.partial:
         steps.append("all-reduce")
     elif have.is_sharded:
-        if not can_gather(have, ways):
+        if not can_gather(have, world_size):
             return None
         steps.append("all-gather")
     if want.partial:
@@ -294,11 +294,11 @@ def _is_fixed(spans: Spans) -> bool:
 
 
 def sharded_share(program: Program) -> float:
-    """The share of the weights of linear layers, mixtures of experts included, that the program's placements cut."""
-    total, cut = 0, 0
+    """The share of the weights of linear layers, mixtures of experts included, that the program's placements shard."""
+    total, held = 0, 0
     for weight in linear_weights(program):
         placed = nodes.placed(weight)
         count = program.weight(str(weight.target)).numel()
         total += count
-        cut += count if isinstance(placed, Placed) and placed.is_sharded else 0
-    return cut / total if total else 1.0
+        held += count if isinstance(placed, Placed) and placed.is_sharded else 0
+    return held / total if total else 1.0

@@ -1,7 +1,7 @@
-"""Which axes of a program tensor parallelism cuts: heads, neurons, vocabularies, told from its structure.
+"""Which axes of a program tensor parallelism shards: heads, neurons, vocabularies, told from its structure.
 
 Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, §3): queries, keys, values, up and gate by columns, output and down by rows,
-embeddings and output heads by vocabulary. A site is a set of atomic axes and into how many parts each is cut; wherever they
+embeddings and output heads by vocabulary. A site is a set of atomic axes and into how many parts each is sharded; wherever they
 occur, in weights, scales, biases of attention or state, is known from the axes.
 """
 
@@ -37,61 +37,61 @@ from lissom.compiler.parallel.rules.joint import CHOICES, joint_dim
 
 aten = torch.ops.aten
 
-Cuts = Mapping[Axis, tuple[int, int, int]]
+ShardedAxes = Mapping[Axis, tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
 class ShardSite:
-    """A part of a program that is cut.
+    """A part of a program that is sharded.
 
     kind: `attention`, `feed-forward`, `experts`, `embedding`, `output head`, `mixer`; `layer` for one the user names, `gathered
-        layer` and `summed layer` for one that is cut by itself.
-    node: the operator it is reported at. path: its module. cuts: the atomic axes, into how many parts each is cut, and how many
-        neighbouring ranks hold the same part.
-    obstacle: why it is not cut; empty where it is.
-    weight, dim: of a layer that is cut by itself, the weight and the dimension that is cut; no axis is.
+        layer` and `summed layer` for one that is sharded by itself.
+    node: the operator it is reported at. path: its module. sharded_axes: the atomic axes, into how many parts each is sharded,
+        and how many neighbouring ranks hold the same part.
+    obstacle: why it is not sharded; empty where it is.
+    weight, dim: of a layer that is sharded by itself, the weight and the dimension that is sharded; no axis is.
     """
 
     kind: str
     node: fx.Node
     path: str
-    cuts: Mapping[Axis, tuple[int, int]]
+    sharded_axes: Mapping[Axis, tuple[int, int]]
     obstacle: str = ""
     weight: fx.Node | None = None
     dim: int = 0
 
 
-def shard_sites(program: Program, ways: int, layers: Mapping[fx.Node, str]) -> list[ShardSite]:
+def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]) -> list[ShardSite]:
     """The sites of a program for so many ranks. layers: linear layers the user names, each `column-wise` or `row-wise`."""
     found, facts = program.fact(axes), program.fact(structure)
-    sites = [_attention(found, site, ways) for site in facts.attention]
+    sites = [_attention(found, site, world_size) for site in facts.attention]
     for item in facts.feed_forward:
         inside = [(input_of(item.down), feature_dim(item.down)), *((up, feature_dim(up)) for up in item.up)]
-        sites.append(_whole("feed-forward", item.down, _axes(found, inside), ways))
+        sites.append(_whole("feed-forward", item.down, _axes(found, inside), world_size))
     grouped = [node for node in program.nodes() if str(node.target) == "lissom.grouped_product.default"]
     for node in grouped:
         if _reached(cast(fx.Node, node.args[0]), set(grouped)):
-            sites.append(_whole("experts", node, [found.axis(cast(fx.Node, node.args[0]), -1)], ways))
+            sites.append(_whole("experts", node, [found.axis(cast(fx.Node, node.args[0]), -1)], world_size))
     for item in facts.embeddings:
         if item.rows >= item.width and (_is_vocabulary(item.node) or item.tied):
-            sites.append(_whole("embedding", item.node, [found.axis(cast(fx.Node, item.node.args[0]), 0)], ways))
+            sites.append(_whole("embedding", item.node, [found.axis(cast(fx.Node, item.node.args[0]), 0)], world_size))
     taken = {site.node for site in sites}
     scored = [node for node, _ in linear_layers(program) if is_linear(node) and _is_scored(node)]
     for node in dict.fromkeys([*facts.output_heads, *scored]):
         if node not in taken and feature_dim(node) == -1 and not _is_inside(node, facts.attention):
-            sites.append(_whole("output head", node, [found.axis(node, -1)], ways))
+            sites.append(_whole("output head", node, [found.axis(node, -1)], world_size))
     for node, how in layers.items():
         axis = found.axis(node, -1) if how == "column-wise" else found.axis(input_of(node), -1)
-        sites.append(_whole("layer", node, [axis], ways))
+        sites.append(_whole("layer", node, [axis], world_size))
     return sites
 
 
-def mixer_sites(program: Program, ways: int, layers: Collection[fx.Node]) -> list[ShardSite]:
+def mixer_sites(program: Program, world_size: int, layers: Collection[fx.Node]) -> list[ShardSite]:
     """What recurrences and short convolutions mix tokens with: channels that one of these layers gives and another reads.
 
     Mamba's inner channels are an example: projected in, convolved, run through the recurrence, and projected out. Channels of
     the residual stream are not of this kind.
-    layers: linear layers that no other site cuts.
+    layers: linear layers that no other site shards.
     """
     found = program.fact(axes)
     sums = [total for node, _ in linear_layers(program) if (total := residual_of(node)) is not None]
@@ -100,9 +100,9 @@ def mixer_sites(program: Program, ways: int, layers: Collection[fx.Node]) -> lis
     sites: list[ShardSite] = []
     taken = set[Axis]()
     for node in layers:
-        site = _whole("mixer", node, [found.axis(input_of(node), -1)], ways)
-        if site.cuts and given.issuperset(site.cuts) and not taken.intersection(site.cuts):
-            taken.update(site.cuts)
+        site = _whole("mixer", node, [found.axis(input_of(node), -1)], world_size)
+        if site.sharded_axes and given.issuperset(site.sharded_axes) and not taken.intersection(site.sharded_axes):
+            taken.update(site.sharded_axes)
             sites.append(site)
     return sites
 
@@ -115,23 +115,23 @@ def _axes(found: Axes, places: Iterable[tuple[fx.Node, int]]) -> list[Axis]:
     return [found.axis(node, dim) for node, dim in places]
 
 
-def _whole(kind: str, node: fx.Node, cut: Sequence[Axis], ways: int) -> ShardSite:
-    """A site of which the largest factor of each segment of these axes is cut."""
+def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> ShardSite:
+    """A site of which the largest factor of each segment of these axes is sharded."""
     chosen: dict[Axis, tuple[int, int]] = {}
     path = nodes.origin(node).module_path
-    for axis in cut:
+    for axis in axes:
         for segment in axis.segments():
             factors = [factor.find() for factor in segment.factors()]
             atom = next((item for item in factors if item.form == "atom" and isinstance(item.size, int)), None)
             if atom is None:
                 return ShardSite(kind, node, path, {}, "its features are no axis of a fixed size")
-            if cast(int, atom.size) < ways:
-                return ShardSite(kind, node, path, {}, f"an axis of {atom.size} gives {ways} ranks nothing to share")
-            chosen[atom] = ways, 1
+            if cast(int, atom.size) < world_size:
+                return ShardSite(kind, node, path, {}, f"an axis of {atom.size} gives {world_size} ranks nothing to share")
+            chosen[atom] = world_size, 1
     return ShardSite(kind, node, path, chosen)
 
 
-def _attention(found: Axes, site: AttentionSite, ways: int) -> ShardSite:
+def _attention(found: Axes, site: AttentionSite, world_size: int) -> ShardSite:
     """The heads, and the key/value groups they read."""
     rank = nodes.tensor_type(site.node).rank
     if site.output is None or rank < 3:
@@ -146,10 +146,12 @@ def _attention(found: Axes, site: AttentionSite, ways: int) -> ShardSite:
             return ShardSite("attention", site.node, site.path, {}, "its heads are no axis of their own")
         if not factors or any(factor in chosen for factor in factors):
             continue
-        cut = _cut_heads(factors, ways)
-        if cut is None:
-            return ShardSite("attention", site.node, site.path, {}, f"{site.heads} heads give {ways} ranks nothing to share")
-        chosen |= cut
+        parts = _shard_heads(factors, world_size)
+        if parts is None:
+            return ShardSite(
+                "attention", site.node, site.path, {}, f"{site.heads} heads give {world_size} ranks nothing to share"
+            )
+        chosen |= parts
     reason = "" if chosen else "it has one head"
     return ShardSite("attention", site.node, site.path, chosen, reason)
 
@@ -167,19 +169,19 @@ def _heads(axis: Axis, site: AttentionSite) -> list[Axis] | None:
     return None
 
 
-def _cut_heads(factors: Sequence[Axis], ways: int) -> dict[Axis, tuple[int, int]] | None:
+def _shard_heads(factors: Sequence[Axis], world_size: int) -> dict[Axis, tuple[int, int]] | None:
     """Groups are dealt out to ranks, and where there are fewer groups than ranks, the heads in each group too."""
     first, *more = factors
     size = cast(int, first.size)
-    if size >= ways:
-        return {first: (ways, 1)}
-    if more and ways % size == 0 and cast(int, more[0].size) % (ways // size) == 0:
-        return {first: (size, ways // size), more[0]: (ways // size, 1)}
+    if size >= world_size:
+        return {first: (world_size, 1)}
+    if more and world_size % size == 0 and cast(int, more[0].size) % (world_size // size) == 0:
+        return {first: (size, world_size // size), more[0]: (world_size // size, 1)}
     total = size
     for item in more:
         total *= cast(int, item.size)
     # Filled up with zeros as long as more than half of the ranks have a head.
-    return {first: (ways, 1)} if 2 * size > ways or (total >= ways and size > 1) else None
+    return {first: (world_size, 1)} if 2 * size > world_size or (total >= world_size and size > 1) else None
 
 
 def _is_vocabulary(node: fx.Node) -> bool:
@@ -258,22 +260,22 @@ def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def spans_of(axis: Axis, cuts: Cuts) -> Spans | None:
-    """How a dimension of that axis is cut when atoms are; empty when none of its atoms is, None when blocks would not show.
+def spans_of(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
+    """How a dimension of that axis is sharded when atoms are; empty when none of its atoms is, None when blocks would not show.
 
-    cuts: for each atom, into how many parts, how many neighbouring ranks hold the same one, and the number of its site.
+    sharded_axes: for each atom, into how many parts, how many neighbouring ranks hold the same one, and the number of its site.
     """
     axis = axis.find()
-    if not any(atom.find() in cuts for atom in axis.atoms()):
+    if not any(atom.find() in sharded_axes for atom in axis.atoms()):
         return ()
     if axis.form == "atom":
-        return (Span(1, axis.size, 1, *cuts[axis]),)
+        return (Span(1, axis.size, 1, *sharded_axes[axis]),)
     if axis.form == "sum":
-        return _summed(axis, cuts)
+        return _summed(axis, sharded_axes)
     found: Spans | None = None
     passed: Size = 1
     for factor in axis.factors():
-        inner = spans_of(factor, cuts)
+        inner = spans_of(factor, sharded_axes)
         if inner is None:
             return None
         if found and inner:
@@ -296,10 +298,10 @@ def spans_of(axis: Axis, cuts: Cuts) -> Spans | None:
     return found
 
 
-def _summed(axis: Axis, cuts: Cuts) -> Spans | None:
+def _summed(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
     joined: list[Span] = []
     for segment in axis.segments():
-        spans = spans_of(segment, cuts)
+        spans = spans_of(segment, sharded_axes)
         if spans is None:
             return None
         joined += spans or (Span(1, segment.size, 1, 1),)

@@ -249,7 +249,7 @@ def _forced(after: Program, sample: Sample, known: Mapping[str, object], replace
 
 
 def _forced_ranks(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
-    """The same for a program cut for several ranks, which are given their parts of the values."""
+    """The same for a program partitioned for several ranks, which are given their parts of the values."""
 
     def force(node: fx.Node, parts: list[object]) -> list[object] | None:
         name = replaced(node, after.whole(node, parts, sample))

@@ -1,26 +1,27 @@
 """Plan how ranks share a program: how every value lies on them, and where they have to communicate.
 
-Layers are cut in pairs, the first by columns and the second by rows, so that each rank computes its heads and its neurons from
-end to end, and one sum over the ranks ends the pair:
+Layers are sharded in pairs, the first by columns and the second by rows, so that each rank computes its heads and its neurons
+from end to end, and one sum over the ranks ends the pair:
 
     Y = f(X [A₁ A₂]) [B₁; B₂] = f(X A₁) B₁ + f(X A₂) B₂                            one all-reduce
 
 So a standard layer has two all-reduces, one behind its attention and one behind its feed-forward; a layer that computes both
-side by side has one. Embeddings and output heads are cut by vocabulary, mixtures of experts within each expert, and key/value
-groups go with the heads that read them. A rank holds a bias of a layer cut by rows, the others zeros. Where an axis does not
+side by side has one. Embeddings and output heads are sharded by vocabulary, mixtures of experts within each expert, and
+key/value groups go with the heads that read them. A rank holds a bias of a layer sharded by rows, the others zeros. Where an
+axis does not
 divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
 
-Layers that form no such pair are cut by themselves where the pairs have less than `share` of the weights: by columns with an
-all-gather of what they give (`lissom/compiler/parallel/rules/gathered.py`), or by rows where they give fewer values than there
-are ranks. The largest come first.
+Layers that form no such pair are sharded by themselves where the pairs have less than `share` of the weights: by columns with
+an all-gather of what they give (`lissom/compiler/parallel/rules/gathered.py`), or by rows where they give fewer values than
+there are ranks. The largest come first.
 
-What reads logits along a vocabulary that is cut (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges a
-few numbers a token. With `sequence`, values between the layers are cut by position
+What reads logits along a vocabulary that is sharded (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges
+a few numbers a token. With `sequence`, values between the layers are sharded by position
 (`lissom/compiler/parallel/rules/sequence.py`).
 
 Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
 result lies from how its arguments do (`lissom/compiler/parallel/rules/table.py`); an operator without a rule gets them whole.
-The program stays as it is; `cut` carries the plan out.
+The program stays as it is; `partition` carries the plan out.
 
 Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
 arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way. Korthikanti et al. 2022, "Reducing
@@ -45,33 +46,35 @@ from lissom.compiler.parallel.rules.joint import JOINT, numbers_a_row
 from lissom.compiler.parallel.rules.sequence import position_obstacle
 from lissom.compiler.parallel.sites import linear_layers, shard_sites
 from lissom.compiler.pipeline.pass_kinds import Annotation
-from lissom.errors import UnsupportedError
+from lissom.errors import UnsupportedError, refuse_old_names
 
 _LAYER_WORDS = ("column-wise", "row-wise")
 
 
+@refuse_old_names
 @dataclass(frozen=True)
 class Shard(Annotation):
     """Places every value of the program on ranks that share it.
 
-    ways: how many ranks, 2 or more.
+    world_size: how many ranks, 2 or more.
     plan: what shall be otherwise, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern is that of a
         module path and covers what the module holds: `*.mlp:replicate`. The first leaves sites and layers whole on every rank,
-        the others cut linear layers that belong to no site.
-    share: the least share of the weights of linear layers that is cut, 0 to 1. Where pairs of layers have less, others are cut
-        by themselves, each with a collective of its own; 0 cuts pairs alone.
-    sequence: whether what lies between the layers, such as the residual stream and norms, is cut by position. Each all-reduce
-        becomes a reduce-scatter and an all-gather, which send as much together, and these values take a part of the memory.
+        the others shard linear layers that belong to no site.
+    share: the least share of the weights of linear layers that is sharded, 0 to 1. Where pairs of layers have less, others are
+        sharded by themselves, each with a collective of its own; 0 shards pairs alone.
+    sequence: whether what lies between the layers, such as the residual stream and norms, is sharded by position. Each
+        all-reduce becomes a reduce-scatter and an all-gather, which send as much together, and these values take a part of the
+        memory.
     """
 
-    ways: int
+    world_size: int
     plan: tuple[str, ...] = ()
     share: float = SHARE
     sequence: bool = False
 
     def __post_init__(self) -> None:
-        if self.ways < 2:
-            raise ValueError(f"ways is {self.ways}; it takes 2 ranks or more to share a program")
+        if self.world_size < 2:
+            raise ValueError(f"world_size is {self.world_size}; it takes 2 ranks or more to share a program")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share}; it is a part of the weights of linear layers, from 0 to 1")
         for entry in self.plan:
@@ -81,9 +84,9 @@ class Shard(Annotation):
 
     def run(self, edit: Editor) -> None:
         if edit.program.ranks:
-            raise UnsupportedError(f"shard: the program is cut for {len(edit.program.ranks)} ranks already")
+            raise UnsupportedError(f"shard: the program is partitioned for {len(edit.program.ranks)} ranks already")
         whole, layers = self._overrides(edit)
-        found = make_plan(edit.program, self.ways, whole=whole, layers=layers, share=self.share, sequence=self.sequence)
+        found = make_plan(edit.program, self.world_size, whole=whole, layers=layers, share=self.share, sequence=self.sequence)
         for node, placed in found.placed.items():
             nodes.set_placed(node, placed)
         edit.rewritten += len(found.sites)
@@ -95,7 +98,7 @@ class Shard(Annotation):
             edit.note(sentence)
 
     def _overrides(self, edit: Editor) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
-        """The sites to leave whole, with the entry that says so, and the layers to cut, with how.
+        """The sites to leave whole, with the entry that says so, and the layers to shard, with how.
 
         Raises: UnsupportedError when an entry fits nothing.
         """
@@ -105,7 +108,7 @@ class Shard(Annotation):
             pattern, _, how = entry.rpartition(":")
             if how == "replicate":
                 places = [(node, nodes.origin(node).module_path) for node, _ in linear_layers(edit.program)]
-                places += [(site.node, site.path) for site in shard_sites(edit.program, self.ways, {})]
+                places += [(site.node, site.path) for site in shard_sites(edit.program, self.world_size, {})]
                 fits = {node: entry for node, path in places if is_path_protected(path, pattern)}
                 whole |= fits
             else:
@@ -113,19 +116,19 @@ class Shard(Annotation):
                 fits = {node: how for node in pairs if fnmatchcase(nodes.origin(node).module_path, pattern)}
                 layers |= fits
             if not fits:
-                raise UnsupportedError(f"shard: plan has '{entry}', but no module that is cut has a path like '{pattern}'")
+                raise UnsupportedError(f"shard: plan has '{entry}', but no module that is sharded has a path like '{pattern}'")
         return whole, layers
 
 
 def _notes(found: Plan) -> list[str]:
-    """The plan in sentences: what is cut, what was added to make blocks even, what is communicated."""
+    """The plan in sentences: what is sharded, what was added to make blocks even, what is communicated."""
     kinds = Counter(site.kind for site in found.sites)
     sites = ", ".join(f"{count} {kind}{'s' if count > 1 and kind != 'experts' else ''}" for kind, count in kinds.items())
     steps = Counter(step for move in found.moves for step in move.steps)
     inside = [item for node, items in found.joint.items() if node.target not in JOINT for item in items]
     steps["all-gather"] += sum(item.kind == "all-gather" for item in inside)
     moves = ", ".join(f"{count} {step}{'s' if count > 1 else ''}" for step, count in steps.items() if count)
-    sentences = [f"on {found.ways} ranks: {sites or 'nothing'} cut; {moves or 'nothing'} to redistribute"]
+    sentences = [f"on {found.world_size} ranks: {sites or 'nothing'} sharded; {moves or 'nothing'} to redistribute"]
     if found.sequence:
         sentences += _all_reduced(found)
     joint = Counter(
@@ -134,12 +137,12 @@ def _notes(found: Plan) -> list[str]:
         if node.target in JOINT
     )
     for (operator, numbers), count in joint.items():
-        who = f"{operator} reads what is cut" if count == 1 else f"{count} times {operator} reads what is cut"
+        who = f"{operator} reads what is sharded" if count == 1 else f"{count} times {operator} reads what is sharded"
         sentences.append(f"{who}: it exchanges {numbers} number{'s' if numbers > 1 else ''} a row, and does not gather it")
     for site in found.sites:
         padded = [
             f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
-            for atom, (parts, _) in site.cuts.items()
+            for atom, (parts, _) in site.sharded_axes.items()
             if int(atom.size) % parts
         ]  # pyright: ignore
         if padded:
@@ -148,9 +151,9 @@ def _notes(found: Plan) -> list[str]:
 
 
 def _all_reduced(found: Plan) -> list[str]:
-    """The sums that are not cut by position, though values between the layers are to be, with the reason."""
+    """The sums that are not sharded by position, though values between the layers are to be, with the reason."""
     reasons = Counter(
-        position_obstacle(move.value, found.ways) or f"{target_text(move.reader.target)} takes it whole"
+        position_obstacle(move.value, found.world_size) or f"{target_text(move.reader.target)} takes it whole"
         for move in found.moves
         if "all-reduce" in move.steps
     )

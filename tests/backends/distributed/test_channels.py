@@ -12,14 +12,14 @@ EXCHANGES = """
 join()
 from lissom.backends.distributed.channels import SLOT_BYTES
 from lissom.backends.distributed.ranks import Ranks
-ways = torch.distributed.get_world_size()
+world_size = torch.distributed.get_world_size()
 channels = [Ranks(10.0, shares).channel(torch.device("cpu")) for shares in (True, False)]
 print(*(type(channel).__name__ for channel in channels))
 generator = torch.Generator().manual_seed(rank)
 # Nothing, one number, a slot of float32 and what does not fill one; whole numbers, whose sums are the same in any order.
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64):
     for count in (0, 1, 3, SLOT_BYTES // 4, SLOT_BYTES // 2 + 17):
-        x = torch.randint(-9, 9, (ways * count,), generator=generator).to(dtype)
+        x = torch.randint(-9, 9, (world_size * count,), generator=generator).to(dtype)
         found = []
         for channel in channels:
             mine = []
@@ -27,21 +27,21 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch
                 mine += [x.clone(), x.new_empty(count)]
                 channel.reduce(mine[-2], operation)
                 channel.scatter(mine[-1], x, operation)
-            mine.append(x.new_empty(ways * ways * count))
+            mine.append(x.new_empty(world_size * world_size * count))
             channel.gather(mine[-1], x)
             found.append(mine)
         assert all(torch.equal(a, b) for a, b in zip(*found)), (dtype, count)
 flags = torch.tensor([rank == 0, True])
-every = torch.empty(2 * ways, dtype=torch.bool)
+every = torch.empty(2 * world_size, dtype=torch.bool)
 channels[0].gather(every, flags)
-print(every.tolist() == [True, True] + [False, True] * (ways - 1))
+print(every.tolist() == [True, True] + [False, True] * (world_size - 1))
 torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("ways", [2, 3])
-def test_shared_memory_gives_what_gloo_gives(ways: int, tmp_path: Path) -> None:
-    for lines in printed(run_ranks(EXCHANGES, tmp_path, ways)):
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shared_memory_gives_what_gloo_gives(world_size: int, tmp_path: Path) -> None:
+    for lines in printed(run_ranks(EXCHANGES, tmp_path, world_size)):
         assert lines == ["SharedMemory GroupChannel", "True"]
 
 

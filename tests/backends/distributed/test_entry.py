@@ -14,7 +14,7 @@ from tests.backends.ranks import printed, run_ranks, small_ids, small_llama
 
 REFUSES = """
 join()
-model = lissom.load(folder / "model", backend=lissom.Distributed(ways=2, timeout_seconds=20, shared_memory=SHARED))
+model = lissom.load(folder / "model", backend=lissom.Distributed(world_size=2, timeout_seconds=20, shared_memory=SHARED))
 refused = {"dtype": small_ids().float(), "vocabulary": small_ids() + 60, "rank": small_ids()[0]}
 for who in (0, 1):
     for bad in refused.values():
@@ -32,7 +32,7 @@ torch.distributed.destroy_process_group()
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama for two ranks, and what two ranks answer to inputs that none refuses."""
     folder = tmp_path_factory.mktemp("saved")
-    lissom.compile(small_llama(), {"input_ids": small_ids()}, backend="distributed", ways=2).save(folder / "model")
+    lissom.compile(small_llama(), {"input_ids": small_ids()}, backend="distributed", world_size=2).save(folder / "model")
     script = """
     join()
     model = lissom.load(folder / "model")
@@ -86,7 +86,7 @@ def test_after_a_refusal_on_one_rank_the_next_call_is_right(shared: bool, saved:
 THREADS = """
 join()
 from threading import Thread, Barrier
-model = lissom.load(folder / "model", backend=lissom.Distributed(ways=2, timeout_seconds=3, shared_memory=SHARED))
+model = lissom.load(folder / "model", backend=lissom.Distributed(world_size=2, timeout_seconds=3, shared_memory=SHARED))
 wanted = {tokens: torch.load(folder / f"{tokens}.pt") for tokens in (5, 3)}
 counts, ready = {"right": 0, "wrong": 0}, Barrier(2)
 def call(tokens):
@@ -125,7 +125,7 @@ def test_calls_from_two_threads_are_right_or_refused(shared: bool, saved: Path, 
 def test_ranks_that_call_different_models_are_refused(shared: bool, saved: Path, tmp_path: Path) -> None:
     script = f"""
     join()
-    models = [lissom.load(folder / "model", backend=lissom.Distributed(ways=2, shared_memory={shared})) for _ in range(2)]
+    models = [lissom.load(folder / "model", backend=lissom.Distributed(world_size=2, shared_memory={shared})) for _ in range(2)]
     said(lambda: models[rank](input_ids=small_ids()))
     said(lambda: models[1](input_ids=small_ids(5) if rank else small_ids(3)))
     said(lambda: models[1](input_ids=small_ids(5).flip(0) if rank else small_ids(5)))
@@ -158,7 +158,7 @@ def breaking(self, operation, in_place):
     return stop
 backend._Collectives._reduce = breaking
 def load():
-    return lissom.load(folder / "model", backend=lissom.Distributed(ways=2, timeout_seconds=20, shared_memory=SHARED))
+    return lissom.load(folder / "model", backend=lissom.Distributed(world_size=2, timeout_seconds=20, shared_memory=SHARED))
 model = load()
 print(torch.equal(model(input_ids=small_ids()).logits, torch.load(folder / "5.pt")))
 def call():
@@ -203,7 +203,7 @@ POSITIONS = """
 from tests.passes.parallel.models import MODELS
 case = MODELS["gpt2"]()
 join()
-backend = lissom.Distributed(ways=2, timeout_seconds=20, shared_memory=SHARED)
+backend = lissom.Distributed(world_size=2, timeout_seconds=20, shared_memory=SHARED)
 model = lissom.compile(case.model, case.inputs, passes="remove-no-ops", checks="off", backend=backend)
 ids = next(iter(case.inputs.values()))
 wanted = model(*case.args, **case.kwargs)[0]

@@ -15,19 +15,19 @@ from tests.backends.ranks import printed, run_ranks
 WHOLE = """
 from torch.distributed.device_mesh import init_device_mesh
 from lissom.compiler.parallel.dtensor import as_dtensors
-from tests.passes.parallel.models import cut, program_of
+from tests.passes.parallel.models import sharded, program_of
 join()
 mesh = init_device_mesh("cpu", (2,))
 for name in ("llama", "bert"):
     program, samples = program_of(name)
-    lockstep, _ = cut(program, samples, 2)
+    lockstep, _ = sharded(program, samples, 2)
     for found in (lockstep, lockstep.of_rank(rank)):
         weights = as_dtensors(found, mesh)
         same = [torch.equal(item.full_tensor(), program.weight(key)) for key, item in weights.items()]
         print(name, len(weights), all(same), sorted({str(item.placements) for item in weights.values()}))
 program, samples = program_of("gpt2")
-said(lambda: as_dtensors(cut(program, samples, 2)[0], mesh))
-said(lambda: as_dtensors(cut(program_of("llama")[0], samples, 3)[0], mesh))
+said(lambda: as_dtensors(sharded(program, samples, 2)[0], mesh))
+said(lambda: as_dtensors(sharded(program_of("llama")[0], samples, 3)[0], mesh))
 said(lambda: as_dtensors(program_of("llama")[0], mesh))
 """
 
@@ -39,9 +39,11 @@ def test_whole_weights_come_back(tmp_path: Path) -> None:
     llama, rank_s, bert, _, packed, size, uncut = lines[0]
     assert llama == rank_s and " True " in llama and "Shard(dim=0)" in llama and "Shard(dim=1)" in llama
     assert " True " in bert
-    assert "Error the weight 'transformer.h.0.attn.c_attn.bias' is no DTensor: it is packed, and cut in each of its" in packed
-    assert "is cut for 3 ranks, and the mesh is [2]; give one of [3]" in size
-    assert "is cut for 1 ranks, and the mesh is [2]" in uncut
+    assert (
+        "Error the weight 'transformer.h.0.attn.c_attn.bias' is no DTensor: it is packed, and sharded in each of its" in packed
+    )
+    assert "is partitioned for 3 ranks, and the mesh is [2]; give one of [3]" in size
+    assert "is partitioned for 1 ranks, and the mesh is [2]" in uncut
 
 
 def test_a_part_is_described() -> None:
@@ -60,9 +62,9 @@ def test_a_part_is_described() -> None:
 @pytest.mark.parametrize(
     ("placed", "reason"),
     [
-        (Placed(((0, (Span(1, 4, 1, 2),)), (1, (Span(1, 2, 1, 2),)))), "cut along several dimensions at once"),
-        (Placed(((0, (Span(2, 4, 1, 2),)),)), "packed, and cut in each of its parts"),
-        (Placed(((0, (Span(1, 2, 4, 2, 2),)),)), "cut in 2, and each part is on several of the 4 ranks"),
+        (Placed(((0, (Span(1, 4, 1, 2),)), (1, (Span(1, 2, 1, 2),)))), "sharded along several dimensions at once"),
+        (Placed(((0, (Span(2, 4, 1, 2),)),)), "packed, and sharded in each of its parts"),
+        (Placed(((0, (Span(1, 2, 4, 2, 2),)),)), "sharded in 2, and each part is on several of the 4 ranks"),
         (Placed(((0, (Span(1, 3, 4, 4),)),)), "its 3 blocks do not divide among 4 ranks"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What tests of sharding share: canonical programs of small models of many families, cut and compared."""
+"""What tests of sharding share: canonical programs of small models of many families, sharded and compared."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def run_passes(text: str, program: Program, samples: list[Sample]) -> tuple[Prog
     return Pipeline(parse_pipeline(text, PASSES, RECIPES), samples).run(program)
 
 
-def cut(program: Program, samples: list[Sample], ways: int, options: str = "") -> tuple[Program, History]:
-    """The program cut for so many ranks, compared with the one before."""
-    return run_passes(f"shard{{ways={ways}{options}}},cut", program, samples)
+def partition(program: Program, samples: list[Sample], world_size: int, options: str = "") -> tuple[Program, History]:
+    """The program partitioned for so many ranks, compared with the one before."""
+    return run_passes(f"shard{{world_size={world_size}{options}}},partition", program, samples)
 
 
 def collectives(program: Program) -> tuple[int, int]:

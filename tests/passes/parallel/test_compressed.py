@@ -1,4 +1,4 @@
-"""Programs that were pruned and quantized, cut for ranks."""
+"""Programs that were pruned and quantized, sharded for ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import rewrite
-from tests.passes.parallel.models import cut, program_of, reasons, run_passes
+from tests.passes.parallel.models import partition, program_of, reasons, run_passes
 
 PRUNED = (
     "prune-heads{keep=0.75,criterion=magnitude},prune-neurons{keep=0.7,criterion=magnitude},"
@@ -19,13 +19,13 @@ PRUNED = (
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight", "int4-weight,group=8"])
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_pruned_and_quantized_programs_are_cut(name: str, scheme: str) -> None:
+def test_pruned_and_quantized_programs_are_sharded(name: str, scheme: str) -> None:
     program, samples = program_of(name)
     compressed, _ = run_passes(f"{PRUNED},quantize{{scheme={scheme}}},fold-quantized-weights", program, samples)
     heads = [site.heads for site in compressed.fact(structure).attention]
     # Heads are left that two ranks share unevenly, or layers of which one has more than the other.
     assert heads == ([4, 2] if name == "llama" else [3, 3])
-    after, history = cut(compressed, samples, 2)
+    after, history = partition(compressed, samples, 2)
     assert reasons(history) == []
     notes = " ".join(history.steps[1].notes)
     assert name == "llama" or notes.count("encoder.layer.0.attention.self even: 3 as 4") == 1
@@ -43,7 +43,7 @@ def test_pruned_and_quantized_programs_are_cut(name: str, scheme: str) -> None:
 def test_ranks_hold_their_share_of_stored_integers(name: str) -> None:
     program, samples = program_of(name)
     compressed, _ = run_passes(f"{PRUNED},quantize{{scheme=int8-dynamic}},fold-quantized-weights", program, samples)
-    after, _ = cut(compressed, samples, 2)
+    after, _ = partition(compressed, samples, 2)
     stored = [item for item in after.weights() if "_int" in item]
     whole = sum(compressed.weight(item).numel() for item in stored)
     for rank in range(2):
@@ -62,6 +62,6 @@ def test_a_range_found_in_parts_leaves_out_what_is_filled_up() -> None:
         model.up.weight.mul_(0.1)
         # All cosines are near -1, but for those of zeros that make 14 neurons of 13: these are 1.
         model.up.bias.fill_(3.0)
-    text = "quantize{scheme=int8-dynamic},fold-quantized-weights,shard{ways=2,plan=[up:column-wise]},cut"
+    text = "quantize{scheme=int8-dynamic},fold-quantized-weights,shard{world_size=2,plan=[up:column-wise]},partition"
     program, _ = rewrite(text, model, normal(2, 5, 8))
     assert any(7 in weight.shape for name, weight in program.weights().items() if name.startswith("down") and weight.dim() == 2)

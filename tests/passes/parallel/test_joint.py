@@ -17,7 +17,7 @@ from tests.models import seeded
 from tests.passes.harness import rewrite
 from tests.passes.parallel.models import collectives, reasons
 
-CUT = "shard{{ways={},plan=[head:column-wise]}},cut"
+CUT = "shard{{world_size={},plan=[head:column-wise]}},partition"
 Function = Callable[[torch.Tensor], object]
 
 READERS: dict[str, tuple[Function, tuple[int, int]]] = {
@@ -48,12 +48,12 @@ class Head(nn.Module):
         return self.read(self.head(x) + self.shift)
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("name", READERS)
-def test_numbers(name: str, ways: int) -> None:
+def test_numbers(name: str, world_size: int) -> None:
     read, wanted = READERS[name]
     # 61 divides by none of these; the shift makes a zero in the place of a row that is not there the greatest of all.
-    program, history = rewrite(CUT.format(ways), seeded(lambda: Head(61, read, -50.0)), torch.randn(2, 5, 8))
+    program, history = rewrite(CUT.format(world_size), seeded(lambda: Head(61, read, -50.0)), torch.randn(2, 5, 8))
     assert reasons(history) == []
     assert collectives(program) == wanted
     for node in program.nodes(ALL_REDUCE, ALL_GATHER):
@@ -66,14 +66,14 @@ def test_vocabularies_that_fill_some_ranks(vocabulary: int) -> None:
     rewrite(CUT.format(4), seeded(lambda: Head(vocabulary, lambda x: (x.argmax(-1), x.amax(-1)), -9.0)), torch.randn(3, 2, 8))
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
-def test_the_first_of_equals_wins(ways: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_the_first_of_equals_wins(world_size: int) -> None:
     model = seeded(lambda: Head(61, lambda x: (x.argmax(-1), x.max(-1)[1])))
     with torch.no_grad():
         model.head.weight.zero_()
         for places in ([17, 33, 60], [59, 60], [0, 31], range(61)):
             model.head.bias.fill_(-3.0)[list(places)] = -1.0
-            program, _ = rewrite(CUT.format(ways), model, torch.randn(2, 5, 8))
+            program, _ = rewrite(CUT.format(world_size), model, torch.randn(2, 5, 8))
             for found in program.run_ranks([torch.randn(2, 5, 8)])[-1]:
                 assert isinstance(found, torch.Tensor) and found.unique().tolist() == [min(places)]
 
@@ -139,5 +139,5 @@ def test_bytes_a_token_fall_from_the_vocabulary_to_a_few_numbers() -> None:
     # Each of 4 ranks tells a value and an index of each of 9 tokens, where logits would be 1001 numbers of each.
     assert str(node.target) == "aten.argmax.default" and item.kind == "all-gather"
     assert item.payload_bytes == 9 * 4 * 2 * 4
-    notes = lissom.optimize(model, example, passes="shard{ways=4},cut").report.history.steps[-2].notes
-    assert any("reads what is cut: it exchanges 8 numbers a row, and does not gather it" in note for note in notes)
+    notes = lissom.optimize(model, example, passes="shard{world_size=4},partition").report.history.steps[-2].notes
+    assert any("reads what is sharded: it exchanges 8 numbers a row, and does not gather it" in note for note in notes)

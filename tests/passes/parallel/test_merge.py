@@ -12,7 +12,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from tests.models import Case, normal, seeded, tokens
 from tests.passes.harness import rewrite
-from tests.passes.parallel.models import collectives, cut, program_of, run_passes
+from tests.passes.parallel.models import collectives, partition, program_of, run_passes
 from tests.zoo.removal import canonical
 
 _SIZES = {"vocab_size": 61, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "use_cache": False}
@@ -41,7 +41,7 @@ def _llama() -> nn.Module:
 @pytest.mark.parametrize(("build", "each"), [(_gptj, 1), (_phi, 1), (_llama, 2)])
 def test_one_all_reduce_a_layer_that_computes_both_parts_side_by_side(build: object, each: int) -> None:
     program, samples = _program(seeded(build))  # pyright: ignore[reportArgumentType]
-    after, _ = cut(program, samples, 2)
+    after, _ = partition(program, samples, 2)
     # One more for the embedding, and the logits are gathered.
     assert collectives(after) == (1 + 3 * each, 1)
 
@@ -49,7 +49,7 @@ def test_one_all_reduce_a_layer_that_computes_both_parts_side_by_side(build: obj
 def test_ranges_found_side_by_side_are_found_together() -> None:
     program, samples = program_of("neox")
     quantized, _ = run_passes("quantize{scheme=int8-dynamic},fold-quantized-weights", program, samples)
-    after, history = cut(quantized, samples, 2)
+    after, history = partition(quantized, samples, 2)
     # A layer finds the ranges of what its output and its down projection read, two numbers a token of each, in one message.
     greatest = [node for node in after.nodes(ALL_REDUCE) if node.args[1] == "max"]
     assert len(greatest) == 2
@@ -68,9 +68,9 @@ class Heads(nn.Module):
         return first, self.second(torch.cumsum(first, -1) if self.chained else x)
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
-def test_gatherings_that_are_ready_together(ways: int) -> None:
-    text = f"shard{{ways={ways},plan=[first:column-wise,second:column-wise]}},cut"
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_gatherings_that_are_ready_together(world_size: int) -> None:
+    text = f"shard{{world_size={world_size},plan=[first:column-wise,second:column-wise]}},partition"
     program, _ = rewrite(text, seeded(lambda: Heads(chained=False)), normal(2, 5, 8))
     assert len(program.nodes(ALL_GATHER)) == 1
     program, _ = rewrite(text, seeded(lambda: Heads(chained=True)), normal(2, 5, 8))
@@ -78,6 +78,6 @@ def test_gatherings_that_are_ready_together(ways: int) -> None:
 
 
 def test_values_that_are_long_are_sent_apart() -> None:
-    text = "shard{ways=2,plan=[first:column-wise,second:column-wise]},cut"
+    text = "shard{world_size=2,plan=[first:column-wise,second:column-wise]},partition"
     program, _ = rewrite(text, seeded(lambda: Heads(chained=False)), normal(2, 20000, 8))
     assert len(program.nodes(ALL_GATHER)) == 2

@@ -14,7 +14,7 @@ from tests.models import seeded
 join()
 model = seeded(lambda: Encoder("plain"))
 options = {"passes": "zero-padding,pack-tokens", "only_if_faster": False, "checks": "off"}
-fast = lissom.compile(model, inputs(), backend="distributed", ways=2, **options)
+fast = lissom.compile(model, inputs(), backend="distributed", world_size=2, **options)
 one = lissom.compile(model, inputs(), **options)
 print([step.rewritten > 0 for step in fast.report.history.steps if step.spelling == "pack-tokens"])
 generator = torch.Generator().manual_seed(0)

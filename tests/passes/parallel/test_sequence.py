@@ -1,4 +1,4 @@
-"""Tests of values cut by position between the layers."""
+"""Tests of values sharded by position between the layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lissom.inspect.tables import plain
 from tests.decoders import DECODERS
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import rewrite
-from tests.passes.parallel.models import MODELS, cut, program_of, reasons, run_passes
+from tests.passes.parallel.models import MODELS, partition, program_of, reasons, run_passes
 
 SEQUENCE = ",sequence=true"
 
@@ -34,11 +34,11 @@ def of_length(program: Program, samples: list[Sample], length: int) -> list[torc
     return [torch.randint(0, 61, (2, length), generator=generator) if x.dim() == 2 else x for x in samples[0]]
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_numbers(name: str, ways: int) -> None:
+def test_numbers(name: str, world_size: int) -> None:
     program, samples = program_of(name)
-    after, history = cut(program, samples, ways, SEQUENCE)
+    after, history = partition(program, samples, world_size, SEQUENCE)
     assert reasons(history) == []
     with torch.no_grad():
         # Lengths that divide and that do not, fewer positions than ranks, and a single one.
@@ -68,7 +68,7 @@ def test_numbers(name: str, ways: int) -> None:
 )
 def test_collectives(name: str, wanted: tuple[int, int, int]) -> None:
     program, samples = program_of(name)
-    after, _ = cut(program, samples, 2, SEQUENCE)
+    after, _ = partition(program, samples, 2, SEQUENCE)
     assert kinds(after) == wanted
 
 
@@ -83,18 +83,18 @@ def test_sends_what_all_reduces_send(name: str) -> None:
     assert sent[0] == pytest.approx(sent[1], rel=1e-12)
 
 
-def test_layers_that_are_not_cut_gather_the_stream_once() -> None:
+def test_layers_that_are_not_sharded_gather_the_stream_once() -> None:
     program, samples = program_of("llama")
     whole = "plan=[*.mlp:replicate,*.layers.1.self_attn:replicate]"
-    after, _ = cut(program, samples, 2, f"{SEQUENCE},{whole}")
+    after, _ = partition(program, samples, 2, f"{SEQUENCE},{whole}")
     # The embedding's sum and the first attention's; in front of that attention and of the feed-forward behind it, then the
     # stream, which stays whole (sent with the latter, being short), and the logits.
     assert kinds(after) == (0, 2, 3)
 
 
-def test_the_stream_is_cut() -> None:
+def test_the_stream_is_sharded() -> None:
     program, samples = program_of("llama")
-    after, history = cut(program, samples, 4, SEQUENCE)
+    after, history = partition(program, samples, 4, SEQUENCE)
     # 13 tokens are 4 on each rank; a norm and a residual sum see these, a projection sees all of them.
     seen: dict[object, set[int]] = {}
     norm, add, linear = torch.ops.aten.rms_norm.default, torch.ops.aten.add.Tensor, torch.ops.aten.linear.default
@@ -114,23 +114,27 @@ def test_the_table_tells_what_a_rank_holds_of_the_stream() -> None:
     text = plain(sharding_table(program, make_plan(program, 4, sequence=True), {"batch": 1, "sequence": 8}, Link(1e-5, 1e9)))
     # The embedding, and in each of 2 layers two norms and two sums, then the last norm; 32 numbers of 4 bytes a token each.
     assert "5 reduce-scatters, 6 all-gathers" in text
-    assert "Between the layers: 1.15 KB of values cut by position, 0.288 KB of them on a rank." in text
+    assert "Between the layers: 1.15 KB of values sharded by position, 0.288 KB of them on a rank." in text
 
 
 def test_what_stays_an_all_reduce_is_told_with_the_reason() -> None:
     program, samples = program_of("vit")
-    _, history = cut(program, samples, 3, SEQUENCE)
+    _, history = partition(program, samples, 3, SEQUENCE)
     assert not any("all-reduce" in note for note in history.steps[1].notes)
     program, samples = program_of("neox")
-    _, history = cut(program, samples, 2, SEQUENCE)
+    _, history = partition(program, samples, 2, SEQUENCE)
     assert "a sum stays an all-reduce: aten.layer_norm takes it whole" in history.steps[1].notes
 
     class Few(FeedForward):
         """Fewer tokens than ranks."""
 
     for text, inputs, reason in (
-        ("shard{ways=4,sequence=true},cut", normal(2, 3, 8), "the 3 positions of the example are not more than 4 ranks"),
-        ("shard{ways=2,sequence=true},cut", normal(5, 8), "it has no dimension of positions"),
+        (
+            "shard{world_size=4,sequence=true},partition",
+            normal(2, 3, 8),
+            "the 3 positions of the example are not more than 4 ranks",
+        ),
+        ("shard{world_size=2,sequence=true},partition", normal(5, 8), "it has no dimension of positions"),
     ):
         after, history = rewrite(text, seeded(Few), inputs)
         assert kinds(after) == (1, 0, 0)
@@ -139,7 +143,9 @@ def test_what_stays_an_all_reduce_is_told_with_the_reason() -> None:
 
 def test_lengths_that_are_fixed() -> None:
     for length in (5, 6, 7, 8, 9):
-        after, _ = rewrite("shard{ways=4,sequence=true},cut", seeded(FeedForward), normal(2, length, 8), dynamic=False)
+        after, _ = rewrite(
+            "shard{world_size=4,sequence=true},partition", seeded(FeedForward), normal(2, length, 8), dynamic=False
+        )
         assert kinds(after) == (0, 1, 1)
 
 
@@ -148,11 +154,11 @@ def test_lengths_that_are_fixed() -> None:
 def test_quantized_layers(name: str, scheme: str) -> None:
     program, samples = program_of(name)
     quantized, _ = run_passes(f"quantize{{scheme={scheme}}},fold-quantized-weights", program, samples)
-    after, _ = cut(quantized, samples, 2, SEQUENCE)
+    after, _ = partition(quantized, samples, 2, SEQUENCE)
     assert kinds(after)[1:] == (5, 6)
 
 
 def test_one_token_at_a_time_stays_whole() -> None:
     captured = capture_decoder(seeded(DECODERS["llama"]), max_length=16, batch=2)
     program, _ = run_passes("generation", captured.program, captured.samples)
-    cut(program, captured.samples, 2, SEQUENCE)
+    partition(program, captured.samples, 2, SEQUENCE)

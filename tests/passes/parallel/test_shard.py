@@ -28,13 +28,13 @@ def test_leaves_other_graphs_alone() -> None:
     _, history = rewrite(Shard(2), Sum(), normal(2, 5, 8))
     assert history.texts[0] == history.texts[1]
     assert history.steps[1].rewritten == 0
-    assert history.steps[1].notes == ("on 2 ranks: nothing cut; nothing to redistribute",)
+    assert history.steps[1].notes == ("on 2 ranks: nothing sharded; nothing to redistribute",)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_value_is_placed(name: str) -> None:
     program, samples = program_of(name)
-    planned, history = run_passes("shard{ways=4}", program, samples)
+    planned, history = run_passes("shard{world_size=4}", program, samples)
     assert all(nodes.placed(node) is not None for node in planned.graph.nodes if node.op != "output")
     assert history.steps[1].relative_error == 0.0
     assert reasons(history) == []
@@ -47,7 +47,7 @@ def test_placements_are_those_of_megatron() -> None:
     from torch.distributed.tensor import Shard as Split
 
     program, samples = program_of("llama")
-    planned, _ = run_passes("shard{ways=2}", program, samples)
+    planned, _ = run_passes("shard{world_size=2}", program, samples)
     found: dict[str, tuple[Placement, ...]] = {}
     for node in planned.graph.nodes:
         placed = nodes.placed(node)
@@ -66,7 +66,7 @@ def test_placements_are_those_of_megatron() -> None:
 
 def test_key_value_heads_are_shared_where_there_are_fewer_than_ranks() -> None:
     program, samples = program_of("llama")
-    planned, _ = run_passes("shard{ways=4},cut", program, samples)
+    planned, _ = run_passes("shard{world_size=4},partition", program, samples)
     name = "model.layers.0.self_attn.k_proj.weight"
     first, second, third, fourth = (weights[name] for weights in planned.ranks)
     assert torch.equal(first, second) and torch.equal(third, fourth) and not torch.equal(second, third)
@@ -74,14 +74,14 @@ def test_key_value_heads_are_shared_where_there_are_fewer_than_ranks() -> None:
 
 def test_the_plan_leaves_sites_whole() -> None:
     program, samples = program_of("llama")
-    planned, history = run_passes("shard{ways=2,plan=[*.layers.0.mlp:replicate,lm_head:replicate]}", program, samples)
+    planned, history = run_passes("shard{world_size=2,plan=[*.layers.0.mlp:replicate,lm_head:replicate]}", program, samples)
     assert "mlp.gate_proj.weight: f32[48, 32]\n" in planned.text()
     assert len(reasons(history)) == 2
     assert all("stays whole on every rank: the plan says so: " in reason for reason in reasons(history))
-    assert "2 attentions, 1 feed-forward, 1 embedding cut" in history.steps[1].notes[0]
+    assert "2 attentions, 1 feed-forward, 1 embedding sharded" in history.steps[1].notes[0]
 
 
-def test_the_plan_cuts_layers_of_no_site() -> None:
+def test_the_plan_shards_layers_of_no_site() -> None:
     class Chain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -90,11 +90,11 @@ def test_the_plan_cuts_layers_of_no_site() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.second(self.first(x)))
 
-    program, _ = rewrite("shard{ways=2,share=0},cut", seeded(Chain), normal(2, 5, 8))
+    program, _ = rewrite("shard{world_size=2,share=0},partition", seeded(Chain), normal(2, 5, 8))
     assert program.ranks == ()
-    program, history = rewrite("shard{ways=2,plan=[first:column-wise]},cut", seeded(Chain), normal(2, 5, 8))
+    program, history = rewrite("shard{world_size=2,plan=[first:column-wise]},partition", seeded(Chain), normal(2, 5, 8))
     assert tuple(program.weight("second.weight").shape) == (8, 6)
-    assert "1 layer cut; 1 all-reduce to redistribute" in history.steps[1].notes[0]
+    assert "1 layer sharded; 1 all-reduce to redistribute" in history.steps[1].notes[0]
 
 
 class Rolled(nn.Module):
@@ -109,43 +109,48 @@ class Rolled(nn.Module):
         return self.norm(self.scores(self.second(self.first(x).roll(1, -1)).roll(1, -1)))
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
-def test_layers_of_no_pair_are_cut_by_themselves(ways: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_layers_of_no_pair_are_sharded_by_themselves(world_size: int) -> None:
     # 14 features do not divide by 3 and 4, and 8 do not by 3; two scores are too few for more than 2 ranks.
-    program, history = rewrite(f"shard{{ways={ways},share=1}},cut", seeded(lambda: Rolled(14)), normal(2, 5, 8))
-    assert tuple(program.weight("first.weight").shape) == (-(-14 // ways), 8)
-    assert tuple(program.weight("second.weight").shape) == (-(-8 // ways), 14)
-    assert tuple(program.weight("scores.weight").shape) == ((1, 8) if ways == 2 else (2, -(-8 // ways)))
-    assert collectives(program) == ((0, 3) if ways == 2 else (1, 2))
-    cut = "3 gathered layers cut; 3 all-gathers" if ways == 2 else "2 gathered layers, 1 summed layer cut; 1 slice"
-    assert cut in history.steps[1].notes[0]
+    program, history = rewrite(
+        f"shard{{world_size={world_size},share=1}},partition", seeded(lambda: Rolled(14)), normal(2, 5, 8)
+    )
+    assert tuple(program.weight("first.weight").shape) == (-(-14 // world_size), 8)
+    assert tuple(program.weight("second.weight").shape) == (-(-8 // world_size), 14)
+    assert tuple(program.weight("scores.weight").shape) == ((1, 8) if world_size == 2 else (2, -(-8 // world_size)))
+    assert collectives(program) == ((0, 3) if world_size == 2 else (1, 2))
+    sharded = (
+        "3 gathered layers sharded; 3 all-gathers" if world_size == 2 else "2 gathered layers, 1 summed layer sharded; 1 slice"
+    )
+    assert sharded in history.steps[1].notes[0]
 
 
 def test_the_share_says_how_many() -> None:
-    # 112, 112 and 16 weights: layers of one size are cut all or none, the largest first.
+    # 112, 112 and 16 weights: layers of one size are sharded all or none, the largest first.
     for share, wanted in (("0", 0), ("0.01", 2), ("0.93", 2), ("1", 3)):
-        program, _ = rewrite(f"shard{{ways=2,share={share}}}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
+        program, _ = rewrite(f"shard{{world_size=2,share={share}}}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
         weights = [node for node in program.graph.find_nodes(op="get_attr") if str(node.target).endswith("weight")]
         assert sum(str(nodes.placed(node)) == "Shard(0)" for node in weights) == wanted
-    program, _ = rewrite("shard{ways=2,plan=[first:replicate]}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
+    program, _ = rewrite("shard{world_size=2,plan=[first:replicate]}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
     assert "first.weight: f32[14, 8]\n" in program.text()
     with pytest.raises(PipelineTextError, match=r"share is 1\.5; it is a part of the weights"):
-        rewrite("shard{ways=2,share=1.5}", seeded(Rolled), normal(2, 5, 8))
+        rewrite("shard{world_size=2,share=1.5}", seeded(Rolled), normal(2, 5, 8))
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-weight,group=8"])
 def test_quantized_layers_of_no_pair(scheme: str) -> None:
-    # 4 and 2 columns to a rank; the scores' layer is cut by its 8 rows where each rank gets no score, through one group of 8.
-    for ways in (2, 4):
-        passes = f"quantize{{scheme={scheme}}},fold-quantized-weights,shard{{ways={ways},share=1}},cut"
+    # 4 and 2 columns to a rank; the scores' layer is sharded by its 8 rows where each rank gets no score, through one group of
+    # 8.
+    for world_size in (2, 4):
+        passes = f"quantize{{scheme={scheme}}},fold-quantized-weights,shard{{world_size={world_size},share=1}},partition"
         program, _ = rewrite(passes, seeded(lambda: Rolled(16)), normal(2, 5, 8))
-        assert collectives(program)[1] == (3 if ways == 2 else 2)
+        assert collectives(program)[1] == (3 if world_size == 2 else 2)
 
 
-def test_a_recurrence_is_cut_by_its_channels() -> None:
+def test_a_recurrence_is_sharded_by_its_channels() -> None:
     for name in ("mamba", "mamba2"):
         program, samples = program_of(name)
-        planned, history = run_passes("shard{ways=4},cut", program, samples)
+        planned, history = run_passes("shard{world_size=4},partition", program, samples)
         assert reasons(history) == []
         # The embedding and the logits; behind each mixer a sum, and one within it: for Mamba of what the recurrence depends on,
         # for Mamba 2 of the squares that its norm divides by.
@@ -164,18 +169,20 @@ def test_hashed_tables_and_stacked_matrices_are_shared() -> None:
             parts = [nn.functional.linear(nn.functional.linear(x, self.up[k]).relu(), self.down[k]) for k in range(2)]
             return self.norm(parts[0] + parts[1])
 
-    program, _ = rewrite("shard{ways=2},cut", seeded(Hashed), tokens(2, 5))
+    program, _ = rewrite("shard{world_size=2},partition", seeded(Hashed), tokens(2, 5))
     assert tuple(program.weight("table.weight").shape) == (16, 8)
     assert program.weight("up").numel() == program.weight("down").numel() == 96
 
 
-def test_norms_over_all_heads_stay_cut() -> None:
+def test_norms_over_all_heads_stay_sharded() -> None:
     program, samples = program_of("olmo2")
-    for ways in (2, 3, 4):
+    for world_size in (2, 3, 4):
         # Two key/value heads of 4 ranks: each is held by two, and counted once.
-        _, history = run_passes(f"shard{{ways={ways}}},cut", program, samples)
+        _, history = run_passes(f"shard{{world_size={world_size}}},partition", program, samples)
         assert reasons(history) == []
-        assert "4 times aten.rms_norm reads what is cut: it exchanges 1 number a row, and does not gather it" in notes(history)
+        assert "4 times aten.rms_norm reads what is sharded: it exchanges 1 number a row, and does not gather it" in notes(
+            history
+        )
 
 
 def test_an_operator_without_a_rule_gets_its_arguments_whole() -> None:
@@ -184,27 +191,31 @@ def test_an_operator_without_a_rule_gets_its_arguments_whole() -> None:
             hidden = nn.functional.gelu(self.up(self.norm(x)))
             return x + self.down(hidden + torch.flip(hidden, [1]))
 
-    _, history = rewrite("shard{ways=2,plan=[up:column-wise]},cut", seeded(Flipped), normal(2, 5, 8))
+    _, history = rewrite("shard{world_size=2,plan=[up:column-wise]},partition", seeded(Flipped), normal(2, 5, 8))
     assert "no rule says how aten.flip works on parts; it gets its arguments whole" in reasons(history)
 
 
-def test_a_site_that_cannot_be_cut_is_named() -> None:
+def test_a_site_that_cannot_be_sharded_is_named() -> None:
     program, samples = program_of("vit")
-    _, history = run_passes("shard{ways=8}", program, samples)
+    _, history = run_passes("shard{world_size=8}", program, samples)
     assert set(reasons(history)) == {"its attention stays whole on every rank: 4 heads give 8 ranks nothing to share"}
 
 
 def test_requirements() -> None:
     program, samples = program_of("llama")
     for text, message in {
-        "shard": "shard: needs ways",
-        "shard{ways=1}": "ways is 1; it takes 2 ranks or more",
-        "shard{ways=2,plan=[mlp]}": "plan has 'mlp'; write PATTERN:replicate, PATTERN:column-wise or PATTERN:row-wise",
+        "shard": "shard: needs world_size",
+        "shard{ways=2}": "shard has no option 'ways'; it is called 'world_size' now; its options: world_size, plan",
+        "shard{world_size=2},cut": "there is no pass 'cut'; it is called 'partition' now; `lissom passes` lists them all",
+        "shard{world_size=1}": "world_size is 1; it takes 2 ranks or more",
+        "shard{world_size=2,plan=[mlp]}": "plan has 'mlp'; write PATTERN:replicate, PATTERN:column-wise or PATTERN:row-wise",
     }.items():
         with pytest.raises(PipelineTextError, match=message):
             run_passes(text, program, samples)
-    with pytest.raises(UnsupportedError, match="no module that is cut has a path like 'mpl'"):
-        run_passes("shard{ways=2,plan=[mpl:replicate]}", program, samples)
+    with pytest.raises(TypeError, match=r"Shard\(\) has no ways=; it is called world_size= now"):
+        Shard(ways=2)
+    with pytest.raises(UnsupportedError, match="no module that is sharded has a path like 'mpl'"):
+        run_passes("shard{world_size=2,plan=[mpl:replicate]}", program, samples)
 
 
 def test_sums_side_by_side_are_taken_once() -> None:

@@ -38,17 +38,17 @@ aten = torch.ops.aten
 class Joint:
     """Makes the calls of one operator, in front of it.
 
-    edit: the program's. ways: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
+    edit: the program's. world_size: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
     reduced: the reduction of a value over the ranks.
     """
 
     edit: Editor
-    ways: int
+    world_size: int
     own: Callable[[str, list[torch.Tensor]], fx.Node]
     reduced: Callable[[fx.Node, str], fx.Node]
 
     def work_out(self, node: fx.Node, item: TensorType, result: torch.dtype, dim: int, span: Span) -> list[fx.Node]:
-        """The results of a call that reads `dim` of its argument, `item` when it is whole, cut as `span` says."""
+        """The results of a call that reads `dim` of its argument, `item` when it is whole, sharded as `span` says."""
         call, x = self.edit.call, cast(fx.Node, node.args[0])
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
             return [self._normalized(node, x, result, dim, span)]
@@ -81,7 +81,7 @@ class Joint:
     def _normed(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
         """rms norm or layer norm, from the sums of all parts; one that several ranks hold is counted once."""
         call, inner = self.edit.call, computed_dtype(node)
-        share = span.parts / self.ways / cast(int, span.whole)
+        share = span.parts / self.world_size / cast(int, span.whole)
 
         def mean(values: fx.Node) -> fx.Node:
             values = call(aten.sum.dim_IntList, self._masked(values, dim, span, 0), [dim], True)
@@ -117,9 +117,9 @@ class Joint:
         best, places = self.edit.item(pair, 0), call(aten.add.Tensor, self.edit.item(pair, 1), self._first(span))
         # [1, 2, …] of each rank, so that the parts are gathered along the first dimension.
         both = call(aten.stack.default, [self._in(best, dtype), call(aten.to.dtype, places, dtype)])
-        every = call(WAIT, call(ALL_GATHER, call(aten.unsqueeze.default, both, 0), self.ways, GROUP))
+        every = call(WAIT, call(ALL_GATHER, call(aten.unsqueeze.default, both, 0), self.world_size, GROUP))
         found = call(
-            aten.cat.default, [self.edit.item(call(aten.unbind.int, every), rank) for rank in range(self.ways)], dim + 1
+            aten.cat.default, [self.edit.item(call(aten.unbind.int, every), rank) for rank in range(self.world_size)], dim + 1
         )
         best, places = (call(aten.select.int, found, 0, at) for at in (0, 1))
         if nodes.is_call(node, *BEST):
@@ -147,7 +147,7 @@ class Joint:
     def _first(self, span: Span) -> fx.Node:
         """The index of the first place a rank holds."""
         local = cast(int, span.local)
-        starts = [torch.full((), rank * local, dtype=torch.int64) for rank in range(self.ways)]
+        starts = [torch.full((), rank * local, dtype=torch.int64) for rank in range(self.world_size)]
         return self.own(f"rank.first_row_{span.whole}by{span.parts}x{local}", starts)
 
     def _masked(self, x: fx.Node, dim: int, span: Span, value: float) -> fx.Node:
@@ -158,7 +158,7 @@ class Joint:
 
     def _filled(self, x: fx.Node, dim: int, spans: Spans, value: float) -> fx.Node:
         behind = nodes.tensor_type(x).rank - dim - 1
-        missing = [(indices_of(spans, rank) < 0).reshape(-1, *[1] * behind) for rank in range(self.ways)]
+        missing = [(indices_of(spans, rank) < 0).reshape(-1, *[1] * behind) for rank in range(self.world_size)]
         stretches = "_".join(f"{span.outer}x{span.size}x{span.inner}by{span.parts}e{span.every}" for span in spans)
         mask = self.own(f"rank.is_filled_{stretches}_{behind}", missing)
         return self.edit.call(aten.masked_fill.Scalar, x, mask, value)

@@ -33,38 +33,38 @@ from lissom.errors import PassError
 aten = torch.ops.aten
 
 
-def cut_program(edit: Editor, ways: int) -> None:
-    """Cut a program whose every value is placed for so many ranks; it holds the weights of all of them afterwards.
+def partition_program(edit: Editor, world_size: int) -> None:
+    """Partition a program whose every value is placed for so many ranks; it holds the weights of all of them afterwards.
 
     Raises: PassError when a value is not placed, or was changed since.
     """
-    _Cutter(edit, ways).run()
+    _Partitioner(edit, world_size).run()
 
 
-class _Cutter:
-    def __init__(self, edit: Editor, ways: int) -> None:
+class _Partitioner:
+    def __init__(self, edit: Editor, world_size: int) -> None:
         self.edit = edit
         self.program = edit.program
-        self.ways = ways
+        self.world_size = world_size
         self.known = {node: self._placed(node) for node in self.program.graph.nodes if node.op != "output"}
         self.types = {node: nodes.node_type(node) for node in self.known}
         by_position = any(isinstance(item, Placed) and item.is_by_position for item in self.known.values())
-        # A layer that is cut by columns and yet gives a whole result is one that is gathered at once.
+        # A layer that is sharded by columns and yet gives a whole result is one that is gathered at once.
         layers = {node for node, _ in linear_layers(self.program)}
         gathered = {node for node in layers if self.known[node] == REPLICATED}
-        self.read = Reading(self.known, self._as_planned, ways, self.program.constant, by_position, gathered)
+        self.read = Reading(self.known, self._as_planned, world_size, self.program.constant, by_position, gathered)
         self.moved: dict[tuple[fx.Node, Placed], fx.Node] = {}
         self.stands_for: dict[fx.Node, fx.Node] = {}
         self.own: dict[str, list[torch.Tensor]] = {}
         self.reads: dict[str, str] = {}
-        self.joint = Joint(edit, ways, self._own, self._reduced)
-        self.positions = Positions(edit, ways, self._own)
+        self.joint = Joint(edit, world_size, self._own, self._reduced)
+        self.positions = Positions(edit, world_size, self._own)
         self.wanted_whole: set[fx.Node] = set()
 
     def _placed(self, node: fx.Node) -> Placed | tuple[Placed, ...]:
         found = nodes.placed(node)
         if found is None:
-            raise PassError(f"cut: {place(self.program, node)} has no placement; put `shard` right before `cut`")
+            raise PassError(f"partition: {place(self.program, node)} has no placement; put `shard` right before `partition`")
         return found
 
     def _as_planned(self, node: fx.Node, dim: int) -> Spans:
@@ -94,16 +94,16 @@ class _Cutter:
         if merged := merge_collectives(self.edit):
             self.edit.note(f"{merged} collectives joined others that are ready with them")
         names = [str(node.target) for node in self.program.graph.nodes if node.op == "get_attr"]
-        weights = {name: self.own.get(name) or [self.program.weight(name)] * self.ways for name in names}
-        self.program.ranks = tuple({name: parts[rank] for name, parts in weights.items()} for rank in range(self.ways))
+        weights = {name: self.own.get(name) or [self.program.weight(name)] * self.world_size for name in names}
+        self.program.ranks = tuple({name: parts[rank] for name, parts in weights.items()} for rank in range(self.world_size))
 
     def _outcome(self, node: fx.Node) -> dict[fx.Node, Placed]:
         """How a call wants its arguments; the plan must still hold."""
         found = outcome(node, self.read)
         if found.result != self.known[node]:
             raise PassError(
-                f"cut: {place(self.program, node)} would yield {found.result}, but the plan says {self.known[node]}: it was "
-                f"changed since; put `shard` right before `cut`"
+                f"partition: {place(self.program, node)} would yield {found.result}, but the plan says {self.known[node]}: it "
+                f"was changed since; put `shard` right before `partition`"
             )
         return dict(found.wants)
 
@@ -117,7 +117,7 @@ class _Cutter:
                 continue
             weight = self.program.weight(name)
             if name not in self.own:
-                parts = [local_part(weight.detach(), placed, rank) for rank in range(self.ways)]
+                parts = [local_part(weight.detach(), placed, rank) for rank in range(self.world_size)]
                 if is_state:
                     parts = [part.clone() for part in parts]
                 if isinstance(weight, nn.Parameter):
@@ -148,10 +148,10 @@ class _Cutter:
         if joint is not None:
             self._work_out(node, joint)
             return
-        if _is_cut(placed) or any(_is_cut(self.known.get(item, REPLICATED)) for item in node.all_input_nodes):
+        if _is_sharded(placed) or any(_is_sharded(self.known.get(item, REPLICATED)) for item in node.all_input_nodes):
             self._correct(node, placed)
         # What reads the same as before keeps its type: sizes told by values would get new symbols, with nothing known of them.
-        if wants or _is_cut(placed) or any(nodes.node_type(item) != self.types.get(item) for item in node.all_input_nodes):
+        if wants or _is_sharded(placed) or any(nodes.node_type(item) != self.types.get(item) for item in node.all_input_nodes):
             self.edit.retype_call(node)
 
     def _correct(self, node: fx.Node, placed: Placed | tuple[Placed, ...]) -> None:
@@ -167,7 +167,7 @@ class _Cutter:
                 sizes = [local_size(part.spans(at), found.shape[at]) for part, found in zip(parts, types, strict=True)]
                 node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}  # pyright: ignore
         elif nodes.is_call(node, aten.conv1d.default, aten.conv2d.default) and isinstance(placed, Placed):
-            # Only one with a kernel a channel is cut.
+            # Only one with a kernel a channel is sharded.
             if spans := placed.spans(1):
                 nodes.set_argument(node, "groups", local_size(spans, cast(TensorType, self.types[node]).shape[1]))
         elif node.target is aten.slice.Tensor:
@@ -191,7 +191,7 @@ class _Cutter:
             if not spans or size == -1:
                 continue
             if isinstance(size, fx.Node):
-                # A size that varies has one that is cut as a factor, such as batch · heads.
+                # A size that varies has one that is sharded as a factor, such as batch · heads.
                 with self.edit.before(node):
                     times = self.edit.compute_size(operator.mul, size, cast(int, spans[0].block))
                     sizes[at] = self.edit.compute_size(operator.floordiv, times, cast(int, spans[0].size))
@@ -222,7 +222,7 @@ class _Cutter:
         assert isinstance(have, Placed)
         found = value
         with self.edit.before(reader, like=[value]):
-            for step in redistribution_steps(have, want, self.ways, has_whole=value in self.wanted_whole) or ():
+            for step in redistribution_steps(have, want, self.world_size, has_whole=value in self.wanted_whole) or ():
                 match step:
                     case "slice" if have.partial and want.is_by_position:
                         found = self.positions.own_part(self._move(value, REPLICATED, reader), want)
@@ -240,7 +240,7 @@ class _Cutter:
                         found = self._gathered(found, have, cast(TensorType, self.types[value]).shape)
                     case "mask":
                         typed = nodes.tensor_type(value)
-                        parts = [torch.full((), float(rank == 0), dtype=typed.dtype) for rank in range(self.ways)]
+                        parts = [torch.full((), float(rank == 0), dtype=typed.dtype) for rank in range(self.world_size)]
                         found = self.edit.call(aten.mul.Tensor, found, self._own(f"rank.is_first_{_short(typed)}", parts))
                     case _:
                         found = self._sliced(found, want)
@@ -264,7 +264,7 @@ class _Cutter:
         if dim:
             value = self.edit.call(aten.transpose.int, value, 0, dim)
             value = self.edit.call(aten.clone.default, value, memory_format=torch.contiguous_format)
-        found = self.edit.call(WAIT, self.edit.call(ALL_GATHER, value, self.ways, GROUP))
+        found = self.edit.call(WAIT, self.edit.call(ALL_GATHER, value, self.world_size, GROUP))
         if dim:
             found = self.edit.call(aten.transpose.int, found, 0, dim)
         return self.edit.call(aten.slice.Tensor, found, dim, 0, shape[dim]) if span.is_padded else found
@@ -272,7 +272,7 @@ class _Cutter:
     def _sliced(self, value: fx.Node, want: Placed) -> fx.Node:
         """A rank's part of a whole value; where it has none, any other, since what it is multiplied with is zero."""
         for dim, spans in want.dims:
-            parts = [indices_of(spans, rank).clamp_min(0) for rank in range(self.ways)]
+            parts = [indices_of(spans, rank).clamp_min(0) for rank in range(self.world_size)]
             name = f"rank.indices_{'_'.join(f'{s.outer}x{s.size}x{s.inner}by{s.parts}e{s.every}' for s in spans)}"
             value = self.edit.call(aten.index_select.default, value, dim, self._own(name, parts))
         return value
@@ -306,7 +306,7 @@ class _Cutter:
         """Rows of a rank's part of a vocabulary, zeros for the rows of others."""
         table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
         block = cast(int, span.block)
-        starts = [torch.full((), rank // span.every % span.parts * block, dtype=torch.int64) for rank in range(self.ways)]
+        starts = [torch.full((), rank // span.every % span.parts * block, dtype=torch.int64) for rank in range(self.world_size)]
         with self.edit.before(node):
             own = self.edit.call(aten.sub.Tensor, ids, self._own(f"rank.first_row_{span.size}by{span.parts}", starts))
             held = self.edit.call(aten.clamp.default, own, 0, block - 1)
@@ -323,7 +323,7 @@ class _Cutter:
         self._replace(node, found)
 
     def _work_out(self, node: fx.Node, span: Span) -> None:
-        """Let ranks work out together what reads a dimension that is cut."""
+        """Let ranks work out together what reads a dimension that is sharded."""
         item, dim = cast(TensorType, self.types[cast(fx.Node, node.args[0])]), cast(int, joint_dim(node))
         typed = self.types[node]
         result = (typed[0] if isinstance(typed, tuple) else typed).dtype  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
@@ -348,7 +348,7 @@ class _Cutter:
         self.edit.replace(node, found)
 
 
-def _is_cut(placed: Placed | tuple[Placed, ...]) -> bool:
+def _is_sharded(placed: Placed | tuple[Placed, ...]) -> bool:
     return any(item.is_sharded for item in (placed if isinstance(placed, tuple) else (placed,)))
 
 

@@ -29,30 +29,31 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a rule may ask: how the arguments of a call lie, and which dimensions the plan cuts where a value has no parts yet.
+    """What a rule may ask: how the arguments of a call lie, and which dimensions the plan shards where a value has no parts
+    yet.
 
-    known: the placement of every value before the call. cut: the spans the plan gives a dimension of a value, told from its
-    axes; empty for one it does not cut. ways: how many ranks there are.
+    known: the placement of every value before the call. planned: the spans the plan gives a dimension of a value, told from its
+    axes; empty for one it does not shard. world_size: how many ranks there are.
     constant: the value of a weight that no call writes; None for any other node.
-    by_position: whether values between the layers are cut by position.
-    gathered: linear layers that are cut by columns and whose results are gathered at once.
+    by_position: whether values between the layers are sharded by position.
+    gathered: linear layers that are sharded by columns and whose results are gathered at once.
     """
 
     known: Mapping[fx.Node, Placed | tuple[Placed, ...]]
-    cut: Callable[[fx.Node, int], Spans] = lambda node, dim: ()
-    ways: int = 2
+    planned: Callable[[fx.Node, int], Spans] = lambda node, dim: ()
+    world_size: int = 2
     constant: Callable[[fx.Node], torch.Tensor | None] = lambda node: None
     by_position: bool = False
     gathered: Collection[fx.Node] = ()
 
     def is_apart(self, spans: Spans) -> bool:
         """True when each rank holds a part of its own, so that sums of the parts are a sum over ranks."""
-        return all(span.parts == self.ways for span in spans)
+        return all(span.parts == self.world_size for span in spans)
 
     def fits(self, dims: Mapping[int, Spans]) -> bool:
-        """True when a value may be cut along these dimensions: one, or several whose parts are dealt out to ranks together."""
+        """True when a value may be sharded along these dimensions: one, or several whose parts ranks take together."""
         parts = [max(span.parts for span in spans) for spans in dims.values()]
-        return len(dims) < 2 or math.prod(parts) == self.ways
+        return len(dims) < 2 or math.prod(parts) == self.world_size
 
     def of(self, item: object) -> Placed:
         """How a tensor argument lies."""
@@ -87,7 +88,7 @@ def replicated(node: fx.Node, read: Reading) -> Outcome:
 
 
 def alike(node: fx.Node, read: Reading, whole: Collection[int] = (), items: Iterable[fx.Node] | None = None) -> Outcome:
-    """The result is cut where an argument is, and all arguments that have the dimension are cut alike.
+    """The result is sharded where an argument is, and all arguments that have the dimension are sharded alike.
 
     whole: dimensions of the result that the operator reads as a whole. items: the arguments; all tensors by default.
     """
@@ -108,7 +109,7 @@ def alike(node: fx.Node, read: Reading, whole: Collection[int] = (), items: Iter
 
 
 def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
-    """How an argument that is broadcast to a result of that rank has to lie when these dimensions of the result are cut."""
+    """How an argument that is broadcast to a result of that rank has to lie when these dimensions of the result are sharded."""
     shape = shape_of(item)
     places = {dim: dim + rank - len(shape) for dim in range(len(shape))}
     return sharded(*((dim, dims[place]) for dim, place in places.items() if place in dims and shape[dim] != 1))

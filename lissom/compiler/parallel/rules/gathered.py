@@ -1,7 +1,7 @@
-"""Linear layers that are cut by themselves: by columns, and what they give is gathered at once.
+"""Linear layers that are sharded by themselves: by columns, and what they give is gathered at once.
 
 A layer that belongs to no pair, such as the projections of an attention whose heads are not told apart or of a recurrence, is
-cut for its memory and its work alone. Each rank multiplies with its rows of the weight, and all get the whole result:
+sharded for its memory and its work alone. Each rank multiplies with its rows of the weight, and all get the whole result:
 
     y = [x A₁ᵀ, x A₂ᵀ, …]                                          one all-gather, (N - 1) / N of the bytes of y
 
@@ -38,7 +38,7 @@ def own_part(node: fx.Node, read: Reading) -> Outcome | None:
     whole = {item: REPLICATED for item in tensors(node) if not is_weight(item) and not read.of(item).is_replicated}
     found = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
     part = found.result
-    if not isinstance(part, Placed) or not part.spans(len(shape_of(node)) - 1) or not can_gather(part, read.ways):
+    if not isinstance(part, Placed) or not part.spans(len(shape_of(node)) - 1) or not can_gather(part, read.world_size):
         return None
     return Outcome(part, {**whole, **found.wants})
 

@@ -1,13 +1,13 @@
-"""Operators that read a dimension which is cut without gathering it: ranks work on their parts, and exchange a few numbers.
+"""Operators that read a dimension which is sharded without gathering it: ranks work on their parts, and exchange a few numbers.
 
-A vocabulary that is cut is read by the loss and by whatever chooses tokens. Of each row of logits a rank tells its greatest,
-its sum of exponentials, or its best candidates (Shoeybi et al. 2019, arXiv:1909.08053, §3, for the cross entropy):
+A vocabulary that is sharded is read by the loss and by whatever chooses tokens. Of each row of logits a rank tells its
+greatest, its sum of exponentials, or its best candidates (Shoeybi et al. 2019, arXiv:1909.08053, §3, for the cross entropy):
 
-    log softmax(x) = x - m - log Σ exp(x - m),  m = max x      two all-reduces of one number a row; the result stays cut
+    log softmax(x) = x - m - log Σ exp(x - m),  m = max x      two all-reduces of one number a row; the result stays sharded
     argmax(x)                                                  one all-gather of each rank's best value and its index
 
 Rows rounded with their own range are of the same kind: the range is found together. So are norms over all heads, as OLMo 2 has
-them on its queries and keys: ranks add up their sums of squares, and what is normed stays cut,
+them on its queries and keys: ranks add up their sums of squares, and what is normed stays sharded,
 
     rms norm(x) = x / √(Σ x² / n + ε) · w                      one all-reduce of one number a row; two with a mean
 
@@ -79,7 +79,7 @@ def jointly(rule: Rule) -> Rule:
 
 
 def joint_span(node: fx.Node, read: Reading) -> Span | None:
-    """How the one dimension is cut that a call reads and ranks can work on together; None where they cannot."""
+    """How the one dimension is sharded that a call reads and ranks can work on together; None where they cannot."""
     if node.target not in JOINT or not isinstance(node.args[0], fx.Node):
         return None
     item, dim = node.args[0], joint_dim(node)
@@ -89,9 +89,9 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
     if nodes.is_call(node, *NORMS):
         (span, *others) = placed.spans(dim)
         # Every part is held by equally many ranks, so that a sum over ranks has each equally often.
-        alike_often = not others and read.ways % span.parts == 0 and isinstance(span.whole, int)
+        alike_often = not others and read.world_size % span.parts == 0 and isinstance(span.whole, int)
         return span if alike_often and _is_number(item) and alike(node, read).result != REPLICATED else None
-    if not can_gather(placed, read.ways):
+    if not can_gather(placed, read.world_size):
         return None
     (span,) = placed.spans(dim)
     if not isinstance(span.whole, int) or cast(int, span.local) < LEAST_ROW or not _is_number(item):
@@ -100,7 +100,7 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
         return None
     if nodes.is_call(node, aten.topk.default):
         k = nodes.argument(node, "k")
-        if not isinstance(k, int) or not nodes.argument(node, "largest") or k * read.ways * 2 >= span.whole:
+        if not isinstance(k, int) or not nodes.argument(node, "largest") or k * read.world_size * 2 >= span.whole:
             return None
     returned = node if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX) else item
     return None if any(user.op == "output" for user in returned.users) else span
@@ -164,7 +164,7 @@ def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
     item, dim = nodes.tensor_type(node.args[0]), cast(int, joint_dim(node))
     rest = (*item.shape[:dim], *item.shape[dim + 1 :])
     if nodes.is_call(node, *BEST, aten.topk.default):
-        return (Exchange("all-gather", (read.ways, 2, *rest, candidates(node, span)), packed_dtype(item, dim)),)
+        return (Exchange("all-gather", (read.world_size, 2, *rest, candidates(node, span)), packed_dtype(item, dim)),)
     if nodes.is_call(node, aten.amax.default):
         return (Exchange("all-reduce", rest, item.dtype),)
     if nodes.is_call(node, aten.rms_norm.default):

@@ -15,7 +15,7 @@ from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at,
 
 
 def index_select(node: fx.Node, read: Reading) -> Outcome:
-    """Indices of a dimension that is not cut."""
+    """Indices of a dimension that is not sharded."""
     item, _, chosen = cast("tuple[fx.Node, int, fx.Node]", node.args[:3])
     rank = len(shape_of(item))
     dim = dim_at(node, "dim", rank)
@@ -23,7 +23,7 @@ def index_select(node: fx.Node, read: Reading) -> Outcome:
 
 
 def index(node: fx.Node, read: Reading) -> Outcome:
-    """`x[i, j]`: the dimensions that are not looked up may be cut, when the indices are neighbours."""
+    """`x[i, j]`: the dimensions that are not looked up may be sharded, when the indices are neighbours."""
     item = cast(fx.Node, node.args[0])
     indices = cast("list[fx.Node | None]", node.args[1])
     used = [dim for dim, found in enumerate(indices) if found is not None]
@@ -60,7 +60,7 @@ def _looked_up(node: fx.Node, read: Reading, places: dict[int, int], chosen: Seq
 
 
 def gather(node: fx.Node, read: Reading) -> Outcome:
-    """Indices of a dimension that is not cut, the others cut alike in both."""
+    """Indices of a dimension that is not sharded, the others sharded alike in both."""
     item, _, chosen = cast("tuple[fx.Node, int, fx.Node]", node.args[:3])
     dim = dim_at(node, "dim", len(shape_of(item)))
     alike_here = all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(chosen), strict=True)) if at != dim)

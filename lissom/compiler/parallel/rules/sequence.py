@@ -1,8 +1,9 @@
-"""Values between the layers cut by position: each rank has its own tokens of what is worked out for each token alone.
+"""Values between the layers sharded by position: each rank has its own tokens of what is worked out for each token alone.
 
-Behind a layer that is cut by rows, a sum over ranks is still to be taken. Where what reads it works on each token alone (the
-residual stream, norms, element-wise operators), each rank takes the sum of its own positions alone, a reduce-scatter. In front
-of the next layer that is cut by columns the positions of all ranks are gathered. Both together send what one all-reduce sends:
+Behind a layer that is sharded by rows, a sum over ranks is still to be taken. Where what reads it works on each token alone
+(the residual stream, norms, element-wise operators), each rank takes the sum of its own positions alone, a reduce-scatter. In
+front of the next layer that is sharded by columns the positions of all ranks are gathered. Both together send what one
+all-reduce sends:
 
     all-reduce: 2 (N - 1) / N of the bytes = reduce-scatter: (N - 1) / N + all-gather: (N - 1) / N
 
@@ -32,63 +33,65 @@ _EACH_TOKEN = (rules.pointwise, rules.norm, rules.summed, rules.reduced, views.s
 
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
-    """The outcome of a call by its rule, and by position where the plan cuts values so."""
+    """The outcome of a call by its rule, and by position where the plan shards values so."""
     found = rules.outcome(node, read)
     if not read.by_position:
         return found
     known = {item: read.of(item) for item in tensors(node)}
-    cut = {item: placed for item, placed in known.items() if placed.is_by_position}
+    by_position = {item: placed for item, placed in known.items() if placed.is_by_position}
     if found.wants and isinstance(found.result, Placed) and found.result.partial and _stay_sums(found, known):
         return found
     sums = {item: along for item in known if (along := _along(node, item, found, read)) is not None}
-    if not cut and not sums:
+    if not by_position and not sums:
         return found
     meets_whole = not sums and any(placed.is_replicated and _is_as_large(item, node) for item, placed in known.items())
     if rules.rule_of(node) in _EACH_TOKEN and not meets_whole and not _is_one_of_several_norms(node):
-        each = rules.outcome(node, replace(read, known=ChainMap({**cut, **sums}, cast("dict[fx.Node, Placed]", read.known))))
-        kept = all(each.wants.get(item, placed) == placed for item, placed in {**cut, **sums}.items())
+        each = rules.outcome(
+            node, replace(read, known=ChainMap({**by_position, **sums}, cast("dict[fx.Node, Placed]", read.known)))
+        )
+        kept = all(each.wants.get(item, placed) == placed for item, placed in {**by_position, **sums}.items())
         if isinstance(each.result, Placed) and each.result.is_by_position and kept:
             return Outcome(each.result, {**sums, **each.wants})
-    whole = dict.fromkeys(cut, REPLICATED)
+    whole = dict.fromkeys(by_position, REPLICATED)
     found = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
     return Outcome(found.result, {**whole, **found.wants}, found.reason)
 
 
 def _is_as_large(item: fx.Node, node: fx.Node) -> bool:
-    """True for a computed value of the result's sizes, such as what a layer that is not cut adds to the stream.
+    """True for a computed value of the result's sizes, such as what a layer that is not sharded adds to the stream.
 
-    The stream is gathered there, once: cut, it would have to be gathered in front of each further layer that is not.
+    The stream is gathered there, once: sharded, it would have to be gathered in front of each further layer that is not.
     """
     return item.op == "call_function" and not is_weight(item) and shape_of(item) == shape_of(node)
 
 
 def _stay_sums(found: Outcome, known: dict[fx.Node, Placed]) -> bool:
-    """True where a value cut by position is added to a sum over ranks that is reduced later, together with others."""
+    """True where a value sharded by position is added to a sum over ranks that is reduced later, together with others."""
     return all(found.wants.get(item, placed).partial for item, placed in known.items())
 
 
 def _along(node: fx.Node, item: fx.Node, found: Outcome, read: Reading) -> Placed | None:
     """How a sum over ranks that a call wants whole lies by position; None for any other value."""
-    if not read.of(item).partial or found.wants.get(item) != REPLICATED or position_obstacle(item, read.ways):
+    if not read.of(item).partial or found.wants.get(item) != REPLICATED or position_obstacle(item, read.world_size):
         return None
-    return by_position(item, read.ways)
+    return by_position(item, read.world_size)
 
 
-def by_position(item: fx.Node, ways: int) -> Placed:
-    """A value, [batch, positions, …], cut by position."""
-    return sharded((1, (Span(1, shape_of(item)[1], 1, ways, site=POSITIONS),)))
+def by_position(item: fx.Node, world_size: int) -> Placed:
+    """A value, [batch, positions, …], sharded by position."""
+    return sharded((1, (Span(1, shape_of(item)[1], 1, world_size, site=POSITIONS),)))
 
 
-def position_obstacle(item: fx.Node, ways: int) -> str:
-    """Why a value cannot be cut by position; empty where it can."""
+def position_obstacle(item: fx.Node, world_size: int) -> str:
+    """Why a value cannot be sharded by position; empty where it can."""
     shape = shape_of(item)
     if len(shape) < 3:
         return "it has no dimension of positions"
     # Where ranks would hold one position or none at the example, that of a size that varies would be taken for a fixed 1.
     length = hint(cast(torch.Tensor, nodes.value(item)).shape[1])
-    if length <= ways:
+    if length <= world_size:
         which = "" if isinstance(shape[1], int) else " of the example"
-        return f"the {length} positions{which} are not more than {ways} ranks"
+        return f"the {length} positions{which} are not more than {world_size} ranks"
     return ""
 
 

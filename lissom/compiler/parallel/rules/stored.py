@@ -22,7 +22,7 @@ def quantized_row(node: fx.Node, read: Reading) -> Outcome:
 
 
 def turned_back(node: fx.Node, read: Reading) -> Outcome:
-    """(q - zero point) · scale, and rounding with a known scale: scales and zero points are cut as their blocks are."""
+    """(q - zero point) · scale, and rounding with a known scale: scales and zero points are sharded as their blocks are."""
     q, *grid = [item for item in node.args if nodes.is_tensor(item)]
     placed, shape = read.of(q), shape_of(node)
     if placed.partial:
@@ -34,7 +34,7 @@ def turned_back(node: fx.Node, read: Reading) -> Outcome:
         sizes = shape_of(item)
         wanted = [(dim, _narrowed(spans, shape[dim], sizes[dim])) for dim, spans in dims.items() if sizes and sizes[dim] != 1]
         if any(spans is None for _, spans in wanted):
-            return Outcome(REPLICATED, replicated(node, read).wants, "a block of equal scale would be cut in two")
+            return Outcome(REPLICATED, replicated(node, read).wants, "a block of equal scale would be sharded in two")
         wants[item] = sharded(*cast("list[tuple[int, Spans]]", wanted))
     return settled(node, read, sharded(*dims.items()), wants)
 
@@ -44,7 +44,7 @@ def _widened(spans: Spans, times: int) -> Spans:
 
 
 def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
-    """How a dimension of blocks is cut when that of their elements is; None when a block would be cut."""
+    """How a dimension of blocks is sharded when that of their elements is; None when a block would be sharded."""
     if size == blocks:
         return spans
     each = cast(int, size) // cast(int, blocks)
@@ -67,7 +67,7 @@ def written(node: fx.Node, read: Reading) -> Outcome:
 
 
 def rows_exchanged(node: fx.Node, read: Reading) -> Outcome:
-    """index_copy: rows along a dimension that is not cut; the state says how the others are."""
+    """index_copy: rows along a dimension that is not sharded; the state says how the others are."""
     item, dim, index, source = cast("tuple[fx.Node, int, fx.Node, fx.Node]", node.args[:4])
     placed = read.of(item)
     if placed.partial or placed.spans(dim % len(shape_of(item))):

@@ -1,9 +1,9 @@
 """One rule an operator: how its result lies on the ranks, from how its arguments do, and what it wants of them.
 
-A rule wants an argument whole (`Replicate`) where the operator reads all of a dimension at once, and cut like the others where
-they are. A product over a dimension that is cut gives a sum that is still to be taken, `Partial`. An operator without a rule
-gets its arguments whole. The table is at the end; `placement_views.py` has the operators that move, join
-and cut, `placement_lookups.py` those that look up, `placement_stored.py` those of short formats and of state.
+A rule wants an argument whole (`Replicate`) where the operator reads all of a dimension at once, and sharded like the others
+where they are. A product over a dimension that is sharded gives a sum that is still to be taken, `Partial`. An operator without
+a rule gets its arguments whole. The table is at the end; `placement_views.py` has the operators that move, join
+and sharded, `placement_lookups.py` those that look up, `placement_stored.py` those of short formats and of state.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def rule_of(node: fx.Node) -> Rule | None:
 
 
 def pointwise(node: fx.Node, read: Reading) -> Outcome:
-    """f(x, …): cut where an argument is. Sums stay sums under f(x) = c · x and x + y, and are taken before any other f."""
+    """f(x, …): sharded where an argument is. Sums stay sums under f(x) = c · x and x + y, and are taken before any other f."""
     items = tensors(node)
     if any(is_padded(read.of(item)) for item in _poles(node)):
         # Zeros that fill up would become infinite, and then not a number where weights of zero should take them away.
@@ -115,7 +115,7 @@ def _joins_a_sum(node: fx.Node, read: Reading) -> bool:
 
 
 def read_number(node: fx.Node, read: Reading) -> Outcome:
-    """A number: a size of a dimension that is not cut is the same on every rank; any other value is read whole."""
+    """A number: a size of a dimension that is not sharded is the same on every rank; any other value is read whole."""
     if nodes.is_call(node, aten.sym_size.int):
         item = cast(fx.Node, node.args[0])
         if not read.of(item).spans(cast(int, node.args[1]) % len(shape_of(item))):
@@ -124,7 +124,7 @@ def read_number(node: fx.Node, read: Reading) -> Outcome:
 
 
 def linear(node: fx.Node, read: Reading) -> Outcome:
-    """x Wᵀ + b: W cut by rows gives cut features; x and W cut by columns give a sum, to which one rank adds b."""
+    """x Wᵀ + b: W sharded by rows gives sharded features; x and W sharded by columns give a sum, to which one rank adds b."""
     x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     bias = nodes.argument(node, "bias")
     letters = ([*range(len(shape_of(x)) - 1), "k"], ["n", "k"], [*range(len(shape_of(x)) - 1), "n"])
@@ -132,7 +132,7 @@ def linear(node: fx.Node, read: Reading) -> Outcome:
 
 
 def matmul(node: fx.Node, read: Reading) -> Outcome:
-    """x y: batches and the free dimensions of either side may be cut; the contracted one gives a sum."""
+    """x y: batches and the free dimensions of either side may be sharded; the contracted one gives a sum."""
     x, y = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     return _product(node, read, (x, y), _letters(x, y))
 
@@ -159,34 +159,34 @@ def _product(
     letters: Letters,
     bias: fx.Node | None = None,
 ) -> Outcome:
-    cut: dict[object, Spans] = {}
+    split: dict[object, Spans] = {}
     for item, names in zip(sides, letters, strict=False):
         # A sum that is still to be taken has no dims: it is wanted whole.
         for dim, spans in read.of(item).dims:
-            if cut.setdefault(names[dim], spans) != spans:
+            if split.setdefault(names[dim], spans) != spans:
                 return replicated(node, read)
-    summed = cut.get("k", ())
-    if summed and len(cut) > 1:
-        # A side cut along a dimension of its own and the other along the contracted one: the free dimension gives way.
-        cut = {"k": summed}
-    elif len(cut) > 1 and "n" in cut:
-        # Values cut by position, a weight cut by features: the values are gathered.
-        cut = {"n": cut["n"]}
+    summed = split.get("k", ())
+    if summed and len(split) > 1:
+        # A side sharded along a dimension of its own and the other along the contracted one: the free dimension gives way.
+        split = {"k": summed}
+    elif len(split) > 1 and "n" in split:
+        # Values sharded by position, a weight sharded by features: the values are gathered.
+        split = {"n": split["n"]}
     padded = any(span.is_padded for span in summed) and not any(map(is_weight, sides))
     if summed and (padded or not read.is_apart(summed)):
         return replicated(node, read)
     wants = {}
     for item, names in zip(sides, letters, strict=False):
         shape = shape_of(item)
-        wants[item] = sharded(*((dim, cut.get(name, ())) for dim, name in enumerate(names) if shape[dim] != 1))
-    result = PARTIAL if summed else sharded(*((dim, cut.get(name, ())) for dim, name in enumerate(letters[2])))
+        wants[item] = sharded(*((dim, split.get(name, ())) for dim, name in enumerate(names) if shape[dim] != 1))
+    result = PARTIAL if summed else sharded(*((dim, split.get(name, ())) for dim, name in enumerate(letters[2])))
     if bias is not None:
         wants[bias] = PARTIAL if summed else aligned(bias, dict(result.dims), len(letters[2]))
     return settled(node, read, result, wants)
 
 
 def grouped_product(node: fx.Node, read: Reading) -> Outcome:
-    """Rows times the matrix of their expert: features cut on either side, as in a product; experts are not."""
+    """Rows times the matrix of their expert: features sharded on either side, as in a product; experts are not."""
     x, weight, ends = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
     found = _product(node, read, (x, weight), (["m", "k"], ["e", "k", "n"], ["m", "n"]))
     if read.of(weight).spans(0) or not read.of(ends).is_replicated:
@@ -195,7 +195,7 @@ def grouped_product(node: fx.Node, read: Reading) -> Outcome:
 
 
 def embedding(node: fx.Node, read: Reading) -> Outcome:
-    """Rows of a table: cut by rows it gives a sum, zeros but for the rank that has the row; cut by columns, cut rows."""
+    """Rows of a table: sharded by rows it gives a sum, zeros but on the rank with the row; sharded by columns, sharded rows."""
     table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     placed = read.of(table)
     rows = placed.spans(0)
@@ -212,7 +212,7 @@ def embedding(node: fx.Node, read: Reading) -> Outcome:
 
 
 def attention(node: fx.Node, read: Reading) -> Outcome:
-    """softmax(q kᵀ) v: batches and heads may be cut, key/value groups with the heads that read them; positions are whole."""
+    """softmax(q kᵀ) v: batches and heads may be sharded, key/value groups with the heads that read them, positions not."""
     q, k, v = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
     rank, first = len(shape_of(node)), len(shape_of(node)) - 3
     if any(read.of(item).partial for item in tensors(node)) or any(dim > first for dim, _ in read.of(q).dims):
@@ -267,7 +267,7 @@ def over(*names: str) -> Rule:
 
 
 def _norm(node: fx.Node, read: Reading) -> Outcome:
-    """layer_norm, rms_norm: not over a dimension that is cut, unless ranks add up their sums."""
+    """layer_norm, rms_norm: not over a dimension that is sharded, unless ranks add up their sums."""
     item = cast(fx.Node, node.args[0])
     rank, count = len(shape_of(item)), len(cast("list[int]", node.args[1]))
     return alike(node, read, whole=range(rank - count, rank))
@@ -277,7 +277,7 @@ norm = jointly(_norm)
 
 
 def convolution(node: fx.Node, read: Reading) -> Outcome:
-    """A kernel a channel: channels may be cut. Other convolutions read all channels."""
+    """A kernel a channel: channels may be sharded. Other convolutions read all channels."""
     x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     bias = nodes.argument(node, "bias")
     channels = shape_of(node)[1]
@@ -292,12 +292,12 @@ def convolution(node: fx.Node, read: Reading) -> Outcome:
 
 
 def rotary(node: fx.Node, read: Reading) -> Outcome:
-    """Pairs of the last dimension are turned; the others may be cut."""
+    """Pairs of the last dimension are turned; the others may be sharded."""
     return alike(node, read, whole=[len(shape_of(node)) - 1])
 
 
 def summed(node: fx.Node, read: Reading) -> Outcome:
-    """Σ: over a dimension that is cut it gives a sum over ranks, where all of them hold something; sums of sums stay sums."""
+    """Σ: over a sharded dimension it gives a sum over ranks, where all of them hold something; sums of sums stay sums."""
     item = cast(fx.Node, node.args[0])
     placed, removed = read.of(item), reduced_dims(node, len(shape_of(item)))
     inside = [dim for dim, _ in placed.dims if dim in removed]
@@ -313,7 +313,7 @@ def summed(node: fx.Node, read: Reading) -> Outcome:
 
 
 def reduced(node: fx.Node, read: Reading) -> Outcome:
-    """max, mean, …: not over a dimension that is cut."""
+    """max, mean, …: not over a dimension that is sharded."""
     item = cast(fx.Node, node.args[0])
     rank = len(shape_of(item))
     removed = reduced_dims(node, rank)

@@ -1,4 +1,4 @@
-"""The rules of placements of operators that move, join and cut; see `placement_rules.py`."""
+"""The rules of placements of operators that move, join and split; see `placement_rules.py`."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def squeeze(node: fx.Node, read: Reading) -> Outcome:
 
 
 def select(node: fx.Node, read: Reading) -> Outcome:
-    """One index of a dimension that is not cut."""
+    """One index of a dimension that is not sharded."""
     rank = len(shape_of(node.args[0]))
     gone = cast(int, node.args[1]) % rank
     return moved(node, read, {dim: dim - (dim > gone) for dim in range(rank) if dim != gone})
 
 
 def unbind(node: fx.Node, read: Reading) -> Outcome:
-    """Each index of a dimension that is not cut."""
+    """Each index of a dimension that is not sharded."""
     rank = len(shape_of(node.args[0]))
     gone = dim_at(node, "dim", rank)
     return _several(node, moved(node, read, {dim: dim - (dim > gone) for dim in range(rank) if dim != gone}))
@@ -92,20 +92,20 @@ def expand(node: fx.Node, read: Reading) -> Outcome:
     dims = {dim + added: spans for dim, spans in placed.dims}
     for dim, size in enumerate(new):
         grows = dim < added or old[dim - added] != size
-        if grows and (spans := read.cut(node, dim)) and _apart(spans, dims, read):
+        if grows and (spans := read.planned(node, dim)) and _apart(spans, dims, read):
             dims[dim] = spans
     return Outcome(sharded(*dims.items()))
 
 
 def _apart(spans: Spans, dims: dict[int, Spans], read: Reading) -> bool:
-    """True for copies that are cut for every rank, or beside groups of which each rank has a single one."""
+    """True for copies that are sharded for every rank, or beside groups of which each rank has a single one."""
     if len(spans) != 1 or any(len(other) != 1 or other[0].block != 1 for other in dims.values()):
         return False
-    return spans[0].parts * math.prod(other[0].parts for other in dims.values()) == read.ways
+    return spans[0].parts * math.prod(other[0].parts for other in dims.values()) == read.world_size
 
 
 def repeat(node: fx.Node, read: Reading) -> Outcome:
-    """Copies of a dimension laid end to end; not of one that is cut."""
+    """Copies of a dimension laid end to end; not of one that is sharded."""
     item = cast(fx.Node, node.args[0])
     added = len(shape_of(node)) - len(shape_of(item))
     counts = cast("list[object]", node.args[1])
@@ -118,7 +118,7 @@ def repeat_interleave(node: fx.Node, read: Reading) -> Outcome:
     dim, placed = dim_at(node, "dim", len(shape_of(item))), read.of(item)
     if placed.partial:
         return replicated(node, read)
-    if not placed.spans(dim) and (spans := read.cut(node, dim)) and placed.is_replicated and shape_of(item)[dim] == 1:
+    if not placed.spans(dim) and (spans := read.planned(node, dim)) and placed.is_replicated and shape_of(item)[dim] == 1:
         return Outcome(sharded((dim, spans)))
     if any(span.parts != placed.spans(dim)[0].parts for span in placed.spans(dim)):
         return replicated(node, read)
@@ -136,8 +136,8 @@ def reshape(node: fx.Node, read: Reading) -> Outcome:
         return Outcome(REPLICATED)
     dims: list[tuple[int, Spans]] = []
     for before, after in _groups(shape_of(item), shape_of(node)):
-        cut = [dim for dim in before if placed.spans(dim)]
-        found = _reshaped(shape_of(item), shape_of(node), before, after, {dim: placed.spans(dim) for dim in cut})
+        split = [dim for dim in before if placed.spans(dim)]
+        found = _reshaped(shape_of(item), shape_of(node), before, after, {dim: placed.spans(dim) for dim in split})
         if found is None:
             return replicated(node, read)
         dims += found
@@ -175,17 +175,17 @@ def _total(sizes: Sequence[Size], dims: Sequence[int]) -> Size:
 
 
 def _reshaped(
-    old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], cut: dict[int, Spans]
+    old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], split: dict[int, Spans]
 ) -> list[tuple[int, Spans]] | None:
-    """How the dimensions `after` are cut when those of `before` are; None when they cannot be told to be."""
-    if not cut:
+    """How the dimensions `after` are sharded when those of `before` are; None when they cannot be told to be."""
+    if not split:
         return []
     solid = [dim for dim in after if new[dim] != 1]
-    if len(cut) == 1 and len([dim for dim in before if old[dim] != 1]) == 1 and len(solid) == 1:
-        return [(solid[0], next(iter(cut.values())))]
-    if any(len(spans) != 1 for spans in cut.values()):
-        return _reshaped_parts(old, new, before, after, cut)
-    span = _merged(old, before, {dim: spans[0] for dim, spans in cut.items()})
+    if len(split) == 1 and len([dim for dim in before if old[dim] != 1]) == 1 and len(solid) == 1:
+        return [(solid[0], next(iter(split.values())))]
+    if any(len(spans) != 1 for spans in split.values()):
+        return _reshaped_parts(old, new, before, after, split)
+    span = _merged(old, before, {dim: spans[0] for dim, spans in split.items()})
     if span is None:
         return None
     passed: Size = 1
@@ -200,11 +200,11 @@ def _reshaped(
 
 
 def _reshaped_parts(
-    old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], cut: dict[int, Spans]
+    old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], split: dict[int, Spans]
 ) -> list[tuple[int, Spans]] | None:
     """The same for a dimension of several parts, in front: what is behind it is merged into each part or split off each."""
     before, after = ([dim for dim in dims if sizes[dim] != 1] for dims, sizes in ((before, old), (after, new)))
-    (dim, spans), *more = cut.items()
+    (dim, spans), *more = split.items()
     if more or before[0] != dim or not after:
         return None
     inside, behind = _total(old, before[1:]), _total(new, after[1:])
@@ -221,22 +221,22 @@ def _reshaped_parts(
     return [(after[0], tuple(found))]
 
 
-def _merged(old: Sequence[Size], before: list[int], cut: dict[int, Span]) -> Span | None:
-    """The one span of dimensions merged; two that are cut make one when the first is cut to single indices."""
-    (first, *more) = sorted(cut)
-    span = cut[first]
+def _merged(old: Sequence[Size], before: list[int], split: dict[int, Span]) -> Span | None:
+    """The one span of dimensions merged; two that are sharded make one when the first is sharded to single indices."""
+    (first, *more) = sorted(split)
+    span = split[first]
     lead, tail = _total(old, [dim for dim in before if dim < first]), _total(old, [dim for dim in before if dim > first])
     if not more:
         return span.shaped(lead * span.outer, span.size, span.inner * tail)
-    if len(more) > 1 or more[0] != first + 1 or span.block != 1 or span.inner != 1 or cut[more[0]].outer != 1:
+    if len(more) > 1 or more[0] != first + 1 or span.block != 1 or span.inner != 1 or split[more[0]].outer != 1:
         return None
-    other = cut[more[0]]
+    other = split[more[0]]
     tail = _total(old, [dim for dim in before if dim > more[0]])
     return Span(lead * span.outer, span.size * other.size, other.inner * tail, span.parts * other.parts, other.every, span.site)
 
 
 def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int, Spans]] | None:
-    """A block told apart into the dimensions it was merged of: the outer one is cut, and the one inside where it has to be."""
+    """A block told apart into the dimensions it was merged of: the outer is sharded, and the one inside where it has to be."""
     passed: Size = 1
     for dim in after:
         outer, rows = quotient(span.outer, passed), new[dim]
@@ -255,7 +255,7 @@ def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int
 
 
 def cat(node: fx.Node, read: Reading) -> Outcome:
-    """Tensors laid end to end: cut alike in the other dimensions; along this one, each in its own way."""
+    """Tensors laid end to end: sharded alike in the other dimensions; along this one, each in its own way."""
     items = cast("list[fx.Node]", node.args[0])
     rank = len(shape_of(node))
     items = [item for item in items if len(shape_of(item)) == rank]
@@ -271,7 +271,7 @@ def cat(node: fx.Node, read: Reading) -> Outcome:
 
 
 def stack(node: fx.Node, read: Reading) -> Outcome:
-    """A new dimension over tensors that are cut alike."""
+    """A new dimension over tensors that are sharded alike."""
     items = cast("list[fx.Node]", node.args[0])
     new, first = dim_at(node, "dim", len(shape_of(node))), read.of(items[0])
     if first.partial or any(read.of(item) != first for item in items):
@@ -280,7 +280,7 @@ def stack(node: fx.Node, read: Reading) -> Outcome:
 
 
 def split(node: fx.Node, read: Reading) -> Outcome:
-    """Pieces of a dimension: where it is cut, each piece has to be cut like a part of it. A sum is taken once, before."""
+    """Pieces of a dimension: where it is sharded, each piece has to be sharded like a part of it. A sum is reduced before."""
     item = cast(fx.Node, node.args[0])
     rank = len(shape_of(item))
     dim, placed = dim_at(node, "dim", rank), read.of(item)
@@ -311,7 +311,7 @@ def pieces_of(spans: Spans, sizes: Sequence[Size]) -> list[Spans] | None:
 
 
 def slice_of(node: fx.Node, read: Reading) -> Outcome:
-    """A stretch of a dimension: of one that is cut, whole spans of it."""
+    """A stretch of a dimension: of one that is sharded, whole spans of it."""
     item = cast(fx.Node, node.args[0])
     shape = shape_of(item)
     dim, placed = dim_at(node, "dim", len(shape)), read.of(item)
@@ -331,7 +331,7 @@ def slice_of(node: fx.Node, read: Reading) -> Outcome:
 
 
 def pad(node: fx.Node, read: Reading) -> Outcome:
-    """Values added at the ends of dimensions that are not cut."""
+    """Values added at the ends of dimensions that are not sharded."""
     rank = len(shape_of(node))
     changed = {rank - 1 - index // 2 for index, count in enumerate(cast("list[object]", node.args[1])) if count != 0}
     item = cast(fx.Node, node.args[0])

@@ -19,18 +19,18 @@ from lissom.compiler.verify.divergence import relative_error
 from tests.models import normal
 from tests.passes.harness import Calls, capture_model
 
-WAYS = 2
+WORLD_SIZES = 2
 R, P = REPLICATED, PARTIAL
 
 
 def cut(dim: int, size: int, inner: int = 1, outer: int = 1) -> Placed:
-    """A value cut in two along a dimension, seen as [outer, size, inner]."""
-    return sharded((dim, (Span(outer, size, inner, WAYS),)))
+    """A value sharded in two along a dimension, seen as [outer, size, inner]."""
+    return sharded((dim, (Span(outer, size, inner, WORLD_SIZES),)))
 
 
 def packed(dim: int, *sizes: int) -> Placed:
-    """A value cut in two within each of the parts of a dimension."""
-    return sharded((dim, tuple(Span(1, size, 1, WAYS) for size in sizes)))
+    """A value sharded in two within each of the parts of a dimension."""
+    return sharded((dim, tuple(Span(1, size, 1, WORLD_SIZES) for size in sizes)))
 
 
 def ids(*shape: int) -> torch.Tensor:
@@ -41,7 +41,7 @@ def ids(*shape: int) -> torch.Tensor:
 class Row:
     """One call: the operator, its tensors and how they lie, how the result has to lie, and how arguments are wanted.
 
-    sized: whether the call has sizes in it that `cut` would correct, so that ranks cannot run it as it is.
+    sized: whether the call has sizes in it that `partition` would correct, so that ranks cannot run it as it is.
     """
 
     name: str
@@ -78,7 +78,7 @@ ROWS = [
     Row("add, broadcast", lambda x, y: x + y, (X, X[0, 0]), (cut(2, 6), R), cut(2, 6), {1: cut(0, 6)}),
     Row("add, one whole", lambda x, y: x + y, (X, X), (cut(1, 4), R), cut(1, 4), {1: cut(1, 4)}),
     Row("add, size 1", lambda x, y: x + y, (X, X[..., :1]), (cut(2, 6), R), cut(2, 6)),
-    Row("add, cut otherwise", lambda x, y: x + y, (X, X), (cut(2, 6), cut(1, 4)), R, {0: R, 1: R}),
+    Row("add, sharded otherwise", lambda x, y: x + y, (X, X), (cut(2, 6), cut(1, 4)), R, {0: R, 1: R}),
     Row("add, sums", lambda x, y: x + y, (X, X), (P, P), P),
     Row("add, a sum and a whole", lambda x, y: x + y, (X, X), (P, R), R, {0: R}),
     Row("mul, a sum", lambda x, y: x * y, (X, X), (P, R), P),
@@ -141,7 +141,7 @@ ROWS = [
     Row("norm of a packed row", lambda x: F.rms_norm(x, [8]), (normal(2, 8),), (packed(1, 2, 6),), R, {0: R}),
     Row("a kernel a channel", lambda x, w, b: F.conv1d(x, w, b, groups=4), (X, normal(4, 1, 3), W[:4, 0]), (cut(1, 4), R, R),
         cut(1, 4), {1: cut(0, 4), 2: cut(0, 4)}, sized=True),
-    Row("kernels are cut", lambda x, w: F.conv2d(x, w, groups=4), (normal(2, 4, 5, 5), normal(4, 1, 3, 3)), (R, cut(0, 4)),
+    Row("kernels are sharded", lambda x, w: F.conv2d(x, w, groups=4), (normal(2, 4, 5, 5), normal(4, 1, 3, 3)), (R, cut(0, 4)),
         cut(1, 4), {0: cut(1, 4)}, sized=True),
     Row("a convolution", F.conv1d, (X, normal(4, 4, 3)), (cut(1, 4), R), R, {0: R}),
     Row("rms norm", lambda x, w: F.rms_norm(x, [6], w), (X, W[0]), (cut(1, 4), R), cut(1, 4)),
@@ -198,12 +198,12 @@ ROWS = [
         (ids(4, 8).to(torch.int8), W[:4, :4].abs().contiguous()), (cut(1, 8), R), cut(1, 8), {1: cut(1, 4)}),
     Row("dequantize, four bits", int4,
         (ids(4, 4).to(torch.uint8), W[:4, :1].abs()), (cut(1, 4), R), cut(1, 4, 2)),
-    Row("dequantize, a group cut", int8,
+    Row("dequantize, a group sharded", int8,
         (ids(4, 6).to(torch.int8), W[:4, :3].abs().contiguous()), (cut(1, 6), R), R, {0: R}),
     Row("fake quantize", lambda x, s: torch.ops.lissom.fake_quantize(x, s, format="int8"),
         (X, W[0, 0].abs()), (cut(2, 6), R), cut(2, 6)),
     Row("round a token", lambda x: torch.ops.lissom.fake_quantize_dynamic(x, format="uint8"), (X,), (cut(1, 4),), cut(1, 4)),
-    # `cut` finds the range of all parts.
+    # `partition` finds the range of all parts.
     Row("round a token in parts", lambda x: torch.ops.lissom.fake_quantize_dynamic(x, format="uint8"),
         (X,), (cut(2, 6),), cut(2, 6), sized=True),
     Row("round a tensor in parts", lambda x: torch.ops.lissom.fake_quantize_dynamic(x, format="int8", granularity="tensor"),
@@ -257,7 +257,7 @@ def test_ranks_compute_what_the_rule_says(row: Row) -> None:
     have = [row.wants.get(index, placed) for index, placed in enumerate(row.have)]
     parts = [
         row.function(*(local_part(tensor, placed, rank) for tensor, placed in zip(row.tensors, have, strict=True)))
-        for rank in range(WAYS)
+        for rank in range(WORLD_SIZES)
     ]
     if not isinstance(row.result, tuple):
         wanted, parts = (wanted,), [(part,) for part in parts]
@@ -271,7 +271,7 @@ def test_ranks_compute_what_the_rule_says(row: Row) -> None:
 def test_every_rule_is_tested() -> None:
     called = {str(rule_of(one_call(row)[0])) for row in ROWS}
     left = {str(rule) for name, rule in RULES.items() if not name.endswith("getitem")} - called
-    # State is written in programs with a cache, which `test_cut.py` has; sums over all are as those over one dimension.
+    # State is written in programs with a cache, which `test_partition.py` has; sums over all are as those over one dimension.
     assert {name.split()[1] for name in left} <= {"written", "getitem", "over.<locals>.rule"}
 
 
@@ -281,8 +281,8 @@ def mesh() -> Generator[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.distributed.init_process_group("fake", rank=0, world_size=WAYS, store=FakeStore())
-    yield init_device_mesh("cpu", (WAYS,))
+    torch.distributed.init_process_group("fake", rank=0, world_size=WORLD_SIZES, store=FakeStore())
+    yield init_device_mesh("cpu", (WORLD_SIZES,))
     torch.distributed.destroy_process_group()
 
 

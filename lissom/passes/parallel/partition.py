@@ -1,7 +1,8 @@
-"""Cut a program that `shard` has planned: one graph for all ranks, with collectives, and the weights of each rank.
+"""Partition a program that `shard` has planned: one graph for all ranks, with collectives, and the weights of each rank.
 
 Values that do not lie as what reads them wants are redistributed: a sum over ranks by an all-reduce, parts by an all-gather, a
-part of a whole value by a look-up of the rank's own indices. A vocabulary cut by rows is looked up where a rank has the row:
+part of a whole value by a look-up of the rank's own indices. A vocabulary sharded by rows is looked up where a rank has the
+row:
 
     own = ids - first row;   held = clamp(own, 0, rows - 1);   embedding(table, held), zeros where own ≠ held
 
@@ -23,7 +24,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.placement import Placed
 from lissom.compiler.ir.program import Program
-from lissom.compiler.parallel.partition.partitioner import cut_program
+from lissom.compiler.parallel.partition.partitioner import partition_program
 from lissom.compiler.pipeline.pass_kinds import Requirement, Rewrite
 
 
@@ -32,7 +33,7 @@ def _first_without_placement(program: Program) -> fx.Node | None:
 
 
 @dataclass(frozen=True)
-class Cut(Rewrite):
+class Partition(Rewrite):
     """Carries out the plan of `shard`: collectives where values are redistributed, and a part of the weights for each rank."""
 
     requires = (
@@ -40,15 +41,15 @@ class Cut(Rewrite):
     )
 
     def run(self, edit: Editor) -> None:
-        ways = _ways(edit.program)
-        if ways < 2:
-            edit.note("nothing is cut: the plan leaves every value whole")
+        world_size = _world_size(edit.program)
+        if world_size < 2:
+            edit.note("nothing is sharded: the plan leaves every value whole")
             return
-        cut_program(edit, ways)
-        edit.note(f"the program is that of each of {ways} ranks; `program.of_rank(rank)` has one rank's weights")
+        partition_program(edit, world_size)
+        edit.note(f"the program is that of each of {world_size} ranks; `program.of_rank(rank)` has one rank's weights")
 
 
-def _ways(program: Program) -> int:
+def _world_size(program: Program) -> int:
     """How many ranks the plan is for: as many as the most parts there are."""
     found = [placed for node in program.graph.nodes for placed in _placements(node)]
     return max((span.parts for placed in found for _, spans in placed.dims for span in spans), default=1)

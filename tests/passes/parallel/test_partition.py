@@ -1,4 +1,4 @@
-"""Tests of cut."""
+"""Tests of sharded."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lissom.compiler.ir.collectives import COLLECTIVES
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.errors import PassError, RequirementError, UnsupportedError
 from lissom.frontends.decoder import capture_decoder
-from lissom.passes.parallel.cut import Cut
+from lissom.passes.parallel.partition import Partition
 from tests.decoders import DECODERS
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite
-from tests.passes.parallel.models import MODELS, collectives, cut, program_of, reasons, run_passes
+from tests.passes.parallel.models import MODELS, collectives, partition, program_of, reasons, run_passes
 from tests.passes.prune.models import zero_heads
 
 
 def test_rewrites() -> None:
-    _, history = rewrite("shard{ways=2},cut", seeded(FeedForward), normal(2, 5, 8))
-    check_golden("cut", history.diff(1, 2))
+    _, history = rewrite("shard{world_size=2},partition", seeded(FeedForward), normal(2, 5, 8))
+    check_golden("partition", history.diff(1, 2))
 
 
 def test_leaves_other_graphs_alone() -> None:
@@ -33,33 +33,33 @@ def test_leaves_other_graphs_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + x.exp()
 
-    program, history = rewrite("shard{ways=2},cut", Sum(), normal(2, 5, 8))
+    program, history = rewrite("shard{world_size=2},partition", Sum(), normal(2, 5, 8))
     assert history.texts[1] == history.texts[2]
     assert program.ranks == ()
 
 
 def test_requires_a_plan() -> None:
     with pytest.raises(RequirementError, match=r"every value has a placement on ranks.*put shard right before this pass"):
-        rewrite(Cut(), seeded(FeedForward), normal(2, 5, 8))
+        rewrite(Partition(), seeded(FeedForward), normal(2, 5, 8))
 
 
 def test_a_stale_plan_is_refused() -> None:
     program, samples = program_of("llama")
-    planned, _ = run_passes("shard{ways=2}", program, samples)
+    planned, _ = run_passes("shard{world_size=2}", program, samples)
     gate = planned.nodes(torch.ops.aten.silu.default)[0]
     gate.target, gate.args = torch.ops.aten.cumsum.default, (gate.args[0], -1)
-    with pytest.raises(PassError, match="was changed since; put `shard` right before `cut`"):
-        run_passes("cut", planned, samples)
+    with pytest.raises(PassError, match="was changed since; put `shard` right before `partition`"):
+        run_passes("partition", planned, samples)
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_numbers(name: str, ways: int) -> None:
+def test_numbers(name: str, world_size: int) -> None:
     # The pipeline compares the ranks in lock-step with the program before, at two sizes.
     program, samples = program_of(name)
-    after, history = cut(program, samples, ways)
+    after, history = partition(program, samples, world_size)
     assert reasons(history) == []
-    assert len(after.ranks) == ways
+    assert len(after.ranks) == world_size
     with torch.no_grad():
         first, *others = after.run_ranks(samples[0])
     assert all(torch.equal(a, b) for rank in others for a, b in zip(first, rank, strict=True))
@@ -85,12 +85,12 @@ def test_numbers(name: str, ways: int) -> None:
 )
 def test_communicates_no_more_than_needed(name: str, reduces: int) -> None:
     program, samples = program_of(name)
-    after, _ = cut(program, samples, 2)
+    after, _ = partition(program, samples, 2)
     assert collectives(after) == (reduces, 1)
 
 
-@pytest.mark.parametrize("ways", [2, 4])
-def test_rank_holds_its_share_of_the_bytes(ways: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_rank_holds_its_share_of_the_bytes(world_size: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -98,23 +98,25 @@ def test_rank_holds_its_share_of_the_bytes(ways: int) -> None:
         num_key_value_heads=4, use_cache=False,
     )  # fmt: skip
     model = seeded(lambda: LlamaForCausalLM(config))
-    optimized = lissom.optimize(model, {"input_ids": torch.randint(0, 4096, (2, 5))}, passes=f"shard{{ways={ways}}},cut")
+    optimized = lissom.optimize(
+        model, {"input_ids": torch.randint(0, 4096, (2, 5))}, passes=f"shard{{world_size={world_size}}},partition"
+    )
     whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    for rank in range(ways):
-        assert optimized.program.of_rank(rank).parameter_bytes <= (1 / ways + 0.03) * whole
+    for rank in range(world_size):
+        assert optimized.program.of_rank(rank).parameter_bytes <= (1 / world_size + 0.03) * whole
 
 
 def test_weights_are_views_where_rows_are_neighbours() -> None:
     program, samples = program_of("llama")
-    after, _ = cut(program, samples, 2)
+    after, _ = partition(program, samples, 2)
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
         whole = program.weight(name).untyped_storage().data_ptr()
         assert {weights[name].untyped_storage().data_ptr() for weights in after.ranks} == {whole}
 
 
-def test_packed_projections_are_cut_in_each_part() -> None:
+def test_packed_projections_are_sharded_in_each_part() -> None:
     program, samples = program_of("gpt2")
-    after, _ = cut(program, samples, 2)
+    after, _ = partition(program, samples, 2)
     name = "transformer.h.0.attn.c_attn.weight"
     q, k, v = program.weight(name).split(32, dim=1)
     for rank, weights in enumerate(after.ranks):
@@ -122,50 +124,50 @@ def test_packed_projections_are_cut_in_each_part() -> None:
         assert torch.equal(weights[name], mine)
 
 
-def test_a_tied_embedding_is_cut_once() -> None:
+def test_a_tied_embedding_is_sharded_once() -> None:
     program, samples = program_of("gemma3")
-    after, _ = cut(program, samples, 2)
+    after, _ = partition(program, samples, 2)
     tables = [name for name, weight in after.weights().items() if tuple(weight.shape) == (31, 32)]
     assert tables == ["lm_head.weight"]
-    # 61 rows are cut as 62: the last of the second rank is zero.
+    # 61 rows are sharded as 62: the last of the second rank is zero.
     assert not after.ranks[1][tables[0]][-1].any()
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight", "int4-weight,group=8"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_quantized_layers(name: str, scheme: str, ways: int) -> None:
+def test_quantized_layers(name: str, scheme: str, world_size: int) -> None:
     program, samples = program_of(name)
     quantized, _ = run_passes(f"quantize{{scheme={scheme}}},fold-quantized-weights", program, samples)
-    after, _ = cut(quantized, samples, ways)
+    after, _ = partition(quantized, samples, world_size)
     stored = [name for name in after.weights() if "_int" in name]
     assert sum(after.weight(name).numel() for name in stored) < 0.8 * sum(quantized.weight(name).numel() for name in stored)
 
 
-@pytest.mark.parametrize("ways", [2, 4])
-def test_heads_left_by_pruning_need_not_divide(ways: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_heads_left_by_pruning_need_not_divide(world_size: int) -> None:
     program, samples = program_of("bert")
     zero_heads(program, 0, [1])
     pruned, _ = run_passes("eliminate-dead-heads", program, samples)
-    after, history = cut(pruned, samples, ways)
+    after, history = partition(pruned, samples, world_size)
     assert [site.heads for site in pruned.fact(lissom.compiler.analysis.structure.transformer.structure).attention] == [3, 4]
     notes = " ".join(history.steps[1].notes)
     assert "zeros make blocks of the attention at encoder.layer.0.attention.self even: 3 as 4" in notes
-    last = after.ranks[ways - 1]["encoder.layer.0.attention.self.query.weight"]
-    assert len(last) == 32 // ways
+    last = after.ranks[world_size - 1]["encoder.layer.0.attention.self.query.weight"]
+    assert len(last) == 32 // world_size
     assert not last[-8:].any()
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt_neox"])
-def test_key_value_caches_are_cut_by_heads(name: str, ways: int) -> None:
+def test_key_value_caches_are_sharded_by_heads(name: str, world_size: int) -> None:
     captured = capture_decoder(seeded(DECODERS[name]), max_length=16, batch=2)
     program, _ = run_passes("generation", captured.program, captured.samples)
-    after, _ = cut(program, captured.samples, ways)
+    after, _ = partition(program, captured.samples, world_size)
     before = sum(tensor.numel() for tensor in program.state_tensors())
     held = sum(after.weight(state).numel() for state in after.state)
     groups = program.weight(program.state[0]).shape[1]
-    assert held * groups == before * -(-groups // ways)
+    assert held * groups == before * -(-groups // world_size)
     # What the caches hold after a call, put together, is what the program before holds.
     wanted, found = (run_samples(item, captured.samples)[0][1:] for item in (program, after))
     assert max(map(relative_error, wanted, found)) <= tolerance_of(program)
@@ -173,7 +175,7 @@ def test_key_value_caches_are_cut_by_heads(name: str, ways: int) -> None:
 
 def test_one_rank_runs_alone_with_stand_ins() -> None:
     program, samples = program_of("llama")
-    after, _ = cut(program, samples, 2)
+    after, _ = partition(program, samples, 2)
     one = after.of_rank(1)
     assert one.ranks == ()
     # An exact pass on one rank's program is checked: the stand-ins are the same before and after it.
@@ -184,27 +186,27 @@ def test_one_rank_runs_alone_with_stand_ins() -> None:
 
 def test_ranks_that_do_not_exist() -> None:
     program, samples = program_of("llama")
-    after, _ = cut(program, samples, 2)
+    after, _ = partition(program, samples, 2)
     with pytest.raises(PassError, match="has no rank 2: it has 2 ranks, 0 to 1"):
         after.of_rank(2)
-    with pytest.raises(PassError, match="it has no ranks; `cut` makes some"):
+    with pytest.raises(PassError, match="it has no ranks; `partition` makes some"):
         program.of_rank(0)
-    with pytest.raises(PassError, match="cannot be changed in a program cut for 2 ranks"):
+    with pytest.raises(PassError, match="cannot be changed in a program partitioned for 2 ranks"):
         run_passes("merge-projections{always=true}", after, samples)
-    with pytest.raises(UnsupportedError, match="cut for 2 ranks already"):
-        run_passes("shard{ways=2}", after, samples)
+    with pytest.raises(UnsupportedError, match="partitioned for 2 ranks already"):
+        run_passes("shard{world_size=2}", after, samples)
 
 
 def test_no_backend_runs_ranks_in_one_process() -> None:
     with pytest.raises(UnsupportedError, match=r"choose backend 'distributed', or take .* run `program.of_rank\(rank\)`"):
-        lissom.compile(seeded(FeedForward), normal(2, 5, 8), passes="shard{ways=2},cut")
+        lissom.compile(seeded(FeedForward), normal(2, 5, 8), passes="shard{world_size=2},partition")
 
 
 def _run_rank(rank: int, port: int, folder: str, options: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     program, samples = program_of("llama")
-    mine = cut(program, samples, 2, options)[0].of_rank(rank)
+    mine = partition(program, samples, 2, options)[0].of_rank(rank)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     with torch.no_grad():
         outputs = [mine.run(sample) for sample in samples]

@@ -1,0 +1,39 @@
+"""Tests of lissom.driver.ranks: how many ranks share a model, and what is refused before they start."""
+
+from __future__ import annotations
+
+import pytest
+
+import lissom
+from lissom.errors import UnsupportedError
+from tests.models import FeedForward, normal, seeded
+
+
+def test_settings_that_do_not_fit():
+    x = normal(2, 5, 8)
+    for options, message in (
+        ({"backend": "eager", "world_size": 2}, r"world_size=2 goes with backend='distributed', and backend is 'eager'"),
+        ({"backend": "distributed"}, r"needs the number of ranks where there is no process group: world_size=2"),
+        (
+            {"backend": "distributed", "world_size": 1},
+            r"world_size= is 1; give the number of ranks that share the model, 2 or more",
+        ),
+        ({"backend": "distributed", "world_size": 1025}, r"world_size is 1025; a program is shared by 2 to 1024 ranks"),
+        (
+            {"backend": lissom.Distributed(world_size=3), "world_size": 2},
+            r"world_size is 2, and the backend's is 3; give the number once",
+        ),
+        (
+            {"backend": "distributed", "world_size": 2, "passes": "shard{world_size=3},partition"},
+            r"world_size is 2, and the passes have shard\{world_size=3\}",
+        ),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            lissom.compile(seeded(FeedForward), x, **options)
+    for call in (
+        lambda: lissom.compile(seeded(FeedForward), x, backend="distributed", ways=2),
+        lambda: lissom.compile_generation(seeded(FeedForward), max_length=8, backend="distributed", ways=2),
+        lambda: lissom.Distributed(ways=2),
+    ):
+        with pytest.raises(TypeError, match=r"\(\) has no ways=; it is called world_size= now"):
+            call()
