@@ -28,10 +28,10 @@ from lissom.driver.options import Settings, resolve_passes
 from lissom.errors import InputError, LissomError, PassError, VerifyError
 from lissom.frontends.export import Capture, capture
 from lissom.passes import PASSES
-from tests.zoo import fresh
 from tools.fuzz import models, oracle
 from tools.fuzz.models import Spec
 from tools.fuzz.pipelines import draw_pipeline
+from tools.zoo import fresh
 
 PER_MODEL = 20
 """Neighbouring numbers share a model."""
@@ -55,7 +55,7 @@ class Call:
 class Case:
     """All that a run depends on.
 
-    zoo: the name of an architecture of tests/zoo that takes the place of `spec`. example: what the model is captured with.
+    zoo: the name of an architecture of tools/zoo that takes the place of `spec`. example: what the model is captured with.
     captured_before: whether the capture of an earlier case of the same model is used, which takes half the time of a case.
     """
 
@@ -127,7 +127,7 @@ def _model(spec: Spec, zoo: str) -> tuple[nn.Module, Mapping[str, object]]:
     """The model, and its example inputs where it is one of the zoo."""
     if not zoo:
         return models.build(spec), {}
-    from tests.zoo import catalogue
+    from tools.zoo import catalogue
 
     case = next(entry for entry in catalogue.entries() if entry.name == zoo).build()
     return case.model, case.kwargs or {str(at): item for at, item in enumerate(case.args)}
@@ -147,7 +147,7 @@ def _captured(spec: Spec, zoo: str, example: Call, dynamic: bool) -> Capture:
 
 
 def run(case: Case, address: str = "") -> Outcome:
-    """Compile the model of a case, call it, and judge. address: of a process that loads artifacts, see tests/zoo/fresh.py."""
+    """Compile the model of a case, call it, and judge. address: of a process that loads artifacts, see tools/zoo/fresh.py."""
     model, given = _model(case.spec, case.zoo)
     before, noise = _snapshot(model), _noise()
     try:
