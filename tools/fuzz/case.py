@@ -103,6 +103,18 @@ class Outcome:
 def draw_case(number: int, backends: tuple[str, ...] = ("eager",), zoo: tuple[str, ...] = (), zoo_share: float = 0.0) -> Case:
     """The case of a number. zoo: names of architectures, and zoo_share: how many cases take one."""
     shared, own = random.Random(f"model {number // PER_MODEL}"), random.Random(f"case {number}")
+    case = drawn(shared, own, backends, zoo, zoo_share)
+    return dataclasses.replace(case, captured_before=number % PER_MODEL > 0)
+
+
+def drawn(
+    shared: random.Random,
+    own: random.Random,
+    backends: tuple[str, ...] = ("eager",),
+    zoo: tuple[str, ...] = (),
+    zoo_share: float = 0.0,
+) -> Case:
+    """A case of two generators: `shared` draws the model and its example, `own` the rest."""
     spec = models.draw_spec(shared)
     name = shared.choice(zoo) if zoo and shared.random() < zoo_share else ""
     example = Call(shared.choice((1, 2, 3)), shared.choice((3, 4, 5, 8)), shared.choice(("none", "none", "right", "left")), 0)
@@ -116,7 +128,6 @@ def draw_case(number: int, backends: tuple[str, ...] = ("eager",), zoo: tuple[st
         checks=own.choice(("numeric", "numeric", "structural", "off", "off")),
         dynamic=own.random() < 0.9,
         saved=own.random() < 0.2,
-        captured_before=number % PER_MODEL > 0,
         example=example,
         calls=calls,
     )
