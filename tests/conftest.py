@@ -18,7 +18,9 @@ from lissom.frontends.huggingface import Checkpoint, load
 from tests.models import Case, feed_forward, tiny_bert, tiny_llama
 
 # A first example imports and compiles more than the next; how long one takes is no property of what is tested.
-settings.register_profile("lissom", deadline=None)
+# The same examples in every run; `--hypothesis-profile=nightly` draws many more, and others each time.
+settings.register_profile("lissom", deadline=None, derandomize=True)
+settings.register_profile("nightly", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("lissom")
 
 

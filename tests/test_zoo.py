@@ -1,4 +1,4 @@
-"""A few architectures of the zoo with every change; `python -m tests.zoo` checks all of them."""
+"""A few architectures of the zoo with every change; `python -m tools.zoo` checks all of them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.zoo import catalogue, coverage, dynamo
-from tests.zoo.check import BACKENDS, check
-from tests.zoo.entry import FAMILIES
-from tests.zoo.fresh import loader
-from tests.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED, NOT_ON_ONNX_RUNTIME
+from tools.zoo import catalogue, coverage, dynamo
+from tools.zoo.check import BACKENDS, check
+from tools.zoo.entry import FAMILIES
+from tools.zoo.fresh import loader
+from tools.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED, NOT_ON_ONNX_RUNTIME
 
 FEW = (
     "causal/llama",

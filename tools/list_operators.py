@@ -21,11 +21,11 @@ import torch
 from lissom.artifacts.operators import is_allowed
 from lissom.errors import LissomError
 from lissom.frontends.export import capture
-from tests.zoo import selection
-from tests.zoo.catalogue import entries
-from tests.zoo.coverage import load
-from tests.zoo.entry import Entry
-from tests.zoo.runner import run
+from tools.zoo import selection
+from tools.zoo.catalogue import entries
+from tools.zoo.coverage import load
+from tools.zoo.entry import Entry
+from tools.zoo.runner import run
 
 
 def collect(entry: Entry, report: Callable[[dict[str, Any]], None]) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from tests.zoo import catalogue, fresh
 from tools.fuzz import campaign, case
 from tools.fuzz.case import Case, draw_case
+from tools.zoo import catalogue, fresh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

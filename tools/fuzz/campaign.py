@@ -14,10 +14,10 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from tests.zoo.runner import confine
 from tools.fuzz import case as cases
 from tools.fuzz import models, pipelines
 from tools.fuzz.case import Case, Outcome
+from tools.zoo.runner import confine
 
 PATIENCE = 240.0
 """Seconds by the clock that one case may take; the slowest takes some ten seconds of a processor."""

@@ -29,10 +29,10 @@ from lissom.driver.options import Settings, resolve_passes
 from lissom.errors import InputError, LissomError, PassError, VerifyError
 from lissom.frontends.export import Capture, capture
 from lissom.passes import PASSES
-from tests.zoo import fresh
 from tools.fuzz import models, oracle
 from tools.fuzz.models import Spec
 from tools.fuzz.pipelines import draw_pipeline
+from tools.zoo import fresh
 
 PER_MODEL = 20
 """Neighbouring numbers share a model."""
@@ -56,7 +56,7 @@ class Call:
 class Case:
     """All that a run depends on.
 
-    zoo: the name of an architecture of tests/zoo that takes the place of `spec`. example: what the model is captured with.
+    zoo: the name of an architecture of tools/zoo that takes the place of `spec`. example: what the model is captured with.
     captured_before: whether the capture of an earlier case of the same model is used, which takes half the time of a case.
     """
 
@@ -104,6 +104,18 @@ class Outcome:
 def draw_case(number: int, backends: tuple[str, ...] = ("eager",), zoo: tuple[str, ...] = (), zoo_share: float = 0.0) -> Case:
     """The case of a number. zoo: names of architectures, and zoo_share: how many cases take one."""
     shared, own = random.Random(f"model {number // PER_MODEL}"), random.Random(f"case {number}")
+    case = drawn(shared, own, backends, zoo, zoo_share)
+    return dataclasses.replace(case, captured_before=number % PER_MODEL > 0)
+
+
+def drawn(
+    shared: random.Random,
+    own: random.Random,
+    backends: tuple[str, ...] = ("eager",),
+    zoo: tuple[str, ...] = (),
+    zoo_share: float = 0.0,
+) -> Case:
+    """A case of two generators: `shared` draws the model and its example, `own` the rest."""
     spec = models.draw_spec(shared)
     name = shared.choice(zoo) if zoo and shared.random() < zoo_share else ""
     example = Call(shared.choice((1, 2, 3)), shared.choice((3, 4, 5, 8)), shared.choice(("none", "none", "right", "left")), 0)
@@ -117,7 +129,6 @@ def draw_case(number: int, backends: tuple[str, ...] = ("eager",), zoo: tuple[st
         checks=own.choice(("numeric", "numeric", "structural", "off", "off")),
         dynamic=own.random() < 0.9,
         saved=own.random() < 0.2,
-        captured_before=number % PER_MODEL > 0,
         example=example,
         calls=calls,
     )
@@ -128,7 +139,7 @@ def _model(spec: Spec, zoo: str) -> tuple[nn.Module, Mapping[str, object]]:
     """The model, and its example inputs where it is one of the zoo."""
     if not zoo:
         return models.build(spec), {}
-    from tests.zoo import catalogue
+    from tools.zoo import catalogue
 
     case = next(entry for entry in catalogue.entries() if entry.name == zoo).build()
     return case.model, case.kwargs or {str(at): item for at, item in enumerate(case.args)}
@@ -148,7 +159,7 @@ def _captured(spec: Spec, zoo: str, example: Call, dynamic: bool) -> Capture:
 
 
 def run(case: Case, address: str = "") -> Outcome:
-    """Compile the model of a case, call it, and judge. address: of a process that loads artifacts, see tests/zoo/fresh.py."""
+    """Compile the model of a case, call it, and judge. address: of a process that loads artifacts, see tools/zoo/fresh.py."""
     model, given = _model(case.spec, case.zoo)
     before, noise = _snapshot(model), _noise()
     try:

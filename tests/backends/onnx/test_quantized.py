@@ -20,7 +20,7 @@ from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from tests.models import normal, seeded, tiny_bert
-from tests.zoo.catalogue import entries
+from tools.zoo.catalogue import entries
 
 PRUNED = "prune-heads{keep=0.5},prune-neurons{keep=0.5},eliminate-dead-heads,eliminate-dead-neurons"
 DYNAMIC, TENSOR = "quantize{scheme=int8-dynamic}", "quantize{scheme=int8-dynamic,activations=tensor}"

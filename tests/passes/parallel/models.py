@@ -16,7 +16,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case, normal, seeded, tokens
-from tests.zoo.removal import canonical
+from tools.zoo.removal import canonical
 
 _SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}

@@ -13,7 +13,7 @@ from lissom.compiler.ir.samples import Sample
 from tests.models import Case, normal, seeded, tokens
 from tests.passes.harness import rewrite
 from tests.passes.parallel.models import collectives, partition, program_of, run_passes
-from tests.zoo.removal import canonical
+from tools.zoo.removal import canonical
 
 _SIZES = {"vocab_size": 61, "num_hidden_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "use_cache": False}
 

@@ -159,6 +159,9 @@ def test_quantized_layers(name: str, scheme: str) -> None:
 
 
 def test_one_token_at_a_time_stays_whole() -> None:
+    """The last layer continues with the last token alone, which two ranks cannot split: its two sums stay all-reduces."""
     captured = capture_decoder(seeded(DECODERS["llama"]), max_length=16, batch=2)
     program, _ = run_passes("generation", captured.program, captured.samples)
-    partition(program, captured.samples, 2, SEQUENCE)
+    after, history = partition(program, captured.samples, 2, SEQUENCE)
+    assert kinds(after) == (2, 3, 4)
+    assert "2 sums stay all-reduces: the 1 positions are not more than 2 ranks" in history.steps[1].notes

@@ -18,7 +18,7 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of, with_kept_form
 from lissom.passes import PASSES, RECIPES
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tests.zoo.removal import canonical
+from tools.zoo.removal import canonical
 
 MODELS = {"bert": tiny_bert, "gpt2": tiny_gpt2, "llama": tiny_llama, "t5": tiny_t5}
 

@@ -18,9 +18,9 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
 from lissom.compiler.verify.structure import verify_structure
 from lissom.passes import PASSES
-from tests.zoo.catalogue import entries
-from tests.zoo.known import CANNOT_BE_CAPTURED
-from tests.zoo.removal import REWRITES, canonical, expected_left, mask_randomly, read_columns
+from tools.zoo.catalogue import entries
+from tools.zoo.known import CANNOT_BE_CAPTURED
+from tools.zoo.removal import REWRITES, canonical, expected_left, mask_randomly, read_columns
 
 ENTRIES = {entry.name: entry for entry in entries()}
 FEW = ("masked/bert", "causal/llama", "causal/gpt2", "hand-written/chunk")

@@ -1,4 +1,4 @@
-"""`python -m tests.zoo.sharding`: every model of the zoo planned for ranks that share it, sharded, and run in lock-step.
+"""`python -m tools.zoo.sharding`: every model of the zoo planned for ranks that share it, sharded, and run in lock-step.
 
 For each it says what share of the weights of its linear layers is sharded, and whether the outputs on 2 and on 4 ranks are
 those of the program before, on every rank, at the example's sizes and at others; then the ranks run as processes, over gloo.
@@ -31,9 +31,9 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error, run_original, tolerance_of
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
-from tests.zoo.coverage import load
-from tests.zoo.entry import FAMILIES, Entry
-from tests.zoo.removal import canonical
+from tools.zoo.coverage import load
+from tools.zoo.entry import FAMILIES, Entry
+from tools.zoo.removal import canonical
 
 WORLD_SIZES = (2, 4)
 """How many ranks share each model."""
@@ -41,10 +41,9 @@ WANTED = 0.9
 """The share of its linear weights a model should have sharded."""
 _SECTION = "## Sharding\n"
 _INTRODUCTION = """\
-The same models shared by 2 and by 4 ranks with `shard` and `partition`, as `python -m tests.zoo.sharding` measures it: what
-share of
-the weights of linear layers is sharded, and whether all ranks give what the program gave before: in lock-step in one process,
-and as processes that talk over gloo. Weights of convolutions are not counted.
+The same models shared by 2 and by 4 ranks with `shard` and `partition`, as `python -m tools.zoo.sharding` measures it: what
+share of the weights of linear layers is sharded, and whether all ranks give what the program gave before: in lock-step in one
+process, and as processes that talk over gloo. Weights of convolutions are not counted.
 """
 Record = dict[str, Any]
 
@@ -202,10 +201,11 @@ def write(path: Path, records: Sequence[Record]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from tests.zoo.catalogue import entries
-    from tests.zoo.runner import run
+    """Shard the models that the arguments select; 1 when one fails or gives something else."""
+    from tools.zoo.catalogue import entries
+    from tools.zoo.runner import run
 
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo.sharding", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.zoo.sharding", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
     parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")

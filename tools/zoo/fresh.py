@@ -30,7 +30,7 @@ def loader() -> Generator[str]:
     """The address at which artifacts can be handed over, for as long as the context lasts."""
     with tempfile.TemporaryDirectory(prefix="lissom-") as folder:
         address = f"{folder}/socket"
-        process = subprocess.Popen([sys.executable, "-m", "tests.zoo.fresh", address])
+        process = subprocess.Popen([sys.executable, "-m", "tools.zoo.fresh", address])
         try:
             deadline = time.monotonic() + _PATIENCE
             while not Path(address).exists():

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from tests.zoo.entry import words
+from tools.zoo.entry import words
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, VOCABULARY, POSITIONS = 64, 4, 2, 16, 96, 2, 128, 128
 MOST_LAYERS = 4

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.zoo import hand_written, huggingface, libraries
-from tests.zoo.entry import Entry
+from tools.zoo import hand_written, huggingface, libraries
+from tools.zoo.entry import Entry
 
 
 def entries(attention: str | None = None) -> list[Entry]:

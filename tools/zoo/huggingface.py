@@ -14,12 +14,12 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.models import Case
-from tests.zoo import overrides
-from tests.zoo.entry import Entry, Expected, words
-from tests.zoo.expected import expected
-from tests.zoo.inputs import example_inputs
-from tests.zoo.shrink import shrink
-from tests.zoo.weights import woken
+from tools.zoo import overrides
+from tools.zoo.entry import Entry, Expected, words
+from tools.zoo.expected import expected
+from tools.zoo.inputs import example_inputs
+from tools.zoo.shrink import shrink
+from tools.zoo.weights import woken
 
 MAPPINGS: Mapping[str, tuple[str, ...]] = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),

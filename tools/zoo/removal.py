@@ -1,4 +1,4 @@
-"""`python -m tests.zoo.removal`: mask random heads and neurons of every model of the zoo, remove them, compare the outputs."""
+"""`python -m tools.zoo.removal`: mask random heads and neurons of every model of the zoo, remove them, compare the outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case
-from tests.zoo.entry import Entry
+from tools.zoo.entry import Entry
 
 REWRITES = "eliminate-dead-heads,eliminate-dead-neurons,eliminate-dead-layers"
 
@@ -194,10 +194,11 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from tests.zoo.catalogue import entries
-    from tests.zoo.runner import run
+    """Remove masked heads and neurons of the models that the arguments select; 1 when an output changes."""
+    from tools.zoo.catalogue import entries
+    from tools.zoo.runner import run
 
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo.removal", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.zoo.removal", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
     parser.add_argument("--seed", type=int, default=0, help="which pattern of heads and neurons")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1)")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.zoo.entry import words
+from tools.zoo.entry import words
 
 Changes = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from tests.zoo.entry import Expected, words
+from tools.zoo.entry import Expected, words
 
 _WITHOUT_ATTENTION = {"linear_attention", "conv", "moe", "mlp", "recurrent", "mamba", "sparse", "dense"}
 _EXPERTS = words(

@@ -1,4 +1,4 @@
-"""`python -m tests.zoo.dynamo`: the models of the zoo under `torch.compile(backend="lissom")`, beside the models themselves.
+"""`python -m tools.zoo.dynamo`: the models of the zoo under `torch.compile(backend="lissom")`, beside the models themselves.
 
 Each is called at up to four sizes, with Dynamo finding out which sizes vary, and with `dynamic=True`. Where the answers differ,
 or there are none, Dynamo's own backend `eager` is asked: a model it cannot run either is none for `torch.compile`.
@@ -26,10 +26,10 @@ from lissom.errors import CaptureError
 from lissom.frontends.export import capture
 from lissom.torch_compile import compile_graph
 from tests.models import Case
-from tests.zoo import catalogue, coverage, selection
-from tests.zoo.check import answer, compared, other_samples, sentence
-from tests.zoo.entry import Entry
-from tests.zoo.runner import run
+from tools.zoo import catalogue, coverage, selection
+from tools.zoo.check import answer, compared, other_samples, sentence
+from tools.zoo.entry import Entry
+from tools.zoo.runner import run
 
 MODES: Mapping[str, bool | None] = {"automatic": None, "dynamic": True}
 _TOLERANCE = 1e-4  # float32, for models no program could be captured of: nothing is rewritten there, sums are at most reordered
@@ -119,7 +119,8 @@ def describe(record: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo.dynamo", description=__doc__)
+    """Check the models that the arguments select; 1 when one gives something else under `torch.compile`."""
+    parser = argparse.ArgumentParser(prog="python -m tools.zoo.dynamo", description=__doc__)
     selection.add_arguments(parser, "dynamo.json")
     options = parser.parse_args(arguments)
     chosen = selection.choose(parser, options, catalogue.entries())

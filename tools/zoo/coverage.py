@@ -1,4 +1,4 @@
-"""The records of a run as a page: `python -m tests.zoo.coverage zoo.json docs/coverage.md`."""
+"""The records of a run as a page: `python -m tools.zoo.coverage zoo.json docs/coverage.md`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.zoo.check import EAGER, RUNTIME
-from tests.zoo.entry import FAMILIES
-from tests.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED, NOT_ON_ONNX_RUNTIME
+from tools.zoo.check import EAGER, RUNTIME
+from tools.zoo.entry import FAMILIES
+from tools.zoo.known import ATTENTION_LEFT, CANNOT_BE_CAPTURED, NOT_ON_ONNX_RUNTIME
 
 Record = dict[str, Any]
 _KINDS = ("attention", "feed_forward")
@@ -23,7 +23,7 @@ _INTRODUCTION = """\
 
 Every model here is tiny and has random weights; what counts is its architecture, not its answers. Each is captured, run through
 the recipe `exact` with every pass checked, and the result is compared with the model itself at the example's sizes and at up to
-three others; operations are counted beside PyTorch's `flop_counter`, node by node. `python -m tests.zoo` makes the measurements
+three others; operations are counted beside PyTorch's `flop_counter`, node by node. `python -m tools.zoo` makes the measurements
 and this page.
 
 - *dynamic*: which sizes may vary from call to call.
@@ -39,7 +39,7 @@ and this page.
 _DYNAMO = "## torch.compile\n"
 _DYNAMO_INTRODUCTION = """\
 The same models under `torch.compile(model, backend="lissom")` without gradients, at up to four sizes, once with Dynamo finding
-out which sizes vary and once with `dynamic=True`, as `python -m tests.zoo.dynamo` measures it. A model that Dynamo cannot run
+out which sizes vary and once with `dynamic=True`, as `python -m tools.zoo.dynamo` measures it. A model that Dynamo cannot run
 with its own backend `eager` does not apply. A graph that is no program runs as it is; the remarks say why.
 """
 
@@ -338,8 +338,9 @@ def _dynamo_remark(record: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo.coverage", description=__doc__)
-    parser.add_argument("records", type=Path, help="what `python -m tests.zoo` wrote")
+    """Write the page of some records."""
+    parser = argparse.ArgumentParser(prog="python -m tools.zoo.coverage", description=__doc__)
+    parser.add_argument("records", type=Path, help="what `python -m tools.zoo` wrote")
     parser.add_argument("page", type=Path, help="the page to write")
     options = parser.parse_args(arguments)
     write_page(options.page, load(options.records))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from tests.zoo.entry import words
+from tools.zoo.entry import words
 
 BATCH, TOKENS, SAMPLES, FRAMES, BINS = 2, 12, 1600, 64, 16
 _END = 2

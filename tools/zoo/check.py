@@ -35,8 +35,8 @@ from lissom.errors import InputError
 from lissom.frontends.export import Capture, capture
 from tests.compiler.flop_counter import miscounted
 from tests.models import Case
-from tests.zoo.entry import Entry
-from tests.zoo.fresh import answers, outline
+from tools.zoo.entry import Entry
+from tools.zoo.fresh import answers, outline
 
 EAGER, RUNTIME = "eager", "onnxruntime"
 # What is asked of a form here is whether it gives the same, not which is the fastest.
@@ -47,7 +47,7 @@ aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
-class _Stopped(Exception):
+class _PhaseError(Exception):
     """A phase failed, so that the later ones have nothing to work on."""
 
 
@@ -68,7 +68,7 @@ def check(entry: Entry, report: Report, backends: Sequence[str] = (EAGER,), load
             yield
         except Exception as error:
             place["failed"], place["error"], place["place"] = name, sentence(error), _place(error)
-            raise _Stopped from error
+            raise _PhaseError from error
         finally:
             record["seconds"][name] = round(record["seconds"].get(name, 0.0) + time.process_time() - started, 3)
 
@@ -77,7 +77,7 @@ def check(entry: Entry, report: Report, backends: Sequence[str] = (EAGER,), load
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             _phases(entry, record, phase, backends, loader)
-    except _Stopped:
+    except _PhaseError:
         pass
     record["phase"] = None
     report(record)
@@ -113,7 +113,7 @@ def _phases(
         place = record["backends"][name] = {}
         try:
             _through(name, case, captured, samples, wanted, loader, place, lambda what, place=place: phase(what, place))
-        except _Stopped:
+        except _PhaseError:
             continue
     with phase("optimize"), _known(captured):
         # Before a backend lowers it, the program has the operators the recipe raises.

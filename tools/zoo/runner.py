@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tests.zoo import catalogue
-from tests.zoo.entry import Entry
+from tools.zoo import catalogue
+from tools.zoo.entry import Entry
 
 MOST_BYTES = 6 << 30
 _WARMING = ("causal/llama", "encoder-decoder/bart", "vision/vit")

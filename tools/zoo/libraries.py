@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tests.models import Case, normal
-from tests.zoo.entry import Entry, Expected
-from tests.zoo.weights import woken
+from tools.zoo.entry import Entry, Expected
+from tools.zoo.weights import woken
 
 _SMALL = {"img_size": 32, "num_classes": 10}
 _PLAIN = _SMALL | {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 
 from tests.models import Case, normal
-from tests.zoo.entry import Entry, Expected
-from tests.zoo.weights import woken
+from tools.zoo.entry import Entry, Expected
+from tools.zoo.weights import woken
 
 WIDTH, HEADS, HEAD_DIM, HIDDEN, LAYERS, VOCABULARY, POSITIONS = 32, 4, 8, 80, 2, 61, 64
 

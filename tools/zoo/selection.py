@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.zoo.coverage import load
-from tests.zoo.entry import FAMILIES, Entry
+from tools.zoo.coverage import load
+from tools.zoo.entry import FAMILIES, Entry
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
@@ -29,7 +29,7 @@ def choose(parser: argparse.ArgumentParser, options: argparse.Namespace, entries
     if options.only:
         unknown = set(options.only) - {entry.name for entry in chosen}
         if unknown:
-            parser.error(f"no such models: {', '.join(sorted(unknown))}; `python -m tests.zoo --list` prints the names")
+            parser.error(f"no such models: {', '.join(sorted(unknown))}; `python -m tools.zoo --list` prints the names")
         chosen = [entry for entry in chosen if entry.name in options.only]
     if options.resume and options.output.exists():
         done = {record["name"] for record in load(options.output)}

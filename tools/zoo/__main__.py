@@ -1,4 +1,4 @@
-"""`python -m tests.zoo`: check the models of the zoo and write what is found."""
+"""`python -m tools.zoo`: check the models of the zoo and write what is found."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from tests.zoo import selection
-    from tests.zoo.catalogue import entries
-    from tests.zoo.check import BACKENDS, check, describe
-    from tests.zoo.coverage import headline, load, surprises, write_page
-    from tests.zoo.fresh import loader
-    from tests.zoo.runner import run
+    """Check the models that the arguments select; 1 when a result is not the expected one."""
+    from tools.zoo import selection
+    from tools.zoo.catalogue import entries
+    from tools.zoo.check import BACKENDS, check, describe
+    from tools.zoo.coverage import headline, load, surprises, write_page
+    from tools.zoo.fresh import loader
+    from tools.zoo.runner import run
 
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.zoo", description=__doc__)
     selection.add_arguments(parser, "zoo.json")
     parser.add_argument("--backend", action="append", choices=tuple(BACKENDS), help="only this backend; may be given again")
     parser.add_argument("--no-reload", action="store_true", help="do not save and load what was compiled")
