@@ -49,7 +49,7 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
     """The program as an ONNX model, its inputs and outputs named as the caller names them.
 
     State comes behind them: as it was among the inputs, as it is then among the outputs. Attention is left as nodes of the
-    domain `lissom`; `onnx_forms.write_form` makes a model of it that runs.
+    domain `lissom`; `variants.write_variant` makes a model of it that runs.
 
     decompose: let the exporter take operators apart first. It then has a translation for nearly all, and takes twice as long.
     """
