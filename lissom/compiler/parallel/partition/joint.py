@@ -1,7 +1,6 @@
-"""What ranks work out together of rows they hold parts of, as calls and collectives; see `placement_joint.py`.
+"""Operators that read a sharded dimension, as calls on the shards and collectives; see `rules/joint.py`.
 
-A rank whose part is filled up holds places that are not there. They count as -inf where the greatest is looked for and as 0 in
-sums, so that they never win, and come behind every real place among equals.
+A padded shard holds elements that do not exist. They are -inf in a maximum and 0 in a sum, and come last among equal elements.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ aten = torch.ops.aten
 class Joint:
     """Makes the calls of one operator, in front of it.
 
-    edit: the program's. ways: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
+    edit: the program's. world_size: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
     reduced: the reduction of a value over the ranks.
     """
 
     edit: Editor
-    ways: int
+    world_size: int
     own: Callable[[str, list[torch.Tensor]], fx.Node]
     reduced: Callable[[fx.Node, str], fx.Node]
 
@@ -81,7 +80,7 @@ class Joint:
     def _normed(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
         """rms norm or layer norm, from the sums of all parts; one that several ranks hold is counted once."""
         call, inner = self.edit.call, computed_dtype(node)
-        share = span.parts / self.ways / cast(int, span.whole)
+        share = span.parts / self.world_size / cast(int, span.whole)
 
         def mean(values: fx.Node) -> fx.Node:
             values = call(aten.sum.dim_IntList, self._masked(values, dim, span, 0), [dim], True)
@@ -117,9 +116,9 @@ class Joint:
         best, places = self.edit.item(pair, 0), call(aten.add.Tensor, self.edit.item(pair, 1), self._first(span))
         # [1, 2, …] of each rank, so that the parts are gathered along the first dimension.
         both = call(aten.stack.default, [self._in(best, dtype), call(aten.to.dtype, places, dtype)])
-        every = call(WAIT, call(ALL_GATHER, call(aten.unsqueeze.default, both, 0), self.ways, GROUP))
+        every = call(WAIT, call(ALL_GATHER, call(aten.unsqueeze.default, both, 0), self.world_size, GROUP))
         found = call(
-            aten.cat.default, [self.edit.item(call(aten.unbind.int, every), rank) for rank in range(self.ways)], dim + 1
+            aten.cat.default, [self.edit.item(call(aten.unbind.int, every), rank) for rank in range(self.world_size)], dim + 1
         )
         best, places = (call(aten.select.int, found, 0, at) for at in (0, 1))
         if nodes.is_call(node, *BEST):
@@ -147,7 +146,7 @@ class Joint:
     def _first(self, span: Span) -> fx.Node:
         """The index of the first place a rank holds."""
         local = cast(int, span.local)
-        starts = [torch.full((), rank * local, dtype=torch.int64) for rank in range(self.ways)]
+        starts = [torch.full((), rank * local, dtype=torch.int64) for rank in range(self.world_size)]
         return self.own(f"rank.first_row_{span.whole}by{span.parts}x{local}", starts)
 
     def _masked(self, x: fx.Node, dim: int, span: Span, value: float) -> fx.Node:
@@ -158,7 +157,7 @@ class Joint:
 
     def _filled(self, x: fx.Node, dim: int, spans: Spans, value: float) -> fx.Node:
         behind = nodes.tensor_type(x).rank - dim - 1
-        missing = [(indices_of(spans, rank) < 0).reshape(-1, *[1] * behind) for rank in range(self.ways)]
+        missing = [(indices_of(spans, rank) < 0).reshape(-1, *[1] * behind) for rank in range(self.world_size)]
         stretches = "_".join(f"{span.outer}x{span.size}x{span.inner}by{span.parts}e{span.every}" for span in spans)
         mask = self.own(f"rank.is_filled_{stretches}_{behind}", missing)
         return self.edit.call(aten.masked_fill.Scalar, x, mask, value)

@@ -1,8 +1,8 @@
-"""Values cut by position, as calls and collectives; see `placement_sequence.py`.
+"""Values sharded by position, as calls and collectives; see `rules/sequence.py`.
 
-Of [batch, positions, …] each rank holds ⌈positions / ways⌉ positions. Where they do not divide, the last ranks hold positions
-behind the end: zeros, or the last token again. Nothing that is computed for a token reads another's, so these are of no
-consequence, and the gathering leaves them out.
+Of [batch, positions, …] each rank holds ⌈positions / world size⌉ positions. Where they do not divide, the last ranks hold
+padding: zeros, or copies of the last token. Computation on these values is position-wise, so padding changes no other
+position, and the all-gather drops it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class _Length:
 class Positions:
     """Cuts values by position and puts them together again; use inside `edit.before`.
 
-    edit: the program's. ways: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
+    edit: the program's. world_size: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
     """
 
     edit: Editor
-    ways: int
+    world_size: int
     own: Callable[[str, list[torch.Tensor]], fx.Node]
     lengths: dict[Size, _Length] = field(default_factory=dict[Size, _Length])
     indices: dict[Size, fx.Node] = field(default_factory=dict[Size, fx.Node])
@@ -53,7 +53,7 @@ class Positions:
             value = call(aten.constant_pad_nd.default, value, [*[0, 0] * (rank - 2), 0, length.more])
         # The operator scatters along the first dimension.
         value = call(aten.clone.default, call(aten.transpose.int, value, 0, 1), memory_format=torch.contiguous_format)
-        found = call(WAIT, call(REDUCE_SCATTER, value, "sum", self.ways, GROUP))
+        found = call(WAIT, call(REDUCE_SCATTER, value, "sum", self.world_size, GROUP))
         return call(aten.transpose.int, found, 0, 1)
 
     def own_part(self, value: fx.Node, want: Placed) -> fx.Node:
@@ -64,7 +64,7 @@ class Positions:
         """The positions of all ranks."""
         call, length = self.edit.call, self.lengths[_size(have)]
         value = call(aten.clone.default, call(aten.transpose.int, value, 0, 1), memory_format=torch.contiguous_format)
-        found = call(aten.transpose.int, call(WAIT, call(ALL_GATHER, value, self.ways, GROUP)), 0, 1)
+        found = call(aten.transpose.int, call(WAIT, call(ALL_GATHER, value, self.world_size, GROUP)), 0, 1)
         return found if length.more == 0 else call(aten.slice.Tensor, found, 1, 0, length.whole)
 
     def spread(self, value: fx.Node, have: Placed) -> fx.Node:
@@ -77,16 +77,16 @@ class Positions:
 
     def _length(self, value: fx.Node, want: Placed) -> _Length:
         """The lengths of a value's positions, computed where the first of that length is cut."""
-        size, ways = _size(want), self.ways
+        size, ranks = _size(want), self.world_size
         if size not in self.lengths:
             whole = self.edit.size(value, 1)
             if isinstance(whole, int):
-                block = -(-whole // ways)
-                self.lengths[size] = _Length(whole, block, block * ways, block * ways - whole)
+                block = -(-whole // ranks)
+                self.lengths[size] = _Length(whole, block, block * ranks, block * ranks - whole)
             else:
                 compute = self.edit.compute_size
-                block = compute(operator.floordiv, compute(operator.add, whole, ways - 1), ways)
-                filled = compute(operator.mul, block, ways)
+                block = compute(operator.floordiv, compute(operator.add, whole, ranks - 1), ranks)
+                filled = compute(operator.mul, block, ranks)
                 self.lengths[size] = _Length(whole, block, filled, compute(operator.sub, filled, whole))
         return self.lengths[size]
 
@@ -94,7 +94,7 @@ class Positions:
         """Which positions a rank holds."""
         call, size = self.edit.call, _size(placed)
         if size not in self.indices:
-            number = self.own("rank.number", [torch.full((), rank, dtype=torch.int64) for rank in range(self.ways)])
+            number = self.own("rank.number", [torch.full((), rank, dtype=torch.int64) for rank in range(self.world_size)])
             first = call(aten.mul.Scalar, number, length.block)
             places = call(aten.arange.default, length.block, device=nodes.tensor_type(number).device)
             self.indices[size] = call(aten.add.Tensor, places, first)
