@@ -1,5 +1,5 @@
-// The product of values rounded to bytes with a weight of bytes: x is rounded row by row as lissom/compiler/grids.py does it,
-// the sums are whole numbers, and become floats at the end.
+// The int8 linear layer (W8A8): activations are quantized to uint8 as lissom/ops/formats.py does it, products are summed in int32,
+// and the sums are dequantized at the end.
 //
 //   x W^T  =  scale_x scale_w (sum_i q_i w_i - zero_x sum_i w_i)
 #pragma once
@@ -15,46 +15,46 @@ namespace lissom {
 
 constexpr float kLeastScale = 1e-30f;
 constexpr float kLargestByte = 255.0f;
-constexpr int64_t kMostByteInputs = 1 << 16;  // more products of bytes could leave the range of a sum of 32 bits
-constexpr int64_t kBytesGrain = 1 << 14;  // values below which a second thread costs more than it does
+constexpr int64_t kMostInt8Inputs = 1 << 16;  // more products could overflow an int32 sum
+constexpr int64_t kQuantizationGrain = 1 << 14;  // elements below which a second thread costs more than it saves
 
 // x is about (q - zero) * scale.
-struct Grid {
+struct Quantization {
   float scale, inverse;
   int32_t zero;
 };
 
-inline Grid grid_for(float low, float high) {
+inline Quantization quantization_for(float low, float high) {
   float scale = std::max((high - low) / kLargestByte, kLeastScale);
   float zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), kLargestByte);
   return {scale, 1.0f / scale, static_cast<int32_t>(zero)};
 }
 
-// The scale by which a row is spoilt that holds no numbers, or too large ones.
-constexpr float kNoNumber = std::numeric_limits<float>::quiet_NaN();
+// The scale of a row that holds NaN or an infinity: its outputs become NaN.
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Range {
   Vec low = splat(0.0f), high = splat(0.0f);
-  Mask spoilt{};
+  Mask has_nan{};
 
-  // A row that is rounded next need not be looked through for NaN here.
-  template <bool finds_spoilt, typename T>
+  // quantize_row looks for NaN too, so a caller that quantizes the row next need not.
+  template <bool finds_nan, typename T>
   void take(const T* x, int64_t n) {
     for (int64_t c = 0; c < n; c += kLanes) {
       Vec value = load_some(x + c, n - c);
       low = minimum(low, value);
       high = maximum(high, value);
-      if (finds_spoilt) spoilt |= is_nan(value);
+      if (finds_nan) has_nan |= is_nan(value);
     }
   }
 
-  Grid grid() const {
-    Grid found = grid_for(smallest(low), largest(high));
-    return any(spoilt) || !std::isfinite(found.scale) ? Grid{kNoNumber, 0.0f, 0} : found;
+  Quantization quantization() const {
+    Quantization found = quantization_for(smallest(low), largest(high));
+    return any(has_nan) || !std::isfinite(found.scale) ? Quantization{kNaN, 0.0f, 0} : found;
   }
 };
 
-inline void store_whole(uint8_t* to, IntVec value) {
+inline void store_elements(uint8_t* to, IntVec value) {
 #if defined(__AVX512F__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)value));
 #elif defined(__AVX2__)
@@ -65,8 +65,8 @@ inline void store_whole(uint8_t* to, IntVec value) {
 #endif
 }
 
-// Four as 0, 2, 1, 3, the order of products of words.
-inline void store_whole(int16_t* to, IntVec value) {
+// Groups of four in the order 0, 2, 1, 3 of the int16 products.
+inline void store_elements(int16_t* to, IntVec value) {
 #if defined(__AVX512BW__)
   constexpr int order = _MM_SHUFFLE(3, 1, 2, 0);
   __m256i words = _mm512_cvtepi32_epi16((__m512i)value);
@@ -80,49 +80,49 @@ inline void store_whole(int16_t* to, IntVec value) {
 #endif
 }
 
-// A row in whole numbers, filled up to `padded`; the scale of one that holds NaN becomes NaN.
+// Quantizes a row, padded to `padded`; the scale becomes NaN where the row holds NaN.
 template <typename T>
-inline void round_row(const T* x, int64_t n, int64_t padded, Grid& grid, Whole* to) {
-  const Vec low = splat(-grid.zero), high = splat(kLargestByte - grid.zero);
-  Mask spoilt{};
-  auto whole_numbers = [&](Vec given) {
-    Vec value = given * grid.inverse;
-    spoilt |= is_nan(value);
-    value = minimum(maximum(value, low), high);  // before it is rounded: the ends are whole
-    return nearest(value) + grid.zero;
+inline void quantize_row(const T* x, int64_t n, int64_t padded, Quantization& quantization, Element* to) {
+  const Vec low = splat(-quantization.zero), high = splat(kLargestByte - quantization.zero);
+  Mask has_nan{};
+  auto quantized_values = [&](Vec given) {
+    Vec value = given * quantization.inverse;
+    has_nan |= is_nan(value);
+    value = minimum(maximum(value, low), high);  // before rounding: the bounds are integers
+    return nearest(value) + quantization.zero;
   };
   int64_t whole = n / kLanes * kLanes;
-  for (int64_t c = 0; c < whole; c += kLanes) store_whole(to + c, whole_numbers(load(x + c)));
-  if (whole < n) {  // what a row is filled up with meets weights of zero
-    Whole rest[kLanes];
-    store_whole(rest, whole_numbers(load_some(x + whole, n - whole)));
+  for (int64_t c = 0; c < whole; c += kLanes) store_elements(to + c, quantized_values(load(x + c)));
+  if (whole < n) {  // padding is multiplied with weights of zero
+    Element rest[kLanes];
+    store_elements(rest, quantized_values(load_some(x + whole, n - whole)));
     std::copy(rest, rest + padded - whole, to + whole);
   }
-  if (any(spoilt)) grid.scale = kNoNumber;
+  if (any(has_nan)) quantization.scale = kNaN;
 }
 
-enum class Rounding { kToken, kTensor, kKnown };
+enum class Granularity { kToken, kTensor, kStatic };
 
 template <typename T>
-struct Rounded {
+struct Quantized {
   const T* x;             // [rows, inputs]
   const int8_t* weight;   // packed, [panels, padded / 4, kPanel, 4]
-  const float* scale;     // of each feature, filled up to whole panels
-  const int32_t* sums;    // of each feature's weights, likewise
+  const float* scale;     // per output feature, padded to whole panels
+  const int32_t* sums;    // of the weights of each feature, likewise
   int64_t rows, inputs, padded;
-  Rounding rounding;
-  Grid grid;              // of all rows, unless the rounding is by token
-  int64_t origin = 0;     // the row at which what follows begins
-  std::vector<Whole> wholes{};
-  std::vector<Grid> grids{};
+  Granularity granularity;
+  Quantization quantization;              // of all rows, unless the granularity is per-token
+  int64_t origin = 0;     // the first row of `elements` and `quantizations`
+  std::vector<Element> elements{};
+  std::vector<Quantization> quantizations{};
 
-  int64_t row_bytes() const { return padded * sizeof(Whole); }
+  int64_t row_bytes() const { return padded * sizeof(Element); }
   const int8_t* open(int64_t panel, int64_t) const { return weight + panel * padded * kPanel; }
 
-  // Finds the grid of the whole of x.
+  // Finds the per-tensor scale of x.
   void measure() {
-    if (rounding != Rounding::kTensor) return;
-    int64_t step = std::max<int64_t>(1, kBytesGrain / std::max<int64_t>(inputs, 1)), pieces = ceil_div(rows, step);
+    if (granularity != Granularity::kTensor) return;
+    int64_t step = std::max<int64_t>(1, kQuantizationGrain / std::max<int64_t>(inputs, 1)), pieces = ceil_div(rows, step);
     std::vector<Range> ranges(pieces);
     at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
       for (int64_t piece = from; piece < to; ++piece)
@@ -131,26 +131,27 @@ struct Rounded {
     Range whole;
     for (const Range& found : ranges) {
       whole.low = minimum(whole.low, found.low), whole.high = maximum(whole.high, found.high);
-      whole.spoilt |= found.spoilt;
+      whole.has_nan |= found.has_nan;
     }
-    grid = whole.grid();
+    quantization = whole.quantization();
   }
 
   void prepare(int64_t begin, int64_t end) {
     origin = begin;
-    wholes.resize((end - begin) * padded);
-    grids.resize(end - begin);
-    at::parallel_for(begin, end, std::max<int64_t>(1, kBytesGrain / std::max<int64_t>(inputs, 1)), [&](int64_t from, int64_t to) {
+    elements.resize((end - begin) * padded);
+    quantizations.resize(end - begin);
+    int64_t grain = std::max<int64_t>(1, kQuantizationGrain / std::max<int64_t>(inputs, 1));
+    at::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
       for (int64_t row = from; row < to; ++row) {
-        Grid& mine = grids[row - begin];
-        if (rounding == Rounding::kToken) {
+        Quantization& mine = quantizations[row - begin];
+        if (granularity == Granularity::kToken) {
           Range range;
           range.template take<false>(x + row * inputs, inputs);
-          mine = range.grid();
+          mine = range.quantization();
         } else {
-          mine = grid;
+          mine = quantization;
         }
-        round_row(x + row * inputs, inputs, padded, mine, wholes.data() + (row - begin) * padded);
+        quantize_row(x + row * inputs, inputs, padded, mine, elements.data() + (row - begin) * padded);
       }
     });
   }
@@ -159,7 +160,7 @@ struct Rounded {
   void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
     IntVec totals[R][kWide] = {};
     const int8_t* columns = opened + column * kPair<int8_t>;
-    multiply<R, fetches>(wholes.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
+    multiply<R, fetches>(elements.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       int64_t c = panel * kPanel + column + v * kLanes;
@@ -168,8 +169,8 @@ struct Rounded {
       std::memcpy(&ones, sums + c, sizeof ones);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Grid& mine = grids[row - origin + r];
-        Vec whole = to_floats((IntVec)((BitVec)totals[r][v] - (BitVec)ones * uint32_t(mine.zero)));  // wrong sums wrap around
+        const Quantization& mine = quantizations[row - origin + r];
+        Vec whole = to_floats((IntVec)((BitVec)totals[r][v] - (BitVec)ones * uint32_t(mine.zero)));  // overflow wraps around
         values[r][v] = whole * (factor * mine.scale);
       }
     }
