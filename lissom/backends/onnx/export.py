@@ -76,9 +76,10 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
         assert result is not None
         model = result.model
         _name_transposed(model)
-        # Not by the exporter, which fuses to operators whose kernels take less than they say.
+        # Not by the exporter, which fuses to operators whose kernels accept less than the standard says. Any error may come:
+        # the optimizer evaluates constant nodes with the reference implementation of their operator. It then stops, and the
+        # nodes it has not folded stay as they are.
         with suppress(Exception):
-            # Where it meets a graph it cannot fold it stops, and what it has not folded runs as it is.
             optimize(model)
     _name_sizes(program, model)
     return model
