@@ -306,14 +306,14 @@ def test_attention_over_a_cache_as_one_operator_gives_the_same_tokens(name: str)
     """The form of ONNX Runtime that is chosen where it is faster, which for models as small it may not be."""
     pytest.importorskip("onnxruntime")
     from lissom.backends.onnx.export import export_onnx
-    from lissom.backends.onnx.variants import CACHE, write_form
+    from lissom.backends.onnx.variants import CACHE, write_variant
     from lissom.generation.model import GenerationModel
 
     model, backend = decoder(name), BACKENDS["onnxruntime"]
     captured = capture_decoder(model, max_length=MAX_LENGTH, batch=2, all_logits=True)
     passes = parse_pipeline("exact", known_passes(), RECIPES)
     program, history = Pipeline(passes, samples=captured.samples, checks="off").run(captured.program)
-    written, places = write_form(export_onnx(program, captured.example, decompose=False), [CACHE])
+    written, places = write_variant(export_onnx(program, captured.example, decompose=False), [CACHE])
     assert places[CACHE] == 2
     compiled = lissom.CompiledModel(program, backend._open(program, written), Report(name, history), backend)
     fast, inputs = GenerationModel(compiled, model.config, model.generation_config), prompt(2, padding=3)

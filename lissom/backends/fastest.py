@@ -59,6 +59,7 @@ def build_fastest(
             progress(f"build {name}", left)
             left -= 1
             built[name] = _build(backend, *found, example, simulate)
+        # The errors of other compilers and runtimes have no common class; each is noted in the history.
         except Exception as error:
             if len(lowered) == 1:
                 raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import input_of, is_linear, is_quantizer, weight_of
@@ -16,12 +17,30 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.errors import UnsupportedError
+from lissom.ops import (
+    packed_linear,
+    packed_linear_norm,
+    quantized_linear,
+    quantized_linear_norm,
+    sparse_linear,
+    weight_quantized_linear,
+    weight_quantized_linear_norm,
+)
 from lissom.ops.formats import FORMATS
+from lissom.ops.quantization import dequantize
 
-_KERNELS = "quantized_linear"
-"""What names of our operators begin with that compute a quantized layer from integers."""
-_PRODUCTS = {f"aten.{name}.default" for name in ("_int_mm", "_scaled_mm", "_weight_int4pack_mm", "_weight_int8pack_mm")}
-"""PyTorch's own operators that do, one a layer."""
+aten = torch.ops.aten
+
+_KERNELS = {
+    *(quantized_linear, quantized_linear_norm),
+    *(aten._int_mm.default, aten._scaled_mm.default, aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default),
+}
+"""Operators that compute a quantized layer from integers, one per layer."""
+_OTHER_LAYERS = {
+    *(aten.linear.default, sparse_linear, packed_linear, packed_linear_norm),
+    *(weight_quantized_linear, weight_quantized_linear_norm),
+}
+"""Operators of linear layers in floating point whose weight `is_linear` does not see."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +116,7 @@ def _reason(rounded: Sequence[fx.Node]) -> str:
 
 
 def _is_kernel(node: fx.Node) -> bool:
-    name = str(node.target)
-    return name in _PRODUCTS or name.partition(".")[2].startswith(_KERNELS)
+    return node.target in _KERNELS
 
 
 def _rounded_operands(node: fx.Node) -> list[fx.Node]:
@@ -106,7 +124,7 @@ def _rounded_operands(node: fx.Node) -> list[fx.Node]:
     if is_linear(node):
         weight = weight_of(node)
         candidates: Sequence[object] = [_rounding_of(weight, node) if weight is not None else None, input_of(node)]
-    elif "linear" in str(node.target) and not _is_kernel(node):
+    elif nodes.is_call(node, *_OTHER_LAYERS):
         candidates = node.all_input_nodes[::-1]
     else:
         return []
@@ -116,7 +134,7 @@ def _rounded_operands(node: fx.Node) -> list[fx.Node]:
 def _is_looked_up(quantizer: fx.Node) -> bool:
     """True for rows of a table that are turned back: what reads them reads floating point."""
     first = quantizer.args[0]
-    return "dequantize" in str(quantizer.target) and isinstance(first, fx.Node) and first.op != "get_attr"
+    return nodes.is_call(quantizer, dequantize) and isinstance(first, fx.Node) and first.op != "get_attr"
 
 
 def _rounding_of(weight: fx.Node, layer: fx.Node) -> fx.Node | None:

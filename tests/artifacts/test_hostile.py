@@ -152,7 +152,7 @@ def test_a_call_fits_its_schema(saved, edit, said):
             "aten.save.default",
             "prim.device.default",
         ),
-        *("lissom.meet.default", "lissom.begin_call.default", "lissom.end_call.default", "aten._set_grad_enabled.default"),
+        *("lissom.barrier.default", "lissom.begin_call.default", "lissom.end_call.default", "aten._set_grad_enabled.default"),
     ],
 )
 def test_an_operator_that_does_more_than_compute_is_refused(saved, target):

@@ -1,13 +1,19 @@
 """Tests of lissom.backends: the table of ways out."""
 
 import pytest
+import torch
+from torch import nn
 
+import lissom.backends.base
 from lissom.backends import BACKENDS, find_backend, find_backends
-from lissom.backends.base import Backend
+from lissom.backends.base import Backend, confirm
 from lissom.backends.eager.backend import Eager
 from lissom.backends.inductor import Inductor
 from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.compiler.verify.rounding import exact_outputs
 from lissom.errors import UnsupportedError
+from lissom.frontends.export import capture
+from tests.models import normal
 
 
 def test_a_backend_is_found_by_its_name():
@@ -35,3 +41,23 @@ def test_an_unknown_backend_is_refused_with_all():
     with pytest.raises(UnsupportedError) as caught:
         find_backend("zebra")
     assert str(caught.value).startswith("there is no backend 'zebra'; choose eager, ")
+
+
+class Cancelling(nn.Module):
+    """Returns its input twice, each time with most of the bits of float32 lost."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (x + 3e4) - 3e4, (x + 2e4) - 2e4
+
+
+def test_a_wider_dtype_is_run_once_a_sample_however_many_outputs_differ(monkeypatch):
+    found = capture(Cancelling(), (normal(2, 3),))
+    runs = []
+    monkeypatch.setattr(
+        lissom.backends.base,
+        "exact_outputs",
+        lambda program, samples: runs.append(samples[0][0].shape) or exact_outputs(program, samples),
+    )
+    # One step of float32 at 3e4 is 2e-3, far above what two correct programs may differ by.
+    assert confirm("exact", lambda inputs: [inputs[0].clone(), inputs[0].clone()], found.program, found.example) > 1e-4
+    assert len(runs) == len(set(runs)) > 1

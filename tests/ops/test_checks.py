@@ -137,9 +137,9 @@ def test_memory_that_cannot_be_read_is_refused():
     with pytest.raises(RuntimeError, match="x is not aligned to its dtype; clone it"):
         OPS.fused_rms_norm(unaligned, eps=1e-5)
     with pytest.raises(RuntimeError, match="the seconds to wait are not a number"):
-        OPS.meet(torch.zeros(2, 8, dtype=torch.int64), 0, 1, torch.nan)
-    with pytest.raises(RuntimeError, match="rank 2 is none of 2"):
-        OPS.meet(torch.zeros(2, 8, dtype=torch.int64), 2, 1, 0.0)
+        OPS.barrier(torch.zeros(2, 8, dtype=torch.int64), 0, 1, torch.nan)
+    with pytest.raises(RuntimeError, match="rank 2 is out of range for 2 ranks"):
+        OPS.barrier(torch.zeros(2, 8, dtype=torch.int64), 2, 1, 0.0)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from lissom.ops.attention import attention_reference
 from lissom.ops.fused_attention import fused_attention_reference
-from lissom.ops.native import kernel_dtypes, load_kernels, missing_byte_kernel, missing_stored_kernel
+from lissom.ops.native import kernel_dtypes, load_kernels, missing_int8_kernel, missing_weight_quantized_kernel
 from lissom.ops.packed_linear import ACTIVATIONS, pack
 from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
 from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_reference
@@ -130,7 +130,7 @@ def test_norms_of_no_numbers(dtype, value):
     assert torch.equal(found.isnan(), functional.rms_norm(x, (20,), None, 1e-5).isnan())
 
 
-@pytest.mark.skipif(missing_byte_kernel(torch.float32, CPU) is not None, reason="no kernel for bytes here")
+@pytest.mark.skipif(missing_int8_kernel(torch.float32, CPU) is not None, reason="no kernel for bytes here")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("granularity", ["token", "tensor"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -158,7 +158,9 @@ def test_quantized_values_keep_nan(format):
     assert fake_quantize_dynamic_reference(rows, format=format).isnan().any(-1).tolist() == [False, True]
 
 
-@pytest.mark.skipif(missing_stored_kernel(torch.float32, CPU) is not None, reason="no kernel for stored integers here")
+@pytest.mark.skipif(
+    missing_weight_quantized_kernel(torch.float32, CPU) is not None, reason="no kernel for stored integers here"
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_nan_meets_stored_weights(dtype, rows):

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.ops.native import kernel_dtypes, missing_byte_kernel
+from lissom.ops.native import kernel_dtypes, missing_int8_kernel
 from lissom.ops.packed_linear import ACTIVATIONS
 from lissom.ops.quantized_linear import (
     fill_panels,
@@ -210,20 +210,20 @@ def test_inputs_of_any_layout_and_rank() -> None:
     assert quantized_linear(x[:0], *packed(q, scale), features=6).shape == (0, 3, 5, 6)
 
 
-@pytest.mark.skipif(missing_byte_kernel(torch.float32, CPU) is not None, reason="no kernel for bytes here")
+@pytest.mark.skipif(missing_int8_kernel(torch.float32, CPU) is not None, reason="no kernel for bytes here")
 def test_a_wrong_weight_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"a packed weight has the sizes .* must be contiguous with the sizes"):
         quantized_linear(numbers(2, 8), *packed(*layer(6, 9)), features=6)
-    with pytest.raises(RuntimeError, match="by 'token' or by 'tensor'"):
+    with pytest.raises(RuntimeError, match="granularity is 'token' or 'tensor'"):
         quantized_linear(numbers(2, 8), *packed(*layer(6, 8)), features=6, granularity="channel")
 
 
 def test_what_has_no_kernel_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    if missing_byte_kernel(torch.float32, CPU) is not None:
+    if missing_int8_kernel(torch.float32, CPU) is not None:
         pytest.skip("no kernel for bytes here")
-    assert "no kernel for torch.float64" in str(missing_byte_kernel(torch.float64, CPU))
-    monkeypatch.setattr(torch.ops.lissom, "has_bytes", lambda: False)
-    assert "lacks AVX2" in str(missing_byte_kernel(torch.float32, CPU))
+    assert "no kernel for torch.float64" in str(missing_int8_kernel(torch.float64, CPU))
+    monkeypatch.setattr(torch.ops.lissom, "has_int8", lambda: False)
+    assert "lacks AVX2" in str(missing_int8_kernel(torch.float32, CPU))
 
 
 def test_without_kernels_the_reference_runs() -> None:

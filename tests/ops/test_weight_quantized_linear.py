@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lissom.ops.native import kernel_dtypes, missing_stored_kernel
+from lissom.ops.native import kernel_dtypes, missing_weight_quantized_kernel
 from lissom.ops.packed_linear import ACTIVATIONS
 from lissom.ops.weight_quantized_linear import (
     FORMS,
@@ -141,7 +141,7 @@ def test_inputs_of_any_layout_and_rank() -> None:
 
 
 def test_a_wrong_weight_is_refused() -> None:
-    if missing_stored_kernel(torch.float32, torch.device("cpu")) is not None:
+    if missing_weight_quantized_kernel(torch.float32, torch.device("cpu")) is not None:
         pytest.skip("no kernel for stored integers here")
     with pytest.raises(RuntimeError, match=r"a packed weight has the sizes .* must be contiguous with the sizes"):
         weight_quantized_linear(numbers(2, 8), *packed(*layer(6, 6, 1, "int8"), "int8"), features=6, format="int8")

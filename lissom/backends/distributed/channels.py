@@ -100,7 +100,7 @@ class SharedMemory:
         self._told, self._ended = told[:world_size], told[world_size]
         self._slots = whole[_head_bytes(world_size) :].view(2, world_size, SLOT_BYTES)
         self._step = 0
-        self._meet: Callable[..., bool] = torch.ops.lissom.meet.default
+        self._barrier: Callable[..., bool] = torch.ops.lissom.barrier.default
         self._alive = select.poll()
         handles: list[int] = []
         weakref.finalize(self, _close, handles)
@@ -134,13 +134,13 @@ class SharedMemory:
         self._step += 1
         slots = self._slots[self._step % 2].view(part.dtype)[:, : part.numel()]
         slots[self.rank].view(part.shape).copy_(part)
-        if not self._meet(self._told, self.rank, self._step, _LOOK_SECONDS):
+        if not self._barrier(self._told, self.rank, self._step, _LOOK_SECONDS):
             self._wait()
         return slots
 
     def _wait(self) -> None:
         until = time.monotonic() + self.timeout_seconds
-        while not self._meet(self._told, self.rank, self._step, _LOOK_SECONDS):
+        while not self._barrier(self._told, self.rank, self._step, _LOOK_SECONDS):
             if self._ended[0] or self._alive.poll(0) or time.monotonic() > until:
                 raise RuntimeError("a rank of this machine ended or does not answer")
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from ml_dtypes import finfo
 
-from lissom.backends.onnx.projections import replace
+from lissom.backends.onnx.rewriting import integers, replace
 from lissom.backends.onnx.translation import ATTENTION, DOMAIN
 
 CONTRIB = "com.microsoft"
@@ -72,7 +72,7 @@ class Site:
         return self.tape.op(op_type, inputs, attributes, domain=domain)
 
     def integers(self, *numbers: int) -> ir.Value:
-        return self.tape.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})
+        return integers(self.tape, *numbers)
 
     def number(self, value: float) -> ir.Value:
         """A scalar of the operands' dtype."""

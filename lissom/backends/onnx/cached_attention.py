@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 
 from lissom.backends.onnx.attention import CONTRIB, Site, projection, shape_of, skip_joins
-from lissom.backends.onnx.projections import constant_of, replace
-from lissom.backends.onnx.state import checked_places, dimension_of, integers, is_index_copy
+from lissom.backends.onnx.rewriting import constant_of, integers, replace
+from lissom.backends.onnx.state import checked_places, dimension_of, is_index_copy
 from lissom.backends.onnx.translation import ATTENTION, DOMAIN
 
 _VIEWS = ("Unsqueeze", "Squeeze", "Reshape", "Identity")

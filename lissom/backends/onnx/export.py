@@ -49,7 +49,7 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
     """The program as an ONNX model, its inputs and outputs named as the caller names them.
 
     State comes behind them: as it was among the inputs, as it is then among the outputs. Attention is left as nodes of the
-    domain `lissom`; `onnx_forms.write_form` makes a model of it that runs.
+    domain `lissom`; `variants.write_variant` makes a model of it that runs.
 
     decompose: let the exporter take operators apart first. It then has a translation for nearly all, and takes twice as long.
     """
@@ -76,9 +76,10 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
         assert result is not None
         model = result.model
         _name_transposed(model)
-        # Not by the exporter, which fuses to operators whose kernels take less than they say.
+        # Not by the exporter, which fuses to operators whose kernels accept less than the standard says. Any error may come:
+        # the optimizer evaluates constant nodes with the reference implementation of their operator. It then stops, and the
+        # nodes it has not folded stay as they are.
         with suppress(Exception):
-            # Where it meets a graph it cannot fold it stops, and what it has not folded runs as it is.
             optimize(model)
     _name_sizes(program, model)
     return model

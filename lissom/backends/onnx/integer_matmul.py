@@ -27,8 +27,8 @@ import onnx_ir as ir
 
 from lissom.backends.onnx.attention import CONTRIB
 from lissom.backends.onnx.export import module_of
-from lissom.backends.onnx.projections import constant_of, fixed_last
 from lissom.backends.onnx.quantization import Stored, Tape, dynamic_range, format_of, is_quantization, operands, scalar_scales
+from lissom.backends.onnx.rewriting import constant_of, fixed_last
 from lissom.backends.onnx.translation import DEQUANTIZE, ROUND, ROUND_DYNAMIC
 from lissom.backends.simulated_layers import SimulatedLayer
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lissom.backends.onnx.projections import constant_of, fixed_last, replace
+from lissom.backends.onnx.rewriting import constant_of, fixed_last, replace
 from lissom.backends.onnx.translation import DEQUANTIZE, DOMAIN, ROUND, ROUND_DYNAMIC
 from lissom.ops.formats import FORMATS, LEAST, Format
 

@@ -23,7 +23,7 @@ import torch
 from lissom.backends.onnx.attention import Site, projection, shape_of, skip_joins
 from lissom.backends.onnx.chunks import CPU_BYTES, in_chunks
 from lissom.backends.onnx.positions import Read, Writer, read_positions, row_places, seen
-from lissom.backends.onnx.projections import constant_of, replace
+from lissom.backends.onnx.rewriting import constant_of, replace
 from lissom.backends.onnx.translation import ATTENTION, DOMAIN, SPARSE_ATTENTION
 from lissom.ops.key_blocks import KeyBlocks, key_blocks
 from lissom.ops.pattern import Pattern

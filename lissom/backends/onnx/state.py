@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from lissom.backends.onnx.projections import replace
+from lissom.backends.onnx.rewriting import integers, replace
 from lissom.backends.onnx.translation import DOMAIN, INDEX_COPY
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
@@ -146,8 +146,3 @@ def size_of(tape: ir.tape.Tape, x: ir.Value, axis: int) -> ir.Value:
 def checked_places(tape: ir.tape.Tape, index: ir.Value, size: ir.Value) -> ir.Value:
     """The index, negative numbers in it past the end: ONNX would count them from there, and PyTorch refuses them."""
     return tape.op("Where", [tape.op("Less", [index, integers(tape, 0)]), size, index])
-
-
-def integers(tape: ir.tape.Tape, *numbers: int) -> ir.Value:
-    """A constant of [count] integers."""
-    return tape.op("Constant", [], {"value": ir.tensor(np.array(numbers, np.int64))})

@@ -1,7 +1,7 @@
 """Operators that torch's ONNX exporter lacks, or that are wanted as one node: each as a function that writes ONNX nodes.
 
 Attention, rotary embeddings, quantization and copies to given places are written as nodes of the domain `lissom`, which no
-runtime knows: `onnx_attention`, `onnx_sparse`, `onnx_blocks`, `onnx_quantization` and `onnx_state` put in their place what the
+runtime knows: `attention`, `sparse_attention`, `rotary`, `quantization` and `state` replace them with operators that the
 runtime at hand is fast at.
 """
 

@@ -12,8 +12,10 @@ from lissom.backends.onnx.cached_attention import fuse_cached_attention
 from lissom.backends.onnx.chunks import CPU_BYTES
 from lissom.backends.onnx.export import tidy
 from lissom.backends.onnx.integer_matmul import expand_integers
-from lissom.backends.onnx.projections import expand_rotary, merge_projections, write_out_rms_norms
+from lissom.backends.onnx.norms import keep_norms_apart, write_out_rms_norms
+from lissom.backends.onnx.projections import merge_projections
 from lissom.backends.onnx.quantization import expand_quantization
+from lissom.backends.onnx.rotary import expand_rotary
 from lissom.backends.onnx.sparse_attention import expand_sparse
 from lissom.backends.onnx.state import expand_index_copies
 from lissom.backends.onnx.translation import DOMAIN
@@ -38,7 +40,7 @@ INTEGERS = "integers"
 """That quantized layers are computed from integers, which is not timed: what is asked for is done where it can be."""
 
 
-def write_form(
+def write_variant(
     exported: ir.Model, chosen: Collection[str] = (), *, accuracy_level: int = 0, chunk_bytes: int = CPU_BYTES
 ) -> tuple[ir.Model, dict[str, int]]:
     """The exported model with what was chosen of CHOICES and INTEGERS done to it, and in how many places each was.
@@ -53,7 +55,7 @@ def write_form(
         CACHE: fuse_cached_attention(model) if CACHE in chosen else 0,
         ATTENTION: expand_attention(model, ATTENTION in chosen),
         ROTARY: expand_rotary(model, ROTARY in chosen),
-        NORMS: _keep_norms_apart(model) if NORMS in chosen else 0,
+        NORMS: keep_norms_apart(model) if NORMS in chosen else 0,
         RMS_NORMS: write_out_rms_norms(model) if RMS_NORMS in chosen else 0,
     }
     expand_index_copies(model)
@@ -100,17 +102,3 @@ def _separate_weights(model: ir.Model) -> None:
             copy = ir.Value(name=name, const_value=weight.const_value, shape=weight.shape, type=weight.type)
             model.graph.register_initializer(copy)
             node.replace_input_with(1, copy)
-
-
-def _keep_norms_apart(model: ir.Model) -> int:
-    """Write the sum in front of each layer norm as `Sum`, which ONNX Runtime does not fuse with it; how many there were.
-
-    What it fuses the two to, `SkipLayerNormalization`, takes longer on a CPU than they take apart.
-    """
-    count = 0
-    for node in model.graph:
-        added = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] is not None else None
-        if added is not None and added.op_type == "Add":
-            added.op_type = "Sum"
-            count += 1
-    return count

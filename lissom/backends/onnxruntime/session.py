@@ -183,6 +183,14 @@ def open_session(path: Path, chosen: SessionOptions, optimized: Path | None = No
     return onnxruntime.InferenceSession(path, options, providers=[(name, dict(given)) for name, given in chosen.providers])
 
 
+def session_of(program: Program, path: Path, options: SessionOptions, keep: bool = False) -> Session:
+    """A `Session` of a program's model. keep: leave the model's folder when the session is deleted."""
+    session = open_session(path, options)
+    first = options.providers[0][0]
+    warning = fallen_back(placed_nodes(session), first) if first != CPU else None
+    return Session(program, path, session, [warning] if warning else [], keep)
+
+
 def optimized_operators(path: Path, chosen: SessionOptions, folder: Path) -> Counter[str]:
     """The operators of the graph that ONNX Runtime makes of a model, and how often each is there. folder: to write it to."""
     file = folder / "optimized.onnx"

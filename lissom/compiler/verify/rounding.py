@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -150,36 +151,57 @@ def _rounds(node: fx.Node, operators: set[str]) -> bool:
 
 def right_in_wider(
     before: Program,
-    after: Program | None,
+    after: Program,
     samples: Sequence[Sample],
     wanted: Sequence[Sequence[object]],
     found: Sequence[Sequence[object]],
 ) -> bool:
     """True when outputs `found` that differ from those `wanted`, of the program before, are right all the same, as what that
-    program gives in a wider dtype shows: float64, or float32 instead of 16 bits.
+    program gives in a wider dtype shows.
 
-    The program after has to give that too. One of kernels that do not compute in the wider dtype, and what a backend built
-    (None), has to be hardly further from it than the program before is.
+    The program after has to give that too. One whose kernels do not compute in the wider dtype has to be `as_close`.
+    """
+    exact = None if after.ranks else exact_outputs(before, samples)
+    if exact is None:
+        return False
+    with suppress(*REFUSALS):
+        outputs = run_samples(_widened_program(after, exact.dtype), exact.samples)
+        return compare(exact.outputs, outputs).relative_error <= TOLERANCE[exact.dtype]
+    return exact.as_close(wanted, found)
+
+
+@dataclass(frozen=True)
+class ExactOutputs:
+    """What a program gives in a wider dtype: float64, or float32 instead of 16 bits. samples: its inputs in that dtype."""
+
+    dtype: torch.dtype
+    samples: Sequence[Sample]
+    outputs: Sequence[Sequence[object]]
+
+    def as_close(self, wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> bool:
+        """True when outputs `found` are hardly further from these than `wanted`, those of the program, are."""
+        own, other = (
+            output_errors(self.outputs, [[_widened(item, self.dtype) for item in outputs] for outputs in given])
+            for given in (wanted, found)
+        )
+        return all(error <= _AS_FAR * rounded for error, rounded in zip(other, own, strict=True))
+
+
+def exact_outputs(program: Program, samples: Sequence[Sample]) -> ExactOutputs | None:
+    """The outputs of a program in a wider dtype; None for one with state or for several ranks, or that does not run in it.
 
     Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores and in float32
     their thousandths, and softmax makes much of it.
     """
-    if before.ranks or before.state or (after is not None and after.ranks):
-        return False
-    reduced = any(tensor.dtype in ROUNDINGS for tensor in before.weights().values()) or any(map(_is_reduced, before.nodes()))
+    if program.ranks or program.state:
+        return None
+    reduced = any(tensor.dtype in ROUNDINGS for tensor in program.weights().values()) or any(map(_is_reduced, program.nodes()))
     wide = torch.float32 if reduced else torch.float64
     inputs = [[_widened(tensor, wide) for tensor in sample] for sample in samples]
     try:
-        exact = run_samples(_widened_program(before, wide), inputs)
+        return ExactOutputs(wide, inputs, run_samples(_widened_program(program, wide), inputs))
     except REFUSALS:
-        return False
-    with suppress(*REFUSALS):
-        if after is not None:
-            return compare(exact, run_samples(_widened_program(after, wide), inputs)).relative_error <= TOLERANCE[wide]
-    own, other = (
-        output_errors(exact, [[_widened(item, wide) for item in outputs] for outputs in given]) for given in (wanted, found)
-    )
-    return all(error <= _AS_FAR * rounded for error, rounded in zip(other, own, strict=True))
+        return None
 
 
 def _is_reduced(node: fx.Node) -> bool:

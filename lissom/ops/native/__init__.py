@@ -49,18 +49,18 @@ def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     return None if dtype in kernel_dtypes() else f"there is no kernel for {dtype} on this machine"
 
 
-def missing_byte_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
+def missing_int8_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     """The same for products of eight-bit numbers, on values of that dtype."""
     reason = missing_kernel(dtype, device)
-    if reason is None and not torch.ops.lissom.has_bytes():
+    if reason is None and not torch.ops.lissom.has_int8():
         return "this processor lacks AVX2, whose instruction the kernel multiplies whole numbers with"
     return reason
 
 
-def missing_stored_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
+def missing_weight_quantized_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     """The same for products of values of that dtype with integers stored in eight or four bits."""
     reason = missing_kernel(dtype, device)
-    if reason is None and not torch.ops.lissom.has_stored():
+    if reason is None and not torch.ops.lissom.has_weight_quantized():
         return "this processor lacks AVX2, with which the kernel turns stored integers into floats"
     return reason
 

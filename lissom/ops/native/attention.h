@@ -1,7 +1,7 @@
-// softmax(cap(q k^T scale) + bias) v, a head at a time: keys and values are packed once, each row of scores stays in cache.
+// softmax(cap(q k^T scale) + bias) v, one head at a time: keys and values are packed once, a row of scores stays in cache.
 #pragma once
 
-#include "sight.h"
+#include "visible_keys.h"
 #include "tile.h"
 
 #include <ATen/Parallel.h>
@@ -15,16 +15,16 @@ struct Strides {
   int64_t batch, head, row, column;
 };
 
-template <typename T, typename Kept = T>
+template <typename T, typename Cache = T>
 struct Attention {
   const T* q;                // [batch, heads or key heads, tokens, head_dim]; q's columns are adjacent
-  const Kept *k, *v;
-  const float *k_scale, *v_scale;  // what each key and value is to be multiplied with, [batch, key heads, tokens], or null
+  const Cache *k, *v;
+  const float *k_scale, *v_scale;  // per-token scales of a quantized KV cache, [batch, key heads, tokens], or null
   Strides q_strides, k_strides, v_strides;
   const float* bias;         // added to the scores, or null
-  const bool* seen;          // which scores count, or null
+  const bool* mask;          // true for visible keys, or null
   Strides bias_strides;      // of either; 0 where it is broadcast
-  const float* sinks;        // one logit a head, or null
+  const float* sinks;        // one logit per head, or null
   int64_t sink_batch, sink_head;
   T* y;                      // [batch, queries, heads, value_dim]
   int64_t batch, heads, key_heads, queries, keys, head_dim, value_dim;
@@ -32,8 +32,8 @@ struct Attention {
   bool causal;
 };
 
-// Columns of a matrix packed into panels, both counts filled up with zeros: `inner` values lie `along` apart on the summed
-// axis, `outer` columns lie `across` apart; `padded` is the length of the summed axis in the panels.
+// Packs the columns of a matrix into panels, padded with zeros: `inner` values on the reduction axis with stride `along`,
+// `outer` columns with stride `across`; `padded` is the length of the reduction axis in the panels.
 template <typename T>
 inline void pack(const T* from, int64_t along, int64_t across, int64_t inner, int64_t outer, int64_t padded, T* to) {
   constexpr int pair = kPair<T>;
@@ -67,7 +67,7 @@ inline Vec where(const bool* mask, Vec value, float other) {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
-// Scales, caps, biases and hides a row's scores in place; what is past `visible` is hidden.
+// Scales, softcaps, biases and masks a row of scores in place; keys past `visible` are masked.
 template <typename Call>
 inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias,
                           const bool* seen) {
@@ -88,24 +88,24 @@ inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t
   }
 }
 
-// Scores to weights that sum to one once divided by what is returned; hidden scores and padding become exactly 0.
+// Softmax of a row of scores in place, without the division: returns the sum to divide by. Masked scores and padding become 0.
 template <typename Call>
-inline float soften(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
+inline float softmax(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen,
                     const float* sink) {
   float scale = 1.0f;
   bool all_seen = !seen || (call.bias_strides.column == 1 ? !std::memchr(seen, 0, visible) : *seen);
-  if (call.softcap == 0 && !bias && all_seen && call.scale != 0) {  // only a factor, which the exponential's argument takes
+  if (call.softcap == 0 && !bias && all_seen && call.scale != 0) {  // scaling is then folded into the argument of the exponential
     scale = call.scale;
     std::fill(row + visible, row + padded, scale > 0 ? kHidden : -kHidden);
   } else {
     finish_scores(call, row, visible, padded, bias, seen);
   }
   Vec highest = splat(kHidden);
-  for (int64_t c = 0; c < padded; c += kLanes) highest = maximum(load(row + c) * scale, highest);  // of the numbers, without NaN
+  for (int64_t c = 0; c < padded; c += kLanes) highest = maximum(load(row + c) * scale, highest);  // ignores NaN
   float top = largest(highest);
   if (sink) top = std::max(top, *sink);
-  auto spoilt = [&] { return std::any_of(row, row + padded, [](float score) { return std::isnan(score); }); };
-  if (top == kHidden && !spoilt()) {  // a row that sees nothing yields zeros, as PyTorch's operator does
+  auto has_nan = [&] { return std::any_of(row, row + padded, [](float score) { return std::isnan(score); }); };
+  if (top == kHidden && !has_nan()) {  // a fully masked row yields zeros, as PyTorch's operator does
     std::fill(row, row + padded, 0.0f);
     return 1.0f;
   }
@@ -118,14 +118,14 @@ inline float soften(const Call& call, float* row, int64_t visible, int64_t padde
   return sum(total) + (sink ? std::exp(*sink - top) : 0.0f);
 }
 
-// The same for one row of the call, whose scores begin with the key `from`.
+// Softmax of one row of the call, whose scores start at the key `from`.
 template <typename Call>
-inline float soften_row(const Call& call, int64_t b, int64_t h, int64_t row, int64_t from, float* scores,
+inline float softmax_row(const Call& call, int64_t b, int64_t h, int64_t row, int64_t from, float* scores,
                         int64_t visible, int64_t padded) {
   const Strides& strides = call.bias_strides;
   int64_t offset = b * strides.batch + h * strides.head + row * strides.row + from * strides.column;
   const float* sink = call.sinks ? call.sinks + b * call.sink_batch + h * call.sink_head : nullptr;
-  return soften(call, scores, visible, padded, call.bias ? call.bias + offset : nullptr, call.seen ? call.seen + offset : nullptr,
+  return softmax(call, scores, visible, padded, call.bias ? call.bias + offset : nullptr, call.mask ? call.mask + offset : nullptr,
                 sink);
 }
 
@@ -137,11 +137,11 @@ struct Scratch {
 };
 
 template <typename T>
-inline void head(const Attention<T>& call, const Sight& sight, int64_t b, int64_t h, int64_t begin, int64_t end,
+inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int64_t b, int64_t h, int64_t begin, int64_t end,
                  Scratch<T>& scratch) {
   constexpr int pair = kPair<T>;
   int64_t depth = ceil_div(call.head_dim, pair) * pair;
-  Span seen = sight.of(b, h, begin, end);                 // keys outside are not read, and counted from its begin
+  Span seen = visible_keys.of(b, h, begin, end);                 // keys outside are not read, and counted from its begin
   int64_t keys = seen.end - seen.begin;
   int64_t width = ceil_div(keys, kPanel) * kPanel;        // keys, filled up to whole panels
   int64_t group = h / (call.heads / call.key_heads);
@@ -151,7 +151,7 @@ inline void head(const Attention<T>& call, const Sight& sight, int64_t b, int64_
   if (pair == 2) scratch.weights.resize(kRows * width);
   const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
   const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
-  int64_t from = b * call.key_heads + group;  // heads that share keys come one after the other, and find them packed
+  int64_t from = b * call.key_heads + group;  // heads that share keys are consecutive, and reuse the packed keys
   if (scratch.packed_from != from || scratch.packed_begin != seen.begin || scratch.packed_end != seen.end) {
     k += seen.begin * call.k_strides.row, v += seen.begin * call.v_strides.row;
     pack(k, call.k_strides.column, call.k_strides.row, call.head_dim, keys, depth, scratch.keys.data());
@@ -159,14 +159,14 @@ inline void head(const Attention<T>& call, const Sight& sight, int64_t b, int64_
     scratch.packed_from = from, scratch.packed_begin = seen.begin, scratch.packed_end = seen.end;
   }
   in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
-    Span tile = sight.of(b, h, top, bottom);
+    Span tile = visible_keys.of(b, h, top, bottom);
     int64_t skipped = std::max<int64_t>(tile.begin - seen.begin, 0) / kPanel * kPanel;
     int64_t padded = std::max(skipped, ceil_div(tile.end - seen.begin, kPanel) * kPanel);
     with_rows(static_cast<int>(bottom - top), [&](auto count) {
       constexpr int R = decltype(count)::value;
       const T* q = call.q + b * call.q_strides.batch + h * call.q_strides.head + top * call.q_strides.row;
       int64_t q_stride = call.q_strides.row;
-      if (depth != call.head_dim) {  // an odd head_dim is filled up, so that pairs can be read
+      if (depth != call.head_dim) {  // an odd head_dim is padded, since bfloat16 is read in pairs
         scratch.query.assign(R * depth, T(0));
         for (int r = 0; r < R; ++r) std::copy(q + r * q_stride, q + r * q_stride + call.head_dim, &scratch.query[r * depth]);
         q = scratch.query.data(), q_stride = depth;
@@ -181,8 +181,8 @@ inline void head(const Attention<T>& call, const Sight& sight, int64_t b, int64_
       }
       float inverse[R];
       for (int r = 0; r < R; ++r) {
-        int64_t visible = std::max<int64_t>(sight.of(b, h, top + r).end - seen.begin - skipped, 0);
-        inverse[r] = 1.0f / soften_row(call, b, h, top + r, seen.begin + skipped, scores + r * width + skipped, visible,
+        int64_t visible = std::max<int64_t>(visible_keys.of(b, h, top + r).end - seen.begin - skipped, 0);
+        inverse[r] = 1.0f / softmax_row(call, b, h, top + r, seen.begin + skipped, scores + r * width + skipped, visible,
                                        padded - skipped);
       }
       const T* weights;
@@ -208,11 +208,10 @@ inline void head(const Attention<T>& call, const Sight& sight, int64_t b, int64_
   });
 }
 
-// Brings what a head reads into the second-level cache: rows of a merged projection lie pages apart, where the machine's own
-// prefetching does not reach.
+// Prefetches the operands of a head into the L2 cache: rows of a merged projection are pages apart, beyond the hardware prefetcher.
 template <typename T>
-inline void fetch(const Attention<T>& call, const Sight& sight, int64_t b, int64_t h) {
-  Span seen = sight.of(b, h, 0, call.queries);
+inline void fetch(const Attention<T>& call, const VisibleKeys& visible_keys, int64_t b, int64_t h) {
+  Span seen = visible_keys.of(b, h, 0, call.queries);
   int64_t group = h / (call.heads / call.key_heads);
   auto rows = [](const T* from, const Strides& strides, int64_t count, int64_t columns) {
     if (strides.column != 1) return;
@@ -226,17 +225,17 @@ inline void fetch(const Attention<T>& call, const Sight& sight, int64_t b, int64
   rows(call.q + b * call.q_strides.batch + h * call.q_strides.head, call.q_strides, call.queries, call.head_dim);
 }
 
-// Attention of few queries, as when one token follows those in a cache: packing would cost more than it saves, so keys and values
-// are read where they lie, once for all heads that share them.
+// Attention of few queries, as in decode: packing would cost more than it saves, so keys and values are read in place, once for all
+// heads that share them.
 constexpr int64_t kFewRows = 4;
 
-// Scores of R rows of queries and of keys [begin, end); row r's go to scores + r * width.
-template <int R, typename T, typename Kept>
-inline void score_rows(const T* const (&q)[R], const Kept* k, int64_t k_stride, int64_t begin, int64_t end, int64_t depth,
+// Scores of R queries with keys [begin, end); those of query r are written to scores + r * width.
+template <int R, typename T, typename Cache>
+inline void score_rows(const T* const (&q)[R], const Cache* k, int64_t k_stride, int64_t begin, int64_t end, int64_t depth,
                        float* scores, int64_t width) {
   constexpr int kKeys = 4;
   for (int64_t key = begin; key < end; key += kKeys) {
-    const Kept* rows[kKeys];
+    const Cache* rows[kKeys];
     for (int c = 0; c < kKeys; ++c) rows[c] = k + std::min(key + c, end - 1) * k_stride;
     Vec sums[R][kKeys] = {};
     for (int64_t d = 0; d < depth; d += kLanes) {
@@ -255,9 +254,9 @@ inline void score_rows(const T* const (&q)[R], const Kept* k, int64_t k_stride, 
   }
 }
 
-// y = weights of R rows times the values of some spans of keys, over what each row's weights sum to.
-template <int R, typename T, typename Kept>
-inline void weigh_rows(const float* weights, int64_t width, const float* inverse, const Kept* v, int64_t v_stride,
+// y = weights of R rows times the values of some spans of keys, times the inverse of each row's sum of weights.
+template <int R, typename T, typename Cache>
+inline void weighted_sum(const float* weights, int64_t width, const float* inverse, const Cache* v, int64_t v_stride,
                        const Span* spans, int64_t count, int64_t value_dim, T* const (&y)[R]) {
   for (int64_t d = 0; d < value_dim; d += 2 * kLanes) {
     int64_t left = value_dim - d;
@@ -265,7 +264,7 @@ inline void weigh_rows(const float* weights, int64_t width, const float* inverse
     const float* place = weights;
     for (int64_t n = 0; n < count; place += spans[n].end - spans[n].begin, ++n) {
       for (int64_t key = spans[n].begin; key < spans[n].end; ++key) {
-        const Kept* row = v + key * v_stride + d;
+        const Cache* row = v + key * v_stride + d;
         Vec low = load_some(row, left), high = left > kLanes ? load_some(row + kLanes, left - kLanes) : splat(0.0f);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
@@ -282,8 +281,8 @@ inline void weigh_rows(const float* weights, int64_t width, const float* inverse
 }
 
 // Rows [first, first + R) of a group: all queries of its first head, then of the next.
-template <int R, typename T, typename Kept>
-inline void some_rows(const Attention<T, Kept>& call, const Sight& sight, int64_t b, int64_t group, int64_t first,
+template <int R, typename T, typename Cache>
+inline void some_rows(const Attention<T, Cache>& call, const VisibleKeys& visible_keys, int64_t b, int64_t group, int64_t first,
                       std::vector<float>& scratch) {
   int64_t shared = call.heads / call.key_heads;
   const T* q[R];
@@ -294,13 +293,13 @@ inline void some_rows(const Attention<T, Kept>& call, const Sight& sight, int64_
     auto [h, row] = place(r);
     q[r] = call.q + b * call.q_strides.batch + h * call.q_strides.head + row * call.q_strides.row;
     y[r] = call.y + ((b * call.queries + row) * call.heads + h) * call.value_dim;
-    seen = joined(seen, sight.of(b, h, row));
+    seen = joined(seen, visible_keys.of(b, h, row));
   }
   int64_t padded = ceil_div(seen.end - seen.begin, kLanes) * kLanes;
   scratch.resize(R * padded);
   float* scores = scratch.data();
-  const Kept* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
-  const Kept* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  const Cache* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
+  const Cache* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
   auto scale_by = [&](const float* scale) {
     if (!scale) return;
     scale += (b * call.key_heads + group) * call.keys + seen.begin;
@@ -312,18 +311,18 @@ inline void some_rows(const Attention<T, Kept>& call, const Sight& sight, int64_
   float inverse[R];
   for (int r = 0; r < R; ++r) {
     auto [h, row] = place(r);
-    int64_t visible = std::max<int64_t>(sight.of(b, h, row).end - seen.begin, 0);
-    inverse[r] = 1.0f / soften_row(call, b, h, row, seen.begin, scores + r * padded, visible, padded);
+    int64_t visible = std::max<int64_t>(visible_keys.of(b, h, row).end - seen.begin, 0);
+    inverse[r] = 1.0f / softmax_row(call, b, h, row, seen.begin, scores + r * padded, visible, padded);
   }
   scale_by(call.v_scale);
-  weigh_rows<R>(scores, padded, inverse, v, call.v_strides.row, &seen, 1, call.value_dim, y);
+  weighted_sum<R>(scores, padded, inverse, v, call.v_strides.row, &seen, 1, call.value_dim, y);
 }
 
-template <typename T, typename Kept>
-void few_rows(const Attention<T, Kept>& call, const Sight& sight) {
+template <typename T, typename Cache>
+void few_rows(const Attention<T, Cache>& call, const VisibleKeys& visible_keys) {
   constexpr int64_t kMost = 4;
   int64_t groups = call.batch * call.key_heads, rows = call.heads / call.key_heads * call.queries;
-  // Rows of one group go to several threads only where there are fewer groups than threads.
+  // The rows of one group are split among threads only where there are fewer groups than threads.
   int64_t parts = std::max<int64_t>(1, std::min(rows, at::get_num_threads() / std::max<int64_t>(groups, 1)));
   at::parallel_for(0, groups * parts, 1, [&](int64_t from, int64_t to) {
     std::vector<float> scratch;
@@ -332,7 +331,8 @@ void few_rows(const Attention<T, Kept>& call, const Sight& sight) {
       in_pieces(rows * part / parts, rows * (part + 1) / parts, kMost, [&](int64_t first, int64_t end) {
         with_rows(static_cast<int>(end - first), [&](auto count) {
           constexpr int R = decltype(count)::value;
-          if constexpr (R <= kMost) some_rows<R>(call, sight, group / call.key_heads, group % call.key_heads, first, scratch);
+          if constexpr (R <= kMost)
+            some_rows<R>(call, visible_keys, group / call.key_heads, group % call.key_heads, first, scratch);
         });
       });
     }
@@ -341,18 +341,18 @@ void few_rows(const Attention<T, Kept>& call, const Sight& sight) {
 
 template <typename T>
 void run(const Attention<T>& call) {
-  Sight sight(call);
-  if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(call, sight);
+  VisibleKeys visible_keys(call);
+  if (call.queries <= kFewRows && call.k_strides.column == 1 && call.v_strides.column == 1) return few_rows(call, visible_keys);
   int64_t threads = at::get_num_threads(), heads = call.batch * call.heads;
-  // Where there are fewer heads than threads have use for, a head's rows are shared out too; each share packs keys anew.
+  // With few heads, the rows of a head are split among threads too; each share packs the keys again.
   int64_t shares = heads >= 4 * threads ? 1 : std::max<int64_t>(1, std::min(ceil_div(4 * threads, heads), call.queries / 64));
   at::parallel_for(0, heads * shares, 1, [&](int64_t from, int64_t to) {
     Scratch<T> scratch;
     for (int64_t item = from; item < to; ++item) {
       int64_t which = item / shares, share = item % shares;
-      if (share == 0 && which + 1 < heads) fetch(call, sight, (which + 1) / call.heads, (which + 1) % call.heads);
+      if (share == 0 && which + 1 < heads) fetch(call, visible_keys, (which + 1) / call.heads, (which + 1) % call.heads);
       int64_t begin = call.queries * share / shares, end = call.queries * (share + 1) / shares;
-      head(call, sight, which / call.heads, which % call.heads, begin, end, scratch);
+      head(call, visible_keys, which / call.heads, which % call.heads, begin, end, scratch);
     }
   });
 }

@@ -1,4 +1,4 @@
-// What PyTorch calls for the operators of attention.
+// The implementations of the attention operators.
 #pragma once
 
 #include "binding.h"
@@ -12,16 +12,16 @@
 namespace lissom {
 namespace {
 
-// Raises unless the operands of an attention fit each other; `kept` is the dtype of keys and values.
+// Raises unless the operands of an attention fit each other. cache_dtype: of keys and values.
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
-                     Optional sinks, at::ScalarType kept) {
+                     Optional sinks, at::ScalarType cache_dtype) {
   check_readable(q, "q"), check_readable(k, "k"), check_readable(v, "v");
   check_readable(bias, "bias"), check_readable(sinks, "sinks");
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v have ", q.dim(), ", ", k.dim(), " and ", v.dim(),
               " dimensions, and must be [batch, heads, tokens, head_dim]");
   for (const Tensor& item : {q, k, v})
     for (int64_t size : item.sizes()) check_size(size, "a size of q, k or v");
-  check_dtype(k, kept, "k"), check_dtype(v, kept, "v");
+  check_dtype(k, cache_dtype, "k"), check_dtype(v, cache_dtype, "v");
   bool alike = k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == k.size(1) && k.size(3) == q.size(3) &&
                v.size(2) == k.size(2);
   TORCH_CHECK(alike && k.size(1) > 0 && q.size(1) % k.size(1) == 0, "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(),
@@ -38,23 +38,23 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional
               "sinks are floating, one number a head: they broadcast to [batch, heads, 1, 1]");
 }
 
-// Calls work with what the tensors hold, and yields what it fills.
-template <typename T, typename Kept, typename Work>
+// Calls `work` with the pointers and strides of the operands; returns the output that it fills.
+template <typename T, typename Cache, typename Work>
 Tensor with_attention(const Tensor& given, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
                       Optional sinks, Work&& work) {
-  check_attention(given, k, v, bias, scale, softcap, sinks, c10::CppTypeToScalarType<Kept>::value);
+  check_attention(given, k, v, bias, scale, softcap, sinks, c10::CppTypeToScalarType<Cache>::value);
   Tensor q = given.stride(3) == 1 ? given : given.contiguous();
   int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
-  Tensor y = fresh({batch, queries, heads, v.size(3)}, q.options());
-  Attention<T, Kept> call{};
-  call.q = q.const_data_ptr<T>(), call.k = k.const_data_ptr<Kept>(), call.v = v.const_data_ptr<Kept>();
+  Tensor y = allocate({batch, queries, heads, v.size(3)}, q.options());
+  Attention<T, Cache> call{};
+  call.q = q.const_data_ptr<T>(), call.k = k.const_data_ptr<Cache>(), call.v = v.const_data_ptr<Cache>();
   call.q_strides = strides_of(q), call.k_strides = strides_of(k), call.v_strides = strides_of(v);
   Tensor mask, sink;
   if (bias) {
     mask = bias->scalar_type() == at::kBool ? *bias : bias->to(at::kFloat);
     if (mask.dim() > 0 && mask.stride(-1) > 1) mask = mask.contiguous();
     mask = mask.expand({batch, heads, queries, keys});
-    if (mask.scalar_type() == at::kBool) call.seen = mask.const_data_ptr<bool>();
+    if (mask.scalar_type() == at::kBool) call.mask = mask.const_data_ptr<bool>();
     else call.bias = mask.const_data_ptr<float>();
     call.bias_strides = strides_of(mask);
   }
@@ -71,24 +71,24 @@ Tensor with_attention(const Tensor& given, const Tensor& k, const Tensor& v, Opt
   return y.transpose(1, 2);
 }
 
-template <typename T, typename Kept>
+template <typename T, typename Cache>
 Tensor attention_of(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
                     Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
-  return with_attention<T, Kept>(q, k, v, bias, scale, softcap, sinks, [&](Attention<T, Kept>& call) {
+  return with_attention<T, Cache>(q, k, v, bias, scale, softcap, sinks, [&](Attention<T, Cache>& call) {
     call.causal = causal;
-    if constexpr (std::is_same_v<T, Kept>) {
+    if constexpr (std::is_same_v<T, Cache>) {
       run(call);
     } else {
       Tensor k_scales = k_scale->to(at::kFloat).contiguous(), v_scales = v_scale->to(at::kFloat).contiguous();
       call.k_scale = k_scales.const_data_ptr<float>(), call.v_scale = v_scales.const_data_ptr<float>();
-      few_rows(call, Sight(call));
+      few_rows(call, VisibleKeys(call));
     }
   });
 }
 
 Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
                        Optional sinks, bool causal, Optional k_scale, Optional v_scale) {
-  TORCH_CHECK(k_scale.has_value() == v_scale.has_value(), "keys and values are both kept in bytes, or neither");
+  TORCH_CHECK(k_scale.has_value() == v_scale.has_value(), "k_scale and v_scale must be given together");
   if (k_scale) {
     TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v have ", q.dim(), ", ", k.dim(), " and ", v.dim(),
                 " dimensions, and must be [batch, heads, tokens, head_dim]");
@@ -109,7 +109,7 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
                   [&] { return call(attention_of<BFloat16, BFloat16>, keys, values); });
 }
 
-// Heads are cut and joined by strides alone, here rather than by operators of their own: a small model notices each of those.
+// Heads are split and merged by strides, here rather than by separate operators, whose overhead is noticeable in a small model.
 Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64_t key_heads, double scale, double softcap,
                         bool causal) {
   check_readable(given, "qkv");
@@ -129,16 +129,17 @@ Tensor merged_attention(const Tensor& given, Optional bias, int64_t heads, int64
   return y.transpose(1, 2).view({batch, tokens, heads * head_dim});
 }
 
-constexpr size_t kFields = 7;  // of a condition as an operator takes it: the number of its alternative, and its own six
+constexpr size_t kFields = 7;  // of a condition in an operator's argument: the number of its alternative, and its six fields
 
 Pattern pattern_of(at::IntArrayRef values, int64_t block, Optional given, const Tensor& layout, int64_t heads) {
   Pattern pattern;
   TORCH_CHECK(values.size() % kFields == 0, "a pattern has ", values.size(), " numbers, and must have seven a condition");
   TORCH_CHECK(block >= 1 && block <= kLargestSize, "a pattern's block is ", block, " tokens, and must be from 1 to ", kLargestSize);
   int64_t number = -1;
-  bool asks = false;
+  bool needs_layout = false;
   for (size_t n = 0; n < values.size(); n += kFields) {
-    TORCH_CHECK(n == 0 || values[n] >= number, "a pattern's alternatives are numbered in order, and ", values[n], " follows ", number);
+    TORCH_CHECK(n == 0 || values[n] >= number, "a pattern's alternatives are numbered in order, and ", values[n],
+                " follows ", number);
     if (pattern.alternatives.empty() || values[n] != number) pattern.alternatives.emplace_back();
     number = values[n];
     Condition condition{values[n + 1], values[n + 2], values[n + 3], values[n + 4], values[n + 5], values[n + 6]};
@@ -151,11 +152,11 @@ Pattern pattern_of(at::IntArrayRef values, int64_t block, Optional given, const 
     constexpr int64_t kLargestModulus = int64_t(1) << 30;  // the sum of two remainders fits in 32 bits
     TORCH_CHECK(condition.modulus >= 0 && condition.modulus <= kLargestModulus, "a condition's modulus is ", condition.modulus,
                 ", and must be from 0 to ", kLargestModulus);
-    asks |= condition.asks_layout();
+    needs_layout |= condition.reads_layout();
     pattern.alternatives.back().push_back(condition);
   }
   pattern.block = block;
-  TORCH_CHECK(given.has_value() || !asks, "this pattern asks a layout, and none was given");
+  TORCH_CHECK(given.has_value() || !needs_layout, "this pattern needs a layout, and none was given");
   if (!given) return pattern;
   TORCH_CHECK(layout.dim() == 3 && layout.scalar_type() == at::kBool && layout.numel() > 0 &&
                   (layout.size(0) == 1 || layout.size(0) == heads),

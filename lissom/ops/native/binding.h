@@ -1,4 +1,4 @@
-// What the functions share that PyTorch calls.
+// Helpers of the operator implementations that PyTorch dispatches to.
 #pragma once
 
 #include "attention.h"
@@ -7,7 +7,7 @@
 namespace lissom {
 namespace {
 
-// Calls the function for the tensor's dtype, float32 or bfloat16.
+// Dispatches on the dtype of x, float32 or bfloat16.
 template <typename OfFloat, typename OfBFloat16>
 Tensor by_dtype(const Tensor& x, OfFloat&& of_float, OfBFloat16&& of_bfloat16) {
   if (x.scalar_type() == at::kFloat) return of_float();

@@ -1,5 +1,5 @@
-// Attention of which a formula of positions says what is seen: a tile of queries at a time, panel by panel of the keys it reaches,
-// softmax going along with them (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
+// Block-sparse attention with a pattern of positions: one tile of queries at a time, over the panels of keys visible to it, with an
+// online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
 #pragma once
 
 #include "attention.h"
@@ -13,7 +13,7 @@
 
 namespace lissom {
 
-constexpr int64_t kTile = 64;  // queries that share the panels they read
+constexpr int64_t kTile = 64;  // queries that share packed panels
 
 template <typename T>
 struct BlockSparse {
@@ -21,7 +21,7 @@ struct BlockSparse {
   Pattern pattern;
 };
 
-// Memory as it comes, from the begin of a cache line on: a vector of the processor's is then never cut by the end of one.
+// Uninitialised memory aligned to a cache line, so that no vector load crosses one.
 template <typename T>
 class Buffer {
  public:
@@ -38,12 +38,12 @@ class Buffer {
   int64_t held_ = 0;
 };
 
-// What is the same for every tile.
+// Sizes that are the same for every tile.
 template <typename T>
 struct Shape {
-  int64_t depth, width, outputs;  // head_dim, keys and value_dim filled up
+  int64_t depth, width, outputs;  // head_dim, keys and value_dim, padded
   int64_t tile;                   // queries
-  int64_t chunk;                  // panels whose scores are held at once
+  int64_t chunk;                  // panels whose scores are held at a time
   int64_t stride;                 // of a row of scores
 
   explicit Shape(const BlockSparse<T>& sparse) {
@@ -53,17 +53,17 @@ struct Shape {
     width = ceil_div(call.keys, kPanel) * kPanel;
     outputs = ceil_div(call.value_dim, kPanel) * kPanel;
     tile = tile_of(sparse.pattern);
-    constexpr int64_t kBytes = 1 << 18;  // of keys and values: they stay in the second-level cache while a tile's rows pass
+    constexpr int64_t kBytes = 1 << 18;  // of keys and values: they stay in the L2 cache while the rows of a tile are computed
     chunk = std::clamp<int64_t>(kBytes / ((depth + outputs) * kPanel * int64_t(sizeof(T))), 4, 16);
-    stride = chunk * kPanel + kLanes;  // no power of two, which would put all rows in the same places of the cache
+    stride = chunk * kPanel + kLanes;  // not a power of two, which would map all rows to the same cache sets
   }
 
-  // Rows of one tile should see the same blocks: where blocks are smaller than a tile, or no part of it, a tile is one of them.
+  // Rows of one tile should see the same blocks: where the block size does not divide kTile, a tile is one block.
   static int64_t tile_of(const Pattern& pattern) {
     int64_t unit = 0;
     for (const auto& conditions : pattern.alternatives)
       for (const Condition& condition : conditions)
-        if (condition.asks_layout()) unit = std::gcd(unit, pattern.block);
+        if (condition.reads_layout()) unit = std::gcd(unit, pattern.block);
         else if (condition.query != 0 && condition.unit > 1) unit = std::gcd(unit, condition.unit);
     constexpr int64_t kLeast = 16;
     int64_t tile = std::min(unit, kTile);
@@ -73,7 +73,7 @@ struct Shape {
 };
 
 struct Run {
-  int64_t panel, count;  // panels beside each other
+  int64_t panel, count;  // consecutive panels
 };
 
 template <typename T>
@@ -81,16 +81,16 @@ struct TileScratch {
   Buffer<T> keys, values, query, weights;
   Buffer<float> scores, sums;
   std::vector<char> packed;       // by panel
-  int64_t packed_from = -1;       // whose keys
-  Reached reached;
+  int64_t packed_from = -1;       // the batch and key head the panels are packed from
+  PanelVisibility visibility;
   PanelTest test;
   std::vector<int64_t> panels;
   std::vector<Run> runs;
   std::vector<Span> spans;
-  float top[kTile], total[kTile];  // of each row: its highest score so far, and what its weights sum to
+  float top[kTile], total[kTile];  // per row: the maximum of its scores so far, and the sum of its weights
 };
 
-// Packs the panel of keys and values unless it is.
+// Packs a panel of keys and values unless it is packed already.
 template <typename T>
 inline void pack_panel(const Attention<T>& call, const Shape<T>& shape, int64_t b, int64_t group, int64_t panel,
                        TileScratch<T>& scratch) {
@@ -107,32 +107,32 @@ inline void pack_panel(const Attention<T>& call, const Shape<T>& shape, int64_t 
          std::min<int64_t>(kPanel, call.value_dim - c), kPanel, values + c * shape.width);
 }
 
-// The panels a tile's rows reach, without those the call's own mask hides from all of them.
+// Lists the panels visible to some row of a tile, without those that the call's own mask hides from all rows.
 template <typename T>
 inline void list_panels(const BlockSparse<T>& sparse, int64_t b, int64_t h, Span rows, TileScratch<T>& scratch) {
   const Attention<T>& call = sparse.call;
-  scratch.reached.find(sparse.pattern, h, rows, call.keys);
+  scratch.visibility.find(sparse.pattern, h, rows, call.keys);
   scratch.panels.clear();
   const Strides& strides = call.bias_strides;
-  const bool* seen = call.seen && strides.row == 0 ? call.seen + b * strides.batch + h * strides.head : nullptr;
-  for (int64_t panel = 0; panel < int64_t(scratch.reached.panels.size()); ++panel) {
-    if (scratch.reached.panels[panel] == Reach::kNone) continue;
+  const bool* seen = call.mask && strides.row == 0 ? call.mask + b * strides.batch + h * strides.head : nullptr;
+  for (int64_t panel = 0; panel < int64_t(scratch.visibility.panels.size()); ++panel) {
+    if (scratch.visibility.panels[panel] == Visibility::kNone) continue;
     int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, call.keys - first);
     if (seen && (strides.column == 1 ? !std::memchr(seen + first, 1, count) : !*seen)) continue;
     scratch.panels.push_back(panel);
   }
 }
 
-// A vector of scores of one row, from the key on: scaled, capped, biased; hidden where the call's mask, the pattern or the end
-// of the keys hides them.
+// Scales, softcaps and biases a vector of scores of one row, starting at `key`; masks it by the call's mask, the pattern and the
+// number of keys.
 template <typename T>
-inline Vec finished(const Attention<T>& call, Vec value, int64_t bias, int64_t key, const PanelTest* test, int64_t column) {
+inline Vec finish_score(const Attention<T>& call, Vec value, int64_t bias, int64_t key, const PanelTest* test, int64_t column) {
   value *= call.scale;
   if (call.softcap != 0) value = call.softcap * hyperbolic_tangent(value / call.softcap);
   int64_t left = call.keys - key, stride = call.bias_strides.column;
   if (call.bias && left > 0) value += stride == 1 ? load_some(call.bias + bias + key, left) : splat(call.bias[bias]);
-  if (call.seen && left > 0) {
-    const bool* seen = call.seen + bias + key * stride;
+  if (call.mask && left > 0) {
+    const bool* seen = call.mask + bias + key * stride;
     if (stride == 1 && left >= kLanes) value = where(seen, value, kHidden);
     else
       for (int lane = 0; lane < std::min<int64_t>(left, kLanes); ++lane)
@@ -143,7 +143,7 @@ inline Vec finished(const Attention<T>& call, Vec value, int64_t bias, int64_t k
   return value;
 }
 
-// R rows of a tile, from its row `first` on, and some of the panels the tile reaches.
+// Updates R rows of a tile, starting at its row `first`, with some of the panels visible to it.
 template <int R, typename T>
 inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_t b, int64_t h, int64_t row, int64_t first,
                         const int64_t* panels, int64_t count, TileScratch<T>& scratch) {
@@ -154,18 +154,19 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
   float* scores = scratch.scores.of(0);
   const Strides& strides = call.bias_strides;
   int64_t bias = b * strides.batch + h * strides.head + row * strides.row;
-  bool plain = !call.bias && !call.seen && call.softcap == 0;
+  bool plain = !call.bias && !call.mask && call.softcap == 0;
   Vec highest[R];
   for (int r = 0; r < R; ++r) highest[r] = splat(kHidden);
   int64_t kept = 0;
   scratch.runs.clear();
   for (int64_t n = 0; n < count; ++n) {
     int64_t panel = panels[n], key = panel * kPanel;
-    Reach reach = scratch.reached.panels[panel];
-    if (reach == Reach::kSome)
-      reach = scratch.test.prepare(sparse.pattern, scratch.reached, h, {row, row + R}, {key, std::min(key + kPanel, call.keys)});
-    if (reach == Reach::kNone) continue;
-    bool untouched = plain && reach == Reach::kWhole && key + kPanel <= call.keys;
+    Visibility visibility = scratch.visibility.panels[panel];
+    if (visibility == Visibility::kPartial)
+      visibility = scratch.test.prepare(sparse.pattern, scratch.visibility, h, {row, row + R},
+                                        {key, std::min(key + kPanel, call.keys)});
+    if (visibility == Visibility::kNone) continue;
+    bool untouched = plain && visibility == Visibility::kFull && key + kPanel <= call.keys;
     for (int64_t c = 0; c < kPanel; c += kChunk) {
       Vec sums[R][kWide] = {};
       multiply<R>(q, shape.depth, keys + key * shape.depth + c * pair, shape.depth / pair, sums);
@@ -182,11 +183,11 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
         continue;
       }
       for (int r = 0; r < R; ++r) {
-        if (reach == Reach::kSome) scratch.test.start(row + r);
+        if (visibility == Visibility::kPartial) scratch.test.start(row + r);
         for (int w = 0; w < kWide; ++w) {
           int64_t column = c + w * kLanes;
-          Vec value = finished(call, sums[r][w], bias + r * strides.row, key + column,
-                               reach == Reach::kSome ? &scratch.test : nullptr, column);
+          Vec value = finish_score(call, sums[r][w], bias + r * strides.row, key + column,
+                               visibility == Visibility::kPartial ? &scratch.test : nullptr, column);
           store(to + r * shape.stride + w * kLanes, value);
           highest[r] = maximum(value, highest[r]);
         }
@@ -202,7 +203,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
   for (int r = 0; r < R; ++r) {
     float& top = scratch.top[first + r];
     float before = top, found = std::max(top, largest(highest[r]));
-    float from = found == kHidden ? 0.0f : found;  // a row that has seen nothing yet: e^-∞ is 0 then, and not of ∞ - ∞
+    float from = found == kHidden ? 0.0f : found;  // no visible key so far: exp(-∞ - 0) is 0, not NaN
     float* line = scores + r * shape.stride;
     Vec total = splat(0.0f);
     for (int64_t c = 0; c < kept * kPanel; c += kLanes) {
@@ -251,7 +252,7 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
   }
   float sink = call.sinks ? call.sinks[b * call.sink_batch + h * call.sink_head] : kHidden;
   std::fill(scratch.top, scratch.top + count, sink);
-  std::fill(scratch.total, scratch.total + count, sink == kHidden ? 0.0f : std::exp(sink - sink));  // NaN where the sink is
+  std::fill(scratch.total, scratch.total + count, sink == kHidden ? 0.0f : std::exp(sink - sink));  // NaN where the sink is NaN
   float* results = scratch.sums.of(kTile * shape.outputs);
   std::fill(results, results + count * shape.outputs, 0.0f);
   scratch.scores.of(kRows * shape.stride);
@@ -269,13 +270,13 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
   }
   for (int64_t r = 0; r < count; ++r) {
     T* y = call.y + ((b * call.queries + rows.begin + r) * call.heads + h) * call.value_dim;
-    float inverse = scratch.total[r] == 0 ? 0.0f : 1.0f / scratch.total[r];  // a row that sees nothing yields zeros
+    float inverse = scratch.total[r] == 0 ? 0.0f : 1.0f / scratch.total[r];  // a fully masked row yields zeros
     for (int64_t c = 0; c < call.value_dim; c += kLanes)
       store_some(y + c, load(results + r * shape.outputs + c) * inverse, call.value_dim - c);
   }
 }
 
-// The R rows of a call of few, of one head: keys and values are read where they lie, as dense attention does.
+// A call of R queries, one head of it: keys and values are read in place, as in dense attention.
 template <int R, typename T>
 inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h, TileScratch<T>& scratch) {
   const Attention<T>& call = sparse.call;
@@ -298,7 +299,7 @@ inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h,
   }
   const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
   const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
-  std::fill(scores, scores + R * width, 0.0f);  // what is behind the last key is read too, though hidden
+  std::fill(scores, scores + R * width, 0.0f);  // scores past the last key are read too, and masked
   float* to = scores;
   for (const Span& span : spans) {
     score_rows<R>(q, k, call.k_strides.row, span.begin, span.end, call.head_dim, to, width);
@@ -309,17 +310,18 @@ inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h,
   for (int r = 0; r < R; ++r) highest[r] = splat(kHidden);
   for (int64_t n = 0; n < int64_t(scratch.panels.size()); ++n) {
     int64_t panel = scratch.panels[n], key = panel * kPanel;
-    bool tested = scratch.reached.panels[panel] == Reach::kSome;
+    bool tested = scratch.visibility.panels[panel] == Visibility::kPartial;
     if (tested) {
-      Reach reach = scratch.test.prepare(sparse.pattern, scratch.reached, h, {0, R}, {key, std::min(key + kPanel, call.keys)});
-      tested = reach != Reach::kWhole;
+      Visibility visibility = scratch.test.prepare(sparse.pattern, scratch.visibility, h, {0, R},
+                                                   {key, std::min(key + kPanel, call.keys)});
+      tested = visibility != Visibility::kFull;
     }
     for (int r = 0; r < R; ++r) {
       if (tested) scratch.test.start(r);
       int64_t bias = b * strides.batch + h * strides.head + r * strides.row;
       for (int64_t column = 0; column < kPanel; column += kLanes) {
         float* place = scores + r * width + n * kPanel + column;
-        Vec value = finished(call, load(place), bias, key + column, tested ? &scratch.test : nullptr, column);
+        Vec value = finish_score(call, load(place), bias, key + column, tested ? &scratch.test : nullptr, column);
         store(place, value);
         highest[r] = maximum(value, highest[r]);
       }
@@ -337,7 +339,7 @@ inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h,
     float whole = sum(total) + (sink == kHidden ? 0.0f : std::exp(sink - from));
     inverse[r] = whole == 0 ? 0.0f : 1.0f / whole;
   }
-  weigh_rows<R>(scores, width, inverse, v, call.v_strides.row, spans.data(), spans.size(), call.value_dim, y);
+  weighted_sum<R>(scores, width, inverse, v, call.v_strides.row, spans.data(), spans.size(), call.value_dim, y);
 }
 
 template <typename T>
@@ -360,9 +362,9 @@ void run(const BlockSparse<T>& sparse) {
   Shape<T> shape(sparse);
   int64_t threads = at::get_num_threads(), groups = call.batch * call.key_heads, shared = call.heads / call.key_heads;
   int64_t tiles = ceil_div(call.queries, shape.tile);
-  // Where there are fewer key heads than threads have use for, their tiles are shared out too; each share packs what it reads.
+  // With few key heads, the tiles of a head are split among threads too; each share packs the panels it reads.
   int64_t shares = groups >= 4 * threads ? 1 : std::min(ceil_div(4 * threads, groups), tiles);
-  std::atomic<int64_t> next{0};  // shares differ in how much they see: who is done takes the next
+  std::atomic<int64_t> next{0};  // shares differ in work: a thread that is done takes the next
   at::parallel_for(0, std::min(threads, groups * shares), 1, [&](int64_t from, int64_t to) {
     for (; from < to; ++from) {
       TileScratch<T> scratch;

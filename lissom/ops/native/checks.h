@@ -1,4 +1,4 @@
-// Checks that every entry point runs on its operands before it touches their memory.
+// Checks of operands, which every entry point runs before it reads their memory.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -21,7 +21,7 @@ inline void check_size(int64_t size, const char* name) {
   TORCH_CHECK(size >= 0 && size <= kLargestSize, name, " is ", size, ", and must be from 0 to ", kLargestSize);
 }
 
-// Whether every element may be read: dense, on the CPU, aligned, and within its storage.
+// Every element must be readable: dense, on the CPU, aligned, and within its storage.
 inline void check_readable(const Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.defined(), name, " is None, and must be a tensor");
   TORCH_CHECK(tensor.device().is_cpu() && tensor.layout() == at::kStrided, name, " is ", tensor.layout(), " on ", tensor.device(),
@@ -50,7 +50,7 @@ inline void check_exact(const Tensor& tensor, at::IntArrayRef sizes, at::ScalarT
               tensor.strides(), ", and must be contiguous with the sizes ", sizes);
 }
 
-// An operand that is converted to the kernel's dtype: a bias, a norm's weight.
+// An operand that is converted to the kernel's dtype: a bias or the weight of a norm.
 inline void check_floats(Optional tensor, at::IntArrayRef sizes, const char* name) {
   if (!tensor) return;
   check_readable(*tensor, name);

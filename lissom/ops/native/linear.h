@@ -1,11 +1,11 @@
 // y = activation(product + bias), then + other or * other, then perhaps a layer norm of each row.
 //
-// The product, x W^T, comes from a source, which knows how x and W are kept. A source has
-//   prepare(begin, end)       before rows [begin, end) are asked for, by the thread that asks
-//   open(panel, rows)         what tiles of so many rows read of a panel
-//   tile<R, fetches>(...)     R rows of one chunk of its columns, in floats
-//   row_bytes()               what one row takes in the cache
-// and is copied for each thread that prepares rows of its own.
+// The product, x W^T, comes from a source, which defines the storage of x and W. A source has
+//   prepare(begin, end)       called before tiles of rows [begin, end), by the same thread
+//   open(panel, rows)         the panel as tiles of that many rows read it
+//   tile<R, fetches>(...)     R rows of one chunk of the panel's columns, in float32
+//   row_bytes()               the bytes of one row of x
+// and is copied for each thread that prepares its own rows.
 #pragma once
 
 #include "tile.h"
@@ -17,7 +17,7 @@
 
 namespace lissom {
 
-// x and W of one type.
+// x and W in floating point, of one dtype.
 template <typename T>
 struct Plain {
   const T* x;       // [rows, inputs]
@@ -42,14 +42,14 @@ struct Linear {
   T* y;                // [rows, features]
   int64_t rows, features;
   Activation activation;
-  bool multiplies;     // other is multiplied in, not added
+  bool multiplies;     // multiply by other instead of adding it
   const T* norm_weight;  // [features], or null
   const T* norm_bias;    // [features], or null
   bool norms;
   float eps;
 };
 
-// (x - mean) / sqrt(variance + eps) * weight + bias of one row, statistics in two passes as PyTorch's are.
+// Layer norm of one row: (x - mean) / sqrt(variance + eps) * weight + bias, with two-pass statistics as in PyTorch.
 template <typename T>
 inline void normalize(const Linear<T>& call, const float* from, T* to) {
   Vec total = splat(0.0f);
@@ -73,7 +73,7 @@ inline void normalize(const Linear<T>& call, const float* from, T* to) {
   }
 }
 
-// Rows [begin, end) of panels [first, last); sums go to `to`, which has `features` columns and starts at row `origin`.
+// Computes rows [begin, end) of panels [first, last) into `to`, which has `features` columns and starts at row `origin`.
 template <typename T, typename Source, typename Out>
 inline void block(const Linear<T>& call, const Source& source, int64_t begin, int64_t end, int64_t first, int64_t last, Out* to,
                   int64_t origin) {
@@ -112,15 +112,15 @@ inline void block(const Linear<T>& call, const Source& source, int64_t begin, in
   }
 }
 
-constexpr int64_t kCached = 1 << 19;  // bytes of inputs that stay in the second-level cache while all panels pass
-constexpr int64_t kMost = 8 * kRows;  // rows of a block: enough to pay for fetching the weights, few enough for results to stay
+constexpr int64_t kCached = 1 << 19;  // bytes of x that stay in the L2 cache while all panels are read
+constexpr int64_t kMost = 8 * kRows;  // rows of a block: enough to amortize loading the weights, few enough to stay in the cache
 
 template <typename T, typename Source>
 void run(const Linear<T>& call, const Source& source) {
   int64_t threads = at::get_num_threads();
   int64_t panels = ceil_div(call.features, kPanel);
   int64_t most = std::min(std::max<int64_t>(kCached / std::max<int64_t>(source.row_bytes(), 1) / kRows, 2) * kRows, kMost);
-  // Few rows: threads share the columns, so that each reads its part of the weights once. Many: they share the rows.
+  // Few rows: threads split the columns, so that each reads its part of the weights once. Many rows: they split the rows.
   int64_t across = call.rows < 3 * kRows * threads ? std::min(threads, panels) : 1;
   int64_t blocks = across > 1 ? ceil_div(call.rows, most) : ceil_div(ceil_div(call.rows, most), threads) * threads;
   bool split_norm = call.norms && across > 1;

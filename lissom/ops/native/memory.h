@@ -1,7 +1,7 @@
-// Large results of one call take each other's place: what the first layer has freed, the second writes to.
+// A caching allocator for the large outputs of one call: the second layer reuses the memory that the first has freed.
 //
-// The system hands out memory beyond some 32 MB page by page, and takes it back when it is freed; asked for by every layer
-// anew, that costs a quarter of the call. Between begin_call and end_call a thread keeps what it frees; then at most kKept.
+// The system maps allocations beyond some 32 MB page by page and unmaps them when they are freed, which costs a quarter of the
+// call when every layer does it. Between begin_call and end_call a thread keeps the blocks it frees; afterwards at most kMostKept.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -16,14 +16,14 @@
 
 namespace lissom {
 
-constexpr size_t kLarge = 1 << 20;  // bytes from which on it is worth while
-constexpr size_t kKept = 1 << 26;   // bytes a thread may keep from call to call, about what the system's own allocator does
+constexpr size_t kLarge = 1 << 20;  // bytes of the smallest allocation that is cached
+constexpr size_t kMostKept = 1 << 26;   // bytes a thread may keep between calls, about as much as the system's allocator keeps
 
-struct Kept {
+struct FreeBlocks {
   int64_t depth = 0;
   std::multimap<size_t, void*> free;  // by bytes
 
-  // Gives back the largest, until no more than so many bytes are left.
+  // Frees the largest blocks until at most `most` bytes are kept.
   void shrink(size_t most) {
     size_t held = 0;
     for (auto& [bytes, block] : free) held += bytes;
@@ -33,26 +33,26 @@ struct Kept {
     }
   }
 
-  ~Kept() { shrink(0); }
+  ~FreeBlocks() { shrink(0); }
 };
 
-inline Kept& kept() {
-  thread_local Kept found;
+inline FreeBlocks& free_blocks() {
+  thread_local FreeBlocks found;
   return found;
 }
 
-inline void begin_call() { ++kept().depth; }
+inline void begin_call() { ++free_blocks().depth; }
 
 inline void end_call() {
-  Kept& mine = kept();
+  FreeBlocks& mine = free_blocks();
   TORCH_CHECK(mine.depth > 0, "end_call without a begin_call on this thread");
-  if (--mine.depth == 0) mine.shrink(kKept);
+  if (--mine.depth == 0) mine.shrink(kMostKept);
 }
 
-// An uninitialised tensor. A large one made inside a call is kept by the thread that frees it there, for the next of its size.
-inline at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options) {
+// An uninitialised tensor. The memory of a large one is cached by the thread that frees it within a call.
+inline at::Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
   size_t bytes = at::detail::computeStorageNbytesContiguous(sizes, options.dtype().itemsize());  // raises when it overflows
-  Kept& mine = kept();
+  FreeBlocks& mine = free_blocks();
   if (mine.depth == 0 || bytes < kLarge) return at::empty(sizes, options);
   void* block;
   if (auto found = mine.free.find(bytes); found != mine.free.end()) {
@@ -62,7 +62,7 @@ inline at::Tensor fresh(at::IntArrayRef sizes, const at::TensorOptions& options)
     block = c10::alloc_cpu(bytes);
   }
   auto release = [bytes](void* freed) {
-    Kept& theirs = kept();
+    FreeBlocks& theirs = free_blocks();
     if (theirs.depth > 0) theirs.free.emplace(bytes, freed);
     else c10::free_cpu(freed);
   };

@@ -1,11 +1,11 @@
 // Registers the CPU kernels of `lissom::` operators; each is checked against the reference in lissom/ops.
 #include "attention_module.h"
 #include "linear.h"
-#include "meeting.h"
+#include "barrier.h"
 #include "memory.h"
-#include "rounded.h"
+#include "quantized.h"
 #include "rows.h"
-#include "stored.h"
+#include "weight_quantized.h"
 
 #include <torch/library.h>
 
@@ -24,16 +24,16 @@ Activation activation_of(c10::string_view name) {
 }
 
 template <typename T>
-struct Held {  // keeps a contiguous tensor of the call's dtype alive, and points into it
+struct Converted {  // owns a contiguous copy of an optional tensor in the call's dtype
   Tensor tensor;
-  Held(Optional given, const Tensor& like) {
+  Converted(Optional given, const Tensor& like) {
     if (given) tensor = given->to(like.scalar_type()).contiguous();
   }
   const T* pointer() const { return tensor.defined() ? tensor.const_data_ptr<T>() : nullptr; }
 };
 
-// What a linear layer's kernel does beside the product.
-struct Around {
+// The operations fused after the product of a linear layer.
+struct Epilogue {
   Optional bias, other, norm_weight, norm_bias;
   int64_t features;
   Activation activation = Activation::kNone;
@@ -41,54 +41,55 @@ struct Around {
   double eps = 0;
 };
 
-// Raises unless x, and what surrounds the product, fit each other.
-void check_linear(const Tensor& x, const Around& around) {
+// Raises unless x and the operands of the epilogue fit each other.
+void check_linear(const Tensor& x, const Epilogue& epilogue) {
   check_readable(x, "x");
   TORCH_CHECK(x.dim() >= 1, "x is a scalar, and must be [..., inputs]");
-  check_size(x.size(-1), "the number of inputs"), check_size(around.features, "the number of features");
-  check_floats(around.bias, around.features, "a bias");
-  check_floats(around.norm_weight, around.features, "a norm's weight");
-  check_floats(around.norm_bias, around.features, "a norm's bias");
-  if (!around.other) return;
+  check_size(x.size(-1), "the number of inputs"), check_size(epilogue.features, "the number of features");
+  check_floats(epilogue.bias, epilogue.features, "a bias");
+  check_floats(epilogue.norm_weight, epilogue.features, "a norm's weight");
+  check_floats(epilogue.norm_bias, epilogue.features, "a norm's bias");
+  if (!epilogue.other) return;
   auto sizes = x.sizes().vec();
-  sizes.back() = around.features;
-  check_floats(around.other, sizes, "what is combined with the product");
+  sizes.back() = epilogue.features;
+  check_floats(epilogue.other, sizes, "the other operand");
 }
 
 bool multiplies(c10::string_view combine) {
-  TORCH_CHECK(combine == "add" || combine == "mul", "a product is combined by 'add' or 'mul', not by '", std::string(combine), "'");
+  TORCH_CHECK(combine == "add" || combine == "mul", "combine is 'add' or 'mul', not '", std::string(combine), "'");
   return combine == "mul";
 }
 
-int64_t packed_features(const Around& around) { return ceil_div(around.features, kPanel) * kPanel; }
+int64_t packed_features(const Epilogue& epilogue) { return ceil_div(epilogue.features, kPanel) * kPanel; }
 
 template <typename T, typename Source>
-Tensor linear_of(const Tensor& x, const Source& source, const Around& around) {
+Tensor linear_of(const Tensor& x, const Source& source, const Epilogue& epilogue) {
   auto sizes = x.sizes().vec();
-  sizes.back() = around.features;
-  Tensor y = fresh(sizes, x.options());
-  Held<T> b(around.bias, x), o(around.other, x), nw(around.norm_weight, x), nb(around.norm_bias, x);
+  sizes.back() = epilogue.features;
+  Tensor y = allocate(sizes, x.options());
+  Converted<T> b(epilogue.bias, x), o(epilogue.other, x), nw(epilogue.norm_weight, x), nb(epilogue.norm_bias, x);
   if (y.numel() == 0) return y;
-  run(Linear<T>{b.pointer(), o.pointer(), y.mutable_data_ptr<T>(), y.numel() / around.features, around.features,
-                around.activation, around.multiplies, nw.pointer(), nb.pointer(), around.norms, static_cast<float>(around.eps)},
+  run(Linear<T>{b.pointer(), o.pointer(), y.mutable_data_ptr<T>(), y.numel() / epilogue.features, epilogue.features,
+                epilogue.activation, epilogue.multiplies, nw.pointer(), nb.pointer(), epilogue.norms,
+                static_cast<float>(epilogue.eps)},
       source);
   return y;
 }
 
 template <typename T>
-Tensor plain_of(const Tensor& given, const Tensor& weight, const Around& around) {
-  check_linear(given, around);
-  int64_t inputs = given.size(-1), panels = ceil_div(around.features, kPanel);
+Tensor plain_of(const Tensor& given, const Tensor& weight, const Epilogue& epilogue) {
+  check_linear(given, epilogue);
+  int64_t inputs = given.size(-1), panels = ceil_div(epilogue.features, kPanel);
   TORCH_CHECK(inputs % kPair<T> == 0, "there are ", inputs, " inputs, and bfloat16 takes an even number");
   std::vector<int64_t> sizes{panels, inputs / kPair<T>, kPanel};
   if (kPair<T> > 1) sizes.push_back(kPair<T>);
   check_exact(weight, sizes, given.scalar_type(), "a packed weight");
   Tensor x = given.contiguous();
-  return linear_of<T>(x, Plain<T>{x.const_data_ptr<T>(), weight.const_data_ptr<T>(), inputs}, around);
+  return linear_of<T>(x, Plain<T>{x.const_data_ptr<T>(), weight.const_data_ptr<T>(), inputs}, epilogue);
 }
 
-Tensor plain(const Tensor& x, const Tensor& weight, const Around& around) {
-  return by_dtype(x, [&] { return plain_of<float>(x, weight, around); }, [&] { return plain_of<BFloat16>(x, weight, around); });
+Tensor plain(const Tensor& x, const Tensor& weight, const Epilogue& epilogue) {
+  return by_dtype(x, [&] { return plain_of<float>(x, weight, epilogue); }, [&] { return plain_of<BFloat16>(x, weight, epilogue); });
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, Optional bias, Optional other, int64_t features,
@@ -101,59 +102,60 @@ Tensor packed_linear_norm(const Tensor& x, const Tensor& weight, Optional bias, 
   return plain(x, weight, {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
-// How a quantized layer's weight is kept, and how x is rounded.
-struct Bytes {
+// The weight of a quantized layer, and how x is quantized.
+struct QuantizedOperands {
   const Tensor &weight, &scale, &sums;
   Optional x_scale, x_zero_point;
   c10::string_view granularity;
 };
 
 template <typename T>
-Tensor rounded_of(const Tensor& given, const Bytes& bytes, const Around& around) {
-  check_linear(given, around);
-  int64_t inputs = given.size(-1), padded = ceil_div(inputs, 4) * 4, columns = packed_features(around);
-  TORCH_CHECK(inputs <= kMostByteInputs, "there are ", inputs, " inputs, and sums of 32 bits take ", kMostByteInputs);
-  check_exact(bytes.weight, {columns / kPanel, padded / 4, kPanel, 4}, at::kChar, "a packed weight");
-  check_exact(bytes.scale, columns, at::kFloat, "a weight's scale");
-  check_exact(bytes.sums, columns, at::kInt, "the sums of a weight");
-  TORCH_CHECK(bytes.granularity == "token" || bytes.granularity == "tensor", "x is rounded by 'token' or by 'tensor', not by '",
-              std::string(bytes.granularity), "'");
-  for (Optional known : {std::cref(bytes.x_scale), std::cref(bytes.x_zero_point)}) {
+Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, const Epilogue& epilogue) {
+  check_linear(given, epilogue);
+  int64_t inputs = given.size(-1), padded = ceil_div(inputs, 4) * 4, columns = packed_features(epilogue);
+  TORCH_CHECK(inputs <= kMostInt8Inputs, "there are ", inputs, " inputs, and int32 sums take at most ", kMostInt8Inputs);
+  check_exact(operands.weight, {columns / kPanel, padded / 4, kPanel, 4}, at::kChar, "a packed weight");
+  check_exact(operands.scale, columns, at::kFloat, "a weight's scale");
+  check_exact(operands.sums, columns, at::kInt, "the sums of a weight");
+  TORCH_CHECK(operands.granularity == "token" || operands.granularity == "tensor", "granularity is 'token' or 'tensor', not '",
+              std::string(operands.granularity), "'");
+  for (Optional known : {std::cref(operands.x_scale), std::cref(operands.x_zero_point)}) {
     check_readable(known, "the scale of x");
     TORCH_CHECK(!known || (known->numel() == 1 && !known->is_complex()), "x has one scale and one zero point where they are known");
   }
-  TORCH_CHECK(!bytes.x_zero_point || bytes.x_scale, "x has a zero point only with a scale");
+  TORCH_CHECK(!operands.x_zero_point || operands.x_scale, "x has a zero point only with a scale");
   Tensor x = given.contiguous();
-  Rounded<T> source{x.const_data_ptr<T>(), bytes.weight.const_data_ptr<int8_t>(), bytes.scale.const_data_ptr<float>(),
-                    bytes.sums.const_data_ptr<int32_t>(), x.numel() / std::max<int64_t>(inputs, 1), inputs, padded,
-                    bytes.granularity == "token" ? Rounding::kToken : Rounding::kTensor, Grid{}};
-  if (bytes.x_scale) {
-    float scale = bytes.x_scale->item<float>();
+  Quantized<T> source{x.const_data_ptr<T>(), operands.weight.const_data_ptr<int8_t>(), operands.scale.const_data_ptr<float>(),
+                      operands.sums.const_data_ptr<int32_t>(), x.numel() / std::max<int64_t>(inputs, 1), inputs, padded,
+                      operands.granularity == "token" ? Granularity::kToken : Granularity::kTensor, Quantization{}};
+  if (operands.x_scale) {
+    float scale = operands.x_scale->item<float>();
     TORCH_CHECK(std::isfinite(scale) && scale > 0, "the scale of x is ", scale, ", and must be finite and greater than 0");
-    source.rounding = Rounding::kKnown;
-    double zero = bytes.x_zero_point ? bytes.x_zero_point->item<double>() : 0;
+    source.granularity = Granularity::kStatic;
+    double zero = operands.x_zero_point ? operands.x_zero_point->item<double>() : 0;
     TORCH_CHECK(zero >= 0 && zero <= kLargestByte, "the zero point of x is ", zero, ", and must be from 0 to ", kLargestByte);
-    source.grid = {scale, 1.0f / scale, static_cast<int32_t>(zero)};
+    source.quantization = {scale, 1.0f / scale, static_cast<int32_t>(zero)};
   }
   if (inputs > 0) source.measure();
-  return linear_of<T>(x, source, around);
+  return linear_of<T>(x, source, epilogue);
 }
 
-Tensor rounded(const Tensor& x, const Bytes& bytes, const Around& around) {
-  return by_dtype(x, [&] { return rounded_of<float>(x, bytes, around); }, [&] { return rounded_of<BFloat16>(x, bytes, around); });
+Tensor quantized(const Tensor& x, const QuantizedOperands& operands, const Epilogue& epilogue) {
+  return by_dtype(x, [&] { return quantized_of<float>(x, operands, epilogue); },
+                  [&] { return quantized_of<BFloat16>(x, operands, epilogue); });
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
                         Optional x_zero_point, Optional bias, Optional other, int64_t features, c10::string_view granularity,
                         c10::string_view activation, c10::string_view combine) {
-  return rounded(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
+  return quantized(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
                  {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
                              Optional x_zero_point, Optional bias, Optional other, Optional norm_weight, Optional norm_bias,
                              int64_t features, c10::string_view granularity, double eps) {
-  return rounded(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
+  return quantized(x, {weight, scale, sums, x_scale, x_zero_point, granularity},
                  {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
@@ -162,20 +164,21 @@ Form form_of(c10::string_view format) {
   if (format == "uint8") return Form::kUint8;
   if (format == "int4") return Form::kInt4;
   if (format == "uint4") return Form::kUint4;
-  TORCH_CHECK(false, "weights are stored in eight or four bits, not in '", std::string(format), "'");
+  TORCH_CHECK(false, "a weight is int8, uint8, int4 or uint4, not '", std::string(format), "'");
 }
 
 template <typename T>
-Tensor stored_of(const Tensor& given, const StoredWeight& weight, const Around& around) {
+Tensor weight_quantized_of(const Tensor& given, const QuantizedWeight& weight, const Epilogue& epilogue) {
   Tensor x = given.contiguous();
   TORCH_CHECK(weight.inputs % kPair<T> == 0, "there are ", weight.inputs, " inputs, and bfloat16 takes an even number");
-  return linear_of<T>(x, Stored<T>{x.const_data_ptr<T>(), weight, x.numel() / std::max<int64_t>(weight.inputs, 1)}, around);
+  int64_t rows = x.numel() / std::max<int64_t>(weight.inputs, 1);
+  return linear_of<T>(x, WeightQuantized<T>{x.const_data_ptr<T>(), weight, rows}, epilogue);
 }
 
-Tensor stored(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, c10::string_view format,
-              const Around& around) {
-  check_linear(x, around);
-  int64_t columns = packed_features(around), inputs = x.size(-1);
+Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, Optional zero_point, c10::string_view format,
+              const Epilogue& epilogue) {
+  check_linear(x, epilogue);
+  int64_t columns = packed_features(epilogue), inputs = x.size(-1);
   Form form = form_of(format);
   check_exact(q, {columns / kPanel, inputs, step_bytes(form)}, form == Form::kInt8 ? at::kChar : at::kByte, "a packed weight");
   TORCH_CHECK(scale.dim() == 2 && scale.size(0) > 0 && inputs % scale.size(0) == 0, "scales have the sizes ", scale.sizes(),
@@ -184,22 +187,23 @@ Tensor stored(const Tensor& x, const Tensor& q, const Tensor& scale, Optional ze
   bool half = scale.scalar_type() == at::kHalf;
   check_exact(scale, {groups, columns}, half ? at::kHalf : at::kFloat, "a weight's scale");
   if (zero_point) check_exact(*zero_point, {groups, columns}, at::kByte, "a weight's zero point");
-  StoredWeight weight{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
+  QuantizedWeight packed{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
                       zero_point ? zero_point->const_data_ptr<uint8_t>() : nullptr, inputs, groups, columns};
-  return by_dtype(x, [&] { return stored_of<float>(x, weight, around); }, [&] { return stored_of<BFloat16>(x, weight, around); });
+  return by_dtype(x, [&] { return weight_quantized_of<float>(x, packed, epilogue); },
+                  [&] { return weight_quantized_of<BFloat16>(x, packed, epilogue); });
 }
 
 Tensor weight_quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point, Optional bias,
                                Optional other, int64_t features, c10::string_view format, c10::string_view activation,
                                c10::string_view combine) {
-  return stored(x, weight, scale, zero_point, format,
+  return weight_quantized(x, weight, scale, zero_point, format,
                 {bias, other, {}, {}, features, activation_of(activation), multiplies(combine)});
 }
 
 Tensor weight_quantized_linear_norm(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point,
                                     Optional bias, Optional other, Optional norm_weight, Optional norm_bias, int64_t features,
                                     c10::string_view format, double eps) {
-  return stored(x, weight, scale, zero_point, format,
+  return weight_quantized(x, weight, scale, zero_point, format,
                 {bias, other, norm_weight, norm_bias, features, Activation::kNone, false, true, eps});
 }
 
@@ -209,8 +213,8 @@ Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
   TORCH_CHECK(given.dim() >= 1, "x is a scalar, and must be [..., features]");
   int64_t n = given.size(-1);
   check_size(n, "the number of features"), check_floats(weight, n, "a norm's weight");
-  Tensor x = given.contiguous(), y = fresh(x.sizes(), x.options());
-  Held<T> w(weight, x);
+  Tensor x = given.contiguous(), y = allocate(x.sizes(), x.options());
+  Converted<T> w(weight, x);
   if (x.numel() > 0)
     rms_norm(x.const_data_ptr<T>(), w.pointer(), y.mutable_data_ptr<T>(), x.numel() / n, n, static_cast<float>(eps));
   return y;
@@ -238,7 +242,7 @@ Tensor rotary_of(const Tensor& given, const Tensor& cos, const Tensor& sin, bool
     return rows.expand({batch, heads, tokens, angles});
   };
   Tensor c = spread(cos), s = spread(sin);
-  Tensor y = fresh({batch, tokens, heads, head_dim}, x.options()).transpose(1, 2);
+  Tensor y = allocate({batch, tokens, heads, head_dim}, x.options()).transpose(1, 2);
   if (y.numel() > 0)
     run(Rotary<T>{x.const_data_ptr<T>(), c.const_data_ptr<T>(), s.const_data_ptr<T>(), y.mutable_data_ptr<T>(), strides_of(x),
                   strides_of(c), strides_of(s), strides_of(y), batch, heads, tokens, head_dim, angles, interleaved});
@@ -250,10 +254,11 @@ Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool 
   return by_dtype(x, [&] { return call(rotary_of<float>); }, [&] { return call(rotary_of<BFloat16>); });
 }
 
-// Rows of a packed weight: what lies `stride` bytes apart in it, brought together.
+// Rows of a packed weight, gathered from elements `stride` bytes apart.
 Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t features, int64_t bits) {
   check_readable(weight, "a packed weight"), check_readable(indices, "indices");
-  TORCH_CHECK(at::isIntegralType(indices.scalar_type(), false), "indices are of ", indices.scalar_type(), ", and must be whole numbers");
+  TORCH_CHECK(at::isIntegralType(indices.scalar_type(), false), "indices are of ", indices.scalar_type(),
+              ", and must be integers");
   bool halves = bits == 4;
   int64_t width_of_panel = halves ? kPanel / 2 : kPanel;
   TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= (halves ? 3 : 4) && weight.size(2) == width_of_panel,
@@ -274,7 +279,8 @@ Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t fea
   const char* from = static_cast<const char*>(weight.const_data_ptr());
   char* to = static_cast<char*>(found.mutable_data_ptr());
   for (int64_t i = 0; i < rows.numel(); ++i) {
-    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < features, "index out of range in packed_embedding, which has rows 0 to ", features - 1);
+    TORCH_CHECK_INDEX(row[i] >= 0 && row[i] < features, "index out of range in packed_embedding, which has rows 0 to ",
+                      features - 1);
     const char* place = from + row[i] / kPanel * steps * stride;
     int64_t column = row[i] % kPanel;
     if (halves) {
@@ -291,8 +297,8 @@ Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t fea
 }
 
 bool has_bfloat16() { return kHasBFloat16; }
-bool has_bytes() { return kHasBytes; }
-bool has_stored() { return kHasStored; }
+bool has_int8() { return kHasInt8; }
+bool has_weight_quantized() { return kHasWeightQuantized; }
 
 }  // namespace
 
@@ -300,11 +306,11 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
   library.impl("packed_linear", packed_linear);
   library.impl("packed_linear_norm", packed_linear_norm);
   library.impl("packed_embedding", packed_embedding);
-  if (kHasBytes) {
+  if (kHasInt8) {
     library.impl("quantized_linear", quantized_linear);
     library.impl("quantized_linear_norm", quantized_linear_norm);
   }
-  if (kHasStored) {
+  if (kHasWeightQuantized) {
     library.impl("weight_quantized_linear", weight_quantized_linear);
     library.impl("weight_quantized_linear_norm", weight_quantized_linear_norm);
   }
@@ -317,11 +323,11 @@ TORCH_LIBRARY_IMPL(lissom, CPU, library) {
 
 TORCH_LIBRARY_FRAGMENT(lissom, library) {
   library.def("has_bfloat16() -> bool", has_bfloat16);
-  library.def("has_bytes() -> bool", has_bytes);
-  library.def("has_stored() -> bool", has_stored);
+  library.def("has_int8() -> bool", has_int8);
+  library.def("has_weight_quantized() -> bool", has_weight_quantized);
   library.def("begin_call() -> ()", begin_call);
   library.def("end_call() -> ()", end_call);
-  library.def("meet(Tensor steps, int rank, int step, float seconds) -> bool", meet);
+  library.def("barrier(Tensor steps, int rank, int step, float seconds) -> bool", barrier);
 }
 
 }  // namespace lissom

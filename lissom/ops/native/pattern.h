@@ -1,8 +1,8 @@
-// Which keys queries see by a formula of their positions, as lissom/compiler/attention_patterns.py has it: panels of keys are told
-// apart by the bounds of each condition, and only where those leave it open is a key asked for itself.
+// The keys visible to queries by a formula of their positions, the pattern of lissom/ops/pattern.py: the bounds of each condition
+// decide for whole panels of keys, and only where they do not is each key tested.
 #pragma once
 
-#include "sight.h"
+#include "visible_keys.h"
 #include "tile.h"
 
 #include <vector>
@@ -13,7 +13,7 @@ namespace lissom {
 struct Condition {
   int64_t query, key, low, high, unit, modulus;
 
-  bool asks_layout() const { return query == 0 && key == 0; }
+  bool reads_layout() const { return query == 0 && key == 0; }
 };
 
 struct Pattern {
@@ -28,7 +28,7 @@ struct Pattern {
 };
 
 struct Bounds {
-  bool some, whole;  // whether a condition may hold somewhere, and whether it holds everywhere
+  bool some, whole;  // whether a condition may hold for some pair, and whether it holds for all
 };
 
 inline int64_t remainder_of(int64_t value, int64_t modulus) {
@@ -36,9 +36,9 @@ inline int64_t remainder_of(int64_t value, int64_t modulus) {
   return rest < 0 ? rest + modulus : rest;
 }
 
-// Of queries i and keys j, neither empty.
+// The bounds of a condition for queries i and keys j, neither empty.
 inline Bounds bounds_of(const Pattern& pattern, const Condition& condition, int64_t head, Span i, Span j) {
-  if (condition.asks_layout()) {
+  if (condition.reads_layout()) {
     int64_t left = std::min(j.begin / pattern.block, pattern.columns - 1);
     int64_t right = std::min((j.end - 1) / pattern.block, pattern.columns - 1);
     Bounds found{false, true};
@@ -62,23 +62,23 @@ inline Bounds bounds_of(const Pattern& pattern, const Condition& condition, int6
   if (high - low >= m - 1) return {least <= most, least == 0 && most == m - 1};
   int64_t start = remainder_of(low, m), end = start + high - low;
   Bounds found{false, false};
-  for (int64_t turn : {int64_t(0), m}) {  // a run of values that goes past m - 1 begins anew at 0
+  for (int64_t turn : {int64_t(0), m}) {  // a run of values past m - 1 wraps around to 0
     found.some |= start <= most + turn && end >= least + turn;
     found.whole |= start >= least + turn && end <= most + turn;
   }
   return found;
 }
 
-enum class Reach : uint8_t { kNone, kSome, kWhole };
+enum class Visibility : uint8_t { kNone, kPartial, kFull };
 
-// What queries [i.begin, i.end) of one head see of each panel of keys.
-class Reached {
+// How much of each panel of keys is visible to queries [i.begin, i.end) of one head.
+class PanelVisibility {
  public:
-  std::vector<Reach> panels;
-  std::vector<const std::vector<Condition>*> alternatives;  // those that may hold for these queries
+  std::vector<Visibility> panels;
+  std::vector<const std::vector<Condition>*> alternatives;  // the alternatives that may hold for these queries
 
   void find(const Pattern& pattern, int64_t head, Span i, int64_t keys) {
-    panels.assign(ceil_div(keys, kPanel), Reach::kNone);
+    panels.assign(ceil_div(keys, kPanel), Visibility::kNone);
     alternatives.clear();
     for (const auto& conditions : pattern.alternatives)
       if (add(pattern, conditions, head, i, keys)) alternatives.push_back(&conditions);
@@ -87,12 +87,12 @@ class Reached {
  private:
   std::vector<const Condition*> open_;
 
-  // A condition without modulus leaves an interval of keys, so that panels outside that of all need not be looked at.
+  // A condition without modulus holds for an interval of keys; panels outside the intersection need no test.
   bool add(const Pattern& pattern, const std::vector<Condition>& conditions, int64_t head, Span i, int64_t keys) {
     Span some{0, keys}, whole{0, keys};
     open_.clear();
     for (const Condition& condition : conditions) {
-      if (condition.asks_layout() || (condition.modulus && condition.key)) {
+      if (condition.reads_layout() || (condition.modulus && condition.key)) {
         open_.push_back(&condition);
       } else if (condition.key == 0) {
         Bounds found = bounds_of(pattern, condition, head, i, {0, 1});
@@ -116,12 +116,12 @@ class Reached {
       }
       if (!may) continue;
       found = true;
-      panels[panel] = std::max(panels[panel], must ? Reach::kWhole : Reach::kSome);
+      panels[panel] = std::max(panels[panel], must ? Visibility::kFull : Visibility::kPartial);
     }
     return found;
   }
 
-  // Leaves of the span the keys j with low <= key · ⌊j / unit⌋ <= high.
+  // Narrows the span to the keys j with low <= key · ⌊j / unit⌋ <= high.
   static void narrow(Span& span, const Condition& condition, int64_t low, int64_t high) {
     int64_t first = condition.key > 0 ? low : -high, last = condition.key > 0 ? high : -low;
     if (first > 0) span.begin = std::max(span.begin, first > span.end ? span.end : first * condition.unit);
@@ -131,14 +131,14 @@ class Reached {
   }
 };
 
-// Tells the keys of one panel apart for rows of queries: what is left of the alternatives once their bounds are known.
+// Tests single keys of one panel: the conditions that the bounds left undecided.
 class PanelTest {
  public:
-  Reach prepare(const Pattern& pattern, const Reached& reached, int64_t head, Span i, Span j) {
+  Visibility prepare(const Pattern& pattern, const PanelVisibility& visibility, int64_t head, Span i, Span j) {
     pattern_ = &pattern, head_ = head, begin_ = j.begin;
     checks_.clear();
     bool found = false;
-    for (const auto* conditions : reached.alternatives) {
+    for (const auto* conditions : visibility.alternatives) {
       size_t before = checks_.size();
       bool may = true;
       for (size_t n = 0; n < conditions->size() && may; ++n) {
@@ -150,18 +150,18 @@ class PanelTest {
         checks_.resize(before);
         continue;
       }
-      if (checks_.size() == before) return Reach::kWhole;
+      if (checks_.size() == before) return Visibility::kFull;
       checks_.back().last = true;
       found = true;
     }
-    return found ? Reach::kSome : Reach::kNone;
+    return found ? Visibility::kPartial : Visibility::kNone;
   }
 
-  // For one query: which lanes of keys, from the panel's column on, it sees; -1 and 0.
+  // Prepares the test for one query; operator() then gives -1 for each visible key of some lanes, and 0 for the others.
   void start(int64_t row) {
     for (Check& check : checks_) {
       const Condition& condition = *check.condition;
-      if (condition.asks_layout()) {
+      if (condition.reads_layout()) {
         const bool* seen = pattern_->layout_row(head_, row);
         if (seen == check.seen) continue;
         check.seen = seen;
@@ -179,7 +179,7 @@ class PanelTest {
     for (const Check& check : checks_) {
       IntVec value;
       std::memcpy(&value, check.lanes + column, sizeof value);
-      if (check.condition->asks_layout()) {
+      if (check.condition->reads_layout()) {
         all &= value;
       } else {
         value += check.row;
@@ -194,7 +194,7 @@ class PanelTest {
  private:
   struct Check {
     const Condition* condition;
-    const bool* seen = nullptr;  // the row of the layout that lanes are filled from
+    const bool* seen = nullptr;  // the row of the layout that the lanes were filled from
     bool last = false;           // of its alternative
     int32_t row = 0, low, high, modulus, lanes[kPanel];
   };
@@ -203,7 +203,7 @@ class PanelTest {
     Check check{&condition};
     check.low = static_cast<int32_t>(condition.low), check.high = static_cast<int32_t>(condition.high);
     check.modulus = static_cast<int32_t>(condition.modulus);
-    if (condition.asks_layout()) return check;
+    if (condition.reads_layout()) return check;
     for (int lane = 0; lane < kPanel; ++lane) {
       int64_t value = condition.key * ((begin_ + lane) / condition.unit);
       check.lanes[lane] = static_cast<int32_t>(condition.modulus ? remainder_of(value, condition.modulus) : value);

@@ -1,4 +1,4 @@
-// What is done to each row by itself: RMS norm, and the turning of its pairs by rotary position embedding.
+// Row-wise kernels: RMS norm and rotary position embedding.
 #pragma once
 
 #include "attention.h"
@@ -9,7 +9,7 @@
 
 namespace lissom {
 
-constexpr int64_t kGrain = 1 << 14;  // values below which a second thread costs more than it does
+constexpr int64_t kGrain = 1 << 14;  // elements below which a second thread costs more than it saves
 
 // x / sqrt(mean(x^2) + eps) * weight
 template <typename T>
@@ -43,7 +43,7 @@ struct Rotary {
 };
 
 template <typename T>
-inline void turn(const Rotary<T>& call, const T* x, const T* cos, const T* sin, T* y) {
+inline void rotate(const Rotary<T>& call, const T* x, const T* cos, const T* sin, T* y) {
   int64_t half = call.head_dim / 2;
   bool full = call.angles == call.head_dim;
   if (call.interleaved) {
@@ -73,7 +73,7 @@ void run(const Rotary<T>& call) {
     };
     for (int64_t row = from; row < to; ++row) {
       int64_t h = row % call.heads, t = row / call.heads % call.tokens, b = row / call.heads / call.tokens;
-      turn(call, call.x + place(call.x_strides, b, h, t), call.cos + place(call.cos_strides, b, h, t),
+      rotate(call, call.x + place(call.x_strides, b, h, t), call.cos + place(call.cos_strides, b, h, t),
            call.sin + place(call.sin_strides, b, h, t), call.y + place(call.y_strides, b, h, t));
     }
   });

@@ -98,12 +98,12 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
     norm = {**sizes, "eps": 1e-5}
     for rows in (1, 5, 31):
         x = _numbers(rows, inputs, dtype=dtype)
-        if torch.ops.lissom.has_bytes():
+        if torch.ops.lissom.has_int8():
             q = _whole(features, inputs, -127, 128).to(torch.int8)
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
             yield "quantized_linear_norm", quantized_linear_norm_reference, (x, *operands), norm
-        for form in FORMS if torch.ops.lissom.has_stored() else ():
+        for form in FORMS if torch.ops.lissom.has_weight_quantized() else ():
             low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
             q = _whole(features, inputs, low, high).to(torch.int8 if low else torch.uint8)
             zero_point = None if low else pack_blocks(torch.full((features, 2), high // 2, dtype=torch.uint8), features)

@@ -1,7 +1,7 @@
-// The heart of every product here: a tile of sums in registers, rows of a matrix times a panel of packed columns.
+// The inner loop of every matrix product here: a tile of sums in registers, rows of one matrix times a panel of packed columns.
 //
 // A panel holds kPanel columns of one matrix: for floats [steps, kPanel], for bfloat16 [steps, kPanel, 2], where one step
-// takes two values along the summed axis, as the machine's instruction does; for bytes [steps, kPanel, 4], likewise.
+// takes two values along the reduction axis, as the machine's instruction does; for int8 [steps, kPanel, 4], likewise.
 #pragma once
 
 #include "vector.h"
@@ -16,7 +16,7 @@ constexpr int kChunk = kWide * kLanes;                  // columns of a tile
 static_assert(kPanel % kChunk == 0);
 
 template <typename T>
-constexpr int kPair = 4 / sizeof(T);  // values a step takes along the summed axis
+constexpr int kPair = 4 / sizeof(T);  // values a step takes along the reduction axis
 
 inline Vec product(const float* a, const float* b, Vec sum) { return sum + splat(*a) * load(b); }
 
@@ -30,20 +30,20 @@ inline Vec product(const BFloat16* a, const BFloat16* b, Vec sum) {
 inline Vec product(const BFloat16*, const BFloat16*, Vec sum) { return sum; }  // never called: kHasBFloat16 is false
 #endif
 
-// Rounded values are held as Whole: bytes, where an instruction adds four products of bytes; else words, as AVX2's instruction
-// for bytes cuts sums off at 16 bits, and that for words adds two products exactly.  Four weights are then two pairs of words, of
-// weights 0 and 2 and of weights 1 and 3, and values are kept in the order 0, 2, 1, 3.
+// Quantized activations are held as Element: uint8 where an instruction adds four int8 products (VNNI); else int16, since AVX2's
+// int8 instruction saturates sums at 16 bits, and its int16 instruction adds two products exactly.  Four weights are then two pairs
+// of int16, weights 0 and 2 and weights 1 and 3, and activations are kept in the order 0, 2, 1, 3.
 #if defined(__AVX512VNNI__)
-constexpr bool kHasBytes = true;
-using Whole = uint8_t;
+constexpr bool kHasInt8 = true;
+using Element = uint8_t;
 inline IntVec product(const uint8_t* a, const int8_t* b, IntVec sum) {
   int32_t four;
   std::memcpy(&four, a, sizeof four);
   return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), _mm512_loadu_si512(b));
 }
 #elif defined(__AVXVNNI__) && !defined(__AVX512F__)
-constexpr bool kHasBytes = true;
-using Whole = uint8_t;
+constexpr bool kHasInt8 = true;
+using Element = uint8_t;
 inline IntVec product(const uint8_t* a, const int8_t* b, IntVec sum) {
   int32_t four;
   std::memcpy(&four, a, sizeof four);
@@ -51,8 +51,8 @@ inline IntVec product(const uint8_t* a, const int8_t* b, IntVec sum) {
   return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, _mm256_set1_epi32(four), columns);
 }
 #elif defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
-constexpr bool kHasBytes = true;
-using Whole = int16_t;
+constexpr bool kHasInt8 = true;
+using Element = int16_t;
 typedef int16_t WordVec __attribute__((vector_size(kLanes * 4)));
 inline IntVec sum_of_two(const int16_t* a, WordVec b) {
   int32_t two;
@@ -69,13 +69,13 @@ inline IntVec product(const int16_t* a, const int8_t* b, IntVec sum) {
   return sum + sum_of_two(a, pairs << 8 >> 8) + sum_of_two(a + 2, pairs >> 8);
 }
 #else
-constexpr bool kHasBytes = false;
-using Whole = uint8_t;
+constexpr bool kHasInt8 = false;
+using Element = uint8_t;
 inline IntVec product(const uint8_t*, const int8_t*, IntVec sum) { return sum; }  // never called
 #endif
 
-// sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.  If it fetches, what lies one panel further
-// is brought into the cache meanwhile: the next panel of the weights, which may come from far.
+// sums[r][v] += a[r, :] times columns v of the chunk at b.  a: rows `stride` apart.  With `fetches` the next panel of the
+// weights is prefetched meanwhile.
 template <int R, bool fetches = false, typename A, typename B, typename Sum>
 inline __attribute__((always_inline)) void multiply(
     const A* a, int64_t stride, const B* b, int64_t steps, Sum (&sums)[R][kWide]) {
@@ -102,7 +102,7 @@ inline __attribute__((always_inline)) void multiply(
   }
 }
 
-// Calls work(std::integral_constant<int, rows>) for a number of rows known only while running.
+// Calls work(std::integral_constant<int, rows>): dispatches a number of rows known at run time to a template.
 template <typename Work, int... R>
 inline void with_rows(int rows, Work&& work, std::integer_sequence<int, R...>) {
   (void)((rows == R + 1 && (work(std::integral_constant<int, R + 1>{}), true)) || ...);
@@ -113,9 +113,9 @@ inline void with_rows(int rows, Work&& work) {
   with_rows(rows, std::forward<Work>(work), std::make_integer_sequence<int, kRows>{});
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // 0 <= a, and no sum that overflows
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // 0 <= a; does not overflow
 
-// Cuts [begin, end) into the fewest pieces of at most `most`, all but equal.
+// Splits [begin, end) into the fewest pieces of at most `most`, of nearly equal size.
 template <typename Work>
 inline void in_pieces(int64_t begin, int64_t end, int64_t most, Work&& work) {
   int64_t count = end - begin, pieces = ceil_div(count, most);

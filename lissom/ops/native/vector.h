@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the machine's registers, in the compiler's own vector types: one source for AVX-512, AVX2, NEON.
+// SIMD vectors as wide as the machine's registers, in the compiler's vector types: one source for AVX-512, AVX2 and NEON.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -44,7 +44,7 @@ inline Vec splat(float value) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_set1_ps(value);
 #elif defined(__AVX2__)
-  return (Vec)_mm256_set1_ps(value);  // lane by lane GCC makes five instructions of it, in the middle of every product
+  return (Vec)_mm256_set1_ps(value);  // written lane by lane, GCC emits five instructions for it in the inner loop
 #else
   Vec found;
   for (int lane = 0; lane < kLanes; ++lane) found[lane] = value;
@@ -120,7 +120,7 @@ inline Vec to_floats(IntVec value) { return __builtin_convertvector(value, Vec);
 inline Vec load(const int8_t* from) { return to_floats(widen(from)); }
 inline Vec load(const uint8_t* from) { return to_floats(widen(from)); }
 
-// The first `count` lanes only, none where it is negative; the rest reads as zero and is left unwritten.
+// Loads or stores the first `count` lanes only, none for a negative count; other lanes read as zero and are not written.
 template <typename T>
 inline Vec load_some(const T* from, int64_t count) {
   if (count >= kLanes) return load(from);
@@ -137,7 +137,7 @@ inline void store_some(T* to, Vec value, int64_t count) {
   std::copy(held, held + std::max<int64_t>(count, 0), to);
 }
 
-// Of both, a lane that is NaN in either yields b.
+// A lane where a or b is NaN yields b.
 inline Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
@@ -185,7 +185,7 @@ inline float smallest(Vec value) {
 #endif
 }
 
-// Which lanes hold no number.
+// The lanes that are NaN.
 #if defined(__AVX512F__)
 using Mask = __mmask16;
 inline Mask is_nan(Vec value) { return _mm512_cmp_ps_mask((__m512)value, (__m512)value, _CMP_UNORD_Q); }
@@ -200,7 +200,7 @@ inline bool any(Mask mask) {
 }
 #endif
 
-// The whole number next to each value, the even one of two.
+// Rounds to the nearest integer, ties to even.
 inline IntVec nearest(Vec value) {
 #if defined(__AVX512F__)
   return (IntVec)_mm512_cvtps_epi32((__m512)value);
@@ -213,7 +213,7 @@ inline IntVec nearest(Vec value) {
 #endif
 }
 
-// e^x within 2 ulp: 2^n times a polynomial in the rest (Cephes expf); exactly 0 below -88, so that -inf hides completely, infinite
+// e^x within 2 ulp: 2^n times a polynomial in the rest (Cephes expf); exactly 0 below -88, so that -inf masks completely, infinite
 // above 88.37, and NaN for NaN.
 inline Vec exponential(Vec x) {
   x = maximum(splat(-88.02969f), x);

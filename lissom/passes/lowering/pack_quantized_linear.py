@@ -22,7 +22,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.formats import FORMATS
-from lissom.ops.native import missing_byte_kernel, missing_stored_kernel
+from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel
 from lissom.ops.packed_linear import packed_embedding
 from lissom.ops.quantized_linear import FORMAT, MOST_INPUTS, fill_panels, pack_bytes, quantized_linear
 from lissom.ops.weight_quantized_linear import FORMS, SCALES, pack_blocks, pack_stored, weight_quantized_linear
@@ -63,8 +63,8 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
         return "its weight is read elsewhere too"
     x = nodes.tensor_type(layer.x)
     if layer.rounds:
-        return _obstacle_to_bytes(layer) or missing_byte_kernel(x.dtype, x.device)
-    return _obstacle_to_floats(layer, x.dtype) or missing_stored_kernel(x.dtype, x.device)
+        return _obstacle_to_bytes(layer) or missing_int8_kernel(x.dtype, x.device)
+    return _obstacle_to_floats(layer, x.dtype) or missing_weight_quantized_kernel(x.dtype, x.device)
 
 
 def _obstacle_to_bytes(layer: QuantizedLayer) -> str | None:

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lissom.backends.base import confirm
 from lissom.backends.eager.backend import Eager
 from lissom.backends.onnx.export import export_onnx
-from lissom.backends.onnx.variants import CACHE, write_form
+from lissom.backends.onnx.variants import CACHE, write_variant
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.backends.onnxruntime.session import Session
 from lissom.frontends.export import Capture, capture
@@ -26,7 +26,7 @@ from tests.models import VOCABULARY, normal, seeded
 
 def fused(found: Capture) -> tuple[Session, int, list[dict[str, object]]]:
     """A session of the model with attention over caches as one operator, how many there are, and what they are told."""
-    model, places = write_form(export_onnx(found.program, found.example, decompose=False), [CACHE])
+    model, places = write_variant(export_onnx(found.program, found.example, decompose=False), [CACHE])
     nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     told = [
         {name: attribute.value for name, attribute in node.attributes.items()} | {"inputs": len(node.inputs)} for node in nodes

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from lissom.backends.onnx.export import export_onnx, input_names, output_names, save_onnx
-from lissom.backends.onnx.variants import ATTENTION, CHOICES, write_form
+from lissom.backends.onnx.variants import ATTENTION, CHOICES, write_variant
 from lissom.frontends.export import capture
 from lissom.ops import attention, rotary
 from tests.models import CASES, capture_of, normal, seeded
@@ -31,7 +31,7 @@ def export(found):
 
 def exported(found, folder, chosen=()):
     """The path of the model's file in one of its forms."""
-    return save_onnx(write_form(export(found), chosen)[0], folder)
+    return save_onnx(write_variant(export(found), chosen)[0], folder)
 
 
 def run_plainly(found, path, inputs):
@@ -134,7 +134,7 @@ def check_attention(model, inputs, folder):
     found = capture(model, inputs)
     wanted = model(*inputs).detach()
     by_head = len(inputs) > 1 and inputs[1].dim() == 4 and inputs[1].shape[1] > 1
-    assert write_form(export(found), [ATTENTION])[1][ATTENTION] == int(not by_head)
+    assert write_variant(export(found), [ATTENTION])[1][ATTENTION] == int(not by_head)
     for chosen in ((), (ATTENTION,)):
         path = exported(found, folder, chosen)
         onnx.checker.check_model(path, full_check=True)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import lissom
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
 from lissom.backends.onnx.integer_matmul import quantized_layers, simulated
-from lissom.backends.onnx.variants import INTEGERS, write_check, write_form
+from lissom.backends.onnx.variants import INTEGERS, write_check, write_variant
 from lissom.frontends.export import capture
 from tests.models import normal, seeded
 
@@ -116,7 +116,7 @@ def test_values_and_weights_are_multiplied_as_integers(scheme, turned, tmp_path)
     }[scheme]
     program, export = exported(model, normal(2, 5, WIDE), options, [data] if scheme == "static" else ())
     assert simulated(quantized_layers(export), 0) == []
-    written, places = write_form(export, [INTEGERS])
+    written, places = write_variant(export, [INTEGERS])
     assert places[INTEGERS] == 1
     weight, weight_scale = rounded_weight(model.matrix, WIDE, 8)
     for shape in SHAPES:
@@ -137,7 +137,7 @@ def test_zero_points_that_would_take_many_rows_are_taken_out_behind_the_product(
         model.layer.weight.abs_()
     program, export = exported(model, normal(2, 5, WIDE), "")
     x = normal(2, 5, WIDE, seed=3)
-    written, _ = write_form(export, [INTEGERS])
+    written, _ = write_variant(export, [INTEGERS])
     (found,), operators = run(program, written, tmp_path, x)
     assert operators.count(CHANNEL) == 1
     assert not any("_integers_" in name for name in written.graph.initializers)
@@ -156,7 +156,7 @@ def test_weights_of_four_bits_stay_as_they_are_stored(group, features, bias, tmp
     weight, scale = rounded_weight(model.matrix, group, 4)
     for shape in SHAPES:
         x = normal(*shape, features, seed=3)
-        (found,), operators = run(program, write_form(export, [INTEGERS])[0], tmp_path, x)
+        (found,), operators = run(program, write_variant(export, [INTEGERS])[0], tmp_path, x)
         assert operators.count("MatMulNBits") == 1
         assert "MatMul" not in operators
         # Sums of at most 192 terms of float32.
@@ -182,7 +182,7 @@ def test_every_format_gives_what_the_program_gives(options, form, tmp_path):
     program, export = exported(model, normal(2, 5, WIDE), options)
     assert len(quantized_layers(export)) == 1
     x = normal(3, 4, WIDE, seed=3)
-    (found,), _ = run(program, write_form(export, form)[0], tmp_path, x)
+    (found,), _ = run(program, write_variant(export, form)[0], tmp_path, x)
     # Both sum float32 in some order; no value of these is half way between two steps.
     torch.testing.assert_close(torch.from_numpy(found), program.run([x])[0], rtol=1e-4, atol=1e-5)
 
@@ -193,7 +193,7 @@ def test_tables_are_looked_up_before_they_are_turned_back(options, form, tmp_pat
     model = seeded(Tables)
     ids = torch.tensor([[3, 0, 19], [5, 5, 1]])
     program, export = exported(model, ids, f"scheme={options},embeddings=true")
-    (found,), operators = run(program, write_form(export, form)[0], tmp_path, ids)
+    (found,), operators = run(program, write_variant(export, form)[0], tmp_path, ids)
     # Sums of 32 terms of float32, twice.
     torch.testing.assert_close(torch.from_numpy(found), program.run([ids])[0], rtol=1e-4, atol=1e-5)
     assert "Gather" in operators
@@ -213,7 +213,7 @@ def test_a_layer_without_a_product_of_integers_says_why(options, reason):
     (left,) = simulated(quantized_layers(export), 0)
     assert reason in left.reason
     assert left.module == "layer"
-    assert write_form(export, [INTEGERS])[1][INTEGERS] == 0
+    assert write_variant(export, [INTEGERS])[1][INTEGERS] == 0
 
 
 @pytest.mark.parametrize("accuracy_level", [0, 4])

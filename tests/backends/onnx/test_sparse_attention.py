@@ -12,7 +12,7 @@ from torch import nn
 
 import lissom
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
-from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_form
+from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_variant
 from lissom.backends.onnxruntime.crossover import Timed, affordable_lengths, tell_lengths
 from lissom.compiler.verify.divergence import relative_error
 from lissom.frontends.export import capture
@@ -78,7 +78,7 @@ def check(model, inputs, others, folder, **options):
     exported = export_onnx(found.program, found.example)
     graphs = []
     for form in ((), (ATTENTION,), (PAIRS,), (PAIRS, ATTENTION)):
-        written, _ = write_form(exported, form, **options)
+        written, _ = write_variant(exported, form, **options)
         path = save_onnx(written, folder)
         onnx.checker.check_model(path, full_check=True)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -155,7 +155,7 @@ def sizes_of(graph, path, inputs):
 def test_memory_is_linear_in_the_length(name, tmp_path):
     model = seeded(lambda: Sparse(PATTERNS[name], heads=1, groups=1))
     found = capture(model, (normal(1, 140, 16),))
-    written, _ = write_form(export_onnx(found.program, found.example), [ATTENTION])
+    written, _ = write_variant(export_onnx(found.program, found.example), [ATTENTION])
     path = tmp_path / "whole.onnx"
     onnx.save(onnx.load(save_onnx(written, tmp_path)), path)
     graph = onnx.load(path)
@@ -195,7 +195,7 @@ def test_a_length_that_does_not_vary(bias, tmp_path):
     model = seeded(lambda: Sparse(strided))
     given = (normal(1, 300, 16),) if bias is None else (normal(1, 300, 16), bias)
     found = capture(model, given, dynamic=False)
-    written, places = write_form(export_onnx(found.program, found.example), [ATTENTION])
+    written, places = write_variant(export_onnx(found.program, found.example), [ATTENTION])
     assert (places[PAIRS], places[ATTENTION]) == (1, 1)
     path = save_onnx(written, tmp_path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""Tests of lissom.backends.onnx.variants and projections: every form of a model gives the same."""
+"""Tests of lissom.backends.onnx.variants, rotary, norms and projections: every form of a model gives the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
-from lissom.backends.onnx.variants import ATTENTION, CHOICES, PROJECTIONS, RMS_NORMS, ROTARY, write_form
+from lissom.backends.onnx.variants import ATTENTION, CHOICES, PROJECTIONS, RMS_NORMS, ROTARY, write_variant
 from lissom.frontends.export import capture
 from lissom.ops import rotary
 from tests.models import normal, seeded
@@ -69,7 +69,7 @@ def block(request):
 )
 def test_every_form_gives_what_the_model_gives(block, chosen, tmp_path):
     model, found, export = block
-    written, places = write_form(export, chosen)
+    written, places = write_variant(export, chosen)
     for shape in ((2, 5), (1, 1), (3, 7)):
         inputs = normal(*shape, 16, seed=3), normal(1, shape[1], 2, seed=4)
         result, _ = run(found, written, tmp_path, inputs)
@@ -84,8 +84,8 @@ def test_every_form_gives_what_the_model_gives(block, chosen, tmp_path):
 def test_heads_that_share_keys_are_not_repeated(block, tmp_path):
     _, found, export = block
     inputs = normal(2, 5, 16), normal(1, 5, 2, seed=1)
-    _, plain = run(found, write_form(export)[0], tmp_path, inputs)
-    _, fused = run(found, write_form(export, [ATTENTION, ROTARY, PROJECTIONS])[0], tmp_path, inputs)
+    _, plain = run(found, write_variant(export)[0], tmp_path, inputs)
+    _, fused = run(found, write_variant(export, [ATTENTION, ROTARY, PROJECTIONS])[0], tmp_path, inputs)
     assert (plain["Attention"], plain["RotaryEmbedding"], plain["RMSNormalization"]) == (0, 0, 2)
     assert (fused["Attention"], fused["RotaryEmbedding"], fused["RMSNormalization"]) == (1, 2, 2)
     assert (plain["MatMul"], fused["MatMul"]) == (9, 4)
@@ -99,7 +99,7 @@ class Turned(nn.Module):
 def test_a_table_whose_halves_may_differ_is_not_made_one_operator(tmp_path):
     inputs = normal(2, 3, 5, 8), normal(1, 1, 5, 8, seed=1), normal(1, 1, 5, 8, seed=2)
     found, export = exported(Turned(), inputs)
-    written, places = write_form(export, [ROTARY])
+    written, places = write_variant(export, [ROTARY])
     assert places[ROTARY] == 0
     result, _ = run(found, written, tmp_path, inputs)
     # Two products and a sum.
@@ -119,12 +119,12 @@ class Returned(nn.Module):
 
 def test_projections_that_are_results_or_have_no_bias_stay_apart():
     _, export = exported(seeded(Returned), (normal(3, 4),))
-    assert write_form(export, [PROJECTIONS])[1][PROJECTIONS] == 0
+    assert write_variant(export, [PROJECTIONS])[1][PROJECTIONS] == 0
 
 
 def test_weights_keep_the_names_of_the_model(block):
     _, _, export = block
-    written, _ = write_form(export)
+    written, _ = write_variant(export)
     assert {"q.weight_transposed", "down.weight_transposed", "norm.weight"} <= set(written.graph.initializers)
     names = [node.name for node in written.graph]
     assert len(set(names)) == len(names)

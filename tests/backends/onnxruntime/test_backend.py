@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.backends.onnxruntime.backend import CUTTING, OnnxRuntime
 from lissom.backends.onnxruntime.session import CPU, CUDA, fallen_back
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
@@ -236,6 +236,15 @@ def test_it_is_saved_and_loaded(tmp_path, built):
     assert (tmp_path / "model.onnx").is_file()
     (tmp_path / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(ArtifactError, match=r"model.onnx is not an ONNX file: DecodeError: "):
+        OnnxRuntime().load_executable(found.program, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"elements": "many"}', '{"elements": [2]}'])
+def test_a_file_of_batches_that_says_nothing_is_refused(tmp_path, built, text):
+    found, session = built
+    OnnxRuntime().save_files(session, tmp_path)
+    (tmp_path / CUTTING).write_text(text)
+    with pytest.raises(ArtifactError, match=r"batches.json' does not say in which pieces batches are computed \(.*; compile"):
         OnnxRuntime().load_executable(found.program, tmp_path)
 
 

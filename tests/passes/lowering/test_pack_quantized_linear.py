@@ -13,7 +13,7 @@ import lissom
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
 from lissom.ops import quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
-from lissom.ops.native import kernel_dtypes, missing_byte_kernel
+from lissom.ops.native import kernel_dtypes, missing_int8_kernel
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 from lissom.ops.quantized_linear import unpack_bytes
 from tests.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
@@ -21,7 +21,7 @@ from tests.passes.harness import aten, calls, check_golden, rewrite
 
 LOWERING = ",fold-quantized-weights,pack-quantized-linear"
 needs_kernel = pytest.mark.skipif(
-    missing_byte_kernel(torch.float32, torch.device("cpu")) is not None, reason="no kernel for bytes here"
+    missing_int8_kernel(torch.float32, torch.device("cpu")) is not None, reason="no kernel for bytes here"
 )
 pytestmark = needs_kernel
 in_bfloat16 = pytest.mark.skipif(torch.bfloat16 not in kernel_dtypes(), reason="no kernels in bfloat16 here")

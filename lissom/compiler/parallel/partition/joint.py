@@ -1,7 +1,6 @@
-"""What ranks work out together of rows they hold parts of, as calls and collectives; see `placement_joint.py`.
+"""Operators that read a sharded dimension, as calls on the shards and collectives; see `rules/joint.py`.
 
-A rank whose part is filled up holds places that are not there. They count as -inf where the greatest is looked for and as 0 in
-sums, so that they never win, and come behind every real place among equals.
+A padded shard holds elements that do not exist. They are -inf in a maximum and 0 in a sum, and come last among equal elements.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:
         pieces = call(aten.split_with_sizes.default, call(WAIT, one), counts, 1)
         for at, (wait, shape) in enumerate(zip(waits, shapes, strict=True)):
             if first.target is ALL_GATHER:
-                world_size, lead = cast(int, first.args[1]), shape[0]
-                shape[0] = lead * world_size if isinstance(lead, int) else edit.compute_size(operator.mul, lead, world_size)
+                ranks, lead = cast(int, first.args[1]), shape[0]
+                shape[0] = lead * ranks if isinstance(lead, int) else edit.compute_size(operator.mul, lead, ranks)
             found = call(aten.reshape.default, edit.item(pieces, at), shape)
             nodes.set_placed(found, nodes.placed(wait) or REPLICATED)
             # Typed with sizes told from other values, which are the same.

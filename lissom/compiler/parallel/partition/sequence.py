@@ -1,9 +1,8 @@
-"""Values sharded by position, as calls and collectives; see `placement_sequence.py`.
+"""Values sharded by position, as calls and collectives; see `rules/sequence.py`.
 
-Of [batch, positions, …] each rank holds ⌈positions / world_size⌉ positions. Where they do not divide, the last ranks hold
-positions
-behind the end: zeros, or the last token again. Nothing that is computed for a token reads another's, so these are of no
-consequence, and the gathering leaves them out.
+Of [batch, positions, …] each rank holds ⌈positions / world size⌉ positions. Where they do not divide, the last ranks hold
+padding: zeros, or copies of the last token. Computation on these values is position-wise, so padding changes no other
+position, and the all-gather drops it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class _Length:
 
 @dataclass(frozen=True)
 class Positions:
-    """Shards values by position and puts them together again; use inside `edit.before`.
+    """Cuts values by position and puts them together again; use inside `edit.before`.
 
     edit: the program's. world_size: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
     """
@@ -78,16 +77,16 @@ class Positions:
 
     def _length(self, value: fx.Node, want: Placed) -> _Length:
         """The lengths of a value's positions, computed where the first of that length is sharded."""
-        size, world_size = _size(want), self.world_size
+        size, ranks = _size(want), self.world_size
         if size not in self.lengths:
             whole = self.edit.size(value, 1)
             if isinstance(whole, int):
-                block = -(-whole // world_size)
-                self.lengths[size] = _Length(whole, block, block * world_size, block * world_size - whole)
+                block = -(-whole // ranks)
+                self.lengths[size] = _Length(whole, block, block * ranks, block * ranks - whole)
             else:
                 compute = self.edit.compute_size
-                block = compute(operator.floordiv, compute(operator.add, whole, world_size - 1), world_size)
-                filled = compute(operator.mul, block, world_size)
+                block = compute(operator.floordiv, compute(operator.add, whole, ranks - 1), ranks)
+                filled = compute(operator.mul, block, ranks)
                 self.lengths[size] = _Length(whole, block, filled, compute(operator.sub, filled, whole))
         return self.lengths[size]
 

@@ -1,4 +1,5 @@
-// Which keys the rows of an attention see at all: of a cache of many places few are filled, and a window leaves out the old ones.
+// The keys that are visible to each query of an attention, as ranges: few slots of a KV cache may be filled, and a sliding window
+// hides the old ones.
 #pragma once
 
 #include "vector.h"
@@ -10,7 +11,7 @@
 namespace lissom {
 
 struct Span {
-  int64_t begin, end;  // the first key seen, and the one behind the last; equal when none is
+  int64_t begin, end;  // the first visible key, and one past the last; equal when none is visible
 };
 
 inline Span joined(Span a, Span b) {
@@ -19,7 +20,7 @@ inline Span joined(Span a, Span b) {
   return {std::min(a.begin, b.begin), std::max(a.end, b.end)};
 }
 
-// What is added to a score that is to be hidden is lower; e^x of the sum is 0 in a row that sees anything.
+// A bias below this hides the key: after softmax its weight is 0 in a row with any visible key.
 constexpr float kLowestBias = -1e30f;
 
 inline Span span_of(const bool* seen, int64_t stride, int64_t keys) {
@@ -41,7 +42,7 @@ inline Span span_of(const bool* seen, int64_t stride, int64_t keys) {
   return {begin, end};
 }
 
-// A row whose every bias is that low, and not minus infinity, sees all keys alike.
+// In a row whose every bias is below kLowestBias, and not all minus infinity, all keys are visible.
 inline Span span_of(const float* bias, int64_t stride, int64_t keys) {
   int64_t begin = 0, end = keys;
   while (begin < end && bias[begin * stride] < kLowestBias) ++begin;
@@ -54,15 +55,15 @@ inline Span span_of(const float* bias, int64_t stride, int64_t keys) {
   return {begin, end};
 }
 
-// The spans of all rows: of each batch, of each head or of all alike, of each query or of all alike.
-class Sight {
+// The visible spans of all rows; stored once for all heads or queries where the mask is broadcast along them.
+class VisibleKeys {
  public:
   template <typename Call>
-  explicit Sight(const Call& call) : keys_(call.keys), causal_(call.causal) {
-    if (!call.bias && !call.seen) return;
+  explicit VisibleKeys(const Call& call) : keys_(call.keys), causal_(call.causal) {
+    if (!call.bias && !call.mask) return;
     const auto& strides = call.bias_strides;
     heads_ = strides.head ? call.heads : 1;
-    // Whether a row's biases are all low depends on the keys that causality leaves it.
+    // Whether all biases of a row are below kLowestBias depends on the keys that causality leaves it.
     bool limited = call.bias && causal_;
     queries_ = strides.row || limited ? call.queries : 1;
     int64_t batches = strides.batch ? call.batch : 1;
@@ -73,7 +74,7 @@ class Sight {
         for (int64_t row = 0; row < queries_; ++row) {
           int64_t offset = b * strides.batch + h * strides.head + row * strides.row;
           int64_t keys = limited ? std::min(call.keys, row + 1) : call.keys;
-          spans_.push_back(call.seen ? span_of(call.seen + offset, strides.column, keys)
+          spans_.push_back(call.mask ? span_of(call.mask + offset, strides.column, keys)
                                      : span_of(call.bias + offset, strides.column, keys));
         }
   }
@@ -85,7 +86,7 @@ class Sight {
       found = spans_[b * per_batch_ + head * queries_ + query];
     }
     if (causal_) found.end = std::min(found.end, row + 1);
-    // What is empty has no place: memory is made for the keys between the first and the last that any row sees.
+    // An empty span is {0, 0}: memory is allocated from the first to the last key that any row sees.
     return found.begin < found.end ? found : Span{0, 0};
   }
 

@@ -1,7 +1,7 @@
-// The product of floats with a weight stored in eight or four bits, in groups with a scale each: w is about (q - zero) scale.
+// Weight-only quantized linear layers (W8A16, W4A16): the weight is int8 or int4 with group-wise scales, w ≈ (q - zero) scale.
 //
-// A few rows read the integers once, and turn them into floats in registers: they are waiting for memory anyway. For more rows a
-// panel is turned into floats first, as a packed weight holds them, where that costs less than to do so for each few rows anew.
+// For few rows the weight is dequantized in registers, since such calls are bound by memory. For more rows a panel is dequantized
+// once into the layout of a packed float weight.
 #pragma once
 
 #include "tile.h"
@@ -12,15 +12,15 @@
 namespace lissom {
 
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
-constexpr bool kHasStored = true;
+constexpr bool kHasWeightQuantized = true;
 #else
-constexpr bool kHasStored = false;
+constexpr bool kHasWeightQuantized = false;
 #endif
 
-// Rows up to which the integers are read by each few.
+// The most rows for which the weight is dequantized in registers.
 #if defined(__AVX512F__)
 constexpr int64_t kFew = 4, kFewOfFourBits = 4;
-#else  // bytes become floats beside the products, in no more time than floats take to come from the second-level cache
+#else  // dequantizing int8 takes no more time than loading floats from the L2 cache
 constexpr int64_t kFew = std::numeric_limits<int64_t>::max(), kFewOfFourBits = 24;
 #endif
 
@@ -29,7 +29,7 @@ constexpr bool is_signed(Form form) { return form == Form::kInt8 || form == Form
 constexpr bool is_four_bits(Form form) { return form == Form::kInt4 || form == Form::kUint4; }
 constexpr int64_t step_bytes(Form form) { return is_four_bits(form) ? kPanel / 2 : kPanel; }
 
-// Calls work(std::integral_constant<Form, form>) for a form known only while running.
+// Calls work(std::integral_constant<Form, form>): dispatches a format known at run time to a template.
 template <typename Work>
 inline void with_form(Form form, Work&& work) {
   switch (form) {
@@ -40,7 +40,7 @@ inline void with_form(Form form, Work&& work) {
   }
 }
 
-struct StoredWeight {
+struct QuantizedWeight {
   const uint8_t* q;      // [panels, inputs, kPanel] bytes, or [.., kPanel / 2]: columns c and c + 16 share one
   Form form;
   const void* scale;     // [groups, columns], float16 or float32
@@ -58,7 +58,7 @@ struct StoredWeight {
   Vec zeros(int64_t group, int64_t column) const { return load(zero + group * columns + column); }
 };
 
-// A chunk of a panel's row of weights as floats, before zero point and scale.
+// Converts a chunk of a panel's row of weights to floats, before zero point and scale.
 template <Form form>
 struct Decoder {
 #if defined(__AVX512F__)
@@ -71,14 +71,14 @@ struct Decoder {
   }
 
   inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int, Vec (&to)[kWide]) const {
-    IntVec both = widen(from);  // a table's place is the lowest four bits
+    IntVec both = widen(from);  // the lookup reads the lowest four bits of the index
     to[0] = (Vec)_mm512_permutexvar_ps((__m512i)both, table);
     to[1] = (Vec)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)both, 4), table);
   }
 #else
   inline __attribute__((always_inline)) void four_bits(const uint8_t* from, int column, Vec (&to)[kWide]) const {
     static_assert(kChunk <= kPanel / 2);
-    const int left = column < kPanel / 2 ? 28 : 24;  // brings a column's four bits to the top
+    const int left = column < kPanel / 2 ? 28 : 24;  // shifts a column's four bits to the top
 #pragma GCC unroll 2
     for (int v = 0; v < kWide; ++v) {
       IntVec top = widen(from + column % (kPanel / 2) + v * kLanes) << left;
@@ -97,7 +97,7 @@ struct Decoder {
   }
 };
 
-// Two rows of weights as pairs, the way a packed weight of bfloat16 holds them.
+// Interleaves two rows of weights in the layout of a packed bfloat16 weight.
 #if defined(__AVX512BF16__)
 inline void store_pairs(BFloat16* to, Vec first, Vec second) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -110,13 +110,13 @@ inline void store_pairs(BFloat16*, Vec, Vec) {}  // never called
 #endif
 
 template <typename T>
-struct Stored {
+struct WeightQuantized {
   const T* x;  // [rows, inputs]
-  StoredWeight weight;
+  QuantizedWeight weight;
   int64_t rows;
-  int64_t origin = 0;           // the row at which what follows begins
-  std::vector<float> floats{};  // x, where the integers are read by each row and x is not of floats
-  std::vector<float> sums{};    // of x in each group, [rows, groups], where there are zero points
+  int64_t origin = 0;           // the first row of `floats` and `sums`
+  std::vector<float> floats{};  // x in float32, where the weight is dequantized in registers and x is not float32
+  std::vector<float> sums{};    // of x per group, [rows, groups], where there are zero points
 
   bool direct() const { return rows <= (is_four_bits(weight.form) ? kFewOfFourBits : kFew); }
   int64_t row_bytes() const { return weight.inputs * sizeof(T); }
@@ -139,7 +139,7 @@ struct Stored {
     }
   }
 
-  // The panel in floats, in memory of this thread's; null where the integers are read instead.
+  // The dequantized panel in thread-local memory; null where the weight is dequantized in registers.
   const T* open(int64_t panel, int64_t) const {
     if (direct()) return nullptr;
     thread_local std::vector<T> floats_of_panel;
@@ -197,7 +197,7 @@ struct Stored {
   template <Form form, int R>
   void direct_tile(int64_t row, int64_t panel, int column, Vec (&totals)[R][kWide]) const {
     constexpr int64_t step = step_bytes(form);
-    constexpr int chains = R == 1 ? 4 : R == 2 ? 2 : 1;  // sums side by side, as one addition waits for the one before
+    constexpr int chains = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums, since an addition waits for the one before it
     int64_t group = weight.inputs / weight.groups;
     const uint8_t* from = weight.panel(panel);
     const Decoder<form> decoder;

@@ -1,0 +1,43 @@
+"""Norms in an ONNX model: written so that ONNX Runtime fuses them with the residual add before them, or does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from lissom.backends.onnx.rewriting import integers, replace, sizes_of
+
+
+def write_out_rms_norms(model: ir.Model) -> int:
+    """Write each RMS norm in parts, which ONNX Runtime fuses with the sum in front of it; how many there were."""
+    count = 0
+    for node in list(model.graph):
+        x, scale = (*node.inputs, None, None)[:2]
+        if node.op_type != "RMSNormalization" or x is None or scale is None or x.dtype != ir.DataType.FLOAT:
+            continue
+        if node.attributes.get_int("axis", -1) not in (-1, len(sizes_of(x)) - 1):
+            continue
+        tape = ir.tape.Tape()
+        two, epsilon = (
+            tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.float32))})
+            for number in (2.0, node.attributes.get_float("epsilon", 1e-5))
+        )
+        mean = tape.op("ReduceMean", [tape.op("Pow", [x, two]), integers(tape, -1)])
+        root = tape.op("Sqrt", [tape.op("Add", [mean, epsilon])])
+        replace(model, node, tape, tape.op("Mul", [tape.op("Div", [x, root]), scale]))
+        count += 1
+    return count
+
+
+def keep_norms_apart(model: ir.Model) -> int:
+    """Write the sum in front of each layer norm as `Sum`, which ONNX Runtime does not fuse with it; how many there were.
+
+    What it fuses the two to, `SkipLayerNormalization`, takes longer on a CPU than they take apart.
+    """
+    count = 0
+    for node in model.graph:
+        added = node.inputs[0].producer() if node.op_type == "LayerNormalization" and node.inputs[0] is not None else None
+        if added is not None and added.op_type == "Add":
+            added.op_type = "Sum"
+            count += 1
+    return count

@@ -1,0 +1,107 @@
+"""A value moved from one placement to another: all-reduce, all-gather, reduce-scatter, or a slice on each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, WAIT
+from lissom.compiler.ir.placement import REPLICATED, Placed, indices_of
+from lissom.compiler.ir.types import Size
+from lissom.compiler.parallel.partition.state import PartitionState
+from lissom.compiler.parallel.plan import redistribution_steps
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A value that `reader` wants in another placement."""
+
+    value: fx.Node
+    have: Placed
+    want: Placed
+    reader: fx.Node
+
+
+def redistribute(state: PartitionState, value: fx.Node, want: Placed, reader: fx.Node) -> fx.Node:
+    """The value in the placement wanted, made once, before its first reader."""
+    if (value, want) in state.moved:
+        return state.moved[value, want]
+    have = state.known[value]
+    assert isinstance(have, Placed)
+    move, found = _Move(value, have, want, reader), value
+    with state.edit.before(reader, like=[value]):
+        for step in redistribution_steps(have, want, state.world_size, has_whole=value in state.wanted_whole) or ():
+            found = _STEPS[step](state, found, move)
+    state.edit.rewritten += 1
+    state.moved[value, want] = found
+    nodes.set_placed(found, want)
+    return found
+
+
+def all_gather(state: PartitionState, value: fx.Node, have: Placed, shape: Sequence[Size]) -> fx.Node:
+    """The blocks of all ranks concatenated, without padding. shape: of the whole value."""
+    ((dim, (span,)),) = have.dims
+    call = state.edit.call
+    # The operator gathers along the first dimension.
+    if dim:
+        value = call(aten.transpose.int, value, 0, dim)
+        value = call(aten.clone.default, value, memory_format=torch.contiguous_format)
+    found = call(WAIT, call(ALL_GATHER, value, state.world_size, GROUP))
+    if dim:
+        found = call(aten.transpose.int, found, 0, dim)
+    return call(aten.slice.Tensor, found, dim, 0, shape[dim]) if span.is_padded else found
+
+
+def _all_reduce(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
+    return state.reduced(found, "sum")
+
+
+def _all_gather(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
+    if move.have.is_by_position:
+        return state.positions.gathered(found, move.have)
+    return all_gather(state, found, move.have, state.shape(move.value).shape)
+
+
+def _reduce_scatter(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
+    return state.positions.scattered(found, move.want)
+
+
+def _spread(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
+    return state.positions.spread(found, move.have)
+
+
+def _mask(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
+    """The value on rank 0 and zeros elsewhere."""
+    dtype = nodes.tensor_type(move.value).dtype
+    parts = [torch.full((), float(rank == 0), dtype=dtype) for rank in range(state.world_size)]
+    first = state.own_weight(f"rank.is_first_{str(dtype).removeprefix('torch.')}", parts)
+    return state.edit.call(aten.mul.Tensor, found, first)
+
+
+def _slice(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
+    """A rank's part of a whole value; where it has none, any other, since what it is multiplied with is zero."""
+    if move.want.is_by_position:
+        whole = redistribute(state, move.value, REPLICATED, move.reader) if move.have.partial else found
+        return state.positions.own_part(whole, move.want)
+    for dim, spans in move.want.dims:
+        parts = [indices_of(spans, rank).clamp_min(0) for rank in range(state.world_size)]
+        name = f"rank.indices_{'_'.join(f'{s.outer}x{s.size}x{s.inner}by{s.parts}e{s.every}' for s in spans)}"
+        found = state.edit.call(aten.index_select.default, found, dim, state.own_weight(name, parts))
+    return found
+
+
+_STEPS: Mapping[str, Callable[[PartitionState, fx.Node, _Move], fx.Node]] = {
+    "all-reduce": _all_reduce,
+    "all-gather": _all_gather,
+    "reduce-scatter": _reduce_scatter,
+    "spread": _spread,
+    "mask": _mask,
+    "slice": _slice,
+}
+"""The steps that `redistribution_steps` names."""

@@ -1,0 +1,130 @@
+"""What the steps of a partition share: the placement and type of every value, and the weights that differ between ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.collectives import ALL_REDUCE, GROUP, WAIT
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.placement import REPLICATED, Placed, Spans
+from lissom.compiler.ir.printer import place
+from lissom.compiler.ir.types import TensorType, ValueType
+from lissom.compiler.parallel.partition.joint import Joint
+from lissom.compiler.parallel.partition.sequence import Positions
+from lissom.compiler.parallel.rules.base import Reading
+from lissom.compiler.parallel.sites import linear_layers
+from lissom.errors import PassError
+
+Placement = Placed | tuple[Placed, ...]
+
+
+@dataclass
+class PartitionState:
+    """A program on its way from one with placements to one of several ranks.
+
+    known: the placement of every value, and types: its type before the partition.
+    read: what the rules of placements ask of the plan.
+    moved: values redistributed so far, by the value and the placement wanted.
+    stands_for: by a call that was replaced, what replaced it.
+    own: by name the weights that differ between ranks, one for each rank.
+    reads: by the name asked for in `own_weight` the name of the weight it made.
+    wanted_whole: values that a call or the caller reads whole.
+    """
+
+    edit: Editor
+    world_size: int
+    known: dict[fx.Node, Placement]
+    types: dict[fx.Node, ValueType]
+    read: Reading
+    moved: dict[tuple[fx.Node, Placed], fx.Node] = field(default_factory=dict[tuple[fx.Node, Placed], fx.Node])
+    stands_for: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    own: dict[str, list[torch.Tensor]] = field(default_factory=dict[str, list[torch.Tensor]])
+    reads: dict[str, str] = field(default_factory=dict[str, str])
+    wanted_whole: set[fx.Node] = field(default_factory=set[fx.Node])
+
+    @classmethod
+    def of(cls, edit: Editor, world_size: int) -> PartitionState:
+        """The state before the first step. Raises: PassError when a value has no placement."""
+        program = edit.program
+        known = {node: _placed(edit, node) for node in program.graph.nodes if node.op != "output"}
+        by_position = any(isinstance(item, Placed) and item.is_by_position for item in known.values())
+        # A column-wise layer with a replicated result is one whose output is gathered at once.
+        gathered = {node for node, _ in linear_layers(program) if known[node] == REPLICATED}
+
+        def as_planned(node: fx.Node, dim: int) -> Spans:
+            found = known[node]
+            return found.spans(dim) if isinstance(found, Placed) else ()
+
+        read = Reading(known, as_planned, world_size, program.constant, by_position, gathered)
+        return cls(edit, world_size, known, {node: nodes.node_type(node) for node in known}, read)
+
+    @cached_property
+    def joint(self) -> Joint:
+        return Joint(self.edit, self.world_size, self.own_weight, self.reduced)
+
+    @cached_property
+    def positions(self) -> Positions:
+        return Positions(self.edit, self.world_size, self.own_weight)
+
+    def shape(self, node: fx.Node) -> TensorType:
+        """The type of a tensor before the partition."""
+        found = self.types[node]
+        assert isinstance(found, TensorType)
+        return found
+
+    def own_weight(self, name: str, parts: list[torch.Tensor]) -> fx.Node:
+        """A read of a weight that differs between ranks; one asked for again by the same name is kept once."""
+        program, device = self.edit.program, self._device
+        if name not in self.reads:
+            parts = [part.to(device) for part in parts]
+            node = self.edit.weight(name, parts[0])
+            self.reads[name] = str(node.target)
+            self.own[str(node.target)] = parts
+        else:
+            target = self.reads[name]
+            reads = (node for node in program.graph.nodes if node.op == "get_attr" and node.target == target)
+            value = next(nodes.value(node) for node in reads if nodes.has_value(node))
+            node = program.graph.get_attr(target)
+            nodes.set_value(node, value)
+        nodes.set_placed(node, REPLICATED)
+        return node
+
+    def reduced(self, value: fx.Node, reduction: str) -> fx.Node:
+        """An all-reduce of a value: `sum` or `max`."""
+        started = self.edit.call(ALL_REDUCE, value, reduction, GROUP)
+        found = self.edit.call(WAIT, started)
+        for node in (started, found):
+            nodes.set_placed(node, REPLICATED)
+        return found
+
+    def replace(self, node: fx.Node, found: fx.Node) -> None:
+        """Replace a call with one that has another type on a rank, and the same placement."""
+        placed = self.known[node]
+        self.stands_for[node] = found
+        if node in self.wanted_whole:
+            self.wanted_whole.add(found)
+        self.types[found], self.known[found] = self.types[node], placed
+        nodes.set_placed(found, placed)
+        nodes.set_value(node, nodes.value(found))
+        self.edit.replace(node, found)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return next(item for item in self.types.values() if isinstance(item, TensorType)).device
+
+
+def is_sharded(placed: Placement) -> bool:
+    """True when a value, or one of several, is sharded."""
+    return any(item.is_sharded for item in (placed if isinstance(placed, tuple) else (placed,)))
+
+
+def _placed(edit: Editor, node: fx.Node) -> Placement:
+    found = nodes.placed(node)
+    if found is None:
+        raise PassError(f"partition: {place(edit.program, node)} has no placement; put `shard` right before `partition`")
+    return found

@@ -1,0 +1,180 @@
+// The int8 linear layer (W8A8): activations are quantized to uint8 as lissom/ops/formats.py does it, products are summed in int32,
+// and the sums are dequantized at the end.
+//
+//   x W^T  =  scale_x scale_w (sum_i q_i w_i - zero_x sum_i w_i)
+#pragma once
+
+#include "tile.h"
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <vector>
+
+namespace lissom {
+
+constexpr float kLeastScale = 1e-30f;
+constexpr float kLargestByte = 255.0f;
+constexpr int64_t kMostInt8Inputs = 1 << 16;  // more products could overflow an int32 sum
+constexpr int64_t kQuantizationGrain = 1 << 14;  // elements below which a second thread costs more than it saves
+
+// x is about (q - zero) * scale.
+struct Quantization {
+  float scale, inverse;
+  int32_t zero;
+};
+
+inline Quantization quantization_for(float low, float high) {
+  float scale = std::max((high - low) / kLargestByte, kLeastScale);
+  float zero = std::min(std::max(std::nearbyint(-low / scale), 0.0f), kLargestByte);
+  return {scale, 1.0f / scale, static_cast<int32_t>(zero)};
+}
+
+// The scale of a row that holds NaN or an infinity: its outputs become NaN.
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Range {
+  Vec low = splat(0.0f), high = splat(0.0f);
+  Mask has_nan{};
+
+  // quantize_row looks for NaN too, so a caller that quantizes the row next need not.
+  template <bool finds_nan, typename T>
+  void take(const T* x, int64_t n) {
+    for (int64_t c = 0; c < n; c += kLanes) {
+      Vec value = load_some(x + c, n - c);
+      low = minimum(low, value);
+      high = maximum(high, value);
+      if (finds_nan) has_nan |= is_nan(value);
+    }
+  }
+
+  Quantization quantization() const {
+    Quantization found = quantization_for(smallest(low), largest(high));
+    return any(has_nan) || !std::isfinite(found.scale) ? Quantization{kNaN, 0.0f, 0} : found;
+  }
+};
+
+inline void store_elements(uint8_t* to, IntVec value) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8((__m512i)value));
+#elif defined(__AVX2__)
+  __m128i words = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(words, words));
+#else
+  for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<uint8_t>(value[lane]);
+#endif
+}
+
+// Groups of four in the order 0, 2, 1, 3 of the int16 products.
+inline void store_elements(int16_t* to, IntVec value) {
+#if defined(__AVX512BW__)
+  constexpr int order = _MM_SHUFFLE(3, 1, 2, 0);
+  __m256i words = _mm512_cvtepi32_epi16((__m512i)value);
+  words = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, order), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  constexpr int order = _MM_SHUFFLE(3, 1, 2, 0);
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+  words = _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, order), order);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
+#endif
+}
+
+// Quantizes a row, padded to `padded`; the scale becomes NaN where the row holds NaN.
+template <typename T>
+inline void quantize_row(const T* x, int64_t n, int64_t padded, Quantization& quantization, Element* to) {
+  const Vec low = splat(-quantization.zero), high = splat(kLargestByte - quantization.zero);
+  Mask has_nan{};
+  auto quantized_values = [&](Vec given) {
+    Vec value = given * quantization.inverse;
+    has_nan |= is_nan(value);
+    value = minimum(maximum(value, low), high);  // before rounding: the bounds are integers
+    return nearest(value) + quantization.zero;
+  };
+  int64_t whole = n / kLanes * kLanes;
+  for (int64_t c = 0; c < whole; c += kLanes) store_elements(to + c, quantized_values(load(x + c)));
+  if (whole < n) {  // padding is multiplied with weights of zero
+    Element rest[kLanes];
+    store_elements(rest, quantized_values(load_some(x + whole, n - whole)));
+    std::copy(rest, rest + padded - whole, to + whole);
+  }
+  if (any(has_nan)) quantization.scale = kNaN;
+}
+
+enum class Granularity { kToken, kTensor, kStatic };
+
+template <typename T>
+struct Quantized {
+  const T* x;             // [rows, inputs]
+  const int8_t* weight;   // packed, [panels, padded / 4, kPanel, 4]
+  const float* scale;     // per output feature, padded to whole panels
+  const int32_t* sums;    // of the weights of each feature, likewise
+  int64_t rows, inputs, padded;
+  Granularity granularity;
+  Quantization quantization;              // of all rows, unless the granularity is per-token
+  int64_t origin = 0;     // the first row of `elements` and `quantizations`
+  std::vector<Element> elements{};
+  std::vector<Quantization> quantizations{};
+
+  int64_t row_bytes() const { return padded * sizeof(Element); }
+  const int8_t* open(int64_t panel, int64_t) const { return weight + panel * padded * kPanel; }
+
+  // Finds the per-tensor scale of x.
+  void measure() {
+    if (granularity != Granularity::kTensor) return;
+    int64_t step = std::max<int64_t>(1, kQuantizationGrain / std::max<int64_t>(inputs, 1)), pieces = ceil_div(rows, step);
+    std::vector<Range> ranges(pieces);
+    at::parallel_for(0, pieces, 1, [&](int64_t from, int64_t to) {
+      for (int64_t piece = from; piece < to; ++piece)
+        ranges[piece].template take<true>(x + piece * step * inputs, std::min(step, rows - piece * step) * inputs);
+    });
+    Range whole;
+    for (const Range& found : ranges) {
+      whole.low = minimum(whole.low, found.low), whole.high = maximum(whole.high, found.high);
+      whole.has_nan |= found.has_nan;
+    }
+    quantization = whole.quantization();
+  }
+
+  void prepare(int64_t begin, int64_t end) {
+    origin = begin;
+    elements.resize((end - begin) * padded);
+    quantizations.resize(end - begin);
+    int64_t grain = std::max<int64_t>(1, kQuantizationGrain / std::max<int64_t>(inputs, 1));
+    at::parallel_for(begin, end, grain, [&](int64_t from, int64_t to) {
+      for (int64_t row = from; row < to; ++row) {
+        Quantization& mine = quantizations[row - begin];
+        if (granularity == Granularity::kToken) {
+          Range range;
+          range.template take<false>(x + row * inputs, inputs);
+          mine = range.quantization();
+        } else {
+          mine = quantization;
+        }
+        quantize_row(x + row * inputs, inputs, padded, mine, elements.data() + (row - begin) * padded);
+      }
+    });
+  }
+
+  template <int R, bool fetches>
+  void tile(const int8_t* opened, int64_t row, int64_t panel, int column, Vec (&values)[R][kWide]) const {
+    IntVec totals[R][kWide] = {};
+    const int8_t* columns = opened + column * kPair<int8_t>;
+    multiply<R, fetches>(elements.data() + (row - origin) * padded, padded, columns, padded / kPair<int8_t>, totals);
+#pragma GCC unroll 2
+    for (int v = 0; v < kWide; ++v) {
+      int64_t c = panel * kPanel + column + v * kLanes;
+      Vec factor = load(scale + c);
+      IntVec ones;
+      std::memcpy(&ones, sums + c, sizeof ones);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Quantization& mine = quantizations[row - origin + r];
+        Vec whole = to_floats((IntVec)((BitVec)totals[r][v] - (BitVec)ones * uint32_t(mine.zero)));  // overflow wraps around
+        values[r][v] = whole * (factor * mine.scale);
+      }
+    }
+  }
+};
+
+}  // namespace lissom
