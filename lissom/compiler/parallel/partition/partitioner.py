@@ -13,10 +13,11 @@ from typing import cast
 import torch
 from torch import fx, nn
 
-from lissom.compiler.analysis.axes.views import SIZES_AT, SPLITS, every_nth, slice_bounds
+from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, GROUP, WAIT
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS
 from lissom.compiler.ir.placement import REPLICATED, Placed, Span, Spans, indices_of, local_part, local_size
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.types import Size, TensorType
@@ -29,6 +30,7 @@ from lissom.compiler.parallel.rules.gathered import outcome, own_part
 from lissom.compiler.parallel.rules.joint import joint_dim, joint_span
 from lissom.compiler.parallel.sites import linear_layers
 from lissom.errors import PassError
+from lissom.ops.quantization import fake_quantize_dynamic
 
 aten = torch.ops.aten
 
@@ -138,7 +140,7 @@ class _Cutter:
             if table.spans(0):
                 self._look_up(node, table.spans(0)[0])
                 return
-        if str(node.target) == "lissom.fake_quantize_dynamic.default" and isinstance(placed, Placed):
+        if node.target is fake_quantize_dynamic and isinstance(placed, Placed):
             last = cast(TensorType, self.types[node]).rank - 1
             if placed.spans(last):
                 with self.edit.before(node):
@@ -166,7 +168,7 @@ class _Cutter:
             if any(part.spans(at) for part in parts):
                 sizes = [local_size(part.spans(at), found.shape[at]) for part, found in zip(parts, types, strict=True)]
                 node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}  # pyright: ignore
-        elif nodes.is_call(node, aten.conv1d.default, aten.conv2d.default) and isinstance(placed, Placed):
+        elif nodes.is_call(node, *CONVOLUTIONS) and isinstance(placed, Placed):
             # Only one with a kernel a channel is cut.
             if spans := placed.spans(1):
                 nodes.set_argument(node, "groups", local_size(spans, cast(TensorType, self.types[node]).shape[1]))
