@@ -6,7 +6,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.match import CASTS, is_handed_out, memory_of, views_of
+from lissom.compiler.ir.match import is_handed_out, memory_of, views_of
+from lissom.compiler.ir.operators import CASTS, READ_LAYOUT
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
@@ -24,15 +25,7 @@ _HOLDS = {
     torch.int32: {torch.float64, torch.int64},
 }
 """For each dtype the others that hold all its values."""
-# These read memory as it is laid out.
-_READ_LAYOUT = {
-    aten.as_strided.default,
-    aten.view.default,
-    aten.view.dtype,
-    aten._unsafe_view.default,
-    aten.view_as_complex.default,
-    aten.pad.default,
-}
+_READ_LAYOUT = {*READ_LAYOUT, aten.view.default, aten._unsafe_view.default}
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:

@@ -14,6 +14,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import alone
 from lissom.compiler.ir.placement import Placed
 from lissom.compiler.ir.program import Program
+from lissom.ops import packed_embedding
 
 aten = torch.ops.aten
 
@@ -95,7 +96,7 @@ def _original(held: fx.Node) -> fx.Node:
 
 def _look_up(node: fx.Node) -> tuple[object, object] | None:
     """The indices a call looks up and how many rows its table has; None when it is no look-up."""
-    if str(node.target) == "lissom.packed_embedding.default":
+    if node.target is packed_embedding:
         return node.args[1], node.kwargs["features"]
     if node.target is aten.embedding.default:
         return node.args[1], nodes.tensor_type(node.args[0]).shape[0]

@@ -16,7 +16,9 @@ import sympy
 import torch
 from torch import fx
 
+from lissom import ops
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lissom.compiler.ir.types import Size
 from lissom.ops.pattern import Pattern
 
@@ -39,7 +41,7 @@ def is_counted(node: fx.Node) -> bool:
 
 
 def _formula(node: fx.Node) -> Formula | None:
-    return FORMULAS.get(node.target) or _FOREIGN.get(str(node.target))
+    return FORMULAS.get(node.target)
 
 
 def product(sizes: Shape) -> Size:
@@ -207,32 +209,17 @@ FORMULAS: dict[object, Formula] = {
     aten.baddbmm.default: _biased_product,
     aten.scaled_dot_product_attention.default: _attention,
     aten.einsum.default: _einsum,
-    aten.conv1d.default: _convolution,
-    aten.conv1d.padding: _convolution,
-    aten.conv2d.default: _convolution,
-    aten.conv2d.padding: _convolution,
-    aten.conv3d.default: _convolution,
-    aten.conv3d.padding: _convolution,
-    aten.conv_transpose1d.default: _transposed_convolution,
-    aten.conv_transpose2d.input: _transposed_convolution,
-    aten.conv_transpose3d.input: _transposed_convolution,
+    **dict.fromkeys(CONVOLUTIONS, _convolution),
+    **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, _transposed_convolution),
     aten.convolution.default: _any_convolution,
+    **dict.fromkeys((ops.attention, ops.fused_attention), _attention),
+    ops.block_sparse_attention: _block_sparse_attention,
+    ops.merged_attention: _merged_attention,
+    ops.linear_attention: _linear_attention,
+    **dict.fromkeys((ops.packed_linear, ops.packed_linear_norm), _packed),
+    **dict.fromkeys((ops.quantized_linear, ops.quantized_linear_norm), _packed),
+    **dict.fromkeys((ops.weight_quantized_linear, ops.weight_quantized_linear_norm), _packed),
+    ops.sparse_linear: _half_packed,
+    ops.grouped_product: _grouped_product,
 }
 """Multiplications of a call, by operator."""
-
-_FOREIGN: dict[str, Formula] = {
-    "lissom.attention.default": _attention,
-    "lissom.fused_attention.default": _attention,
-    "lissom.block_sparse_attention.default": _block_sparse_attention,
-    "lissom.merged_attention.default": _merged_attention,
-    "lissom.linear_attention.default": _linear_attention,
-    "lissom.packed_linear.default": _packed,
-    "lissom.sparse_linear.default": _half_packed,
-    "lissom.packed_linear_norm.default": _packed,
-    "lissom.quantized_linear.default": _packed,
-    "lissom.quantized_linear_norm.default": _packed,
-    "lissom.weight_quantized_linear.default": _packed,
-    "lissom.weight_quantized_linear_norm.default": _packed,
-    "lissom.grouped_product.default": _grouped_product,
-}
-"""The same for our own operators, by name."""

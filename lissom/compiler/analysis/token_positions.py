@@ -6,19 +6,18 @@ It is a finer question than `axes` answers, where a dimension that is reduced or
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeGuard, cast
 
-import sympy
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.match import register
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import dim_of, dimension_map, shape_of
+from lissom.compiler.ir.operators import rule_table
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.types import Size, TensorType
+from lissom.ops import linear_attention, rotary
 
 aten = torch.ops.aten
 
@@ -34,10 +33,8 @@ def position_sources(node: fx.Node, dim: int) -> Sources | None:
     Operands that are missing are the same for every position. None where a position depends on several, or on none.
     Of a call that yields several tensors, `dim` counts the dimensions of one piece.
     """
-    rule = RULES.get(str(node.target))
-    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
-        rule = _pointwise
-    found = None if rule is None else rule(node, dim)
+    rule = RULES.get(node.target, _pointwise if ops.is_pointwise(node) else _mapped)
+    found = rule(node, dim)
     return found or None
 
 
@@ -82,23 +79,8 @@ def row_position(program: Program, node: fx.Node) -> fx.Node | None:
     return position if nodes.is_call(rows, aten.arange.default) else None
 
 
-def shape_of(item: object) -> tuple[Size, ...]:
-    """The sizes of a tensor, or of the first of several."""
-    found = nodes.node_type(cast(fx.Node, item))
-    return cast(TensorType, found[0] if isinstance(found, tuple) else found).shape
-
-
-def product_of(sizes: Sequence[Size]) -> sympy.Expr:
-    """The product of sizes, in a form in which equal products are equal."""
-    return cast(sympy.Expr, sympy.expand(sympy.Mul(*sizes)))
-
-
 def _is_value(item: object) -> TypeGuard[fx.Node]:
     return isinstance(item, fx.Node) and (nodes.is_tensor(item) or isinstance(nodes.node_type(item), tuple))
-
-
-def _dim(node: fx.Node, name: str, rank: int) -> int:
-    return cast(int, nodes.argument(node, name)) % rank
 
 
 def _aligned(node: fx.Node, dim: int, slots: Mapping[Slot, fx.Node]) -> Sources:
@@ -121,8 +103,11 @@ def _all_but_last(node: fx.Node, dim: int) -> Sources | None:
     return _aligned(node, dim, operands(node)) if dim < len(shape_of(node)) - 1 else None
 
 
-def _first(node: fx.Node, dim: int) -> Sources | None:
-    return {0: dim}
+def _mapped(node: fx.Node, dim: int) -> Sources | None:
+    """Views, reductions and the like: the call's dimension map says it, unless the call takes sizes from a second tensor."""
+    found = None if node.target in (*ops.RESHAPES_AS, aten.expand_as.default) else dimension_map(node)
+    source = None if found is None else found[dim]
+    return None if source is None else {0: source}
 
 
 def _linear(node: fx.Node, dim: int) -> Sources | None:
@@ -137,85 +122,12 @@ def _norm(node: fx.Node, dim: int) -> Sources | None:
     return {0: dim} if dim < len(shape_of(node)) - len(cast("list[int]", node.args[1])) else None
 
 
-def _scan(node: fx.Node, dim: int) -> Sources | None:
-    """Softmax, cumulative sums, sorting: along one dimension, every other position apart."""
-    return {0: dim} if dim != _dim(node, "dim", len(shape_of(node))) else None
-
-
-def _flip(node: fx.Node, dim: int) -> Sources | None:
-    turned = {item % len(shape_of(node)) for item in cast("list[int]", node.args[1])}
-    return None if dim in turned else {0: dim}
-
-
-def _slice(node: fx.Node, dim: int) -> Sources | None:
-    whole = shape_of(node) == shape_of(node.args[0])
-    return {0: dim} if whole or dim != _dim(node, "dim", len(shape_of(node))) else None
-
-
-def _reduce(node: fx.Node, dim: int) -> Sources | None:
-    rank = len(shape_of(node.args[0]))
-    given = nodes.argument(node, "dim")
-    if given is None:
-        return None
-    reduced = {cast(int, item) % rank for item in (given if isinstance(given, (list, tuple)) else [given])} or set(range(rank))
-    left = list(range(rank)) if nodes.argument(node, "keepdim") else [item for item in range(rank) if item not in reduced]
-    return {0: left[dim]} if left[dim] not in reduced else None
-
-
-def _transpose(node: fx.Node, dim: int) -> Sources | None:
-    rank = len(shape_of(node))
-    first, second = (cast(int, item) % rank for item in node.args[1:3])
-    return {0: {first: second, second: first}.get(dim, dim)}
-
-
-def _permute(node: fx.Node, dim: int) -> Sources | None:
-    order = cast("list[int]", node.args[1])
-    return {0: order[dim] % len(order)}
-
-
-def _unsqueeze(node: fx.Node, dim: int) -> Sources | None:
-    added = _dim(node, "dim", len(shape_of(node)))
-    return None if dim == added else {0: dim - (dim > added)}
-
-
-def _squeeze(node: fx.Node, dim: int) -> Sources | None:
-    before = shape_of(node.args[0])
-    removed = _dim(node, "dim", len(before))
-    return {0: dim if before[removed] != 1 or dim < removed else dim + 1}
-
-
-def _reshape(node: fx.Node, dim: int) -> Sources | None:
-    """The dimension with the same size and as many values behind each of its positions and in front of it."""
-    before, after = shape_of(node.args[0]), shape_of(node)
-    ahead, behind = product_of(after[:dim]), product_of(after[dim + 1 :])
-    for index, size in enumerate(before):
-        if size == after[dim] and product_of(before[:index]) == ahead and product_of(before[index + 1 :]) == behind:
-            return {0: index}
-    return None
-
-
-def _expand(node: fx.Node, dim: int) -> Sources | None:
-    return _aligned(node, dim, {0: cast(fx.Node, node.args[0])})
-
-
-def _select(node: fx.Node, dim: int) -> Sources | None:
-    chosen = _dim(node, "dim", len(shape_of(node.args[0])))
-    return {0: dim + (dim >= chosen)}
-
-
-def _unbind(node: fx.Node, dim: int) -> Sources | None:
-    return _select(node, dim)
-
-
-def _cat(node: fx.Node, dim: int) -> Sources | None:
-    if dim == _dim(node, "dim", len(shape_of(node))):
-        return None
-    return {slot: dim for slot, item in operands(node).items() if len(shape_of(item)) == len(shape_of(node))}
-
-
-def _stack(node: fx.Node, dim: int) -> Sources | None:
-    added = _dim(node, "dim", len(shape_of(node)))
-    return None if dim == added else dict.fromkeys(operands(node), dim - (dim > added))
+def _joined(node: fx.Node, dim: int) -> Sources | None:
+    """cat, stack: the tensors of the rank that the first has; an empty one of rank 1 goes with any others in `cat`."""
+    found = dimension_map(node)
+    source = None if found is None else found[dim]
+    rank = len(shape_of(node)) - (node.target is aten.stack.default)
+    return None if source is None else {slot: source for slot, item in operands(node).items() if len(shape_of(item)) == rank}
 
 
 def _matmul(node: fx.Node, dim: int) -> Sources | None:
@@ -251,41 +163,23 @@ def _linear_attention(node: fx.Node, dim: int) -> Sources | None:
 
 
 def _index_select(node: fx.Node, dim: int) -> Sources | None:
-    return {2: 0} if dim == _dim(node, "dim", len(shape_of(node))) else {0: dim}
+    return {2: 0} if dim == dim_of(node, len(shape_of(node))) else {0: dim}
 
 
 def _convolution(node: fx.Node, dim: int) -> Sources | None:
     return {0: 0} if dim == 0 else None
 
 
-RULES: dict[str, Rule] = {"lissom.attention.default": _attention, "lissom.rotary.default": _all_but_last}
-RULES["lissom.linear_attention.default"] = _linear_attention
-
-_register = functools.partial(register, RULES)
-
-_register(_pointwise, "__and__.Tensor", "__or__.Tensor", "type_as", "floor_divide", "floor_divide.Scalar")
-_register(_pointwise, "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
-_register(_first, "to.dtype", "to.device", "to.dtype_layout", "_to_copy", "dropout", "contiguous", "alias", "detach", "clone")
-_register(_linear, "linear")
-_register(_embedding, "embedding")
-_register(_norm, "layer_norm", "rms_norm")
-_register(_scan, "softmax.int", "log_softmax.int", "cumsum", "topk", "sort")
-_register(_flip, "flip")
-_register(_slice, "slice.Tensor")
-_register(_scan, "split.Tensor", "split_with_sizes", "chunk", "repeat_interleave.self_int")
-_register(_reduce, "mean.dim", "sum.dim_IntList", "amax", "amin", "argmax", "argmin", "any.dim", "all.dim", "var.correction")
-_register(_transpose, "transpose.int")
-_register(_permute, "permute")
-_register(_unsqueeze, "unsqueeze")
-_register(_squeeze, "squeeze.dim")
-_register(_reshape, "reshape", "view", "flatten.using_ints", "unflatten.int", "_unsafe_view")
-_register(_expand, "expand")
-_register(_select, "select.int")
-_register(_unbind, "unbind.int")
-_register(_cat, "cat")
-_register(_stack, "stack")
-_register(_matmul, "matmul", "bmm", "mm")
-_register(_attention, "scaled_dot_product_attention")
-_register(_index_select, "index_select")
-_register(_convolution, "conv1d", "conv2d", "conv3d")
-RULES[str(operator.getitem)] = _first
+RULES: dict[object, Rule] = rule_table(
+    (_linear, [aten.linear.default]),
+    (_embedding, [aten.embedding.default]),
+    (_norm, ops.LAYER_NORMS),
+    (_joined, [*ops.CONCATENATIONS, aten.stack.default]),
+    (_matmul, ops.MATMULS),
+    (_attention, ops.ATTENTIONS),
+    (_linear_attention, [linear_attention]),
+    (_all_but_last, [rotary]),
+    (_index_select, [aten.index_select.default]),
+    (_convolution, ops.CONVOLUTIONS),
+)
+"""By operator; views and reductions have a dimension map instead."""

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection
-from typing import TypeVar
+from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import CASTS, DROPOUTS
 from lissom.compiler.ir.program import Program
-
-Rule = TypeVar("Rule")
 
 aten = torch.ops.aten
 
-CASTS = (aten.to.dtype, aten._to_copy.default)
-RESHAPES = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
 # These may give back their argument, though their schemas promise a new tensor.
-_MAY_GIVE_BACK = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.type_as.default)
+_MAY_GIVE_BACK = (*DROPOUTS, aten.type_as.default)
 
 
 def strip_casts(node: fx.Node) -> fx.Node:
@@ -111,7 +108,7 @@ def scalar_and_node(program: Program, node: object, targets: Collection[object])
     return None
 
 
-def register(rules: dict[str, Rule], rule: Rule, *names: str) -> None:
-    """Enter a rule for ATen operators by name: `softmax.int`, or `linear` for `linear.default`."""
-    for name in names:
-        rules[f"aten.{name}" if "." in name else f"aten.{name}.default"] = rule
+def lookup_indices(node: fx.Node) -> fx.Node:
+    """The indices that `gather` or `take_along_dim` looks up."""
+    name = "index" if node.target is aten.gather.default else "indices"
+    return cast(fx.Node, nodes.argument(node, name))

@@ -23,17 +23,18 @@ from lissom.compiler.analysis.structure.linear import (
     SHAPES,
     input_of,
     is_linear,
-    is_pointwise,
     is_quantizer,
     residual_of,
     weight_of,
 )
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import is_pointwise
 from lissom.compiler.ir.placement import Span, Spans
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size
 from lissom.compiler.parallel.rules.joint import CHOICES, joint_dim
+from lissom.ops import grouped_product
 
 aten = torch.ops.aten
 
@@ -68,7 +69,7 @@ def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]
     for item in facts.feed_forward:
         inside = [(input_of(item.down), feature_dim(item.down)), *((up, feature_dim(up)) for up in item.up)]
         sites.append(_whole("feed-forward", item.down, _axes(found, inside), world_size))
-    grouped = [node for node in program.nodes() if str(node.target) == "lissom.grouped_product.default"]
+    grouped = [node for node in program.nodes() if node.target is grouped_product]
     for node in grouped:
         if _reached(cast(fx.Node, node.args[0]), set(grouped)):
             sites.append(_whole("experts", node, [found.axis(cast(fx.Node, node.args[0]), -1)], world_size))
@@ -189,7 +190,7 @@ def _is_vocabulary(node: fx.Node) -> bool:
     ids = node.args[1]
     while isinstance(ids, fx.Node) and ids.op == "call_function":
         alone = is_pointwise(ids) and len(ids.all_input_nodes) == 1
-        if not alone and ids.target not in SHAPES and not nodes.is_call(ids, aten.clone.default):
+        if not alone and ids.target not in SHAPES:
             return False
         ids = ids.all_input_nodes[0]
     return isinstance(ids, fx.Node) and ids.op == "placeholder"
@@ -236,7 +237,7 @@ def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
             found.append((node, cast(fx.Node, weight_of(node))))
         elif nodes.is_call(node, aten.linear.default) and (stack := _stack(node.args[1])) is not None:
             found.append((node, stack))
-        elif str(node.target) == "lissom.grouped_product.default":
+        elif node.target is grouped_product:
             weight = cast(fx.Node, node.args[1])
             while weight.op == "call_function" and weight.all_input_nodes:
                 weight = weight.all_input_nodes[0]

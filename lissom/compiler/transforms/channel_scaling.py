@@ -33,12 +33,12 @@ from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
 
-_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
-_CARRYING = {*SHAPES, getitem, aten.relu.default, aten.leaky_relu.default, aten.clone.default, aten.mul.Scalar}
+_CARRYING = {*SHAPES, getitem, aten.relu.default, aten.leaky_relu.default, aten.mul.Scalar}
 """Operators of one value that give s · f(x) for s · x, s positive."""
 
 
@@ -203,7 +203,7 @@ def _parameters(producer: fx.Node) -> tuple[list[fx.Node], Matrix | None] | str:
         index = 0 if producer.target is aten.addmm.default else 2
         bias = producer.args[index] if len(producer.args) > index and producer.target not in _PLAIN else None
         weights = [matrix.node]
-    elif producer.target in _NORMS:
+    elif producer.target in LAYER_NORMS:
         matrix, bias = None, producer.args[3] if _has_bias(producer) else None
         weight = producer.args[2] if len(producer.args) > 2 else None
         if not _is_own(weight):

@@ -13,13 +13,12 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.token_positions import product_of, shape_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import product_of, shape_of
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import RESHAPES
 
 aten = torch.ops.aten
-
-_RESHAPES = (aten.reshape.default, aten.view.default)
 
 
 def unflatten_where(edit: Editor, helps: Callable[[Editor], bool]) -> None:
@@ -31,7 +30,7 @@ def unflatten_where(edit: Editor, helps: Callable[[Editor], bool]) -> None:
 
 def _unflatten(edit: Editor) -> bool:
     """True when there were any."""
-    found = [node for node in edit.nodes(*_RESHAPES) if _is_product_of_rows(node)]
+    found = [node for node in edit.nodes(*RESHAPES) if _is_product_of_rows(node)]
     for node in found:
         product = cast(fx.Node, node.args[0])
         *bias, flat, weight = product.args
@@ -49,7 +48,7 @@ def _is_product_of_rows(node: fx.Node) -> bool:
     if not nodes.is_call(product, aten.addmm.default, aten.mm.default) or product.kwargs:
         return False
     *bias, flat, weight = product.args
-    if not nodes.is_call(flat, *_RESHAPES) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
+    if not nodes.is_call(flat, *RESHAPES) or not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return False
     x, rows, result = shape_of(flat.args[0]), shape_of(flat), shape_of(node)
     whole = len(x) > 2 and rows[-1] == x[-1] and product_of(rows[:1]) == product_of(x[:-1])

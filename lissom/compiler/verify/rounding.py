@@ -10,7 +10,7 @@ with few large values in its residual stream does the same by degrees. So they a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call, run_ranks
+from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import (
@@ -35,6 +36,7 @@ from lissom.compiler.verify.divergence import (
     run_samples,
     worst_error,
 )
+from lissom.ops import quantized_linear, quantized_linear_norm
 
 aten = torch.ops.aten
 _Replaced = Callable[[fx.Node, object], str | None]
@@ -57,13 +59,9 @@ behind it; two that round independently would differ by 1.4 times, and more at t
 """
 _AS_FAR = 4.0
 """Two programs that round in their own ways are as far from the exact result; of few samples the one may be lucky."""
-_FAKE = {"lissom.fake_quantize.default", "lissom.fake_quantize_dynamic.default"}
 _PRODUCTS = {aten._int_mm.default, aten._scaled_mm.default}
 """Products whose first factor is rounded by operators before it, as `lower-quantized-products` writes them."""
-_ROUNDING = {
-    *(*_FAKE, "lissom.quantized_linear.default", "lissom.quantized_linear_norm.default"),
-    *map(str, _PRODUCTS),
-}
+_ROUNDING = {*FAKE_QUANTIZES, quantized_linear, quantized_linear_norm, *_PRODUCTS}
 
 
 def rounds_values(program: Program) -> bool:
@@ -103,7 +101,7 @@ def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence
     """
     plain = program.copy()
     for node in plain.nodes():
-        if _rounds(node, _FAKE):
+        if _rounds(node, FAKE_QUANTIZES):
             node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]
             plain.graph.erase_node(node)
         elif node.target in _PRODUCTS:
@@ -145,8 +143,8 @@ def _stores_whole(node: fx.Node) -> bool:
     return floating and nodes.tensor_type(node).dtype in (torch.int8, torch.uint8)
 
 
-def _rounds(node: fx.Node, operators: set[str]) -> bool:
-    return str(node.target) in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
+def _rounds(node: fx.Node, operators: Collection[object]) -> bool:
+    return node.target in operators and not (isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr")
 
 
 def right_in_wider(

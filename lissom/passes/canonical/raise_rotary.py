@@ -18,7 +18,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import RESHAPES
+from lissom.compiler.ir.operators import RESHAPES, SPLITS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import rotary
 
@@ -250,7 +250,7 @@ def _piece(node: fx.Node) -> tuple[fx.Node, str] | None:
         if not nodes.is_call(x, *RESHAPES) or not _in_pairs(x):
             return None
         return x.args[0], _EVEN if index == 0 else _ODD  # pyright: ignore[reportReturnType]
-    if nodes.is_call(pieces, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
+    if nodes.is_call(pieces, *SPLITS):
         half = nodes.tensor_type(node).shape[-1]
         return (x, _FIRST if index == 0 else _SECOND) if found.shape[-1] == half * 2 else None  # pyright: ignore[reportReturnType]
     return None

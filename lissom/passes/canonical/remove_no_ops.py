@@ -17,6 +17,17 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_handed_out, is_read_by, is_view, memory_of
+from lissom.compiler.ir.operators import (
+    ALIASES,
+    CONVERSIONS,
+    COPIES,
+    DROPOUTS,
+    EXPANDS,
+    READ_LAYOUT,
+    RESHAPES,
+    RESHAPES_AS,
+    SQUEEZES,
+)
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
@@ -28,32 +39,15 @@ _ASSERTIONS = {
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 }
-_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 _CASTS_LIKE = {aten.type_as.default, aten.to.other}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_COPIES = {aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default, aten._to_copy.default}
-_IDENTITY_IF_SAME_TYPE = _COPIES | {
-    aten.alias.default,
-    aten.detach.default,
-    aten.to.dtype,
-    aten.to.device,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten.type_as.default,
-    aten.expand.default,
-    aten.expand_as.default,
-    aten.reshape.default,
-    aten.flatten.using_ints,
-    aten.repeat.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.slice.Tensor,
+_COPIES = {*COPIES, aten._to_copy.default}
+_IDENTITY_IF_SAME_TYPE = {
+    *(*COPIES, *ALIASES, *CONVERSIONS, *EXPANDS, aten.expand_as.default, *RESHAPES, *RESHAPES_AS),
+    *(aten.repeat.default, *SQUEEZES, aten.slice.Tensor),
 }
 _ZERO_IS_NEUTRAL = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 _ONE_IS_NEUTRAL = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar}
-# These read memory as it is laid out, which a copy settles. Fake tensors of torch 2.13 cannot pad by a length that varies
-# unless the tensor is contiguous.
-_READ_LAYOUT = {aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype, aten.pad.default}
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def _stays_on_device(node: fx.Node) -> bool:
 
 def _gives_back(node: fx.Node) -> bool:
     """True when the call's result is its first argument."""
-    if node.target in _DROPOUTS:
+    if node.target in DROPOUTS:
         return not nodes.argument(node, "train") or nodes.argument(node, "p") == 0
     if node.target in _ZERO_IS_NEUTRAL and not _is_number(node, 0):
         return False
@@ -109,7 +103,7 @@ def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
         return True
     if memory.op in ("placeholder", "get_attr") and is_handed_out(edit.program, node):
         return True
-    return is_read_by(node, _READ_LAYOUT)
+    return is_read_by(node, READ_LAYOUT)
 
 
 def _copies(node: fx.Node) -> bool:

@@ -20,18 +20,15 @@ from torch import fx
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import AND, EXPANDS, FILLS, ONES, RANGES, RESHAPES
 from lissom.compiler.ir.types import ScalarType, Size
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 
-_BOTH = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
-_COUNTS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
-_ONES = (aten.new_ones.default, aten.ones.default, aten.ones_like.default)
-_FILLED = (aten.full.default, aten.new_full.default, aten.full_like.default)
 _MOST = 1 << 16
 """How many numbers of a weight are looked at; no cache or table of positions has more."""
-_VIEWS = (aten.unsqueeze.default, aten.reshape.default, aten.expand.default)
+_VIEWS = (aten.unsqueeze.default, *RESHAPES, *EXPANDS)
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class SimplifyMasks(Rewrite):
     """Replaces indexing by counted positions by reshapes, and leaves out conditions that always hold."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.nodes(aten.index.Tensor, *_BOTH):
+        for node in edit.nodes(aten.index.Tensor, *AND):
             if node.target is aten.index.Tensor:
                 _replace_indexing(edit, node)
             else:
@@ -84,7 +81,7 @@ def _counted(edit: Editor, index: object, rank: int) -> tuple[Size, int | None] 
         return None
     shape = nodes.tensor_type(index).shape
     source: object = index
-    while nodes.is_call(source, aten.unsqueeze.default, aten.reshape.default):
+    while nodes.is_call(source, aten.unsqueeze.default, *RESHAPES):
         source = source.args[0]
     length = _counted_length(edit, source)
     wide = [axis for axis, size in enumerate(shape) if size != 1]
@@ -95,7 +92,7 @@ def _counted(edit: Editor, index: object, rank: int) -> tuple[Size, int | None] 
 
 def _counted_length(edit: Editor, source: object) -> Size | None:
     """The n of `arange(n)`, or of a weight that holds what it gives."""
-    if nodes.is_call(source, *_COUNTS):
+    if nodes.is_call(source, *RANGES):
         found = nodes.tensor_type(source)
         return found.shape[0] if found.rank == 1 and _from_zero(source) else None
     if not (isinstance(source, fx.Node) and source.op == "get_attr") or str(source.target) in edit.program.state:
@@ -144,15 +141,15 @@ def _always_true(item: object) -> bool:
     """True for a condition that holds everywhere, whatever the inputs."""
     while nodes.is_call(item, *_VIEWS):
         item = item.args[0]
-    if nodes.is_call(item, *_BOTH):
+    if nodes.is_call(item, *AND):
         return all(map(_always_true, item.args))
-    if nodes.is_call(item, *_ONES):
+    if nodes.is_call(item, *ONES):
         return True
-    if nodes.is_call(item, *_FILLED):
+    if nodes.is_call(item, *FILLS):
         return nodes.argument(item, "fill_value") in (True, 1)
     if not nodes.is_call(item, aten.ge.Scalar):
         return False
     count, least = item.args
     while nodes.is_call(count, *_VIEWS):
         count = count.args[0]
-    return nodes.is_call(count, *_COUNTS) and _from_zero(count) and isinstance(least, (int, float)) and least <= 0
+    return nodes.is_call(count, *RANGES) and _from_zero(count) and isinstance(least, (int, float)) and least <= 0

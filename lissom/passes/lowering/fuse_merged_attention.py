@@ -18,14 +18,12 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import RESHAPES
+from lissom.compiler.ir.operators import RESHAPES, SPLITS
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention, merged_attention
 
 aten = torch.ops.aten
-
-_SPLITS = (aten.split_with_sizes.default, aten.split.Tensor)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def _piece(heads: object) -> tuple[fx.Node, int] | None:
         return None
     cut = heads.args[0]
     piece = cut.args[0]
-    if not nodes.is_call(piece, operator.getitem) or not nodes.is_call(piece.args[0], *_SPLITS):
+    if not nodes.is_call(piece, operator.getitem) or not nodes.is_call(piece.args[0], *SPLITS):
         return None
     split = piece.args[0]
     whole, part, found = (nodes.tensor_type(item) for item in (split.args[0], piece, cut))

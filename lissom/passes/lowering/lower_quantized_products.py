@@ -32,10 +32,11 @@ from torch import fx
 from torch.nn import functional
 from torch.utils.benchmark import Timer
 
-from lissom.compiler.analysis.structure.quantized_linear import PRODUCTS, QuantizedLayer, quantized_layer
+from lissom.compiler.analysis.structure.quantized_linear import QuantizedLayer, quantized_layer
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS, FP8_LARGEST
@@ -75,7 +76,7 @@ class LowerQuantizedProducts(Rewrite):
 
     def run(self, edit: Editor) -> None:
         lowering = _Lowering(edit)
-        for node in edit.nodes(*PRODUCTS):
+        for node in edit.nodes(*LINEAR_PRODUCTS):
             layer = quantized_layer(node)
             if layer is None:
                 continue

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.quantized_linear import PRODUCTS, QuantizedLayer, quantized_layer
+from lissom.compiler.analysis.structure.quantized_linear import QuantizedLayer, quantized_layer
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.formats import FORMATS
 from lissom.ops.native import missing_int8_kernel, missing_weight_quantized_kernel
@@ -36,7 +37,7 @@ class PackQuantizedLinear(Rewrite):
 
     def run(self, edit: Editor) -> None:
         packed: dict[tuple[fx.Node, bool], _Packed] = {}
-        for node in edit.nodes(*PRODUCTS):
+        for node in edit.nodes(*LINEAR_PRODUCTS):
             layer = quantized_layer(node)
             if layer is None:
                 continue

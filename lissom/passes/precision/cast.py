@@ -37,7 +37,8 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.ranges import Range, measured_ranges, range_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import RESHAPES, is_view
+from lissom.compiler.ir.match import is_view
+from lissom.compiler.ir.operators import ATTENTIONS, CONVOLUTIONS, LAYER_NORMS, MATMULS, MATMULS_WITH_BIAS, REPEATS, RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.attention import attention
@@ -49,23 +50,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST = torch.finfo(torch.float16).max
 
 _LOW = {
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.embedding.default,
-    aten.layer_norm.default,
-    aten.rms_norm.default,
-    aten.group_norm.default,
-    aten.scaled_dot_product_attention.default,
-    attention,
+    *(aten.linear.default, *MATMULS, *MATMULS_WITH_BIAS, *CONVOLUTIONS, *ATTENTIONS),
+    *(aten.embedding.default, *LAYER_NORMS, aten.group_norm.default),
 }
 _FOLLOWS = {
     *RESHAPES,
@@ -100,17 +86,14 @@ _FOLLOWS = {
     aten.constant_pad_nd.default,
     aten.pad.default,
     aten.max_pool2d.default,
-    aten.repeat.default,
-    aten.repeat_interleave.self_int,
+    *REPEATS,
 }
 _MASKS: dict[object, str] = {aten.scaled_dot_product_attention.default: "attn_mask", attention: "bias"}
 Misfit = Literal["overflow", "underflow"]
 _ADDENDS: dict[object, str] = {
     aten.addmm.default: "self",
     aten.baddbmm.default: "self",
-    **dict.fromkeys((aten.linear.default, aten.layer_norm.default, aten.group_norm.default), "bias"),
-    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default, aten.conv3d.default), "bias"),
-    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding), "bias"),
+    **dict.fromkeys((aten.linear.default, aten.layer_norm.default, aten.group_norm.default, *CONVOLUTIONS), "bias"),
 }
 """Operands that are added to larger numbers, so that small ones may vanish."""
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_copy
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import CASTS
+from lissom.compiler.ir.operators import CASTS
 from lissom.compiler.ir.types import short_dtype
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 

@@ -25,31 +25,19 @@ from torch import fx
 from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_copy
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import CASTS
+from lissom.compiler.ir.operators import CASTS, CONCATENATIONS, EXPANDS, REPEATS, RESHAPES, SPLITS, SQUEEZES, TRANSPOSES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 
 _SAME_SIZE = {
-    aten.reshape.default,
-    aten.view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.t.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.contiguous.default,
-    aten.clone.default,
-    aten.roll.default,
-    aten.flip.default,
+    *(*RESHAPES, *TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *SQUEEZES),
+    *(aten.contiguous.default, aten.clone.default, aten.roll.default, aten.flip.default),
 }
 _SHRINK = {aten.slice.Tensor, aten.select.int}
-_GROW = {aten.expand.default, aten.repeat.default, aten.repeat_interleave.self_int}
-_SPLIT = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
-_JOIN = {aten.cat.default, aten.stack.default}
+_GROW = {*EXPANDS, *REPEATS}
+_SPLIT = {*SPLITS, aten.unbind.int}
+_JOIN = {*CONCATENATIONS, aten.stack.default}
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ from lissom.compiler.analysis.axes.zeros import zero_at, zeros
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.removal.indices import remove_indices
-from lissom.compiler.transforms.removal.norms import NORMS_OVER, normed_axes
+from lissom.compiler.transforms.removal.norms import normed_axes
 from lissom.errors import LissomError
 
 aten = torch.ops.aten
@@ -72,7 +73,7 @@ def _dead_channels(edit: Editor, axis: Axis) -> torch.Tensor:
     program = edit.program
     found, zero = program.fact(axes), program.fact(zeros)
     dead = dead_units(program, (axis,))
-    for node in program.nodes(*NORMS_OVER):
+    for node in program.nodes(*LAYER_NORMS):
         if any(axis in set(other.atoms()) for other in normed_axes(node, found)):
             dead &= zero_units(found, zero, (cast(fx.Node, node.args[0]), -1), (axis,))
     if bool(dead.all()):

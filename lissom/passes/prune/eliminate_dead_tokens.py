@@ -21,17 +21,18 @@ from torch import fx
 
 from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
-from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, shape_of, with_operands
+from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, with_operands
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import EXPANDS, SIZED_RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.unflatten import unflatten_where
 
 aten = torch.ops.aten
 
 _END = 2**63 - 1
-_RESHAPES = {aten.reshape.default, aten.view.default}
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ class _Narrower:
                     item, _Demand(sources[slot], wanted.start, wanted.count), rank
                 )
         args, kwargs = with_operands(node, changed)
-        if node.target in _RESHAPES or node.target is aten.expand.default:
+        if node.target in SIZED_RESHAPES or node.target in EXPANDS:
             sizes = cast("list[object]", args[1])
             sizes[wanted.dim] = wanted.count
         if _is_causal(node):

@@ -50,6 +50,7 @@ from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_mom
 from lissom.compiler.calibration.observers import weight_scale
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import call, evaluate_nodes
+from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError, UnsupportedError
@@ -61,7 +62,6 @@ aten = torch.ops.aten
 Rescale = Literal["none", "min-max", "mse"]
 _HELD = 1 << 24
 """Numbers held at once while scales are fitted."""
-_NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 _LEAST = 1e-12
 """Of what a norm divides by, squared."""
 
@@ -183,7 +183,7 @@ def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]
     """One over what the norm that reads a layer divides by, squared: [tokens] for each sample; None where no norm reads it."""
     norm = next(iter(layer.users), None)
     others = [used for used in layer.all_input_nodes if used is not input_of(layer)]
-    if len(layer.users) != 1 or norm is None or norm.target not in _NORMS or not all(map(_is_constant, others)):
+    if len(layer.users) != 1 or norm is None or norm.target not in LAYER_NORMS or not all(map(_is_constant, others)):
         return None
     values = {used: evaluate_nodes(program.graph_module, used) for used in others}
     found: list[torch.Tensor] = []

@@ -33,7 +33,19 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     "attention": lambda x: functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True),
     "lookup": lambda x: x.index_select(1, torch.tensor([2, 0, 1])),
     "sorted": lambda x: (x.topk(2, 1)[0], x.flip(0), x.sort(-1)[0]),
-    "convolution": lambda x: functional.conv1d(x, x[:, :, :1]),
+    "convolution": lambda x: functional.conv1d(x, x[:, :, :1], padding="same"),
+    "other views": lambda x: (
+        x.roll(1, 1),
+        x.repeat(2, 1, 1),
+        x.mT,
+        x.swapaxes(0, 1),
+        x.broadcast_to(2, 3, 4, 4),
+        x[None].squeeze(),
+    ),
+    "padded": lambda x: functional.pad(x, (1, 0, 0, 2)),
+    "in equal parts": lambda x: x.tensor_split(2, 1),
+    "more reductions": lambda x: (x.std(1), x.logsumexp(-1), x.max(0)[1], x.all(), torch.linalg.vector_norm(x, dim=2)),
+    "sizes of another": lambda x: (x[:, :1].expand_as(x), x.reshape(3, 16).view_as(x)),
 }
 
 
@@ -93,7 +105,8 @@ def _tensors(value: object) -> list[torch.Tensor]:
         (FUNCTIONS["attention"], aten.scaled_dot_product_attention.default, [True, True, True, True]),
         (lambda x: x.softmax(1), aten.softmax.int, [True, False, True]),
         (lambda x: x.reshape(12, 4), aten.reshape.default, [False, True]),
-        (lambda x: x.roll(1, 1), aten.roll.default, [False, False, False]),
+        (lambda x: x.roll(1, 1), aten.roll.default, [True, False, True]),
+        (lambda x: x.roll(1), aten.roll.default, [False, False, False]),
     ],
 )
 def test_which_dimensions_work_position_by_position(function: Callable, target: object, dims: list[bool]) -> None:

@@ -36,12 +36,6 @@ def tensors(node: fx.Node, known: Known) -> list[Dims]:
     return [of(used, known) for used in node.all_input_nodes if nodes.is_tensor(used)]
 
 
-def dim_of(node: fx.Node, index: int, rank: int, default: int = 0) -> int:
-    """The dimension a call names, counted from the front."""
-    value = node.args[index] if len(node.args) > index else node.kwargs.get("dim", default)
-    return cast(int, value) % rank
-
-
 def unknown(node: fx.Node, known: Known) -> Value:
     """What an operator without a rule yields: new axes, pinned like those of its arguments."""
     reason = f"no rule for {target_text(node.target)}"

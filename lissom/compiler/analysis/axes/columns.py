@@ -21,12 +21,12 @@ from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
 from lissom.compiler.analysis.structure.linear import input_of, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import CONVOLUTIONS
 from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 
 aten = torch.ops.aten
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def find_neuron_columns(program: Program, site: FeedForwardSite) -> Columns | st
 
 def feature_dim(layer: fx.Node) -> int:
     """The dimension of its features in what a linear layer reads and gives."""
-    return 1 if layer.target in _CONVOLUTIONS else -1
+    return 1 if layer.target in CONVOLUTIONS else -1
 
 
 def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) -> Columns | str:

@@ -11,21 +11,17 @@ from torch import fx
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.columns import unit_of
-from lissom.compiler.analysis.axes.rules import reduced_dims
 from lissom.compiler.analysis.axes.zeros import Zeros, zero_at, zeros
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.operators import reduced_dims
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
 
 Place = tuple[fx.Node, int]
 """A dimension of a value."""
-
-_PRODUCTS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
-_ADDED_PRODUCTS = (aten.addmm.default, aten.baddbmm.default)
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
-_SUMS = (aten.sum.dim_IntList, aten.sum.default)
 
 
 def dead_units(program: Program, numbering: Sequence[Axis]) -> torch.Tensor:
@@ -55,18 +51,17 @@ def _contractions(program: Program) -> list[list[Place]]:
 def summed(node: fx.Node) -> list[list[Place]]:
     """The dimensions a call sums over: for each sum those of its operands."""
     args = cast("tuple[fx.Node, ...]", node.args)
-    name = str(node.target)
     if node.target is aten.linear.default:
         return [[(args[0], -1), (args[1], 1)]]
-    if node.target in _PRODUCTS:
+    if node.target in ops.MATMULS:
         return [[(args[0], -1), (args[1], -2 if nodes.tensor_type(args[1]).rank > 1 else -1)]]
-    if node.target in _ADDED_PRODUCTS:
+    if node.target in ops.MATMULS_WITH_BIAS:
         return [[(args[1], -1), (args[2], -2)]]
     if is_attention(node):
         return [[(args[0], -1), (args[1], -1)]]
-    if name.split(".")[1:2] and name.split(".")[1] in _CONVOLUTIONS and nodes.argument(node, "groups") == 1:
+    if node.target in ops.CONVOLUTIONS and nodes.argument(node, "groups") == 1:
         return [[(args[0], 1), (args[1], 1)]]
-    if node.target in _SUMS:
+    if node.target in ops.SUMS:
         return [[(args[0], dim)] for dim in reduced_dims(node, nodes.tensor_type(args[0]).rank)]
     return _summed_by_einsum(node) if node.target is aten.einsum.default else []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import cast
 
@@ -11,21 +10,23 @@ from torch import fx
 
 from lissom.compiler.analysis.axes import views
 from lissom.compiler.analysis.axes.axis import Axis, cut, divide, mark_normed, mark_whole, pin, product, unify
-from lissom.compiler.analysis.axes.base import Dims, Known, Rule, Value, broadcast, dim_of, fresh, of, tensors, unknown
+from lissom.compiler.analysis.axes.base import Dims, Known, Rule, Value, broadcast, fresh, of, tensors, unknown
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.match import register
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import dim_of
+from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import TensorType
+from lissom.ops import grouped_product, linear_attention, rotary
 
 aten = torch.ops.aten
 
 
 def apply(node: fx.Node, known: Known) -> Value:
     """The axes of what a call yields; without a rule, everything it touches is pinned."""
-    rule = RULES.get(str(node.target))
+    rule = RULES.get(node.target)
     if rule is None:
-        tags = getattr(node.target, "tags", ())
-        rule = _pointwise if torch.Tag.pointwise in tags or _same_shapes(node) else unknown
+        rule = _pointwise if is_pointwise(node) or node.target in ops.LIKE else unknown
     found = rule(node, known)
     _check(node, found)
     return found
@@ -49,12 +50,6 @@ def _check(node: fx.Node, found: Value) -> None:
     sizes = [axis.size for axis in found if isinstance(axis, Axis)]
     static = [(have, want) for have, want in zip(sizes, typed.shape, strict=True) if isinstance(want, int)]
     assert all(not isinstance(have, int) or have == want for have, want in static), f"axes of {node.format_node()}: {sizes}"
-
-
-def _same_shapes(node: fx.Node) -> bool:
-    """True for operators named `…_like` and casts, whose result has the shape of their first argument."""
-    name = str(getattr(node.target, "__name__", ""))
-    return name.split(".")[0].endswith("_like")
 
 
 def _pointwise(node: fx.Node, known: Known) -> Value:
@@ -101,33 +96,19 @@ def _embedding(node: fx.Node, known: Known) -> Value:
     return (*ids, weight[1])
 
 
-def reduced_dims(node: fx.Node, rank: int) -> set[int]:
-    """The dimensions a reduction removes."""
-    # Norms have their order in front of the dimensions.
-    index = 2 if node.target in (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim) else 1
-    found = node.args[index] if len(node.args) > index else node.kwargs.get("dim")
-    if found is None or found == []:
-        return set(range(rank))
-    return {cast(int, dim) % rank for dim in (found if isinstance(found, (list, tuple)) else [found])}
-
-
-def _reduce(node: fx.Node, known: Known, whole: bool = True) -> Value:
+def _reduce(node: fx.Node, known: Known) -> Value:
+    """Mean, maximum and the like: the reduced axes are read as a whole."""
     dims = of(node.args[0], known)
-    removed = reduced_dims(node, len(dims))
-    for index in removed if whole else ():
+    for index in reduced_dims(node, len(dims)):
         mark_whole(dims[index])
-    keep = len(nodes.tensor_type(node).shape) == len(dims)
-    kept = [Axis(1) if index in removed else axis for index, axis in enumerate(dims)]
-    return tuple(axis for index, axis in enumerate(kept) if keep or index not in removed)
-
-
-def _sum(node: fx.Node, known: Known) -> Value:
-    return _reduce(node, known, whole=False)
+    found = cast(Dims, views.moved(node, known))
+    results = nodes.node_type(node)
+    return (found,) * len(results) if isinstance(results, tuple) else found
 
 
 def _scan(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
-    mark_whole(dims[dim_of(node, 1, len(dims))])
+    mark_whole(dims[dim_of(node, len(dims))])
     return dims
 
 
@@ -273,64 +254,42 @@ def _count(node: fx.Node, known: Known) -> Value:
     return fresh(nodes.node_type(node), "its values count positions")
 
 
-RULES: dict[str, Rule] = {str(operator.getitem): views.getitem}
-
-_register = functools.partial(register, RULES)
-
-_register(_first, "dropout", "lift_fresh_copy", "log_sigmoid", "hardswish", "softplus", "bernoulli")
-_register(_first, "_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as", "contiguous", "clone", "detach", "alias")
-_register(
-    _pointwise,
-    "__and__.Tensor",
-    "__or__.Tensor",
-    "where.ScalarOther",
-    "where.ScalarSelf",
-    "where.Scalar",
-    "isin.Tensor_Scalar",
-    "isclose",
-    "lerp.Tensor",
+RULES: dict[object, Rule] = rule_table(
+    (views.getitem, [operator.getitem]),
+    (_first, [*ops.IDENTITIES, *ops.CONVERSIONS, aten.bernoulli.default]),
+    (_linear, [aten.linear.default]),
+    (_matmul, ops.MATMULS),
+    (_added_product, ops.MATMULS_WITH_BIAS),
+    (_embedding, [aten.embedding.default]),
+    (views.moved, [aten.permute.default, *ops.TRANSPOSES, aten.unsqueeze.default, *ops.SQUEEZES]),
+    (views.moved, [*ops.EXPANDS, aten.expand_as.default, *ops.SUMS]),
+    (views.reshape, [*ops.RESHAPES, *ops.RESHAPES_AS]),
+    (views.repeat, [aten.repeat.default]),
+    (views.repeat_interleave, [aten.repeat_interleave.self_int]),
+    (views.cat, ops.CONCATENATIONS),
+    (views.stack, [aten.stack.default]),
+    (views.split, ops.SPLITS),
+    (views.unbind, [aten.unbind.int]),
+    (views.select, [aten.select.int]),
+    (views.slice_of, [aten.slice.Tensor]),
+    (_reduce, [*ops.REDUCTIONS, *ops.REDUCTIONS_WITH_INDICES]),
+    (_scan, [*ops.SOFTMAX, *ops.LOG_SOFTMAX, *ops.CUMULATIVE]),
+    (views.reorder, [aten.flip.default, aten.roll.default, aten.tril.default, aten.triu.default, aten.rot90.default]),
+    (_normalise, ops.LAYER_NORMS),
+    (_batch_norm, [aten.batch_norm.default]),
+    (_group_norm, [aten.group_norm.default]),
+    (_attention, [*ops.ATTENTIONS, linear_attention]),
+    (_rotary, [rotary]),
+    (_grouped_product, [grouped_product]),
+    (_rounded, ops.QUANTIZERS),
+    (_convolution, ops.CONVOLUTIONS),
+    (views.index_select, [aten.index_select.default]),
+    (views.index_copy, [aten.index_copy.default, aten.index_copy_.default]),
+    (views.copy, [aten.copy_.default]),
+    (views.gather, [aten.gather.default, aten.take_along_dim.default]),
+    (views.index, [aten.index.Tensor]),
+    (_einsum, [aten.einsum.default]),
+    (_create, ops.NEW_TENSORS),
+    (_count, [*ops.RANGES, aten.linspace.default, aten.eye.default]),
 )
-_register(_linear, "linear")
-_register(_matmul, "matmul", "mm", "bmm")
-_register(_added_product, "addmm", "baddbmm")
-_register(_embedding, "embedding")
-_register(views.permute, "permute")
-_register(views.transpose, "transpose.int", "t", "mT", "swapaxes", "swapdims", "numpy_T")
-_register(views.unsqueeze, "unsqueeze")
-_register(views.squeeze, "squeeze", "squeeze.dim", "squeeze.dims")
-_register(views.reshape, "reshape", "view", "_unsafe_view", "flatten.using_ints", "unflatten.int", "reshape_as", "view_as")
-_register(views.expand, "expand", "expand_as", "broadcast_to")
-_register(views.repeat, "repeat")
-_register(views.repeat_interleave, "repeat_interleave.self_int")
-_register(views.cat, "cat", "concat", "concatenate")
-_register(views.stack, "stack")
-_register(views.split, "split.Tensor", "split_with_sizes", "split.sizes", "chunk", "tensor_split.sections")
-_register(views.unbind, "unbind.int")
-_register(views.select, "select.int")
-_register(views.slice_of, "slice.Tensor")
-_register(_sum, "sum.dim_IntList", "sum")
-_register(_reduce, "mean.dim", "mean", "var.correction", "var.dim", "std.correction", "std.dim", "amax", "amin", "logsumexp")
-_register(
-    _reduce, "any.dim", "all.dim", "any", "all", "argmax", "argmin", "prod.dim_int", "linalg_vector_norm", "norm.ScalarOpt_dim"
-)
-_register(_scan, "softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "cumsum", "cumprod")
-_register(views.reorder, "flip", "roll", "tril", "triu", "rot90")
-_register(_normalise, "layer_norm", "rms_norm")
-_register(_batch_norm, "batch_norm")
-_register(_group_norm, "group_norm")
-_register(_attention, "scaled_dot_product_attention")
-_register(_convolution, "conv1d", "conv2d", "conv3d", "conv1d.padding", "conv2d.padding")
-_register(views.index_select, "index_select")
-_register(views.index_copy, "index_copy", "index_copy_")
-_register(views.copy, "copy_")
-_register(views.gather, "gather", "take_along_dim")
-_register(views.index, "index.Tensor")
-_register(_einsum, "einsum")
-_register(_create, "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "empty.memory_format", "scalar_tensor")
-_register(_count, "arange", "arange.start", "arange.start_step", "linspace", "eye")
-RULES["lissom.attention.default"] = _attention
-RULES["lissom.linear_attention.default"] = _attention
-RULES["lissom.rotary.default"] = _rotary
-RULES["lissom.grouped_product.default"] = _grouped_product
-for _name in ("fake_quantize", "fake_quantize_dynamic", "dequantize"):
-    RULES[f"lissom.{_name}.default"] = _rounded
+"""By operator."""

@@ -1,4 +1,4 @@
-"""Rules of axes for operators that move, join, cut or look up values without computing with them."""
+"""Axis rules of views, and of operators that concatenate, split or look up values without computing with them."""
 
 from __future__ import annotations
 
@@ -9,60 +9,22 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axis import Axis, concatenation, cut, divide, pin, product, unify
-from lissom.compiler.analysis.axes.base import Dims, Known, Value, broadcast, dim_of, fresh, of
+from lissom.compiler.analysis.axes.base import Dims, Known, Value, broadcast, fresh, of, unknown
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import dim_of, dimension_map, shape_of
+from lissom.compiler.ir.match import lookup_indices
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import Size, TensorType
 
 aten = torch.ops.aten
 
-SIZES_AT: dict[object, int] = {
-    aten.reshape.default: 1,
-    aten.view.default: 1,
-    aten.expand.default: 1,
-    aten.unflatten.int: 2,
-    aten.zeros.default: 0,
-    aten.ones.default: 0,
-    aten.full.default: 0,
-    aten.new_zeros.default: 1,
-    aten.new_ones.default: 1,
-    aten.new_full.default: 1,
-}
-"""Where a call has its list of sizes."""
-SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default}
-"""Calls that cut a dimension in pieces."""
 
-
-def permute(node: fx.Node, known: Known) -> Value:
-    """Dimensions in the order listed."""
-    dims = of(node.args[0], known)
-    order = cast("list[int]", node.args[1])
-    return tuple(dims[index] for index in order)
-
-
-def transpose(node: fx.Node, known: Known) -> Value:
-    """Two dimensions exchanged; the last two when none are named."""
-    dims = list(of(node.args[0], known))
-    if len(dims) < 2:
-        return tuple(dims)
-    a, b = (cast(int, item) for item in node.args[1:]) if len(node.args) > 1 else (-2, -1)
-    dims[a], dims[b] = dims[b], dims[a]
-    return tuple(dims)
-
-
-def unsqueeze(node: fx.Node, known: Known) -> Value:
-    """A dimension of size 1 more."""
-    dims = list(of(node.args[0], known))
-    dims.insert(dim_of(node, 1, len(dims) + 1), Axis(1))
-    return tuple(dims)
-
-
-def squeeze(node: fx.Node, known: Known) -> Value:
-    """Dimensions of size 1 left out."""
-    dims = of(node.args[0], known)
-    wanted = node.args[1] if len(node.args) > 1 else list(range(len(dims)))
-    listed = {cast(int, dim) % len(dims) for dim in (wanted if isinstance(wanted, (list, tuple)) else [wanted])}
-    return tuple(axis for index, axis in enumerate(dims) if not (index in listed and axis.size == 1))
+def moved(node: fx.Node, known: Known) -> Value:
+    """The axes of the argument where the call's dimension map puts them; a dimension the call makes is a new axis."""
+    dims, sizes = of(node.args[0], known), shape_of(node)
+    found = dimension_map(node)
+    assert found is not None, f"{target_text(node.target)} has no dimension map"
+    return tuple(Axis(size) if source is None else dims[source] for source, size in zip(found, sizes, strict=True))
 
 
 def reshape(node: fx.Node, known: Known) -> Value:
@@ -92,13 +54,6 @@ def take(factors: list[Axis], size: Size) -> Axis | None:
     return pieces[0]
 
 
-def expand(node: fx.Node, known: Known) -> Value:
-    """A dimension of size 1 becomes a free axis."""
-    dims, sizes = of(node.args[0], known), nodes.tensor_type(node).shape
-    padded = (*(Axis(1) for _ in range(len(sizes) - len(dims))), *dims)
-    return tuple(axis if axis.size == size else Axis(size) for axis, size in zip(padded, sizes, strict=True))
-
-
 def repeat(node: fx.Node, known: Known) -> Value:
     """Copies of an axis: the product of the copies and the axis."""
     dims, sizes = of(node.args[0], known), nodes.tensor_type(node).shape
@@ -112,8 +67,10 @@ def repeat(node: fx.Node, known: Known) -> Value:
 
 def repeat_interleave(node: fx.Node, known: Known) -> Value:
     """Each index several times in a row: the product of the axis and the copies."""
+    if nodes.argument(node, "dim") is None:
+        return unknown(node, known)
     dims = list(of(node.args[0], known))
-    index = dim_of(node, 2, len(dims))
+    index = dim_of(node, len(dims))
     dims[index] = product([dims[index], Axis(cast(int, node.args[1]))])
     return tuple(dims)
 
@@ -123,7 +80,7 @@ def cat(node: fx.Node, known: Known) -> Value:
     items = [of(item, known) for item in cast("list[fx.Node]", node.args[0])]
     # An empty tensor of rank 1 goes with any others.
     parts = [dims for dims in items if len(dims) == max(map(len, items))]
-    index = dim_of(node, 1, len(parts[0]))
+    index = dim_of(node, len(parts[0]))
     others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(dims)) for dims in parts]
     found = list(broadcast(others, len(parts[0]), "cat"))
     found[index] = concatenation([dims[index] for dims in parts])
@@ -134,7 +91,7 @@ def stack(node: fx.Node, known: Known) -> Value:
     """A new dimension over tensors of the same axes."""
     parts = [of(item, known) for item in cast("list[fx.Node]", node.args[0])]
     found = list(broadcast(parts, len(parts[0]), "stack"))
-    found.insert(dim_of(node, 1, len(found) + 1), Axis(len(parts), pinned="stacked tensors"))
+    found.insert(dim_of(node, len(found) + 1), Axis(len(parts), pinned="stacked tensors"))
     return tuple(found)
 
 
@@ -151,9 +108,9 @@ def pieces_of(axis: Axis, sizes: Sequence[Size]) -> list[Axis] | None:
 
 
 def split(node: fx.Node, known: Known) -> Value:
-    """Axes laid end to end along one dimension; the others are the same."""
+    """Pieces of one dimension; where its axis cannot be divided there, it and the pieces are pinned."""
     dims = of(node.args[0], known)
-    index = dim_of(node, 2, len(dims))
+    index = dim_of(node, len(dims))
     types = cast("tuple[TensorType, ...]", nodes.node_type(node))
     pieces = pieces_of(dims[index], [found.shape[index] for found in types])
     if pieces is None:
@@ -163,20 +120,18 @@ def split(node: fx.Node, known: Known) -> Value:
 
 
 def unbind(node: fx.Node, known: Known) -> Value:
-    """Each index several times in a row: the product of the axis and the copies."""
+    """All indices of one dimension apart, which is then pinned; each piece has the other dimensions."""
     dims = of(node.args[0], known)
-    index = dim_of(node, 1, len(dims))
-    pin(dims[index], "its indices are told apart by unbind")
-    rest = (*dims[:index], *dims[index + 1 :])
+    pin(dims[dim_of(node, len(dims))], "its indices are told apart by unbind")
+    rest = cast(Dims, moved(node, known))
     return tuple(rest for _ in cast("tuple[object, ...]", nodes.node_type(node)))
 
 
 def select(node: fx.Node, known: Known) -> Value:
-    """Copies of an axis: the product of the copies and the axis."""
+    """One index of a dimension, which is then pinned; the other dimensions are left."""
     dims = of(node.args[0], known)
-    index = dim_of(node, 1, len(dims))
-    pin(dims[index], "one index of it is selected")
-    return (*dims[:index], *dims[index + 1 :])
+    pin(dims[dim_of(node, len(dims))], "one index of it is selected")
+    return moved(node, known)
 
 
 def slice_bounds(node: fx.Node, size: Size) -> tuple[int, int] | None:
@@ -191,9 +146,9 @@ def slice_bounds(node: fx.Node, size: Size) -> tuple[int, int] | None:
 
 
 def slice_of(node: fx.Node, known: Known) -> Value:
-    """A dimension of size 1 becomes a free axis."""
+    """A range of one dimension, or every n-th index of it; where its axis cannot be divided there, both are pinned."""
     dims = list(of(node.args[0], known))
-    index = dim_of(node, 1, len(dims))
+    index = dim_of(node, len(dims))
     wanted = nodes.tensor_type(node).shape[index]
     axis = dims[index]
     if axis.size == wanted:
@@ -225,7 +180,7 @@ def every_nth(node: fx.Node, size: Size) -> int:
 
 
 def reorder(node: fx.Node, known: Known) -> Value:
-    """Dimensions of size 1 left out."""
+    """flip, roll, tril and the like: which index is which matters, so every axis is pinned."""
     dims = of(node.args[0], known)
     for axis in dims:
         pin(axis, f"its order matters to {target_text(node.target)}")
@@ -233,18 +188,18 @@ def reorder(node: fx.Node, known: Known) -> Value:
 
 
 def index_select(node: fx.Node, known: Known) -> Value:
-    """A dimension of size 1 more."""
+    """Rows looked up by number along one dimension, which is then pinned; in the result it has the axis of the numbers."""
     dims, chosen = list(of(node.args[0], known)), of(node.args[2], known)
-    index = dim_of(node, 1, len(dims))
+    index = dim_of(node, len(dims))
     pin(dims[index], "its indices are looked up")
     dims[index] = chosen[0] if chosen else Axis(1)
     return tuple(dims)
 
 
 def index_copy(node: fx.Node, known: Known) -> Value:
-    """Rows of a tensor exchanged: where they go is looked up, and the other dimensions are those of the new rows."""
+    """Rows of a tensor overwritten: their dimension is pinned, and the others are those of the new rows."""
     dims, rows = of(node.args[0], known), of(node.args[3], known)
-    index = dim_of(node, 1, len(dims))
+    index = dim_of(node, len(dims))
     for axis in (dims[index], rows[index]):
         pin(axis, "its indices are looked up")
     others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(item)) for item in (dims, rows)]
@@ -254,16 +209,18 @@ def index_copy(node: fx.Node, known: Known) -> Value:
 
 
 def copy(node: fx.Node, known: Known) -> Value:
-    """A tensor written whole: its axes are those of what is written."""
+    """A tensor overwritten: its axes are those of the source, as far as that is not broadcast."""
     dims = of(node.args[0], known)
     broadcast([dims, of(node.args[1], known)], len(dims), "copy_")
     return dims
 
 
 def gather(node: fx.Node, known: Known) -> Value:
-    """Two dimensions exchanged; the last two when none are named."""
-    dims, chosen = of(node.args[0], known), of(node.args[2], known)
-    index = dim_of(node, 1, len(dims))
+    """Values looked up along one dimension, which is then pinned; the result has the axes of the indices."""
+    if nodes.argument(node, "dim") is None:
+        return unknown(node, known)
+    dims, chosen = of(node.args[0], known), of(lookup_indices(node), known)
+    index = dim_of(node, len(dims))
     pin(dims[index], "its indices are looked up")
     for dim, (axis, other) in enumerate(zip(dims, chosen, strict=True)):
         if dim != index and axis.size == other.size:
@@ -290,5 +247,5 @@ def index(node: fx.Node, known: Known) -> Value:
 
 
 def getitem(node: fx.Node, known: Known) -> Value:
-    """Dimensions in the order listed."""
+    """The axes of one of several results."""
     return cast(Dims, known[cast(fx.Node, node.args[0])][cast(int, node.args[1])])

@@ -19,9 +19,12 @@ from torch import fx
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.columns import unit_of
-from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import dim_of, dimension_map
+from lissom.compiler.ir.operators import packet_of
 from lissom.compiler.ir.program import Program
+from lissom.ops import rotary
 
 aten = torch.ops.aten
 
@@ -43,11 +46,11 @@ Zeros = Mapping[fx.Node, Zero]
 _Rule = Callable[[fx.Node, "_Known"], Zero]
 
 _KEEPING = {
-    "neg", "relu", "gelu", "silu", "tanh", "erf", "abs", "sqrt", "square", "clone", "contiguous", "to", "_to_copy", "dropout",
-    "hardswish", "leaky_relu", "elu", "selu", "mish", "sin", "detach", "alias", "sign", "expm1", "log1p", "asinh", "atan",
-    "lift_fresh_copy", "relu6",
-}  # fmt: skip
-"""Functions of one value that are zero at zero."""
+    *(aten.relu, aten.relu6, aten.leaky_relu, aten.elu, aten.selu, aten.gelu, aten.silu, aten.mish, aten.hardswish, aten.tanh),
+    *(aten.neg, aten.abs, aten.sign, aten.sqrt, aten.square, aten.sin, aten.asinh, aten.atan, aten.expm1, aten.log1p, aten.erf),
+    *(item.overloadpacket for item in (*ops.IDENTITIES, *ops.CONVERSIONS)),
+}
+"""Functions of one value, in any overload, that are zero at zero."""
 
 
 @dataclass
@@ -114,12 +117,10 @@ def _settled(found: Zero) -> Zero:
 
 
 def _rule(node: fx.Node) -> _Rule:
-    name = _name(node)
-    if is_attention(node):
-        return _attention
-    if name in _KEEPING:
+    called = packet_of(node)
+    if called in _KEEPING:
         return _same
-    return _RULES.get(name, _moved)
+    return _RULES.get(node.target) or _RULES.get(called, _moved)
 
 
 def _same(node: fx.Node, known: _Known) -> Zero:
@@ -264,21 +265,16 @@ def _convolution(node: fx.Node, known: _Known) -> Zero:
 
 
 def _permuted(node: fx.Node, known: _Known) -> Zero:
-    source, rank = known.of(node.args[0]), nodes.tensor_type(node).rank
-    order = list(range(rank))
-    if "permute" in str(node.target):
-        order = [dim % rank for dim in cast("list[int]", node.args[1])]
-    elif rank > 1:
-        a, b = (cast(int, item) for item in node.args[1:]) if len(node.args) > 1 else (-2, -1)
-        order[a], order[b] = order[b], order[a]
-    return Zero({new: source.at[old] for new, old in enumerate(order) if old in source.at}, source.whole)
+    source, order = known.of(node.args[0]), dimension_map(node)
+    assert order is not None
+    return Zero({new: source.at[old] for new, old in enumerate(order) if old is not None and old in source.at}, source.whole)
 
 
 def _joined(node: fx.Node, known: _Known) -> Zero:
     """Parts laid end to end: along the seam each has its own zeros, elsewhere what is zero in all of them."""
     parts = cast("list[fx.Node]", node.args[0])
     rank = nodes.tensor_type(node).rank
-    seam = cast(int, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)) % rank
+    seam = dim_of(node, rank)
     found = [known.of(part) for part in parts]
     at: dict[int, torch.Tensor] = {}
     for dim, size in enumerate(nodes.tensor_type(node).shape):
@@ -293,7 +289,7 @@ def _joined(node: fx.Node, known: _Known) -> Zero:
 def _moved(node: fx.Node, known: _Known) -> Zero:
     """What follows from the axes for an operator that only moves values: the zeros of an axis go where the axis goes."""
     if not _moves(node):
-        return Zero(whole=_name(node) in _GATHERS and known.of(node.args[0]).whole)
+        return Zero(whole=packet_of(node) in _OF_ZEROS_ZERO and known.of(node.args[0]).whole)
     source = cast(fx.Node, node.args[0])
     if node.target is operator.getitem:
         source = cast(fx.Node, source.args[0])
@@ -335,44 +331,35 @@ def _moves(node: fx.Node) -> bool:
     """True for operators that only move values, and for pieces of what one of them yields."""
     if node.target is operator.getitem:
         return _moves(cast(fx.Node, node.args[0]))
-    return _name(node) in _MOVES
-
-
-def _name(node: fx.Node) -> str:
-    """`linear` for `aten.linear.default`, `rotary` for ours."""
-    return str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+    return node.target in _MOVES
 
 
 _MOVES = {
-    "reshape", "view", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "slice", "select",
-    "repeat_interleave", "repeat", "expand_as", "index_select", "split", "split_with_sizes", "chunk", "unbind",
-}  # fmt: skip
-
-_GATHERS = {"index", "gather", "sum", "mean", "amax", "cumsum", "flip", "roll", "avg_pool1d", "avg_pool2d", "take_along_dim"}
-"""Operators that give zero where all they are given is zero."""
-
-_RULES: dict[str, _Rule] = {
-    "mul": _product,
-    "div": _quotient,
-    "add": _sum,
-    "sub": _sum,
-    "where": _choice,
-    "pow": _power,
-    "linear": _linear,
-    "matmul": _matmul,
-    "mm": _matmul,
-    "bmm": _matmul,
-    "addmm": _added_product,
-    "baddbmm": _added_product,
-    "embedding": _embedding,
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "conv1d": _convolution,
-    "conv2d": _convolution,
-    "permute": _permuted,
-    "transpose": _permuted,
-    "t": _permuted,
-    "mT": _permuted,
-    "cat": _joined,
-    "rotary": _rotary,
+    *(*ops.RESHAPES, *ops.EXPANDS, aten.expand_as.default, *ops.REPEATS, aten.unsqueeze.default, *ops.SQUEEZES),
+    *(aten.slice.Tensor, aten.select.int, aten.index_select.default, *ops.SPLITS, aten.unbind.int),
 }
+"""Operators that only move values, and whose axes say where to."""
+_OF_ZEROS_ZERO = {
+    *(aten.index, aten.gather, aten.take_along_dim, aten.flip, aten.roll),
+    *(aten.sum, aten.mean, aten.amax, aten.cumsum, aten.avg_pool1d, aten.avg_pool2d),
+}
+"""Operators, in any overload, that give zero where their whole argument is zero."""
+_RULES: dict[object, _Rule] = {
+    **dict.fromkeys(ops.ATTENTIONS, _attention),
+    aten.mul: _product,
+    aten.div: _quotient,
+    **dict.fromkeys((aten.add, aten.sub), _sum),
+    aten.where: _choice,
+    aten.pow: _power,
+    aten.linear.default: _linear,
+    **dict.fromkeys(ops.MATMULS, _matmul),
+    **dict.fromkeys(ops.MATMULS_WITH_BIAS, _added_product),
+    aten.embedding.default: _embedding,
+    aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _rms_norm,
+    **dict.fromkeys(ops.CONVOLUTIONS, _convolution),
+    **dict.fromkeys((aten.permute.default, *ops.TRANSPOSES), _permuted),
+    **dict.fromkeys(ops.CONCATENATIONS, _joined),
+    rotary: _rotary,
+}
+"""By overload, or by operator where the rule holds for every overload."""

@@ -16,11 +16,12 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.patterns.facts import ALWAYS, Count, Seen, between, both, moved, opposite, pattern_of
-from lissom.compiler.analysis.patterns.values import AND, NOT, OR, PositionValues
+from lissom.compiler.analysis.patterns.values import PositionValues
 from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import CASTS, number
+from lissom.compiler.ir.match import number
+from lissom.compiler.ir.operators import AND, CASTS, FILLS, MASKED_FILLS, NOT, OR, WHERE, ZEROS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size
 from lissom.ops.pattern import Condition, Pattern
@@ -30,8 +31,6 @@ aten = torch.ops.aten
 _LOWEST = -1e4
 """Scores are never so far apart that a key with this bias counts, as BERT's authors had it."""
 _PLAIN = aten.scaled_dot_product_attention.default
-_WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-_FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 CAUSAL = Condition(1, -1, 0)
 """A query sees no later key."""
 
@@ -170,12 +169,12 @@ class _Reader:
 
     def _hidden(self, node: fx.Node) -> tuple[fx.Node, bool, float, fx.Node | None] | None:
         """Of numbers that hide: the condition, whether what holds is hidden, the number, and what else is added."""
-        if nodes.is_call(node, *_FILL):
+        if nodes.is_call(node, *MASKED_FILLS):
             kept, condition, fill = node.args
             value = number(self._program, fill)
             if value is not None and value <= _LOWEST and nodes.is_tensor(condition):
                 return condition, True, value, None if self._is_zero(kept) else kept  # pyright: ignore
-        if nodes.is_call(node, *_WHERE) and nodes.is_tensor(node.args[0]):
+        if nodes.is_call(node, *WHERE) and nodes.is_tensor(node.args[0]):
             condition, left, right = node.args
             for fill, kept, negated in ((right, left, False), (left, right, True)):
                 value = number(self._program, fill)
@@ -186,9 +185,9 @@ class _Reader:
     def _is_zero(self, item: object) -> bool:
         while nodes.is_call(item, aten.expand.default, aten.unsqueeze.default, *CASTS):
             item = item.args[0]
-        if nodes.is_call(item, aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
+        if nodes.is_call(item, *ZEROS):
             return True
-        if nodes.is_call(item, aten.full.default, aten.full_like.default, aten.new_full.default):
+        if nodes.is_call(item, *FILLS):
             return nodes.argument(item, "fill_value") == 0
         return number(self._program, item) == 0
 

@@ -30,9 +30,11 @@ from lissom.compiler.analysis.patterns.facts import (
     slide,
 )
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.match import CASTS
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import places
+from lissom.compiler.ir.operators import AND, NOT, OR
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.types import ScalarType, Size
+from lissom.compiler.ir.types import ScalarType
 
 aten = torch.ops.aten
 Value = Count | Seen | None
@@ -40,17 +42,25 @@ Value = Count | Seen | None
 
 _INTEGERS = (torch.int32, torch.int64)
 _END = float("inf")
-AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
-OR = (aten.__or__.Tensor, aten.logical_or.default, aten.bitwise_or.Tensor)
-NOT = (aten.logical_not.default, aten.bitwise_not.default)
-_TO = (*CASTS, aten.to.device, aten.to.dtype_layout, aten.clone.default, aten.contiguous.default, aten.alias.default)
-_BOUNDS: Mapping[str, Callable[[int], tuple[float, float]]] = {
-    "le": lambda number: (-_END, number),
-    "lt": lambda number: (-_END, number - 1),
-    "ge": lambda number: (number, _END),
-    "gt": lambda number: (number + 1, _END),
-    "eq": lambda number: (number, number),
+_TO = (*ops.CONVERSIONS, *ops.IDENTITIES)
+_VIEWS = {
+    *(*ops.EXPANDS, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *ops.SQUEEZES, *ops.RESHAPES, *_TO),
 }
+_BOUNDS: Mapping[object, tuple[float, float]] = {
+    aten.le: (-_END, 0),
+    aten.lt: (-_END, -1),
+    aten.ge: (0, _END),
+    aten.gt: (1, _END),
+}
+"""Between which numbers left - right lies where left <= right, left < right and so on."""
+_STEPS: Mapping[object, str] = {
+    aten.mul: "mul",
+    aten.floor_divide: "div",
+    aten.remainder: "mod",
+    **dict.fromkeys((aten.clamp_max, aten.minimum), "min"),
+    **dict.fromkeys((aten.clamp_min, aten.maximum), "max"),
+}
+"""The step of a `Count` that an operator is."""
 
 
 class PositionValues:
@@ -98,56 +108,51 @@ class PositionValues:
             return value_of_constant(self._program.weight(str(node.target))) if constant else None
         if node.op != "call_function" or dtype not in (torch.bool, *_INTEGERS):
             return None
-        name = str(node.target).split(".")[1] if "." in str(node.target) else ""
-        if dtype == torch.bool:
-            return self._condition(node, name)
-        return self._counted(node, name)
+        return self._condition(node) if dtype == torch.bool else self._counted(node)
 
-    def _condition(self, node: fx.Node, name: str) -> Seen | None:
-        args = node.args
+    def _condition(self, node: fx.Node) -> Seen | None:
+        args, called = node.args, ops.packet_of(node)
         if node.target in AND:
             return both(self.seen(args[0]), self.seen(args[1]))
         if node.target in OR:
             return either(self.seen(args[0]), self.seen(args[1]))
         if node.target in NOT:
             return opposite(self.seen(args[0]))
-        if name in _BOUNDS or name == "ne":
-            return self._compared(name, self.count(args[0]), self.count(args[1]))
-        if name in ("tril", "triu"):
-            return self._triangle(node, name)
-        if name in ("index_select", "index"):
+        if called in _BOUNDS or called in (aten.eq, aten.ne):
+            return self._compared(called, self.count(args[0]), self.count(args[1]))
+        if node.target in (aten.tril.default, aten.triu.default):
+            return self._triangle(node)
+        if node.target in (aten.index_select.default, aten.index.Tensor):
             return self._looked_up(node)
-        return cast("Seen | None", self._moved_or_filled(node, name, self.seen))
+        return cast("Seen | None", self._moved_or_filled(node, self.seen))
 
-    def _counted(self, node: fx.Node, name: str) -> Count | None:
-        args, alone = node.args, not node.kwargs
-        if name == "arange":
+    def _counted(self, node: fx.Node) -> Count | None:
+        args, alone, called = node.args, not node.kwargs, ops.packet_of(node)
+        if node.target in ops.RANGES:
             return self._arange(node)
         left = self.count(args[0]) if args else None
         right = self.count(args[1]) if len(args) > 1 else None
-        if name in ("add", "sub", "rsub") and alone and left is not None and right is not None:
-            if name == "add":
+        if called in (aten.add, aten.sub, aten.rsub) and alone and left is not None and right is not None:
+            if called is aten.add:
                 right = right.then("mul", -1)
-            left, right = (right, left) if name == "rsub" else (left, right)
+            left, right = (right, left) if called is aten.rsub else (left, right)
             return difference(left, right) if left is not None and right is not None else None
-        if name == "neg" and left is not None:
+        if called is aten.neg and left is not None:
             return left.then("mul", -1)
-        if name == "abs" and left is not None:
+        if called is aten.abs and left is not None:
             return left.then("abs")
-        if name in ("mul", "floor_divide", "remainder") and alone:
-            return _by_number({"mul": "mul", "floor_divide": "div", "remainder": "mod"}[name], left, right)
-        if name == "div" and node.kwargs.get("rounding_mode") == "floor":
+        if called in _STEPS and alone:
+            return _by_number(_STEPS[called], left, right)
+        if called is aten.div and node.kwargs.get("rounding_mode") == "floor":
             return _by_number("div", left, right)
-        if name in ("clamp_max", "clamp_min", "minimum", "maximum"):
-            return _by_number("min" if name in ("clamp_max", "minimum") else "max", left, right)
-        if name == "clamp" and left is not None:
+        if called is aten.clamp and left is not None:
             return self._clamped(node, left)
-        if name == "diff":
+        if called is aten.diff:
             return self._steps(node, left)
-        if name == "cumsum":
+        if called is aten.cumsum:
             summed = self.seen(node.args[0]) == NEVER or (left is not None and left.constant == 0)
             return Count() if summed else None
-        return cast("Count | None", self._moved_or_filled(node, name, self.count))
+        return cast("Count | None", self._moved_or_filled(node, self.count))
 
     def _arange(self, node: fx.Node) -> Count | None:
         start = Count() if node.target is aten.arange.default else self.count(nodes.argument(node, "start"))
@@ -179,24 +184,28 @@ class PositionValues:
         first = difference(x.at(axis, 0), before)
         return Count(offset=slope) if even and first is not None and first.constant == slope else None
 
-    def _compared(self, name: str, left: Count | None, right: Count | None) -> Seen | None:
+    def _compared(self, comparison: object, left: Count | None, right: Count | None) -> Seen | None:
         if left is None or right is None:
             return None
-        if name in ("eq", "ne"):
+        if comparison in (aten.eq, aten.ne):
             found = equal(left, right)
-            return opposite(found) if name == "ne" else found
+            return opposite(found) if comparison is aten.ne else found
+        low, high = _BOUNDS[comparison]
         apart = difference(left, right)
         if apart is not None:
-            return between(apart, *_BOUNDS[name](0))
+            return between(apart, low, high)
         apart = difference(right, left)
-        return None if apart is None else between(apart, *_BOUNDS[{"l": "g", "g": "l"}[name[0]] + name[1]](0))
+        return None if apart is None else between(apart, -high, -low)
 
-    def _triangle(self, node: fx.Node, name: str) -> Seen | None:
+    def _triangle(self, node: fx.Node) -> Seen | None:
         diagonal = nodes.argument(node, "diagonal")
         if not isinstance(diagonal, int):
             return None
-        apart = Count((((-2, 1), -1), ((-1, 1), 1)))
-        part = between(apart, -_END, diagonal) if name == "tril" else between(apart, diagonal, _END)
+        # A dimension of size 1 has one position, also where it is expanded or broadcast later.
+        wide = [dim for dim in (-2, -1) if nodes.tensor_type(node).shape[dim] != 1]
+        apart = Count(tuple(((dim, 1), -1 if dim == -2 else 1) for dim in wide))
+        lower = node.target is aten.tril.default
+        part = between(apart, -_END, diagonal) if lower else between(apart, diagonal, _END)
         return both(self.seen(node.args[0]), part)
 
     def _looked_up(self, node: fx.Node) -> Seen | None:
@@ -222,16 +231,16 @@ class PositionValues:
         heads = -rank if table.dim() == 3 else 0
         return ((Table(table if table.dim() == 3 else table[None], table.data_ptr(), (heads, row, column), block),),)
 
-    def _moved_or_filled(self, node: fx.Node, name: str, value_of: Callable[[object], Value]) -> Value:
-        """What views of known values and constants are."""
-        if name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"):
-            fill = nodes.argument(node, "fill_value") if "full" in name else int("ones" in name)
+    def _moved_or_filled(self, node: fx.Node, value_of: Callable[[object], Value]) -> Value:
+        """Views of known values, and constants."""
+        if node.target in (*ops.ZEROS, *ops.ONES, *ops.FILLS):
+            fill = nodes.argument(node, "fill_value") if node.target in ops.FILLS else int(node.target in ops.ONES)
             whole = nodes.tensor_type(node).dtype != torch.bool
             return value_of(fill if whole else bool(fill)) if isinstance(fill, (bool, int)) else None
         if node.target in _TO and nodes.is_tensor(node.args[0]):
             from_integers = nodes.tensor_type(node.args[0]).dtype in _INTEGERS
             return value_of(node.args[0]) if from_integers == (nodes.tensor_type(node).dtype in _INTEGERS) else None
-        if name == "where" and len(node.args) == 3 and nodes.tensor_type(node).dtype == torch.bool:
+        if node.target in ops.WHERE and nodes.tensor_type(node).dtype == torch.bool:
             chosen, left, right = (self.seen(item) for item in node.args)
             return either(both(chosen, left), both(opposite(chosen), right))
         if not node.args or not nodes.is_tensor(node.args[0]):
@@ -239,7 +248,7 @@ class PositionValues:
         x = value_of(node.args[0])
         if x is None:
             return None
-        if name == "slice":
+        if node.target is aten.slice.Tensor:
             return _sliced(node, x)
         axes = axes_of_view(node)
         if axes is None:
@@ -297,27 +306,9 @@ def _sliced(node: fx.Node, x: Count | Seen) -> Value:
 def axes_of_view(node: fx.Node) -> dict[int, int] | None:
     """For each dimension of a view's argument, which of the view's it becomes, from the end; None where it is no such view.
 
-    Dimensions of size 1 may come, go and be spread.
+    Dimensions of size 1 hold no positions: they may come, go and be expanded.
     """
-    old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)
-    if node.target is aten.expand.default:
-        return {axis: axis for axis in range(-old.rank, 0)}
-    if node.target in (aten.transpose.int, aten.permute.default):
-        order = list(range(old.rank))
-        if node.target is aten.permute.default:
-            order = [dim % old.rank for dim in cast(Sequence[int], node.args[1])]
-        else:
-            first, second = (cast(int, item) for item in node.args[1:3])
-            order[first], order[second] = order[second], order[first]
-        return {dim - old.rank: place - old.rank for place, dim in enumerate(order)}
-    views = (aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.reshape.default)
-    if node.target not in (*views, aten.view.default, *_TO):
+    if node.target not in _VIEWS:
         return None
-    wide_old, wide_new = _wide(old.shape), _wide(new.shape)
-    if [old.shape[axis] for axis in wide_old] != [new.shape[axis] for axis in wide_new]:
-        return None
-    return dict(zip(wide_old, wide_new, strict=True))
-
-
-def _wide(shape: Sequence[Size]) -> list[int]:
-    return [axis for axis in range(-len(shape), 0) if shape[axis] != 1]
+    found, old, new = places(node), nodes.tensor_type(node.args[0]).rank, nodes.tensor_type(node).rank
+    return found and {source - old: dim - new for source, dim in found.items()}

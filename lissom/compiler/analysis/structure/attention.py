@@ -9,13 +9,11 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import (
-    NORMS,
     SHAPES,
     as_int,
     features,
     input_of,
     is_linear,
-    is_pointwise,
     is_quantizer,
     producers,
     residual_of,
@@ -23,6 +21,7 @@ from lissom.compiler.analysis.structure.linear import (
 )
 from lissom.compiler.analysis.structure.masks import MaskKind, mask_kind
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import NORMS, is_pointwise
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten

@@ -9,19 +9,17 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import (
-    NORMS,
     SHAPES,
     features,
     input_of,
-    is_activation,
     is_linear,
-    is_pointwise,
     is_quantizer,
     producers,
     residual_of,
     source,
 )
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import CONVOLUTIONS, NORMS, is_activation, is_pointwise
 from lissom.compiler.ir.types import ScalarType, TensorType
 
 aten = torch.ops.aten
@@ -117,7 +115,7 @@ def _is_number(node: fx.Node) -> bool:
 
 def _is_spatial(linear: fx.Node) -> bool:
     """True for a convolution over more than one place: a stem or an embedding of patches, and no part of a feed-forward."""
-    kernel = nodes.tensor_type(linear.args[1]).shape[2:] if linear.target in (aten.conv1d.default, aten.conv2d.default) else ()
+    kernel = nodes.tensor_type(linear.args[1]).shape[2:] if linear.target in CONVOLUTIONS else ()
     return any(size != 1 for size in kernel)
 
 

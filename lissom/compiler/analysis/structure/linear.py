@@ -8,49 +8,21 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
 
 aten = torch.ops.aten
 
-LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default}
-"""Operators that multiply with a weight. A `matmul` with a weight counts too."""
-ATTENTION = {"aten.scaled_dot_product_attention.default", "lissom.attention.default"}
-"""Attention operators, by name."""
-QUANTIZERS = {"lissom.fake_quantize.default", "lissom.fake_quantize_dynamic.default", "lissom.dequantize.default"}
-"""Operators of quantization, by name."""
-NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.batch_norm.default, aten.group_norm.default}
-_AFFINE = {
-    "add", "sub", "rsub", "mul", "div", "neg", "clone", "where", "masked_fill", "copy", "detach", "alias", "minimum", "maximum",
-    "bitwise_not", "logical_not", "bitwise_and", "logical_and", "eq", "ne", "lt", "le", "gt", "ge",
-}  # fmt: skip
-"""Point-wise operators that are no activation by themselves."""
 _WEIGHT_VIEWS = (
-    *(aten.t.default, aten.transpose.int, aten.permute.default, aten.reshape.default, aten.to.dtype),
-    *(operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor),
+    *(*ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, *ops.CASTS),
+    *(operator.getitem, *ops.SPLITS, aten.slice.Tensor),
 )
+"""What may stand between a weight and the linear layer that reads it."""
 SHAPES = {
-    aten.reshape.default,
-    aten.view.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.t.default,
-    aten.contiguous.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.expand.default,
-    aten.repeat_interleave.self_int,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.dropout.default,
+    *(*ops.RESHAPES, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *ops.SQUEEZES, *ops.EXPANDS),
+    *(aten.repeat_interleave.self_int, aten.slice.Tensor, aten.select.int, *ops.SPLITS, aten.unbind.int),
+    *(*ops.CASTS, *ops.IDENTITIES),
 }
+"""What may stand between the parts of a layer beside element-wise operators: views, casts, copies, dropout."""
 
 _FAR = 12
 """How many operators may stand between a layer and the sum that joins it with the residual stream."""
@@ -58,12 +30,12 @@ _FAR = 12
 
 def is_attention(node: fx.Node) -> bool:
     """True for an attention operator: PyTorch's, or ours with soft-capped scores and sinks."""
-    return str(node.target) in ATTENTION
+    return node.target in ops.ATTENTIONS
 
 
 def is_quantizer(node: fx.Node) -> bool:
     """True for an operator that rounds its first argument to a short format, or turns one in such a format back."""
-    return str(node.target) in QUANTIZERS
+    return node.target in ops.QUANTIZERS
 
 
 def is_linear(node: fx.Node) -> bool:
@@ -73,9 +45,9 @@ def is_linear(node: fx.Node) -> bool:
 
 def weight_of(node: fx.Node) -> fx.Node | None:
     """The weight a linear layer multiplies with, seen through views, casts and rounding; None for any other node."""
-    if node.target in (aten.addmm.default, aten.baddbmm.default):
+    if node.target in ops.MATMULS_WITH_BIAS:
         found = node.args[2]
-    elif node.target in LINEAR or node.target in (aten.matmul.default, aten.bmm.default):
+    elif node.target is aten.linear.default or node.target in (*ops.MATMULS, *ops.CONVOLUTIONS):
         found = node.args[1]
     else:
         return None
@@ -86,7 +58,7 @@ def weight_of(node: fx.Node) -> fx.Node | None:
 
 def input_of(linear: fx.Node) -> fx.Node:
     """What a linear layer reads."""
-    index = 1 if linear.target in (aten.addmm.default, aten.baddbmm.default) else 0
+    index = 1 if linear.target in ops.MATMULS_WITH_BIAS else 0
     found = linear.args[index]
     assert isinstance(found, fx.Node)
     return found
@@ -110,7 +82,7 @@ def producers(start: object) -> tuple[fx.Node, ...]:
 
 def source(node: fx.Node) -> fx.Node:
     """A value before shapes, casts and norms were applied to it, so that two readers of it are seen to read the same."""
-    while nodes.is_call(node, *SHAPES, *NORMS) and node.all_input_nodes:
+    while nodes.is_call(node, *SHAPES, *ops.NORMS) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
@@ -125,7 +97,7 @@ def residual_of(last: fx.Node) -> fx.Node | None:
         user = users[0]
         if nodes.is_call(user, aten.add.Tensor) and all(map(nodes.is_tensor, user.args[:2])):
             return user if {nodes.tensor_type(item).rank for item in user.args[:2]} == {nodes.tensor_type(user).rank} else None
-        if not (user.target in SHAPES or user.target in NORMS or is_pointwise(user)):
+        if not (user.target in SHAPES or user.target in ops.NORMS or ops.is_pointwise(user)):
             return None
         node = user
     return None
@@ -133,20 +105,10 @@ def residual_of(last: fx.Node) -> fx.Node | None:
 
 def features(linear: fx.Node, side: int) -> int:
     """Features a linear layer gives (side 0) or takes (side 1)."""
-    if linear.target in (aten.conv1d.default, aten.conv2d.default):
+    if linear.target in ops.CONVOLUTIONS:
         return as_int(nodes.tensor_type(linear.args[1]).shape[side])
     value = nodes.tensor_type(linear if side == 0 else input_of(linear)).shape[-1]
     return as_int(value)
-
-
-def is_activation(node: fx.Node) -> bool:
-    """True for a point-wise operator that is more than arithmetic, a choice or a comparison."""
-    return is_pointwise(node) and str(node.target).split(".")[1] not in _AFFINE
-
-
-def is_pointwise(node: fx.Node) -> bool:
-    """True for an operator that PyTorch calls point-wise."""
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def as_int(size: object) -> int:

@@ -10,12 +10,11 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import LINEAR_PRODUCTS, TRANSPOSES
 from lissom.compiler.ir.program import Program
+from lissom.ops.quantization import fake_quantize
 
 aten = torch.ops.aten
-
-_PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
-_TRANSPOSES = (aten.t.default, aten.transpose.int)
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,10 @@ def matrix_of(linear: fx.Node) -> Matrix | str:
     """Where a layer's matrix is, or why it cannot be changed for this layer alone."""
     weight = weight_of(linear)
     assert weight is not None, f"'{linear.name}' is no linear layer"
-    if linear.target is not aten.linear.default and linear.target not in _PRODUCTS:
+    if linear.target not in LINEAR_PRODUCTS:
         return "it is a convolution or a product of batches"
-    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target in _PRODUCTS
-    while nodes.is_call(found, *_TRANSPOSES):
+    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
+    while nodes.is_call(found, *TRANSPOSES):
         found, transposed = found.args[0], not transposed
     if isinstance(found, fx.Node) and is_quantizer(found):
         return "its weight is quantized already"
@@ -78,12 +77,12 @@ class RoundedMatrix(Matrix):
 
 def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
     """Where the matrix is that `lissom::fake_quantize` rounds for a layer, or why there is none."""
-    if linear.target is not aten.linear.default and linear.target not in _PRODUCTS:
+    if linear.target not in LINEAR_PRODUCTS:
         return "it is a convolution or a product of batches"
-    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target in _PRODUCTS
-    while nodes.is_call(found, *_TRANSPOSES):
+    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
+    while nodes.is_call(found, *TRANSPOSES):
         found, transposed = found.args[0], not transposed
-    if not isinstance(found, fx.Node) or str(found.target) != "lissom.fake_quantize.default":
+    if not isinstance(found, fx.Node) or found.target is not fake_quantize:
         return "its weight is not rounded"
     weight = found.args[0]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != 2:
@@ -95,5 +94,5 @@ def readers_of(weight: fx.Node) -> list[fx.Node]:
     """The nodes that compute with a weight, past transposes of it."""
     found: list[fx.Node] = []
     for user in weight.users:
-        found += readers_of(user) if nodes.is_call(user, *_TRANSPOSES) else [user]
+        found += readers_of(user) if nodes.is_call(user, *TRANSPOSES) else [user]
     return found

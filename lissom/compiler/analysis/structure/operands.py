@@ -11,7 +11,7 @@ from torch import fx
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import RESHAPES
+from lissom.compiler.ir.operators import RESHAPES
 from lissom.compiler.ir.types import ScalarType
 
 aten = torch.ops.aten

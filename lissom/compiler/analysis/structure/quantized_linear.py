@@ -16,18 +16,11 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import FAKE_QUANTIZES, LINEAR_PRODUCTS, TRANSPOSES
 from lissom.ops.formats import FORMATS, unpack_halves
+from lissom.ops.quantization import dequantize, fake_quantize
 
 aten = torch.ops.aten
-
-PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
-"""Operators a linear layer may be."""
-_TRANSPOSES = (aten.t.default, aten.transpose.int)
-_KNOWN, _DYNAMIC, _TURNED_BACK = (
-    "lissom.fake_quantize.default",
-    "lissom.fake_quantize_dynamic.default",
-    "lissom.dequantize.default",
-)
 
 
 @dataclass(frozen=True)
@@ -52,12 +45,12 @@ class QuantizedLayer:
     @property
     def rounds(self) -> bool:
         """True when what it reads is rounded."""
-        return str(self.values.target) in (_KNOWN, _DYNAMIC)
+        return self.values.target in FAKE_QUANTIZES
 
     @property
     def scale_is_known(self) -> bool:
         """True when what it reads is rounded with a scale from calibration."""
-        return str(self.values.target) == _KNOWN
+        return self.values.target is fake_quantize
 
     @property
     def x(self) -> fx.Node:
@@ -109,9 +102,9 @@ def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
     else:
         x, weight, bias = (*node.args, None)[:3]
     transposed = node.target is not aten.linear.default
-    while nodes.is_call(weight, *_TRANSPOSES):
+    while nodes.is_call(weight, *TRANSPOSES):
         weight, transposed = weight.args[0], not transposed
-    if not isinstance(weight, fx.Node) or str(weight.target) != _TURNED_BACK or nodes.tensor_type(weight).rank != 2:
+    if not isinstance(weight, fx.Node) or weight.target is not dequantize or nodes.tensor_type(weight).rank != 2:
         return None
     if not isinstance(x, fx.Node) or any(item.op != "get_attr" for item in weight.all_input_nodes):
         return None
@@ -119,6 +112,6 @@ def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
 
 
 def _reads_whole(user: fx.Node) -> bool:
-    if nodes.is_call(user, *_TRANSPOSES):
+    if nodes.is_call(user, *TRANSPOSES):
         return any(_reads_whole(item) for item in user.users)
-    return user.target not in PRODUCTS
+    return user.target not in LINEAR_PRODUCTS

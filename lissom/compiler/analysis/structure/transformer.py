@@ -17,8 +17,9 @@ from torch import fx
 from lissom.compiler.analysis.structure.attention import AttentionSite, attention_site
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite, MixtureSite, feed_forward_site, mixture_site
 from lissom.compiler.analysis.structure.layers import in_order, layer_paths
-from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, as_int, is_activation, is_attention, is_linear, weight_of
+from lissom.compiler.analysis.structure.linear import SHAPES, as_int, is_attention, is_linear, weight_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import CONVOLUTIONS, NORMS, is_activation
 from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
@@ -76,7 +77,7 @@ def structure(program: Program) -> Structure:
         norms=tuple(program.nodes(*NORMS)),
         embeddings=tuple(_embedding(node, linears) for node in embeddings),
         output_heads=tuple(node for node in linears if weight_of(node) in tables or _reaches_output(program, node)),
-        convolutions=tuple(program.nodes(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)),
+        convolutions=tuple(program.nodes(*CONVOLUTIONS)),
     )
 
 

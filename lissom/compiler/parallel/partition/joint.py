@@ -16,14 +16,12 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, GROUP, WAIT
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import LAYER_NORMS, LOG_SOFTMAX, SOFTMAX
 from lissom.compiler.ir.placement import Span, Spans, indices_of
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.rules.joint import (
     BEST,
-    LOG_SOFTMAX,
     LOOK_UP,
-    NORMS,
-    SOFTMAX,
     candidates,
     computed_dtype,
     packed_dtype,
@@ -53,7 +51,7 @@ class Joint:
             return [self._normalized(node, x, result, dim, span)]
         if nodes.is_call(node, *LOOK_UP):
             return [self._looked_up(node, x, dim, span)]
-        if nodes.is_call(node, *NORMS):
+        if nodes.is_call(node, *LAYER_NORMS):
             return [self._normed(node, x, result, dim, span)]
         if nodes.is_call(node, aten.amax.default):
             kept = bool(nodes.argument(node, "keepdim"))

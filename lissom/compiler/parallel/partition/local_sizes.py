@@ -9,8 +9,9 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.axes.views import SIZES_AT, SPLITS, every_nth, slice_bounds
+from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import SIZES_AT, SPLITS
 from lissom.compiler.ir.placement import Placed, Spans, local_size
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.partition.state import PartitionState, Placement

@@ -64,8 +64,8 @@ def _wants(state: PartitionState, node: fx.Node) -> Mapping[fx.Node, Placed]:
     found = outcome(node, state.read)
     if found.result != state.known[node]:
         raise PassError(
-            f"partition: {place(state.edit.program, node)} would yield {found.result}, but the plan says {state.known[node]}: it was "
-            f"changed since; put `shard` right before `partition`"
+            f"partition: {place(state.edit.program, node)} would yield {found.result}, but the plan says {state.known[node]}: "
+            f"it was changed since; put `shard` right before `partition`"
         )
     return dict(found.wants)
 

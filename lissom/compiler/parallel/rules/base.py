@@ -10,9 +10,15 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler.ir import dimension_map
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Spans, sharded
-from lissom.compiler.ir.types import Size, TensorType
+from lissom.compiler.ir.types import TensorType
+from lissom.ops.quantization import dequantize, fake_quantize
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,11 @@ class Reading:
 
 
 Rule = Callable[[fx.Node, Reading], Outcome]
-
-
-def shape_of(node: object) -> tuple[Size, ...]:
-    """The sizes of a tensor."""
-    return nodes.tensor_type(node).shape
+_WEIGHT_VIEWS = (
+    *(*ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, aten.unsqueeze.default, *ops.SQUEEZES),
+    *(aten.clone.default, aten.contiguous.default, fake_quantize, dequantize),
+)
+"""What may stand between a weight and its reader so that zeros in the weight are zeros for the reader."""
 
 
 def tensors(node: fx.Node) -> list[fx.Node]:
@@ -115,10 +121,15 @@ def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
     return sharded(*((dim, dims[place]) for dim, place in places.items() if place in dims and shape[dim] != 1))
 
 
-def moved(node: fx.Node, read: Reading, places: Mapping[int, int], item: fx.Node | None = None) -> Outcome:
-    """The result of moving dimensions: `places` says where each dimension of the first argument goes; sums move too."""
-    item = cast(fx.Node, node.args[0]) if item is None else item
-    placed = read.of(item)
+def moved(node: fx.Node, read: Reading, places: Mapping[int, int] | None = None) -> Outcome:
+    """The outcome of a call that moves dimensions: shards and pending sums move with them.
+
+    places: where each dimension of the first argument goes, by the call's dimension map by default; a dimension that is not
+        among them must not be sharded.
+    """
+    item = cast(fx.Node, node.args[0])
+    placed, places = read.of(item), dimension_map.places(node) if places is None else places
+    assert places is not None, f"{node.target} has no dimension map"
     if placed.partial:
         return Outcome(PARTIAL) if is_only_reader(node, item) else replicated(node, read)
     if any(dim not in places for dim, _ in placed.dims):
@@ -131,27 +142,8 @@ def is_only_reader(node: fx.Node, item: fx.Node) -> bool:
     return list(item.users) == [node]
 
 
-def dim_at(node: fx.Node, name: str, rank: int) -> int:
-    """The dimension a call names, counted from the front."""
-    return cast(int, nodes.argument(node, name)) % rank
-
-
 def is_weight(item: object) -> bool:
     """True for a value made of weights alone through views and turning back: where ranks hold nothing, it is zero."""
-    views = (
-        "t",
-        "transpose",
-        "permute",
-        "dequantize",
-        "fake_quantize",
-        "reshape",
-        "unsqueeze",
-        "squeeze",
-        "clone",
-        "contiguous",
-    )
-    while isinstance(item, fx.Node) and item.op == "call_function" and isinstance(item.target, torch._ops.OpOverload):
-        if item.target._schema.name.partition("::")[2] not in views:
-            return False
+    while nodes.is_call(item, *_WEIGHT_VIEWS):
         item = item.args[0]
     return isinstance(item, fx.Node) and item.op == "get_attr"

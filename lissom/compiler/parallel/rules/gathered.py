@@ -18,10 +18,11 @@ from typing import cast
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.placement import REPLICATED, Placed, can_gather
 from lissom.compiler.parallel.rules import sequence as sequence
 from lissom.compiler.parallel.rules import table as rules
-from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, shape_of, tensors
+from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, tensors
 from lissom.compiler.parallel.rules.joint import Exchange
 
 

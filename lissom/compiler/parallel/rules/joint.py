@@ -24,22 +24,22 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.axes.rules import reduced_dims
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import shape_of
+from lissom.compiler.ir.match import lookup_indices
+from lissom.compiler.ir.operators import LAYER_NORMS, LOG_SOFTMAX, SOFTMAX, reduced_dims
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Placed, Span, can_gather
 from lissom.compiler.ir.types import Size, TensorType
-from lissom.compiler.parallel.rules.base import Outcome, Reading, Rule, alike, settled, shape_of
+from lissom.compiler.parallel.rules.base import Outcome, Reading, Rule, alike, settled
+from lissom.ops.quantization import fake_quantize_dynamic
 
 aten = torch.ops.aten
 
-LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
-SOFTMAX = (aten.softmax.int, aten._softmax.default)
 BEST = (aten.argmax.default, aten.max.dim)
 LOOK_UP = (aten.gather.default, aten.take_along_dim.default)
 CHOICES = (*LOG_SOFTMAX, *SOFTMAX, *BEST, aten.logsumexp.default, aten.topk.default)
 """What reads logits to choose a token or to tell its probability."""
-NORMS = (aten.rms_norm.default, aten.layer_norm.default)
-JOINT = (*CHOICES, *LOOK_UP, *NORMS, aten.amax.default)
+JOINT = (*CHOICES, *LOOK_UP, *LAYER_NORMS, aten.amax.default)
 """What ranks can work out together. Ranks find the range of a row that is rounded together, too."""
 LEAST_ROW = 4
 """The least length of a rank's part of a row: shorter rows are gathered, at one message where a softmax takes two."""
@@ -66,12 +66,12 @@ def jointly(rule: Rule) -> Rule:
     def found(node: fx.Node, read: Reading) -> Outcome:
         if joint_span(node, read) is None:
             return rule(node, read)
-        if nodes.is_call(node, *NORMS):
+        if nodes.is_call(node, *LAYER_NORMS):
             return alike(node, read)
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
             return Outcome(read.of(node.args[0]))
         if nodes.is_call(node, *LOOK_UP):
-            return settled(node, read, PARTIAL, {cast(fx.Node, nodes.argument(node, _index_name(node))): REPLICATED})
+            return settled(node, read, PARTIAL, {lookup_indices(node): REPLICATED})
         typed = nodes.node_type(node)
         return Outcome(tuple(REPLICATED for _ in typed) if isinstance(typed, tuple) else REPLICATED)
 
@@ -86,7 +86,7 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
     placed = read.of(item)
     if dim is None or [at for at, _ in placed.dims] != [dim]:
         return None
-    if nodes.is_call(node, *NORMS):
+    if nodes.is_call(node, *LAYER_NORMS):
         (span, *others) = placed.spans(dim)
         # Every part is held by equally many ranks, so that a sum over ranks has each equally often.
         alike_often = not others and read.world_size % span.parts == 0 and isinstance(span.whole, int)
@@ -96,7 +96,7 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
     (span,) = placed.spans(dim)
     if not isinstance(span.whole, int) or cast(int, span.local) < LEAST_ROW or not _is_number(item):
         return None
-    if nodes.is_call(node, *LOOK_UP) and not _is_alike(item, nodes.argument(node, _index_name(node)), dim):
+    if nodes.is_call(node, *LOOK_UP) and not _is_alike(item, lookup_indices(node), dim):
         return None
     if nodes.is_call(node, aten.topk.default):
         k = nodes.argument(node, "k")
@@ -112,23 +112,19 @@ def joint_dim(node: fx.Node) -> int | None:
     if nodes.is_call(node, aten.amax.default, aten.logsumexp.default, *BEST):
         dims = reduced_dims(node, rank)
         return next(iter(dims)) if len(dims) == 1 and nodes.argument(node, "dim") not in (None, []) else None
-    if nodes.is_call(node, *NORMS):
+    if nodes.is_call(node, *LAYER_NORMS):
         return rank - 1 if len(cast("list[int]", node.args[1])) == 1 else None
     dim = nodes.argument(node, "dim")
     return dim % rank if isinstance(dim, int) else None
-
-
-def _index_name(node: fx.Node) -> str:
-    return "index" if nodes.is_call(node, aten.gather.default) else "indices"
 
 
 def _is_number(item: fx.Node) -> bool:
     return nodes.tensor_type(item).dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _is_alike(item: fx.Node, index: object, dim: int) -> bool:
+def _is_alike(item: fx.Node, index: fx.Node, dim: int) -> bool:
     """True when indices and what is looked up have the same sizes but along the dimension."""
-    if not isinstance(index, fx.Node) or len(shape_of(index)) != len(shape_of(item)):
+    if len(shape_of(index)) != len(shape_of(item)):
         return False
     return all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(index), strict=True)) if at != dim)
 
@@ -152,7 +148,7 @@ def candidates(node: fx.Node, span: Span) -> int:
 
 def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
     """The collectives inside a call that ranks work out together; none where it is not such a call."""
-    if str(node.target) == "lissom.fake_quantize_dynamic.default":
+    if node.target is fake_quantize_dynamic:
         typed = nodes.tensor_type(node)
         placed = read.known.get(node)
         if not isinstance(placed, Placed) or not placed.spans(typed.rank - 1):

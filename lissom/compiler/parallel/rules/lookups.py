@@ -9,16 +9,18 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import dim_of, shape_of
+from lissom.compiler.ir.match import lookup_indices
 from lissom.compiler.ir.placement import Spans, sharded
 from lissom.compiler.ir.types import Size
-from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at, moved, replicated, shape_of
+from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, moved, replicated
 
 
 def index_select(node: fx.Node, read: Reading) -> Outcome:
     """Indices of a dimension that is not sharded."""
     item, _, chosen = cast("tuple[fx.Node, int, fx.Node]", node.args[:3])
     rank = len(shape_of(item))
-    dim = dim_at(node, "dim", rank)
+    dim = dim_of(node, rank)
     return _looked_up(node, read, {at: at for at in range(rank) if at != dim}, [chosen])
 
 
@@ -61,7 +63,9 @@ def _looked_up(node: fx.Node, read: Reading, places: dict[int, int], chosen: Seq
 
 def gather(node: fx.Node, read: Reading) -> Outcome:
     """Indices of a dimension that is not sharded, the others sharded alike in both."""
-    item, _, chosen = cast("tuple[fx.Node, int, fx.Node]", node.args[:3])
-    dim = dim_at(node, "dim", len(shape_of(item)))
+    item, chosen = cast(fx.Node, node.args[0]), lookup_indices(node)
+    if nodes.argument(node, "dim") is None:
+        return replicated(node, read)
+    dim = dim_of(node, len(shape_of(item)))
     alike_here = all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(chosen), strict=True)) if at != dim)
     return alike(node, read, whole=[dim]) if alike_here else replicated(node, read)

@@ -22,11 +22,12 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.fake import hint
 from lissom.compiler.ir.placement import POSITIONS, REPLICATED, Placed, Span, sharded
 from lissom.compiler.parallel.rules import table as rules
 from lissom.compiler.parallel.rules import views as views
-from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, shape_of, tensors
+from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, tensors
 
 _EACH_TOKEN = (rules.pointwise, rules.norm, rules.summed, rules.reduced, views.same)
 """The rules of operators that may work on each token alone; reductions do where they are over other dimensions."""

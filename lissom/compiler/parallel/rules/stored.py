@@ -7,8 +7,9 @@ from typing import cast
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.placement import REPLICATED, Span, Spans, sharded
-from lissom.compiler.parallel.rules.base import Outcome, Reading, replicated, settled, shape_of, tensors
+from lissom.compiler.parallel.rules.base import Outcome, Reading, replicated, settled, tensors
 
 
 def quantized_row(node: fx.Node, read: Reading) -> Outcome:

@@ -8,7 +8,6 @@ and sharded, `placement_lookups.py` those that look up, `placement_stored.py` th
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 from typing import cast
@@ -16,9 +15,10 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.axes.rules import reduced_dims
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.match import register
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import shape_of
+from lissom.compiler.ir.operators import is_pointwise, reduced_dims, rule_table
 from lissom.compiler.ir.placement import PARTIAL, REPLICATED, Spans, is_padded, sharded
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.rules import lookups as lookups
@@ -32,12 +32,15 @@ from lissom.compiler.parallel.rules.base import (
     alike,
     is_only_reader,
     is_weight,
+    moved,
     replicated,
     settled,
-    shape_of,
     tensors,
 )
-from lissom.compiler.parallel.rules.joint import jointly
+from lissom.compiler.parallel.rules.joint import BEST, LOOK_UP, jointly
+from lissom.ops import grouped_product as GROUPED_PRODUCT  # noqa: N812
+from lissom.ops import rotary as ROTARY  # noqa: N812
+from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
 
@@ -55,8 +58,8 @@ def outcome(node: fx.Node, read: Reading) -> Outcome:
 
 def rule_of(node: fx.Node) -> Rule | None:
     """The rule of the operator a node calls; None when it has none."""
-    found = RULES.get(str(node.target))
-    if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+    found = RULES.get(node.target)
+    if found is None and is_pointwise(node):
         return pointwise
     if found is None and not isinstance(nodes.node_type(node), (TensorType, tuple)):
         return read_number
@@ -313,71 +316,52 @@ def summed(node: fx.Node, read: Reading) -> Outcome:
 
 
 def reduced(node: fx.Node, read: Reading) -> Outcome:
-    """max, mean, …: not over a dimension that is sharded."""
-    item = cast(fx.Node, node.args[0])
-    rank = len(shape_of(item))
-    removed = reduced_dims(node, rank)
-    found = nodes.node_type(node)
-    result = found[0] if isinstance(found, tuple) else found
-    keep = cast(TensorType, result).rank == rank
-    kept = [dim for dim in range(rank) if keep or dim not in removed]
-    places = {dim: kept.index(dim) for dim in kept if dim not in removed}
-    placed = read.of(item)
-    if placed.partial or any(dim not in places for dim, _ in placed.dims):
+    """max, mean, …: not over a sharded dimension. A pending sum is taken before."""
+    if read.of(node.args[0]).partial:
         return replicated(node, read)
-    moved = sharded(*((places[dim], spans) for dim, spans in placed.dims))
-    return Outcome(tuple(moved for _ in found) if isinstance(found, tuple) else moved)
+    found, types = moved(node, read), nodes.node_type(node)
+    several = isinstance(types, tuple) and not isinstance(found.result, tuple)
+    return Outcome((found.result,) * len(types), found.wants) if several else found  # pyright: ignore
 
 
-RULES: dict[str, Rule] = {str(operator.getitem): views.getitem}
-"""By the name of the operator."""
-
-_register = functools.partial(register, RULES)
-
-_register(pointwise, "__and__.Tensor", "__or__.Tensor", "where.ScalarOther", "where.ScalarSelf", "where.Scalar", "lerp.Tensor")
-_register(pointwise, "log_sigmoid", "hardswish", "softplus", "isclose", "isin.Tensor_Scalar")
-_register(pointwise, "_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as", "zeros_like", "ones_like", "full_like")
-_register(views.same, "dropout", "lift_fresh_copy", "contiguous", "clone", "detach", "alias")
-_register(linear, "linear")
-_register(matmul, "matmul", "mm", "bmm")
-_register(added_product, "addmm", "baddbmm")
-_register(embedding, "embedding")
-_register(attention, "scaled_dot_product_attention")
-_register(jointly(over("dim")), "softmax.int", "_softmax", "log_softmax.int", "_log_softmax", "topk")
-_register(over("dim"), "cumsum", "cumprod", "sort", "glu")
-_register(convolution, "conv1d", "conv2d")
-_register(norm, "layer_norm", "rms_norm")
-_register(summed, "sum.dim_IntList", "sum")
-_register(reduced, "mean.dim", "mean", "var.correction", "var.dim", "std.correction", "std.dim", "amin")
-_register(jointly(reduced), "amax", "logsumexp", "argmax", "max.dim")
-_register(reduced, "any.dim", "all.dim", "argmin", "linalg_vector_norm", "min.dim")
-_register(stored.written, "copy_")
-_register(stored.rows_exchanged, "index_copy", "index_copy_")
-_register(views.permute, "permute")
-_register(views.transpose, "transpose.int", "swapaxes", "swapdims", "t", "mT", "numpy_T")
-_register(views.unsqueeze, "unsqueeze")
-_register(views.squeeze, "squeeze", "squeeze.dim", "squeeze.dims")
-_register(views.reshape, "reshape", "view", "_unsafe_view", "flatten.using_ints", "unflatten.int")
-_register(views.expand, "expand")
-_register(views.repeat, "repeat")
-_register(views.repeat_interleave, "repeat_interleave.self_int")
-_register(views.cat, "cat", "concat", "concatenate")
-_register(views.stack, "stack")
-_register(views.split, "split.Tensor", "split_with_sizes", "split.sizes", "chunk", "tensor_split.sections")
-_register(views.unbind, "unbind.int")
-_register(views.select, "select.int")
-_register(views.slice_of, "slice.Tensor")
-_register(views.pad, "constant_pad_nd", "pad")
-_register(lookups.index_select, "index_select")
-_register(jointly(lookups.gather), "gather", "take_along_dim")
-_register(lookups.index, "index.Tensor")
-RULES.update(
-    {
-        "lissom.attention.default": attention,
-        "lissom.rotary.default": rotary,
-        "lissom.grouped_product.default": grouped_product,
-        "lissom.fake_quantize_dynamic.default": stored.quantized_row,
-        "lissom.fake_quantize.default": stored.turned_back,
-        "lissom.dequantize.default": stored.turned_back,
-    }
+RULES: dict[object, Rule] = rule_table(
+    (views.getitem, [operator.getitem]),
+    (pointwise, [*ops.CONVERSIONS, *ops.FILLED_LIKE]),
+    (views.same, ops.IDENTITIES),
+    (linear, [aten.linear.default]),
+    (matmul, ops.MATMULS),
+    (added_product, ops.MATMULS_WITH_BIAS),
+    (embedding, [aten.embedding.default]),
+    (attention, ops.ATTENTIONS),
+    (rotary, [ROTARY]),
+    (grouped_product, [GROUPED_PRODUCT]),
+    (jointly(over("dim")), [*ops.SOFTMAX, *ops.LOG_SOFTMAX, aten.topk.default]),
+    (over("dim"), [*ops.CUMULATIVE, aten.sort.default, aten.glu.default]),
+    (convolution, ops.CONVOLUTIONS),
+    (norm, ops.LAYER_NORMS),
+    (summed, ops.SUMS),
+    (reduced, [*ops.REDUCTIONS, *ops.REDUCTIONS_WITH_INDICES]),
+    # Some of the reductions ranks can work out together.
+    (jointly(reduced), [aten.amax.default, aten.logsumexp.default, *BEST]),
+    (stored.written, [aten.copy_.default]),
+    (stored.rows_exchanged, [aten.index_copy.default, aten.index_copy_.default]),
+    (
+        moved,
+        [aten.permute.default, *ops.TRANSPOSES, aten.unsqueeze.default, *ops.SQUEEZES, aten.select.int, aten.repeat.default],
+    ),
+    (views.reshape, ops.RESHAPES),
+    (views.expand, ops.EXPANDS),
+    (views.repeat_interleave, [aten.repeat_interleave.self_int]),
+    (views.cat, ops.CONCATENATIONS),
+    (views.stack, [aten.stack.default]),
+    (views.split, ops.SPLITS),
+    (views.several, [aten.unbind.int]),
+    (views.slice_of, [aten.slice.Tensor]),
+    (views.pad, [aten.constant_pad_nd.default, aten.pad.default]),
+    (lookups.index_select, [aten.index_select.default]),
+    (jointly(lookups.gather), LOOK_UP),
+    (lookups.index, [aten.index.Tensor]),
+    (stored.quantized_row, [fake_quantize_dynamic]),
+    (stored.turned_back, [fake_quantize, dequantize]),
 )
+"""By operator."""

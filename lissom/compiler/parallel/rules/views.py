@@ -6,22 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axis import quotient
 from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import dim_of, shape_of
 from lissom.compiler.ir.placement import REPLICATED, Span, Spans, sharded
 from lissom.compiler.ir.types import Size, TensorType
-from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, dim_at, is_only_reader, moved, replicated, shape_of
-
-aten = torch.ops.aten
+from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, is_only_reader, moved, replicated
 
 
 def same(node: fx.Node, read: Reading) -> Outcome:
-    """The result lies as the argument does, sums included."""
-    return moved(node, read, {dim: dim for dim in range(len(shape_of(node)))})
+    """The result has the placement of the argument, pending sums included."""
+    return moved(node, read)
 
 
 def getitem(node: fx.Node, read: Reading) -> Outcome:
@@ -30,48 +28,9 @@ def getitem(node: fx.Node, read: Reading) -> Outcome:
     return Outcome(found[cast(int, node.args[1])] if isinstance(found, tuple) else REPLICATED)
 
 
-def permute(node: fx.Node, read: Reading) -> Outcome:
-    """Dimensions in the order listed."""
-    rank = len(shape_of(node))
-    return moved(node, read, {dim % rank: place for place, dim in enumerate(cast("list[int]", node.args[1]))})
-
-
-def transpose(node: fx.Node, read: Reading) -> Outcome:
-    """Two dimensions exchanged; the last two when none are named."""
-    rank = len(shape_of(node))
-    pair = cast("Sequence[int]", node.args[1:3]) or (rank - 2, rank - 1)
-    left, right = (dim % rank for dim in pair) if rank > 1 else (0, 0)
-    return moved(node, read, {dim: right if dim == left else left if dim == right else dim for dim in range(rank)})
-
-
-def unsqueeze(node: fx.Node, read: Reading) -> Outcome:
-    """A dimension of size 1 more."""
-    rank = len(shape_of(node))
-    new = cast(int, node.args[1]) % rank
-    return moved(node, read, {dim: dim + (dim >= new) for dim in range(rank - 1)})
-
-
-def squeeze(node: fx.Node, read: Reading) -> Outcome:
-    """Dimensions of size 1 left out."""
-    shape = shape_of(node.args[0])
-    given = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
-    named = {cast(int, dim) % len(shape) for dim in (given if isinstance(given, (list, tuple)) else [given])}
-    kept = [dim for dim, size in enumerate(shape) if dim not in named or size != 1]
-    return moved(node, read, {dim: place for place, dim in enumerate(kept)})
-
-
-def select(node: fx.Node, read: Reading) -> Outcome:
-    """One index of a dimension that is not sharded."""
-    rank = len(shape_of(node.args[0]))
-    gone = cast(int, node.args[1]) % rank
-    return moved(node, read, {dim: dim - (dim > gone) for dim in range(rank) if dim != gone})
-
-
-def unbind(node: fx.Node, read: Reading) -> Outcome:
-    """Each index of a dimension that is not sharded."""
-    rank = len(shape_of(node.args[0]))
-    gone = dim_at(node, "dim", rank)
-    return _several(node, moved(node, read, {dim: dim - (dim > gone) for dim in range(rank) if dim != gone}))
+def several(node: fx.Node, read: Reading) -> Outcome:
+    """unbind: each index of a dimension that is not sharded."""
+    return _several(node, moved(node, read))
 
 
 def _several(node: fx.Node, found: Outcome) -> Outcome:
@@ -104,18 +63,12 @@ def _apart(spans: Spans, dims: dict[int, Spans], read: Reading) -> bool:
     return spans[0].parts * math.prod(other[0].parts for other in dims.values()) == read.world_size
 
 
-def repeat(node: fx.Node, read: Reading) -> Outcome:
-    """Copies of a dimension laid end to end; not of one that is sharded."""
-    item = cast(fx.Node, node.args[0])
-    added = len(shape_of(node)) - len(shape_of(item))
-    counts = cast("list[object]", node.args[1])
-    return moved(node, read, {dim: dim + added for dim in range(len(shape_of(item))) if counts[dim + added] == 1})
-
-
 def repeat_interleave(node: fx.Node, read: Reading) -> Outcome:
     """Each index several times in a row: blocks stay blocks."""
     item, times = cast("tuple[fx.Node, int]", node.args[:2])
-    dim, placed = dim_at(node, "dim", len(shape_of(item))), read.of(item)
+    if nodes.argument(node, "dim") is None:
+        return replicated(node, read)
+    dim, placed = dim_of(node, len(shape_of(item))), read.of(item)
     if placed.partial:
         return replicated(node, read)
     if not placed.spans(dim) and (spans := read.planned(node, dim)) and placed.is_replicated and shape_of(item)[dim] == 1:
@@ -131,7 +84,7 @@ def reshape(node: fx.Node, read: Reading) -> Outcome:
     item = cast(fx.Node, node.args[0])
     placed = read.of(item)
     if placed.partial:
-        return same(node, read) if is_only_reader(node, item) else replicated(node, read)
+        return moved(node, read, {}) if is_only_reader(node, item) else replicated(node, read)
     if placed.is_replicated:
         return Outcome(REPLICATED)
     dims: list[tuple[int, Spans]] = []
@@ -259,7 +212,7 @@ def cat(node: fx.Node, read: Reading) -> Outcome:
     items = cast("list[fx.Node]", node.args[0])
     rank = len(shape_of(node))
     items = [item for item in items if len(shape_of(item)) == rank]
-    dim = dim_at(node, "dim", rank)
+    dim = dim_of(node, rank)
     if not any(read.of(item).spans(dim) for item in items):
         return alike(node, read, whole=[dim])
     if any(read.of(item).partial or any(at != dim for at, _ in read.of(item).dims) for item in items):
@@ -273,7 +226,7 @@ def cat(node: fx.Node, read: Reading) -> Outcome:
 def stack(node: fx.Node, read: Reading) -> Outcome:
     """A new dimension over tensors that are sharded alike."""
     items = cast("list[fx.Node]", node.args[0])
-    new, first = dim_at(node, "dim", len(shape_of(node))), read.of(items[0])
+    new, first = dim_of(node, len(shape_of(node))), read.of(items[0])
     if first.partial or any(read.of(item) != first for item in items):
         return replicated(node, read)
     return Outcome(sharded(*((dim + (dim >= new), spans) for dim, spans in first.dims)))
@@ -283,12 +236,12 @@ def split(node: fx.Node, read: Reading) -> Outcome:
     """Pieces of a dimension: where it is sharded, each piece has to be sharded like a part of it. A sum is reduced before."""
     item = cast(fx.Node, node.args[0])
     rank = len(shape_of(item))
-    dim, placed = dim_at(node, "dim", rank), read.of(item)
+    dim, placed = dim_of(node, rank), read.of(item)
     if placed.partial:
         return replicated(node, read)
     types = cast("tuple[TensorType, ...]", nodes.node_type(node))
     if not placed.spans(dim):
-        return _several(node, moved(node, read, {at: at for at in range(rank)}))
+        return _several(node, moved(node, read))
     pieces = pieces_of(placed.spans(dim), [found.shape[dim] for found in types])
     if pieces is None:
         return replicated(node, read)
@@ -314,9 +267,9 @@ def slice_of(node: fx.Node, read: Reading) -> Outcome:
     """A stretch of a dimension: of one that is sharded, whole spans of it."""
     item = cast(fx.Node, node.args[0])
     shape = shape_of(item)
-    dim, placed = dim_at(node, "dim", len(shape)), read.of(item)
+    dim, placed = dim_of(node, len(shape)), read.of(item)
     if not placed.spans(dim):
-        return moved(node, read, {at: at for at in range(len(shape))})
+        return moved(node, read)
     if shape[dim] == shape_of(node)[dim]:
         return Outcome(placed)
     if (step := every_nth(node, shape[dim])) and all(quotient(span.inner, step) is not None for span in placed.spans(dim)):
@@ -331,10 +284,5 @@ def slice_of(node: fx.Node, read: Reading) -> Outcome:
 
 
 def pad(node: fx.Node, read: Reading) -> Outcome:
-    """Values added at the ends of dimensions that are not sharded."""
-    rank = len(shape_of(node))
-    changed = {rank - 1 - index // 2 for index, count in enumerate(cast("list[object]", node.args[1])) if count != 0}
-    item = cast(fx.Node, node.args[0])
-    if read.of(item).partial:
-        return replicated(node, read)
-    return moved(node, read, {dim: dim for dim in range(rank) if dim not in changed})
+    """Values added at the ends of dimensions that are not sharded; a pending sum is taken before."""
+    return replicated(node, read) if read.of(node.args[0]).partial else moved(node, read)

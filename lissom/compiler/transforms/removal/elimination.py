@@ -16,6 +16,8 @@ from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.axes.dead_units import dead_units
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import dimension_map
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import Size
@@ -222,13 +224,10 @@ def _keeps_features(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not nodes.is_tensor(node) or not nodes.is_tensor(source):
         return False
-    rank = nodes.tensor_type(node).rank
-    if nodes.is_call(node, aten.transpose.int):
-        return rank - 1 not in {cast(int, dim) % rank for dim in node.args[1:]}
-    if nodes.is_call(node, aten.permute.default):
-        return cast("list[int]", node.args[1])[-1] % rank == rank - 1
-    same = nodes.tensor_type(node).shape[-1:] == nodes.tensor_type(source).shape[-1:]
-    return nodes.is_call(node, aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.clone.default) and same
+    if not nodes.is_call(node, *ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, *ops.COPIES):
+        return False
+    found = dimension_map(node)
+    return bool(found) and found[-1] == nodes.tensor_type(source).rank - 1
 
 
 def _simplify_sum(edit: Editor, user: fx.Node, constant: fx.Node, bias: object) -> None:

@@ -13,17 +13,16 @@ from torch import fx, nn
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.views import SIZES_AT, SPLITS, slice_bounds
+from lissom.compiler.analysis.axes.views import slice_bounds
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import CONVOLUTIONS, LAYER_NORMS, SIZES_AT, SPLITS
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import format_size
-from lissom.compiler.transforms.removal.norms import NORMS_OVER, follow_norm, normed_axes
+from lissom.compiler.transforms.removal.norms import follow_norm, normed_axes
 from lissom.errors import LissomError, UnsupportedError
 
 aten = torch.ops.aten
-
-_CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
 
 
 def remove_indices(
@@ -137,7 +136,7 @@ def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch
 def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     """Correct the sizes and positions written into a call whose axes lose indices."""
     target = node.target
-    if target in NORMS_OVER and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
+    if target in LAYER_NORMS and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
         follow_norm(edit, node, found, lambda axis: mask(axis, keep))
     elif target in SIZES_AT:
         _set_argument(node, SIZES_AT[target], _new_sizes(edit, node, SIZES_AT[target], found, keep))
@@ -147,7 +146,7 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
         _follow_slice(node, found, keep)
     elif target is aten.scaled_dot_product_attention.default:
         _keep_scale(node, found)
-    elif target in _CONVOLUTIONS and nodes.argument(node, "groups") != 1:
+    elif target in CONVOLUTIONS and nodes.argument(node, "groups") != 1:
         channels = _size(cast(Axis, found.of[node.all_input_nodes[0]][1]), keep)
         nodes.set_argument(node, "groups", channels)
     elif target is aten.repeat_interleave.self_int:
@@ -155,10 +154,6 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
     elif target is aten.repeat.default:
         counts = [_copies(node, dim, found, keep) for dim in range(len(cast("list[object]", node.args[1])))]
         _set_argument(node, 1, counts)
-    elif target is aten.flatten.using_ints:
-        return
-    else:
-        _refuse_literals(node)
 
 
 def _new_sizes(edit: Editor, node: fx.Node, index: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
@@ -227,11 +222,3 @@ def _keep_scale(node: fx.Node, found: Axes) -> None:
 
 def _set_argument(node: fx.Node, index: int, value: object) -> None:
     node.args = (*node.args[:index], value, *node.args[index + 1 :])  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _refuse_literals(node: fx.Node) -> None:
-    """Any other operator must not have lists of sizes in it, or they would silently stay what they were."""
-    schema = getattr(node.target, "_schema", None)
-    kinds = [str(parameter.type) for parameter in schema.arguments] if schema else []
-    if any("SymInt" in kind and kind.startswith("List") for kind in kinds):
-        raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has sizes in it that no rule corrects")

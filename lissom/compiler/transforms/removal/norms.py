@@ -26,7 +26,6 @@ from lissom.errors import UnsupportedError
 
 aten = torch.ops.aten
 
-NORMS_OVER = (aten.layer_norm.default, aten.rms_norm.default)
 Mask = Callable[[Axis], torch.Tensor]
 
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.operators import CASTS
 
 aten = torch.ops.aten
 
@@ -40,10 +41,8 @@ ELEMENTWISE = {
     aten.relu.default,
     aten.clamp.default,
     aten.clamp_min.default,
-    aten.to.dtype,
-    aten._to_copy.default,
+    *CASTS,
 }
-_CASTS = {aten.to.dtype, aten._to_copy.default}
 # Spelled-out constants carry 8 to 10 digits (0.79788456, 0.044715), which moves values on the grid by up to 1e-7.
 _TOLERANCE = 1e-6
 _DEPTH = 12
@@ -110,7 +109,7 @@ def _evaluate(
         known[node] = None
         inputs = {used: _evaluate(used, argument, points, known) for used in node.all_input_nodes}
         if all(found is not None for found in inputs.values()):
-            known[node] = inputs[node.all_input_nodes[0]] if node.target in _CASTS else _apply(node, inputs)
+            known[node] = inputs[node.all_input_nodes[0]] if node.target in CASTS else _apply(node, inputs)
     return known[node]
 
 

@@ -17,14 +17,14 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import CASTS, number, strip_casts
+from lissom.compiler.ir.match import number, strip_casts
+from lissom.compiler.ir.operators import CASTS, SOFTMAX
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import attention
 from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMatchError, Scores, folds_heads, scores_of
 
 aten = torch.ops.aten
 
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
 # Scores with a fill this low are hidden in a row that has others, and adding the fill is the same as putting it. In a row that
 # is hidden throughout, the sum rounds to the fill itself while the scores are below 32, half the spacing of float32 there.
 _LOWEST = -1e9
@@ -35,7 +35,7 @@ class RaiseAttention(Rewrite):
     """Replaces matmul, scale, mask, softmax, matmul by one attention."""
 
     def run(self, edit: Editor) -> None:
-        for softmax in edit.nodes(*_SOFTMAX):
+        for softmax in edit.nodes(*SOFTMAX):
             try:
                 found = _product_with_values(edit, softmax)
                 if found is not None:

@@ -15,7 +15,8 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import RESHAPES, number, scalar_and_node, strip_casts, unshifted
+from lissom.compiler.ir.match import number, scalar_and_node, strip_casts, unshifted
+from lissom.compiler.ir.operators import MASKED_FILLS, RESHAPES
 
 aten = torch.ops.aten
 
@@ -158,7 +159,7 @@ def take_apart(edit: Editor, node: object) -> Scores:
         return scores if beta == 0 else scores.biased(Bias(bias, node, beta))  # pyright: ignore[reportArgumentType]
     if nodes.is_call(node, aten.add.Tensor, aten.sub.Tensor):
         return _take_sum_apart(edit, node)
-    if nodes.is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+    if nodes.is_call(node, *MASKED_FILLS):
         return take_apart(edit, node.args[0]).biased(_fill(edit, node, node.args[1], node.args[2]))
     if nodes.is_call(node, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
         return _take_choice_apart(edit, node)

@@ -15,14 +15,6 @@ from lissom.compiler.ir import node as nodes
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
-    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
-)
-"""Convolutions with padding given in numbers, and by `same` and `valid`."""
-TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-"""Their transposes, which read channels the other way round."""
-
 
 @dataclass(frozen=True)
 class Window:

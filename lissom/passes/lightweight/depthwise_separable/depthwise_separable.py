@@ -44,11 +44,12 @@ from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
+from lissom.compiler.ir.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.transforms.factor_budget import check_amount
-from lissom.passes.lightweight.depthwise_separable.convolution import CONVOLUTIONS, TRANSPOSED, Convolution, convolution_of
+from lissom.passes.lightweight.depthwise_separable.convolution import Convolution, convolution_of
 from lissom.passes.lightweight.depthwise_separable.factors import (
     ORDERS,
     Fit,
@@ -118,7 +119,7 @@ class DepthwiseSeparable(Approximation):
     def _layers(self, edit: Editor) -> list[Convolution]:
         """The convolutions to treat; the others are reported."""
         layers: list[Convolution] = []
-        for node in edit.nodes(*CONVOLUTIONS, *TRANSPOSED):
+        for node in edit.nodes(*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
             layer = self._obstacle_to_reading(node) or convolution_of(node)
             if isinstance(layer, Convolution):
                 layer = _obstacle(edit.program, layer) or layer
@@ -130,7 +131,7 @@ class DepthwiseSeparable(Approximation):
 
     def _obstacle_to_reading(self, node: fx.Node) -> str | None:
         reason = obstacle_by_name(node, skip=self.skip, only=self.only)
-        if reason is None and node.target in TRANSPOSED:
+        if reason is None and node.target in TRANSPOSED_CONVOLUTIONS:
             return "it is a transposed convolution"
         return reason
 

@@ -25,12 +25,14 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.padding import padding_masks
-from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, shape_of, with_operands
+from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, with_operands
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import SIZED_RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.unflatten import unflatten_where
-from lissom.passes.prune.pack_tokens.token_flow import RESHAPES, PaddingReadError, TokenFlow, Use, has_layers, is_item
+from lissom.passes.prune.pack_tokens.token_flow import PaddingReadError, TokenFlow, Use, has_layers, is_item
 
 aten = torch.ops.aten
 
@@ -138,7 +140,7 @@ class _Packer:
         edit = self.edit
         with edit.before(node):
             args, kwargs = with_operands(node, self._operands(node))
-            if node.target in RESHAPES:
+            if node.target in SIZED_RESHAPES:
                 args[1] = [1, self.count, *shape_of(node)[2:]]
             target = cast(torch._ops.OpOverload, node.target)
             new = edit.item(cast(fx.Node, args[0]), cast(int, args[1])) if is_item(node) else edit.call(target, *args, **kwargs)

@@ -20,8 +20,10 @@ from torch import fx
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
 from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.analysis.structure.padding import Values, hides, holds, kept_rows, zero_where_hidden
-from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, shape_of
+from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.dimension_map import shape_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import TensorType
 
@@ -35,14 +37,12 @@ Check = Callable[[torch.Tensor, torch.Tensor], bool]
 Use = Literal["output", "positions", "operands", "mask"]
 """How padding is read: as an output; by a call that mixes positions; as an attention's operands; past its mask."""
 
-_VIEWS = {
-    *(aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten.unflatten.int, aten.expand.default),
-    *(aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.contiguous.default),
-    *(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default),
-}
-RESHAPES = {aten.reshape.default, aten.view.default}
-_PACKED_VIEWS = RESHAPES | {aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default}
+_PACKED_VIEWS = {*ops.SIZED_RESHAPES, aten.slice.Tensor, aten.select.int, *ops.SPLITS, aten.unbind.int}
 """Views that can be taken of packed tokens: they leave batch and tokens as they are."""
+_VIEWS = {
+    *(*_PACKED_VIEWS, *ops.RESHAPES, *ops.EXPANDS, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default),
+    *(*ops.SQUEEZES, aten.contiguous.default),
+}
 
 
 class PaddingReadError(Exception):
@@ -212,7 +212,7 @@ class TokenFlow:
         """True when the call can be made of packed tokens: all that is loose has batch and tokens in front."""
         if is_attention(node) or any(self.places.get(item, FIRST) != FIRST for item in operands(node).values()):
             return False
-        if node.target in RESHAPES:
+        if node.target in ops.SIZED_RESHAPES:
             return shape_of(node)[:2] == shape_of(node.args[0])[:2] and all(
                 isinstance(size, int) for size in shape_of(node)[2:]
             )

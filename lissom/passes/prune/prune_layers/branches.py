@@ -14,8 +14,9 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
-from lissom.compiler.analysis.structure.linear import NORMS, SHAPES, input_of, is_linear, is_pointwise, residual_of
+from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, residual_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.operators import NORMS, is_pointwise
 
 _SUMS = 4
 """How many sums may lie between a branch and the stream, where several branches are added up first."""

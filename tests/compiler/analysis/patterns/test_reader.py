@@ -55,6 +55,7 @@ MASKS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "shifted views": lambda i, j: (i.transpose(0, 1).unsqueeze(-1) >= j.unsqueeze(0)).squeeze(0),
     "a slice": lambda i, j: torch.arange(50)[None, 3 : 3 + LENGTH] - 3 <= i,
     "triangles": lambda i, j: torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(2).triu(-3),
+    "a triangle of one row": lambda i, j: torch.ones(1, LENGTH, dtype=torch.bool).tril(5).expand(LENGTH, LENGTH) & (j <= i),
     "other than": lambda i, j: (i != j) & (j <= i),
     "always": lambda i, j: (i >= 0) & (j <= i),
 }

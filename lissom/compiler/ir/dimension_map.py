@@ -1,0 +1,209 @@
+"""Which dimension of its argument each dimension of a view is, index for index.
+
+    transpose(x, 1, 2), x: [batch, tokens, heads, size]  ->  (0, 2, 1, 3)
+    x[:, 0]                                              ->  (0, 2, 3)
+    unsqueeze(x, 1)                                      ->  (0, None, 1, 2, 3)
+
+A dimension that the call makes, changes in length or reorders is None. The same holds for what is no view but works along some
+dimensions only: reductions, softmax, sorting.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import sympy
+from torch import fx
+
+from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.operators import aten
+from lissom.compiler.ir.types import Size, TensorType
+
+DimensionMap = tuple[int | None, ...]
+"""For each dimension of the result the dimension of the argument that it is, counted from the front, or None."""
+_Rule = Callable[[fx.Node], DimensionMap]
+
+
+def dimension_map(node: fx.Node) -> DimensionMap | None:
+    """The dimensions of a call's first argument as dimensions of its result; None for an operator that has no such map.
+
+    Of a call that returns several tensors, the dimensions of each. `cat` and `stack` have one map for each of their tensors;
+    tensors of another rank than the first, which `cat` allows when they are empty, have none.
+    """
+    rule = _RULES.get(node.target)
+    return None if rule is None else rule(node)
+
+
+def places(node: fx.Node) -> dict[int, int] | None:
+    """The same the other way round: where each dimension of the argument that is kept goes; None where there is no map."""
+    found = dimension_map(node)
+    return None if found is None else {source: dim for dim, source in enumerate(found) if source is not None}
+
+
+def shape_of(item: object) -> tuple[Size, ...]:
+    """The sizes of a tensor, or of the first of several."""
+    found = nodes.node_type(cast(fx.Node, item))
+    return cast(TensorType, found[0] if isinstance(found, tuple) else found).shape
+
+
+def product_of(sizes: Sequence[Size]) -> Size:
+    """The product of sizes, in a form in which equal products are equal."""
+    if all(isinstance(size, int) for size in sizes):
+        return math.prod(cast("Sequence[int]", sizes))
+    return cast(sympy.Expr, sympy.expand(sympy.Mul(*sizes)))
+
+
+def named_dims(node: fx.Node, name: str, rank: int) -> set[int]:
+    """The dimensions that the argument `name` of a call names, counted from the front; none where it is not given."""
+    found = nodes.argument(node, name)
+    items = cast("Sequence[int]", found if isinstance(found, (list, tuple)) else [] if found is None else [found])
+    return {dim % (rank or 1) for dim in items}
+
+
+def dim_of(node: fx.Node, rank: int, name: str = "dim") -> int:
+    """The one dimension that the argument `name` of a call names, counted from the front."""
+    (dim,) = named_dims(node, name, rank)
+    return dim
+
+
+def _rank_of(item: object) -> int:
+    return len(shape_of(item))
+
+
+def _unchanged(node: fx.Node) -> DimensionMap:
+    return tuple(range(_rank_of(node)))
+
+
+def _all_but(name: str) -> _Rule:
+    """The map of an operator that works along the dimensions its argument `name` names, and keeps the rank."""
+
+    def rule(node: fx.Node) -> DimensionMap:
+        rank = _rank_of(node)
+        along = named_dims(node, name, rank)
+        return tuple(None if dim in along else dim for dim in range(rank))
+
+    return rule
+
+
+def _all_but_if_given(node: fx.Node) -> DimensionMap:
+    """`roll` without dimensions shifts the flattened tensor."""
+    given = bool(nodes.argument(node, "dims"))
+    return _all_but("dims")(node) if given else (None,) * _rank_of(node)
+
+
+def _permute(node: fx.Node) -> DimensionMap:
+    order = cast("Sequence[int]", node.args[1])
+    return tuple(dim % len(order) for dim in order)
+
+
+def _transpose(node: fx.Node) -> DimensionMap:
+    order = list(range(_rank_of(node)))
+    if node.target is aten.numpy_T.default:
+        return tuple(reversed(order))
+    if len(order) > 1:
+        a, b = (-2, -1) if node.target in ops.MATRIX_TRANSPOSES else cast("Sequence[int]", node.args[1:3])
+        order[a], order[b] = order[b], order[a]
+    return tuple(order)
+
+
+def _unsqueeze(node: fx.Node) -> DimensionMap:
+    rank = _rank_of(node)
+    new = cast(int, node.args[1]) % rank
+    return tuple(None if dim == new else dim - (dim > new) for dim in range(rank))
+
+
+def _squeeze(node: fx.Node) -> DimensionMap:
+    shape = shape_of(node.args[0])
+    every = node.target is aten.squeeze.default
+    named = set(range(len(shape))) if every else named_dims(node, "dim", len(shape))
+    return tuple(dim for dim, size in enumerate(shape) if dim not in named or size != 1)
+
+
+def _without_dim(node: fx.Node) -> DimensionMap:
+    """select, unbind: one dimension less."""
+    rank = _rank_of(node.args[0])
+    gone = named_dims(node, "dim", rank)
+    return tuple(dim for dim in range(rank) if dim not in gone)
+
+
+def _expand(node: fx.Node) -> DimensionMap:
+    old, new = shape_of(node.args[0]), shape_of(node)
+    added = len(new) - len(old)
+    return tuple(dim - added if dim >= added and old[dim - added] == size else None for dim, size in enumerate(new))
+
+
+def _repeat(node: fx.Node) -> DimensionMap:
+    counts = cast("Sequence[object]", node.args[1])
+    added = len(counts) - _rank_of(node.args[0])
+    return tuple(dim - added if dim >= added and count == 1 else None for dim, count in enumerate(counts))
+
+
+def _repeat_interleave(node: fx.Node) -> DimensionMap:
+    """Without a dimension it repeats the flattened tensor."""
+    return (None,) if nodes.argument(node, "dim") is None else _all_but("dim")(node)
+
+
+def _slice(node: fx.Node) -> DimensionMap:
+    whole = shape_of(node) == shape_of(node.args[0])
+    return _unchanged(node) if whole else _all_but("dim")(node)
+
+
+def _reshape(node: fx.Node) -> DimensionMap:
+    """A dimension is the one of the same size with as many values in front of it and behind it."""
+    before, after = shape_of(node.args[0]), shape_of(node)
+    if before == after:
+        return tuple(range(len(after)))
+    frames = [(size, *_frame(before, dim)) for dim, size in enumerate(before)]
+    wanted = ((size, *_frame(after, dim)) for dim, size in enumerate(after))
+    return tuple(frames.index(frame) if frame in frames else None for frame in wanted)
+
+
+def _frame(shape: Sequence[Size], dim: int) -> tuple[Size, Size]:
+    return product_of(shape[:dim]), product_of(shape[dim + 1 :])
+
+
+def _pad(node: fx.Node) -> DimensionMap:
+    rank = _rank_of(node)
+    padded = {rank - 1 - index // 2 for index, count in enumerate(cast("Sequence[object]", node.args[1])) if count != 0}
+    return tuple(None if dim in padded else dim for dim in range(rank))
+
+
+def _stack(node: fx.Node) -> DimensionMap:
+    rank = _rank_of(node)
+    new = dim_of(node, rank)
+    return tuple(None if dim == new else dim - (dim > new) for dim in range(rank))
+
+
+def _reduce(node: fx.Node) -> DimensionMap:
+    rank = _rank_of(node.args[0])
+    removed = ops.reduced_dims(node, rank)
+    if _rank_of(node) == rank:
+        return tuple(None if dim in removed else dim for dim in range(rank))
+    return tuple(dim for dim in range(rank) if dim not in removed)
+
+
+_RULES: dict[object, _Rule] = {
+    operator.getitem: _unchanged,
+    **dict.fromkeys((*ops.IDENTITIES, *ops.CONVERSIONS), _unchanged),
+    aten.permute.default: _permute,
+    **dict.fromkeys(ops.TRANSPOSES, _transpose),
+    aten.unsqueeze.default: _unsqueeze,
+    **dict.fromkeys(ops.SQUEEZES, _squeeze),
+    **dict.fromkeys((aten.select.int, aten.unbind.int), _without_dim),
+    **dict.fromkeys((*ops.EXPANDS, aten.expand_as.default), _expand),
+    aten.repeat.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.slice.Tensor: _slice,
+    **dict.fromkeys((*ops.RESHAPES, *ops.RESHAPES_AS), _reshape),
+    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _pad),
+    **dict.fromkeys((*ops.SPLITS, *ops.CONCATENATIONS), _all_but("dim")),
+    aten.stack.default: _stack,
+    aten.flip.default: _all_but("dims"),
+    aten.roll.default: _all_but_if_given,
+    **dict.fromkeys((*ops.SOFTMAX, *ops.LOG_SOFTMAX, *ops.CUMULATIVE, *ops.SORTS), _all_but("dim")),
+    **dict.fromkeys((*ops.SUMS, *ops.REDUCTIONS, *ops.REDUCTIONS_WITH_INDICES), _reduce),
+}

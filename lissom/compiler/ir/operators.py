@@ -1,0 +1,170 @@
+"""Families of operators, each defined once: what the analyses and passes ask of a node's target.
+
+A family holds operator objects of `torch.ops`, so that `node.target in FAMILY` and `program.nodes(*FAMILY)` work. Where an
+analysis needs only some of a family, it builds its own set from these and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import fx
+
+from lissom.ops import attention
+from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
+
+aten = torch.ops.aten
+Rule = TypeVar("Rule")
+
+# Values as they are, or in another dtype
+
+CASTS = (aten.to.dtype, aten._to_copy.default)
+"""Change the dtype."""
+CONVERSIONS = (*CASTS, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default)
+"""Change the dtype, the device or the layout."""
+COPIES = (aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+ALIASES = (aten.alias.default, aten.detach.default)
+DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+"""In inference they return their argument."""
+IDENTITIES = (*COPIES, *ALIASES, *DROPOUTS)
+"""Return the values of their first argument in the same dtype."""
+
+# Views: operators that move values, and compute nothing
+
+SIZED_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
+"""Reshapes whose second argument lists the sizes of the whole result."""
+RESHAPES = (*SIZED_RESHAPES, aten.flatten.using_ints, aten.unflatten.int)
+RESHAPES_AS = (aten.reshape_as.default, aten.view_as.default)
+"""Reshapes that take the sizes of a second tensor."""
+READ_LAYOUT = (aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype, aten.pad.default)
+"""Operators that read memory as it is laid out.
+
+Fake tensors of torch 2.13 cannot pad by a length that varies unless the tensor is contiguous.
+"""
+EXPANDS = (aten.expand.default, aten.broadcast_to.default)
+MATRIX_TRANSPOSES = (aten.t.default, aten.mT.default, aten.numpy_T.default)
+"""Transposes that name no dimensions."""
+TRANSPOSES = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, *MATRIX_TRANSPOSES)
+"""Of a matrix, each of these is its transpose."""
+SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+SPLITS = (
+    *(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes),
+    *(aten.chunk.default, aten.tensor_split.sections),
+)
+"""Split a dimension into pieces."""
+CONCATENATIONS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
+REPEATS = (aten.repeat.default, aten.repeat_interleave.self_int)
+
+SIZES_AT: dict[object, int] = {
+    **dict.fromkeys((*SIZED_RESHAPES, *EXPANDS), 1),
+    aten.unflatten.int: 2,
+    **dict.fromkeys((aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format), 0),
+    **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), 1),
+}
+"""Where a call has its list of sizes."""
+
+# New tensors
+
+ZEROS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+ONES = (aten.ones.default, aten.new_ones.default, aten.ones_like.default)
+FILLS = (aten.full.default, aten.new_full.default, aten.full_like.default)
+NEW_TENSORS = (
+    *(aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format, aten.scalar_tensor.default),
+    *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
+)
+"""Constant tensors of sizes the call lists."""
+FILLED_LIKE = (aten.zeros_like.default, aten.ones_like.default, aten.full_like.default)
+"""Constant tensors of their argument's shape."""
+LIKE = (*FILLED_LIKE, aten.empty_like.default, aten.rand_like.default, aten.randn_like.default)
+"""New tensors of their argument's shape."""
+RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+
+# Element-wise operators
+
+AND = (aten.__and__.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
+OR = (aten.__or__.Tensor, aten.logical_or.default, aten.bitwise_or.Tensor)
+NOT = (aten.logical_not.default, aten.bitwise_not.default)
+WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+MASKED_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_UNTAGGED = {
+    *(aten.__and__.Tensor, aten.__or__.Tensor, *WHERE, aten.masked_fill.Tensor, aten.isin.Tensor_Scalar, aten.isclose.default),
+    *(aten.floor_divide.default, aten.floor_divide.Scalar, aten.hardswish.default, aten.log_sigmoid.default),
+}
+"""Element-wise operators that PyTorch does not tag as such."""
+_NO_ACTIVATIONS = {
+    *(aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.floor_divide, aten.neg, aten.lerp, aten.minimum, aten.maximum),
+    *(aten.clone, aten.copy, aten.detach, aten.alias, aten.where, aten.masked_fill, aten.__and__, aten.__or__),
+    *(aten.logical_and, aten.logical_or, aten.logical_not, aten.bitwise_and, aten.bitwise_or, aten.bitwise_not),
+    *(aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.isin, aten.isclose),
+}
+"""Arithmetic, choices and comparisons, in any overload."""
+
+# Reductions, and operators over one dimension
+
+SUMS = (aten.sum.dim_IntList, aten.sum.default)
+_NORMS_OF_VECTORS = (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
+"""Reductions that have the order of the norm in front of the dimensions."""
+REDUCTIONS = (
+    *(aten.mean.dim, aten.mean.default, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim),
+    *(aten.amax.default, aten.amin.default, aten.argmax.default, aten.argmin.default, aten.logsumexp.default),
+    *(aten.any.dim, aten.any.default, aten.all.dim, aten.all.default, aten.prod.dim_int, *_NORMS_OF_VECTORS),
+)
+"""Reductions other than sums."""
+REDUCTIONS_WITH_INDICES = (aten.max.dim, aten.min.dim)
+"""Reductions that return values and indices."""
+SOFTMAX = (aten.softmax.int, aten._softmax.default)
+LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
+CUMULATIVE = (aten.cumsum.default, aten.cumprod.default)
+SORTS = (aten.topk.default, aten.sort.default)
+"""Return the values of one dimension in order, and their indices."""
+
+# Layers
+
+MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
+MATMULS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
+LINEAR_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+"""Operators that a linear layer may be, apart from convolutions."""
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+)
+TRANSPOSED_CONVOLUTIONS = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+LAYER_NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+"""Norms over the last dimensions."""
+NORMS = (*LAYER_NORMS, aten.batch_norm.default, aten.group_norm.default)
+ATTENTIONS = (aten.scaled_dot_product_attention.default, attention)
+"""Softmax attention: PyTorch's operator, and ours with soft-capped scores and sinks."""
+FAKE_QUANTIZES = (fake_quantize, fake_quantize_dynamic)
+"""Quantize, then dequantize."""
+QUANTIZERS = (*FAKE_QUANTIZES, dequantize)
+
+
+def rule_table(*entries: tuple[Rule, Iterable[object]]) -> dict[object, Rule]:
+    """The rules of an analysis by operator, from each rule with the operators it is for."""
+    return {target: rule for rule, targets in entries for target in targets}
+
+
+def packet_of(node: fx.Node) -> object:
+    """The operator a node calls whatever its overload, `aten.add` for `aten.add.Tensor`; None for any other function."""
+    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """True when each value of the result depends on one value of each argument."""
+    return node.target in _UNTAGGED or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def is_activation(node: fx.Node) -> bool:
+    """True for an element-wise operator that is more than arithmetic, a choice or a comparison."""
+    return is_pointwise(node) and packet_of(node) not in _NO_ACTIVATIONS
+
+
+def reduced_dims(node: fx.Node, rank: int) -> set[int]:
+    """The dimensions a reduction removes, counted from the front; all of them when the call names none."""
+    index = 2 if node.target in _NORMS_OF_VECTORS else 1
+    found = node.args[index] if len(node.args) > index else node.kwargs.get("dim")
+    if found is None or found == []:
+        return set(range(rank))
+    return {dim % rank for dim in (found if isinstance(found, (list, tuple)) else [found])}  # pyright: ignore
