@@ -29,7 +29,7 @@ from lissom.ops.quantization import fake_quantize_dynamic
 aten = torch.ops.aten
 
 
-def cut_program(edit: Editor, world_size: int) -> None:
+def partition_program(edit: Editor, world_size: int) -> None:
     """Partition a program whose every value has a placement; it then holds the weights of all ranks.
 
     Raises: PassError when a value has no placement, or was changed since it got one.
