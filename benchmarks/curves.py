@@ -41,7 +41,7 @@ from lissom.frontends.huggingface import Checkpoint, load
 HERE = Path(__file__).parent
 RECORDS = HERE / "curves.json"
 PAGE = HERE.parent / "docs" / "curves.md"
-ELIMINATE = "eliminate-dead-heads,eliminate-dead-neurons,eliminate-dead-layers,eliminate-dead-hidden"
+ELIMINATE = "eliminate-dead"
 PASSES = {
     "minilm": ("prune-heads", "prune-neurons", "prune-heads+prune-neurons", "prune-layers", "prune-hidden", "sparsify"),
     "gemma3-270m": ("prune-heads", "prune-neurons", "prune-layers", "sparsify"),

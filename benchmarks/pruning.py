@@ -36,7 +36,7 @@ def pipelines(keep: float, criteria: Iterable[str]) -> list[str]:
 
 def speed_table(checkpoint: Checkpoint, keep: float, texts: int, seconds: float) -> str:
     """Milliseconds a call of the program pruned by `second-order`, and of the unpruned one, as Markdown."""
-    pruning = f"prune-heads{{keep={keep:g}}},prune-neurons{{keep={keep:g}}},eliminate-dead-heads,eliminate-dead-neurons"
+    pruning = f"prune-heads{{keep={keep:g}}},prune-neurons{{keep={keep:g}}}"
     data = calibration_batches(checkpoint, texts)
     models = {
         "none": lissom.compile(checkpoint.model, checkpoint.example_inputs),

@@ -287,68 +287,27 @@ class Padded(nn.Module):
 _RAGGED = "(torch.randn(4, 128, 256), torch.arange(128) < torch.tensor([[128], [40], [30], [20]]))"
 
 
-class DeadHeads(nn.Module):
-    """Self-attention of four heads, two of which the output projection does not read."""
+class DeadUnits(nn.Module):
+    """A layer of which two heads of four, half of the neurons, and all of a second feed-forward contribute nothing."""
 
     def __init__(self, width: int = 256, heads: int = 4) -> None:
         super().__init__()
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.ups = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(2))
         with torch.no_grad():
             self.out.weight.view(width, heads, -1)[:, [1, 3]] = 0
+            self.downs[0].weight[:, 2 * width :] = 0
+        nn.init.zeros_(self.downs[1].weight)
+        nn.init.zeros_(self.downs[1].bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class DeadNeurons(nn.Module):
-    """A feed-forward block of which the down projection does not read the second half of its neurons."""
-
-    def __init__(self, width: int = 256) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-        with torch.no_grad():
-            self.down.weight[:, 2 * width :] = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(functional.gelu(self.up(x)))
-
-
-class DeadBranch(nn.Module):
-    """Two feed-forward branches, the first of which adds zero."""
-
-    def __init__(self, width: int = 256) -> None:
-        super().__init__()
-        self.ups = nn.ModuleList(nn.Linear(width, 4 * width) for _ in range(2))
-        self.downs = nn.ModuleList(nn.Linear(4 * width, width) for _ in range(2))
-        nn.init.zeros_(self.downs[0].weight)
-        nn.init.zeros_(self.downs[0].bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         for up, down in zip(self.ups, self.downs, strict=True):
             x = x + down(functional.gelu(up(x)))
         return x
-
-
-class DeadChannels(nn.Module):
-    """A stream of 256 channels between two layers, half of which nothing writes to."""
-
-    def __init__(self, width: int = 256) -> None:
-        super().__init__()
-        self.first = nn.Linear(64, width, bias=False)
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width, bias=False)
-        self.last = nn.Linear(width, 64)
-        with torch.no_grad():
-            self.first.weight[width // 2 :] = 0
-            self.down.weight[width // 2 :] = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x)
-        return self.last(x + self.down(functional.gelu(self.up(self.norm(x)))))
 
 
 class Deep(nn.Module):
@@ -538,8 +497,8 @@ EXAMPLES = {
     "sink-casts": Example(HeadsInFloat, "torch.randn(4, 128, 256).bfloat16()", "sink-casts"),
     "quantize": Example(Block, "torch.randn(4, 128, 256)", "quantize"),
     "fold-quantized-weights": Example(Block, "torch.randn(4, 128, 256)", "quantize{scheme=int8-weight},fold-quantized-weights"),
-    "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5},eliminate-dead-heads"),
-    "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5},eliminate-dead-neurons"),
+    "prune-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "prune-heads{keep=0.5}"),
+    "prune-neurons": Example(Block, "torch.randn(4, 128, 256)", "prune-neurons{keep=0.5}"),
     "sparsify-attention": Example(SelfAttention, "torch.randn(1, 512, 256)", "sparsify-attention{window=64,global_tokens=1}"),
     "lower-sparse-attention": Example(LocalAttention, "torch.randn(1, 512, 256)", "lower-sparse-attention{always=true}"),
     "fuse-attention": Example(Projections, "torch.randn(4, 128, 256)", "fuse-attention"),
@@ -562,17 +521,12 @@ EXAMPLES = {
     "raise-attention": Example(Attention, "(torch.randn(4, 128, 256), torch.ones(4, 128))"),
     "pool-heads": Example(SelfAttention, "torch.randn(4, 128, 256)", "pool-heads{groups=2},merge-equal-heads"),
     "merge-equal-heads": Example(EqualHeads, "torch.randn(4, 128, 256)", "merge-equal-heads"),
-    "eliminate-dead-heads": Example(DeadHeads, "torch.randn(4, 128, 256)", "eliminate-dead-heads"),
-    "eliminate-dead-neurons": Example(DeadNeurons, "torch.randn(4, 128, 256)", "eliminate-dead-neurons"),
-    "eliminate-dead-layers": Example(DeadBranch, "torch.randn(4, 128, 256)", "eliminate-dead-layers"),
-    "eliminate-dead-hidden": Example(DeadChannels, "torch.randn(4, 128, 64)", "eliminate-dead-hidden"),
-    "prune-layers": Example(
-        Deep, "torch.randn(4, 128, 256)", "prune-layers{keep=0.5,criterion=magnitude},eliminate-dead-layers"
-    ),
+    "eliminate-dead": Example(DeadUnits, "torch.randn(4, 128, 256)", "eliminate-dead"),
+    "prune-layers": Example(Deep, "torch.randn(4, 128, 256)", "prune-layers{keep=0.5,criterion=magnitude}"),
     "prune-hidden": Example(
         Stream,
         "torch.randn(4, 128, 64)",
-        "prune-hidden{keep=0.5,criterion=magnitude,reconstruct=false},eliminate-dead-hidden",
+        "prune-hidden{keep=0.5,criterion=magnitude,reconstruct=false}",
     ),
     "sparsify": Example(Block, "torch.randn(4, 128, 256)", "sparsify{keep=0.5}"),
     "pack-sparse": Example(TwoInFour, "torch.randn(4, 128, 256).bfloat16()", "pack-sparse{always=true}"),

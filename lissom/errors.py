@@ -13,7 +13,14 @@ from typing import Any, TypeVar
 
 _Made = TypeVar("_Made", bound=Callable[..., Any])
 
-RENAMED = (("ways", "world_size"), ("cut", "partition"))
+RENAMED = (
+    ("ways", "world_size"),
+    ("cut", "partition"),
+    ("eliminate-dead-heads", "eliminate-dead"),
+    ("eliminate-dead-neurons", "eliminate-dead"),
+    ("eliminate-dead-layers", "eliminate-dead"),
+    ("eliminate-dead-hidden", "eliminate-dead"),
+)
 """Names of options and passes as they once were, each with the name it has now."""
 
 

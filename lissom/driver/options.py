@@ -16,12 +16,13 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import Signature
 from lissom.compiler.pipeline.options import Checks, Metric, check_options
-from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pass_kinds import Annotation, Pass, Rewrite
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.driver.ranks import passes_for
 from lissom.errors import ArtifactError, InputError, UnsupportedError
 from lissom.passes import RECIPES, known_passes
 from lissom.passes.parallel.partition import Partition
+from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 
 Inputs = torch.Tensor | Sequence[object] | Mapping[str, object]
 _FORMS = "a tuple is positional, a mapping is keywords, a tensor the only argument"
@@ -68,6 +69,8 @@ def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
 def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
     """The passes to run: the recipe `exact`, then those asked for. A text may name recipes among its passes.
 
+    `eliminate-dead` follows each pass that leaves dead units, and `exact` runs again after the last pass that is not exact.
+
     Raises: PipelineTextError, UnsupportedError.
     """
     table = known_passes()
@@ -83,7 +86,21 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
             raise UnsupportedError(f"passes= holds {_shown(wrong[0])}, which is no pass; give pass objects, e.g. RemoveNoOps()")
     else:
         raise UnsupportedError(f"passes= is {_shown(passes)}; give pipeline text, or pass objects, e.g. [RemoveNoOps()]")
+    wanted = _with_cleanup(wanted, exact)
     return wanted if wanted[: len(exact)] == exact else [*exact, *wanted]
+
+
+def _with_cleanup(wanted: Sequence[Pass], exact: Sequence[Pass]) -> list[Pass]:
+    """The passes, with those between them that remove what they leave behind."""
+    found: list[Pass] = []
+    last = max((at for at, item in enumerate(wanted) if not isinstance(item, (Rewrite, Annotation))), default=-1)
+    for at, item in enumerate(wanted):
+        found.append(item)
+        if item.leaves_dead and not isinstance(next(iter(wanted[at + 1 :]), None), EliminateDead):
+            found.append(EliminateDead())
+        if at == last:
+            found += exact
+    return found
 
 
 def _shown(value: object) -> str:

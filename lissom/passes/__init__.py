@@ -41,10 +41,7 @@ from lissom.passes.parallel.shard import Shard
 from lissom.passes.precision.cast import Cast
 from lissom.passes.precision.fold_casts import FoldCasts
 from lissom.passes.precision.sink_casts import SinkCasts
-from lissom.passes.prune.eliminate_dead_heads.eliminate_dead_heads import EliminateDeadHeads
-from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
-from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
-from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
+from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from lissom.passes.prune.eliminate_dead_tokens import EliminateDeadTokens
 from lissom.passes.prune.merge_equal_heads import MergeEqualHeads
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
@@ -85,11 +82,8 @@ PASSES: Mapping[str, type[Pass]] = {
         PruneLayers,
         PruneHidden,
         Sparsify,
-        EliminateDeadHeads,
+        EliminateDead,
         MergeEqualHeads,
-        EliminateDeadNeurons,
-        EliminateDeadLayers,
-        EliminateDeadHidden,
         LowRank,
         LinearAttention,
         DepthwiseSeparable,
@@ -134,7 +128,12 @@ RECIPES: Mapping[str, str] = {
     "exact": _EXACT,
     "generation": f"{_EXACT},eliminate-dead-tokens",
     "mixed-precision": "cast,sink-casts,fold-casts",
+    "fast": "eliminate-dead-tokens,quantize",
+    "small": "quantize{scheme=int4-weight,embeddings=true,output_heads=true}",
+    "int8": "quantize",
+    "int4": "quantize{scheme=int4-weight}",
 }
+"""Pipelines by name. The last four are goals: time, size, and a format of the weights; none needs calibration data."""
 
 
 def known_passes() -> dict[str, type[Pass]]:

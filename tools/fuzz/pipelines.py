@@ -31,7 +31,7 @@ _CANONICAL = (
     *("raise-rms-norm", "raise-softmax", "raise-activations", "raise-rotary", "raise-attention", "simplify-masks"),
 )
 _ELIMINATIONS = (
-    *("eliminate-dead-heads", "eliminate-dead-neurons", "eliminate-dead-layers", "eliminate-dead-hidden"),
+    "eliminate-dead",
     *("eliminate-dead-tokens", "merge-equal-heads"),
 )
 _LOWERINGS = (

@@ -36,7 +36,7 @@ from lissom.passes import PASSES, RECIPES
 from tests.models import Case
 from tools.zoo.entry import Entry
 
-REWRITES = "eliminate-dead-heads,eliminate-dead-neurons,eliminate-dead-layers"
+REWRITES = "eliminate-dead"
 
 
 def canonical(case: Case) -> tuple[Program, list[Sample]]:

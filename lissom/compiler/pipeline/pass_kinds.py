@@ -60,9 +60,12 @@ class Pass(ABC):
 
     redefines: whether it changes what is answered by agreement, rather than how exactly: the passes behind it are measured
         against the answers after it.
+    leaves_dead: whether it makes units contribute nothing and leaves it to `eliminate-dead`, which runs right behind it, to
+        remove them.
     """
 
     kind: ClassVar[str]
+    leaves_dead: ClassVar[bool] = False
     redefines: ClassVar[bool] = False
     requires: ClassVar[tuple[Requirement, ...]] = ()
 

@@ -1,8 +1,8 @@
 """Prune attention heads: choose those that matter least, zero what reads them, and let the rest make up for them.
 
 An attention is a sum over heads, Σ_h W_o[:, h] softmax(q_h k_hᵀ) v_h. Head h is pruned by zeroing its columns W_o[:, h];
-`eliminate-dead-heads` then removes it. With grouped queries a key/value head goes with all query heads that read it; where one
-key/value head serves all, query heads go one by one. Criteria, with formulas and sources, are in
+`eliminate-dead`, which runs right after it, removes it. With grouped queries a key/value head goes with all query heads that
+read it; where one key/value head serves all, query heads go one by one. Criteria, with formulas and sources, are in
 `lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in
 `lissom/compiler/transforms/pruning/reconstruction.py`:
 
@@ -44,6 +44,7 @@ class PruneHeads(Approximation):
     protect: str = ""
     norm: Literal["l1", "l2"] = "l2"
 
+    leaves_dead = True
     requires = (FLOATING_POINT_WEIGHTS,)
 
     def __post_init__(self) -> None:

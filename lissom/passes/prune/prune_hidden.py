@@ -1,7 +1,8 @@
 """Narrow the residual stream: one set of channels goes from all layers, embeddings and norms together.
 
 All weights that have the stream's width as a dimension get zeros at the channels that go: what writes to the stream then writes
-zero to them, norms give zero for them, and what reads them reads nothing. `eliminate-dead-hidden` can cut them off.
+zero to them, norms give zero for them, and what reads them reads nothing. `eliminate-dead`, which runs right after it, removes
+them.
 
 - `energy`: Σ_r E[x_c²] · ‖W_r[:, c]‖² over the layers r that read the stream, each as a share of its sum over channels, with x
   what the layer reads of the calibration data, padding left out. It is Wanda's score of a weight, squared and summed over rows
@@ -61,6 +62,7 @@ class PruneHidden(Approximation):
     round_to: int = 8
     criterion: Literal["energy", "magnitude"] = "energy"
     reconstruct: bool = True
+    leaves_dead = True
     requires = (FLOATING_POINT_WEIGHTS,)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Prune feed-forward neurons: choose those that matter least, zero what reads them, and let the rest make up for them.
 
 A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i] x). Neuron i is pruned by zeroing W₂[:, i];
-`eliminate-dead-neurons` then removes it. Criteria, with formulas and sources, are in
+`eliminate-dead`, which runs right behind, removes it. Criteria, with formulas and sources, are in
 `lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in
 `lissom/compiler/transforms/pruning/reconstruction.py`:
 
@@ -43,6 +43,7 @@ class PruneNeurons(Approximation):
     protect: str = ""
     norm: Literal["l1", "l2"] = "l2"
 
+    leaves_dead = True
     requires = (FLOATING_POINT_WEIGHTS,)
 
     def __post_init__(self) -> None:

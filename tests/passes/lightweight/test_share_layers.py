@@ -200,7 +200,7 @@ def test_options_are_spelt_as_they_are_written() -> None:
 @pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
 def test_composes(build: Callable[[], Case], backend: str) -> None:
     case = build()
-    pruning = "prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead-neurons"
+    pruning = "prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead"
     fast = lissom.compile(case.model, case.inputs, passes=f"exact,share-layers{{groups=1}},{pruning}", backend=backend)
     spelled = {step.spelling.partition("{")[0]: step for step in fast.report.history.steps}
     assert spelled["share-layers"].rewritten == 1 and spelled["prune-neurons"].rewritten > 0

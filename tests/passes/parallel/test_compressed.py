@@ -11,10 +11,7 @@ from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import rewrite
 from tests.passes.parallel.models import partition, program_of, reasons, run_passes
 
-PRUNED = (
-    "prune-heads{keep=0.75,criterion=magnitude},prune-neurons{keep=0.7,criterion=magnitude},"
-    "eliminate-dead-heads,eliminate-dead-neurons"
-)
+PRUNED = "prune-heads{keep=0.75,criterion=magnitude},prune-neurons{keep=0.7,criterion=magnitude},eliminate-dead"
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight", "int4-weight,group=8"])

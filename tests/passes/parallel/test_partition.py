@@ -148,7 +148,7 @@ def test_quantized_layers(name: str, scheme: str, world_size: int) -> None:
 def test_heads_left_by_pruning_need_not_divide(world_size: int) -> None:
     program, samples = program_of("bert")
     zero_heads(program, 0, [1])
-    pruned, _ = run_passes("eliminate-dead-heads", program, samples)
+    pruned, _ = run_passes("eliminate-dead", program, samples)
     after, history = partition(pruned, samples, world_size)
     assert [site.heads for site in pruned.fact(lissom.compiler.analysis.structure.transformer.structure).attention] == [3, 4]
     notes = " ".join(history.steps[1].notes)

@@ -93,7 +93,7 @@ def test_the_model_keeps_its_weights() -> None:
 
 def test_what_is_pruned_can_be_removed() -> None:
     case = tiny_bert()
-    passes = "prune-heads{keep=0.5},eliminate-dead-heads"
+    passes = "prune-heads{keep=0.5},eliminate-dead"
     found = lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs] * 2)
     before, after = (step.size.parameter_bytes for step in found.report.history.steps[-2:])
     assert after < before

@@ -93,7 +93,7 @@ def test_what_reads_a_dead_channel_reads_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_zeroed_is_then_eliminated_exactly(name: str) -> None:
-    program, history = pruned(MODELS[name], "prune-hidden{keep=0.5},eliminate-dead-hidden")
+    program, history = pruned(MODELS[name], "prune-hidden{keep=0.5},eliminate-dead")
     assert history.steps[2].relative_error is not None and history.steps[2].relative_error < 1e-5
     sites = program.fact(structure)
     widths = {nodes.tensor_type(site.residual).shape[-1] for site in (*sites.attention, *sites.feed_forward)}

@@ -1,1 +1,1 @@
-"""The pass `eliminate-dead-heads` and how it takes heads out."""
+"""The pass `eliminate-dead`: what each kind of unit takes to be removed."""

@@ -12,8 +12,6 @@ Inputs are taken to be finite.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
@@ -25,33 +23,29 @@ from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_by_constant
-from lissom.passes.prune.eliminate_dead_heads.head_selection import MASK, QUERY_AND_KEY, VALUE, drop_selections, select_heads
+from lissom.passes.prune.eliminate_dead.head_selection import MASK, QUERY_AND_KEY, VALUE, drop_selections, select_heads
 
 
-@dataclass(frozen=True)
-class EliminateDeadHeads(Rewrite):
-    """Removes attention heads that contribute nothing, and attentions without a head that does."""
-
-    def run(self, edit: Editor) -> None:
-        found = _dead_sites(edit, report=True)
-        for columns in [item for site, item in found if item.alone and bool(_dead_heads(edit, site, item).all())]:
-            if reason := replace_by_constant(edit, columns.layer):
-                edit.skip(columns.layer, f"all heads it reads are dead, but {reason}")
-        made: list[fx.Node] = []
-        # A choice keeps what it chooses from as it is, which may stand against another attention: so masks are looked at twice.
-        for arguments in (MASK, MASK, QUERY_AND_KEY, QUERY_AND_KEY, VALUE):
-            for site in [site for site, columns in _dead_sites(edit) if _obstacle(edit, site, columns)]:
-                made += select_heads(edit, site.node, arguments)
-        chosen: list[tuple[fx.Node, tuple[Axis, ...]]] = []
-        for site, columns in _dead_sites(edit):
-            if reason := _obstacle(edit, site, columns):
-                edit.skip(site.node, f"dead heads stay: {reason}")
-            else:
-                chosen.append((site.node, columns.axes))
-        eliminate(edit, chosen, "heads")
-        drop_selections(edit, made)
+def eliminate_heads(edit: Editor) -> None:
+    """Remove attention heads that contribute nothing, and attentions without a head that does."""
+    found = _dead_sites(edit, report=True)
+    for columns in [item for site, item in found if item.alone and bool(_dead_heads(edit, site, item).all())]:
+        if reason := replace_by_constant(edit, columns.layer):
+            edit.skip(columns.layer, f"all heads it reads are dead, but {reason}")
+    made: list[fx.Node] = []
+    # A choice keeps what it chooses from as it is, which may stand against another attention: so masks are looked at twice.
+    for arguments in (MASK, MASK, QUERY_AND_KEY, QUERY_AND_KEY, VALUE):
+        for site in [site for site, columns in _dead_sites(edit) if _obstacle(edit, site, columns)]:
+            made += select_heads(edit, site.node, arguments)
+    chosen: list[tuple[fx.Node, tuple[Axis, ...]]] = []
+    for site, columns in _dead_sites(edit):
+        if reason := _obstacle(edit, site, columns):
+            edit.skip(site.node, f"dead heads stay: {reason}")
+        else:
+            chosen.append((site.node, columns.axes))
+    eliminate(edit, chosen, "heads")
+    drop_selections(edit, made)
 
 
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[tuple[AttentionSite, Columns]]:

@@ -14,7 +14,6 @@ Inputs are taken to be finite.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -28,7 +27,6 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LAYER_NORMS
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.removal.indices import remove_indices
 from lissom.compiler.transforms.removal.norms import normed_axes
 from lissom.errors import LissomError
@@ -36,29 +34,26 @@ from lissom.errors import LissomError
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class EliminateDeadHidden(Rewrite):
-    """Removes channels of the residual stream that are zero throughout."""
-
-    def run(self, edit: Editor) -> None:
-        held = list(_hold_outputs(edit))
-        chosen: dict[Axis, list[int]] = {}
-        places: dict[Axis, fx.Node] = {}
-        found = edit.program.fact(axes)
-        for axis, node in _hidden(edit).items():
-            dead = _dead_channels(edit, axis)
-            reason = found.obstacle(axis, zero=True) if bool(dead.any()) else ""
-            if reason:
-                edit.skip(node, f"{int(dead.sum())} dead channels stay: {reason}")
-            elif bool(dead.any()):
-                chosen[axis], places[axis] = dead.nonzero().flatten().tolist(), node
-        if chosen:
-            try:
-                remove_indices(edit, chosen, zero=True)
-            except LissomError as error:
-                for node in places.values():
-                    edit.skip(node, f"dead channels stay: {error}")
-        _release_outputs(edit, held)
+def eliminate_hidden(edit: Editor) -> None:
+    """Remove channels of the residual stream that are zero throughout."""
+    held = list(_hold_outputs(edit))
+    chosen: dict[Axis, list[int]] = {}
+    places: dict[Axis, fx.Node] = {}
+    found = edit.program.fact(axes)
+    for axis, node in _hidden(edit).items():
+        dead = _dead_channels(edit, axis)
+        reason = found.obstacle(axis, zero=True) if bool(dead.any()) else ""
+        if reason:
+            edit.skip(node, f"{int(dead.sum())} dead channels stay: {reason}")
+        elif bool(dead.any()):
+            chosen[axis], places[axis] = dead.nonzero().flatten().tolist(), node
+    if chosen:
+        try:
+            remove_indices(edit, chosen, zero=True)
+        except LissomError as error:
+            for node in places.values():
+                edit.skip(node, f"dead channels stay: {error}")
+    _release_outputs(edit, held)
 
 
 def _hidden(edit: Editor) -> dict[Axis, fx.Node]:

@@ -9,8 +9,6 @@ Inputs are taken to be finite.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
@@ -18,26 +16,22 @@ from lissom.compiler.analysis.axes.zeros import Zeros, is_zero, zeros
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class EliminateDeadLayers(Rewrite):
-    """Removes attentions and feed-forwards that add zero to the residual stream."""
-
-    def run(self, edit: Editor) -> None:
-        found, sites = edit.program.fact(zeros), edit.program.fact(structure)
-        outputs = [site.output or site.node for site in sites.attention] + [site.down for site in sites.feed_forward]
-        for node in edit.nodes(aten.add.Tensor):
-            other = _other_than_zero(node, found)
-            if other is not None:
-                edit.replace(node, other)
-        edit.program.drop_dead()
-        for node in outputs:
-            if is_zero(found, node) and not node._erased:
-                edit.skip(node, "it yields zero, but what reads it is no sum of two values of one size")
+def eliminate_layers(edit: Editor) -> None:
+    """Remove attentions and feed-forwards that add zero to the residual stream."""
+    found, sites = edit.program.fact(zeros), edit.program.fact(structure)
+    outputs = [site.output or site.node for site in sites.attention] + [site.down for site in sites.feed_forward]
+    for node in edit.nodes(aten.add.Tensor):
+        other = _other_than_zero(node, found)
+        if other is not None:
+            edit.replace(node, other)
+    edit.program.drop_dead()
+    for node in outputs:
+        if is_zero(found, node) and not node._erased:
+            edit.skip(node, "it yields zero, but what reads it is no sum of two values of one size")
 
 
 def _other_than_zero(node: fx.Node, found: Zeros) -> fx.Node | None:

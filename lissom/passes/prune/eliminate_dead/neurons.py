@@ -11,8 +11,6 @@ Inputs are taken to be finite.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import fx
 
@@ -23,26 +21,22 @@ from lissom.compiler.analysis.axes.zeros import zero_at, zeros
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_by_constant
 
 
-@dataclass(frozen=True)
-class EliminateDeadNeurons(Rewrite):
-    """Removes feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
-
-    def run(self, edit: Editor) -> None:
-        found = _dead_sites(edit, report=True)
-        for columns in [item for item in found if item.alone and bool(_dead_neurons(edit, item).all())]:
-            if reason := replace_by_constant(edit, columns.layer):
-                edit.skip(columns.layer, f"all neurons it reads are dead, but {reason}")
-        chosen: dict[Axis, fx.Node] = {}
-        for columns in _dead_sites(edit):
-            if reason := _obstacle(edit, columns):
-                edit.skip(columns.layer, f"dead neurons stay: {reason}")
-            else:
-                chosen |= dict.fromkeys(columns.axes, columns.layer)
-        eliminate(edit, [(layer, (atom,)) for atom, layer in chosen.items()], "neurons")
+def eliminate_neurons(edit: Editor) -> None:
+    """Remove feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
+    found = _dead_sites(edit, report=True)
+    for columns in [item for item in found if item.alone and bool(_dead_neurons(edit, item).all())]:
+        if reason := replace_by_constant(edit, columns.layer):
+            edit.skip(columns.layer, f"all neurons it reads are dead, but {reason}")
+    chosen: dict[Axis, fx.Node] = {}
+    for columns in _dead_sites(edit):
+        if reason := _obstacle(edit, columns):
+            edit.skip(columns.layer, f"dead neurons stay: {reason}")
+        else:
+            chosen |= dict.fromkeys(columns.axes, columns.layer)
+    eliminate(edit, [(layer, (atom,)) for atom, layer in chosen.items()], "neurons")
 
 
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[Columns]:

@@ -209,7 +209,7 @@ def test_empty_slices_norms_and_ellipses_have_axes():
     weight = edit.program.weight(str(down.args[1].target)).detach().clone()
     weight[:, ::2] = 0
     edit.set_weight(down.args[1], weight)
-    passes = parse_pipeline("eliminate-dead-neurons,eliminate-dead-heads", PASSES)
+    passes = parse_pipeline("eliminate-dead", PASSES)
     after, _ = Pipeline(passes, samples=samples).run(edit.program)
     verify_structure(after, edit.program)
     found = after.fact(axes)

@@ -246,7 +246,7 @@ def test_it_trains(name: str) -> None:
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_composes(name: str, backend: str) -> None:
     case = CASES[name]()
-    passes = "prune-heads{keep=0.5},eliminate-dead-heads,linear-attention{features=elu},quantize"
+    passes = "prune-heads{keep=0.5},eliminate-dead,linear-attention{features=elu},quantize"
     found = lissom.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)
     ids, mask = tokens(3, 11, seed=4), torch.ones(3, 11, dtype=torch.long)
     mask[1, 6:] = 0

@@ -313,7 +313,7 @@ def test_one_sample_without_a_batch_is_taken() -> None:
 @pytest.mark.parametrize("build", [tiny_wav2vec2, tiny_segformer])
 def test_composes(build: Callable[[], Case], backend: str) -> None:
     case = build()
-    passes = "exact,prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead-neurons,depthwise-separable{budget=0.6},quantize"
+    passes = "exact,prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead,depthwise-separable{budget=0.6},quantize"
     fast = lissom.compile(case.model, case.inputs, passes=passes, backend=backend, data=[case.inputs])
     spelled = {step.spelling.partition("{")[0]: step for step in fast.report.history.steps}
     assert spelled["depthwise-separable"].rewritten > 0 and spelled["quantize"].rewritten > 0

@@ -241,7 +241,7 @@ def test_composes(backend: str, behind: str) -> None:
     if backend == "onnxruntime" and "bf16" in behind:
         pytest.skip("ONNX Runtime lacks kernels of bfloat16 on a CPU")
     case = MODELS["tiny_bert"]()
-    passes = f"prune-neurons{{keep=0.5}},eliminate-dead-neurons,low-rank{{rank=4}}{behind}"
+    passes = f"prune-neurons{{keep=0.5}},eliminate-dead,low-rank{{rank=4}}{behind}"
     data = [{"input_ids": tokens(seed=seed), "attention_mask": case.kwargs["attention_mask"]} for seed in range(3)]
     found = lissom.optimize(case.model, case.inputs, passes=passes, data=data)
     fast = lissom.compile(case.model, case.inputs, passes=passes, data=data, backend=backend, only_if_faster=False)

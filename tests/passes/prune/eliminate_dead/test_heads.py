@@ -1,4 +1,4 @@
-"""Tests of eliminate-dead-heads."""
+"""Tests of eliminate-dead on heads."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 import lissom
 from lissom.compiler.analysis.axes.columns import head_columns
 from lissom.frontends.decoder import capture_decoder
-from lissom.passes.prune.eliminate_dead_heads.eliminate_dead_heads import EliminateDeadHeads
+from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.decoders import decoder
 from tests.models import normal, seeded
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads
 
-PASS = "eliminate-dead-heads"
+PASS = "eliminate-dead{units=[heads]}"
 
 
 class Attention(nn.Module):
@@ -35,12 +35,12 @@ class Attention(nn.Module):
 
 
 def test_rewrites() -> None:
-    _, history = rewrite(EliminateDeadHeads(), seeded(Attention), normal(2, 5, 8))
+    _, history = rewrite(EliminateDead(("heads",)), seeded(Attention), normal(2, 5, 8))
     check_golden("eliminate_dead_heads", history.diff(0, 1))
 
 
 def test_leaves_other_graphs_alone() -> None:
-    _, history = rewrite(EliminateDeadHeads(), seeded(lambda: Attention(dead=())), normal(2, 5, 8))
+    _, history = rewrite(EliminateDead(("heads",)), seeded(lambda: Attention(dead=())), normal(2, 5, 8))
     assert history.texts[0] == history.texts[1]
     assert history.steps[1].rewritten == 0
     assert reasons(history) == []
@@ -107,7 +107,7 @@ def test_layers_that_share_a_bias_lose_heads_of_their_own() -> None:
 
 
 def test_queries_normed_over_all_heads_stay_whole_and_the_rest_goes() -> None:
-    program, history = rewrite(EliminateDeadHeads(), seeded(lambda: Attention(norm=True)), normal(2, 5, 8))
+    program, history = rewrite(EliminateDead(("heads",)), seeded(lambda: Attention(norm=True)), normal(2, 5, 8))
     site = sites_of(program).attention[0]
     assert site.heads == 2
     assert program.weight("q.weight").shape == (8, 8)
@@ -134,7 +134,7 @@ def test_heads_whose_values_are_zero_are_dead() -> None:
     with torch.no_grad():
         module.v.weight[2:4] = 0
         module.v.bias[2:4] = 0
-    program, _ = rewrite(EliminateDeadHeads(), module, normal(2, 5, 8))
+    program, _ = rewrite(EliminateDead(("heads",)), module, normal(2, 5, 8))
     assert sites_of(program).attention[0].heads == 3
 
 
@@ -151,7 +151,7 @@ def test_a_projection_that_reads_more_than_heads_is_no_constant_without_them() -
             heads = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             return x + self.out(torch.cat((heads, nn.functional.gelu(self.up(x))), -1))
 
-    program, _ = rewrite(EliminateDeadHeads(), seeded(Fused), normal(2, 5, 8))
+    program, _ = rewrite(EliminateDead(("heads",)), seeded(Fused), normal(2, 5, 8))
     assert program.weight("up.weight").shape == (6, 8)
     assert program.weight("v.weight").shape[0] in (2, 8)
 
@@ -169,7 +169,7 @@ def test_an_attention_that_nothing_projects_is_reported() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
-    program, history = rewrite(EliminateDeadHeads(), Bare(), normal(2, 2, 5, 8))
+    program, history = rewrite(EliminateDead(("heads",)), Bare(), normal(2, 2, 5, 8))
     assert calls(program, aten.scaled_dot_product_attention.default) == 1
     assert reasons(history) == ["no layer projects its heads out"]
 

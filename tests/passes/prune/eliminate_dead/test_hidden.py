@@ -1,4 +1,4 @@
-"""Tests of eliminate-dead-hidden."""
+"""Tests of eliminate-dead on hidden."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.removal.indices import mask
-from lissom.passes.prune.eliminate_dead_hidden import EliminateDeadHidden
+from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.models import normal, seeded
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of
 
-PASS = "eliminate-dead-hidden"
+PASS = "eliminate-dead{units=[hidden]}"
 
 
 class Stream(nn.Module):
@@ -55,12 +55,12 @@ def zero_channels(program: Program, channels: list[int]) -> None:
 
 
 def test_rewrites() -> None:
-    _, history = rewrite(EliminateDeadHidden(), seeded(lambda: Stream(nn.LayerNorm(8))), normal(2, 5, 4))
+    _, history = rewrite(EliminateDead(("hidden",)), seeded(lambda: Stream(nn.LayerNorm(8))), normal(2, 5, 4))
     check_golden("eliminate_dead_hidden", history.diff(0, 1))
 
 
 def test_leaves_other_graphs_alone() -> None:
-    _, history = rewrite(EliminateDeadHidden(), seeded(lambda: Stream(nn.LayerNorm(8), dead=())), normal(2, 5, 4))
+    _, history = rewrite(EliminateDead(("hidden",)), seeded(lambda: Stream(nn.LayerNorm(8), dead=())), normal(2, 5, 4))
     assert history.texts[0] == history.texts[1]
     assert history.steps[1].rewritten == 0
     assert reasons(history) == []
@@ -70,14 +70,14 @@ def test_leaves_other_graphs_alone() -> None:
 @pytest.mark.parametrize("affine", [True, False])
 def test_an_rms_norm_is_told_how_many_channels_there_were(eps: float | None, affine: bool) -> None:
     module = seeded(lambda: Stream(nn.RMSNorm(8, eps=eps, elementwise_affine=affine)))
-    program, history = rewrite(EliminateDeadHidden(), module, normal(2, 5, 4))
+    program, history = rewrite(EliminateDead(("hidden",)), module, normal(2, 5, 4))
     assert program.weight("first.weight").shape == (6, 4)
     assert all(node.args[1] == [6] for node in program.nodes(aten.rms_norm.default))
     assert reasons(history) == []
 
 
 def test_zeros_are_put_back_for_a_layer_norm() -> None:
-    program, history = rewrite(EliminateDeadHidden(), seeded(lambda: Stream(nn.LayerNorm(8))), normal(2, 5, 4))
+    program, history = rewrite(EliminateDead(("hidden",)), seeded(lambda: Stream(nn.LayerNorm(8))), normal(2, 5, 4))
     assert program.weight("up.weight").shape == (12, 6)
     assert all(node.args[1] == [8] for node in program.nodes(aten.layer_norm.default))
     assert calls(program, aten.constant_pad_nd.default) == 2
@@ -86,7 +86,7 @@ def test_zeros_are_put_back_for_a_layer_norm() -> None:
 
 def test_a_layer_norm_without_weights_makes_something_of_zero() -> None:
     module = seeded(lambda: Stream(nn.LayerNorm(8, elementwise_affine=False)))
-    program, _ = rewrite(EliminateDeadHidden(), module, normal(2, 5, 4))
+    program, _ = rewrite(EliminateDead(("hidden",)), module, normal(2, 5, 4))
     assert program.weight("first.weight").shape == (8, 4)
 
 
@@ -95,7 +95,7 @@ def test_an_unread_channel_of_a_norm_without_weights_goes() -> None:
     with torch.no_grad():
         for layer in (module.up, module.last):
             layer.weight[:, [1, 6]] = 0
-    program, _ = rewrite(EliminateDeadHidden(), module, normal(2, 5, 4))
+    program, _ = rewrite(EliminateDead(("hidden",)), module, normal(2, 5, 4))
     assert program.weight("first.weight").shape == (6, 4)
 
 
@@ -117,7 +117,7 @@ def test_channels_given_back_are_put_back_as_zeros() -> None:
             x = self.first(x)
             return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
-    program, history = rewrite(EliminateDeadHidden(), seeded(lambda: Given(nn.RMSNorm(8))), normal(2, 5, 4))
+    program, history = rewrite(EliminateDead(("hidden",)), seeded(lambda: Given(nn.RMSNorm(8))), normal(2, 5, 4))
     assert program.weight("first.weight").shape == (6, 4)
     assert calls(program, aten.index_select.default) == 1
     assert calls(program, aten.matmul.default) == 0

@@ -1,4 +1,4 @@
-"""Tests of eliminate-dead-layers."""
+"""Tests of eliminate-dead on layers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.passes.prune.eliminate_dead_layers import EliminateDeadLayers
+from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads, zero_neurons
 
-PASS = "eliminate-dead-layers"
+PASS = "eliminate-dead{units=[layers]}"
 
 
 class Branches(nn.Module):
@@ -36,12 +36,12 @@ class Branches(nn.Module):
 
 
 def test_rewrites() -> None:
-    _, history = rewrite(EliminateDeadLayers(), seeded(Branches), normal(2, 5, 8))
+    _, history = rewrite(EliminateDead(("layers",)), seeded(Branches), normal(2, 5, 8))
     check_golden("eliminate_dead_layers", history.diff(0, 1))
 
 
 def test_leaves_other_graphs_alone() -> None:
-    _, history = rewrite(EliminateDeadLayers(), seeded(FeedForward), normal(2, 5, 8))
+    _, history = rewrite(EliminateDead(("layers",)), seeded(FeedForward), normal(2, 5, 8))
     assert history.texts[0] == history.texts[1]
     assert history.steps[1].rewritten == 0
     assert reasons(history) == []
@@ -49,14 +49,14 @@ def test_leaves_other_graphs_alone() -> None:
 
 @pytest.mark.parametrize("after", ["", "norm", "scale"])
 def test_what_keeps_zero_may_stand_before_the_sum(after: str) -> None:
-    program, history = rewrite(EliminateDeadLayers(), seeded(lambda: Branches(after)), normal(2, 5, 8))
+    program, history = rewrite(EliminateDead(("layers",)), seeded(lambda: Branches(after)), normal(2, 5, 8))
     assert calls(program, aten.add.Tensor) == 1
     assert calls(program, aten.linear.default) == 1
     assert history.steps[1].rewritten == 1
 
 
 def test_a_norm_with_a_bias_makes_something_of_zero() -> None:
-    program, _ = rewrite(EliminateDeadLayers(), seeded(lambda: Branches("layer_norm")), normal(2, 5, 8))
+    program, _ = rewrite(EliminateDead(("layers",)), seeded(lambda: Branches("layer_norm")), normal(2, 5, 8))
     assert calls(program, aten.linear.default) == 2
 
 

@@ -1,4 +1,4 @@
-"""Tests of eliminate-dead-neurons."""
+"""Tests of eliminate-dead on neurons."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import nn
 
 import lissom
 from lissom.compiler.analysis.axes.columns import neuron_columns
-from lissom.passes.prune.eliminate_dead_neurons import EliminateDeadNeurons
+from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_neurons
 
-PASS = "eliminate-dead-neurons"
+PASS = "eliminate-dead{units=[neurons]}"
 
 
 def half_dead() -> nn.Module:
@@ -38,12 +38,12 @@ class Gated(nn.Module):
 
 
 def test_rewrites() -> None:
-    _, history = rewrite(EliminateDeadNeurons(), seeded(half_dead), normal(2, 5, 8))
+    _, history = rewrite(EliminateDead(("neurons",)), seeded(half_dead), normal(2, 5, 8))
     check_golden("eliminate_dead_neurons", history.diff(0, 1))
 
 
 def test_leaves_other_graphs_alone() -> None:
-    _, history = rewrite(EliminateDeadNeurons(), seeded(FeedForward), normal(2, 5, 8))
+    _, history = rewrite(EliminateDead(("neurons",)), seeded(FeedForward), normal(2, 5, 8))
     assert history.texts[0] == history.texts[1]
     assert history.steps[1].rewritten == 0
     assert reasons(history) == []
@@ -69,7 +69,7 @@ def test_gate_and_up_lose_the_same_neurons(packed: bool) -> None:
     module = seeded(lambda: Gated(packed))
     with torch.no_grad():
         module.down.weight[:, [2, 5, 11]] = 0
-    program, history = rewrite(EliminateDeadNeurons(), module, normal(2, 5, 8))
+    program, history = rewrite(EliminateDead(("neurons",)), module, normal(2, 5, 8))
     shapes = {name: tuple(weight.shape) for name, weight in program.weights().items()}
     assert shapes["down.weight"] == (8, 9)
     assert shapes.get("both.weight", (18, 8)) == (18, 8)
@@ -83,7 +83,7 @@ def test_a_neuron_whose_activation_is_zero_is_dead(side: str) -> None:
     with torch.no_grad():
         getattr(module, side).weight[4:6] = 0
         getattr(module, side).bias[4:6] = 0
-    program, _ = rewrite(EliminateDeadNeurons(), module, normal(2, 5, 8))
+    program, _ = rewrite(EliminateDead(("neurons",)), module, normal(2, 5, 8))
     assert sites_of(program).feed_forward[0].width == 10
 
 
@@ -91,7 +91,7 @@ def test_a_neuron_with_a_bias_alone_is_alive() -> None:
     module = seeded(FeedForward)
     with torch.no_grad():
         module.up.weight[4:6] = 0
-    program, _ = rewrite(EliminateDeadNeurons(), module, normal(2, 5, 8))
+    program, _ = rewrite(EliminateDead(("neurons",)), module, normal(2, 5, 8))
     assert sites_of(program).feed_forward[0].width == 12
 
 
@@ -119,7 +119,7 @@ def test_neurons_that_a_norm_reads_together_are_reported() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.down(self.norm(nn.functional.relu(self.up(x))))
 
-    program, history = rewrite(EliminateDeadNeurons(), seeded(Normed), normal(2, 5, 8))
+    program, history = rewrite(EliminateDead(("neurons",)), seeded(Normed), normal(2, 5, 8))
     assert program.weight("down.weight").shape == (8, 12)
     assert reasons(history) == ["dead neurons stay: an operator reads all of it at once, so its length changes the numbers"]
 

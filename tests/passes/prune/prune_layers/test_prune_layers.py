@@ -143,7 +143,7 @@ class Passed(nn.Module):
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, gemma, neox], ids=lambda build: build.__name__)
 def test_what_is_zeroed_is_then_eliminated_exactly(build: Build) -> None:
     for part, gone in (("layer", 2), ("attention", 1), ("feed-forward", 1)):
-        program, history = pruned(build, f"prune-layers{{keep=0.5,part={part}}},eliminate-dead-layers")
+        program, history = pruned(build, f"prune-layers{{keep=0.5,part={part}}},eliminate-dead")
         assert history.steps[1].summary == f"rewrote {gone}"
         assert history.steps[2].relative_error == 0
         found = program.fact(structure)
@@ -218,7 +218,7 @@ def test_without_data_influence_says_so() -> None:
 
 def test_composes() -> None:
     case = tiny_gpt2()
-    passes = "prune-layers{keep=0.5,criterion=magnitude},eliminate-dead-layers,sparsify{keep=0.5}"
+    passes = "prune-layers{keep=0.5,criterion=magnitude},eliminate-dead,sparsify{keep=0.5}"
     fast = lissom.compile(case.model, case.inputs, passes=passes)
     with torch.no_grad():
         assert fast(**case.kwargs).last_hidden_state.shape == (2, 5, 16)

@@ -1,0 +1,53 @@
+"""Remove the units that contribute nothing: branches of layers, attention heads, feed-forward neurons, hidden channels.
+
+Each kind of unit is removed from every weight that has it, and the sizes follow. Branches go first, because what they read is
+not needed then; channels go last, because a head or a neuron that is gone no longer reads or writes any:
+
+    layers      x + f(x) = x                                    where f(x) is zero whatever x is
+    heads       softmax(Q Kᵀ) V Wₒ = Σ softmax(Qₕ Kₕᵀ) Vₕ Wₒ[h] a term with Wₒ[h] = 0 or Vₕ = 0
+    neurons     W₂ f(W₁ x) = Σ W₂[:, i] f(W₁[i] x)              a term with W₂[:, i] = 0 or f(W₁[i] x) = 0
+    hidden      channels of the residual stream that every layer writes zeros to
+
+Li et al. 2017, Pruning Filters for Efficient ConvNets, §3.1, https://arxiv.org/abs/1608.08710, for the removal of both sides
+of a unit; Michel, Levy, Neubig 2019, Are Sixteen Heads Really Better than One?, §2.2, https://arxiv.org/abs/1905.10650; Xia et
+al. 2023, Sheared LLaMA, §2.1, https://arxiv.org/abs/2310.06694. Inputs are taken to be finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lissom.compiler.ir.editor import Editor
+from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.errors import UnsupportedError
+from lissom.passes.prune.eliminate_dead.heads import eliminate_heads
+from lissom.passes.prune.eliminate_dead.hidden import eliminate_hidden
+from lissom.passes.prune.eliminate_dead.layers import eliminate_layers
+from lissom.passes.prune.eliminate_dead.neurons import eliminate_neurons
+
+_KINDS = {"layers": eliminate_layers, "heads": eliminate_heads, "neurons": eliminate_neurons, "hidden": eliminate_hidden}
+"""In the order in which they run."""
+
+
+@dataclass(frozen=True)
+class EliminateDead(Rewrite):
+    """Removes attention heads, feed-forward neurons, layers and hidden channels that contribute nothing.
+
+    It runs by itself after every pass that prunes.
+
+    units: the kinds of units to remove, of `layers`, `heads`, `neurons` and `hidden`, all by default: `[heads,neurons]`.
+    """
+
+    units: tuple[Literal["layers", "heads", "neurons", "hidden"], ...] = ("layers", "heads", "neurons", "hidden")
+
+    def __post_init__(self) -> None:
+        wrong = next((kind for kind in self.units if kind not in _KINDS), None)
+        if wrong is not None:
+            raise UnsupportedError(f"eliminate-dead knows no units '{wrong}'; allowed are {', '.join(_KINDS)}")
+
+    def run(self, edit: Editor) -> None:
+        for kind, eliminate in _KINDS.items():
+            if kind in self.units:
+                eliminate(edit)
+                edit.program.drop_dead()
