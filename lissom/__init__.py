@@ -1,11 +1,11 @@
 """Lissom: a compiler-style graph optimizer for transformer inference."""
 
-from lissom.api import CompiledModel, Optimized, compile, optimize
+from lissom.api import Optimized, compile, optimize
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.frontends.onnx.model import from_onnx
 from lissom.generation import compile_generation, load_generation
-from lissom.loading import load
+from lissom.runtime.compiled_model import CompiledModel, load
 from lissom.torch_compile import dynamo_reports
 from lissom.version import __version__
 
