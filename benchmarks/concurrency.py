@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 import lissom
-from lissom.api import CompiledModel
 from lissom.bench.workload import Inputs, Shape, answer, encode, load_model, read_texts
+from lissom.runtime.compiled_model import CompiledModel
 
 GLOSSES = Path(__file__).parent / "data" / "glosses.txt"
 _ROWS = 2

@@ -33,10 +33,10 @@ from quality import (
 )
 
 import lissom
-from lissom.api import CompiledModel
 from lissom.artifacts.files import write_whole
 from lissom.artifacts.weights import stored_bytes
 from lissom.frontends.huggingface import Checkpoint, load
+from lissom.runtime.compiled_model import CompiledModel
 
 HERE = Path(__file__).parent
 RECORDS = HERE / "curves.json"

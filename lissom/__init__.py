@@ -1,17 +1,26 @@
 """Lissom: a compiler-style graph optimizer for transformer inference."""
 
-from lissom.api import CompiledModel, Optimized, compile, optimize
-from lissom.backends.distributed.backend import Distributed
-from lissom.backends.onnxruntime.backend import OnnxRuntime
-from lissom.frontends.onnx.model import from_onnx
-from lissom.generation import compile_generation, load_generation
-from lissom.loading import load
-from lissom.torch_compile import dynamo_reports
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from lissom.version import __version__
+
+if TYPE_CHECKING:
+    from lissom.api import Optimized, compile, optimize
+    from lissom.backends.distributed.backend import Distributed
+    from lissom.backends.onnxruntime.backend import OnnxRuntime
+    from lissom.errors import LissomError
+    from lissom.frontends.onnx.model import from_onnx
+    from lissom.generation import compile_generation, load_generation
+    from lissom.runtime.compiled_model import CompiledModel, load
+    from lissom.torch_compile import dynamo_reports
 
 __all__ = [
     "CompiledModel",
     "Distributed",
+    "LissomError",
     "OnnxRuntime",
     "Optimized",
     "__version__",
@@ -23,3 +32,36 @@ __all__ = [
     "load_generation",
     "optimize",
 ]
+
+_HOMES = {
+    "CompiledModel": "lissom.runtime.compiled_model",
+    "Distributed": "lissom.backends.distributed.backend",
+    "LissomError": "lissom.errors",
+    "OnnxRuntime": "lissom.backends.onnxruntime.backend",
+    "Optimized": "lissom.api",
+    "compile": "lissom.api",
+    "compile_generation": "lissom.generation",
+    "dynamo_reports": "lissom.torch_compile",
+    "from_onnx": "lissom.frontends.onnx.model",
+    "load": "lissom.runtime.compiled_model",
+    "load_generation": "lissom.generation",
+    "optimize": "lissom.api",
+}
+"""Where each public name is defined. It is imported when it is first asked for, since torch and sympy take seconds."""
+_ROOMS = ("backends", "compiler", "errors", "frontends", "generation", "inspect", "ops", "passes", "runtime")
+"""Packages that `import lissom` makes reachable by their names."""
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        found = getattr(import_module(_HOMES[name]), name)
+    elif name in _ROOMS:
+        found = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

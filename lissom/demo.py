@@ -10,11 +10,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import nn
 
-from lissom.api import CompiledModel, compile
+from lissom.api import compile
 from lissom.compiler.verify.divergence import relative_error
 from lissom.frontends.huggingface import Checkpoint, load
 from lissom.inspect.progress import Report, progress_bar
 from lissom.inspect.timing import Timing, time_calls
+from lissom.runtime.compiled_model import CompiledModel
 
 SENTENCES = (
     "How do I reset my password?",

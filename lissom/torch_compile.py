@@ -18,17 +18,17 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.api import CompiledModel, compile_captured
 from lissom.backends import FASTEST
 from lissom.compiler.ir import fake
 from lissom.compiler.ir.samples import Sample
+from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, check_settings
 from lissom.errors import BudgetError, InputError, LissomError, PipelineTextError, RequirementError, UnsupportedError, nearest
 from lissom.frontends.device import device_of
 from lissom.frontends.dynamo import Graph, capture_graph, read_graph
 from lissom.frontends.untouched import ordinary
-from lissom.inspect.progress import progress_bar
 from lissom.inspect.tables import Report
+from lissom.runtime.compiled_model import CompiledModel
 
 Function = Callable[..., Sequence[object]]
 
@@ -39,6 +39,8 @@ _MODES: Mapping[str, Mapping[str, str]] = {"default": {}, "reduce-overhead": {},
 """The options each mode of torch.compile stands for. On CUDA the backend eager records graphs by itself."""
 _MOST_CHANGES = 8
 """So many compilations after changes must pay: from then on each has to have answered as many calls."""
+_NO_OPTIONS = ("world_size", "device", "dynamic", "progress")
+"""Settings that are no options here: Dynamo knows the device and the sizes, and compiles in its own time."""
 _KEPT_REPORTS = 100
 """How many reports are kept: each holds the program's text after every pass."""
 _PROBED = 16
@@ -86,7 +88,7 @@ def compile_graph(
     """What runs a graph of Dynamo's: the backend `lissom` of `torch.compile`.
 
     mode: `default` and `reduce-overhead` use the backend eager, `max-autotune` the fastest. options: the keywords of
-    `lissom.compile` that are fields of `lissom.driver.options.Settings`; batches of `data` are mappings from the names of the
+    `lissom.compile` but world_size, device, dynamic and progress; batches of `data` are mappings from the names of the
     graph's inputs to tensors, and `metric` scores a callable that takes these and returns the graph's outputs in a tuple.
 
     Raises: the errors of `lissom.compile` for wrong options and for passes that cannot do what is asked.
@@ -115,7 +117,7 @@ def _settings(mode: str, options: Mapping[str, object]) -> Settings:
         raise UnsupportedError(f"backend 'lissom' has no mode {mode!r:.80}{hint} choose {', '.join(_MODES)}")
     if not isinstance(options, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedError(f"options= is {options!r:.80}; give a mapping from names of options to their values")
-    known = [field.name for field in fields(Settings)]
+    known = [field.name for field in fields(Settings) if field.name not in _NO_OPTIONS]
     unknown = next((name for name in options if name not in known), None)
     if unknown is not None:
         hint = nearest(str(unknown), known) or ";"
@@ -179,8 +181,7 @@ class _Compiled:
         settings = replace(self._settings, data=_batches(graph, self._settings.data))
         take = partial(capture_graph, graph, args, guard=guard)
         try:
-            with progress_bar("torch.compile") as bar:
-                compiled = compile_captured(take, device, settings, bar)
+            compiled = compile_captured(take, device, settings, title="torch.compile")
             variant = _Variant(graph, compiled, args)
         except _ASKED_FOR:
             raise

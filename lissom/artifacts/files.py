@@ -117,3 +117,17 @@ def write_whole(path: Path, content: str) -> None:
     """Write a text file as `writing_whole` does."""
     with writing_whole(path) as file:
         file.write(content.encode())
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """The path, if the system can look it up, whether or not something is there. Raises: ArtifactError."""
+    if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArtifactError(f"the directory is {path!r:.80}; give a path, as text or as pathlib.Path")
+    try:
+        Path(path).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ArtifactError(f"'{path!s:.80}' cannot be looked up: {reason}; give another path") from error
+    return Path(path)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
-from lissom.api import CompiledModel, compile
+from lissom.api import compile
 from lissom.backends.eager.backend import METHODS
 from lissom.bench.workload import Inputs, Shape, load_model, make_inputs
 from lissom.compiler.analysis.cost import Cost, cost
@@ -26,6 +26,7 @@ from lissom.compiler.ir.program import Program
 from lissom.inspect.machine import Machine
 from lissom.inspect.roofline import digits, node_seconds, plain_table, sizes_text
 from lissom.inspect.timing import time_calls
+from lissom.runtime.compiled_model import CompiledModel
 
 _FEWEST_RUNS = 5
 

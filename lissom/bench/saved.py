@@ -23,7 +23,7 @@ from lissom.compiler.verify.divergence import compare
 from lissom.errors import UnsupportedError
 from lissom.inspect.roofline import plain_table
 from lissom.inspect.timing import time_calls
-from lissom.loading import load
+from lissom.runtime.compiled_model import load
 
 _LEGEND = (
     "ms of a call: median (middle half of the runs). error: relative, to the program run operator by operator. Inputs are ones "

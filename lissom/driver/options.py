@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -15,11 +13,12 @@ from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import Signature
-from lissom.compiler.pipeline.options import Checks, Metric, check_options
+from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
 from lissom.compiler.pipeline.pass_kinds import Annotation, Pass, Rewrite
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.driver.ranks import passes_for
-from lissom.errors import ArtifactError, InputError, UnsupportedError
+from lissom.driver.ranks import on_all_ranks, passes_for, with_world_size
+from lissom.errors import InputError, UnsupportedError
+from lissom.frontends.dynamic import Dynamic
 from lissom.passes import RECIPES, known_passes
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
@@ -30,39 +29,54 @@ _FORMS = "a tuple is positional, a mapping is keywords, a tensor the only argume
 
 @dataclass(frozen=True)
 class Settings:
-    """How a captured model is compiled; the fields are the keywords of `compile`."""
+    """What a caller chooses of a compile; the fields are the keywords of `lissom.compile`."""
 
     passes: str | Pass | Sequence[Pass] = "exact"
     backend: str | Backend = "eager"
+    world_size: int | None = None
+    device: str | torch.device | None = None
+    dynamic: Dynamic | bool = True
     checks: Checks = "numeric"
     data: Iterable[Inputs] = ()
     metric: Metric | None = None
     max_drop: float | None = None
     only_if_faster: bool = True
     simulate: bool = False
+    progress: Progress | None = None
 
 
-def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
-    """The passes and the backends the settings ask for.
+def check_choices(settings: Settings) -> None:
+    """Refuse what no compile can be told, whichever its passes and its backend.
 
-    Raises: PipelineTextError, UnsupportedError, InputError.
+    Raises: UnsupportedError, InputError.
     """
     check_options(settings.checks, settings.metric, settings.max_drop)
+    check_progress(settings.progress)
     for name in ("only_if_faster", "simulate"):
         value = getattr(settings, name)
         if not isinstance(value, bool):
             raise UnsupportedError(f"{name}= is {value!r}; give True or False")
     check_data(settings.data)
-    passes, backends = resolve_passes(settings.passes), find_backends(settings.backend)
+
+
+def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
+    """The passes and the backends the settings ask for. Ranks of a process group check theirs together.
+
+    Raises: PipelineTextError, UnsupportedError, InputError; RankError when a rank ended or does not answer.
+    """
+    check_choices(settings)
+    backends = find_backends(with_world_size(settings.backend, settings.world_size))
+    chosen = backends[0]
+    if isinstance(chosen, Distributed):
+        passes, ranked = on_all_ranks(chosen, lambda: passes_for(chosen, resolve_passes(settings.passes)))
+        return passes, [ranked]
+    passes = resolve_passes(settings.passes)
     alone = next((item.name for item in backends if not item.runs_ranks), None)
     if alone is not None and any(isinstance(item, Partition) for item in passes):
         raise UnsupportedError(
             f"backend '{alone}' runs a program in one process, and `partition` makes one for several ranks; choose backend "
             f"'distributed', or take the program from lissom.optimize, and in each process run `program.of_rank(rank)`"
         )
-    if isinstance(backends[0], Distributed):
-        passes, ranked = passes_for(backends[0], passes)
-        return passes, [ranked]
     return passes, backends
 
 
@@ -147,17 +161,3 @@ def read_data(data: Iterable[Inputs], signature: Signature) -> list[Sample]:
     if not samples and isinstance(data, Iterator):
         raise InputError("data= is an iterator that gives no batch; it may have been read before: give a list of batches")
     return samples
-
-
-def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if the system can look it up, whether or not something is there. Raises: ArtifactError."""
-    if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArtifactError(f"the directory is {path!r:.80}; give a path, as text or as pathlib.Path")
-    try:
-        Path(path).lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ArtifactError(f"'{path!s:.80}' cannot be looked up: {reason}; give another path") from error
-    return Path(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ from lissom.compiler.pipeline.pipeline import Checks
 from lissom.errors import UnsupportedError
 from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
+
+Made = TypeVar("Made")
 
 _MODEL = "the model"
 
@@ -90,6 +92,18 @@ def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass]
     if any(isinstance(item, Partition) for item in passes):
         return [*passes], replace(backend, world_size=world_size)
     return [*passes, *ending, Partition()], replace(backend, world_size=world_size)
+
+
+def on_all_ranks(backend: Distributed, make: Callable[[], Made]) -> Made:
+    """What `make` gives; in a process group, once it gave something on every rank.
+
+    Raises: what `make` raises on one rank, on all of them; RankError when one ended or does not answer.
+    """
+    if not in_group():
+        return make()
+    ranks = current_ranks(backend.timeout_seconds, backend.shared_memory)
+    with ranks.working(_MODEL):
+        return ranks.settle(make, _MODEL)
 
 
 def compile_for_ranks(

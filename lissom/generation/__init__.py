@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from lissom.api import compile_captured
 from lissom.artifacts.artifact import Trust
+from lissom.artifacts.files import check_path
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
-from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
+from lissom.compiler.pipeline.options import Checks, Metric, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.driver.options import Inputs, Settings, check_data, check_path, resolve_passes
-from lissom.driver.ranks import with_world_size
+from lissom.driver.compile import compile_captured
+from lissom.driver.options import Inputs, Settings, check_choices, resolve_passes
 from lissom.errors import InputError, UnsupportedError, refuse_old_names
 from lissom.frontends.decoder import INPUTS, capture_decoder, check_capacity
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture
 from lissom.generation.decoder import Decoder, prompts
-from lissom.inspect.progress import progress_bar
 from lissom.runtime.hosted_model import check_uncompiled
 
 if TYPE_CHECKING:
@@ -78,28 +78,34 @@ def compile_generation(
     >>> decoder.step(torch.tensor([[1, 2, 3]])).shape
     torch.Size([1, 50])
     """
+    asked = Settings(
+        passes=passes,
+        backend=backend,
+        world_size=world_size,
+        device=device,
+        checks=checks,
+        data=data,
+        metric=metric,  # pyright: ignore[reportArgumentType]
+        max_drop=max_drop,
+        only_if_faster=only_if_faster,
+        simulate=simulate,
+        progress=progress,
+    )
     check_uncompiled(model)
-    check_progress(progress)
-    check_options(checks, metric, max_drop)  # pyright: ignore[reportArgumentType]
-    check_data(data)
+    check_choices(asked)
     check_capacity(max_length, batch)
     place = check_device(device)
 
     def take() -> Capture:
         return capture_decoder(model, max_length=max_length, batch=batch, all_logits=all_logits, device=place)
 
-    settings = Settings(
-        _with_recipe(passes),
-        with_world_size(backend, world_size),
-        checks,
-        _named(data, batch, max_length),
-        _scorer(metric, batch, max_length),
-        max_drop,
-        only_if_faster,
-        simulate,
+    settings = replace(
+        asked,
+        passes=_with_recipe(passes),
+        data=_named(data, batch, max_length),
+        metric=_scorer(metric, batch, max_length),
     )
-    with progress_bar("compile") as bar:
-        compiled = compile_captured(take, place or device_of(model), settings, progress or bar)
+    compiled = compile_captured(take, place or device_of(model), settings)
     from lissom.generation.model import GenerationModel
 
     return GenerationModel(compiled, model.config, model.generation_config)  # pyright: ignore

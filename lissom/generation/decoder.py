@@ -7,7 +7,6 @@ from typing import cast
 
 import torch
 
-from lissom.api import CompiledModel
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
@@ -15,6 +14,7 @@ from lissom.compiler.ir.types import TensorType
 from lissom.errors import InputError
 from lissom.frontends.decoder import INPUTS
 from lissom.inspect.tables import Report
+from lissom.runtime.compiled_model import CompiledModel
 from lissom.runtime.hosted_model import FixedModule
 
 

@@ -12,10 +12,11 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from lissom.api import CompiledModel
-from lissom.driver.options import check_path
+from lissom.artifacts.files import check_path
 from lissom.errors import InputError, UnsupportedError
 from lissom.generation.decoder import Decoder
+from lissom.generation.directory import save
+from lissom.runtime.compiled_model import CompiledModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -85,8 +86,6 @@ class GenerationModel(Decoder, GenerationMixin):
 
         Raises: ArtifactError when the directory cannot be written; UnsupportedError when the backend cannot be saved.
         """
-        from lissom.generation.saved import save
-
         save(self, check_path(directory), tokenizer)
 
     def can_generate(self) -> bool:

@@ -1,11 +1,11 @@
-"""A decoder in a directory: an artifact of its program, which holds the configuration and the tokenizer too."""
+"""A saved decoder read again: an artifact of its program, which holds the configuration and the tokenizer too."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import CONFIG_MAPPING, GenerationConfig
@@ -20,28 +20,9 @@ from lissom.errors import ArtifactError
 from lissom.frontends.device import check_device
 from lissom.generation.directory import CONFIG, GENERATION, is_former, is_saved
 from lissom.generation.model import GenerationModel
-from lissom.loading import compiled_from
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from lissom.runtime.compiled_model import compiled_from
 
 Made = TypeVar("Made")
-
-
-def save(decoder: GenerationModel, directory: Path, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Write the decoder, whole or not at all. Ranks of a group save at the same point.
-
-    Raises: ArtifactError, UnsupportedError, RankError.
-    """
-
-    def write_more(folder: Path) -> None:
-        decoder.config.to_json_file(folder / CONFIG, use_diff=False)
-        decoder.generation_config.to_json_file(folder / GENERATION)
-        if tokenizer is not None:
-            # Templates stay in the tokenizer's own file: an artifact has no folders.
-            tokenizer.save_pretrained(folder, save_jinja_files=False)
-
-    decoder.compiled.save_with(directory, write_more)
 
 
 def load(directory: Path, device: str | torch.device | None, backend: str | Backend | None, trust: Trust) -> GenerationModel:

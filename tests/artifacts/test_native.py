@@ -11,13 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 import lissom
-from lissom.api import CompiledModel
 from lissom.artifacts.artifact import PROGRAM
 from lissom.artifacts.manifest import NAME, Content, read_manifest
 from lissom.backends.inductor import MADE_WITH, PACKAGE, Inductor
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.cli import app
 from lissom.errors import ArtifactError
+from lissom.runtime.compiled_model import CompiledModel
 from tests.artifacts.saving import compiled
 from tests.artifacts.test_directory import rewrite
 from tests.models import feed_forward, normal

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 import lissom
-from lissom.api import CompiledModel, Optimized
+from lissom.api import Optimized
+from lissom.runtime.compiled_model import CompiledModel
 from tests.models import VOCABULARY, Case, seeded, tokens
 
 _DECODER: dict[str, object] = {"vocab_size": VOCABULARY, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}

@@ -20,11 +20,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lissom
-from lissom.api import compile_captured
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
+from lissom.driver.compile import compile_captured
 from lissom.driver.options import Settings, resolve_passes
 from lissom.errors import InputError, LissomError, PassError, VerifyError
 from lissom.frontends.export import Capture, capture
@@ -182,15 +182,16 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
     settings = Settings(
         ",".join(case.passes) or "exact",
         backend=_BACKENDS.get(case.backend, case.backend),
+        dynamic=case.dynamic,
         checks=case.checks,
         data=data,
         only_if_faster=False,
         simulate=True,
     )
     if case.captured_before:
-        fast = compile_captured(lambda: _capture(case), torch.device("cpu"), settings, lambda *_: None)
+        fast = compile_captured(lambda: _capture(case), torch.device("cpu"), settings)
     else:
-        fast = lissom.compile(model, _given(case, inputs), dynamic=case.dynamic, **vars(settings))
+        fast = lissom.compile(model, _given(case, inputs), **vars(settings))
     wanted = _oracle(case, model, data)
     answers: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
     for at, call in enumerate((case.example, *case.calls)):

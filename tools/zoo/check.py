@@ -22,7 +22,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 import lissom
-from lissom.api import CompiledModel
 from lissom.backends.base import Backend
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.analysis.structure.transformer import structure
@@ -33,6 +32,7 @@ from lissom.compiler.pipeline.history import History
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import InputError
 from lissom.frontends.export import Capture, capture
+from lissom.runtime.compiled_model import CompiledModel
 from tests.compiler.flop_counter import miscounted
 from tests.models import Case
 from tools.zoo.entry import Entry

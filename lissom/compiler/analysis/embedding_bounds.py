@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
@@ -14,7 +14,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import alone
 from lissom.compiler.ir.placement import Placed
 from lissom.compiler.ir.program import Program
-from lissom.ops import packed_embedding
+from lissom.ops.packed_linear import packed_embedding
 
 aten = torch.ops.aten
 
@@ -25,20 +25,25 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
     The program is run once more, so this is for a call that has failed already. On CUDA such a call cannot be explained:
     it leaves the device in an error state.
     """
-    indices: dict[object, torch.Tensor] = dict(zip(program.placeholders, inputs, strict=True))
+    indices: dict[object, torch.Tensor] = {}
+    shapes: dict[object, torch.Size] = {name: weight.shape for name, weight in program.weights().items()}
 
     def observe(node: fx.Node, value: object) -> None:
-        if isinstance(value, torch.Tensor) and not value.is_floating_point():
-            indices[node] = value
+        if isinstance(value, torch.Tensor):
+            shapes[node] = value.shape
+            if not value.is_floating_point():
+                indices[node] = value
 
+    for node, value in zip(program.placeholders, inputs, strict=True):
+        observe(node, value)
     with alone(), suppress(IndexError, RuntimeError):
         program.run(inputs, observe)
     for node in program.nodes():
-        found = _look_up(node)
+        found = _look_up(node, shapes)
         if found is None:
             continue
         asked, rows = indices.get(found[0]), found[1]
-        if asked is None or asked.numel() == 0 or not isinstance(rows, int):
+        if asked is None or asked.numel() == 0:
             continue
         low, high = int(asked.min()), int(asked.max())
         if low < 0 or high >= rows:
@@ -94,15 +99,22 @@ def _original(held: fx.Node) -> fx.Node:
     return held
 
 
-def _look_up(node: fx.Node) -> tuple[object, object] | None:
-    """The indices a call looks up and how many rows its table has; None when it is no look-up."""
+def _look_up(node: fx.Node, shapes: Mapping[object, torch.Size]) -> tuple[object, int] | None:
+    """The indices a call looks up and how many rows its table has; None when it is no look-up, or its table is not known.
+
+    shapes: of the tensors as they are, by weight name and by node: a loaded program may be typed otherwise.
+    """
     if node.target is packed_embedding:
-        return node.args[1], node.kwargs["features"]
+        return node.args[1], cast(int, node.kwargs["features"])
     if node.target is aten.embedding.default:
-        return node.args[1], nodes.tensor_type(node.args[0]).shape[0]
-    if node.target in (aten.index_select.default, aten.gather.default):
-        return node.args[2], nodes.tensor_type(node.args[0]).shape[cast(int, node.args[1])]
-    return None
+        dim, ids = 0, node.args[1]
+    elif node.target in (aten.index_select.default, aten.gather.default):
+        dim, ids = cast(int, node.args[1]), node.args[2]
+    else:
+        return None
+    table = cast(fx.Node, node.args[0])
+    shape = shapes.get(str(table.target) if table.op == "get_attr" else table, ())
+    return (ids, shape[dim]) if -len(shape) <= dim < len(shape) else None
 
 
 def _name(table: object) -> str:

@@ -276,17 +276,27 @@ def _equal(value: object, captured: object) -> bool:
     return value == captured or (value != value and captured != captured)
 
 
+_NO_VALUE = (ArithmeticError, ValueError, TypeError, AttributeError, AssertionError)
+"""What sympy raises for an expression that has no value at some sizes; an artifact may hold any expression."""
+
+
 def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool:
-    """False when the condition does not hold at these sizes, or divides by zero there."""
+    """False when the condition does not hold at these sizes, or has no value there."""
     try:
         return condition.xreplace(_integers(sizes)) != sympy.false
-    except ZeroDivisionError:
+    except _NO_VALUE:
         return False
 
 
 def evaluate(size: Size, sizes: Mapping[sympy.Symbol, int]) -> int:
-    """The size as a number once every symbol has one."""
-    return size if isinstance(size, int) else int(str(size.xreplace(_integers(sizes))))
+    """The size as a number once every symbol has one. Raises: InputError when it is no whole number at these sizes."""
+    if isinstance(size, int):
+        return size
+    try:
+        return int(str(size.xreplace(_integers(sizes))))
+    except _NO_VALUE as error:
+        found = ", ".join(f"{symbol} = {value}" for symbol, value in sizes.items())
+        raise InputError(f"the size {size!s:.200} is no whole number where {found}; pass other sizes") from error
 
 
 def _integers(sizes: Mapping[sympy.Symbol, int]) -> dict[sympy.Symbol, sympy.Integer]:

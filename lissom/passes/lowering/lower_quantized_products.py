@@ -30,7 +30,6 @@ from functools import partial
 import torch
 from torch import fx
 from torch.nn import functional
-from torch.utils.benchmark import Timer
 
 from lissom.compiler.analysis.structure.quantized_linear import QuantizedLayer, quantized_layer
 from lissom.compiler.ir import fake
@@ -182,6 +181,9 @@ def _slower(edit: Editor, layer: QuantizedLayer) -> str | None:
 
 
 def _median(call: Callable[[], torch.Tensor]) -> float:
+    # It imports what compiles C++, which takes a fifth of a second.
+    from torch.utils.benchmark import Timer
+
     with torch.inference_mode():
         return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=_SECONDS).median
 

@@ -17,7 +17,6 @@ from typing import TypeGuard
 import torch
 from torch import fx, nn
 from torch.nn import functional
-from torch.utils.benchmark import Timer
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
@@ -112,6 +111,9 @@ def _measure(
     shape: tuple[int, ...], features: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
     """Median seconds of the layers apart and merged, each result read once so that gaps in its rows are paid for."""
+    # It imports what compiles C++, which takes a fifth of a second.
+    from torch.utils.benchmark import Timer
+
     with torch.inference_mode():
         x = torch.randn(shape, device=device).to(dtype)
         weights = [torch.randn(size, shape[-1], device=device).to(dtype) for size in features]

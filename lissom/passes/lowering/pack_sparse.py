@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import fx
 from torch.nn import functional
-from torch.utils.benchmark import Timer
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
@@ -94,5 +93,8 @@ def _slower(edit: Editor, linear: fx.Node) -> str:
 
 
 def _median(call: Callable[[], torch.Tensor]) -> float:
+    # It imports what compiles C++, which takes a fifth of a second.
+    from torch.utils.benchmark import Timer
+
     with torch.inference_mode():
         return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=_SECONDS).median

@@ -7,6 +7,7 @@ import pytest
 import sympy
 import torch
 from torch import nn
+from torch.utils._sympy import functions
 
 from lissom.compiler.ir.signature import Dimension, evaluate
 from lissom.errors import InputError
@@ -243,3 +244,20 @@ def test_an_expression_is_evaluated_with_a_size_for_each_symbol():
     batch = sympy.Symbol("s0", integer=True, positive=True)
     assert evaluate(batch * 3 + 1, {batch: 4}) == 13
     assert evaluate(7, {}) == 7
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        lambda batch: batch / 2,
+        lambda batch: batch + sympy.Float(0.5),
+        lambda batch: sympy.Pow(batch - 3, -1),
+        lambda batch: functions.FloorDiv(8, batch - 3),
+        lambda batch: functions.Mod(8, batch - 3),
+        lambda batch: functions.ModularIndexing(batch, batch - 3, 2),
+    ],
+)
+def test_an_expression_that_is_no_whole_number_is_refused(size):
+    batch = sympy.Symbol("batch", integer=True, positive=True)
+    with pytest.raises(InputError, match=r"^the size .* is no whole number where batch = 3; pass other sizes$"):
+        evaluate(size(batch), {batch: 3})

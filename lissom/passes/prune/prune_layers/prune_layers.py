@@ -10,8 +10,8 @@
 How a layer is taken out depends on where its norms are. Pre-norm, y = x + f(norm(x)): weight and bias of the last layer of
 each branch are set to zero, so that y = x, and `eliminate-dead`, which runs right after it, removes the branch. Post-norm,
 y = norm(x + f(x)), as in BERT: with f = 0 the stream would be normed once more and changed, so the layer is passed by with its
-norms, y = x, which this pass does itself. So are layers whose weights others share, as in ALBERT, and those whose branch ends in
-a norm with a bias.
+norms, y = x, which this pass does itself. So are layers whose weights others share, as in ALBERT, and those whose branch ends
+in a norm with a bias.
 """
 
 from __future__ import annotations

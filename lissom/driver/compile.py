@@ -1,0 +1,174 @@
+"""One compile from start to end: a model captured, its passes run, and what runs the result built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from lissom.backends.base import Backend
+from lissom.backends.distributed.backend import Distributed
+from lissom.backends.eager.backend import Eager
+from lissom.backends.fastest import build_fastest
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample, check_samples
+from lissom.compiler.pipeline.history import History, Size, Step
+from lissom.compiler.pipeline.options import Progress
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.pipeline.spelling import format_pipeline
+from lissom.driver.options import Inputs, Settings, check_choices, check_settings, read_data, resolve_passes, split_inputs
+from lissom.driver.payoff import Payoff
+from lissom.driver.ranks import PartitionedModel, compile_for_ranks
+from lissom.errors import LissomError, UnsupportedError
+from lissom.frontends.device import check_device, device_of
+from lissom.frontends.export import Capture, capture
+from lissom.frontends.isolation import isolated
+from lissom.inspect.progress import progress_bar
+from lissom.inspect.tables import Report
+from lissom.passes.parallel.partition import Partition
+from lissom.passes.parallel.shard import Shard
+from lissom.runtime.compiled_model import CompiledModel
+from lissom.runtime.hosted_model import Facts, check_uncompiled
+
+
+def compile_model(model: nn.Module, example_inputs: Inputs, settings: Settings) -> CompiledModel:
+    """The model compiled as the settings say. Raises: what `lissom.compile` raises."""
+    check_choices(settings)
+    take, device = _capturing(model, example_inputs, settings)
+    return compile_captured(take, device, settings, Facts.of(model))
+
+
+def optimize_model(model: nn.Module, example_inputs: Inputs, settings: Settings) -> tuple[Program, History]:
+    """The model's program behind the passes, for no backend. Raises: what `lissom.compile` raises."""
+    check_choices(settings)
+    passes = resolve_passes(settings.passes)
+    take, device = _capturing(model, example_inputs, settings)
+    with progress_bar("optimize") as bar, isolated(device):
+        job = _job(take, passes, settings, settings.progress or bar, 1 + len(passes))
+        return job.pipeline.run(job.program, job.history)
+
+
+def _capturing(model: nn.Module, example_inputs: Inputs, settings: Settings) -> tuple[Callable[[], Capture], torch.device]:
+    """What captures the model, and the device its program will be on. Raises: CaptureError for a compiled model."""
+    check_uncompiled(model)
+    place = check_device(settings.device)
+    args, kwargs = split_inputs(example_inputs)
+    take = partial(capture, model, args, kwargs, dynamic=settings.dynamic, device=place)
+    return take, place or device_of(model, (args, kwargs))
+
+
+def compile_captured(
+    take: Callable[[], Capture],
+    device: torch.device,
+    settings: Settings,
+    facts: Facts | None = None,
+    *,
+    title: str = "compile",
+) -> CompiledModel:
+    """Compile what a frontend captures, for a program on `device`.
+
+    take: captures the model. It is called once the settings are known to be good. facts: what the model says of itself.
+    title: of the progress bar.
+
+    Raises: what `lissom.compile` raises.
+    """
+    passes, backends = check_settings(settings)
+    with progress_bar(title) as bar, isolated(device):
+        progress = settings.progress or bar
+        if isinstance(backends[0], Distributed):
+            return _compile_for_ranks(take, device, settings, passes, backends[0], progress, facts)
+        return _compile_for_process(take, device, settings, passes, backends, progress, facts)
+
+
+def _compile_for_process(
+    take: Callable[[], Capture],
+    device: torch.device,
+    settings: Settings,
+    passes: Sequence[Pass],
+    backends: Sequence[Backend],
+    progress: Progress,
+    facts: Facts | None,
+) -> CompiledModel:
+    """Run the passes once, then lower and build the program for each backend, and keep the fastest."""
+    missing = {item.name: UnsupportedError(why) for item in backends if (why := item.missing()) is not None}
+    lowerings = {item.name: item.lowering(device) for item in backends if item.name not in missing}
+    # The capture, the passes, and for each backend its own passes and the build.
+    count = 1 + len(passes) + sum(len(lowering) + 1 for lowering in lowerings.values())
+    job = _job(take, passes, settings, progress, count)
+    # What is simulated is slower by nature, and wanted all the same.
+    rivals = [item for item in backends if item.name in lowerings and settings.only_if_faster and not settings.simulate]
+    judge = Payoff(rivals, lowerings, job.example) if rivals else None
+    lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
+    built = build_fastest(
+        backends,
+        missing | lowered,
+        job.example,
+        lambda what, left: progress(what, count - left, count),
+        simulate=settings.simulate,
+    )
+    report = Report(f"{built.program.name} on {built.backend.name}", built.history)
+    return CompiledModel(built.program, built.executable, report, built.backend, facts)
+
+
+def _compile_for_ranks(
+    take: Callable[[], Capture],
+    device: torch.device,
+    settings: Settings,
+    passes: Sequence[Pass],
+    backend: Distributed,
+    progress: Progress,
+    facts: Facts | None,
+) -> CompiledModel:
+    """This rank's part of the model, or all of it where there is no process group."""
+    make = partial(_partition_model, take, settings, passes, device, progress)
+    part = compile_for_ranks(make, backend, device, checks=settings.checks, simulate=settings.simulate)
+    report = Report(f"{part.program.name} on {backend.name}", part.history)
+    return CompiledModel(part.program, part.executable, report, backend, facts)
+
+
+def _partition_model(
+    take: Callable[[], Capture], settings: Settings, passes: Sequence[Pass], device: torch.device, progress: Progress
+) -> PartitionedModel:
+    """Capture the model and run the passes; what loses is judged before the program is sharded."""
+    at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Partition)))
+    job = _job(take, passes[:at], settings, progress, 1 + len(passes))
+    eager = Eager()
+    judge = Payoff([eager], {eager.name: eager.lowering(device)}, job.example)
+    pipeline = replace(job.pipeline, judge=judge if settings.only_if_faster and not settings.simulate else None)
+    (found,) = pipeline.run_each(job.program, {eager.name: passes[at:]}, job.history).values()
+    if isinstance(found, LissomError):
+        raise found
+    return PartitionedModel(*found, job.pipeline.samples)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A captured model and the passes to run on it."""
+
+    pipeline: Pipeline
+    program: Program
+    example: Sample
+    history: History
+
+
+def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings, show: Progress, count: int) -> _Job:
+    """Capture the model. count: the steps of the whole work, for the progress bar."""
+    show("capture", 0, count)
+    captured = take()
+    program = captured.program
+    history = History(format_pipeline(passes), settings.checks)
+    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
+    pipeline = Pipeline(
+        passes,
+        samples=captured.samples or check_samples(program.signature, captured.example),
+        checks=settings.checks,
+        data=read_data(settings.data, program.signature),
+        metric=settings.metric,
+        max_drop=settings.max_drop,
+        progress=lambda what, finished, _: show(what, finished + 1, count),
+    )
+    return _Job(pipeline, program, captured.example, history)

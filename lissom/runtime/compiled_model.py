@@ -1,0 +1,153 @@
+"""CompiledModel: what a caller holds of a compiled model; and `load`, which reads what its `save` wrote."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+from lissom.artifacts import rank_files
+from lissom.artifacts.artifact import Loaded, Trust, WriteMore, write_nothing
+from lissom.artifacts.files import check_path
+from lissom.backends.base import Backend, Executable, state_of
+from lissom.backends.distributed.backend import RankProgram
+from lissom.backends.distributed.ranks import Ranks
+from lissom.compiler.analysis.embedding_bounds import outside_table
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample
+from lissom.errors import InputError
+from lissom.frontends.device import check_device
+from lissom.frontends.untouched import ordinary
+from lissom.inspect.tables import Report
+from lissom.runtime.hosted_model import Facts, HostedModel
+
+
+class CompiledModel(HostedModel):
+    """An optimized model: takes the arguments the original took, returns the structure it returned.
+
+    program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
+    It is a module, and stands in for one of transformers in pipelines and in Sentence Transformers.
+
+    Calls may come from several threads, unless the program has state. Their outputs carry no gradients, and other modules may
+    be trained on them.
+    """
+
+    def __init__(
+        self, program: Program, executable: Executable, report: Report, backend: Backend, facts: Facts | None = None
+    ) -> None:
+        super().__init__(program, facts)
+        self.report = report
+        self.backend = backend.name
+        self._backend = backend
+        self._executable = executable
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The model's answer.
+
+        Raises: InputError when the arguments do not fit the signature, or lead out of a table of the model (a token id past
+            the vocabulary, a position past the last), naming what was found and what is allowed.
+        """
+        signature = self.program.signature
+        with self.refusals():
+            tensors = signature.flatten(args, self.asked(kwargs))
+        return signature.unflatten(self.run(tensors))
+
+    def run(self, tensors: Sample) -> Sequence[object]:
+        """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
+
+        Raises: InputError for inputs that lead out of a table of the model.
+        """
+        try:
+            found = self._executable(tensors)
+        except (IndexError, RuntimeError) as error:
+            sentence = outside_table(self.program, tensors)
+            if sentence is None:
+                raise
+            raise InputError(sentence) from error
+        if torch.is_inference_mode_enabled():
+            return found
+        return [ordinary(value) if isinstance(value, torch.Tensor) else value for value in found]
+
+    def refusals(self) -> AbstractContextManager[None]:
+        """A block that checks a call's arguments: when it raises, the other ranks do not wait for this one's call."""
+        return self._executable.refusals() if isinstance(self._executable, RankProgram) else nullcontext()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state the model keeps from call to call, by the names of its buffers; empty when it keeps none.
+
+        The tensors are the memory itself, until the next call: `zero_()` empties a cache, `copy_(tensor[rows])` reorders its
+        rows. After a call that failed, what the state holds is undefined.
+        """
+        return state_of(self._executable)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those this one runs with, where it is a rank's part of a model; None for any other."""
+        return self._executable.ranks if isinstance(self._executable, RankProgram) else None
+
+    def save(self, directory: str | Path) -> None:
+        """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
+
+        The directory is written whole or not at all; an artifact that is there already is replaced. State is saved as it
+        was when the model was compiled, and the backend with the options it had. Ranks of a group save at the same point.
+
+        Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
+            backend cannot save what it built.
+        """
+        self.save_with(directory, write_nothing)
+
+    def save_with(self, directory: str | Path, write_more: WriteMore) -> None:
+        """As `save`, with further files, which the artifact's hashes cover.
+
+        write_more: is called with the folder to write them into.
+        """
+        facts = {} if self.facts is None else self.facts.to_json()
+        history = self.report.history
+        rank_files.save(check_path(directory), self.program, self._executable, history, self._backend, facts, write_more)
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"
+
+
+def load(
+    directory: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    backend: str | Backend | None = None,
+    allow_native: bool = False,
+    trusted_keys: Sequence[str | Path] | None = None,
+) -> CompiledModel:
+    """The model that `CompiledModel.save` wrote, its weights mapped from the file. Nothing is unpickled.
+
+    device: where it is to run; where it was made to run by default. What differs here from where it was made, such as kernels
+    that are missing, is said in a warning.
+    backend: the backend it was saved for, by name, or with options in place of those it was saved with:
+        `lissom.OnnxRuntime(threads=1)`.
+    allow_native: load native code that the artifact holds or names: what `inductor` compiled, libraries that options name.
+    trusted_keys: PEM files of Ed25519 public keys, one of which must have signed it (`lissom sign`).
+
+    Of a model for several ranks, each of a group of that many gets its part, and opens no other's.
+
+    Raises: ArtifactError when the directory is no artifact, was changed or damaged, is not signed by a trusted key, holds
+        native code that is not allowed, or does not run here; UnsupportedError for a device or a package that is not there,
+        or a process that is none of so many ranks; RankError when one is gone.
+
+    >>> import tempfile, torch, lissom
+    >>> folder = tempfile.mkdtemp() + "/model"
+    >>> lissom.compile(torch.nn.Linear(4, 2), torch.ones(3, 4)).save(folder)
+    >>> lissom.load(folder)
+    CompiledModel(Linear(input: f32[batch, 4]), backend='eager')
+    """
+    loaded = rank_files.load(check_path(directory), check_device(device), backend, Trust(allow_native, trusted_keys))
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=2)
+    return compiled_from(loaded)
+
+
+def compiled_from(loaded: Loaded) -> CompiledModel:
+    """The model that an artifact holds."""
+    report = Report(f"{loaded.program.name} on {loaded.backend.name}", loaded.history)
+    return CompiledModel(loaded.program, loaded.executable, report, loaded.backend, Facts.from_json(loaded.facts))
