@@ -14,12 +14,10 @@ import lissom
 from lissom.compiler.ir.collectives import COLLECTIVES
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.errors import PassError, RequirementError, UnsupportedError
-from lissom.frontends.decoder import capture_decoder
 from lissom.passes.parallel.cut import Cut
-from tests.decoders import DECODERS
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite
-from tests.passes.parallel.models import MODELS, collectives, cut, program_of, reasons, run_passes
+from tests.passes.parallel.models import NAMES_AND_WAYS, collectives, cut, decoder_program_of, program_of, reasons, run_passes
 from tests.passes.prune.models import zero_heads
 
 
@@ -52,8 +50,7 @@ def test_a_stale_plan_is_refused() -> None:
         run_passes("cut", planned, samples)
 
 
-@pytest.mark.parametrize("ways", [2, 3, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "ways"), NAMES_AND_WAYS)
 def test_numbers(name: str, ways: int) -> None:
     # The pipeline compares the ranks in lock-step with the program before, at two sizes.
     program, samples = program_of(name)
@@ -159,15 +156,14 @@ def test_heads_left_by_pruning_need_not_divide(ways: int) -> None:
 @pytest.mark.parametrize("ways", [2, 3, 4])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt_neox"])
 def test_key_value_caches_are_cut_by_heads(name: str, ways: int) -> None:
-    captured = capture_decoder(seeded(DECODERS[name]), max_length=16, batch=2)
-    program, _ = run_passes("generation", captured.program, captured.samples)
-    after, _ = cut(program, captured.samples, ways)
+    program, samples = decoder_program_of(name)
+    after, _ = cut(program, samples, ways)
     before = sum(tensor.numel() for tensor in program.state_tensors())
     held = sum(after.weight(state).numel() for state in after.state)
     groups = program.weight(program.state[0]).shape[1]
     assert held * groups == before * -(-groups // ways)
     # What the caches hold after a call, put together, is what the program before holds.
-    wanted, found = (run_samples(item, captured.samples)[0][1:] for item in (program, after))
+    wanted, found = (run_samples(item, samples)[0][1:] for item in (program, after))
     assert max(map(relative_error, wanted, found)) <= tolerance_of(program)
 
 
