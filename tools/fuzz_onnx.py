@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import random
 import resource
 import signal
@@ -19,10 +18,10 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from onnx import TensorProto, helper, numpy_helper
 from lissom.errors import LissomError
 from lissom.frontends.export import capture
 from lissom.frontends.onnx.model import OnnxModel, read
+from tools.children import Tell, run_apart
 
 MEMORY_BYTES, SECONDS, CHUNK = 8 << 30, 30, 50
 INTEGERS = (0, 1, -1, 2, 3, 9, -9, 255, 2**31 - 1, -(2**31), 2**40, 2**63 - 1, -(2**63))
@@ -266,15 +266,18 @@ def _difference(path: Path, model: OnnxModel, inputs: dict[str, torch.Tensor], f
     return "program that answers like ONNX Runtime"
 
 
-def _work(cases: range, seed: int, compare: bool, results: Connection) -> None:
+def _prepare(seed: int, compare: bool) -> Callable[[int, Tell], None]:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        for case in cases:
-            results.send(outcome(file_of(case, seed), Path(folder), compare))
+
+    def work(case: int, tell: Tell) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            tell(outcome(file_of(case, seed), Path(folder), compare))
+
+    return work
 
 
 def file_of(case: int, seed: int) -> bytes:
@@ -285,26 +288,16 @@ def file_of(case: int, seed: int) -> bytes:
 
 def run(count: int, seed: int, first: int = 0, compare: bool = False) -> list[Outcome]:
     """The outcomes of cases `first` to `first + count`; a process that dies or hangs is the outcome of its case."""
-    context, found, case = multiprocessing.get_context("fork"), [], first
-    while case < first + count:
-        cases = range(case, min(case + CHUNK, first + count))
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(cases, seed, compare, sender))
-        process.start()
-        sender.close()
-        try:
-            for case in cases:
-                if not receiver.poll(SECONDS):
-                    process.kill()
-                    found.append(Outcome(case, f"takes more than {SECONDS} seconds"))
-                    break
-                found.append(Outcome(case, receiver.recv()))
-        except EOFError:
-            process.join()
-            ended = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"exit code {process.exitcode}"
-            found.append(Outcome(case, f"the process ends: {ended}"))
-        process.join()
-        case += 1
+    found, end = [], first + count
+    blocks = (range(start, min(start + CHUNK, end)) for start in range(first, end, CHUNK))
+    for result in run_apart(blocks, partial(_prepare, seed, compare), 1, lambda _, seconds: seconds >= SECONDS):
+        if result.late:
+            text = f"takes more than {SECONDS} seconds"
+        elif result.code is not None:
+            text = f"the process ends: {signal.Signals(-result.code).name if result.code < 0 else f'exit code {result.code}'}"
+        else:
+            (text,) = result.told
+        found.append(Outcome(result.item, text))
     return found
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import multiprocessing
-import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 
 import torch
 
+from tools import children
+from tools.children import Tell
 from tools.fuzz import case as cases
 from tools.fuzz import models, pipelines
 from tools.fuzz.case import Case, Outcome
@@ -21,16 +19,6 @@ from tools.zoo.runner import confine
 
 PATIENCE = 240.0
 """Seconds by the clock that one case may take; the slowest takes some ten seconds of a processor."""
-
-
-@dataclass
-class _Worker:
-    """A process, the cases it has yet to run, and since when it runs the first of them."""
-
-    process: BaseProcess
-    reader: Connection
-    left: list[tuple[int, Case]]
-    since: float
 
 
 def warm_up() -> None:
@@ -48,28 +36,14 @@ def warm_up() -> None:
 
 def run_all(blocks: Iterator[list[tuple[int, Case]]], jobs: int, address: str = "") -> Generator[tuple[int, Case, Outcome]]:
     """The outcomes of cases, as they come. blocks: cases that share a process; jobs: processes at a time."""
-    running: list[_Worker] = []
-    try:
-        while True:
-            while len(running) < jobs and (block := next(blocks, None)) is not None:
-                running.append(_start(block, address))
-            if not running:
-                return
-            wait([worker.reader for worker in running], timeout=1.0)
-            for worker in list(running):
-                yield from _read(worker)
-                ended = _ended(worker)
-                if ended is None:
-                    continue
-                running.remove(worker)
-                if worker.left:
-                    (number, case), *rest = worker.left
-                    yield number, case, ended
-                    if rest:
-                        running.append(_start(rest, address))
-    finally:
-        for worker in running:
-            worker.process.kill()
+    for result in children.run_apart(blocks, partial(_prepare, address), jobs, lambda _, seconds: seconds >= PATIENCE):
+        if result.late:
+            outcome = Outcome("hang", f"took longer than {PATIENCE:g} s")
+        elif result.code is not None:
+            outcome = Outcome("crash", f"the process ended with code {result.code}")
+        else:
+            (outcome,) = result.told
+        yield *result.item, outcome
 
 
 def run_apart(case: Case, address: str = "") -> Outcome:
@@ -105,43 +79,7 @@ def _simpler(case: Case) -> Iterator[Case]:
             yield dataclasses.replace(case, spec=spec)
 
 
-def _start(block: Sequence[tuple[int, Case]], address: str) -> _Worker:
-    context = multiprocessing.get_context("fork")
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(block, writer, address), daemon=True)
-    process.start()
-    writer.close()
-    return _Worker(process, reader, list(block), time.monotonic())
-
-
-def _work(block: Sequence[tuple[int, Case]], writer: Connection, address: str) -> None:
-    """Run the cases, with nothing on the terminal."""
+def _prepare(address: str) -> Callable[[tuple[int, Case], Tell], None]:
+    """What runs a case, with nothing on the terminal."""
     confine()
-    for _, case in block:
-        writer.send(cases.run(case, address))
-    writer.close()
-
-
-def _read(worker: _Worker) -> Generator[tuple[int, Case, Outcome]]:
-    """What the process has sent."""
-    try:
-        while worker.left and worker.reader.poll():
-            outcome = worker.reader.recv()
-            number, case = worker.left.pop(0)
-            worker.since = time.monotonic()
-            yield number, case, outcome
-    except EOFError:
-        return
-
-
-def _ended(worker: _Worker) -> Outcome | None:
-    """What became of the process that has ended or had to be killed; None while it runs."""
-    if worker.left and worker.process.is_alive():
-        if time.monotonic() - worker.since < PATIENCE:
-            return None
-        worker.process.kill()
-        worker.process.join()
-        return Outcome("hang", f"took longer than {PATIENCE:g} s")
-    worker.process.join()
-    worker.reader.close()
-    return Outcome("crash", f"the process ended with code {worker.process.exitcode}")
+    return lambda item, tell: tell(cases.run(item[1], address))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import select
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from multiprocessing.connection import wait
 from pathlib import Path
 from random import Random
 
+from tools.children import Child
 from tools.fuzz_artifacts.mutations import Mutation, choose
 from tools.fuzz_artifacts.samples import SAMPLES
-
-ROOT = Path(__file__).parents[2]
+from tools.fuzz_artifacts.worker import prepare
 
 
 @dataclass(frozen=True)
@@ -37,52 +34,31 @@ class Case:
 
 
 class Worker:
-    """A process that judges cases. It is started again after one that ended it."""
+    """A process that judges cases and has nothing of this one. It is started again after one that ended it."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.folder = folder
         self.seconds = seconds
-        self._process: subprocess.Popen[str] | None = None
+        self._child: Child | None = None
 
     def judge(self, case: Case) -> str:
         """The word for what came of a case."""
-        process = self._started()
-        assert process.stdin is not None
-        process.stdin.write(json.dumps([case.sample, *map(str, case.mutations)]) + "\n")
-        process.stdin.flush()
-        answer = self._line(process, self.seconds)
-        if answer:
-            return json.loads(answer)
-        late = process.poll() is None
+        child = self._child = self._child or Child(partial(prepare, self.folder), method="spawn")
+        child.give((case.sample, case.mutations))
+        while (result := next(child.results(lambda _, seconds: seconds >= self.seconds), None)) is None:
+            wait([child.connection], timeout=0.5)
+        if not result.late and result.code is None:
+            return result.told[0]
         self.close()
-        return f"FAULT no answer in {self.seconds:g} s" if late else f"FAULT the process ended with {process.returncode}"
-
-    def _started(self) -> subprocess.Popen[str]:
-        if self._process is None:
-            command = [sys.executable, "-m", "tools.fuzz_artifacts.worker", str(self.folder)]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
-            )
-            if self._line(self._process, 600) != "ready\n":
-                raise RuntimeError("the worker does not start; run `python -m tools.fuzz_artifacts.worker FOLDER` alone")
-        return self._process
-
-    def _line(self, process: subprocess.Popen[str], seconds: float) -> str:
-        """What it says next; nothing where it ended, or says nothing in time."""
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
-        found = process.stdout.readline() if ready else ""
-        if ready and not found:
-            process.wait()
-        return found
+        if not child.ready:
+            raise RuntimeError(f"the process that judges artifacts does not start; its exit code is {result.code}")
+        return f"FAULT no answer in {self.seconds:g} s" if result.late else f"FAULT the process ended with {result.code}"
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+        if self._child is not None:
+            self._child.close()
+            self._child = None
 
 
 def make_samples(folder: Path, names: Sequence[str]) -> None:

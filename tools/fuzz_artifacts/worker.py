@@ -1,10 +1,9 @@
-"""A process that loads changed artifacts, one after the other, and says what came of each: one line of JSON in, one out."""
+"""Loads changed artifacts, one after the other, and says what came of each; it runs in a process of its own."""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-import json
 import os
 import random
 import resource
@@ -13,7 +12,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy
 import torch
 
 from lissom.errors import LissomError
+from tools.children import Tell
 from tools.fuzz_artifacts.mutations import CANARY, Mutation, apply
 from tools.fuzz_artifacts.samples import SAMPLES, Answer, Sample
 
@@ -149,9 +149,8 @@ def judge(sample: Sample, folder: Path, wanted: Answer, watch: Watch) -> str:
     return f"FAULT {seen[0]} ({word})" if seen and not word.startswith("FAULT") else word
 
 
-def main(root: Path) -> None:
-    """Answer for each line `NAME MUTATION…` that comes in; root: holds the samples."""
-    out = os.fdopen(os.dup(1), "w")
+def prepare(root: Path) -> Callable[[tuple[str, Sequence[Mutation]], Tell], None]:
+    """What judges changes of a sample in a process of its own. root: holds the samples."""
     printed = os.memfd_create("printed")
     os.dup2(printed, 1)
     os.dup2(printed, 2)
@@ -162,19 +161,17 @@ def main(root: Path) -> None:
     wanted = {name: SAMPLES[name].load(root / name)() for name in SAMPLES if (root / name).is_dir()}
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    print("ready", file=out, flush=True)
-    for line in sys.stdin:
-        name, *mutations = json.loads(line)
+
+    def work(case: tuple[str, Sequence[Mutation]], tell: Tell) -> None:
+        name, mutations = case
         os.ftruncate(printed, 0)
         with tempfile.TemporaryDirectory(prefix="lissom-fuzz-") as place:
             folder = Path(shutil.copytree(root / name, Path(place) / name))
-            apply(folder, [Mutation.of(text) for text in mutations])
+            apply(folder, mutations)
             word = judge(SAMPLES[name], folder, wanted[name], watch)
         sys.stdout.flush()
         if os.fstat(printed).st_size and not word.startswith("FAULT"):
             word = f"FAULT something is printed ({word})"
-        print(json.dumps(word), file=out, flush=True)
+        tell(word)
 
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return work

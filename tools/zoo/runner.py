@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import resource
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from tools.children import Tell, run_apart
 from tools.zoo import catalogue
 from tools.zoo.entry import Entry
 
@@ -29,17 +28,6 @@ _PATIENCE = 8
 Record = dict[str, Any]
 Check = Callable[[Entry, Callable[[Record], None]], None]
 """Finds out about one model, and calls what it is given with the facts known so far."""
-
-
-@dataclass
-class _Job:
-    """A model being checked, and what is known about it so far."""
-
-    entry: Entry
-    process: BaseProcess
-    reader: Connection
-    started: float
-    record: Record
 
 
 def run(
@@ -71,54 +59,20 @@ def run(
 
 
 def _records(entries: Iterator[Entry], seconds: float, jobs: int, check: Check) -> Iterator[Record]:
-    running: list[_Job] = []
-    try:
-        while True:
-            while len(running) < jobs and (entry := next(entries, None)) is not None:
-                running.append(_start(entry, check))
-            if not running:
-                return
-            wait([job.reader for job in running], timeout=0.5)
-            for job in list(running):
-                if _finished(job, seconds):
-                    running.remove(job)
-                    yield job.record
-    finally:
-        for job in running:
-            job.process.kill()
+    def late(process: BaseProcess, waited: float) -> bool:
+        return waited >= _PATIENCE * seconds or (waited >= seconds and _processor_seconds(process) >= seconds)
 
-
-def _start(entry: Entry, check: Check) -> _Job:
-    context = multiprocessing.get_context("fork")
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(entry, writer, check), daemon=True)
-    process.start()
-    writer.close()
-    return _Job(entry, process, reader, time.perf_counter(), {"name": entry.name, "family": entry.family})
-
-
-def _finished(job: _Job, seconds: float) -> bool:
-    """Read what the child told. True when it is done, has died, or had to be killed."""
-    closed = False
-    while not closed and job.reader.poll():
-        try:
-            job.record |= job.reader.recv()
-        except EOFError:
-            closed = True
-    waited = time.perf_counter() - job.started
-    if not closed and waited < _PATIENCE * seconds and (waited < seconds or _processor_seconds(job.process) < seconds):
-        return False
-    phase = job.record.pop("phase", None)
-    if not closed:
-        job.process.kill()
-        job.record |= {"failed": phase, "error": f"took longer than {seconds:g} s"}
-        job.record["total_seconds"] = seconds
-    job.process.join()
-    if closed and phase is not None:
-        job.record |= {"failed": phase, "error": f"the process died with code {job.process.exitcode}"}
-    job.record.setdefault("total_seconds", round(waited, 2))
-    job.reader.close()
-    return True
+    for result in run_apart(([entry] for entry in entries), partial(_prepare, check), jobs, late):
+        record: Record = {"name": result.item.name, "family": result.item.family}
+        for told in result.told:
+            record |= told
+        phase = record.pop("phase", None)
+        if result.late:
+            record |= {"failed": phase, "error": f"took longer than {seconds:g} s", "total_seconds": seconds}
+        elif result.code is not None:
+            record |= {"failed": phase or "start", "error": f"the process died with code {result.code}"}
+        record.setdefault("total_seconds", round(result.seconds, 2))
+        yield record
 
 
 def _processor_seconds(process: BaseProcess) -> float:
@@ -138,13 +92,16 @@ def confine() -> None:
     os.dup2(nowhere, 2)
 
 
-def _child(entry: Entry, writer: Connection, check: Check) -> None:
-    """Check one model and tell what is found, with nothing on the terminal."""
+def _prepare(check: Check) -> Callable[[Entry, Tell], None]:
+    """What checks one model and tells what is found, with nothing on the terminal."""
     confine()
-    started = time.process_time()
-    check(entry, writer.send)
-    writer.send({"total_seconds": round(time.process_time() - started, 2)})
-    writer.close()
+
+    def work(entry: Entry, tell: Tell) -> None:
+        started = time.process_time()
+        check(entry, tell)
+        tell({"total_seconds": round(time.process_time() - started, 2)})
+
+    return work
 
 
 def _warm(families: Collection[str], check: Check) -> None:

@@ -12,13 +12,14 @@ from lissom.compiler.analysis.structure.linear import input_of, is_linear
 from lissom.compiler.calibration.layer_sweep import Counterpart, sweep, sweep_moments
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from tests import captures
 from tests.models import captured, normal, seeded, tiny_gpt2, tokens
 
 
 def gpt2() -> tuple[Program, list[Sample]]:
     """GPT-2, and three samples of which two end in padding."""
     case = tiny_gpt2()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     masks = [torch.ones(2, 5, dtype=torch.long) for _ in range(3)]
     masks[1][0, 3:] = masks[2][1, 2:] = 0
     given = [{"input_ids": tokens(seed=seed), "attention_mask": mask} for seed, mask in enumerate(masks)]

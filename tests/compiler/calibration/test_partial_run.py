@@ -9,12 +9,13 @@ from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.partial_run import Stream
 from lissom.compiler.ir.editor import Editor
+from tests import captures
 from tests.models import tiny_bert
 
 
 def test_a_stream_arrives_at_what_a_run_gives() -> None:
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     data = [program.signature.flatten((), case.kwargs)] * 2
     wanted: dict[torch.fx.Node, torch.Tensor] = {}
     with torch.no_grad():
@@ -34,7 +35,7 @@ def test_a_stream_arrives_at_what_a_run_gives() -> None:
 def test_a_weight_may_be_wanted() -> None:
     """Found by tools/fuzz: the mask of an attention is a weight where no size varies."""
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     stream = Stream(program, [program.signature.flatten((), case.kwargs)])
     down = program.fact(structure).feed_forward[0].down
     weight = down.args[1]
@@ -44,7 +45,7 @@ def test_a_weight_may_be_wanted() -> None:
 
 def test_little_is_held_between_layers() -> None:
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     stream = Stream(program, [program.signature.flatten((), case.kwargs)])
     site = program.fact(structure).feed_forward[0]
     stream.advance(0, site.residual)
@@ -64,7 +65,7 @@ def test_values_that_float16_cannot_hold_are_held_as_they_are() -> None:
 
 def test_a_weight_set_behind_a_sample_counts() -> None:
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs).program.copy()
+    program = captures.optimize(case.model, case.inputs).program.copy()
     stream = Stream(program, [program.signature.flatten((), case.kwargs)])
     site = program.fact(structure).feed_forward[0]
     stream.advance(0, input_of(site.up[0]))

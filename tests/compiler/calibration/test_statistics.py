@@ -14,13 +14,14 @@ from lissom.compiler.calibration.statistics import Moments, moments, observe_gra
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import RequirementError
+from tests import captures
 from tests.models import normal, tiny_bert
 
 
 def bert() -> tuple[Program, list[Sample], torch.nn.Module]:
     """A BERT, and two batches of which the second ends in padding."""
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     first = program.signature.flatten((), case.kwargs)
     second = [tensor.clone() for tensor in first]
     names = [leaf.path for leaf in program.signature.tensors]

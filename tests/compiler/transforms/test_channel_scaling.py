@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.channel_scaling import ScalingSite, scaling_sites
+from tests import captures
 from tests.models import FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 
 BUILDS = (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)
 
 
 def program_of(module: nn.Module, inputs: object) -> Program:
-    return lissom.optimize(module, inputs).program.copy()
+    return captures.optimize(module, inputs).program.copy()
 
 
 def sites_of(program: Program) -> tuple[Editor, dict[str, ScalingSite]]:
@@ -225,7 +225,7 @@ def test_passes_scale_packed_projections_with_shared_heads(passes: str) -> None:
     module, x = seeded(lambda: PackedAttention(4, 2, bias=True)), normal(2, 5, 12)
     with torch.no_grad():
         module.qkv.weight[-8:] *= torch.linspace(0.1, 10, 8)[:, None]
-    program = lissom.optimize(module, x, passes=passes, data=[x]).program
+    program = captures.optimize(module, x, passes=passes, data=[x]).program
     values = program.weight("qkv.weight")[-8:] / module.qkv.weight[-8:]
     assert not torch.allclose(values, torch.ones(()))
     torch.testing.assert_close(program(x), module(x), rtol=1e-4, atol=1e-5)

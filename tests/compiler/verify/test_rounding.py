@@ -22,6 +22,7 @@ from lissom.compiler.verify.rounding import (
 )
 from lissom.errors import VerifyError
 from lissom.passes import PASSES
+from tests import captures
 from tests.models import normal, tiny_bert
 from tests.passes.harness import Calls
 
@@ -46,18 +47,18 @@ class Shake(Rewrite):
 
 def test_weights_alone_are_no_rounding_of_values() -> None:
     case = tiny_bert()
-    plain = lissom.optimize(case.model, case.inputs).program
-    weights = lissom.optimize(case.model, case.inputs, passes="quantize{scheme=int8-weight}").program
-    values = lissom.optimize(case.model, case.inputs, passes="quantize").program
+    plain = captures.optimize(case.model, case.inputs).program
+    weights = captures.optimize(case.model, case.inputs, passes="quantize{scheme=int8-weight}").program
+    values = captures.optimize(case.model, case.inputs, passes="quantize").program
     assert [rounds_values(item) for item in (plain, weights, values)] == [False, False, True]
 
 
 def test_a_last_bit_is_told_from_a_mistake() -> None:
     case = tiny_bert()
     passes = [PASSES["quantize"]()]
-    lissom.optimize(case.model, case.inputs, passes=[*passes, Shake(1e-6)])
+    captures.optimize(case.model, case.inputs, passes=[*passes, Shake(1e-6)])
     with pytest.raises(VerifyError, match="its outputs differ from the program before"):
-        lissom.optimize(case.model, case.inputs, passes=[*passes, Shake(0.02)])
+        captures.optimize(case.model, case.inputs, passes=[*passes, Shake(0.02)])
 
 
 def test_what_a_model_makes_of_a_last_bit_is_told_from_a_mistake() -> None:
@@ -72,7 +73,7 @@ def test_what_a_model_makes_of_a_last_bit_is_told_from_a_mistake() -> None:
 
 def test_every_node_is_given_what_its_inputs_were() -> None:
     case = tiny_bert()
-    before = lissom.optimize(case.model, case.inputs, passes="quantize").program
+    before = captures.optimize(case.model, case.inputs, passes="quantize").program
     sample = before.signature.flatten((), case.kwargs)
     assert max(local_errors(before, before, sample).values()) == 0
     assert not differs_locally(before, before, [sample])
@@ -87,16 +88,16 @@ def test_every_node_is_given_what_its_inputs_were() -> None:
 
 def test_short_dtypes_are_allowed_their_own_rounding() -> None:
     case = tiny_bert()
-    short = lissom.optimize(case.model, case.inputs, passes="cast{dtype=bf16},quantize").program
-    plain = lissom.optimize(case.model, case.inputs, passes="quantize").program
+    short = captures.optimize(case.model, case.inputs, passes="cast{dtype=bf16},quantize").program
+    plain = captures.optimize(case.model, case.inputs, passes="quantize").program
     assert set(local_tolerances(plain).values()) == {LOCAL_TOLERANCE}
     assert max(local_tolerances(short).values()) == pytest.approx(LOCAL_TOLERANCE + 16e-3)
 
 
 def test_the_loss_of_rounding_is_that_to_the_program_without() -> None:
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs, passes="quantize").program
-    weights = lissom.optimize(case.model, case.inputs, passes="quantize{scheme=int8-weight}").program
+    program = captures.optimize(case.model, case.inputs, passes="quantize").program
+    weights = captures.optimize(case.model, case.inputs, passes="quantize{scheme=int8-weight}").program
     sample = program.signature.flatten((), case.kwargs)
     with torch.no_grad():
         outputs, plain = program.run(sample), weights.run(sample)
@@ -108,8 +109,8 @@ def test_the_loss_of_rounding_is_that_to_the_program_without() -> None:
 def test_the_loss_of_rounding_by_operators_is_that_of_the_nodes_they_stand_for(quantize: str) -> None:
     case = tiny_bert()
     passes = f"{quantize},fold-quantized-weights"
-    before = lissom.optimize(case.model, case.inputs, passes=passes).program
-    after = lissom.optimize(case.model, case.inputs, passes=f"{passes},lower-quantized-products{{always=true}}").program
+    before = captures.optimize(case.model, case.inputs, passes=passes).program
+    after = captures.optimize(case.model, case.inputs, passes=f"{passes},lower-quantized-products{{always=true}}").program
     sample = before.signature.flatten((), case.kwargs)
     assert rounds_values(after)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.lightweight.share_layers import ShareLayers
+from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import check_golden, every_backend, rewrite
 
@@ -40,7 +41,7 @@ class Stack(nn.Module):
 
 
 def shared(module: nn.Module, inputs: object, options: str, data: Sequence[object] = ()) -> tuple[Program, Step]:
-    found = lissom.optimize(module, inputs, passes=f"exact,share-layers{{{options}}}", data=data)
+    found = captures.optimize(module, inputs, passes=f"exact,share-layers{{{options}}}", data=data)
     return found.program, found.report.history.steps[-1]
 
 
@@ -80,7 +81,7 @@ def test_leaves_other_graphs_alone() -> None:
 def test_numbers(name: str, take: str) -> None:
     build, path = STACKS[name]
     case = build()
-    before = lissom.optimize(case.model, case.inputs).program
+    before = captures.optimize(case.model, case.inputs).program
     program, step = shared(case.model, case.inputs, f"groups=1,take={take}")
     assert step.summary == "rewrote 1"
     found = program(**case.kwargs)
@@ -201,7 +202,7 @@ def test_options_are_spelt_as_they_are_written() -> None:
 def test_composes(build: Callable[[], Case], backend: str) -> None:
     case = build()
     pruning = "prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead"
-    fast = lissom.compile(case.model, case.inputs, passes=f"exact,share-layers{{groups=1}},{pruning}", backend=backend)
+    fast = captures.compile(case.model, case.inputs, passes=f"exact,share-layers{{groups=1}},{pruning}", backend=backend)
     spelled = {step.spelling.partition("{")[0]: step for step in fast.report.history.steps}
     assert spelled["share-layers"].rewritten == 1 and spelled["prune-neurons"].rewritten > 0
     with torch.no_grad():
@@ -210,7 +211,7 @@ def test_composes(build: Callable[[], Case], backend: str) -> None:
 
 def test_a_shared_weight_is_rounded_once() -> None:
     case = tiny_bert()
-    found = lissom.optimize(case.model, case.inputs, passes="exact,share-layers{groups=1},quantize{scheme=int8-weight}")
+    found = captures.optimize(case.model, case.inputs, passes="exact,share-layers{groups=1},quantize{scheme=int8-weight}")
     assert found.report.history.steps[-1].rewritten == 6
 
 

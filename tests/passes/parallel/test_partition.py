@@ -14,12 +14,18 @@ import lissom
 from lissom.compiler.ir.collectives import COLLECTIVES
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.errors import PassError, RequirementError, UnsupportedError
-from lissom.frontends.decoder import capture_decoder
 from lissom.passes.parallel.partition import Partition
-from tests.decoders import DECODERS
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite
-from tests.passes.parallel.models import MODELS, collectives, partition, program_of, reasons, run_passes
+from tests.passes.parallel.models import (
+    NAMES_AND_SIZES,
+    collectives,
+    decoder_program_of,
+    partition,
+    program_of,
+    reasons,
+    run_passes,
+)
 from tests.passes.prune.models import zero_heads
 
 
@@ -52,8 +58,7 @@ def test_a_stale_plan_is_refused() -> None:
         run_passes("partition", planned, samples)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "world_size"), NAMES_AND_SIZES)
 def test_numbers(name: str, world_size: int) -> None:
     # The pipeline compares the ranks in lock-step with the program before, at two sizes.
     program, samples = program_of(name)
@@ -161,15 +166,14 @@ def test_heads_left_by_pruning_need_not_divide(world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt_neox"])
 def test_key_value_caches_are_sharded_by_heads(name: str, world_size: int) -> None:
-    captured = capture_decoder(seeded(DECODERS[name]), max_length=16, batch=2)
-    program, _ = run_passes("generation", captured.program, captured.samples)
-    after, _ = partition(program, captured.samples, world_size)
+    program, samples = decoder_program_of(name)
+    after, _ = partition(program, samples, world_size)
     before = sum(tensor.numel() for tensor in program.state_tensors())
     held = sum(after.weight(state).numel() for state in after.state)
     groups = program.weight(program.state[0]).shape[1]
     assert held * groups == before * -(-groups // world_size)
     # What the caches hold after a call, put together, is what the program before holds.
-    wanted, found = (run_samples(item, captured.samples)[0][1:] for item in (program, after))
+    wanted, found = (run_samples(item, samples)[0][1:] for item in (program, after))
     assert max(map(relative_error, wanted, found)) <= tolerance_of(program)
 
 

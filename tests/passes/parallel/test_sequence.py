@@ -12,13 +12,11 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.plan import make_plan
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
-from lissom.frontends.decoder import capture_decoder
 from lissom.inspect.sharding import Link, sharding_table, traffic
 from lissom.inspect.tables import plain
-from tests.decoders import DECODERS
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import rewrite
-from tests.passes.parallel.models import MODELS, partition, program_of, reasons, run_passes
+from tests.passes.parallel.models import NAMES_AND_SIZES, decoder_program_of, partition, program_of, reasons, run_passes
 
 SEQUENCE = ",sequence=true"
 
@@ -34,8 +32,7 @@ def of_length(program: Program, samples: list[Sample], length: int) -> list[torc
     return [torch.randint(0, 61, (2, length), generator=generator) if x.dim() == 2 else x for x in samples[0]]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "world_size"), NAMES_AND_SIZES)
 def test_numbers(name: str, world_size: int) -> None:
     program, samples = program_of(name)
     after, history = partition(program, samples, world_size, SEQUENCE)
@@ -160,8 +157,7 @@ def test_quantized_layers(name: str, scheme: str) -> None:
 
 def test_one_token_at_a_time_stays_whole() -> None:
     """The last layer continues with the last token alone, which two ranks cannot split: its two sums stay all-reduces."""
-    captured = capture_decoder(seeded(DECODERS["llama"]), max_length=16, batch=2)
-    program, _ = run_passes("generation", captured.program, captured.samples)
-    after, history = partition(program, captured.samples, 2, SEQUENCE)
+    program, samples = decoder_program_of("llama")
+    after, history = partition(program, samples, 2, SEQUENCE)
     assert kinds(after) == (2, 3, 4)
     assert "2 sums stay all-reduces: the 1 positions are not more than 2 ranks" in history.steps[1].notes

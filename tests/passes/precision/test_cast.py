@@ -21,6 +21,7 @@ from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import LissomError, RequirementError
 from lissom.ops.attention import attention
 from lissom.passes.precision.cast import Cast, _Caster
+from tests import captures
 from tests.decoders import MAX_LENGTH, VOCABULARY
 from tests.decoders import decoder as tiny_decoder
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
@@ -46,7 +47,7 @@ def test_rewrites() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_products_run_in_bfloat16_and_answers_keep_their_dtype(name: str) -> None:
     case: Case = MODELS[name]()
-    fast = lissom.compile(case.model, case.inputs, passes="cast{dtype=bf16}")
+    fast = captures.compile(case.model, case.inputs, passes="cast{dtype=bf16}")
     with torch.no_grad():
         wanted, found = first_output(case.model(*case.args, **case.kwargs)), first_output(fast(*case.args, **case.kwargs))
     step = next(step for step in fast.report.history.steps if step.spelling == "cast")
@@ -74,7 +75,7 @@ def test_softmax_and_exponentials_stay_in_float32() -> None:
 def test_positions_are_not_rounded() -> None:
     """bfloat16 has no odd numbers past 256, so angles and masks must be computed before they are cast."""
     case = tiny_llama()
-    program = lissom.optimize(case.model, case.inputs, passes="cast").program
+    program = captures.optimize(case.model, case.inputs, passes="cast").program
     assert dtypes_of(program, aten.cos.default, aten.sin.default) <= {torch.float32}
 
 
@@ -135,7 +136,7 @@ def test_float16_needs_calibration_data() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_everything_is_cast_where_everything_fits(name: str) -> None:
     case: Case = MODELS[name]()
-    optimized = lissom.optimize(case.model, case.inputs, passes="cast{dtype=fp16}", data=[case.inputs])
+    optimized = captures.optimize(case.model, case.inputs, passes="cast{dtype=fp16}", data=[case.inputs])
     step = optimized.report.history.steps[-1]
     assert dtypes_of(optimized.program, aten.linear.default, aten.addmm.default) == {torch.float16}
     assert step.notes[0].startswith("all ")
@@ -179,7 +180,7 @@ def test_the_note_names_the_residual_stream() -> None:
     with torch.no_grad():
         for block in case.model.encoder.block:  # pyright: ignore
             block.layer[1].DenseReluDense.wo.weight.mul_(1e6)
-    optimized = lissom.optimize(case.model, case.inputs, passes="cast{dtype=fp16}", data=[case.inputs])
+    optimized = captures.optimize(case.model, case.inputs, passes="cast{dtype=fp16}", data=[case.inputs])
     assert "the largest being the residual stream in encoder.block.1" in optimized.report.history.steps[-1].notes[0]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import lissom
 from lissom.compiler.ir import node as nodes
+from tests import captures
 from tests.models import CASES, normal, seeded
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
@@ -132,7 +133,7 @@ def test_models_kept_in_bfloat16_stay_bit_for_bit(name: str) -> None:
 def test_composes(backend: str) -> None:
     case = CASES["llama"]()
     passes = "cast{dtype=fp16},sink-casts,fold-casts"
-    fast = lissom.compile(case.model, case.inputs, passes=passes, backend=backend, data=[case.inputs])
+    fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, data=[case.inputs])
     with torch.no_grad():
         wanted, found = case.model(**case.kwargs).logits, fast(**case.kwargs).logits
     # Two layers, some ten roundings to 11 bits each.

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import lissom
 from lissom.compiler.ir import node as nodes
+from tests import captures
 from tests.models import CASES, normal, seeded
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
@@ -149,7 +149,7 @@ def test_any_chain_stays_bit_for_bit(chain: list[Callable[[torch.Tensor], torch.
 @pytest.mark.parametrize("name", ["bert", "llama_eager", "t5", "gpt2"])
 def test_models_after_cast_stay_bit_for_bit(name: str) -> None:
     case = CASES[name]()
-    optimized = lissom.optimize(case.model, case.inputs, passes="mixed-precision")
+    optimized = captures.optimize(case.model, case.inputs, passes="mixed-precision")
     errors = {step.spelling: step.relative_error for step in optimized.report.history.steps}
     assert errors["sink-casts"] == errors["fold-casts"] == 0
 
@@ -159,7 +159,7 @@ def test_composes(backend: str) -> None:
     case = CASES["llama"]()
     if backend == "onnxruntime":
         pytest.skip("ONNX Runtime has no bfloat16 on a CPU; fold-casts is tested there in float16")
-    fast = lissom.compile(case.model, case.inputs, passes="mixed-precision", backend=backend)
+    fast = captures.compile(case.model, case.inputs, passes="mixed-precision", backend=backend)
     with torch.no_grad():
         wanted, found = case.model(**case.kwargs).logits, fast(**case.kwargs).logits
     # Two layers, some ten roundings to 8 bits each.

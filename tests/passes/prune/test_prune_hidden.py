@@ -20,6 +20,7 @@ from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.prune_hidden import PruneHidden, fit
+from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import check_golden, rewrite
 
@@ -30,7 +31,7 @@ MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, 
 @cache
 def exact(build: Build) -> Program:
     case = build()
-    return lissom.optimize(case.model, case.inputs).program
+    return captures.optimize(case.model, case.inputs).program
 
 
 def batches(program: Program) -> list[Sample]:
@@ -189,6 +190,6 @@ def test_without_a_stream_or_without_data_it_says_so() -> None:
 def test_composes() -> None:
     case = tiny_llama()
     passes = "prune-hidden{keep=0.5,criterion=magnitude,reconstruct=false},prune-layers{keep=0.5,criterion=magnitude}"
-    fast = lissom.compile(case.model, case.inputs, passes=passes)
+    fast = captures.compile(case.model, case.inputs, passes=passes)
     with torch.no_grad():
         assert fast(**case.kwargs).logits.shape == (2, 5, 37)

@@ -12,6 +12,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.transforms.pruning.units import neuron_sites
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes.prune.prune_neurons import PruneNeurons
+from tests import captures
 from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import check_golden
 
@@ -35,7 +36,7 @@ def all_units(program: Program) -> list[int]:
 def test_rewrites() -> None:
     """Weights change and the form does not: the golden holds what is reported, as there is no difference in the text."""
     case = tiny_bert()
-    found = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}")
+    found = captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}")
     step = found.report.history.steps[-1]
     diff = found.report.history.diff(step.index - 1, step.index)
     check_golden("prune_neurons", f"{step.spelling}: {step.summary}; difference: {diff or 'none'}\n")
@@ -44,7 +45,7 @@ def test_rewrites() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_as_many_units_go_as_asked_by_every_criterion(name: str) -> None:
     case: Case = MODELS[name]()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     data = [program.signature.flatten(case.args, case.kwargs)] * 2
     units = sum(all_units(program))
     for criterion in CRITERIA:
@@ -55,13 +56,13 @@ def test_as_many_units_go_as_asked_by_every_criterion(name: str) -> None:
 
 def test_without_data_the_magnitude_decides_and_criteria_that_need_data_refuse() -> None:
     case = tiny_bert()
-    plain = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}").program
-    named = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,criterion=magnitude}").program
+    plain = captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}").program
+    named = captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,criterion=magnitude}").program
     assert all(torch.equal(plain.weight(name), named.weight(name)) for name in plain.weights())
     with pytest.raises(
         RequirementError, match=r"prune-neurons\{criterion=wanda\} needs calibration data: pass data=, or choose"
     ):
-        lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,criterion=wanda}")
+        captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5,criterion=wanda}")
 
 
 def test_a_layer_scope_takes_the_same_of_each_and_protected_layers_keep_all() -> None:
@@ -75,14 +76,14 @@ def test_a_layer_scope_takes_the_same_of_each_and_protected_layers_keep_all() ->
 def test_a_share_no_site_can_meet_is_refused() -> None:
     case = tiny_bert()
     with pytest.raises(UnsupportedError, match=r"keep=0.001 leaves 0 of .* neurons, but every other site .* give keep="):
-        lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.001}")
+        captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.001}")
     with pytest.raises(LissomError, match="give a share over 0 and up to 1"):
         PruneNeurons(keep=0.0)
 
 
 def test_keeping_all_changes_nothing() -> None:
     case = tiny_bert()
-    found = lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=1.0}", data=[case.inputs])
+    found = captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=1.0}", data=[case.inputs])
     assert found.report.history.steps[-1].rewritten == 0
     assert found.report.history.steps[-1].relative_error == 0
 
@@ -90,14 +91,14 @@ def test_keeping_all_changes_nothing() -> None:
 def test_the_model_keeps_its_weights() -> None:
     case = tiny_bert()
     before = {name: weight.clone() for name, weight in case.model.named_parameters()}
-    lissom.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}", data=[case.inputs] * 2)
+    captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.5}", data=[case.inputs] * 2)
     assert all(torch.equal(weight, before[name]) for name, weight in case.model.named_parameters())
 
 
 def test_what_is_pruned_can_be_removed() -> None:
     case = tiny_bert()
     passes = "prune-neurons{keep=0.5},eliminate-dead"
-    found = lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs] * 2)
+    found = captures.optimize(case.model, case.inputs, passes=passes, data=[case.inputs] * 2)
     before, after = (step.size.parameter_bytes for step in found.report.history.steps[-2:])
     assert after < before
 

@@ -18,6 +18,7 @@ from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.sparsify import NOTE, Sparsify, largest_share, sparsegpt, wanda
+from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import check_golden, rewrite
 
@@ -46,7 +47,7 @@ def zeros(program: Program, name: str) -> float:
 @cache
 def exact(build: Callable[[], Case]) -> Program:
     case = build()
-    return lissom.optimize(case.model, case.inputs).program
+    return captures.optimize(case.model, case.inputs).program
 
 
 def pruned(build: Callable[[], Case], passes: str) -> tuple[Program, History]:
@@ -283,7 +284,7 @@ def test_the_pattern_is_spelt_as_it_is_written() -> None:
 
 def test_composes() -> None:
     case = tiny_bert()
-    fast = lissom.compile(case.model, case.inputs, passes="sparsify{pattern=2:4},cast{dtype=bf16}")
+    fast = captures.compile(case.model, case.inputs, passes="sparsify{pattern=2:4},cast{dtype=bf16}")
     assert NOTE in [note for step in fast.report.history.steps for note in step.notes]
     with torch.no_grad():
         assert fast(**case.kwargs).last_hidden_state.shape == (2, 5, 16)

@@ -7,13 +7,13 @@ from functools import cache
 
 import torch
 
-import lissom
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.passes import PASSES
+from tests import captures
 from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 
 MODELS = {build.__name__: build for build in (tiny_bert, tiny_gpt2, tiny_llama, tiny_t5)}
@@ -35,7 +35,7 @@ def moments_of(rows: torch.Tensor) -> Moments:
 @cache
 def exact(build: Callable[[], Case]) -> Program:
     case = build()
-    return lissom.optimize(case.model, case.inputs).program
+    return captures.optimize(case.model, case.inputs).program
 
 
 def passed(build: Callable[[], Case], passes: str) -> tuple[Program, History]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.ops.quantization import dequantize, fake_quantize
+from tests import captures
 from tests.models import tiny_bert, tiny_gpt2
 from tests.passes.harness import check_golden, rewrite
 
@@ -32,8 +32,8 @@ def test_golden() -> None:
 @pytest.mark.parametrize("make", [tiny_bert, tiny_gpt2])
 def test_the_answers_are_the_same_bit_for_bit_and_the_program_smaller(make: type, passes: str) -> None:
     case = make()
-    before = lissom.optimize(case.model, case.inputs, passes=passes).program
-    after = lissom.optimize(case.model, case.inputs, passes=f"{passes},fold-quantized-weights").program
+    before = captures.optimize(case.model, case.inputs, passes=passes).program
+    after = captures.optimize(case.model, case.inputs, passes=f"{passes},fold-quantized-weights").program
     assert not any(node.args[0].op == "get_attr" for node in after.nodes(fake_quantize))
     assert after.nodes(dequantize)
     assert after.parameter_bytes < before.parameter_bytes
@@ -46,7 +46,7 @@ def test_the_answers_are_the_same_bit_for_bit_and_the_program_smaller(make: type
 def test_a_table_is_looked_up_before_it_is_turned_back() -> None:
     case = tiny_gpt2()
     passes = "quantize{scheme=int4-weight,group=8,embeddings=true},fold-quantized-weights"
-    program = lissom.optimize(case.model, case.inputs, passes=passes).program
+    program = captures.optimize(case.model, case.inputs, passes=passes).program
     tables = [node for node in program.nodes(aten.embedding.default) if node.args[0].op == "get_attr"]
     assert len(tables) == len(program.nodes(aten.embedding.default))
     assert any(program.weight(str(node.args[0].target)).dtype == torch.uint8 for node in tables)
@@ -54,7 +54,7 @@ def test_a_table_is_looked_up_before_it_is_turned_back() -> None:
 
 def test_it_can_be_trained_no_more_but_what_is_not_rounded_can() -> None:
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs, passes="quantize,fold-quantized-weights").program.trainable()
+    program = captures.optimize(case.model, case.inputs, passes="quantize,fold-quantized-weights").program.trainable()
     sample = program.signature.flatten((), case.kwargs)
     total = sum(item.float().square().sum() for item in program.run(sample) if isinstance(item, torch.Tensor))
     total.backward()

@@ -14,6 +14,7 @@ from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 from lissom.passes import PASSES
 from lissom.passes.quantize.quantize import Quantize
+from tests import captures
 from tests.models import Case, tiny_bert, tiny_gpt2, tiny_llama
 from tests.passes.harness import check_golden, rewrite
 
@@ -28,7 +29,7 @@ def test_golden() -> None:
 
 
 def quantized(case: Case, passes: str) -> Program:
-    return lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs]).program
+    return captures.optimize(case.model, case.inputs, passes=passes, data=[case.inputs]).program
 
 
 def rounded_weights(program: Program) -> dict[str, torch.fx.Node]:
@@ -40,7 +41,7 @@ def rounded_weights(program: Program) -> dict[str, torch.fx.Node]:
 def test_a_quantized_model_answers_nearly_as_before(make: type, scheme: str) -> None:
     case = make()
     group = "" if scheme != "int4-weight" else ",group=8"
-    found = lissom.optimize(case.model, case.inputs, passes=f"quantize{{scheme={scheme}{group}}}", data=[case.inputs])
+    found = captures.optimize(case.model, case.inputs, passes=f"quantize{{scheme={scheme}{group}}}", data=[case.inputs])
     step = found.report.history.steps[-1]
     assert step.rewritten > 4
     assert step.cosine is not None
@@ -151,7 +152,7 @@ def test_attention_and_residual_stream_are_rounded_when_asked() -> None:
 def test_a_second_pass_leaves_what_is_quantized() -> None:
     case = tiny_bert()
     passes = 'quantize{scheme=int8-weight,only="*.attention"},quantize{scheme=int4-weight,group=8}'
-    found = lissom.optimize(case.model, case.inputs, passes=passes)
+    found = captures.optimize(case.model, case.inputs, passes=passes)
     formats = {name: node.kwargs["format"] for name, node in rounded_weights(found.program).items()}
     assert all(form == ("int8" if ".attention." in name else "int4") for name, form in formats.items())
     assert set(formats.values()) == {"int8", "int4"}
@@ -172,13 +173,13 @@ def test_it_trains_straight_through() -> None:
 def test_pruning_behind_it_is_refused() -> None:
     case = tiny_bert()
     with pytest.raises(RequirementError, match="put this pass before the one that quantizes"):
-        lissom.optimize(case.model, case.inputs, passes="quantize,prune-heads{keep=0.5}")
+        captures.optimize(case.model, case.inputs, passes="quantize,prune-heads{keep=0.5}")
 
 
 def test_static_without_data_is_refused() -> None:
     case = tiny_bert()
     with pytest.raises(RequirementError, match=r"quantize\{scheme=int8-static\} needs calibration data"):
-        lissom.optimize(case.model, case.inputs, passes="quantize{scheme=int8-static}")
+        captures.optimize(case.model, case.inputs, passes="quantize{scheme=int8-static}")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
 from lissom.compiler.ir.program import Program
 from lissom.ops.pattern import Condition
+from tests import captures
 from tests.models import VOCABULARY, Case, normal, seeded, tokens
 from tests.passes.harness import Calls, rewrite
 
@@ -220,7 +221,7 @@ WINDOWS = {
 def test_windows_that_models_come_with_are_read(name: str) -> None:
     build, windows = WINDOWS[name]
     case = Case(seeded(build), {"input_ids": tokens(2, 11), "use_cache": False})
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     found = [read_pattern(program, node) for node in program.nodes() if is_attention(node)]
     wanted = [((CAUSAL if window is None else Condition(1, -1, 0, window - 1),),) for window in windows]
     assert [reading.pattern and reading.pattern.alternatives for reading in found] == wanted

@@ -13,6 +13,7 @@ from lissom.compiler.ir.samples import Sample
 from lissom.compiler.transforms.pruning import importance
 from lissom.compiler.transforms.pruning.importance import GateMoments, damped_inverse, gate_moments, rearranged, removal_path
 from lissom.compiler.transforms.pruning.units import UnitSite, head_sites, neuron_sites
+from tests import captures
 from tests.models import FeedForward, normal, seeded, tiny_bert
 
 
@@ -38,7 +39,7 @@ def activations(program: Program, data: list[Sample]) -> torch.Tensor:
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_magnitude_is_the_norm_of_a_units_columns(norm: str) -> None:
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     for site, found in zip(
         sites := head_sites(Editor(program, "test")), importance.magnitude(program, sites, norm), strict=True
     ):
@@ -131,7 +132,7 @@ def test_samples_are_spread_over_the_data() -> None:
 
 def test_gates_of_heads_are_summed_over_their_features() -> None:
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     data = [program.signature.flatten((), case.kwargs)]
     sites = head_sites(Editor(program, "test"))
     found: list[GateMoments] = gate_moments(program, sites, data)

@@ -11,6 +11,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.transforms.pruning.reconstruction import RIDGES, NormalEquations, refit, scale_units, solve
 from lissom.compiler.transforms.pruning.units import neuron_sites
+from tests import captures
 from tests.models import FeedForward, normal, seeded, tiny_bert
 
 
@@ -113,7 +114,7 @@ def test_refitting_is_least_squares_and_leaves_zeros() -> None:
 
 def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
     case = tiny_bert()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     example = program.signature.flatten((), case.kwargs)
     sizes = dict.fromkeys(program.signature.dimensions, 12)
     data = [resize(program.signature, example, sizes, seed) for seed in range(6)]

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import lissom
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.pipeline import Pipeline
@@ -17,6 +16,7 @@ from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import RequirementError
 from lissom.ops.linear_attention import linear_attention
 from lissom.passes.attention.linear_attention.linear_attention import LinearAttention, chunk_for
+from tests import captures
 from tests.models import CASES, Counter, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from tests.passes.harness import calls, check_golden, every_backend, rewrite
 from tests.passes.models import optimized
@@ -243,11 +243,11 @@ def test_it_trains(name: str) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_composes(name: str, backend: str) -> None:
     case = CASES[name]()
     passes = "prune-heads{keep=0.5},eliminate-dead,linear-attention{features=elu},quantize"
-    found = lissom.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)
+    found = captures.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)
     ids, mask = tokens(3, 11, seed=4), torch.ones(3, 11, dtype=torch.long)
     mask[1, 6:] = 0
     wanted = found.program(input_ids=ids, attention_mask=mask)[0]  # pyright: ignore[reportIndexIssue]

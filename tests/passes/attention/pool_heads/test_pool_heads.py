@@ -14,6 +14,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.attention.pool_heads.pool_heads import PoolHeads
+from tests import captures
 from tests.decoders import decoder, prompt
 from tests.models import VOCABULARY, Case, normal, seeded, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import Calls, check_golden, every_backend, rewrite
@@ -75,7 +76,7 @@ def test_numbers(heads: int, features: int, groups: int) -> None:
 def test_numbers_of_grouped_attention() -> None:
     """Llama with the pooled weights, as transformers itself computes fewer groups."""
     case = tiny_llama()
-    program = lissom.optimize(case.model, case.inputs, passes=f"pool-heads{{groups=1,{PLAIN}}}").program
+    program = captures.optimize(case.model, case.inputs, passes=f"pool-heads{{groups=1,{PLAIN}}}").program
     config = transformers.LlamaConfig(**{**case.model.config.to_dict(), "num_key_value_heads": 1})
     weights = dict(case.model.state_dict())
     for name in weights:
@@ -115,13 +116,11 @@ def test_heads_that_say_the_same_in_other_words_are_pooled_without_loss(bias: bo
 def test_fitting_and_grouping_lose_less_and_data_helps(make: Callable[[], Case]) -> None:
     case = make()
     data = [{**case.inputs, "input_ids": tokens(seed=seed)} for seed in range(1, 9)]
-    errors = [
-        lissom.optimize(case.model, case.inputs, passes=f"pool-heads{{groups=1,{options}}}", data=samples).report.history.steps[
-            -1
-        ]
+    found = [
+        captures.optimize(case.model, case.inputs, passes=f"pool-heads{{groups=1,{options}}}", data=samples)
         for options, samples in ((PLAIN, ()), ("align=true", ()), ("align=true", data))
     ]
-    plain, fitted, informed = (step.relative_error for step in errors)
+    plain, fitted, informed = (item.report.history.steps[-1].relative_error for item in found)
     assert fitted < 0.8 * plain
     assert informed < 0.8 * plain
 
@@ -149,13 +148,13 @@ def test_a_share_keeps_as_many_heads_as_divide() -> None:
 
 def test_protected_attentions_keep_their_heads() -> None:
     case = tiny_gpt2()
-    program = lissom.optimize(case.model, case.inputs, passes="pool-heads{groups=1,protect=h.0},merge-equal-heads").program
+    program = captures.optimize(case.model, case.inputs, passes="pool-heads{groups=1,protect=h.0},merge-equal-heads").program
     assert [site.key_value_heads for site in sites_of(program).attention] == [2, 1]
 
 
 def test_heads_that_share_a_bias_of_positions_stay_in_order() -> None:
     case = tiny_t5()
-    step = lissom.optimize(case.model, case.inputs, passes="pool-heads{groups=1}").report.history.steps[-1]
+    step = captures.optimize(case.model, case.inputs, passes="pool-heads{groups=1}").report.history.steps[-1]
     assert step.rewritten == 2
     assert any("neighbouring heads are pooled: other attentions have the same heads" in note for note in step.notes)
 

@@ -22,6 +22,7 @@ from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.attention.sparsify_attention.attention_mass import BlockMass, fewest_blocks
 from lissom.passes.attention.sparsify_attention.sparsify_attention import SparsifyAttention, random_layout, with_room
+from tests import captures
 from tests.models import Case, normal, tiny_bert, tiny_gpt2, tiny_llama, tokens
 from tests.passes.harness import Calls, check_golden, every_backend, rewrite
 
@@ -41,7 +42,7 @@ SEEN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 @cache
 def exact(build: Callable[[], Case]) -> Program:
     case = build()
-    return lissom.optimize(case.model, case.inputs).program
+    return captures.optimize(case.model, case.inputs).program
 
 
 def sparse(build: Callable[[], Case], passes: str) -> tuple[Program, History]:
@@ -233,7 +234,7 @@ def test_text_and_object_are_inverse() -> None:
 def test_composes(options: str, backend: str) -> None:
     case = tiny_llama()
     passes = f"sparsify-attention{options}"
-    fast = lissom.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)
-    wanted = lissom.optimize(case.model, case.inputs, passes=passes).program(**case.kwargs)
+    fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)
+    wanted = captures.optimize(case.model, case.inputs, passes=passes).program(**case.kwargs)
     # Two float32 backends.
     torch.testing.assert_close(fast(**case.kwargs)[0], wanted[0], rtol=1e-4, atol=1e-5)

@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import nn
 
-import lissom
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
@@ -20,6 +19,7 @@ from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.prune.prune_layers.branches import branch_of
 from lissom.passes.prune.prune_layers.prune_layers import PruneLayers
+from tests import captures
 from tests.models import VOCABULARY, Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import aten, calls, check_golden, rewrite
 
@@ -70,7 +70,7 @@ def neox() -> Case:
 @cache
 def exact(build: Build) -> Program:
     case = build()
-    return lissom.optimize(case.model, case.inputs).program
+    return captures.optimize(case.model, case.inputs).program
 
 
 def pruned(build: Build, passes: str, data: bool = True) -> tuple[Program, History]:
@@ -219,6 +219,6 @@ def test_without_data_influence_says_so() -> None:
 def test_composes() -> None:
     case = tiny_gpt2()
     passes = "prune-layers{keep=0.5,criterion=magnitude},eliminate-dead,sparsify{keep=0.5}"
-    fast = lissom.compile(case.model, case.inputs, passes=passes)
+    fast = captures.compile(case.model, case.inputs, passes=passes)
     with torch.no_grad():
         assert fast(**case.kwargs).last_hidden_state.shape == (2, 5, 16)
