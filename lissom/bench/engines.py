@@ -11,7 +11,6 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from lissom import api
 from lissom.bench.workload import Inputs, Model
 from lissom.errors import UnsupportedError, nearest
 from lissom.frontends.huggingface import find_directory
+from lissom.frontends.isolation import exchanged
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def ctranslate2(task: Task, *, compute_type: str) -> Build:
     converter = import_module("ctranslate2.converters").TransformersConverter(directory)
     # It asks for a setting that configurations no longer have in transformers 5.
     config = import_module("transformers").PreTrainedConfig
-    with patch.object(config, "position_embedding_type", "absolute", create=True):
+    with exchanged(config, "position_embedding_type", "absolute"):
         converter.convert(folder, quantization=compute_type)
     encoder = runtime.Encoder(folder, device="cpu", compute_type=compute_type, intra_threads=task.threads, inter_threads=1)
 

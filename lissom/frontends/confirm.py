@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
-from lissom.compiler.verify.divergence import REFUSALS, output_errors, run_samples, tolerances
+from lissom.compiler.verify.divergence import output_errors, run_samples, tolerances
 from lissom.errors import CaptureError, InputError
 from lissom.frontends.failures import describe_failure
 

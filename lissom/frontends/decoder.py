@@ -217,6 +217,7 @@ def _places(model: PreTrainedModel) -> list[Places]:
     try:
         with untouched(model), evaluating(model), torch.no_grad():
             _call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model)))
+    # The model's own code may raise anything when it meets a cache it does not know.
     except Exception as error:
         raise _keeps_more(model, error) from error
     found = [(layer.keys, layer.values) for layer in cast("list[DynamicLayer]", cache.layers)]

@@ -118,6 +118,7 @@ def _capture_by_trying(
         try:
             program = _export(model, args, kwargs, partial(_free, dims, masks))
             program = confirm(program, model, args, kwargs, answer)
+        # The model's own code and torch.export may raise anything; the next plan fixes more sizes, and the last one explains.
         except Exception as error:
             first = first or error
             if dims == _NOTHING:
@@ -155,6 +156,7 @@ def capture_sizes(
             return confirm(_export(model, args, {}, others), model, args, {})
         except CaptureError:
             raise
+        # As above: the caller's code is traced, and gets an explanation in place of its error.
         except Exception as error:
             raise _explain(model, error) from error
 
@@ -170,6 +172,7 @@ def _capture_named(
         program = confirm(program, model, args, kwargs, answer)
     except CaptureError:
         raise
+    # As above: the caller's code is traced, and gets an explanation in place of its error.
     except Exception as error:
         raise _explain(model, error) from error
     return program, [describe_dimensions(program.signature)]

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
-from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.frontends.huggingface_inputs import SENTENCES, encode, make_inputs
+from lissom.frontends.isolation import exchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,6 +96,7 @@ def load(name: str) -> Checkpoint:
                 tokenizer = _load_tokenizer(directory)
         except (ArtifactError, UnsupportedError):
             raise
+        # The loaders of transformers, safetensors and tokenizers raise errors of no common class for a broken file.
         except Exception as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise ArtifactError(f"{directory} cannot be loaded by transformers: {first}") from error
@@ -203,8 +204,10 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
 
     options = {"gguf_file": file, "local_files_only": True}
     # Configuration, weights and tokenizer each read the header, vocabulary and all, which takes seconds; and a bar is drawn.
-    reader = patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-    bar = patch("transformers.modeling_gguf_pytorch_utils.tqdm", functools.partial(tqdm, disable=True))
+    reader = exchanged(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+    bar = exchanged(
+        importlib.import_module("transformers.modeling_gguf_pytorch_utils"), "tqdm", functools.partial(tqdm, disable=True)
+    )
     with reader, bar:
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)

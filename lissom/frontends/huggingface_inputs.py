@@ -44,6 +44,7 @@ def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         try:
             with torch.no_grad():
                 outputs = model(**found, **asked)
+        # The model's own code may raise anything for inputs it does not take; the first error is told if none are taken.
         except Exception as error:
             first = first or error
             continue

@@ -7,18 +7,19 @@ threads may call the caller's module meanwhile, in whatever mode it is.
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import random
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FunctionType
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import fx, nn
 
+_MISSING = object()
 _LOGGERS = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")
 
 
@@ -66,6 +67,20 @@ def with_own_modules(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def exchanged(owner: object, name: str, value: object) -> Generator[None]:
+    """Another library's attribute exchanged for all threads, and put back; removed again where there was none."""
+    before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
 def without_export_messages() -> Generator[None]:
     """Keep torch.export from writing to standard error, in this thread, what a CaptureError says in one sentence."""
     thread = threading.get_ident()
@@ -81,7 +96,7 @@ def without_export_messages() -> Generator[None]:
     for logger in loggers:
         logger.addFilter(other_threads)
     try:
-        with patch("torch.export._trace.print", print_elsewhere, create=True):
+        with exchanged(importlib.import_module("torch.export._trace"), "print", print_elsewhere):
             yield
     finally:
         for logger in loggers:

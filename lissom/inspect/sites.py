@@ -11,6 +11,7 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.columns import feature_dim
 from lissom.compiler.analysis.patterns.reader import read_pattern
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
@@ -111,8 +112,7 @@ def _contracted(program: Program, found: Axes) -> dict[Axis, list[fx.Node]]:
         weight = weight_of(node) if is_linear(node) else None
         if weight is None or not nodes.is_tensor(node):
             continue
-        dim = 1 if "conv" in str(node.target) else -1
-        for atom in dict.fromkeys(found.axis(input_of(node), dim).atoms()):
+        for atom in dict.fromkeys(found.axis(input_of(node), feature_dim(node)).atoms()):
             readers.setdefault(atom, []).append(node)
     return readers
 

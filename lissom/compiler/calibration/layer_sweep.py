@@ -17,7 +17,8 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.linear import input_of
+from lissom.compiler.analysis.structure.linear import input_of, is_linear
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.statistics import Moments, check_finite, real_rows
 from lissom.compiler.ir.interpreter import call
@@ -59,6 +60,17 @@ class Counterpart:
 
     program: Program
     layers: Mapping[fx.Node, fx.Node]
+
+    @classmethod
+    def of(cls, program: Program, layers: Mapping[fx.Node, Matrix], reference: Program) -> Counterpart:
+        """The layers of the same name in another program, as far as they have the same weights."""
+        known = {node.name: node for node in reference.nodes() if is_linear(node)}
+        found: dict[fx.Node, fx.Node] = {}
+        for layer, matrix in layers.items():
+            held = matrix_of(known[layer.name]) if layer.name in known else ""
+            if isinstance(held, Matrix) and torch.equal(held.read(reference), matrix.read(program)):
+                found[layer] = known[layer.name]
+        return cls(reference, found)
 
 
 def sweep_moments(

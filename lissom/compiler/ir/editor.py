@@ -240,6 +240,7 @@ class Editor:
     def _type(self, node: fx.Node) -> None:
         try:
             nodes.set_value(node, fake.known_call(self.program.fake_mode, node))
+        # The fake implementation of an operator, ours or another library's, may raise anything; the error is kept as the cause.
         except Exception as error:
             shown = printer.argument_text([*node.args, *node.kwargs.values()])
             raise PassError(

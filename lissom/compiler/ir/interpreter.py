@@ -66,6 +66,10 @@ def run_ranks(
     raise AssertionError("a graph ends in its output node")
 
 
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model, or a program of one, may raise on inputs that it does not take."""
+
+
 def call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
     """The result of a call node, with the values of the nodes it reads."""
     target = stand_in(node.target) or cast(Callable[..., object], node.target)

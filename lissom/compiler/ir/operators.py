@@ -12,7 +12,13 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from lissom.ops import attention
+from lissom.ops import (
+    attention,
+    quantized_linear,
+    quantized_linear_norm,
+    weight_quantized_linear,
+    weight_quantized_linear_norm,
+)
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten
@@ -126,6 +132,8 @@ MATMULS = (aten.matmul.default, aten.mm.default, aten.bmm.default)
 MATMULS_WITH_BIAS = (aten.addmm.default, aten.baddbmm.default)
 LINEAR_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 """Operators that a linear layer may be, apart from convolutions."""
+QUANTIZED_LINEARS = (quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm)
+"""Kernels of linear layers that read a quantized weight, their second argument."""
 CONVOLUTIONS = (
     *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default),
     *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from lissom.compiler.analysis.structure.linear import is_quantizer
+from lissom.compiler.analysis.structure.linear import is_quantizer, weight_path
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import printer
 from lissom.compiler.ir.editor import Editor
@@ -39,10 +39,11 @@ class Requirement:
 
 
 def _first_quantized_weight(program: Program) -> fx.Node | None:
+    """The first quantizer of a linear layer's weight, or the weight itself where it is stored in integers."""
     for node in program.nodes():
-        for used in node.all_input_nodes if "linear" in str(node.target) else ():
-            if is_quantizer(used) or (used.op == "get_attr" and not nodes.tensor_type(used).dtype.is_floating_point):
-                return used
+        for item in weight_path(node):
+            if is_quantizer(item) or (item.op == "get_attr" and not nodes.tensor_type(item).dtype.is_floating_point):
+                return item
     return None
 
 

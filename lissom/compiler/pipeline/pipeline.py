@@ -14,6 +14,7 @@ import torch
 from lissom.compiler.ir import printer
 from lissom.compiler.ir.collectives import alone
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, more_samples
 from lissom.compiler.memory import heap_set_aside
@@ -21,7 +22,7 @@ from lissom.compiler.pipeline.history import History, Interrupted, Size, Step, c
 from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, read_score
 from lissom.compiler.pipeline.pass_kinds import Annotation, Approximation, Pass, Rewrite, Training
 from lissom.compiler.pipeline.spelling import format_pass, format_pipeline
-from lissom.compiler.verify.divergence import REFUSALS, answers, compare, run_original, run_samples
+from lissom.compiler.verify.divergence import answers, compare, run_original, run_samples
 from lissom.compiler.verify.equality import changed_strides, require_equal
 from lissom.compiler.verify.structure import verify_structure
 from lissom.errors import BudgetError, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
@@ -271,6 +272,7 @@ class _Run:
             item.run(edit)
         except LissomError:
             raise
+        # A pass may be someone else's, and call operators that raise anything; the error is kept as the cause.
         except Exception as error:
             where = f" at {printer.place(edit.program, edit.current)}" if edit.current else ""
             lines = f"\n{printer.excerpt(edit.program, edit.current)}" if edit.current else ""

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.errors import VerifyError
@@ -24,8 +25,6 @@ TOLERANCE = {
     # One rounding to 8 bits is 4e-3; likewise.
     torch.bfloat16: 8e-2,
 }
-REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model, or a program of one, may raise on inputs that it does not take."""
 _COUNTED = 0.99
 """Of the magnitudes in a tensor, this fraction is no larger than its size. A channel in a hundred may be an outlier."""
 _EXTREME, _GAP = 1e3, 1e3

@@ -21,12 +21,11 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import call, run_ranks
+from lissom.compiler.ir.interpreter import REFUSALS, call, run_ranks
 from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.verify.divergence import (
-    REFUSALS,
     TOLERANCE,
     compare,
     lasting,

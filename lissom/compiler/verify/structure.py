@@ -98,6 +98,7 @@ def _check_type(program: Program, node: fx.Node, old: fx.Node | None) -> None:
     """
     try:
         again = nodes.type_of(fake.known_call(program.fake_mode, node))
+    # The fake implementation of an operator, ours or another library's, may raise anything; the error is kept as the cause.
     except Exception as error:
         _fail(program, node, f"it does not run on its arguments' types: {error}", cause=error)
     recorded = nodes.node_type(node)

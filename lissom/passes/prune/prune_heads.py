@@ -16,40 +16,21 @@ read it; where one key/value head serves all, query heads go one by one. Criteri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
-from lissom.compiler.transforms.pruning.budget import Amount
-from lissom.compiler.transforms.pruning.prune import Criterion, UnitPruning
+from lissom.compiler.transforms.pruning.prune import UnitPruning
 from lissom.compiler.transforms.pruning.units import head_sites
 
 
 @dataclass(frozen=True)
-class PruneHeads(Approximation):
+class PruneHeads(UnitPruning):
     """Zeroes the attention heads that matter least, and refits what stays where there is calibration data.
 
-    keep: the share of heads that stays, over 0 to 1; of key/value heads where queries are grouped.
-    criterion: how heads are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
-    scope: `global` ranks the heads of all layers together, `layer` takes the same share of each.
-    round_to: the heads left in a layer are a multiple of this.
-    protect: module paths that keep all heads, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    norm: the norm of weights that `magnitude` takes.
+    Options are those of `UnitPruning`. Where queries are grouped, `keep` counts key/value heads.
     """
 
-    keep: float
-    criterion: Criterion = "auto"
-    scope: Literal["global", "layer"] = "global"
-    round_to: int = 1
-    protect: str = ""
-    norm: Literal["l1", "l2"] = "l2"
-
-    leaves_dead = True
-    requires = (FLOATING_POINT_WEIGHTS,)
-
-    def __post_init__(self) -> None:
-        Amount(self.keep, self.scope, self.round_to)
+    units: ClassVar[str] = "heads"
 
     def run(self, edit: Editor) -> None:
-        amount = Amount(self.keep, self.scope, self.round_to)
-        UnitPruning("heads", amount, self.protect, self.criterion, self.norm).prune(edit, head_sites(edit))
+        self.prune(edit, head_sites(edit))

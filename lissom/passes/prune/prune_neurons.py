@@ -15,40 +15,21 @@ A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i]
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar
 
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
-from lissom.compiler.transforms.pruning.budget import Amount
-from lissom.compiler.transforms.pruning.prune import Criterion, UnitPruning
+from lissom.compiler.transforms.pruning.prune import UnitPruning
 from lissom.compiler.transforms.pruning.units import neuron_sites
 
 
 @dataclass(frozen=True)
-class PruneNeurons(Approximation):
+class PruneNeurons(UnitPruning):
     """Zeroes the feed-forward neurons that matter least, and refits what stays where there is calibration data.
 
-    keep: the share of neurons that stays, over 0 to 1.
-    criterion: how neurons are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
-    scope: `global` ranks the neurons of all layers together, `layer` takes the same share of each.
-    round_to: the neurons left in a layer are a multiple of this.
-    protect: module paths that keep all neurons, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    norm: the norm of weights that `magnitude` takes.
+    Options are those of `UnitPruning`.
     """
 
-    keep: float
-    criterion: Criterion = "auto"
-    scope: Literal["global", "layer"] = "global"
-    round_to: int = 1
-    protect: str = ""
-    norm: Literal["l1", "l2"] = "l2"
-
-    leaves_dead = True
-    requires = (FLOATING_POINT_WEIGHTS,)
-
-    def __post_init__(self) -> None:
-        Amount(self.keep, self.scope, self.round_to)
+    units: ClassVar[str] = "neurons"
 
     def run(self, edit: Editor) -> None:
-        amount = Amount(self.keep, self.scope, self.round_to)
-        UnitPruning("neurons", amount, self.protect, self.criterion, self.norm).prune(edit, neuron_sites(edit))
+        self.prune(edit, neuron_sites(edit))

@@ -34,7 +34,7 @@ is treated first, on what all its layers read in the program as it came, and fit
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, cast
@@ -44,7 +44,7 @@ from torch import fx
 
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.structure.linear import input_of, is_linear
-from lissom.compiler.analysis.structure.matrix import Matrix, RoundedMatrix, matrix_of, rounded_matrix_of
+from lissom.compiler.analysis.structure.matrix import RoundedMatrix, rounded_matrix_of
 from lissom.compiler.calibration.hessian import damped, inverse_factor, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
 from lissom.compiler.calibration.observers import weight_scale
@@ -107,13 +107,14 @@ class Gptq(Approximation):
         layers = self._layers(edit)
         names = {node: matrix.name for node, matrix in layers.items()}
         tables = [matrix.name for matrix in layers.values() if _is_table(matrix)]
+        reference = edit.reference if self.asymmetric else None
         reads = sweep_moments(
             edit.program,
             edit.data,
             names,
             tables,
             token_weights=partial(_norm_weights, edit.program),
-            counterpart=_originals(edit, layers) if self.asymmetric else None,
+            counterpart=None if reference is None else Counterpart.of(edit.program, layers, reference),
         )
         for finished, (node, read) in enumerate(reads):
             edit.report("layers", finished, len(set(names.values())))
@@ -160,23 +161,6 @@ class Gptq(Approximation):
 
 def _is_table(matrix: RoundedMatrix) -> bool:
     return any(user.target is aten.embedding.default for user in matrix.quantizer.users)
-
-
-def _originals(edit: Editor, layers: Mapping[fx.Node, RoundedMatrix]) -> Counterpart | None:
-    """The layers in the program before numbers were changed, as far as their weights are still those."""
-    before = edit.reference
-    if before is None:
-        return None
-    known = {node.name: node for node in before.nodes() if is_linear(node)}
-    found: dict[fx.Node, fx.Node] = {}
-    for layer, matrix in layers.items():
-        original = known.get(layer.name)
-        if original is None:
-            continue
-        held = matrix_of(original)
-        if isinstance(held, Matrix) and torch.equal(held.read(before), matrix.read(edit.program)):
-            found[layer] = original
-    return Counterpart(before, found)
 
 
 def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import fx
 
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Annotation, Approximation, Pass, Rewrite, Training
+from lissom.ops.quantization import fake_quantize
 from tests.models import captured
 
 aten = torch.ops.aten
@@ -52,6 +55,31 @@ def test_an_integer_weight_of_a_linear_layer_is_a_breach():
         "prune-heads requires that weights of linear layers are floating point; weight @down.integers: i8[8, 12] breaks it, "
         "made so by quantize: put this pass before the one that quantizes"
     )
+
+
+def _quantized(name: str, target: object, place: int) -> tuple[Program, fx.Node]:
+    """A program whose first layer of a kind reads its weight through a quantizer."""
+    program = captured(name)
+    layer = program.nodes(target)[0]
+    edit = Editor(program, "quantize")
+    with edit.before(layer):
+        scale = edit.weight("scale", torch.ones(1, 1))
+        rounded = edit.call(fake_quantize, layer.args[place], scale, None, format="int8")
+    layer.args = (*layer.args[:place], rounded, *layer.args[place + 1 :])
+    return program, rounded
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "place"), [("gpt2", aten.addmm.default, 2), ("convolution", aten.conv1d.default, 1)]
+)
+def test_every_linear_layer_counts_whatever_its_operator(name, target, place):
+    program, rounded = _quantized(name, target, place)
+    assert FLOATING_POINT_WEIGHTS.breach(program) is rounded
+
+
+def test_quantized_activations_are_no_breach():
+    program, _ = _quantized("feed_forward", aten.linear.default, 0)
+    assert FLOATING_POINT_WEIGHTS.breach(program) is None
 
 
 def test_a_breach_that_no_pass_made_is_the_model_s():

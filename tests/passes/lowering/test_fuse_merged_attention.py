@@ -17,7 +17,7 @@ PASSES = "fuse-attention,fuse-merged-attention"
 def attend(qkv: torch.Tensor, sizes: int | tuple[int, ...] = (16, 16, 16), order: tuple[int, ...] = (0, 1, 2), **options):
     """Attention of heads of size 4 over the pieces of a merged projection [batch, tokens, features]."""
     batch, tokens, _ = qkv.shape
-    pieces = qkv.split(sizes, -1)
+    pieces = qkv.split(sizes, -1) if sizes else qkv.chunk(3, -1)
     q, k, v = (pieces[index].view(batch, tokens, -1, 4).transpose(1, 2) for index in order)
     return scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).reshape(batch, tokens, -1)
 
@@ -27,6 +27,7 @@ FUSED = {
     "causal": (48, lambda x: attend(x, is_causal=True)),
     "masked": (48, lambda x: attend(x, attn_mask=x[:, None, :1, :6] > 0)),
     "equal pieces": (48, lambda x: attend(x, 16)),
+    "in three chunks": (48, lambda x: attend(x, 0)),
     "grouped": (32, lambda x: attend(x, (16, 8, 8), enable_gqa=True)),
 }
 LEFT = {

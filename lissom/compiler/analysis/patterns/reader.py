@@ -17,6 +17,7 @@ from torch import fx
 
 from lissom.compiler.analysis.patterns.facts import ALWAYS, Count, Seen, between, both, moved, opposite, pattern_of
 from lissom.compiler.analysis.patterns.values import PositionValues
+from lissom.compiler.analysis.structure.masks import HIDDEN
 from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
@@ -28,8 +29,6 @@ from lissom.ops.pattern import Condition, Pattern
 
 aten = torch.ops.aten
 
-_LOWEST = -1e4
-"""Scores are never so far apart that a key with this bias counts, as BERT's authors had it."""
 _PLAIN = aten.scaled_dot_product_attention.default
 CAUSAL = Condition(1, -1, 0)
 """A query sees no later key."""
@@ -172,13 +171,13 @@ class _Reader:
         if nodes.is_call(node, *MASKED_FILLS):
             kept, condition, fill = node.args
             value = number(self._program, fill)
-            if value is not None and value <= _LOWEST and nodes.is_tensor(condition):
+            if value is not None and value <= HIDDEN and nodes.is_tensor(condition):
                 return condition, True, value, None if self._is_zero(kept) else kept  # pyright: ignore
         if nodes.is_call(node, *WHERE) and nodes.is_tensor(node.args[0]):
             condition, left, right = node.args
             for fill, kept, negated in ((right, left, False), (left, right, True)):
                 value = number(self._program, fill)
-                if value is not None and value <= _LOWEST and (self._is_zero(kept) or nodes.is_tensor(kept)):
+                if value is not None and value <= HIDDEN and (self._is_zero(kept) or nodes.is_tensor(kept)):
                     return condition, negated, value, None if self._is_zero(kept) else kept  # pyright: ignore
         return None
 

@@ -44,16 +44,32 @@ def is_linear(node: fx.Node) -> bool:
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:
-    """The weight a linear layer multiplies with, seen through views, casts and rounding; None for any other node."""
+    """The weight of a linear layer, behind views, casts and quantizers; None for any other node.
+
+    Kernels that read a packed or quantized weight are no linear layers here: their weight is no matrix.
+    """
+    path = weight_path(node) if node.target not in ops.QUANTIZED_LINEARS else ()
+    return path[-1] if path else None
+
+
+def weight_path(node: fx.Node) -> tuple[fx.Node, ...]:
+    """From what a linear layer takes as its weight to the weight itself: views, casts and quantizers, then the weight.
+
+    Empty where the node is no linear layer, as for a product of two computed values.
+    """
     if node.target in ops.MATMULS_WITH_BIAS:
         found = node.args[2]
-    elif node.target is aten.linear.default or node.target in (*ops.MATMULS, *ops.CONVOLUTIONS):
+    elif node.target in (aten.linear.default, *ops.MATMULS, *ops.CONVOLUTIONS, *ops.QUANTIZED_LINEARS):
         found = node.args[1]
     else:
-        return None
-    while nodes.is_call(found, *_WEIGHT_VIEWS) or (isinstance(found, fx.Node) and is_quantizer(found)):
-        found = found.args[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-    return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
+        return ()
+    path: list[fx.Node] = []
+    while isinstance(found, fx.Node):
+        path.append(found)
+        if not nodes.is_call(found, *_WEIGHT_VIEWS, *ops.QUANTIZERS):
+            break
+        found = found.args[0]
+    return tuple(path) if path and path[-1].op == "get_attr" else ()
 
 
 def input_of(linear: fx.Node) -> fx.Node:

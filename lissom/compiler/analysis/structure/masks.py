@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.interpreter import REFUSALS, call
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import evaluate
 
@@ -21,7 +21,12 @@ aten = torch.ops.aten
 
 _PROBE = 1100
 """Tokens the mask is computed for: more than the usual windows of 128, 512 and 1,024."""
-_BLOCKED = -1e4
+MOST_CALLS = 400
+"""Calls that may make up a mask; each is run here, so that a longer chain is not looked into."""
+HIDDEN = -1e4
+"""Scores with this or less added have a weight of exactly zero beside any other; BERT's authors had this number."""
+_SMALLEST = 3
+"""Of fewer queries or keys a triangle is not told from other masks."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,9 @@ def _kind(program: Program, mask: fx.Node) -> MaskKind:
     try:
         plain = _compute(program, order, masked=False)
         masked = _compute(program, order, masked=True) if inputs else plain
-    except Exception:  # a mask that cannot be computed for these sizes is left undescribed
+    except REFUSALS:  # a mask that cannot be computed for these sizes is left undescribed
         return MaskKind(padding=inputs, bias=True)
-    blocked = ~plain if plain.dtype == torch.bool else plain <= _BLOCKED
+    blocked = ~plain if plain.dtype == torch.bool else plain <= HIDDEN
     padding = inputs and (masked.shape != plain.shape or not torch.equal(masked, plain))
     bias = plain.dtype != torch.bool and bool(plain.masked_fill(blocked, 0).any())
     square = blocked.reshape(-1, *blocked.shape[-2:])[0]
@@ -80,7 +85,7 @@ def _kind(program: Program, mask: fx.Node) -> MaskKind:
 def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
     """Whether later keys are blocked, and how many earlier ones are seen; [queries, keys]."""
     rows, columns = blocked.shape
-    if rows < 3 or columns < 3:
+    if min(rows, columns) < _SMALLEST:
         return False, None
     upper = torch.triu(torch.ones(rows, columns, dtype=torch.bool), 1)
     causal = bool(blocked[upper].all())
@@ -97,7 +102,7 @@ def _ancestors(mask: fx.Node) -> list[fx.Node] | None:
         node = pending.pop()
         if node in seen:
             continue
-        if len(seen) > 400 or node.target in (aten.linear.default, aten.addmm.default, aten.bmm.default):
+        if len(seen) > MOST_CALLS or node.target in (aten.linear.default, aten.addmm.default, aten.bmm.default):
             return None
         seen.add(node)
         pending += node.all_input_nodes

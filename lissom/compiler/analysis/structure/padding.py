@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
-from lissom.compiler.analysis.structure.masks import mask_kind
+from lissom.compiler.analysis.structure.masks import HIDDEN, MOST_CALLS, mask_kind
 from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.interpreter import REFUSALS, call
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import evaluate
 from lissom.compiler.ir.types import ScalarType, TensorType
@@ -27,11 +27,7 @@ from lissom.compiler.ir.types import ScalarType, TensorType
 aten = torch.ops.aten
 
 _BATCH, _TOKENS = 8, 9
-"""Sizes of the probes, where a program does not fix or bound them."""
-_MOST = 400
-"""Calls that may make up a mask."""
-HIDDEN = -1e4
-"""Scores with this or less added have a weight of exactly zero beside any other."""
+"""Sizes of the probes, where a program does not fix or bound them: a row for each kind of mask, and an odd number of tokens."""
 
 Values = Mapping[fx.Node, torch.Tensor]
 Check = Callable[[Values], bool]
@@ -166,7 +162,7 @@ def _holds_on(check: Check, order: Sequence[fx.Node], program: Program, mask: fx
     try:
         return all(check(values) for values in _probes(program, mask, order))
     # A part of a program that cannot be run on a probe says nothing of what it does.
-    except Exception:
+    except REFUSALS:
         return False
 
 
@@ -181,7 +177,7 @@ def order_of(program: Program, wanted: Sequence[fx.Node]) -> list[fx.Node] | Non
         node = pending.pop()
         if node in seen:
             continue
-        if len(seen) > _MOST or (node.op == "call_function" and (is_linear(node) or is_attention(node))):
+        if len(seen) > MOST_CALLS or (node.op == "call_function" and (is_linear(node) or is_attention(node))):
             return None
         seen.add(node)
         if not _is_size(node):

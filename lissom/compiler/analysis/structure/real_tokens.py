@@ -14,12 +14,17 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import is_attention
+from lissom.compiler.analysis.structure.masks import HIDDEN
 from lissom.compiler.analysis.structure.operands import mask_of
-from lissom.compiler.analysis.structure.padding import HIDDEN, kept_rows, order_of, padding_masks, values_at
+from lissom.compiler.analysis.structure.padding import kept_rows, order_of, padding_masks, values_at
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import Size
+
+_HIDDEN_ROUNDED = 0.99 * HIDDEN
+"""-1e4 is -9984 in bfloat16."""
 
 
 def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -> torch.Tensor | None:
@@ -65,7 +70,7 @@ class _Sources:
         for mask, order in self.masks.items():
             shape = nodes.tensor_type(mask).shape
             # What a program cannot compute of a sample tells nothing of its tokens.
-            with suppress(RuntimeError, IndexError, KeyError, TypeError, ValueError):
+            with suppress(*REFUSALS):
                 yield shape[0], shape[-1], _seen(program, mask, order, sample)
         for at in self.named:
             value = sample[at]
@@ -96,6 +101,5 @@ def _seen(program: Program, mask: fx.Node, order: Sequence[fx.Node], sample: Sam
     """The keys that a query sees, [batch, keys]. mask: of an attention, [batch or 1, heads or 1, queries, keys]."""
     given = dict(zip(program.placeholders, sample, strict=True))
     value = values_at(program, order, program.signature.sizes_of(sample), given)[mask]
-    # -1e4 is -9984 in bfloat16.
-    seen = value if value.dtype == torch.bool else value > 0.99 * HIDDEN
+    seen = value if value.dtype == torch.bool else value > _HIDDEN_ROUNDED
     return kept_rows(seen.flatten(1, -2).any(1))

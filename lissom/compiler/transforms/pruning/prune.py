@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from lissom.compiler.calibration.statistics import Moments, Progress, moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.memory import give_back_memory
+from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
 from lissom.compiler.transforms.pruning import importance
 from lissom.compiler.transforms.pruning.budget import Amount, Choice, Ranking, allocate, check_amount
 from lissom.compiler.transforms.pruning.reconstruction import refit, scale_units
@@ -21,18 +22,35 @@ Criterion = Literal["auto", "magnitude", "gradient", "taylor", "wanda", "reconst
 
 
 @dataclass(frozen=True)
-class UnitPruning:
-    """What is pruned, and how it is chosen.
+class UnitPruning(Approximation):
+    """What `prune-heads` and `prune-neurons` share: their options, and how units are chosen and zeroed.
 
-    units: their name in messages, `heads`. amount: how many stay. protect: patterns of module paths that keep all.
-    criterion, norm: see the passes.
+    units: the name of what is pruned, `heads` or `neurons`.
+
+    keep: fraction of the units that stays, above 0 and at most 1.
+    criterion: how units are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
+    scope: `global` ranks the units of all layers together, `layer` removes the same fraction of each layer.
+    round_to: the number of units left in a layer is a multiple of this.
+    protect: module paths that keep all units, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    norm: the norm of weights that `magnitude` takes.
     """
 
-    units: str
-    amount: Amount
-    protect: str
-    criterion: Criterion
-    norm: str
+    units: ClassVar[str]
+    leaves_dead = True
+    requires = (FLOATING_POINT_WEIGHTS,)
+
+    keep: float
+    criterion: Criterion = "auto"
+    scope: Literal["global", "layer"] = "global"
+    round_to: int = 1
+    protect: str = ""
+    norm: Literal["l1", "l2"] = "l2"
+
+    def __post_init__(self) -> None:
+        self._amount()
+
+    def _amount(self) -> Amount:
+        return Amount(self.keep, self.scope, self.round_to)
 
     def prune(self, edit: Editor, sites: Sequence[UnitSite]) -> None:
         """Zero the columns of the units that go, and fit the rest where the criterion does.
@@ -44,15 +62,15 @@ class UnitPruning:
         if criterion != "magnitude":
             sites = _readable(edit, sites)
         choices = [Choice(site.path, site.count, site.is_protected(self.protect)) for site in sites]
-        check_amount(self.amount, choices, self.units)
-        if self.amount.keep == 1 or not sites:
+        check_amount(self._amount(), choices, self.units)
+        if self.keep == 1 or not sites:
             return
         reference = edit.reference or edit.program.copy()
         if criterion == "reconstruction":
             self._search_masks(edit, sites, choices)
             return
         ranked = self._rank(edit, sites, criterion)
-        for site, gone in zip(sites, allocate(self.amount, choices, ranked), strict=True):
+        for site, gone in zip(sites, allocate(self._amount(), choices, ranked), strict=True):
             weight = site.matrix(edit.program)
             weight[:, site.units[gone].flatten()] = 0
             self._set(edit, site, weight, gone)
@@ -91,7 +109,7 @@ class UnitPruning:
         read = moments(
             edit.program, edit.data, {node for site in sites for node in importance.inputs_of(site)}, _reporter(edit, "fit")
         )
-        for site, item, gone in zip(sites, gates, allocate(self.amount, choices, ranked), strict=True):
+        for site, item, gone in zip(sites, gates, allocate(self._amount(), choices, ranked), strict=True):
             gone = importance.rearranged(item.gram, gone)
             total = Moments.sum([read[node] for node in importance.inputs_of(site)])
             self._set(edit, site, scale_units(edit.program, site, total, gone), gone)

@@ -112,7 +112,7 @@ class LowRank(Approximation):
         ranks = self._allotted(edit, layers, counts) if self.budget is not None else {}
         factors: dict[str, _Factors] = {}
         weights = _Borrowed(edit, layers)
-        for node, read in self._reads(edit, layers, _counterpart(edit.program, layers, reference)):
+        for node, read in self._reads(edit, layers, Counterpart.of(edit.program, layers, reference)):
             matrix = layers[node]
             weights.give_back()
             weight, hessian = _target(matrix.read(edit.program), read, self.damping)
@@ -274,17 +274,6 @@ class _Borrowed:
             if shared or not several:
                 self.edit.set_weight(node, original)
         self._lent = [item for item in self._lent if item[2] and not shared]
-
-
-def _counterpart(program: Program, layers: Mapping[fx.Node, Matrix], reference: Program) -> Counterpart:
-    """The layers in the program before numbers were changed, as far as their weights are still those."""
-    known = {node.name: node for node in reference.nodes() if is_linear(node)}
-    found: dict[fx.Node, fx.Node] = {}
-    for layer, matrix in layers.items():
-        held = matrix_of(known[layer.name]) if layer.name in known else ""
-        if isinstance(held, Matrix) and torch.equal(held.read(reference), matrix.read(program)):
-            found[layer] = known[layer.name]
-    return Counterpart(reference, found)
 
 
 def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[str, _Factors]) -> None:
