@@ -19,7 +19,8 @@ import torch
 
 import lissom
 from lissom.api import CompiledModel
-from lissom.bench.workload import Inputs, Shape, answer, encode, load_model, read_texts
+from lissom.bench.workload import Inputs, Shape, answer, encode, load_model
+from lissom.calibration_files import read_texts
 
 GLOSSES = Path(__file__).parent / "data" / "glosses.txt"
 _ROWS = 2

@@ -1,5 +1,13 @@
 """Lissom: a compiler-style graph optimizer for transformer inference."""
 
+# ruff: noqa: E402
+from lissom.shadowing import refuse_shadows
+
+# Before torch is imported, which a file of the current directory may hide.
+refuse_shadows()
+
+# isort: split
+
 from lissom.api import CompiledModel, Optimized, compile, optimize
 from lissom.backends.distributed.backend import Distributed
 from lissom.backends.onnxruntime.backend import OnnxRuntime
