@@ -29,7 +29,7 @@ from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, 
 
 @dataclass(frozen=True)
 class EliminateDeadNeurons(Rewrite):
-    """Removes feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
+    """Removes feed-forward neurons that contribute nothing, and feed-forwards that have no other neuron."""
 
     def run(self, edit: Editor) -> None:
         found = _dead_sites(edit, report=True)

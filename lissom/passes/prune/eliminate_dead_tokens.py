@@ -36,7 +36,7 @@ _RESHAPES = {aten.reshape.default, aten.view.default}
 
 @dataclass(frozen=True)
 class EliminateDeadTokens(Rewrite):
-    """Computes values only at the positions that are read, where that saves products of matrices."""
+    """Computes only the token positions that are used later, where that saves matrix products."""
 
     def run(self, edit: Editor) -> None:
         unflatten_where(edit, lambda trial: bool(_useful(trial, _demands(trial)[0])))

@@ -1,15 +1,15 @@
-"""Prune feed-forward neurons: choose those that matter least, zero what reads them, and let the rest make up for them.
+"""Prune feed-forward neurons: zero the least important ones, and refit the rest to compensate.
 
 A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i] x). Neuron i is pruned by zeroing W₂[:, i];
 `eliminate-dead-neurons` then removes it. Criteria, with formulas and sources, are in
-`lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in
+`lissom/compiler/transforms/pruning/importance.py`, and the refitting of the remaining weights in
 `lissom/compiler/transforms/pruning/reconstruction.py`:
 
-- `second-order` takes neurons one after another, each time the one whose loss the others can make up for best, and then refits
+- `second-order` removes neurons one by one, each time the one that the others can compensate best, and then refits
   every layer that ends a branch to the original model, in the order of the program. It is what `auto` means
   with calibration data.
-- `reconstruction` searches a mask by Fisher information and scales the neurons that stay. Kwon et al. 2022.
-- `magnitude`, `wanda`, `gradient` and `taylor` choose and zero. `magnitude` needs no data, and is what `auto` means without.
+- `reconstruction` searches a mask by Fisher information and scales the remaining neurons. Kwon et al. 2022.
+- `magnitude`, `wanda`, `gradient` and `taylor` only zero. `magnitude` needs no data; `auto` means it where there is none.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lissom.compiler.transforms.pruning.units import neuron_sites
 
 @dataclass(frozen=True)
 class PruneNeurons(Approximation):
-    """Zeroes the feed-forward neurons that matter least, and refits what stays where there is calibration data.
+    """Zeroes the least important feed-forward neurons, and refits the rest to calibration data if given.
 
-    keep: the share of neurons that stays, over 0 to 1.
+    keep: fraction of neurons to keep, above 0 and up to 1.
     criterion: how neurons are ranked; all but `magnitude` need calibration data. `auto` is `second-order` with data.
-    scope: `global` ranks the neurons of all layers together, `layer` takes the same share of each.
-    round_to: the neurons left in a layer are a multiple of this.
-    protect: module paths that keep all neurons, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    norm: the norm of weights that `magnitude` takes.
+    scope: `global` ranks the neurons of all layers together, `layer` prunes the same fraction of each.
+    round_to: the number of neurons kept in a layer is a multiple of this.
+    protect: module paths whose neurons are all kept, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    norm: the weight norm of the criterion `magnitude`.
     """
 
     keep: float

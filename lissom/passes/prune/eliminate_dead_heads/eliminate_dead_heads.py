@@ -32,7 +32,7 @@ from lissom.passes.prune.eliminate_dead_heads.head_selection import MASK, QUERY_
 
 @dataclass(frozen=True)
 class EliminateDeadHeads(Rewrite):
-    """Removes attention heads that contribute nothing, and attentions without a head that does."""
+    """Removes attention heads that contribute nothing, and attentions that have no other head."""
 
     def run(self, edit: Editor) -> None:
         found = _dead_sites(edit, report=True)
