@@ -18,7 +18,8 @@ from lissom.bench.comparison import compare, measurements
 from lissom.bench.engines import ENGINES, find_engines
 from lissom.bench.report import markdown_table, shapes_of
 from lissom.bench.worker import Record
-from lissom.bench.workload import parse_shapes, read_texts
+from lissom.bench.workload import parse_shapes
+from lissom.calibration_files import read_texts
 from lissom.inspect.progress import progress_bar
 
 HERE = Path(__file__).parent

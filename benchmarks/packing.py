@@ -19,7 +19,7 @@ import torch
 from readme import put_table
 
 import lissom
-from lissom.bench.workload import read_texts
+from lissom.calibration_files import read_texts
 from lissom.frontends.huggingface import load
 from lissom.inspect.machine import device_name
 from lissom.inspect.timing import Timing, time_calls

@@ -69,21 +69,18 @@ class Scheme:
 
 SCHEMES = {
     "int8-dynamic": Scheme(
-        "Weights are rounded to int8 with a scale a channel; what a layer reads is rounded to uint8 while the program "
-        "runs, each token with the scale and zero point of its own range. It needs no data. Products are of bytes and "
-        "sums are whole.",
-        "- A decoder that makes one token at a time: reading weights takes the time, and four bits are "
-        "half as many.\n"
-        "- A tenth of a point of quality that cannot be spared: keep weights in eight bits and values as they are, "
-        "`int8-weight`.",
+        "W8A8: weights in int8 with per-channel scales, activations in uint8 with per-token scales and zero points that are "
+        "computed at run time. It needs no calibration data. Matrix products run in integers.",
+        "- For decode, one token at a time: it is bound by reading weights, and int4 weights are half as large.\n"
+        "- Where a tenth of a percent of quality counts: `int8-weight` keeps activations in floating point.",
         ("quantize{scheme=int8-dynamic}", "quantize{scheme=int8-dynamic,activations=tensor}"),
         ("quantize{scheme=int8-dynamic}",),
     ),
     "int8-static": Scheme(
-        "As `int8-dynamic`, with one scale and zero point for each value, found beforehand from calibration data by an "
-        "observer. `smooth-quant` before it moves what is large in values into weights.",
+        "W8A8 as `int8-dynamic`, with per-tensor activation scales and zero points that an observer chooses from calibration "
+        "data. `smooth-quant` before it moves activation outliers into weights.",
         "- Without calibration data that "
-        "looks like the inputs to come: what lies outside its range is cut off.\n"
+        "looks like the inputs to come: values outside its range are clipped.\n"
         "- On values with outliers, as the residual streams of most transformers have: one scale for all tokens costs "
         "several times the error of one for each, see the table.\n"
         "- For speed alone: finding ranges at run time is a small part of a layer, see the last columns of both pages.",
@@ -95,20 +92,20 @@ SCHEMES = {
         ("smooth-quant,quantize{scheme=int8-static}",),
     ),
     "int8-weight": Scheme(
-        "Weights alone are rounded, to int8 with a scale a channel or a group; values stay in floating point, and weights "
-        "become floats in registers.",
-        "- Where many tokens are read at once: products are those of floating point, no "
+        "Weight-only int8 (W8A16) with per-channel or per-group scales; activations stay in floating point, and weights are "
+        "dequantized in registers.",
+        "- For prefill and large batches: products run in floating point, no "
         "faster, see the longer shape.\n"
         "- Where memory is what counts and a percent of quality can go: `int4-weight` takes half of it.",
         ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,embeddings=true}"),
         ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,granularity=group,embeddings=true}"),
     ),
     "int4-weight": Scheme(
-        "Weights alone are rounded, to four bits with a scale for 32 neighbours. `gptq` behind it and `awq` before it "
-        "choose the rounding by calibration data.",
+        "Weight-only int4 (W4A16) with a scale per group of 32. `gptq` behind it and `awq` before it reduce the error by "
+        "calibration data.",
         "- Without data for `gptq` or `awq` where quality counts: rounding to the "
         "nearest costs many times as much.\n"
-        "- Where many tokens are read at once: products are those of floating point, no faster.\n"
+        "- For prefill and large batches: products run in floating point, no faster.\n"
         "- For encoders whose embeddings are compared with those of the original: eight bits are nearer by an order of "
         "magnitude.",
         (
@@ -119,8 +116,8 @@ SCHEMES = {
         ("quantize{scheme=int4-weight}", "quantize{scheme=int4-weight},gptq"),
     ),
     "fp8": Scheme(
-        "Weights and values are rounded to e4m3, four bits of exponent and three of fraction, with a scale for each "
-        "channel and each token. The largest value lies at 448.",
+        "Weights and activations in fp8 (e4m3, four bits of exponent and three of fraction), with per-channel and per-token "
+        "scales. The largest value is 448.",
         "- On a CPU: no processor multiplies fp8, and the scheme is "
         "refused; `simulate=True` computes the same numbers in floating point, to learn what they cost.\n"
         "- For weights that a short integer format holds: within one channel int8 has finer steps, see the cosine of "

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 _FENCE = "```"
 _OUTPUT = re.compile(r"<!-- output(, measured)? -->")
 _DECIMAL = re.compile(r"[-+]?\d+(\.\d+)?e[-+]?\d+|[-+]?\d+\.\d+")
+_SLOW_BUILD = re.compile(r"^\w+ built the program in .* s\n", re.MULTILINE)
 _SOURCE_LINE = re.compile(r"(\w+\.py):\d+")
 
 
@@ -118,5 +119,6 @@ def settled(text: str, outputs: bool = True) -> str:
 
 
 def mask(text: str) -> str:
-    """The text without its decimals, and without the spaces and rules that align them."""
+    """The text without its decimals, the spaces and rules that align them, and notes on builds that were slow."""
+    text = _SLOW_BUILD.sub("", text)
     return re.sub(r"─+", "─", re.sub(r" +", " ", _DECIMAL.sub("#", text)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import io
 import os
 import re
 import subprocess
@@ -24,23 +23,26 @@ from blocks import fill, mask, settled
 from examples import EXAMPLES
 from measure import machine, measure
 from page import page, timings
-from rich.console import Console
+from rich.console import Group
 
 from lissom import demo
 from lissom.api import compile
 from lissom.frontends.huggingface import load
-from lissom.inspect.tables import first_line
-from lissom.passes import PASSES
+from lissom.inspect.catalogue import first_line, grouped
+from lissom.inspect.tables import plain
+from lissom.passes import PASSES, RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "docs" / "demo.txt"
 VERSIONS = ROOT / "docs" / "versions.txt"
-WIDTH = 100
+INDEX = ROOT / "docs" / "passes" / "index.md"
+WIDTH = 80
 """Columns of docs/demo.txt."""
 _MEASURED = re.compile(r"(<!-- measured -->\n).*?(<!-- end -->)", re.DOTALL)
 _SIZES = re.compile(r"<!-- sizes -->\n.*?<!-- end -->", re.DOTALL)
 _SECTION = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FIRST_MEASURED_LINE = "embeddings differ"
+_MEASURED_SPEED = re.compile(r"[0-9.]+( to [0-9.]+)? × faster,\s")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Problem:
 def documents() -> list[Path]:
     """Every document with something generated in it, those that others quote first."""
     pages = [ROOT / "docs" / "passes" / f"{name}.md" for name in PASSES]
-    return [DEMO, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *pages]
+    return [DEMO, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), INDEX, *pages]
 
 
 def fresh(path: Path, seconds: float | None = None) -> str:
@@ -65,9 +67,9 @@ def fresh(path: Path, seconds: float | None = None) -> str:
     torch.compiler.reset()  # graphs are numbered, and a document shows its own
     if path == DEMO:
         return _demo(seconds)
-    if path.parent.name == "passes":
+    if path.parent.name == "passes" and path != INDEX:
         return fill(_page(path.stem, seconds), path.stem)
-    sections = {"passes": _passes_table, "docs/demo.txt": _quoted_demo}
+    sections = {"passes": _passes_tables, "recipes": _recipes, "docs/demo.txt": _quoted_demo}
     text = _SECTION.sub(lambda found: f"{found[1]}{sections[found[2]]()}{found[3]}", path.read_text(encoding="utf-8"))
     return fill(text, path.stem)
 
@@ -89,7 +91,7 @@ def problem(path: Path) -> Problem | None:
 
 def stray_pages() -> list[Path]:
     """Pages of passes that do not exist."""
-    return [path for path in sorted((ROOT / "docs" / "passes").glob("*.md")) if path.stem not in PASSES]
+    return [path for path in sorted((ROOT / "docs" / "passes").glob("*.md")) if path.stem not in PASSES and path != INDEX]
 
 
 def versions() -> str:
@@ -105,7 +107,10 @@ def made_with_these_versions() -> bool:
 def _comparable(path: Path, text: str) -> str:
     """The document without what is measured."""
     if path == DEMO:
-        return mask(text.partition(_FIRST_MEASURED_LINE)[0])
+        settled_text = _MEASURED_SPEED.sub("", text.partition(_FIRST_MEASURED_LINE)[0])
+        # The first line may break elsewhere without its speed.
+        title, rule, rest = settled_text.partition("\n\n")
+        return mask(" ".join(title.split()) + rule + rest)
     return settled(_MEASURED.sub(r"\1\2", text))
 
 
@@ -126,29 +131,33 @@ def _demo(seconds: float | None) -> str:
     if seconds is not None:
         command = [sys.executable, "-m", "lissom", "demo", "--seconds", str(seconds)]
         ran = subprocess.run(command, env={**os.environ, "COLUMNS": str(WIDTH)}, stdout=subprocess.PIPE, text=True, check=True)
-        return _stripped(ran.stdout)
+        return ran.stdout
     checkpoint = load("minilm")
     compiled = compile(checkpoint.model, checkpoint.example_inputs)
     embeddings = demo.embed(compiled, checkpoint.encode(demo.SENTENCES))
     found = demo.Demonstration(compiled, 0.0, embeddings @ embeddings.T, {}, {})
-    console = Console(width=WIDTH, file=io.StringIO(), color_system=None)
-    with console.capture() as captured:
-        console.print(compiled.report)
-        console.print(demo.similarity_table(found))
-    return _stripped(captured.get())
-
-
-def _stripped(text: str) -> str:
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    return plain(Group(found.report, demo.similarity_table(found)), WIDTH)
 
 
 def _quoted_demo() -> str:
     return f"```text\n{DEMO.read_text(encoding='utf-8').strip()}\n```\n"
 
 
-def _passes_table() -> str:
-    rows = [f"| [{name}](docs/passes/{name}.md) | {item.kind} | {first_line(item)} |\n" for name, item in PASSES.items()]
-    return "".join(["| pass | kind | what it does |\n|---|---|---|\n", *rows])
+def _passes_tables() -> str:
+    """A table per group of passes, beside this page."""
+    parts: list[str] = []
+    for title, members in grouped(PASSES).items():
+        rows = [
+            f"| [{name}]({name}.md) | {'exact' if item.kind in ('rewrite', 'annotation') else 'lossy'} | {first_line(item)} |"
+            for name, item in members.items()
+        ]
+        parts.append("\n".join([f"## {title}", "", "| pass | | what it does |", "|---|---|---|", *rows, ""]))
+    return "\n".join(parts)
+
+
+def _recipes() -> str:
+    rows = [f"| `{name}` | {text.replace(',', ', ')} |\n" for name, text in RECIPES.items()]
+    return "".join(["| recipe | passes |\n|---|---|\n", *rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("documents", nargs="*", type=Path, help="the documents to make, all by default")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 when something is out of date")
+    parser.add_argument("--keep-measured", action="store_true", help="leave measured numbers as they stand")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to time each engine")
     options = parser.parse_args(arguments)
     chosen = [path.resolve() for path in options.documents] or documents()
@@ -165,8 +175,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in chosen:
         print(path.relative_to(ROOT), flush=True)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(fresh(path, options.seconds), encoding="utf-8")
+        text = _kept_measured(path) if options.keep_measured else fresh(path, options.seconds)
+        path.write_text(text, encoding="utf-8")
     return 0
+
+
+def _kept_measured(path: Path) -> str:
+    """The document made anew, with the measured parts it has now."""
+    kept = path.read_text(encoding="utf-8") if path.exists() else ""
+    made = fresh(path)
+    if path == DEMO:
+        return made + kept[kept.find(_FIRST_MEASURED_LINE) :] if _FIRST_MEASURED_LINE in kept else made
+    parts = iter([found.group() for found in _MEASURED.finditer(kept)])
+    return _MEASURED.sub(lambda found: next(parts, found.group()), made)
 
 
 def _check(chosen: Sequence[Path]) -> int:

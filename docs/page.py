@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import inspect
 import re
 import sys
@@ -13,8 +12,8 @@ from examples import Example
 from measure import Gain
 
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.spelling import options_of, type_text
-from lissom.inspect.tables import first_line
+from lissom.compiler.pipeline.spelling import options_of
+from lissom.inspect.catalogue import first_line, option_rows
 from lissom.passes import RECIPES
 from lissom.passes.quantize.quantize import Scheme
 
@@ -88,12 +87,9 @@ def _about(item: type[Pass]) -> str:
 def _options(item: type[Pass]) -> str:
     if not options_of(item):
         return "None."
-    meanings = dict(re.findall(r"^(\w+): (.*)$", inspect.getdoc(item) or "", re.MULTILINE))
-    defaults = {field.name: field.default for field in dataclasses.fields(item)}  # pyright: ignore[reportArgumentType]
     rows = [
-        f"| `{name}` | {type_text(hint)} | {'required' if defaults[name] is dataclasses.MISSING else f'`{defaults[name]}`'} "
-        f"| {meanings.get(name, '')} |"
-        for name, hint in options_of(item).items()
+        f"| `{name}` | {takes} | {'required' if default == 'required' else f'`{default}`'} | {meaning} |"
+        for name, takes, default, meaning in option_rows(item)
     ]
     return "\n".join(["| option | takes | default | meaning |", "|---|---|---|---|", *rows])
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from lissom.shadowing import refuse_shadows
 from lissom.version import __version__
+
+# Before torch is imported, which a file of the current directory may hide.
+refuse_shadows()
 
 if TYPE_CHECKING:
     from lissom.api import Optimized, compile, optimize

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
@@ -18,34 +17,43 @@ from lissom.artifacts.files import check_writable, write_whole
 from lissom.backends import find_backends
 from lissom.backends.base import Backend as BackendObject
 from lissom.backends.distributed.backend import Distributed
-from lissom.bench.comparison import compare
-from lissom.bench.engines import ENGINES, find_engines
-from lissom.bench.profile import profile_model, profile_table
-from lissom.bench.report import comparison_table, markdown_table
-from lissom.bench.saved import saved_table
-from lissom.bench.worker import Record
-from lissom.bench.workload import DEFAULT_SHAPES, parse_shapes, read_texts
-from lissom.cli_options import MOST_THREADS, Backend, Checks, Device, Model, Passes, Seconds, Simulate, Ways, finite
+from lissom.bench_commands import run_bench, run_machine
+from lissom.cli_options import (
+    Backend,
+    Checks,
+    Data,
+    Device,
+    MaxDrop,
+    MetricName,
+    Model,
+    Passes,
+    Quality,
+    Seconds,
+    Simulate,
+    Ways,
+    finite,
+)
 from lissom.compiler.parallel.plan import make_plan
 from lissom.compiler.pipeline.history import Interrupted
 from lissom.compiler.pipeline.options import check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.ranks import with_world_size
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
-from lissom.errors import LissomError
+from lissom.errors import LissomError, UnsupportedError, nearest
 from lissom.frontends.device import check_device
 from lissom.frontends.sources import NAMES, load
 from lissom.generation.directory import is_saved
 from lissom.generation.prompted import compile_prompted, load_prompted
 from lissom.generation.stream import Speed, stream_text, stream_tokens
-from lissom.inspect.machine import Machine, cache_path, load_machine, measure_machine, save_machine
-from lissom.inspect.progress import progress_bar
-from lissom.inspect.roofline import cost_table, machine_table
+from lissom.inspect.catalogue import pass_page, passes_table
+from lissom.inspect.machine import load_machine
+from lissom.inspect.roofline import cost_table
 from lissom.inspect.sharding import Link, sharding_table
 from lissom.inspect.sites import axes_table, structure_tables
-from lissom.inspect.tables import Report, coloured_diff, passes_table
+from lissom.inspect.tables import Report, coloured_diff, show
 from lissom.passes import RECIPES, known_passes
 from lissom.saved_commands import AllowNative, load_saved, run_saved, sign_saved, verify_saved
+from lissom.shadowing import shadowed_install
 from lissom.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -73,10 +81,9 @@ def run_demo(
 ) -> None:
     """Compile all-MiniLM-L6-v2, check it on real sentences, and time it beside PyTorch."""
     found = demo.demonstrate(seconds)
-    console.print(found.compiled.report)
-    console.print(demo.similarity_table(found))
-    console.print(f"embeddings differ from the original model's by {found.worst_error:.1e} relative")
-    console.print(demo.latency_table(found))
+    show(found.report, demo.similarity_table(found))
+    print(f"embeddings differ from the original model's by {found.worst_error:.1e} relative")
+    show(demo.latency_table(found))
 
 
 @app.command("compile")
@@ -87,11 +94,15 @@ def run_compile(
     device: Device = None,
     world_size: Annotated[int | None, typer.Option(help="With --backend distributed: how many ranks share the model.")] = None,
     checks: Checks = "numeric",
+    data: Data = None,
+    metric: MetricName = None,
+    max_drop: MaxDrop = None,
     simulate: Simulate = False,
+    full: Annotated[bool, typer.Option("--full", help="List every step, also those that changed nothing.")] = False,
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,
-    only_if_faster: Annotated[bool, typer.Option(help="Undo lossy passes that make nothing faster or smaller here.")] = True,
+    only_if_faster: Annotated[bool, typer.Option(help="Revert lossy passes that make nothing faster or smaller here.")] = True,
     _ways: Ways = None,
 ) -> None:
     """Compile a model and print what every pass did."""
@@ -101,8 +112,9 @@ def run_compile(
     if save is not None:
         check_target(save)
     chosen = with_world_size(backend, world_size)
-    compiled = _compile(model, passes, chosen, device, checks, only_if_faster=only_if_faster, simulate=simulate)
-    console.print(compiled.report)
+    quality = Quality(data, metric, max_drop)
+    compiled = _compile(model, passes, chosen, device, checks, quality, only_if_faster=only_if_faster, simulate=simulate)
+    show(compiled.report.full() if full else compiled.report)
     if save is not None:
         assert isinstance(compiled, api.CompiledModel)
         compiled.save(save)
@@ -118,12 +130,12 @@ app.command("run")(run_saved)
 @app.command("generate")
 def run_generate(
     model: Annotated[str, typer.Argument(help=f"A directory that --save wrote. {NAMES}")],
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0.0, callback=finite, help="0 takes the likeliest token; above it tokens are drawn.")
+        float, typer.Option(min=0.0, callback=finite, help="0 takes the most likely token; above 0 tokens are sampled.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(min=-(1 << 63), max=(1 << 64) - 1, help="Of the tokens drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(1 << 63), max=(1 << 64) - 1, help="Of sampling.")] = 0,
     passes: Passes = "exact",
     backend: Backend = "eager",
     device: Device = None,
@@ -131,7 +143,7 @@ def run_generate(
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
     allow_native: AllowNative = False,
 ) -> None:
-    """Go on from a text, as a model compiled with its cache, and say how fast it went."""
+    """Continue a text with a model compiled with its KV cache, and print its speed."""
     saved = Path(model) if is_saved(model) else None
     if saved is not None and (passes != "exact" or backend != "eager" or save is not None):
         raise typer.BadParameter("--passes, --backend and --save do not go with a saved decoder")
@@ -150,7 +162,7 @@ def run_generate(
         # The last token of an answer is not read any more.
         room = decoder.max_length - ids.shape[1] + 1
         if room < max_new_tokens and rank.speaks:
-            note = f"{decoder.max_length} tokens can be read at most, so the answer ends after {room}"
+            note = f"{decoder.max_length} tokens fit into the KV cache, so the answer ends after {room}"
             Console(stderr=True).print(note, highlight=False, soft_wrap=True)
         speed, stop = Speed(), decoder.generation_config.eos_token_id
         tokens = stream_tokens(
@@ -179,16 +191,17 @@ def _write(piece: str, rank: RankProcess) -> None:
 def run_show(
     model: Model,
     passes: Passes = "exact",
-    backend: Annotated[str | None, typer.Option(help="Show what this backend makes of it; the passes' result without.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Show the program lowered for this backend.")] = None,
+    data: Data = None,
     diff: Annotated[
-        tuple[int, int] | None, typer.Option(help="Show what changed between two steps of the history; 0 is the capture.")
+        str | None, typer.Option(help="Show what changed between two steps of the history, 10:11; 0 is the capture.")
     ] = None,
     structure: Annotated[bool, typer.Option("--structure", help="Show layers, attention and feed-forward sites.")] = False,
-    axes: Annotated[bool, typer.Option("--axes", help="Show the axes layers sum over, and which may shrink.")] = False,
-    cost: Annotated[bool, typer.Option("--cost", help="Show what every site costs.")] = False,
-    sharding: Annotated[int | None, typer.Option(help="Show how this many ranks would share it: `shard`'s plan.")] = None,
+    axes: Annotated[bool, typer.Option("--axes", help="Show the axes that linear layers contract.")] = False,
+    cost: Annotated[bool, typer.Option("--cost", help="Show FLOPs, bytes and parameters of every site.")] = False,
+    sharding: Annotated[int | None, typer.Option(help="Show the plan of `shard` for this many ranks.")] = None,
     sequence_parallel: Annotated[
-        bool, typer.Option("--sequence-parallel", help="With --sharding: values between the layers are sharded by position.")
+        bool, typer.Option("--sequence-parallel", help="With --sharding: shard the values between layers by token position.")
     ] = False,
     latency: Annotated[
         float, typer.Option(min=0.0, callback=finite, help="With --sharding: microseconds one message takes.")
@@ -208,124 +221,67 @@ def run_show(
         raise typer.BadParameter("--batch and --sequence go with --cost or --sharding")
     if sharding is not None and sharding < 2:
         raise typer.BadParameter("--sharding takes 2 ranks or more")
+    steps = _read_steps(diff) if diff is not None else None
     if sequence_parallel and sharding is None:
         raise typer.BadParameter("--sequence-parallel goes with --sharding")
     # Tables are of forms and sizes, which structural checks cover; a program shown is a program checked.
     checks = "structural" if structure or axes or cost or sharding is not None else "numeric"
     if is_artifact(model):
-        if passes != "exact" or backend is not None:
-            raise typer.BadParameter("--passes and --backend do not go with a saved model")
+        if passes != "exact" or backend is not None or data is not None:
+            raise typer.BadParameter("--passes, --backend and --data do not go with a saved model")
         compiled = load_saved(Path(model), None, allow_native)
     else:
         # What is only shown may have layers without a kernel.
-        compiled = _compile(model, passes, backend, None, checks, simulate=True)
+        compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True)
     if structure or axes:
         found = [structure_tables(compiled.program)] if structure else []
-        console.print(*found, *([axes_table(compiled.program)] if axes else []), sep="\n")
+        show(*found, *([axes_table(compiled.program)] if axes else []))
         return
     if sharding is not None:
         plan = make_plan(compiled.program, sharding, sequence=sequence_parallel)
-        console.print(sharding_table(compiled.program, plan, sizes, Link(latency * 1e-6, bandwidth * 1e9)))
+        show(sharding_table(compiled.program, plan, sizes, Link(latency * 1e-6, bandwidth * 1e9)))
         return
     if cost:
-        console.print(cost_table(compiled.program, sizes, load_machine()))
+        show(cost_table(compiled.program, sizes, load_machine()))
         return
-    if diff is None:
+    if steps is None:
         sys.stdout.write(compiled.program.text())
         return
-    changed = compiled.report.history.diff(*diff)
+    changed = compiled.report.history.diff(*steps)
     console.print(coloured_diff(changed) if changed else "the two steps are the same program", soft_wrap=True)
 
 
-@app.command("bench")
-def run_bench(
-    model: Model,
-    engines: Annotated[str | None, typer.Option(help=f"Some of {', '.join(ENGINES)}; all by default.")] = None,
-    shapes: Annotated[
-        str | None, typer.Option(help=f"Rows x tokens, or x ragged for whole texts padded; {DEFAULT_SHAPES} by default.")
-    ] = None,
-    seconds: Seconds = 2.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, max=MOST_THREADS, help="For each engine; as many as PyTorch uses by default.")
-    ] = None,
-    texts: Annotated[Path | None, typer.Option(help="A file of texts, one a line, to fill rows and calibrate with.")] = None,
-    profile: Annotated[bool, typer.Option("--profile", help="Show where the compiled program's time goes instead.")] = False,
-    passes: Annotated[str | None, typer.Option(help="With --profile: pipeline text or a recipe's name.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file too, as Markdown.")] = None,
-    allow_native: AllowNative = False,
-) -> None:
-    """Time a model on Lissom and on the other engines installed here, each in a process of its own."""
-    if profile and (engines or markdown):
-        raise typer.BadParameter("--engines and --markdown do not go with --profile")
-    if passes and not profile:
-        raise typer.BadParameter("--passes goes with --profile")
-    if markdown is not None:
-        check_writable(markdown)
-    if is_artifact(model) and (engines or texts or profile or markdown):
-        raise typer.BadParameter("--engines, --texts, --profile and --markdown need the model, and do not go with a saved one")
-    chosen = find_engines(engines) if engines else tuple(ENGINES.values())
-    parsed = parse_shapes(shapes) if shapes else None
-    lines = read_texts(texts) if texts else None
-    if threads:
-        torch.set_num_threads(threads)
-    if is_artifact(model):
-        shown = parsed or parse_shapes(DEFAULT_SHAPES)
-        console.print(saved_table(Path(model), shown, seconds, allow_native=allow_native))
-        return
-    if profile:
-        resolve_passes(passes or "exact")
-        machine = load_machine() or _measure_machine()[0]
-        for part in profile_model(
-            model, passes=passes or "exact", shapes=parsed, texts=lines, machine=machine, seconds=seconds
-        ):
-            console.print(profile_table(part))
-        return
-    threads = torch.get_num_threads()
-    records: list[Record] = []
-    interrupted = False
-    try:
-        with progress_bar("bench") as progress:
-            found = compare(model, chosen, shapes=parsed, texts=lines, threads=threads, seconds=seconds, progress=progress)
-            for record in found:
-                records.append(record)
-    except KeyboardInterrupt:
-        interrupted = True
-    console.print(comparison_table(f"{model}{', interrupted; finished so far' if interrupted else ''}", records, threads))
-    if markdown is not None:
-        write_whole(markdown, markdown_table(records, threads))
-    if interrupted:
-        raise typer.Exit(130)
-
-
+app.command("bench")(run_bench)
 app.command("sign")(sign_saved)
 app.command("verify")(verify_saved)
 
 
 @app.command("passes")
-def run_passes() -> None:
-    """List every pass with its options, and the recipes."""
-    console.print(passes_table(known_passes(), RECIPES))
-
-
-@app.command("machine")
-def run_machine(
-    again: Annotated[bool, typer.Option("--again", help="Measure anew, even if measured before.")] = False,
+def run_passes(
+    name: Annotated[str | None, typer.Argument(help="A pass, to see its options and an example.")] = None,
 ) -> None:
-    """Print what this machine can do at most: matrix products and memory bandwidth, measured once and kept."""
-    found = None if again else load_machine()
-    if found is not None:
-        console.print(machine_table(found))
-        console.print(f"read from {cache_path()}", highlight=False, soft_wrap=True, markup=False)
-        return
-    found, path = _measure_machine()
-    console.print(machine_table(found))
-    console.print(f"kept in {path}", highlight=False, soft_wrap=True, markup=False)
+    """List the passes and the recipes, or show one pass."""
+    known = known_passes()
+    if name is None:
+        show(passes_table(known, RECIPES))
+    elif name in known:
+        show(pass_page(known[name]))
+    elif name in RECIPES:
+        show(f"{name}: a recipe, the same as --passes '{RECIPES[name]}'")
+    else:
+        hint = nearest(name, [*known, *RECIPES]) or ";"
+        raise UnsupportedError(f"there is no pass '{name}'{hint} `lissom passes` lists them all")
 
 
-def _measure_machine() -> tuple[Machine, Path]:
-    with progress_bar("machine") as progress:
-        found = measure_machine(progress=progress)
-    return found, save_machine(found)
+app.command("machine")(run_machine)
+
+
+def _read_steps(text: str) -> tuple[int, int]:
+    """The two steps of `10:11`."""
+    before, colon, after = text.partition(":")
+    if not colon or not before.isdecimal() or not after.isdecimal():
+        raise typer.BadParameter(f"--diff takes two steps, for example 10:11, and not '{text}'")
+    return int(before), int(after)
 
 
 def _compile(
@@ -334,6 +290,7 @@ def _compile(
     backend: str | BackendObject | None,
     device: str | None,
     checks: str,
+    quality: Quality,
     *,
     only_if_faster: bool = True,
     simulate: bool = False,
@@ -344,7 +301,8 @@ def _compile(
     pipeline = resolve_passes(passes)
     if backend is not None:
         find_backends(backend)
-    check_device(device)
+    place = check_device(device)
+    quality.check()
     source = load(model)
     options = {"backend": backend, "only_if_faster": only_if_faster, "simulate": simulate}
     run = api.optimize if backend is None else partial(api.compile, **options)
@@ -355,9 +313,10 @@ def _compile(
             passes=pipeline,
             device=device,
             checks=checks,  # pyright: ignore[reportArgumentType]
+            **quality.arguments(source, place),
         )
     except Interrupted as error:
-        console.print(Report("interrupted; finished so far", error.history))
+        show(Report("interrupted; finished so far", error.history))
         raise typer.Exit(130) from None
     for note in source.notes:
         Console(stderr=True).print(note, highlight=False, soft_wrap=True, markup=False)
@@ -366,6 +325,9 @@ def _compile(
 
 def main() -> None:
     """Run the command line; an error of ours is one sentence and exit status 1."""
+    shadow = shadowed_install(Path.cwd(), Path(__file__).parent)
+    if shadow is not None:
+        Console(stderr=True).print(f"note: {shadow}", highlight=False, soft_wrap=True, markup=False)
     with ending_at_once():
         _run()
 
@@ -382,4 +344,5 @@ def _run() -> None:
 def _escaped(error: Exception) -> str:
     # A name that is too long is not shown whole.
     text = str(error) if isinstance(error, LissomError) else f"{error!s:.400}"
-    return text.replace("[", r"\[")
+    # Errors name the arguments of `lissom.compile`.
+    return text.replace("pass data=", "give --data FILE").replace("[", r"\[")

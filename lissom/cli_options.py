@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
+import torch
 import typer
 
-from lissom.frontends.sources import NAMES
+from lissom.calibration_files import FORMATS, METRICS, make_metric, read_data
+from lissom.errors import ArtifactError, UnsupportedError
+from lissom.frontends.sources import NAMES, Source
 
 MOST_THREADS = 256
 """OpenMP ends the process where it cannot start the threads it is asked for."""
 
 
 def finite(value: float) -> float:
-    """An option that is no infinity and no NaN, which ranges let through."""
+    """Refuse infinity and NaN, which ranges allow."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no finite number")
     return value
@@ -24,6 +29,11 @@ def refuse_ways(value: int | None) -> None:
     """Answer the name an option once had with the one it has now."""
     if value is not None:
         raise typer.BadParameter("it is called --world-size now")
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """As `finite`, of an option that may be left out."""
+    return None if value is None else finite(value)
 
 
 Model = Annotated[str, typer.Argument(help=NAMES)]
@@ -37,5 +47,41 @@ Seconds = Annotated[
 Ways = Annotated[int | None, typer.Option("--ways", hidden=True, callback=refuse_ways)]
 Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
 Simulate = Annotated[
-    bool, typer.Option("--simulate", help="Compute quantized layers without a kernel in floating point, on rounded values.")
+    bool, typer.Option("--simulate", help="Compute quantized layers without a kernel in floating point, on quantized values.")
 ]
+Data = Annotated[Path | None, typer.Option(help=f"Calibration data: {FORMATS}.")]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Measures quality after every lossy pass, on --data or the example inputs: {', '.join(METRICS)}, "
+        "or module:function, which scores a model."
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(min=0.0, callback=finite_or_none, help="The most --metric may drop; a pass that costs more is refused."),
+]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What passes calibrate on, and what quality they may cost: the options `--data`, `--metric` and `--max-drop`."""
+
+    data: Path | None = None
+    metric: str | None = None
+    max_drop: float | None = None
+
+    def check(self) -> None:
+        """Refuse what can be refused before a model is read. Raises: ArtifactError, UnsupportedError."""
+        if self.data is not None and not self.data.exists():
+            raise ArtifactError(f"'{self.data}' does not exist; --data takes {FORMATS}")
+        if self.max_drop is not None and self.metric is None:
+            raise UnsupportedError(
+                f"--max-drop needs --metric to measure the drop of: {', '.join(METRICS)}, or module:function"
+            )
+
+    def arguments(self, source: Source, device: torch.device | None) -> dict[str, Any]:
+        """The arguments `data`, `metric` and `max_drop` of `compile`."""
+        batches = read_data(self.data, source, device) if self.data is not None else []
+        metric = None if self.metric is None else make_metric(self.metric, source, batches, device)
+        return {"data": batches, "metric": metric, "max_drop": self.max_drop}

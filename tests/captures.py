@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lissom
-from lissom.api import CompiledModel, Optimized
+from lissom.api import Optimized
 from lissom.frontends.export import Capture, capture
+from lissom.runtime.compiled_model import CompiledModel
 
 _CAPTURES: dict[str, tuple[nn.Module, Capture]] = {}
 

@@ -45,6 +45,7 @@ def model(directory) -> str:  # noqa: F811
 def test_passes_are_listed():
     shown = invoke("passes")
     assert all(name in shown for name in [*PASSES, *RECIPES])
+    assert all(len(line) <= 80 and line == line.rstrip() for line in shown.splitlines())
     # A narrow terminal or a pipe breaks the long text of a recipe, and cuts nothing off.
     assert "…" not in shown
 
@@ -52,6 +53,16 @@ def test_passes_are_listed():
 def test_the_version_is_printed():
     found = runner.invoke(app, ["--version"])
     assert (found.exit_code, found.stdout) == (0, f"lissom {__version__}\n")
+
+
+def test_one_pass_is_shown_with_its_options_and_an_example():
+    shown = invoke("passes", "gptq")
+    assert shown.startswith("gptq: ")
+    assert "block_size" in shown and "128" in shown
+    assert "lissom compile minilm --passes 'quantize{scheme=int4-weight},gptq' --data texts.txt" in " ".join(shown.split())
+    assert invoke("passes", "exact").startswith("exact: a recipe")
+    refused = runner.invoke(app, ["passes", "gtpq"]).exception
+    assert str(refused) == "there is no pass 'gtpq'; did you mean 'gptq'? `lissom passes` lists them all"
 
 
 def test_help_names_every_command():
@@ -74,25 +85,30 @@ def test_show_prints_a_plan_of_tensor_parallelism(model):
 
 
 def test_show_prints_the_difference_between_two_steps(model):
-    shown = invoke("show", model, "--diff", "1", "2")
+    shown = invoke("show", model, "--diff", "1:2")
     assert shown.startswith("--- 1 eliminate-dead-code\n+++ 2 remove-no-ops\n@@ ")
 
 
 def test_show_says_when_two_steps_are_the_same_program(model):
-    assert invoke("show", model, "--diff", "0", "0") == "the two steps are the same program\n"
+    assert invoke("show", model, "--diff", "0:0") == "the two steps are the same program\n"
 
 
 def test_compile_prints_the_report_and_writes_history_and_text(model, tmp_path):
     history, text = tmp_path / "history.json", tmp_path / "program.txt"
     shown = invoke("compile", model, "--history", history, "--text", text)
     assert "BertModel on eager" in shown
-    assert "raise-attention" in shown
+    assert "remove-no-ops" in shown
     whole = json.loads(history.read_text())
     steps = [step["spelling"] for step in whole["steps"]]
     exact = RECIPES["exact"].split(",")
     assert steps[: len(exact) + 1] == ["capture", *exact]
     assert text.read_text().startswith("program BertModel(*, input_ids: i64[batch, sequence], ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["history.json", "program.txt"]
+
+
+def test_a_full_report_lists_every_step(model):
+    assert "nothing to do" not in invoke("compile", model, "--checks", "off")
+    assert "rewrite-einsum" in invoke("compile", model, "--checks", "off", "--full")
 
 
 def test_compile_takes_passes_checks_and_device(model):
@@ -154,7 +170,7 @@ def test_bench_interrupted_shows_what_was_finished(model, monkeypatch):
         yield Failure("openvino", None, "it was not there")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lissom.cli.compare", interrupted)
+    monkeypatch.setattr("lissom.bench_commands.compare", interrupted)
     monkeypatch.setenv("COLUMNS", "200")
     result = runner.invoke(app, ["bench", model])
     assert result.exit_code == 130
@@ -164,7 +180,7 @@ def test_bench_interrupted_shows_what_was_finished(model, monkeypatch):
 
 
 def test_bench_profiles_by_site_and_operator(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("lissom.cli.load_machine", example)
+    monkeypatch.setattr("lissom.bench_commands.load_machine", example)
     monkeypatch.setenv("COLUMNS", "200")
     shown = invoke("bench", model, "--profile", "--shapes", "3x7", "--seconds", "0", "--passes", "remove-no-ops")
     assert "BertModel on eager, batch 3, sequence 7" in shown
@@ -225,7 +241,8 @@ def test_an_error_is_a_sentence_and_exit_status_1(arguments, message, monkeypatc
         main()
     assert stopped.value.code == 1
     shown = capsys.readouterr()
-    assert shown.err.startswith("error: ")
+    # `bench` says that it reads the model before it finds none.
+    assert shown.err.removeprefix("bench: reading minlm\n").startswith("error: ")
     assert message in shown.err
     assert "Traceback" not in shown.err
     assert shown.out == ""
@@ -291,7 +308,7 @@ def test_the_machine_is_measured_once_and_again_when_asked(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     days = iter(["2026-01-01", "2026-01-02"])
-    monkeypatch.setattr("lissom.cli.measure_machine", lambda progress: example(measured=next(days)))
+    monkeypatch.setattr("lissom.bench_commands.measure_machine", lambda progress: example(measured=next(days)))
     for arguments, day, source in (
         (["machine"], "2026-01-01", "kept in"),
         (["machine"], "2026-01-01", "read from"),
@@ -343,7 +360,7 @@ def test_generate_says_where_a_text_ends_that_was_to_be_longer(decoder, tmp_path
     runner.invoke(app, ["generate", decoder, "one two", "--max-new-tokens", "5", "--checks", "off", "--save", saved])
     # [CLS] one two [SEP], and an answer of five, of which the last is not read.
     result = runner.invoke(app, ["generate", saved, "one two", "--max-new-tokens", "7"])
-    assert "9 tokens can be read at most, so the answer ends after 6" in result.stderr
+    assert "9 tokens fit into the KV cache, so the answer ends after 6" in result.stderr
     assert "answer: 6 tokens" in result.stderr
     long = runner.invoke(app, ["generate", saved, "one " * 8]).exception
     assert str(long) == "the prompt is 10 tokens, and 9 can be read at most; shorten it"

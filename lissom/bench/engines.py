@@ -74,7 +74,7 @@ def torch_compile(task: Task, *, dtype: torch.dtype) -> Build:
 
 
 def torchao_int8(task: Task) -> Build:
-    """torchao: int8 weights a channel, int8 activations a token; then TorchInductor, with the rest in float32."""
+    """torchao: per-channel int8 weights and per-token int8 activations; then TorchInductor, with the rest in float32."""
     quantization = import_module("torchao.quantization")
     quantization.quantize_(task.model.source.model, quantization.Int8DynamicActivationInt8WeightConfig())
     return _inductor(task.model, torch.float32)
@@ -248,7 +248,7 @@ _TABLE = (
     Engine("lissom-onnxruntime", "Lissom fp32 on ONNX Runtime", _EXPORT, partial(lissom, backend="onnxruntime")),
     Engine(
         "lissom-onnxruntime-int8",
-        "Lissom int8 a token on ONNX Runtime",
+        "Lissom int8 per-token on ONNX Runtime",
         _EXPORT,
         partial(lissom, passes="quantize{scheme=int8-dynamic}", backend="onnxruntime"),
     ),

@@ -170,7 +170,7 @@ def _synchronize() -> None:
 
 
 def profile_table(found: Profile) -> Table:
-    """One section a kind of site: its operators with time, share, work and roofline; then what lies between, and the whole."""
+    """A section per kind of site: its operators with time, fraction, work and roofline; then dispatch, and the whole call."""
     caption = (
         "ms: medians, node by node; roof: the least time by the ceilings `lissom machine` shows, if all comes from memory."
     )

@@ -93,7 +93,7 @@ def from_json(fields: Mapping[str, Any]) -> Record:
 
 
 def measure(request: Request) -> Iterator[Record]:
-    """Prepare the engine, then compile, check and time it at each shape; an error is a record, and the next shape goes on."""
+    """Prepare an engine, compile, check and time it at each shape; an error becomes a record, and the next shape runs."""
     torch.set_num_threads(request.threads)
     name = request.engine
     try:
@@ -139,7 +139,7 @@ def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error that says something, cut where it is very long."""
+    """The first line of an error that holds text, shortened where it is very long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:_LONGEST_REASON]
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils import _pytree as pytree
 
-from lissom.errors import ArtifactError, UnsupportedError
+from lissom.errors import UnsupportedError
 from lissom.frontends.huggingface import SENTENCES
 from lissom.frontends.sources import Source, load
 
@@ -30,7 +30,7 @@ _MOST_TOKENS = 1 << 22
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows of text and tokens in each: cut to `tokens` from longer text, or, with None, whole and padded to the longest."""
+    """Rows and tokens per row: text truncated to `tokens`, or, with None, whole texts padded to the longest."""
 
     batch: int
     tokens: int | None
@@ -88,20 +88,6 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     return tuple(dict.fromkeys(shapes))
 
 
-def read_texts(path: Path) -> list[str]:
-    """The lines of a file that hold something.
-
-    Raises: ArtifactError when it cannot be read, or holds none.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"'{path}' cannot be read as text: {error}") from error
-    if not lines:
-        raise ArtifactError(f"'{path}' holds no text; give one text a line")
-    return lines
-
-
 def load_model(name: str) -> Model:
     """The model of that name, its weights in float32. Raises: as `lissom.frontends.sources.load`."""
     source = load(name)
@@ -141,7 +127,7 @@ def make_inputs(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[st
 
 
 def encode(model: Model, shape: Shape, texts: Sequence[str]) -> Inputs:
-    """Real text in that shape: row i begins with text i, and goes on with those after it where it has to be filled."""
+    """Real text in that shape: row i begins with text i, and continues with the next texts until it is full."""
     checkpoint = model.source.checkpoint
     assert checkpoint is not None
     if shape.tokens is None:
@@ -153,7 +139,7 @@ def encode(model: Model, shape: Shape, texts: Sequence[str]) -> Inputs:
 
 
 def _running_text(texts: Sequence[str], first: int, tokens: int) -> str:
-    """Texts from the first on, of at least as many words as tokens: a word is a token or more."""
+    """The texts from number `first`, joined until they hold as many words as tokens: a word is at least one token."""
     words: list[str] = []
     while len(words) < tokens:
         words += texts[first % len(texts)].split()

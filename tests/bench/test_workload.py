@@ -13,10 +13,9 @@ from lissom.bench.workload import (
     parse_shapes,
     prepare,
     read_inputs,
-    read_texts,
     read_wanted,
 )
-from lissom.errors import ArtifactError, UnsupportedError
+from lissom.errors import UnsupportedError
 from tests.frontends.test_huggingface import directory  # noqa: F401
 
 TEXTS = ["one two three", "four", "five six seven eight nine"]
@@ -41,20 +40,6 @@ def test_what_is_no_shape_is_refused(text):
     with pytest.raises(UnsupportedError) as caught:
         parse_shapes(text)
     assert str(caught.value) == f"'{text}' is no shape; write rows x tokens, for example 1x32,8x128,32xragged"
-
-
-def test_texts_are_lines(tmp_path):
-    file = tmp_path / "texts.txt"
-    file.write_text("one\n\ntwo\n")
-    assert read_texts(file) == ["one", "two"]
-
-
-def test_a_file_without_texts_is_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="cannot be read as text"):
-        read_texts(tmp_path)
-    (tmp_path / "empty").write_text("\n")
-    with pytest.raises(ArtifactError, match="holds no text; give one text a line"):
-        read_texts(tmp_path / "empty")
 
 
 def test_rows_of_a_length_are_full_of_different_text(model):

@@ -46,7 +46,7 @@ def test_check_names_a_stale_document_and_exits_with_one(tmp_path, monkeypatch, 
 def test_outputs_made_with_other_versions_may_differ_and_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     monkeypatch.setattr(generate, "made_with_these_versions", lambda: False)
-    monkeypatch.setattr(generate, "_passes_table", lambda: "a table\n")
+    monkeypatch.setattr(generate, "_passes_tables", lambda: "a table\n")
     document = tmp_path / "page.md"
     document.write_text("```python\nprint(1 + 1)\n```\n\n<!-- output -->\n```text\n3\n```\n")
     assert generate.main(["--check", str(document)]) == 0
@@ -79,6 +79,7 @@ def test_settled_leaves_out_measured_decimals_only():
     measured = "<!-- output, measured -->\n```text\n0.25   of 12, 1e-07\n```"
     assert "0.25 of 12, bert.py" in blocks.settled(exact)
     assert "# of 12, #" in blocks.settled(measured)
+    assert blocks.mask("eager built the program in 2.3 s\nnotes\n") == "notes\n"
 
 
 def test_skip_reasons_come_from_the_source():

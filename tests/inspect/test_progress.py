@@ -1,15 +1,33 @@
 """Tests of lissom.inspect.progress."""
 
+import itertools
+import time
+
 import pytest
 
 from lissom.inspect.progress import progress_bar
 
 
-def test_nothing_is_shown_where_output_is_piped(capsys):
+def test_a_pipe_gets_one_line_per_stage_on_standard_error(capsys, monkeypatch):
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress_bar("compile") as report:
+        report("capture", 0, 3)
+        report("quantize{scheme=[red]}", 1, 3)
+        report("quantize{scheme=[red]}: observe, 1 of 2", 1, 3)
+        report("build eager", 2, 3)
+    assert capsys.readouterr() == ("", "compile: capture\ncompile: quantize{scheme=[red]}\ncompile: build eager\n")
+
+
+def test_a_pipe_gets_no_line_for_stages_that_end_at_once(capsys, monkeypatch):
+    moments = iter([0.0, 0.5, 1.0, 3.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(moments))
     with progress_bar("compile") as report:
         report("capture", 0, 3)
         report("drop-dropout", 1, 3)
-    assert capsys.readouterr() == ("", "")
+        report("gptq", 2, 3)
+        report("gptq: layers, 1 of 9", 2, 3)
+    assert capsys.readouterr().err == "compile: capture\ncompile: gptq\n"
 
 
 def test_a_terminal_shows_what_is_being_done(capfd, monkeypatch):

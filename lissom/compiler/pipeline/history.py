@@ -43,7 +43,7 @@ class Step:
     rewritten: places the pass treated; skipped: those it could not, with reasons.
     relative_error: of a rewrite against the program before, of any other pass against the original; None unchecked.
     cosine: the smallest cosine of an output to the original's. metric: the caller's score, when given.
-    notes: sentences for the reader.
+    notes: sentences for the reader. reverted: why the pass was undone after it ran, or None.
     """
 
     index: int
@@ -60,10 +60,18 @@ class Step:
     cosine: float | None = None
     metric: float | None = None
     notes: tuple[str, ...] = ()
+    reverted: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """True for a pass that keeps the numbers, and for the capture."""
+        return self.kind in ("capture", "rewrite", "annotation")
 
     @property
     def summary(self) -> str:
-        """`rewrote 10 of 12; skipped 2: mask is not additive (2)`."""
+        """`rewrote 10 of 12; skipped 2: mask is not additive (2)`, or why the pass was reverted."""
+        if self.reverted is not None:
+            return f"reverted: {self.reverted}"
         total = self.rewritten + len(self.skipped)
         if not self.skipped:
             return f"rewrote {self.rewritten}" if self.rewritten else "nothing to do"

@@ -127,6 +127,8 @@ class Pipeline:
             if isinstance(item, (Rewrite, Annotation)):
                 show()
                 run.step(item, show)
+            else:
+                run.record_undone(item, 0.0, f"it follows {format_pass(trial.item)}, which was reverted")
 
     def _show(self, spelling: str, index: int, count: int, what: str = "", finished: int = 0, total: int = 0) -> None:
         """Report the pass that runs, and what it is doing where it says so."""
@@ -211,7 +213,7 @@ class _Run:
             check_seconds=0.0,
             size=last.size,
             metric=last.metric,
-            notes=(f"rolled back: {reason}",),
+            reverted=reason,
         )
         self.history.record(step, self.program.text())
 

@@ -29,11 +29,12 @@ def format_pass(item: Pass) -> str:
     for field in dataclasses.fields(item):  # pyright: ignore[reportArgumentType]
         value = getattr(item, field.name)
         if field.default is dataclasses.MISSING or value != field.default:
-            options.append(f"{field.name}={_format_value(value)}")
+            options.append(f"{field.name}={format_value(value)}")
     return item.name() + ("{" + ",".join(options) + "}" if options else "")
 
 
-def _format_value(value: object) -> str:
+def format_value(value: object) -> str:
+    """The value of an option as pipeline text."""
     match value:
         case None:
             return "none"
@@ -45,7 +46,7 @@ def _format_value(value: object) -> str:
             plain = _BARE.fullmatch(value) is not None and _LOOKS_TYPED.fullmatch(value) is None
             return value if plain else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
         case tuple():
-            return "[" + ",".join(_format_value(part) for part in value) + "]"
+            return "[" + ",".join(format_value(part) for part in value) + "]"
         case _:
             raise TypeError(f"an option is a number, a flag, a word or a tuple of these, not {value!r}")
 

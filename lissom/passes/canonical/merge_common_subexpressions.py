@@ -19,7 +19,7 @@ from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 @dataclass(frozen=True)
 class MergeCommonSubexpressions(Rewrite):
-    """Merges calls that are equal: same operator, same arguments, no side effects, nothing random."""
+    """Merges equal calls: same operator and arguments, no side effects, nothing random."""
 
     def run(self, edit: Editor) -> None:
         first: dict[object, fx.Node] = {}

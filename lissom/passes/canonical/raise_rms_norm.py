@@ -26,7 +26,7 @@ _ADD = {aten.add.Tensor, aten.add.Scalar}
 
 @dataclass(frozen=True)
 class RaiseRmsNorm(Rewrite):
-    """Replaces mean-of-squares normalisation over the last dimension by `rms_norm`."""
+    """Replaces RMS norms written in parts by `rms_norm`."""
 
     def run(self, edit: Editor) -> None:
         for mean in edit.nodes(aten.mean.dim):

@@ -41,7 +41,7 @@ class _Rotary:
 
 @dataclass(frozen=True)
 class RaiseRotary(Rewrite):
-    """Replaces written-out rotary position embedding by one operator."""
+    """Replaces rotary position embedding written in parts by one operator."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(aten.add.Tensor):

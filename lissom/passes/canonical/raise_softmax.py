@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RaiseSoftmax(Rewrite):
-    """Replaces an exponential divided by its sum by `softmax`."""
+    """Replaces softmax written in parts by `softmax`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(aten.div.Tensor):

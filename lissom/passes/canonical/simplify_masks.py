@@ -33,7 +33,7 @@ _VIEWS = (aten.unsqueeze.default, *RESHAPES, *EXPANDS)
 
 @dataclass(frozen=True)
 class SimplifyMasks(Rewrite):
-    """Replaces indexing by counted positions by reshapes, and leaves out conditions that always hold."""
+    """Simplifies attention masks: indexing by position becomes a reshape, and conditions that always hold go."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(aten.index.Tensor, *AND):

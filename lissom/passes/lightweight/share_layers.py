@@ -1,8 +1,8 @@
-"""Neighbouring transformer layers share their weights: these are held once, and every layer reads them.
+"""Cross-layer weight sharing: neighbouring transformer layers use one set of weights, which is stored once.
 
-Layers of one stack that have the same weights, by name, shape and dtype, are cut into groups of neighbours, and all of a group
-read what its first layer holds. A weight that only some have, such as the table of relative positions in the first layer of T5,
-stays theirs. Nothing is computed less; the bytes of the weights shrink by the layers that have none of their own. Lan et al.
+Layers of one stack that have the same weights, by name, shape and dtype, are split into groups of neighbours, and a whole
+group reads the weights of its first layer. A weight that only some have, such as the table of relative positions in the first
+layer of T5, stays theirs. The FLOPs stay; the weights shrink by the layers without weights of their own. Lan et al.
 2019, ALBERT, §3.1, https://arxiv.org/abs/1909.11942, shares them in training; here they are tied afterwards, which costs much,
 so that training is to follow: the program trains as it is, a shared weight by the sum of its gradients.
 
@@ -39,13 +39,13 @@ Values = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ShareLayers(Approximation):
-    """Lets neighbouring layers of the same shape read one set of weights.
+    """Shares one set of weights among neighbouring layers of the same shape.
 
-    groups: into how many groups of neighbours each stack of layers is cut, 1 or more.
-    every: how many neighbours share in place of `groups`, 2 or more.
-    take: what is shared: the mean of the layers, or the weights of the first, the middle or the last; see above for `auto`.
-    skip: module paths whose weights are not shared, with `*` and `?`, divided by commas: `"encoder.layer.0,*.norm"`.
-    only: module paths whose weights alone are, in the same form.
+    groups: number of groups of neighbours that each stack of layers is split into, 1 or more.
+    every: number of neighbours that share weights, in place of `groups`; 2 or more.
+    take: which weights are shared: the mean of the layers, or those of the first, middle or last; see above for `auto`.
+    skip: module paths whose weights stay apart, with `*` and `?`, separated by commas: `"encoder.layer.0,*.norm"`.
+    only: module paths whose weights are shared, in the same form; others stay apart.
     """
 
     groups: int | None = None

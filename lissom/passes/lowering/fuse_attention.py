@@ -32,7 +32,7 @@ _PLAIN = aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class FuseAttention(Rewrite):
-    """Turns attention into `lissom::fused_attention`."""
+    """Lowers attention to the CPU kernel `lissom::fused_attention`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(partial(_obstacle, edit), _PLAIN, attention):

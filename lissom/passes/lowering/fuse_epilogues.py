@@ -39,7 +39,7 @@ _COMBINE: dict[object, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
 
 @dataclass(frozen=True)
 class FuseEpilogues(Rewrite):
-    """Fuses activations, sums, products and layer norms into the packed linear layers they follow."""
+    """Fuses activations, residual adds, products and layer norms into the packed linear layer before them."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(*_NORMED):

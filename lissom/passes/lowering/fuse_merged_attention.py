@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FuseMergedAttention(Rewrite):
-    """Fuses the cutting and joining of heads into the attention that reads a merged projection."""
+    """Fuses splitting and joining heads into the attention kernel behind a merged projection."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(_obstacle, fused_attention):

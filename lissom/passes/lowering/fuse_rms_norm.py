@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FuseRmsNorm(Rewrite):
-    """Turns RMS norms over the last dimension into `lissom::fused_rms_norm`."""
+    """Lowers RMS norms over the last dimension to the CPU kernel `lissom::fused_rms_norm`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(_obstacle, aten.rms_norm.default):

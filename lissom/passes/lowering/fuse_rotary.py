@@ -19,7 +19,7 @@ from lissom.ops.rotary import rotary
 
 @dataclass(frozen=True)
 class FuseRotary(Rewrite):
-    """Turns `lissom::rotary` of [batch, heads, tokens, head_dim] into `lissom::fused_rotary`."""
+    """Lowers rotary embeddings of [batch, heads, tokens, head_dim] to the CPU kernel."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(_obstacle, rotary):

@@ -66,9 +66,9 @@ _GAIN = 0.97
 
 @dataclass(frozen=True)
 class LowerQuantizedProducts(Rewrite):
-    """Turns quantized linear layers into PyTorch's own products of short formats.
+    """Lowers quantized linear layers to PyTorch's low-precision matrix products on CUDA devices.
 
-    always: rewrite without measuring, on any device, as for compute capability 9.0.
+    always: lowers without measuring, on any device, as for compute capability 9.0.
     """
 
     always: bool = False

@@ -65,10 +65,10 @@ class _Shape:
 
 @dataclass(frozen=True)
 class LowerSparseAttention(Rewrite):
-    """Turns attention under a pattern of positions into a kernel that skips what it hides, where that is measured faster.
+    """Lowers attention with a sparse pattern to a kernel that skips hidden keys, where that is measured faster.
 
-    always: lower without measuring, also where there is no kernel and the operator runs by its reference.
-    causal: also lower causality beside another mask, which is nothing for a sparse kernel, to the CPU's dense one.
+    always: lowers without measuring, also where there is no kernel and the reference runs.
+    causal: also lowers causal attention with another mask, to the dense CPU kernel.
     """
 
     always: bool = False

@@ -36,8 +36,8 @@ _GAIN = 0.97
 class MergeProjections(Rewrite):
     """Merges linear layers of the same input into one with a split, where that is measured faster.
 
-    always: merge without measuring.
-    gates: merge a gated feed-forward's gate and up projections too; apart, each can take its epilogue into its own kernel.
+    always: merges without measuring.
+    gates: merges the gate and up projections of a gated feed-forward too; apart, each can fuse its own epilogue.
     """
 
     always: bool = False

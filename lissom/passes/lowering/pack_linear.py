@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PackLinear(Rewrite):
-    """Turns linear layers with weights of their own into `lissom::packed_linear`."""
+    """Packs the weights of linear layers for the CPU kernel `lissom::packed_linear`."""
 
     def run(self, edit: Editor) -> None:
         packed: dict[str, fx.Node] = {}

@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PackQuantizedLinear(Rewrite):
-    """Turns linear layers of stored integers into `lissom::quantized_linear` and `lissom::weight_quantized_linear`."""
+    """Lowers linear layers with integer weights to CPU kernels for W8A8, W8A16 and W4A16."""
 
     def run(self, edit: Editor) -> None:
         packed: dict[tuple[fx.Node, bool], _Packed] = {}

@@ -32,9 +32,9 @@ _GAIN = 0.97
 
 @dataclass(frozen=True)
 class PackSparse(Rewrite):
-    """Turns linear layers with 2:4 weights into `lissom::sparse_linear`, where that is measured faster.
+    """Lowers linear layers with 2:4 sparse weights to sparse tensor cores, where that is measured faster.
 
-    always: pack without measuring, on any device.
+    always: lowers without measuring, on any device.
     """
 
     always: bool = False

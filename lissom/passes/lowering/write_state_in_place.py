@@ -1,9 +1,9 @@
-"""Write new rows into the program's state where it lies, such as a token's keys and values into the cache.
+"""Write KV-cache rows in place: new rows go into the state's own memory.
 
     new = index_copy(state, dim, places, rows);  …;  copy_(state, new)   ->   new = index_copy_(state, dim, places, rows)
 
-The state is then neither copied before it is read nor after, so that a token costs its own rows and not the whole cache. What
-read the copy reads the state itself, which holds the same until the next call.
+The state is then neither copied before it is read nor after, so a token costs its own rows and not the whole cache. Nodes that
+read the copy now read the state itself, which holds the same values until the next call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class WriteStateInPlace(Rewrite):
-    """Turns a copy of the state with some rows exchanged, which then becomes the state, into a write of these rows."""
+    """Writes KV-cache rows in place, rather than copying the cache."""
 
     def run(self, edit: Editor) -> None:
         for write in edit.nodes(aten.copy_.default):

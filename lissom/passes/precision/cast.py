@@ -1,14 +1,14 @@
-"""Compute in bfloat16 or float16: products of matrices, embeddings and the residual stream, where their numbers fit.
+"""Mixed precision: matrix products, embeddings and the residual stream in bfloat16 or float16, where values fit.
 
 bfloat16 keeps float32's range and 8 of its 24 bits. float16 keeps 11 bits and ends at 65504; below 6·10⁻⁵ it loses bits, and
 below 3·10⁻⁸ everything. Each operator falls into one of five groups:
 
-- products, convolutions, attention, embeddings and norms run in the shorter dtype. Their kernels sum in float32, and norms and
+- products, convolutions, attention, embeddings and norms run in reduced precision. Their kernels sum in float32, and norms and
   attention compute their statistics and softmax in float32 inside.
-- element-wise operators and those that only move values follow what they are given: short as soon as one of it is.
-- a cache of keys and values is kept short where what is written to it is.
+- element-wise operators and views follow their inputs: reduced precision as soon as one input is.
+- the KV cache is in reduced precision where the values written to it are.
 - softmax, exponentials, powers, sums and everything not named here run in float32, on values cast back.
-- what is computed from positions or masks alone meets no short value, and so stays as it is until it joins one.
+- values computed from positions or masks alone keep their dtype until they meet one in reduced precision.
 
 For float16 the first two groups are bounded by measurement. Every value is looked at on calibration data, in float32; a call
 runs in float16 only if all it reads and gives stays below 65504 / `margin`, and no more than `underflow` of it below the
@@ -100,12 +100,12 @@ _ADDENDS: dict[object, str] = {
 
 @dataclass(frozen=True)
 class Cast(Approximation):
-    """Computes in a shorter floating type.
+    """Computes in bfloat16 or float16, and in float32 where that would lose too much.
 
     dtype: `bf16`, or `fp16`, which needs calibration data to find what overflows.
-    margin: how many times larger than any value seen a value may become before it overflows float16; 1 or more.
-    underflow: the share of a value's non-zero numbers that may lie below float16's smallest normal number, 0 to 1.
-    skip: module paths that stay in float32, with `*` and `?`, divided by commas: `"encoder.layer.0,*.lm_head"`.
+    margin: how many times larger than on calibration data a value may become without overflow in float16; 1 or more.
+    underflow: fraction of a tensor's non-zero elements that may lie below float16's smallest normal number, 0 to 1.
+    skip: module paths that stay in float32, with `*` and `?`, separated by commas: `"encoder.layer.0,*.lm_head"`.
     """
 
     dtype: str = "bf16"

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FoldCasts(Rewrite):
-    """Removes casts that lose nothing and are undone, and casts weights once and for all."""
+    """Removes pairs of casts that cancel without loss, and casts weights at compile time."""
 
     def run(self, edit: Editor) -> None:
         kept: dict[str, fx.Node] = {}

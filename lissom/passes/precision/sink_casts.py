@@ -42,7 +42,7 @@ _JOIN = {*CONCATENATIONS, aten.stack.default}
 
 @dataclass(frozen=True)
 class SinkCasts(Rewrite):
-    """Moves casts past operators that only move values, to where fewer bytes are moved."""
+    """Moves casts past views and copies, to where fewer bytes are moved."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(*_SAME_SIZE, *_SHRINK, *_SPLIT, *_JOIN):

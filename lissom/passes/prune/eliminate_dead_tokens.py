@@ -37,7 +37,7 @@ _END = 2**63 - 1
 
 @dataclass(frozen=True)
 class EliminateDeadTokens(Rewrite):
-    """Computes values only at the positions that are read, where that saves products of matrices."""
+    """Computes only the token positions that are used later, where that saves matrix products."""
 
     def run(self, edit: Editor) -> None:
         unflatten_where(edit, lambda trial: bool(_useful(trial, _demands(trial)[0])))

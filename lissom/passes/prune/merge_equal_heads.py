@@ -28,7 +28,7 @@ from lissom.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class MergeEqualHeads(Rewrite):
-    """Removes all key and value heads but one of each group of equal neighbours."""
+    """Keeps one key/value head of each group of equal neighbours."""
 
     def run(self, edit: Editor) -> None:
         state = _state_bytes(edit.program)

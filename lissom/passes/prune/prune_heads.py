@@ -1,16 +1,16 @@
-"""Prune attention heads: choose those that matter least, zero what reads them, and let the rest make up for them.
+"""Prune attention heads: zero the least important ones, and refit the rest to compensate.
 
 An attention is a sum over heads, Σ_h W_o[:, h] softmax(q_h k_hᵀ) v_h. Head h is pruned by zeroing its columns W_o[:, h];
 `eliminate-dead`, which runs right after it, removes it. With grouped queries a key/value head goes with all query heads that
 read it; where one key/value head serves all, query heads go one by one. Criteria, with formulas and sources, are in
-`lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in
+`lissom/compiler/transforms/pruning/importance.py`, and the refitting of the remaining weights in
 `lissom/compiler/transforms/pruning/reconstruction.py`:
 
-- `second-order` takes heads one after another, each time the one whose loss the others can make up for best, and then refits
+- `second-order` removes heads one by one, each time the one that the others can compensate best, and then refits
   the output projection of every attention to the original model, in the order of the program. It is what `auto` means with
   calibration data.
-- `reconstruction` searches a mask by Fisher information and scales the heads that stay. Kwon et al. 2022.
-- `magnitude`, `wanda`, `gradient` and `taylor` choose and zero. `magnitude` needs no data, and is what `auto` means without.
+- `reconstruction` searches a mask by Fisher information and scales the remaining heads. Kwon et al. 2022.
+- `magnitude`, `wanda`, `gradient` and `taylor` only zero. `magnitude` needs no data; `auto` means it where there is none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lissom.compiler.transforms.pruning.units import head_sites
 
 @dataclass(frozen=True)
 class PruneHeads(UnitPruning):
-    """Zeroes the attention heads that matter least, and refits what stays where there is calibration data.
+    """Zeroes the least important attention heads, and refits the rest to calibration data if given.
 
     Options are those of `UnitPruning`. Where queries are grouped, `keep` counts key/value heads.
     """

@@ -1,11 +1,10 @@
-"""Narrow the residual stream: one set of channels goes from all layers, embeddings and norms together.
+"""Narrow the residual stream: zero one set of channels in all layers, embeddings and norms together.
 
-All weights that have the stream's width as a dimension get zeros at the channels that go: what writes to the stream then writes
-zero to them, norms give zero for them, and what reads them reads nothing. `eliminate-dead`, which runs right after it, removes
-them.
+All weights with the stream's width as a dimension get zeros at these channels: layers then write zero to them, norms return
+zero for them, and layers ignore them. `eliminate-dead`, which runs right after it, removes them.
 
 - `energy`: Σ_r E[x_c²] · ‖W_r[:, c]‖² over the layers r that read the stream, each as a share of its sum over channels, with x
-  what the layer reads of the calibration data, padding left out. It is Wanda's score of a weight, squared and summed over rows
+  the layer's inputs on calibration data, without padding. It is Wanda's score of a weight, squared and summed over rows
   and layers: Sun et al. 2023, equation 1. https://arxiv.org/abs/2306.11695
 - `magnitude`: Σ_w ‖w[c]‖² over the weights w, each as a share of its sum over channels. Needs no data. Fang et al. 2023,
   DepGraph: Towards Any Structural Pruning, equation 4. https://arxiv.org/abs/2301.12900
@@ -50,12 +49,12 @@ DAMPING = 0.01
 
 @dataclass(frozen=True)
 class PruneHidden(Approximation):
-    """Zeroes the channels of the residual stream that matter least, in everything that has them.
+    """Zeroes the least important channels of the residual stream in all layers.
 
-    keep: the share of the channels that stays, above 0 and below 1.
-    round_to: the number that stays is rounded to a multiple of this.
+    keep: fraction of channels to keep, above 0 and below 1.
+    round_to: the number of channels kept is a multiple of this.
     criterion: how channels are ranked; `energy` needs calibration data.
-    reconstruct: whether what reads the stream is fitted to what it gave before; needs calibration data.
+    reconstruct: refits the layers that read the residual stream to their earlier outputs; needs calibration data.
     """
 
     keep: float = 0.75

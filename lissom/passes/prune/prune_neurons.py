@@ -1,15 +1,15 @@
-"""Prune feed-forward neurons: choose those that matter least, zero what reads them, and let the rest make up for them.
+"""Prune feed-forward neurons: zero the least important ones, and refit the rest to compensate.
 
 A feed-forward is a sum over neurons, W₂ f(W₁ x) = Σ_i W₂[:, i] f(W₁[i] x). Neuron i is pruned by zeroing W₂[:, i];
-`eliminate-dead`, which runs right behind, removes it. Criteria, with formulas and sources, are in
-`lissom/compiler/transforms/pruning/importance.py`, and what is done to the weights that stay in
+`eliminate-dead`, which runs right after it, removes it. Criteria, with formulas and sources, are in
+`lissom/compiler/transforms/pruning/importance.py`, and the refitting of the remaining weights in
 `lissom/compiler/transforms/pruning/reconstruction.py`:
 
-- `second-order` takes neurons one after another, each time the one whose loss the others can make up for best, and then refits
+- `second-order` removes neurons one by one, each time the one that the others can compensate best, and then refits
   every layer that ends a branch to the original model, in the order of the program. It is what `auto` means
   with calibration data.
-- `reconstruction` searches a mask by Fisher information and scales the neurons that stay. Kwon et al. 2022.
-- `magnitude`, `wanda`, `gradient` and `taylor` choose and zero. `magnitude` needs no data, and is what `auto` means without.
+- `reconstruction` searches a mask by Fisher information and scales the remaining neurons. Kwon et al. 2022.
+- `magnitude`, `wanda`, `gradient` and `taylor` only zero. `magnitude` needs no data; `auto` means it where there is none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lissom.compiler.transforms.pruning.units import neuron_sites
 
 @dataclass(frozen=True)
 class PruneNeurons(UnitPruning):
-    """Zeroes the feed-forward neurons that matter least, and refits what stays where there is calibration data.
+    """Zeroes the least important feed-forward neurons, and refits the rest to calibration data if given.
 
     Options are those of `UnitPruning`.
     """

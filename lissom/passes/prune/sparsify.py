@@ -1,13 +1,13 @@
-"""Set weights of linear layers to zero, one by one: a share of them, or all but N in every M neighbours.
+"""Unstructured and N:M pruning: zero single weights of linear layers.
 
-Layers keep their shape; their matrices W: [features out, features in] get zeros. All linear layers are treated but output
-heads and the routers of mixtures. Three criteria say which weights matter least. X: [tokens, features in] is what a layer reads
-of the calibration data, padding left out.
+Layers keep their shape; their matrices W: [features out, features in] get zeros. All linear layers are pruned except LM
+heads and the routers of mixtures of experts. Three criteria rank the weights. X: [tokens, features in] are a layer's inputs on
+calibration data, without padding.
 
 - `magnitude`: |W_ij|, compared within the layer, or within all layers when `scope` is `global`. Needs no data.
 - `wanda`: |W_ij| · ‖X_j‖₂, compared within each row i. Sun et al. 2023, A Simple and Effective Pruning Approach for Large
   Language Models, equation 1. https://arxiv.org/abs/2306.11695
-- `sparsegpt`: the weights that stay are changed to make up for those that go. With H = XᵀX + λI and U the upper Cholesky factor
+- `sparsegpt`: remaining weights are updated to compensate removed ones. With H = XᵀX + λI and U the upper Cholesky factor
   of H⁻¹, columns are treated from the first to the last. Of each block of columns those weights go whose W_ij² / U_jj² is
   least, compared within the block, or within each M neighbours of a row; and each that goes is passed on to the columns behind
   it: W_i,j: −= (W_ij / U_jj) · U_j,j:, at once within the block, and for the columns behind the block when it is finished. λ is
@@ -17,7 +17,7 @@ of the calibration data, padding left out.
 The two that need data treat the layers in the order in which they run, each on what the layers before it give after they were
 treated. A matrix that several layers share is treated first, on what all of them read in the program as it came.
 
-In the pattern N:M at most N of every M neighbours along a row stay. CUDA runs 2:4 in bfloat16 and float16 (`pack-sparse`);
+With the pattern N:M, at most N of every M neighbours in a row are kept. CUDA runs 2:4 in bfloat16 and float16 (`pack-sparse`);
 elsewhere zeros make nothing faster, and the report says so. Artifacts become smaller in any case.
 """
 
@@ -53,16 +53,16 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Sparsify(Approximation):
-    """Sets weights of linear layers to zero where they matter least.
+    """Zeroes the least important weights of linear layers, unstructured or N:M.
 
-    keep: the share of each layer's weights that stays, above 0 and up to 1; of all layers' together when `scope` is `global`.
-    pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours along a row stay.
+    keep: fraction of each layer's weights to keep, above 0 and up to 1; of all layers together with scope=global.
+    pattern: N:M, such as 2:4, in place of `keep`: at most N of every M neighbours in a row are kept.
     criterion: how weights are ranked; all but `magnitude` need calibration data.
-    scope: whether weights compete within a layer or, by magnitude alone, within the whole program.
-    protect: module paths whose layers are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    output_heads: whether output heads are treated too, and with them the embeddings they share.
-    damping: what is added to the diagonal of XᵀX for `sparsegpt`, as a share of its mean.
-    block_size: columns that `sparsegpt` ranks together.
+    scope: ranks weights within each layer, or, by magnitude only, within the whole program.
+    protect: module paths of layers to leave dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    output_heads: prunes LM heads too, and with them the embedding tables tied to them.
+    damping: added to the diagonal of XᵀX for `sparsegpt`, as a fraction of its mean.
+    block_size: number of columns that `sparsegpt` ranks together.
     """
 
     keep: float = 0.5

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class ZeroPadding(Approximation):
-    """Makes outputs zero at padding positions."""
+    """Zeroes the outputs at padding positions."""
 
     redefines: ClassVar[bool] = True
     cheapens: ClassVar[bool] = False

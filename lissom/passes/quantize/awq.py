@@ -1,11 +1,11 @@
-"""Scale the channels that matter most before weights are rounded, as much as serves what layers give.
+"""AWQ: scale salient channels before weights are quantized, by the factors that minimize the output error.
 
-A weight that multiplies a large channel errs more for the same rounding. With a factor s_j for each channel j,
+The quantization error of a weight counts more where it multiplies a large activation. With a factor s_j for each channel j,
 
     W·x ≈ Q(W diag(s)) · (diag(s)⁻¹ x),   s_j = mean|X_j|^β / √(max · min of these)
 
 and β the one of 20 values from 0 to 0.95 for which the error Σ ‖Q(W diag(s)) diag(s)⁻¹ X - W·X‖² of all layers that read the
-channels is least; β = 0 leaves them as they are. Q: what `quantize` with the same options will round to. Lin et al. 2023, AWQ:
+channels is least; β = 0 leaves them as they are. Q: quantization by `quantize` with the same options. Lin et al. 2023, AWQ:
 Activation-aware Weight Quantization for LLM Compression and Acceleration, equations 4 and 5.
 https://arxiv.org/abs/2306.00978
 
@@ -13,7 +13,7 @@ diag(s)⁻¹ is folded into what makes the channels, a norm or the linear layer 
 they are: the pass comes before `quantize`, and after it `gptq` may follow. The clipping that the paper searches for is
 `quantize{weight_observer=mse}`.
 
-The error is computed from the sum of x·xᵀ over the tokens of the calibration data, padding left out.
+The error is computed from the sum of x·xᵀ over the tokens of the calibration data, without padding.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ Round = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Awq(Rewrite):
-    """Scales channels so that rounding weights costs least.
+    """Scales channels so that weight quantization costs the least error.
 
-    scheme: the format of weights to come, `int4-weight` or `int8-weight`.
-    granularity: of their scales, `tensor`, `channel` or `group`; `auto` is the scheme's own.
-    group: how many neighbours of a channel share a scale where the granularity is `group`.
-    symmetric: whether weights will have no zero point.
-    weight_observer: how their range will be chosen, `min-max` or `mse`; `auto` is `mse` for four bits.
-    norms: whether channels that a norm makes are scaled.
-    linears: whether channels that a linear layer makes are.
-    skip: module paths of norms and layers whose channels are left alone, with `*` and `?`: `"encoder.layer.0,*.11"`.
-    only: module paths whose channels alone are treated, in the same form.
+    scheme: the scheme that `quantize` will use, `int4-weight` or `int8-weight`.
+    granularity: per-tensor, per-channel or per-group scales; `auto` is the scheme's default.
+    group: number of neighbouring weights per scale with granularity=group.
+    symmetric: quantizes weights without a zero point.
+    weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
+    norms: scales the output channels of norms.
+    linears: scales the output channels of linear layers.
+    skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
+    only: module paths of norms and layers whose channels are scaled, in the same form.
     """
 
     scheme: Literal["int4-weight", "int8-weight"] = "int4-weight"

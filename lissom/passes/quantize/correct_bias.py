@@ -1,8 +1,8 @@
-"""Take the mean error that rounding leaves in what a layer gives out of its bias.
+"""Subtract the mean quantization error of a layer's output from its bias.
 
-Rounded weights, and rounded inputs, shift the mean of what a layer gives. With E the mean over the tokens of the calibration
-data, padding left out, W and x the layer's weight and what it read before the first pass that changed numbers, and W̃ and x̃
-those it has now,
+Quantized weights and activations shift the mean of a layer's output. With E the mean over the tokens of the calibration
+data without padding, W and x the layer's weight and input before the first lossy pass, and W̃ and x̃
+those of now,
 
     b += W·E[x] - W̃·E[x̃]
 
@@ -10,8 +10,8 @@ Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias C
 data in place of batch norms, as in Finkelstein et al. 2019, Fighting Quantization Bias With Bias.
 https://arxiv.org/abs/1906.04721, https://arxiv.org/abs/1906.03193
 
-The pass comes after `quantize`, and after `gptq` where there is one. Layers are treated in the order in which they run, each on
-what the layers before it give after they were corrected. A layer without a bias gets one.
+The pass comes after `quantize`, and after `gptq` where there is one. Layers are corrected in the order they run, each on
+the outputs of the corrected layers before it. A layer without a bias gets one.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class CorrectBias(Approximation):
-    """Shifts biases of rounded layers so that what they give has the mean it had.
+    """Corrects biases of quantized layers so that their outputs keep their mean.
 
-    output_heads: whether layers over a vocabulary, and others that the program ends in, are treated too.
-    skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    only: module paths that alone are treated, in the same form.
+    output_heads: corrects LM heads too, and other layers that make outputs of the program.
+    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    only: module paths to change, in the same form; others stay as they are.
     """
 
     output_heads: bool = False

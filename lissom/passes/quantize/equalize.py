@@ -1,4 +1,4 @@
-"""Even out the ranges of channels between consecutive linear layers, so that one scale for a whole weight serves them all.
+"""Equalize the ranges of channels between consecutive linear layers, so that one per-tensor scale fits all of them.
 
 Where the layers are W₂·f(W₁·x + b₁), and f is a view, an attention from its values, a product with something else or ReLU, so
 that f(s·x) = s·f(x) for s > 0, the rows of W₁ and b₁ may be divided by s_j and the columns of W₂ multiplied by it. With r₁_j
@@ -10,8 +10,8 @@ Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias C
 https://arxiv.org/abs/1906.04721
 
 Such layers are the values of an attention and its output projection, and `up` and `down` where ReLU or the product of a gated
-feed-forward lies between. Where layers follow each other, all pairs are gone through until factors stay at 1. The numbers stay
-as they are: the pass comes before `quantize`, and serves a granularity of `tensor` most. It needs no data.
+feed-forward lies between. Where layers follow each other, pairs are repeated until all factors are 1. Outputs stay
+equal: the pass comes before `quantize`, and helps per-tensor scales most. It needs no data.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _ROUNDS = 20
 
 @dataclass(frozen=True)
 class Equalize(Rewrite):
-    """Scales channels between linear layers so that both sides have one range.
+    """Scales channels between two linear layers so that the weights of both have equal ranges.
 
-    skip: module paths of the layers that make channels which are left alone, with `*` and `?`: `"encoder.layer.0,*.11"`.
-    only: module paths of those that alone are treated, in the same form.
+    skip: module paths of layers whose output channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
+    only: module paths of layers whose output channels are scaled, in the same form.
     """
 
     skip: str = ""

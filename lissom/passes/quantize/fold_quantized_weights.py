@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FoldQuantizedWeights(Rewrite):
-    """Stores weights in the format that `lissom::fake_quantize` rounds them to."""
+    """Stores quantized weights as integers, in place of `lissom::fake_quantize`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(fake_quantize):

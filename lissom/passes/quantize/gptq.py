@@ -1,12 +1,12 @@
-"""Move weights onto the grid they are rounded to so that what rounding one column loses, the columns behind it make up for.
+"""GPTQ: quantize weights column by column, and let the later columns compensate the error of each.
 
-W: [features out, features in]; X: [tokens, features in], what a layer reads of the calibration data, padding left out. With
+W: [features out, features in]; X: [tokens, features in], a layer's inputs on calibration data, without padding. With
 H = XᵀX + λI and U the upper Cholesky factor of H⁻¹, columns are rounded one by one, and the error of each is passed on:
 
     e = (W_:j - Q(W_:j)) / U_jj,   W_:k −= e · U_jk  for k > j
 
-which makes ‖XWᵀ - XQᵀ‖ small. λ is `damping` times the mean of the diagonal of XᵀX; a feature that is always zero is rounded
-to the nearest. Frantar et al. 2022, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
+which keeps ‖XWᵀ - XQᵀ‖ small. λ is `damping` times the mean of the diagonal of XᵀX; a feature that is always zero is rounded
+to nearest. Frantar et al. 2022, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
 algorithm 1. https://arxiv.org/abs/2210.17323
 
 The pass comes after `quantize` and keeps its Q/DQ nodes and formats; after it Q(W) = W to the last bit. `act_order` takes
@@ -68,18 +68,18 @@ _LEAST = 1e-12
 
 @dataclass(frozen=True)
 class Gptq(Approximation):
-    """Moves rounded weights so that layers err least on calibration data.
+    """Chooses quantized weights that minimize each layer's output error on calibration data.
 
-    act_order: whether columns are treated by decreasing size of what they read, not from the first to the last.
-    rescale: whether scales of groups are chosen anew as they are reached, and by which observer.
-    asymmetric: whether layers are fitted to what they gave before anything was rounded, and not to what they would give now.
-    pull: towards the weights as they were when layers are fitted so, as a share of the mean of the diagonal of XᵀX.
-    refit: whether scales are fitted once more when the whole numbers are found.
-    tables: whether output heads that share their weight with a table of embeddings are treated, and the table with them.
-    damping: what is added to the diagonal of XᵀX, as a share of its mean.
-    block_size: columns after which errors are passed on to all that are left; changes the time, not the result.
-    skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    only: module paths that alone are treated, in the same form.
+    act_order: quantizes columns by decreasing activation size, rather than from first to last.
+    rescale: recomputes the scale of a group when it is reached, with this observer.
+    asymmetric: fits layers to the outputs of the original model, rather than to those behind quantized layers.
+    pull: regularization towards the original weights with asymmetric=true, as a fraction of the mean of the diagonal of XᵀX.
+    refit: refits scales once the integers are chosen.
+    tables: quantizes LM heads tied to an embedding table, and the table with them.
+    damping: added to the diagonal of XᵀX, as a fraction of its mean.
+    block_size: number of columns after which errors are passed on to all later ones; affects only the time.
+    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    only: module paths to change, in the same form; others stay as they are.
     """
 
     act_order: bool = True

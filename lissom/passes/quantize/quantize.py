@@ -1,19 +1,19 @@
-"""Quantize linear layers: round weights, and what the layers read, to the values a short format holds.
+"""Quantize linear layers: weights, and for most schemes activations, in a low-precision format.
 
 x_q = clamp(round(x / s) + z),  x ≈ s · (x_q - z).  Nodes are `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`,
-quantize followed by dequantize: the program stays one in floating point that runs, trains and exports. Exact passes fold the
-weights into stored integers, and backends fuse the nodes into integer kernels. Jacob et al. 2018, Quantization and Training of
+quantize followed by dequantize: the program stays in floating point, so it runs, trains and exports. Exact passes then store
+the weights as integers, and backends fuse the nodes into integer kernels. Jacob et al. 2018, Quantization and Training of
 Neural Networks for Efficient Integer-Arithmetic-Only Inference.
 
-| scheme | weights | what layers read |
+| scheme | weights | activations |
 |---|---|---|
-| int8-dynamic | int8, a scale a channel | uint8, scale and zero point of each token, or of the tensor, found at run time |
-| int8-static | int8, a scale a channel | uint8, one scale and zero point from calibration data |
-| int8-weight | int8, a scale a channel | as it is |
-| int4-weight | int4, a scale for 32 neighbours | as it is |
-| fp8 | e4m3, a scale a channel | e4m3, a scale of each token, or of the tensor, found at run time |
+| int8-dynamic (W8A8) | int8, per-channel | uint8, per-token or per-tensor scale and zero point, computed at run time |
+| int8-static (W8A8) | int8, per-channel | uint8, per-tensor scale and zero point from calibration data |
+| int8-weight (W8A16) | int8, per-channel | floating point |
+| int4-weight (W4A16) | int4, per-group of 32 | floating point |
+| fp8 | e4m3, per-channel | e4m3, per-token or per-tensor scale, computed at run time |
 
-The residual stream, norms and softmax stay in floating point; `residual` and `attention` ask for more.
+The residual stream, norms and softmax stay in floating point unless `residual` or `attention` is true.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ _HALF = torch.finfo(torch.float16)
 
 @dataclass(frozen=True)
 class Quantize(Approximation):
-    """Rounds linear layers to a short format.
+    """Quantizes linear layers to int8, int4 or fp8.
 
-    scheme: which numbers are rounded, and when their scale is found; see the table. `int8-static` needs calibration data.
-    granularity: of a weight's scale: `tensor`, `channel`, `group`; `auto` is the scheme's own.
-    group: how many neighbours of a channel share a scale where the granularity is `group`.
-    symmetric: whether weights have no zero point; without it they are held as uint8 or uint4.
-    activations: what shares a scale at run time, `token` or `tensor`.
-    observer: how the range of activations is chosen from calibration data, `min-max`, `percentile`, `mse` or `entropy`.
-    share: of the values that `percentile` keeps in range.
-    weight_observer: how the range of weights is chosen, `min-max` or `mse`; `auto` is `mse` for four bits.
-    embeddings: whether tables of embeddings are rounded too, and with them the output heads they are tied to.
-    output_heads: whether output heads with a weight of their own are.
-    attention: whether queries, keys and values are rounded too, as they go into attention.
-    residual: whether sums of the residual stream are.
-    skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    only: module paths that alone are treated, in the same form.
+    scheme: what is quantized, and when its scale is computed; see the table. `int8-static` needs calibration data.
+    granularity: per-tensor, per-channel or per-group weight scales; `auto` is the scheme's default.
+    group: number of neighbouring weights per scale with granularity=group.
+    symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4.
+    activations: per-token or per-tensor activation scales at run time.
+    observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
+    share: fraction of values that `percentile` keeps inside the clipping range.
+    weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
+    embeddings: quantizes embedding tables too, and with them the LM heads tied to them.
+    output_heads: quantizes LM heads that are not tied to an embedding table.
+    attention: quantizes queries, keys and values at the input of attention.
+    residual: quantizes the outputs of residual adds.
+    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    only: module paths to change, in the same form; others stay as they are.
     """
 
     scheme: Scheme = "int8-dynamic"

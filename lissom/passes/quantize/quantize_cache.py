@@ -1,14 +1,14 @@
-"""Keep keys and values of the cache as integers of eight or four bits, with a scale for each token and head.
+"""Quantize the KV cache to int8 or int4, with a scale per token and head.
 
     s = max|x| / 127,  q = round(x / s)   written   |   x ≈ q · s   read
 
-x: a token's key or value in one head, [head_dim]. What is read of a token stays what was written when it came, so that its
-rounding does not add up over a text. A key of 128 features takes 132 bytes of 512, of 68 with four bits. The layers themselves
-are as they were: `quantize` is for those.
+x: a token's key or value in one head, [head_dim]. A token is quantized once, when it is written, so
+errors do not add up over a text. A key of 128 features takes 132 bytes rather than 512, or 68 in int4. Layers are unchanged:
+`quantize` is for those.
 
-Sheng et al. 2023, FlexGen, round groups of neighbours instead; Liu et al. 2024, KIVI, find that keys lose less when they are
-rounded by channel, over several tokens, which asks for keeping the last tokens as they are. On a CPU attention reads eight bits
-as they lie; four bits are turned back first.
+Sheng et al. 2023, FlexGen, quantize groups of neighbours instead; Liu et al. 2024, KIVI, find that keys lose less when they are
+quantized per channel, over several tokens, which requires the last tokens in full precision. On a CPU, attention reads int8
+directly; int4 is dequantized first.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _END = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class QuantizeCache(Approximation):
-    """Rounds what is kept of each token.
+    """Quantizes the KV cache to int8 or int4.
 
-    bits: 8 or 4, of one number.
+    bits: 8 or 4 per element.
     """
 
     bits: Literal[8, 4] = 8

@@ -34,13 +34,13 @@ from lissom.errors import RequirementError, UnsupportedError
 
 @dataclass(frozen=True)
 class SmoothQuant(Rewrite):
-    """Scales what linear layers read so that it and their weights are about as hard to round.
+    """Scales activations and weights so that both quantize about equally well.
 
-    alpha: how much of the difficulty goes to the weights, 0 to 1.
-    norms: whether channels that a norm makes are scaled.
-    linears: whether channels that a linear layer makes are.
-    skip: module paths of norms and layers whose channels are left alone, with `*` and `?`: `"encoder.layer.0,*.11"`.
-    only: module paths whose channels alone are treated, in the same form.
+    alpha: migration strength, 0 to 1: how much of the activations' range moves into the weights.
+    norms: scales the output channels of norms.
+    linears: scales the output channels of linear layers.
+    skip: module paths of norms and layers whose channels are not scaled, with `*` and `?`: `"encoder.layer.0,*.11"`.
+    only: module paths of norms and layers whose channels are scaled, in the same form.
     """
 
     alpha: float = 0.5

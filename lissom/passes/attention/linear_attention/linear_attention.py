@@ -70,11 +70,11 @@ def _first_state(program: Program) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class LinearAttention(Approximation):
-    """Turns attention into linear attention.
+    """Replaces softmax attention by linear attention.
 
-    features: the feature map φ, see the table.
-    skip: module paths whose attention stays, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    only: module paths whose attention alone is treated, in the same form.
+    features: the feature map φ; see the table.
+    skip: module paths whose attention stays softmax, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    only: module paths of the attention to change, in the same form; others stay.
     """
 
     features: FeatureMap = "hedgehog"

@@ -38,13 +38,13 @@ from lissom.passes.attention.pool_heads.pooling import arranged
 
 @dataclass(frozen=True)
 class PoolHeads(Approximation):
-    """Makes the key and value heads of each group equal.
+    """Makes the key/value heads of each group equal, as grouped-query attention needs.
 
-    groups: how many key and value heads stay different in each attention; must divide how many there are.
-    keep: their share instead, over 0 to 1; as many stay as divide, and no more.
-    align: fit what reads the heads, where it can be; otherwise heads are averaged as they are.
-    regroup: put heads together that lose least as one; otherwise neighbours.
-    protect: module paths that keep all heads, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    groups: number of distinct key/value heads to keep per attention; must divide their number.
+    keep: fraction of key/value heads to keep in place of `groups`, rounded down to a divisor.
+    align: refits the layers that read the heads, where possible; otherwise heads are averaged as they are.
+    regroup: groups the heads that lose least when merged; otherwise neighbours.
+    protect: module paths whose heads are all kept, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     """
 
     groups: int | None = None

@@ -66,19 +66,19 @@ _LARGEST_LAYOUT = 2**24
 
 @dataclass(frozen=True)
 class SparsifyAttention(Approximation):
-    """Restricts attentions to a sparse pattern of keys.
+    """Restricts attention to a sparse pattern of visible keys.
 
-    pattern: which keys a query sees; see above.
-    window: tokens seen to each side; 128, for `global-window-random` 192, for `strided` 64 unless told.
-    block: tokens of a block, 64 unless told, 32 for `measured`.
-    global_tokens: first tokens that see all and are seen by all; 0, for `global-window-random` 64 unless told.
-    random_blocks: blocks of keys drawn for each block of queries, 3 unless told.
-    stride: every so many-th block is seen, 8 unless told.
-    dilation: blocks from one to the next in a dilated window, 2 unless told.
-    seed: of the drawing, 0 unless told.
-    mass: the share of the attention that `measured` keeps, above 0 and below 1, 0.95 unless told.
-    skip: module paths whose attentions stay dense, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    only: module paths whose attentions alone are treated, in the same form.
+    pattern: the visible keys of a query; see above.
+    window: visible tokens to each side; default 128, `global-window-random` 192, `strided` 64.
+    block: tokens per block; default 64, `measured` 32.
+    global_tokens: number of first tokens that see all and are seen by all; default 0, `global-window-random` 64.
+    random_blocks: random key blocks per query block; default 3.
+    stride: every stride-th block is visible; default 8.
+    dilation: distance of visible blocks in a dilated window; default 2.
+    seed: of the random blocks; default 0.
+    mass: fraction of the attention weights that `measured` keeps, above 0 and below 1; default 0.95.
+    skip: module paths whose attention stays dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    only: module paths whose attention becomes sparse, in the same form; others stay dense.
     """
 
     pattern: Literal["window", "block", "global-window-random", "strided", "dilated", "measured"] = "window"

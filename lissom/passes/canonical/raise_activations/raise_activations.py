@@ -37,7 +37,7 @@ _KNOWN: dict[object, list[tuple[torch._ops.OpOverload, dict[str, object], Functi
 
 @dataclass(frozen=True)
 class RaiseActivations(Rewrite):
-    """Replaces written-out GELU, SiLU and Mish by the operator of that name."""
+    """Replaces GELU, SiLU and Mish written in parts by one operator."""
 
     def run(self, edit: Editor) -> None:
         for core in edit.nodes(*_KNOWN):

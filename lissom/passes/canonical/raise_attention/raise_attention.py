@@ -32,7 +32,7 @@ _LOWEST = -1e9
 
 @dataclass(frozen=True)
 class RaiseAttention(Rewrite):
-    """Replaces matmul, scale, mask, softmax, matmul by one attention."""
+    """Replaces attention written in parts (matmul, scale, mask, softmax, matmul) by one operator."""
 
     def run(self, edit: Editor) -> None:
         for softmax in edit.nodes(*SOFTMAX):

@@ -72,14 +72,14 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class DepthwiseSeparable(Approximation):
-    """Replaces convolutions by a depthwise and a pointwise one where that takes fewer bytes and operations.
+    """Replaces convolutions by depthwise and pointwise ones where these take fewer bytes and FLOPs.
 
-    rank: the terms of each slice of a kernel, 1 or more.
-    keep: the share of a kernel's energy that is kept, above 0 and up to 1; of what the layer gives where data are known.
-    budget: the share of its bytes and of its operations that a layer may take, above 0 and below 1.
+    rank: number of terms per slice of a kernel, 1 or more.
+    keep: fraction of a kernel's energy to keep, above 0 and up to 1; of the output energy with calibration data.
+    budget: fraction of its bytes and FLOPs that a layer may take, above 0 and below 1.
     order: which convolution comes first; see above for `auto`.
-    skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    only: module paths that alone are treated, in the same form.
+    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    only: module paths to change, in the same form; others stay as they are.
     """
 
     rank: int | None = None

@@ -71,20 +71,20 @@ _LEAST = 1e-30
 
 @dataclass(frozen=True)
 class LowRank(Approximation):
-    """Puts two thin linear layers in the place of one, by truncated SVD.
+    """Replaces a linear layer by two thin ones, by truncated SVD.
 
     rank: features between the two layers. Give one of rank, keep and budget.
-    keep: the share of the energy of what each layer gives that its factors keep at least, above 0 and up to 1.
-    budget: the share of the bytes of all treated weights that is left, above 0 and below 1.
-    whiten: whether layers err least on the calibration data, where there is some, and not in their weights.
-    asymmetric: whether layers are fitted to what they gave before any was factored, and not to what they would give now.
-    fisher: whether what matters more to the likelihood of the outputs counts more, where there is calibration data.
-    attention: whether heads are made shorter where they can be, and not the projections into and out of them thinner.
-    damping: towards the weights as they were, as a share of the mean of the diagonal of XᵀX.
-    round_to: ranks found by keep and budget are a multiple of this.
-    output_heads: whether output heads are treated too; those that share a table of embeddings never are.
-    skip: module paths that are left alone, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
-    only: module paths that alone are treated, in the same form.
+    keep: least fraction of each layer's output energy that its factors keep, above 0 and up to 1.
+    budget: fraction of the bytes of all factored weights to keep, above 0 and below 1.
+    whiten: minimizes the output error on calibration data, where there is some, rather than the weight error.
+    asymmetric: fits layers to the outputs of the original model, rather than to those behind factored layers.
+    fisher: weights errors by their effect on the likelihood of the outputs; needs calibration data.
+    attention: reduces head_dim where that is possible, rather than factoring the projections.
+    damping: regularization towards the original weights, as a fraction of the mean of the diagonal of XᵀX.
+    round_to: ranks chosen by keep and budget are a multiple of this.
+    output_heads: factors LM heads too; those tied to an embedding table never are.
+    skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
+    only: module paths to change, in the same form; others stay as they are.
     """
 
     rank: int | None = None

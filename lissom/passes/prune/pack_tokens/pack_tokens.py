@@ -1,10 +1,10 @@
-"""Compute what works token by token on real tokens only: gathered from a padded batch once, spread out again around attention.
+"""Run per-token operators on real tokens only: gathered from the padded batch once, and padded again around attention.
 
     rows = indices of the real tokens in mask [batch, tokens]        packed = x[rows]           [1, real tokens, features]
-    slot[b, t] = (how many real tokens stand up to (b, t)) - 1       padded = packed[slot]      [batch, tokens, features]
+    slot[b, t] = (number of real tokens up to (b, t)) - 1       padded = packed[slot]      [batch, tokens, features]
 
-Linear layers, norms, activations, embeddings and residual sums run on the packed rows, which are one long sequence to them;
-attention and whatever else looks across tokens runs on the padded form. Both directions are lookups of whole rows, so that
+Linear layers, norms, activations, embeddings and residual adds run on the packed rows, one long sequence;
+attention and all other operators across tokens run on the padded form. Both directions are lookups of whole rows, so that
 every backend has them. In the padded form a padding position holds a copy of the last real token before it, which nothing may
 read. The pass is exact because it follows every value to where a mask hides padding, sets it to zero, or one position is
 chosen, and leaves the program alone where a value goes anywhere else. Of a row whose chosen position (`[CLS]`, the last token)
@@ -39,7 +39,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class PackTokens(Rewrite):
-    """Runs per-token work on real tokens only."""
+    """Computes per-token operators on real tokens only, without padding."""
 
     def run(self, edit: Editor) -> None:
         unflatten_where(edit, _packs)

@@ -40,10 +40,10 @@ from lissom.passes.prune.prune_layers.branches import Branch, branch_of, follow
 class PruneLayers(Approximation):
     """Removes the layers that change the residual stream least.
 
-    keep: the share of the layers that stays, above 0 and below 1, rounded to whole layers.
-    part: what goes of a layer: all of it, or its `attention` or `feed-forward` alone.
+    keep: fraction of layers to keep, above 0 and below 1, rounded to whole layers.
+    part: what is removed: whole layers, or only their `attention` or `feed-forward`.
     criterion: how layers are ranked; `influence` needs calibration data.
-    protect: module paths of layers that stay, with `*` and `?`, divided by commas: `"encoder.layer.0,*.11"`.
+    protect: module paths of layers to keep, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     """
 
     keep: float = 0.75

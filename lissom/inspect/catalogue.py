@@ -1,0 +1,140 @@
+"""What there is to choose from: all passes in groups, and one pass with its options and an example."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as python_inspect
+import re
+from collections.abc import Iterable, Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lissom.compiler.pipeline.pass_kinds import Pass
+from lissom.compiler.pipeline.spelling import format_value, options_of, type_text
+
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "Pruning": ("prune",),
+    "Quantization": ("quantize",),
+    "Distillation": ("recover",),
+    "Sparse and linear attention": ("attention",),
+    "Lightweight layers": ("lightweight",),
+    "Tensor parallelism": ("parallel",),
+    "Mixed precision": ("precision",),
+    "Canonical form, first in every compile": ("canonical",),
+    "Lowering, last in every compile and chosen by the backend": ("lowering",),
+}
+"""The groups of passes, in the order of the survey, by the folders of `lissom.passes` that hold them."""
+OTHER = "From other packages"
+
+_EXACT = ("rewrite", "annotation")
+_KINDS = {
+    "rewrite": "exact: outputs stay equal within rounding, which is checked",
+    "approximation": "lossy: outputs change; the error is measured, and the pass is reverted where it gains nothing",
+    "annotation": "exact: adds information and changes no output",
+    "training": "lossy: trains weights to recover quality",
+}
+_EXAMPLES = {
+    "prune-heads": "prune-heads{keep=0.75}",
+    "prune-neurons": "prune-neurons{keep=0.75}",
+    "prune-layers": "prune-layers{keep=0.75}",
+    "prune-hidden": "prune-hidden{keep=0.75}",
+    "sparsify": "sparsify{pattern=2:4}",
+    "pool-heads": "pool-heads{groups=2},merge-equal-heads",
+    "merge-equal-heads": "pool-heads{groups=2},merge-equal-heads",
+    "pack-tokens": "zero-padding,pack-tokens",
+    "smooth-quant": "smooth-quant,quantize{scheme=int8-static}",
+    "awq": "awq,quantize{scheme=int4-weight}",
+    "gptq": "quantize{scheme=int4-weight},gptq",
+    "correct-bias": "quantize{scheme=int8-static},correct-bias",
+    "equalize": "equalize,quantize{scheme=int8-weight}",
+    "quantize": "quantize{scheme=int8-dynamic}",
+    "fold-quantized-weights": "quantize{scheme=int8-weight},fold-quantized-weights",
+    "low-rank": "low-rank{budget=0.5}",
+    "depthwise-separable": "depthwise-separable{budget=0.5}",
+    "share-layers": "share-layers{every=2}",
+    "sparsify-attention": "sparsify-attention{pattern=window,window=64}",
+    "shard": "shard{ways=2},cut",
+    "cut": "shard{ways=2},cut",
+}
+"""Pipelines that show a pass with an option or with its usual companions; of any other pass, its name alone is one."""
+_CALIBRATED = {"prune-layers", "prune-hidden", "smooth-quant", "awq", "gptq", "correct-bias"}
+"""The passes whose examples need calibration data."""
+_LONGEST_NAME = 29
+
+
+def grouped(passes: Mapping[str, type[Pass]]) -> dict[str, dict[str, type[Pass]]]:
+    """The passes by group; within a group lossy ones come first, else the order stays."""
+    titles = {room: title for title, rooms in GROUPS.items() for room in rooms}
+    found: dict[str, dict[str, type[Pass]]] = {title: {} for title in (*GROUPS, OTHER)}
+    for name, item in sorted(passes.items(), key=lambda pair: pair[1].kind in _EXACT):
+        package, _, rest = item.__module__.partition("lissom.passes.")
+        room = rest.partition(".")[0] if not package else ""
+        found[titles.get(room, OTHER)][name] = item
+    return {title: members for title, members in found.items() if members}
+
+
+def passes_table(passes: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -> RenderableType:
+    """Every pass with what it does, in groups, and the recipes; `*` marks lossy passes."""
+    groups = {
+        title: {name + ("" if item.kind in _EXACT else " *"): first_line(item) for name, item in members.items()}
+        for title, members in grouped(passes).items()
+    }
+    # With a space behind each comma, lines break between passes.
+    groups["Recipes"] = {name: pipeline.replace(",", ", ") for name, pipeline in recipes.items()}
+    parts: list[RenderableType] = []
+    for title, rows in groups.items():
+        table = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
+        table.add_column(no_wrap=True, min_width=_LONGEST_NAME)
+        table.add_column(overflow="fold")
+        for name, text in rows.items():
+            table.add_row(name, Text(text))
+        parts += [Text(title, style="bold"), table, Text()]
+    return Group(*parts, Text("* lossy. `lissom passes NAME` shows the options of a pass and an example."))
+
+
+def pass_page(item: type[Pass]) -> RenderableType:
+    """What a pass does, whether it is lossy, its options with types and defaults, and an example."""
+    parts: list[RenderableType] = [Text(f"{item.name()}: {first_line(item)}"), Text(_KINDS[item.kind])]
+    parts += [Text(f"requires that {requirement.fact}") for requirement in item.requires]
+    if options_of(item):
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+        table.add_column("option", no_wrap=True)
+        table.add_column("takes", overflow="fold", max_width=20)
+        table.add_column("default", overflow="fold")
+        table.add_column("meaning", overflow="fold")
+        for name, takes, default, meaning in option_rows(item):
+            table.add_row(name, Text(takes), Text(default), Text(meaning))
+        parts += [Text(), table]
+    # Only `show` takes programs for several ranks apart from a backend that runs them.
+    command = "show" if ".parallel." in item.__module__ else "compile"
+    data = " --data texts.txt" if item.name() in _CALIBRATED else ""
+    return Group(*parts, Text(f"\nExample: lissom {command} minilm --passes '{example_of(item.name())}'{data}"))
+
+
+def option_rows(item: type[Pass]) -> list[tuple[str, str, str, str]]:
+    """Each option with what it takes, its default as pipeline text (`required` without one), and its meaning."""
+    documented = _meanings(python_inspect.getdoc(item) or "")
+    fields: Iterable[dataclasses.Field[object]] = dataclasses.fields(item)  # pyright: ignore[reportArgumentType]
+    defaults = {
+        field.name: "required" if field.default is dataclasses.MISSING else format_value(field.default) for field in fields
+    }
+    return [(name, type_text(hint), defaults[name], documented.get(name, "")) for name, hint in options_of(item).items()]
+
+
+def example_of(name: str) -> str:
+    """Pipeline text that shows the pass."""
+    return _EXAMPLES.get(name, name)
+
+
+def first_line(item: object) -> str:
+    """The first line of an object's docstring."""
+    return (python_inspect.getdoc(item) or "").partition("\n")[0]
+
+
+def _meanings(docstring: str) -> dict[str, str]:
+    """What a docstring says of each field: `keep: the fraction …`, with the indented lines that go on."""
+    found = re.findall(r"^(\w+): (.*(?:\n[ ]+\S.*)*)", docstring, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}

@@ -1,0 +1,35 @@
+"""Rows of a table that differ in the number of their layer alone, as one row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+_NUMBER = re.compile(r"(?<!\w)\d+(?!\w)")
+
+Row = tuple[str, ...]
+
+
+def fold_rows(rows: Sequence[Row], label: int = 0) -> list[Row]:
+    """The rows, those that are equal but for the first number in their label as one: `encoder.layer.0-5 ×6`.
+
+    label: the column that names the layer.
+    """
+    groups: dict[Row, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((*row[:label], _NUMBER.sub("#", row[label], count=1), *row[label + 1 :]), []).append(row)
+    return [group[0] if len(group) == 1 else _folded(group, label) for group in groups.values()]
+
+
+def _folded(group: Sequence[Row], label: int) -> Row:
+    found = [_NUMBER.search(row[label]) for row in group]
+    numbers = sorted({int(item.group()) for item in found if item is not None})
+    text = _NUMBER.sub(_ranges(numbers), group[0][label], count=1)
+    return (*group[0][:label], f"{text} ×{len(group)}", *group[0][label + 1 :])
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-4,6` for 0, 1, 2, 3, 4 and 6."""
+    runs = [[number for _, number in run] for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
