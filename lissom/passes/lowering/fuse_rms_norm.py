@@ -1,4 +1,4 @@
-"""Lower RMS norms on a CPU to the kernel `lissom::fused_rms_norm`; PyTorch takes a sweep for each of its five operators.
+"""Lower RMS norms on a CPU to the kernel `lissom::fused_rms_norm`, one pass where PyTorch runs five operators.
 
 rms_norm(x, [features], weight, eps)   ->  lissom::fused_rms_norm(x, weight, eps)
 """
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FuseRmsNorm(Rewrite):
-    """Turns RMS norms over the last dimension into `lissom::fused_rms_norm`."""
+    """Replaces RMS norms over the last dimension with the CPU kernel `lissom::fused_rms_norm`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(_obstacle, aten.rms_norm.default):

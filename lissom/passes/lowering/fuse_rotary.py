@@ -1,4 +1,4 @@
-"""Lower rotary position embedding on a CPU to the kernel `lissom::fused_rotary`: one sweep, without the turned copy.
+"""Lower rotary position embedding on a CPU to the kernel `lissom::fused_rotary`: one pass, without a rotated copy.
 
 lissom::rotary(x, cos, sin)   ->  lissom::fused_rotary(x, cos, sin)
 """
@@ -19,7 +19,7 @@ from lissom.ops.rotary import rotary
 
 @dataclass(frozen=True)
 class FuseRotary(Rewrite):
-    """Turns `lissom::rotary` of [batch, heads, tokens, head_dim] into `lissom::fused_rotary`."""
+    """Replaces `lissom::rotary` of [batch, heads, tokens, head_dim] with the CPU kernel `lissom::fused_rotary`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(_obstacle, rotary):

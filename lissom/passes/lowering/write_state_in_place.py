@@ -1,9 +1,9 @@
-"""Write new rows into the program's state where it lies, such as a token's keys and values into the cache.
+"""Write KV-cache rows in place instead of copying the cache; the same for any other state.
 
     new = index_copy(state, dim, places, rows);  …;  copy_(state, new)   ->   new = index_copy_(state, dim, places, rows)
 
-The state is then neither copied before it is read nor after, so that a token costs its own rows and not the whole cache. What
-read the copy reads the state itself, which holds the same until the next call.
+The state is not copied any more, so that a token costs its own rows and not the whole cache. Readers of the copy read the state
+itself, which holds the same values until the next call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class WriteStateInPlace(Rewrite):
-    """Turns a copy of the state with some rows exchanged, which then becomes the state, into a write of these rows."""
+    """Writes KV-cache rows, or rows of other state, in place."""
 
     def run(self, edit: Editor) -> None:
         for write in edit.nodes(aten.copy_.default):
@@ -40,12 +40,12 @@ class WriteStateInPlace(Rewrite):
 
 
 def _exchanges_rows(new: object, state: object) -> bool:
-    """True for a copy of the state with rows exchanged, in the form that has one that writes in place."""
+    """True for an `index_copy` of the state, which has an in-place form."""
     return nodes.is_call(new, *IN_PLACE) and new.args[0] is state
 
 
 def _obstacle(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node) -> str | None:
-    """Why the state cannot be written where it lies; None when it can."""
+    """Why the state cannot be written in place; None when it can."""
     if write.users:
         return "what the write yields is read"
     if set(state.users) != {new, write} or sum(_reads(edit, str(state.target))) > 1:
