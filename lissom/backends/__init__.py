@@ -1,4 +1,4 @@
-"""The ways out of a program, in one table."""
+"""The table of backends, by name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lissom.errors import UnsupportedError, nearest
 BACKENDS: Mapping[str, type[Backend]] = {backend.name: backend for backend in (Eager, Inductor, OnnxRuntime, Distributed)}
 
 FASTEST = "fastest"
-"""The name that stands for whichever of them is fastest."""
+"""The name for the fastest of all backends."""
 
 
 def find_backend(wanted: str | Backend) -> Backend:
-    """The backend of that name, with its options as they are by default; or the one given, which has options of its own.
+    """The backend of that name, with default options; or the object given.
 
-    Raises: UnsupportedError when there is none, or this machine lacks what it needs.
+    Raises: UnsupportedError when there is none, or this machine lacks its requirements.
     """
     names = (*BACKENDS, FASTEST)
     if isinstance(wanted, Backend):
@@ -42,10 +42,9 @@ def find_backend(wanted: str | Backend) -> Backend:
 
 
 def find_backends(wanted: str | Backend) -> Sequence[Backend]:
-    """The backend of that name, or the one given; for `fastest` all that run in one process, those too that this machine lacks
-    something for.
+    """The backend of that name, or the object given; for `fastest` all that run in one process, available here or not.
 
-    Raises: UnsupportedError when there is none, or this machine lacks what it needs.
+    Raises: UnsupportedError when there is none, or this machine lacks its requirements.
     """
     if not isinstance(wanted, str) or wanted != FASTEST:
         return [find_backend(wanted)]

@@ -1,4 +1,4 @@
-"""What a backend is: passes that lower a program, and a way to build what runs it."""
+"""The interface of backends: passes that lower a program, and a build step that makes an executable."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from lissom.compiler.verify.rounding import SHARE, exact_outputs, rounding_loss,
 from lissom.errors import InputError, UnsupportedError, VerifyError
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
-"""Flat inputs in the order of the program's placeholders; flat outputs. One that keeps state is `Stateful` too."""
+"""Takes flat inputs in the order of the program's placeholders; returns flat outputs. One with state is `Stateful` too."""
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """An executable that keeps state from call to call. It starts with that of the program, of which it has its own copy."""
+    """An executable that keeps state, such as a KV cache, between calls. It starts with its own copy of the program's state."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The state by the names of the program: the memory itself, until the next call.
+        """The state by name: its own memory, valid until the next call.
 
-        To write to a tensor is to change the state: `zero_()` empties a cache, `copy_(tensor[rows])` reorders its rows.
+        Writing to a tensor changes the state: `zero_()` empties a cache, `copy_(tensor[rows])` reorders its rows.
         """
         ...
 
 
 def state_of(executable: Executable) -> dict[str, torch.Tensor]:
-    """The state an executable keeps, as `Stateful.state` gives it; empty for one that keeps none."""
+    """The state of an executable, as `Stateful.state` gives it; empty for one without state."""
     return executable.state() if isinstance(executable, Stateful) else {}
 
 
 @contextmanager
 def restored_state(*executables: Executable) -> Generator[None]:
-    """Put the state of the executables back to what it was."""
+    """Restore the state of the executables after the block."""
     saved = [
         (executable, {name: tensor.clone() for name, tensor in state_of(executable).items()}) for executable in executables
     ]
@@ -57,9 +57,9 @@ def restored_state(*executables: Executable) -> Generator[None]:
 
 @dataclass(frozen=True)
 class Backend(ABC):
-    """A way to run programs; its fields are its options.
+    """Runs programs; its fields are its options.
 
-    movable: True when what was saved for one kind of device can be loaded for another.
+    movable: True when an artifact saved for one kind of device can be loaded for another.
     runs_ranks: True when it runs a program partitioned for several ranks.
     """
 
@@ -68,61 +68,61 @@ class Backend(ABC):
     runs_ranks: ClassVar[bool] = False
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
-        """Exact passes that bring a program on `device` into the form this backend runs fast; checked like any other."""
+        """Exact passes that lower a program on `device` to the operators of this backend; checked like any other pass."""
         return ()
 
     def simulated(self, program: Program) -> Sequence[SimulatedLayer]:
         """The quantized layers of a lowered program that this backend has no kernel for.
 
-        A backend that learns it when it builds says so of the executable, as its `simulated`, and nothing here.
+        A backend that knows only after the build sets `simulated` on the executable, and returns nothing here.
         """
         return simulated_layers(program)
 
     def missing(self) -> str | None:
-        """Why this machine cannot run it, in one sentence; None when it can."""
+        """Why this machine cannot run this backend, in one sentence; None when it can."""
         return None
 
     @abstractmethod
     def build(self, program: Program, example: Sample) -> Executable:
-        """What runs the program; `example` are flat inputs of it.
+        """Build the executable of a program. example: flat inputs.
 
-        The executable keeps the program's weights and copies none it does not write.
+        The executable shares the program's weights and copies only those it writes.
         """
 
     def save_files(self, executable: Executable, folder: Path) -> None:
-        """Write into the folder of an artifact what `load_executable` needs beside the program.
+        """Write the files that `load_executable` needs besides the program into the folder of an artifact.
 
-        They are plain files without folders, and nothing in them is pickled.
+        They are plain files without subfolders, and contain no pickles.
 
         Raises: UnsupportedError when this backend's executables cannot be saved; OSError.
         """
         raise UnsupportedError(f"what backend '{self.name}' builds cannot be saved; choose backend 'eager'")
 
     def native_code(self, *, saved_options: bool) -> str | None:
-        """What of an artifact of this backend runs as native code when it is loaded, in words; None for data alone.
+        """What native code an artifact of this backend loads, in words; None for data alone.
 
-        saved_options: this backend's options come from the artifact, and not from the caller.
+        saved_options: True when this backend's options come from the artifact and not from the caller.
 
-        Raises: ValueError for saved options of another kind than they should be.
+        Raises: ValueError for saved options of a wrong type.
         """
         return None
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
-        """What runs the program, from the files `save_files` wrote, which stay as they are.
+        """Load the executable from the files that `save_files` wrote, without changing them.
 
-        Raises: ArtifactError when they do not run here; UnsupportedError when this machine lacks what they need.
+        Raises: ArtifactError when they do not run here; UnsupportedError when this machine lacks their requirements.
         """
         raise UnsupportedError(f"what backend '{self.name}' builds cannot be loaded; compile the model again")
 
 
 def confirm(name: str, executable: Executable, program: Program, example: Sample, allowed: float = 0.0) -> float:
-    """Run what a backend built from a program beside it: on the example, at other sizes, and at the smallest, twice each.
+    """Compare an executable with its program on the example, at other sizes, and at the smallest sizes, twice each.
 
-    State is compared too, and put back to what it was.
+    State is compared too, and restored.
 
-    allowed: the relative error it may show, where that is more than two correct programs may. Returns the one it shows.
+    allowed: the relative error it may have, where that is more than two correct programs differ by. Returns its relative error.
 
-    Raises: VerifyError when it does not run, gives something else, or hands out memory that is not the caller's.
+    Raises: VerifyError when it does not run, gives other outputs, or returns memory that it uses again.
     """
     given = [*check_samples(program.signature, example), *smallest_samples(program, example)]
     samples, wanted, _ = run_original(program, given)
@@ -152,20 +152,20 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
                     f"choose another backend"
                 )
         usual = shared_memory(program, sample, outputs)
-        same = {(index, EARLIER) for index, _ in usual}  # an input or a weight, which is there in every call
+        same = {(index, EARLIER) for index, _ in usual}  # an input or a weight, which every call shares
         for index, other in sorted(shared_memory(program, sample, again, first) - usual - same)[:1]:
             raise VerifyError(f"{subject} gives an output {index} that shares memory with {other}; choose another backend")
     return worst
 
 
 def _call(executable: Executable, sample: Sample) -> list[object]:
-    """The outputs of one call, and the state it leaves, which is put back."""
+    """The outputs of one call, and the state after it, which is then restored."""
     with restored_state(executable):
         return [*executable(sample), *(tensor.clone() for tensor in state_of(executable).values())]
 
 
 def smallest_samples(program: Program, example: Sample) -> list[Sample]:
-    """The example at the smallest sizes the signature promises, where compilers go wrong; none when it refuses them."""
+    """The example at the smallest sizes of the signature, where compilers tend to fail; none when it refuses them."""
     signature = program.signature
     sample = resize(signature, example, {symbol: dimension.minimum for symbol, dimension in signature.dimensions.items()})
     try:

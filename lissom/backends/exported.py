@@ -1,4 +1,4 @@
-"""What backends share that hand the whole program to another compiler: its results, its example, what they all refuse."""
+"""Helpers of backends that export the program to another compiler: outputs, tracing example, refusals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lissom.errors import UnsupportedError
 
 
 def leaves_of(program: Program) -> list[object]:
-    """What the program returns, leaf by leaf: nodes, and values that are always the same."""
+    """The flat outputs of the program: nodes and constants."""
     return list(cast(Sequence[object], program.output.args[0]))
 
 
 def device_of(program: Program) -> torch.device:
-    """Where the program's inputs are; the CPU when it has none."""
+    """The device of the program's inputs; the CPU when it has none."""
     tensors = program.signature.tensors
     return tensors[0].type.device if tensors else torch.device("cpu")
 
@@ -47,18 +47,18 @@ def check_tensors(backend: str, program: Program) -> None:
 
 
 def traced_example(program: Program, example: Sample) -> tuple[torch.Tensor, ...]:
-    """The example to trace with: contiguous, and of 2 where a size that varies is 1, since 1 cannot be traced as such."""
+    """The example for tracing: contiguous, with free sizes of 1 doubled, since tracing specializes a size of 1."""
     signature = program.signature
     sizes = {symbol: max(2, size) for symbol, size in signature.sizes_of(example).items()}
     return tuple(tensor.contiguous() for tensor in resize(signature, example, sizes))
 
 
 def free_dimensions(leaf: TensorArgument) -> dict[int, object]:
-    """The dimensions of one input that vary; which of them are equal is found anew."""
+    """The free dimensions of one input; the exporter finds anew which of them are equal."""
     return {index: Dim.AUTO for index, size in enumerate(leaf.type.shape) if not isinstance(size, int)}
 
 
 def kind_and_reason(error: BaseException) -> str:
-    """An error's class, and the first line it says something in."""
+    """The class of an error, and the first non-empty line of its message."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first}"

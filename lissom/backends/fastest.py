@@ -1,4 +1,4 @@
-"""The fastest of several backends: each builds the program, all are timed side by side on the example, and the best is kept."""
+"""The fastest of several backends: each builds the program, all are timed on the example, and the best is kept."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lissom.errors import LissomError, UnsupportedError
 from lissom.inspect.timing import ENOUGH, time_calls
 
 _SECONDS = 1.0
-"""How long each backend is timed."""
+"""How many seconds each backend is timed."""
 _SLOW_BUILD = 1.0
-"""Builds of so many seconds are worth a note."""
+"""Builds that take longer, in seconds, are noted in the history."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A program, what runs it, and how it came to be."""
+    """A program, its executable, and its history."""
 
     backend: Backend
     program: Program
@@ -40,11 +40,11 @@ def build_fastest(
     *,
     simulate: bool = False,
 ) -> Built:
-    """Build the program of every backend, and keep the one that answers the example soonest; a single one is not timed.
+    """Build the program with every backend, and keep the fastest on the example; a single backend is not timed.
 
-    lowered: for each backend's name its lowered program, or why there is none. progress: called with what is done now, and
-    how many builds are left. simulate: let quantized layers without a kernel run in floating point; else they are refused.
-    The history says how long each took, and why any could not run.
+    lowered: by backend name its lowered program, or the error of lowering. progress: called with the current step and the
+    number of builds left. simulate: allow quantized layers without a kernel to run in floating point; else they are refused.
+    The history records the times, and why a backend could not run.
 
     Raises: the error of a single backend; UnsupportedError when several fail and none is left.
     """

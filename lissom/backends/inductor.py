@@ -1,7 +1,7 @@
-"""TorchInductor, ahead of time: the program compiled into one library, with its weights frozen into it in the kernels' layout.
+"""TorchInductor, ahead of time: the program compiled into one library, with frozen weights in the layout of its kernels.
 
-The program is exported with the dimensions its signature leaves free, and AOTInductor compiles it into a `.pt2` package. Python
-takes no part in a call but to hand over the inputs. Calls from several threads wait for each other.
+The program is exported with the free dimensions of its signature, and AOTInductor compiles it into a `.pt2` package. A call
+runs no Python between operators. Calls from several threads are serialized.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lissom.passes.lowering.lower_quantized_products import LowerQuantizedProduc
 from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 
 PACKAGE, MADE_WITH = "model.pt2", "inductor.json"
-"""The files of an artifact that are this backend's."""
+"""This backend's files in an artifact."""
 
 
 class Inductor(Backend):
@@ -54,15 +54,15 @@ class Inductor(Backend):
         return None
 
     def build(self, program: Program, example: Sample) -> Executable:
-        """What runs the program: a `Package`.
+        """Compile the program into a `Package`.
 
-        Raises: UnsupportedError when the program keeps state, returns sizes, or holds what TorchInductor cannot compile;
-            VerifyError when what it compiled gives something else than the program.
+        Raises: UnsupportedError when the program keeps state, returns sizes, or cannot be compiled by TorchInductor;
+            VerifyError when the package gives other outputs than the program.
         """
         check_plain(self.name, program)
         folder = Path(mkdtemp(prefix="lissom-"))
         try:
-            # Warnings and tracebacks of the compiler's own parts; what matters is in its exception.
+            # Warnings about the compiler's internals; failures raise.
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 package = Package(program, _compile(program, example, folder))
@@ -77,7 +77,7 @@ class Inductor(Backend):
         return package
 
     def save_files(self, executable: Executable, folder: Path) -> None:
-        """The package, and what it was compiled with."""
+        """The package, and the versions it was compiled with."""
         assert isinstance(executable, Package)
         shutil.copyfile(executable.path, folder / PACKAGE)
         made_with = {"torch": torch.__version__, "instruction_sets": instruction_sets()}
@@ -87,7 +87,7 @@ class Inductor(Backend):
         return f"the library in {PACKAGE}, which TorchInductor compiled"
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
-        """The package loaded; it needs the PyTorch it was compiled with, and a processor that has the same instructions."""
+        """Load the package; it needs the PyTorch version it was compiled with, and a processor with the same instructions."""
         try:
             made_with = json.loads((folder / MADE_WITH).read_text(encoding="utf-8"))
             version, needed = str(made_with["torch"]), [str(name) for name in made_with["instruction_sets"]]
@@ -109,7 +109,7 @@ class Inductor(Backend):
             )
         try:
             return Package(program, folder / PACKAGE, keep=True)
-        # The loader's own class of errors.
+        # The loader raises RuntimeError only.
         except RuntimeError as error:
             raise ArtifactError(
                 f"'{folder / PACKAGE}' cannot be opened: {kind_and_reason(error)}; compile the model again"
@@ -117,9 +117,9 @@ class Inductor(Backend):
 
 
 class Package:
-    """A program TorchInductor compiled.
+    """A program compiled by TorchInductor.
 
-    path: the `.pt2` package, which holds code and weights; its folder is deleted with this object, unless it is to be kept.
+    path: the `.pt2` package, which holds code and weights; its folder is deleted with this object, unless `keep`.
     """
 
     def __init__(self, program: Program, path: Path, keep: bool = False) -> None:
@@ -127,13 +127,13 @@ class Package:
         index = -1 if device.type == "cpu" else device.index
         self.path = path
         self._leaves = leaves_of(program)
-        # The loader itself: what is around it reads the nesting of inputs and outputs from text at every call.
+        # The loader itself: its wrapper parses the pytree of inputs and outputs at every call.
         self._loader = torch._inductor.aoti_load_package(str(path), device_index=index).loader
         if not keep:
             weakref.finalize(self, shutil.rmtree, path.parent, ignore_errors=True)
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> Sequence[object]:
-        # The compiled code reads memory in the order of the example, and does not look at strides.
+        # The compiled code assumes the strides of the example.
         with torch.inference_mode():
             results = iter(self._loader.boxed_run([tensor.contiguous() for tensor in inputs]))
         return [next(results) if isinstance(leaf, fx.Node) else leaf for leaf in self._leaves]
@@ -160,10 +160,10 @@ def _compile(program: Program, example: Sample, folder: Path) -> Path:
     shapes = {"inputs": tuple(free_dimensions(leaf) for leaf in program.signature.tensors)}
     exported = torch.export.export(_Module(program).eval(), traced, dynamic_shapes=shapes, strict=False)
     options: dict[str, object] = {
-        # Weights are packed once, when compiling, into the layout the kernels read.
+        # Packs weights at compile time into the layout of the kernels.
         "freezing": True,
         "aot_inductor.package": True,
-        # Not in TorchInductor's cache, which would keep a copy of the weights for ever.
+        # Not in TorchInductor's cache, which would keep a copy of the weights forever.
         "aot_inductor.output_path": str(folder / "files"),
     }
     files = torch._inductor.aot_compile(exported.module(), traced, options=options)  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Batches cut into pieces: a piece whose activations stay in the processor's cache is faster than what they add up to."""
+"""Microbatches: a large batch is faster in pieces whose activations stay in the processor's cache."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from lissom.inspect.timing import ENOUGH, time_calls
 Call = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 _LARGEST = 64
-"""Rows at most that pieces are compared with."""
+"""The largest batch that microbatches are compared with."""
 _GAIN = 0.95
-"""A piece must take less than this share of the time a row takes in a large batch, so that noise does not decide."""
+"""A row in a microbatch must take less than this fraction of its time in a large batch, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
 class Cutting:
-    """How calls are cut. batch: the inputs that have a row for each of the batch, by their numbers.
+    """How calls are split into microbatches. batch: the indices of the inputs with a batch dimension.
 
-    elements: of the first of these inputs in one piece, tokens where it holds token ids.
+    elements: of the first of these inputs in one microbatch; tokens where it holds token ids.
     """
 
     batch: tuple[int, ...]
     elements: int
 
     def __call__(self, call: Call, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What the call gives, computed piece by piece where the inputs are larger than two pieces."""
+        """The outputs of the call, computed in microbatches where the batch is at least two of them."""
         first = inputs[self.batch[0]]
         rows = max(1, self.elements // max(1, first[:1].numel()))
         if len(first) < 2 * rows:
@@ -54,9 +54,9 @@ class Cutting:
 
 
 def batch_inputs(program: Program) -> tuple[int, ...]:
-    """The inputs whose first dimension is the batch, when each row of it seems to be computed by itself; empty otherwise.
+    """The inputs whose first dimension is the batch, when rows seem to be independent; empty otherwise.
 
-    Seems, since operators are not looked into: what is cut has to be compared with what is not.
+    It looks at shapes and not at operators, so the outputs of microbatches have to be compared with those of a whole batch.
     """
     leaves = [leaf for leaf in leaves_of(program) if isinstance(leaf, fx.Node)]
     shapes = [leaf.type.shape for leaf in program.signature.tensors]
@@ -72,9 +72,9 @@ def batch_inputs(program: Program) -> tuple[int, ...]:
 
 
 def fastest_cutting(call: Call, program: Program, example: Sample, seconds: float) -> tuple[Cutting, str] | None:
-    """The cutting that makes large batches faster, and the times in words; None where none does, or rows depend on each other.
+    """The microbatch size that makes large batches faster, and the times in words; None where none does.
 
-    seconds: how long to time each size; one that is larger takes at least five calls.
+    seconds: how long to time each size, in at least five calls.
     """
     batch = batch_inputs(program)
     if not batch:
@@ -85,7 +85,7 @@ def fastest_cutting(call: Call, program: Program, example: Sample, seconds: floa
     if one is None:
         return None
     once = time_calls({"one": partial(call, one)}, seconds / 4, most=ENOUGH)["one"].median_ms
-    # A large batch of some fifth of a second: two of some twenty pieces are measured in a second or two.
+    # A large batch takes some fifth of a second, so that all sizes are timed in a second or two.
     largest = min(_LARGEST, dimension.maximum or _LARGEST, 1 << max(0, int(200 / max(once, 1e-3)).bit_length() - 1))
     counts = [largest >> step for step in range(5) if largest >> step >= max(1, dimension.minimum)]
     samples = {count: sample for count in counts if (sample := _at(program, example, symbol, count)) is not None}
@@ -105,7 +105,7 @@ def fastest_cutting(call: Call, program: Program, example: Sample, seconds: floa
 
 
 def _at(program: Program, example: Sample, symbol: sympy.Symbol, count: int) -> Sample | None:
-    """The example with so many rows; None when the program does not take that."""
+    """The example with that batch size; None when the signature refuses it."""
     signature = program.signature
     sample = resize(signature, example, signature.sizes_of(example) | {symbol: count})
     try:
@@ -120,7 +120,7 @@ def _mentions(shape: Sequence[Size], symbol: sympy.Symbol) -> bool:
 
 
 def _loses(node: fx.Node, symbol: sympy.Symbol) -> bool:
-    """True when a tensor with the dimension goes in and one without it comes out, as of a sum over it."""
+    """True when an input has the dimension and the output does not, as in a sum over it."""
     if not nodes.is_tensor(node) or _mentions(nodes.tensor_type(node).shape, symbol):
         return False
     return any(nodes.is_tensor(used) and _mentions(nodes.tensor_type(used).shape, symbol) for used in node.all_input_nodes)

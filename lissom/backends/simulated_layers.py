@@ -1,7 +1,7 @@
-"""Which quantized layers of a lowered program a backend computes from integers, and what is said of the others.
+"""Quantized layers of a lowered program that have no kernel, and are simulated in floating point.
 
-A backend's passes put kernels in the place of a product together with the Q/DQ operators around it. A product that still reads
-what such an operator gives has no kernel: it runs in floating point, on rounded values, as exact and no faster.
+A backend's passes replace a product and the Q/DQ operators around it with a kernel. A product that still reads the output of
+such an operator has no kernel: it runs in floating point on quantized values, as accurate and no faster than before.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ _OTHER_LAYERS = {
 
 @dataclass(frozen=True)
 class SimulatedLayer:
-    """A quantized layer that is computed in floating point.
+    """A quantized layer that is simulated in floating point.
 
-    node: its name in the program. module: its path. format: what it is rounded to, in words. reason: why there is no kernel.
+    node: its name in the program. module: its path. format: of weights and activations, in words. reason: why it has no kernel.
     """
 
     node: str
@@ -57,24 +57,24 @@ class SimulatedLayer:
 
 
 def simulated_layers(program: Program) -> list[SimulatedLayer]:
-    """The quantized layers of a lowered program that no kernel has taken the place of."""
+    """The quantized layers of a lowered program without a kernel."""
     found: list[SimulatedLayer] = []
     for node in program.nodes():
-        rounded = _rounded_operands(node)
-        if not rounded:
+        quantizers = _quantizers(node)
+        if not quantizers:
             continue
-        described = " on ".join(_describe(program, item) for item in rounded)
-        found.append(SimulatedLayer(node.name, nodes.origin(node).module_path, described, _reason(rounded)))
+        described = " on ".join(_describe(program, item) for item in quantizers)
+        found.append(SimulatedLayer(node.name, nodes.origin(node).module_path, described, _reason(quantizers)))
     return found
 
 
 def count_kernels(program: Program) -> int:
-    """How many layers of a lowered program kernels compute from integers."""
+    """How many layers of a lowered program are integer kernels."""
     return sum(_is_kernel(node) for node in program.nodes())
 
 
 def explain(layers: Iterable[SimulatedLayer], steps: Sequence[Step]) -> list[SimulatedLayer]:
-    """The layers; one whose reason is not known has that which a pass for quantized layers gave for leaving it alone."""
+    """The layers; where no reason is known, with the reason for which a pass skipped the layer."""
     reasons = {skip.node: skip.reason for step in steps if "quantized" in step.spelling for skip in step.skipped}
     return [
         replace(layer, reason=reasons.get(layer.node, layer.reason)) if layer.reason == SimulatedLayer.reason else layer
@@ -104,13 +104,13 @@ def account(layers: Sequence[SimulatedLayer], total: int, kernels: str = "") -> 
     if not layers:
         return said
     reasons = "; ".join(dict.fromkeys(layer.reason for layer in layers))
-    return f"{said}; {len(layers)} in floating point on rounded values: {reasons}"
+    return f"{said}; {len(layers)} in floating point on quantized values: {reasons}"
 
 
-def _reason(rounded: Sequence[fx.Node]) -> str:
-    """Why there is no kernel, as far as formats and the device tell."""
-    on_cuda = all(nodes.tensor_type(item).device.type == "cuda" for item in rounded)
-    if not on_cuda and any(item.kwargs["format"] == "fp8" for item in rounded):
+def _reason(quantizers: Sequence[fx.Node]) -> str:
+    """Why there is no kernel, by formats and device."""
+    on_cuda = all(nodes.tensor_type(item).device.type == "cuda" for item in quantizers)
+    if not on_cuda and any(item.kwargs["format"] == "fp8" for item in quantizers):
         return "products of fp8 need a CUDA device"
     return SimulatedLayer.reason
 
@@ -119,11 +119,11 @@ def _is_kernel(node: fx.Node) -> bool:
     return node.target in _KERNELS
 
 
-def _rounded_operands(node: fx.Node) -> list[fx.Node]:
-    """What rounds the weight and the values of a layer: its Q/DQ operators; none for a kernel, or anything but a layer."""
+def _quantizers(node: fx.Node) -> list[fx.Node]:
+    """The Q/DQ operators on the weight and the input of a layer; empty for kernels and other nodes."""
     if is_linear(node):
         weight = weight_of(node)
-        candidates: Sequence[object] = [_rounding_of(weight, node) if weight is not None else None, input_of(node)]
+        candidates: Sequence[object] = [_weight_quantizer(weight, node) if weight is not None else None, input_of(node)]
     elif nodes.is_call(node, *_OTHER_LAYERS):
         candidates = node.all_input_nodes[::-1]
     else:
@@ -132,13 +132,13 @@ def _rounded_operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_looked_up(quantizer: fx.Node) -> bool:
-    """True for rows of a table that are turned back: what reads them reads floating point."""
+    """True for dequantized rows of an embedding table, whose readers are no quantized layers."""
     first = quantizer.args[0]
     return nodes.is_call(quantizer, dequantize) and isinstance(first, fx.Node) and first.op != "get_attr"
 
 
-def _rounding_of(weight: fx.Node, layer: fx.Node) -> fx.Node | None:
-    """The operator that rounds a layer's weight, through views."""
+def _weight_quantizer(weight: fx.Node, layer: fx.Node) -> fx.Node | None:
+    """The quantizer of a layer's weight, through views."""
     pending, seen = [*layer.args], set[fx.Node]()
     while pending:
         item = pending.pop()
@@ -152,18 +152,18 @@ def _rounding_of(weight: fx.Node, layer: fx.Node) -> fx.Node | None:
     return None
 
 
-def _describe(program: Program, rounding: fx.Node) -> str:
-    """`int8 weights, a scale a channel`, `uint8 values, a scale a token`."""
-    form = FORMATS[str(rounding.kwargs["format"])]
-    first = rounding.args[0]
+def _describe(program: Program, quantizer: fx.Node) -> str:
+    """`int8 weights (per-channel)`, `uint8 activations (per-token)`."""
+    form = FORMATS[str(quantizer.kwargs["format"])]
+    first = quantizer.args[0]
     if not (isinstance(first, fx.Node) and first.op == "get_attr"):
-        scale = rounding.kwargs.get("granularity")
-        return f"{form.name} values, a scale a {scale}" if scale else f"{form.name} values, one scale from calibration"
-    shape = nodes.tensor_type(rounding.args[1]).shape
-    whole = nodes.tensor_type(rounding).shape
+        scale = quantizer.kwargs.get("granularity")
+        return f"{form.name} activations ({f'per-{scale}' if scale else 'static'})"
+    shape = nodes.tensor_type(quantizer.args[1]).shape
+    whole = nodes.tensor_type(quantizer).shape
     if all(size == 1 for size in shape):
-        return f"{form.name} weights, one scale"
+        return f"{form.name} weights (per-tensor)"
     if all(size in (1, full) for size, full in zip(shape, whole, strict=True)):
-        return f"{form.name} weights, a scale a channel"
+        return f"{form.name} weights (per-channel)"
     groups = max(int(full) // int(size) for size, full in zip(shape, whole, strict=True))
-    return f"{form.name} weights, a scale for {groups} neighbours"
+    return f"{form.name} weights (groups of {groups})"

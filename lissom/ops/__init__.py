@@ -1,4 +1,4 @@
-"""Operators of our own: what PyTorch has no single operator for. Importing this package registers them."""
+"""Custom operators: computations for which PyTorch has no single operator. Importing this package registers them."""
 
 from collections.abc import Callable, Mapping
 
@@ -23,7 +23,7 @@ IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
     grouped_product: grouped_product_reference,
     linear_attention: linear_attention_reference,
 }
-"""Each operator's Python implementation; called directly it is spared PyTorch's dispatcher, which small calls notice."""
+"""Python implementations of operators; calling them directly avoids the overhead of PyTorch's dispatcher."""
 
 KERNELS = (
     packed_embedding,
@@ -39,7 +39,7 @@ KERNELS = (
     fused_rms_norm,
     fused_rotary,
 )
-"""The operators programs are lowered to on a CPU; `lissom.ops.native` has their kernels."""
+"""The operators that programs are lowered to on a CPU; their kernels are in `lissom.ops.native`."""
 
 __all__ = [
     "IMPLEMENTATIONS",

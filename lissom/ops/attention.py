@@ -1,8 +1,8 @@
-"""`lissom::attention`: attention with soft-capped scores and with sinks, which `scaled_dot_product_attention` cannot say.
+"""`lissom::attention`: attention with soft-capped scores and with sinks, which `scaled_dot_product_attention` lacks.
 
 scores = q kᵀ · scale
 scores = softcap · tanh(scores / softcap)                       Gemma Team 2024 (Gemma 2), §2
-weights = softmax([scores + bias, sinks])                       Xiao et al. 2023; GPT-OSS: one learnt logit a head
+weights = softmax([scores + bias, sinks])                       Xiao et al. 2023; GPT-OSS: one learnt logit per head
 result = weights without the sinks' column · v
 """
 
@@ -28,7 +28,7 @@ def attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operator in PyTorch's own. A query that sees no key is given zeros, as `scaled_dot_product_attention` gives it."""
+    """The reference implementation. A fully masked query yields zeros, as in `scaled_dot_product_attention`."""
     scores = torch.matmul(q, k.transpose(-1, -2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -48,5 +48,5 @@ _LIBRARY.impl("attention", attention_reference, "CompositeImplicitAutograd")
 
 attention = torch.ops.lissom.attention.default
 """The operator. q: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; bias: added to the scores, or a
-boolean mask of what is seen, broadcast to [batch, heads, queries, keys]; softcap: 0 for none; sinks: one logit a head,
+boolean mask of visible keys, broadcast to [batch, heads, queries, keys]; softcap: 0 for none; sinks: one logit per head,
 broadcast to [batch, heads, queries, 1]. Returns [batch, heads, queries, head_dim of v]. Differentiable; any device."""

@@ -1,9 +1,9 @@
-"""`lissom::block_sparse_attention`: attention of which a formula of positions says what is seen, so that no mask is ever made.
+"""`lissom::block_sparse_attention`: attention whose mask is a pattern, a formula of positions, and is never materialized.
 
-weights = softmax(softcap(q kᵀ · scale) + bias) over the keys the pattern lets a query see;  result = weights · v
+weights = softmax(softcap(q kᵀ · scale) + bias) over the keys visible by the pattern;  result = weights · v
 
-It is what dense attention under such a mask is lowered to. Time and memory follow the keys that are seen. Where there is no
-kernel, and wherever gradients are wanted, it is computed by `lissom.ops.blocked_attention`.
+Dense attention with such a mask is lowered to it. Time and memory are proportional to the number of visible keys. Without a
+kernel, and where gradients are required, it is computed by `lissom.ops.blocked_attention`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _LIBRARY.define(
 
 
 def _with_gradients(*operands: torch.Tensor | None, **options: Any) -> torch.Tensor:
-    """The operator, computed of PyTorch's where a gradient is wanted, and of numbers that no kernel computes in."""
+    """The operator; blocked attention where a gradient is required or no kernel computes in the dtype."""
     given = (*operands, options.get("sinks"))
     gradients = torch.is_grad_enabled() and any(item is not None and item.requires_grad for item in given)
     q = operands[0]
-    # A subclass may be a stand-in that has a type alone.
+    # A subclass may be a fake tensor.
     if gradients or (type(q) is torch.Tensor and q.device.type == "cpu" and q.dtype not in kernel_dtypes()):
         return blocked_attention(*operands, **options)  # pyright: ignore[reportArgumentType]
     with torch._C._AutoDispatchBelowAutograd():
@@ -63,7 +63,7 @@ torch.library.register_fake("lissom::block_sparse_attention", _shape_of, lib=_LI
 
 block_sparse_attention = torch.ops.lissom.block_sparse_attention.default
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
-value_dim], where key_heads divides heads; bias: added to the scores, or a boolean mask of what is seen besides, broadcast to
-[batch, heads, queries, keys]; layout: boolean, [heads or 1, query blocks, key blocks], for patterns that ask it; pattern and
-block: `Pattern.encode()` and its block; softcap, sinks: as in `lissom::attention`. A row that sees no key yields zeros.
-Returns [batch, heads, queries, value_dim], laid out in memory as [batch, queries, heads, value_dim]."""
+value_dim], where key_heads divides heads; bias: added to the scores, or a further boolean mask of visible keys, broadcast to
+[batch, heads, queries, keys]; layout: boolean, [heads or 1, query blocks, key blocks], for patterns that read one; pattern and
+block: `Pattern.encode()` and its block; softcap, sinks: as in `lissom::attention`. A fully masked row yields zeros.
+Returns [batch, heads, queries, value_dim], contiguous as [batch, queries, heads, value_dim]."""

@@ -1,10 +1,10 @@
-"""`lissom::block_sparse_attention` in PyTorch's own operators: blocks of queries against the key blocks they may see, gathered.
+"""`lissom::block_sparse_attention` in PyTorch's operators: blocks of queries against the key blocks visible to them, gathered.
 
-Tokens are padded to whole blocks; for each block of queries its key blocks are copied side by side, scores are one batched
-matrix product, and what is seen inside is told from positions. Nothing has the size of all queries times all keys, and time
-and memory are linear in the length where what a query sees does not grow with it. Differentiable, on any device.
+Tokens are padded to whole blocks; the key blocks of each query block are gathered, scores are one batched matrix product, and
+the mask inside is computed from positions. No tensor has the size queries × keys; time and memory are linear in the length
+where the number of visible keys per query is bounded. Differentiable, on any device.
 
-Where a pattern has no such blocks, or they come near to all keys, the reference with its mask of all pairs is what runs.
+Where a pattern has no such blocks, or they cover nearly all keys, the reference with its dense mask runs instead.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from lissom.ops.key_blocks import KeyBlocks, key_blocks
 from lissom.ops.pattern import UNBOUNDED, Pattern
 
 _WORTH = 0.5
-"""From this share of all scores on the copies cost as much as is saved."""
+"""Above this fraction of all scores gathering costs as much as it saves."""
 
 _MOST = 256
-"""Key blocks that are remembered, of patterns and lengths."""
+"""The cache size for key blocks of patterns and lengths."""
 _OF_LAYOUTS: MutableMapping[torch.Tensor, tuple[int, dict[object, KeyBlocks | str]]] = WeakIdKeyDictionary()
-"""For each layout its version, and what is read under it by a pattern, or by one at some lengths."""
+"""For each layout its version, and the key blocks of a pattern, or of a pattern at some lengths."""
 
 
 def check_pattern(q: torch.Tensor, layout: torch.Tensor | None, pattern: Sequence[int], block: int) -> Pattern:
-    """The pattern an operator was given; raises unless it and its layout fit the queries."""
+    """The pattern of an operator's argument; raises unless it and its layout fit the queries."""
     require(1 <= block <= UNBOUNDED, "a pattern's block is {} tokens, and must be from 1 to {}", block, UNBOUNDED)
     try:
         found = Pattern.decode(pattern, block)
     except ValueError as error:
         raise RuntimeError(str(error)) from error
-    require(layout is not None or not found.asks_layout, "this pattern asks a layout, and none was given")
+    require(layout is not None or not found.asks_layout, "this pattern needs a layout, and none was given")
     if layout is not None:
         message = "a layout is boolean, [heads or 1, query blocks, key blocks], not {} with the sizes {}"
         fits = layout.dim() == 3 and layout.dtype == torch.bool
@@ -63,7 +63,7 @@ def block_sparse_attention_reference(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operator in PyTorch's own, by a mask of all pairs."""
+    """The reference implementation, with a dense mask."""
     seen = with_bias(Pattern.decode(pattern, block).mask(q.shape[2], k.shape[2], layout).to(q.device), bias)
     return fused_attention_reference(q, k, v, seen, scale=scale, softcap=softcap, sinks=sinks)
 
@@ -81,12 +81,12 @@ def blocked_attention(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operator by key blocks where that is less work than the reference, which it is otherwise."""
+    """The operator by key blocks where that is less work than the reference; else the reference."""
     check_attention(q, k, v, bias, sinks)
     said = check_pattern(q, layout, pattern, block)
     found = _blocks_of(said, layout, q.shape[2], k.shape[2])
     by_head = sinks is None or (sinks.dim() == 4 and sinks.shape[2] == 1)
-    # A block longer than all keys is no fewer of them, and memory is made for all of it.
+    # A block longer than all keys saves nothing, and memory is allocated for all of it.
     fits = found if isinstance(found, KeyBlocks) and found.block <= k.shape[2] else None
     if by_head and fits is not None and fits.pairs(q.shape[2], k.shape[2]) < _WORTH * q.shape[2] * k.shape[2]:
         return attend_by_blocks(q, k, v, bias, layout, said, fits, scale=scale, softcap=softcap, sinks=sinks)
@@ -108,14 +108,14 @@ def attend_by_blocks(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operator by the key blocks given."""
+    """The operator by these key blocks."""
     batch, heads, queries, depth = q.shape
     keys, size = k.shape[2], reads.block
     rows = -(-queries // size)
     j, mine = _read(reads, rows, keys, q.device)  # [heads or 1, rows, read]
     i = torch.arange(rows * size, device=q.device).view(rows, size, 1)
     seen = pattern.seen(i, j[:, :, None], layout) & mine[:, :, None]
-    # Heads that have key blocks of their own are not brought together.
+    # Heads with key blocks of their own are not merged.
     groups = k.shape[1] if reads.heads == 1 else heads
     k_read, v_read = (_gathered(item, j, reads, groups) for item in (k, v))
     blocks = functional.pad(q, (0, 0, 0, rows * size - queries)).view(batch, groups, heads // groups, rows, size, depth)
@@ -143,10 +143,10 @@ def attend_by_blocks(
 
 
 def _blocks_of(pattern: Pattern, layout: torch.Tensor | None, queries: int, keys: int) -> KeyBlocks | str:
-    """What a pattern reads; under one layout it is found once, for as long as that lives and nothing writes to it."""
+    """The key blocks of a pattern; cached per layout, as long as it lives and is not written to."""
     if layout is None or not pattern.asks_layout:
         return _without_layout(pattern, queries, keys)
-    # Those made in inference mode do not tell whether they were written to.
+    # Inference tensors have no version counter.
     if layout.is_inference():
         found = key_blocks(pattern, layout)
         return key_blocks(pattern, layout, queries, keys) if isinstance(found, str) else found
@@ -177,9 +177,9 @@ def _rules(pattern: Pattern) -> KeyBlocks | str:
 
 
 def _read(reads: KeyBlocks, rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The key positions each block of queries reads, and which of them count; int64 and boolean, [heads or 1, rows, read].
+    """The key positions each query block reads, and which of them are valid; int64 and boolean, [heads or 1, rows, read].
 
-    Those that do not count, because they do not exist or are read elsewhere, have some other position.
+    Invalid ones, which do not exist or are duplicates, have an arbitrary position.
     """
     row = torch.arange(rows, device=device)
     column = (row[:, None] + torch.tensor(reads.offsets, dtype=torch.int64, device=device)).expand(reads.heads, -1, -1)
@@ -200,7 +200,7 @@ def _read(reads: KeyBlocks, rows: int, keys: int, device: torch.device) -> tuple
 
 
 def _alone(reads: KeyBlocks, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions that all queries read, and which of them are there and named for the first time."""
+    """The positions that all queries read, and which of them exist and are no duplicates."""
     found = [torch.arange(min(reads.prefix, keys), device=device)]
     once = [torch.ones_like(found[0], dtype=torch.bool)]
     for number, (first, last, period) in enumerate(reads.strides):
@@ -232,11 +232,11 @@ def _in_stride(stride: tuple[int, int, int], j: torch.Tensor) -> torch.Tensor:
 
 
 def _gathered(item: torch.Tensor, j: torch.Tensor, reads: KeyBlocks, groups: int) -> torch.Tensor:
-    """Keys or values as read, [batch, groups, rows, read, depth]."""
+    """Gathered keys or values, [batch, groups, rows, read, depth]."""
     own, keys = item.shape[1:3]
     spread, size = reads.slots * reads.block, reads.block
     padded = functional.pad(item, (0, 0, 0, -keys % size)).unflatten(2, (-1, size))
-    # Blocks that are not there are cut to the last one, whose tokens do not count.
+    # Blocks that do not exist are clamped to the last one, and masked.
     column = j[..., :spread:size] // size
     if reads.heads == 1:
         found = padded[:, :, column[0]]
@@ -250,7 +250,7 @@ def _gathered(item: torch.Tensor, j: torch.Tensor, reads: KeyBlocks, groups: int
 
 
 def _bias_read(bias: torch.Tensor | None, j: torch.Tensor, rows: int, size: int, groups: int) -> torch.Tensor | None:
-    """The bias of what is read, [batch or 1, groups or 1, rows, heads of a group or 1, block or 1, read]."""
+    """The bias of gathered keys, [batch or 1, groups or 1, rows, heads of a group or 1, block or 1, read]."""
     if bias is None:
         return None
     bias = bias.reshape(*[1] * (4 - bias.dim()), *bias.shape)

@@ -1,7 +1,7 @@
-"""Checks of operands that references, fake kernels and C++ kernels have in common.
+"""Checks of operands, shared by references, fake kernels and C++ kernels.
 
-They raise RuntimeError, as PyTorch's own operators do. Sizes that are symbolic are refused only where they are known to differ,
-so that a check never adds a guard.
+They raise RuntimeError, as PyTorch's operators do. Symbolic sizes are refused only where they are known to differ, so a check
+never adds a guard.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`lissom::block_sparse_attention` by PyTorch's FlexAttention, whose compiled kernel reads the blocks reached and no others.
+"""`lissom::block_sparse_attention` by PyTorch's FlexAttention, whose compiled kernel reads visible blocks only.
 
-It is what the operator runs on a CUDA device. Dong et al. 2024, FlexAttention, arXiv 2412.05496. What may hold something seen
-of each block is told by `Pattern.blocks`; blocks that are not seen whole are tested token by token inside the kernel.
+The operator's implementation on CUDA devices. Dong et al. 2024, FlexAttention, arXiv 2412.05496. `Pattern.blocks` gives the
+visible blocks; those that are not fully visible are masked token by token inside the kernel.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lissom.ops.pattern import Condition, Pattern
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 
 BLOCK = 128
-"""Tokens a block has: what FlexAttention's kernels are tuned for, and a multiple of each of their tiles."""
+"""Tokens per block: what FlexAttention's kernels are tuned for, and a multiple of each of their tiles."""
 _SMALLEST = 16
-"""Features a head has at least; Triton multiplies no narrower matrices."""
+"""The smallest head_dim; Triton multiplies no narrower matrices."""
 _MASKS = 64
-"""How many block masks are kept; the one used longest ago goes."""
+"""The cache size for block masks; the least recently used is dropped."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 Index = torch.Tensor
@@ -48,7 +48,7 @@ def flex_block_sparse_attention(
     sinks: torch.Tensor | None = None,
     compiled: bool = True,
 ) -> torch.Tensor:
-    """The operator; shapes as there. Not compiled it holds all scores, for tests. On a CPU sinks need that."""
+    """The operator on CUDA. compiled: False materializes all scores, for tests; on a CPU sinks need that."""
     if q.dtype not in _DTYPES:
         return block_sparse_attention_reference(
             q, k, v, bias, layout, pattern=pattern, block=block, scale=scale, softcap=softcap, sinks=sinks
@@ -66,7 +66,7 @@ def flex_block_sparse_attention(
     if sinks is None:
         found = cast(torch.Tensor, call(q, k, v, **options))
     else:
-        # A sink is one more logit: softmax with it is softmax without, times its share e^lse / (e^lse + e^sink).
+        # A sink is one more logit: softmax with it is softmax without it, times e^lse / (e^lse + e^sink).
         aux = AuxRequest(lse=True)
         found, statistics = cast("tuple[torch.Tensor, AuxOutput]", call(q, k, v, return_aux=aux, **options))
         share = torch.sigmoid(cast(torch.Tensor, statistics.lse).unsqueeze(-1) - sinks.float())
@@ -75,20 +75,20 @@ def flex_block_sparse_attention(
 
 
 def _at_least(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """Features filled up with zeros, which change neither scores nor the values in front of them."""
+    """Features padded with zeros, which change neither scores nor the other values."""
     missing = size - tensor.shape[-1]
     return tensor if missing <= 0 else torch.nn.functional.pad(tensor, (0, missing))
 
 
 @cache
 def _compiled() -> Flex:
-    # Each pattern, length and form of bias is a kernel of its own; PyTorch would stop compiling at the eighth.
+    # Each pattern, length and shape of bias compiles its own kernel; by default PyTorch stops at the eighth.
     compile_function = cast(Callable[..., Flex], torch.compile)  # whose overloads do not name these options yet
     return compile_function(flex_attention, dynamic=False, recompile_limit=1 << 16, isolate_recompiles=True)
 
 
 def _scores(bias: torch.Tensor | None, softcap: float) -> Callable[..., torch.Tensor] | None:
-    """What is done to a score. A boolean mask counts here, as blocks seen whole by the pattern are not tested again."""
+    """The score modification. It applies boolean masks too, since fully visible blocks of the pattern are not masked."""
     if bias is None and not softcap:
         return None
 
@@ -104,7 +104,7 @@ def _scores(bias: torch.Tensor | None, softcap: float) -> Callable[..., torch.Te
 
 
 def seen_by(pattern: Pattern, layout: torch.Tensor | None) -> Seen:
-    """The pattern as FlexAttention asks for it: whether head h lets query i see key j."""
+    """The pattern as FlexAttention's mask function: whether key j is visible to query i in head h."""
 
     def holds(condition: Condition, h: Index, i: Index, j: Index) -> torch.Tensor:
         if condition.asks_layout:
@@ -134,11 +134,11 @@ _KEPT: OrderedDict[object, tuple[torch.Tensor | None, BlockMask]] = OrderedDict(
 def block_mask(
     pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None = None
 ) -> BlockMask:
-    """The blocks a pattern reaches there, kept for the next call that asks with the same layout, unchanged since.
+    """The visible blocks of a pattern, cached for calls with the same layout.
 
-    Building it reads the layout on the host. A layout that does not count its changes is read by every call.
+    Building it reads the layout on the host. A layout without a version counter is read by every call.
 
-    Raises: ValueError when the pattern asks a layout and there is none.
+    Raises: ValueError when the pattern reads a layout and there is none.
     """
     if layout is not None and layout.is_inference():
         return _block_mask(pattern, queries, keys, device, layout)
@@ -150,7 +150,7 @@ def block_mask(
             return _KEPT[key][1]
     made = _block_mask(pattern, queries, keys, device, layout)
     with _LOCK:
-        _KEPT[key] = (layout, made)  # the layout is kept with it, so that no other can have its identity
+        _KEPT[key] = (layout, made)  # keeps the layout alive, so that its id is not reused
         if len(_KEPT) > _MASKS:
             _KEPT.popitem(last=False)
     return made
@@ -158,7 +158,7 @@ def block_mask(
 
 def _block_mask(pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None) -> BlockMask:
     some, whole = pattern.blocks(queries, keys, BLOCK, layout)
-    # What is behind the last key counts to nobody: a block that ends there is tested.
+    # A last block that is not full is masked token by token.
     if keys % BLOCK:
         whole[..., -1] = False
     partial = _listed(some & ~whole, device)
@@ -173,7 +173,7 @@ def _block_mask(pattern: Pattern, queries: int, keys: int, device: torch.device,
 
 
 def _listed(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks each row of blocks has, and which, those first: [1, heads, rows] and [1, heads, rows, columns]."""
+    """The number of blocks per row, and their indices first: [1, heads, rows] and [1, heads, rows, columns]."""
     order = torch.argsort(blocks.to(torch.int8), dim=-1, descending=True, stable=True)
     count, places = (item.to(torch.int32)[None].contiguous().to(device) for item in (blocks.sum(-1), order))
     return count, places

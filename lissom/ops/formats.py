@@ -1,12 +1,12 @@
-"""The numbers a short format can hold, and tensors in it: x ≈ (q - zero_point) · scale, q whole and in range, or q in fp8.
+"""Low-precision formats, and tensors quantized to them: x ≈ (q - zero_point) · scale, with q an integer in range, or fp8.
 
-One scale may serve a whole tensor or a block of it. The shape of the scale tells which: it has as many dimensions as x, or
-none, and each of its sizes divides that of x. For a weight [out, in] that is
+The shape of the scale gives the granularity: it has no dimensions, or as many as x, and each of its sizes divides that of x.
+For a weight [out, in]:
 
-    []  or [1, 1]       the tensor         [out, 1]        each output channel
-    [1, in]             each input         [out, in / g]   each group of g neighbours within a channel
+    []  or [1, 1]       per-tensor         [out, 1]        per-channel
+    [1, in]             per-input          [out, in / g]   group-wise, with g neighbouring inputs per group
 
-Formats of four bits are stored two to a byte along the last dimension, the first of two in the low half.
+Four-bit formats are packed two elements per byte along the last dimension, the first in the low half.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 
 @dataclass(frozen=True)
 class Format:
-    """A storage format. low, high: the range of q. bits: what one takes. storage: the dtype it is stored in.
+    """A low-precision format.
 
-    symmetric: whether zero_point is always 0. largest: of q when a range is mapped to it evenly to both sides.
+    low, high: the range of q. bits: per element. storage: the dtype it is stored in. symmetric: zero_point is always 0.
     """
 
     name: str
@@ -50,11 +50,11 @@ FORMATS: Mapping[str, Format] = {
 """By name. `int8` and `int4` are symmetric, `uint8` and `uint4` have a zero point, `fp8` is e4m3 without infinities."""
 
 LEAST = 1e-30
-"""Scales are no smaller, so that a block of zeros has one."""
+"""The smallest scale; that of a block of zeros."""
 
 
 def scale_for(low: torch.Tensor, high: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point with which the range from low to high is held; zero always is. Both have the shape of low.
+    """Scale and zero point for the range from low to high, extended to contain zero. Both have the shape of low.
 
     symmetric: scale = max(|low|, |high|) / high of the format; else scale = (high - low) / (high - low of the format) and
     zero_point = round(-low / scale).
@@ -67,28 +67,28 @@ def scale_for(low: torch.Tensor, high: torch.Tensor, form: Format) -> tuple[torc
 
 
 def block_range(x: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the largest value of each block, in that shape: that of the scale."""
+    """The minimum and maximum of each block. shape: of the scale, and of both results."""
     parts = _split(x, shape)
     dims = tuple(range(1, parts.dim(), 2))
     return parts.amin(dims).reshape(shape), parts.amax(dims).reshape(shape)
 
 
 def block_sum(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The sum over each block, in that shape: that of the scale."""
+    """The sum over each block. shape: of the scale, and of the result."""
     parts = _split(x, shape)
     return parts.sum(tuple(range(1, parts.dim(), 2))).reshape(shape)
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
-    """The nearest q, ties to even, one element each (four-bit formats too), in the shape of x."""
+    """q, rounded to nearest with ties to even, in the shape of x: four-bit formats are not packed."""
     whole = nearest(x, scale, zero_point, form)
     return whole if not form.is_integer else whole.to(torch.int8 if form.low < 0 else torch.uint8)
 
 
 def nearest(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
-    """The same with whole numbers in float32, where NaN stays NaN.
+    """q as integers in float32, where NaN stays NaN; for fp8 in its own dtype.
 
-    x · (1 / scale) is rounded, not x / scale: that is what kernels do.
+    Rounds x · (1 / scale) and not x / scale, as the kernels do.
     """
     scaled = _by_block(x.float(), 1.0 / scale.float(), torch.mul)
     if not form.is_integer:
@@ -100,7 +100,7 @@ def nearest(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | Non
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """(q - zero_point) · scale in that dtype; q: one element each."""
+    """(q - zero_point) · scale in that dtype. q: not packed."""
     value = q.float()
     if zero_point is not None:
         value = _by_block(value, zero_point.float(), torch.sub)
@@ -108,26 +108,26 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | 
 
 
 def within(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
-    """Where x lies in the range its block can hold."""
+    """True where x is in the representable range of its block."""
     middle = 0.0 if zero_point is None else zero_point
     ends = [(end - middle) * scale for end in (form.low, form.high)]
     return _by_block(x, ends[0], torch.ge) & _by_block(x, ends[1], torch.le)
 
 
 def pack_halves(q: torch.Tensor) -> torch.Tensor:
-    """Two four-bit elements a byte, [..., n] to [..., n / 2] of uint8; n is even."""
+    """Pack two four-bit elements per byte, [..., n] to [..., n / 2] of uint8; n is even."""
     low, high = (q.to(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
     return low | (high << 4)
 
 
 def unpack_halves(packed: torch.Tensor, form: Format) -> torch.Tensor:
-    """The four-bit elements, [..., n / 2] to [..., n]."""
+    """Unpack four-bit elements, [..., n / 2] to [..., n]."""
     q = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
     return (q.to(torch.int8) ^ 8) - 8 if form.low < 0 else q
 
 
 def _by_block(x: torch.Tensor, values: torch.Tensor, function: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """function(x, value of its block), elementwise."""
+    """function(x, value of the block of x), elementwise."""
     if values.dim() == 0 or all(size in (1, whole) for size, whole in zip(values.shape, x.shape, strict=True)):
         return function(x, values)
     parts = _split(x, tuple(values.shape))

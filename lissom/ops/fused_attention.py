@@ -1,12 +1,12 @@
-"""`lissom::fused_attention`: any attention this library knows, in one sweep that never holds more than a few rows of scores.
-`lissom::merged_attention` is the same on the result of a merged projection, with heads cut and joined inside.
+"""`lissom::fused_attention`: attention in one pass that holds a few rows of scores at a time.
+`lissom::merged_attention` is the same on the output of a merged projection; it splits and merges the heads inside.
 
 scores = q kᵀ · scale;  scores = softcap · tanh(scores / softcap);  weights = softmax([scores + bias, sinks]);  weights · v
 
-Keys and values may be kept as int8 with a scale each, k ≈ k_int8 · k_scale, as `quantize-cache` keeps them.
+Keys and values may be int8 with per-token scales, k ≈ k_int8 · k_scale, as in a KV cache quantized by `quantize-cache`.
 
-It is what `lissom::attention` and PyTorch's `scaled_dot_product_attention` are lowered to on a CPU. A row that sees no key
-yields zeros, as PyTorch's operator has it.
+`lissom::attention` and PyTorch's `scaled_dot_product_attention` are lowered to it on a CPU. A fully masked row yields zeros, as
+in PyTorch's operator.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_attention(
     sinks: torch.Tensor | None = None,
     scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
-    """Raise unless the operands of an attention fit each other. scales: of keys and of values kept in int8."""
+    """Raise unless the operands of an attention fit. scales: of int8 keys and of int8 values."""
     dims = [item.dim() for item in (q, k, v)]
     require(dims == [4, 4, 4], "q, k and v have {} dimensions, and must be [batch, heads, tokens, head_dim]", dims)
     fit = "q {}, k {} and v {} must have the same batch, q and k the same head_dim, k and v the same heads and keys, and key "
@@ -49,7 +49,7 @@ def check_attention(
         require(one == another, fit, *sizes)
     require(k.shape[1] > 0, fit, *sizes)
     require(q.shape[1] % k.shape[1] == 0, fit, *sizes)
-    require((scales[0] is None) == (scales[1] is None), "keys and values are both kept in bytes, or neither")
+    require((scales[0] is None) == (scales[1] is None), "k_scale and v_scale must be given together")
     kept = q.dtype if scales[0] is None else torch.int8
     for item, name in ((k, "k"), (v, "v")):
         require(item.dtype == kept, "{} is of {}, and must be of {}", name, item.dtype, kept)
@@ -65,7 +65,7 @@ def check_attention(
 
 
 def check_merged(qkv: torch.Tensor, heads: int, key_heads: int) -> None:
-    """Raise unless a merged projection holds so many heads of queries, and twice so many of keys."""
+    """Raise unless a merged projection has `heads` query heads and `key_heads` heads of keys and of values."""
     require(qkv.dim() == 3, "qkv has {} dimensions, and must be [batch, tokens, all heads]", qkv.dim())
     width = qkv.shape[2]
     fits = heads > 0 and key_heads > 0 and width > 0 and width % (heads + 2 * key_heads) == 0
@@ -86,7 +86,7 @@ def fused_attention_reference(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     check_attention(q, k, v, bias, sinks, (k_scale, v_scale))
     if k_scale is not None and v_scale is not None:
         k, v = ((item.float() * by).to(q.dtype) for item, by in ((k, k_scale), (v, v_scale)))
@@ -99,7 +99,7 @@ def fused_attention_reference(
 
 
 def with_bias(seen: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What is seen, or what is added to the scores, of what is seen and a mask or bias beside it."""
+    """A boolean mask combined with another mask or bias."""
     if bias is None:
         return seen
     if bias.dtype == torch.bool:
@@ -117,7 +117,7 @@ def merged_attention_reference(
     softcap: float = 0.0,
     causal: bool = False,
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     check_merged(qkv, heads, key_heads)
     whole = qkv.unflatten(-1, (heads + 2 * key_heads, -1)).transpose(1, 2)
     q, k, v = whole.split([heads, key_heads, key_heads], 1)
@@ -158,7 +158,7 @@ fused_attention = torch.ops.lissom.fused_attention.default
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
 value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i;
 k_scale, v_scale: [batch, key_heads, keys, 1] where k and v are int8.
-Returns [batch, heads, queries, value_dim], laid out in memory as [batch, queries, heads, value_dim]."""
+Returns [batch, heads, queries, value_dim], contiguous as [batch, queries, heads, value_dim]."""
 
 merged_attention = torch.ops.lissom.merged_attention.default
 """The operator. qkv: [batch, tokens, (heads + 2 key_heads) · head_dim], the heads of q, then those of k, then those of v; the

@@ -1,9 +1,9 @@
-"""`lissom::fused_rms_norm` and `lissom::fused_rotary`: what PyTorch does to each row in several sweeps, in one.
+"""`lissom::fused_rms_norm` and `lissom::fused_rotary`: row-wise computations in one pass, which PyTorch runs in several.
 
 fused_rms_norm: x / sqrt(mean(x²) + eps) · weight               Zhang and Sennrich 2019, eq. 4
 fused_rotary: as `lissom::rotary`, for [batch, heads, tokens, head_dim]
 
-They are what `rms_norm` and `lissom::rotary` are lowered to on a CPU. Statistics and products are taken in float32.
+`rms_norm` and `lissom::rotary` are lowered to them on a CPU. They compute in float32.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _LIBRARY.define(
 
 
 def fused_rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     _check_norm(x, weight)
     return functional.rms_norm(x, (x.shape[-1],), cast(weight, x.dtype), eps)
 
 
 def fused_rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     _check_rotary(x, cos, sin)
     return rotary_reference(x, cos, sin, interleaved=interleaved).transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -1,8 +1,8 @@
-"""`lissom::grouped_product`: rows sorted by group, each times the matrix of its group, as in a mixture of experts.
+"""`lissom::grouped_product`: a grouped matrix product, as in a mixture of experts: rows sorted by group, one matrix per group.
 
-result[i] = input[i] · weight[g]   for offs[g − 1] ≤ i < offs[g], and zeros for rows behind the last group
+result[i] = input[i] · weight[g]   for offs[g − 1] ≤ i < offs[g], and zeros for rows after the last group
 
-Source: Gale et al. 2022 (MegaBlocks), §4; PyTorch's `grouped_mm` says the same on CUDA, in bfloat16 only.
+Source: Gale et al. 2022 (MegaBlocks), §4; PyTorch's `grouped_mm` is the same on CUDA, in bfloat16 only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LIBRARY.define("grouped_product(Tensor input, Tensor weight, Tensor offs) -> Te
 
 
 def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """The operator in PyTorch's own: one product a group that has rows."""
+    """The reference implementation: one product per group that has rows."""
     _check(input, weight, offs)
     result = input.new_zeros(input.shape[0], weight.shape[2])
     for group, rows in _groups(offs, input.shape[0]):
@@ -26,7 +26,7 @@ def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: t
 
 
 def _groups(offs: torch.Tensor, count: int) -> Iterator[tuple[int, slice]]:
-    """The groups that have rows, and which of so many. Raises: RuntimeError when `offs` falls or passes the last row."""
+    """The groups that have rows, with their slice of rows. Raises: RuntimeError when `offs` decreases or exceeds `count`."""
     start = 0
     for group, end in enumerate(offs.tolist()):
         if not start <= end <= count:
@@ -37,7 +37,7 @@ def _groups(offs: torch.Tensor, count: int) -> Iterator[tuple[int, slice]]:
 
 
 def _check(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> None:
-    """Raise RuntimeError unless the operands fit each other."""
+    """Raise RuntimeError unless the shapes of the operands fit."""
     if input.dim() != 2 or weight.dim() != 3 or offs.dim() != 1 or input.shape[1] != weight.shape[1]:
         raise RuntimeError(
             f"lissom::grouped_product takes input [rows, k], weight [groups, k, n] and offs [groups], "
@@ -67,5 +67,5 @@ torch.library.register_fake("lissom::grouped_product", _fake, lib=_LIBRARY)
 torch.library.register_autograd("lissom::grouped_product", _backward, setup_context=_remember, lib=_LIBRARY)
 
 grouped_product = torch.ops.lissom.grouped_product.default
-"""The operator. input: [rows, k], sorted by group; weight: [groups, k, n]; offs: [groups], where each group's rows end, whole
-numbers that do not fall. Returns [rows, n]. Differentiable; any device; it waits for the values of `offs`."""
+"""The operator. input: [rows, k], sorted by group; weight: [groups, k, n]; offs: [groups], the end of each group's rows,
+non-decreasing integers. Returns [rows, n]. Differentiable; any device, which it synchronizes to read `offs`."""

@@ -1,13 +1,13 @@
-"""Where the keys of a block of queries lie: what attention by blocks gathers, said so that it holds at every length.
+"""The key blocks that each block of queries reads in blocked attention, as rules that hold at every sequence length.
 
-A pattern's alternatives each become one of these, and what an alternative sees is found in it whole:
+Each alternative of a pattern becomes one of these, which covers all keys visible by it:
 
-- a band, ⌊i⌋ and ⌊j⌋ no further apart than so much: key blocks at fixed offsets from the block of queries (`offsets`);
-- keys in front, or one in so many, whatever the query is: their positions (`prefix`, `strides`);
-- queries in front, whatever the key is: rows that read everything (`dense_rows`);
-- a layout: a table of key blocks for each row, rows that read far more than others taken out of it (`table`, `dense_rows`).
+- a band, |i - j| bounded: key blocks at fixed offsets from the query block (`offsets`);
+- the first keys, or one of every `period` keys, for all queries: their positions (`prefix`, `strides`);
+- the first queries, for all keys: query blocks that read all keys (`dense_rows`);
+- a layout: a table of key blocks per query block, without rows that read far more than others (`table`, `dense_rows`).
 
-Others, such as one that lets a query see every s-th key in front of it, have a table at one length and no rule for all.
+Others, such as every s-th key before the query, have a table at one length and no rule for all lengths.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import torch
 from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 
 BLOCK = 64
-"""Tokens a block has where no layout says: matrix products of such blocks are near the fastest, and little is read in vain."""
+"""Tokens per block without a layout: matrix products of this size are near the fastest, and few hidden keys are read."""
 _WIDE, _WIDE_BLOCK = 512, 128
-"""Bands of so many tokens take larger blocks, of which fewer are copied."""
+"""Bands this wide use larger blocks, of which fewer are copied."""
 _SMALLEST = 16
-"""Products of smaller blocks take longer than what they leave out."""
+"""The smallest block; smaller products take more time than the hidden keys they skip."""
 
 
 @dataclass(frozen=True)
 class KeyBlocks:
-    """What a block of queries reads.
+    """The keys that query blocks read.
 
-    block: tokens. offsets: block r of queries reads key blocks r + offset, where there are such.
-    prefix: keys 0 to prefix - 1 are read by all. strides: (first, last, period): keys with first <= j mod period <= last too.
-    table: int64, [heads or 1, rows + 1, count]: further key blocks of each block of queries, -1 for none; the last row is that
-        of all blocks behind the others.
-    tail: keys from here on are read by all; None where no more than that is read of them.
-    dense_rows: blocks of queries that read all keys instead, within `rows` of the table or in front.
-    dense_end: blocks of queries from here on read all keys; None for none.
+    block: tokens per block. offsets: query block r reads key blocks r + offset, where they exist.
+    prefix: all query blocks read keys 0 to prefix - 1. strides: (first, last, period): and keys with
+        first <= j mod period <= last.
+    table: int64, [heads or 1, rows + 1, count]: further key blocks of each query block, -1 for none; the last row is that
+        of all query blocks past the others.
+    tail: all query blocks read keys from here on; None for none.
+    dense_rows: query blocks that read all keys instead. dense_end: query blocks from here on do so too; None for none.
     """
 
     block: int
@@ -51,16 +51,16 @@ class KeyBlocks:
 
     @property
     def heads(self) -> int:
-        """How many heads have keys of their own: 1 where all have the same."""
+        """The number of heads in the table; 1 where all heads read the same keys."""
         return 1 if self.table is None else self.table.shape[0]
 
     @property
     def slots(self) -> int:
-        """How many key blocks are read for one block of queries."""
+        """The number of key blocks that one query block reads."""
         return len(self.offsets) + (0 if self.table is None else self.table.shape[-1])
 
     def runs(self) -> list[tuple[int, int]]:
-        """The offsets as runs of neighbours, each its first and last."""
+        """The offsets as ranges, each its first and last."""
         found: list[tuple[int, int]] = []
         for offset in self.offsets:
             if found and found[-1][1] == offset - 1:
@@ -70,7 +70,7 @@ class KeyBlocks:
         return found
 
     def pairs(self, queries: int, keys: int) -> int:
-        """How many scores a head has at a length."""
+        """The number of scores per head at a length."""
         rows = -(-queries // self.block)
         strided = sum(-(-keys // period) * (last - first + 1) for first, last, period in self.strides)
         behind = max(keys - self.tail, 0) if self.tail is not None else 0
@@ -84,9 +84,9 @@ class KeyBlocks:
 def key_blocks(
     pattern: Pattern, layout: torch.Tensor | None, queries: int | None = None, keys: int | None = None
 ) -> KeyBlocks | str:
-    """What a pattern reads, at every length; where no rule does and both lengths are given, at those; or why nothing does.
+    """The key blocks of a pattern at every length; without such a rule, at the lengths given; or a sentence why there are none.
 
-    layout: [heads or 1, query blocks, key blocks], its values known.
+    layout: [heads or 1, query blocks, key blocks], with known values.
     """
     asks = [any(condition.asks_layout for condition in conditions) for conditions in pattern.alternatives]
     if any(asks) and pattern.block < _SMALLEST:
@@ -134,20 +134,20 @@ def _by_rules(pattern: Pattern, layout: torch.Tensor | None, asks: Sequence[bool
 
 def _with_layout(found: KeyBlocks, pattern: Pattern, layout: torch.Tensor | None, asks: Sequence[bool]) -> KeyBlocks:
     if layout is None:
-        raise ValueError("this pattern asks a layout, and none was given")
+        raise ValueError("this pattern needs a layout, and none was given")
     layout = layout.cpu()
     _, rows, columns = layout.shape
     asking = tuple(conditions for conditions, asked in zip(pattern.alternatives, asks, strict=True) if asked)
     table = Pattern(asking, pattern.block).blocks(rows * found.block, columns * found.block, found.block, layout)[0]
     apart = torch.arange(columns) - torch.arange(rows)[:, None]
     in_band = torch.isin(apart, torch.tensor(found.offsets, dtype=torch.int64))
-    # Further down the band is elsewhere.
+    # The offsets of the band depend on the row.
     found = _with_table(found, table & ~in_band, layout[:, -1:])
     return replace(found, tail=columns * found.block) if bool(layout[:, :, -1].any()) else found
 
 
 def _with_table(found: KeyBlocks, table: torch.Tensor, behind: torch.Tensor) -> KeyBlocks:
-    """With the blocks of a boolean table, rows that would make it wide taken out; behind: its row for all further ones."""
+    """With the blocks of a boolean table, without rows that would make it wide. behind: the row of all further query blocks."""
     table = torch.cat([table, behind], 1)
     rows, columns = table.shape[1] - 1, table.shape[2]
     counts = table.sum(-1).amax(0)
@@ -165,7 +165,7 @@ def _with_table(found: KeyBlocks, table: torch.Tensor, behind: torch.Tensor) -> 
 
 
 def _band(conditions: Sequence[Condition]) -> tuple[int, int]:
-    """Between which bounds j - i is, in tokens."""
+    """The bounds of j - i, in tokens."""
     low, high = -UNBOUNDED, UNBOUNDED
     for condition in conditions:
         if condition.modulus or condition.query * condition.key != -1:
@@ -180,7 +180,7 @@ def _band(conditions: Sequence[Condition]) -> tuple[int, int]:
 
 
 def _front(conditions: Sequence[Condition], of_keys: bool) -> int | None:
-    """How many keys, or queries, in front fulfil conditions on them alone; None where these do not end."""
+    """The number of first keys, or queries, that fulfil conditions on them alone; None where it is unbounded."""
     found: int | None = None
     for condition in conditions:
         factor, other = (condition.key, condition.query) if of_keys else (condition.query, condition.key)
@@ -194,13 +194,13 @@ def _front(conditions: Sequence[Condition], of_keys: bool) -> int | None:
 
 
 def _stride(conditions: Sequence[Condition]) -> tuple[int, int, int] | None:
-    """The keys that are one in so many, first and last place and period; None where there is no such condition."""
+    """The keys of a periodic condition: (first, last, period); None where there is no such condition."""
     found = [item for item in conditions if item.query == 0 and item.key == 1 and item.modulus]
     if not found:
         return None
     condition = min(found, key=lambda item: (item.high - item.low) / item.modulus)
     low, high = max(condition.low, 0), min(condition.high, condition.modulus - 1)
-    # Half of the keys and more is near to all of them.
+    # At half of the keys or more, reading all of them costs about the same.
     if 2 * (high - low + 1) > condition.modulus:
         return None
     return low * condition.unit, (high + 1) * condition.unit - 1, condition.modulus * condition.unit

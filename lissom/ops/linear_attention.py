@@ -1,12 +1,12 @@
-"""`lissom::linear_attention`: attention whose weights are products of features, so that its work grows with the length alone.
+"""`lissom::linear_attention`: attention with a kernel feature map, so that its cost is linear in the sequence length.
 
 y_i = φ(q_i) S_i / φ(q_i) z_i,   S_i = Σ_j φ(k_j) v_jᵀ,   z_i = Σ_j φ(k_j)          Katharopoulos et al. 2020, eq. 5 to 12
 
-The sums are over all keys, or with `causal` over j ≤ i. φ(q) and φ(k) are given, not negative. Causal sums are computed in
-chunks of C tokens: what the chunks before one add up to is one matrix [features, head_dim] a chunk, and within a chunk a
-triangle of C × C weights is written out. Hua et al. 2022 (FLASH), §3.2; Yang et al. 2024 (GLA), §2.2.
+The sums are over all keys, or with `causal` over j ≤ i. The operands are φ(q) and φ(k), which are not negative. Causal sums are
+computed in chunks of C tokens: the sum over earlier chunks is one matrix [features, head_dim] per chunk, and within a chunk the
+C × C weights are computed and masked. Hua et al. 2022 (FLASH), §3.2; Yang et al. 2024 (GLA), §2.2.
 
-Sums are taken in float32 at least. Nothing is subtracted, so nothing cancels.
+Sums are computed in float32 or wider. All terms are non-negative, so nothing cancels.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import torch
 from torch.nn import functional
 
 FLOOR = 1e-30
-"""What denominators are at least. Features that have nothing in common, or that meet padding alone, sum up to zero; their row
-is then zeros and not NaN. It is a hundred million times float32's smallest normal number, and far below any sum of features
-that says something."""
+"""The smallest denominator. Where features do not overlap, or all keys are padding, the sum is zero; the row is then zeros and
+not NaN. It is a hundred million times float32's smallest normal number, and far below any meaningful sum of features."""
 CHUNK = 64
-"""Tokens of a chunk. Work within chunks grows with it, and memory for the sums between them shrinks: with as many tokens as
-features these sums take what the values take."""
+"""Tokens per chunk. Work within chunks grows with it, and memory for the sums of chunks shrinks: with as many tokens as
+features these sums take as much memory as the values."""
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 _LIBRARY.define(
@@ -34,7 +33,7 @@ _LIBRARY.define(
 def linear_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, chunk: int = CHUNK
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     _check(q, k, v, causal, chunk)
     heads, groups, tokens = q.shape[1], k.shape[1], q.shape[2]
     q_wide, k_wide, v_wide = _widened(q, k, v)
@@ -48,10 +47,10 @@ def linear_attention_reference(
 def linear_attention_step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The causal form for one more token: what it yields, and the sums to give with the next token.
+    """One decode step of the causal form: the output for one more token, and the state for the next.
 
     q: [batch, heads, 1, features]; k: [batch, key_heads, 1, features]; v: [batch, key_heads, 1, head_dim]. state: S and z of
-    the tokens before, [batch, key_heads, features, head_dim + 1], whatever their number; None at the first.
+    the tokens so far, [batch, key_heads, features, head_dim + 1]; None at the first.
     """
     wide = _widened(q, k, v)
     added = torch.matmul(wide[1].transpose(-1, -2), wide[2])
@@ -61,7 +60,7 @@ def linear_attention_step(
 
 
 def _widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All three in the dtype sums are taken in, and v with a column of ones, whose product is the denominator."""
+    """q, k and v in the dtype of the sums; v has a further column of ones, which yields the denominator."""
     dtype = torch.promote_types(v.dtype, torch.float32)
     q, k, v = (item.to(dtype) for item in (q, k, v))
     return q, k, torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], -1)
@@ -78,7 +77,7 @@ def _causal_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int) 
     chunks = (tokens + chunk - 1) // chunk
     q, k, v = (functional.pad(item, (0, 0, 0, chunks * chunk - tokens)) for item in (q, k, v))
     k, v = (item.reshape(batch, groups, chunks, chunk, item.shape[-1]) for item in (k, v))
-    # Query heads that share a key head stand one below the other, so that nothing of k and v is copied.
+    # Query heads that share a key head are stacked along tokens, so that k and v are not copied.
     q = q.reshape(batch, groups, copies, chunks, chunk, q.shape[-1]).transpose(2, 3)
     q = q.reshape(batch, groups, chunks, copies * chunk, q.shape[-1])
     states = torch.matmul(k.transpose(-1, -2), v)
@@ -90,7 +89,7 @@ def _causal_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int) 
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, chunk: int) -> None:
-    """Raise RuntimeError unless the operands fit each other."""
+    """Raise RuntimeError unless the shapes of the operands fit."""
     shapes = " and ".join(str(list(item.shape)) for item in (q, k, v))
     if (
         not q.dim() == k.dim() == v.dim() == 4
@@ -120,14 +119,14 @@ def _remember(ctx: Any, inputs: tuple[torch.Tensor, ...], keyword_only_inputs: d
 
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Computed again and differentiated: the sums of each chunk are not kept from the way forth."""
+    """Recomputes the forward pass and differentiates it: the sums of chunks are not saved."""
     inputs = [item.detach().requires_grad_() for item in ctx.saved_tensors]
     with torch.enable_grad():
         output = linear_attention_reference(*inputs, **ctx.options)
     return torch.autograd.grad(output, inputs, gradient)
 
 
-# Were it taken apart when a program is exported, the number of chunks would be a size, and one chunk would not be allowed.
+# If it were decomposed at export, the number of chunks would become a symbolic size, which excludes a single chunk.
 _LIBRARY.impl("linear_attention", linear_attention_reference, "CompositeExplicitAutograd")
 torch.library.register_fake("lissom::linear_attention", _fake, lib=_LIBRARY)
 torch.library.register_autograd("lissom::linear_attention", _backward, setup_context=_remember, lib=_LIBRARY)
@@ -135,4 +134,4 @@ torch.library.register_autograd("lissom::linear_attention", _backward, setup_con
 linear_attention = torch.ops.lissom.linear_attention.default
 """The operator. q: φ(q), [batch, heads, queries, features]; k: φ(k), [batch, key_heads, keys, features], with heads a multiple
 of key_heads; v: [batch, key_heads, keys, head_dim]; causal: with as many keys as queries; chunk: tokens. Returns [batch, heads,
-queries, head_dim] in v's dtype. Work and memory grow with the length alone. Differentiable; any device."""
+queries, head_dim] in v's dtype. Cost is linear in the length. Differentiable; any device."""

@@ -1,13 +1,13 @@
-"""`lissom::packed_linear` and `lissom::packed_linear_norm`: a linear layer and what surrounds it, its weight packed.
+"""`lissom::packed_linear` and `lissom::packed_linear_norm`: a linear layer with a packed weight and a fused epilogue.
 
 y = activation(x Wᵀ + b) + other, or activation(x Wᵀ + b) · other
 z = layer_norm(x Wᵀ + b + other)
 
-`lissom::packed_embedding` looks up rows of such a weight, so that an output head tied to the table of embeddings is held once.
+`lissom::packed_embedding` looks up rows of a packed weight, so that an LM head tied to the embedding table is stored once.
 
 A packed weight holds panels of 32 output features. For float32 it is [panels, inputs, 32]; for bfloat16, whose instruction
-takes two values at once along the summed axis, [panels, inputs / 2, 32, 2]. Features are filled up with zeros to whole panels.
-It is an ordinary tensor, so it can be stored, moved and unpacked.
+multiplies two values of the reduction axis, [panels, inputs / 2, 32, 2]. Features are padded with zeros to whole panels. It is
+an ordinary tensor, so it can be saved, moved and unpacked.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
-    """The weight [features, inputs] a packed one was made from."""
+    """The weight [features, inputs] of a packed one."""
     return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:features]
 
 
@@ -69,21 +69,21 @@ def check_linear(
     activation: str = "none",
     combine: str = "add",
 ) -> None:
-    """Raise unless x and what surrounds its product fit each other.
+    """Raise unless the shapes of x and of the epilogue's operands fit.
 
-    vectors: operands with one number for each feature: the bias, and the weight and bias of a norm.
+    vectors: operands of shape [features]: the bias, and the weight and bias of a norm.
     """
     require(x.dim() >= 1, "x is a scalar, and must be [..., inputs]")
     require(features >= 0, "the number of features is {}, and must not be negative", features)
     require(activation in ACTIVATIONS, "the activation is '{}', and must be one of {}", activation, ", ".join(ACTIVATIONS))
-    require(combine in ("add", "mul"), "a product is combined by 'add' or 'mul', not by '{}'", combine)
+    require(combine in ("add", "mul"), "combine is 'add' or 'mul', not '{}'", combine)
     for item in vectors:
         check_floats(item, (features,), "a bias or a norm's weight")
-    check_floats(other, (*x.shape[:-1], features), "what is combined with the product")
+    check_floats(other, (*x.shape[:-1], features), "the other operand")
 
 
 def packed_sizes(x: torch.Tensor, features: int) -> tuple[int, ...]:
-    """The sizes of a packed weight for so many features of x.
+    """The shape of a packed weight for this many output features.
 
     Raises: RuntimeError for an odd number of inputs in bfloat16.
     """
@@ -104,7 +104,7 @@ def packed_linear_reference(
     activation: str = "none",
     combine: str = "add",
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     check_linear(x, features, (bias,), other, activation=activation, combine=combine)
     check_exact(weight, packed_sizes(x, features), x.dtype, "a packed weight")
     y = ACTIVATIONS[activation](functional.linear(x, unpack(weight, features), cast(bias, x.dtype)))
@@ -125,14 +125,14 @@ def packed_linear_norm_reference(
     features: int,
     eps: float,
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     check_linear(x, features, (norm_weight, norm_bias))
     y = packed_linear_reference(x, weight, bias, other, features=features)
     return functional.layer_norm(y, (features,), cast(norm_weight, x.dtype), cast(norm_bias, x.dtype), eps)
 
 
 def packed_embedding_reference(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     _check_rows(weight, indices, features=features, bits=bits)
     if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= features):
         raise IndexError(f"index out of range in packed_embedding, which has rows 0 to {features - 1}")
@@ -171,7 +171,7 @@ torch.library.register_fake("lissom::packed_linear_norm", _shape_of, lib=_LIBRAR
 
 def _check_rows(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> None:
     whole = not (indices.dtype.is_floating_point or indices.is_complex() or indices.dtype == torch.bool)
-    require(whole, "indices are of {}, and must be whole numbers", indices.dtype)
+    require(whole, "indices are of {}, and must be integers", indices.dtype)
     width = PANEL // 2 if bits == 4 else PANEL
     fits = weight.dim() in ((3,) if bits == 4 else (3, 4)) and weight.shape[2] == width and weight.is_contiguous()
     message = (
@@ -197,9 +197,9 @@ packed_linear = torch.ops.lissom.packed_linear.default
 result; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 packed_linear_norm = torch.ops.lissom.packed_linear_norm.default
-"""The same with a layer norm over the features behind it; norm_weight, norm_bias: [features]."""
+"""The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
 
 packed_embedding = torch.ops.lissom.packed_embedding.default
-"""The rows `indices`, whole numbers of any shape, of a packed weight: [..., inputs], of the weight's dtype. features: how many
-rows there are. bits: of a number; with 4, where a weight is [panels, inputs, 16] bytes, two share one, the first of them low:
-[..., inputs / 2]. Raises: IndexError for a row that is not there."""
+"""The rows `indices`, integers of any shape, of a packed weight: [..., inputs], of the weight's dtype. features: the number of
+rows. bits: per element; with 4, where a weight is [panels, inputs, 16] bytes, the result is packed two per byte:
+[..., inputs / 2]. Raises: IndexError for an index out of range."""

@@ -1,12 +1,12 @@
-"""Which keys a query sees, as a formula of their positions: what a sparse kernel computes instead of reading a mask.
+"""Attention patterns: the keys visible to a query as a formula of positions, which a sparse kernel computes instead of a mask.
 
-A pattern is alternatives of conditions. Query i sees key j where every condition of one alternative holds, and a condition is
+A pattern is a disjunction of alternatives, and each a conjunction of conditions. A condition on query i and key j is
 
     low <= query · ⌊i / unit⌋ + key · ⌊j / unit⌋ <= high          the sum taken modulo `modulus` first, where there is one
 
-or asks a `layout`, a table of blocks that are seen. So a causal window is one alternative, -∞ < j - i <= 0 and i - j < window;
-a strided pattern (Child et al. 2019, Sparse Transformer, arXiv 1904.10509) is two: the last tokens, and every s-th block.
-Which blocks of a length a pattern may reach is found from the bounds of each sum, without looking at its tokens.
+or reads a `layout`, a table of visible blocks. So a causal window is one alternative, -∞ < j - i <= 0 and i - j < window; a
+strided pattern (Child et al. 2019, Sparse Transformer, arXiv 1904.10509) is two: the last tokens, and every s-th block. The
+bounds of each sum tell which blocks may hold visible pairs, without testing single tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 UNBOUNDED = 2**31 - 1
 """Stands for infinity in `low` and `high`."""
 MOST_MODULUS = 2**30
-"""With a larger one the sum of two remainders would leave the range of 32 bits."""
+"""The largest modulus; the sum of two remainders then fits in int32."""
 
 
 @dataclass(frozen=True)
 class Condition:
     """low <= query · ⌊i / unit⌋ + key · ⌊j / unit⌋ <= high, the sum modulo `modulus` (from 0 to modulus - 1) unless that is 0.
 
-    query, key: -1, 0 or 1; both 0 asks the layout instead. unit: tokens, at least 1.
+    query, key: -1, 0 or 1; both 0 reads the layout instead. unit: tokens, at least 1.
     """
 
     query: int
@@ -51,33 +51,33 @@ class Condition:
             )
 
     def holds(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """Whether it holds for queries i and keys j, which are broadcast; for one that does not ask the layout."""
+        """Whether it holds for queries i and keys j, which broadcast; not for one that reads the layout."""
         value = self.query * (i // self.unit) + self.key * (j // self.unit)
         if self.modulus:
-            # Positions are not negative, a difference of theirs may be, and a device's remainder takes its sign.
+            # A difference of positions may be negative, and on some devices the remainder then is too.
             value = (value % self.modulus + self.modulus) % self.modulus
         return (value >= self.low) & (value <= self.high)
 
 
 LAYOUT = Condition(0, 0)
-"""The condition that the layout holds the block of the query and the key."""
+"""The condition that the block of the query and the key is visible in the layout."""
 _FIELDS = len(astuple(LAYOUT))
-_NO_LAYOUT = "this pattern asks a layout, and none was given"
+_NO_LAYOUT = "this pattern needs a layout, and none was given"
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """alternatives: each a conjunction of conditions; without any, no key is seen.
+    """alternatives: each a conjunction of conditions; without any, no key is visible.
 
-    block: tokens a block of the layout has. A layout is [heads or 1, query blocks, key blocks], boolean; tokens behind its last
-    block count to its last one.
+    block: tokens per block of the layout, [heads or 1, query blocks, key blocks], boolean. Tokens past its last block belong to
+    the last one.
     """
 
     alternatives: tuple[tuple[Condition, ...], ...]
     block: int = 64
 
     def encode(self) -> list[int]:
-        """The alternatives as an operator takes them: for each condition the number of its alternative and its six fields."""
+        """The alternatives as an operator's argument: for each condition the number of its alternative and its six fields."""
         return [
             value
             for number, conditions in enumerate(self.alternatives)
@@ -87,9 +87,9 @@ class Pattern:
 
     @staticmethod
     def decode(values: Sequence[int], block: int) -> Pattern:
-        """The pattern an operator was given.
+        """The pattern of an operator's argument.
 
-        Raises: ValueError when the numbers are no pattern, or one that kernels cannot compute in 32 bits.
+        Raises: ValueError when it is not a pattern, or one that kernels cannot compute in int32.
         """
         if len(values) % (_FIELDS + 1):
             raise ValueError(f"a pattern has {len(values)} numbers, and must have seven a condition")
@@ -108,18 +108,18 @@ class Pattern:
         return any(condition.asks_layout for conditions in self.alternatives for condition in conditions)
 
     def mask(self, queries: int, keys: int, layout: torch.Tensor | None = None) -> torch.Tensor:
-        """What is seen, token by token: boolean, [heads or 1, queries, keys], where the layout is."""
+        """The dense mask: boolean, [heads or 1, queries, keys], on the layout's device."""
         device = None if layout is None else layout.device
         i, j = torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)[None, None]
         return self.seen(i, j, layout).contiguous()
 
     def seen(self, i: torch.Tensor, j: torch.Tensor, layout: torch.Tensor | None = None) -> torch.Tensor:
-        """What is seen of pairs of positions, [heads or 1, .., queries, keys].
+        """The mask of pairs of positions, [heads or 1, .., queries, keys].
 
-        i: [.., queries, 1]; j: [heads or 1, .., 1, keys]. With three dimensions of i, [rows, queries, 1], the queries of a row
-        are of one block.
+        i: [.., queries, 1]; j: [heads or 1, .., 1, keys]. Where i is [rows, queries, 1], the queries of a row are in
+        one block.
 
-        Raises: ValueError when the pattern asks a layout and there is none.
+        Raises: ValueError when the pattern reads a layout and there is none.
         """
         found = torch.zeros((), dtype=torch.bool, device=j.device)
         for conditions in self.alternatives:
@@ -140,10 +140,10 @@ class Pattern:
     def blocks(
         self, queries: int, keys: int, block: int, layout: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which blocks of `block` tokens may hold something seen, and which are seen whole.
+        """Which blocks of `block` tokens may hold visible pairs, and which are fully visible.
 
-        Both boolean, [heads or 1, query blocks, key blocks]. The first may name a block of which nothing is seen, never the
-        other way round; the second may leave out one that is seen whole.
+        Both boolean, [heads or 1, query blocks, key blocks], and conservative: the first may contain a block without visible
+        pairs, and the second may miss a fully visible one.
         """
         heads = layout.shape[0] if layout is not None else 1
         rows, columns = -(-queries // block), -(-keys // block)
@@ -171,7 +171,7 @@ def _bounds(count: int, block: int, length: int) -> tuple[torch.Tensor, torch.Te
 def _reached(
     condition: Condition, i: tuple[torch.Tensor, torch.Tensor], j: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whether the condition may hold somewhere in each pair of blocks, and whether it holds everywhere; [rows, columns]."""
+    """Whether the condition may hold for some pair of positions of two blocks, and whether for all; [rows, columns]."""
     low = high = torch.zeros(len(i[0]), len(j[0]), dtype=torch.int64)
     for factor, (first, last), axis in ((condition.query, i, 1), (condition.key, j, 0)):
         ends = [factor * (end // condition.unit).unsqueeze(axis) for end in (first, last)]
@@ -181,7 +181,7 @@ def _reached(
     m, least, most = condition.modulus, max(condition.low, 0), min(condition.high, condition.modulus - 1)
     start, length = low % m, high - low
     some = whole = torch.full(start.shape, False)
-    for turn in (0, m):  # a run of values that goes past m - 1 begins anew at 0
+    for turn in (0, m):  # a run of values past m - 1 wraps around to 0
         some = some | ((start <= most + turn) & (start + length >= least + turn))
         whole = whole | ((start >= least + turn) & (start + length <= most + turn))
     every = length >= m - 1
@@ -191,14 +191,14 @@ def _reached(
 def _layout_blocks(
     layout: torch.Tensor | None, i: tuple[torch.Tensor, torch.Tensor], j: tuple[torch.Tensor, torch.Tensor], block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for the layout: of the blocks of its own that each pair of blocks touches, whether some or all are seen."""
+    """The same for the layout: whether some or all of its blocks that overlap each pair of blocks are visible."""
     if layout is None:
         raise ValueError(_NO_LAYOUT)
     ends = []
     for (first, last), size in zip((i, j), layout.shape[1:], strict=True):
         ends.append([(item // block).clamp(max=size - 1) for item in (first, last)])
     (top, bottom), (left, right) = ends
-    # Only the part that the blocks touch, because a layout covers the longest sequence.
+    # Only the part that overlaps the blocks, because a layout covers the longest sequence.
     rows, columns = (int(last[-1]) + 1 if len(last) else 0 for last in (bottom, right))
     table = layout[:, :rows, :columns].cpu()
     sums = torch.nn.functional.pad(table.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))

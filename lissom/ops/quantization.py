@@ -1,15 +1,15 @@
 """Quantization in the graph: `lissom::fake_quantize`, `lissom::fake_quantize_dynamic`, `lissom::dequantize`.
 
-fake_quantize is quantize followed by dequantize, Q/DQ for short, with a scale that is known:
+fake_quantize is quantize followed by dequantize (Q/DQ) with a static scale:
 
     y = (clamp(round(x / scale) + zero_point, low, high) - zero_point) · scale
 
-fake_quantize_dynamic takes the scale from x itself, one a token (all but the last dimension) or one for the whole tensor. Its
-result is a floating-point tensor, so a quantized program runs and trains as it is: the gradient passes straight through where x
-lies in the range, and is zero where x is cut off. Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
+fake_quantize_dynamic computes the scale from x itself, per-token (all but the last dimension) or per-tensor. The result is in
+floating point, so a quantized program runs and trains as it is. Gradients use the straight-through estimator: they pass where
+x is in range, and are zero where x is clamped. Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference, §3. Bengio et al. 2013, Estimating or Propagating Gradients Through Stochastic Neurons, §4.
 
-dequantize turns stored integers, or fp8, back into floating point; see `lissom/ops/formats.py` for formats and scales.
+dequantize converts stored integers, or fp8, to floating point; see `lissom/ops/formats.py` for formats and scales.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ for _schema in (
 
 
 def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point of x by its own range: [..., 1] for `token`, [] for `tensor`."""
+    """Scale and zero point from the range of x: [..., 1] for granularity `token`, [] for `tensor`."""
     if x.shape[-1:].numel() == 0 or (granularity == "tensor" and x.numel() == 0):
         low = high = x.new_zeros((*x.shape[:-1], 1) if granularity == "token" else ())
     elif granularity == "token":
@@ -44,19 +44,19 @@ def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch
 def fake_quantize_reference(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str
 ) -> torch.Tensor:
-    """The operator in PyTorch's own; NaN stays NaN."""
+    """The reference implementation; NaN stays NaN."""
     return formats.dequantize(formats.nearest(x, scale, zero_point, FORMATS[format]), scale, zero_point, x.dtype)
 
 
 def fake_quantize_dynamic_reference(x: torch.Tensor, *, format: str, granularity: str = "token") -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     return fake_quantize_reference(x, *dynamic_scale(x, format, granularity), format=format)
 
 
 def dequantize_reference(
     q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None, *, format: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     form = FORMATS[format]
     return formats.dequantize(formats.unpack_halves(q, form) if form.bits == 4 else q, scale, zero_point, dtype)
 
@@ -107,12 +107,12 @@ torch.library.register_autograd(
 )
 
 fake_quantize = torch.ops.lissom.fake_quantize.default
-"""The operator. x: any shape; scale, zero_point: [] or a block each, see `lissom/ops/formats.py`; format: a name in FORMATS.
+"""The operator. x: any shape; scale, zero_point: [] or one per block, see `lissom/ops/formats.py`; format: a name in FORMATS.
 Returns x's shape and dtype. Differentiable in x."""
 
 fake_quantize_dynamic = torch.ops.lissom.fake_quantize_dynamic.default
 """The operator. x: [..., features]; format: a name in FORMATS; granularity: `token` or `tensor`. Differentiable: no value is
-out of range."""
+clamped."""
 
 dequantize = torch.ops.lissom.dequantize.default
 """The operator. q: stored elements, for four-bit formats [..., features / 2]; scale, zero_point: as above; dtype: of the

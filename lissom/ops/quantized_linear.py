@@ -1,18 +1,18 @@
-"""`lissom::quantized_linear` and `lissom::quantized_linear_norm`: a linear layer of bytes, and what surrounds it.
+"""`lissom::quantized_linear` and `lissom::quantized_linear_norm`: an int8 linear layer (W8A8) with a fused epilogue.
 
 y = activation(Q(x) Wᵀ + b) + other, or activation(Q(x) Wᵀ + b) · other
 z = layer_norm(Q(x) Wᵀ + b + other)
 
-Q rounds x inside the kernel, as `lissom::fake_quantize_dynamic` and `lissom::fake_quantize` do in the format `uint8`. W is held
-in int8 with one scale a feature. Products and sums are whole numbers; they become floating point once, at the end:
+Q quantizes x to `uint8` inside the kernel, as `lissom::fake_quantize_dynamic` and `lissom::fake_quantize` do. W is int8 with
+per-channel scales. Products are summed in int32 and dequantized at the end:
 
     Q(x) Wᵀ = s_x · s_w · (Σ x_q w_q - z_x · Σ w_q)
 
 Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, eq. 7.
 
-A packed weight holds panels of 32 output features, [panels, inputs / 4, 32, 4]: an instruction takes four values at once along
-the summed axis, or, with AVX2, two, the first and third, then the others. Inputs are filled up with zeros to a multiple of
-four, features to whole panels.
+A packed weight holds panels of 32 output features, [panels, inputs / 4, 32, 4]: an instruction multiplies four values of the
+reduction axis, or, with AVX2, two: the first and third, then the others. Inputs are padded with zeros to a multiple of four,
+features to whole panels.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lissom.ops.packed_linear import ACTIVATIONS, PANEL, check_linear
 from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
 
 FORMAT = "uint8"
-"""What x is rounded to."""
+"""The format of x."""
 MOST_INPUTS = 2**16
-"""More products of bytes could leave the range of a sum of 32 bits."""
+"""The most inputs; the sum of more int8 products could overflow int32."""
 _STEP = 4
 
 _LIBRARY = torch.library.Library("lissom", "FRAGMENT")
@@ -53,12 +53,12 @@ def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_bytes(packed: torch.Tensor, features: int, inputs: int) -> torch.Tensor:
-    """The weight [features, inputs] a packed one was made from."""
+    """The weight [features, inputs] of a packed one."""
     return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:features, :inputs]
 
 
 def fill_panels(values: torch.Tensor, features: int) -> torch.Tensor:
-    """One number a feature, or one for all of them, as one a feature of whole panels."""
+    """A vector [features], or a single element, as [packed features]: padded to whole panels."""
     return functional.pad(values.reshape(-1).expand(features), (0, -features % PANEL)).contiguous()
 
 
@@ -72,13 +72,13 @@ def _check(
     features: int,
     granularity: str,
 ) -> None:
-    """Raise unless the operands of the product fit each other."""
+    """Raise unless the shapes of the operands fit."""
     inputs, panels = x.shape[-1], -(-features // PANEL)
     require(inputs <= MOST_INPUTS, "there are {} inputs, and sums of 32 bits take {}", inputs, MOST_INPUTS)
     check_exact(weight, (panels, -(-inputs // _STEP), PANEL, _STEP), torch.int8, "a packed weight")
     check_exact(scale, (panels * PANEL,), torch.float32, "a weight's scale")
     check_exact(sums, (panels * PANEL,), torch.int32, "the sums of a weight")
-    require(granularity in ("token", "tensor"), "x is rounded by 'token' or by 'tensor', not by '{}'", granularity)
+    require(granularity in ("token", "tensor"), "granularity is 'token' or 'tensor', not '{}'", granularity)
     for item in (x_scale, x_zero_point):
         require(item is None or item.numel() == 1, "x has one scale and one zero point where they are known")
     require(x_zero_point is None or x_scale is not None, "x has a zero point only with a scale")
@@ -99,7 +99,7 @@ def quantized_linear_reference(
     activation: str = "none",
     combine: str = "add",
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     check_linear(x, features, (bias,), other, activation=activation, combine=combine)
     _check(x, weight, scale, sums, x_scale, x_zero_point, features, granularity)
     if x_scale is None:
@@ -129,7 +129,7 @@ def quantized_linear_norm_reference(
     granularity: str = "token",
     eps: float,
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     check_linear(x, features, (norm_weight, norm_bias))
     operands = (x, weight, scale, sums, x_scale, x_zero_point, bias, other)
     y = quantized_linear_reference(*operands, features=features, granularity=granularity)
@@ -165,10 +165,10 @@ torch.library.register_fake("lissom::quantized_linear", _shape_of, lib=_LIBRARY)
 torch.library.register_fake("lissom::quantized_linear_norm", _shape_of, lib=_LIBRARY)
 
 quantized_linear = torch.ops.lissom.quantized_linear.default
-"""The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: of each feature's weights, float32 and
-int32, filled up to whole panels; x_scale, x_zero_point: of x where they are known, []; bias: [features]; other: like the
-result, [..., features]; features: of the result; granularity: `token` or `tensor`, what shares a scale of x where none is
-given; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
+"""The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: per-channel scale and sum of the
+weights, float32 and int32, padded to whole panels; x_scale, x_zero_point: the static scale of x, []; bias: [features]; other:
+like the result, [..., features]; features: of the result; granularity: of the dynamic scale of x, `token` or `tensor`;
+activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 quantized_linear_norm = torch.ops.lissom.quantized_linear_norm.default
-"""The same with a layer norm over the features behind it; norm_weight, norm_bias: [features]."""
+"""The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""

@@ -1,4 +1,4 @@
-"""`lissom::rotary`: rotary position embedding, which turns each pair of features by an angle that grows with the position.
+"""`lissom::rotary`: rotary position embedding, which rotates each pair of features by an angle proportional to the position.
 
 (a, b) -> (a · cos − b · sin, b · cos + a · sin)                Su et al. 2021 (RoFormer), eq. 34
 
@@ -18,7 +18,7 @@ _LIBRARY.define(
 
 
 def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     half = x.shape[-1] // 2
     if interleaved:
         turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
@@ -32,5 +32,5 @@ def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, i
 _LIBRARY.impl("rotary", rotary_reference, "CompositeImplicitAutograd")
 
 rotary = torch.ops.lissom.rotary.default
-"""The operator. x: [..., tokens, head_dim]; cos, sin: broadcast to x, with head_dim features, or with one a pair, head_dim/2;
+"""The operator. x: [..., tokens, head_dim]; cos, sin: broadcast to x, with head_dim features, or one per pair, head_dim/2;
 interleaved: whether pairs are neighbours. Returns a tensor like x. Differentiable; any device."""

@@ -1,11 +1,11 @@
-"""`lissom::sparse_linear`: a linear layer of whose every four neighbouring weights at most two are not zero.
+"""`lissom::sparse_linear`: a linear layer with a 2:4 sparse weight: at most two of every four neighbours are non-zero.
 
 y = x Wᵀ + b
 
-W [features, inputs] is kept as the values of two places of every four, [features, inputs / 2], and where these places are, in
-the layout of CUTLASS, two bits each, [features, inputs / 16] of int16. Both are ordinary tensors, so they can be stored, moved
-and unpacked. On CUDA tensor cores skip the other two places; elsewhere the weight is put together again at every call, which is
-slow. https://docs.pytorch.org/docs/stable/sparse.html#sparse-semi-structured-tensors
+W [features, inputs] is stored as two values of every four, [features, inputs / 2], and their indices in the layout of CUTLASS,
+two bits each, [features, inputs / 16] of int16. Both are ordinary tensors, so they can be saved, moved and unpacked. On CUDA
+sparse tensor cores skip the zeros; elsewhere the weight is unpacked at every call, which is slow.
+ https://docs.pytorch.org/docs/stable/sparse.html#sparse-semi-structured-tensors
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _LIBRARY.define(
 
 
 def is_two_in_four(weight: torch.Tensor) -> bool:
-    """True when at most two of every four neighbours along a row are not zero, and half of all at most. weight: a matrix."""
+    """True for a matrix that is 2:4 sparse along its rows, with at most half of all elements non-zero."""
     if weight.dim() != 2 or weight.shape[1] % 4:
         return False
     return bool(((weight != 0).unflatten(1, (-1, 4)).sum(-1) <= 2).all())
 
 
 def pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and places of a weight [features, inputs] of one of DTYPES whose sizes are multiples of ROWS and COLUMNS."""
+    """Values and indices of a weight [features, inputs] of one of DTYPES whose sizes are multiples of ROWS and COLUMNS."""
     values, places = sparse_semi_structured_from_dense_cutlass(weight.contiguous())
     return values, places
 
@@ -49,7 +49,7 @@ def unpack(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 def sparse_linear_reference(
     x: torch.Tensor, values: torch.Tensor, places: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     return functional.linear(x, unpack(values, places), bias)
 
 

@@ -1,10 +1,10 @@
-"""`lissom::weight_quantized_linear` and its relative with a norm: a linear layer whose weight is stored in eight or four bits.
+"""`lissom::weight_quantized_linear` and `lissom::weight_quantized_linear_norm`: a weight-only quantized linear layer.
 
 y = activation(x Wᵀ + b) + other, or activation(x Wᵀ + b) · other,   W = (W_q - zero_point) · scale
 z = layer_norm(x Wᵀ + b + other)
 
-x stays in floating point, and so do products and sums: what is saved is reading the weight from memory, most of the time that
-one row takes. The kernel turns integers into floats in registers for a few rows, and a panel at a time for more.
+The weight is int8 or int4 (W8A16, W4A16); activations, products and sums are floating point. This saves memory traffic, which
+takes most of the time for one row. The kernel dequantizes in registers for a few rows, and a panel at a time for more.
 
 A packed weight holds panels of 32 output features, [panels, inputs, 32] in bytes, or in four bits [panels, inputs, 16], where
 features c and c + 16 of a panel share a byte, c in its low half. Scales and zero points are [groups, packed features].
@@ -21,7 +21,7 @@ from lissom.ops.packed_linear import ACTIVATIONS, PANEL, check_linear
 from lissom.ops.quantization import dequantize_reference
 
 FORMS = tuple(name for name, form in FORMATS.items() if form.is_integer)
-"""The formats a weight may be stored in."""
+"""The formats of weights."""
 SCALES = (torch.float16, torch.float32)
 """The dtypes of scales."""
 
@@ -39,7 +39,7 @@ _LIBRARY.define(
 
 
 def pack_stored(q: torch.Tensor, format: str) -> torch.Tensor:
-    """The packed form of a weight, [features, inputs], one element each, whatever its format."""
+    """The packed form of a weight [features, inputs], which is not packed in any format."""
     features, inputs = q.shape
     panels = -(-features // PANEL)
     filled = functional.pad(q, (0, 0, 0, panels * PANEL - features)).view(panels, PANEL, inputs).transpose(1, 2)
@@ -50,17 +50,17 @@ def pack_stored(q: torch.Tensor, format: str) -> torch.Tensor:
 
 
 def unpack_stored(packed: torch.Tensor, format: str, features: int) -> torch.Tensor:
-    """The weight [features, inputs] a packed one was made from."""
+    """The weight [features, inputs] of a packed one."""
     form = FORMATS[format]
     if form.bits == 4:
-        # Two to a byte along the last dimension is what `unpack_halves` takes.
+        # `unpack_halves` unpacks along the last dimension.
         halves = unpack_halves(packed, form).unflatten(-1, (-1, 2))
         packed = torch.cat((halves[..., 0], halves[..., 1]), -1)
     return packed.transpose(1, 2).flatten(0, 1)[:features]
 
 
 def pack_blocks(values: torch.Tensor, features: int) -> torch.Tensor:
-    """Scales or zero points of a weight's blocks, [features or 1, groups] or [], as [groups, packed features]."""
+    """Group-wise scales or zero points, [features or 1, groups] or [], as [groups, packed features]."""
     blocks = values.reshape(-1, values.shape[-1] if values.dim() else 1).expand(features, -1)
     return functional.pad(blocks.T, (0, -features % PANEL)).contiguous()
 
@@ -68,7 +68,7 @@ def pack_blocks(values: torch.Tensor, features: int) -> torch.Tensor:
 def _check(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, features: int, format: str
 ) -> None:
-    """Raise unless the operands of the product fit each other."""
+    """Raise unless the shapes of the operands fit."""
     inputs, panels = x.shape[-1], -(-features // PANEL)
     require(format in FORMS, "a weight is stored as one of {}, not as '{}'", ", ".join(FORMS), format)
     width = PANEL // 2 if FORMATS[format].bits == 4 else PANEL
@@ -97,12 +97,12 @@ def weight_quantized_linear_reference(
     activation: str = "none",
     combine: str = "add",
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     check_linear(x, features, (bias,), other, activation=activation, combine=combine)
     _check(x, weight, scale, zero_point, features, format)
     q = unpack_stored(weight, format, features)
     blocks = [None if item is None else item.T[:features].contiguous() for item in (scale, zero_point)]
-    # One element each, as formats of eight bits are.
+    # The unpacked elements are dequantized like an eight-bit format.
     matrix = dequantize_reference(q, blocks[0], blocks[1], format="int8", dtype=x.dtype)  # pyright: ignore[reportArgumentType]
     y = ACTIVATIONS[activation](functional.linear(x, matrix, cast(bias, x.dtype)))
     if other is None:
@@ -125,7 +125,7 @@ def weight_quantized_linear_norm_reference(
     format: str,
     eps: float,
 ) -> torch.Tensor:
-    """The operator in PyTorch's own."""
+    """The reference implementation."""
     check_linear(x, features, (norm_weight, norm_bias))
     y = weight_quantized_linear_reference(x, weight, scale, zero_point, bias, other, features=features, format=format)
     return functional.layer_norm(y, (features,), cast(norm_weight, x.dtype), cast(norm_bias, x.dtype), eps)
@@ -163,4 +163,4 @@ float32, and uint8; bias: [features]; other: [..., features], like the result; f
 name in FORMS; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [..., features], of x's dtype."""
 
 weight_quantized_linear_norm = torch.ops.lissom.weight_quantized_linear_norm.default
-"""The same with a layer norm over the features behind it; norm_weight, norm_bias: [features]."""
+"""The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""

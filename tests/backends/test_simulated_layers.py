@@ -25,12 +25,12 @@ def optimized(passes, case=None):
 @pytest.mark.parametrize(
     ("passes", "format"),
     [
-        ("quantize", "int8 weights, a scale a channel on uint8 values, a scale a token"),
-        ("quantize{activations=tensor}", "int8 weights, a scale a channel on uint8 values, a scale a tensor"),
-        ("quantize{scheme=int8-static}", "int8 weights, a scale a channel on uint8 values, one scale from calibration"),
-        ("quantize{scheme=int8-weight,granularity=tensor}", "int8 weights, one scale"),
-        ("quantize{scheme=int4-weight,group=4}", "int4 weights, a scale for 4 neighbours"),
-        (FP8, "fp8 weights, a scale a channel on fp8 values, a scale a token"),
+        ("quantize", "int8 weights (per-channel) on uint8 activations (per-token)"),
+        ("quantize{activations=tensor}", "int8 weights (per-channel) on uint8 activations (per-tensor)"),
+        ("quantize{scheme=int8-static}", "int8 weights (per-channel) on uint8 activations (static)"),
+        ("quantize{scheme=int8-weight,granularity=tensor}", "int8 weights (per-tensor)"),
+        ("quantize{scheme=int4-weight,group=4}", "int4 weights (groups of 4)"),
+        (FP8, "fp8 weights (per-channel) on fp8 activations (per-token)"),
     ],
 )
 @pytest.mark.parametrize("fold", ["", ",fold-quantized-weights"])
@@ -43,7 +43,7 @@ def test_layers_that_read_rounded_values_are_told(passes, format, fold):
 def test_weights_kept_the_other_way_round_are_seen():
     layers = simulated_layers(optimized("quantize{scheme=int4-weight,group=8}", tiny_gpt2()))
     assert len(layers) == 8
-    assert {layer.format for layer in layers} == {"int4 weights, a scale for 8 neighbours"}
+    assert {layer.format for layer in layers} == {"int4 weights (groups of 8)"}
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "fp8"])
@@ -95,7 +95,7 @@ def test_the_refusal_names_layer_format_reason_and_what_to_do():
 def test_the_account_counts_and_gives_each_reason_once():
     layers = [SimulatedLayer(name, name, "int8 weights", "too narrow") for name in ("a", "b")]
     assert account([], 5, "5 MatMulNBits") == "5 of 5 quantized layers run in integers: 5 MatMulNBits"
-    assert account(layers, 5) == "3 of 5 quantized layers run in integers; 2 in floating point on rounded values: too narrow"
+    assert account(layers, 5) == "3 of 5 quantized layers run in integers; 2 in floating point on quantized values: too narrow"
 
 
 def test_a_pass_that_left_a_layer_says_why():
@@ -120,7 +120,9 @@ def test_a_scheme_without_a_kernel_is_refused(backend):
 def test_simulated_it_runs_and_the_history_says_so():
     case = feed_forward()
     compiled = lissom.compile(case.model, case.inputs, passes=FP8, simulate=True)
-    told = "0 of 2 quantized layers run in integers; 2 in floating point on rounded values: products of fp8 need a CUDA device"
+    told = (
+        "0 of 2 quantized layers run in integers; 2 in floating point on quantized values: products of fp8 need a CUDA device"
+    )
     assert told in compiled.report.history.steps[-1].notes
     x = normal(3, 7, 8, seed=2)
     wanted = run_samples(optimized(FP8), [[x]])

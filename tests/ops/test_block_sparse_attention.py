@@ -167,7 +167,7 @@ def test_all_pairs_are_dense_attention():
         ([0, 1, 1], None, "a pattern has 3 numbers, and must have seven a condition"),
         ([0, 2, 1, 0, 0, 1, 0], None, "multiplies positions with -1, 0 or 1"),
         ([0, 1, 1, 0, 0, 0, 0], None, "unit is 0 tokens, and must be from 1 to"),
-        (Pattern(((LAYOUT,),)).encode(), None, "this pattern asks a layout, and none was given"),
+        (Pattern(((LAYOUT,),)).encode(), None, "this pattern needs a layout, and none was given"),
         (Pattern(((LAYOUT,),)).encode(), torch.ones(3, 2, 2, dtype=torch.bool), r"\[heads or 1, query blocks, key blocks\]"),
         (Pattern(((LAYOUT,),)).encode(), torch.ones(1, 2, 2), "a layout is boolean"),
     ],

@@ -93,7 +93,7 @@ def test_a_library_that_fails_its_self_test_is_not_used(tmp_path):
 def test_the_self_test_names_the_kernel_that_differs(monkeypatch):
     self_test.main(str(build.kept_library()))
     monkeypatch.setattr(self_test, "ALLOWED", dict.fromkeys(self_test.ALLOWED, -1.0))
-    with pytest.raises(SystemExit, match=r"packed_linear of torch.float32 is off by \d"):
+    with pytest.raises(SystemExit, match=r"packed_linear of torch.float32 has an error of \d"):
         self_test.main(str(build.kept_library()))
 
 

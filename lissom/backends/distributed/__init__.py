@@ -1,1 +1,1 @@
-"""One process a rank: what they exchange, and how they enter and leave a call together."""
+"""One process per rank: collectives between them, and how they enter and leave a call together."""

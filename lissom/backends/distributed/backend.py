@@ -1,9 +1,8 @@
-"""One process a rank: each runs its part of a program that `partition` made, over `torch.distributed`.
+"""One process per rank: each runs its part of a program that `partition` made, over `torch.distributed`.
 
-What a rank runs is lowered and called as the backend `eager` does it, on its own weights. Collectives go to a channel
-directly, memory that ranks of one machine share or a process group, in place where nothing else reads their argument. Ranks
-compare what they run before they start, and their inputs before each call. A rank that ends, or stands still, ends the others
-with a sentence.
+A rank lowers and calls its program as the backend `eager` does, with its own weights. Collectives use a channel directly,
+shared memory of ranks on one machine or a process group, and run in place where nothing else reads their argument. Ranks
+compare their programs before they start, and their inputs before each call. A rank that ends or hangs makes the others raise.
 """
 
 from __future__ import annotations
@@ -44,10 +43,10 @@ LONGEST_SECONDS = 7 * 24 * 3600.0
 @refuse_old_names
 @dataclass(frozen=True)
 class Distributed(Backend):
-    """Runs a program on several ranks, one process each: memory they share or gloo on CPUs, NCCL on CUDA devices.
+    """Runs a program on several ranks, one process each: shared memory or gloo on CPUs, NCCL on CUDA devices.
 
-    world_size: how many ranks; None for as many as the process group has. timeout_seconds: how long a rank may not answer.
-    shared_memory: whether ranks that are processes of one machine exchange values through memory they share, and not over gloo.
+    world_size: how many ranks; None for as many as the process group has. timeout_seconds: how long a rank may not respond.
+    shared_memory: whether ranks on one machine exchange values through shared memory instead of gloo.
 
     Raises: UnsupportedError when a number is out of range.
     """
@@ -77,22 +76,22 @@ class Distributed(Backend):
         return "backend 'distributed' needs torch.distributed, and this PyTorch was built without; choose backend 'eager'"
 
     def build(self, program: Program, example: Sample) -> Executable:
-        """What runs one rank's program on this rank, or what holds a program for all ranks and says how to run it."""
+        """The executable of this rank; outside a process group one for all ranks, which cannot be called."""
         if program.ranks or not in_group():
             return Held(program, len(program.ranks) or self.world_size or 2)
         return RankProgram(program, program, current_ranks(self.timeout_seconds, self.shared_memory))
 
     def save_files(self, executable: Executable, folder: Path) -> None:
-        """Nothing: the program and the ranks' weights are all there is."""
+        """No files: the artifact has the program and the ranks' weights."""
 
 
 def torchrun(world_size: int, rest: str) -> str:
-    """The command that runs Lissom's command line on so many ranks."""
+    """The command that runs Lissom's command line on several ranks."""
     return f"torchrun --nproc-per-node {world_size} -m lissom {rest}"
 
 
 class Held:
-    """A program for several ranks in a process that is none of them: it can be looked at and saved. history: what made it."""
+    """A program for several ranks in a process that is no rank: it can be inspected and saved. history: of the passes."""
 
     def __init__(self, program: Program, world_size: int, history: History | None = None) -> None:
         self.stored = program
@@ -107,7 +106,7 @@ class Held:
 
 
 class RankProgram:
-    """What one rank runs. stored: its program before it was lowered, as an artifact holds it, and history: what made that."""
+    """The executable of one rank. stored: its program before lowering, as an artifact holds it. history: of its passes."""
 
     def __init__(self, program: Program, stored: Program, ranks: Ranks, history: History | None = None) -> None:
         self.stored = stored
@@ -117,7 +116,7 @@ class RankProgram:
         self.notes: Sequence[str] = ()
         self._program = program
         self._entry = Entry(ranks, program.name)
-        # An embedding sharded by rows has zeros for what is no row. On CUDA to look would be to wait for the device.
+        # A sharded embedding yields zeros for indices out of range. On CUDA a check would synchronize the device.
         self._tables: Sequence[ShardedTable] = ()
         device = next((leaf.type.device for leaf in program.signature.tensors), torch.device("cpu"))
         if device.type == "cpu":
@@ -133,15 +132,15 @@ class RankProgram:
                 sentence = outside_table(self._program, inputs)
                 if sentence is None:
                     raise
-                # All ranks have the same inputs and fail alike. Where one does not, it is not here, and that ends all.
+                # All ranks have the same inputs and fail alike. A rank that does not is missed here, which ends the group.
                 self.ranks.exchange(b"", self._program.name)
                 raise InputError(sentence) from error
 
     @contextmanager
     def refusals(self) -> Generator[None]:
-        """Tell the other ranks when this one refuses the arguments of a call in the block, so that none waits for it.
+        """Tell the other ranks when the block raises, so that none waits for this one.
 
-        Raises: what the block raises; RankError when one ended or does not answer.
+        Raises: the block's error; RankError when a rank ended or does not respond.
         """
         try:
             yield
@@ -158,7 +157,7 @@ class RankProgram:
 
 
 class _Collectives:
-    """What nodes call in place of functional collectives: a channel, which waits for the result."""
+    """Replacements of functional collectives: calls of a channel, which wait for the result."""
 
     def __init__(self, ranks: Ranks, channel: Channel, name: str) -> None:
         self.ranks = ranks
@@ -217,7 +216,7 @@ def _itself(x: torch.Tensor) -> torch.Tensor:
 
 
 def _owns_argument(node: fx.Node) -> bool:
-    """True when the memory of a collective's argument is read by nothing else: made by an operator that returns no view."""
+    """True when a collective can overwrite its argument: it has no other readers, and is no view."""
     made = cast(fx.Node, node.args[0])
     if made.op != "call_function" or len(made.users) > 1 or not isinstance(made.target, torch._ops.OpOverload):
         return False
@@ -227,9 +226,9 @@ def _owns_argument(node: fx.Node) -> bool:
 def lower_rank(
     program: Program, backend: Distributed, device: torch.device, samples: Sequence[Sample], checks: Checks, *, simulate: bool
 ) -> tuple[Program, History]:
-    """One rank's program lowered, each pass checked against the one before with collectives' stand-ins; and what passes did.
+    """One rank's lowered program and its history; passes are checked with stand-ins for collectives.
 
-    Raises: what a pipeline raises; UnsupportedError for quantized layers without a kernel, unless they are simulated.
+    Raises: errors of the pipeline; UnsupportedError for quantized layers without a kernel, unless they are simulated.
     """
     lowering = Pipeline(backend.lowering(device), samples=samples, checks=checks)
     lowered, history = lowering.run(program, History("", checks))
@@ -243,7 +242,7 @@ def lower_rank(
 
 
 def append_steps(history: History, further: History) -> History:
-    """A history with the steps of another behind it, the first left out, which stands for the program it began with."""
+    """A history followed by the steps of another, without its first step, the program it started from."""
     joined = replace(history, steps=[*history.steps], texts=[*history.texts])
     for step, text in zip(further.steps[1:], further.texts[1:], strict=True):
         joined.record(replace(step, index=len(joined.steps)), text)
@@ -251,9 +250,9 @@ def append_steps(history: History, further: History) -> History:
 
 
 def facts_of(stored: Program, lowered: Program) -> dict[str, str]:
-    """What has to be the same on all ranks before they run, by what it is called.
+    """Facts that must agree between ranks before they run, by name.
 
-    What a lowered program communicates, in order, is compared beside the program: a pass may look at weights.
+    The collectives of the lowered program are compared too, since lowering may depend on a rank's weights.
     """
     types = [f"{node.target} {node.args[1:]} {nodes.tensor_type(node).shape}" for node in lowered.nodes(*COLLECTIVES)]
     return versions() | {
@@ -263,7 +262,7 @@ def facts_of(stored: Program, lowered: Program) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions ranks are compared by."""
+    """The versions that must agree between ranks."""
     return {"the version of Lissom": __version__, "the version of PyTorch": str(torch.__version__)}
 
 

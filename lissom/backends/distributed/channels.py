@@ -1,7 +1,7 @@
-"""How values get from rank to rank: over a process group, or through memory that the processes of one machine share.
+"""Collectives between ranks: over a process group, or through shared memory of the processes of one machine.
 
-Over gloo a sum behind a layer takes about a millisecond on one machine, whatever its size, since each rank waits to be woken
-up. Through shared memory ranks look whether the others are there, and add up what these wrote: some microseconds.
+An all-reduce over gloo takes about a millisecond on one machine, whatever its size, since each rank sleeps until it is woken
+up. Through shared memory ranks poll a barrier and add up what the others wrote, in some microseconds.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ import torch
 import torch.distributed as dist
 
 SLOT_BYTES = 1 << 20
-"""What a rank writes at once; longer values go in parts, which stay in the processor's caches."""
+"""Bytes that a rank writes at a time; larger values are sent in parts, which stay in the processor's caches."""
 _LINE = 64
-"""Bytes of a line of the cache: what ranks tell each other is on lines of their own."""
+"""Bytes of a cache line; the step counter of each rank is on a line of its own."""
 _LOOK_SECONDS = 0.05
-"""How often a rank that waits looks whether the others are still alive."""
+"""How often a waiting rank checks that the others are alive."""
 
 
 class Channel(Protocol):
-    """Collectives on contiguous tensors, called by all ranks in the same order. Raise RuntimeError when one is gone."""
+    """Collectives on contiguous tensors, called by all ranks in the same order. They raise RuntimeError when a rank is gone."""
 
     def reduce(self, x: torch.Tensor, operation: str) -> None:
-        """Replace the values by their sum or maximum over the ranks. operation: `sum` or `max`."""
+        """All-reduce in place. operation: `sum` or `max`."""
         ...
 
     def gather(self, found: torch.Tensor, x: torch.Tensor) -> None:
-        """Write what the ranks have, one behind another along the first dimension, into `found`."""
+        """All-gather: write the parts of all ranks, concatenated along the first dimension, into `found`."""
         ...
 
     def scatter(self, found: torch.Tensor, x: torch.Tensor, operation: str) -> None:
-        """Write this rank's part, along the first dimension, of the sum or maximum of `x` over the ranks into `found`."""
+        """Reduce-scatter: write this rank's part, along the first dimension, of the sum or maximum of `x` into `found`."""
         ...
 
     def end(self) -> None:
-        """Let the ranks that wait for this one give up. It is not called again."""
+        """Make ranks that wait for this one stop waiting. The channel is not used again."""
         ...
 
 
@@ -73,9 +73,9 @@ class GroupChannel:
 
 
 def end_group(group: Any) -> None:
-    """End a process group on this rank. The caller keeps no reference to it.
+    """Destroy a process group on this rank. The caller must keep no reference to it.
 
-    Gloo closes its connections, which the other ranks notice, when the last reference is gone.
+    Gloo closes its connections, which the other ranks notice, with the last reference.
     """
     group.abort()
     if group.name() == "gloo":
@@ -83,12 +83,13 @@ def end_group(group: Any) -> None:
 
 
 class SharedMemory:
-    """Memory that the processes of one machine share: each writes what it has, and adds up what all wrote, in their order.
+    """Shared memory of the processes of one machine: each rank writes its values, and adds up those of all, in rank order.
 
-    Every rank has two slots, which it fills in turn: who meets the others at a step has read what they wrote two steps before.
+    Every rank has two slots, which it fills alternately: a rank at the barrier of a step has read what the others wrote two
+    steps before.
 
-    rank, world_size: this process's number, and how many there are. processes: their numbers in the system, by rank.
-    timeout_seconds: how long one may not answer.
+    rank, world_size: this rank and the number of ranks. processes: process ids by rank.
+    timeout_seconds: how long a rank may not respond.
     """
 
     def __init__(self, memory: mmap.mmap, rank: int, world_size: int, processes: Sequence[int], timeout_seconds: float) -> None:
@@ -105,7 +106,7 @@ class SharedMemory:
         handles: list[int] = []
         weakref.finalize(self, _close, handles)
         for other in (number for index, number in enumerate(processes) if index != rank):
-            # It can be read once the process has ended, one that nobody has waited for too.
+            # It becomes readable when the process ends, even as a zombie.
             handles.append(os.pidfd_open(other))
             self._alive.register(handles[-1], select.POLLIN)
 
@@ -130,7 +131,7 @@ class SharedMemory:
         self._ended.fill_(1)
 
     def _exchange(self, part: torch.Tensor) -> torch.Tensor:
-        """What every rank wrote, [ranks, values], until the step behind the next. Raises: RuntimeError when one is gone."""
+        """The values of all ranks, [ranks, values], valid until the step after the next. Raises: RuntimeError."""
         self._step += 1
         slots = self._slots[self._step % 2].view(part.dtype)[:, : part.numel()]
         slots[self.rank].view(part.shape).copy_(part)
@@ -156,7 +157,7 @@ def combine(slots: torch.Tensor, operation: str, into: torch.Tensor) -> None:
 
 
 def machine() -> str:
-    """What tells processes that see each other from those that do not: the boot of the machine, and what numbers processes."""
+    """Identifies processes that can see each other: by the boot id of the machine and the process id namespace."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -166,11 +167,11 @@ def machine() -> str:
 
 @contextmanager
 def create(world_size: int) -> Generator[Path]:
-    """New shared memory for so many ranks, and the path by which other processes of this user open it within the block.
+    """New shared memory, and the path by which other processes of this user open it within the block.
 
-    It has no name in any folder, so the system frees it when the last process that maps it ends, however it ends.
+    It has no name in a file system, so the system frees it when the last process that maps it ends.
 
-    Raises: OSError when there is no room.
+    Raises: OSError when there is no space.
     """
     descriptor = os.memfd_create("lissom")
     try:
@@ -181,7 +182,7 @@ def create(world_size: int) -> Generator[Path]:
 
 
 def attach(path: Path) -> mmap.mmap:
-    """The memory at a path that `create` gave. Raises: OSError."""
+    """Open the memory at a path that `create` returned. Raises: OSError."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         return mmap.mmap(descriptor, 0)
@@ -195,5 +196,5 @@ def _close(handles: Sequence[int]) -> None:
 
 
 def _head_bytes(world_size: int) -> int:
-    """The bytes in front of the slots, whole pages."""
+    """The bytes before the slots, in whole pages."""
     return -(-(world_size + 1) * _LINE // mmap.PAGESIZE) * mmap.PAGESIZE

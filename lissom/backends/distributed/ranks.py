@@ -1,8 +1,8 @@
-"""The processes that run one program together: what they tell each other beside it, and what ends them when one is gone.
+"""The ranks that run one program together: how they exchange metadata, and how all end when one is gone.
 
-They talk over groups of their own, so that how long they wait is their own too, and what ends them leaves the caller's groups
-as they were. Over gloo a rank that died is noticed at once, since its connections close, and one that stands still when
-nothing came from it for so many seconds. NCCL's own watchdog does the same for what runs on CUDA.
+They use process groups of their own, with their own timeout, so that a failure leaves the caller's groups intact. Over gloo a
+rank that died is noticed at once, since its connections close, and one that hangs after the timeout. NCCL's own watchdog does
+the same for collectives on CUDA.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from lissom.ops.native import load_kernels
 Found = TypeVar("Found")
 
 _BEAT_SECONDS = 0.5
-"""How often a rank that is busy says that it is alive."""
+"""How often a busy rank sends a heartbeat."""
 _PATIENT = timedelta(days=7)
-"""No work takes longer; what ends a wait before is a rank that does not say that it is alive."""
+"""The longest wait; a wait ends earlier when a rank sends no heartbeat."""
 
 
 class Ranks:
-    """This process and those it runs programs with: all of the default process group.
+    """The ranks that run programs together: all of the default process group.
 
-    rank, world_size: this one's number, and how many there are. timeout_seconds: how long one may not answer. shares_memory:
-    whether values go through memory that ranks share, where all are processes of one machine.
+    rank, world_size: this rank and the number of ranks. timeout_seconds: how long a rank may not respond. shares_memory: whether
+    values go through shared memory where all ranks are on one machine.
 
-    Raises: RankError when the others do not make theirs within that time.
+    Raises: RankError when the other ranks do not construct theirs within that time.
     """
 
     def __init__(self, timeout_seconds: float, shares_memory: bool = True) -> None:
@@ -62,7 +62,7 @@ class Ranks:
         return dist.new_group(backend=backend, timeout=timedelta(seconds=self.timeout_seconds))
 
     def channel(self, device: torch.device) -> Channel:
-        """What carries values on the device; every rank asks for it at the same point."""
+        """The channel for values on a device; all ranks request it at the same point."""
         with self.answering("this process group"):
             if device.type not in self._channels:
                 memory = self._share_memory() if device.type == "cpu" and self.shares_memory else None
@@ -70,7 +70,7 @@ class Ranks:
         return self._channels[device.type]
 
     def _share_memory(self) -> SharedMemory | None:
-        """Memory that all ranks see; None where they are not on one machine, or one cannot have it. Raises: RankError."""
+        """Shared memory of all ranks; None where they are on several machines, or it cannot be created. Raises: RankError."""
         who = "this process group"
         mine = {"machine": "" if load_kernels() else machine(), "process": os.getpid()}
         told = [json.loads(item) for item in self._exchange_json(mine, who, patient=False)]
@@ -90,7 +90,7 @@ class Ranks:
 
     @contextmanager
     def answering(self, who: str) -> Generator[None]:
-        """Say in a sentence of ours what torch says when a rank does not answer. Raises: RankError."""
+        """Convert torch's errors about ranks that do not respond. Raises: RankError."""
         if self._failure:
             raise RankError(self._failure)
         try:
@@ -99,7 +99,7 @@ class Ranks:
             self.fail(f"a rank of {who}", error)
 
     def fail(self, what: str, cause: Exception | None = None) -> NoReturn:
-        """End the work of all ranks that can be reached; from now on every call here raises. Raises: RankError."""
+        """Abort all ranks; from now on every call here raises. Raises: RankError."""
         self.end(
             f"{what} ended or did not answer within {self.timeout_seconds:g} s; see what the other ranks say, "
             f"and start all of them again",
@@ -107,7 +107,7 @@ class Ranks:
         )
 
     def end(self, sentence: str, cause: Exception | None = None) -> NoReturn:
-        """As `fail`, with a sentence that says why. Raises: RankError."""
+        """As `fail`, with a message of the caller's. Raises: RankError."""
         self._end(sentence)
         raise RankError(self._failure) from cause
 
@@ -116,7 +116,7 @@ class Ranks:
             return
         self._failure = sentence
         atexit.register(_leave)
-        # Those that wait for this rank notice it now, and not when their own time is over.
+        # Ranks that wait for this one notice it now, and not after their timeout.
         for channel in self._channels.values():
             channel.end()
         control, self._control = self._control, None
@@ -135,11 +135,11 @@ class Ranks:
 
     @contextmanager
     def alone(self, who: str) -> Generator[None]:
-        """Work that the ranks do together, by one thread of this rank at a time. who: the name of what they run.
+        """Collective work, by one thread of this rank at a time. who: the name of what they run.
 
-        What stops this rank and is none of our errors, an interrupt for one, ends the others' wait.
+        An error that is not Lissom's own, such as an interrupt, aborts the other ranks, which would wait otherwise.
 
-        Raises: UnsupportedError when another thread is at it.
+        Raises: UnsupportedError when another thread is in such a block.
         """
         if not self._running.acquire(blocking=False):
             raise UnsupportedError(
@@ -158,13 +158,13 @@ class Ranks:
 
     @contextmanager
     def working(self, who: str) -> Generator[None]:
-        """As `alone`, and tell the others that this rank is alive while they wait for what it makes."""
+        """As `alone`, and send heartbeats to ranks that wait for this one."""
         stop = Event()
 
         def beat() -> None:
             counts = dict.fromkeys(self._heard, -1)
             while not stop.is_set():
-                # The process that keeps the store may be gone, or stand still: then no rank is heard of.
+                # The process of the store may be gone or hang; then no heartbeats arrive.
                 with suppress(RuntimeError):
                     self._store.add(f"beat/{self.rank}", 1)
                     for rank, before in counts.items():
@@ -180,15 +180,15 @@ class Ranks:
                 yield
             finally:
                 stop.set()
-                # It may hang on a store that does not answer.
+                # It may hang on a store that does not respond.
                 thread.join(2 * _BEAT_SECONDS)
 
     def exchange(self, data: bytes, who: str, *, patient: bool = False) -> list[bytes]:
-        """What every rank gives, in their order; all call it at the same point. who: the name of what they run.
+        """All-gather bytes, in rank order; all ranks call it at the same point. who: the name of what they run.
 
-        patient: wait as long as the others say that they are alive, in a block of `working`.
+        patient: wait as long as the others send heartbeats, in a block of `working`.
 
-        Raises: RankError when one ended or does not answer.
+        Raises: RankError when a rank ended or does not respond.
         """
         with self.answering(who):
             length = torch.tensor([len(data)])
@@ -211,12 +211,12 @@ class Ranks:
         return found
 
     def _watch(self, work: Any, who: str) -> None:
-        """Wait for the work as long as all ranks say that they are alive. Raises: RankError."""
+        """Wait for the work as long as all ranks send heartbeats. Raises: RankError."""
         since = looked = time.monotonic()
         while not work.is_completed():
             time.sleep(0.001)
             now = time.monotonic()
-            # A pause of this process is none of the others.
+            # A pause of this process is not one of the others.
             since = now if now - looked > 2 * _BEAT_SECONDS else since
             looked = now
             for rank, heard in self._heard.items():
@@ -224,21 +224,21 @@ class Ranks:
                     self.fail(f"rank {rank} of {who}")
 
     def send(self, tensor: torch.Tensor, rank: int, who: str) -> None:
-        """Give a rank a contiguous tensor on the CPU that it takes with `receive`. Raises: RankError."""
+        """Send a contiguous CPU tensor to a rank, which calls `receive`. Raises: RankError."""
         if tensor.numel():
             with self.answering(who):
                 self._control.send([tensor.reshape(-1).view(torch.uint8)], rank, 0).wait()
 
     def receive(self, tensor: torch.Tensor, rank: int, who: str) -> None:
-        """Fill a tensor with what a rank sends. Raises: RankError."""
+        """Receive a tensor from a rank, in place. Raises: RankError."""
         if tensor.numel():
             with self.answering(who):
                 self._control.recv([tensor.view(-1).view(torch.uint8)], rank, 0).wait()
 
     def agree(self, facts: Mapping[str, str], who: str, *, patient: bool = False) -> None:
-        """Compare facts of all ranks. facts: what each is by what it is called.
+        """Compare facts between ranks. facts: values by name.
 
-        Raises: RankError when they differ, on all of them the same sentence.
+        Raises: RankError when they differ, with the same message on all ranks.
         """
         _compare([json.loads(part) for part in self._exchange_json(facts, who, patient)], who)
 
@@ -246,11 +246,11 @@ class Ranks:
         return self.exchange(json.dumps(data).encode(), who, patient=patient)
 
     def settle(self, make: Callable[[], Found], who: str, tell: Callable[[Found], Mapping[str, str]] = lambda _: {}) -> Found:
-        """What `make` gives on this rank, once it gave something on all; they wait for each other as long as they are alive.
+        """The result of `make` on this rank, once it succeeded on all; ranks wait for each other as long as they are alive.
 
-        tell: facts of it, which are to be the same on all, as for `agree`.
+        tell: facts of the result that must agree, as in `agree`.
 
-        Raises: where it failed on one, that rank's error, on all of them, as the same sentence; RankError.
+        Raises: the error of a rank where it failed, with the same message on all ranks; RankError.
         """
         found, failed = attempt(make)
         outcomes = self._exchange_json(failed or {"told": tell(cast(Found, found))}, who, patient=True)
@@ -258,7 +258,7 @@ class Ranks:
         return cast(Found, found)
 
     def from_first(self, make: Callable[[], bytes], who: str) -> bytes:
-        """What rank 0 makes, on all ranks. Raises: rank 0's error, on all of them as the same sentence; RankError."""
+        """Broadcast the result of `make` on rank 0. Raises: rank 0's error, with the same message on all ranks; RankError."""
         data, failed = attempt(make) if self.rank == 0 else (b"", None)
         first, *_ = self.exchange((b"\0" + json.dumps(failed).encode()) if failed else (data or b""), who, patient=True)
         if first.startswith(b"\0"):
@@ -266,12 +266,12 @@ class Ranks:
         return first
 
     def share_directory(self, write: Callable[[Callable[[Path], None]], None], own: Callable[[Path], None], who: str) -> None:
-        """Let rank 0 write a directory, and every rank its share of it, until all of it is there.
+        """Write a directory together: rank 0 creates it, and every rank writes its part.
 
-        write: what rank 0 does; it calls what it is given with the directory, once that is there. own: a rank's share, which
-        fails on all ranks or on none.
+        write: runs on rank 0, and calls its argument with the directory once that exists. own: writes a rank's part; it fails
+        on all ranks or on none.
 
-        Raises: what fails, on all ranks as the same sentence; RankError.
+        Raises: the error, with the same message on all ranks; RankError.
         """
 
         def enter(folder: Path) -> None:
@@ -289,21 +289,21 @@ class Ranks:
                     own(Path(os.fsdecode(folder)))
                 except RankError:
                     raise
-                # Rank 0 has it too, and says it when it has put away what it wrote.
+                # Rank 0 has the error too, and raises it after it has removed its files.
                 except LissomError:
                     pass
             self.from_first(lead, who)
 
 
 def _leave() -> None:
-    """Leave the groups before the process ends: gloo's threads abort it else, where one of its connections is broken."""
+    """Destroy the groups before the process ends; otherwise gloo's threads abort it when a connection is broken."""
     if dist.is_initialized() and dist.get_backend() == "gloo":
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
 
 def attempt(make: Callable[[], Found]) -> tuple[Found | None, dict[str, str] | None]:
-    """What a function gives, or the error it raises as JSON can hold it."""
+    """The result of a function, or the error it raises in a form for JSON."""
     try:
         return make(), None
     except RankError:
@@ -315,7 +315,7 @@ def attempt(make: Callable[[], Found]) -> tuple[Found | None, dict[str, str] | N
 
 
 def _compare(found: Sequence[Mapping[str, str]], who: str) -> None:
-    """Raises: RankError where a fact of one rank is another than that of the first."""
+    """Raises: RankError where a fact of a rank differs from that of rank 0."""
     for name, mine in found[0].items():
         for rank, other in enumerate(found):
             if other.get(name) != mine:
@@ -326,7 +326,7 @@ def _compare(found: Sequence[Mapping[str, str]], who: str) -> None:
 
 
 def raise_first(outcomes: Sequence[bytes]) -> list[dict[str, str]]:
-    """What ranks told of what they made. Raises: the error of the first that failed."""
+    """The facts of all ranks. Raises: the error of the first rank that failed."""
     found = [json.loads(item) for item in outcomes]
     for item in found:
         if "error" in item:
@@ -339,13 +339,13 @@ _KNOWN: list[tuple[object, Ranks]] = []
 
 
 def current_ranks(timeout_seconds: float, shares_memory: bool = True) -> Ranks:
-    """The ranks of the default process group, which is up; made once for each time they wait, and for each way to share."""
+    """The ranks of the default process group, which must be initialized; cached per arguments."""
     world, wanted = dist.group.WORLD, (timeout_seconds, shares_memory)
     for group, ranks in _KNOWN:
         if group is world and (ranks.timeout_seconds, ranks.shares_memory) == wanted and ranks._failure is None:
             return ranks
     ranks = Ranks(*wanted)
-    # Those of a group that is gone are of no use any more.
+    # Entries of a destroyed group are dropped.
     _KNOWN[:] = [(group, known) for group, known in _KNOWN if group is world]
     _KNOWN.append((world, ranks))
     return ranks

@@ -1,1 +1,1 @@
-"""PyTorch's operators and ours, called one after another."""
+"""The program as a Python function that calls PyTorch's and Lissom's operators."""

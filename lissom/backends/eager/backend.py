@@ -1,6 +1,6 @@
 """Eager PyTorch: the flat program as one Python function that calls one operator a line, on any device PyTorch has.
 
-No module, hook or attribute stands between two operators; each value is freed right after its last use. Calls from several
+There are no modules, hooks or attributes between two operators; each value is freed after its last use. Calls from several
 threads are independent unless the program has state.
 """
 
@@ -41,7 +41,7 @@ from lissom.passes.quantize.fold_quantized_weights import FoldQuantizedWeights
 aten = torch.ops.aten
 
 Calls = Callable[[fx.Node], Callable[..., object] | None]
-"""What a node calls in place of its own target; None where it calls that."""
+"""A replacement of a node's target; None for the target itself."""
 
 
 def _attention(
@@ -55,9 +55,9 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """PyTorch's attention, which on a CPU reads past the end of the shorter of keys and values (torch 2.13).
+    """PyTorch's attention with a check of lengths: on a CPU it reads past the end of the shorter of k and v (torch 2.13).
 
-    Raises: ValueError, after which a call is not run once more to be explained.
+    Raises: ValueError, which needs no second run for an explanation.
     """
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"attention has {key.shape[-2]} keys and {value.shape[-2]} values")
@@ -75,18 +75,18 @@ def _batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """PyTorch's, which reads past the end of arguments that are shorter than there are channels (torch 2.13)."""
+    """PyTorch's batch norm with a check of sizes: it reads past the end of too short arguments (torch 2.13)."""
     for given in (weight, bias, running_mean, running_var):
         if given is not None and given.shape != input.shape[1:2]:
             raise ValueError(f"batch norm has {list(given.shape)} for {input.shape[1]} channels")
     return aten._native_batch_norm_legit_no_training.default(input, weight, bias, running_mean, running_var, momentum, eps)
 
 
-# Methods of tensors take half the time to call that their operators take; small models notice.
+# A tensor method takes half the time of its operator to call, which matters for small models.
 METHODS: dict[object, Callable[..., object]] = {
     aten.scaled_dot_product_attention.default: _attention,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
-    # A program from a file may return memory that nothing has written.
+    # A program from a file may return uninitialized memory.
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
     aten.reshape.default: torch.Tensor.reshape,
@@ -113,7 +113,7 @@ class Eager(Backend):
             return (LowerSparseAttention(), PackSparse(), FoldQuantizedWeights(), LowerQuantizedProducts(), WriteStateInPlace())
         if device.type != "cpu":
             return (WriteStateInPlace(),)
-        # Without kernels the passes behind it say why; merged projections would then be read with gaps.
+        # Without kernels the later passes say why; merged projections would then be read as strided slices.
         merge = () if load_kernels() else (MergeProjections(always=True, gates=False),)
         products = (PackQuantizedLinear(), PackLinear(), FuseEpilogues(), FuseMergedAttention(), WriteStateInPlace())
         return (FoldQuantizedWeights(), *merge, FuseRotary(), LowerSparseAttention(), FuseAttention(), FuseRmsNorm(), *products)
@@ -124,7 +124,7 @@ class Eager(Backend):
         return executable
 
     def save_files(self, executable: Executable, folder: Path) -> None:
-        """Nothing: the program is all there is."""
+        """No files: the program is enough."""
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
         return build_function(program, with_graphs)
@@ -135,7 +135,7 @@ def build_function(
     wrap: Callable[[Program, Executable], Executable] = lambda _, run: run,
     calls: Calls = lambda _: None,
 ) -> Executable:
-    """What runs the program's operators one after the other. wrap: put around the function. calls: as for `emit`."""
+    """An executable that runs the program's operators in order. wrap: applied to the function. calls: as in `emit`."""
     program = with_fast_layout(program)
     state = {name: program.weight(name).detach().clone() for name in program.state}
     source, names = emit(program, state, calls)
@@ -165,19 +165,19 @@ class _Stateful:
         return self._function(inputs)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The state by name, in the memory that calls read and write."""
+        """The state by name: the tensors that calls read and write."""
         return dict(self._tensors)
 
 
 def emit(
     program: Program, state: Mapping[str, torch.Tensor] | None = None, calls: Calls = lambda _: None
 ) -> tuple[str, dict[str, object]]:
-    """The program as the source of a function `run`, and the objects its names stand for.
+    """The program as the source of a function `run`, and the globals of the source.
 
-    The source holds no text of the program's: it may come from a file. Variables are numbered, text and names are among the
-    objects, and keywords are those of the operator's schema.
+    The source contains no text of the program, which may be untrusted: variables are numbered, strings and names are globals,
+    and keywords are those of the operator's schema.
 
-    state: what stands for the program's own state, by name. calls: what is called by nodes that do not call their own target.
+    state: replaces the program's state, by name. calls: replaces targets of nodes.
     """
     names: dict[str, object] = {}
     scope: dict[fx.Node, str] = {}
@@ -213,7 +213,7 @@ def _call(node: fx.Node, scope: dict[fx.Node, str], names: dict[str, object], ca
 
 
 def _named(node: fx.Node, key: str, value: str, names: dict[str, object]) -> str:
-    """An argument by its name: as the operator's schema has it, or, where there is no schema, as an object."""
+    """A keyword argument: a keyword of the operator's schema, or without a schema one from the globals."""
     schema = getattr(node.target, "_schema", None)
     known = {parameter.name for parameter in schema.arguments} if schema is not None else set[str]()
     found = next((name for name in known if name == key and name.isidentifier() and not iskeyword(name)), None)

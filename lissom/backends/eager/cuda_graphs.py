@@ -1,7 +1,7 @@
-"""CUDA graphs: what a program does on the device, recorded once for each shape of its inputs and replayed by one launch.
+"""CUDA graphs: a program's kernels, captured once per input shape and replayed by one launch.
 
-A call copies its inputs to the graph's own, replays, and copies the outputs out, without waiting for the device. Graphs share a
-memory pool, which is safe as they never run at once: calls of other threads and streams are put behind each other by an event.
+A call copies its inputs to the graph's static inputs, replays, and copies the outputs out, without synchronization. Graphs
+share a memory pool, which is safe as they never run concurrently: calls of other threads and streams are ordered by an event.
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
@@ -23,9 +23,9 @@ from lissom.ops import block_sparse_attention
 aten = torch.ops.aten
 
 GRAPHS = 16
-"""How many shapes keep a graph; the one used longest ago goes."""
+"""The number of graphs kept; the least recently used is dropped."""
 _SHAPES = 64
-"""How many shapes are remembered as seen once."""
+"""The number of shapes remembered that were seen once."""
 _CONVOLUTIONS = (aten.conv2d.default, aten.conv2d.padding, aten.convolution.default)
 _SYNCHRONISING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 # One capture at a time in a process.
@@ -37,8 +37,8 @@ Shapes = tuple[torch.Size, ...]
 class CudaGraphs:
     """Runs a function of flat inputs on one device through CUDA graphs.
 
-    A shape is called plainly when it is first seen, and recorded when it comes again, so that shapes that never come back cost
-    nothing. notes: why there are no graphs, where there are none.
+    A shape runs without a graph the first time, and is captured the second time, so that unique shapes cost nothing.
+    notes: why there are no graphs, where there are none.
     """
 
     def __init__(self, function: Executable, device: torch.device, obstacle: str | None = None) -> None:
@@ -65,7 +65,7 @@ class CudaGraphs:
             return self._function(inputs)
 
     def _find(self, shapes: Shapes, inputs: Sequence[torch.Tensor]) -> _Graph | None:
-        """The graph for these shapes, recorded now if they were seen before; None for a plain call."""
+        """The graph for these shapes, captured now if they were seen before; None to run without one."""
         if self.notes:
             return None
         if shapes in self._graphs:
@@ -76,7 +76,7 @@ class CudaGraphs:
             if len(self._seen) > _SHAPES:
                 self._seen.popitem(last=False)
             return None
-        # What is freed below may still be read by the last replay.
+        # The last replay may still read what is freed below.
         self._done.synchronize()
         while len(self._graphs) >= GRAPHS:
             self._graphs.popitem(last=False)
@@ -89,7 +89,7 @@ class CudaGraphs:
         current = torch.cuda.current_stream()
         static = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
         self._stream.wait_stream(current)
-        # Libraries set themselves up at their first calls, which must not be recorded. What goes wrong here is the caller's.
+        # Libraries initialize at their first call, which must not be captured. An error here is the caller's.
         with torch.cuda.stream(self._stream):
             for _ in range(2):
                 self._function(static)
@@ -119,7 +119,7 @@ class CudaGraphs:
 
 
 class _Graph:
-    """A recorded graph with the tensors it reads and writes."""
+    """A captured graph with its static inputs and outputs."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, inputs: Sample, outputs: Sequence[object]) -> None:
         self.graph = graph
@@ -128,15 +128,15 @@ class _Graph:
 
 
 def with_graphs(program: Program, function: Executable) -> Executable:
-    """The function that runs the program, through CUDA graphs where all its inputs are on one CUDA device."""
+    """The executable, through CUDA graphs where all inputs are on one CUDA device."""
     device = _device_of(program)
     return function if device is None else CudaGraphs(function, device, obstacle(program))
 
 
 def obstacle(program: Program) -> str | None:
-    """Why the program cannot be recorded, in words; None when nothing stands against it.
+    """Why the program cannot be captured, in words; None when it can.
 
-    It must keep no state, which recording would advance, and nothing in it may make the host wait for the device.
+    It must have no state, which capture would advance, and no operator that synchronizes the device.
     """
     if program.state:
         return f"the program writes to '{program.state[0]}'"
@@ -152,19 +152,19 @@ def obstacle(program: Program) -> str | None:
 
 
 def _computes_layout(node: fx.Node) -> bool:
-    """True for block-sparse attention whose blocks are not known until the program runs; those of a weight are listed once."""
+    """True for block-sparse attention with a computed layout; blocks of a weight's layout are listed once."""
     layout = nodes.argument(node, "layout") if node.target is block_sparse_attention else None
     return isinstance(layout, fx.Node) and layout.op != "get_attr"
 
 
 def _reads_integers(node: fx.Node) -> bool:
-    """True for indexing by integers, whose result has a known shape; indexing by flags is the same operator."""
+    """True for indexing by integers, whose shape is known; indexing by a boolean mask is the same operator."""
     indices = [used for used in node.all_input_nodes[1:] if nodes.is_tensor(used)]
     return node.target is aten.index.Tensor and all(nodes.tensor_type(used).dtype is not torch.bool for used in indices)
 
 
 def _crosses(used: fx.Node, node: fx.Node) -> bool:
-    """True when a value goes from one device to another; a number on the CPU is an argument of the kernel."""
+    """True when a value is copied between devices; a CPU scalar is a kernel argument."""
     if not (nodes.is_tensor(used) and nodes.is_tensor(node)):
         return False
     left, right = nodes.tensor_type(used), nodes.tensor_type(node)
@@ -173,9 +173,9 @@ def _crosses(used: fx.Node, node: fx.Node) -> bool:
 
 
 def with_fast_layout(program: Program) -> Program:
-    """A program on CUDA with its weights contiguous, and those of two-dimensional convolutions in channels-last order.
+    """A program on CUDA with contiguous weights, and channels-last weights of two-dimensional convolutions.
 
-    The weights it shares with the caller's model keep their layout. Programs elsewhere are left alone.
+    The caller's model keeps its layout. Programs on other devices are returned unchanged.
     """
     if _device_of(program) is None:
         return program
@@ -193,6 +193,6 @@ def with_fast_layout(program: Program) -> Program:
 
 
 def _device_of(program: Program) -> torch.device | None:
-    """The CUDA device all inputs are on; None where they are elsewhere."""
+    """The CUDA device of all inputs; None where they are elsewhere."""
     devices = {leaf.type.device for leaf in program.signature.tensors}
     return devices.pop() if len(devices) == 1 and all(device.type == "cuda" for device in devices) else None

@@ -1,1 +1,1 @@
-"""A program as an ONNX model: the export, and the forms ONNX Runtime is fast in."""
+"""A program as an ONNX model: the export, and the variants that ONNX Runtime is fast with."""

@@ -1,9 +1,9 @@
-"""Attention in ONNX: each node that stands for one becomes matrix products and a softmax, or a single operator.
+"""Attention in ONNX: as matrix products and a softmax, or as a single operator.
 
-The single operators read queries, keys and values as projections give them where they can, [batch, tokens, heads · head_dim],
-so that the transpositions around them go away: `com.microsoft.MultiHeadAttention`, which ONNX Runtime computes block by block
-where nothing is masked, and `Attention` of opset 23 where something is. Where something stands between projections and
-attention, such as a rotary embedding, `Attention` reads them with heads apart.
+Where possible the single operators read the outputs of projections, [batch, tokens, heads · head_dim], without transposes:
+`com.microsoft.MultiHeadAttention`, which ONNX Runtime computes block by block, without a mask, and `Attention` of opset 23 with
+one. Where an operator is between projections and attention, such as a rotary embedding, `Attention` reads
+[batch, heads, tokens, head_dim].
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HEADS_FIRST = (0, 2, 1, 3)
 
 
 def expand_attention(model: ir.Model, fused: bool) -> int:
-    """Put plain operators in the place of each attention, or a single one where that can be; how many became one."""
+    """Replace each attention with plain operators, or with a single one where there is one; returns how many became one."""
     count = 0
     for node in list(model.graph.all_nodes()):
         if node.domain != DOMAIN or node.op_type != ATTENTION:
@@ -39,7 +39,7 @@ def expand_attention(model: ir.Model, fused: bool) -> int:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention: its operands and options, and the tape that records what takes its place."""
+    """One attention: its operands and options, and the tape that records its replacement."""
 
     q: ir.Value
     k: ir.Value
@@ -81,12 +81,12 @@ class Site:
 
     @property
     def floor(self) -> float:
-        """Stands for minus infinity: nothing is left of it after a softmax, but a row of nothing else has a result."""
+        """A finite stand-in for minus infinity, with which softmax of a fully masked row is not NaN."""
         assert self.q.dtype is not None
         return float(finfo(self.q.dtype.numpy()).min) / 2
 
     def bias(self) -> ir.Value | None:
-        """What is added to the scores; None for nothing."""
+        """The mask as a bias on the scores; None without a mask."""
         mask = _causal(self) if self.causal else self.mask
         if mask is None:
             return None
@@ -96,7 +96,7 @@ class Site:
         return self.call("Max", mask, self.number(self.floor)) if self.zeros else mask
 
     def visible(self) -> ir.Value | None:
-        """1 for rows that see a key and 0 for those that see none, [.., queries or 1, 1]; None when nothing hides keys."""
+        """0 for fully masked rows and 1 for others, [.., queries or 1, 1]; None without a mask."""
         if self.mask is None or not self.zeros:
             return None
         assert self.q.dtype is not None
@@ -131,7 +131,7 @@ def _explicit(site: Site) -> ir.Value:
 
 
 def _repeated(site: Site, item: ir.Value) -> ir.Value:
-    """Keys or values with each head as often as there are queries' heads for it."""
+    """Keys or values with heads repeated for grouped-query attention."""
     heads, own = (shape_of(found)[1] if len(shape_of(found)) == 4 else 1 for found in (site.q, item))
     if heads == own or not (isinstance(heads, int) and isinstance(own, int)) or own == 1:
         return item
@@ -140,7 +140,7 @@ def _repeated(site: Site, item: ir.Value) -> ir.Value:
 
 
 def _causal(site: Site) -> ir.Value:
-    """[queries, keys]: query i sees keys 0 to i."""
+    """The causal mask, [queries, keys]."""
     call = site.call
     zero, one = (site.tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.int64))}) for number in (0, 1))
     count = [call("Squeeze", call("Shape", item, start=-2, end=-1)) for item in (site.q, site.k)]
@@ -151,7 +151,7 @@ def _causal(site: Site) -> ir.Value:
 
 
 def _single(site: Site) -> ir.Value | None:
-    """The attention as one operator; None where none can say it."""
+    """The attention as one operator; None where there is none for it."""
     if site.sinks is not None or site.softcap or site.q.dtype == ir.DataType.DOUBLE:
         return None
     if any(len(shape_of(item)) != 4 or not isinstance(shape_of(item)[1], int) for item in (site.q, site.k, site.v)):
@@ -169,7 +169,7 @@ def _single(site: Site) -> ir.Value | None:
 
 
 def _by_heads(site: Site, bias: ir.Value | None) -> ir.Value | None:
-    """`Attention` of queries, keys and values as they are, [batch, heads, tokens, head_dim]; heads that share keys once."""
+    """`Attention` of [batch, heads, tokens, head_dim], with grouped key and value heads."""
     k, v = (_shared(item) for item in (site.k, site.v))
     heads, groups = _fixed(shape_of(site.q)[1]), _fixed(shape_of(k)[1])
     if shape_of(v)[1] != groups or heads % groups:
@@ -181,7 +181,7 @@ def _by_heads(site: Site, bias: ir.Value | None) -> ir.Value | None:
 
 
 def _shared(value: ir.Value) -> ir.Value:
-    """Keys or values before each head was repeated for the queries' heads that share it; the value itself where none was."""
+    """Keys or values before their heads were repeated for grouped-query attention; the value itself otherwise."""
     between = _read_by(_read_by(value, "Reshape"), "Expand")
     source = _read_by(between, "Unsqueeze")
     if source is None or len(shape_of(source)) != 4:
@@ -194,13 +194,13 @@ def _shared(value: ir.Value) -> ir.Value:
 
 
 def _read_by(value: ir.Value | None, op_type: str) -> ir.Value | None:
-    """The first input of the operator of that kind that gives the value; None where another one does."""
+    """The first input of the value's producer; None when that is another operator."""
     node = value.producer() if value is not None else None
     return node.inputs[0] if node is not None and node.op_type == op_type else None
 
 
 def _by_projections(site: Site, sources: Sequence[ir.Value | None], bias: ir.Value | None) -> ir.Value:
-    """One operator that reads what projections give, [batch, tokens, heads · head_dim], and gives the same."""
+    """One operator that reads and returns [batch, tokens, heads · head_dim]."""
     heads, width = _fixed(shape_of(site.q)[1]), _fixed(shape_of(site.v)[3])
     call = site.call
     if bias is None and not site.causal:
@@ -212,7 +212,7 @@ def _by_projections(site: Site, sources: Sequence[ir.Value | None], bias: ir.Val
     batch, _, queries, _ = shape_of(site.q)
     visible = site.visible()
     if visible is not None:
-        # Without the dimension of heads; a mask of fewer dimensions has none.
+        # Without the dimension of heads, which a mask of fewer dimensions lacks.
         flat = call("Squeeze", visible, site.integers(1)) if len(shape_of(site.mask)) == 4 else visible
         result = call("Mul", result, flat)
     result.type, result.shape = site.q.type, ir.Shape([batch, queries, heads * width])
@@ -222,7 +222,7 @@ def _by_projections(site: Site, sources: Sequence[ir.Value | None], bias: ir.Val
 
 
 def projection(value: ir.Value) -> ir.Value | None:
-    """x of [batch, tokens, heads · head_dim] that the value is a view of, [batch, heads, tokens, head_dim]; None otherwise."""
+    """The projection [batch, tokens, heads · head_dim] that a value [batch, heads, tokens, head_dim] is a view of, or None."""
     apart = _transposed(value)
     if apart is None or len(shape_of(value)) != 4:
         return None
@@ -235,7 +235,7 @@ def projection(value: ir.Value) -> ir.Value | None:
 
 
 def skip_joins(old: ir.Value, joined: ir.Value) -> None:
-    """Where the attention's heads are brought side by side again, let what follows read the value that has them so."""
+    """Replace merges of the attention's heads by `joined`, which has them merged."""
     for transpose, _ in list(old.uses()):
         if _transposed(transpose.outputs[0]) is not old:
             continue
@@ -247,7 +247,7 @@ def skip_joins(old: ir.Value, joined: ir.Value) -> None:
 
 
 def _transposed(value: ir.Value) -> ir.Value | None:
-    """What the value is with its two middle dimensions exchanged; None when it is not made so."""
+    """The input of the transpose of heads and tokens that makes the value; None when there is none."""
     node = value.producer()
     if node is None or node.op_type != "Transpose" or tuple(node.attributes.get_ints("perm", ())) != _HEADS_FIRST:
         return None
@@ -255,7 +255,7 @@ def _transposed(value: ir.Value) -> ir.Value | None:
 
 
 def _whole_bias(site: Site) -> ir.Value | None:
-    """The mask as [batch or 1, heads or 1, queries, keys]; None when it has another form, or hides by head."""
+    """The mask as [batch or 1, heads or 1, queries, keys]; None when it has another shape, or differs between heads."""
     assert site.mask is not None
     batch, heads, queries, keys = shape_of(site.q)[0], shape_of(site.q)[1], shape_of(site.q)[2], shape_of(site.k)[2]
     shape = list(shape_of(site.mask))
@@ -272,7 +272,7 @@ def _whole_bias(site: Site) -> ir.Value | None:
 
 
 def shape_of(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
-    """The sizes of a value, which has to have some."""
+    """The shape of a value, which has to be known."""
     if value is None or value.shape is None:
         raise ValueError(f"'{value.name if value is not None else None}' has no shape")
     return tuple(value.shape)

@@ -1,13 +1,13 @@
-"""Attention over a cache in ONNX: new keys and values written to their places, and attended to, by one operator.
+"""Attention over a KV cache in ONNX: one operator that writes the new keys and values and attends to the cache.
 
-`com.microsoft.GroupQueryAttention` writes in place and reads the places filled so far, where a copy followed by attention reads
-all that the cache has. It stands for both where this is seen from the graph to be the same for every input:
+`com.microsoft.GroupQueryAttention` writes in place and reads the slots filled so far, where a copy followed by attention reads
+the whole cache. It replaces both where the graph shows that this is the same for every input:
 
-- new keys and values go to places start, start + 1, …, so the last of them tells how many are filled;
-- the mask is a conjunction, and one of its conditions lets a query see no place behind its own.
+- new keys and values go to slots start, start + 1, …, so the last slot tells how many are filled;
+- the mask is a conjunction, and one of its conditions is causal.
 
-A window of places and nothing else beside that condition is the operator's own; whatever else hides keys, such as padding, is
-added to the scores. The operator continues a prompt for one sequence only, so those of a batch are further heads of one.
+A sliding window besides the causal condition is an option of the operator; any other mask, such as padding, is added to the
+scores. The operator prefills one sequence only, so the sequences of a batch become further heads of one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lissom.backends.onnx.translation import ATTENTION, DOMAIN
 
 _VIEWS = ("Unsqueeze", "Squeeze", "Reshape", "Identity")
 _UP_TO, _BEYOND = ("LessOrEqual", "Less"), ("Greater", "GreaterOrEqual")
-"""Comparisons with a place, each with the one that says the same of the next place."""
+"""Comparisons with a slot, each with the equivalent comparison with the next slot."""
 
 
 def fuse_cached_attention(model: ir.Model) -> int:
-    """Put one operator in the place of each attention over a cache and the copies into it; how many there were."""
+    """Replace each attention over a KV cache, and the copies into it, with one operator; returns how many."""
     count = 0
     for node in list(model.graph):
         found = _Cached.of(Site.of(node)) if node.domain == DOMAIN and node.op_type == ATTENTION else None
@@ -43,9 +43,9 @@ def fuse_cached_attention(model: ir.Model) -> int:
 
 @dataclass(frozen=True)
 class _Cached:
-    """An attention over a cache. keys, values: the copies into it. repeated: what repeats its heads for those of queries.
+    """An attention over a KV cache. keys, values: the copies into it. repeated: the nodes that repeat its heads.
 
-    window: how many places up to its own a query sees, -1 for all. masked: whether more than window and causality hides keys.
+    window: the sliding window in slots, -1 for none. masked: whether there is a further mask.
     """
 
     site: Site
@@ -57,7 +57,7 @@ class _Cached:
 
     @classmethod
     def of(cls, site: Site) -> _Cached | None:
-        """What an attention is when it is one over a cache; None when it is another, or may be for some inputs."""
+        """The attention over a cache that a node is; None when it is none, or not for every input."""
         if site.sinks is not None or site.softcap or site.causal or not site.zeros or site.mask is None:
             return None
         keys, values = _copy_behind(site.k), _copy_behind(site.v)
@@ -107,7 +107,7 @@ def _fuse(model: ir.Model, node: ir.Node, found: _Cached) -> None:
         old = copy.outputs[0]
         assert state is not None
         name, new.type = old.name, old.type
-        # The same elements, the heads of all sequences side by side.
+        # The same elements, with the sequences as further heads.
         state.shape = new.shape = ir.Shape([1, batch * groups, places, width])
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         model.graph.remove(copy, safe=True)
@@ -115,7 +115,7 @@ def _fuse(model: ir.Model, node: ir.Node, found: _Cached) -> None:
 
 
 def _last_place(site: Site, index: ir.Value | None, places: int) -> ir.Value:
-    """The last place that is written, [1]; reading it from a table of all places fails where there is no such place."""
+    """The last slot that is written, [1]; reading it from a table of all slots fails for one out of range."""
     assert index is not None
     found = checked_places(site.tape, site.call("Reshape", index, site.integers(-1)), site.integers(places))
     table = site.call("Gather", site.integers(*range(places)), found, axis=0)
@@ -133,7 +133,7 @@ def _side_by_side(site: Site, value: ir.Value) -> ir.Value:
 
 
 def _bias(site: Site, total: ir.Value, batch: int, heads: int) -> ir.Value:
-    """What is added to the scores, [1, heads or 1, tokens, places filled]; heads of all sequences where their masks differ."""
+    """The bias on the scores, [1, heads or 1, tokens, filled slots]; heads of all sequences where their masks differ."""
     assert site.mask is not None
     end = site.call("Reshape", total, site.integers(1))
     seen = site.call("Slice", site.mask, site.integers(0), end, site.integers(-1))
@@ -149,7 +149,7 @@ def _bias(site: Site, total: ir.Value, batch: int, heads: int) -> ir.Value:
 
 
 def _apart(site: Site, joined: ir.Value, batch: int, heads: int, width: int, masked: bool) -> ir.Value:
-    """[1, tokens, batch · heads · head_dim] as [batch, heads, tokens, head_dim], zeros for a query that sees nothing."""
+    """[1, tokens, batch · heads · head_dim] as [batch, heads, tokens, head_dim], zeros for a fully masked query."""
     if batch > 1:
         apart = site.call("Reshape", joined, site.integers(-1, batch, heads, width))
         result = site.call("Transpose", apart, perm=(1, 2, 0, 3))
@@ -166,7 +166,7 @@ def _apart(site: Site, joined: ir.Value, batch: int, heads: int, width: int, mas
 
 
 def _copy_behind(value: ir.Value) -> tuple[ir.Node, list[ir.Node]] | None:
-    """The copy into a state behind keys or values, and the nodes that repeat its heads; None where others read them too."""
+    """The copy into a state that keys or values come from, and the nodes that repeat its heads; None with other readers."""
     repeated: list[ir.Node] = []
     for op_type in ("Reshape", "Expand", "Unsqueeze"):
         node = value.producer()
@@ -191,7 +191,7 @@ def _copy_behind(value: ir.Value) -> tuple[ir.Node, list[ir.Node]] | None:
 
 
 def _start_of(places: ir.Value | None) -> ir.Value | None:
-    """The value that places start, start + 1, … begin with; None for places that may be others."""
+    """The first of slots start, start + 1, …; None for slots that may not be consecutive."""
     node = _seen_through(places).producer() if places is not None else None
     if node is None or node.op_type != "Add":
         return None
@@ -206,7 +206,7 @@ def _start_of(places: ir.Value | None) -> ir.Value | None:
 
 
 def _seen_through(value: ir.Value) -> ir.Value:
-    """The value before views that change its shape alone, for one of whose dimensions all but one are 1."""
+    """The value before reshapes, for a value with at most one dimension larger than 1."""
     node = value.producer()
     while node is not None and node.op_type in _VIEWS and node.inputs[0] is not None:
         value = node.inputs[0]
@@ -215,7 +215,7 @@ def _seen_through(value: ir.Value) -> ir.Value:
 
 
 def _conditions(mask: ir.Value) -> list[ir.Value]:
-    """The values whose conjunction a mask is; True throughout left out."""
+    """The conditions whose conjunction a mask is, without those that are always true."""
     node = mask.producer()
     constant = constant_of(mask)
     if constant is not None and bool(constant.all()):
@@ -229,7 +229,7 @@ def _conditions(mask: ir.Value) -> list[ir.Value]:
 
 
 def _comparison(condition: ir.Value, places: int) -> tuple[str, ir.Value] | None:
-    """The operator that compares the number of each place with something, which it gives too; None for another condition."""
+    """The comparison of slot numbers with a value, and that value; None for another condition."""
     node = condition.producer()
     turned = {"LessOrEqual": "GreaterOrEqual", "GreaterOrEqual": "LessOrEqual", "Less": "Greater", "Greater": "Less"}
     if node is None or node.op_type not in turned:
@@ -248,9 +248,9 @@ def _are_places(value: ir.Value, places: int) -> bool:
 
 
 def _limit(condition: ir.Value, site: Site, start: ir.Value, places: int, operators: tuple[str, str]) -> int | None:
-    """d, where the condition compares a place with the query's own + d; None for another one.
+    """d, where the condition compares a slot with the query's own slot + d; None for another condition.
 
-    operators: the one that does, and the one that says the same of d + 1: `_UP_TO` for place ≤ own + d, `_BEYOND` for >.
+    operators: that comparison, and the equivalent one with d + 1: `_UP_TO` for place ≤ own + d, `_BEYOND` for >.
     """
     found = _comparison(condition, places)
     shift = _shift(found[1], site, start) if found is not None else None
@@ -260,7 +260,7 @@ def _limit(condition: ir.Value, site: Site, start: ir.Value, places: int, operat
 
 
 def _shift(value: ir.Value, site: Site, start: ir.Value) -> int | None:
-    """d, where a value of [..., tokens, 1] is each query's own place + d; None for another one."""
+    """d, where a value of [..., tokens, 1] is each query's own slot + d; None for another value."""
     sizes = shape_of(value)
     if len(sizes) < 2 or list(sizes[-2:]) != [shape_of(site.q)[2], 1] or any(size != 1 for size in sizes[:-2]):
         return None
@@ -283,5 +283,5 @@ def _fits(mask: ir.Value, q: ir.Value, places: int) -> bool:
 
 
 def _numbers(value: ir.Value) -> list[int]:
-    """The sizes of a value; those that vary as -1."""
+    """The shape of a value, with free sizes as -1."""
     return [size if isinstance(size, int) else -1 for size in shape_of(value)]

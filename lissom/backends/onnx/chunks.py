@@ -1,6 +1,6 @@
-"""Blocks of queries a few at a time: a `Loop`, so that what is copied for them stays small whatever the length.
+"""Blocks of queries in chunks: a `Loop`, so that the memory for gathered keys is bounded at any length.
 
-Chunks that fit a processor's cache are faster than all at once too. A GPU is given large ones, since each costs it a wait.
+Chunks that fit a processor's cache are also faster. A GPU gets large chunks, since each is a synchronization.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import onnx_ir as ir
 from lissom.backends.onnx.positions import Writer
 
 CPU_BYTES, OTHER_BYTES = 2**21, 2**28
-"""Keys and values that are copied at a time; scores and what is exchanged of it take two or three times as much."""
+"""Bytes of keys and values gathered at a time; scores and transposes take two or three times as much."""
 
 
 def in_chunks(
     write: Writer, rows: ir.Value, most: ir.Value, features: int, part: Callable[[Writer, ir.Value], ir.Value]
 ) -> ir.Value:
-    """What `part` writes of some rows, written of all of them: [batch, rows or more, features].
+    """Apply `part` to all rows in chunks: [batch, rows or more, features].
 
-    rows, most: how many there are, and how many may be treated at a time, [1]. All chunks have one size: the last row is
-    there several times where it has to be. part: from what records its nodes and numbers of rows, [some], to [batch, some,
-    features], its dtype known.
+    rows, most: the number of rows, and of rows per chunk, [1]. All chunks have the same size: the last row is repeated where
+    needed. part: from the writer of its nodes and row numbers, [some], to [batch, some, features] of a known dtype.
     """
     call = write.call
     chunks = call("Div", call("Add", rows, call("Sub", most, 1)), most)

@@ -1,4 +1,4 @@
-"""A program as an ONNX model: torch's exporter, with the program's names, module paths and varying sizes kept."""
+"""A program as an ONNX model: torch's exporter, keeping the program's names, module paths and free sizes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
-"""The files a model is saved in; weights are apart, so that they can be mapped and may exceed 2 GB."""
+"""The files of a saved model; weights are external, so that they can be memory-mapped and exceed 2 GB."""
 
 aten = torch.ops.aten
 
@@ -42,16 +42,16 @@ _SPELLINGS: Mapping[object, object] = {
 _PATHS = "pkg.torch.onnx.name_scopes"
 _NO_MODULE = "_empty_nn_module_stack"
 _WINDOW = 16
-"""How far ahead the counterpart of an exported node is looked for."""
+"""How many nodes ahead the counterpart of an exported node is searched."""
 
 
 def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir.Model:
-    """The program as an ONNX model, its inputs and outputs named as the caller names them.
+    """The program as an ONNX model, with the names of the caller's inputs and outputs.
 
-    State comes behind them: as it was among the inputs, as it is then among the outputs. Attention is left as nodes of the
-    domain `lissom`; `variants.write_variant` makes a model of it that runs.
+    State is a further input, and the state after the call a further output. Some operators are nodes of the domain `lissom`;
+    `variants.write_variant` replaces them with operators of ONNX Runtime.
 
-    decompose: let the exporter take operators apart first. It then has a translation for nearly all, and takes twice as long.
+    decompose: decompose operators first. The exporter then has translations for nearly all, and takes twice as long.
     """
     exported = _export(program, example)
     if not decompose:
@@ -59,7 +59,7 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
     _keep_origins(program, exported)
     past, present = state_names(program)
     inputs, outputs = input_names(program) + past, output_names(program) + present
-    # Warnings of the exporter's own parts; what matters is in its exception.
+    # Warnings about the exporter's internals; failures raise.
     with warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
         result = torch.onnx.export(
@@ -86,14 +86,14 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
 
 
 def save_onnx(model: ir.Model, folder: Path) -> Path:
-    """Write the model and its weights to a folder; the model's path."""
+    """Write the model and its weights to a folder; returns the model's path."""
     path = folder / MODEL
     ir.save(model, path, external_data=WEIGHTS)
     return path
 
 
 def tidy(model: ir.Model) -> None:
-    """Merge what is there twice, drop what nothing reads, and name nodes by the modules they come from."""
+    """Merge common subexpressions, drop unused nodes, and name nodes after their modules."""
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common_passes.LiftSubgraphInitializersToMainGraphPass()(model)
     common_passes.DeduplicateInitializersPass()(model)
@@ -109,12 +109,12 @@ def results_of(program: Program) -> list[fx.Node]:
 
 
 def input_names(program: Program) -> list[str]:
-    """The names of the inputs, as the caller writes them, with what is not a letter or a digit as an underscore."""
+    """The names of the inputs as the caller writes them, with underscores for other characters than letters and digits."""
     return _unique([_plain(leaf.path) for leaf in program.signature.tensors], ())
 
 
 def output_names(program: Program) -> list[str]:
-    """The names of the results, by where they are in what is returned: `last_hidden_state`, `output_0`."""
+    """The names of the outputs, by their path in the model's output: `last_hidden_state`, `output_0`."""
     paths = dict(zip(reversed(leaves_of(program)), reversed(_paths(program.signature.out_spec)), strict=True))
     wanted = [_plain(paths[result]) or "output" for result in results_of(program)]
     return _unique([f"output_{name}" if name[0].isdigit() else name for name in wanted], input_names(program))
@@ -133,14 +133,14 @@ def _export(program: Program, example: Sample) -> ExportedProgram:
     return_state(flat)
     _respell(flat)
     shapes = (*(free_dimensions(leaf) for leaf in program.signature.tensors), *({} for _ in program.state))
-    # Of a graph whose code is not generated yet the exporter does not see the arguments.
+    # The exporter reads the arguments from generated code, which the copy lacks.
     module = fx.GraphModule(flat.graph_module, flat.graph).eval()
     with torch.no_grad():
         return torch.export.export(module, traced, dynamic_shapes=shapes, strict=False)
 
 
 def _same(exported: ExportedProgram) -> Callable[..., ExportedProgram]:
-    """A function that gives back the program, whatever it is asked to take apart."""
+    """A replacement of `run_decompositions` that decomposes nothing."""
 
     def same(*tables: object) -> ExportedProgram:
         return exported
@@ -149,14 +149,14 @@ def _same(exported: ExportedProgram) -> Callable[..., ExportedProgram]:
 
 
 def _respell(program: Program) -> None:
-    """Call operators by the names the exporter knows."""
+    """Replace operators by equivalents that the exporter translates."""
     for node in program.nodes():
         node.target = _SPELLINGS.get(node.target, node.target)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         if node.target in _CASTS:
             node.target, node.args = aten._to_copy.default, node.args[:1]
             node.kwargs = {"dtype": nodes.tensor_type(node).dtype}
         elif node.target is aten.rsub.Scalar and len(node.args) == 2 and not node.kwargs:
-            # Of whole numbers and a fraction the exporter makes a difference that does not exist.
+            # For an integer tensor and a float the exporter writes a `Sub` of mixed types, which is invalid.
             with program.graph.inserting_before(node):
                 negative = program.graph.call_function(aten.neg.default, node.args[:1])
             node.target, node.args = aten.add.Tensor, (negative, node.args[1])
@@ -164,7 +164,7 @@ def _respell(program: Program) -> None:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Keep the exporter from logging that our translations have no types it knows."""
+    """Silence the exporter's log messages about our untyped translations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -175,13 +175,13 @@ def _quiet() -> Generator[None]:
 
 
 def _keep_origins(program: Program, exported: ExportedProgram) -> None:
-    """Tell the exporter which module each node is from: the nodes of both graphs are in one order."""
+    """Set the module path of each exported node; the nodes of both graphs are in the same order."""
     ours, start = program.nodes(), 0
     path = ""
     for node in exported.graph.nodes:
         if node.op != "call_function":
             continue
-        # What the exporter wrote anew, such as a read of a size, has no counterpart, and is from where it is used: nearby.
+        # A node that export added, such as the read of a size, has no counterpart, and takes the module of the node before it.
         found = next(
             (index for index in range(start, min(start + _WINDOW, len(ours))) if ours[index].target == node.target), None
         )
@@ -192,7 +192,7 @@ def _keep_origins(program: Program, exported: ExportedProgram) -> None:
 
 
 def _name_transposed(model: ir.Model) -> None:
-    """Let a weight that is transposed, which is done once and for all, keep its name."""
+    """Name transposed weights, which constant folding makes, after the weight."""
     taken: Counter[str] = Counter()
     for node in model.graph:
         weight = node.inputs[0] if node.op_type == "Transpose" else None
@@ -203,9 +203,9 @@ def _name_transposed(model: ir.Model) -> None:
 
 
 def _name_sizes(program: Program, model: ir.Model) -> None:
-    """Give the sizes that vary the names they have in the program's signature."""
+    """Name free sizes as in the program's signature."""
     names: dict[str, str] = {}
-    # State, which comes behind them, has sizes that are fixed.
+    # State follows the inputs, and has fixed sizes.
     for leaf, value in zip(program.signature.tensors, model.graph.inputs, strict=False):
         for size, found in zip(leaf.type.shape, value.shape or (), strict=True):
             if isinstance(found, ir.SymbolicDim) and found.value and size in program.signature.dimensions:
@@ -223,7 +223,7 @@ def _named(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | 
 
 
 def module_of(node: ir.Node) -> str:
-    """The path of the module a node comes from."""
+    """The module path of a node."""
     scopes = ast.literal_eval(node.metadata_props.get(_PATHS, "[]"))
     path = node.metadata_props.get("module", scopes[-2] if len(scopes) > 1 else "")
     return "" if path.startswith(_NO_MODULE) else path
@@ -239,14 +239,14 @@ def _name_nodes(model: ir.Model) -> None:
         node.metadata_props.clear()
         node.metadata_props["module"] = path
         if node.graph is not model.graph:
-            # Names inside a graph are of one kind with those around it.
+            # Names inside a subgraph must differ from those outside.
             for number, value in enumerate(node.outputs):
                 value.name = f"{node.name}.{number}"
     model.graph.metadata_props.clear()
 
 
 def _paths(spec: pytree.TreeSpec, path: str = "") -> list[str]:
-    """Where each leaf of a nesting is, `past_0_key`."""
+    """The path of each leaf of a pytree, `past_0_key`."""
     if spec.is_leaf():
         return [path]
     count = spec.num_children

@@ -1,19 +1,19 @@
-"""Quantized layers in ONNX as products of integers, with the kernels ONNX Runtime has for them.
+"""Quantized layers in ONNX as integer matrix products, with the kernels of ONNX Runtime.
 
-Values and weights of eight bits are multiplied as integers, and the sum is scaled, with one scale for the values and one for
-each feature out:
+int8 activations and weights (W8A8) are multiplied as integers, and the sum is scaled, with a per-tensor scale of the
+activations and a per-channel scale of the weights:
 
     y = s_x · s_w · Σ_i (q_i - z) w_i + bias        (`MatMulIntegerToFloat`)
 
-It takes no scale and zero point for each row of x. So where there is one for each token, the scale is multiplied in behind the
-product, and the zero point is taken out by
+It takes no per-row scale and zero point of x. A per-token scale is therefore multiplied after the product, and the zero point
+is subtracted by
 
     Σ_i (q_i - z) w_i = Σ_i q_i w_i - z Σ_i w_i
 
-exactly, within the product itself: z stands as further features beside q, and as many rows d_j with Σ_j d_j = -Σ_i w_i, each in
-the range of the weights, stand below w. That takes some twenty rows for the 384 of a small encoder.
+exactly, within the product itself: z is appended to q as further features, and as many rows d_j with Σ_j d_j = -Σ_i w_i, each
+in the range of the weights, are appended to w. That takes some twenty rows for the 384 of a small encoder.
 
-Weights of few bits that meet values in floating point become `MatMulNBits`, which reads them as they are stored.
+Weight-only int8 and int4 layers become `MatMulNBits`, which reads quantized weights.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ PRODUCTS = frozenset(
         *("QLinearConv", "ConvInteger", "QAttention", "MatMulNBits", "MatMulBnb4"),
     )
 )
-"""Operators of ONNX Runtime that multiply stored integers."""
+"""Operators of ONNX Runtime that multiply quantized weights."""
 _BLOCKS = (256, 128, 64, 32, 16)
 _BLOCK = 32
-"""Of `MatMulNBits` where a channel has one scale."""
+"""The block size of `MatMulNBits` for a per-channel scale."""
 _FACTOR = 8
-"""There may be one row for the zero points for so many features; where more are needed they are taken out behind."""
+"""Input features per row of zero points at least; where more rows are needed, they are subtracted after the product."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with a weight or values that are rounded.
+    """A layer with a quantized weight or quantized activations.
 
-    product: its node. x: what it reads; rounded: what rounds it, None where nothing does. stored: its weight as
-    [features in, features out], None where it is not stored in a short format; weight: the value that holds it.
+    product: its node. x: its input; rounded: the quantizer of x, or None. stored: its quantized weight as
+    [features in, features out], None for a floating-point weight; weight: the value that holds it.
     """
 
     product: ir.Node
@@ -66,7 +66,7 @@ class Layer:
 
     @property
     def obstacle(self) -> str | None:
-        """Why it is not computed from integers, with any values; None where it is."""
+        """Why it has no integer kernel; None where it has one."""
         if self.stored is None:
             return "its weight is not stored in integers"
         if self.x.dtype != ir.DataType.FLOAT or not self.x.shape:
@@ -93,13 +93,13 @@ class Layer:
 
     @property
     def _group(self) -> int:
-        """How many features in share a scale."""
+        """The number of input features per scale."""
         assert self.stored is not None
         return self.stored.q.shape[0] // self.stored.scale.shape[0]
 
     @property
     def block(self) -> int:
-        """The features in that `MatMulNBits` reads under one scale, which several blocks may share; 0 where it cannot."""
+        """The block size for `MatMulNBits`, which divides that of the weight; 0 where there is none."""
         assert self.stored is not None
         if self.stored.scale.shape[0] == 1:
             return _BLOCK
@@ -107,16 +107,16 @@ class Layer:
 
 
 def quantized_layers(model: ir.Model) -> list[Layer]:
-    """Every product of two matrices of which the second, a weight, or the first is rounded."""
+    """Every matrix product with a quantized weight or a quantized input."""
     found = [_as_layer(node) for node in model.graph if node.op_type in ("MatMul", "Gemm") and node.domain == ""]
     return [layer for layer in found if layer is not None]
 
 
 def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = False) -> int:
-    """Compute layers from integers where that can be; how many are.
+    """Replace quantized layers with integer kernels where there are any; returns how many.
 
-    beside: let the graph go on with each layer as it is, and give how far the product of integers is from it, as a result of
-    the model more for each: max |found - wanted| / max |wanted|, of the same values.
+    beside: keep each layer, and add the relative error of its integer kernel as a further output of the model:
+    max |found - wanted| / max |wanted|, on the same input.
     """
     groups: dict[ir.Value, list[Layer]] = defaultdict(list)
     for layer in quantized_layers(model):
@@ -141,26 +141,25 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
 
 
 def simulated(layers: Sequence[Layer], accuracy_level: int, failure: str = "") -> list[SimulatedLayer]:
-    """The layers that are not computed from integers, and why. failure: why the others are not either."""
+    """The layers without an integer kernel, with the reason. failure: a reason for all others."""
     found: list[SimulatedLayer] = []
     for layer in layers:
         reason = layer.obstacle or _level_obstacle(layer, accuracy_level) or failure
         if reason:
             parts = (
                 layer.stored and f"{layer.stored.form.name} weights",
-                layer.rounded and f"{format_of(layer.rounded).name} values",
+                layer.rounded and f"{format_of(layer.rounded).name} activations",
             )
             found.append(SimulatedLayer(layer.product.name or "", layer.module, " on ".join(filter(None, parts)), reason))
     return found
 
 
 def _level_obstacle(layer: Layer, accuracy_level: int) -> str | None:
-    """Why weights that meet values in floating point have no kernel faster than turning them back."""
+    """Why a weight-only layer has no kernel faster than dequantizing the weight."""
     if layer.rounded is not None or layer.stored is None or layer.stored.form.bits == 4 or accuracy_level == 4:
         return None
     return (
-        "ONNX Runtime is fast at weights of eight bits where it may round the values they meet, as "
-        "OnnxRuntime(accuracy_level=4) lets it"
+        "ONNX Runtime is fast with int8 weights only if it may quantize activations, as OnnxRuntime(accuracy_level=4) lets it"
     )
 
 
@@ -181,16 +180,16 @@ def _as_layer(product: ir.Node) -> Layer | None:
     weight = node if node is not None and is_quantization(node, DEQUANTIZE) else None
     stored = Stored.of(weight) if weight is not None else None
     if weight is None:
-        # Two values, as in attention, are no layer.
+        # A product of two activations, as in attention, is no layer.
         return Layer(product, x, rounded, None, second) if rounded is not None and constant_of(second) is not None else None
     return Layer(product, x, rounded, stored.transposed() if stored and turned else stored, operands(weight)[0])
 
 
 @dataclass(frozen=True)
 class _Integers:
-    """Values as integers. q: with the zero points beside them, `rows` times. by_row: the scale of each row, None for one.
+    """Quantized activations. q: with zero points appended, `rows` times. by_row: the per-row scale, or None.
 
-    rows: None where zero points are to be taken out behind the product.
+    rows: None where zero points are subtracted after the product.
     """
 
     q: ir.Value
@@ -201,7 +200,7 @@ class _Integers:
 
 
 def _integers(tape: Tape, rounded: ir.Node, rows: int | None) -> _Integers:
-    """What a node rounds, as integers, and their scale."""
+    """The output of a quantizer as integers, and their scale."""
     x, scale, zero_point = operands(rounded)
     form = format_of(rounded)
     if rounded.op_type == ROUND:
@@ -225,7 +224,7 @@ def _integers(tape: Tape, rounded: ir.Node, rows: int | None) -> _Integers:
 
 
 def _rows(group: Sequence[Layer]) -> int | None:
-    """How many rows the zero points take for all layers that read the same values; None where they are too many."""
+    """The number of appended rows for all layers with the same input; None where they are too many."""
     needed = [0]
     for layer in group:
         assert layer.stored is not None
@@ -241,19 +240,19 @@ def _rows(group: Sequence[Layer]) -> int | None:
 
 
 def _column_sums(stored: Stored) -> np.ndarray:
-    """Σ_i w_i of each feature out, in whole numbers."""
+    """Σ_i w_i per output feature, as integers."""
     points = 0 if stored.zero_point is None else stored.zero_point.astype(np.int64)
     return (stored.q.astype(np.int64) - points).sum(0)
 
 
 def _range(stored: Stored) -> tuple[np.ndarray, np.ndarray]:
-    """The least and largest w of each feature out."""
+    """The minimum and maximum of w per output feature."""
     points = np.zeros(1, np.int64) if stored.zero_point is None else stored.zero_point.astype(np.int64).reshape(-1)
     return int(stored.form.low) - points, int(stored.form.high) - points
 
 
 def _with_rows(stored: Stored, rows: int) -> np.ndarray:
-    """The stored weight with rows below it that add up to what its own add up to, negative."""
+    """The quantized weight with appended rows that sum to the negative sum of its rows."""
     low, high = _range(stored)
     rest = -_column_sums(stored)
     below: list[np.ndarray] = []
@@ -278,7 +277,7 @@ def _operands(tape: Tape, layer: Layer, q: np.ndarray, suffix: str) -> tuple[ir.
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
-    """Without the dimension of features in; no dimension where one serves all."""
+    """Without the dimension of input features; a scalar where it is per-tensor."""
     return array.reshape(-1) if array.size > 1 else array.reshape(())
 
 
@@ -304,7 +303,7 @@ def _scaled_by_row(tape: Tape, layer: Layer, values: _Integers) -> ir.Value:
 
 
 def _few_bits(tape: Tape, layer: Layer, accuracy_level: int) -> ir.Value:
-    """The product of values in floating point with a weight in blocks, [features out, blocks, bytes]."""
+    """`MatMulNBits`: a weight-only product, its weight [features out, blocks, bytes]."""
     stored, block = layer.stored, layer.block
     assert stored is not None
     bits = stored.form.bits
@@ -328,7 +327,7 @@ def _few_bits(tape: Tape, layer: Layer, accuracy_level: int) -> ir.Value:
 
 
 def _packed(elements: np.ndarray, bits: int) -> np.ndarray:
-    """Two elements a byte where they have four bits, the first in the low half."""
+    """Four-bit elements packed two per byte, the first in the low half."""
     if bits == 8:
         return elements
     even = elements if elements.shape[-1] % 2 == 0 else np.pad(elements, ((0, 0), (0, 1)))
@@ -336,7 +335,7 @@ def _packed(elements: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _bias(layer: Layer) -> ir.Value | None:
-    """A constant that is added to a layer's result, one element for each feature out."""
+    """A constant added to a layer's output, one element per output feature."""
     found = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None
     add = _sum_behind(layer) if found is None else None
     if add is not None:
@@ -354,7 +353,7 @@ def _sum_behind(layer: Layer) -> ir.Node | None:
 
 
 def _finish(tape: Tape, layer: Layer, result: ir.Value, biased: bool, beside: bool) -> None:
-    """Let the graph use a result in the place of a layer's, or tell how far it is from it. biased: a bias is in it, if any."""
+    """Replace a layer's output, or add its relative error as an output. biased: the result includes the bias, if any."""
     graph, last = tape.model.graph, layer.product
     bias = _bias(layer) if biased else None
     own = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None
@@ -375,14 +374,14 @@ def _finish(tape: Tape, layer: Layer, result: ir.Value, biased: bool, beside: bo
 
 
 def _from(tape: Tape, layer: Layer) -> Sequence[ir.Node]:
-    """The nodes recorded, as from the module of a layer."""
+    """The recorded nodes, with the metadata of a layer's module."""
     for node in tape.nodes:
         node.metadata_props.update(layer.product.metadata_props)
     return tape.nodes
 
 
 def _distance(tape: Tape, wanted: ir.Value, found: ir.Value, name: str) -> ir.Value:
-    """max |found - wanted| / max |wanted|, of values under 1e-6 throughout by 1e-6."""
+    """max |found - wanted| / max |wanted|, with a denominator of at least 1e-6."""
     largest = [
         tape.op("ReduceMax", [tape.op("Abs", [item])], {"keepdims": 0}) for item in (tape.op("Sub", [found, wanted]), wanted)
     ]

@@ -9,7 +9,7 @@ from lissom.backends.onnx.rewriting import integers, replace, sizes_of
 
 
 def write_out_rms_norms(model: ir.Model) -> int:
-    """Write each RMS norm in parts, which ONNX Runtime fuses with the sum in front of it; how many there were."""
+    """Decompose each RMS norm, so that ONNX Runtime fuses it with the residual add before it; returns how many."""
     count = 0
     for node in list(model.graph):
         x, scale = (*node.inputs, None, None)[:2]
@@ -30,9 +30,9 @@ def write_out_rms_norms(model: ir.Model) -> int:
 
 
 def keep_norms_apart(model: ir.Model) -> int:
-    """Write the sum in front of each layer norm as `Sum`, which ONNX Runtime does not fuse with it; how many there were.
+    """Write the residual add before each layer norm as `Sum`, which ONNX Runtime does not fuse with it; returns how many.
 
-    What it fuses the two to, `SkipLayerNormalization`, takes longer on a CPU than they take apart.
+    The fused operator, `SkipLayerNormalization`, is slower on a CPU than the two.
     """
     count = 0
     for node in model.graph:

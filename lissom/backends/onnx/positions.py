@@ -1,6 +1,6 @@
-"""What a pattern of positions lets attention see, computed by ONNX nodes from the lengths of a call.
+"""The mask of an attention pattern, computed by ONNX nodes from the lengths of a call.
 
-Lengths are read from the model's inputs where these tell them, so that layers of one pattern compute it once.
+Lengths are read from the model's inputs where possible, so that layers with the same pattern share the computation.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from lissom.ops.key_blocks import KeyBlocks
 from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
 
 Number = ir.Value | int
-"""Whole numbers: a value, int64, or one that is known."""
+"""Integers: an int64 value, or a constant."""
 
 
 class Writer:
-    """Records nodes. Operators take whole numbers as they are."""
+    """Records nodes. Operators accept Python integers."""
 
     def __init__(self, model: ir.Model) -> None:
         self.tape = ir.tape.Tape()
         self._inputs = tuple(model.graph.inputs)
 
     def inside(self) -> Writer:
-        """Records the nodes of a graph inside this one."""
+        """A writer for a subgraph."""
         found = copy(self)
         found.tape = ir.tape.Tape()
         return found
 
     def call(self, op_type: str, *inputs: Number, **attributes: int | Sequence[int]) -> ir.Value:
-        """The result of a new node; numbers among its inputs are vectors of one."""
+        """The output of a new node; integer inputs become vectors of one element."""
         values = [self.integers(item) if isinstance(item, int) else item for item in inputs]
         return self.tape.op(op_type, values, attributes)
 
@@ -61,19 +61,19 @@ class Writer:
         return self.call("Range", *(self._scalar(item) for item in (start, end, step)))
 
     def shaped(self, value: ir.Value, *sizes: Number) -> ir.Value:
-        """The value with these sizes; -1 is what is left, 0 as it was."""
+        """The value reshaped; -1 is inferred, 0 keeps a size."""
         known = all(isinstance(size, int) for size in sizes)
         shape = self.integers(*sizes) if known else self.call("Concat", *sizes, axis=0)  # pyright: ignore[reportArgumentType]
         return self.call("Reshape", value, shape)
 
     def padded(self, value: ir.Value, count: ir.Value, axis: int = 1) -> ir.Value:
-        """[batch, tokens, ..] of rank 3, or of rank 4 with an axis of 2, with so many zeros behind it along the axis."""
+        """[batch, tokens, ..] of rank 3, or of rank 4 with an axis of 2, padded with zeros at the end of the axis."""
         rank = 3 if axis == 1 else 4
         front, behind = self.integers(*[0] * (rank + axis)), self.integers(*[0] * (rank - axis - 1))
         return self.call("Pad", value, self.call("Concat", front, count, behind, axis=0))
 
     def expanded(self, value: ir.Value, *sizes: Number) -> ir.Value:
-        """The value broadcast together with these sizes."""
+        """The value expanded to these sizes."""
         return self.call("Expand", value, self.call("Concat", *sizes, axis=0))
 
     def every(self, *conditions: ir.Value) -> ir.Value:
@@ -94,11 +94,11 @@ class Writer:
 
 @dataclass(frozen=True)
 class Read:
-    """What blocks of queries read. rows, blocks: how many there are, of queries and of keys, [1].
+    """The keys that query blocks read. rows, blocks: the number of query and of key blocks, [1].
 
-    alone: positions that all read, made whole blocks behind the others, [count]; None for none. all_blocks: how many blocks
-    there are with these, [1]. column: the blocks, [heads or 1, rows, slots]. j: positions of what they hold, [heads or 1, rows,
-    read]; counts: which of them are there and not named before. read: how many, [1].
+    alone: positions that all query blocks read, as further key blocks, [count]; None for none. all_blocks: the number of key
+    blocks with these, [1]. column: key blocks, [heads or 1, rows, slots]. j: their positions, [heads or 1, rows, read];
+    counts: which of them are valid and no duplicates. read: their number, [1].
     """
 
     rows: ir.Value
@@ -112,7 +112,7 @@ class Read:
 
 
 def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.Value) -> Read:
-    """The positions each block of queries reads. queries, keys: how many there are, [1]."""
+    """The positions that each query block reads. queries, keys: their number, [1]."""
     call, size, heads = write.call, reads.block, reads.heads
     rows, blocks = (call("Div", call("Add", item, size - 1), size) for item in (queries, keys))
     row = call("Unsqueeze", write.counted(0, rows), 1)
@@ -171,12 +171,12 @@ def row_places(write: Writer, reads: KeyBlocks, rows: ir.Value, end: ir.Value) -
 
 
 def _longer(write: Writer, conditions: ir.Value, count: ir.Value) -> ir.Value:
-    """Conditions with so many that do not hold behind them."""
+    """Conditions padded at the end with False."""
     return write.call("Concat", conditions, write.call("Less", write.counted(0, count), 0), axis=0)
 
 
 def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """The positions that all queries read, and which of them are there and named for the first time; None for none."""
+    """The positions that all queries read, and which of them exist and are no duplicates; None for none."""
     call, end = write.call, write.call("Sub", keys, 1)
     places: list[ir.Value] = []
     fresh: list[ir.Value] = []
@@ -202,7 +202,7 @@ def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, i
 
 
 def _is_alone(write: Writer, reads: KeyBlocks, j: ir.Value, tail: int | None) -> ir.Value | None:
-    """Whether all queries read a position; None where there are none of the kind."""
+    """Whether all queries read a position; None where there are no such positions."""
     found = [write.call("Less", j, reads.prefix)] if reads.prefix else []
     found += [_in_stride(write, stride, j) for stride in reads.strides]
     found += [write.call("GreaterOrEqual", j, tail)] if tail is not None else []
@@ -218,9 +218,9 @@ def _in_stride(write: Writer, stride: tuple[int, int, int], j: ir.Value) -> ir.V
 def seen(
     write: Writer, pattern: Pattern, i: ir.Value, j: ir.Value, row: ir.Value, layout: ir.Value | None, rank: int
 ) -> ir.Value:
-    """What the pattern says of queries i and keys j, broadcast; row: positions whose blocks are those of i.
+    """The pattern's mask for queries i and keys j, which broadcast. row: positions with the blocks of i.
 
-    rank: how many dimensions j has, the first of them that of the layout's heads, or of 1.
+    rank: the number of dimensions of j, the first of which is that of the layout's heads, or 1.
     """
     alternatives: list[ir.Value] = []
     for conditions in pattern.alternatives:
@@ -232,14 +232,14 @@ def seen(
         alternatives.append(write.every(*(item for part in found for item in part), *([] if any(found) else always)))
     found = write.some(*alternatives) if alternatives else write.call("Less", j, 0)
     conditions = [condition for alternative in pattern.alternatives for condition in alternative]
-    # What says nothing of queries, or of keys, is the same for all of them.
+    # A condition on keys alone, or on queries alone, broadcasts.
     for named, item in ((any(one.query for one in conditions), i), (any(one.key for one in conditions), j)):
         found = found if named else write.every(found, write.call("GreaterOrEqual", item, 0))
     return found
 
 
 def _holds(write: Writer, condition: Condition, i: ir.Value, j: ir.Value) -> list[ir.Value]:
-    """The comparisons whose conjunction is the condition."""
+    """The comparisons whose conjunction the condition is."""
     call = write.call
     parts: list[tuple[int, ir.Value]] = []
     for factor, value in ((condition.key, j), (condition.query, i)):
@@ -253,7 +253,7 @@ def _holds(write: Writer, condition: Condition, i: ir.Value, j: ir.Value) -> lis
         least, most = low, high
         bounds: tuple[Number, Number] = low, high
     else:
-        # j - i in bounds: j is compared with i and a bound, which are fewer than the differences.
+        # Bounds of j - i: comparing j with i + bound needs no tensor of differences.
         (factor, value), (_, other) = parts
         least, most = (low, high) if factor == 1 else (-high, -low)
         bounds = call("Add", other, least), call("Add", other, most)
@@ -268,9 +268,9 @@ def _holds(write: Writer, condition: Condition, i: ir.Value, j: ir.Value) -> lis
 def _laid_out(
     write: Writer, pattern: Pattern, row: ir.Value, j: ir.Value, layout: ir.Value | None, rank: int
 ) -> list[ir.Value]:
-    """What the layout has for the blocks of rows and keys."""
+    """The layout at the blocks of queries and keys."""
     if layout is None:
-        raise ValueError("this pattern asks a layout, and none was given")
+        raise ValueError("this pattern needs a layout, and none was given")
     call = write.call
     heads, rows, columns = (write.length(layout, axis) for axis in range(3))
     ends = [call("Sub", item, 1) for item in (rows, columns)]

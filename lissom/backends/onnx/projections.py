@@ -27,7 +27,7 @@ class _Projection:
 
 
 def merge_projections(model: ir.Model) -> int:
-    """Write products of one input with several weights as one product and a split; how many groups there were."""
+    """Merge products of one input with several weights into one product and a split; returns the number of groups."""
     groups: dict[ir.Value, list[_Projection]] = defaultdict(list)
     for node in model.graph:
         found = _as_projection(node)
@@ -74,7 +74,7 @@ def _merge(model: ir.Model, x: ir.Value, group: Sequence[_Projection]) -> None:
 
 
 def _weight(model: ir.Model, node: ir.Node, array: np.ndarray) -> ir.Value:
-    """A new weight, named by the first it is made of."""
+    """A new weight, named after the first of its parts."""
     name = f"{node.inputs[1].name}_merged_{len(model.graph.initializers)}"  # pyright: ignore[reportOptionalMemberAccess]
     value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
     value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))

@@ -27,17 +27,17 @@ _TYPES = {
 
 
 def is_quantization(node: ir.Node, *names: str) -> bool:
-    """True for a node that stands for an operator of quantization, one of those named if any are."""
+    """True for a quantization node; with names, for one of these."""
     return node.domain == DOMAIN and node.op_type in (names or (ROUND, ROUND_DYNAMIC, DEQUANTIZE))
 
 
 def format_of(node: ir.Node) -> Format:
-    """The format a node of quantization rounds to."""
+    """The format of a quantization node."""
     return FORMATS[node.attributes["format"].as_string()]
 
 
 def expand_quantization(model: ir.Model) -> int:
-    """Put operators of ONNX in the place of each node of quantization; how many there were."""
+    """Replace each quantization node with operators of ONNX; returns how many."""
     found = [node for node in model.graph if is_quantization(node)]
     for node in found:
         tape = Tape(model)
@@ -62,7 +62,7 @@ class Tape(ir.tape.Tape):
         self.model = model
 
     def constant(self, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-        """A small constant; dtype: where numpy has none."""
+        """A small constant. dtype: for dtypes that numpy lacks."""
         return self.op("Constant", [], {"value": ir.Tensor(array, dtype=dtype or ir.DataType.from_numpy(array.dtype))})
 
     def number(self, value: float) -> ir.Value:
@@ -72,7 +72,7 @@ class Tape(ir.tape.Tape):
         return self.constant(np.array(numbers, np.int64))
 
     def weight(self, like: ir.Value, suffix: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-        """A new weight, named after the one it is made of; the one made before under that name where there is one."""
+        """A new weight, named after the one it is derived from; made once per name."""
         name = f"{like.name}_{suffix}"
         known = self.model.graph.initializers.get(name)
         if known is not None:
@@ -88,14 +88,14 @@ class Tape(ir.tape.Tape):
 
 
 def operands(node: ir.Node) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-    """What a node of quantization reads: values, their scale and zero point."""
+    """The inputs of a quantization node: a tensor, its scale and zero point."""
     x, scale, zero_point = [*node.inputs, None, None][:3]
     assert x is not None
     return x, scale, zero_point
 
 
 def dynamic_range(tape: Tape, x: ir.Value, form: Format) -> tuple[ir.Value, ir.Value | None]:
-    """Scale and zero point of each row of x, [..., 1], the zero point as a fraction's dtype; as `scale_for` finds them."""
+    """Per-row scale and zero point of x, [..., 1], both floating point, as `formats.scale_for` computes them."""
     zero, axis = tape.number(0.0), tape.integers(-1)
     low = tape.op("Min", [tape.op("ReduceMin", [x, axis], {"keepdims": 1}), zero])
     high = tape.op("Max", [tape.op("ReduceMax", [x, axis], {"keepdims": 1}), zero])
@@ -109,7 +109,7 @@ def dynamic_range(tape: Tape, x: ir.Value, form: Format) -> tuple[ir.Value, ir.V
 
 
 def _rounded(tape: Tape, node: ir.Node) -> ir.Value:
-    """Q/DQ with a scale that is known."""
+    """Q/DQ with a static scale."""
     x, scale, zero_point = operands(node)
     assert scale is not None
     form, x = format_of(node), tape.as_float(x)
@@ -121,7 +121,7 @@ def _rounded(tape: Tape, node: ir.Node) -> ir.Value:
 
 
 def scalar_scales(tape: Tape, scale: ir.Value, zero_point: ir.Value | None, form: Format) -> tuple[ir.Value, ir.Value]:
-    """A constant scale of one element and its zero point, without dimensions, the zero point in the dtype of q."""
+    """A constant per-tensor scale and its zero point as scalars, the zero point in the dtype of q."""
     number, point = constant_of(scale), constant_of(zero_point)
     assert number is not None
     dtype = np.uint8 if form.low == 0 else np.int8
@@ -130,7 +130,7 @@ def scalar_scales(tape: Tape, scale: ir.Value, zero_point: ir.Value | None, form
 
 
 def _rounded_at_run_time(tape: Tape, node: ir.Node) -> ir.Value:
-    """Q/DQ with the scale of each row, or of the whole tensor."""
+    """Q/DQ with a dynamic scale, per-token or per-tensor."""
     form, x = format_of(node), tape.as_float(operands(node)[0])
     by_token = node.attributes["granularity"].as_string() == "token"
     if form.name == "uint8" and not by_token:
@@ -145,7 +145,7 @@ def _rounded_at_run_time(tape: Tape, node: ir.Node) -> ir.Value:
 
 
 def _by_hand(tape: Tape, x: ir.Value, scale: ir.Value, zero_point: ir.Value | None, form: Format) -> ir.Value:
-    """Q/DQ with a scale that fits x by broadcasting, one operator each."""
+    """Q/DQ in plain operators; the scale broadcasts to x."""
     scaled = tape.op("Div", [x, scale])
     low, high = tape.number(form.low), tape.number(form.high)
     if not form.is_integer:
@@ -160,7 +160,7 @@ def _by_hand(tape: Tape, x: ir.Value, scale: ir.Value, zero_point: ir.Value | No
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored matrix. q: one element each, [rows, columns]; scale, zero_point: a block each, as in `grids`."""
+    """A quantized matrix. q: not packed, [rows, columns]; scale, zero_point: per block, as in `lissom.ops.formats`."""
 
     q: np.ndarray
     scale: np.ndarray
@@ -169,7 +169,7 @@ class Stored:
 
     @classmethod
     def of(cls, node: ir.Node) -> Stored | None:
-        """What a node of `Dequantize` reads, where it is constant and has two dimensions."""
+        """The constant matrix that a `Dequantize` node reads; None for any other."""
         found = [constant_of(item) for item in operands(node)]
         q, scale, zero_point = found
         if q is None or scale is None or q.ndim != 2 or (zero_point is None) != (operands(node)[2] is None):
@@ -192,7 +192,7 @@ def _unpacked(q: np.ndarray, form: Format) -> np.ndarray:
 
 
 def _stored(tape: Tape, node: ir.Node) -> ir.Value:
-    """(q - zero_point) · scale: of a constant as `DequantizeLinear` where its blocks let it be, of other values by hand."""
+    """(q - zero_point) · scale: `DequantizeLinear` for constants with blocks that it supports, else plain operators."""
     stored, x = Stored.of(node), operands(node)[0]
     found = _dequantize_linear(tape, stored, x) if stored is not None else None
     return found or _looked_up(tape, node)
@@ -208,7 +208,7 @@ def _dequantize_linear(tape: Tape, stored: Stored, like: ir.Value) -> ir.Value |
     elif len(split) == 1 and not blocked:
         shape, attributes = (scale.size,), {"axis": split[0]}
     else:
-        # Blocks along one dimension, and a scale for each element of the other.
+        # Group-wise along one dimension, per-channel along the other.
         other = 1 - (blocked or [1])[0]
         if len(blocked) > 1 or stored.q.shape[1 - other] % scale.shape[1 - other]:
             return None
@@ -227,7 +227,7 @@ def _dequantize_linear(tape: Tape, stored: Stored, like: ir.Value) -> ir.Value |
 
 
 def _looked_up(tape: Tape, node: ir.Node) -> ir.Value:
-    """Rows that were looked up in a table, and the scales of these rows: [..., features] and [..., blocks]."""
+    """Dequantize embedding rows, [..., features], with their scales, [..., blocks]."""
     q, scale, zero_point = operands(node)
     assert scale is not None
     form = format_of(node)
@@ -248,9 +248,9 @@ def _looked_up(tape: Tape, node: ir.Node) -> ir.Value:
 
 
 def _halves(tape: Tape, q: ir.Value, form: Format) -> ir.Value:
-    """Four-bit elements that lie two in a byte, as floats; the first of two in the low half."""
+    """Four-bit elements packed two per byte, as floats; the first in the low half."""
     sixteen, last = tape.number(16.0), tape.integers(-1)
-    # Exact in floating point, and every provider has these operators for it.
+    # Exact in floating point, where every provider has these operators.
     byte = tape.op("Cast", [q], {"to": int(ir.DataType.FLOAT)})
     high = tape.op("Floor", [tape.op("Div", [byte, sixteen])])
     low = tape.op("Sub", [byte, tape.op("Mul", [high, sixteen])])

@@ -9,7 +9,7 @@ from lissom.backends.onnx.translation import DOMAIN, ROTARY
 
 
 def expand_rotary(model: ir.Model, fused: bool) -> int:
-    """Put plain operators in the place of each rotary embedding, or one where that can be; how many became one."""
+    """Replace each rotary embedding with plain operators, or with one where possible; returns how many became one."""
     count = 0
     for node in list(model.graph):
         if node.domain != DOMAIN or node.op_type != ROTARY:
@@ -47,7 +47,7 @@ def _rotated(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
 
 
 def _joined(tape: ir.tape.Tape, a: ir.Value, b: ir.Value, like: ir.Value, interleaved: bool) -> ir.Value:
-    """The two members of each pair side by side again."""
+    """The features with their pairs joined again."""
     if not interleaved:
         return tape.op("Concat", [a, b], {"axis": -1})
     apart = [tape.op("Unsqueeze", [item, integers(tape, -1)]) for item in (a, b)]
@@ -57,7 +57,7 @@ def _joined(tape: ir.tape.Tape, a: ir.Value, b: ir.Value, like: ir.Value, interl
 def _rotary_embedding(tape: ir.tape.Tape, node: ir.Node) -> ir.Value | None:
     """`RotaryEmbedding` of [batch, heads, tokens, head_dim] with angles of [1 or batch, 1, tokens, …]; None for others.
 
-    It wants one angle a pair, so tables that hold each twice are cut to their first half.
+    It takes one angle per pair, so tables that hold each angle twice are sliced to their first half.
     """
     x, cos, sin = _operands(node)
     features, interleaved = fixed_last(x), bool(node.attributes.get_int("interleaved", 0))
@@ -77,7 +77,7 @@ def _rotary_embedding(tape: ir.tape.Tape, node: ir.Node) -> ir.Value | None:
 
 
 def _is_doubled(table: ir.Value) -> bool:
-    """True when the second half of the last dimension is the first again, as angles joined to themselves give."""
+    """True when the second half of the last dimension repeats the first, as for angles concatenated with themselves."""
     value: ir.Value | None = table
     while value is not None and (node := value.producer()) is not None:
         if node.op_type == "Concat":

@@ -1,13 +1,13 @@
-"""`lissom::block_sparse_attention` in ONNX: by key blocks that are gathered, or with a mask of all pairs.
+"""`lissom::block_sparse_attention` in ONNX: by gathered key blocks, or with a dense mask.
 
-By key blocks, each block of queries is a sequence of its own to an attention as `onnx_attention` writes it, so that it too may
-be one operator: blocks of what projections give, [batch, tokens, heads · head_dim], are copied whole, for a few blocks
-of queries at a time. Nothing has the size of all queries times all keys.
+By key blocks, each block of queries is a sequence of its own in an attention node that `attention.py` expands, so that it too
+may be one operator: blocks of the outputs of projections, [batch, tokens, heads · head_dim], are gathered for a few blocks of
+queries at a time. No tensor has the size queries × keys.
 
 ONNX Runtime's own operators for it are not used. On a CPU `com.microsoft.GroupQueryAttention` with `local_window_size` and
-`com.microsoft.SparseAttention` compute the scores of all pairs and leave some out of the softmax, in at least twice the time
-of the form by key blocks at a window of an eighth of 4,096 tokens, and memory for all pairs; `LongformerAttention` has a kernel
-for CUDA only, takes projections apart by itself and lets global tokens have projections of their own, which no pattern says.
+`com.microsoft.SparseAttention` compute dense scores and mask them in the softmax. That takes dense memory, and at least twice
+the time of key blocks at a window of an eighth of 4,096 tokens. `LongformerAttention` has a kernel for CUDA only, includes the
+projections, and has further projections for global tokens, which no pattern describes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lissom.ops.pattern import Pattern
 
 _HEADS_FIRST = (0, 2, 1, 3)
 _ROWS, _READ = "query_blocks", "keys_read"
-"""Names of sizes: blocks of queries of all sequences, and keys that are read for one."""
+"""Names of sizes: query blocks of all sequences, and keys read per query block."""
 
 
 def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES) -> int:
-    """Write each block-sparse attention as an attention by key blocks where that can be, or with a mask; how many by blocks.
+    """Expand each block-sparse attention by key blocks where possible, else with a dense mask; returns how many by key blocks.
 
-    chunk_bytes: of keys and values that are copied at a time, at least those of one block of queries.
+    chunk_bytes: of keys and values gathered at a time, at least those of one query block.
     """
     count = 0
     for node in list(model.graph):
@@ -50,7 +50,7 @@ def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES)
 
 
 def ungathered(model: ir.Model) -> str | None:
-    """Why the first block-sparse attention that has no form by key blocks has none; None where all have."""
+    """Why a block-sparse attention cannot be computed by key blocks; None where all can."""
     for node in model.graph:
         if node.domain == DOMAIN and node.op_type == SPARSE_ATTENTION:
             found = Sparse.of(model, node).reads()
@@ -61,7 +61,7 @@ def ungathered(model: ir.Model) -> str | None:
 
 @dataclass(frozen=True)
 class Sparse:
-    """One block-sparse attention: its operands and options, and what writes the nodes in its place."""
+    """One block-sparse attention: its operands and options, and the writer of its replacement."""
 
     q: ir.Value
     k: ir.Value
@@ -89,7 +89,7 @@ class Sparse:
         )  # fmt: skip
 
     def reads(self) -> KeyBlocks | str:
-        """The key blocks each block of queries reads, or why it reads none."""
+        """The key blocks of the pattern, or why it has none."""
         found = constant_of(self.layout)
         if found is None and self.layout is not None:
             return "its layout is computed"
@@ -102,7 +102,7 @@ class Sparse:
     def attention(
         self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value, sinks: ir.Value | None, zeros: bool = True
     ) -> ir.Value:
-        """The node of an attention, which `onnx_attention` takes up; zeros: whether rows that see no key are to yield them."""
+        """An attention node, which `expand_attention` replaces. zeros: fully masked rows yield zeros."""
         options = {"scale": self.scale, "softcap": self.softcap, "causal": 0, "zeros": int(zeros and sinks is None)}
         return self.write.tape.op(ATTENTION, [q, k, v, mask, sinks], options, domain=DOMAIN)
 
@@ -171,14 +171,14 @@ def _by_mask(site: Sparse) -> ir.Value:
 
 
 def _heads_of_mask(site: Sparse) -> int:
-    """How many heads the mask tells apart."""
+    """The number of heads in the mask, or 1."""
     of_bias = shape_of(site.bias)[-3] if site.bias is not None and len(shape_of(site.bias)) > 2 else 1
     of_layout = shape_of(site.layout)[0] if site.layout is not None else 1
     return 1 if of_bias == 1 and of_layout == 1 else _heads(site.q)
 
 
 def _sequences_of_mask(site: Sparse) -> int | ir.SymbolicDim:
-    """How many sequences the mask tells apart."""
+    """The batch size of the mask, or 1."""
     return shape_of(site.bias)[0] if site.bias is not None and len(shape_of(site.bias)) == 4 else 1
 
 
@@ -197,7 +197,7 @@ def _by_blocks(site: Sparse, reads: KeyBlocks) -> ir.Value:
     first = write.shaped(write.counted(0, call("Mul", read.rows, size), size), -1, 1, 1)
     j = call("Unsqueeze", read.j, 2)
     visible = write.every(seen(write, site.pattern, i, j, first, site.layout, 4), call("Unsqueeze", read.counts, 2))
-    # [sequences or 1, heads or 1, rows, block, read]; what becomes of it here is computed once for all layers of a pattern.
+    # [batch or 1, heads or 1, rows, block, read]; computed once for all layers with the same pattern.
     mask = site.biased(visible, call("Min", i, call("Sub", queries, 1)), j, 4)
     hidden = Site(
         site.q, site.k, site.v, mask, None, scale=site.scale, softcap=site.softcap,
@@ -220,14 +220,14 @@ def _by_blocks(site: Sparse, reads: KeyBlocks) -> ir.Value:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """What is added to scores, and which rows see a key at all, both [sequences or 1, heads or 1, rows, block, read or 1]."""
+    """The bias on scores, and which rows have visible keys, both [batch or 1, heads or 1, rows, block, read or 1]."""
 
     bias: ir.Value
     some: ir.Value | None
     heads: int
 
     def of_rows(self, site: Sparse, row: ir.Value, apart: bool) -> tuple[ir.Value, ir.Value | None]:
-        """The same of some blocks of queries, as of sequences of their own: [rows, heads or 1, block, read or 1].
+        """The same for some query blocks as sequences of their own: [rows, heads or 1, block, read or 1].
 
         apart: each head is a sequence too.
         """
@@ -249,7 +249,7 @@ class _Hidden:
 
 
 def _in_chunks(site: Sparse, read: Read, heads: int, size: int, part: Callable[[Sparse, ir.Value], ir.Value]) -> ir.Value:
-    """What `part` writes of some blocks of queries, of all of them; heads: of which keys are gathered; size: of a block."""
+    """Apply `part` to all query blocks in chunks. heads: whose keys are gathered; size: of a block."""
     call, dtype = site.write.call, site.q.dtype
     assert dtype is not None
     key_bytes = round(heads * (_width(site.k) + _width(site.v)) * dtype.itemsize)
@@ -264,7 +264,7 @@ def _in_chunks(site: Sparse, read: Read, heads: int, size: int, part: Callable[[
 
 
 def _heads_together(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, padding: ir.Value) -> ir.Value:
-    """Attention of blocks whose heads read the same keys: each block of queries is a sequence with all its heads."""
+    """Attention where all heads read the same keys: each query block is a sequence with all heads."""
     write, call, size = site.write, site.write.call, reads.block
     heads, groups, width = _heads(site.q), _heads(site.k), _width(site.v)
     q = write.shaped(write.padded(site.joined(site.q), padding), 0, -1, size * heads * _width(site.q))
@@ -301,7 +301,7 @@ def _heads_together(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden,
 
 
 def _heads_apart(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, padding: ir.Value) -> ir.Value:
-    """Attention of blocks whose heads read keys of their own: each block of each head is a sequence."""
+    """Attention where heads read different keys: each query block of each head is a sequence."""
     write, call, size = site.write, site.write.call, reads.block
     heads, groups, width = _heads(site.q), _heads(site.k), _width(site.v)
     q = write.shaped(write.padded(site.q, padding, axis=2), 0, 0, -1, size * _width(site.q))
@@ -342,11 +342,11 @@ def _heads_apart(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, pa
 
 
 def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value, padding: ir.Value) -> ir.Value:
-    """The result of all blocks of queries, those put in their places that read all keys."""
+    """The output, with the query blocks that read all keys scattered into it."""
     write, call, size = site.write, site.write.call, reads.block
     heads, keys = _heads(site.q), write.length(site.k, 2)
     row = write.integers(*reads.dense_rows) if reads.dense_rows else None
-    # Blocks that are not there are computed as the last one, and put nowhere.
+    # Blocks that do not exist are computed as the last one, and dropped.
     parts = [call("Min", row, call("Sub", read.rows, 1))] if row is not None else []
     if reads.dense_end is not None:
         parts.append(write.counted(call("Min", read.rows, reads.dense_end), read.rows))
@@ -386,5 +386,5 @@ def _by_heads(
 
 
 def _read(reads: KeyBlocks) -> int | str:
-    """How many keys a block of queries reads."""
+    """The number of keys that a query block reads."""
     return _READ if reads.prefix or reads.strides or reads.tail is not None else reads.slots * reads.block

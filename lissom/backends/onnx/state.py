@@ -1,6 +1,6 @@
-"""State in ONNX: what a program keeps from call to call is an input of the model as it was, and an output as it is then.
+"""State in ONNX: an input of the model with the state before a call, and an output with the state after it.
 
-Where one operator alone reads a state and what it makes of it is the new one, it may write in place, and both are one memory.
+Where the only reader of a state is an operator that computes the new one in place, input and output share memory.
 """
 
 from __future__ import annotations
@@ -21,19 +21,16 @@ from lissom.compiler.ir.program import Program
 aten = torch.ops.aten
 
 _IN_PLACE: Mapping[tuple[str, str], Mapping[int, int]] = {
-    # Copies its first input unless that is where its result goes, and checks every index before it writes.
+    # Copies its first input unless it is the output's memory, and checks every index before it writes.
     ("", "ScatterND"): {0: 0},
     # Writes the new keys and values only, where past and present are one memory.
     ("com.microsoft", "GroupQueryAttention"): {3: 1, 4: 2},
 }
-"""Operators whose kernels may write a result over an input, and which: by the input's number that of the result."""
+"""Operators whose kernels may write an output over an input: by the input's index the output's."""
 
 
 def return_state(program: Program) -> None:
-    """Let a program that returns tensors take its state as inputs behind the others, and return it behind the results.
-
-    Nothing is written any more.
-    """
+    """Turn the state of a program into further inputs and outputs; the program then writes to no buffer."""
     graph = program.graph
     start = next(node for node in graph.nodes if node.op != "placeholder")
     held: dict[str, fx.Node] = {}
@@ -59,7 +56,7 @@ def return_state(program: Program) -> None:
         graph.erase_node(node)
     leaves: list[fx.Node] = []
     for leaf in (*cast(tuple[fx.Node, ...], program.output.args[0]), *held.values()):
-        # A model gives each value once, and gives back none as it is.
+        # An ONNX model returns each value once, and no input unchanged.
         again = leaf in leaves or leaf in given
         with graph.inserting_before(program.output):
             leaves.append(graph.call_function(aten.clone.default, (leaf,)) if again else leaf)
@@ -67,7 +64,7 @@ def return_state(program: Program) -> None:
 
 
 def _stored(graph: fx.Graph, write: fx.Node) -> fx.Node:
-    """What a write leaves in the state, in the state's dtype and shape."""
+    """The state after a write, in the state's dtype and shape."""
     memory, value = write.args[0], write.args[1]
     assert isinstance(memory, fx.Node) and isinstance(value, fx.Node)
     kept, given = nodes.tensor_type(memory), nodes.tensor_type(value)
@@ -81,7 +78,7 @@ def _stored(graph: fx.Graph, write: fx.Node) -> fx.Node:
 
 
 def shared_states(model: ir.Model, past: Sequence[str], present: Sequence[str]) -> list[bool]:
-    """For each state whether what it was and what it is then may be one memory."""
+    """For each state whether its input and output may share memory."""
     inputs = {value.name: value for value in model.graph.inputs}
     return [_is_written_in_place(inputs[name], result) for name, result in zip(past, present, strict=True)]
 
@@ -100,7 +97,7 @@ def _is_written_in_place(past: ir.Value, present: str) -> bool:
 
 
 def expand_index_copies(model: ir.Model) -> int:
-    """Put `ScatterND` in the place of each copy to given places along a dimension; how many there were."""
+    """Replace each `index_copy` with `ScatterND`; returns how many."""
     found = [node for node in model.graph if is_index_copy(node)]
     for node in found:
         tape = ir.tape.Tape()
@@ -109,12 +106,12 @@ def expand_index_copies(model: ir.Model) -> int:
 
 
 def is_index_copy(node: ir.Node | None) -> bool:
-    """True for a node that stands for `index_copy`: x, index and source, and the dimension as `dim`."""
+    """True for an `index_copy` node: inputs x, index and source, attribute `dim`."""
     return node is not None and node.domain == DOMAIN and node.op_type == INDEX_COPY
 
 
 def dimension_of(node: ir.Node) -> int:
-    """The dimension along which a node of `index_copy` copies."""
+    """The dimension of an `index_copy` node."""
     x = node.inputs[0]
     assert x is not None and x.shape is not None
     return node.attributes.get_int("dim", 0) % len(x.shape)
@@ -131,18 +128,18 @@ def _scattered(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
     ranges = [tape.op("Range", [zero, tape.op("Squeeze", [size]), one]) for size in leading]
     columns: list[ir.Value] = []
     for axis, numbers in enumerate([*ranges, places]):
-        # Along its own dimension of [..., rows, ..., 1].
+        # Broadcast from its own dimension to [..., rows, ..., 1].
         apart = tape.op("Reshape", [numbers, integers(tape, *[1] * axis, -1, *[1] * (dim + 1 - axis))])
         columns.append(tape.op("Expand", [apart, rows]))
     return tape.op("ScatterND", [x, tape.op("Concat", columns, {"axis": -1}), source])
 
 
 def size_of(tape: ir.tape.Tape, x: ir.Value, axis: int) -> ir.Value:
-    """A size of x, [1]: a constant where it is fixed, so that nobody else reads x for it."""
+    """A size of x, [1]: a constant where it is fixed, so that x has no further reader."""
     size = x.shape[axis] if x.shape is not None else None
     return integers(tape, size) if isinstance(size, int) else tape.op("Shape", [x], {"start": axis, "end": axis + 1})
 
 
 def checked_places(tape: ir.tape.Tape, index: ir.Value, size: ir.Value) -> ir.Value:
-    """The index, negative numbers in it past the end: ONNX would count them from there, and PyTorch refuses them."""
+    """The index with negative numbers moved out of range: ONNX would wrap them around, and PyTorch refuses them."""
     return tape.op("Where", [tape.op("Less", [index, integers(tape, 0)]), size, index])

@@ -1,8 +1,7 @@
-"""Operators that torch's ONNX exporter lacks, or that are wanted as one node: each as a function that writes ONNX nodes.
+"""Translations for torch's ONNX exporter: of operators that it lacks, or that later rewrites need as one node.
 
-Attention, rotary embeddings, quantization and copies to given places are written as nodes of the domain `lissom`, which no
-runtime knows: `attention`, `sparse_attention`, `rotary`, `quantization` and `state` replace them with operators that the
-runtime at hand is fast at.
+Attention, rotary embeddings, quantization and `index_copy` are written as nodes of the domain `lissom`, which no runtime has:
+`attention`, `sparse_attention`, `rotary`, `quantization` and `state` replace them with operators that ONNX Runtime has.
 """
 
 from __future__ import annotations
@@ -44,13 +43,13 @@ aten = torch.ops.aten
 OPSET = 23
 DOMAIN = "lissom"
 ATTENTION, ROTARY = "Attention", "Rotary"
-"""The domain and names of nodes that stand for an attention and a rotary embedding."""
+"""The domain of our nodes, and their names for attention and rotary embedding."""
 SPARSE_ATTENTION = "BlockSparseAttention"
-"""That of nodes that stand for an attention of which a pattern says what is seen."""
+"""The name of block-sparse attention nodes."""
 ROUND, ROUND_DYNAMIC, DEQUANTIZE = "FakeQuantize", "FakeQuantizeDynamic", "Dequantize"
-"""Those of nodes that stand for the operators of quantization."""
+"""The names of quantization nodes."""
 INDEX_COPY = "IndexCopy"
-"""That of nodes that stand for `index_copy`."""
+"""The name of `index_copy` nodes."""
 
 op: Any = values.Opset("", OPSET)
 
@@ -58,14 +57,14 @@ op: Any = values.Opset("", OPSET)
 def _attention_node(
     inputs: Sequence[ir.Value | None], scale: float, softcap: float = 0.0, causal: bool = False, zeros: bool = False
 ) -> ir.Value:
-    """The node of an attention; zeros: rows that see nothing yield zeros, where they would yield no number."""
+    """An attention node. zeros: fully masked rows yield zeros and not NaN."""
     options = {"scale": scale, "softcap": softcap, "causal": int(causal), "zeros": int(zeros)}
     node = ir.Node(DOMAIN, ATTENTION, inputs, ir.convenience.convert_attributes(options), num_outputs=1, version=1)
     return _recorded(node)[0]
 
 
 def _recorded(node: ir.Node) -> Sequence[ir.Value]:
-    """The results of a node that the opset's functions cannot make."""
+    """Record a node outside the opset; returns its outputs."""
     evaluator.default().nodes.append(node)  # pyright: ignore[reportAttributeAccessIssue]
     return node.outputs
 
@@ -136,7 +135,7 @@ def _dequantize(
 
 
 def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Value:
-    """Rows [offs[i - 1], offs[i]) times weight[i], and zeros for rows behind; input: [rows, k], weight: [groups, k, n]."""
+    """Rows [offs[i - 1], offs[i]) times weight[i], and zeros for rows after; input: [rows, k], weight: [groups, k, n]."""
     groups = _fixed(weight, 0)
     first = op.Constant(value_ints=[0])
     ends = op.Concat(first, op.Cast(offs, to=ir.DataType.INT64), op.Shape(input, start=0, end=1), axis=0)
@@ -153,9 +152,9 @@ def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Va
 
 
 def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = False, chunk: int = CHUNK) -> ir.Value:
-    """Keys' features times values, and queries' features times what that sums up to; the last column is the denominator.
+    """φ(q) (Σ φ(k)ᵀ v), whose last column is the denominator.
 
-    Causal sums are those of the chunks before, and within a chunk those of a triangle of weights.
+    Causal sums are those of earlier chunks, and within a chunk masked weights.
     """
     heads, key_heads, features, head_dim = _fixed(q, 1), _fixed(k, 1), _fixed(q, 3), _fixed(v, 3)
     given, wide = v, ir.DataType.DOUBLE if v.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
@@ -171,7 +170,7 @@ def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = Fals
         zeros = op.Constant(value_ints=[0, 0, 0, 0, 0, 0])
         pads = op.Concat(zeros, missing, op.Constant(value_ints=[0]), axis=0)
         q, k, v = (op.Pad(item, pads) for item in (q, k, v))
-        # One more dimension stands for the query heads that share a key head.
+        # A further dimension for the query heads that share a key head.
         q = op.Reshape(q, op.Constant(value_ints=[0, key_heads, heads // key_heads, -1, chunk, features]))
         k = op.Reshape(k, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, features]))
         v = op.Reshape(v, op.Constant(value_ints=[0, key_heads, 1, -1, chunk, head_dim + 1]))
@@ -210,7 +209,7 @@ def _chosen(condition: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
 
 
 def _fixed(value: ir.Value, dim: int) -> int:
-    """A size that does not vary."""
+    """A fixed size. Raises: ValueError for a free one."""
     size = value.shape[dim] if value.shape is not None else None
     if not isinstance(size, int):
         raise ValueError(f"dimension {dim} of '{value.name}' is {size}; it has to be fixed")
@@ -232,7 +231,7 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     aten.masked_fill.Tensor: _masked_fill,
     aten.where.self: _where,
 }
-"""What the exporter is to write for operators that it does not know, or knows a worse form of."""
+"""Translations of operators that the exporter lacks, or translates worse."""
 
 _WRITTEN_BY: Mapping[object, str] = {
     fused_attention: "fuse-attention or lower-sparse-attention",
@@ -244,11 +243,11 @@ _WRITTEN_BY: Mapping[object, str] = {
     **dict.fromkeys((packed_linear_norm, quantized_linear_norm, weight_quantized_linear_norm), "fuse-epilogues"),
     sparse_linear: "pack-sparse",
 }
-"""Operators whose kernels are Lissom's or PyTorch's own, and the passes that write them."""
+"""Operators that only Lissom or PyTorch have kernels for, and the passes that write them."""
 
 
 def check_translatable(program: Program) -> None:
-    """Refuse operators that a lowering pass for another backend wrote. Raises: UnsupportedError naming the pass."""
+    """Refuse operators that a lowering pass of another backend wrote. Raises: UnsupportedError with the pass."""
     for node in program.nodes(*_WRITTEN_BY):
         raise UnsupportedError(
             f"ONNX Runtime has no kernel for {node.target} in '{node.name}' of {program.name}, which the pass "

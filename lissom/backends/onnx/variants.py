@@ -1,4 +1,4 @@
-"""The forms one ONNX model can be written in; which of them ONNX Runtime is fastest with depends on the machine."""
+"""Variants of an ONNX model; which of them ONNX Runtime is fastest with depends on the machine."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from lissom.backends.onnx.state import expand_index_copies
 from lissom.backends.onnx.translation import DOMAIN
 
 PAIRS = "pairs"
-"""That block-sparse attention is computed with a mask of all pairs; else it is by key blocks, where those have a rule."""
+"""Block-sparse attention with a dense mask; otherwise by key blocks, where these have a rule."""
 ATTENTION, CACHE, NORMS, ROTARY = "attention", "cache", "norms", "rotary"
 RMS_NORMS, PROJECTIONS = "rms-norms", "projections"
 
 CHOICES: Mapping[str, str] = {
     ATTENTION: "attention as one operator",
-    CACHE: "attention over a cache and the copies into it as one operator",
-    NORMS: "layer norms kept apart from the sums before them",
+    CACHE: "attention over a KV cache and the copies into it as one operator",
+    NORMS: "layer norms not fused with the residual adds before them",
     ROTARY: "rotary embedding as one operator",
-    RMS_NORMS: "RMS norms written out, to be fused with the sums before them",
+    RMS_NORMS: "RMS norms decomposed, to be fused with the residual adds before them",
     PROJECTIONS: "projections of one input merged into one product",
 }
-"""What may be done to a model, in the order it is tried, in words."""
+"""Rewrites of a model in the order in which they are tried, in words."""
 
 
 INTEGERS = "integers"
-"""That quantized layers are computed from integers, which is not timed: what is asked for is done where it can be."""
+"""Quantized layers as integer kernels. It is not timed: quantization was asked for."""
 
 
 def write_variant(
     exported: ir.Model, chosen: Collection[str] = (), *, accuracy_level: int = 0, chunk_bytes: int = CPU_BYTES
 ) -> tuple[ir.Model, dict[str, int]]:
-    """The exported model with what was chosen of CHOICES and INTEGERS done to it, and in how many places each was.
+    """The exported model with the chosen rewrites, of CHOICES, INTEGERS and PAIRS, and how often each applied.
 
-    chunk_bytes: what block-sparse attention copies at a time.
+    chunk_bytes: of keys and values that block-sparse attention gathers at a time.
     """
     model = exported.clone()
     gathered = expand_sparse(model, PAIRS not in chosen, chunk_bytes)
@@ -63,7 +63,7 @@ def write_variant(
     model.opset_imports.pop(DOMAIN, None)
     tidy(model)
     if PROJECTIONS in chosen:
-        # What reads one value reads it under one name now.
+        # Common subexpressions are merged now.
         places[PROJECTIONS] = merge_projections(model)
         tidy(model)
     _separate_weights(model)
@@ -71,7 +71,7 @@ def write_variant(
 
 
 def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
-    """The exported model as it is, and how far each layer computed from integers is from it, as a result more for each."""
+    """The exported model, with the relative error of each integer kernel as a further output."""
     model = exported.clone()
     expand_sparse(model, gathered=False)
     expand_integers(model, accuracy_level, beside=True)
@@ -86,10 +86,10 @@ def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
 
 
 def _separate_weights(model: ir.Model) -> None:
-    """Let no two products of integers read a weight under one name; the numbers stay the same in memory.
+    """Let every integer product read its weight under a name of its own; they share memory.
 
-    Where products of uint8 with int8 may overflow, ONNX Runtime makes the weight uint8 at each product that reads it, and fails
-    at the second one of the same weight.
+    Where products of uint8 with int8 may overflow, ONNX Runtime converts the weight to uint8 at each product that reads it, and
+    fails at the second product of the same weight.
     """
     read: Counter[str] = Counter()
     for node in model.graph:

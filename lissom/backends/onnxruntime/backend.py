@@ -31,21 +31,21 @@ if TYPE_CHECKING:
     from lissom.backends.onnxruntime.session import SessionOptions
 
 CUTTING = "batches.json"
-"""The file of an artifact that says in which pieces batches are computed."""
+"""The file of an artifact with the microbatch size."""
 
 
 @dataclass(frozen=True)
 class OnnxRuntime(Backend):
     """Runs the program with ONNX Runtime; needs the packages of the extra `onnx` or `onnx-gpu`.
 
-    providers: execution providers, the first that can run a node runs it; by default CUDA for a program on CUDA, then the CPU.
-    provider_options: for each provider its options, passed on as they are.
-    threads: for one operator; by default as many as PyTorch uses.
+    providers: execution providers; the first that supports a node runs it. By default CUDA for a program on CUDA, then the CPU.
+    provider_options: options by provider, passed to ONNX Runtime.
+    threads: per operator; by default as many as PyTorch uses.
     arena: keep memory between calls.
-    optimization: how much ONNX Runtime rewrites the graph when it opens it.
-    timing_seconds: how long each form the model can be written in is timed, at each of two sizes.
-    accuracy_level: how layers with weights of few bits and values in floating point are multiplied: 0 as they say; 4 with the
-        values rounded to eight bits too, for each group of neighbours, which is faster, and the report gives the error.
+    optimization: the graph optimization level of ONNX Runtime.
+    timing_seconds: how long each variant of the model is timed, at each of two sizes.
+    accuracy_level: of weight-only quantized layers: 0 keeps activations in floating point; 4 quantizes them to int8 in groups,
+        which is faster, and the report gives the error.
     """
 
     name: ClassVar[str] = "onnxruntime"
@@ -59,11 +59,11 @@ class OnnxRuntime(Backend):
     accuracy_level: Literal[0, 4] = 0
 
     def lowering(self, device: torch.device) -> Sequence[Pass]:
-        # Whether a sparse form is the faster one is found with ONNX Runtime itself, once the model is there.
+        # Whether sparse attention is faster is timed with ONNX Runtime itself, when the model is built.
         return (FoldQuantizedWeights(), LowerSparseAttention(always=True, causal=False))
 
     def simulated(self, program: Program) -> Sequence[SimulatedLayer]:
-        """None: it is seen from the session that is built, which says so."""
+        """None here; the session sets `simulated` when it is built."""
         return ()
 
     def missing(self) -> str | None:
@@ -82,7 +82,7 @@ class OnnxRuntime(Backend):
             VerifyError when the session gives something else than the program.
         """
         _check(program)
-        # Here, because they are an extra and take a second or two to import.
+        # Imported here, because they are an optional dependency and take a second or two to import.
         from lissom.backends.microbatches import fastest_cutting
         from lissom.backends.onnx.translation import check_translatable
         from lissom.backends.onnxruntime.opening import Opener, integer_products, start
@@ -111,7 +111,7 @@ class OnnxRuntime(Backend):
         return SessionOptions(providers, self.threads or torch.get_num_threads(), self.arena, self.optimization)
 
     def save_files(self, executable: Executable, folder: Path) -> None:
-        """The ONNX file, which any ONNX Runtime opens, and its weights."""
+        """The ONNX file, which any ONNX Runtime opens, its weights, and the microbatch size."""
         from lissom.backends.onnxruntime.session import Session
 
         assert isinstance(executable, Session)
@@ -124,7 +124,7 @@ class OnnxRuntime(Backend):
         return unlisted_option(self.providers, self.provider_options, self.threads) if saved_options else None
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
-        """The ONNX file opened, its weights mapped."""
+        """Open the ONNX file, with memory-mapped weights."""
         missing = self.missing()
         if missing is not None:
             raise UnsupportedError(missing)
@@ -149,7 +149,7 @@ class OnnxRuntime(Backend):
 
 
 def _check(program: Program) -> None:
-    """Refuse what cannot be exported, or what ONNX Runtime has no kernels for. Raises: UnsupportedError."""
+    """Refuse programs that cannot be exported, or that ONNX Runtime lacks kernels for. Raises: UnsupportedError."""
     check_tensors(OnnxRuntime.name, program)
     for node in program:
         if nodes.is_tensor(node) and node.op != "output":

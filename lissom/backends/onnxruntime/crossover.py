@@ -1,4 +1,4 @@
-"""Block-sparse attention by key blocks beside the same with a mask of all pairs, at several lengths: where the lines cross."""
+"""Block-sparse attention by key blocks and with a dense mask, timed at several lengths to find the crossover."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lissom.errors import InputError
 from lissom.ops import block_sparse_attention
 
 _SHARES = (1.0, 0.25, 0.5, 2.0)
-"""The lengths that are timed, as shares of the example's, which comes first."""
+"""The lengths that are timed, as multiples of the example's, which comes first."""
 _AFFORDABLE = 2**30
-"""Bytes that the scores of all pairs of one attention may take; with the softmax there are two or three of them at a time."""
+"""The most bytes of dense scores of one attention; with the softmax, two or three such tensors exist at a time."""
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What a call takes at a length in tokens, in milliseconds."""
+    """The times of a call at a length in tokens."""
 
     length: int
     blocks_ms: float
@@ -35,7 +35,7 @@ class Timed:
 
 
 def affordable_lengths(program: Program, example: Sample) -> list[tuple[int, Sample]]:
-    """Lengths, and inputs of them, at which scores of all pairs fit in memory, the example first; none when its own do not."""
+    """Lengths with inputs at which dense scores fit in memory, the example first; empty when the example's do not."""
     signature = program.signature
     calls = program.nodes(block_sparse_attention)
     own = signature.sizes_of(example)
@@ -55,7 +55,7 @@ def affordable_lengths(program: Program, example: Sample) -> list[tuple[int, Sam
 
 
 def time_lengths(blocks: Executable, pairs: Executable, lengths: Sequence[tuple[int, Sample]], seconds: float) -> list[Timed]:
-    """Both timed in turn at each length, the best of what runs fit into the seconds for each, of one at least."""
+    """Both executables timed in turn at each length: the best of the runs within `seconds` each, at least one."""
     found: list[Timed] = []
     for length, sample in lengths:
         with restored_state(blocks, pairs):
@@ -68,7 +68,7 @@ def time_lengths(blocks: Executable, pairs: Executable, lengths: Sequence[tuple[
 
 
 def tell_lengths(found: Sequence[Timed]) -> str:
-    """The times in words, and between which lengths the lines cross."""
+    """The times in words, and the lengths between which they cross."""
     told = ", ".join(
         f"{item.blocks_ms:.3g} ms and {item.pairs_ms:.3g} ms with a mask of all pairs at length {item.length}" for item in found
     )

@@ -1,4 +1,4 @@
-"""An ONNX model opened by ONNX Runtime: takes flat inputs, gives flat outputs, keeps state, and copies none of them."""
+"""A session of ONNX Runtime as an executable: flat inputs and outputs, and state, all without copies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LEVELS: Mapping[str, onnxruntime.GraphOptimizationLevel] = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 
-# ONNX Runtime computes sizes on the CPU on purpose.
+# ONNX Runtime places computations of sizes on the CPU on purpose.
 _OF_SIZES = frozenset(
     (
         *("Shape", "Size", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast"),
@@ -42,23 +42,23 @@ _OF_SIZES = frozenset(
 
 
 class Memory:
-    """Where a state lies: `now`, and where a call writes what comes after it, which is the same where that is safe."""
+    """The memory of a state: `now`, and `next`, which a call writes; the same tensor where that is safe."""
 
     def __init__(self, tensor: torch.Tensor, past: str, present: str, shape: Sequence[int], shared: bool) -> None:
         self.names = (past, present)
         self.now = tensor.detach().clone(memory_format=torch.contiguous_format)
         self.next = self.now if shared else torch.empty_like(self.now)
         self.dtype = int(tensor_adapters.from_torch_dtype(tensor.dtype))
-        # As the model has it, which may see the same elements in fewer dimensions.
+        # Of the model's input, which may have fewer dimensions.
         self.shape = list(shape)
 
 
 class Session:
     """An ONNX model that ONNX Runtime opened. Calls from several threads are independent, unless there is state.
 
-    path: the model's file; weights lie beside it. Its folder is deleted with this object, unless it is to be kept.
-    notes: sentences for the reader.
-    cutting: how large batches are cut into pieces; None to run them whole.
+    path: the model's file; weights are in the same folder, which is deleted with this object, unless `keep`.
+    notes: sentences for the history.
+    cutting: how large batches are split into microbatches; None to run them whole.
     quantized: how many layers are quantized; simulated: those of them that run in floating point.
     """
 
@@ -76,12 +76,12 @@ class Session:
         self._results = output_names(program)
         self._dtypes = [leaf.type.dtype for leaf in program.signature.tensors]
         self._types = [int(tensor_adapters.from_torch_dtype(dtype)) for dtype in self._dtypes]
-        # Where tensors say they are: a CPU without a number, any other device with one.
+        # The device of tensors: a CPU without an index, any other device with one.
         self._place = self._device if self._device.type == "cpu" else torch.device(self._device.type, self._device.index or 0)
-        # ONNX counts negative rows of a table from its end, and PyTorch refuses them.
+        # ONNX wraps negative indices of an embedding around, and PyTorch refuses them.
         rows = [node.args[1] for node in program.nodes(torch.ops.aten.embedding.default)]
         self._rows = [index for index, node in enumerate(program.placeholders) if node in rows]
-        # What is returned, leaf by leaf: which result, or a value that is always the same.
+        # The flat outputs: the index of a result, or a constant.
         places = {result: index for index, result in enumerate(results_of(program))}
         self._leaves = [(places[leaf], None) if isinstance(leaf, fx.Node) else (None, leaf) for leaf in leaves_of(program)]
         check_interface(program, path, session)
@@ -94,14 +94,14 @@ class Session:
         return [constant if place is None else found[place] for place, constant in self._leaves]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The state by name: the memory ONNX Runtime reads, until the next call, so that writing to a tensor changes the state.
+        """The state by name: memory that ONNX Runtime reads, valid until the next call. Writing to a tensor changes the state.
 
-        After a call that failed it is undefined.
+        Undefined after a call that failed.
         """
         return {name: memory.now for name, memory in self._memories.items()}
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The model's results for flat inputs, in one go.
+        """The model's outputs for flat inputs, without microbatches.
 
         Raises: InputError for an input of another dtype, or on another device, whose memory would be misread.
         """
@@ -111,7 +111,7 @@ class Session:
                 raise InputError(f"input '{name}' is {found}, and the model takes {dtype} on {self._place}; convert it first")
         kind, index = self._device.type, self._device.index or 0
         binding = self._session.io_binding()
-        # Held until the call is over: the binding has no more than their addresses.
+        # Kept alive until the call returns: the binding holds only their addresses.
         held = [tensor.detach().resolve_neg().contiguous() for tensor in inputs]
         for name, tensor, dtype in zip(self._inputs, held, self._types, strict=True):
             binding.bind_input(name, kind, index, dtype, list(tensor.shape), tensor.data_ptr())
@@ -127,7 +127,7 @@ class Session:
             raise RuntimeError("a row of a table is negative")
         try:
             self._session.run_with_iobinding(binding)
-        # Its errors have no common class; what asks for a row that a table lacks is told by this one.
+        # Its errors have no common class. A RuntimeError makes the caller check indices against embedding tables.
         except Exception as error:
             raise RuntimeError(str(error)) from error
         for memory in self._memories.values():
@@ -136,7 +136,7 @@ class Session:
 
 
 def _memories(program: Program, path: Path, session: onnxruntime.InferenceSession) -> dict[str, Memory]:
-    """Memory for each state, which holds what the program's holds."""
+    """Memory for each state, initialized with the program's."""
     past, present = state_names(program)
     shapes = {item.name: item.shape for item in session.get_inputs()}
     shared = shared_states(ir.load(path), past, present)
@@ -148,10 +148,10 @@ def _memories(program: Program, path: Path, session: onnxruntime.InferenceSessio
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """How a model is opened.
+    """Options of a session.
 
-    providers: with their options; the first that can run a node runs it. threads: for one operator.
-    arena, optimization: as of the backend.
+    providers: with their options; the first that supports a node runs it. threads: per operator.
+    arena, optimization: as in `OnnxRuntime`.
     """
 
     providers: Sequence[tuple[str, Mapping[str, str]]]
@@ -161,19 +161,19 @@ class SessionOptions:
 
 
 def open_session(path: Path, chosen: SessionOptions, optimized: Path | None = None) -> onnxruntime.InferenceSession:
-    """The model opened. optimized: where the graph that ONNX Runtime makes of it is written, its weights beside it."""
+    """Open a model. optimized: the file to write the optimized graph to, with its weights next to it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = chosen.threads
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = chosen.arena
     options.graph_optimization_level = LEVELS[chosen.optimization]
-    # Errors only: what it warns of is how it runs things.
+    # Errors only: its warnings are about its own optimizations.
     options.log_severity_level = 3
-    # What a model says of rounding is done as it says: what meets weights of few bits would be rounded too.
+    # Keep quantization as in the model: otherwise activations of weight-only layers may be quantized too.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Without VNNI its fastest products of uint8 with int8 saturate, which is not near but wrong; this takes those that do not.
+    # Without VNNI its fastest uint8 × int8 products saturate, which is wrong; this selects those that do not.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    # Between calls the processor is for others.
+    # Threads do not spin between calls.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if chosen.providers[0][0] != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -192,7 +192,7 @@ def session_of(program: Program, path: Path, options: SessionOptions, keep: bool
 
 
 def optimized_operators(path: Path, chosen: SessionOptions, folder: Path) -> Counter[str]:
-    """The operators of the graph that ONNX Runtime makes of a model, and how often each is there. folder: to write it to."""
+    """The operators of the graph that ONNX Runtime optimizes a model to, with counts. folder: for a temporary file."""
     file = folder / "optimized.onnx"
     open_session(path, chosen, file)
     return Counter(node.op_type for node in ir.load(file).graph.all_nodes())
@@ -201,7 +201,7 @@ def optimized_operators(path: Path, chosen: SessionOptions, folder: Path) -> Cou
 def choose_providers(
     program: Program, wanted: Sequence[str], options: Mapping[str, Mapping[str, str]]
 ) -> list[tuple[str, Mapping[str, str]]]:
-    """The execution providers to use and their options: those wanted, by default CUDA for a program on CUDA, then the CPU.
+    """The execution providers and their options: those wanted, by default CUDA for a program on CUDA, then the CPU.
 
     Raises: UnsupportedError when one is not installed.
     """
@@ -228,7 +228,7 @@ def choose_providers(
 
 
 def fallen_back(nodes: Iterable[tuple[str, str]], first: str) -> str | None:
-    """The sentence that warns of nodes, given as provider and operator, that run on the CPU where another provider is first."""
+    """A warning about nodes, given as provider and operator, that fall back to the CPU from the provider `first`."""
     left = Counter(operator for provider, operator in nodes if provider == CPU and operator not in _OF_SIZES)
     if first == CPU or not left:
         return None
@@ -237,7 +237,7 @@ def fallen_back(nodes: Iterable[tuple[str, str]], first: str) -> str | None:
 
 
 def placed_nodes(session: onnxruntime.InferenceSession) -> list[tuple[str, str]]:
-    """Provider and operator of every node, as recorded when the session was opened; nothing from versions that cannot tell."""
+    """Provider and operator of every node, as recorded when the session was opened; empty for versions without the record."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return []
     return [(part.ep_name, node.op_type) for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]

@@ -1,4 +1,4 @@
-"""Which options of ONNX Runtime an artifact may set by itself: those that name no file, no library and no address."""
+"""The options of ONNX Runtime that an untrusted artifact may set: none that name a file, a library or an address."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
-"""Others compile for devices of their own, or send what they compute elsewhere, and read options of many kinds."""
+"""Others compile for devices of their own, or send data elsewhere, and their options are not reviewed."""
 OPTIONS = frozenset(
     (
         *("device_id", "gpu_mem_limit", "arena_extend_strategy", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace"),
@@ -19,9 +19,9 @@ MOST_THREADS = 1024
 
 
 def unlisted_option(providers: Sequence[str], options: Mapping[str, Mapping[str, str]], threads: int | None) -> str | None:
-    """The first provider, or option of one, that an artifact may not set by itself, in words; None when there is none.
+    """The first provider or provider option that an artifact may not set, in words; None when there is none.
 
-    Raises: ValueError for what is of another kind than it should be, or out of range: all three come from a file.
+    Raises: ValueError for a wrong type or a value out of range: all three come from a file.
     """
     _check_kinds(providers, options, threads)
     for name in (*providers, *options):

@@ -1,4 +1,4 @@
-"""The ONNX model of an artifact, which may come from anyone: checked before ONNX Runtime opens it and memory is bound."""
+"""Checks of an artifact's ONNX model, which is untrusted, before ONNX Runtime opens it and binds memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lissom.errors import ArtifactError
 from lissom.frontends.onnx.file import external_place, is_external, parts_of, read_proto
 
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
-"""Whose operators the models have that are written here."""
+"""The operator domains of models that Lissom writes."""
 _TYPES = {"float32": "float", "float64": "double", "float8_e4m3fn": "float8e4m3fn", "float8_e5m2": "float8e5m2"}
-"""The names of dtypes in ONNX Runtime, where they are not PyTorch's."""
+"""The names of dtypes in ONNX Runtime, where they differ from PyTorch's."""
 
 
 def check_stored(path: Path) -> None:
-    """Refuse a model with operators of other domains, with functions, or with data in other files than the weights beside it.
+    """Refuse a model with operators of other domains, with functions, or with external data in other files than its weights.
 
-    ONNX Runtime takes some locations of data for addresses in memory.
+    ONNX Runtime interprets some data locations as memory addresses.
 
     Raises: ArtifactError.
     """
@@ -43,7 +43,7 @@ def check_stored(path: Path) -> None:
 
 
 def check_interface(program: Program, path: Path, session: onnxruntime.InferenceSession) -> None:
-    """Refuse a model whose inputs, outputs and states are not those of the program, since memory is bound by the program's.
+    """Refuse a model whose inputs, outputs and states differ from the program's, which memory is bound by.
 
     Raises: ArtifactError naming the first that differs.
     """
@@ -80,7 +80,7 @@ def _check_values(
         )
     for item, (dtype, shape) in zip(found, wanted, strict=True):
         name = str(dtype).removeprefix("torch.")
-        # Of an output ONNX Runtime may not know the rank.
+        # ONNX Runtime may not know the rank of an output.
         same = shape is None or (kind == "output" and not item.shape) or _may_be_same(item.shape, shape)
         if item.type != f"tensor({_TYPES.get(name, name)})" or not same:
             raise ArtifactError(

@@ -1,8 +1,8 @@
-"""The plan of tensor parallelism: how every value of a program lies on the ranks, and what has to be communicated.
+"""The plan of tensor parallelism: the placement of every value, and the collectives between them.
 
-Sites say which axes are sharded (`shard_sites.py`); their weights are then sharded wherever these axes occur, and one rule an
-operator (`placement_rules.py`) says how results lie. Where a value does not lie as what reads it wants, it is redistributed.
-Weights that no axis names, such as a bias behind a sum over ranks, lie as what reads them wants.
+Sites (`sites.py`) say which axes are sharded; weights are sharded wherever these axes occur, and one rule per operator
+(`rules/table.py`) infers the placement of its outputs. A value is redistributed where a reader wants another placement. Weights
+without a sharded axis, such as a bias after an all-reduce, take the placement that their reader wants.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
 Joint = Mapping[fx.Node, tuple[Exchange, ...]]
 
 SHARE = 0.95
-"""The share of the weights of linear layers that is sharded by default, where the program lets it."""
+"""The default fraction of the weights of linear layers that is sharded, where possible."""
 
 
 @dataclass(frozen=True)
 class Redistribution:
-    """A value that has to lie otherwise for what reads it.
+    """A value that a reader wants in another placement.
 
-    value: what is moved. reader: the first that wants it so. have, want: how it lies and how it shall. steps: `all-reduce`,
+    value: what is redistributed. reader: the first that wants it. have, want: the placements. steps: `all-reduce`,
     `reduce-scatter`, `all-gather`, `slice`, `mask` (one rank keeps it, the others have zeros) and `spread` (a rank has zeros
     where others have their positions), in order.
     """
@@ -84,7 +84,7 @@ class Plan:
 
 
 class _RefusedError(Exception):
-    """A site cannot be sharded; args: its number, the reason."""
+    """A site cannot be sharded; args: its index, the reason."""
 
 
 def make_plan(

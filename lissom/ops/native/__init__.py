@@ -1,4 +1,4 @@
-"""The CPU kernels of our operators, in C++: built once for this machine's processor, kept, and loaded when first needed."""
+"""C++ kernels of the custom operators: built once for this processor, cached, and loaded on first use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lissom.ops.native.build import kept_library
 Result = TypeVar("Result")
 
 SWITCH = "LISSOM_NATIVE"
-"""Set this environment variable to 0 to go without the kernels."""
+"""Set this environment variable to 0 to disable the kernels."""
 
 
 @cache
 def load_kernels() -> str:
-    """Build the kernels if they are not kept yet, and load them; returns why there are none, or an empty text."""
+    """Load the kernels, and build them if they are not cached; returns why there are none, or an empty text."""
     if os.environ.get(SWITCH, "1") == "0":
         return f"{SWITCH}=0 switches the C++ kernels off"
     if sys.platform != "linux":
@@ -40,7 +40,7 @@ def kernel_dtypes() -> tuple[torch.dtype, ...]:
 
 
 def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why there is no kernel for values of that dtype there, in words for the history; None when there is one."""
+    """Why there is no kernel for a dtype on a device, in words for the history; None when there is one."""
     if device.type != "cpu":
         return f"it runs on {device.type}"
     missing = load_kernels()
@@ -50,23 +50,23 @@ def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def missing_int8_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
-    """The same for products of eight-bit numbers, on values of that dtype."""
+    """The same for int8 linear layers whose activations have that dtype."""
     reason = missing_kernel(dtype, device)
     if reason is None and not torch.ops.lissom.has_int8():
-        return "this processor lacks AVX2, whose instruction the kernel multiplies whole numbers with"
+        return "this processor lacks AVX2, which the int8 kernel needs"
     return reason
 
 
 def missing_weight_quantized_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
-    """The same for products of values of that dtype with integers stored in eight or four bits."""
+    """The same for weight-only int8 and int4 linear layers whose activations have that dtype."""
     reason = missing_kernel(dtype, device)
     if reason is None and not torch.ops.lissom.has_weight_quantized():
-        return "this processor lacks AVX2, with which the kernel turns stored integers into floats"
+        return "this processor lacks AVX2, which the weight-only kernel needs"
     return reason
 
 
 def one_call(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The function with its kernels' large results reusing each other's memory; 64 MB at most stay with the thread."""
+    """The function with a caching allocator for large outputs of kernels; each thread keeps 64 MB at most between calls."""
     begin, end = torch.ops.lissom.begin_call.default, torch.ops.lissom.end_call.default
 
     def call(*args: object) -> Result:

@@ -1,11 +1,11 @@
-"""Builds the library of C++ kernels for this processor, once, and keeps it where only this user may write.
+"""Builds the library of C++ kernels for this processor, once, and caches it where only this user may write.
 
-The build is one compiler command rather than `torch.utils.cpp_extension.load`, so that no `ninja` is needed and an interrupted
-build blocks no other: the library is written under a temporary name and renamed, and the lock that makes other processes wait
-is the system's, which ends with its process. A kept library is named by a hash of the sources, the flags, PyTorch's version,
-the compiler and the processor's features.
+The build is one compiler command rather than `torch.utils.cpp_extension.load`: it needs no `ninja`, and an interrupted build
+blocks no other. The library is written under a temporary name and renamed. Other processes wait for a file lock, which the
+system releases when its process ends. The file name is a hash of the sources, the flags, PyTorch's version, the compiler and
+the processor's features.
 
-A record beside the library holds its hash, which is checked before it is loaded, and what its self-test found. The self-test
+A record next to the library holds its hash, which is checked before loading, and the result of its self-test. The self-test
 is a process that compares every kernel with its reference, since a loaded library cannot be unloaded.
 """
 
@@ -35,7 +35,7 @@ _SELF_TEST_SECONDS = 600
 
 
 def kept_library() -> Path:
-    """The library for this processor, built where it is not kept yet or was damaged.
+    """The library for this processor, built if it is not cached or was damaged.
 
     Raises: RuntimeError or OSError with the reason why there is none.
     """
@@ -67,9 +67,9 @@ def find_compiler() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """The folder the library is kept in, which only this user may write to; it is created where there is none.
+    """The folder of the library, which only this user may write to; created if it does not exist.
 
-    Where the user's cache cannot be used, it is one in the folder of temporary files, with a warning.
+    Where the user's cache cannot be used, a folder for temporary files, with a warning.
 
     Raises: OSError when that cannot be used either.
     """
@@ -83,7 +83,7 @@ def cache_folder() -> Path:
 
 
 def _private(folder: Path) -> Path:
-    """The folder, created where there is none. Raises: OSError when it is not this user's alone to write to."""
+    """The folder, created if it does not exist. Raises: OSError when others can write to it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if not found.st_uid == folder.lstat().st_uid == os.getuid():
@@ -94,7 +94,7 @@ def _private(folder: Path) -> Path:
 
 
 def self_test_of(library: Path) -> str | None:
-    """What is wrong with a kept library, an empty text for nothing; None when it is not there as it was built."""
+    """The recorded result of a library's self-test, empty when it passed; None for a missing or changed library."""
     try:
         record = json.loads(_record(library).read_text(encoding="utf-8"))
         if record["sha256"] != hashlib.sha256(library.read_bytes()).hexdigest():
@@ -175,7 +175,7 @@ def _build(compiler: list[str], library: Path) -> None:
 
 
 def run_self_test(library: Path) -> str:
-    """What a library's self-test finds wrong, in a process of its own; an empty text for nothing.
+    """The result of a library's self-test, run in a process of its own; empty when it passes.
 
     Raises: RuntimeError when it does not end, which says nothing about the library.
     """

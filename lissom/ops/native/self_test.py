@@ -1,7 +1,7 @@
 """Compares the kernels of a library with their references: `python -m lissom.ops.native.self_test LIBRARY`.
 
-It ends with an error that names the first kernel whose result differs. Sizes are small and odd, so that every kernel runs its
-whole vectors and its rests.
+It ends with an error that names the first kernel whose result differs. Sizes are small and odd, so that every kernel runs
+full vectors and remainders.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from lissom.ops.weight_quantized_linear import (
     weight_quantized_linear_reference,
 )
 
-# Results are of size 1. A wrong instruction is off by as much; sums in another order are off by 1e-6, and in bfloat16, where
-# inputs, weights and results are rounded to 8 bits, by 2e-2.
+# Outputs are about 1. A wrong instruction has an error of that size, sums in another order 1e-6, and bfloat16, which rounds
+# inputs, weights and outputs to 8 bits, 2e-2.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
 
 Case = tuple[str, Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], Mapping[str, object]]
-"""An operator's name, its reference, and operands and options for both."""
+"""The operator's name, its reference, and positional and keyword arguments of both."""
 
 
 def main(library: str) -> None:
@@ -53,7 +53,7 @@ def main(library: str) -> None:
                 wanted = reference(*operands, **options)
                 difference = float((found.float() - wanted.float()).abs().max())
                 if found.shape != wanted.shape or not difference <= ALLOWED[dtype]:
-                    raise SystemExit(f"{name} of {dtype} is off by {difference:.2g}")
+                    raise SystemExit(f"{name} of {dtype} has an error of {difference:.2g}")
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:

@@ -1,1 +1,1 @@
-"""Exact passes that make programs faster on a machine, each kept where it is measured to be."""
+"""Exact passes that lower a program to the fast operators of a backend."""

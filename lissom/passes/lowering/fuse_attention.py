@@ -1,11 +1,11 @@
-"""Lower attention on a CPU to the kernel `lissom::fused_attention`, which reads queries, keys and values where they lie.
+"""Lower attention on a CPU to the kernel `lissom::fused_attention`, which reads queries, keys and values in place.
 
     scaled_dot_product_attention(q, k, v, mask)  |  lissom::attention(…)   ->  lissom::fused_attention(q, k, v, mask)
 
-Keys and values that are kept as int8 with a scale each, as `quantize-cache` leaves them, are read as they are.
+A KV cache in int8 with per-token scales, as `quantize-cache` writes it, is read in int8.
 
-The kernel keeps a few rows of scores in cache, reads slices of a merged projection without copying them, and writes its result
-in the layout the output projection wants, so that the transposition and reshape behind it move nothing.
+The kernel keeps a few rows of scores in cache, reads slices of a merged projection without copying them, and writes its output
+in the layout of the output projection, so that the transpose and reshape after it copy nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FuseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(partial(_obstacle, edit), _PLAIN, attention):
             q, (k, v) = node.args[0], shared_operands(node)
-            kept = [_kept_in_bytes(k), _kept_in_bytes(v)]
+            kept = [_int8_cache(k), _int8_cache(v)]
             scales: dict[str, fx.Node] = {}
             if kept[0] is not None and kept[1] is not None:
                 (k, k_scale), (v, v_scale) = kept[0], kept[1]
@@ -57,8 +57,8 @@ class FuseAttention(Rewrite):
             edit.replace(node, call)
 
 
-def _kept_in_bytes(node: object) -> tuple[fx.Node, fx.Node] | None:
-    """The bytes and scales of keys or values that are turned back from int8, one scale a token and head; None otherwise."""
+def _int8_cache(node: object) -> tuple[fx.Node, fx.Node] | None:
+    """The int8 tensor and scales of keys or values dequantized with a scale per token and head; None for any other node."""
     if not nodes.is_call(node, dequantize) or node.kwargs["format"] != "int8" or len(node.args) != 2:
         return None
     kept, scale = node.args

@@ -1,13 +1,13 @@
-"""Let the kernel of a packed linear layer do what follows it: an activation, a sum or product with another value, a layer norm.
+"""Fuse what follows a packed linear layer into its kernel: an activation, a sum or product with another value, a layer norm.
 
-Shown for `lissom::packed_linear`; the same goes for `lissom::quantized_linear` and `lissom::weight_quantized_linear`:
+Shown for `lissom::packed_linear`; the same holds for `lissom::quantized_linear` and `lissom::weight_quantized_linear`:
 
     relu | gelu | silu (packed_linear(x))       ->  packed_linear(x, activation=…)
     packed_linear(x) + other, … · other         ->  packed_linear(x, other, combine=…)
     layer_norm(packed_linear(x) + other)        ->  packed_linear_norm(x, other)
 
-What is fused is done while the sums are in registers or in cache, and the value in between is never written to memory. A value
-that is read elsewhere too, as the residual stream of a model with norms in front of its layers, is not fused into a norm.
+The epilogue is computed while the sums are in registers or in cache, and the intermediate value is never written to memory. A
+value with other readers, such as the residual stream of a pre-norm model, is not fused into a norm.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NORMED: dict[object, torch._ops.OpOverload] = {
     quantized_linear: quantized_linear_norm,
     weight_quantized_linear: weight_quantized_linear_norm,
 }
-"""The operators whose kernels take epilogues, each with its relative that has a norm behind it."""
+"""The operators whose kernels take epilogues, each with its variant that ends in a layer norm."""
 _COMBINE: dict[object, str] = {aten.add.Tensor: "add", aten.mul.Tensor: "mul"}
 
 
@@ -48,7 +48,7 @@ class FuseEpilogues(Rewrite):
 
 
 def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
-    """The layer with its only reader fused into it; None when that cannot be."""
+    """The layer with its only reader fused into it; None when the reader is no epilogue."""
     if len(linear.users) != 1:
         return None
     reader = next(iter(linear.users))
@@ -69,13 +69,13 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
 
 
 def _operands(linear: fx.Node) -> dict[str, object]:
-    """What the call gives for the operator's positional parameters, by name."""
+    """The call's positional arguments, by parameter name."""
     schema = cast(torch._ops.OpOverload, linear.target)._schema
     return {item.name: nodes.argument(linear, item.name) for item in schema.arguments if not item.kwarg_only}
 
 
 def _replace(edit: Editor, linear: fx.Node, reader: fx.Node, operands: dict[str, object], options: dict[str, Any]) -> fx.Node:
-    """Let the layer's kernel, or its relative with a norm, do what the reader does."""
+    """Replace the reader with the layer's kernel, or its variant with a norm."""
     target = _NORMED[linear.target] if "eps" in options else cast(torch._ops.OpOverload, linear.target)
     given = list(operands.values())
     while given[-1] is None:

@@ -1,10 +1,10 @@
-"""Let attention on a CPU read its heads out of a merged projection, and write them joined.
+"""Let attention on a CPU read its heads from a merged projection, and write merged heads.
 
     q, k, v = split(qkv);  each: reshape to heads, transpose      ->  y = lissom::merged_attention(qkv, mask)
     y = reshape(transpose(lissom::fused_attention(q, k, v, mask)))
 
-The operators around the attention move nothing, but each takes about a microsecond to call, a dozen of them in a layer: a tenth
-of the time of a small model on a short text.
+The view operators around the attention copy nothing, but each takes about a microsecond to call, and a layer has a dozen of
+them: a tenth of the time of a small model on a short text.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FuseMergedAttention(Rewrite):
 
 
 def _obstacle(node: fx.Node) -> str | None:
-    """Why an attention is left as it is; None when it is treated."""
+    """Why an attention cannot be fused; None when it can."""
     if node.kwargs.get("sinks") is not None:
         return "it has sinks"
     if _merged(node) is None:
@@ -53,7 +53,7 @@ def _obstacle(node: fx.Node) -> str | None:
 
 
 def _merged(attention: fx.Node) -> fx.Node | None:
-    """The projection [batch, tokens, features] whose pieces are q, k and v, all of it and in this order."""
+    """The projection [batch, tokens, features] that splits into exactly q, k and v, in this order."""
     pieces = [_piece(item) for item in attention.args[:3]]
     if None in pieces:
         return None
@@ -67,7 +67,7 @@ def _merged(attention: fx.Node) -> fx.Node | None:
 
 
 def _piece(heads: object) -> tuple[fx.Node, int] | None:
-    """The split and the number of its piece that [batch, heads, tokens, head_dim] are the features of."""
+    """The split, and the index of its output, that [batch, heads, tokens, head_dim] is a view of."""
     if not _swaps_heads(heads) or not nodes.is_call(heads.args[0], *RESHAPES):
         return None
     cut = heads.args[0]
@@ -82,7 +82,7 @@ def _piece(heads: object) -> tuple[fx.Node, int] | None:
 
 
 def _joined(attention: fx.Node) -> fx.Node | None:
-    """The reshape that joins the heads the attention yields, where nothing else reads them."""
+    """The reshape that merges the heads of the attention's output, where nothing else reads them."""
     if len(attention.users) != 1:
         return None
     swapped = next(iter(attention.users))
@@ -95,7 +95,7 @@ def _joined(attention: fx.Node) -> fx.Node | None:
 
 
 def _kept(joined: TensorType, cut: TensorType) -> bool:
-    """True when both have one batch and one length, and differ in how features are laid out alone."""
+    """True when both have the same batch and length."""
     return joined.shape[:2] == cut.shape[:2]
 
 

@@ -1,4 +1,4 @@
-"""Lower RMS norms on a CPU to the kernel `lissom::fused_rms_norm`; PyTorch takes a sweep for each of its five operators.
+"""Lower RMS norms on a CPU to the kernel `lissom::fused_rms_norm`, one pass where PyTorch runs five operators.
 
 rms_norm(x, [features], weight, eps)   ->  lissom::fused_rms_norm(x, weight, eps)
 """

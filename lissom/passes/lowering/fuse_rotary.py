@@ -1,4 +1,4 @@
-"""Lower rotary position embedding on a CPU to the kernel `lissom::fused_rotary`: one sweep, without the turned copy.
+"""Lower rotary position embedding on a CPU to the kernel `lissom::fused_rotary`: one pass, without a rotated copy.
 
 lissom::rotary(x, cos, sin)   ->  lissom::fused_rotary(x, cos, sin)
 """

@@ -1,24 +1,24 @@
-"""Turn quantized linear layers on CUDA devices into PyTorch's own products of short formats, with the rounding in the graph.
+"""Lower quantized linear layers on CUDA devices to PyTorch's low-precision matrix products, with quantization in the graph.
 
     int8 on uint8   linear(Q/DQ(x), dequantize(W_q), b)  ->  (_int_mm(x_q - 128, W_qᵀ) - (z - 128) · Σ W_q) · s_x · s_w + b
     fp8 on fp8      linear(Q/DQ(x), dequantize(W_q), b)  ->  _scaled_mm(x_q, W_qᵀ, s_x, s_w) + b
     int4            linear(x, dequantize(W_q), b)        ->  _weight_int4pack_mm(x, W_q, s_w, z_w) + b
     int8            linear(x, dequantize(W_q), b)        ->  _weight_int8pack_mm(x, W_q, s_w) + b
 
-x is rounded by ordinary operators to the very numbers of `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`, once for
-all layers that read them. TorchInductor fuses these operators, and those behind the product, into a kernel each; in eager
-PyTorch each is a kernel of its own, under CUDA graphs. Sums of int8 are exact. What the products take is in PyTorch's sources,
-`aten/src/ATen/native/cuda`:
+Ordinary operators quantize x to exactly the values of `lissom::fake_quantize` and `lissom::fake_quantize_dynamic`, once for all
+layers that read them. TorchInductor fuses these operators, and those after the product, into one kernel each; in eager PyTorch
+each is a kernel of its own, in a CUDA graph. Sums of int8 products are exact. The requirements of the products are in PyTorch's
+sources, `aten/src/ATen/native/cuda`:
 
-- `_int_mm` (`Blas.cpp`): sizes of the weight that are multiples of 8, and more than 16 rows, so 32 of zeros go below.
-- `_scaled_mm` (`ScaledBlas.cpp`): multiples of 16. Values in bfloat16 with a scale a token are scaled within, from compute
-  capability 9.0; else behind, in float32.
-- `_weight_int4pack_mm` (`int4mm.cu`): values in bfloat16, groups of 32 and more. Scales are rounded to it too.
-- `_weight_int8pack_mm` (`int8mm.cu`): anything, but up to PyTorch 2.13 each result is summed by one thread and without tensor
-  cores. It is used where it is measured faster than the layer in floating point, at the sizes of the example.
+- `_int_mm` (`Blas.cpp`): sizes of the weight are multiples of 8, and more than 16 rows, so 32 rows of zeros are added.
+- `_scaled_mm` (`ScaledBlas.cpp`): multiples of 16. From compute capability 9.0 on it applies per-token scales itself to outputs
+  in bfloat16; otherwise they are multiplied after it, in float32.
+- `_weight_int4pack_mm` (`int4mm.cu`): activations in bfloat16, groups of 32 and more. Scales are rounded to bfloat16 too.
+- `_weight_int8pack_mm` (`int8mm.cu`): any sizes, but up to PyTorch 2.13 one thread sums each output, without tensor cores. It
+  is used where it is measured faster than the layer in floating point, at the sizes of the example.
 
-The pass comes behind `fold-quantized-weights`. It was tested on CPUs, with a stand-in for the product of int4, and was not yet
-run on a CUDA device. Times on a CPU, whose products of these formats are slow, say nothing of one.
+The pass comes after `fold-quantized-weights`. It was tested on CPUs, with a stand-in for the int4 product, and was not yet run
+on a CUDA device. Times on a CPU, whose low-precision products are slow, say nothing about one.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ aten = torch.ops.aten
 Capability = tuple[int, int]
 
 _NEWEST = (9, 0)
-"""What `always` takes for granted: every product there is."""
+"""The capability that `always` assumes: that of every product."""
 _NEEDED: dict[str, Capability] = {"int8": (8, 0), "fp8": (8, 9), "int4": (8, 0)}
 _ROW_WISE = (9, 0)
-"""From here on `_scaled_mm` takes a scale a row and a scale a column."""
+"""The first that `_scaled_mm` supports row-wise scales on."""
 _VALUES = {"int8": "uint8", "fp8": "fp8"}
-"""What values are rounded to, by what weights are."""
+"""The format of activations by that of weights."""
 _MULTIPLES = {"int8": 8, "fp8": 16, "int4": 8}
-"""What both sizes of a weight, or for int4 its features, must be multiples of."""
+"""Both sizes of a weight, or for int4 its output features, must be multiples of this."""
 _ROWS = 32
-"""Rows below the values of `_int_mm`: it takes no fewer than 17, and cuBLAS is at ease with 32."""
+"""Rows of zeros added for `_int_mm`: it needs at least 17 rows, and cuBLAS is fast with 32."""
 _MIDDLE = 128
-"""Taken from uint8, it leaves int8."""
+"""Subtracted from uint8, it gives int8."""
 _GROUPS = (256, 128, 64, 32)
 _SECONDS = 0.05
 _GAIN = 0.97
-"""Eight-bit weights must take less than this share of the time in floating point, so that noise does not decide."""
+"""Weight-only int8 must take less than this fraction of the time in floating point, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bo
         return "its weight is read elsewhere too"
     if layer.blocks[0] not in (1, layer.sizes[0]):
         return "its weight has a scale for several features"
-    reason = _obstacle_to_rounded(layer) if layer.rounds else _obstacle_to_floats(layer)
+    reason = _obstacle_to_quantized(layer) if layer.rounds else _obstacle_to_weight_only(layer)
     if reason is not None:
         return reason
     format = layer.format.removeprefix("u")
@@ -114,7 +114,7 @@ def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bo
     return None
 
 
-def _obstacle_to_rounded(layer: QuantizedLayer) -> str | None:
+def _obstacle_to_quantized(layer: QuantizedLayer) -> str | None:
     features, inputs = layer.sizes
     if layer.format not in _VALUES:
         return f"its weight is in {layer.format}, and PyTorch multiplies rounded values with {' or '.join(_VALUES)}"
@@ -134,7 +134,7 @@ def _obstacle_to_rounded(layer: QuantizedLayer) -> str | None:
     return None
 
 
-def _obstacle_to_floats(layer: QuantizedLayer) -> str | None:
+def _obstacle_to_weight_only(layer: QuantizedLayer) -> str | None:
     features, dtype = layer.sizes[0], nodes.tensor_type(layer.x).dtype
     if any(fake.hint(size) == 0 for size in nodes.value(layer.x).shape):  # pyright: ignore[reportAttributeAccessIssue]
         return "how many rows it reads depends on values, and there must be one"
@@ -161,7 +161,7 @@ def _group_of(layer: QuantizedLayer) -> int | None:
 
 
 def _slower(edit: Editor, layer: QuantizedLayer) -> str | None:
-    """What was measured, where eight-bit weights do not make a layer faster that reads floats."""
+    """The measured times, where weight-only int8 does not make a layer faster."""
     q, scale, _ = layer.parts(edit)
     value = nodes.value(layer.x)
     shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
@@ -189,10 +189,10 @@ def _median(call: Callable[[], torch.Tensor]) -> float:
 
 
 @dataclass(frozen=True)
-class _Rounded:
-    """Values in a short format, in the program.
+class _QuantizedInput:
+    """Quantized activations in the program.
 
-    q: [rows, inputs], for int8 with rows of zeros below. scale: [rows, 1] or []. offset: zero point less 128, of that shape in
+    q: [rows, inputs], for int8 with added rows of zeros. scale: [rows, 1] or []. offset: zero point - 128, of that shape in
     int32; None for fp8. rows: how many there are.
     """
 
@@ -204,48 +204,48 @@ class _Rounded:
 
 @dataclass(frozen=True)
 class _Lowering:
-    """Writes layers anew; what layers share, values and weights, once."""
+    """Lowers layers; activations and weights that layers share are quantized and converted once."""
 
     edit: Editor
-    rounded: dict[fx.Node, _Rounded] = field(default_factory=dict["fx.Node", "_Rounded"])
+    rounded: dict[fx.Node, _QuantizedInput] = field(default_factory=dict["fx.Node", "_QuantizedInput"])
     weights: dict[tuple[fx.Node, str], fx.Node] = field(default_factory=dict["tuple[fx.Node, str]", "fx.Node"])
 
     def lower(self, layer: QuantizedLayer, *, row_wise: bool) -> fx.Node:
-        """What yields what the layer yields."""
+        """The output of the lowered layer."""
         if layer.rounds and layer.values not in self.rounded:
             with self.edit.before(layer.values):
                 self.rounded[layer.values] = self._round(layer)
         with self.edit.before(layer.node):
             if not layer.rounds:
-                product = self._product_with_floats(layer)
+                product = self._weight_only_product(layer)
             elif layer.format == "int8":
-                product = self._product_of_bytes(layer)
+                product = self._int8_product(layer)
             elif row_wise and self._scales_rows(layer):
                 return self._unflatten(layer, self._scaled_product(layer))
             else:
-                product = self._product_of_fp8(layer)
+                product = self._fp8_product(layer)
             return self._unflatten(layer, self._with_bias(layer, product))
 
-    def _round(self, layer: QuantizedLayer) -> _Rounded:
-        """The operators that round the values a layer reads, as `grids.scale_for` and `grids.quantize` do."""
+    def _round(self, layer: QuantizedLayer) -> _QuantizedInput:
+        """The operators that quantize a layer's input, as `formats.scale_for` and `formats.quantize` do."""
         call = self.edit.call
         x = self._flatten(layer.x)
         rows = self.edit.size(x, 0)
         if nodes.tensor_type(x).dtype != torch.float32:
             x = call(aten.to.dtype, x, torch.float32)
-        scale, inverse, shift, offset = (self._known_grid if layer.scale_is_known else self._found_grid)(layer, x)
+        scale, inverse, shift, offset = (self._static_scale if layer.scale_is_known else self._dynamic_scale)(layer, x)
         scaled = call(aten.mul.Tensor, x, inverse)
         if shift is None:
             q = call(aten.to.dtype, call(aten.clamp.default, scaled, -FP8_LARGEST, FP8_LARGEST), FORMATS["fp8"].storage)
-            return _Rounded(call(aten.contiguous.default, q), scale, None, rows)
+            return _QuantizedInput(call(aten.contiguous.default, q), scale, None, rows)
         whole = call(aten.add.Tensor, call(aten.round.default, scaled), shift)
         q = call(aten.to.dtype, call(aten.clamp.default, whole, -_MIDDLE, _MIDDLE - 1), torch.int8)
         if not isinstance(rows, int) or rows < _ROWS:
             q = call(aten.constant_pad_nd.default, q, [0, 0, 0, _ROWS], 0)
-        return _Rounded(call(aten.contiguous.default, q), scale, offset, rows)
+        return _QuantizedInput(call(aten.contiguous.default, q), scale, offset, rows)
 
-    def _found_grid(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
-        """Scale, one over it, and for int8 the zero point less 128 in float32 and int32, by the range of x."""
+    def _dynamic_scale(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
+        """Scale, its inverse, and for int8 the zero point - 128 in float32 and int32, from the range of x."""
         call = self.edit.call
         by_token = layer.values.kwargs.get("granularity", "token") == "token"
         both = call(aten.aminmax.default, x, **({"dim": -1, "keepdim": True} if by_token else {}))
@@ -265,8 +265,8 @@ class _Lowering:
         shift = call(aten.sub.Tensor, call(aten.clamp.default, zero_point, form.low, form.high), _MIDDLE)
         return scale, inverse, shift, call(aten.to.dtype, shift, torch.int32)
 
-    def _known_grid(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
-        """The same from calibration, as weights."""
+    def _static_scale(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
+        """The same, static, as weights."""
         scale, *rest = layer.values.all_input_nodes[1:]
         step = self._value(scale).float()
         inverse = self.edit.weight(f"{scale.target}_inverse", step.reciprocal())
@@ -277,7 +277,7 @@ class _Lowering:
         shift = self.edit.weight(f"{scale.target}_shift", zero_point - _MIDDLE)
         return scale, inverse, shift, self.edit.weight(f"{scale.target}_offset", (zero_point - _MIDDLE).int())
 
-    def _product_of_bytes(self, layer: QuantizedLayer) -> fx.Node:
+    def _int8_product(self, layer: QuantizedLayer) -> fx.Node:
         call, values = self.edit.call, self.rounded[layer.values]
         product = call(aten._int_mm.default, values.q, self._columns(layer))
         if nodes.tensor_type(values.q).shape[0] != values.rows:
@@ -287,7 +287,7 @@ class _Lowering:
         return call(aten.mul.Tensor, product, call(aten.mul.Tensor, values.scale, self._scales(layer)))
 
     def _scales_rows(self, layer: QuantizedLayer) -> bool:
-        """True when `_scaled_mm` can do all of a layer: bfloat16, a scale a token."""
+        """True when `_scaled_mm` can apply all scales of a layer: bfloat16, per-token."""
         operands = [layer.x] if layer.bias is None else [layer.x, layer.bias]
         by_row = nodes.tensor_type(self.rounded[layer.values].scale).rank == 2
         return by_row and all(nodes.tensor_type(item).dtype == torch.bfloat16 for item in operands)
@@ -297,13 +297,13 @@ class _Lowering:
         operands = values.q, self._columns(layer), values.scale, scales, layer.bias, None, torch.bfloat16
         return self.edit.call(aten._scaled_mm.default, *operands)
 
-    def _product_of_fp8(self, layer: QuantizedLayer) -> fx.Node:
+    def _fp8_product(self, layer: QuantizedLayer) -> fx.Node:
         call, values = self.edit.call, self.rounded[layer.values]
         one = self._keep(layer, "one", lambda: torch.ones((), device=self._value(layer.stored).device))
         product = call(aten._scaled_mm.default, values.q, self._columns(layer), one, one, None, None, torch.float32)
         return call(aten.mul.Tensor, product, call(aten.mul.Tensor, values.scale, self._scales(layer)))
 
-    def _product_with_floats(self, layer: QuantizedLayer) -> fx.Node:
+    def _weight_only_product(self, layer: QuantizedLayer) -> fx.Node:
         x = self.edit.call(aten.contiguous.default, self._flatten(layer.x))
         if layer.format == "int8":
             scales = self._scales(layer, nodes.tensor_type(x).dtype)
@@ -336,11 +336,11 @@ class _Lowering:
         return self.edit.call(aten.reshape.default, product, [*sizes, layer.sizes[0]])
 
     def _columns(self, layer: QuantizedLayer) -> fx.Node:
-        """The stored weight as [inputs, features], in memory as [features, inputs]: what tensor cores read."""
+        """The quantized weight as [inputs, features], a transposed view of [features, inputs]: the layout for tensor cores."""
         return self.edit.call(aten.transpose.int, self._matrix(layer), 0, 1)
 
     def _matrix(self, layer: QuantizedLayer) -> fx.Node:
-        """The stored weight, [features, inputs]."""
+        """The quantized weight, [features, inputs]."""
         if not layer.transposed:
             return layer.stored
         return self._keep(layer, "turned", lambda: layer.parts(self.edit)[0].contiguous())
@@ -351,7 +351,7 @@ class _Lowering:
         return self._keep(layer, part, lambda: per_feature(layer.parts(self.edit)[1], layer.sizes[0]).to(dtype))
 
     def _keep(self, layer: QuantizedLayer, part: str, make: Callable[[], torch.Tensor]) -> fx.Node:
-        """A new weight beside the stored one, made once."""
+        """A new weight derived from the quantized one, made once."""
         key = layer.stored, part
         if key not in self.weights:
             with self.edit.program.graph.inserting_before(layer.stored.next):
@@ -368,10 +368,10 @@ def per_feature(scale: torch.Tensor, features: int) -> torch.Tensor:
 
 
 def tiles(q: torch.Tensor) -> torch.Tensor:
-    """A weight of four bits, one element each in its own range, in the layout of `_weight_int4pack_mm`.
+    """A four-bit weight in the layout of `_weight_int4pack_mm`.
 
-    q: [features, inputs]. It is handed on from 0 to 15, two to a byte, the first of two in the high half. As many of the
-    tiles of 16 inputs lie side by side as there are, up to 8.
+    q: [features, inputs], not packed, in the range of its format. The operator packs elements from 0 to 15, two per byte, the
+    first in the high half, with up to 8 tiles of 16 inputs next to each other.
     """
     low, high = (q + 8 if q.dtype == torch.int8 else q).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
     together = next(count for count in (8, 4, 2) if q.shape[1] % (16 * count) == 0)
@@ -381,7 +381,7 @@ def tiles(q: torch.Tensor) -> torch.Tensor:
 def tile_grid(scale: torch.Tensor, zero_point: torch.Tensor | None, features: int, repeats: int) -> torch.Tensor:
     """Scales and offsets, [groups, features, 2] in bfloat16: `_weight_int4pack_mm` multiplies by (q - 8) · scale + offset.
 
-    scale, zero_point: [features or 1, blocks] or []. repeats: groups a block.
+    scale, zero_point: [features or 1, blocks] or []. repeats: groups per block.
     """
     step = scale.float().reshape(-1, scale.shape[-1] if scale.dim() else 1).expand(features, -1)
     offset = torch.zeros_like(step) if zero_point is None else (8 - zero_point.float()) * step

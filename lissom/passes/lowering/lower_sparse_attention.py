@@ -1,14 +1,14 @@
-"""Lower attention under a mask that is a pattern of positions to a kernel that skips what the pattern hides.
+"""Lower attention with a mask that is a pattern of positions to a kernel that skips hidden keys.
 
     attention(q, k, v, pattern(i, j) ∧ rest)   ->  lissom::block_sparse_attention(q, k, v, rest, pattern)
     attention(q, k, v, (j ≤ i) ∧ rest)         ->  lissom::fused_attention(q, k, v, rest, causal)
 
-The pattern is read from the mask's own operators, so windows that models come with (Mistral, Gemma, ModernBERT, GPT-Neo,
-GPT-OSS, Llama 4 …) are found like those of `sparsify-attention`. What is left of the mask, such as padding, is small; the mask
-of all pairs of tokens is not made any more.
+The pattern is read from the operators that compute the mask, so the sliding windows of models (Mistral, Gemma, ModernBERT,
+GPT-Neo, GPT-OSS, Llama 4 …) are found like those of `sparsify-attention`. The rest of the mask, such as padding, is small; the
+mask of size queries × keys is no longer computed.
 
-A sparse kernel is slower than a dense one where little is hidden. Both are timed at growing lengths until the sparse one wins,
-and an attention is lowered where the program's lengths, the example's or the longest, reach that far.
+A sparse kernel is slower than a dense one where little is hidden. Both are timed at increasing lengths until the sparse one
+wins, and an attention is lowered where the program's lengths, the example's or the longest, reach that length.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ aten = torch.ops.aten
 
 _PLAIN = aten.scaled_dot_product_attention.default
 _SECONDS = 2.0
-"""How long the two kernels are timed in all for attentions that are alike."""
+"""How many seconds the two kernels are timed in all, for equal attentions."""
 _REPEATS = 3
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
-"""Tokens they are timed at."""
+"""The lengths that are timed, in tokens."""
 _BLOCK = 64
-"""Tokens of a block of queries and of keys, as kernels go through them."""
+"""Tokens per block of queries and of keys in the kernels."""
 _GAIN = 0.95
 """The sparse kernel must take less than this share of the dense one's time, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """What the time of an attention depends on, but for its length."""
+    """What the time of an attention depends on, except its length."""
 
     heads: int
     key_heads: int
@@ -76,7 +76,7 @@ class LowerSparseAttention(Rewrite):
 
     def run(self, edit: Editor) -> None:
         known: dict[object, tuple[int | None, str]] = {}
-        # All masks are read before the first is let go of.
+        # All masks are read before the first is removed.
         found = {node: read_pattern(edit.program, node) for node in edit.nodes(_PLAIN, attention)}
         for node, reading in found.items():
             edit.current = node
@@ -116,14 +116,14 @@ class LowerSparseAttention(Rewrite):
 
 
 def hides(pattern: Pattern, tokens: int, layout: torch.Tensor | None) -> bool:
-    """Whether the pattern hides blocks at that length, beyond those that causality would."""
+    """Whether the pattern hides more blocks at that length than a causal mask."""
     some, _ = pattern.blocks(tokens, tokens, _BLOCK, layout)
     plain = some.any(0).triu(1).any() or tokens <= _BLOCK
     return not bool(some.all()) if plain else bool((~some).tril().any())
 
 
 def _takes_causality(node: fx.Node, reading: Reading) -> bool:
-    """Whether PyTorch's operator can be told of the causality, as it can where the mask says nothing else."""
+    """Whether PyTorch's operator can take the causal mask as a flag: where the mask is nothing but causal."""
     return node.target is _PLAIN and not reading.rest
 
 
@@ -159,9 +159,9 @@ def _shape(node: fx.Node) -> _Shape:
 
 
 def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[int]) -> tuple[int | None, str]:
-    """From which of these lengths on the sparse kernel is faster, None for none of them, and that as a sentence.
+    """The first of these lengths at which the sparse kernel is faster, None for none, and a sentence that says so.
 
-    time_at: from tokens to the seconds of the dense and of the sparse kernel. lengths: in tokens, growing.
+    time_at: the seconds of the dense and of the sparse kernel at a length. lengths: in tokens, increasing.
     """
     began = time.perf_counter()
     before = ""
@@ -179,7 +179,7 @@ def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[in
 
 
 def _timings(shape: _Shape, pattern: Pattern, layout: torch.Tensor | None, tokens: int) -> tuple[float, float]:
-    """Seconds of the dense kernel, with its mask made, and of the sparse one; the median of a few runs each."""
+    """Median seconds of the dense kernel, including its mask, and of the sparse one."""
     with torch.inference_mode():
         q, k, v = (
             torch.randn(1, tokens, heads, size, dtype=shape.dtype, device=shape.device).transpose(1, 2)
@@ -208,12 +208,12 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    # The first run pays for memory and for what is compiled.
+    # The first run allocates memory and compiles.
     return median(times[1:] or times)
 
 
 def _lower(edit: Editor, node: fx.Node, reading: Reading) -> None:
-    """Put the sparse operator, or for plain causality the fused one, in the attention's place."""
+    """Replace the attention with the sparse operator, or for a causal mask with the fused one."""
     assert reading.pattern is not None
     q, (k, v) = node.args[0], shared_operands(node)
     sinks, softcap = sinks_of(node), node.kwargs.get("softcap")

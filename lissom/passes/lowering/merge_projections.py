@@ -1,11 +1,11 @@
-"""Merge linear layers that read the same value into one, followed by a split: q, k and v, or gate and up.
+"""Merge linear layers with the same input into one, followed by a split: q, k and v, or gate and up.
 
     x Wqᵀ, x Wkᵀ, x Wvᵀ  ->  split(x [Wq; Wk; Wv]ᵀ)
 
-One large product of matrices keeps the cores busier than several small ones, and the value is read once; but what follows then
-reads rows with gaps. Which wins depends on the sizes and the machine, so by default each group is timed both ways at the sizes
-of the example, and merged where that is faster. Merged layers have new weights, which take the place of the old ones in the
-program; a model that is kept beside it keeps its own. Weights stored in integers are merged as they are, scales with them.
+One large matrix product uses the cores better than several small ones, and reads its input once; but the outputs are then
+strided slices. Which wins depends on the sizes and the machine, so by default each group is timed both ways at the sizes of the
+example, and merged where that is faster. The merged weight replaces the old ones in the program; the model keeps its own.
+Quantized weights are merged in their format, together with their scales.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ aten = torch.ops.aten
 
 _SECONDS = 0.05
 _GAIN = 0.97
-"""Merging must take less than this share of the time apart, so that noise does not decide."""
+"""The merged layer must take less than this fraction of the time of the separate ones, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
 class MergeProjections(Rewrite):
-    """Merges linear layers of the same input into one with a split, where that is measured faster.
+    """Merges linear layers with the same input into one with a split, where that is measured faster.
 
     always: merges without measuring.
     gates: merges the gate and up projections of a gated feed-forward too; apart, each can fuse its own epilogue.
@@ -60,12 +60,12 @@ class MergeProjections(Rewrite):
 
 
 def _groups(edit: Editor) -> list[list[fx.Node]]:
-    """Linear layers of one input whose weights are read by them alone, two or more to a group."""
+    """Groups of two or more linear layers with the same input, whose weights have no other readers."""
     readers: dict[tuple[object, ...], list[fx.Node]] = {}
     for node in edit.nodes(aten.linear.default):
         x, weight = node.args[:2]
         bias = node.args[2] if len(node.args) > 2 else None
-        # A part of a merged result has other strides than a result of its own.
+        # A slice of a merged output has other strides than a separate output.
         if is_read_by(node, (aten.as_strided.default,)):
             continue
         if _owned(weight) and (bias is None or _owned(bias)) and nodes.tensor_type(weight).rank == 2:
@@ -74,7 +74,7 @@ def _groups(edit: Editor) -> list[list[fx.Node]]:
 
 
 def _is_gate(linear: fx.Node) -> bool:
-    """True when an activation is all that reads the layer's result."""
+    """True when the only reader of the layer's output is an activation."""
     return all(user.target in (aten.silu.default, aten.gelu.default, aten.relu.default) for user in linear.users)
 
 
@@ -88,7 +88,7 @@ def _owned(item: object) -> TypeGuard[fx.Node]:
 
 
 def _storage(weight: fx.Node) -> tuple[object, ...]:
-    """What weights must have in common to be merged: where they are stored in a short format, that and their blocks."""
+    """What weights must have in common to be merged: their format and granularity."""
     if weight.op == "get_attr":
         return ()
     scale = nodes.tensor_type(weight.args[1])
@@ -96,7 +96,7 @@ def _storage(weight: fx.Node) -> tuple[object, ...]:
 
 
 def _sizes(group: Sequence[fx.Node]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
-    """Sizes of the input at the example, features each layer gives, dtype and device: what the time depends on."""
+    """Sizes of the input at the example, output features of each layer, dtype and device: what the time depends on."""
     x = nodes.tensor_type(group[0].args[0])
     value = nodes.value(group[0].args[0])  # pyright: ignore[reportArgumentType]
     shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,7 +110,7 @@ def _features(linear: fx.Node) -> int:
 def _measure(
     shape: tuple[int, ...], features: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
-    """Median seconds of the layers apart and merged, each result read once so that gaps in its rows are paid for."""
+    """Median seconds of the separate and of the merged layers; each output is read once, so that strided rows are timed too."""
     # It imports what compiles C++, which takes a fifth of a second.
     from torch.utils.benchmark import Timer
 
@@ -138,7 +138,7 @@ def _measure(
 
 
 def _join(edit: Editor, weights: Sequence[fx.Node], name: str) -> fx.Node:
-    """A weight that is these, one below the other; use inside `edit.before`."""
+    """A weight that concatenates these along output features; use inside `edit.before`."""
     if weights[0].target is dequantize:
         parts = zip(*(_parts(edit, weight) for weight in weights), strict=True)
         leaves = (name, f"{name}_scale", f"{name}_zero_point")
@@ -149,7 +149,7 @@ def _join(edit: Editor, weights: Sequence[fx.Node], name: str) -> fx.Node:
 
 
 def _parts(edit: Editor, weight: fx.Node) -> list[torch.Tensor]:
-    """The tensors a dequantized weight is stored in; a scale of the whole tensor as one of each of its rows."""
+    """The tensors of a dequantized weight; a per-tensor scale is repeated per row."""
     q, *grid = (_tensor(edit, item) for item in weight.all_input_nodes)
     return [q, *(item.expand(q.shape[0], 1) if item.numel() == 1 else item for item in grid)]
 

@@ -1,8 +1,7 @@
 """Pack the weights of linear layers for the CPU kernel: x Wᵀ + b in panels of 32 features, `lissom::packed_linear`.
 
-The packed weight takes the place of the plain one in the program, so one copy is held. Rows of a table of embeddings that is an
-output head too are looked up in the packed one, `lissom::packed_embedding`. A weight that is read elsewhere besides is left as
-it is: it would have to be held twice.
+The packed weight replaces the original in the program, so one copy is held. An embedding table tied to the LM head is looked up
+in the packed weight, `lissom::packed_embedding`. A weight with other readers is not packed: it would have to be held twice.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class PackLinear(Rewrite):
             name = str(weight.target)
             if name not in packed:
                 tensor = pack(edit.program.weight(name).detach())
-                # A table is looked up long before it is multiplied with.
+                # An embedding table is looked up long before the LM head multiplies with it.
                 with edit.before(weight.next, like=[node]):
                     packed[name] = edit.weight(f"{name}_packed", tensor)
             features = nodes.tensor_type(weight).shape[0]
@@ -59,7 +58,7 @@ class PackLinear(Rewrite):
 
 
 def _reads_whole(user: fx.Node, weight: fx.Node) -> bool:
-    """True for a reader that is neither a linear layer of this weight nor a look-up of its rows."""
+    """True for a reader that is neither a linear layer with this weight nor an embedding of its rows."""
     place = {aten.linear.default: 1, aten.embedding.default: 0}.get(user.target)  # pyright: ignore
     return place is None or user.args[place] is not weight or list(user.args).count(weight) > 1
 

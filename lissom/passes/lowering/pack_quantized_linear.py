@@ -1,12 +1,12 @@
-"""Turn linear layers whose weights are stored in integers into kernels that read these integers.
+"""Replace linear layers with quantized weights by CPU kernels that read the quantized weights.
 
     linear(fake_quantize(x) | fake_quantize_dynamic(x), dequantize(W_q), b)   ->   lissom::quantized_linear(x, W_q, b)
     linear(x, dequantize(W_q), b)                                             ->   lissom::weight_quantized_linear(x, W_q, b)
 
-In the first x is rounded inside the kernel, products and sums are whole numbers, and no rounded value is written to memory.
-In the second the weight, of eight or four bits, becomes floats in registers. The pass comes behind `fold-quantized-weights`.
-Weights kept the other way round, as GPT-2 keeps them, are turned when they are packed. A table of embeddings that is an output
-head too is held once, packed: its rows are looked up there.
+The first (W8A8) quantizes x inside the kernel and sums int8 products in int32; no quantized activation is written to memory.
+The second (weight-only int8 or int4) dequantizes the weight in registers. The pass comes after `fold-quantized-weights`.
+Weights stored as [features in, features out], as in GPT-2, are transposed when they are packed. An embedding table tied to the
+LM head is held once, packed: its rows are looked up there.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def _obstacle(layer: QuantizedLayer) -> str | None:
         return "its weight is read elsewhere too"
     x = nodes.tensor_type(layer.x)
     if layer.rounds:
-        return _obstacle_to_bytes(layer) or missing_int8_kernel(x.dtype, x.device)
-    return _obstacle_to_floats(layer, x.dtype) or missing_weight_quantized_kernel(x.dtype, x.device)
+        return _obstacle_to_int8(layer) or missing_int8_kernel(x.dtype, x.device)
+    return _obstacle_to_weight_only(layer, x.dtype) or missing_weight_quantized_kernel(x.dtype, x.device)
 
 
-def _obstacle_to_bytes(layer: QuantizedLayer) -> str | None:
+def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
     if layer.format != "int8":
         return f"its weight is in {layer.format}, and the kernel multiplies with int8"
     if layer.blocks[1] != 1:
@@ -82,7 +82,7 @@ def _obstacle_to_bytes(layer: QuantizedLayer) -> str | None:
     return None
 
 
-def _obstacle_to_floats(layer: QuantizedLayer, dtype: torch.dtype) -> str | None:
+def _obstacle_to_weight_only(layer: QuantizedLayer, dtype: torch.dtype) -> str | None:
     if layer.format not in FORMS:
         return f"its weight is in {layer.format}, and the kernel reads {', '.join(FORMS)}"
     if layer.blocks[0] not in (1, layer.sizes[0]):
@@ -113,7 +113,7 @@ def _call(edit: Editor, layer: QuantizedLayer, packed: _Packed) -> fx.Node:
 
 @dataclass
 class _Packed:
-    """A packed weight in the program: the kernel's operands that hold it, its sizes, and the bits of a number in it."""
+    """A packed weight in the program: the kernel's operands that hold it, its sizes, and the bits per element."""
 
     operands: Sequence[fx.Node | None]
     features: int
@@ -144,7 +144,7 @@ def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:
 
 
 def _look_up_packed(edit: Editor, packed: _Packed, ids: object) -> fx.Node:
-    """Rows of a packed weight, so that no other is held; use inside `edit.before`."""
+    """An embedding of rows of a packed weight; use inside `edit.before`."""
     rows = edit.call(packed_embedding, packed.operands[0], ids, features=packed.features, bits=packed.bits)
     if nodes.tensor_type(packed.operands[0]).rank == 3:
         return rows

@@ -1,10 +1,10 @@
-"""Pack linear layers whose weights are 2:4 for the sparse tensor cores of CUDA devices: `lissom::sparse_linear`.
+"""Pack linear layers with 2:4 sparse weights for the sparse tensor cores of CUDA devices: `lissom::sparse_linear`.
 
-Of every four neighbouring weights two are skipped, which halves the arithmetic and nearly the bytes of the weight. Whether that
-makes a layer faster depends on its sizes and the device, so by default each is timed both ways at the sizes of the example, and
-packed where that is faster. It takes compute capability 8.0 or newer, bfloat16 or float16, and weights whose sizes are
-multiples of 32 and 64; NVIDIA 2020, A100 Tensor Core GPU Architecture, section on structured sparsity. Dense layers are
-passed over. Only on such a device is it of use: elsewhere the operator puts the weight together again at every call.
+Two of every four neighbouring weights are skipped, which halves the arithmetic and nearly halves the bytes of the weight.
+Whether that makes a layer faster depends on its sizes and the device, so by default each is timed both ways at the sizes of the
+example, and packed where that is faster. It needs compute capability 8.0 or newer, bfloat16 or float16, and weights whose sizes
+are multiples of 32 and 64; NVIDIA 2020, A100 Tensor Core GPU Architecture, section on structured sparsity. Dense layers are
+skipped. On other devices the pass is of no use: the operator unpacks the weight at every call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 _SECONDS = 0.05
 _GAIN = 0.97
-"""Packing must take less than this share of the dense layer's time, so that noise does not decide."""
+"""The packed layer must take less than this fraction of the dense layer's time, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _obstacle(linear: fx.Node, *, any_device: bool) -> str | None:
 
 
 def _slower(edit: Editor, linear: fx.Node) -> str:
-    """What was measured, where packing does not make a layer faster."""
+    """The measured times, where packing does not make a layer faster."""
     value = nodes.value(linear.args[0])  # pyright: ignore[reportArgumentType]
     shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
     weight = edit.program.weight(str(linear.args[1].target)).detach()  # pyright: ignore

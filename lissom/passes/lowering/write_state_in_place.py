@@ -40,12 +40,12 @@ class WriteStateInPlace(Rewrite):
 
 
 def _exchanges_rows(new: object, state: object) -> bool:
-    """True for a copy of the state with rows exchanged, in the form that has one that writes in place."""
+    """True for an `index_copy` of the state, which has an in-place form."""
     return nodes.is_call(new, *IN_PLACE) and new.args[0] is state
 
 
 def _obstacle(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node) -> str | None:
-    """Why the state cannot be written where it lies; None when it can."""
+    """Why the state cannot be written in place; None when it can."""
     if write.users:
         return "what the write yields is read"
     if set(state.users) != {new, write} or sum(_reads(edit, str(state.target))) > 1:

@@ -132,7 +132,7 @@ def test_a_scheme_without_a_kernel_is_refused_and_simulated_where_asked():
     with pytest.raises(UnsupportedError, match=re.escape(refusal)):
         compiled_bert("quantize{scheme=fp8}", backend=FAST)
     case, compiled = compiled_bert("quantize{scheme=fp8}", backend=FAST, simulate=True)
-    told = "0 of 12 quantized layers run in integers; 12 in floating point on rounded values"
+    told = "0 of 12 quantized layers run in integers; 12 in floating point on quantized values"
     assert any(note.startswith(told) for note in notes_of(compiled))
     sample = compiled.program.signature.flatten((), case.inputs)
     wanted = run_samples(compiled.program, [sample])

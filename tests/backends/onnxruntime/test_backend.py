@@ -114,7 +114,7 @@ def test_the_structure_is_that_of_the_model(fast_bert):
         note.partition(", ")[0] for note in fast.report.history.steps[-1].notes if " without on inputs [2, 5], [2, 5]; " in note
     ] == [
         "attention as one operator",
-        "layer norms kept apart from the sums before them",
+        "layer norms not fused with the residual adds before them",
         "projections of one input merged into one product",
     ]
 

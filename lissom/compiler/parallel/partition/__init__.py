@@ -1,1 +1,1 @@
-"""A program for all ranks from one with placements: weights are split, and collectives put in."""
+"""Partitions a program with placements for several ranks: shards weights, and inserts collectives."""

@@ -33,10 +33,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Joint:
-    """Makes the calls of one operator, in front of it.
+    """Writes the calls and collectives that replace one operator.
 
-    edit: the program's. world_size: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
-    reduced: the reduction of a value over the ranks.
+    own: makes a weight that differs between ranks, from its name and values. reduced: an all-reduce of a value.
     """
 
     edit: Editor
@@ -44,8 +43,8 @@ class Joint:
     own: Callable[[str, list[torch.Tensor]], fx.Node]
     reduced: Callable[[fx.Node, str], fx.Node]
 
-    def work_out(self, node: fx.Node, item: TensorType, result: torch.dtype, dim: int, span: Span) -> list[fx.Node]:
-        """The results of a call that reads `dim` of its argument, `item` when it is whole, sharded as `span` says."""
+    def compute(self, node: fx.Node, item: TensorType, result: torch.dtype, dim: int, span: Span) -> list[fx.Node]:
+        """The outputs of a call that reads `dim` of its argument. item: the unsharded type. span: the shards."""
         call, x = self.edit.call, cast(fx.Node, node.args[0])
         if nodes.is_call(node, *LOG_SOFTMAX, *SOFTMAX):
             return [self._normalized(node, x, result, dim, span)]
@@ -65,7 +64,7 @@ class Joint:
         return [places] if nodes.is_call(node, aten.argmax.default) else [best, places]
 
     def _normalized(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
-        """softmax or log softmax, from the greatest and the sum of exponentials of all parts."""
+        """softmax or log softmax, from the maximum and the sum of exponentials over all shards."""
         call, x = self.edit.call, self._in(x, computed_dtype(node))
         greatest = self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], True), "max")
         below = call(aten.sub.Tensor, x, greatest)
@@ -76,7 +75,7 @@ class Joint:
         return self._in(call(aten.sub.Tensor, below, call(aten.log.default, total)), result)
 
     def _normed(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
-        """rms norm or layer norm, from the sums of all parts; one that several ranks hold is counted once."""
+        """RMS norm or layer norm, from sums over all shards; a shard that several ranks hold counts once."""
         call, inner = self.edit.call, computed_dtype(node)
         share = span.parts / self.world_size / cast(int, span.whole)
 
@@ -99,7 +98,7 @@ class Joint:
     def _log_sum(self, node: fx.Node, x: fx.Node, result: torch.dtype, dim: int, span: Span) -> fx.Node:
         call, x = self.edit.call, self._in(x, computed_dtype(node))
         greatest = self.reduced(call(aten.amax.default, self._masked(x, dim, span, -math.inf), [dim], True), "max")
-        # A row of -inf, or with an inf in it, has an infinite sum: nothing is taken off it.
+        # A row with maximum -inf or inf is not shifted, which would give NaN.
         greatest = call(aten.masked_fill.Scalar, greatest, call(aten.isinf.default, greatest), 0)
         powers = self._masked(call(aten.exp.default, call(aten.sub.Tensor, x, greatest)), dim, span, 0)
         total = self.reduced(call(aten.sum.dim_IntList, powers, [dim], True), "sum")
@@ -107,12 +106,12 @@ class Joint:
         return found if nodes.argument(node, "keepdim") else call(aten.squeeze.dim, found, dim)
 
     def _best(self, node: fx.Node, x: fx.Node, dtype: torch.dtype, dim: int, span: Span) -> tuple[fx.Node, fx.Node]:
-        """The greatest values and their indices along `dim`, which is kept: each rank's, gathered, and the best of these."""
+        """The largest values and their indices along `dim`, which is kept: the best of each rank's candidates, gathered."""
         call, count = self.edit.call, candidates(node, span)
         x = self._masked(x, dim, span, -math.inf)
         pair = call(aten.max.dim, x, dim, True) if nodes.is_call(node, *BEST) else call(aten.topk.default, x, count, dim)
         best, places = self.edit.item(pair, 0), call(aten.add.Tensor, self.edit.item(pair, 1), self._first(span))
-        # [1, 2, …] of each rank, so that the parts are gathered along the first dimension.
+        # [1, 2, …] on each rank, since all-gather concatenates along the first dimension.
         both = call(aten.stack.default, [self._in(best, dtype), call(aten.to.dtype, places, dtype)])
         every = call(WAIT, call(ALL_GATHER, call(aten.unsqueeze.default, both, 0), self.world_size, GROUP))
         found = call(
@@ -120,7 +119,7 @@ class Joint:
         )
         best, places = (call(aten.select.int, found, 0, at) for at in (0, 1))
         if nodes.is_call(node, *BEST):
-            # The first of equals, which is of the lowest index: ranks hold a row in order.
+            # The first of equal values has the lowest index, since ranks hold a row in order.
             first = call(aten.argmax.default, best, dim, True)
             best, places = call(aten.amax.default, best, [dim], True), call(aten.gather.default, places, dim, first)
         else:
@@ -129,12 +128,12 @@ class Joint:
             chosen = call(aten.slice.Tensor, self.edit.item(order, 1), dim, 0, k)
             best, places = call(aten.gather.default, best, dim, chosen), call(aten.gather.default, places, dim, chosen)
             if span.is_padded:
-                # Among values of -inf a part that is filled up may name a place that is not there.
+                # Among values of -inf a padded shard may give an index out of range.
                 places = call(aten.clamp_max.default, places, cast(int, span.whole) - 1)
         return best, call(aten.to.dtype, places, torch.int64)
 
     def _looked_up(self, node: fx.Node, x: fx.Node, dim: int, span: Span) -> fx.Node:
-        """What a rank has of what is looked up, zeros for what others have: a sum over ranks."""
+        """A rank's share of a gather, zeros for the shards of other ranks: a partial sum."""
         call = self.edit.call
         own = call(aten.sub.Tensor, node.all_input_nodes[1], self._first(span))
         held = call(aten.clamp.default, own, 0, cast(int, span.local) - 1)
@@ -142,13 +141,13 @@ class Joint:
         return call(aten.masked_fill.Scalar, found, call(aten.ne.Tensor, own, held), 0)
 
     def _first(self, span: Span) -> fx.Node:
-        """The index of the first place a rank holds."""
+        """The first index of each rank's shard."""
         local = cast(int, span.local)
         starts = [torch.full((), rank * local, dtype=torch.int64) for rank in range(self.world_size)]
         return self.own(f"rank.first_row_{span.whole}by{span.parts}x{local}", starts)
 
     def _masked(self, x: fx.Node, dim: int, span: Span, value: float) -> fx.Node:
-        """The value with another in the places that a rank's part is filled up with."""
+        """The value, with padding of a shard replaced."""
         if not span.is_padded:
             return x
         return self._filled(x, dim, (span,), value)
@@ -163,8 +162,8 @@ class Joint:
     def _in(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
         return x if nodes.tensor_type(x).dtype == dtype else self.edit.call(aten.to.dtype, x, dtype)
 
-    def round_together(self, node: fx.Node, spans: Spans) -> fx.Node:
-        """Values rounded with the range of the parts of all ranks; every range has 0 in it, so what is filled up is 0."""
+    def quantize(self, node: fx.Node, spans: Spans) -> fx.Node:
+        """Dynamic quantization with the range of all shards; every range contains 0, so padding is 0."""
         x = cast(fx.Node, node.args[0])
         if any(span.is_padded for span in spans):
             x = self._filled(x, nodes.tensor_type(x).rank - 1, spans, 0)

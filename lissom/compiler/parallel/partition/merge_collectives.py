@@ -1,10 +1,10 @@
-"""Collectives that follow one another and do not depend on one another become one, of their values laid end to end.
+"""Merges consecutive independent collectives into one of their concatenated values.
 
-A message has a latency whatever its size; short values are sent together:
+A message has a latency whatever its size, so small values are sent together:
 
     a' = all-reduce(a), b' = all-reduce(b)    →    [a', b'] = all-reduce([a, b])
 
-Sums that are added need no such thing: they stay sums over ranks until their total is reduced, and are never two collectives.
+Partial sums that are added need no merging: they stay partial until their total is all-reduced.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from lissom.compiler.ir.placement import REPLICATED
 aten = torch.ops.aten
 
 LARGEST = 2**18
-"""Of how many numbers, at the example, a value is sent together with others; to copy more takes longer than a message waits."""
+"""The most elements, at the example, of values that are merged; copying more takes longer than a message's latency."""
 
 
 def merge_collectives(edit: Editor) -> int:
-    """Merge the all-reduces, and the all-gathers, that are ready together; returns how many fewer there are."""
+    """Merge all-reduces, and all-gathers, that are ready together; returns by how many collectives fewer."""
     merged, first = 0, None
     for node in list(edit.program.graph.nodes):
         if node.target not in COLLECTIVES:
@@ -43,7 +43,7 @@ def merge_collectives(edit: Editor) -> int:
 
 
 def _fit(first: fx.Node, second: fx.Node) -> bool:
-    """True for two of the same kind, reduction and dtype, both of short values."""
+    """True for two of the same kind, reduction and dtype, both of small values."""
     if first.target is not second.target or first.target not in (ALL_REDUCE, ALL_GATHER) or first.args[1:] != second.args[1:]:
         return False
     a, b = (cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0]))) for node in (first, second))
@@ -62,7 +62,7 @@ def _depends(late: fx.Node, early: fx.Node) -> bool:
 
 
 def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:
-    """One collective of what two were of, in the place of the first; what the second is of is computed before it."""
+    """Replace two collectives with one at the position of the first; the second's value is computed before it."""
     values = [cast(fx.Node, node.args[0]) for node in (first, second)]
     waits = [next(iter(node.users)) for node in (first, second)]
     edit.move_before(values[1], first)

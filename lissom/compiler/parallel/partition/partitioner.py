@@ -138,7 +138,7 @@ def _quantize_jointly(state: PartitionState, node: fx.Node) -> bool:
     spans = placed.spans(state.shape(node).rank - 1)
     if spans:
         with state.edit.before(node):
-            found = state.joint.round_together(node, spans)
+            found = state.joint.quantize(node, spans)
         state.replace(node, found)
     return bool(spans)
 
@@ -149,7 +149,7 @@ def _compute_jointly(state: PartitionState, node: fx.Node, span: Span) -> None:
     typed = state.types[node]
     result = cast(TensorType, typed[0] if isinstance(typed, tuple) else typed).dtype
     with state.edit.before(node):
-        found = state.joint.work_out(node, item, result, dim, span)
+        found = state.joint.compute(node, item, result, dim, span)
     if not isinstance(typed, tuple):
         state.replace(node, found[0])
         return

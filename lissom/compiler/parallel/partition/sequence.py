@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Length:
-    """A number of positions: all of them, those of a rank, those of all ranks together, and how many more that is."""
+    """A sequence length: of the whole value, of a rank's block, of all blocks together, and the padding among these."""
 
     whole: fx.Node | int
     block: fx.Node | int
@@ -35,9 +35,9 @@ class _Length:
 
 @dataclass(frozen=True)
 class Positions:
-    """Cuts values by position and puts them together again; use inside `edit.before`.
+    """Shards values by position and gathers them again; use inside `edit.before`.
 
-    edit: the program's. world_size: how many ranks. own: a read of a weight that each rank has its own of, by name and values.
+    own: makes a weight that differs between ranks, from its name and values.
     """
 
     edit: Editor
@@ -47,7 +47,7 @@ class Positions:
     indices: dict[Size, fx.Node] = field(default_factory=dict[Size, fx.Node])
 
     def scattered(self, value: fx.Node, want: Placed) -> fx.Node:
-        """The sum over ranks of the positions of each."""
+        """Reduce-scatter: each rank's positions of a sum over ranks."""
         call, length, rank = self.edit.call, self._length(value, want), nodes.tensor_type(value).rank
         if length.more != 0:
             value = call(aten.constant_pad_nd.default, value, [*[0, 0] * (rank - 2), 0, length.more])
@@ -57,18 +57,18 @@ class Positions:
         return call(aten.transpose.int, found, 0, 1)
 
     def own_part(self, value: fx.Node, want: Placed) -> fx.Node:
-        """A rank's positions of a value that every rank has; behind the end, the last."""
+        """A rank's positions of a replicated value; past the end, copies of the last."""
         return self.edit.call(aten.index_select.default, value, 1, self._indices(self._length(value, want), want, clamped=True))
 
     def gathered(self, value: fx.Node, have: Placed) -> fx.Node:
-        """The positions of all ranks."""
+        """All-gather along positions."""
         call, length = self.edit.call, self.lengths[_size(have)]
         value = call(aten.clone.default, call(aten.transpose.int, value, 0, 1), memory_format=torch.contiguous_format)
         found = call(aten.transpose.int, call(WAIT, call(ALL_GATHER, value, self.world_size, GROUP)), 0, 1)
         return found if length.more == 0 else call(aten.slice.Tensor, found, 1, 0, length.whole)
 
     def spread(self, value: fx.Node, have: Placed) -> fx.Node:
-        """A rank's positions among zeros where the others have theirs: a sum over ranks."""
+        """A rank's positions, zeros at those of other ranks: a partial sum."""
         call, length, typed = self.edit.call, self.lengths[_size(have)], nodes.tensor_type(value)
         sizes = [length.filled if dim == 1 else self.edit.size(value, dim) for dim in range(typed.rank)]
         zeros = call(aten.zeros.default, sizes, dtype=typed.dtype, device=typed.device)
@@ -76,7 +76,7 @@ class Positions:
         return found if length.more == 0 else call(aten.slice.Tensor, found, 1, 0, length.whole)
 
     def _length(self, value: fx.Node, want: Placed) -> _Length:
-        """The lengths of a value's positions, computed where the first of that length is sharded."""
+        """The lengths of a value, computed at the first value of that length."""
         size, ranks = _size(want), self.world_size
         if size not in self.lengths:
             whole = self.edit.size(value, 1)
@@ -91,7 +91,7 @@ class Positions:
         return self.lengths[size]
 
     def _indices(self, length: _Length, placed: Placed, *, clamped: bool) -> fx.Node:
-        """Which positions a rank holds."""
+        """The positions that a rank holds."""
         call, size = self.edit.call, _size(placed)
         if size not in self.indices:
             number = self.own("rank.number", [torch.full((), rank, dtype=torch.int64) for rank in range(self.world_size)])
