@@ -38,8 +38,8 @@ _PATIENT = timedelta(days=7)
 class Ranks:
     """The ranks that run programs together: all of the default process group.
 
-    rank, world_size: this rank and the number of ranks. timeout_seconds: how long a rank may not respond. shares_memory: whether
-    values go through shared memory where all ranks are on one machine.
+    rank, world_size: this rank and the number of ranks. timeout_seconds: how long a rank may not respond.
+    shares_memory: whether values go through shared memory where all ranks are on one machine.
 
     Raises: RankError when the other ranks do not construct theirs within that time.
     """
