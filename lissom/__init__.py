@@ -52,7 +52,7 @@ _HOMES = {
     "optimize": "lissom.api",
 }
 """Where each public name is defined. It is imported when it is first asked for, since torch and sympy take seconds."""
-_ROOMS = ("backends", "compiler", "errors", "frontends", "generation", "inspect", "ops", "passes", "runtime")
+_ROOMS = ("artifacts", "backends", "compiler", "errors", "frontends", "generation", "inspect", "ops", "passes", "runtime")
 """Packages that `import lissom` makes reachable by their names."""
 
 
@@ -60,6 +60,8 @@ def __getattr__(name: str) -> object:
     if name in _HOMES:
         found = getattr(import_module(_HOMES[name]), name)
     elif name in _ROOMS:
+        # With all that is in them, so that `lissom.backends.eager.backend` can be written without a further import.
+        import_module("lissom.api")
         found = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -32,6 +32,10 @@ def test_every_public_name_is_there(name):
     assert name in dir(lissom)
 
 
+def test_rooms_are_reachable_with_what_is_in_them():
+    assert imported("import lissom\nlissom.artifacts.operators.allow, lissom.backends.BACKENDS", "torch") == ["torch"]
+
+
 def test_the_family_of_errors_is_at_the_top():
     assert lissom.LissomError is errors.LissomError
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import lissom
 from lissom.errors import UnsupportedError
+from tests.backends.ranks import printed, run_ranks
 from tests.models import FeedForward, normal, seeded
 
 
@@ -37,3 +40,19 @@ def test_settings_that_do_not_fit():
     ):
         with pytest.raises(TypeError, match=r"\(\) has no ways=; it is called world_size= now"):
             call()
+
+
+@pytest.mark.multiprocess
+def test_what_one_rank_refuses_before_it_starts_is_refused_by_all_at_once(tmp_path: Path):
+    script = """
+    join()
+    backend = lissom.Distributed(timeout_seconds=20)
+    for passes in ("shard{world_size=3},partition", "exact,cut"):
+        options = {"passes": passes if rank else "exact", "checks": "off", "backend": backend}
+        took = said(lambda: lissom.compile(torch.nn.Linear(4, 4), torch.ones(2, 4), **options))
+        print(took < 15)
+    """
+    lines = printed(run_ranks(script, tmp_path))
+    assert lines[0] == lines[1]
+    assert [line.split()[0] for line in lines[0] if "Error" in line.split()[0]] == ["UnsupportedError", "PipelineTextError"]
+    assert lines[0].count("True") == 2
