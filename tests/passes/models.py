@@ -8,9 +8,9 @@ from functools import cache
 import torch
 import transformers
 
-import lissom
 from lissom.api import Optimized
 from lissom.runtime.compiled_model import CompiledModel
+from tests import captures
 from tests.models import VOCABULARY, Case, seeded, tokens
 
 _DECODER: dict[str, object] = {"vocab_size": VOCABULARY, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
@@ -121,11 +121,11 @@ def case_of(name: str) -> Case:
 def compiled(name: str) -> CompiledModel:
     """The model compiled with the recipe `exact` for the eager backend."""
     case = case_of(name)
-    return lissom.compile(case.model, case.inputs)
+    return captures.compile(case.model, case.inputs)
 
 
 @cache
 def optimized(name: str) -> Optimized:
     """The model after the recipe `exact`, before a backend lowers it."""
     case = case_of(name)
-    return lissom.optimize(case.model, case.inputs)
+    return captures.optimize(case.model, case.inputs)

@@ -14,6 +14,7 @@ from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.ops import fused_rotary
 from lissom.passes.canonical.raise_rotary import RaiseRotary
+from tests import captures
 from tests.models import normal, seeded, tiny_llama
 from tests.passes.harness import Calls, calls, check_golden, every_backend, rewrite
 
@@ -163,7 +164,7 @@ def test_rewrites() -> None:
 
 def test_llama_stays_understood() -> None:
     case = tiny_llama()
-    program = lissom.optimize(case.model, case.inputs).program
+    program = captures.optimize(case.model, case.inputs).program
     layers = case.model.config.num_hidden_layers
     assert raised(program) == 2 * layers
     assert [site.positions for site in program.fact(structure).attention] == ["rotary"] * layers

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-import lissom
 from lissom.ops import attention, fused_attention, merged_attention
 from lissom.passes.lowering.fuse_attention import FuseAttention
+from tests import captures
 from tests.models import normal, tiny_bert, tiny_llama
 from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
 
@@ -58,6 +58,6 @@ def test_rewrites() -> None:
 @pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
 def test_every_attention_of_a_model_is_fused(build) -> None:
     case = build()
-    program = lissom.compile(case.model, case.inputs).program
+    program = captures.compile(case.model, case.inputs).program
     assert calls(program, fused_attention, merged_attention) == case.model.config.num_hidden_layers
     assert calls(program, aten.scaled_dot_product_attention.default) == 0

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import lissom
 from lissom.compiler.ir.program import Program
 from lissom.ops import packed_linear, packed_linear_norm
+from tests import captures
 from tests.models import normal, seeded, tiny_llama
 from tests.passes.harness import aten, calls, check_golden, rewrite
 
@@ -96,7 +96,7 @@ def test_two_products_are_summed_in_one_of_them() -> None:
 
 def test_a_gated_feed_forward_is_three_calls() -> None:
     case = tiny_llama()
-    program = lissom.compile(case.model, case.inputs).program
+    program = captures.compile(case.model, case.inputs).program
     layers = case.model.config.num_hidden_layers
     gates = [node for node in program.nodes(packed_linear) if node.kwargs.get("combine") == "mul"]
     assert len(gates) == layers

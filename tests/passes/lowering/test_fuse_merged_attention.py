@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-import lissom
 from lissom.ops import fused_attention, merged_attention
+from tests import captures
 from tests.models import normal, tiny_bert, tiny_gpt2, tiny_llama
 from tests.passes.harness import Calls, calls, check_golden, rewrite
 
@@ -76,7 +76,7 @@ def test_rewrites() -> None:
 @pytest.mark.parametrize(("build", "fused"), [(tiny_bert, True), (tiny_gpt2, True), (tiny_llama, False)])
 def test_models_without_rotary_embeddings_read_their_projections_whole(build, fused: bool) -> None:
     case = build()
-    compiled = lissom.compile(case.model, case.inputs)
+    compiled = captures.compile(case.model, case.inputs)
     layers = case.model.config.num_hidden_layers
     assert calls(compiled.program, merged_attention) == (layers if fused else 0)
     assert calls(compiled.program, fused_attention) == (0 if fused else layers)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lissom
 from lissom.ops import fused_attention, fused_rotary, rotary
 from lissom.passes.lowering.fuse_rotary import FuseRotary
+from tests import captures
 from tests.models import normal, tiny_llama
 from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
 
@@ -38,7 +38,7 @@ def test_what_has_no_kernel_is_left_with_the_reason() -> None:
 
 def test_a_llama_runs_few_operators_and_copies_no_key_head() -> None:
     case = tiny_llama()
-    program = lissom.compile(case.model, case.inputs).program
+    program = captures.compile(case.model, case.inputs).program
     layers, config = case.model.config.num_hidden_layers, case.model.config
     assert calls(program, fused_rotary) == 2 * layers
     assert calls(program, aten.expand.default) == 0 or config.num_key_value_heads == config.num_attention_heads

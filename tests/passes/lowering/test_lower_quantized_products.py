@@ -26,6 +26,7 @@ from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dynamic_scale, fake_quantize, fake_quantize_dynamic
 from lissom.passes.lowering import lower_quantized_products
 from lissom.passes.lowering.lower_quantized_products import per_feature, tile_grid
+from tests import captures
 from tests.models import normal, seeded, tiny_gpt2
 from tests.passes.harness import aten, calls, capture_model, check_golden, rewrite
 
@@ -352,7 +353,7 @@ def test_backends_bring_it_on_cuda() -> None:
 @pytest.mark.usefixtures("newest")
 def test_composes() -> None:
     case = tiny_gpt2()
-    found = lissom.optimize(case.model, case.inputs, passes=f"cast{{dtype=bf16}},quantize{LOWERING},fold-casts")
+    found = captures.optimize(case.model, case.inputs, passes=f"cast{{dtype=bf16}},quantize{LOWERING},fold-casts")
     assert calls(found.program, BYTES) == 8
     assert not simulated_layers(found.program)
 

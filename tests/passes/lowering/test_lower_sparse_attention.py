@@ -17,6 +17,7 @@ from lissom.compiler.ir.program import Program
 from lissom.ops import attention, block_sparse_attention, fused_attention
 from lissom.ops.pattern import Condition, Pattern
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention, crossing, hides
+from tests import captures
 from tests.compiler.analysis.patterns.test_reader import SIZES, SLIDING
 from tests.models import Case, normal, seeded, tiny_bert, tokens
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
@@ -183,7 +184,7 @@ def test_a_window_longer_than_the_text_hides_nothing() -> None:
 def test_composes(backend: str) -> None:
     case: Case = tiny_bert()
     passes = "sparsify-attention{window=2}"
-    fast = lissom.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)
-    wanted = lissom.optimize(case.model, case.inputs, passes=passes).program(**case.kwargs)
+    fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)
+    wanted = captures.optimize(case.model, case.inputs, passes=passes).program(**case.kwargs)
     # Two float32 backends.
     torch.testing.assert_close(fast(**case.kwargs)[0], wanted[0], rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ import lissom
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.passes.lowering.merge_projections import MergeProjections
+from tests import captures
 from tests.models import normal, seeded, tiny_llama
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 
@@ -83,7 +84,7 @@ def test_measures_by_default_and_says_so_where_it_stays_apart() -> None:
 
 def test_a_merged_attention_is_seen_as_packed() -> None:
     case = tiny_llama()
-    program = lissom.optimize(case.model, case.inputs, passes="exact,merge-projections{always=true}").program
+    program = captures.optimize(case.model, case.inputs, passes="exact,merge-projections{always=true}").program
     layers = case.model.config.num_hidden_layers
     # q, k and v; their output; gate and up; down.
     assert linears(program) == 4 * layers + (1 if hasattr(case.model, "lm_head") else 0)

@@ -16,6 +16,7 @@ from lissom.ops import quantized_linear, quantized_linear_norm, weight_quantized
 from lissom.ops.native import kernel_dtypes, missing_int8_kernel
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 from lissom.ops.quantized_linear import unpack_bytes
+from tests import captures
 from tests.models import Case, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama
 from tests.passes.harness import aten, calls, check_golden, rewrite
 
@@ -194,7 +195,7 @@ MODELS = {
 def test_whole_models_run_on_integers(name: str, cast: str) -> None:
     make, wanted = MODELS[name]
     case: Case = make()
-    compiled = lissom.compile(case.model, case.inputs, passes=f"{cast}quantize", checks="numeric")
+    compiled = captures.compile(case.model, case.inputs, passes=f"{cast}quantize", checks="numeric")
     program, layers = compiled.program, case.model.config.num_hidden_layers
     assert {target: calls(program, target) for target in wanted} == {key: count * layers for key, count in wanted.items()}
     assert calls(program, dequantize, fake_quantize, fake_quantize_dynamic) == 0
@@ -207,7 +208,7 @@ def test_whole_models_run_on_integers(name: str, cast: str) -> None:
 def test_whole_models_run_on_stored_integers(scheme: str, cast: str) -> None:
     case = tiny_bert()
     passes = f"{cast}quantize{{scheme={scheme}}}"
-    program = lissom.compile(case.model, case.inputs, passes=passes, checks="numeric").program
+    program = captures.compile(case.model, case.inputs, passes=passes, checks="numeric").program
     assert (calls(program, weight_quantized_linear), calls(program, weight_quantized_linear_norm)) == (4, 4)
     assert calls(program, dequantize) == 0
 
@@ -216,7 +217,7 @@ def test_whole_models_run_on_stored_integers(scheme: str, cast: str) -> None:
 def test_composes_and_is_saved_and_loaded(cast: str, tmp_path: Path) -> None:
     case = tiny_bert()
     passes = f"prune-heads{{keep=0.5}},eliminate-dead,{cast}quantize"
-    compiled = lissom.compile(case.model, case.inputs, passes=passes)
+    compiled = captures.compile(case.model, case.inputs, passes=passes)
     compiled.save(tmp_path / "saved")
     loaded = lissom.load(tmp_path / "saved")
     call: Callable[..., object] = lambda run: run(**case.inputs).last_hidden_state  # noqa: E731

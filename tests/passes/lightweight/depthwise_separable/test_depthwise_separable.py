@@ -15,6 +15,7 @@ from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import UnsupportedError
 from lissom.passes import PASSES
 from lissom.passes.lightweight.depthwise_separable.depthwise_separable import DepthwiseSeparable
+from tests import captures
 from tests.models import Case, normal, seeded, tiny_bert
 from tests.passes.harness import Calls, calls, check_golden, every_backend, rewrite
 from tests.passes.lightweight.depthwise_separable.test_factors import best, layout_of
@@ -63,7 +64,7 @@ def test_depthwise_and_pointwise_ones_are_left_alone() -> None:
 
 
 def separated_case(case: Case, options: str) -> tuple[Program, Step]:
-    found = lissom.optimize(case.model, case.inputs, passes=f"exact,depthwise-separable{{{options}}}")
+    found = captures.optimize(case.model, case.inputs, passes=f"exact,depthwise-separable{{{options}}}")
     return found.program, found.report.history.steps[-1]
 
 
@@ -259,7 +260,7 @@ def test_transformers_get_smaller(name: str) -> None:
     """With their batch left free, and at the sizes the checks are made with."""
     build, convolutions = MODELS[name]
     case = build()
-    found = lissom.optimize(case.model, case.inputs, passes="exact,depthwise-separable{rank=1}", data=[case.inputs])
+    found = captures.optimize(case.model, case.inputs, passes="exact,depthwise-separable{rank=1}", data=[case.inputs])
     before, step = found.report.history.steps[-2:]
     assert step.rewritten == convolutions
     assert step.size.parameter_bytes < before.size.parameter_bytes and step.size.flops < before.size.flops
@@ -314,7 +315,7 @@ def test_one_sample_without_a_batch_is_taken() -> None:
 def test_composes(build: Callable[[], Case], backend: str) -> None:
     case = build()
     passes = "exact,prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead,depthwise-separable{budget=0.6},quantize"
-    fast = lissom.compile(case.model, case.inputs, passes=passes, backend=backend, data=[case.inputs])
+    fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, data=[case.inputs])
     spelled = {step.spelling.partition("{")[0]: step for step in fast.report.history.steps}
     assert spelled["depthwise-separable"].rewritten > 0 and spelled["quantize"].rewritten > 0
     with torch.no_grad():

@@ -12,6 +12,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 from lissom.passes.lightweight.low_rank.low_rank import LowRank
+from tests import captures
 from tests.models import FeedForward, normal, seeded, tokens
 from tests.passes.harness import apply, aten, calls, capture_model, check_golden, every_backend, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, passed
@@ -243,8 +244,8 @@ def test_composes(backend: str, behind: str) -> None:
     case = MODELS["tiny_bert"]()
     passes = f"prune-neurons{{keep=0.5}},eliminate-dead,low-rank{{rank=4}}{behind}"
     data = [{"input_ids": tokens(seed=seed), "attention_mask": case.kwargs["attention_mask"]} for seed in range(3)]
-    found = lissom.optimize(case.model, case.inputs, passes=passes, data=data)
-    fast = lissom.compile(case.model, case.inputs, passes=passes, data=data, backend=backend, only_if_faster=False)
+    found = captures.optimize(case.model, case.inputs, passes=passes, data=data)
+    fast = captures.compile(case.model, case.inputs, passes=passes, data=data, backend=backend, only_if_faster=False)
     with torch.no_grad():
         wanted, given = found.program(**case.kwargs)[0], fast(**case.kwargs)[0]
     # bfloat16 has eight bits, and so have bytes whose last one a sum in another order may change.
@@ -345,8 +346,8 @@ def test_heads_that_cannot_be_shortened_are_reported_and_their_layers_factored()
 def test_shorter_heads_compose(backend: str) -> None:
     case = MODELS["tiny_bert"]()
     passes = "low-rank{budget=0.5,attention=true},quantize{scheme=int8-dynamic}"
-    found = lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs])
-    fast = lissom.compile(case.model, case.inputs, passes=passes, data=[case.inputs], backend=backend, only_if_faster=False)
+    found = captures.optimize(case.model, case.inputs, passes=passes, data=[case.inputs])
+    fast = captures.compile(case.model, case.inputs, passes=passes, data=[case.inputs], backend=backend, only_if_faster=False)
     with torch.no_grad():
         # A sum in another order may change the last of eight bits.
         torch.testing.assert_close(fast(**case.kwargs)[0], found.program(**case.kwargs)[0], rtol=0, atol=5e-2)
