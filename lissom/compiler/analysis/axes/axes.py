@@ -1,7 +1,7 @@
 """Which dimensions of which tensors are the same dimension, over a whole program.
 
-Every dimension of every value gets an axis (`axis.py`); one rule an operator (`axis_rules.py`) says how the axes of its
-result come from those of its arguments. Removing an index of an axis, or sharding it, is then the same edit everywhere the
+Every dimension of every value gets an axis (`axis.py`); one rule per operator (`rules.py`) derives the axes of its result from
+those of its arguments. Removing an index of an axis, or sharding it, is then the same edit everywhere the
 axis occurs. An operator without a rule pins its axes and is named in the refusal.
 """
 

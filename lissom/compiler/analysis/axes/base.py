@@ -1,4 +1,4 @@
-"""What the rules of axes share: reading the axes of arguments, new axes, broadcasting, and giving up with a reason."""
+"""Shared by the axis rules: the axes of arguments, new axes, broadcasting, and pinning with a reason."""
 
 from __future__ import annotations
 

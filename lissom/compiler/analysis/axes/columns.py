@@ -127,7 +127,7 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
     weight = weight_of(layer)
     assert weight is not None, "a site ends in a linear layer"
     if not nodes.tensor_type(weight).dtype.is_floating_point:
-        return f"the {units} that '{layer.name}' reads cannot be told apart: its weight is stored in a short format"
+        return f"the {units} that '{layer.name}' reads cannot be told apart: its weight is quantized"
     numbering = list(axis.atoms())
     for dim, other in enumerate(cast("tuple[Axis, ...]", found.of[weight])):
         present = set(other.atoms())

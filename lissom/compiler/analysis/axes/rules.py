@@ -1,4 +1,4 @@
-"""One rule an operator: how the axes of its result come from those of its arguments."""
+"""One rule per operator: the axes of its result from those of its arguments. The table is at the end."""
 
 from __future__ import annotations
 
@@ -172,22 +172,22 @@ def _rotary(node: fx.Node, known: Known) -> Value:
     if isinstance(width, int):
         pieces = divide(x[-1], width // 2) if node.kwargs.get("interleaved") else cut(x[-1], width // 2)
     if pieces is None:
-        pin(x[-1], "turned in pairs")
+        pin(x[-1], "rotated in pairs")
     elif node.kwargs.get("interleaved"):
-        pin(pieces[1], "turned in pairs")
+        pin(pieces[1], "rotated in pairs")
     else:
-        unify(pieces[0], pieces[1], "turned in pairs")
+        unify(pieces[0], pieces[1], "rotated in pairs")
     for table in tables:
         broadcast([x[:-1], table[:-1]], len(x) - 1, "rotary embedding")
         if table[-1].size == width:
-            unify(x[-1], table[-1], "turned in pairs")
+            unify(x[-1], table[-1], "rotated in pairs")
         elif pieces is not None:
-            unify(pieces[0], table[-1], "turned in pairs")
+            unify(pieces[0], table[-1], "rotated in pairs")
     return x
 
 
 def _grouped_product(node: fx.Node, known: Known) -> Value:
-    """Rows times the matrix of their expert; which expert is told by number."""
+    """Rows times the matrix of their expert, which is looked up by number, so that every axis is pinned."""
     x, weight = of(node.args[0], known), of(node.args[1], known)
     unify(x[1], weight[1], "contracted by a grouped product")
     for dims in tensors(node, known):
@@ -198,7 +198,7 @@ def _grouped_product(node: fx.Node, known: Known) -> Value:
 
 
 def _rounded(node: fx.Node, known: Known) -> Value:
-    """Values rounded, or turned back: one for one, four-bit ones two for one along the last dimension."""
+    """Quantizers: one value for one, but two for each byte of packed four-bit values along the last dimension."""
     q, *grid = (of(item, known) for item in node.args if nodes.is_tensor(item))
     sizes = nodes.tensor_type(node).shape
     last = q[-1] if q[-1].size == sizes[-1] else product([q[-1], Axis(2)])

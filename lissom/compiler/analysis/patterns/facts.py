@@ -1,4 +1,4 @@
-"""What a mask says of positions, as facts on sums of them: the values `pattern_reading` computes in place of tensors.
+"""What a mask says of positions, as facts on sums of them: the values that `values.py` computes in place of tensors.
 
 A whole number of positions is a `Count`: Σ factor · ⌊index / unit⌋ + offset, over dimensions of its tensor, with further steps
 behind it (abs, remainder, …). A condition is `Seen`: alternatives of facts that all hold, in disjunctive normal form.

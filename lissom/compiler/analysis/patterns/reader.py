@@ -1,7 +1,7 @@
 """The pattern of positions in an attention's mask, told apart from what else the mask says.
 
 A mask is taken apart at every `&`, or `+` of numbers that hide, through views. What each part says of positions is found by
-`position_values`; the rest, padding and learnt biases, stays as it is. The pattern is exact: with the rest it is the mask.
+`values.py`; the rest, padding and learnt biases, stays as it is. The pattern is exact: with the rest it is the mask.
 
 Finite numbers that hide, such as the lowest of float32, are as good as -∞ where every row sees a key; else a row that sees none
 is a mean over all keys. So such masks are read only where nothing else can hide what the pattern shows.

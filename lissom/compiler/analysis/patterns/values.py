@@ -1,7 +1,7 @@
 """Which counts and conditions of positions the values of a program are, found by following its operators.
 
 `arange(n)` is a count, and so are sums, differences and remainders of counts; comparisons of them are conditions. Of constants
-see `position_constants`. Whatever depends on data is neither.
+see `constants.py`. Values that depend on data are neither.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lissom.compiler.ir.types import ScalarType
 
 aten = torch.ops.aten
 Value = Count | Seen | None
-"""What a tensor of whole numbers or of booleans says of positions; None where that is not known."""
+"""A tensor of integers as a function of positions, or of booleans as a condition on them; None where neither is known."""
 
 _INTEGERS = (torch.int32, torch.int64)
 _END = float("inf")

@@ -1,4 +1,4 @@
-"""Questions about linear layers: which nodes are one, what they multiply with, what they read, where a value comes from."""
+"""Linear layers: which nodes are one, their weights and inputs, and the layers a value comes from."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def is_quantizer(node: fx.Node) -> bool:
-    """True for an operator that rounds its first argument to a short format, or turns one in such a format back."""
+    """True for an operator that quantizes its first argument, dequantizes it, or does both."""
     return node.target in ops.QUANTIZERS
 
 

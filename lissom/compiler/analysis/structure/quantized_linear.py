@@ -1,4 +1,4 @@
-"""Linear layers whose weights are stored in a short format, as the passes find them that put kernels in their place.
+"""Linear layers with quantized weights, as the lowering passes find them.
 
     linear(fake_quantize(x) | fake_quantize_dynamic(x) | x, dequantize(W_q), b)
 
@@ -25,9 +25,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A linear layer whose weight is stored in a short format.
+    """A linear layer with a quantized weight.
 
-    node: the product. values: what it multiplies. weight: the weight turned back. bias: what is added, if anything.
+    node: the product. values: its input. weight: the dequantized weight. bias: None where there is none.
     transposed: whether the weight is [features in, features out].
     """
 

@@ -1,4 +1,4 @@
-"""What the rules of placements share: reading the placements of arguments, and saying what an operator wants of them."""
+"""Shared by the placement rules: reading the placements of arguments, and stating which placements an operator needs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the result of a call lies, or each of its results; and how it wants the arguments that lie otherwise.
+    """The placement of a call's result, or of each of its results, and the placements it needs of its arguments.
 
-    reason: why it wants them so, where the operator does not say it by itself.
+    wants: only the arguments whose placement is another. reason: why it needs them, where the operator alone does not say so.
     """
 
     result: Placed | tuple[Placed, ...]
@@ -62,7 +62,7 @@ class Reading:
         return len(dims) < 2 or math.prod(parts) == self.world_size
 
     def of(self, item: object) -> Placed:
-        """How a tensor argument lies."""
+        """The placement of a tensor argument."""
         found = self.known[item] if isinstance(item, fx.Node) else REPLICATED
         return found if isinstance(found, Placed) else REPLICATED
 
@@ -81,12 +81,12 @@ def tensors(node: fx.Node) -> list[fx.Node]:
 
 
 def settled(node: fx.Node, read: Reading, result: Placed | tuple[Placed, ...], wants: Mapping[fx.Node, Placed]) -> Outcome:
-    """The outcome, what arguments already are left out of what is wanted of them."""
+    """The outcome, without the wants that are met already."""
     return Outcome(result, {item: want for item, want in wants.items() if read.of(item) != want})
 
 
 def replicated(node: fx.Node, read: Reading) -> Outcome:
-    """Every argument whole, and the result whole."""
+    """Every argument replicated, and the result replicated."""
     found = nodes.node_type(node)
     result = tuple(REPLICATED for _ in found) if isinstance(found, tuple) else REPLICATED
     whole = {used: REPLICATED for used in node.all_input_nodes if isinstance(read.known.get(used), Placed)}
@@ -115,7 +115,7 @@ def alike(node: fx.Node, read: Reading, whole: Collection[int] = (), items: Iter
 
 
 def aligned(item: fx.Node, dims: Mapping[int, Spans], rank: int) -> Placed:
-    """How an argument that is broadcast to a result of that rank has to lie when these dimensions of the result are sharded."""
+    """The placement an argument needs that is broadcast to a result of this rank, of which these dimensions are sharded."""
     shape = shape_of(item)
     places = {dim: dim + rank - len(shape) for dim in range(len(shape))}
     return sharded(*((dim, dims[place]) for dim, place in places.items() if place in dims and shape[dim] != 1))
@@ -138,12 +138,12 @@ def moved(node: fx.Node, read: Reading, places: Mapping[int, int] | None = None)
 
 
 def is_only_reader(node: fx.Node, item: fx.Node) -> bool:
-    """True when nothing else reads the value, so that it need not be summed up for another."""
+    """True when nothing else reads the value, so that no other reader needs its sum."""
     return list(item.users) == [node]
 
 
 def is_weight(item: object) -> bool:
-    """True for a value made of weights alone through views and turning back: where ranks hold nothing, it is zero."""
+    """True for a weight behind views and dequantization: it is zero where a rank's shard is padded."""
     while nodes.is_call(item, *_WEIGHT_VIEWS):
         item = item.args[0]
     return isinstance(item, fx.Node) and item.op == "get_attr"

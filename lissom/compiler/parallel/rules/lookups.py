@@ -1,4 +1,4 @@
-"""The rules of placements of operators that look up indices; see `placement_rules.py`."""
+"""Placement rules of operators that look up indices; see `table.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lissom.compiler.parallel.rules.base import Outcome, Reading, alike, moved, 
 
 
 def index_select(node: fx.Node, read: Reading) -> Outcome:
-    """Indices of a dimension that is not sharded."""
+    """Looks up indices of a dimension that is not sharded."""
     item, _, chosen = cast("tuple[fx.Node, int, fx.Node]", node.args[:3])
     rank = len(shape_of(item))
     dim = dim_of(node, rank)
@@ -25,7 +25,7 @@ def index_select(node: fx.Node, read: Reading) -> Outcome:
 
 
 def index(node: fx.Node, read: Reading) -> Outcome:
-    """`x[i, j]`: the dimensions that are not looked up may be sharded, when the indices are neighbours."""
+    """`x[i, j]`: the dimensions that are not indexed may be sharded, when the indexed ones are neighbours."""
     item = cast(fx.Node, node.args[0])
     indices = cast("list[fx.Node | None]", node.args[1])
     used = [dim for dim, found in enumerate(indices) if found is not None]
@@ -43,7 +43,7 @@ def index(node: fx.Node, read: Reading) -> Outcome:
 
 
 def _is_behind_parts(spans: Spans, indices: torch.Tensor | None) -> bool:
-    """True for indices counted from the end that stay within what every rank has all of, as those of Falcon's one key head."""
+    """True for negative indices that stay within the last, replicated part of a dimension, such as Falcon's one key head."""
     if not spans or indices is None or indices.dtype == torch.bool or not indices.numel():
         return False
     whole: Size = 0
@@ -62,7 +62,7 @@ def _looked_up(node: fx.Node, read: Reading, places: dict[int, int], chosen: Seq
 
 
 def gather(node: fx.Node, read: Reading) -> Outcome:
-    """Indices of a dimension that is not sharded, the others sharded alike in both."""
+    """Looks up indices of a dimension that is not sharded; values and indices are sharded alike in the others."""
     item, chosen = cast(fx.Node, node.args[0]), lookup_indices(node)
     if nodes.argument(node, "dim") is None:
         return replicated(node, read)

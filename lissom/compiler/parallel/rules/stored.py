@@ -1,4 +1,4 @@
-"""The rules of placements of values in short formats and of state; see `placement_rules.py`."""
+"""Placement rules of quantizers and of writes to state, such as the KV cache; see `table.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lissom.compiler.parallel.rules.base import Outcome, Reading, replicated, se
 
 
 def quantized_row(node: fx.Node, read: Reading) -> Outcome:
-    """Values rounded with their own range: one that ranks hold parts of is found together, by the greatest of all."""
+    """Dynamic quantization: the range of a row of which ranks hold parts is all-reduced."""
     (item,) = tensors(node)
     placed = read.of(item)
     per_token = nodes.argument(node, "granularity") == "token"
@@ -23,7 +23,7 @@ def quantized_row(node: fx.Node, read: Reading) -> Outcome:
 
 
 def turned_back(node: fx.Node, read: Reading) -> Outcome:
-    """(q - zero point) · scale, and rounding with a known scale: scales and zero points are sharded as their blocks are."""
+    """Dequantization, and quantization with a known scale: scales and zero points are sharded as their blocks are."""
     q, *grid = [item for item in node.args if nodes.is_tensor(item)]
     placed, shape = read.of(q), shape_of(node)
     if placed.partial:
@@ -45,7 +45,7 @@ def _widened(spans: Spans, times: int) -> Spans:
 
 
 def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
-    """How a dimension of blocks is sharded when that of their elements is; None when a block would be sharded."""
+    """How a dimension of blocks is sharded, from how their elements are; None when a block would be divided."""
     if size == blocks:
         return spans
     each = cast(int, size) // cast(int, blocks)
@@ -62,13 +62,13 @@ def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:
 
 
 def written(node: fx.Node, read: Reading) -> Outcome:
-    """State takes values that lie as it does."""
+    """A write to state: the values need the placement of the state."""
     state, value = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     return settled(node, read, read.of(state), {value: read.of(state)})
 
 
 def rows_exchanged(node: fx.Node, read: Reading) -> Outcome:
-    """index_copy: rows along a dimension that is not sharded; the state says how the others are."""
+    """index_copy: writes rows along a dimension that is not sharded; the state gives the placement of the others."""
     item, dim, index, source = cast("tuple[fx.Node, int, fx.Node, fx.Node]", node.args[:4])
     placed = read.of(item)
     if placed.partial or placed.spans(dim % len(shape_of(item))):

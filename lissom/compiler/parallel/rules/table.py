@@ -1,9 +1,9 @@
-"""One rule an operator: how its result lies on the ranks, from how its arguments do, and what it wants of them.
+"""One rule per operator: the placement of its result from the placements of its arguments, and the placements it needs.
 
-A rule wants an argument whole (`Replicate`) where the operator reads all of a dimension at once, and sharded like the others
-where they are. A product over a dimension that is sharded gives a sum that is still to be taken, `Partial`. An operator without
-a rule gets its arguments whole. The table is at the end; `placement_views.py` has the operators that move, join
-and sharded, `placement_lookups.py` those that look up, `placement_stored.py` those of short formats and of state.
+A rule needs an argument replicated where the operator reads all of a dimension at once, and sharded like the other arguments
+elsewhere. A matrix product over a sharded dimension gives a pending sum, `Partial`. An operator without a rule gets its
+arguments replicated. The table is at the end; `views.py` has the rules of views, `lookups.py` those of operators that look up
+indices, `stored.py` those of quantized values and of state.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dyn
 aten = torch.ops.aten
 
 Letters = tuple[Sequence[object], Sequence[object], Sequence[object]]
-"""The dimensions of both sides of a product and of its result, equal ones under one name."""
+"""Names for the dimensions of both operands of a matrix product and of its result; equal names are equal dimensions."""
 
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
-    """The outcome of a call; without a rule, all of it is replicated."""
+    """The outcome of a call; an operator without a rule gets everything replicated."""
     rule = rule_of(node)
     if rule is not None:
         return rule(node, read)
@@ -69,7 +69,10 @@ def rule_of(node: fx.Node) -> Rule | None:
 
 
 def pointwise(node: fx.Node, read: Reading) -> Outcome:
-    """f(x, …): sharded where an argument is. Sums stay sums under f(x) = c · x and x + y, and are taken before any other f."""
+    """Element-wise operators: sharded where an argument is.
+
+    Pending sums stay pending under c · x and x + y, and are reduced before any other operator.
+    """
     items = tensors(node)
     if any(is_padded(read.of(item)) for item in _poles(node)):
         # Zeros that fill up would become infinite, and then not a number where weights of zero should take them away.
@@ -100,7 +103,7 @@ def pointwise(node: fx.Node, read: Reading) -> Outcome:
 
 
 def _poles(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a call gives no number for where they are 0."""
+    """The arguments for which the result is infinite or NaN where they are 0."""
     if nodes.is_call(node, aten.div.Tensor):
         divisor = node.args[1]
         return [divisor] if isinstance(divisor, fx.Node) else []
@@ -108,7 +111,7 @@ def _poles(node: fx.Node) -> list[fx.Node]:
 
 
 def _joins_a_sum(node: fx.Node, read: Reading) -> bool:
-    """True where a sum of a whole and a partial value is added to another partial one, so that one reduction serves both."""
+    """True where the sum of a replicated and a partial value is added to another partial one: one all-reduce serves both."""
     users = list(node.users)
     if len(users) != 1 or not nodes.is_call(users[0], aten.add.Tensor) or len(users[0].all_input_nodes) != 2:
         return False
@@ -118,7 +121,7 @@ def _joins_a_sum(node: fx.Node, read: Reading) -> bool:
 
 
 def read_number(node: fx.Node, read: Reading) -> Outcome:
-    """A number: a size of a dimension that is not sharded is the same on every rank; any other value is read whole."""
+    """A number: the size of a dimension that is not sharded is the same on every rank; other values are read replicated."""
     if nodes.is_call(node, aten.sym_size.int):
         item = cast(fx.Node, node.args[0])
         if not read.of(item).spans(cast(int, node.args[1]) % len(shape_of(item))):
@@ -127,7 +130,10 @@ def read_number(node: fx.Node, read: Reading) -> Outcome:
 
 
 def linear(node: fx.Node, read: Reading) -> Outcome:
-    """x Wᵀ + b: W sharded by rows gives sharded features; x and W sharded by columns give a sum, to which one rank adds b."""
+    """x Wᵀ + b: with W sharded by rows the features are sharded; with x and W sharded by columns the result is a pending sum.
+
+    One rank adds b to a pending sum.
+    """
     x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     bias = nodes.argument(node, "bias")
     letters = ([*range(len(shape_of(x)) - 1), "k"], ["n", "k"], [*range(len(shape_of(x)) - 1), "n"])
@@ -135,19 +141,19 @@ def linear(node: fx.Node, read: Reading) -> Outcome:
 
 
 def matmul(node: fx.Node, read: Reading) -> Outcome:
-    """x y: batches and the free dimensions of either side may be sharded; the contracted one gives a sum."""
+    """x y: batch dimensions and the free dimension of either operand may be sharded; the contracted one gives a pending sum."""
     x, y = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     return _product(node, read, (x, y), _letters(x, y))
 
 
 def added_product(node: fx.Node, read: Reading) -> Outcome:
-    """b + x y: a product; where it gives a sum, one rank adds b."""
+    """b + x y: as `matmul`; one rank adds b to a pending sum."""
     bias, x, y = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
     return _product(node, read, (x, y), _letters(x, y), bias)
 
 
 def _letters(x: fx.Node, y: fx.Node) -> Letters:
-    """The dimensions of both sides and of the result of a product of matrices, equal ones under one name."""
+    """The names of the dimensions of `x @ y`."""
     left, right = len(shape_of(x)), len(shape_of(y))
     batch = list(range(max(left, right) - 2)) if max(left, right) > 2 else []
     lead = batch[len(batch) - max(left - 2, 0) :] + (["m"] if left > 1 else []) + ["k"]
@@ -189,7 +195,7 @@ def _product(
 
 
 def grouped_product(node: fx.Node, read: Reading) -> Outcome:
-    """Rows times the matrix of their expert: features sharded on either side, as in a product; experts are not."""
+    """Rows times the matrix of their expert: features may be sharded on either side, as in `matmul`; experts may not."""
     x, weight, ends = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
     found = _product(node, read, (x, weight), (["m", "k"], ["e", "k", "n"], ["m", "n"]))
     if read.of(weight).spans(0) or not read.of(ends).is_replicated:
@@ -198,7 +204,11 @@ def grouped_product(node: fx.Node, read: Reading) -> Outcome:
 
 
 def embedding(node: fx.Node, read: Reading) -> Outcome:
-    """Rows of a table: sharded by rows it gives a sum, zeros but on the rank with the row; sharded by columns, sharded rows."""
+    """Rows of an embedding table.
+
+    A table sharded by rows gives a pending sum: zeros on every rank but the one that has the row. A table sharded by columns
+    gives sharded features.
+    """
     table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     placed = read.of(table)
     rows = placed.spans(0)
@@ -215,7 +225,7 @@ def embedding(node: fx.Node, read: Reading) -> Outcome:
 
 
 def attention(node: fx.Node, read: Reading) -> Outcome:
-    """softmax(q kᵀ) v: batches and heads may be sharded, key/value groups with the heads that read them, positions not."""
+    """softmax(q kᵀ) v: batch and heads may be sharded, key/value heads with the query heads that read them; tokens may not."""
     q, k, v = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
     rank, first = len(shape_of(node)), len(shape_of(node)) - 3
     if any(read.of(item).partial for item in tensors(node)) or any(dim > first for dim, _ in read.of(q).dims):
@@ -243,7 +253,7 @@ def attention(node: fx.Node, read: Reading) -> Outcome:
 
 
 def _goes_with(queries: Spans, groups: Spans, repeats: int) -> bool:
-    """True when every rank's heads read the groups it holds, in order, equally many each."""
+    """True when the query heads of every rank read the key/value heads it holds, in order, `repeats` query heads for each."""
     if not queries or not groups:
         return not queries and not groups
     (left, *more), (right, *others) = queries, groups
@@ -252,7 +262,7 @@ def _goes_with(queries: Spans, groups: Spans, repeats: int) -> bool:
 
 
 def over(*names: str) -> Rule:
-    """The rule of an operator that reads the dimensions of these arguments whole."""
+    """The rule of an operator that reads as a whole the dimensions that these of its arguments name."""
 
     def rule(node: fx.Node, read: Reading) -> Outcome:
         item = cast(fx.Node, node.args[0])
@@ -270,7 +280,7 @@ def over(*names: str) -> Rule:
 
 
 def _norm(node: fx.Node, read: Reading) -> Outcome:
-    """layer_norm, rms_norm: not over a dimension that is sharded, unless ranks add up their sums."""
+    """layer_norm, rms_norm: not over a sharded dimension, unless the ranks all-reduce their sums."""
     item = cast(fx.Node, node.args[0])
     rank, count = len(shape_of(item)), len(cast("list[int]", node.args[1]))
     return alike(node, read, whole=range(rank - count, rank))
@@ -280,7 +290,7 @@ norm = jointly(_norm)
 
 
 def convolution(node: fx.Node, read: Reading) -> Outcome:
-    """A kernel a channel: channels may be sharded. Other convolutions read all channels."""
+    """Depthwise convolutions may be sharded by channel; other convolutions read all channels."""
     x, weight = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     bias = nodes.argument(node, "bias")
     channels = shape_of(node)[1]
@@ -295,12 +305,12 @@ def convolution(node: fx.Node, read: Reading) -> Outcome:
 
 
 def rotary(node: fx.Node, read: Reading) -> Outcome:
-    """Pairs of the last dimension are turned; the others may be sharded."""
+    """Rotates pairs of features of the last dimension; the other dimensions may be sharded."""
     return alike(node, read, whole=[len(shape_of(node)) - 1])
 
 
 def summed(node: fx.Node, read: Reading) -> Outcome:
-    """Σ: over a sharded dimension it gives a sum over ranks, where all of them hold something; sums of sums stay sums."""
+    """Sums: over a sharded dimension the result is a pending sum over ranks; the sum of a pending sum stays pending."""
     item = cast(fx.Node, node.args[0])
     placed, removed = read.of(item), reduced_dims(node, len(shape_of(item)))
     inside = [dim for dim, _ in placed.dims if dim in removed]

@@ -1,4 +1,4 @@
-"""The rules of placements of operators that move, join and split; see `placement_rules.py`."""
+"""Placement rules of views, concatenations and splits; see `table.py`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _several(node: fx.Node, found: Outcome) -> Outcome:
 
 
 def expand(node: fx.Node, read: Reading) -> Outcome:
-    """Copies along dimensions of size 1, as many as the plan gives a rank."""
+    """Expands dimensions of size 1; a dimension that the plan shards is expanded to the size of a rank's shard."""
     item = cast(fx.Node, node.args[0])
     old, new = shape_of(item), shape_of(node)
     added, placed = len(new) - len(old), read.of(item)
@@ -57,14 +57,14 @@ def expand(node: fx.Node, read: Reading) -> Outcome:
 
 
 def _apart(spans: Spans, dims: dict[int, Spans], read: Reading) -> bool:
-    """True for copies that are sharded for every rank, or beside groups of which each rank has a single one."""
+    """True when the expanded dimension is sharded over all ranks, or over those that share one key/value group."""
     if len(spans) != 1 or any(len(other) != 1 or other[0].block != 1 for other in dims.values()):
         return False
     return spans[0].parts * math.prod(other[0].parts for other in dims.values()) == read.world_size
 
 
 def repeat_interleave(node: fx.Node, read: Reading) -> Outcome:
-    """Each index several times in a row: blocks stay blocks."""
+    """Repeats each index several times in a row: each block of a sharded dimension becomes a longer block."""
     item, times = cast("tuple[fx.Node, int]", node.args[:2])
     if nodes.argument(node, "dim") is None:
         return replicated(node, read)
@@ -80,7 +80,7 @@ def repeat_interleave(node: fx.Node, read: Reading) -> Outcome:
 
 
 def reshape(node: fx.Node, read: Reading) -> Outcome:
-    """Dimensions merged and split: a block stays one when what is before and after it is merged or split off whole."""
+    """Merges and splits dimensions: a sharded one stays sharded when it is merged with, or split from, whole dimensions."""
     item = cast(fx.Node, node.args[0])
     placed = read.of(item)
     if placed.partial:
@@ -98,7 +98,7 @@ def reshape(node: fx.Node, read: Reading) -> Outcome:
 
 
 def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
-    """The dimensions before and after a reshape, in the shortest stretches of equal size."""
+    """The dimensions before and after a reshape, in the shortest groups of equal size."""
     groups: list[tuple[list[int], list[int]]] = []
     left, right = 0, 0
     while left < len(old) or right < len(new):
@@ -130,8 +130,8 @@ def _total(sizes: Sequence[Size], dims: Sequence[int]) -> Size:
 def _reshaped(
     old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], split: dict[int, Spans]
 ) -> list[tuple[int, Spans]] | None:
-    """How the dimensions `after` are sharded when those of `before` are; None when they cannot be told to be."""
-    if not split:
+    """How the dimensions `after` are sharded, from `cut`, how those of `before` are; None where no placement says it."""
+    if not cut:
         return []
     solid = [dim for dim in after if new[dim] != 1]
     if len(split) == 1 and len([dim for dim in before if old[dim] != 1]) == 1 and len(solid) == 1:
@@ -155,7 +155,7 @@ def _reshaped(
 def _reshaped_parts(
     old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], split: dict[int, Spans]
 ) -> list[tuple[int, Spans]] | None:
-    """The same for a dimension of several parts, in front: what is behind it is merged into each part or split off each."""
+    """The same for a first dimension of several parts: the others are merged into each part, or split from each."""
     before, after = ([dim for dim in dims if sizes[dim] != 1] for dims, sizes in ((before, old), (after, new)))
     (dim, spans), *more = split.items()
     if more or before[0] != dim or not after:
@@ -174,10 +174,10 @@ def _reshaped_parts(
     return [(after[0], tuple(found))]
 
 
-def _merged(old: Sequence[Size], before: list[int], split: dict[int, Span]) -> Span | None:
-    """The one span of dimensions merged; two that are sharded make one when the first is sharded to single indices."""
-    (first, *more) = sorted(split)
-    span = split[first]
+def _merged(old: Sequence[Size], before: list[int], cut: dict[int, Span]) -> Span | None:
+    """The span of merged dimensions; two sharded dimensions make one span when each rank has one index of the first."""
+    (first, *more) = sorted(cut)
+    span = cut[first]
     lead, tail = _total(old, [dim for dim in before if dim < first]), _total(old, [dim for dim in before if dim > first])
     if not more:
         return span.shaped(lead * span.outer, span.size, span.inner * tail)
@@ -189,7 +189,7 @@ def _merged(old: Sequence[Size], before: list[int], split: dict[int, Span]) -> S
 
 
 def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int, Spans]] | None:
-    """A block told apart into the dimensions it was merged of: the outer is sharded, and the one inside where it has to be."""
+    """A block split into two dimensions: the outer one is sharded, and the inner one too where the outer one is too short."""
     passed: Size = 1
     for dim in after:
         outer, rows = quotient(span.outer, passed), new[dim]
@@ -208,7 +208,7 @@ def _parted(new: Sequence[Size], after: list[int], span: Span) -> list[tuple[int
 
 
 def cat(node: fx.Node, read: Reading) -> Outcome:
-    """Tensors laid end to end: sharded alike in the other dimensions; along this one, each in its own way."""
+    """Concatenation: tensors are sharded alike in the other dimensions; along this one, each in its own way."""
     items = cast("list[fx.Node]", node.args[0])
     rank = len(shape_of(node))
     items = [item for item in items if len(shape_of(item)) == rank]
@@ -233,7 +233,7 @@ def stack(node: fx.Node, read: Reading) -> Outcome:
 
 
 def split(node: fx.Node, read: Reading) -> Outcome:
-    """Pieces of a dimension: where it is sharded, each piece has to be sharded like a part of it. A sum is reduced before."""
+    """Splits a dimension: where it is sharded, each piece has whole spans of it. A pending sum is reduced once, before."""
     item = cast(fx.Node, node.args[0])
     rank = len(shape_of(item))
     dim, placed = dim_of(node, rank), read.of(item)
@@ -250,7 +250,7 @@ def split(node: fx.Node, read: Reading) -> Outcome:
 
 
 def pieces_of(spans: Spans, sizes: Sequence[Size]) -> list[Spans] | None:
-    """The spans that make up pieces of these sizes; None when a piece ends within one."""
+    """The spans that make up pieces of these sizes; None when a piece ends within a span."""
     left, found = list(spans), list[Spans]()
     for size in sizes:
         piece, have = list[Span](), cast(Size, 0)
@@ -264,7 +264,7 @@ def pieces_of(spans: Spans, sizes: Sequence[Size]) -> list[Spans] | None:
 
 
 def slice_of(node: fx.Node, read: Reading) -> Outcome:
-    """A stretch of a dimension: of one that is sharded, whole spans of it."""
+    """A range of a dimension: of a sharded one, whole spans of it."""
     item = cast(fx.Node, node.args[0])
     shape = shape_of(item)
     dim, placed = dim_of(node, len(shape)), read.of(item)
@@ -284,5 +284,5 @@ def slice_of(node: fx.Node, read: Reading) -> Outcome:
 
 
 def pad(node: fx.Node, read: Reading) -> Outcome:
-    """Values added at the ends of dimensions that are not sharded; a pending sum is taken before."""
+    """Pads dimensions that are not sharded; a pending sum is reduced before."""
     return replicated(node, read) if read.of(node.args[0]).partial else moved(node, read)

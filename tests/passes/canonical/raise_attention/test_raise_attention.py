@@ -391,8 +391,7 @@ def test_any_size_and_spelling(heads: int, size: int, batch: int, length: int, s
 
 @every_backend
 def test_composes(backend: str) -> None:
-    module = seeded(SelfAttention)
-    fast = lissom.compile(module, (normal(2, 5, 8), mask_of(2, 5)), backend=backend)
+    fast = lissom.compile(module := seeded(SelfAttention), (normal(2, 5, 8), mask_of(2, 5)), backend=backend)
     fused = calls(fast.program, fused_attention, merged_attention)
     assert (raised(fast.program) + fused, calls(fast.program, aten.softmax.int)) == (1, 0)
     x, seen = normal(3, 7, 8, seed=1), mask_of(3, 7)
