@@ -76,9 +76,7 @@ class Quality:
         if self.data is not None and not self.data.exists():
             raise ArtifactError(f"'{self.data}' does not exist; --data takes {FORMATS}")
         if self.max_drop is not None and self.metric is None:
-            raise UnsupportedError(
-                f"--max-drop needs --metric to measure the drop of: {', '.join(METRICS)}, or module:function"
-            )
+            raise UnsupportedError(f"--max-drop needs --metric: {', '.join(METRICS)}, or module:function")
 
     def arguments(self, source: Source, device: torch.device | None) -> dict[str, Any]:
         """The arguments `data`, `metric` and `max_drop` of `compile`."""

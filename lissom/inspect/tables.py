@@ -199,7 +199,11 @@ def _notes(steps: list[Step]) -> list[str]:
 
 
 def _hidden(count: int) -> list[str]:
-    return [f"{count} more {'step' if count == 1 else 'steps'} changed nothing: report.full(), or --full"] if count else []
+    return (
+        [f"{count} more {'step' if count == 1 else 'steps'} changed nothing; report.full() or --full shows them"]
+        if count
+        else []
+    )
 
 
 def _about_checks(history: History) -> str:
