@@ -56,8 +56,8 @@ _EXAMPLES = {
     "depthwise-separable": "depthwise-separable{budget=0.5}",
     "share-layers": "share-layers{every=2}",
     "sparsify-attention": "sparsify-attention{pattern=window,window=64}",
-    "shard": "shard{ways=2},cut",
-    "cut": "shard{ways=2},cut",
+    "shard": "shard{world_size=2},partition",
+    "partition": "shard{world_size=2},partition",
 }
 """Pipelines that show a pass with an option or with its usual companions; of any other pass, its name alone is one."""
 _CALIBRATED = {"prune-layers", "prune-hidden", "smooth-quant", "awq", "gptq", "correct-bias"}

@@ -130,8 +130,8 @@ def _total(sizes: Sequence[Size], dims: Sequence[int]) -> Size:
 def _reshaped(
     old: Sequence[Size], new: Sequence[Size], before: list[int], after: list[int], split: dict[int, Spans]
 ) -> list[tuple[int, Spans]] | None:
-    """How the dimensions `after` are sharded, from `cut`, how those of `before` are; None where no placement says it."""
-    if not cut:
+    """How the dimensions `after` are sharded, from `split`, how those of `before` are; None where no placement says it."""
+    if not split:
         return []
     solid = [dim for dim in after if new[dim] != 1]
     if len(split) == 1 and len([dim for dim in before if old[dim] != 1]) == 1 and len(solid) == 1:
@@ -174,10 +174,10 @@ def _reshaped_parts(
     return [(after[0], tuple(found))]
 
 
-def _merged(old: Sequence[Size], before: list[int], cut: dict[int, Span]) -> Span | None:
+def _merged(old: Sequence[Size], before: list[int], split: dict[int, Span]) -> Span | None:
     """The span of merged dimensions; two sharded dimensions make one span when each rank has one index of the first."""
-    (first, *more) = sorted(cut)
-    span = cut[first]
+    (first, *more) = sorted(split)
+    span = split[first]
     lead, tail = _total(old, [dim for dim in before if dim < first]), _total(old, [dim for dim in before if dim > first])
     if not more:
         return span.shaped(lead * span.outer, span.size, span.inner * tail)
