@@ -20,13 +20,13 @@ _CAPTURES: dict[str, tuple[nn.Module, Capture]] = {}
 
 def optimize(model: nn.Module, inputs: object, **options: object) -> Optimized:
     """`lissom.optimize`, with one capture for all equal models of transformers in a session; its weights may be another's."""
-    with mock.patch("lissom.api.capture", _capture_once):
+    with mock.patch("lissom.driver.compile.capture", _capture_once):
         return lissom.optimize(model, inputs, **options)
 
 
 def compile(model: nn.Module, inputs: object, **options: object) -> CompiledModel:
     """`lissom.compile`, with one capture for all equal models of transformers in a session; its weights may be another's."""
-    with mock.patch("lissom.api.capture", _capture_once):
+    with mock.patch("lissom.driver.compile.capture", _capture_once):
         return lissom.compile(model, inputs, **options)
 
 

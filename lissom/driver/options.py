@@ -14,7 +14,7 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import Signature
 from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
-from lissom.compiler.pipeline.pass_kinds import Annotation, Pass, Rewrite
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.driver.ranks import on_all_ranks, passes_for, with_world_size
 from lissom.errors import InputError, UnsupportedError
@@ -83,7 +83,7 @@ def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
 def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
     """The passes to run: the recipe `exact`, then those asked for. A text may name recipes among its passes.
 
-    `eliminate-dead` follows each pass that leaves dead units, and `exact` runs again after the last pass that is not exact.
+    `eliminate-dead` follows each pass that leaves dead units, and after the last of them `exact` runs again.
 
     Raises: PipelineTextError, UnsupportedError.
     """
@@ -105,12 +105,12 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
 
 
 def _with_cleanup(wanted: Sequence[Pass], exact: Sequence[Pass]) -> list[Pass]:
-    """The passes, with those between them that remove what they leave behind."""
+    """The passes, with those between them that remove the units they leave dead."""
     found: list[Pass] = []
-    last = max((at for at, item in enumerate(wanted) if not isinstance(item, (Rewrite, Annotation))), default=-1)
+    last = max((at for at, item in enumerate(wanted) if item.leaves_dead), default=-1)
     for at, item in enumerate(wanted):
         found.append(item)
-        if item.leaves_dead and not isinstance(next(iter(wanted[at + 1 :]), None), EliminateDead):
+        if item.leaves_dead:
             found.append(EliminateDead())
         if at == last:
             found += exact

@@ -65,7 +65,7 @@ def test_run_refuses_what_does_not_fit(saved, tmp_path):
 def test_show_prints_what_is_saved(saved):
     assert invoke("show", saved) == lissom.load(saved).program.text()
     assert "attention" in invoke("show", saved, "--structure")
-    assert invoke("show", saved, "--diff", "0", "0") == "the two steps are the same program\n"
+    assert invoke("show", saved, "--diff", "0:0") == "the two steps are the same program\n"
 
 
 def test_bench_times_what_is_saved(saved):

@@ -12,7 +12,7 @@ from torch import nn
 from lissom.backends import FASTEST, find_backends
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples
-from lissom.compiler.pipeline.history import History
+from lissom.compiler.pipeline.history import History, Step
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
@@ -53,6 +53,11 @@ class Calls(nn.Module):
         inputs = [item for item in (x, y, z) if item is not None]
         weights = [*self.parameters(), *self.buffers()]
         return self.function(self, *inputs) if weights else self.function(*inputs)
+
+
+def step_of(history: History, name: str) -> Step:
+    """The last step of a pass."""
+    return next(step for step in reversed(history.steps) if step.spelling.partition("{")[0] == name)
 
 
 def capture_model(module: nn.Module, *args: object, dynamic: bool = True, **kwargs: object) -> Capture:

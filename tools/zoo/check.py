@@ -169,7 +169,7 @@ def compared(wanted: Sequence[tuple[str, list[object]]], found: Sequence[tuple[s
 @contextmanager
 def _known(captured: Capture) -> Generator[None]:
     """Let compile use a capture already made: it takes most of the time, and would come out the same."""
-    with mock.patch("lissom.api.capture", lambda *_, **__: captured):
+    with mock.patch("lissom.driver.compile.capture", lambda *_, **__: captured):
         yield
 
 

@@ -93,7 +93,12 @@ class Site:
         if mask.dtype == ir.DataType.BOOL:
             hidden = self.floor if self.zeros or self.causal else -np.inf
             return self.call("Where", mask, self.number(0.0), self.number(hidden))
-        return self.call("Max", mask, self.number(self.floor)) if self.zeros else mask
+        if not self.zeros:
+            return mask
+        # Finite, so that softmax of a fully masked row is not NaN. The least number stays above minus infinity, so that a query
+        # that sees padding alone sees no key that its pattern hides.
+        hidden = self.call("Equal", mask, self.number(-np.inf))
+        return self.call("Where", hidden, self.number(self.floor), self.call("Max", mask, self.number(self.floor / 2)))
 
     def visible(self) -> ir.Value | None:
         """0 for fully masked rows and 1 for others, [.., queries or 1, 1]; None without a mask."""

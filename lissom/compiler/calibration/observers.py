@@ -141,6 +141,9 @@ def _divergence(counts: torch.Tensor, centers: torch.Tensor, low: torch.Tensor, 
     scale, zero_point = formats.scale_for(low, high, form)
     held = formats.dequantize(formats.quantize(centers, scale, zero_point, form), scale, zero_point, torch.float32)
     inside = (centers >= low) & (centers <= high)
+    if not inside.any():
+        # Values far from zero and near to each other are all outside of a narrower range.
+        return float("inf")
     wanted = torch.where(inside, counts, 0.0)
     first, last = inside.nonzero()[0], inside.nonzero()[-1]
     wanted[first] += counts[: int(first)].sum()

@@ -17,6 +17,7 @@ from lissom.backends.eager.backend import Eager
 from lissom.backends.onnx.export import export_onnx
 from lissom.backends.onnx.variants import CACHE, write_variant
 from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.backends.onnxruntime.opening import Opener
 from lissom.backends.onnxruntime.session import Session
 from lissom.frontends.export import Capture, capture
 from tests.backends.caches import HEAD_DIM, PLACES, TOKENS, WIDTH, Decoder, call_of, captured_decoder, decoder, generation
@@ -31,7 +32,9 @@ def fused(found: Capture) -> tuple[Session, int, list[dict[str, object]]]:
     told = [
         {name: attribute.value for name, attribute in node.attributes.items()} | {"inputs": len(node.inputs)} for node in nodes
     ]
-    return OnnxRuntime()._open(found.program, model), places[CACHE], told
+    backend = OnnxRuntime()
+    opener = Opener(backend.name, found.program, backend._session_options(found.program), backend.accuracy_level)
+    return opener.open(model), places[CACHE], told
 
 
 @pytest.mark.parametrize("batch", [1, 2])

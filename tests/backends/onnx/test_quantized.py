@@ -127,7 +127,7 @@ def test_weights_of_eight_bits_are_multiplied_where_values_may_be_rounded():
 def test_a_scheme_without_a_kernel_is_refused_and_simulated_where_asked():
     refusal = (
         "backend 'onnxruntime' has no kernel for 12 quantized layers, first 'encoder.layer.0.attention.self.query' with fp8 "
-        "weights on fp8 values: ONNX Runtime has no products of fp8 on a CPU; choose another scheme"
+        "weights on fp8 activations: ONNX Runtime has no products of fp8 on a CPU; choose another scheme"
     )
     with pytest.raises(UnsupportedError, match=re.escape(refusal)):
         compiled_bert("quantize{scheme=fp8}", backend=FAST)

@@ -64,6 +64,21 @@ class Sparse(nn.Module):
         return self.out(found.transpose(1, 2).flatten(2))
 
 
+@pytest.mark.parametrize("chosen", [(), (PAIRS,)])
+def test_a_query_that_sees_padding_alone_keeps_to_its_pattern(chosen, tmp_path):
+    """The least number hides a key less than minus infinity does: of keys hidden both ways, only the first count."""
+    pattern, least = Pattern(((window(1, 0),),)), torch.finfo(torch.float32).min
+    bias = torch.tensor([0.0] * 6).index_fill(0, torch.tensor([0, 1, 2]), least).expand(2, 1, 6, 6).contiguous()
+    model, inputs = seeded(lambda: Sparse(pattern)).eval(), (normal(2, 6, 16), bias)
+    captured = capture(model, inputs, {}, dynamic=False)
+    found, _ = write_variant(export_onnx(captured.program, captured.example, decompose=False), chosen)
+    session = onnxruntime.InferenceSession(save_onnx(found, tmp_path), providers=["CPUExecutionProvider"])
+    names = [item.name for item in session.get_inputs()]
+    (answer,) = session.run(None, dict(zip(names, (item.numpy() for item in inputs), strict=True)))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(answer), model(*inputs), rtol=0, atol=ALLOWED)
+
+
 def layout_of(pattern, heads=1, rows=5, seed=0, dense=()):
     if not any(condition.asks_layout for conditions in pattern.alternatives for condition in conditions):
         return None

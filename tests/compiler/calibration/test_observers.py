@@ -67,6 +67,15 @@ def test_constants_and_nothing_have_a_range(observer: Observer) -> None:
     assert choose_range(torch.zeros(2048).double(), zero, zero, observer, FORM) == (zero, zero)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("observer", ["percentile", "mse", "entropy"])
+def test_values_far_from_zero_keep_their_range(observer: Observer, sign: int) -> None:
+    counts, low, high = histogram(sign * (10 + torch.rand(1000, generator=torch.Generator().manual_seed(0))))
+    found = choose_range(counts, low, high, observer, FORM)
+    # The narrower ranges go down to a fifth, and the values lie between ten and eleven.
+    assert float(max(abs(end) for end in found)) > 10
+
+
 def test_ranges_are_those_of_all_samples() -> None:
     program = lissom.optimize(nn.Sequential(nn.ReLU(), nn.Linear(4, 2)), torch.ones(2, 4)).program
     relu = program.nodes(torch.ops.aten.relu.default)[0]
