@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 import sys
+from pathlib import Path
 from typing import get_args
 
 from examples import Example
@@ -58,11 +59,18 @@ def page(item: type[Pass], example: Example, gain: Gain, timings: str) -> str:
                 f"<!-- sizes -->\n{_sizes(gain)}\n<!-- end -->",
                 f"<!-- measured -->\n{timings}<!-- end -->",
                 "## Limits",
-                _limits(inspect.getsource(module)),
+                _limits(_sources(item)),
             ]
         )
         + "\n"
     )
+
+
+def _sources(item: type[Pass]) -> str:
+    """The source of a pass, with the helpers in a folder of its own."""
+    path = Path(inspect.getfile(item))
+    paths = [path, *sorted(other for other in path.parent.glob("*.py") if other != path)]
+    return "\n".join(found.read_text(encoding="utf-8") for found in (paths if path.parent.name == path.stem else [path]))
 
 
 def timings(gain: Gain, machine: str) -> str:
@@ -76,7 +84,7 @@ def timings(gain: Gain, machine: str) -> str:
 
 
 def _about(item: type[Pass]) -> str:
-    kind = first_line(item.__bases__[0])
+    kind = next(first_line(base) for base in item.__mro__ if base.__module__ == Pass.__module__)
     recipes = [f"`{name}`" for name, text in RECIPES.items() if re.search(rf"\b{item.name()}\b", text)]
     sentences = [f"Kind: {item.kind}. {kind}", f"Recipes: {', '.join(recipes) or 'none'}."]
     sentences += [f"Requires that {requirement.fact}." for requirement in item.requires]

@@ -116,7 +116,9 @@ def pass_page(item: type[Pass]) -> RenderableType:
 
 def option_rows(item: type[Pass]) -> list[tuple[str, str, str, str]]:
     """Each option with what it takes, its default as pipeline text (`required` without one), and its meaning."""
-    documented = _meanings(python_inspect.getdoc(item) or "")
+    documented: dict[str, str] = {}
+    for base in reversed(item.__mro__):
+        documented |= _meanings(python_inspect.getdoc(base) or "")
     fields: Iterable[dataclasses.Field[object]] = dataclasses.fields(item)  # pyright: ignore[reportArgumentType]
     defaults = {
         field.name: "required" if field.default is dataclasses.MISSING else format_value(field.default) for field in fields
