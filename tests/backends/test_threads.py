@@ -18,6 +18,11 @@ def test_eight_threads_get_what_one_gets(dtype):
     assert differing_calls(model, dtype, threads=8, calls=8) == 0
 
 
+def test_eight_threads_get_what_one_gets_of_onnx_runtime():
+    pytest.importorskip("onnxruntime")
+    assert differing_calls(compiled(torch.float32, backend="onnxruntime"), torch.float32, threads=8, calls=8) == 0
+
+
 @pytest.mark.skipif(bool(MISSING), reason=MISSING)
 def test_eight_threads_get_what_one_gets_of_bytes():
     model = compiled(torch.float32, "quantize{scheme=int8-dynamic}")

@@ -49,22 +49,26 @@ def differing_calls(model: lissom.CompiledModel, dtype: torch.dtype, threads: in
         return sum(pool.map(differs, range(threads * calls)))
 
 
-def compiled(dtype: torch.dtype, passes: str = "exact") -> lissom.CompiledModel:
+def compiled(dtype: torch.dtype, passes: str = "exact", backend: str = "eager") -> lissom.CompiledModel:
     """The model, for any batch and length."""
     example = torch.randn(2, 16, WIDTH).to(dtype)
     model = nn.Sequential(Block(), Block()).eval().to(dtype)
-    return lissom.compile(model, example, passes=passes, only_if_faster=False)
+    return lissom.compile(model, example, passes=passes, backend=backend, only_if_faster=False)
 
 
 def main() -> int:
-    """Run them; returns 1 when an answer differs."""
+    """Run them on each backend; returns 1 when an answer differs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--calls", type=int, default=1000, help="of each thread")
+    parser.add_argument("--backend", action="append", help="may be given again (default eager, onnxruntime and inductor)")
     given = parser.parse_args()
-    differing = differing_calls(compiled(torch.float32), torch.float32, given.threads, given.calls)
-    print(f"{given.threads} threads of {given.calls} calls, {differing} answers differ")
-    return int(differing > 0)
+    failed = False
+    for backend in given.backend or ["eager", "onnxruntime", "inductor"]:
+        differing = differing_calls(compiled(torch.float32, backend=backend), torch.float32, given.threads, given.calls)
+        print(f"{backend}: {given.threads} threads of {given.calls} calls, {differing} answers differ", flush=True)
+        failed |= differing > 0
+    return int(failed)
 
 
 if __name__ == "__main__":
