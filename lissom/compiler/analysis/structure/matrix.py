@@ -1,4 +1,4 @@
-"""The matrix a linear layer multiplies with, always as [features out, features in], whichever way round the model keeps it."""
+"""The weight matrix of a linear layer, always as [out_features, in_features], whatever its stored orientation."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where a linear layer's matrix is kept.
+    """The weight matrix of a linear layer.
 
-    node: the weight. transposed: whether it is kept as [features in, features out], as GPT-2 keeps it.
+    node: the weight. transposed: whether it is stored as [in_features, out_features], as in GPT-2.
     """
 
     node: fx.Node
@@ -32,19 +32,19 @@ class Matrix:
         return str(self.node.target)
 
     def read(self, program: Program) -> torch.Tensor:
-        """The weight as [features out, features in], a view of it."""
+        """A view of the weight as [out_features, in_features]."""
         weight = program.weight(self.name).detach()
         return weight.T if self.transposed else weight
 
     def write(self, edit: Editor, matrix: torch.Tensor) -> None:
-        """Give the weight new values, in this program only; one place rewritten. matrix: [features out, features in]."""
+        """Give the weight new values, in this program only; one place rewritten. matrix: [out_features, in_features]."""
         matrix = matrix.to(edit.program.weight(self.name).dtype)
         edit.set_weight(self.node, (matrix.T if self.transposed else matrix).contiguous())
         edit.rewritten += 1
 
 
 def matrix_of(linear: fx.Node) -> Matrix | str:
-    """Where a layer's matrix is, or why it cannot be changed for this layer alone."""
+    """The weight matrix of a layer, or why it cannot be changed for this layer alone."""
     weight = weight_of(linear)
     assert weight is not None, f"'{linear.name}' is no linear layer"
     if linear.target not in LINEAR_PRODUCTS:
@@ -64,19 +64,19 @@ def matrix_of(linear: fx.Node) -> Matrix | str:
 
 @dataclass(frozen=True)
 class RoundedMatrix(Matrix):
-    """Where a rounded matrix is kept, and the Q/DQ node that rounds it."""
+    """A weight matrix with the Q/DQ node that quantizes it."""
 
     quantizer: fx.Node
 
     def read_scale(self, program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and zero point, each [blocks of features out, blocks of features in]."""
+        """Scale and zero point, each [blocks of out_features, blocks of in_features]."""
         values = [program.weight(str(item.target)).detach() for item in self.quantizer.all_input_nodes[1:]]
         turned = [value.reshape(1, 1) if value.dim() == 0 else value.T if self.transposed else value for value in values]
         return turned[0], turned[1] if len(turned) > 1 else None
 
 
 def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
-    """Where the matrix is that `lissom::fake_quantize` rounds for a layer, or why there is none."""
+    """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none."""
     if linear.target not in LINEAR_PRODUCTS:
         return "it is a convolution or a product of batches"
     found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
@@ -91,7 +91,7 @@ def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
 
 
 def readers_of(weight: fx.Node) -> list[fx.Node]:
-    """The nodes that compute with a weight, past transposes of it."""
+    """The nodes that compute with a weight, directly or through transposes."""
     found: list[fx.Node] = []
     for user in weight.users:
         found += readers_of(user) if nodes.is_call(user, *TRANSPOSES) else [user]
