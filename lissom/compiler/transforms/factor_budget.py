@@ -1,4 +1,4 @@
-"""How much of a layer is left by passes that factor it: told by a rank, by the energy kept, or by a share of its bytes."""
+"""The size options of passes that factor a layer: a rank, a fraction of the energy, or a fraction of the bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lissom.errors import UnsupportedError
 
 
 def check_amount(name: str, *, rank: int | None, keep: float | None, budget: float | None) -> None:
-    """Check the options of a pass of this name that say how much it leaves.
+    """Check the size options of a pass of this name.
 
     Raises: UnsupportedError unless exactly one is given, rank of 1 or more, keep in (0, 1], budget in (0, 1).
     """
