@@ -1,8 +1,8 @@
 """Finds input channels of linear layers that can be scaled without changing the outputs, and scales them.
 
-The producer of the channels, a norm or a linear layer, is changed to divide each channel by its factor s_j; the layers that read
-them multiply the matching columns of their weights by it. The operators between must be homogeneous: views, an attention in its
-values, a product with another value, ReLU.
+The producer of the channels, a norm or a linear layer, is changed to divide each channel by its factor s_j; the layers that
+read them multiply the matching columns of their weights by it. The operators between must be homogeneous: views, an attention
+in its values, a product with another value, ReLU.
 
     norm → linear layers      its weight and bias / s            columns · s
     v → output projection     rows of v and its bias / s         columns · s, the same for all heads that share a value head

@@ -41,8 +41,8 @@ aten = torch.ops.aten
 _Replaced = Callable[[fx.Node, object], str | None]
 
 LOCAL_TOLERANCE = 5e-3
-"""The error allowed at one node when activations are quantized: one 8-bit value rounded the other way changes a sum over sixteen
-or more values by less, relative to the largest sum.
+"""The error allowed at a node when activations are quantized: one 8-bit value rounded the other way changes a sum of at least
+sixteen values by less, relative to the largest sum.
 """
 LOCAL_FLOAT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
 """One sum of a few thousand terms in another order, with fused operators: 1e-7 to 2e-6 measured in float32."""
