@@ -52,9 +52,9 @@ def rests_on_copy(program: Program, cast: fx.Node, source: fx.Node) -> str | Non
     """Why a cast cannot be replaced by its source, or a view of it, with the same values; None when it can."""
     memory = memory_of(source)
     if nodes.is_state_write(memory) or (memory.op == "get_attr" and str(memory.target) in program.state):
-        return "it keeps what the state was before it is written"
+        return "it keeps the value of the state before a write"
     if memory.op in ("placeholder", "get_attr") and is_handed_out(program, cast):
         return "the caller would be given an input or a weight itself"
     if any(user.target in _READ_LAYOUT for view in views_of(cast) for user in view.users):
-        return "its memory is read as it is laid out"
+        return "an operator reads its memory layout"
     return None

@@ -33,7 +33,7 @@ class Requirement:
     def sentence(self, program: Program, pass_name: str, node: fx.Node) -> str:
         """The error message: which pass requires what, which node violates it, which pass caused it, what to do."""
         made_by = nodes.origin(node).passes
-        history = f", made so by {made_by[-1]}" if made_by else ", so in the model as it came"
+        history = f", made so by {made_by[-1]}" if made_by else ", already so in the original model"
         shown = printer.node_text(program, node)
         return f"{pass_name} requires that {self.fact}; {shown} breaks it{history}: {self.remedy}"
 

@@ -150,26 +150,26 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
     axes_read = [known.axis(input_of(layer), -1) for layer in layers]
     shared = _shared(own, [_atoms(known.of[start]), *(set(axis.atoms()) for axis in axes_read)])
     if not shared:
-        return "the channels it gives cannot be told apart where they are read"
+        return "its output channels cannot be matched to the columns that read them"
     count = math.prod(cast(int, atom.size) for atom in shared)
     readers: list[Reader] = []
     for layer, axis in zip(layers, axes_read, strict=True):
         matrix = matrix_of(layer)
         if isinstance(matrix, str):
-            return f"what reads it cannot be scaled: {matrix}"
+            return f"a layer that reads it cannot be scaled: {matrix}"
         if readers_of(matrix.node) != [layer]:
-            return "what reads it cannot be scaled: its weight is read elsewhere too"
+            return "a layer that reads it cannot be scaled: its weight is read elsewhere too"
         readers.append(Reader(layer, matrix, unit_of(axis, shared)))
     weights, matrix = made
     channel = unit_of(own, shared)
     read = torch.cat([reader.channel for reader in readers]).unique()
     if not bool((channel >= 0).any()) or not bool(torch.isin(read, channel).all()):
-        return "the channels it gives cannot be told apart where they are read"
+        return "its output channels cannot be matched to the columns that read them"
     for other in others:
         atoms = _atoms(known.of[other])
         same = tuple(atom for atom in dict.fromkeys(own.atoms()) if atom in atoms)
         if not same or bool(((unit_of(own, same) >= 0) & (channel >= 0)).any()):
-            return "the channels it gives cannot be told from others it gives"
+            return "its output channels cannot be separated from other outputs"
     parameters = tuple(
         Parameter(weight, 1 if matrix is not None and matrix.transposed and weight is matrix.node else 0, channel)
         for weight in weights
@@ -241,7 +241,7 @@ def _readers(start: fx.Node) -> list[fx.Node] | str:
             if is_linear(user) and input_of(user) is node and user.all_input_nodes.count(node) == 1:
                 layers[user] = None
             elif not _carries(user, node):
-                return f"what it gives is read by {_named(user)} too, which does not carry a factor through"
+                return f"its output is also read by {_named(user)}, which no scale passes through"
             elif user not in walked:
                 walked[user] = None
                 pending.append(user)

@@ -20,6 +20,6 @@ def check_amount(name: str, *, rank: int | None, keep: float | None, budget: flo
     if rank is not None and rank < 1:
         raise UnsupportedError(f"{name} takes rank= of 1 or more, not {rank}")
     if keep is not None and not 0 < keep <= 1:
-        raise UnsupportedError(f"{name} keeps a share of the energy above 0 and up to 1, not keep={keep:g}")
+        raise UnsupportedError(f"{name} keeps a fraction of the energy above 0 and up to 1, not keep={keep:g}")
     if budget is not None and not 0 < budget < 1:
-        raise UnsupportedError(f"{name} leaves a share of the bytes above 0 and below 1, not budget={budget:g}")
+        raise UnsupportedError(f"{name} leaves a fraction of the bytes above 0 and below 1, not budget={budget:g}")

@@ -95,7 +95,7 @@ def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Samp
             notes.append(f"no check on inputs {shapes_of(sample)}, which the model refuses: {reason}")
             continue
         if outputs and any(map(_has_nan, found[0])) and not any(map(_has_nan, outputs[0])):
-            notes.append(f"no check on inputs {shapes_of(sample)}, of which the model makes NaN")
+            notes.append(f"no check on inputs {shapes_of(sample)}, for which the model returns NaN")
             continue
         kept.append(sample)
         outputs += found

@@ -96,7 +96,7 @@ def find_head_columns(program: Program, site: AttentionSite) -> Columns | str:
     if site.output is None:
         return "no layer projects its heads out"
     if nodes.tensor_type(site.node).rank < 3:
-        return "it has no dimension of heads"
+        return "it has no head dimension"
     found = program.fact(axes)
     return _columns(found, site.output, found.axis(site.node, -3), site.heads, "heads")
 
@@ -127,7 +127,7 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
     weight = weight_of(layer)
     assert weight is not None, "a site ends in a linear layer"
     if not nodes.tensor_type(weight).dtype.is_floating_point:
-        return f"the {units} that '{layer.name}' reads cannot be told apart: its weight is quantized"
+        return f"the {units} that '{layer.name}' reads cannot be assigned to columns: its weight is quantized"
     numbering = list(axis.atoms())
     for dim, other in enumerate(cast("tuple[Axis, ...]", found.of[weight])):
         present = set(other.atoms())
@@ -135,7 +135,7 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
         if math.prod(cast(int, atom.size) for atom in shared) == count and (shared or count == 1):
             return Columns(layer, weight, dim, unit_of(other, shared), count, shared)
     reason = next((atom.pinned for atom in numbering if atom.pinned), "") or "no dimension of its weight numbers them"
-    return f"the {units} that '{layer.name}' reads cannot be told apart: {reason}"
+    return f"the {units} that '{layer.name}' reads cannot be assigned to columns: {reason}"
 
 
 def unit_of(axis: Axis, numbering: Sequence[Axis]) -> torch.Tensor:

@@ -92,7 +92,7 @@ def _added_product(node: fx.Node, known: Known) -> Value:
 
 def _embedding(node: fx.Node, known: Known) -> Value:
     weight, ids = of(node.args[0], known), of(node.args[1], known)
-    pin(weight[0], "rows of an embedding are looked up by number")
+    pin(weight[0], "rows of an embedding are looked up by index")
     return (*ids, weight[1])
 
 
@@ -192,7 +192,7 @@ def _grouped_product(node: fx.Node, known: Known) -> Value:
     unify(x[1], weight[1], "contracted by a grouped product")
     for dims in tensors(node, known):
         for axis in dims:
-            pin(axis, f"no indices are taken from what {target_text(node.target)} reads")
+            pin(axis, f"no indices can be removed from the inputs of {target_text(node.target)}")
     pin(weight[2], "the features of a grouped product")
     return (x[0], weight[2])
 

@@ -122,7 +122,7 @@ def split(node: fx.Node, known: Known) -> Value:
 def unbind(node: fx.Node, known: Known) -> Value:
     """One tensor per index of a dimension, which is pinned; each has the other dimensions."""
     dims = of(node.args[0], known)
-    pin(dims[dim_of(node, len(dims))], "its indices are told apart by unbind")
+    pin(dims[dim_of(node, len(dims))], "its indices are separated by unbind")
     rest = cast(Dims, moved(node, known))
     return tuple(rest for _ in cast("tuple[object, ...]", nodes.node_type(node)))
 

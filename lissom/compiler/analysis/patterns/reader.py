@@ -93,12 +93,12 @@ def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
     if reader.seen == ALWAYS:
         return Reading(None, rest=rest, reason=_why(program, rest))
     if found is None:
-        return Reading(None, rest=rest, reason="what its mask says of positions is more than a pattern of blocks and distances")
+        return Reading(None, rest=rest, reason="its mask is no pattern of blocks and distances")
     pattern, layout = found
     if reader.finite and not (_sees_itself(pattern) and _is_square(mask)):
-        return Reading(None, rest=rest, reason="its mask hides with finite numbers, and may hide all keys of a row")
+        return Reading(None, rest=rest, reason="its mask has finite mask values, and may mask all keys of a row")
     if reader.finite and rest:
-        reason = "its mask hides with finite numbers: a row that sees no key is a mean over all, and padding may make one"
+        reason = "its mask has finite mask values: a fully masked row is a mean over all keys, and padding may cause one"
         return Reading(None, rest=rest, reason=reason)
     return Reading(pattern, layout, rest)
 
@@ -238,8 +238,8 @@ def _why(program: Program, rest: tuple[Part, ...]) -> str:
             pending += node.all_input_nodes
     data = [item for item in program.graph.nodes if item in found and _is_data(program, item)]
     if data:
-        return f"what its mask hides depends on '{data[0].target}', which is data"
-    return "its mask is no function of positions that is known here"
+        return f"its mask depends on '{data[0].target}', which is data"
+    return "its mask is no recognized function of positions"
 
 
 def _shape(part: Part) -> tuple[Size, ...]:

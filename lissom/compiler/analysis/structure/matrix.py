@@ -48,17 +48,17 @@ def matrix_of(linear: fx.Node) -> Matrix | str:
     weight = weight_of(linear)
     assert weight is not None, f"'{linear.name}' is no linear layer"
     if linear.target not in LINEAR_PRODUCTS:
-        return "it is a convolution or a product of batches"
+        return "it is a convolution or a batched matrix product"
     found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
     while nodes.is_call(found, *TRANSPOSES):
         found, transposed = found.args[0], not transposed
     if isinstance(found, fx.Node) and is_quantizer(found):
         return "its weight is quantized already"
     if found is not weight:
-        return "its weight is cut, cast or reshaped before it is used"
+        return "its weight is split, cast or reshaped before it is used"
     form = nodes.tensor_type(weight)
     if form.rank != 2 or not form.dtype.is_floating_point:
-        return "its weight is no matrix of floating-point numbers"
+        return "its weight is no floating-point matrix"
     return Matrix(weight, transposed)
 
 
@@ -78,15 +78,15 @@ class RoundedMatrix(Matrix):
 def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
     """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none."""
     if linear.target not in LINEAR_PRODUCTS:
-        return "it is a convolution or a product of batches"
+        return "it is a convolution or a batched matrix product"
     found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
     while nodes.is_call(found, *TRANSPOSES):
         found, transposed = found.args[0], not transposed
     if not isinstance(found, fx.Node) or found.target is not fake_quantize:
-        return "its weight is not rounded"
+        return "its weight is not quantized"
     weight = found.args[0]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != 2:
-        return "its weight is computed before it is rounded"
+        return "its weight is computed before it is quantized"
     return RoundedMatrix(weight, transposed, found)
 
 

@@ -44,7 +44,7 @@ class Amount:
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise UnsupportedError(f"keep is {self.keep:g}; give a share over 0 and up to 1")
+            raise UnsupportedError(f"keep is {self.keep:g}; give a fraction above 0 and up to 1")
         if self.round_to < 1:
             raise UnsupportedError(f"round_to is {self.round_to}; give 1 or more")
 

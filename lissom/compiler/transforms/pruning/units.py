@@ -52,7 +52,7 @@ class UnitSite:
         """Why the site cannot be calibrated on its layer's inputs; empty when it can."""
         features = nodes.tensor_type(input_of(self.columns.layer)).shape[-1]
         if features != program.weight(str(self.columns.weight.target)).shape[self.columns.dim]:
-            return "its layer does not read one feature a column"
+            return "its layer does not read one feature per column"
         return ""
 
 
