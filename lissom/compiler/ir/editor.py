@@ -90,7 +90,7 @@ class Editor:
 
     @contextmanager
     def before(self, node: fx.Node, like: Sequence[fx.Node] = ()) -> Generator[None]:
-        """Put what is made inside before `node`; its origin is that of the nodes it stands for (`like`, else `node`)."""
+        """Insert the nodes created inside before `node`; their origin is that of the nodes in `like`, else of `node`."""
         self._like = [*like] or [node]
         with self.program.graph.inserting_before(node):
             yield
@@ -160,7 +160,7 @@ class Editor:
             self.retype_from(node)
 
     def change_call(self, node: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
-        """Let a node call another operator, or the same with other arguments; typed anew. Counts as one place rewritten.
+        """Let a node call another operator, or the same with other arguments; retypes it. Counts as one place rewritten.
 
         Raises: PassError when the operator does not accept these arguments.
         """
@@ -214,7 +214,7 @@ class Editor:
         self.rewritten += 1
 
     def retype(self) -> None:
-        """Type every call anew, after sizes written into the program changed."""
+        """Retype every call, after literal sizes in the program changed."""
         for node in self.program.nodes():
             self.retype_call(node)
 

@@ -217,7 +217,7 @@ class Signature:
         raise InputError(f"argument '{leaf.path}' is {found}; the program takes {format_type(wanted, self.name_of)}: {advice}")
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Refuse sizes outside the signature.
+        """Check sizes against the signature.
 
         Raises: InputError naming the argument and dimension, the size found and the sizes allowed.
         """

@@ -1,4 +1,4 @@
-"""Which dimensions of which tensors are the same dimension, over a whole program.
+"""Finds which dimensions of a program's tensors are the same dimension.
 
 Every dimension of every value gets an axis (`axis.py`); one rule per operator (`rules.py`) derives the axes of its result from
 those of its arguments. Removing an index of an axis, or sharding it, is then the same edit everywhere the

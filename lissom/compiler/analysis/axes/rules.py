@@ -97,7 +97,7 @@ def _embedding(node: fx.Node, known: Known) -> Value:
 
 
 def _reduce(node: fx.Node, known: Known) -> Value:
-    """Mean, maximum and the like: the reduced axes are read as a whole."""
+    """Mean, maximum and similar: an operator reads all of the reduced axes at once."""
     dims = of(node.args[0], known)
     for index in reduced_dims(node, len(dims)):
         mark_whole(dims[index])

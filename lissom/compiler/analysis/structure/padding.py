@@ -153,7 +153,7 @@ def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int,
 
 
 def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Check) -> bool:
-    """True when the check holds for the values of `wanted` and of the mask on all probes; False without probes."""
+    """True when the check holds for the values of `wanted` and of the mask on all probes; False when there are no probes."""
     order = order_of(program, [mask, *wanted])
     return order is not None and mask in order and _holds_on(check, order, program, mask)
 

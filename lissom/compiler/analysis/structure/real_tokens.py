@@ -30,7 +30,7 @@ _HIDDEN_ROUNDED = 0.99 * HIDDEN
 def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -> torch.Tensor | None:
     """Which tokens of the node's tensor are real, as booleans in the shape of its batch and tokens; None when all are.
 
-    In a row without real tokens, all count as real. axis: the dimension of the tokens, not the last.
+    In a row without real tokens, all count as real. axis: the dimension of the tokens, the second to last.
     """
     shape = nodes.tensor_type(node).shape
     for batch, tokens, real in program.fact(_sources).of(program, sample):

@@ -65,7 +65,7 @@ class HeadLayer:
 
 
 def is_moved(value: object, start: fx.Node, *, kept: bool = False) -> bool:
-    """True for a value that is `start`, or a view of it.
+    """True for a value that is `start`, or comes from it through views, casts and slices only.
 
     kept: also for an item of several results, or a value that was written to state.
     """

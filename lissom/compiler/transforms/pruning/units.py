@@ -57,7 +57,7 @@ class UnitSite:
 
 
 def head_sites(edit: Editor) -> list[UnitSite]:
-    """The attentions whose heads have columns. With grouped queries a unit is all query heads of one key/value head."""
+    """The attentions whose heads have columns. With grouped queries a unit is a key/value head with its query heads."""
     found: list[tuple[str, Columns, torch.Tensor]] = []
     for site in edit.program.fact(structure).attention:
         columns = find_head_columns(edit.program, site)
