@@ -1,1 +1,1 @@
-"""What is found out about a program without changing it."""
+"""Analyses of a program, which do not change it."""

@@ -1,4 +1,4 @@
-"""Casts in a program: which calls are nothing but one, and which lose nothing."""
+"""Casts in a program: which calls only cast, and which casts are lossless."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _HOLDS = {
     torch.bfloat16: {torch.float32, torch.float64},
     torch.float32: {torch.float64},
     torch.bool: {*_FLOATS, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64},
-    # bfloat16 has 8 bits for a number, float16 11, float32 24.
+    # bfloat16 has 8 significant bits, float16 11, float32 24.
     torch.uint8: {*_FLOATS, torch.int16, torch.int32, torch.int64},
     torch.int8: {*_FLOATS, torch.int16, torch.int32, torch.int64},
     torch.int16: {torch.float32, torch.float64, torch.int32, torch.int64},
     torch.int32: {torch.float64, torch.int64},
 }
-"""For each dtype the others that hold all its values."""
+"""For each dtype, the dtypes that can represent all its values."""
 _READ_LAYOUT = {*READ_LAYOUT, aten.view.default, aten._unsafe_view.default}
 
 
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """True when every value of `narrow` is one of `wide`, so that a cast there and back gives it again."""
+    """True when `wide` can represent every value of `narrow`, so that a cast there and back is lossless."""
     return wide in _HOLDS.get(narrow, ())
 
 
 def cast_from(node: object) -> fx.Node | None:
-    """What a call casts to another dtype; None where it does more, such as move to a device, or is no cast."""
+    """The tensor that a call casts to another dtype; None when it does more, such as move to a device, or is no cast."""
     if not isinstance(node, fx.Node) or not nodes.is_call(node, *CASTS) or not nodes.is_tensor(node.args[0]):
         return None
     source: fx.Node = node.args[0]
@@ -44,17 +44,17 @@ def cast_from(node: object) -> fx.Node | None:
 
 
 def dtype_of(node: object) -> torch.dtype:
-    """The dtype of the tensor a node yields."""
+    """The dtype of a node's tensor."""
     return nodes.tensor_type(node).dtype
 
 
 def rests_on_copy(program: Program, cast: fx.Node, source: fx.Node) -> str | None:
-    """Why a cast cannot give way to its source, or a view of that, though the values are the same; None when it can."""
+    """Why a cast cannot be replaced by its source, or a view of it, with the same values; None when it can."""
     memory = memory_of(source)
     if nodes.is_state_write(memory) or (memory.op == "get_attr" and str(memory.target) in program.state):
-        return "it keeps what the state was before it is written"
+        return "it keeps the value of the state before a write"
     if memory.op in ("placeholder", "get_attr") and is_handed_out(program, cast):
         return "the caller would be given an input or a weight itself"
     if any(user.target in _READ_LAYOUT for view in views_of(cast) for user in view.users):
-        return "its memory is read as it is laid out"
+        return "an operator reads its memory layout"
     return None

@@ -1,6 +1,6 @@
-"""What a program costs: operations, bytes moved and parameters, of every node, of every site, for given or symbolic sizes.
+"""The cost of a program: operations, bytes moved and parameters of every node and site, for given or symbolic sizes.
 
-A node reads each of its inputs once and writes its outputs once, as if nothing stayed in a cache. Views move nothing.
+A node reads each of its inputs once and writes its outputs once, without any caching. Views move nothing.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from lissom.errors import UnsupportedError, nearest
 aten = torch.ops.aten
 
 _LOOKUPS = {aten.embedding.default, aten.gather.default, aten.index_select.default, aten.index.Tensor, aten.take.default}
-"""Operators that read of their first argument only the elements they yield."""
+"""Operators that read only the elements of their first argument that they return."""
 
 
 _ANSWERS: WeakKeyDictionary[FakeTensorMode, dict[object, bool]] = WeakKeyDictionary()
-"""What `moves_nothing` found by calling operators again, for as long as the fake tensors live."""
+"""A cache of `moves_nothing`, kept as long as the fake tensors."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one node or several. Each value is a number, or an expression of the program's dimensions.
+    """The cost of one or more nodes. Each value is a number, or an expression of the program's dimensions.
 
     flops: operations of products, convolutions and attentions; see `lissom.compiler.analysis.flops`.
     read_bytes, written_bytes: of all inputs, weights among them, and of all outputs.
@@ -56,14 +56,14 @@ class Cost:
 
     @property
     def intensity(self) -> sympy.Expr | float:
-        """Arithmetic intensity: operations a byte moved; 0 where nothing is moved."""
+        """Arithmetic intensity: operations per byte moved; 0 when nothing is moved."""
         if self.bytes == 0:
             return 0.0
         return self.flops / self.bytes
 
     @property
     def symbols(self) -> set[sympy.Symbol]:
-        """The sizes it depends on: dimensions without a number, and sizes that depend on the values of the inputs."""
+        """The sizes it depends on: symbolic dimensions, and sizes that depend on the values of the inputs."""
         values = (self.flops, self.read_bytes, self.written_bytes)
         free = [value.free_symbols for value in values if isinstance(value, sympy.Expr)]
         return cast("set[sympy.Symbol]", set[sympy.Basic]().union(*free))
@@ -77,7 +77,7 @@ class Cost:
 def flops(program: Program) -> int:
     """Operations of the whole program at the sizes it was captured with.
 
-    A size that depends on values counts as the largest it can be, where `nonzero` yields it, and else as 0.
+    A size that depends on values counts as its largest possible value when it comes from `nonzero`, and else as 0.
     """
     largest: dict[sympy.Basic, sympy.Integer] = {}
     for node in program.nodes(aten.nonzero.default):
@@ -94,9 +94,9 @@ def node_flops(node: fx.Node) -> int:
 
 
 def node_cost(node: fx.Node) -> Cost:
-    """The cost of one node, as numbers where its sizes are numbers. Views, sizes, inputs and weights themselves cost nothing.
+    """The cost of one node, as numbers when its sizes are numbers. Views, sizes, inputs and weights themselves cost nothing.
 
-    A table that is looked up in is read at the rows looked up; an expanded dimension is read once.
+    Of an embedding table only the looked-up rows are read; an expanded dimension is read once.
     """
     if node.op != "call_function" or not _writes(node) or moves_nothing(node):
         return Cost()
@@ -137,7 +137,7 @@ def site_costs(program: Program, sizes: Mapping[str, int] | None = None) -> Mapp
 
 
 def example_sizes(program: Program) -> dict[str, int]:
-    """The size each dimension had in the example the program was captured with, by name."""
+    """The size of each dimension in the example the program was captured with, by name."""
     found: dict[str, int] = {}
     for node in program.placeholders:
         for size in getattr(nodes.value(node), "shape", ()):
@@ -148,7 +148,7 @@ def example_sizes(program: Program) -> dict[str, int]:
 
 
 def moves_nothing(node: fx.Node) -> bool:
-    """True when the result lies in the memory of the first argument: a view, or a reshape or cast that had nothing to do."""
+    """True when the result shares memory with the first argument: a view, or a reshape or cast without effect."""
     if not is_view(node):
         return False
     source, mode = node.args[0], fake.mode_of(node)
@@ -157,7 +157,7 @@ def moves_nothing(node: fx.Node) -> bool:
     if _memory(nodes.value(node)) == _memory(nodes.value(source)):
         return True
     # Capture types some views with memory of their own; calling the operator again tells them from copies. Layers are alike, so
-    # that few calls tell of all.
+    # few calls are needed.
     known = _ANSWERS.setdefault(mode, {})
     key = (node.target, _layout(source), _layout(node), str(node.kwargs))
     if key not in known:
@@ -172,12 +172,12 @@ def _layout(node: fx.Node) -> object:
 
 
 def _memory(value: object) -> int:
-    """Names the storage of a fake tensor, while that lives."""
+    """An id of a fake tensor's storage, valid while the tensor lives."""
     return cast(torch.Tensor, value).untyped_storage()._cdata
 
 
 def _writes(node: fx.Node) -> bool:
-    """True for calls that yield tensors, rather than sizes or nothing."""
+    """True for calls that return tensors, rather than sizes or nothing."""
     found = nodes.node_type(node)
     return isinstance(found, (TensorType, tuple))
 
@@ -193,13 +193,13 @@ def _read_bytes(node: fx.Node, written: Size) -> Size:
 
 
 def _is_filled(node: fx.Node) -> bool:
-    """True for operators that read nothing of their argument but its sizes: `zeros_like`, `new_full`."""
+    """True for operators that read only the sizes of their argument: `zeros_like`, `new_full`."""
     name = getattr(node.target, "__name__", "")
     return name.partition(".")[0].endswith("_like") or name.startswith("new_")
 
 
 def _bytes(item: fx.Node) -> Size:
-    """Bytes of the tensors a node yields; a dimension that is expanded lies in memory once."""
+    """Bytes of a node's tensors; an expanded dimension is stored once."""
     found = nodes.value(item)
     tensors = found if isinstance(found, (tuple, list)) else [found]
     return _sum(_tensor_bytes(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
@@ -216,12 +216,12 @@ def _shape(node: fx.Node) -> tuple[Size, ...]:
 
 
 def example_shape(node: fx.Node) -> tuple[int, ...]:
-    """The sizes of what a node yields, at the sizes the program was captured with."""
+    """The sizes of a node's tensor in the example the program was captured with."""
     return tuple(fake.hint(size) for size in cast(torch.Tensor, nodes.value(node)).shape)
 
 
 def _largest_shape(largest: Mapping[sympy.Basic, sympy.Integer], node: fx.Node) -> tuple[int, ...]:
-    """The sizes at the example, where `largest` says how large those may be that depend on values."""
+    """The sizes at the example, with `largest` for the sizes that depend on values."""
     shape = zip(cast(torch.Tensor, nodes.value(node)).shape, _shape(node), strict=True)
     known = ((size, found.xreplace(largest)) if isinstance(found, sympy.Basic) else (size, found) for size, found in shape)
     return tuple(

@@ -1,4 +1,4 @@
-"""Say in one sentence which table a call's inputs lead out of: a token id past the vocabulary, a position past the last."""
+"""Explain an index out of range: a token id outside the vocabulary, or a position past the last."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ aten = torch.ops.aten
 
 
 def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | None:
-    """The sentence for the first lookup that asks for a row its table does not have; None when all are inside.
+    """The message for the first lookup with an index out of range; None when there is none.
 
-    The program is run once more, so this is for a call that has failed already. On CUDA such a call cannot be explained:
+    The program is run once more, so this is for a call that has already failed. On CUDA such a call cannot be explained:
     it leaves the device in an error state.
     """
     indices: dict[object, torch.Tensor] = {}
@@ -60,14 +60,14 @@ def _sentence(row: int, table: str, rows: int) -> str:
 
 @dataclass(frozen=True)
 class ShardedTable:
-    """A table sharded by rows that an input is looked up in. argument: the input's place. rows: of the whole table."""
+    """An embedding table sharded by rows. argument: the position of the input with its indices. rows: of the whole table."""
 
     argument: int
     name: str
     rows: int
 
     def outside(self, inputs: Sequence[torch.Tensor]) -> str | None:
-        """The sentence for an input that asks for a row the whole table does not have."""
+        """The message for an index outside the whole table; None when all are inside."""
         ids = inputs[self.argument]
         if ids.numel() == 0:
             return None
@@ -76,7 +76,7 @@ class ShardedTable:
 
 
 def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
-    """The tables of one rank's program that are sharded by rows, which answer zeros for rows that no rank has."""
+    """The tables of one rank's program that are sharded by rows; they return zeros for rows that no rank holds."""
     found = dict[tuple[int, int], ShardedTable]()
     places = {node: index for index, node in enumerate(program.placeholders)}
     for node in program.nodes(aten.embedding.default):
@@ -93,16 +93,16 @@ def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
 
 
 def _original(held: fx.Node) -> fx.Node:
-    """The ids that a rank clamps to the rows it has."""
+    """The ids before a rank clamps them to its own rows."""
     while held.target in (aten.clamp.default, aten.sub.Tensor):
         held = cast(fx.Node, held.args[0])
     return held
 
 
 def _look_up(node: fx.Node, shapes: Mapping[object, torch.Size]) -> tuple[object, int] | None:
-    """The indices a call looks up and how many rows its table has; None when it is no look-up, or its table is not known.
+    """The indices a call looks up and the number of rows of its table; None for no lookup, or an unknown table.
 
-    shapes: of the tensors as they are, by weight name and by node: a loaded program may be typed otherwise.
+    shapes: of the actual tensors, by weight name and by node: the types of a loaded program may differ.
     """
     if node.target is packed_embedding:
         return node.args[1], cast(int, node.kwargs["features"])

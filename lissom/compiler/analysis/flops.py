@@ -1,8 +1,8 @@
-"""Floating-point operations of one operator call, from the sizes of what it reads and yields.
+"""Floating-point operations of one operator call, from the sizes of its inputs and outputs.
 
-A multiplication with its addition is two operations. What counts is what `torch.utils.flop_counter` counts: products of
-matrices, convolutions and attentions. Element-wise work, norms, softmax, and products with a vector are free there and here.
-Beyond it, the grouped products of mixtures of experts count too, which it does not know.
+A multiply-add is two operations. As in `torch.utils.flop_counter`, matrix products, convolutions and attention count;
+element-wise operators, norms, softmax and products with a vector do not. The grouped products of mixtures of experts, which
+`flop_counter` does not know, count too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _formula(node: fx.Node) -> Formula | None:
 
 
 def product(sizes: Shape) -> Size:
-    """The sizes multiplied, numbers and expressions alike."""
+    """The product of sizes, which may be numbers or expressions."""
     return math.prod(sizes)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
@@ -61,12 +61,12 @@ def _product(node: fx.Node, shape_of: ShapeOf) -> Size:
 
 
 def _packed(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """A linear layer whose weight is packed, so that its sizes say less than the input's."""
+    """A linear layer with a packed weight, whose in_features are those of the input."""
     return product(shape_of(node)) * _operand(node, 0, shape_of)[-1]
 
 
 def _half_packed(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """A linear layer of whose weights half are kept and multiplied with, [features, inputs / 2]."""
+    """A linear layer with 2:4 sparsity, whose weight holds half of the values, [out_features, in_features / 2]."""
     return product(shape_of(node)) * _operand(node, 1, shape_of)[-1]
 
 
@@ -88,13 +88,13 @@ def _attention(node: fx.Node, shape_of: ShapeOf) -> Size:
 
 
 def _merged_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """The same, of queries, keys and values that lie beside each other and are of one size."""
+    """The same, for packed queries, keys and values of one size."""
     *_, tokens, features = shape_of(node)
     return 2 * product(shape_of(node)[:-2]) * tokens * tokens * features
 
 
 def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """The same of the blocks the pattern reaches. A layout that is no weight counts as if all its blocks were seen."""
+    """The same for the visible blocks of the pattern. For a layout that is no weight, all its blocks count as visible."""
     q, k, v = (_operand(node, index, shape_of) for index in range(3))
     block, layout = cast(int, nodes.argument(node, "block")), nodes.argument(node, "layout")
     pattern = Pattern.decode(cast(Sequence[int], nodes.argument(node, "pattern")), block)
@@ -116,7 +116,7 @@ def _weight(node: fx.Node) -> torch.Tensor | None:
 
 
 def _pairs_function(pattern: Pattern, layout: torch.Tensor | None) -> type[sympy.Function]:
-    """pairs(queries, keys): pairs of a query and a key in the blocks reached, the mean of the layout's heads."""
+    """pairs(queries, keys): the pairs of a query and a key in visible blocks, averaged over the layout's heads."""
 
     def evaluate(_: type[sympy.Function], queries: sympy.Expr, keys: sympy.Expr) -> sympy.Integer | None:
         if not (queries.is_Integer and keys.is_Integer):
@@ -133,16 +133,16 @@ def _pairs_function(pattern: Pattern, layout: torch.Tensor | None) -> type[sympy
     return type("pairs", (sympy.Function,), {"eval": classmethod(evaluate)})
 
 
-# One for each pattern, so that the pairs of two layers are like terms.
+# One function per pattern, so that sympy can add the pairs of two layers.
 @cache
 def _pairs_function_without_layout(pattern: Pattern) -> type[sympy.Function]:
     return _pairs_function(pattern, None)
 
 
 def _linear_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Keys' features times values, queries' features times these sums; causal ones also a triangle of weights in each chunk.
+    """Key features times values, and query features times these sums; causal attention adds a triangle in each chunk.
 
-    The denominator is one more feature of v.
+    The denominator counts as one more feature of v.
     """
     q, k, v = (_operand(node, index, shape_of) for index in range(3))
     total = product(k) * (v[-1] + 1) + product(q) * (v[-1] + 1)
@@ -164,7 +164,7 @@ def _any_convolution(node: fx.Node, shape_of: ShapeOf) -> Size:
 
 
 def _einsum(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """Pair by pair, in the order PyTorch takes them: a pair that sums over no label of both is an element-wise product."""
+    """Contracts pairs in PyTorch's order; a pair without a common label to sum over is an element-wise product."""
     inputs, arrow, output = cast(str, node.args[0]).replace(" ", "").partition("->")
     shapes = [shape_of(item) for item in cast(Sequence[fx.Node], node.args[1])]
     terms = inputs.split(",")
@@ -189,7 +189,7 @@ def _einsum(node: fx.Node, shape_of: ShapeOf) -> Size:
 
 
 def _labels(term: str, rank: int) -> list[str]:
-    """One label a dimension: a letter, or for those under `...` a number counted from the last of them."""
+    """One label per dimension: a letter, or for a dimension of `...` its number, counted from the last of them."""
     before, dots, after = term.partition("...")
     missing = rank - len(before) - len(after) if dots else 0
     return [*before, *map(str, range(missing, 0, -1)), *after]
@@ -222,4 +222,4 @@ FORMULAS: dict[object, Formula] = {
     ops.sparse_linear: _half_packed,
     ops.grouped_product: _grouped_product,
 }
-"""Multiplications of a call, by operator."""
+"""The formula for the multiplications of a call, by operator."""

@@ -1,4 +1,4 @@
-"""Which parts of a program the user keeps passes away from, by patterns of module paths."""
+"""Selects the parts of a program that passes may change, by patterns of module paths."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lissom.compiler.ir import node as nodes
 
 
 def obstacle_by_name(*chosen: fx.Node, skip: str, only: str) -> str | None:
-    """Why what these nodes stand for is left alone, by patterns as of `is_protected`; None when it is treated.
+    """Why a pass must leave these nodes alone, by the patterns of `is_protected`; None when it may change them.
 
-    skip: what is left alone. only: what alone is treated; where it is empty, all of it.
+    skip: modules to leave alone. only: the only modules to change; all when it is empty.
     """
     if any(is_protected(node, skip) for node in chosen):
         return "skip= names it"
@@ -22,15 +22,15 @@ def obstacle_by_name(*chosen: fx.Node, skip: str, only: str) -> str | None:
 
 
 def is_protected(node: fx.Node, patterns: str) -> bool:
-    """True when the module that made the node, or one around it, has a path that fits one of the patterns.
+    """True when the path of the node's module, or of a module that contains it, matches one of the patterns.
 
-    patterns: divided by blanks or commas. `encoder.layer.0` protects all of that layer, `*.dense` all modules of that name.
+    patterns: separated by spaces or commas. `encoder.layer.0` matches all of that layer, `*.dense` all modules of that name.
     """
     return is_path_protected(nodes.origin(node).module_path, patterns)
 
 
 def is_path_protected(path: str, patterns: str) -> bool:
-    """True when the module path, or one it lies in, fits one of the patterns."""
+    """True when the module path, or that of a containing module, matches one of the patterns."""
     parts = path.split(".")
     around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
     return any(fnmatchcase(item, pattern) for pattern in patterns.replace(",", " ").split() for item in around)

@@ -1,4 +1,4 @@
-"""Which nodes belong to which site: every call of a program in one attention, feed-forward, embedding, norm or other part."""
+"""Assigns every call of a program to one site: an attention, feed-forward, embedding, norm or other part."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Site:
     """A part of a program.
 
     kind: `attention`, `cross-attention`, `feed-forward`, `convolution`, `embedding`, `norm`, `output head`; then `product` for
-        products of matrices in none of these, and `other`.
-    layer: the module path of the layer it belongs to; empty for all kinds but attentions and feed-forwards.
+        matrix products in none of these, and `other`.
+    layer: the module path of its layer; empty for all kinds but attentions and feed-forwards.
     nodes: its calls, in the order of the graph.
     """
 
@@ -29,10 +29,10 @@ class Site:
 
 
 def sites(program: Program) -> tuple[Site, ...]:
-    """The sites of a program, which hold every call once; ask for it as `program.fact(sites)`.
+    """The sites of a program, which together hold every call once; use it as `program.fact(sites)`.
 
-    Attentions and feed-forwards come first, in the order of the graph. Each owns its projections and what is computed from
-    these on the way to its last layer. Masks, position tables and residual sums are `other`.
+    Attentions and feed-forwards come first, in the order of the graph. Each holds its projections and the calls between them
+    and its last layer. Masks, position tables and residual adds are `other`.
     """
     found = program.fact(structure)
     order = {node: index for index, node in enumerate(program.nodes())}
@@ -62,7 +62,7 @@ def sites(program: Program) -> tuple[Site, ...]:
 
 
 def _between(firsts: Iterable[fx.Node], last: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
-    """The firsts, the last, and what is computed from the firsts on the way to the last without another linear layer."""
+    """The first calls, the last, and the calls between them, not through another linear layer."""
     before: set[fx.Node] = set()
     pending = [last]
     while pending:

@@ -1,7 +1,7 @@
-"""Along which dimensions a call works position by position: index i of its result depends on index i of its operands alone.
+"""The dimensions along which a call works per position: index i of its result depends on index i of its operands only.
 
-This is what lets a choice of positions move in front of a call, f(x)[i] = f(x[i]), and lets a call run on some positions only.
-It is a finer question than `axes` answers, where a dimension that is reduced or mixed is still the same dimension.
+A selection of positions can then move before the call, f(x)[i] = f(x[i]), or the call can run on some positions only.
+This is stricter than `axes`, where a dimension that is reduced or mixed is still the same dimension.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lissom.ops import linear_attention, rotary
 aten = torch.ops.aten
 
 Slot = int | str | tuple[int, int]
-"""Where in a call an operand stands: a position, a keyword, or a position and an index in the list there."""
+"""The place of an operand in a call: a position, a keyword, or a position and an index in the list there."""
 Sources = dict[Slot, int]
 Rule = Callable[[fx.Node, int], "Sources | None"]
 
 
 def position_sources(node: fx.Node, dim: int) -> Sources | None:
-    """For dimension `dim` of what a call yields, the operands it comes from and which of their dimensions it is.
+    """For dimension `dim` of a call's result, the operands it comes from, with their matching dimensions.
 
-    Operands that are missing are the same for every position. None where a position depends on several, or on none.
-    Of a call that yields several tensors, `dim` counts the dimensions of one piece.
+    Operands not listed are the same for every position. None when a position depends on several positions, or on none.
+    For a call that returns several tensors, `dim` is a dimension of each of them.
     """
     rule = RULES.get(node.target, _pointwise if ops.is_pointwise(node) else _mapped)
     found = rule(node, dim)
@@ -39,7 +39,7 @@ def position_sources(node: fx.Node, dim: int) -> Sources | None:
 
 
 def operands(node: fx.Node) -> dict[Slot, fx.Node]:
-    """The tensors a call reads, by where they stand."""
+    """The tensors a call reads, by their place in the call."""
     found: dict[Slot, fx.Node] = {}
     for index, item in enumerate(node.args):
         if isinstance(item, (list, tuple)):
@@ -50,7 +50,7 @@ def operands(node: fx.Node) -> dict[Slot, fx.Node]:
 
 
 def with_operands(node: fx.Node, changed: Mapping[Slot, object]) -> tuple[list[object], dict[str, object]]:
-    """The call's arguments with some operands exchanged."""
+    """The call's arguments with some operands replaced."""
     args: list[object] = [list(item) if isinstance(item, (list, tuple)) else item for item in node.args]
     kwargs: dict[str, object] = dict(node.kwargs)
     for slot, item in changed.items():
@@ -84,7 +84,7 @@ def _is_value(item: object) -> TypeGuard[fx.Node]:
 
 
 def _aligned(node: fx.Node, dim: int, slots: Mapping[Slot, fx.Node]) -> Sources:
-    """The operands that have the dimension when they are broadcast against each other."""
+    """The operands that have the dimension when they are broadcast to the result."""
     shape = shape_of(node)
     back = len(shape) - dim
     found: Sources = {}
@@ -104,7 +104,7 @@ def _all_but_last(node: fx.Node, dim: int) -> Sources | None:
 
 
 def _mapped(node: fx.Node, dim: int) -> Sources | None:
-    """Views, reductions and the like: the call's dimension map says it, unless the call takes sizes from a second tensor."""
+    """Views, reductions and similar: by the call's dimension map, unless the call takes sizes from a second tensor."""
     found = None if node.target in (*ops.RESHAPES_AS, aten.expand_as.default) else dimension_map(node)
     source = None if found is None else found[dim]
     return None if source is None else {0: source}
@@ -123,7 +123,7 @@ def _norm(node: fx.Node, dim: int) -> Sources | None:
 
 
 def _joined(node: fx.Node, dim: int) -> Sources | None:
-    """cat, stack: the tensors of the rank that the first has; an empty one of rank 1 goes with any others in `cat`."""
+    """cat, stack: the tensors of full rank; `cat` also accepts empty tensors of rank 1."""
     found = dimension_map(node)
     source = None if found is None else found[dim]
     rank = len(shape_of(node)) - (node.target is aten.stack.default)
@@ -142,7 +142,7 @@ def _matmul(node: fx.Node, dim: int) -> Sources | None:
 
 
 def _attention(node: fx.Node, dim: int) -> Sources | None:
-    """A query's row needs all keys and values; batches and heads are apart, unless query heads share key heads."""
+    """A query depends on all keys and values; batches and heads are independent, unless query heads share key heads."""
     rank, slots = len(shape_of(node)), operands(node)
     q, _, v, *rest = slots
     if dim == rank - 1:
@@ -155,7 +155,7 @@ def _attention(node: fx.Node, dim: int) -> Sources | None:
 
 
 def _linear_attention(node: fx.Node, dim: int) -> Sources | None:
-    """The same, but that a causal row is told by its place among the rows."""
+    """The same, but a causal row depends on its position among the rows."""
     q, k, _ = (shape_of(item) for item in node.args[:3])
     if (dim == 2 and nodes.argument(node, "causal")) or (dim == 1 and q[1] != k[1]):
         return None
@@ -182,4 +182,4 @@ RULES: dict[object, Rule] = rule_table(
     (_index_select, [aten.index_select.default]),
     (_convolution, ops.CONVOLUTIONS),
 )
-"""By operator; views and reductions have a dimension map instead."""
+"""The rules by operator; views and reductions use their dimension map instead."""

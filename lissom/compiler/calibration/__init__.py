@@ -1,1 +1,1 @@
-"""Statistics of what nodes yield on a caller's data."""
+"""Statistics of activations on the caller's calibration data."""

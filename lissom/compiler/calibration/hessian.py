@@ -1,4 +1,4 @@
-"""The Hessian of a layer's squared error, H = XᵀX, and the factor of its inverse that second-order methods go by."""
+"""The Hessian of a layer's squared error, H = XᵀX, and the Cholesky factor of its inverse for second-order methods."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def inverse_factor(gram: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def shifted(weight: torch.Tensor, gram: torch.Tensor, shift: torch.Tensor, pull: float) -> torch.Tensor:
-    """The weights V for which Σ ‖V·x - W·x₀‖² + λ ‖V - W‖² is least: W (I + Σ (x₀ - x)·xᵀ (XᵀX + λI)⁻¹).
+    """The weights V that minimize Σ ‖V·x - W·x₀‖² + λ ‖V - W‖²: W (I + Σ (x₀ - x)·xᵀ (XᵀX + λI)⁻¹).
 
-    weight: W, [features out, features in]; gram: XᵀX; shift: Σ (x₀ - x)·xᵀ; λ is `pull` times the mean of the diagonal of XᵀX.
+    weight: W, [out_features, in_features]; gram: XᵀX; shift: Σ (x₀ - x)·xᵀ; λ is `pull` times the mean of the diagonal of XᵀX.
     """
     factor = torch.linalg.cholesky(damped(gram, pull))
     missing = weight.double() @ shift.double()

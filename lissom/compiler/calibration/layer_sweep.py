@@ -1,9 +1,9 @@
-"""Sequential calibration: run all samples through a program at once, and halt before chosen layers so that they can change.
+"""Sequential calibration: run all samples through a program together, stopping before chosen layers so that they can change.
 
-Every sample is run up to the first chosen layer; the caller sees what the layer reads and may give it another weight; then
-every sample is run on with that weight. So each layer is calibrated on what the layers before it give after they were changed,
-at the cost of one run of the program. Kept between two halts is only what is read later: the residual stream, the masks and
-what the next layer reads, of every sample. What depends on no input is computed once for all samples.
+All samples run up to the first chosen layer; the caller gets the layer's inputs and may set its weight; then all samples
+continue with that weight. Each layer is thus calibrated on the outputs of the already changed layers before it, at the cost of
+one run of the program. Between two stops only the values that are read later are kept: the residual stream, the masks and the
+next layer's inputs, of every sample. Values that depend on no input are computed once for all samples.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
 TokenWeights = Callable[[fx.Node, Sequence[torch.Tensor]], Sequence[torch.Tensor] | None]
-"""From a layer and what it reads, for every sample [tokens, features], to what each token counts, [tokens]; None: all alike."""
+"""From a layer and its inputs, [tokens, features] per sample, to token weights, [tokens] per sample; None for equal weights."""
 
 
 def sweep(
     program: Program, data: Sequence[Sample], layers: Collection[fx.Node]
 ) -> Generator[tuple[fx.Node, list[torch.Tensor]]]:
-    """Each of these linear layers in the order of the graph, with what it reads: for every sample [real tokens, features].
+    """Each of these linear layers in the order of the graph, with its inputs: [real tokens, features] for every sample.
 
-    The caller may set weights of the layers to come, that of the layer just given included, before it asks for the next.
+    Before it asks for the next layer, the caller may set the weight of the current layer and of later ones.
 
     Raises: RequirementError when a value is infinite or NaN.
     """
     constant = _computed_from_weights(program)
-    return _sweep(program, data, layers, constant, _behind(layers, constant))
+    return _sweep(program, data, layers, constant, _ancestors(layers, constant))
 
 
 @dataclass(frozen=True)
 class Read:
-    """What the layers of one weight read.
+    """Statistics of the inputs of the layers that share one weight.
 
-    moments: of x, what they read in the program as it is by then. shift: Σ (x₀ - x)·xᵀ, x₀: what they read in the other
-    program, [features, features]; None where there is none.
+    moments: of x, their inputs in the program at that time. shift: Σ (x₀ - x)·xᵀ, [features, features], with x₀ their inputs
+    in the other program; None when there is none.
     """
 
     moments: Moments
@@ -56,14 +56,14 @@ class Read:
 
 @dataclass(frozen=True)
 class Counterpart:
-    """Another program that is given the same data, and the layers of it that some layers of this one correspond to."""
+    """Another program that runs on the same data, and its layers that correspond to layers of this one."""
 
     program: Program
     layers: Mapping[fx.Node, fx.Node]
 
     @classmethod
     def of(cls, program: Program, layers: Mapping[fx.Node, Matrix], reference: Program) -> Counterpart:
-        """The layers of the same name in another program, as far as they have the same weights."""
+        """The layers of the same name and with the same weights in another program."""
         known = {node.name: node for node in reference.nodes() if is_linear(node)}
         found: dict[fx.Node, fx.Node] = {}
         for layer, matrix in layers.items():
@@ -82,11 +82,11 @@ def sweep_moments(
     token_weights: TokenWeights = lambda layer, read: None,
     counterpart: Counterpart | None = None,
 ) -> Generator[tuple[fx.Node, Read]]:
-    """For each weight one of the layers that multiply with it, and the moments of what all of them read.
+    """For each weight one of the layers that use it, and the moments of the inputs of all of them.
 
-    weights: the name of each layer's weight. Those that several layers share, and those named in `first`, come first, all with
-    the moments of the program as it is; then the others as in `sweep`, their tokens weighted, and compared to what their
-    counterparts read. The caller may set the weight of the layer given.
+    weights: the name of each layer's weight. Weights shared by several layers, and those named in `first`, come first, with
+    the moments of the unchanged program; then the others as in `sweep`, with token weights, and compared to the inputs of
+    their counterparts. The caller may set the weight of the current layer.
     """
     readers: dict[str, list[fx.Node]] = {}
     for layer, name in weights.items():
@@ -115,7 +115,7 @@ def sweep_moments(
 def _counterparts(
     data: Sequence[Sample], layers: Sequence[fx.Node], counterpart: Counterpart | None
 ) -> Iterator[list[torch.Tensor] | None]:
-    """What the counterpart of each layer reads, sample by sample; None where it has none."""
+    """The inputs of each layer's counterpart, per sample; None for a layer without a counterpart."""
     others = (
         {} if counterpart is None else {layer: counterpart.layers[layer] for layer in layers if layer in counterpart.layers}
     )
@@ -130,7 +130,7 @@ def _counterparts(
 
 
 def moments_of(read: Sequence[torch.Tensor], counts: Sequence[torch.Tensor] | None = None) -> Moments:
-    """The moments of what `sweep` gives; counts: what each token of each sample counts, 1 by default."""
+    """The moments of the inputs from `sweep`; counts: the token weights of each sample, 1 by default."""
     sums = Moments.empty(read[0].shape[-1], read[0].device)
     for index, rows in enumerate(read):
         sums.add(rows, None if counts is None else counts[index])
@@ -151,8 +151,8 @@ def shift_of(
 def _sweep(
     program: Program, data: Sequence[Sample], layers: Collection[fx.Node], constant: set[fx.Node], late: set[fx.Node]
 ) -> Generator[tuple[fx.Node, list[torch.Tensor]]]:
-    """constant: what no input reaches, computed once for all samples; late: what is computed each time it is read."""
-    needed = _behind(layers)
+    """constant: nodes that depend on no input, computed once for all samples; late: nodes computed at each use."""
+    needed = _ancestors(layers)
     order = [node for node in program.graph.nodes if node in needed and node not in late]
     last_uses = _last_uses(order)
     fixed: dict[fx.Node, object] = {}
@@ -183,7 +183,7 @@ def _run(
     late: Collection[fx.Node],
     last_uses: Mapping[fx.Node, Sequence[fx.Node]],
 ) -> None:
-    """Compute these nodes for one sample, and let go of what nothing reads any more."""
+    """Compute these nodes for one sample, freeing each value after its last use."""
 
     def value_of(node: fx.Node) -> object:
         if node not in late:
@@ -202,7 +202,7 @@ def _run(
 
 
 def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that none of the nodes after it reads."""
+    """For each node, the values that no later node reads."""
     seen: set[fx.Node] = set()
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(order):
@@ -211,8 +211,8 @@ def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _behind(ends: Collection[fx.Node], within: Collection[fx.Node] | None = None) -> set[fx.Node]:
-    """What these layers are computed from, with the layers themselves; or only what of it lies `within`.
+def _ancestors(ends: Collection[fx.Node], within: Collection[fx.Node] | None = None) -> set[fx.Node]:
+    """The nodes that these layers depend on, and the layers themselves; or only the dependencies in `within`.
 
     Writes of state are not followed.
     """
@@ -227,7 +227,7 @@ def _behind(ends: Collection[fx.Node], within: Collection[fx.Node] | None = None
 
 
 def _computed_from_weights(program: Program) -> set[fx.Node]:
-    """Weights, and what is computed from weights alone."""
+    """The weights, and the calls that depend on weights only."""
     constant: set[fx.Node] = set()
     for node in program.graph.nodes:
         weight = node.op == "get_attr" and str(node.target) not in program.state

@@ -1,17 +1,17 @@
-"""Observers: from values to the range a quantized format should hold. What lies outside is cut off.
+"""Observers: from values to the clipping range of a quantized format.
 
-Of activations, from a histogram of 2,048 bins over all calibration data:
+For activations, from a histogram of 2,048 bins over all calibration data:
 
 - `min-max`: the least and the largest value.
-- `percentile`: the middle share of all values, 0.9999 unless told. McKinstry et al. 2018, Discovering Low-Precision Networks,
-  §3.
-- `mse`: both ends drawn in by the factor α for which Σ (x - fake_quantize(x))² is least. Choukroun et al. 2019, Low-bit
+- `percentile`: the central fraction of all values, 0.9999 by default. McKinstry et al. 2018, Discovering Low-Precision
+  Networks, §3.
+- `mse`: both ends scaled by the factor α that minimizes Σ (x - fake_quantize(x))². Choukroun et al. 2019, Low-bit
   Quantization of Neural Networks for Efficient Inference, eq. 3.
-- `entropy`: the α for which D(P ‖ Q) is least; P: the histogram, what is cut off added to the outermost bins, Q: P spread
+- `entropy`: the α that minimizes D(P ‖ Q); P: the histogram, with clipped values added to the outermost bins, Q: P spread
   evenly over the bins that share a level. Migacz 2017, 8-bit Inference with TensorRT, slides 24 to 28.
 
-Of weights, block by block: `min-max`, or `mse` for every block on its own; `auto` is `mse` for formats of four bits, whose few
-levels make the search pay, else `min-max`.
+For weights, per block: `min-max`, or `mse` for every block separately; `auto` is `mse` for 4-bit formats, where the search
+matters because they have few levels, else `min-max`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BINS = 2048
 _FACTORS = torch.linspace(1.0, 0.2, 81)
 _WEIGHT_FACTORS = torch.linspace(1.0, 0.5, 26)
 _AT_ONCE = 1 << 19
-"""Numbers of a weight whose ranges are searched at once."""
+"""The number of weight elements whose ranges are searched at once."""
 
 
 def observed_ranges(
@@ -47,7 +47,7 @@ def observed_ranges(
     share: float = 0.9999,
     progress: Progress | None = None,
 ) -> dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]:
-    """The range of what each chosen node yields on the data's real tokens, each end of shape []."""
+    """The range of each chosen node's values on the data's real tokens, each end of shape []. share: for `percentile`."""
     ends: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def widen(node: fx.Node, rows: torch.Tensor) -> None:
@@ -93,12 +93,12 @@ def choose_range(
 def weight_scale(
     weight: torch.Tensor, shape: tuple[int, ...], form: Format, observer: WeightObserver
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point of a weight, one for each block. shape: of the scale."""
+    """Scale and zero point of a weight, one per block. shape: of the scale."""
     if observer == "auto":
         observer = "mse" if form.bits == 4 else "min-max"
     if observer == "min-max" or not shape or shape[0] == 1 or weight.numel() <= _AT_ONCE:
         return _weight_scale(weight, shape, form, observer)
-    # Piece by piece, so that what is tried stays in the cache.
+    # Piece by piece, so that the intermediate tensors stay in the CPU cache.
     blocks = max(1, shape[0] * _AT_ONCE // weight.numel())
     pieces = weight.split(blocks * (weight.shape[0] // shape[0]))
     found = [_weight_scale(piece, (len(piece) * shape[0] // len(weight), *shape[1:]), form, observer) for piece in pieces]
@@ -142,13 +142,13 @@ def _divergence(counts: torch.Tensor, centers: torch.Tensor, low: torch.Tensor, 
     held = formats.dequantize(formats.quantize(centers, scale, zero_point, form), scale, zero_point, torch.float32)
     inside = (centers >= low) & (centers <= high)
     if not inside.any():
-        # Values far from zero and near to each other are all outside of a narrower range.
+        # Values far from zero and close together are all outside a narrower range.
         return float("inf")
     wanted = torch.where(inside, counts, 0.0)
     first, last = inside.nonzero()[0], inside.nonzero()[-1]
     wanted[first] += counts[: int(first)].sum()
     wanted[last] += counts[int(last) + 1 :].sum()
-    # Each level's mass, spread over its bins that hold any.
+    # Spread each level's mass over its non-empty bins.
     levels, level_of = held.unique(return_inverse=True)
     there = inside & (counts > 0)
     mass = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, level_of, torch.where(inside, counts, 0.0))

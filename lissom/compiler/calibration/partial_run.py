@@ -1,4 +1,4 @@
-"""Samples on their way through a program, stopped between two nodes, so that weights further on fit what arrives."""
+"""Partial runs: samples stopped between two nodes of a program, so that later weights can be fitted to their values."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
 _LEAST = 1e-2
-"""Below it, float16 has fewer bits for values that matter."""
+"""If the largest value is smaller, float16 would lose bits of values that matter."""
 
 
 class Stream:
-    """The values of some samples at one place of a program each; only those that are read further on are held.
+    """The values of some samples, each stopped at one place of a program; only values that are read later are kept.
 
-    They are held as float16 where that can hold them: its eleven bits are many for sums over thousands of tokens, and half the
-    memory is that of the residual streams of all the data. Weights are read when a node is computed, so one that is set behind
-    the place of a sample counts.
+    They are kept as float16 when it can represent them: its eleven bits suffice for sums over thousands of tokens, and the
+    residual streams of all the data need half the memory. Weights are read when a node is computed, so a weight set after a
+    sample has stopped before it takes effect.
     """
 
     def __init__(self, program: Program, data: Sequence[Sample]) -> None:
@@ -34,7 +34,7 @@ class Stream:
         self._place = [0 for _ in data]
 
     def peek(self, sample: int, wanted: Sequence[fx.Node]) -> list[torch.Tensor]:
-        """What nodes further on yield for one sample, which stays where it is."""
+        """The values of later nodes for one sample, which does not advance."""
         values = {node: _read(node, value) for node, value in self._held[sample].items()}
         needed, pending = set[fx.Node](), list(wanted)
         while pending:
@@ -47,7 +47,7 @@ class Stream:
         return [self._value(node, values) for node in wanted]
 
     def advance(self, sample: int, last: fx.Node, wanted: Sequence[fx.Node] = ()) -> list[torch.Tensor]:
-        """Move one sample past `last`; gives what the wanted nodes yield, which are held or lie on the way."""
+        """Run one sample past `last`; returns the values of the wanted nodes, which are kept or computed on the way."""
         held = {node: _read(node, value) for node, value in self._held[sample].items()}
         found = {node: held[node] for node in wanted if node in held}
         end = self._index[last] + 1
@@ -59,7 +59,7 @@ class Stream:
             for used in self._last_uses.get(node, ()):
                 held.pop(used, None)
         self._place[sample] = max(self._place[sample], end)
-        self._held[sample] = {node: _short(value) for node, value in held.items()}
+        self._held[sample] = {node: _as_half(value) for node, value in held.items()}
         return [self._value(node, found) for node in wanted]
 
     def _call(self, node: fx.Node, values: dict[fx.Node, object]) -> object:
@@ -71,8 +71,8 @@ class Stream:
         return cast(torch.Tensor, found)
 
 
-def _short(value: object) -> object:
-    """A float32 tensor as float16, where no value of it is too large or but a rounding of zero."""
+def _as_half(value: object) -> object:
+    """A float32 tensor as float16, unless its largest value is too large or too small for it."""
     if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or not value.numel():
         return value
     largest = float(value.abs().max())
@@ -80,5 +80,5 @@ def _short(value: object) -> object:
 
 
 def _read(node: fx.Node, value: object) -> object:
-    """The tensor in the dtype the node yields."""
+    """The tensor in the node's dtype."""
     return value.to(nodes.tensor_type(node).dtype) if isinstance(value, torch.Tensor) else value

@@ -1,7 +1,7 @@
-"""Ranges: how large and how small the numbers are that weights hold and that nodes yield on calibration data.
+"""Ranges of weights, and of activations on calibration data.
 
-Told apart are numbers a shorter format cannot hold and numbers it holds with fewer bits. Every element counts, those of padding
-too: a single infinity there becomes NaN where attention multiplies it with zero. Only a few numbers a node are kept.
+They show values that overflow in a low-precision format, and values that become subnormal in it. Every element counts, also at
+padding: a single infinity there becomes NaN when attention multiplies it with zero. Only a few numbers per node are kept.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lissom.compiler.ir.samples import Sample
 
 @dataclass(frozen=True)
 class Range:
-    """The finite numbers of a tensor, or of all a node yielded.
+    """The range of the finite values of a tensor, or of a node on all samples.
 
-    low, high: the least and the greatest, or 0 where all are on the other side. norm: the greatest ‖x‖₂ along the last
-    dimension. small: of the numbers that are not zero, the share below the smallest normal number of a format.
+    low, high: min(0, least) and max(0, greatest). norm: the greatest ‖x‖₂ along the last dimension.
+    small: the fraction of the non-zero values below the smallest normal number of a format.
     """
 
     low: float
@@ -37,7 +37,7 @@ class Range:
 
 
 def range_of(tensor: torch.Tensor, dtype: torch.dtype) -> Range:
-    """The range of one tensor. dtype: the format whose smallest normal number divides small from large."""
+    """The range of one tensor. dtype: the format for `small`."""
     return _range(_sums(tensor.detach(), dtype))
 
 
@@ -48,7 +48,7 @@ def measured_ranges(
     dtype: torch.dtype,
     progress: Progress | None = None,
 ) -> dict[fx.Node, Range]:
-    """The range of what each chosen node yields over all samples; of all parts together where it yields several."""
+    """The range of each chosen node's values over all samples; of all its tensors together when it has several."""
     sums: dict[fx.Node, torch.Tensor] = {}
 
     def add(node: fx.Node, value: object) -> None:
@@ -76,7 +76,7 @@ def measured_ranges(
 
 
 def _sums(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Least, greatest, greatest norm, numbers that are not zero, and those of them that are small: [5], float64."""
+    """Least, greatest, greatest norm, count of non-zero values, and count of small ones among them: [5], float64."""
     if value.numel() == 0:
         return torch.zeros(5, dtype=torch.float64, device=value.device)
     finite = torch.where(value.isfinite(), value, 0)

@@ -1,7 +1,7 @@
-"""Calibration: run samples through a program and keep sums of what chosen nodes yield, and of the gradients that reach them.
+"""Calibration: run samples through a program and collect statistics of chosen activations and their gradients.
 
-Samples are run one after another and only sums are kept, so memory does not grow with their number. Padding does not count: a
-token does that attention does not hide (see `real_tokens`).
+Samples run one after another and only sums are kept, so memory does not grow with their number. Only real tokens count, those
+that attention does not mask (see `real_tokens`).
 
 There are no labels, so gradients are those of the program's own likelihood, whose second moment is the Fisher information.
 An output over a vocabulary is a distribution, and a label is drawn from it. Any other output f is the mean of a normal
@@ -31,14 +31,14 @@ from lissom.errors import RequirementError
 Visit = Callable[[fx.Node, torch.Tensor], None]
 VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 Progress = Callable[[int, int], None]
-"""Called with the samples finished and the samples in all."""
+"""Called with the number of finished samples and their total number."""
 
 
 @dataclass
 class Moments:
-    """Sums over the real tokens of what one node yields, x: [features].
+    """Sums over the real tokens of one node's values, x: [features].
 
-    count: tokens. total: Σ x, [features]. gram: Σ x·xᵀ, [features, features]. Where tokens have weights, each counts as often.
+    count: tokens. total: Σ x, [features]. gram: Σ x·xᵀ, [features, features]. Token weights apply to all three.
     """
 
     count: float
@@ -71,7 +71,7 @@ class Moments:
         return self.gram / max(self.count, 1) - torch.outer(mean, mean)
 
     def add(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """rows: [tokens, features]; weights: [tokens], 1 each by default."""
+        """Add tokens. rows: [tokens, features]; weights: [tokens], 1 each by default."""
         rows = rows.float()
         weighted = rows if weights is None else rows * weights[:, None]
         self.count += len(rows) if weights is None else float(weights.sum())
@@ -80,7 +80,7 @@ class Moments:
 
 
 def spread(data: Sequence[Sample], tokens: int) -> list[Sample]:
-    """Samples spread over the data, as many as hold about so many tokens; all of them when they hold fewer."""
+    """Evenly spaced samples of the data with about that many tokens together; all samples when they have fewer."""
     held = sum(max(tensor.shape[:2].numel() for tensor in sample) for sample in data)
     wanted = max(1, min(len(data), round(len(data) * tokens / max(held, 1))))
     return [data[index * len(data) // wanted] for index in range(wanted)]
@@ -92,7 +92,7 @@ def real_rows(value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def check_finite(program: Program, node: fx.Node, rows: torch.Tensor) -> None:
-    """Refuse what overflowed. rows: [tokens, features], activations or gradients of the node for one sample's real tokens.
+    """Check for overflow. rows: [tokens, features], activations or gradients of the node for one sample's real tokens.
 
     Raises: RequirementError when a value is infinite or NaN.
     """
@@ -117,7 +117,7 @@ def observe(
 def moments(
     program: Program, data: Sequence[Sample], chosen: Iterable[fx.Node], progress: Progress | None = None
 ) -> dict[fx.Node, Moments]:
-    """The moments of what each chosen node yields; take `linears.input_of(linear)` for what a linear layer reads.
+    """The moments of each chosen node's values; choose `input_of(linear)` for the input of a linear layer.
 
     Raises: RequirementError when a value is infinite or NaN.
     """
@@ -139,9 +139,9 @@ def observe_gradients(
     progress: Progress | None = None,
     seed: int = 0,
 ) -> None:
-    """Run every sample forth and back; `visit` gets each chosen node, its value, the gradient ∂L/∂value and its mask.
+    """Run every sample forward and backward; `visit` gets each chosen node, its value, the gradient ∂L/∂value and its mask.
 
-    The first two have the node's own shape, and are zero at padding; for the mask see `token_mask`. L is the
+    Value and gradient have the node's shape, and are zero at padding; for the mask see `token_mask`. L is the
     log-likelihood of outputs drawn from the program itself, see above; `seed` fixes the draw.
 
     Raises: RequirementError when a value or a gradient is infinite or NaN.
@@ -153,7 +153,7 @@ def observe_gradients(
             outputs = _run(program, sample, chosen, partial(_track, found))
             likelihood = _likelihood(program, sample, outputs, generator)
             values = [value for _, value, _ in found]
-            # Outputs that no chosen value reaches have no gradient.
+            # Outputs that depend on no chosen value have no gradient.
             reached = bool(values) and likelihood.requires_grad
             gradients = cast(
                 "Sequence[torch.Tensor | None]",
@@ -199,14 +199,14 @@ def _track(
     value: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> None:
-    """Keep a value for its gradient; where no weight before it is trainable, the graph of gradients starts here."""
+    """Keep a value for its gradient; when no weight before it is trainable, the autograd graph starts here."""
     if not value.requires_grad:
         value.requires_grad_()
     found.append((node, value, mask))
 
 
 def _likelihood(program: Program, sample: Sample, outputs: Sequence[object], generator: torch.Generator) -> torch.Tensor:
-    """The log-likelihood of outputs drawn from the program's own, summed over real tokens; constants left out."""
+    """The log-likelihood of labels drawn from the program's own outputs, summed over real tokens, without constants."""
     leaves = cast("Sequence[object]", program.output.args[0])
     vocabularies = {item.rows for item in program.fact(structure).embeddings}
     total = torch.zeros(())

@@ -1,8 +1,8 @@
-"""Collectives in a program, what stands in for them, and the ranks of a program run in lock-step in one process.
+"""Collectives in a program, their stand-ins in a single process, and their lock-step execution for all ranks in one process.
 
-The operators are `torch.distributed`'s functional ones. Where there is no process group, and in a pipeline always, one rank's
-program runs with stand-ins: a sum over ranks is the rank's own part, a gathering that many copies of it. So it can be checked
-and lowered alone; its numbers are then no answer, but the same before and after an exact pass.
+The operators are `torch.distributed`'s functional ones. Without a process group, and always in a pipeline, one rank's program
+runs with stand-ins: an all-reduce returns the rank's own part, an all-gather returns copies of it. The program can then be
+checked and lowered in one process. Its numbers are meaningless, but an exact pass does not change them.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ STAND_INS: Mapping[object, Callable[..., object]] = {
     REDUCE_SCATTER: _alone_scatter,
     WAIT: _alone_wait,
 }
-"""What is called in place of a collective where there is no process group."""
+"""The functions called in place of collectives when there is no process group."""
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 
 
 @contextmanager
 def alone() -> Generator[None]:
-    """Run stand-ins even where there is a process group: a rank that compiles must not wait for the others."""
+    """Run stand-ins even when there is a process group: a rank that compiles must not wait for the others."""
     token = _ALONE.set(True)
     try:
         yield
@@ -71,16 +71,16 @@ def alone() -> Generator[None]:
 
 
 def stand_in(target: object) -> Callable[..., object] | None:
-    """What is called in place of a target; None where the target itself is."""
+    """The stand-in for a target; None when the target itself is called."""
     if target not in STAND_INS or (torch.distributed.is_initialized() and not _ALONE.get()):
         return None
     return STAND_INS[target]
 
 
 def together(target: object, parts: Sequence[torch.Tensor], options: Sequence[object]) -> list[torch.Tensor]:
-    """What each rank gets from a collective that all ranks call, from what each gives.
+    """The result of a collective on each rank, from the input of each rank.
 
-    options: the arguments behind the tensor.
+    options: the arguments after the tensor.
     """
     world_size = len(parts)
     if target is ALL_GATHER:

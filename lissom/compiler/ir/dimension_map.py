@@ -1,11 +1,11 @@
-"""Which dimension of its argument each dimension of a view is, index for index.
+"""Maps each dimension of a view's result to the dimension of its argument with the same indices.
 
     transpose(x, 1, 2), x: [batch, tokens, heads, size]  ->  (0, 2, 1, 3)
     x[:, 0]                                              ->  (0, 2, 3)
     unsqueeze(x, 1)                                      ->  (0, None, 1, 2, 3)
 
-A dimension that the call makes, changes in length or reorders is None. The same holds for what is no view but works along some
-dimensions only: reductions, softmax, sorting.
+A dimension that the call creates, resizes or reorders is None. Operators that are no views but work along some dimensions only
+have maps too: reductions, softmax, sorting.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from lissom.compiler.ir.operators import aten
 from lissom.compiler.ir.types import Size, TensorType
 
 DimensionMap = tuple[int | None, ...]
-"""For each dimension of the result the dimension of the argument that it is, counted from the front, or None."""
+"""For each dimension of the result, the matching dimension of the argument, counted from the front, or None."""
 _Rule = Callable[[fx.Node], DimensionMap]
 
 
 def dimension_map(node: fx.Node) -> DimensionMap | None:
-    """The dimensions of a call's first argument as dimensions of its result; None for an operator that has no such map.
+    """The map from the dimensions of a call's result to those of its first argument; None for an operator without a map.
 
-    Of a call that returns several tensors, the dimensions of each. `cat` and `stack` have one map for each of their tensors;
-    tensors of another rank than the first, which `cat` allows when they are empty, have none.
+    For a call that returns several tensors, the map holds for each of them. For `cat` and `stack` it holds for each input
+    tensor, except the empty tensors of another rank that `cat` allows.
     """
     rule = _RULES.get(node.target)
     return None if rule is None else rule(node)
 
 
 def places(node: fx.Node) -> dict[int, int] | None:
-    """The same the other way round: where each dimension of the argument that is kept goes; None where there is no map."""
+    """The inverse map: for each dimension of the argument that is kept, its place in the result; None without a map."""
     found = dimension_map(node)
     return None if found is None else {source: dim for dim, source in enumerate(found) if source is not None}
 
@@ -51,21 +51,21 @@ def shape_of(item: object) -> tuple[Size, ...]:
 
 
 def product_of(sizes: Sequence[Size]) -> Size:
-    """The product of sizes, in a form in which equal products are equal."""
+    """The product of sizes, expanded so that equal products compare equal."""
     if all(isinstance(size, int) for size in sizes):
         return math.prod(cast("Sequence[int]", sizes))
     return cast(sympy.Expr, sympy.expand(sympy.Mul(*sizes)))
 
 
 def named_dims(node: fx.Node, name: str, rank: int) -> set[int]:
-    """The dimensions that the argument `name` of a call names, counted from the front; none where it is not given."""
+    """The dimensions in the argument `name` of a call, counted from the front; empty when it is not given."""
     found = nodes.argument(node, name)
     items = cast("Sequence[int]", found if isinstance(found, (list, tuple)) else [] if found is None else [found])
     return {dim % (rank or 1) for dim in items}
 
 
 def dim_of(node: fx.Node, rank: int, name: str = "dim") -> int:
-    """The one dimension that the argument `name` of a call names, counted from the front."""
+    """The single dimension in the argument `name` of a call, counted from the front."""
     (dim,) = named_dims(node, name, rank)
     return dim
 
@@ -79,7 +79,7 @@ def _unchanged(node: fx.Node) -> DimensionMap:
 
 
 def _all_but(name: str) -> _Rule:
-    """The map of an operator that works along the dimensions its argument `name` names, and keeps the rank."""
+    """The map of an operator that works along the dimensions in its argument `name` and keeps the rank."""
 
     def rule(node: fx.Node) -> DimensionMap:
         rank = _rank_of(node)
@@ -124,7 +124,7 @@ def _squeeze(node: fx.Node) -> DimensionMap:
 
 
 def _without_dim(node: fx.Node) -> DimensionMap:
-    """select, unbind: one dimension less."""
+    """For `select` and `unbind`, which remove a dimension."""
     rank = _rank_of(node.args[0])
     gone = named_dims(node, "dim", rank)
     return tuple(dim for dim in range(rank) if dim not in gone)
@@ -153,7 +153,7 @@ def _slice(node: fx.Node) -> DimensionMap:
 
 
 def _reshape(node: fx.Node) -> DimensionMap:
-    """A dimension is the one of the same size with as many values in front of it and behind it."""
+    """A dimension is kept when its size and the products of the sizes before and after it stay the same."""
     before, after = shape_of(node.args[0]), shape_of(node)
     if before == after:
         return tuple(range(len(after)))

@@ -67,7 +67,7 @@ class Editor:
         self.current = None
 
     def treatable(self, obstacle: Callable[[fx.Node], str | None], *targets: object) -> Iterator[fx.Node]:
-        """The nodes of these targets that nothing stands against; the others are reported with the reason `obstacle` gives."""
+        """The nodes of these targets that `obstacle` gives no reason against; the others are reported with the reason."""
         for node in self.nodes(*targets):
             reason = obstacle(node)
             if reason is None:
@@ -76,7 +76,7 @@ class Editor:
                 self.skip(node, reason)
 
     def report(self, what: str, finished: int, total: int) -> None:
-        """Say how far a pass that takes long has come: what it does now, and how many of how many steps are finished."""
+        """Report the progress of a long pass: the current step, the number of finished steps, and the total."""
         if self._progress is not None:
             self._progress(what, finished, total)
 
@@ -90,7 +90,7 @@ class Editor:
 
     @contextmanager
     def before(self, node: fx.Node, like: Sequence[fx.Node] = ()) -> Generator[None]:
-        """Put what is made inside before `node`; its origin is that of the nodes it stands for (`like`, else `node`)."""
+        """Insert the nodes created inside before `node`; their origin is that of the nodes in `like`, else of `node`."""
         self._like = [*like] or [node]
         with self.program.graph.inserting_before(node):
             yield
@@ -116,7 +116,7 @@ class Editor:
         return self._call_plain(function, size, number)
 
     def item(self, pieces: fx.Node, index: int) -> fx.Node:
-        """One of the values that a call yields several of, such as a piece of a split; use inside `before`."""
+        """One of the values of a call that returns several, such as a piece of a split; use inside `before`."""
         return self._call_plain(operator.getitem, pieces, index)
 
     def _call_plain(self, function: Callable[..., object], *args: fx.Node | int) -> fx.Node:
@@ -138,7 +138,7 @@ class Editor:
         return node
 
     def exchange_state(self, old: fx.Node, new: Mapping[str, torch.Tensor]) -> list[fx.Node]:
-        """Reads of new state that stands in the place of a state, which nothing may read or write any more; inside `before`."""
+        """Replace a state that nothing reads or writes any more by new state; returns its reads. Use inside `before`."""
         reads = [self.weight(name, tensor) for name, tensor in new.items()]
         names = [str(read.target) for read in reads]
         state = self.program.state
@@ -146,7 +146,7 @@ class Editor:
         return reads
 
     def set_weight(self, node: fx.Node, tensor: torch.Tensor, *, retype: bool = True) -> None:
-        """Give a weight new values, in this program only; what computes from it is typed anew, now or by `retype` later.
+        """Give a weight new values in this program only; calls that depend on it are retyped now, or by `retype` later.
 
         A tensor that replaces a trainable parameter becomes one.
         """
@@ -160,7 +160,7 @@ class Editor:
             self.retype_from(node)
 
     def change_call(self, node: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> None:
-        """Let a node call another operator, or the same with other arguments; typed anew. Counts as one place rewritten.
+        """Let a node call another operator, or the same with other arguments; retypes it. Counts as one place rewritten.
 
         Raises: PassError when the operator does not accept these arguments.
         """
@@ -193,7 +193,7 @@ class Editor:
         self.rewritten += 1
 
     def move_before(self, node: fx.Node, place: fx.Node) -> None:
-        """Let a value be computed in front of `place`, with what it is computed from; nothing of it may depend on `place`."""
+        """Move a node and the nodes it depends on in front of `place`; none of them may depend on `place`."""
         needed, pending = set[fx.Node](), [node]
         while pending:
             found = pending.pop()
@@ -214,12 +214,12 @@ class Editor:
         self.rewritten += 1
 
     def retype(self) -> None:
-        """Type every call anew, after sizes written into the program changed."""
+        """Retype every call, after literal sizes in the program changed."""
         for node in self.program.nodes():
             self.retype_call(node)
 
     def retype_from(self, node: fx.Node) -> None:
-        """Type anew everything that computes from a node, after its own type changed."""
+        """Retype all calls that depend on a node, after its own type changed."""
         changed = {node}
         for found in self.program.graph.nodes:
             if found.op == "call_function" and not changed.isdisjoint(found.all_input_nodes):
@@ -227,7 +227,7 @@ class Editor:
                 changed.add(found)
 
     def retype_call(self, node: fx.Node) -> None:
-        """Type a call anew, after what it reads changed, and note the pass on it when its type changed."""
+        """Retype a call after its inputs changed, and record the pass on it when its type changed."""
         before = nodes.node_type(node)
         self._type(node)
         if nodes.node_type(node) != before:

@@ -1,4 +1,4 @@
-"""The one file of the compiler that touches torch internals that drift: fake tensors, symbolic sizes, lazy modules."""
+"""The one file of the compiler that uses unstable torch internals: fake tensors, symbolic sizes, lazy modules."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def fake_call(mode: FakeTensorMode, node: fx.Node) -> object:
 
 
 def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
-    """The same, of an earlier call where one of that operator read values of the same types: most layers are alike.
+    """The same, reused from an earlier call of the operator with arguments of the same types: most layers are alike.
 
-    The value may be another node's too, so it tells nothing of which tensors share memory.
+    Several nodes may share the value, so it does not tell which tensors share memory.
     """
     known: dict[object, object] = mode.__dict__.setdefault(_KNOWN, {})
     key = _key(node)
@@ -75,14 +75,14 @@ def known_call(mode: FakeTensorMode, node: fx.Node) -> object:
         return fake_call(mode, node)
     if found is known:
         found = fake_call(mode, node)
-        # A size that depends on values has a name of its own each time.
+        # A size that depends on values gets a new name each time.
         if key is not None and not _NEW_SIZES.intersection(getattr(node.target, "tags", ())):
             known[key] = found
     return found
 
 
 def _key(node: fx.Node) -> object:
-    """All that the type of a call depends on; None where it may depend on more."""
+    """A key of all that the type of a call depends on; None when it may depend on more."""
     if any(getattr(nodes.value(used), "constant", None) is not None for used in node.all_input_nodes):
         return None
     return node.target, _described(node.args), *((name, _described(item)) for name, item in sorted(node.kwargs.items()))
@@ -91,7 +91,7 @@ def _key(node: fx.Node) -> object:
 def _described(item: object) -> object:
     if isinstance(item, (tuple, list)):
         return tuple(map(_described, item))
-    # The number 1 is equal to 1.0 and to True, and gives other types.
+    # The number 1 equals 1.0 and True, which lead to other types.
     return description(nodes.value(item)) if isinstance(item, fx.Node) else (type(item), item)
 
 
@@ -127,7 +127,7 @@ def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> 
 
 
 def depends_on_values(mode: FakeTensorMode, found: ValueType) -> bool:
-    """True for a tensor as large as the values of the inputs say: its size gets a new name each time it is typed."""
+    """True for a tensor whose size depends on the values of the inputs, and gets a new name each time it is typed."""
     if not isinstance(found, TensorType) or mode.shape_env is None:
         return False
     known = _known_sizes(mode.shape_env)
@@ -173,7 +173,7 @@ def _same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | fl
 
 
 def _divided(left: sympy.Expr, right: sympy.Expr) -> sympy.Basic:
-    """`left // right` as a polynomial of sizes where nothing is left over; `FloorDiv` itself does not divide powers."""
+    """`left // right` as a polynomial of sizes when the division is exact; `FloorDiv` itself does not divide powers."""
     numerator, denominator = sympy.fraction(sympy.cancel(left / right))  # pyright: ignore[reportUnknownMemberType]
     return cast(sympy.Basic, numerator if denominator == 1 else FloorDiv(left, right))
 
@@ -197,9 +197,9 @@ def hint(size: object) -> int:
 
 @dataclass(frozen=True)
 class SymbolFact:
-    """What is known of a symbol, None where nothing is: its size at the example, and its bounds.
+    """The size of a symbol at the example, and its bounds; None for what is unknown.
 
-    A size that depends on the values of the inputs has none at the example.
+    A size that depends on the values of the inputs has no `hint`.
     """
 
     hint: int | None
@@ -208,7 +208,7 @@ class SymbolFact:
 
 
 def symbol_facts(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> dict[sympy.Symbol, SymbolFact]:
-    """What the mode knows of each symbol."""
+    """The facts the mode holds on each symbol."""
     env = mode.shape_env
     if env is None:
         return {}
@@ -222,14 +222,14 @@ def symbol_facts(mode: FakeTensorMode, symbols: Iterable[sympy.Symbol]) -> dict[
 
 
 def symbolic_mode(facts: Mapping[sympy.Symbol, SymbolFact], conditions: Iterable[sympy.Basic]) -> FakeTensorMode:
-    """A new mode that knows these symbols, and that the conditions hold."""
+    """A new mode with these symbols and conditions on them."""
     env = ShapeEnv()
     for symbol, fact in facts.items():
         minimum = -int_oo if fact.minimum is None else fact.minimum
         env.constrain_symbol_range(symbol, minimum, int_oo if fact.maximum is None else fact.maximum)
         if fact.hint is not None:
             _known_sizes(env)[symbol] = sympy.Integer(fact.hint)
-    # Sizes that depend on values are numbered by the mode, and the next must not get the name of one that is there.
+    # The mode numbers the sizes that depend on values; the next one must not get a name that is in use.
     numbered = (re.fullmatch(r"u(\d+)", symbol.name) for symbol in facts)
     first = max((int(found[1]) + 1 for found in numbered if found), default=0)
     # A number, or an `itertools.count` in other releases.
@@ -247,7 +247,7 @@ def fake_tensor(mode: FakeTensorMode, found: TensorType, stride: Sequence[Size])
 
 
 def fake_number(mode: FakeTensorMode, kind: type[float], value: Size | sympy.Basic) -> object:
-    """A number computed from sizes, symbolic unless it is plain."""
+    """A number computed from sizes: symbolic for an expression, otherwise the number itself."""
     env = mode.shape_env
     if not isinstance(value, sympy.Basic) or env is None:
         return value

@@ -43,7 +43,7 @@ def run_ranks(
 ) -> list[list[object]]:
     """The flat outputs of each rank of a graph with collectives, all ranks run in lock-step in this process.
 
-    ranks: the weights of each, by name. observe: sees what every call gives on each rank, in order, and may give other values.
+    ranks: the weights of each rank, by name. observe: gets every call's results on all ranks, in order, and may return others.
     """
     values: dict[fx.Node, list[object]] = {}
     last_uses = last_uses_of(graph)
@@ -67,7 +67,7 @@ def run_ranks(
 
 
 REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What a model, or a program of one, may raise on inputs that it does not take."""
+"""The exceptions that a model, or its program, may raise on inputs it does not accept."""
 
 
 def call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
@@ -77,7 +77,7 @@ def call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
 
 
 def _with_values(arguments: object, value_of: Callable[[fx.Node], object]) -> Any:
-    """The arguments with every node in them exchanged for its value."""
+    """The arguments with every node in them replaced by its value."""
     return fx.map_arg(cast(Any, arguments), cast(Any, value_of))
 
 

@@ -1,4 +1,4 @@
-"""Small questions passes ask of nodes while they look for a pattern."""
+"""Small predicates and accessors that passes use to match patterns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lissom.compiler.ir.program import Program
 
 aten = torch.ops.aten
 
-# These may give back their argument, though their schemas promise a new tensor.
+# These may return their argument, though their schemas promise a new tensor.
 _MAY_GIVE_BACK = (*DROPOUTS, aten.type_as.default)
 
 
@@ -60,12 +60,12 @@ def is_read_by(node: fx.Node, operators: Collection[object]) -> bool:
 
 
 def is_handed_out(program: Program, node: fx.Node) -> bool:
-    """True when the caller gets the node's memory, whole or as a view."""
+    """True when the program returns the node's memory, whole or as a view."""
     return any(program.output in view.users for view in views_of(node))
 
 
 def other_argument(node: fx.Node, known: fx.Node) -> object:
-    """The second operand of a commutative operator, given one; None when `known` is no operand."""
+    """The other operand of a commutative operator, given one; None when `known` is no operand."""
     left, right = node.args[0], node.args[1]
     if left is known:
         return right
@@ -88,7 +88,7 @@ def unshifted(node: object, dim: int) -> fx.Node | None:
 
 
 def number(program: Program, item: object) -> float | None:
-    """The number an argument is: a literal, or a constant of rank 0 in the program; None when it is neither."""
+    """The number in an argument: a literal, or a constant of rank 0 in the program; None when it is neither."""
     if isinstance(item, (int, float)):
         return float(item)
     if not isinstance(item, fx.Node) or item.op != "get_attr" or str(item.target) in program.state:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 
 IN_PLACE: Mapping[object, torch._ops.OpOverload] = {aten.index_copy.default: aten.index_copy_.default}
-"""Calls that exchange rows of a tensor, and those that do so in place, as a program may with its state."""
+"""Calls that replace rows of a tensor, and their in-place forms, which a program may use on its state."""
 STATE_WRITES: tuple[torch._ops.OpOverload, ...] = (aten.copy_.default, *IN_PLACE.values())
 """The operators that may write state."""
 _ORIGIN = "lissom_origin"
@@ -48,9 +48,9 @@ class Origin:
 
 
 class Deferred:
-    """A fake value that is made when it is first asked for; its type is known before.
+    """A fake value created on first access; its type is known before.
 
-    Fake values need parts of PyTorch that take a second to import, and a program that only runs needs none.
+    Fake values need parts of PyTorch that take a second to import, and a program that only runs needs no fake values.
     """
 
     def __init__(self, value_type: ValueType, make: Callable[[], object]) -> None:
@@ -73,12 +73,12 @@ def set_origin(node: fx.Node, value: Origin) -> None:
 
 
 def placed(node: fx.Node) -> Placed | tuple[Placed, ...] | None:
-    """How what the node yields lies on ranks that share the program; None where no plan says so."""
+    """The node's placement across ranks; None when no plan gives one."""
     return node.meta.get(_PLACED)
 
 
 def set_placed(node: fx.Node, value: Placed | tuple[Placed, ...]) -> None:
-    """Record how what the node yields lies on ranks."""
+    """Record the node's placement across ranks."""
     node.meta[_PLACED] = value
 
 
@@ -99,7 +99,7 @@ def set_value(node: fx.Node, fake: object) -> None:
 
 
 def node_type(node: fx.Node) -> ValueType:
-    """The type of what the node yields."""
+    """The type of the node's value."""
     found = node.meta[_VALUE]
     return found.type if isinstance(found, Deferred) else type_of(found)
 

@@ -1,4 +1,4 @@
-"""Families of operators, each defined once: what the analyses and passes ask of a node's target.
+"""Families of operators, each defined once, by which analyses and passes test a node's target.
 
 A family holds operator objects of `torch.ops`, so that `node.target in FAMILY` and `program.nodes(*FAMILY)` work. Where an
 analysis needs only some of a family, it builds its own set from these and says why.
@@ -24,7 +24,7 @@ from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dyn
 aten = torch.ops.aten
 Rule = TypeVar("Rule")
 
-# Values as they are, or in another dtype
+# Identities and conversions
 
 CASTS = (aten.to.dtype, aten._to_copy.default)
 """Change the dtype."""
@@ -53,7 +53,7 @@ EXPANDS = (aten.expand.default, aten.broadcast_to.default)
 MATRIX_TRANSPOSES = (aten.t.default, aten.mT.default, aten.numpy_T.default)
 """Transposes that name no dimensions."""
 TRANSPOSES = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, *MATRIX_TRANSPOSES)
-"""Of a matrix, each of these is its transpose."""
+"""For a matrix, each of these is the transpose."""
 SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 SPLITS = (
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes),
@@ -69,7 +69,7 @@ SIZES_AT: dict[object, int] = {
     **dict.fromkeys((aten.zeros.default, aten.ones.default, aten.full.default, aten.empty.memory_format), 0),
     **dict.fromkeys((aten.new_zeros.default, aten.new_ones.default, aten.new_full.default), 1),
 }
-"""Where a call has its list of sizes."""
+"""The index of the argument that lists the sizes."""
 
 # New tensors
 
@@ -111,7 +111,7 @@ _NO_ACTIVATIONS = {
 
 SUMS = (aten.sum.dim_IntList, aten.sum.default)
 _NORMS_OF_VECTORS = (aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim)
-"""Reductions that have the order of the norm in front of the dimensions."""
+"""Reductions that take the order of the norm before the dimensions."""
 REDUCTIONS = (
     *(aten.mean.dim, aten.mean.default, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim),
     *(aten.amax.default, aten.amin.default, aten.argmax.default, aten.argmin.default, aten.logsumexp.default),
@@ -150,12 +150,12 @@ QUANTIZERS = (*FAKE_QUANTIZES, dequantize)
 
 
 def rule_table(*entries: tuple[Rule, Iterable[object]]) -> dict[object, Rule]:
-    """The rules of an analysis by operator, from each rule with the operators it is for."""
+    """A table from operators to rules, from pairs of a rule and its operators."""
     return {target: rule for rule, targets in entries for target in targets}
 
 
 def packet_of(node: fx.Node) -> object:
-    """The operator a node calls whatever its overload, `aten.add` for `aten.add.Tensor`; None for any other function."""
+    """The operator a node calls, without its overload: `aten.add` for `aten.add.Tensor`; None for any other function."""
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else None
 
 

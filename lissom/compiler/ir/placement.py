@@ -1,12 +1,12 @@
-"""Where the parts of a value are when several ranks share a program: whole on each, sharded along a dimension, or summed up.
+"""The placement of a value across the ranks of a partitioned program: replicated, sharded along a dimension, or partial.
 
-`Placed` says it in the vocabulary of `torch.distributed.tensor` (`Replicate`, `Shard(dim)`, `Partial`), and of a dimension
-that is sharded also how: a packed projection [q, k, v] is sharded in three places, heads between their rows. Such a dimension
-is a row of spans, each seen as [outer, size, inner]; of every `outer` a rank holds one block along `size`:
+`Placed` uses the vocabulary of `torch.distributed.tensor` (`Replicate`, `Shard(dim)`, `Partial`), and adds how a dimension is
+sharded: in a packed projection [q, k, v], q, k and v are sharded separately, each by heads. A sharded dimension is a sequence
+of spans, each viewed as [outer, size, inner]; for every index of `outer` a rank holds one block along `size`:
 
     span [outer, size, inner], parts, every: block = ⌈size / parts⌉, rank r holds block ⌊r / every⌋ mod parts
 
-Where parts does not divide size, what is missing is zero in weights, and contributes nothing wherever it is summed.
+When parts does not divide size, weights are padded with zeros, which contribute nothing to sums.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 
 POSITIONS = -2
-"""The site of a stretch of positions, which no weight is sharded along."""
+"""The site of a span of token positions, along which no weight is sharded."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of a dimension, seen as [outer, size, inner] and sharded along `size` into `parts` blocks.
+    """A section of a dimension, viewed as [outer, size, inner] and sharded along `size` into `parts` blocks.
 
-    parts: 1 where every rank has all of it; the number of ranks, or fewer where several ranks hold the same block.
+    parts: 1 when every rank holds all of it; else the number of ranks, or fewer when several ranks hold the same block.
     every: how many neighbouring ranks hold the same block; more than 1 for key/value groups that several ranks read.
-    site: the number of what is sharded in the plan, so that an obstacle can name it; not compared.
+    site: the index of the plan's site that is sharded, for messages; not compared.
     """
 
     outer: Size
@@ -46,32 +46,32 @@ class Span:
 
     @property
     def block(self) -> Size:
-        """How much of `size` a rank holds."""
+        """The length of a rank's block along `size`."""
         if isinstance(self.size, int):
             return -(-self.size // self.parts)
         return (self.size + self.parts - 1) // self.parts
 
     @property
     def whole(self) -> Size:
-        """The length of the stretch."""
+        """The length of the span."""
         return self.outer * self.size * self.inner
 
     @property
     def local(self) -> Size:
-        """Its length on a rank."""
+        """The length of the span on one rank."""
         return self.outer * self.block * self.inner
 
     @property
     def is_padded(self) -> bool:
-        """True when the blocks are longer together than what they hold."""
+        """True when the blocks together are longer than `size`."""
         return self.block * self.parts != self.size
 
     def shaped(self, outer: Size, size: Size, inner: Size) -> Span:
-        """The same blocks of a dimension of another form."""
+        """The span with other sizes and the same blocks."""
         return replace(self, outer=outer, size=size, inner=inner)
 
     def indices(self, rank: int, start: int = 0) -> torch.Tensor:
-        """Which indices of the dimension the rank holds of this stretch, [local]; -1 where it holds a zero. Sizes are fixed."""
+        """The indices of the dimension that a rank holds of this span, [local]; -1 for padding. Sizes must be integers."""
         outer, size, inner, block = (cast(int, item) for item in (self.outer, self.size, self.inner, self.block))
         first = rank // self.every % self.parts * block
         rows = torch.arange(first, first + block)
@@ -87,10 +87,10 @@ Spans = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class Placed:
-    """How a value lies on the ranks.
+    """The placement of a value across the ranks.
 
-    dims: the dimensions that are sharded, in order, each with its spans; more than one where key/value groups and the heads in
-        a group are told apart. partial: whether the value is the sum of what the ranks hold.
+    dims: the sharded dimensions, in order, each with its spans; more than one when key/value groups and the heads in a group
+        are separate dimensions. partial: whether the value is the sum of the ranks' tensors.
     """
 
     dims: tuple[tuple[int, Spans], ...] = ()
@@ -106,16 +106,16 @@ class Placed:
 
     @property
     def is_by_position(self) -> bool:
-        """True for a value of which each rank has the tokens at its own positions."""
+        """True when each rank holds the tokens at its own positions."""
         return len(self.dims) == 1 and self.dims[0][1][0].site == POSITIONS
 
     def spans(self, dim: int) -> Spans:
-        """How a dimension is sharded; empty when it is not."""
+        """The spans of a dimension; empty when it is not sharded."""
         return next((spans for index, spans in self.dims if index == dim), ())
 
     @property
     def placements(self) -> tuple[Placement, ...]:
-        """The same in torch's vocabulary, one for each dimension that is sharded, or the one there is."""
+        """The placement in torch's classes: a `Shard` for each sharded dimension, or one `Partial` or `Replicate`."""
         from torch.distributed.tensor import Partial, Replicate, Shard
 
         if self.partial:
@@ -133,7 +133,7 @@ PARTIAL = Placed(partial=True)
 
 
 def sharded(*dims: tuple[int, Spans]) -> Placed:
-    """A value sharded along these dimensions; those of which every rank has all are left out."""
+    """The placement of a value sharded along these dimensions; dimensions that every rank holds in full are left out."""
     split = [(dim, spans) for dim, spans in dims if any(span.parts > 1 for span in spans)]
     return Placed(tuple(sorted(split, key=lambda item: item[0])))
 
@@ -144,12 +144,12 @@ def local_size(spans: Spans, size: Size) -> Size:
 
 
 def is_padded(placed: Placed) -> bool:
-    """True when a rank may hold what the value has not."""
+    """True when a rank may hold padding."""
     return any(span.is_padded for _, spans in placed.dims for span in spans)
 
 
 def can_gather(placed: Placed, world_size: int) -> bool:
-    """True when the blocks of all ranks laid end to end are the value: one stretch, a block a rank."""
+    """True when the concatenated blocks of all ranks are the value: one span, one block per rank."""
     if len(placed.dims) != 1:
         return False
     spans = placed.dims[0][1]
@@ -157,12 +157,12 @@ def can_gather(placed: Placed, world_size: int) -> bool:
 
 
 def padded_share(spans: Spans) -> str:
-    """`9 as 10`: how many units there are and are held where they do not divide; empty where they do."""
+    """`9 as 10`: the number of units and their padded number; empty when nothing is padded."""
     return next((f"{span.size} as {span.block * span.parts}" for span in spans if span.is_padded), "")
 
 
 def indices_of(spans: Spans, rank: int) -> torch.Tensor:
-    """Which indices of a dimension a rank holds, in its order, [local]; -1 where it holds a zero. Sizes are fixed."""
+    """The indices of a dimension that a rank holds, in its order, [local]; -1 for padding. Sizes must be integers."""
     found, start = list[torch.Tensor](), 0
     for span in spans:
         found.append(span.indices(rank, start))
@@ -171,9 +171,9 @@ def indices_of(spans: Spans, rank: int) -> torch.Tensor:
 
 
 def local_part(weight: torch.Tensor, placed: Placed, rank: int) -> torch.Tensor:
-    """What a rank holds of a weight: a view where its indices are neighbours, else a copy, zeros where nothing is there.
+    """A rank's shard of a weight: a view when its indices are contiguous, else a copy, with zeros as padding.
 
-    Of a partial weight the first rank holds all and the others zeros.
+    Rank 0 holds all of a partial weight, and the others hold zeros.
     """
     if placed.partial:
         return weight if rank == 0 else torch.zeros_like(weight)
@@ -186,7 +186,7 @@ def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor
     first = int(indices[0])
     if first >= 0 and torch.equal(indices, torch.arange(first, first + len(indices))):
         return weight.narrow(dim, first, len(indices))
-    # Through bytes, which every dtype can be selected and zeroed as.
+    # fp8 values are selected and zeroed as bytes.
     stored = weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight
     indices = indices.to(weight.device)
     found = stored.index_select(dim, indices.clamp_min(0))
@@ -195,9 +195,9 @@ def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor
 
 
 def whole_of(parts: Sequence[torch.Tensor], placed: Placed, shape: Sequence[int]) -> torch.Tensor:
-    """The value that the ranks hold the parts of.
+    """The full value, from the parts that the ranks hold.
 
-    shape: of the whole; sizes of dimensions that are not sharded are those of the parts.
+    shape: of the full value; only the sizes of sharded dimensions are read, the others are those of the parts.
     """
     if placed.partial:
         return torch.stack([*parts]).sum(0)
@@ -217,7 +217,7 @@ def whole_of(parts: Sequence[torch.Tensor], placed: Placed, shape: Sequence[int]
 
 
 def at_sizes(placed: Placed, value_of: dict[sympy.Symbol, int]) -> Placed:
-    """The placement with the sizes a call has in place of symbols."""
+    """The placement with the symbols replaced by the sizes of a call."""
 
     def settle(size: Size) -> Size:
         return int(size.xreplace(value_of)) if isinstance(size, sympy.Basic) else size  # pyright: ignore

@@ -1,4 +1,4 @@
-"""A program as text: one node a line, types always, stable names, no ids, times or weight data."""
+"""A program as text: one node per line, with its type, under stable names, without ids, times or weight data."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _type_text(program: Program, node: fx.Node) -> str:
 
 
 def _placement_text(node: fx.Node) -> str:
-    """How the value lies on ranks, where a plan says so and it is not whole on each: ` Shard(2)`, ` Partial`."""
+    """The value's placement across ranks, such as ` Shard(2)` or ` Partial`; empty when it is replicated or unknown."""
     found = nodes.placed(node)
     parts = found if isinstance(found, tuple) else (found,)
     if all(item is None or item.is_replicated for item in parts):

@@ -25,13 +25,13 @@ class Program:
     """A transformer as a flat `torch.fx` graph in one dialect: functional, pre-dispatch ATen.
 
     name: the class of the model it was captured from.
-    graph_module: the graph and, as attributes under their original names, the weights and buffers it reads. They lie in the
-        memory of the model's own, require no gradients, and are read only; `trainable` gives a program with copies.
-    signature: the call it answers.
+    graph_module: the graph and, as attributes under their original names, the weights and buffers it reads. They share memory
+        with the model's own, require no gradients, and are read only; `trainable` gives a program with copies.
+    signature: how the program is called.
     state: the names of the buffers it may write; everything else is read only.
-    ranks: of a program partitioned for several ranks the weights of each, by name; empty for any other. The graph is the one
-        all of them run, and the weights of the program itself are those of the first.
-    edits: counts the changes made, so that facts about the program can be remembered until the next one.
+    ranks: the weights of each rank of a partitioned program, by name; empty for other programs. All ranks run the same graph,
+        and the program's own weights are those of rank 0.
+    edits: the number of changes made, so that facts about the program can be cached until the next one.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Program:
         return isinstance(self._attribute(name), torch.Tensor)
 
     def is_taken(self, name: str) -> bool:
-        """True when no new weight may have the name: a weight, a container of weights or a module's own attribute has it."""
+        """True when a weight, a container of weights or a module's own attribute already has the name."""
         return self._attribute(name) is not None
 
     def _attribute(self, name: str) -> object:
@@ -113,7 +113,7 @@ class Program:
         return owner
 
     def set_weight(self, name: str, tensor: torch.Tensor) -> None:
-        """Give the name a tensor in this program alone; programs that shared the old one keep it.
+        """Set the tensor of that name in this program alone; programs that shared the old one keep it.
 
         Raises: PassError when the program is partitioned for several ranks.
         """
@@ -157,8 +157,8 @@ class Program:
     def trainable(self) -> Program:
         """A copy with weights of its own, whose parameters require gradients: `trainable().graph_module.parameters()`.
 
-        A program shares its weights with the model it was captured from, to read them. What is trained must be a copy, or the
-        model would change. Weights that were frozen in the model stay frozen.
+        A program shares its weights with the model it was captured from. Training needs copies, or the model would change.
+        Weights that were frozen in the model stay frozen.
 
         Raises: PassError when the program is partitioned for several ranks.
         """
@@ -170,7 +170,7 @@ class Program:
         return found
 
     def of_rank(self, rank: int) -> Program:
-        """What one rank runs of a program partitioned for several: the same graph with collectives in it, and its own weights.
+        """The program of one rank of a partitioned program: the same graph, with its collectives, and the rank's weights.
 
         Raises: PassError when there is no such rank.
         """
@@ -187,7 +187,7 @@ class Program:
         return [weights[name] for weights in self.ranks for name in self.state] or [self.weight(name) for name in self.state]
 
     def state_values(self) -> list[torch.Tensor]:
-        """What the buffers hold that a call may write, put together where ranks hold parts of them; copies."""
+        """Copies of the buffers a call may write, each assembled from the ranks' parts in a partitioned program."""
         if not self.ranks:
             return [self.weight(name).clone() for name in self.state]
         reads = {str(node.target): node for node in self.graph.nodes if node.op == "get_attr"}
@@ -202,21 +202,21 @@ class Program:
     def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
         """The flat outputs for flat inputs, without checks; gradients flow to the inputs unless they are switched off.
 
-        A program partitioned for several ranks runs all of them in lock-step, and shows the values its ranks hold parts of.
+        A partitioned program runs all its ranks in lock-step, and `observe` sees values assembled from their parts.
         """
         if self.ranks:
             return self.run_ranks(inputs, observe)[0]
         return run(self.graph, self.graph_module, inputs, observe)
 
     def run_ranks(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[list[object]]:
-        """The flat outputs of every rank of a program partitioned for several."""
+        """The flat outputs of every rank of a partitioned program."""
         if observe is None:
             return run_ranks(self.graph, self.ranks, inputs)
         show = observe
         return run_ranks(self.graph, self.ranks, inputs, lambda node, parts: show(node, self.whole(node, parts, inputs)))
 
     def whole(self, node: fx.Node, parts: Sequence[object], inputs: Sequence[torch.Tensor]) -> object:
-        """The value that the ranks hold these parts of, as far as the node's placement tells; inputs: of the call."""
+        """The full value from the ranks' parts, by the node's placement; inputs: of the call."""
         placed = _placed(node)
         tensors = [part for part in parts if isinstance(part, torch.Tensor)]
         if placed.is_replicated or len(tensors) < len(parts):
@@ -226,7 +226,7 @@ class Program:
         return whole_of(tensors, settled, shape)
 
     def parts(self, node: fx.Node, value: object, inputs: Sequence[torch.Tensor]) -> list[object] | None:
-        """The parts of a value that each rank holds; None where it is no tensor."""
+        """The part of a value that each rank holds; None when it is no tensor."""
         if not isinstance(value, torch.Tensor):
             return None
         placed = at_sizes(_placed(node), self._sizes(inputs))
@@ -246,7 +246,7 @@ class Program:
         return self.signature.unflatten(self.run(self.signature.flatten(args, kwargs)))
 
     def text(self) -> str:
-        """The program as text, one node a line: the same for the same program, whatever machine made it."""
+        """The program as text, one node per line: the same for the same program on every machine."""
         return printer.program_text(self)
 
     def __str__(self) -> str:
@@ -256,7 +256,7 @@ class Program:
         return f"<Program {self.name}{self.signature.describe()}: {len(self.nodes())} calls; print it to read them>"
 
     def drop_dead(self) -> int:
-        """Remove the nodes nothing reads, and the weights no node reads; returns how many nodes went."""
+        """Remove the nodes nothing reads, and the weights no node reads; returns the number of removed nodes."""
         dropped = 0
         for node in reversed(self.graph.nodes):
             if node.users or node.op in ("placeholder", "output") or _has_effect(node):
@@ -274,7 +274,7 @@ class Program:
 
 @contextmanager
 def kept_state(program: Program) -> Generator[None]:
-    """Put the program's state back to what it was."""
+    """Restore the program's state on exit."""
     saved = [(tensor, tensor.clone()) for tensor in program.state_tensors()]
     try:
         yield

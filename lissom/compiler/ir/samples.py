@@ -1,4 +1,4 @@
-"""Inputs for checks: the caller's example, and variants with other sizes, values and masks, drawn so that they stay valid.
+"""Verification inputs: the caller's example, and valid variants of it with other sizes, values and masks.
 
 docs/verification.md says what each is for.
 """
@@ -18,28 +18,28 @@ from lissom.errors import InputError
 Sample = list[torch.Tensor]
 Sizes = Mapping[sympy.Symbol, int]
 Pattern = Callable[[int, int], torch.Tensor]
-"""For so many rows and columns of a mask, which places change."""
+"""From the rows and columns of a mask, the places to mask: [rows, columns] of booleans."""
 
 LONGEST = 513
-"""The longest length that is tried for its own sake: one more than the powers of two that windows of small models have."""
+"""The longest length tried: one more than the window lengths of small models, which are powers of two."""
 WORK = 2e9
-"""The operations that a run at the longest length may take, some tenths of a second on one core."""
-_HIDING = -1e4
-"""What hides a key where a mask that is added to scores holds only zeros; small enough for half precision."""
+"""The floating-point operations allowed in a run at the longest length, some tenths of a second on one core."""
+_MASKED = -1e4
+"""The masking value for an additive mask of zeros only; in the range of fp16."""
 _LOW = -1e3
-"""Floating-point inputs that hold only zeros and values below are added to scores as masks."""
+"""A floating-point input with only zeros and values of at most this is taken for an additive mask."""
 
 
 def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, seed: int = 0) -> Sample:
     """The example with its dynamic dimensions at `sizes`.
 
     Rows and positions are drawn from the example's own, so token ids stay inside the vocabulary and masks stay masks. Each row
-    draws other positions, the same ones in every argument that shares the dimensions. Positions that count up go on counting.
+    draws other positions, the same ones in every argument that shares the dimensions. Position ids continue to count up.
     """
     draws: dict[tuple[object, int], int] = {}
 
     def picks(size: object, old: int, new: int, rows: int = 1) -> torch.Tensor:
-        """For each row the places to take from; the first row is the same for any number of rows."""
+        """The indices to draw for each row; the first row is the same for any number of rows."""
         number = draws.setdefault((size, old), len(draws))
         return torch.randint(0, old, (rows, new), generator=torch.Generator().manual_seed(seed * 1000 + number))
 
@@ -65,13 +65,16 @@ def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, 
 
 
 def check_samples(signature: Signature, example: Sequence[torch.Tensor]) -> list[Sample]:
-    """What every exact pass is checked on: the example, and a variant with other sizes, values and masks."""
+    """The verification inputs of every exact pass: the example, and a variant with other sizes, values and masks."""
     other = _masked(_variant(signature, example), _tail_and_hole)
     return [list(example)] if _same(other, example) else [list(example), other]
 
 
 def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> list[Sample]:
-    """What exact passes in a row are checked on besides, from the first to the last. flops: of a run on the example."""
+    """Further verification inputs for a sequence of exact passes, from before the first to after the last.
+
+    flops: of a run on the example.
+    """
     plain = _variant(signature, example, seed=1)
     found = [
         _masked(plain, _left, low=-float("inf")),
@@ -86,7 +89,7 @@ def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: i
 
 
 def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 0) -> Sample:
-    """The example at other sizes, where it has any, with floating-point values of its own in every row."""
+    """The example at other sizes, if some are dynamic, with other floating-point values in every row."""
     sizes = signature.sizes_of(example)
     grown = {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())}
     doubled = {symbol: size * 2 for symbol, size in sizes.items()}
@@ -96,14 +99,14 @@ def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 
 
 
 def _four_times(signature: Signature, example: Sequence[torch.Tensor]) -> Sizes | None:
-    """Four times the example's length, or as much of it as the signature takes."""
+    """Four times the example's length, or the most that the signature accepts."""
     sizes, lengths = signature.sizes_of(example), _lengths(signature)
     tried = ({symbol: _at_most(signature, symbol, size * factor) for symbol, size in sizes.items()} for factor in (4, 3, 2))
     return _first_allowed(signature, example, [sizes | {symbol: found[symbol] for symbol in lengths} for found in tried])
 
 
 def _longest(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Sizes | None:
-    """One row of the largest length that is worth its time; None where it is no longer than four times the example's."""
+    """One row of the largest length within `WORK`; None when it is at most four times the example's."""
     sizes, lengths = signature.sizes_of(example), _lengths(signature)
     if not lengths:
         return None
@@ -119,7 +122,7 @@ def _longest(signature: Signature, example: Sequence[torch.Tensor], flops: int) 
 
 
 def _lengths(signature: Signature) -> list[sympy.Symbol]:
-    """The dimensions that vary, without the first of the first input, which counts rows where there is another."""
+    """The dynamic dimensions without the batch, the first dimension of the first input, unless it is the only one."""
     first = next((leaf.type.shape[0] for leaf in signature.tensors if leaf.type.shape), None)
     return [symbol for symbol in signature.dimensions if symbol != first] or [*signature.dimensions]
 
@@ -130,7 +133,7 @@ def _at_most(signature: Signature, symbol: sympy.Symbol, size: int) -> int:
 
 
 def _first_allowed(signature: Signature, example: Sequence[torch.Tensor], tried: Iterable[Sizes]) -> Sizes | None:
-    """The first sizes that the signature takes, and that are not the example's."""
+    """The first sizes that the signature accepts and that differ from the example's."""
     usual = signature.sizes_of(example)
     for sizes in tried:
         try:
@@ -143,11 +146,11 @@ def _first_allowed(signature: Signature, example: Sequence[torch.Tensor], tried:
 
 
 def _redrawn(sample: Sample, seed: int) -> Sample:
-    """The sample with floating-point values nearer to zero, each by another factor, so that no two rows are equal."""
+    """The sample with each floating-point value scaled by a random factor in (0.5, 1], so that no two rows are equal."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor: torch.Tensor) -> torch.Tensor:
-        if not tensor.is_floating_point() or _seen_and_hidden(tensor) is not None:
+        if not tensor.is_floating_point() or _mask_values(tensor) is not None:
             return tensor
         factors = 1 - torch.rand(tensor.shape, generator=generator) / 2
         return tensor * factors.to(tensor.device, tensor.dtype)
@@ -156,10 +159,10 @@ def _redrawn(sample: Sample, seed: int) -> Sample:
 
 
 def _ids_redrawn(tensor: torch.Tensor) -> torch.Tensor:
-    """Integers anywhere between the smallest and the largest, unless they are a mask or count up."""
+    """Random integers between the smallest and the largest, unless the tensor is a mask or counts up."""
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.numel() < 2:
         return tensor
-    if _seen_and_hidden(tensor) is not None or _counts_up(tensor):
+    if _mask_values(tensor) is not None or _counts_up(tensor):
         return tensor
     low, high = int(tensor.min()), int(tensor.max())
     drawn = torch.randint(low, high + 1, tensor.shape, generator=torch.Generator().manual_seed(low), dtype=tensor.dtype)
@@ -167,19 +170,19 @@ def _ids_redrawn(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _masked(sample: Sample, pattern: Pattern, kind: int = 1, low: float | None = None) -> Sample:
-    """The sample with some places of its masks hidden.
+    """The sample with the pattern's places masked in its masks.
 
-    kind: 1 for masks whose usual value is one, true, or a zero that is added; 0 for those whose usual value is zero or false.
-    low: what is added to hide, where the mask itself does not say.
+    kind: 1 for masks whose usual value is one, true, or an additive zero; 0 for masks whose usual value is zero or false.
+    low: the masking value for an additive mask of zeros only.
     """
     return [_hide(tensor, pattern, kind, low) for tensor in sample]
 
 
 def _hide(tensor: torch.Tensor, pattern: Pattern, kind: int, low: float | None) -> torch.Tensor:
-    values = _seen_and_hidden(tensor)
+    values = _mask_values(tensor)
     if values is None or values.kind != kind:
         return tensor
-    hidden = low if low is not None and values.hidden == _HIDING else values.hidden
+    hidden = low if low is not None and values.hidden == _MASKED else values.hidden
     rows, columns = tensor.shape[0], tensor.shape[-1]
     places = pattern(rows, columns).reshape(rows, *[1] * (tensor.dim() - 2), columns)
     if tensor.shape[-2] == columns and tensor.dim() > 2:
@@ -195,8 +198,8 @@ class _Flags:
     hidden: float
 
 
-def _seen_and_hidden(tensor: torch.Tensor) -> _Flags | None:
-    """What a mask, or a tensor of token types, holds; None for any other input."""
+def _mask_values(tensor: torch.Tensor) -> _Flags | None:
+    """The values of a mask or of token type ids; None for any other input."""
     if tensor.dim() < 2 or tensor.shape[-1] < 2 or tensor.numel() == 0 or tensor.is_complex():
         return None
     zeros = tensor == 0
@@ -204,7 +207,7 @@ def _seen_and_hidden(tensor: torch.Tensor) -> _Flags | None:
         if not zeros.all():
             return _Flags(1, float(tensor.min()))
         if tensor.dim() == 4 and tensor.shape[1] == 1:  # one for all heads
-            return _Flags(1, _HIDING)
+            return _Flags(1, _MASKED)
     if not (zeros | (tensor == 1)).all():
         return None
     usual = int(2 * int(zeros.sum()) <= tensor.numel())
@@ -212,7 +215,7 @@ def _seen_and_hidden(tensor: torch.Tensor) -> _Flags | None:
 
 
 def _counts_up(tensor: torch.Tensor) -> bool:
-    """True for positions: integers that grow by one along the last dimension."""
+    """True for position ids: integers that increase by one along the last dimension."""
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() == 0 or tensor.shape[-1] < 3:
         return False
     return bool((tensor.diff(dim=-1) == 1).all())
@@ -234,7 +237,7 @@ def _left(rows: int, columns: int) -> torch.Tensor:
 
 
 def _whole_row(rows: int, columns: int) -> torch.Tensor:
-    """All of the first row, where there are others."""
+    """All of the first row, when there are others."""
     places = torch.zeros(rows, columns, dtype=torch.bool)
     places[0] = rows > 1
     return places

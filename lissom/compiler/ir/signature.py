@@ -1,4 +1,4 @@
-"""What a program takes and returns: names, nesting, dtypes, and which sizes may vary and how far."""
+"""The signature of a program: names, nesting and dtypes of inputs and outputs, and the ranges of dynamic sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lissom.errors import InputError, nearest
 
 @dataclass(frozen=True)
 class Dimension:
-    """A size that may vary from call to call; `maximum` is None when nothing bounds it."""
+    """A size that may vary from call to call; `maximum` is None when it is unbounded."""
 
     name: str
     minimum: int
@@ -62,13 +62,13 @@ class Argument:
 
 @dataclass(frozen=True)
 class Signature:
-    """The call a program answers.
+    """How a program is called.
 
     positional, keyword: the arguments as they were given at capture, in order.
     parameters: the names of the original `forward`, in order, so that either way of passing them works.
     out_spec: the nesting of what is returned.
-    dimensions: the symbols that vary. Symbols made from others appear only in the arguments' sizes.
-    conditions: relations between sizes found while capturing, such as a sequence divisible by a block.
+    dimensions: the dynamic sizes. Sizes derived from others appear only in the arguments' types.
+    conditions: relations between sizes found during capture, such as a sequence divisible by a block.
     """
 
     positional: tuple[Argument, ...]
@@ -94,11 +94,11 @@ class Signature:
 
     @cached_property
     def _named(self) -> dict[sympy.Expr, str]:
-        """Expressions by what `name_of` made of them: a program's text names each many times."""
+        """A cache for `name_of`: a program's text names each expression many times."""
         return {}
 
     def describe(self) -> str:
-        """The call as a person would write it, `(input_ids: i64[batch, sequence], *, use_cache=False)`."""
+        """The signature as text, `(input_ids: i64[batch, sequence], *, use_cache=False)`."""
         shown = [self._describe(item) for item in self.positional]
         if self.keyword:
             shown += ["*", *(self._describe(item) for item in self.keyword)]
@@ -217,7 +217,7 @@ class Signature:
         raise InputError(f"argument '{leaf.path}' is {found}; the program takes {format_type(wanted, self.name_of)}: {advice}")
 
     def check_sizes(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Refuse sizes outside the signature.
+        """Check sizes against the signature.
 
         Raises: InputError naming the argument and dimension, the size found and the sizes allowed.
         """
@@ -260,7 +260,7 @@ class Signature:
                 )
 
     def sizes_of(self, tensors: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
-        """The size each dimension has in these inputs."""
+        """The size of each dimension in these inputs."""
         sizes: dict[sympy.Symbol, int] = {}
         for leaf, tensor in zip(self.tensors, tensors, strict=True):
             for size, found in zip(leaf.type.shape, tensor.shape, strict=True):
@@ -270,14 +270,14 @@ class Signature:
 
 
 def _equal(value: object, captured: object) -> bool:
-    """Whether a constant is the one captured. Whole numbers and floats stay apart: operators give other dtypes for them."""
+    """Whether a constant equals the captured one. Integers and floats differ: operators return other dtypes for them."""
     if not isinstance(value, (bool, int, float, str)) or isinstance(value, float) != isinstance(captured, float):
         return False
     return value == captured or (value != value and captured != captured)
 
 
 _NO_VALUE = (ArithmeticError, ValueError, TypeError, AttributeError, AssertionError)
-"""What sympy raises for an expression that has no value at some sizes; an artifact may hold any expression."""
+"""The exceptions of sympy for an expression without a value at some sizes; an artifact may hold any expression."""
 
 
 def _may_hold(condition: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> bool:

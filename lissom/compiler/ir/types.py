@@ -1,4 +1,4 @@
-"""The types of values: what a fake tensor says of dtype, sizes and device, and how that reads as text."""
+"""The types of values, with dtype, sizes and device, and their text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a pass is, and how passes run one after another, are checked and are put back."""
+"""Passes and pipelines: how passes run in sequence, are checked and are reverted."""

@@ -1,4 +1,4 @@
-"""What a pipeline did: one record a step, as a table's rows, as JSON, and as a text diff between any two steps."""
+"""The history of a pipeline: one record per step, as table rows, as JSON, and as a text diff between any two steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Size:
-    """How large a program is.
+    """The size of a program.
 
     nodes: operator calls. parameters: elements of all weights and buffers. flops: at the captured sizes.
     """
@@ -38,10 +38,10 @@ class Step:
     """One pass that ran.
 
     index: 0 is the capture. spelling: the pass as pipeline text. kind: rewrite, approximation, …
-    seconds, check_seconds: the pass itself, and the checks after it.
-    added, removed: operator calls that are new, and that are gone.
-    rewritten: places the pass treated; skipped: those it could not, with reasons.
-    relative_error: of a rewrite against the program before, of any other pass against the original; None unchecked.
+    seconds, check_seconds: of the pass itself, and of the checks after it.
+    added, removed: the numbers of operator calls added and removed.
+    rewritten: the number of places the pass changed; skipped: those it could not change, with reasons.
+    relative_error: of a rewrite against the program before it, of any other pass against the original; None unchecked.
     cosine: the smallest cosine of an output to the original's. metric: the caller's score, when given.
     notes: sentences for the reader. reverted: why the pass was undone after it ran, or None.
     """
@@ -64,7 +64,7 @@ class Step:
 
     @property
     def exact(self) -> bool:
-        """True for a pass that keeps the numbers, and for the capture."""
+        """True for a pass that keeps the outputs, and for the capture."""
         return self.kind in ("capture", "rewrite", "annotation")
 
     @property
@@ -119,9 +119,9 @@ class History:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], texts: Sequence[str]) -> History:
-        """The history `to_json` wrote, with the programs' texts.
+        """The history that `to_json` wrote, with the programs' texts.
 
-        Raises: ValueError, TypeError or KeyError when it is none.
+        Raises: ValueError, TypeError or KeyError when the data is no history.
         """
         if data["version"] != FORMAT_VERSION:
             raise ValueError(f"the history is of version {data['version']}; this Lissom reads version {FORMAT_VERSION}")
@@ -140,7 +140,7 @@ def _step_from_json(data: Mapping[str, Any]) -> Step:
 
 
 def changed_calls(before: Sequence[str], after: Sequence[str]) -> tuple[int, int]:
-    """How many names are new and how many are gone."""
+    """The number of added and of removed names."""
     old, new = set(before), set(after)
     return len(new - old), len(old - new)
 

@@ -1,4 +1,4 @@
-"""What a caller chooses of a pipeline beside its passes: checks, a metric and its budget, a progress callback."""
+"""The options of a pipeline besides its passes: checks, a metric and its budget, a progress callback."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def check_options(checks: Checks, metric: Metric | None = None, max_drop: float | None = None) -> None:
-    """Refuse options no pipeline can run with.
+    """Check the options of a pipeline.
 
-    Raises: UnsupportedError.
+    Raises: UnsupportedError when one is invalid.
     """
     if not isinstance(checks, str) or checks not in get_args(Checks):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UnsupportedError(f"checks={checks!r:.80} is not known; choose {', '.join(get_args(Checks))}")
@@ -33,13 +33,13 @@ def check_options(checks: Checks, metric: Metric | None = None, max_drop: float 
 
 
 def check_progress(progress: Progress | None) -> None:
-    """Refuse what cannot be called with progress. Raises: UnsupportedError."""
+    """Check a progress callback. Raises: UnsupportedError when it is not callable."""
     if progress is not None and not callable(progress):
         raise UnsupportedError(f"progress= is {progress!r:.80}; give a callable that takes a text and two numbers")
 
 
 def read_score(score: object, *, original: bool) -> float:
-    """The number a metric returned. original: the score is the captured model's own, with which others are compared.
+    """The number a metric returned. original: whether the score is the captured model's, with which others are compared.
 
     Raises: InputError when it is no number, or the original's is NaN.
     """

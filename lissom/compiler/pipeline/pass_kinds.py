@@ -1,4 +1,4 @@
-"""The four kinds of pass, and the facts a pass may require of a program."""
+"""The four kinds of pass, and the requirements a pass may have on a program."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lissom.compiler.ir.program import Program
 class Requirement:
     """A fact about a program that a pass needs.
 
-    fact: the fact in words, `weights are floating point`.
-    breach: the first node that breaks it, or None.
+    fact: the fact as text, `weights are floating point`.
+    breach: returns the first node that violates it, or None.
     remedy: what the user can do.
     """
 
@@ -31,15 +31,15 @@ class Requirement:
     remedy: str
 
     def sentence(self, program: Program, pass_name: str, node: fx.Node) -> str:
-        """The refusal: which pass needs what, which node breaks it, which pass made it so, what to do."""
+        """The error message: which pass requires what, which node violates it, which pass caused it, what to do."""
         made_by = nodes.origin(node).passes
-        history = f", made so by {made_by[-1]}" if made_by else ", so in the model as it came"
+        history = f", made so by {made_by[-1]}" if made_by else ", already so in the original model"
         shown = printer.node_text(program, node)
         return f"{pass_name} requires that {self.fact}; {shown} breaks it{history}: {self.remedy}"
 
 
 def _first_quantized_weight(program: Program) -> fx.Node | None:
-    """The first quantizer of a linear layer's weight, or the weight itself where it is stored in integers."""
+    """The first quantizer of a linear layer's weight, or the weight itself when it is stored in integers."""
     for node in program.nodes():
         for item in weight_path(node):
             if is_quantizer(item) or (item.op == "get_attr" and not nodes.tensor_type(item).dtype.is_floating_point):
@@ -59,10 +59,8 @@ class Pass(ABC):
 
     The class name in kebab case is its name in pipeline text. A subclass derives from one of the four kinds.
 
-    redefines: whether it changes what is answered by agreement, rather than how exactly: the passes behind it are measured
-        against the answers after it.
-    leaves_dead: whether it makes units contribute nothing and leaves it to `eliminate-dead`, which runs right behind it, to
-        remove them.
+    redefines: whether it changes the expected outputs on purpose: later passes are measured against the outputs after it.
+    leaves_dead: whether it only zeroes units; `eliminate-dead` runs right after it and removes them.
     """
 
     kind: ClassVar[str]
@@ -77,20 +75,20 @@ class Pass(ABC):
 
     @abstractmethod
     def run(self, edit: Editor) -> None:
-        """Change the program through the editor; report what could not be treated with `edit.skip`."""
+        """Change the program through the editor; report places that could not be changed with `edit.skip`."""
 
 
 class Rewrite(Pass):
-    """Changes the form, not the numbers: checked against the program before."""
+    """Changes the form, not the outputs: checked against the program before it."""
 
     kind = "rewrite"
 
 
 class Approximation(Pass):
-    """Changes the numbers, not the form: measured against the original and charged to the budget.
+    """Changes the outputs: measured against the original and charged to the budget.
 
-    cheapens: whether it is there to make the program faster or smaller, with the exact passes behind it, and not worth its
-        loss where it does neither; False where it makes other passes possible, or lets them lose less.
+    cheapens: whether its purpose is a faster or smaller program, together with the exact passes after it; it is reverted when
+        it brings neither. False when it enables other passes, or reduces their loss.
     """
 
     kind = "approximation"
@@ -104,6 +102,6 @@ class Annotation(Pass):
 
 
 class Training(Pass):
-    """Changes weights only, to win back what approximations lost; it is given weights of its own."""
+    """Changes weights only, to recover the loss of approximations; it works on a copy of the weights."""
 
     kind = "training"

@@ -32,15 +32,15 @@ Judge = Callable[[Program, Program], str | None]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes to run in the order written, and how to check each.
+    """Passes to run in the given order, and how to check each.
 
     checks: `numeric` runs programs and compares outputs, `structural` checks form and types only, `off` nothing.
-    samples: flat inputs the numeric checks run on.
+    samples: flat verification inputs for the numeric checks.
     data: flat calibration inputs for passes that need some.
-    metric: scores a program, higher is better; max_drop: how far below the original's score a program may fall.
+    metric: scores a program, higher is better; max_drop: the largest drop below the original's score that is allowed.
     progress: called before each pass with its text, its number and the count.
-    judge: called with the program before a pass that cheapens it by a loss, and the one after it and the passes that belong
-        to it, those up to the next such pass; says why the loss is not worth it, or None. Then that pass is undone.
+    judge: called for each approximation that cheapens the program, with the program before it, and the program after it and
+        all passes up to the next such approximation; returns the reason to revert the approximation, or None to accept it.
     """
 
     passes: Sequence[Pass]
@@ -58,9 +58,9 @@ class Pipeline:
             raise UnsupportedError("numeric checks need samples to run on; pass samples, or checks='structural'")
 
     def run(self, program: Program, history: History | None = None) -> tuple[Program, History]:
-        """The program after all passes, and what each did; the program given is left as it is.
+        """The program after all passes, and the history; the given program is not changed.
 
-        A history given holds the record of the capture; the passes are recorded behind it.
+        A given history holds the record of the capture; the passes are recorded after it.
 
         Raises: RequirementError, PassError, VerifyError, BudgetError, Interrupted; each holds the history so far.
         """
@@ -72,9 +72,9 @@ class Pipeline:
     def run_each(
         self, program: Program, endings: Mapping[str, Sequence[Pass]], history: History | None = None
     ) -> dict[str, tuple[Program, History] | LissomError]:
-        """Run the passes once, and after them each ending by itself; what `run` gives, or the error that stopped the ending.
+        """Run the passes once, then each ending separately; for each the result of `run`, or the error that stopped it.
 
-        Raises: what `run` raises, where the passes before the endings fail.
+        Raises: as `run`, when the passes before the endings fail.
         """
         count = len(self.passes) + sum(map(len, endings.values()))
         run = self._run(program, history, count)
@@ -92,7 +92,7 @@ class Pipeline:
         return found
 
     def _run(self, program: Program, history: History | None, count: int) -> _Run:
-        """The run after all passes."""
+        """The state of the run after all passes."""
         history = history or History(format_pipeline(self.passes), self.checks)
         with alone(), _stopped_with(history):
             run = _Run(self, program, history)
@@ -105,16 +105,16 @@ class Pipeline:
             for index, item in enumerate(passes, finished):
                 show = partial(self._show, format_pass(item), index, count)
                 if self.judge is not None and isinstance(item, Approximation) and item.cheapens:
-                    self._settle(run, trial)
+                    self._judge(run, trial)
                     trial = _Trial(item, copy(run), len(run.history.steps))
                 elif trial is not None:
                     trial.following.append((item, show))
                 show()
                 run.step(item, show)
-            self._settle(run, trial)
+            self._judge(run, trial)
 
-    def _settle(self, run: _Run, trial: _Trial | None) -> None:
-        """Undo a lossy pass that the judge finds not worth its loss, and what else loses behind it; exact passes run again."""
+    def _judge(self, run: _Run, trial: _Trial | None) -> None:
+        """Revert an approximation that the judge rejects, and the lossy passes after it; exact passes run again."""
         if trial is None or self.judge is None:
             return
         reason = self.judge(trial.start.program, run.program)
@@ -122,23 +122,23 @@ class Pipeline:
             return
         seconds = sum(step.seconds + step.check_seconds for step in run.history.steps[trial.steps :])
         run.go_back(trial.start, trial.steps)
-        run.record_undone(trial.item, seconds, reason)
+        run.record_reverted(trial.item, seconds, reason)
         for item, show in trial.following:
             if isinstance(item, (Rewrite, Annotation)):
                 show()
                 run.step(item, show)
             else:
-                run.record_undone(item, 0.0, f"it follows {format_pass(trial.item)}, which was reverted")
+                run.record_reverted(item, 0.0, f"it follows {format_pass(trial.item)}, which was reverted")
 
     def _show(self, spelling: str, index: int, count: int, what: str = "", finished: int = 0, total: int = 0) -> None:
-        """Report the pass that runs, and what it is doing where it says so."""
+        """Report the running pass, and its current step if it reports one."""
         if self.progress is not None:
             self.progress(f"{spelling}: {what}, {finished} of {total}" if what else spelling, index, count)
 
 
 @contextmanager
 def _stopped_with(history: History) -> Generator[None]:
-    """Let what stops a run hold its history."""
+    """Attach the history to the error that stops a run."""
     try:
         yield
     except LissomError as error:
@@ -150,9 +150,9 @@ def _stopped_with(history: History) -> Generator[None]:
 
 @dataclass
 class _Trial:
-    """A lossy pass that is still to be judged.
+    """An approximation that is not judged yet.
 
-    start: the run before it. steps: how many the history had. following: the passes behind it that belong to it.
+    start: the run before it. steps: the length of the history then. following: the passes after it that are judged with it.
     """
 
     item: Pass
@@ -163,10 +163,10 @@ class _Trial:
 
 @dataclass
 class _Run:
-    """One run of a pipeline.
+    """The state of one run of a pipeline.
 
-    program: so far; outputs: what it gives on the samples. original: the outputs it is measured against.
-    reference: the program before numbers changed. stretch: the exact passes since `start`.
+    program: the current program; outputs: its outputs on the samples. original: the outputs it is measured against.
+    reference: the program before the first lossy pass. stretch: the exact passes since the program `start`.
     """
 
     pipeline: Pipeline
@@ -191,19 +191,19 @@ class _Run:
         self.history.texts[:1] = [self.program.text()]
 
     def branch(self, pipeline: str) -> _Run:
-        """A run that goes on from here with a history of its own; pipeline: the text of it all."""
+        """A copy of the run with its own history; pipeline: the text of the whole pipeline of the branch."""
         other = copy(self)
         other.history = replace(self.history, pipeline=pipeline, steps=[*self.history.steps], texts=[*self.history.texts])
         return other
 
     def go_back(self, start: _Run, steps: int) -> None:
-        """Be as `start` was, whose history had so many steps."""
+        """Restore the state `start`, whose history had that many steps."""
         del self.history.steps[steps:], self.history.texts[steps:]
         self.program, self.original, self.outputs = start.program, start.original, start.outputs
         self.reference, self.stretch, self.start = start.reference, start.stretch, start.start
 
-    def record_undone(self, item: Pass, seconds: float, reason: str) -> None:
-        """Tell of a pass that ran and was undone."""
+    def record_reverted(self, item: Pass, seconds: float, reason: str) -> None:
+        """Record a pass that ran and was reverted."""
         last = self.history.steps[-1]
         step = Step(
             index=len(self.history.steps),
@@ -218,7 +218,7 @@ class _Run:
         self.history.record(step, self.program.text())
 
     def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
-        """Run one pass on a copy of the program; only a copy that passes its checks takes the program's place."""
+        """Run one pass on a copy of the program; only a copy that passes its checks replaces the program."""
         self._check_requirements(item)
         if not isinstance(item, (Rewrite, Annotation)):
             self.check_stretch()
@@ -267,14 +267,14 @@ class _Run:
                 raise RequirementError(requirement.sentence(self.program, item.name(), node))
 
     def _run_pass(self, item: Pass, edit: Editor) -> None:
-        # State is written by whoever runs the program, and put back.
+        # A run of the program writes its state, and restores it.
         fixed = {name: tensor for name, tensor in edit.program.weights().items() if name not in edit.program.state}
         shared = {name: (tensor, _version(tensor)) for name, tensor in fixed.items()}
         try:
             item.run(edit)
         except LissomError:
             raise
-        # A pass may be someone else's, and call operators that raise anything; the error is kept as the cause.
+        # Third-party passes and operators may raise anything; the error is kept as the cause.
         except Exception as error:
             where = f" at {printer.place(edit.program, edit.current)}" if edit.current else ""
             lines = f"\n{printer.excerpt(edit.program, edit.current)}" if edit.current else ""
@@ -294,7 +294,7 @@ class _Run:
     ) -> tuple[float | None, float | None, list[list[object]]]:
         """The error and cosine of the program after the pass, and its outputs; both None when nothing was run.
 
-        A program that no edit and no training touched gives the outputs of the program before, and is not run again.
+        A program without edits or training has the outputs of the program before it, and is not run again.
         """
         if self.pipeline.checks == "off":
             return None, None, []
@@ -313,7 +313,7 @@ class _Run:
         return error, divergence.cosine, outputs
 
     def check_stretch(self) -> None:
-        """Compare the program with the one before the exact passes that ran last, on more inputs than each was checked on.
+        """Compare the program with the one before the latest exact passes, on further verification inputs.
 
         Raises: VerifyError naming the pass that is wrong on one of them.
         """
@@ -333,7 +333,7 @@ class _Run:
         self.history.steps[0] = replace(self.history.steps[0], notes=(*first.notes, *fresh))
 
     def _find_wrong(self, stretch: Sequence[Pass], start: Program, samples: list[Sample], wanted: list[list[object]]) -> None:
-        """Run exact passes again, each checked on all inputs; their roundings may add up where no pass is wrong.
+        """Run exact passes again, each checked on all inputs; rounding errors may add up although no pass is wrong.
 
         Raises: VerifyError.
         """
@@ -344,7 +344,7 @@ class _Run:
             again.step(item)
 
     def _charge(self, item: Pass, after: Program) -> float | None:
-        """The caller's score of the program, measured after every pass that may change it."""
+        """The metric of the program, measured after every pass that may change it; checked against the budget."""
         if isinstance(item, (Rewrite, Annotation)):
             return self.history.steps[-1].metric
         score, allowed = self._measure(after), self.pipeline.max_drop
@@ -366,5 +366,5 @@ class _Run:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written in place; tensors made under inference mode do not count."""
+    """How often a tensor was written in place; 0 for tensors created in inference mode."""
     return 0 if tensor.is_inference() else tensor._version

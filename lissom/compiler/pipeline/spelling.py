@@ -19,7 +19,7 @@ _QUOTED = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 def format_pipeline(passes: Sequence[Pass]) -> str:
-    """The passes as text; `parse_pipeline` gives the same passes back."""
+    """The passes as text; `parse_pipeline` is the inverse."""
     return ",".join(format_pass(item) for item in passes)
 
 
@@ -52,7 +52,7 @@ def format_value(value: object) -> str:
 
 
 def parse_pipeline(text: str, table: Mapping[str, type[Pass]], recipes: Mapping[str, str] | None = None) -> list[Pass]:
-    """The passes a text spells, looked up in a table of names; a recipe's name stands for the recipe's passes.
+    """The passes of a pipeline text, looked up by name in a table; a recipe's name stands for the recipe's passes.
 
     Raises: PipelineTextError with the place in the text, what was found and what is allowed.
     """
@@ -60,7 +60,7 @@ def parse_pipeline(text: str, table: Mapping[str, type[Pass]], recipes: Mapping[
 
 
 class _Parser:
-    """A recursive-descent parser over one text; `at` is the character it stands on."""
+    """A recursive-descent parser over one text; `at` is the index of the current character."""
 
     def __init__(self, text: str, table: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -> None:
         self.text = text
@@ -179,7 +179,7 @@ class _Parser:
 
 
 class _Quoted(str):
-    """Text that was quoted, so it is text even when it looks like a number."""
+    """A quoted text, which stays text even when it looks like a number."""
 
 
 def options_of(cls: type[Pass]) -> dict[str, object]:
@@ -189,7 +189,7 @@ def options_of(cls: type[Pass]) -> dict[str, object]:
 
 
 def type_text(hint: object) -> str:
-    """What an option takes, in words: `a number`, `true or false`, `one of l1, l2`."""
+    """The type of an option as text: `a number`, `true or false`, `one of l1, l2`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))

@@ -1,1 +1,1 @@
-"""Edits that several passes share."""
+"""Program edits shared by several passes."""

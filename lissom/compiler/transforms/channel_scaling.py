@@ -1,13 +1,13 @@
-"""Where the channels that linear layers read can be scaled without changing what a program computes, and the scaling.
+"""Finds input channels of linear layers that can be scaled without changing the outputs, and scales them.
 
-What makes the channels, a norm or a linear layer, gives each channel divided by its factor s_j; the layers that read them
-multiply the matching columns of their weights by it. What lies between has to carry a factor through: views, an attention from
-its values, a product with something else, ReLU.
+The producer of the channels, a norm or a linear layer, is changed to divide each channel by its factor s_j; the layers that
+read them multiply the matching columns of their weights by it. The operators between must be homogeneous: views, an attention
+in its values, a product with another value, ReLU.
 
     norm → linear layers      its weight and bias / s            columns · s
     v → output projection     rows of v and its bias / s         columns · s, the same for all heads that share a value head
-    up → down                 rows of up and its bias / s        columns · s, with ReLU between, or as the side of a gated
-                                                                 feed-forward that no activation is applied to
+    up → down                 rows of up and its bias / s        columns · s, with ReLU between, or for the branch of a gated
+                                                                 feed-forward without activation
 
 Channels are matched by their axes, so packed projections and grouped heads need no rule of their own.
 """
@@ -39,12 +39,12 @@ from lissom.compiler.ir.program import Program
 aten = torch.ops.aten
 
 _CARRYING = {*SHAPES, getitem, aten.relu.default, aten.leaky_relu.default, aten.mul.Scalar}
-"""Operators of one value that give s · f(x) for s · x, s positive."""
+"""Operators with f(s · x) = s · f(x) for positive s."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear layer that reads the channels. channel: [features in], which one each column reads; -1 for none of them."""
+    """A linear layer that reads the channels. channel: [in_features], the channel each column reads; -1 for none."""
 
     layer: fx.Node
     matrix: Matrix
@@ -53,9 +53,9 @@ class Reader:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight that makes the channels: of a norm, of a linear layer, or its bias.
+    """A weight or bias of the producer of the channels.
 
-    channel: [size of `dim`], which one each index makes; -1 for none of them.
+    channel: [size of `dim`], the channel each index produces; -1 for none.
     """
 
     node: fx.Node
@@ -65,7 +65,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class ScalingSite:
-    """Channels that can be scaled. producer: the norm or the linear layer. matrix: of the linear layer, None of a norm."""
+    """Channels that can be scaled. producer: a norm or a linear layer. matrix: of the linear layer, None for a norm."""
 
     producer: fx.Node
     count: int
@@ -74,22 +74,22 @@ class ScalingSite:
     matrix: Matrix | None
 
     def by_channel(self, reader: Reader, values: torch.Tensor) -> torch.Tensor:
-        """The largest of the values of each channel's columns, [channels]. values: [features in], not negative."""
+        """The largest of the values of each channel's columns, [channels]. values: [in_features], not negative."""
         return _largest(values, reader.channel, self.count)
 
     def columns(self, reader: Reader, factors: torch.Tensor) -> torch.Tensor:
-        """The factor of each column of a reader, [features in]. factors: [channels]."""
+        """The factor of each column of a reader, [in_features]. factors: [channels]."""
         return _spread(factors, reader.channel)
 
     def rows(self, program: Program) -> torch.Tensor:
-        """The largest magnitude among the rows of the producer's matrix that make each channel, [channels]."""
+        """The largest magnitude in the rows of the producer's matrix for each channel, [channels]."""
         assert self.matrix is not None, "a norm has no rows"
         return _largest(self.matrix.read(program).float().abs().amax(1), self.parameters[0].channel, self.count)
 
     def scale(self, edit: Editor, factors: torch.Tensor) -> None:
-        """Divide the channels by these factors, and multiply what reads them. factors: [channels], positive.
+        """Divide the channels by these factors, and multiply the columns that read them. factors: [channels], positive.
 
-        Where weights are in a low-precision format, by the nearest powers of two: no weight is rounded by them.
+        For weights in reduced precision the factors are rounded to powers of two, which change no weight's mantissa.
         """
         made = [edit.program.weight(str(item.node.target)).detach() for item in self.parameters]
         read = [item.matrix.read(edit.program) for item in self.readers]
@@ -104,9 +104,9 @@ class ScalingSite:
 
 
 def scaling_sites(edit: Editor, *, norms: bool = True, linears: bool = True) -> list[ScalingSite]:
-    """The sites of a program, those a norm makes and those a linear layer makes.
+    """The sites of a program whose producer is a norm or a linear layer.
 
-    Norms, values of attentions and the first layers of feed-forwards that make none are reported.
+    Norms, value projections and first layers of feed-forwards that are no producers are reported.
     """
     found = edit.program.fact(structure)
     known = set[fx.Node](found.norms)
@@ -125,7 +125,7 @@ def scaling_sites(edit: Editor, *, norms: bool = True, linears: bool = True) -> 
 
 
 def chosen_sites(edit: Editor, *, norms: bool, linears: bool, skip: str, only: str) -> list[ScalingSite]:
-    """The sites whose producers the patterns let be treated; the others are reported."""
+    """The sites whose producers the patterns `skip` and `only` select; the others are reported."""
     sites: list[ScalingSite] = []
     for site in scaling_sites(edit, norms=norms, linears=linears):
         reason = obstacle_by_name(site.producer, skip=skip, only=only)
@@ -137,7 +137,7 @@ def chosen_sites(edit: Editor, *, norms: bool, linears: bool, skip: str, only: s
 
 
 def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
-    """The site whose channels a node makes, or why there is none."""
+    """The site with this producer, or why there is none."""
     start, others = _start(producer)
     layers = _readers(start)
     if isinstance(layers, str):
@@ -150,26 +150,26 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
     axes_read = [known.axis(input_of(layer), -1) for layer in layers]
     shared = _shared(own, [_atoms(known.of[start]), *(set(axis.atoms()) for axis in axes_read)])
     if not shared:
-        return "the channels it gives cannot be told apart where they are read"
+        return "its output channels cannot be matched to the columns that read them"
     count = math.prod(cast(int, atom.size) for atom in shared)
     readers: list[Reader] = []
     for layer, axis in zip(layers, axes_read, strict=True):
         matrix = matrix_of(layer)
         if isinstance(matrix, str):
-            return f"what reads it cannot be scaled: {matrix}"
+            return f"a layer that reads it cannot be scaled: {matrix}"
         if readers_of(matrix.node) != [layer]:
-            return "what reads it cannot be scaled: its weight is read elsewhere too"
+            return "a layer that reads it cannot be scaled: its weight is read elsewhere too"
         readers.append(Reader(layer, matrix, unit_of(axis, shared)))
     weights, matrix = made
     channel = unit_of(own, shared)
     read = torch.cat([reader.channel for reader in readers]).unique()
     if not bool((channel >= 0).any()) or not bool(torch.isin(read, channel).all()):
-        return "the channels it gives cannot be told apart where they are read"
+        return "its output channels cannot be matched to the columns that read them"
     for other in others:
         atoms = _atoms(known.of[other])
         same = tuple(atom for atom in dict.fromkeys(own.atoms()) if atom in atoms)
         if not same or bool(((unit_of(own, same) >= 0) & (channel >= 0)).any()):
-            return "the channels it gives cannot be told from others it gives"
+            return "its output channels cannot be separated from other outputs"
     parameters = tuple(
         Parameter(weight, 1 if matrix is not None and matrix.transposed and weight is matrix.node else 0, channel)
         for weight in weights
@@ -178,22 +178,22 @@ def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
 
 
 def _shared(own: Axis, others: list[set[Axis]]) -> tuple[Axis, ...]:
-    """The atoms of the producer's channels that are in each of these sets; of fixed sizes, else none.
+    """The atoms of the producer's channels that are in each of these sets; empty unless all their sizes are fixed.
 
-    One set has the atoms of the piece that is read: a packed projection has the groups of query heads as well, and the
-    output projection reads them, but the values are not numbered by them.
+    One set has the atoms of the piece that is read: a packed projection also has the groups of query heads, which the output
+    projection reads, but the values have no such axis.
     """
     shared = tuple(atom for atom in dict.fromkeys(own.atoms()) if all(atom in atoms for atoms in others))
     return shared if all(isinstance(atom.size, int) for atom in shared) else ()
 
 
 def _atoms(found: Value) -> set[Axis]:
-    """The atoms of all dimensions of a value, or of the several tensors it is."""
+    """The atoms of all dimensions of a value, which may be a tuple of tensors."""
     return {atom for item in found for atom in (item.atoms() if isinstance(item, Axis) else _atoms(item))}
 
 
 def _parameters(producer: fx.Node) -> tuple[list[fx.Node], Matrix | None] | str:
-    """The weights that make the channels, the matrix of a linear layer first; or why they cannot be scaled."""
+    """The weights of the producer, the matrix of a linear layer first; or why they cannot be scaled."""
     if is_linear(producer):
         matrix = matrix_of(producer)
         if isinstance(matrix, str):
@@ -224,12 +224,12 @@ def _has_bias(norm: fx.Node) -> bool:
 
 
 def _is_own(weight: object) -> bool:
-    """True for a weight that one node reads."""
+    """True for a weight that only one node reads."""
     return isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
 
 
 def _readers(start: fx.Node) -> list[fx.Node] | str:
-    """The linear layers that read a value, when nothing else does and all between carries factors through; or what does not."""
+    """The linear layers that read a value, if all its uses are linear layers behind homogeneous operators; else the reason."""
     layers: dict[fx.Node, None] = {}
     walked: dict[fx.Node, None] = {start: None}
     pending = [start]
@@ -241,7 +241,7 @@ def _readers(start: fx.Node) -> list[fx.Node] | str:
             if is_linear(user) and input_of(user) is node and user.all_input_nodes.count(node) == 1:
                 layers[user] = None
             elif not _carries(user, node):
-                return f"what it gives is read by {_named(user)} too, which does not carry a factor through"
+                return f"its output is also read by {_named(user)}, which no scale passes through"
             elif user not in walked:
                 walked[user] = None
                 pending.append(user)
@@ -252,7 +252,7 @@ def _readers(start: fx.Node) -> list[fx.Node] | str:
 
 
 def _carries(user: fx.Node, node: fx.Node) -> bool:
-    """True when a node gives s times its result for s times one thing it reads."""
+    """True when scaling this input by s scales the node's result by s."""
     if is_attention(user):
         return user.args[2] is node and list(user.all_input_nodes).count(node) == 1 and node not in user.args[:2]
     if user.target is aten.mul.Tensor:
@@ -271,16 +271,16 @@ def _named(node: fx.Node) -> str:
 
 
 def _start(producer: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """What a node gives, or the piece of it that linear layers read with all between carrying factors through.
+    """The output of a node, or the piece of it that linear layers read through homogeneous operators.
 
-    With the other pieces it is cut into.
+    Returned with the other pieces of the split.
     """
     found = next((piece for piece in _pieces(producer, []) if not isinstance(_readers(piece[0]), str)), None)
     return found or (producer, [])
 
 
 def _pieces(node: fx.Node, others: list[fx.Node]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """A value, and what it is cut into, as long as it is only viewed and cut; each with the other pieces."""
+    """A value, and its pieces through views and splits, each with the other pieces of the split."""
     yield node, others
     if all(user.target in SHAPES or user.target is getitem for user in node.users):
         for user in node.users:

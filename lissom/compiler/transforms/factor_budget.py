@@ -1,4 +1,4 @@
-"""How much of a layer is left by passes that factor it: told by a rank, by the energy kept, or by a share of its bytes."""
+"""The size options of passes that factor a layer: a rank, a fraction of the energy, or a fraction of the bytes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lissom.errors import UnsupportedError
 
 
 def check_amount(name: str, *, rank: int | None, keep: float | None, budget: float | None) -> None:
-    """Check the options of a pass of this name that say how much it leaves.
+    """Check the size options of a pass of this name.
 
     Raises: UnsupportedError unless exactly one is given, rank of 1 or more, keep in (0, 1], budget in (0, 1).
     """
@@ -20,6 +20,6 @@ def check_amount(name: str, *, rank: int | None, keep: float | None, budget: flo
     if rank is not None and rank < 1:
         raise UnsupportedError(f"{name} takes rank= of 1 or more, not {rank}")
     if keep is not None and not 0 < keep <= 1:
-        raise UnsupportedError(f"{name} keeps a share of the energy above 0 and up to 1, not keep={keep:g}")
+        raise UnsupportedError(f"{name} keeps a fraction of the energy above 0 and up to 1, not keep={keep:g}")
     if budget is not None and not 0 < budget < 1:
-        raise UnsupportedError(f"{name} leaves a share of the bytes above 0 and below 1, not budget={budget:g}")
+        raise UnsupportedError(f"{name} leaves a fraction of the bytes above 0 and below 1, not budget={budget:g}")

@@ -1,8 +1,8 @@
-"""Linear layers that are written as products of flattened rows, as in GPT-2, brought into the form all others have.
+"""Rewrites linear layers that are products of flattened rows, as in GPT-2, as `linear` calls.
 
     reshape(addmm(b, reshape(x, [-1, in]), W), [.., out])  ->  linear(x, Wᵀ, b)
 
-In the flattened form batch and tokens are one dimension, and nothing can be said of tokens alone.
+In the flattened form batch and tokens are one dimension, so tokens have no axis of their own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ aten = torch.ops.aten
 
 
 def unflatten_where(edit: Editor, helps: Callable[[Editor], bool]) -> None:
-    """Write such products as linear layers, if that helps: the question is asked of an editor of a copy that has them so."""
+    """Rewrite such products as linear layers if that helps; `helps` gets the editor of a rewritten copy."""
     trial = Editor(edit.program.copy(), edit.pass_name)
     if _unflatten(trial) and helps(trial):
         _unflatten(edit)
 
 
 def _unflatten(edit: Editor) -> bool:
-    """True when there were any."""
+    """Rewrite all such products; True when there were any."""
     found = [node for node in edit.nodes(*RESHAPES) if _is_product_of_rows(node)]
     for node in found:
         product = cast(fx.Node, node.args[0])
@@ -38,7 +38,7 @@ def _unflatten(edit: Editor) -> bool:
             turned = edit.call(aten.transpose.int, weight, 0, 1)
             layer = edit.call(aten.linear.default, cast(fx.Node, flat).args[0], turned, *bias)
         edit.replace(node, layer)
-    # What is left of them still reads what they read.
+    # The old reshapes and products still read their inputs.
     edit.program.drop_dead()
     return bool(found)
 

@@ -1,1 +1,1 @@
-"""Whether two programs are the same, and how far apart they are."""
+"""Checks that two programs are equal, and measures their divergence."""

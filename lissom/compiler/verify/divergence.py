@@ -1,4 +1,4 @@
-"""How far two programs' outputs are apart, how far they may be, and the first node that differs."""
+"""The divergence of two programs' outputs, its tolerance, and the first node that differs."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from lissom.errors import VerifyError
 TOLERANCE = {
     # Two float64 kernels that sum a few thousand terms in another order differ by some 1e-14.
     torch.float64: 1e-12,
-    # The same in float32 (unit roundoff 6e-8): 1e-7 to 5e-6 seen over 12 to 96 layers.
+    # The same in float32 (unit roundoff 6e-8): 1e-7 to 5e-6 measured over 12 to 96 layers.
     torch.float32: 2e-5,
-    # One rounding to 11 bits is 5e-4; a residual stream meets some twenty of them.
+    # One rounding to 11 bits is 5e-4; a residual stream has some twenty of them.
     torch.float16: 1e-2,
     # One rounding to 8 bits is 4e-3; likewise.
     torch.bfloat16: 8e-2,
 }
 _COUNTED = 0.99
-"""Of the magnitudes in a tensor, this fraction is no larger than its size. A channel in a hundred may be an outlier."""
+"""The quantile of magnitudes that is the size of a tensor: one channel in a hundred may be an outlier."""
 _EXTREME, _GAP = 1e3, 1e3
-"""Magnitudes from `_EXTREME` on, and `_GAP` times as large as the next smaller one, are what masks leave: -1e4, -1e30."""
+"""Magnitudes from `_EXTREME` on, and `_GAP` times as large as the next smaller one, are mask values: -1e4, -1e30."""
 _NOISE = 1e-6
-"""Tensors of smaller values are compared as if they were of this size, so that noise is not divided by noise."""
+"""The least size in comparisons, so that noise is not divided by noise."""
 _SAMPLED = 1 << 16
-"""The size of a larger tensor is that of so many of its values."""
+"""The size of a larger tensor is estimated from that many of its values."""
 _EXACT = {torch.bool, torch.int64}
-"""Masks and indices: two correct programs give the same, whatever floating type they are computed from."""
+"""Masks and indices: they are equal in two correct programs, whatever floating type they are computed from."""
 
 
 def tolerances(program: Program) -> list[float]:
-    """The relative error that two correct programs may show in each output, and behind them in each buffer of the state."""
+    """The relative error allowed between two correct programs for each output, then for each buffer of the state."""
     found = program.fact(node_tolerances)
     leaves: Sequence[object] = program.output.args[0]  # pyright: ignore[reportAssignmentType]
     writes = {str(node.args[0].target): node for node in program.nodes() if nodes.is_state_write(node)}  # pyright: ignore
@@ -52,8 +52,8 @@ def tolerance_of(program: Program) -> float:
 
 
 def node_tolerances(program: Program) -> dict[fx.Node, float]:
-    """The relative error that two correct programs may show at each node: that of the coarsest floating type computed in on
-    the way to it. Weights and inputs are the same in both.
+    """The relative error allowed between two correct programs at each node: that of the lowest floating-point precision among
+    the calls it depends on. Weights and inputs are the same in both.
     """
     coarsest: dict[fx.Node, float] = {}
     for node in program.graph.nodes:
@@ -67,10 +67,10 @@ def node_tolerances(program: Program) -> dict[fx.Node, float]:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far outputs are from those of another program, over all samples.
+    """The divergence of outputs from those of another program, over all samples.
 
-    relative_error: as `relative_error` gives it, of the worst output.
-    cosine: the smallest cosine between the two values of one floating output, without what masks leave in it.
+    relative_error: the function `relative_error` for the worst output.
+    cosine: the smallest cosine similarity between the two values of one floating-point output, without mask values.
     """
 
     relative_error: float
@@ -78,11 +78,11 @@ class Divergence:
 
 
 def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Sample], list[list[object]], list[str]]:
-    """The samples that the program answers with numbers, with its outputs, and a sentence on each of the others.
+    """The samples on which the program runs without NaN, its outputs on them, and a note on each of the others.
 
-    All but the first are drawn from the first, and a draw may break what a model asserts of its inputs: an end in every row.
+    All but the first are drawn from the first, and a drawn input may violate a model's assertion: an end token in every row.
 
-    Raises: VerifyError when the program does not run on the first.
+    Raises: VerifyError when the program does not run on the first sample.
     """
     kept, outputs, notes = list[Sample](), list[list[object]](), list[str]()
     for index, sample in enumerate(samples):
@@ -95,7 +95,7 @@ def run_original(program: Program, samples: Sequence[Sample]) -> tuple[list[Samp
             notes.append(f"no check on inputs {shapes_of(sample)}, which the model refuses: {reason}")
             continue
         if outputs and any(map(_has_nan, found[0])) and not any(map(_has_nan, outputs[0])):
-            notes.append(f"no check on inputs {shapes_of(sample)}, of which the model makes NaN")
+            notes.append(f"no check on inputs {shapes_of(sample)}, for which the model returns NaN")
             continue
         kept.append(sample)
         outputs += found
@@ -112,7 +112,7 @@ def shapes_of(sample: Sample) -> str:
 
 
 def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object]]:
-    """The program's flat outputs on each sample, then the state it leaves, without gradients. State is put back afterwards."""
+    """The program's flat outputs on each sample, then its state after the call, without gradients; restores the state."""
     outputs = []
     for sample in samples:
         with torch.no_grad(), kept_state(program):
@@ -121,15 +121,15 @@ def run_samples(program: Program, samples: Sequence[Sample]) -> list[list[object
 
 
 def answers(program: Program, outputs: Sequence[list[object]]) -> list[list[object]]:
-    """What calls return, of what `run_samples` gives: a pass that loses may keep the state in another form."""
+    """The outputs of `run_samples` without the state, which a lossy pass may store in another form."""
     count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
     return [found[:count] for found in outputs]
 
 
 def with_kept_form(before: Program, after: Program, outputs: Sequence[list[object]]) -> list[list[object]]:
-    """Of what `run_samples` gives, what calls return, and the state that has the same form in both programs.
+    """The outputs of `run_samples` with only the state that has the same form in both programs.
 
-    A rewrite may keep less of the state, as where several heads of a cache are one; what was read of it is in the answers.
+    A rewrite may store less state, such as one head of a KV cache for several; its effect is visible in the other outputs.
     """
     count = len(before.output.args[0])  # pyright: ignore[reportArgumentType]
     forms = [{name: _form(program.weight(name)) for name in program.state} for program in (before, after)]
@@ -154,7 +154,7 @@ def compare(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]
 
 
 def output_errors(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> list[float]:
-    """The relative error of each output, the worst of all samples."""
+    """The relative error of each output, the maximum over all samples."""
     errors = [list(map(relative_error, left, right)) for left, right in zip(wanted, found, strict=True)]
     return [max(column) for column in zip(*errors, strict=True)]
 
@@ -162,9 +162,9 @@ def output_errors(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[o
 def relative_error(wanted: object, found: object) -> float:
     """max |a - b| / max(|a|, size of the tensor); infinite when shapes, dtypes or the places of NaN and infinity differ.
 
-    The size is the 99th percentile of the magnitudes that are neither zero nor what a mask leaves. So neither one channel of
-    outliers nor one -1e30 hides what is wrong beside it, and each of these must be right relative to itself. Integers and flags
-    must be equal.
+    The size is the 99th percentile of the magnitudes that are neither zero nor mask values. So neither an outlier channel nor
+    one -1e30 hides errors in other values, and the outliers must be right relative to their own magnitude. Integers and
+    booleans must be equal.
     """
     if not isinstance(wanted, torch.Tensor) or not isinstance(found, torch.Tensor):
         return 0.0 if type(wanted) is type(found) and wanted == found else math.inf
@@ -186,7 +186,7 @@ def relative_error(wanted: object, found: object) -> float:
 
 
 def _size(values: torch.Tensor) -> tuple[float, float]:
-    """The size of a tensor of finite values, and the largest magnitude that is not what a mask leaves."""
+    """The size of a tensor of finite values, and the largest magnitude that is no mask value."""
     found = values.abs().flatten()
     if found.numel() > _SAMPLED:
         places = torch.randint(found.numel(), (_SAMPLED,), generator=torch.Generator().manual_seed(0))
@@ -217,10 +217,10 @@ def _cosine(wanted: torch.Tensor, found: torch.Tensor) -> float:
 def first_difference(
     before: Program, after: Program, sample: Sample, tolerance: float | None = None
 ) -> tuple[fx.Node, float] | None:
-    """The first node of `after` whose value differs from that of the node it stands for in `before`.
+    """The first node of `after` whose value differs from that of the corresponding node in `before`.
 
     Nodes correspond by name, or by the name a pass recorded when it replaced one by the other.
-    tolerance: what they may differ by; by default what two correct programs may show at that node.
+    tolerance: the allowed relative error; by default that of `node_tolerances`.
     """
     values: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
@@ -242,12 +242,12 @@ def first_difference(
 
 
 def lasting(node: fx.Node, value: object) -> object:
-    """The value as it will stay; what a write of state yields is the state itself, which is put back."""
+    """A value that later writes do not change: a write of state returns the state itself, so it is cloned."""
     return value.clone() if nodes.is_state_write(node) and isinstance(value, torch.Tensor) else value
 
 
 def worst_error(wanted: object, found: object) -> float:
-    """The relative error of two values, the worst of their parts where they have several."""
+    """The relative error of two values, the maximum over their items when they are tuples."""
     if isinstance(wanted, (tuple, list)) and isinstance(found, (tuple, list)):
         return max(map(worst_error, wanted, found), default=0.0)
     return relative_error(wanted, found)

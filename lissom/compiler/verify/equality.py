@@ -1,4 +1,4 @@
-"""Is a program after an exact pass equal to the one before: in its outputs, in its nodes where these round, in its memory."""
+"""Checks that an exact pass keeps a program's outputs, its node values when these are quantized, and its memory sharing."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from lissom.compiler.verify.rounding import ROUNDINGS, differs_locally, right_in
 from lissom.errors import VerifyError
 
 _ROUNDED_TWICE = {TOLERANCE[dtype]: 2 * error for dtype, error in ROUNDINGS.items()}
-"""By the tolerance of a reduced-precision output, the error of one value that the one program rounds up and the other down.
+"""From the tolerance of a reduced-precision output to the error of one value that one program rounds up and the other down.
 
-By more than that, nodes are compared one by one: a scale that is wrong by 5 % is within what roundings add up to over a model.
+Above it, nodes are compared one by one: accumulated rounding errors of a model can be as large as those of a scale that is
+wrong by 5 %.
 """
 
 EARLIER = "an output of the call before"
@@ -31,12 +32,11 @@ def require_equal(
     found: Sequence[list[object]],
     bitwise: bool = False,
 ) -> float:
-    """The largest relative error of the outputs `found` after an exact pass to those `wanted`, of the program before.
+    """The largest relative error of the outputs `found` after an exact pass, against the outputs `wanted` before it.
 
-    bitwise: let nothing differ.
+    bitwise: require equal bits.
 
-    Raises: VerifyError naming the first node that differs by more than two correct programs may, or the outputs that share
-        memory.
+    Raises: VerifyError naming the first node whose error is above its tolerance, or the outputs that newly share memory.
     """
     (limits,) = with_kept_form(before, after, [[0.0 if bitwise else _ROUNDED_TWICE.get(x, x) for x in tolerances(before)]])
     errors = output_errors(*(with_kept_form(before, after, outputs) for outputs in (wanted, found)))
@@ -57,7 +57,7 @@ def require_equal(
 def _rounds_alike(
     before: Program, after: Program, samples: Sequence[Sample], wanted: Sequence[list[object]], found: Sequence[list[object]]
 ) -> bool:
-    """True when two programs whose outputs differ are right all the same: what is behind a rounding has made more of it."""
+    """True when two programs with different outputs are both right: later operators amplified a rounding difference."""
     if not differs_locally(before, after, samples):
         return True
     # A wider dtype does not overflow where float16 does.
@@ -91,9 +91,9 @@ def _refuse(before: Program, after: Program, samples: Sequence[Sample], error: f
 def shared_memory(
     program: Program, sample: Sample, outputs: Sequence[object], earlier: Sequence[object] = ()
 ) -> set[tuple[int, str]]:
-    """The outputs, by number, that are in the memory of an input, a weight, or an output of this call or `earlier`."""
+    """The outputs, by index, that share memory with an input, a weight, or an output of this call or `earlier`."""
     if program.ranks:
-        return set()  # their outputs are put together from parts
+        return set()  # their outputs are assembled from parts
     count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
     others = [(f"input '{leaf.path}'", item) for leaf, item in zip(program.signature.tensors, sample, strict=True)]
     others += [(EARLIER, item) for item in earlier[:count] if isinstance(item, torch.Tensor)]
@@ -109,7 +109,7 @@ def shared_memory(
 
 
 def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """True when two tensors have an element in one place."""
+    """True when two tensors share a memory location."""
     if not left.numel() or not right.numel() or left.untyped_storage().data_ptr() != right.untyped_storage().data_ptr():
         return False
     if left.dtype != right.dtype:
@@ -121,7 +121,7 @@ def _overlap(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def changed_strides(wanted: Sequence[object], found: Sequence[object]) -> list[str]:
-    """Sentences on the outputs that lie in memory in another order than before."""
+    """Notes on the outputs whose strides changed."""
     notes = list[str]()
     for index, (left, right) in enumerate(zip(wanted, found, strict=False)):
         if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor) and _strides(left) != _strides(right):
@@ -130,5 +130,5 @@ def changed_strides(wanted: Sequence[object], found: Sequence[object]) -> list[s
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:
-    """Those of dimensions that hold more than one element."""
+    """The strides of dimensions with more than one element."""
     return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1] if tensor.numel() else []

@@ -1,11 +1,11 @@
-"""How far two correct programs may differ where what is behind a node makes more of its rounding.
+"""The allowed error between two correct programs when later operators amplify rounding differences.
 
-In a quantized program a value half way between two steps may go either way, by the last bit of a sum taken in another order;
-everything behind it follows, and at the end two correct programs differ by more than sums do. In floating point, a deep model
-with few large values in its residual stream does the same by degrees. So they are not compared at the end alone:
+In a quantized program a value half way between two steps may round either way, depending on the last bit of a sum taken in
+another order. All later values change with it, and the outputs of two correct programs differ by more than sums do. In floating
+point, a deep model with few large values in its residual stream does the same gradually. So not only outputs are compared:
 
-- `local_errors` gives every node of the one program the values its inputs have in the other. Then a single rounding counts.
-- `rounding_loss` is what all the rounding changes at the end. Two correct programs differ by no more than some of that.
+- `local_errors` feeds every node of one program the values that its inputs have in the other. Then a single rounding counts.
+- `rounding_loss` is the error of the outputs from all quantization. Two correct programs differ by at most some of it.
 """
 
 from __future__ import annotations
@@ -41,38 +41,40 @@ aten = torch.ops.aten
 _Replaced = Callable[[fx.Node, object], str | None]
 
 LOCAL_TOLERANCE = 5e-3
-"""One value of eight bits rounded the other way moves a sum over sixteen or more by less, relative to the largest sum."""
+"""The error allowed at a node when activations are quantized: one 8-bit value rounded the other way changes a sum of at least
+sixteen values by less, relative to the largest sum.
+"""
 LOCAL_FLOAT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6}
-"""One sum of a few thousand terms in another order, with what is fused to it: 1e-7 to 2e-6 seen in float32."""
+"""One sum of a few thousand terms in another order, with fused operators: 1e-7 to 2e-6 measured in float32."""
 ROUNDINGS = {torch.bfloat16: 4e-3, torch.float16: 5e-4}
-"""What one rounding to a short dtype costs."""
+"""The relative error of one rounding to a reduced-precision dtype."""
 _FUSED = 4
-"""How often two programs round where they differ: a kernel once, and each of the three operators it stands for at most, as a
-product, its activation and the product with a gate.
+"""The number of roundings at a node in two programs together: one in a kernel, and at most one in each of the three operators
+it replaces, such as a product, its activation and the product with a gate.
 """
 SHARE = 2.0
-"""Two programs rounded alike differ by less than this many times what rounding changes.
+"""Two programs with the same quantization differ by less than this multiple of `rounding_loss`.
 
-A change of 1e-7 in one table of MiniLM moves its outputs by up to 1.0 times that, since a value rounded the other way moves all
-behind it; two that round independently would differ by 1.4 times, and more at the worst of few samples.
+A change of 1e-7 in one table of MiniLM changes its outputs by up to 1.0 times the loss, since one value rounded the other way
+changes all later ones. Two programs with independent rounding would differ by 1.4 times, and more in the worst of few samples.
 """
 _AS_FAR = 4.0
-"""Two programs that round in their own ways are as far from the exact result; of few samples the one may be lucky."""
+"""The largest ratio of two programs' errors from the exact result: on few samples one of them may be lucky."""
 _PRODUCTS = {aten._int_mm.default, aten._scaled_mm.default}
-"""Products whose first factor is rounded by operators before it, as `lower-quantized-products` writes them."""
+"""Products whose first factor is quantized by operators before it, as `lower-quantized-products` writes them."""
 _ROUNDING = {*FAKE_QUANTIZES, quantized_linear, quantized_linear_norm, *_PRODUCTS}
 
 
 def rounds_values(program: Program) -> bool:
-    """True when values are rounded while the program runs, not its weights alone."""
+    """True when the program quantizes activations, not only weights."""
     return any(_rounds(node, _ROUNDING) or _stores_whole(node) for node in program.nodes())
 
 
 def local_tolerances(program: Program) -> dict[str, float]:
-    """By a node's name the error that a correct program may show there, given the values of its inputs in the program before.
+    """By node name, the error allowed at a node when its inputs have the values of the program before.
 
-    It is that of one sum in the coarsest dtype on the way to the node, or of one value rounded the other way where values are
-    rounded.
+    It is that of one sum in the lowest-precision dtype the node depends on, or of one value rounded the other way when the
+    program quantizes activations.
     """
     rounds = rounds_values(program)
     sums = dict(zip(TOLERANCE.values(), (_local(dtype, rounds) for dtype in TOLERANCE), strict=True))
@@ -85,18 +87,19 @@ def _local(dtype: torch.dtype, rounds: bool) -> float:
 
 
 def differs_locally(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
-    """True when a node of `after` differs by more than its own rounding, given the values that its inputs have in `before`.
+    """True when a node of `after` differs by more than its own rounding, given the values of its inputs in `before`.
 
-    Nodes correspond by name, or by the name a pass recorded when it replaced one by the other; between them, values of `after`.
+    Nodes correspond by name, or by the name a pass recorded when it replaced one by the other; other nodes keep the values of
+    `after`.
     """
     allowed = before.fact(local_tolerances)
     return any(error > allowed[name] for sample in samples for name, error in local_errors(before, after, sample).items())
 
 
 def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence[Sequence[object]]) -> float:
-    """The relative error of a program's outputs to those it has without rounding of values.
+    """The relative error of a program's outputs against those without quantization of activations.
 
-    Kernels of ours that round within stay as they are.
+    Our kernels that quantize internally stay as they are.
     """
     plain = program.copy()
     for node in plain.nodes():
@@ -109,7 +112,7 @@ def rounding_loss(program: Program, samples: Sequence[Sample], outputs: Sequence
 
 
 def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
-    """Let a product of short formats multiply the values as they were before they were rounded, on the same scale."""
+    """Replace a product of quantized values by one of the values before quantization, on the same scale."""
     cast = product.args[0]
     while isinstance(cast, fx.Node) and cast.target is not aten.to.dtype:
         cast = cast.args[0]
@@ -135,7 +138,7 @@ def _multiply_floats(graph: fx.Graph, product: fx.Node) -> None:
 
 
 def _stores_whole(node: fx.Node) -> bool:
-    """True for a cast of values to bytes, in which a cache may be kept."""
+    """True for a cast of floating-point values to bytes, as for a quantized KV cache."""
     if not nodes.is_call(node, aten.to.dtype) or not nodes.is_tensor(node.args[0]):
         return False
     floating = nodes.tensor_type(node.args[0]).dtype.is_floating_point
@@ -153,10 +156,11 @@ def right_in_wider(
     wanted: Sequence[Sequence[object]],
     found: Sequence[Sequence[object]],
 ) -> bool:
-    """True when outputs `found` that differ from those `wanted`, of the program before, are right all the same, as what that
-    program gives in a wider dtype shows.
+    """True when the outputs `found` are right although they differ from those `wanted` of the program before, judged by that
+    program's outputs in a wider dtype.
 
-    The program after has to give that too. One whose kernels do not compute in the wider dtype has to be `as_close`.
+    The program after must give the same outputs in the wider dtype. If its kernels do not support that dtype, it must be
+    `as_close`.
     """
     exact = None if after.ranks else exact_outputs(before, samples)
     if exact is None:
@@ -169,14 +173,14 @@ def right_in_wider(
 
 @dataclass(frozen=True)
 class ExactOutputs:
-    """What a program gives in a wider dtype: float64, or float32 instead of 16 bits. samples: its inputs in that dtype."""
+    """The outputs of a program in a wider dtype: float64, or float32 instead of 16 bits. samples: its inputs in that dtype."""
 
     dtype: torch.dtype
     samples: Sequence[Sample]
     outputs: Sequence[Sequence[object]]
 
     def as_close(self, wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> bool:
-        """True when outputs `found` are hardly further from these than `wanted`, those of the program, are."""
+        """True when the errors of the outputs `found` are at most `_AS_FAR` times those of the program's outputs `wanted`."""
         own, other = (
             output_errors(self.outputs, [[_widened(item, self.dtype) for item in outputs] for outputs in given])
             for given in (wanted, found)
@@ -185,10 +189,10 @@ class ExactOutputs:
 
 
 def exact_outputs(program: Program, samples: Sequence[Sample]) -> ExactOutputs | None:
-    """The outputs of a program in a wider dtype; None for one with state or for several ranks, or that does not run in it.
+    """The outputs of a program in a wider dtype; None for a program with state or ranks, or that does not run in it.
 
-    Of queries that see padding alone, -1e4 is added to every score: in bfloat16 nothing is left of the scores and in float32
-    their thousandths, and softmax makes much of it.
+    For a query that sees only padding, -1e4 is added to every score. In bfloat16 this erases the scores, in float32 all but
+    their thousandths, and softmax amplifies the difference.
     """
     if program.ranks or program.state:
         return None
@@ -215,7 +219,7 @@ def _widened_program(program: Program, wide: torch.dtype) -> Program:
 
 
 def _widened(item: Any, wide: torch.dtype) -> Any:
-    """A tensor, or a dtype, of a narrower floating type in the wide one; anything else as it is."""
+    """A tensor or dtype of a narrower floating-point type in the wide one; anything else unchanged."""
     if isinstance(item, torch.Tensor):
         return item.to(wide) if _is_narrower(item.dtype, wide) else item
     return wide if isinstance(item, torch.dtype) and _is_narrower(item, wide) else item
@@ -226,8 +230,8 @@ def _is_narrower(dtype: torch.dtype, wide: torch.dtype) -> bool:
 
 
 def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, float]:
-    """By the names of nodes of `before` the relative error of those of `after` that stand for them, given the values of
-    `before`. The errors of the outputs are among them.
+    """By the names of nodes of `before`, the relative error of the corresponding nodes of `after`, given the values of
+    `before`. Includes the errors of the outputs.
     """
     known: dict[str, object] = {}
     with torch.no_grad(), kept_state(before):
@@ -235,7 +239,7 @@ def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, f
     errors = dict[str, float]()
 
     def replaced(node: fx.Node, value: object) -> str | None:
-        """The name of the node that this one stands for, once the error of its value is recorded."""
+        """Record the error of a node's value, and return the name of the corresponding node; None when there is none."""
         name = node.name if node.name in known else nodes.origin(node).replaces
         if name not in known or not _alike(known[name], value):
             return None
@@ -253,7 +257,7 @@ def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, f
 
 
 def _forced(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
-    """The outputs of a program whose nodes are given the values known of those they stand for."""
+    """The outputs of a program whose nodes take the known values of the corresponding nodes."""
     values: dict[fx.Node, object] = dict(zip(after.placeholders, sample, strict=True))
     for node in after.graph.nodes:
         if node.op == "get_attr":
@@ -268,7 +272,7 @@ def _forced(after: Program, sample: Sample, known: Mapping[str, object], replace
 
 
 def _forced_ranks(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
-    """The same for a program partitioned for several ranks, which are given their parts of the values."""
+    """The same for a partitioned program, whose ranks take their parts of the values."""
 
     def force(node: fx.Node, parts: list[object]) -> list[object] | None:
         name = replaced(node, after.whole(node, parts, sample))
@@ -278,7 +282,7 @@ def _forced_ranks(after: Program, sample: Sample, known: Mapping[str, object], r
 
 
 def _alike(wanted: object, found: object) -> bool:
-    """True for values of one form; where a pass changed the form, what comes behind it is compared."""
+    """True for values of the same form; when a pass changed the form, only later nodes are compared."""
     if isinstance(wanted, torch.Tensor) and isinstance(found, torch.Tensor):
         return wanted.shape == found.shape and wanted.dtype == found.dtype
     return type(wanted) is type(found)

@@ -22,7 +22,7 @@ _SIZE_MODULES = {operator.__name__, "_operator", "math", "torch.utils._sympy.fun
 def verify_structure(program: Program, before: Program | None = None) -> None:
     """Check that the program is well formed: order, names, dialect, types, signature.
 
-    Types are recomputed with fake tensors; nodes that `before` has too, with arguments of equal types, keep theirs.
+    Types are recomputed with fake tensors, except for nodes that are the same in `before` and have arguments of equal types.
 
     Raises: VerifyError naming the first node at fault, with the lines around it.
     """
@@ -49,7 +49,7 @@ def verify_structure(program: Program, before: Program | None = None) -> None:
 
 
 def _is_unchanged(node: fx.Node, old: fx.Node | None) -> bool:
-    """True when a call is the same as before, of values of the same types, and kept its own."""
+    """True when a call, the types of its arguments and its own type are the same as before."""
     if old is None or node.target != old.target or nodes.value(node) is not nodes.value(old):
         return False
     reads, read = list[fx.Node](), list[fx.Node]()
@@ -61,7 +61,7 @@ def _is_unchanged(node: fx.Node, old: fx.Node | None) -> bool:
 
 
 def _is_alike(left: fx.Node, right: fx.Node) -> bool:
-    """True when whatever is computed from the one value has the type of what is computed from the other."""
+    """True when two values are interchangeable for typing: calls of either have the same type."""
     one, other = nodes.value(left), nodes.value(right)
     return one is other or fake.description(one) == fake.description(other)
 
@@ -93,8 +93,8 @@ def _check_weight(program: Program, node: fx.Node) -> None:
 
 
 def _check_type(program: Program, node: fx.Node, old: fx.Node | None) -> None:
-    """Type a call anew. Where no pass has typed it, the type is the capture's, which may say less of sizes that vary
-    than can be worked out; it must then be right at the example's sizes.
+    """Retype a call and compare. A type that still comes from the capture may know less of dynamic sizes; it must then be
+    right at the example's sizes.
     """
     try:
         again = nodes.type_of(fake.known_call(program.fake_mode, node))
@@ -111,7 +111,7 @@ def _check_type(program: Program, node: fx.Node, old: fx.Node | None) -> None:
 
 
 def _has_new_sizes(node: fx.Node) -> bool:
-    """True for a call whose result is as large as values say; its size gets a new name each time it is typed."""
+    """True for a call whose result size depends on values; the size gets a new name each time it is typed."""
     return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 

@@ -67,12 +67,12 @@ def test_state_and_what_is_handed_out_rest_on_copies() -> None:
     program = captured("counter")
     read = next(node for node in program if node.op == "get_attr" and node.target == "seen")
     reason = rests_on_copy(program, program.nodes()[0], read)
-    assert reason == "it keeps what the state was before it is written"
+    assert reason == "it keeps the value of the state before a write"
     handed = capture_model(Calls(lambda x: x.to(torch.float64)), normal(2, 3)).program
     cast = handed.nodes(aten.to.dtype)[0]
     assert rests_on_copy(handed, cast, handed.placeholders[0]) == "the caller would be given an input or a weight itself"
     viewed = capture_model(Calls(lambda x: x.exp().double().view(torch.int64).sum()), normal(2, 3)).program
     cast = viewed.nodes(aten.to.dtype)[0]
-    assert rests_on_copy(viewed, cast, viewed.nodes(aten.exp.default)[0]) == "its memory is read as it is laid out"
+    assert rests_on_copy(viewed, cast, viewed.nodes(aten.exp.default)[0]) == "an operator reads its memory layout"
     free = capture_model(Calls(lambda x: x.exp().double().sin()), normal(2, 3)).program
     assert rests_on_copy(free, free.nodes(aten.to.dtype)[0], free.nodes(aten.exp.default)[0]) is None

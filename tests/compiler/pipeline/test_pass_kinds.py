@@ -87,5 +87,5 @@ def test_a_breach_that_no_pass_made_is_the_model_s():
     read = program.nodes(aten.linear.default)[1].args[1]
     assert FLOATING_POINT_WEIGHTS.sentence(program, "prune-heads", read) == (
         "prune-heads requires that weights of linear layers are floating point; weight @down.weight: f32[8, 12] breaks it, "
-        "so in the model as it came: put this pass before the one that quantizes"
+        "already so in the original model: put this pass before the one that quantizes"
     )

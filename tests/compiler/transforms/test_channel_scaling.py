@@ -71,7 +71,7 @@ def test_norms_are_sites_where_linear_layers_alone_read_them() -> None:
         edit, sites = sites_of(program_of(case.model, case.inputs))
         assert sum("norm" in name for name in sites) == norms, build
         if build is tiny_bert:
-            reason = "what it gives is read by aten.add.Tensor too, which does not carry a factor through"
+            reason = "its output is also read by aten.add.Tensor, which no scale passes through"
             assert [item.reason for item in edit.skipped].count(reason) == 4
 
 
@@ -119,7 +119,7 @@ def test_of_a_gated_feed_forward_the_side_without_activation_is_scaled() -> None
 def test_both_sides_of_a_packed_gated_feed_forward_are_left_alone() -> None:
     """The product makes their channels one axis."""
     edit, sites = sites_of(program_of(seeded(lambda: Gated(packed=True)), normal(2, 5, 8)))
-    assert not sites and "the channels it gives cannot be told from others it gives" in [item.reason for item in edit.skipped]
+    assert not sites and "its output channels cannot be separated from other outputs" in [item.reason for item in edit.skipped]
 
 
 class Selected(nn.Module):
@@ -136,7 +136,7 @@ class Selected(nn.Module):
 
 def test_channels_that_are_read_elsewhere_too_are_left_alone() -> None:
     edit, sites = sites_of(program_of(seeded(Selected), normal(2, 5, 8)))
-    assert not sites and "the channels it gives cannot be told from others it gives" in [item.reason for item in edit.skipped]
+    assert not sites and "its output channels cannot be separated from other outputs" in [item.reason for item in edit.skipped]
 
 
 class Shared(nn.Module):
@@ -153,7 +153,7 @@ class Shared(nn.Module):
 def test_a_shared_weight_is_left_alone() -> None:
     edit, sites = sites_of(program_of(seeded(Shared), normal(2, 5, 8)))
     assert not sites
-    assert "what reads it cannot be scaled: its weight is read elsewhere too" in [item.reason for item in edit.skipped]
+    assert "a layer that reads it cannot be scaled: its weight is read elsewhere too" in [item.reason for item in edit.skipped]
 
 
 def test_a_norm_without_weights_is_left_alone() -> None:
@@ -216,7 +216,7 @@ class Joined(nn.Module):
 def test_channels_without_one_numbering_are_left_alone() -> None:
     edit, sites = sites_of(program_of(seeded(Joined), normal(2, 5, 8)))
     assert not sites
-    assert "the channels it gives cannot be told apart where they are read" in [item.reason for item in edit.skipped]
+    assert "its output channels cannot be matched to the columns that read them" in [item.reason for item in edit.skipped]
 
 
 @pytest.mark.parametrize("passes", ["awq", "smooth-quant", "equalize"])

@@ -148,7 +148,7 @@ def test_requirements() -> None:
         return scaled_dot_product_attention(q, q, q, attn_mask=seen)
 
     _, history = rewrite(ALWAYS, Calls(module), normal(1, 2, 7, 4), torch.arange(7), dynamic=False)
-    assert history.steps[1].summary == "rewrote 0 of 1; skipped 1: what its mask hides depends on 'y', which is data"
+    assert history.steps[1].summary == "rewrote 0 of 1; skipped 1: its mask depends on 'y', which is data"
 
 
 def test_without_kernels_attention_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ class Snapshot(nn.Module):
 
 def test_state_is_read_before_it_is_written() -> None:
     program, history = rewrite("remove-no-ops,fold-casts", Snapshot(), normal(3, 4))
-    assert {skip.reason for skip in history.steps[2].skipped} == {"it keeps what the state was before it is written"}
+    assert {skip.reason for skip in history.steps[2].skipped} == {"it keeps the value of the state before a write"}
     x = normal(3, 4)
     assert torch.equal(program(x), x)
 

@@ -102,7 +102,7 @@ def test_casts_that_meet_cancel() -> None:
     ("function", "reason"),
     [
         (lambda x: x.sin()[:, None].expand(-1, 3, -1, -1).contiguous().to(BF16).view(torch.int16).sum(),
-         "its memory is read as it is laid out"),
+         "an operator reads its memory layout"),
         (lambda x: x[:, None].expand(-1, 3, -1, -1).to(BF16), "the caller would be given an input or a weight itself"),
     ],
 )  # fmt: skip

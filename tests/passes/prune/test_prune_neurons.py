@@ -76,7 +76,7 @@ def test_a_share_no_site_can_meet_is_refused() -> None:
     case = tiny_bert()
     with pytest.raises(UnsupportedError, match=r"keep=0.001 leaves 0 of .* neurons, but every other site .* give keep="):
         captures.optimize(case.model, case.inputs, passes="prune-neurons{keep=0.001}")
-    with pytest.raises(LissomError, match="give a share over 0 and up to 1"):
+    with pytest.raises(LissomError, match="give a fraction above 0 and up to 1"):
         PruneNeurons(keep=0.0)
 
 

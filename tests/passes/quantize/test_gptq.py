@@ -98,7 +98,7 @@ def test_leaves_other_programs_alone() -> None:
     program = exact(MODELS["tiny_bert"])
     after, history = passed(MODELS["tiny_bert"], "gptq")
     assert after.text() == program.text()
-    assert history.steps[-1].summary == "rewrote 0 of 13; skipped 13: its weight is not rounded (13)"
+    assert history.steps[-1].summary == "rewrote 0 of 13; skipped 13: its weight is not quantized (13)"
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

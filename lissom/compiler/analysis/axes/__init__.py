@@ -1,1 +1,1 @@
-"""Which indices of which tensors belong together, and which of them contribute nothing."""
+"""Which dimensions of a program's tensors share their indices, and which indices contribute nothing."""

@@ -1,4 +1,4 @@
-"""Which dimensions of which tensors are the same dimension, over a whole program.
+"""Finds which dimensions of a program's tensors are the same dimension.
 
 Every dimension of every value gets an axis (`axis.py`); one rule per operator (`rules.py`) derives the axes of its result from
 those of its arguments. Removing an index of an axis, or sharding it, is then the same edit everywhere the
@@ -22,7 +22,7 @@ from lissom.compiler.ir.types import TensorType
 
 @dataclass(frozen=True)
 class Occurrence:
-    """A place where an axis occurs: dimension `dim` of what `node` yields."""
+    """A place where an axis occurs: dimension `dim` of the tensor of `node`."""
 
     node: fx.Node
     dim: int
@@ -32,7 +32,7 @@ class Occurrence:
 class Axes:
     """The axes of a program.
 
-    of: for each node that yields a tensor, its axes, one a dimension; for each that yields several, a tuple of these.
+    of: for each node that yields a tensor, one axis per dimension; for each that yields several tensors, a tuple of these.
     """
 
     of: Mapping[fx.Node, Value]
@@ -44,7 +44,7 @@ class Axes:
         return found.find()
 
     def occurrences(self, axis: Axis) -> list[Occurrence]:
-        """Every place an atom of the axis occurs: what removing an index of it, or sharding it, would touch."""
+        """Every place where an atom of the axis occurs: removing an index of it, or sharding it, changes all of them."""
         atoms = set(axis.atoms())
         return [
             Occurrence(node, dim)
@@ -56,7 +56,7 @@ class Axes:
     def obstacle(self, axis: Axis, *, zero: bool = False) -> str:
         """Why indices of the axis cannot be removed; empty when they can.
 
-        zero: whether what is removed is exactly zero wherever a norm reads it.
+        zero: whether the removed values are exactly zero wherever a norm reads them.
         """
         for atom in axis.atoms():
             if atom.pinned:
@@ -69,7 +69,7 @@ class Axes:
 
 
 def axes(program: Program) -> Axes:
-    """The axes of a program; ask for them as `program.fact(axes)`."""
+    """The axes of a program; use it as `program.fact(axes)`."""
     of: dict[fx.Node, Value] = {}
     for node in program.graph.nodes:
         if node.op == "output":

@@ -1,7 +1,7 @@
-"""Axes: what the dimensions of tensors mean, as trees that are unified where two dimensions are the same.
+"""Axes: the structure of tensor dimensions, as trees that are unified where two dimensions are the same.
 
-An axis is atomic, an ordered product of axes (384 = heads × head_dim, major first), or a sum of axes laid end to end
-(1152 = q + k + v). Unifying two axes refines both until they agree; where they cannot agree, both are pinned with the reason,
+An axis is atomic, an ordered product of axes (384 = heads × head_dim, major first), or a sum of concatenated axes
+(1152 = q + k + v). Unifying two axes refines both until they agree; when they cannot agree, both are pinned with the reason,
 and a pinned axis is never changed.
 """
 
@@ -20,8 +20,8 @@ class Axis:
     """One axis. `parts` are the factors of a product or the segments of a sum.
 
     whole: an operator reads all of it at once (softmax, a mean), so its length changes the numbers.
-    normed: a norm does, which can be told how many indices there were; what goes must be zero then.
-    pinned: why it must stay as it is; empty when it may change.
+    normed: a norm reads all of it, and can be given the old number of indices; removed values must then be zero.
+    pinned: why it must not change; empty when it may.
     """
 
     size: Size
@@ -33,7 +33,7 @@ class Axis:
     same_as: Axis | None = field(default=None, repr=False)
 
     def find(self) -> Axis:
-        """The axis that stands for this one and all it was unified with."""
+        """The representative of this axis and all axes it was unified with."""
         axis = self
         while axis.same_as is not None:
             axis = axis.same_as
@@ -42,7 +42,7 @@ class Axis:
         return axis
 
     def atoms(self) -> Iterator[Axis]:
-        """The atoms this axis is made of, in order; an atom may come more than once."""
+        """The atoms of this axis, in order; an atom may occur more than once."""
         axis = self.find()
         if axis.form == "atom":
             yield axis
@@ -78,7 +78,7 @@ def product(parts: Sequence[Axis]) -> Axis:
 
 
 def concatenation(parts: Sequence[Axis]) -> Axis:
-    """The axis made of the parts laid end to end."""
+    """The axis of the concatenated parts."""
     segments = [segment for part in parts for segment in part.segments()]
     if len(segments) == 1:
         return segments[0]
@@ -107,7 +107,7 @@ def mark_normed(axis: Axis) -> None:
 
 
 def unify(left: Axis, right: Axis, reason: str) -> None:
-    """Make two axes the same, refining either as far as needed; where that is not possible, both are pinned."""
+    """Make two axes the same, refining either as far as needed; both are pinned when that is not possible."""
     left, right = left.find(), right.find()
     if left is right:
         return
@@ -144,7 +144,7 @@ def _absorb(atom: Axis, other: Axis) -> None:
 
 
 def _align(left: list[Axis], right: list[Axis], reason: str, split) -> None:  # noqa: ANN001
-    """Unify two lists of parts from the front, splitting the larger part wherever their ends do not meet."""
+    """Unify two lists of parts from the front, splitting the larger part wherever their ends differ."""
     left, right = list(left), list(right)
     while left and right:
         a, b = left.pop(0).find(), right.pop(0).find()
@@ -164,7 +164,7 @@ def _align(left: list[Axis], right: list[Axis], reason: str, split) -> None:  # 
 
 
 def divide(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
-    """The axis as a product of `size` and the rest; None when it does not divide so, or is a sum."""
+    """The axis as a product of `size` and the rest; None when `size` does not divide it, or when it is a sum."""
     axis = axis.find()
     rest = quotient(axis.size, size)
     if rest is None:
@@ -200,7 +200,7 @@ def _divide_product(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
 
 
 def cut(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
-    """The axis as its first `size` indices and the rest; None when it is a product that is not cut between its rows."""
+    """The axis split after its first `size` indices; None for a product that would be split inside a row."""
     axis = axis.find()
     if not isinstance(axis.size, int) or not isinstance(size, int) or not 0 < size < axis.size:
         return None
@@ -213,7 +213,7 @@ def cut(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
 
 
 def _cut_product(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
-    """A product is cut between rows: (a + b) × c is a × c followed by b × c."""
+    """A product is split between rows: (a + b) × c is a × c followed by b × c."""
     major, *minor = axis.factors()
     row = quotient(axis.size, major.size)
     if not isinstance(row, int) or size % row:
@@ -246,7 +246,7 @@ def _like(axis: Axis, size: Size) -> Axis:
 
 
 def quotient(size: Size, divisor: Size) -> Size | None:
-    """size / divisor when that is whole for every value of the symbols in it, else None."""
+    """size / divisor when that is an integer for all values of the symbols, else None."""
     if isinstance(size, int) and isinstance(divisor, int):
         return size // divisor if divisor and size % divisor == 0 else None
     ratio = sympy.cancel(sympy.sympify(size) / sympy.sympify(divisor))

@@ -37,7 +37,7 @@ def tensors(node: fx.Node, known: Known) -> list[Dims]:
 
 
 def unknown(node: fx.Node, known: Known) -> Value:
-    """What an operator without a rule yields: new axes, pinned like those of its arguments."""
+    """The axes for an operator without a rule: new axes, pinned like those of its arguments."""
     reason = f"no rule for {target_text(node.target)}"
     for dims in tensors(node, known):
         for axis in dims:
@@ -46,7 +46,7 @@ def unknown(node: fx.Node, known: Known) -> Value:
 
 
 def broadcast(inputs: Sequence[Dims], rank: int, reason: str) -> Dims:
-    """Unify dimensions from the last to the first; a size of 1 goes with any."""
+    """Unify dimensions from the last to the first; a size of 1 matches any."""
     result: list[Axis] = []
     for back in range(1, rank + 1):
         present = [dims[-back] for dims in inputs if len(dims) >= back and dims[-back].size != 1]

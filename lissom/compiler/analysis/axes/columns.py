@@ -1,7 +1,7 @@
-"""Which weights hold what a head or a neuron contributes: the columns of the layer that reads it, told from the axes.
+"""The weight columns that read an attention head or a neuron, in the layer after it, found from the axes.
 
-A head or a neuron contributes nothing once these columns are zero. Approximations zero them; the rewrites that eliminate dead
-structure look at them.
+A head or a neuron contributes nothing once these columns are zero. Pruning passes zero them; the passes that eliminate dead
+structure search for zero columns.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one weight that read the units of a site, its heads or its neurons.
+    """The columns of one weight that read the units of a site: its heads or its neurons.
 
     layer: the linear layer. weight: the node that reads its weight. dim: the dimension of the weight that is summed over.
-    unit: [size of that dimension], the unit each index reads; -1 where it reads none of them.
-    count: how many units there are. axes: the axes whose indices number the units, the last one fastest.
+    unit: [size of that dimension], the unit each index reads; -1 where it reads none.
+    count: the number of units. axes: the axes whose indices number the units, the last one fastest.
     """
 
     layer: fx.Node
@@ -47,7 +47,7 @@ class Columns:
 
     @property
     def alone(self) -> bool:
-        """Whether the layer reads nothing beside the units."""
+        """Whether the layer reads the units only."""
         return bool((self.unit >= 0).all())
 
     def indices(self, units: int | Iterable[int]) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Columns:
         return torch.isin(self.unit, wanted).nonzero().flatten()
 
     def read(self, program: Program) -> torch.Tensor:
-        """The weight as [out_features, in_features], in float32 and apart from the original."""
+        """A float32 copy of the weight as [out_features, in_features]."""
         weight = program.weight(str(self.weight.target)).detach()
         return weight.movedim(self.dim, -1).flatten(0, -2).to(torch.float32, copy=True)
 
@@ -71,7 +71,7 @@ class Columns:
         return weight.detach().index_fill(self.dim, self.indices(units).to(weight.device), 0.0)
 
     def dead(self, weight: torch.Tensor) -> torch.Tensor:
-        """Which units have nothing but zeros in their columns, [count] of booleans."""
+        """Which units have only zeros in their columns, [count] of booleans."""
         others = [dim for dim in range(weight.dim()) if dim != self.dim]
         living = (weight.detach() != 0).cpu()
         read = self.unit[(living.any(others) if others else living) & (self.unit >= 0)]
@@ -83,7 +83,7 @@ class Columns:
 def head_columns(program: Program, site: AttentionSite) -> Columns:
     """The columns of the output projection that read each query head of an attention, numbered in the order of its heads.
 
-    Raises: UnsupportedError when no layer reads the heads, or its weight does not tell them apart.
+    Raises: UnsupportedError when no layer reads the heads, or its columns cannot be assigned to them.
     """
     found = find_head_columns(program, site)
     if isinstance(found, str):
@@ -96,7 +96,7 @@ def find_head_columns(program: Program, site: AttentionSite) -> Columns | str:
     if site.output is None:
         return "no layer projects its heads out"
     if nodes.tensor_type(site.node).rank < 3:
-        return "it has no dimension of heads"
+        return "it has no head dimension"
     found = program.fact(axes)
     return _columns(found, site.output, found.axis(site.node, -3), site.heads, "heads")
 
@@ -104,7 +104,7 @@ def find_head_columns(program: Program, site: AttentionSite) -> Columns | str:
 def neuron_columns(program: Program, site: FeedForwardSite) -> Columns:
     """The columns of the down projection that read each neuron of a feed-forward.
 
-    Raises: UnsupportedError when the weight does not tell the neurons apart.
+    Raises: UnsupportedError when the columns cannot be assigned to neurons.
     """
     found = find_neuron_columns(program, site)
     if isinstance(found, str):
@@ -119,7 +119,7 @@ def find_neuron_columns(program: Program, site: FeedForwardSite) -> Columns | st
 
 
 def feature_dim(layer: fx.Node) -> int:
-    """The dimension of its features in what a linear layer reads and gives."""
+    """The feature dimension in the input and output of a linear layer."""
     return 1 if layer.target in CONVOLUTIONS else -1
 
 
@@ -127,7 +127,7 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
     weight = weight_of(layer)
     assert weight is not None, "a site ends in a linear layer"
     if not nodes.tensor_type(weight).dtype.is_floating_point:
-        return f"the {units} that '{layer.name}' reads cannot be told apart: its weight is quantized"
+        return f"the {units} that '{layer.name}' reads cannot be assigned to columns: its weight is quantized"
     numbering = list(axis.atoms())
     for dim, other in enumerate(cast("tuple[Axis, ...]", found.of[weight])):
         present = set(other.atoms())
@@ -135,13 +135,13 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
         if math.prod(cast(int, atom.size) for atom in shared) == count and (shared or count == 1):
             return Columns(layer, weight, dim, unit_of(other, shared), count, shared)
     reason = next((atom.pinned for atom in numbering if atom.pinned), "") or "no dimension of its weight numbers them"
-    return f"the {units} that '{layer.name}' reads cannot be told apart: {reason}"
+    return f"the {units} that '{layer.name}' reads cannot be assigned to columns: {reason}"
 
 
 def unit_of(axis: Axis, numbering: Sequence[Axis]) -> torch.Tensor:
-    """For each index of an axis, the number of its unit: its indices in the atoms `numbering`, the last one fastest.
+    """For each index of an axis, the number of its unit, from its indices in the atoms `numbering`, the last one fastest.
 
-    [size of the axis]; -1 where a segment has none of them.
+    [size of the axis]; -1 in a segment without these atoms.
     """
     unit = torch.zeros(cast(int, axis.find().size), dtype=torch.long)
     for atom in numbering:

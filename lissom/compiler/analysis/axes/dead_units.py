@@ -1,4 +1,4 @@
-"""Which indices of axes contribute nothing: every operator that sums over them meets zeros there, in a weight or in a value."""
+"""Which indices of axes contribute nothing: every sum over them has zeros there, in a weight or in an activation."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Place = tuple[fx.Node, int]
 
 
 def dead_units(program: Program, numbering: Sequence[Axis]) -> torch.Tensor:
-    """The units that nothing would miss, [sizes of the axes that number them] of booleans.
+    """The units that contribute nothing, [sizes of the axes that number them] of booleans.
 
-    numbering: atomic axes; a unit is one index of each, such as a head among those of its group.
+    numbering: atomic axes; a unit is one index of each, such as a group and a head in it.
     """
     found, zero = program.fact(axes), program.fact(zeros)
     shape = [cast(int, atom.size) for atom in numbering]
@@ -40,7 +40,7 @@ def dead_units(program: Program, numbering: Sequence[Axis]) -> torch.Tensor:
 
 
 def contractions(program: Program) -> list[list[Place]]:
-    """For every sum over a dimension in a program: the operands' dimensions it runs over; where one is zero, so is the term."""
+    """For every sum over a dimension in a program, the operands' dimensions; a term is zero where one operand is."""
     return program.fact(_contractions)
 
 
@@ -49,7 +49,7 @@ def _contractions(program: Program) -> list[list[Place]]:
 
 
 def summed(node: fx.Node) -> list[list[Place]]:
-    """The dimensions a call sums over: for each sum those of its operands."""
+    """For each sum that a call computes, the dimensions of its operands it runs over."""
     args = cast("tuple[fx.Node, ...]", node.args)
     if node.target is aten.linear.default:
         return [[(args[0], -1), (args[1], 1)]]
@@ -74,7 +74,7 @@ def _summed_by_einsum(node: fx.Node) -> list[list[Place]]:
 
 
 def _dim_of(term: str, letter: str) -> int:
-    """The dimension a letter of an einsum's term stands for, counted from the end behind an ellipsis."""
+    """The dimension of a letter in an einsum term, counted from the end after an ellipsis."""
     index = term.index(letter)
     return index - len(term) if "..." in term[:index] else index
 

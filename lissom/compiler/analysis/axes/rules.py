@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 def apply(node: fx.Node, known: Known) -> Value:
-    """The axes of what a call yields; without a rule, everything it touches is pinned."""
+    """The axes of a call's result; without a rule, all axes of its arguments are pinned."""
     rule = RULES.get(node.target)
     if rule is None:
         rule = _pointwise if is_pointwise(node) or node.target in ops.LIKE else unknown
@@ -33,7 +33,7 @@ def apply(node: fx.Node, known: Known) -> Value:
 
 
 def read_sizes(node: fx.Node, known: Known) -> None:
-    """A size read while the program runs follows its axis by itself; a value read (`item`) does not."""
+    """Pin the axes of tensors whose values are read (`item`); a size read at run time follows its axis by itself."""
     if node.target is aten.sym_size.int:
         return
     for used in node.all_input_nodes:
@@ -43,7 +43,7 @@ def read_sizes(node: fx.Node, known: Known) -> None:
 
 
 def _check(node: fx.Node, found: Value) -> None:
-    """Every rule gives an axis of the right size for each dimension, or it is wrong."""
+    """Assert that a rule gave an axis of the right size for each dimension."""
     typed = nodes.node_type(node)
     if not isinstance(typed, TensorType):
         return
@@ -92,12 +92,12 @@ def _added_product(node: fx.Node, known: Known) -> Value:
 
 def _embedding(node: fx.Node, known: Known) -> Value:
     weight, ids = of(node.args[0], known), of(node.args[1], known)
-    pin(weight[0], "rows of an embedding are looked up by number")
+    pin(weight[0], "rows of an embedding are looked up by index")
     return (*ids, weight[1])
 
 
 def _reduce(node: fx.Node, known: Known) -> Value:
-    """Mean, maximum and the like: the reduced axes are read as a whole."""
+    """Mean, maximum and similar: an operator reads all of the reduced axes at once."""
     dims = of(node.args[0], known)
     for index in reduced_dims(node, len(dims)):
         mark_whole(dims[index])
@@ -187,18 +187,18 @@ def _rotary(node: fx.Node, known: Known) -> Value:
 
 
 def _grouped_product(node: fx.Node, known: Known) -> Value:
-    """Rows times the matrix of their expert, which is looked up by number, so that every axis is pinned."""
+    """Rows times the matrix of their expert. Experts are looked up by index, so every axis is pinned."""
     x, weight = of(node.args[0], known), of(node.args[1], known)
     unify(x[1], weight[1], "contracted by a grouped product")
     for dims in tensors(node, known):
         for axis in dims:
-            pin(axis, f"no indices are taken from what {target_text(node.target)} reads")
+            pin(axis, f"no indices can be removed from the inputs of {target_text(node.target)}")
     pin(weight[2], "the features of a grouped product")
     return (x[0], weight[2])
 
 
 def _rounded(node: fx.Node, known: Known) -> Value:
-    """Quantizers: one value for one, but two for each byte of packed four-bit values along the last dimension."""
+    """Quantizers are element-wise, but give two values for each byte of packed 4-bit values along the last dimension."""
     q, *grid = (of(item, known) for item in node.args if nodes.is_tensor(item))
     sizes = nodes.tensor_type(node).shape
     last = q[-1] if q[-1].size == sizes[-1] else product([q[-1], Axis(2)])
@@ -292,4 +292,4 @@ RULES: dict[object, Rule] = rule_table(
     (_create, ops.NEW_TENSORS),
     (_count, [*ops.RANGES, aten.linspace.default, aten.eye.default]),
 )
-"""By operator."""
+"""The rules by operator."""

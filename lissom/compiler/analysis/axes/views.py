@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def moved(node: fx.Node, known: Known) -> Value:
-    """The axes of the argument where the call's dimension map puts them; a dimension the call makes is a new axis."""
+    """The axes of the argument moved by the call's dimension map; a dimension the call creates is a new axis."""
     dims, sizes = of(node.args[0], known), shape_of(node)
     found = dimension_map(node)
     assert found is not None, f"{target_text(node.target)} has no dimension map"
@@ -28,7 +28,7 @@ def moved(node: fx.Node, known: Known) -> Value:
 
 
 def reshape(node: fx.Node, known: Known) -> Value:
-    """Take factors from the front until they make up each size of the result, dividing a factor where it is too large."""
+    """Take factors from the front until their product is each size of the result, dividing a factor that is too large."""
     source = of(node.args[0], known)
     factors = [factor for axis in source for factor in axis.factors()]
     result: list[Axis] = []
@@ -44,7 +44,7 @@ def reshape(node: fx.Node, known: Known) -> Value:
 
 
 def take(factors: list[Axis], size: Size) -> Axis | None:
-    """Remove factors of product `size` from the front of the list; None when they do not make it up."""
+    """Remove factors with product `size` from the front of the list; None when there are no such factors."""
     if size == 1:
         return Axis(1)
     pieces = divide(product(factors), size) if factors else None
@@ -76,9 +76,9 @@ def repeat_interleave(node: fx.Node, known: Known) -> Value:
 
 
 def cat(node: fx.Node, known: Known) -> Value:
-    """Axes laid end to end along one dimension; the others are the same."""
+    """Concatenated axes along one dimension; the others are unified."""
     items = [of(item, known) for item in cast("list[fx.Node]", node.args[0])]
-    # An empty tensor of rank 1 goes with any others.
+    # `cat` accepts an empty tensor of rank 1 beside any others.
     parts = [dims for dims in items if len(dims) == max(map(len, items))]
     index = dim_of(node, len(parts[0]))
     others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(dims)) for dims in parts]
@@ -96,7 +96,7 @@ def stack(node: fx.Node, known: Known) -> Value:
 
 
 def pieces_of(axis: Axis, sizes: Sequence[Size]) -> list[Axis] | None:
-    """The axis cut into pieces of these sizes; None when it cannot be cut there."""
+    """The axis split into pieces of these sizes; None when it cannot be split there."""
     pieces: list[Axis] = []
     for size in sizes[:-1]:
         found = cut(axis, size)
@@ -108,7 +108,7 @@ def pieces_of(axis: Axis, sizes: Sequence[Size]) -> list[Axis] | None:
 
 
 def split(node: fx.Node, known: Known) -> Value:
-    """Pieces of one dimension; where its axis cannot be divided there, it and the pieces are pinned."""
+    """Pieces of one dimension; when its axis cannot be split there, it and the pieces are pinned."""
     dims = of(node.args[0], known)
     index = dim_of(node, len(dims))
     types = cast("tuple[TensorType, ...]", nodes.node_type(node))
@@ -120,15 +120,15 @@ def split(node: fx.Node, known: Known) -> Value:
 
 
 def unbind(node: fx.Node, known: Known) -> Value:
-    """All indices of one dimension apart, which is then pinned; each piece has the other dimensions."""
+    """One tensor per index of a dimension, which is pinned; each has the other dimensions."""
     dims = of(node.args[0], known)
-    pin(dims[dim_of(node, len(dims))], "its indices are told apart by unbind")
+    pin(dims[dim_of(node, len(dims))], "its indices are separated by unbind")
     rest = cast(Dims, moved(node, known))
     return tuple(rest for _ in cast("tuple[object, ...]", nodes.node_type(node)))
 
 
 def select(node: fx.Node, known: Known) -> Value:
-    """One index of a dimension, which is then pinned; the other dimensions are left."""
+    """One index of a dimension, which is pinned; the result has the other dimensions."""
     dims = of(node.args[0], known)
     pin(dims[dim_of(node, len(dims))], "one index of it is selected")
     return moved(node, known)
@@ -146,7 +146,7 @@ def slice_bounds(node: fx.Node, size: Size) -> tuple[int, int] | None:
 
 
 def slice_of(node: fx.Node, known: Known) -> Value:
-    """A range of one dimension, or every n-th index of it; where its axis cannot be divided there, both are pinned."""
+    """A range of one dimension, or every n-th index of it; when its axis cannot be split there, both are pinned."""
     dims = list(of(node.args[0], known))
     index = dim_of(node, len(dims))
     wanted = nodes.tensor_type(node).shape[index]
@@ -180,7 +180,7 @@ def every_nth(node: fx.Node, size: Size) -> int:
 
 
 def reorder(node: fx.Node, known: Known) -> Value:
-    """flip, roll, tril and the like: which index is which matters, so every axis is pinned."""
+    """flip, roll, tril and similar: the order of indices matters, so every axis is pinned."""
     dims = of(node.args[0], known)
     for axis in dims:
         pin(axis, f"its order matters to {target_text(node.target)}")
@@ -188,7 +188,7 @@ def reorder(node: fx.Node, known: Known) -> Value:
 
 
 def index_select(node: fx.Node, known: Known) -> Value:
-    """Rows looked up by number along one dimension, which is then pinned; in the result it has the axis of the numbers."""
+    """Rows looked up along one dimension, which is pinned; in the result it has the axis of the looked-up indices."""
     dims, chosen = list(of(node.args[0], known)), of(node.args[2], known)
     index = dim_of(node, len(dims))
     pin(dims[index], "its indices are looked up")
@@ -197,7 +197,7 @@ def index_select(node: fx.Node, known: Known) -> Value:
 
 
 def index_copy(node: fx.Node, known: Known) -> Value:
-    """Rows of a tensor overwritten: their dimension is pinned, and the others are those of the new rows."""
+    """Rows of a tensor are overwritten: their dimension is pinned, and the others are unified with those of the new rows."""
     dims, rows = of(node.args[0], known), of(node.args[3], known)
     index = dim_of(node, len(dims))
     for axis in (dims[index], rows[index]):
@@ -209,14 +209,14 @@ def index_copy(node: fx.Node, known: Known) -> Value:
 
 
 def copy(node: fx.Node, known: Known) -> Value:
-    """A tensor overwritten: its axes are those of the source, as far as that is not broadcast."""
+    """A tensor is overwritten: its axes are unified with those of the source, except where the source is broadcast."""
     dims = of(node.args[0], known)
     broadcast([dims, of(node.args[1], known)], len(dims), "copy_")
     return dims
 
 
 def gather(node: fx.Node, known: Known) -> Value:
-    """Values looked up along one dimension, which is then pinned; the result has the axes of the indices."""
+    """Values looked up along one dimension, which is pinned; the result has the axes of the indices."""
     if nodes.argument(node, "dim") is None:
         return unknown(node, known)
     dims, chosen = of(node.args[0], known), of(lookup_indices(node), known)
@@ -229,7 +229,7 @@ def gather(node: fx.Node, known: Known) -> Value:
 
 
 def index(node: fx.Node, known: Known) -> Value:
-    """`x[i, j]`: the indexed dimensions are looked up; the others follow when the indices come first."""
+    """`x[i, j]`: the indexed dimensions are pinned; the others keep their axes when the indexed ones are adjacent."""
     dims = of(node.args[0], known)
     indices = cast("list[fx.Node | None]", node.args[1])
     used = [dim for dim, item in enumerate(indices) if item is not None]

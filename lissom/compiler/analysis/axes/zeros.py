@@ -1,9 +1,8 @@
-"""Where values are exactly zero whatever the inputs are, told from zeros in the weights.
+"""Where values are exactly zero for all inputs, derived from zeros in the weights.
 
 For every dimension of every value: the indices at which the whole value is zero. A row of zeros in a weight without a bias
-makes a feature zero; a product is zero where either factor is; a sum is where both terms are; what moves values moves their
-zeros.
-Inputs are taken to be finite: zero times infinity is no zero.
+makes a feature zero; a product is zero where either factor is; a sum is zero where both terms are; views move zeros.
+Inputs are assumed finite: zero times infinity is not zero.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ aten = torch.ops.aten
 class Zero:
     """Where one value is zero.
 
-    at: for the dimensions with a zero in them, at which of their indices, [size] of booleans. whole: everywhere.
+    at: for each dimension with zeros, the indices that are zero, [size] of booleans. whole: the value is zero everywhere.
     """
 
     at: Mapping[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
@@ -50,7 +49,7 @@ _KEEPING = {
     *(aten.neg, aten.abs, aten.sign, aten.sqrt, aten.square, aten.sin, aten.asinh, aten.atan, aten.expm1, aten.log1p, aten.erf),
     *(item.overloadpacket for item in (*ops.IDENTITIES, *ops.CONVERSIONS)),
 }
-"""Functions of one value, in any overload, that are zero at zero."""
+"""Element-wise functions, in any overload, with f(0) = 0."""
 
 
 @dataclass
@@ -60,7 +59,7 @@ class _Known:
     zeros: dict[fx.Node, Zero]
 
     def of(self, item: object) -> Zero:
-        """Where an argument is zero; a missing bias is everywhere."""
+        """Where an argument is zero; a missing bias is zero everywhere."""
         if item is None:
             return EVERYWHERE
         if isinstance(item, fx.Node):
@@ -69,7 +68,7 @@ class _Known:
 
 
 def zeros(program: Program) -> Zeros:
-    """Where the values of a program are zero; ask for it as `program.fact(zeros)`. Values that nowhere are have no entry."""
+    """Where the values of a program are zero; use it as `program.fact(zeros)`. Values without zeros have no entry."""
     known = _Known(program, program.fact(axes), {})
     for node in program.graph.nodes:
         found = NOWHERE
@@ -97,7 +96,7 @@ def zero_at(found: Zeros, node: fx.Node, dim: int) -> torch.Tensor:
 
 
 def _of_weight(weight: torch.Tensor) -> Zero:
-    """Where a weight is zero; the values of other tensors than floating ones are of no interest."""
+    """Where a weight is zero; only floating-point weights are read."""
     if not weight.is_floating_point() or weight.numel() == 0:
         return NOWHERE
     living = weight.detach() != 0
@@ -111,7 +110,7 @@ def _of_weight(weight: torch.Tensor) -> Zero:
 
 
 def _settled(found: Zero) -> Zero:
-    """The same without dimensions that have no zero, and everywhere when all of a dimension is zero."""
+    """The same without the dimensions that have no zero; everywhere when all of a dimension is zero."""
     at = {dim: mask for dim, mask in found.at.items() if bool(mask.any())}
     return EVERYWHERE if found.whole or any(bool(mask.all()) for mask in at.values()) else Zero(at)
 
@@ -128,13 +127,13 @@ def _same(node: fx.Node, known: _Known) -> Zero:
 
 
 def _aligned(node: fx.Node, item: object, known: _Known) -> tuple[Zero, int]:
-    """Where an operand is zero, and how many dimensions it has fewer than the result."""
+    """Where an operand is zero, and how many more dimensions the result has."""
     rank = nodes.tensor_type(node).rank
     return known.of(item), rank - nodes.tensor_type(item).rank if nodes.is_tensor(item) else 0
 
 
 def _at(zero: Zero, shift: int, dim: int, size: int) -> torch.Tensor:
-    """The zeros of an operand along a dimension of the result; one that is broadcast over it is zero where it is everywhere."""
+    """The zeros of an operand along a dimension of the result; a broadcast operand has some only if it is zero everywhere."""
     found = zero.at.get(dim - shift)
     if zero.whole:
         return torch.ones(size, dtype=torch.bool)
@@ -190,7 +189,7 @@ def _added_product(node: fx.Node, known: _Known) -> Zero:
 
 
 def _contracted(node: fx.Node, known: _Known, left: object, right: object, bias: Zero, rows: int) -> Zero:
-    """A product of matrices and what is added: features are the right factor's `rows`, all else comes from the left one."""
+    """A matrix product with a bias: output features are the right factor's `rows`, other dimensions are the left factor's."""
     rank, size = nodes.tensor_type(node).rank, nodes.tensor_type(node).shape[-1]
     x, weight = known.of(left), known.of(right)
     right_rank = nodes.tensor_type(right).rank
@@ -215,7 +214,7 @@ def _embedding(node: fx.Node, known: _Known) -> Zero:
 
 
 def _attention(node: fx.Node, known: _Known) -> Zero:
-    """What values are zero stay zero; a group's zeros are those of all its query heads."""
+    """Zeros of v stay zero; the zeros of a key/value group are those of all its query heads."""
     v, rank = known.of(node.args[2]), nodes.tensor_type(node).rank
     shape, wanted = nodes.tensor_type(node.args[2]).shape, nodes.tensor_type(node).shape
     at: dict[int, torch.Tensor] = {}
@@ -234,7 +233,7 @@ def _rotary(node: fx.Node, known: _Known) -> Zero:
 
 
 def _layer_norm(node: fx.Node, known: _Known) -> Zero:
-    """A feature is zero where its weight and bias are; all of it is the bias where what is normalised is zero."""
+    """A feature is zero where its weight and bias are; the output equals the bias where the input is zero."""
     rank, count = nodes.tensor_type(node).rank, len(cast("list[int]", node.args[1]))
     x, weight, bias = known.of(node.args[0]), nodes.argument(node, "weight"), known.of(nodes.argument(node, "bias"))
     scale = known.of(weight) if weight is not None else NOWHERE
@@ -271,7 +270,7 @@ def _permuted(node: fx.Node, known: _Known) -> Zero:
 
 
 def _joined(node: fx.Node, known: _Known) -> Zero:
-    """Parts laid end to end: along the seam each has its own zeros, elsewhere what is zero in all of them."""
+    """Concatenation: along its dimension each part keeps its zeros; along others, only zeros common to all parts remain."""
     parts = cast("list[fx.Node]", node.args[0])
     rank = nodes.tensor_type(node).rank
     seam = dim_of(node, rank)
@@ -287,7 +286,7 @@ def _joined(node: fx.Node, known: _Known) -> Zero:
 
 
 def _moved(node: fx.Node, known: _Known) -> Zero:
-    """What follows from the axes for an operator that only moves values: the zeros of an axis go where the axis goes."""
+    """For an operator that only moves values, the zeros of an axis move with the axis."""
     if not _moves(node):
         return Zero(whole=packet_of(node) in _OF_ZEROS_ZERO and known.of(node.args[0]).whole)
     source = cast(fx.Node, node.args[0])
@@ -310,7 +309,7 @@ def _moved(node: fx.Node, known: _Known) -> Zero:
 
 
 def _carried(axis: Axis, mask: torch.Tensor, other: Axis) -> torch.Tensor | None:
-    """The zeros of one axis as those of another with atoms of it: an index is zero when all that it stands for are."""
+    """The zeros of one axis, transferred to another that shares atoms with it; None when they share none."""
     shared = [atom for atom in dict.fromkeys(axis.atoms()) if atom in set(other.atoms())]
     if not shared or not all(isinstance(atom.size, int) for atom in (*axis.atoms(), *other.atoms())):
         return None
@@ -322,13 +321,13 @@ def _carried(axis: Axis, mask: torch.Tensor, other: Axis) -> torch.Tensor | None
 
 
 def _repeats(dims: Sequence[Axis]) -> bool:
-    """True when an atom is in two dimensions, so that it does not tell which of them is meant."""
+    """True when an atom is in two dimensions, which makes it ambiguous."""
     seen = [atom for axis in dims for atom in set(axis.atoms())]
     return len(seen) != len(set(seen))
 
 
 def _moves(node: fx.Node) -> bool:
-    """True for operators that only move values, and for pieces of what one of them yields."""
+    """True for operators that only move values, and for items of their results."""
     if node.target is operator.getitem:
         return _moves(cast(fx.Node, node.args[0]))
     return node.target in _MOVES
@@ -338,12 +337,12 @@ _MOVES = {
     *(*ops.RESHAPES, *ops.EXPANDS, aten.expand_as.default, *ops.REPEATS, aten.unsqueeze.default, *ops.SQUEEZES),
     *(aten.slice.Tensor, aten.select.int, aten.index_select.default, *ops.SPLITS, aten.unbind.int),
 }
-"""Operators that only move values, and whose axes say where to."""
+"""Operators that only move values, and whose axes give the new places."""
 _OF_ZEROS_ZERO = {
     *(aten.index, aten.gather, aten.take_along_dim, aten.flip, aten.roll),
     *(aten.sum, aten.mean, aten.amax, aten.cumsum, aten.avg_pool1d, aten.avg_pool2d),
 }
-"""Operators, in any overload, that give zero where their whole argument is zero."""
+"""Operators, in any overload, that return zeros when their whole argument is zero."""
 _RULES: dict[object, _Rule] = {
     **dict.fromkeys(ops.ATTENTIONS, _attention),
     aten.mul: _product,

@@ -1,1 +1,1 @@
-"""Which positions an attention sees, read from the calls that make its mask."""
+"""The positions that are visible to an attention, derived from the calls that compute its mask."""

@@ -1,4 +1,4 @@
-"""Which counts and conditions of positions constants are: a band, a table made of blocks, numbers that grow evenly."""
+"""Recognizes constants that are functions of positions: a band, a block mask, or evenly increasing numbers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lissom.compiler.analysis.patterns.facts import ALWAYS, NEVER, Count, Seen, 
 
 _INTEGERS = (torch.int32, torch.int64)
 _MOST = 1 << 24
-"""Numbers of a weight that are looked at: a table of 4,096 tokens square."""
+"""The most elements of a weight that is examined: a mask of 4,096 × 4,096 tokens."""
 _BLOCKS = (128, 64, 32, 16)
 _RUNS = 4
-"""Bands a constant mask may have."""
+"""The most bands of a constant mask."""
 
 
 def value_of_constant(weight: torch.Tensor) -> Count | Seen | None:
-    """What a constant of whole numbers or booleans says of positions; None where that is nothing simple."""
+    """An integer or boolean constant as a function of positions; None when it is not a simple one."""
     weight = weight.detach()
     if not 0 < weight.numel() <= _MOST:
         return None
@@ -27,7 +27,7 @@ def value_of_constant(weight: torch.Tensor) -> Count | Seen | None:
 
 
 def _of_numbers(numbers: torch.Tensor) -> Count | None:
-    """Whole numbers that grow evenly along each dimension, or by one every so many along one."""
+    """Integers that increase evenly along each dimension, or by one after every `unit` indices of one dimension."""
     offset = int(numbers.flatten()[0])
     axes = [axis for axis in range(-numbers.dim(), 0) if numbers.shape[axis] > 1]
     slopes = [(axis, int(numbers.select(axis, 1).flatten()[0]) - offset) for axis in axes]
@@ -45,7 +45,7 @@ def _of_numbers(numbers: torch.Tensor) -> Count | None:
 
 
 def _of_table(table: torch.Tensor, identity: int) -> Seen | None:
-    """A constant condition: on one dimension, a band, or one made of blocks."""
+    """A constant condition: on one dimension, a band, or a block mask."""
     axes = [axis for axis in range(-table.dim(), 0) if table.shape[axis] > 1]
     if bool(table.all()) or not bool(table.any()):
         return ALWAYS if bool(table.all()) else NEVER
@@ -71,7 +71,7 @@ def _of_table(table: torch.Tensor, identity: int) -> Seen | None:
 
 
 def _blocks(squares: torch.Tensor, block: int) -> torch.Tensor:
-    """Which blocks hold something seen, [heads, query blocks, key blocks]."""
+    """Which blocks have visible pairs, [heads, query blocks, key blocks]."""
     heads, *sizes = squares.shape
     rows, columns = (-(-size // block) for size in sizes)
     padded = torch.zeros(heads, rows * block, columns * block, dtype=torch.bool)
@@ -80,14 +80,14 @@ def _blocks(squares: torch.Tensor, block: int) -> torch.Tensor:
 
 
 def _band(square: torch.Tensor) -> torch.Tensor | None:
-    """What is seen for each difference of key and query, from 1 - rows to columns - 1; None where more than that matters."""
+    """The visibility by key - query, from 1 - rows to columns - 1; None when it depends on more than the difference."""
     if not torch.equal(square[1:, 1:], square[:-1, :-1]):
         return None
     return torch.cat([square[:, 0].flip(0), square[0, 1:]])
 
 
 def _runs(line: torch.Tensor, count: Count) -> Seen | None:
-    """Where a line along a count holds, as intervals; what lies before and behind it is as at its ends."""
+    """The intervals of a count where a line of booleans holds; the values at its ends extend without bounds."""
     changes = (line[1:] != line[:-1]).nonzero().flatten().tolist()
     starts = [-1, *changes]
     ends = [*changes, len(line) - 1]

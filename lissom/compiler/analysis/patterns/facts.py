@@ -1,8 +1,8 @@
-"""What a mask says of positions, as facts on sums of them: the values that `values.py` computes in place of tensors.
+"""Masks as facts on sums of positions: the symbolic values that `values.py` computes in place of tensors.
 
-A whole number of positions is a `Count`: Σ factor · ⌊index / unit⌋ + offset, over dimensions of its tensor, with further steps
-behind it (abs, remainder, …). A condition is `Seen`: alternatives of facts that all hold, in disjunctive normal form.
-Dimensions are counted from the end, -1 the last, so that broadcasting leaves them as they are.
+An integer function of positions is a `Count`: Σ factor · ⌊index / unit⌋ + offset, over dimensions of its tensor, followed by
+further steps (abs, remainder, …). A condition is `Seen`: facts in disjunctive normal form.
+Dimensions are counted from the end, -1 the last, so that broadcasting does not change them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from lissom.ops.pattern import LAYOUT, UNBOUNDED, Condition, Pattern
 
 Terms = tuple[tuple[tuple[int, int], int], ...]
-"""For a dimension and a unit of tokens the factor of ⌊index / unit⌋, in order, none of them 0."""
+"""((dimension, unit in tokens), factor of ⌊index / unit⌋), sorted, no factor 0."""
 Interval = tuple[float, float]
 _MOST = 32
-"""Alternatives a condition may have; more are no pattern a kernel profits from."""
+"""The most alternatives of a condition; kernels do not profit from patterns with more."""
 _INFINITY = math.inf
 
 
 @dataclass(frozen=True)
 class Count:
-    """A whole number computed from positions. steps: what is done to Σ terms + offset, in order, each with its number."""
+    """An integer computed from positions. steps: operations applied to Σ terms + offset, in order, each with its operand."""
 
     terms: Terms = ()
     offset: int = 0
@@ -33,7 +33,7 @@ class Count:
 
     @property
     def constant(self) -> int | None:
-        """The number where it is the same at all positions."""
+        """The number, when it is the same at all positions; else None."""
         return self.offset if not self.terms and not self.steps else None
 
     def plus(self, number: int) -> Count:
@@ -42,7 +42,7 @@ class Count:
         return replace(self, steps=(*self.steps, ("add", number)))
 
     def then(self, step: str, number: int = 0) -> Count | None:
-        """The count after one more step: `mul`, `abs`, `div` (rounded down), `mod`, `min` or `max`; None where unknown."""
+        """The count after one more step: `mul`, `abs`, `div` (rounded down), `mod`, `min` or `max`; None when unsupported."""
         value = self.constant
         if value is not None:
             return Count(offset=_STEPS[step](value, number)) if step not in ("div", "mod") or number > 0 else None
@@ -57,7 +57,7 @@ class Count:
         return replace(self, steps=(*self.steps, (step, number)))
 
     def moved(self, axes: Mapping[int, int]) -> Count | None:
-        """The count with its dimensions renamed; None when one of them is gone."""
+        """The count with its dimensions renumbered; None when one of them is removed."""
         if any(axis not in axes for (axis, _), _ in self.terms):
             return None
         return replace(self, terms=tuple(sorted(((axes[axis], unit), factor) for (axis, unit), factor in self.terms)))
@@ -83,7 +83,7 @@ def _scaled(terms: Terms, factor: int) -> Terms:
 
 
 def difference(left: Count, right: Count) -> Count | None:
-    """left - right; None where it is no count."""
+    """left - right; None when it is no count."""
     if right.constant is not None:
         return left.plus(-right.constant)
     if left.steps or right.steps:
@@ -96,7 +96,7 @@ def difference(left: Count, right: Count) -> Count | None:
 
 @dataclass(frozen=True)
 class Fact:
-    """low <= Σ terms <= high, the sum taken modulo `modulus` first unless that is 0."""
+    """low <= Σ terms <= high; the sum is first reduced modulo `modulus`, unless that is 0."""
 
     terms: Terms
     low: float
@@ -106,10 +106,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of blocks holds (or, inverted, lacks) the block of a query and a key.
+    """The condition that a block layout contains (or, inverted, lacks) the block of a query and a key.
 
-    layout: [heads or 1, query blocks, key blocks]. identity: where its weight lies in memory. axes: the dimensions of heads (0
-    for none), queries and keys. block: tokens.
+    layout: [heads or 1, query blocks, key blocks]. identity: the memory address of its weight. axes: the dimensions of heads (0
+    for none), queries and keys. block: in tokens.
     """
 
     layout: torch.Tensor = field(compare=False)
@@ -126,7 +126,7 @@ NEVER: Seen = ()
 
 
 def between(count: Count, low: float, high: float) -> Seen | None:
-    """Where low <= count <= high; None where that cannot be said by facts."""
+    """Where low <= count <= high; None when facts cannot express it."""
     intervals: list[Interval] = [(low, high)]
     for index, (step, number) in reversed(list(enumerate(count.steps))):
         if step == "mod":
@@ -149,7 +149,7 @@ def equal(left: Count, right: Count) -> Seen | None:
 
 
 def _before(step: str, number: int, low: float, high: float) -> list[Interval]:
-    """The values that a step takes into an interval."""
+    """The preimage of an interval under a step."""
     if step == "add":
         return [(low - number, high - number)]
     if step == "mul":
@@ -172,7 +172,7 @@ def _down(value: float, number: int) -> float:
 
 
 def _residues(count: Count, modulus: int, intervals: list[Interval]) -> Seen | None:
-    """Where (Σ terms + offset) mod `modulus` lies in one of the intervals."""
+    """Where (Σ terms + offset) mod `modulus` is in one of the intervals."""
     if count.steps:
         return None
     found: Seen | None = NEVER
@@ -190,7 +190,7 @@ def _residues(count: Count, modulus: int, intervals: list[Interval]) -> Seen | N
 
 
 def _fact(terms: Terms, low: float, high: float, modulus: int = 0) -> Seen:
-    """One fact, in a form in which equal ones are equal; what always or never holds as such."""
+    """One fact in canonical form; `ALWAYS` or `NEVER` when it always or never holds."""
     if not terms:
         value = 0 % modulus if modulus else 0
         return ALWAYS if low <= value <= high else NEVER
@@ -248,7 +248,7 @@ def _limited(seen: Seen) -> Seen | None:
 
 
 def _joined(facts: Alternative) -> Alternative | None:
-    """Facts on the same sum as one; None when they contradict each other."""
+    """Merges facts on the same sum; None when they contradict each other."""
     found: dict[object, Fact | Table] = {}
     for fact in facts:
         key = (fact.terms, fact.modulus) if isinstance(fact, Fact) else fact
@@ -258,7 +258,7 @@ def _joined(facts: Alternative) -> Alternative | None:
             if fact.low > fact.high:
                 return None
         found[key] = fact
-    # In a fixed order, so that the same pattern is the same, whichever way round it was written.
+    # In a fixed order, so that equal patterns compare equal however they were written.
     return tuple(sorted(found.values(), key=_order))
 
 
@@ -267,7 +267,7 @@ def _order(fact: Fact | Table) -> tuple[object, ...]:
 
 
 def moved(seen: Seen | None, axes: Mapping[int, int]) -> Seen | None:
-    """The condition with its dimensions renamed; None when one it depends on is gone."""
+    """The condition with its dimensions renumbered; None when one it depends on is removed."""
     if seen is None:
         return None
     result: list[Alternative] = []
@@ -290,7 +290,7 @@ def moved(seen: Seen | None, axes: Mapping[int, int]) -> Seen | None:
 
 
 def shifted(seen: Seen | None, axis: int, start: int, single: bool) -> Seen | None:
-    """The condition of a slice that begins at `start` of a dimension; single: it is one index long."""
+    """The condition on a slice that starts at `start` of a dimension; single: whether its length is one."""
     if seen is None or (start == 0 and not single):
         return seen
     result: Seen | None = NEVER
@@ -309,7 +309,7 @@ def shifted(seen: Seen | None, axis: int, start: int, single: bool) -> Seen | No
 
 
 def slide(count: Count, axis: int, start: int) -> Count | None:
-    """The count of a slice that begins at `start` of a dimension."""
+    """The count on a slice that starts at `start` of a dimension; None when `start` is inside a unit."""
     if any(found == axis and start % unit for (found, unit), _ in count.terms):
         return None
     more = sum(factor * (start // unit) for (found, unit), factor in count.terms if found == axis)
@@ -317,7 +317,7 @@ def slide(count: Count, axis: int, start: int) -> Count | None:
 
 
 def pattern_of(seen: Seen) -> tuple[Pattern, torch.Tensor | None] | None:
-    """The condition on a mask, [.., queries, keys], as a pattern and the layout it asks; None where it is none."""
+    """The condition on a mask, [.., queries, keys], as a pattern and its layout; None when it is no pattern."""
     tables: dict[Table, None] = dict.fromkeys(fact for facts in seen for fact in facts if isinstance(fact, Table))
     if len(tables) > 1:
         return None

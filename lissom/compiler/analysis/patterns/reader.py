@@ -1,10 +1,10 @@
-"""The pattern of positions in an attention's mask, told apart from what else the mask says.
+"""Separates the position pattern of an attention's mask from the rest of the mask.
 
-A mask is taken apart at every `&`, or `+` of numbers that hide, through views. What each part says of positions is found by
-`values.py`; the rest, padding and learnt biases, stays as it is. The pattern is exact: with the rest it is the mask.
+A mask is split at every `&`, or `+` of additive masks, through views. `values.py` evaluates each part as a function of
+positions; the rest, padding and learned biases, stays as it is. The pattern is exact: with the rest it equals the mask.
 
-Finite numbers that hide, such as the lowest of float32, are as good as -∞ where every row sees a key; else a row that sees none
-is a mean over all keys. So such masks are read only where nothing else can hide what the pattern shows.
+A finite mask value, such as the lowest of float32, equals -∞ only when every query has a visible key; a fully masked row is
+else a mean over all keys. Such masks are therefore read only when no other part can mask keys that the pattern shows.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ aten = torch.ops.aten
 
 _PLAIN = aten.scaled_dot_product_attention.default
 CAUSAL = Condition(1, -1, 0)
-"""A query sees no later key."""
+"""No key after the query is visible."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a mask that is no pattern: a condition that must hold, or numbers that are added.
+    """A part of a mask that is no pattern: a condition that must hold, or an additive mask.
 
-    negated: what must not hold. views: the dimensions of size 1 that are put into it, in order.
+    negated: whether the condition must not hold. views: the dimensions of size 1 to insert, in order.
     """
 
     node: fx.Node
@@ -48,11 +48,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was found in a mask.
+    """The pattern and the other parts of a mask.
 
-    pattern: what it says of positions; None where that is nothing a kernel can use.
-    reason: why there is no pattern; empty where the mask says nothing of positions.
-    layout: boolean, [heads or 1, query blocks, key blocks], where the pattern asks one.
+    pattern: the position pattern; None when there is none that a kernel can use.
+    reason: why there is no pattern; empty when the mask does not depend on positions.
+    layout: boolean, [heads or 1, query blocks, key blocks], when the pattern needs one.
     rest: the other parts of the mask.
     """
 
@@ -63,7 +63,7 @@ class Reading:
 
     @property
     def causal(self) -> bool:
-        """Whether all it says is that a query sees no later key."""
+        """Whether the pattern is exactly the causal mask."""
         return self.pattern is not None and self.pattern.alternatives == ((CAUSAL,),)
 
 
@@ -85,7 +85,7 @@ def _readings(program: Program) -> dict[tuple[fx.Node | None, bool], Reading]:
 def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
     reader = _Reader(program)
     if causal:
-        reader.meet(between(Count((((-2, 1), -1), ((-1, 1), 1))), -math.inf, 0))
+        reader.restrict(between(Count((((-2, 1), -1), ((-1, 1), 1))), -math.inf, 0))
     if mask is not None:
         reader.split(mask)
     rest = tuple(reader.rest)
@@ -93,18 +93,18 @@ def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
     if reader.seen == ALWAYS:
         return Reading(None, rest=rest, reason=_why(program, rest))
     if found is None:
-        return Reading(None, rest=rest, reason="what its mask says of positions is more than a pattern of blocks and distances")
+        return Reading(None, rest=rest, reason="its mask is no pattern of blocks and distances")
     pattern, layout = found
     if reader.finite and not (_sees_itself(pattern) and _is_square(mask)):
-        return Reading(None, rest=rest, reason="its mask hides with finite numbers, and may hide all keys of a row")
+        return Reading(None, rest=rest, reason="its mask has finite mask values, and may mask all keys of a row")
     if reader.finite and rest:
-        reason = "its mask hides with finite numbers: a row that sees no key is a mean over all, and padding may make one"
+        reason = "its mask has finite mask values: a fully masked row is a mean over all keys, and padding may cause one"
         return Reading(None, rest=rest, reason=reason)
     return Reading(pattern, layout, rest)
 
 
 class _Reader:
-    """Takes one mask apart. seen: what it says of positions so far. finite: whether finite numbers stand for -∞ in it."""
+    """Splits one mask. seen: the position condition so far. finite: whether finite mask values stand for -∞."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
@@ -113,8 +113,8 @@ class _Reader:
         self.rest: list[Part] = []
         self.finite = False
 
-    def meet(self, seen: Seen | None) -> bool:
-        """Add a condition; False when it is not known, or becomes too many alternatives."""
+    def restrict(self, seen: Seen | None) -> bool:
+        """Add a condition; False when it is unknown, or gives too many alternatives."""
         found = both(self.seen, seen)
         if found is not None and pattern_of(found) is not None:
             self.seen = found
@@ -122,7 +122,7 @@ class _Reader:
         return False
 
     def split(self, node: fx.Node, negated: bool = False, inserted: tuple[int, ...] = ()) -> None:
-        """Take in a mask. inserted: dimensions of size 1 put into it on the way to the attention, outermost first."""
+        """Split a mask into parts. inserted: dimensions of size 1 inserted between it and the attention, outermost first."""
         if nodes.tensor_type(node).dtype == torch.bool:
             self._split_condition(node, negated, inserted)
         else:
@@ -130,7 +130,7 @@ class _Reader:
 
     def _split_condition(self, node: fx.Node, negated: bool, inserted: tuple[int, ...]) -> None:
         seen = _inserted(self._values.seen(node), inserted)
-        if seen is not None and self.meet(opposite(seen) if negated else seen):
+        if seen is not None and self.restrict(opposite(seen) if negated else seen):
             return
         if nodes.is_call(node, *(OR if negated else AND)):
             for item in node.args[:2]:
@@ -157,7 +157,7 @@ class _Reader:
                 if kept is not None:
                     self._split_numbers(kept, inserted)
                 return
-            # What else the condition says would have to be said by the same number.
+            # The rest of the condition would need the same finite mask value.
             del self.rest[before:]
             self.finite = True
             self.rest.append(Part(node, False, inserted[::-1]))
@@ -167,7 +167,7 @@ class _Reader:
             self.rest.append(Part(node, False, inserted[::-1]))
 
     def _hidden(self, node: fx.Node) -> tuple[fx.Node, bool, float, fx.Node | None] | None:
-        """Of numbers that hide: the condition, whether what holds is hidden, the number, and what else is added."""
+        """For an additive mask: its condition, whether the condition masks, the mask value, and the other values added."""
         if nodes.is_call(node, *MASKED_FILLS):
             kept, condition, fill = node.args
             value = number(self._program, fill)
@@ -192,7 +192,7 @@ class _Reader:
 
 
 def _plain_view(node: fx.Node) -> tuple[int, ...] | None:
-    """The dimension of size 1 a view puts in, told from the end; empty where it spreads some; None where it is no such view."""
+    """The dimension of size 1 that a view inserts, counted from the end; empty for `expand`; None for other calls."""
     if nodes.is_call(node, aten.expand.default):
         return ()
     if nodes.is_call(node, aten.unsqueeze.default):
@@ -202,14 +202,14 @@ def _plain_view(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _inserted(seen: Seen | None, inserted: tuple[int, ...]) -> Seen | None:
-    """The condition after dimensions of size 1 were put in."""
+    """The condition after dimensions of size 1 were inserted."""
     for place in reversed(inserted):
         seen = moved(seen, {axis: axis - 1 if axis <= place else axis for axis in range(-8, 0)})
     return seen
 
 
 def _sees_itself(pattern: Pattern) -> bool:
-    """Whether every query sees the key of its own position, whatever a layout holds."""
+    """Whether every query sees the key at its own position, for any layout."""
     return any(all(_holds_at_once(condition) for condition in conditions) for conditions in pattern.alternatives)
 
 
@@ -225,7 +225,7 @@ def _is_square(mask: fx.Node | None) -> bool:
 
 
 def _why(program: Program, rest: tuple[Part, ...]) -> str:
-    """Why a mask without a pattern has none; empty where it says nothing of positions."""
+    """Why a mask has no pattern; empty when it does not depend on positions."""
     both_positions = [part.node for part in rest if 1 not in _shape(part)[-2:]]
     if not both_positions:
         return ""
@@ -238,8 +238,8 @@ def _why(program: Program, rest: tuple[Part, ...]) -> str:
             pending += node.all_input_nodes
     data = [item for item in program.graph.nodes if item in found and _is_data(program, item)]
     if data:
-        return f"what its mask hides depends on '{data[0].target}', which is data"
-    return "its mask is no function of positions that is known here"
+        return f"its mask depends on '{data[0].target}', which is data"
+    return "its mask is no recognized function of positions"
 
 
 def _shape(part: Part) -> tuple[Size, ...]:
@@ -255,13 +255,13 @@ def _is_data(program: Program, node: fx.Node) -> bool:
 
 
 def write_rest(edit: Editor, rest: tuple[Part, ...]) -> fx.Node | None:
-    """What a pattern leaves of a mask as one: a condition, or numbers to add; None where nothing is left; use in `before`."""
+    """The rest of a mask as one boolean or additive mask; None when nothing is left; use inside `before`."""
     conditions: list[fx.Node] = []
     numbers: list[fx.Node] = []
     for part in rest:
         node = part.node
         for place in part.views:
-            # A dimension in front of all of a part's own is there by broadcasting.
+            # A dimension before the part's own dimensions needs no insertion: broadcasting adds it.
             if -place <= nodes.tensor_type(node).rank:
                 node = edit.call(aten.unsqueeze.default, node, place)
         if part.negated:

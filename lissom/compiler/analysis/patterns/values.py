@@ -1,7 +1,7 @@
-"""Which counts and conditions of positions the values of a program are, found by following its operators.
+"""Evaluates a program's operators symbolically, as counts and conditions of positions.
 
-`arange(n)` is a count, and so are sums, differences and remainders of counts; comparisons of them are conditions. Of constants
-see `constants.py`. Values that depend on data are neither.
+`arange(n)` is a count, and so are sums, differences and remainders of counts; comparisons of counts are conditions. For
+constants see `constants.py`. Values that depend on data are neither.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lissom.compiler.ir.types import ScalarType
 
 aten = torch.ops.aten
 Value = Count | Seen | None
-"""A tensor of integers as a function of positions, or of booleans as a condition on them; None where neither is known."""
+"""An integer tensor as a function of positions, or a boolean tensor as a condition on them; None when unknown."""
 
 _INTEGERS = (torch.int32, torch.int64)
 _END = float("inf")
@@ -52,7 +52,7 @@ _BOUNDS: Mapping[object, tuple[float, float]] = {
     aten.ge: (0, _END),
     aten.gt: (1, _END),
 }
-"""Between which numbers left - right lies where left <= right, left < right and so on."""
+"""The bounds of left - right for left <= right, left < right and so on."""
 _STEPS: Mapping[object, str] = {
     aten.mul: "mul",
     aten.floor_divide: "div",
@@ -60,18 +60,18 @@ _STEPS: Mapping[object, str] = {
     **dict.fromkeys((aten.clamp_max, aten.minimum), "min"),
     **dict.fromkeys((aten.clamp_min, aten.maximum), "max"),
 }
-"""The step of a `Count` that an operator is."""
+"""The step of a `Count` for each operator."""
 
 
 class PositionValues:
-    """The values of one program's nodes as counts and conditions, each found once."""
+    """The values of one program's nodes as counts and conditions, each computed once."""
 
     def __init__(self, program: Program) -> None:
         self._program = program
         self._known: dict[fx.Node, Value] = {}
 
     def count(self, item: object) -> Count | None:
-        """The count a tensor or a number is."""
+        """A tensor or a number as a count; None when it is none."""
         if isinstance(item, (bool, float)):
             return None
         if isinstance(item, int):
@@ -85,7 +85,7 @@ class PositionValues:
         return value if isinstance(value, Count) else None
 
     def seen(self, item: object) -> Seen | None:
-        """The condition a boolean tensor is."""
+        """A boolean or a boolean tensor as a condition; None when it is none."""
         if isinstance(item, bool):
             return ALWAYS if item else NEVER
         if not nodes.is_tensor(item) or nodes.tensor_type(item).dtype != torch.bool:
@@ -172,7 +172,7 @@ class PositionValues:
         return found
 
     def _steps(self, node: fx.Node, x: Count | None) -> Count | None:
-        """`diff(x)` of what grows evenly, with a value in front that keeps it so; transformers tells packed texts by it."""
+        """`diff(x)` of evenly increasing values with a fitting `prepend`; transformers detects packed sequences with it."""
         rank = nodes.tensor_type(node).rank
         axis = cast(int, nodes.argument(node, "dim")) % rank - rank
         front, behind = (nodes.argument(node, name) for name in ("prepend", "append"))
@@ -201,7 +201,7 @@ class PositionValues:
         diagonal = nodes.argument(node, "diagonal")
         if not isinstance(diagonal, int):
             return None
-        # A dimension of size 1 has one position, also where it is expanded or broadcast later.
+        # A dimension of size 1 has one position, even if it is expanded or broadcast later.
         wide = [dim for dim in (-2, -1) if nodes.tensor_type(node).shape[dim] != 1]
         apart = Count(tuple(((dim, 1), -1 if dim == -2 else 1) for dim in wide))
         lower = node.target is aten.tril.default
@@ -265,7 +265,7 @@ def _by_number(step: str, left: Count | None, right: Count | None) -> Count | No
 
 
 def _block_of(count: Count | None, size: int) -> tuple[int, int] | None:
-    """The dimension and the block's tokens of min(⌊index / block⌋, size - 1)."""
+    """The dimension and the block size in tokens of min(⌊index / block⌋, size - 1)."""
     if count is None or len(count.terms) != 1 or count.offset or count.terms[0][1] != 1:
         return None
     return count.terms[0][0] if count.steps in ((), (("min", size - 1),)) else None
@@ -304,9 +304,9 @@ def _sliced(node: fx.Node, x: Count | Seen) -> Value:
 
 
 def axes_of_view(node: fx.Node) -> dict[int, int] | None:
-    """For each dimension of a view's argument, which of the view's it becomes, from the end; None where it is no such view.
+    """For each dimension of a view's argument, its dimension in the view, counted from the end; None for other calls.
 
-    Dimensions of size 1 hold no positions: they may come, go and be expanded.
+    Dimensions of size 1 hold no positions: they may be inserted, removed and expanded.
     """
     if node.target not in _VIEWS:
         return None

@@ -1,4 +1,4 @@
-"""Attention sites: the operator, the layers that project into it and out of it, and what its mask and positions are."""
+"""Attention sites: the operator, its input and output projections, and the kinds of its mask and positions."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ aten = torch.ops.aten
 class AttentionSite:
     """One attention.
 
-    node: the attention operator. q, k, v, output: the layers that project into it and out of it; empty where there are none.
+    node: the attention operator. q, k, v, output: its input and output projections; empty when there are none.
     packed: whether q, k and v come from one layer. cross: whether k and v come from other tokens than q.
     heads, key_value_heads, head_dim: sizes. scale: the factor on the scores, None for 1/√head_dim.
-    mask: what the mask does. positions: `rotary`, `relative` (a bias learnt or computed per distance), or `none here`.
-    softcap: what the scores are soft-capped at, None where they are not. sinks: whether each row has a logit beside its keys.
-    residual: the sum that joins what comes out with the residual stream; None where there is none.
+    mask: the kind of mask. positions: `rotary`, `relative` (a learned or computed bias per distance), or `none here`.
+    softcap: the soft-cap of the scores, None without one. sinks: whether each row has an extra logit besides its keys.
+    residual: the residual add after it; None when there is none.
     """
 
     node: fx.Node
@@ -62,7 +62,7 @@ class AttentionSite:
 
 
 def attention_site(program: Program, node: fx.Node, rotary: set[fx.Node]) -> AttentionSite:
-    """The site of one attention operator; `rotary` holds the nodes that are tables of angles."""
+    """The site of one attention operator; `rotary` holds the nodes of the rotary cos and sin tables."""
     q, k, v = (producers(item) for item in node.args[:3])
     types = [nodes.tensor_type(item) for item in node.args[:3]]
     query_sources = {source(input_of(item)) for item in q}
@@ -70,7 +70,7 @@ def attention_site(program: Program, node: fx.Node, rotary: set[fx.Node]) -> Att
     heads, groups = (as_int(found.shape[-3]) if found.rank > 2 else 1 for found in types[:2])
     head_dim = as_int(types[0].shape[-1])
     if heads < 1 and len(q) == 1:
-        # Batch and heads are one dimension: the heads are what the projection gives, its keys and values left out.
+        # Batch and heads are one dimension: the heads follow from the q features of the projection.
         heads = groups = features(q[0], 0) // (3 if q == k == v else 1) // head_dim
     scale = nodes.argument(node, "scale")
     mask = mask_kind(program, node)
@@ -132,7 +132,7 @@ def _takes(found: set[fx.Node], rotary: set[fx.Node]) -> bool:
 
 
 def _consumer(node: fx.Node) -> fx.Node | None:
-    """The first linear layer that reads a value through shapes, casts, gates, norms and rounding."""
+    """The first linear layer that reads a value through views, casts, gates, norms and quantizers."""
     frontier, seen = list(node.users), set()
     for _ in range(24):
         following: list[fx.Node] = []

@@ -25,15 +25,15 @@ from lissom.compiler.ir.types import ScalarType, TensorType
 aten = torch.ops.aten
 
 _BETWEEN = {operator.getitem, aten.mean.dim, aten.std.correction, aten.std.dim}
-"""What may stand between up and down beside shapes and point-wise operators; Gemma 3n cuts by mean and deviation."""
+"""Operators allowed between up and down besides views and element-wise ones; Gemma 3n thresholds by mean and deviation."""
 
 
 @dataclass(frozen=True)
 class FeedForwardSite:
     """One feed-forward: down(activation(up(x))), or down(activation(gate(x)) · up(x)) when gated.
 
-    up: the layers read first, one or two; gated: whether one multiplies the other. width: features between up and down.
-    residual: the sum that joins what comes out with the residual stream; None where there is none.
+    up: the first layers, one or two; gated: whether one multiplies the other. width: features between up and down.
+    residual: the residual add after it; None when there is none.
     """
 
     up: tuple[fx.Node, ...]
@@ -50,10 +50,10 @@ class FeedForwardSite:
 
 @dataclass(frozen=True)
 class MixtureSite:
-    """A mixture of experts: a router chooses for each token.
+    """A mixture of experts: a router chooses the experts of each token.
 
-    router: the layer whose features are the experts' scores. choice: the `topk` that picks from them.
-    experts: how many there are; top_k: how many each token gets.
+    router: the layer that computes the experts' scores. choice: the `topk` that selects experts by score.
+    experts: the number of experts; top_k: the number of experts per token.
     """
 
     router: fx.Node
@@ -67,7 +67,7 @@ class MixtureSite:
 
 
 def mixture_site(choice: fx.Node) -> MixtureSite | None:
-    """The mixture whose experts this `topk` picks, if it picks from the features of a linear layer."""
+    """The mixture whose experts this `topk` selects, if it selects from the features of a linear layer."""
     routers = producers(choice.args[0])
     scores = nodes.tensor_type(choice.args[0])
     if len(routers) != 1 or nodes.tensor_type(routers[0]).shape[-1] != scores.shape[-1]:
@@ -107,20 +107,20 @@ def feed_forward_site(down: fx.Node, projections: set[fx.Node]) -> FeedForwardSi
 
 
 def _is_number(node: fx.Node) -> bool:
-    """True for a size, and for a tensor of rank 0, which scales or shifts whatever else comes in."""
+    """True for a size, and for a tensor of rank 0, which scales or shifts the other inputs."""
     found = nodes.node_type(node)
     parts = found if isinstance(found, tuple) else (found,)
     return all(isinstance(part, ScalarType) or (isinstance(part, TensorType) and part.rank == 0) for part in parts)
 
 
 def _is_spatial(linear: fx.Node) -> bool:
-    """True for a convolution over more than one place: a stem or an embedding of patches, and no part of a feed-forward."""
+    """True for a convolution with a kernel larger than 1: a stem or a patch embedding, never part of a feed-forward."""
     kernel = nodes.tensor_type(linear.args[1]).shape[2:] if linear.target in CONVOLUTIONS else ()
     return any(size != 1 for size in kernel)
 
 
 def _norm_inside(node: fx.Node) -> bool:
-    """True for a norm of activated values, as BitNet has before its down projection; other norms read the residual stream."""
+    """True for a norm after an activation, as in BitNet before the down projection; other norms read the residual stream."""
     if node.target not in NORMS:
         return False
     before = source(node.all_input_nodes[0])

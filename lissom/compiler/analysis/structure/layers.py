@@ -1,4 +1,4 @@
-"""Which layer a site belongs to, told from the module paths of all sites."""
+"""The layer of each site, derived from the module paths of all sites."""
 
 from __future__ import annotations
 

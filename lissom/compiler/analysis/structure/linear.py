@@ -16,16 +16,16 @@ _WEIGHT_VIEWS = (
     *(*ops.TRANSPOSES, aten.permute.default, *ops.RESHAPES, *ops.CASTS),
     *(operator.getitem, *ops.SPLITS, aten.slice.Tensor),
 )
-"""What may stand between a weight and the linear layer that reads it."""
+"""Operators allowed between a weight and the linear layer that reads it."""
 SHAPES = {
     *(*ops.RESHAPES, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *ops.SQUEEZES, *ops.EXPANDS),
     *(aten.repeat_interleave.self_int, aten.slice.Tensor, aten.select.int, *ops.SPLITS, aten.unbind.int),
     *(*ops.CASTS, *ops.IDENTITIES),
 }
-"""What may stand between the parts of a layer beside element-wise operators: views, casts, copies, dropout."""
+"""Operators allowed between the parts of a layer besides element-wise ones: views, casts, copies, dropout."""
 
 _FAR = 12
-"""How many operators may stand between a layer and the sum that joins it with the residual stream."""
+"""The most operators between a layer and its residual add."""
 
 
 def is_attention(node: fx.Node) -> bool:
@@ -44,18 +44,18 @@ def is_linear(node: fx.Node) -> bool:
 
 
 def weight_of(node: fx.Node) -> fx.Node | None:
-    """The weight of a linear layer, behind views, casts and quantizers; None for any other node.
+    """The weight of a linear layer, before views, casts and quantizers; None for any other node.
 
-    Kernels that read a packed or quantized weight are no linear layers here: their weight is no matrix.
+    Kernels with a packed or quantized weight do not count as linear layers here: their weight is no plain matrix.
     """
     path = weight_path(node) if node.target not in ops.QUANTIZED_LINEARS else ()
     return path[-1] if path else None
 
 
 def weight_path(node: fx.Node) -> tuple[fx.Node, ...]:
-    """From what a linear layer takes as its weight to the weight itself: views, casts and quantizers, then the weight.
+    """The nodes from a linear layer's weight argument back to the weight: views, casts and quantizers, then the weight.
 
-    Empty where the node is no linear layer, as for a product of two computed values.
+    Empty when the node is no linear layer, as for a product of two computed values.
     """
     if node.target in ops.MATMULS_WITH_BIAS:
         found = node.args[2]
@@ -73,7 +73,7 @@ def weight_path(node: fx.Node) -> tuple[fx.Node, ...]:
 
 
 def input_of(linear: fx.Node) -> fx.Node:
-    """What a linear layer reads."""
+    """The input of a linear layer."""
     index = 1 if linear.target in ops.MATMULS_WITH_BIAS else 0
     found = linear.args[index]
     assert isinstance(found, fx.Node)
@@ -97,14 +97,14 @@ def producers(start: object) -> tuple[fx.Node, ...]:
 
 
 def source(node: fx.Node) -> fx.Node:
-    """A value before shapes, casts and norms were applied to it, so that two readers of it are seen to read the same."""
+    """A value before views, casts and norms, so that two layers with the same input can be recognized."""
     while nodes.is_call(node, *SHAPES, *ops.NORMS) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def residual_of(last: fx.Node) -> fx.Node | None:
-    """The sum in which the result of a site meets the residual stream, through shapes, norms and scales alone."""
+    """The residual add of a site, reached from its last call through views, norms and element-wise operators only."""
     node = last
     for _ in range(_FAR):
         users = [user for user in node.users if user.op == "call_function"]
@@ -120,7 +120,7 @@ def residual_of(last: fx.Node) -> fx.Node | None:
 
 
 def features(linear: fx.Node, side: int) -> int:
-    """Features a linear layer gives (side 0) or takes (side 1)."""
+    """The out_features (side 0) or in_features (side 1) of a linear layer."""
     if linear.target in ops.CONVOLUTIONS:
         return as_int(nodes.tensor_type(linear.args[1]).shape[side])
     value = nodes.tensor_type(linear if side == 0 else input_of(linear)).shape[-1]
@@ -128,5 +128,5 @@ def features(linear: fx.Node, side: int) -> int:
 
 
 def as_int(size: object) -> int:
-    """The size where it is fixed, -1 where it varies."""
+    """The size when it is fixed, -1 when it varies."""
     return size if isinstance(size, int) else -1

@@ -1,7 +1,7 @@
-"""What an attention's mask does, found by computing it: causal, windowed, padding, or a bias.
+"""The kind of an attention's mask, found by computing it: causal, windowed, padding, or a bias.
 
-The part of the program that makes a mask is small. It is run on inputs of ones, and once more with the end of each input
-zeroed; what comes out is the answer, whatever operators the author used.
+The part of the program that computes a mask is small. It is run on inputs of ones, and again with the end of each input
+zeroed; the results show the kind of mask, whatever operators the author used.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ aten = torch.ops.aten
 _PROBE = 1100
 """Tokens the mask is computed for: more than the usual windows of 128, 512 and 1,024."""
 MOST_CALLS = 400
-"""Calls that may make up a mask; each is run here, so that a longer chain is not looked into."""
+"""The most calls of a mask; each is run here, so longer chains are not analysed."""
 HIDDEN = -1e4
-"""Scores with this or less added have a weight of exactly zero beside any other; BERT's authors had this number."""
+"""A score with this or less added has a softmax weight of exactly zero; BERT uses this value."""
 _SMALLEST = 3
-"""Of fewer queries or keys a triangle is not told from other masks."""
+"""With fewer queries or keys, a causal mask cannot be distinguished from others."""
 
 
 @dataclass(frozen=True)
 class MaskKind:
-    """causal: later tokens are hidden. window: how many tokens back are seen, None without a limit.
-    padding: it depends on the caller's inputs. bias: it holds finite values other than zero, or depends on q.
+    """causal: later tokens are masked. window: the number of visible tokens back, None without a limit.
+    padding: it depends on the caller's inputs. bias: it has finite values other than zero, or depends on q.
     """
 
     causal: bool = False
@@ -49,7 +49,7 @@ class MaskKind:
 
 
 def mask_kind(program: Program, attention: fx.Node) -> MaskKind:
-    """What the mask of one attention does; a mask shared by several is computed once."""
+    """The kind of one attention's mask; a mask shared by several attentions is computed once."""
     found = program.fact(_cache)
     mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
     causal = attention.target is aten.scaled_dot_product_attention.default and bool(nodes.argument(attention, "is_causal"))
@@ -83,7 +83,7 @@ def _kind(program: Program, mask: fx.Node) -> MaskKind:
 
 
 def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
-    """Whether later keys are blocked, and how many earlier ones are seen; [queries, keys]."""
+    """Whether later keys are masked, and the number of visible earlier ones; blocked: [queries, keys]."""
     rows, columns = blocked.shape
     if min(rows, columns) < _SMALLEST:
         return False, None
@@ -96,7 +96,7 @@ def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
 
 
 def _ancestors(mask: fx.Node) -> list[fx.Node] | None:
-    """The nodes a mask is computed from, in order; None when linear layers are among them."""
+    """The nodes a mask depends on, in order; None when linear layers are among them."""
     pending, seen = [mask], set[fx.Node]()
     while pending:
         node = pending.pop()
@@ -120,7 +120,7 @@ def _compute(program: Program, order: list[fx.Node], masked: bool) -> torch.Tens
         for node in order:
             if node.op == "placeholder":
                 found = nodes.tensor_type(node)
-                # A single number says where a cache is filled up to; an empty cache leaves the mask square.
+                # A single number is the fill position of a KV cache; an empty cache leaves the mask square.
                 make = torch.zeros if found.shape == (1,) else torch.ones
                 tensor = make([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
                 if masked and tensor.dim() > 1:

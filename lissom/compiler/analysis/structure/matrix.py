@@ -1,4 +1,4 @@
-"""The matrix a linear layer multiplies with, always as [features out, features in], whichever way round the model keeps it."""
+"""The weight matrix of a linear layer, always as [out_features, in_features], whatever its stored orientation."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Matrix:
-    """Where a linear layer's matrix is kept.
+    """The weight matrix of a linear layer.
 
-    node: the weight. transposed: whether it is kept as [features in, features out], as GPT-2 keeps it.
+    node: the weight. transposed: whether it is stored as [in_features, out_features], as in GPT-2.
     """
 
     node: fx.Node
@@ -32,66 +32,66 @@ class Matrix:
         return str(self.node.target)
 
     def read(self, program: Program) -> torch.Tensor:
-        """The weight as [features out, features in], a view of it."""
+        """A view of the weight as [out_features, in_features]."""
         weight = program.weight(self.name).detach()
         return weight.T if self.transposed else weight
 
     def write(self, edit: Editor, matrix: torch.Tensor) -> None:
-        """Give the weight new values, in this program only; one place rewritten. matrix: [features out, features in]."""
+        """Give the weight new values, in this program only; one place rewritten. matrix: [out_features, in_features]."""
         matrix = matrix.to(edit.program.weight(self.name).dtype)
         edit.set_weight(self.node, (matrix.T if self.transposed else matrix).contiguous())
         edit.rewritten += 1
 
 
 def matrix_of(linear: fx.Node) -> Matrix | str:
-    """Where a layer's matrix is, or why it cannot be changed for this layer alone."""
+    """The weight matrix of a layer, or why it cannot be changed for this layer alone."""
     weight = weight_of(linear)
     assert weight is not None, f"'{linear.name}' is no linear layer"
     if linear.target not in LINEAR_PRODUCTS:
-        return "it is a convolution or a product of batches"
+        return "it is a convolution or a batched matrix product"
     found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
     while nodes.is_call(found, *TRANSPOSES):
         found, transposed = found.args[0], not transposed
     if isinstance(found, fx.Node) and is_quantizer(found):
         return "its weight is quantized already"
     if found is not weight:
-        return "its weight is cut, cast or reshaped before it is used"
+        return "its weight is split, cast or reshaped before it is used"
     form = nodes.tensor_type(weight)
     if form.rank != 2 or not form.dtype.is_floating_point:
-        return "its weight is no matrix of floating-point numbers"
+        return "its weight is no floating-point matrix"
     return Matrix(weight, transposed)
 
 
 @dataclass(frozen=True)
 class RoundedMatrix(Matrix):
-    """Where a rounded matrix is kept, and the Q/DQ node that rounds it."""
+    """A weight matrix with the Q/DQ node that quantizes it."""
 
     quantizer: fx.Node
 
     def read_scale(self, program: Program) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scale and zero point, each [blocks of features out, blocks of features in]."""
+        """Scale and zero point, each [blocks of out_features, blocks of in_features]."""
         values = [program.weight(str(item.target)).detach() for item in self.quantizer.all_input_nodes[1:]]
         turned = [value.reshape(1, 1) if value.dim() == 0 else value.T if self.transposed else value for value in values]
         return turned[0], turned[1] if len(turned) > 1 else None
 
 
 def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
-    """Where the matrix is that `lissom::fake_quantize` rounds for a layer, or why there is none."""
+    """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none."""
     if linear.target not in LINEAR_PRODUCTS:
-        return "it is a convolution or a product of batches"
+        return "it is a convolution or a batched matrix product"
     found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
     while nodes.is_call(found, *TRANSPOSES):
         found, transposed = found.args[0], not transposed
     if not isinstance(found, fx.Node) or found.target is not fake_quantize:
-        return "its weight is not rounded"
+        return "its weight is not quantized"
     weight = found.args[0]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != 2:
-        return "its weight is computed before it is rounded"
+        return "its weight is computed before it is quantized"
     return RoundedMatrix(weight, transposed, found)
 
 
 def readers_of(weight: fx.Node) -> list[fx.Node]:
-    """The nodes that compute with a weight, past transposes of it."""
+    """The nodes that compute with a weight, directly or through transposes."""
     found: list[fx.Node] = []
     for user in weight.users:
         found += readers_of(user) if nodes.is_call(user, *TRANSPOSES) else [user]

@@ -1,4 +1,4 @@
-"""The operands of an attention as kernels take them."""
+"""The operands of an attention in the form that kernels accept."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def scale_of(node: fx.Node) -> float:
 
 
 def mask_of(attention: fx.Node) -> fx.Node | None:
-    """What is added to, or hides, the scores of an attention; None for nothing."""
+    """The mask or bias of an attention; None when there is none."""
     found = nodes.argument(attention, "attn_mask" if attention.target is _PLAIN else "bias")
     return found if isinstance(found, fx.Node) else None
 
 
 def sinks_of(node: fx.Node) -> fx.Node | None:
-    """The logits that stand beside the keys, before they were spread over batch and queries; None where there are none."""
+    """The attention sink logits before they are expanded over batch and queries; None when there are none."""
     sinks = node.kwargs.get("sinks")
     while nodes.is_call(sinks, aten.expand.default) and nodes.tensor_type(sinks.args[0]).rank == 4:
         sinks = sinks.args[0]
@@ -42,9 +42,9 @@ def sinks_of(node: fx.Node) -> fx.Node | None:
 
 
 def unrepeated(node: object) -> fx.Node:
-    """Keys or values before their heads were repeated for the query heads that share them; the node where they were not.
+    """Keys or values before their heads are repeated for the query heads that share them; the node itself if they are not.
 
-    node: [batch, heads, tokens, features], made by unsqueeze, expand and reshape, or by repeat_interleave.
+    node: [batch, heads, tokens, features], computed by unsqueeze, expand and reshape, or by repeat_interleave.
     """
     assert isinstance(node, fx.Node)
     if nodes.is_call(node, aten.repeat_interleave.self_int):
@@ -66,9 +66,9 @@ def unrepeated(node: object) -> fx.Node:
 
 
 def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The keys and values of an attention before they were repeated; as they are, where not both were.
+    """The keys and values of an attention before they are repeated; unchanged unless both are.
 
-    Kernels let several query heads read one key head, so the copies need not be made.
+    In kernels several query heads read one key head, so the copies are not needed.
     """
     k, v = node.args[1:3]
     shared = unrepeated(k), unrepeated(v)
@@ -78,7 +78,7 @@ def shared_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
-    """Why no kernel of ours can take an attention's operands; None when they can."""
+    """Why none of our kernels accepts an attention's operands; None when they do."""
     q, k, v = (nodes.tensor_type(item) for item in node.args[:3])  # pyright: ignore[reportArgumentType]
     if q.rank != 4 or k.rank != 4 or v.rank != 4:
         return "its operands are not [batch, heads, tokens, head_dim]"

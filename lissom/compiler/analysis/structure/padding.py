@@ -1,7 +1,7 @@
-"""Which input says where padding is, found by computing what depends on it; and what a value is at padding positions.
+"""Finds the padding mask among a program's inputs by computing the masks that depend on it.
 
-A padding mask is an input [batch, tokens] whose zeros hide keys from attention. The parts of a program that make masks and
-positions are small; they are run here on masks of every kind: full, padded on either side, with holes, and empty.
+A padding mask is an input [batch, tokens] whose zeros mask keys in attention. The parts of a program that compute masks and
+positions are small; they are run here on many masks: full, padded on either side, with holes, and empty.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lissom.compiler.ir.types import ScalarType, TensorType
 aten = torch.ops.aten
 
 _BATCH, _TOKENS = 8, 9
-"""Sizes of the probes, where a program does not fix or bound them: a row for each kind of mask, and an odd number of tokens."""
+"""Sizes of the probes, unless a program fixes or bounds them: a row for each kind of mask, and an odd number of tokens."""
 
 Values = Mapping[fx.Node, torch.Tensor]
 Check = Callable[[Values], bool]
 
 
 def padding_masks(program: Program) -> tuple[fx.Node, ...]:
-    """The inputs [batch, tokens] whose zeros hide keys from an attention; ask for it as `program.fact(padding_masks)`."""
+    """The inputs [batch, tokens] whose zeros mask keys in an attention; use it as `program.fact(padding_masks)`."""
     candidates = [node for node in program.placeholders if _may_be_mask(nodes.node_type(node))]
     masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
     return tuple(
@@ -49,16 +49,16 @@ def padding_masks(program: Program) -> tuple[fx.Node, ...]:
 
 @dataclass(frozen=True)
 class KeyMask:
-    """What of the keys is hidden: later ones with `causal`, and those where the input `padding`, [batch, tokens], is zero."""
+    """The masked keys: later ones with `causal`, and those where the input `padding`, [batch, tokens], is zero."""
 
     causal: bool = False
     padding: fx.Node | None = None
 
 
 def key_mask(program: Program, attention: fx.Node) -> KeyMask | None:
-    """What an attention's mask hides from every query that is kept, when it does no more than that; None when it does.
+    """An attention's mask as causal and padding masks, if it is the same for all real queries; None for any other mask.
 
-    A mask that reads values of an input other than one for padding does more, whatever it looks like.
+    A mask that depends on the values of an input other than a padding mask is never one of these.
     """
     mask, kind = mask_of(attention), mask_kind(program, attention)
     if mask is None:
@@ -82,7 +82,7 @@ def key_mask(program: Program, attention: fx.Node) -> KeyMask | None:
 
 
 def _hides_no_more(mask: fx.Node, padding: fx.Node | None, causal: bool, values: Values) -> bool:
-    """True when, of rows with a token, the mask hides what padding and causality hide from their tokens, and adds nothing."""
+    """True when, for the real queries, the mask equals the padding and causal masks, and adds no bias."""
     value = values[mask]
     if not 2 <= value.dim() <= 4:
         return False
@@ -102,14 +102,14 @@ def _hides_no_more(mask: fx.Node, padding: fx.Node | None, causal: bool, values:
 
 
 def kept_rows(mask: torch.Tensor) -> torch.Tensor:
-    """Which positions are tokens, [batch, tokens]; in a row without any, all, since attention there sees what is hidden."""
+    """Which positions are real tokens, [batch, tokens]; all in a fully masked row, since attention there sees all keys."""
     real = mask != 0
     return real | ~real.any(1, keepdim=True)
 
 
 def _has_effect(program: Program, mask: fx.Node, candidate: fx.Node) -> bool:
-    """True when a zero hides a key that a query sees where there is none: a mask that lets each token see itself alone hides
-    the keys at any input's zeros.
+    """True when a zero of the candidate masks a key that is visible without it: a mask in which each token sees only itself
+    masks all other keys for any input.
     """
     order = order_of(program, [candidate, mask]) or ()
     without = _hidden(values_at(program, order, _probe_sizes(program, candidate))[mask])  # inputs are ones
@@ -120,7 +120,7 @@ def _has_effect(program: Program, mask: fx.Node, candidate: fx.Node) -> bool:
 
 
 def _hidden(mask: torch.Tensor) -> torch.Tensor:
-    """What a mask hides, [batch or 1, heads or 1, queries, keys]."""
+    """The masked pairs, [batch or 1, heads or 1, queries, keys]."""
     return (~mask if mask.dtype == torch.bool else mask <= HIDDEN)[(None,) * (4 - mask.dim())]
 
 
@@ -130,7 +130,7 @@ def _mask_hides(mask: fx.Node, candidate: fx.Node, values: Values) -> bool:
 
 
 def hides(mask: torch.Tensor, kept: torch.Tensor, *, own: bool) -> bool:
-    """True when the mask hides every key that is not kept from every query, or from every query that is kept.
+    """True when the mask masks every key that is not kept, for every query or for every query that is kept.
 
     mask: broadcast to [batch, heads, queries, keys]; kept: [batch, tokens]; own: whether the queries are the same tokens.
     """
@@ -153,7 +153,7 @@ def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int,
 
 
 def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Check) -> bool:
-    """True when the check holds of the values of `wanted` and of the mask on all probes; False where there are none."""
+    """True when the check holds for the values of `wanted` and of the mask on all probes; False when there are no probes."""
     order = order_of(program, [mask, *wanted])
     return order is not None and mask in order and _holds_on(check, order, program, mask)
 
@@ -161,7 +161,7 @@ def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Che
 def _holds_on(check: Check, order: Sequence[fx.Node], program: Program, mask: fx.Node | None) -> bool:
     try:
         return all(check(values) for values in _probes(program, mask, order))
-    # A part of a program that cannot be run on a probe says nothing of what it does.
+    # A part of a program that cannot run on a probe shows nothing.
     except REFUSALS:
         return False
 
@@ -171,7 +171,7 @@ def _may_be_mask(found: object) -> bool:
 
 
 def order_of(program: Program, wanted: Sequence[fx.Node]) -> list[fx.Node] | None:
-    """What the nodes are computed from, in order; None when linear layers or attentions are among it."""
+    """The nodes that these nodes depend on, in order; None when linear layers or attentions are among them."""
     pending, seen = list(wanted), set[fx.Node]()
     while pending:
         node = pending.pop()
@@ -191,7 +191,7 @@ def _is_size(node: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Patterns:
-    """Masks to try: [many, tokens] of zeros and ones."""
+    """Masks to probe with: [many, tokens] of zeros and ones."""
 
     rows: torch.Tensor
 
@@ -210,7 +210,7 @@ class _Patterns:
 
 
 def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) -> Iterator[Values]:
-    """The values on masks of every kind, or once where they depend on none."""
+    """The values for every probe mask, or once when there is no mask."""
     sizes = _probe_sizes(program, mask)
     if mask is None:
         yield values_at(program, order, sizes)
@@ -227,7 +227,7 @@ def _probe_sizes(program: Program, mask: fx.Node | None) -> dict[sympy.Symbol, i
     sizes: dict[sympy.Symbol, int] = {}
     shape = () if mask is None else nodes.tensor_type(mask).shape
     for index, (symbol, dimension) in enumerate(program.signature.dimensions.items()):
-        # Sizes that need not be equal are not.
+        # Independent sizes get different values.
         size = max(_BATCH if symbol in shape[:1] else _TOKENS + index, dimension.minimum)
         sizes[symbol] = min(size, dimension.maximum or size)
     return sizes

@@ -1,8 +1,8 @@
-"""Linear layers with quantized weights, as the lowering passes find them.
+"""Linear layers with quantized weights, as the lowering passes match them.
 
     linear(fake_quantize(x) | fake_quantize_dynamic(x) | x, dequantize(W_q), b)
 
-and the same as `addmm`, `mm` or `matmul`, with the weight either way round.
+and the same as `addmm`, `mm` or `matmul`, with the weight in either orientation.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ aten = torch.ops.aten
 class QuantizedLayer:
     """A linear layer with a quantized weight.
 
-    node: the product. values: its input. weight: the dequantized weight. bias: None where there is none.
-    transposed: whether the weight is [features in, features out].
+    node: the product. values: its input. weight: the dequantized weight. bias: None when there is none.
+    transposed: whether the weight is [in_features, out_features].
     """
 
     node: fx.Node
@@ -44,48 +44,48 @@ class QuantizedLayer:
 
     @property
     def rounds(self) -> bool:
-        """True when what it reads is rounded."""
+        """True when its input is quantized."""
         return self.values.target in FAKE_QUANTIZES
 
     @property
     def scale_is_known(self) -> bool:
-        """True when what it reads is rounded with a scale from calibration."""
+        """True when its input is quantized with a scale from calibration."""
         return self.values.target is fake_quantize
 
     @property
     def x(self) -> fx.Node:
-        """What the layer reads before it is rounded."""
+        """The layer's input before it is quantized."""
         return cast(fx.Node, self.values.args[0]) if self.rounds else self.values
 
     @property
     def format(self) -> str:
-        """What the weight is stored in."""
+        """The format of the stored weight."""
         return str(self.weight.kwargs["format"])
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """How many blocks with a scale the weight is cut into, along features out and features in."""
+        """The number of blocks with a scale each, along out_features and in_features."""
         shape = cast("Sequence[int]", nodes.tensor_type(self.weight.args[1]).shape) or (1, 1)
         return cast("tuple[int, int]", tuple(shape[::-1] if self.transposed else shape))
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Features out and features in."""
+        """out_features and in_features."""
         shape = cast("Sequence[int]", nodes.tensor_type(self.weight).shape)
         return cast("tuple[int, int]", tuple(shape[::-1] if self.transposed else shape))
 
     @property
     def is_read_whole(self) -> bool:
-        """True when something needs the weight in floating point, all of it."""
+        """True when another operator needs the whole weight in floating point."""
         return any(_reads_whole(user) for user in self.weight.users)
 
     @property
     def has_one_scale(self) -> bool:
-        """False when what it reads is rounded with known scales, and more than one."""
+        """False when its input is quantized with several calibrated scales."""
         return not self.scale_is_known or not any(nodes.tensor_type(item).rank for item in self.values.all_input_nodes[1:])
 
     def parts(self, edit: Editor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """The stored weight, one element each, its scale and its zero point, as [features out, features in]."""
+        """The stored weight, unpacked, its scale and its zero point, as [out_features, in_features]."""
         q, *grid = (edit.program.weight(str(item.target)).detach() for item in self.weight.all_input_nodes)
         form = FORMATS[self.format]
         q = unpack_halves(q, form) if form.bits == 4 else q
@@ -94,7 +94,7 @@ class QuantizedLayer:
 
 
 def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
-    """The quantized layer a product is; None for any other."""
+    """The quantized layer of a product; None for any other node."""
     if node.kwargs:
         return None
     if node.target is aten.addmm.default:

@@ -1,7 +1,7 @@
-"""Which tokens of a sample are real and which are padding, told by what the program's attentions hide.
+"""Which tokens of a sample are real and which are padding, according to the program's attention masks.
 
-An input's name says little: of one `mask` the ones are kept, of another they are hidden, a third is added to the scores. So
-where an input is no padding mask whose zeros hide keys, the mask that an attention adds is computed from the sample itself.
+An input's name is not enough: the ones of a `mask` may be kept or masked, or the mask may be added to the scores. When no
+input is a padding mask whose zeros mask keys, the attention's mask is computed from the sample.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _HIDDEN_ROUNDED = 0.99 * HIDDEN
 
 
 def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -> torch.Tensor | None:
-    """Which tokens of what the node yields are real, of booleans in the shape of its batch and tokens; None where all are.
+    """Which tokens of the node's tensor are real, as booleans in the shape of its batch and tokens; None when all are.
 
-    Of a row without a real token, all count. axis: the dimension of the tokens, one before the last.
+    In a row without real tokens, all count as real. axis: the dimension of the tokens, the second to last.
     """
     shape = nodes.tensor_type(node).shape
     for batch, tokens, real in program.fact(_sources).of(program, sample):
@@ -43,11 +43,11 @@ def token_mask(program: Program, sample: Sample, node: fx.Node, axis: int = 1) -
 
 @dataclass
 class _Sources:
-    """Where it is told which tokens are real.
+    """The inputs and masks that show which tokens are real.
 
-    inputs: indices of inputs whose zeros hide keys. masks: what attentions add, that is computed from other inputs, each with
-        the nodes it is made of, in order.
-    named: indices of inputs that are called masks, in a program whose attentions are not known for what they are.
+    inputs: indices of inputs whose zeros mask keys. masks: attention masks computed from other inputs, each with the nodes it
+        depends on, in order.
+    named: indices of inputs with `mask` in their name that no recognized attention mask depends on.
     """
 
     inputs: list[int]
@@ -57,7 +57,7 @@ class _Sources:
     _found: list[tuple[Size, Size, torch.Tensor]] = field(default_factory=list["tuple[Size, Size, torch.Tensor]"])
 
     def of(self, program: Program, sample: Sample) -> list[tuple[Size, Size, torch.Tensor]]:
-        """By the sizes of batch and tokens, which tokens of this sample are real."""
+        """Which tokens of this sample are real, with the sizes of batch and tokens."""
         if self._sample is not sample:
             self._sample, self._found = sample, list(self._read(program, sample))
         return self._found
@@ -69,7 +69,7 @@ class _Sources:
             yield batch, tokens, kept_rows(sample[at])
         for mask, order in self.masks.items():
             shape = nodes.tensor_type(mask).shape
-            # What a program cannot compute of a sample tells nothing of its tokens.
+            # A mask that cannot be computed from the sample shows nothing.
             with suppress(*REFUSALS):
                 yield shape[0], shape[-1], _seen(program, mask, order, sample)
         for at in self.named:
@@ -98,7 +98,7 @@ def _sources(program: Program) -> _Sources:
 
 
 def _seen(program: Program, mask: fx.Node, order: Sequence[fx.Node], sample: Sample) -> torch.Tensor:
-    """The keys that a query sees, [batch, keys]. mask: of an attention, [batch or 1, heads or 1, queries, keys]."""
+    """The keys visible to some query, [batch, keys]. mask: of an attention, [batch or 1, heads or 1, queries, keys]."""
     given = dict(zip(program.placeholders, sample, strict=True))
     value = values_at(program, order, program.signature.sizes_of(sample), given)[mask]
     seen = value if value.dtype == torch.bool else value > _HIDDEN_ROUNDED

@@ -1,8 +1,8 @@
-"""The transformer seen in a program: attention and feed-forward sites, layers, norms, embeddings, output heads.
+"""The transformer structure of a program: attention and feed-forward sites, layers, norms, embeddings, output heads.
 
-Sites are found from what the operators do, not from what the author called them: an attention is a
-`scaled_dot_product_attention` with the projections that feed and follow it, a feed-forward is a linear layer fed by an
-activation of linear layers of the same input. Module paths serve only to say where a site is and which layer it belongs to.
+Sites are found by their operators, not by module names: an attention is a `scaled_dot_product_attention` with its input and
+output projections; a feed-forward is a linear layer after an activation of linear layers with the same input. Module paths
+only give the place and the layer of a site.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Embedding:
-    """A table of rows looked up by number. tied: whether an output head multiplies with the same weight."""
+    """An embedding table. tied: whether an output head uses the same weight."""
 
     node: fx.Node
     rows: int
@@ -46,7 +46,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Structure:
-    """Everything found in a program, in the order of the graph."""
+    """The structure of a program, each field in the order of the graph."""
 
     attention: tuple[AttentionSite, ...]
     feed_forward: tuple[FeedForwardSite, ...]
@@ -59,7 +59,7 @@ class Structure:
 
 
 def structure(program: Program) -> Structure:
-    """The transformer in a program; ask for it as `program.fact(structure)`."""
+    """The transformer structure of a program; use it as `program.fact(structure)`."""
     rotary = _reached_from(program, {aten.cos.default, aten.sin.default, aten.polar.default})
     attention = tuple(attention_site(program, node, rotary) for node in program.nodes() if is_attention(node))
     projections = {used for site in attention for used in (*site.q, *site.k, *site.v)}
@@ -88,7 +88,7 @@ def _embedding(node: fx.Node, linears: Iterable[fx.Node]) -> Embedding:
 
 
 def _reaches_output(program: Program, linear: fx.Node) -> bool:
-    """True when a layer's result goes to the output through shapes, casts and activations alone."""
+    """True when a layer's result reaches the output through views, casts and activations only."""
     node = linear
     for _ in range(8):
         users = list(node.users)
@@ -101,7 +101,7 @@ def _reaches_output(program: Program, linear: fx.Node) -> bool:
 
 
 def _reached_from(program: Program, targets: set[object]) -> set[fx.Node]:
-    """The nodes computed from a call of one of the targets without a linear layer or an attention between."""
+    """The nodes that depend on a call of one of the targets, without a linear layer or an attention between."""
     found: set[fx.Node] = set()
     for node in program.nodes():
         if is_linear(node) or is_attention(node):
@@ -112,7 +112,7 @@ def _reached_from(program: Program, targets: set[object]) -> set[fx.Node]:
 
 
 def _mixes(node: fx.Node, found: set[fx.Node]) -> bool:
-    """True where a table of angles is applied to a value: the result is no table any more."""
+    """True when a cos or sin table is applied to a value: the result is no table any more."""
     others = [
         used for used in node.all_input_nodes if used not in found and used.op == "call_function" and nodes.is_tensor(used)
     ]

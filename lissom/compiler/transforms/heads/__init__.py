@@ -1,1 +1,1 @@
-"""Heads of attentions: the keys and values they share, and the layers that make them."""
+"""Attention heads: grouped keys and values, and the layers that produce them."""

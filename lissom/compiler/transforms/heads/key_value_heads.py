@@ -1,12 +1,12 @@
-"""The heads of an attention's queries, keys and values, told apart from each other, and the weights that make each of them.
+"""Separate axes for the heads of an attention's queries, keys and values, and the weights that produce each head.
 
-In the axes of a program a key head and the query head that reads it are one axis, so that removing one removes the other. While
-sums stand between an attention and what it reads, each argument's heads, and those of its result, are axes of their own: an
-edit of the key heads then reaches what makes keys, and nothing else.
+In the axes of a program a key head and the query head that reads it are one axis, so removing one removes the other. With sums
+inserted before an attention, the heads of each argument, and of the result, have separate axes: an edit of the key heads then
+changes only the layers that produce keys.
 
     attention(q, k, v)  ->  attention(expand(sum(q)), expand(sum(k)), expand(sum(v)))        sums over heads
 
-The program is not to be run so; the sums go when the edit is done.
+The program must not run in this form; the sums are removed when the edit is done.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class SeparateHeads:
-    """An attention whose heads are told apart.
+    """An attention with separate head axes.
 
-    keys, values: what it reads, before heads are repeated for those that share them,
-    [batch, key/value heads, tokens, features]. count: how many key/value heads there are.
-    queries, key, value, output: the axes that number the heads of the queries, of keys, values and the result.
+    keys, values: before heads are repeated for the query heads that share them, [batch, key/value heads, tokens, features].
+    count: the number of key/value heads.
+    queries, key, value, output: the head axes of the queries, keys, values and the result.
     """
 
     site: AttentionSite
@@ -54,20 +54,20 @@ class SeparateHeads:
 
     @property
     def shared(self) -> tuple[Axis, ...]:
-        """The axes of key and value heads; one where both come from one axis of a weight."""
+        """The axes of key and value heads; a single axis when both come from one axis of a weight."""
         return tuple(dict.fromkeys((self.key, self.value)))
 
     @property
     def numbering(self) -> tuple[Axis, ...]:
-        """All axes of heads."""
+        """All head axes."""
         return (self.queries, self.key, self.value, self.output)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Indices along one dimension of a weight, told by the head they make.
+    """The indices along one dimension of a weight that belong to each head.
 
-    indices: [heads, indices of a head].
+    indices: [heads, indices per head].
     """
 
     weight: fx.Node
@@ -79,21 +79,21 @@ class Rows:
         return str(self.weight.target)
 
     def read(self, program: Program) -> torch.Tensor:
-        """What the weight holds of every head, a copy of it: [heads, indices of a head, the other dimensions]."""
+        """A copy of the weight's values for every head: [heads, indices per head, the other dimensions]."""
         weight = program.weight(self.name).detach().movedim(self.dim, 0)
         return weight[self.indices.to(weight.device)]
 
     def write(self, edit: Editor, heads: torch.Tensor) -> None:
-        """Give the weight other values for every head, in this program only; heads: as `read` gives them."""
+        """Set the weight's values for every head, in this program only; heads: as returned by `read`."""
         weight = edit.program.weight(self.name).detach().movedim(self.dim, 0).clone()
         weight[self.indices.to(weight.device)] = heads.to(weight)
         edit.set_weight(self.weight, weight.movedim(0, self.dim).contiguous())
 
 
 class Separation:
-    """Attentions whose heads are told apart, until `end`.
+    """Attentions with separate head axes, until `end`.
 
-    heads: the attentions. axes: the axes of the program meanwhile.
+    heads: the attentions. axes: the axes of the program in this form.
     """
 
     def __init__(self, edit: Editor) -> None:
@@ -111,7 +111,7 @@ class Separation:
             self._separate(site, keys, values)
         self.axes = edit.program.fact(axes)
         self._readers = self._contracted()
-        self.heads = [item for site, keys, values in found if (item := self._told_apart(site, keys, values)) is not None]
+        self.heads = [item for site, keys, values in found if (item := self._separate_heads(site, keys, values)) is not None]
 
     def _separate(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> None:
         node = site.node
@@ -124,7 +124,7 @@ class Separation:
                 self._made += (apart[-1], joined)
         node.args = (*apart, *node.args[3:])
 
-    def _told_apart(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> SeparateHeads | None:
+    def _separate_heads(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> SeparateHeads | None:
         found = [self.axes.axis(*place) for place in ((self._queries(site), 1), (keys, 1), (values, 1), (site.node, 1))]
         queries, key, value, output = found
         reason = next((reason for axis in (key, value) if (reason := self.obstacle(axis))), "")
@@ -139,16 +139,16 @@ class Separation:
         return cast(fx.Node, self._arguments[site.node][0])
 
     def queries(self, heads: SeparateHeads) -> fx.Node:
-        """The queries an attention reads when it is put together."""
+        """The queries of an attention in the original program."""
         return self._queries(heads.site)
 
     def is_alone(self, heads: SeparateHeads, *chosen: Axis) -> bool:
-        """True where no other attention has heads of these axes."""
+        """True when no other attention has heads of these axes."""
         others = {axis for item in self.heads if item is not heads for axis in item.numbering}
         return others.isdisjoint(chosen) and len(set(chosen)) == len(chosen)
 
     def order_obstacle(self, heads: SeparateHeads) -> str:
-        """Why the heads of an attention cannot be put in another order; empty when they can."""
+        """Why the heads of an attention cannot be reordered; empty when they can."""
         for axis in heads.numbering:
             if axis.form != "atom":
                 return "they are numbered by several axes"
@@ -157,9 +157,9 @@ class Separation:
         return "" if self.is_alone(heads, *dict.fromkeys(heads.numbering)) else "other attentions have the same heads"
 
     def reorder(self, heads: SeparateHeads, order: torch.Tensor) -> None:
-        """Put the key and value heads of an attention in another order, and with them the query heads that read them.
+        """Reorder the key and value heads of an attention, together with the query heads that read them.
 
-        order: [key/value heads], which one comes to each place. The outputs stay what they are.
+        order: [key/value heads], the head for each place. The outputs do not change.
         """
         readers = heads.site.heads // heads.count
         of_queries = (order[:, None] * readers + torch.arange(readers)).flatten()
@@ -168,7 +168,7 @@ class Separation:
                 rows.write(self._edit, rows.read(self._edit.program)[order if axis in heads.shared else of_queries])
 
     def obstacle(self, axis: Axis) -> str:
-        """Why heads of this axis cannot be changed together with what makes them alone; empty when they can."""
+        """Why heads of this axis cannot be changed by editing only the weights that produce them; empty when they can."""
         if axis.form != "atom":
             return "they are numbered by several axes"
         if reason := self.axes.obstacle(axis):
@@ -176,7 +176,7 @@ class Separation:
         return f"'{self._readers[axis].name}' reads them too" if axis in self._readers else ""
 
     def _contracted(self) -> dict[Axis, fx.Node]:
-        """The atoms that the program sums over, each with the first call that does."""
+        """The atoms that the program sums over, each with the first such call."""
         found: dict[Axis, fx.Node] = {}
         for node in self._edit.program.nodes():
             for place in [place for places in summed(node) for place in places] if node not in self._made else ():
@@ -185,11 +185,11 @@ class Separation:
         return found
 
     def rows(self, axis: Axis) -> list[Rows]:
-        """The places in weights, the program's state included, that heads of this axis are made by, or that read them."""
+        """The indices of weights, and of the program's state, that produce or read heads of this axis."""
         return rows_of(self.axes, axis)
 
     def share(self, heads: SeparateHeads) -> None:
-        """Let an attention's query heads share what is left of its key and value heads, once all is put together again."""
+        """Let an attention's query heads share the remaining key and value heads in the final program."""
         node, found = heads.site.node, [heads.keys, heads.values]
         if not node.kwargs.get("enable_gqa"):
             with self._edit.before(node):
@@ -198,7 +198,7 @@ class Separation:
         self._arguments[node] = (args[0], *found, *args[3:])
 
     def end(self) -> None:
-        """Put the program together again."""
+        """Restore the original form of the program."""
         for node, args in self._arguments.items():
             node.args = args  # pyright: ignore[reportAttributeAccessIssue]
         for node in self._made:
@@ -208,7 +208,7 @@ class Separation:
 
 @contextmanager
 def separated_heads(edit: Editor) -> Generator[Separation]:
-    """The attentions of a program with several key/value heads, their heads told apart; the others are reported."""
+    """The attentions with several key/value heads, with separate head axes inside; the others are reported."""
     found = Separation(edit)
     try:
         yield found
@@ -217,7 +217,7 @@ def separated_heads(edit: Editor) -> Generator[Separation]:
 
 
 def rows_of(found: Axes, axis: Axis) -> list[Rows]:
-    """The places in weights that have this axis, an atom of fixed size."""
+    """The indices of weights that have this axis, an atom of fixed size."""
     rows: list[Rows] = []
     for node, dims in found.of.items():
         if node.op != "get_attr":
@@ -230,7 +230,7 @@ def rows_of(found: Axes, axis: Axis) -> list[Rows]:
 
 
 def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
-    """Each head as often in a row as query heads share it, in the form other grouped models have it in."""
+    """Each head repeated for the query heads that share it, by the operators that grouped-query models use."""
     copies = heads // as_int(nodes.tensor_type(x).shape[1])
     if copies == 1:
         return x
@@ -239,7 +239,7 @@ def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
 
 
 def _obstacle(site: AttentionSite) -> str:
-    """Why the heads of an attention are not told apart; empty when they are."""
+    """Why the heads of an attention cannot have separate axes; empty when they can."""
     if any(nodes.tensor_type(item).rank != 4 for item in site.node.args[:3]):
         return "its operands are not [batch, heads, tokens, features]"
     keys, values = (as_int(nodes.tensor_type(unrepeated(item)).shape[1]) for item in site.node.args[1:3])

@@ -1,7 +1,7 @@
-"""The layers that make an attention's heads, and the one that reads them, as rows and columns told by head.
+"""The layers that produce an attention's heads, and the layer that reads them, as rows and columns per head.
 
-Where nothing lies between two of them but moves of whole features, the attention knows their products alone, so that heads may
-be made another way if what reads them follows: `head_products` makes them shorter, `head_factors` makes them equal.
+When only views lie between two of them, the attention depends only on their products, so heads can be changed together with the
+layer that reads them: `head_products` makes them shorter, `head_factors` makes them equal.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class HeadLayer:
-    """The rows of a linear layer that make heads, or the columns that read them.
+    """The rows of a linear layer that produce heads, or the columns that read them.
 
-    weight: [heads, features] of indices. bias: the same, where there is one. layer: the linear layer.
+    weight: [heads, features] of indices. bias: the same, if there is one. layer: the linear layer.
     """
 
     layer: fx.Node
@@ -35,13 +35,13 @@ class HeadLayer:
     bias: Rows | None
 
     def read(self, program: Program) -> torch.Tensor:
-        """Rows and their bias behind them, in float64: [heads, features, inputs] or one input more."""
+        """The rows, followed by their bias, in float64: [heads, features, inputs], or inputs + 1 with a bias."""
         rows = self.weight.read(program)
         found = rows if self.bias is None else torch.cat([rows, self.bias.read(program)[..., None]], -1)
         return found.double().cpu()
 
     def write(self, edit: Editor, rows: torch.Tensor) -> None:
-        """Give rows and bias other values, as `read` gives them."""
+        """Set the rows and the bias, in the form that `read` returns."""
         if self.bias is None:
             self.weight.write(edit, rows)
             return
@@ -49,7 +49,7 @@ class HeadLayer:
         self.bias.write(edit, rows[..., -1])
 
     def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
-        """The second moment of what the rows multiply, a 1 for the bias with it; the identity where nothing is known."""
+        """The second moment of the layer's inputs, with a 1 for the bias; the identity when none is known."""
         inputs = self.weight_inputs
         if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
             return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
@@ -65,9 +65,9 @@ class HeadLayer:
 
 
 def is_moved(value: object, start: fx.Node, *, kept: bool = False) -> bool:
-    """True for a value that is moved about from where it was computed, whole features at a time.
+    """True for a value that is `start`, or comes from it through views, casts and slices only.
 
-    kept: also where it is a part of several results, or was kept as state meanwhile.
+    kept: also for an item of several results, or a value that was written to state.
     """
     while value is not start:
         if nodes.is_call(value, *SHAPES) or (kept and nodes.is_call(value, operator.getitem)):

@@ -1,1 +1,1 @@
-"""Which units of a model matter least, and what the rest makes up for."""
+"""Pruning of heads and neurons: importance criteria, budgets, and reconstruction of the remaining weights."""

@@ -1,4 +1,4 @@
-"""Which units of which sites go: rankings of the units of each site, and how an amount is shared among the sites."""
+"""Which units of each site are removed: rankings of the units, and the allocation of a ratio among the sites."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lissom.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Ranking:
-    """The units of one site in the order they go.
+    """The units of one site in the order of removal.
 
-    order: their numbers, the first to go first, [units].
-    cost: what each costs once those before it are gone, [units]; comparable between sites.
+    order: their indices, the first to be removed first, [units].
+    cost: the cost of each, once those before it are removed, [units]; comparable between sites.
     """
 
     order: torch.Tensor
@@ -24,7 +24,7 @@ class Ranking:
 
     @staticmethod
     def of(scores: torch.Tensor) -> Ranking:
-        """The ranking of units that each have a score of their own; the least goes first."""
+        """The ranking of units by independent scores; the lowest is removed first."""
         scores = scores.cpu()
         order = torch.argsort(scores, stable=True)
         return Ranking(order, scores[order])
@@ -34,8 +34,8 @@ class Ranking:
 class Amount:
     """How much is kept.
 
-    keep: the share of units, over 0 to 1. scope: `global` shares the removal among sites by cost, `layer` takes the same share
-    of every site. round_to: what the number of units left in a site is a multiple of.
+    keep: the fraction of units, above 0 and at most 1. scope: `global` allocates the removal among sites by cost, `layer` takes
+    the same fraction of every site. round_to: the number of units left in a site is a multiple of this.
     """
 
     keep: float
@@ -44,20 +44,20 @@ class Amount:
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise UnsupportedError(f"keep is {self.keep:g}; give a share over 0 and up to 1")
+            raise UnsupportedError(f"keep is {self.keep:g}; give a fraction above 0 and up to 1")
         if self.round_to < 1:
             raise UnsupportedError(f"round_to is {self.round_to}; give 1 or more")
 
     def left_of(self, units: int) -> int:
-        """How many of so many units the share leaves, before rounding to multiples."""
+        """The number of units left of `units`, before rounding to multiples."""
         return round(self.keep * units)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What an amount is taken from: one site.
+    """One site from which units may be removed.
 
-    path: its name in refusals. units: how many it has. protected: whether all stay.
+    path: its name in error messages. units: the number of units. protected: whether all units stay.
     """
 
     path: str
@@ -66,9 +66,9 @@ class Choice:
 
 
 def check_amount(amount: Amount, choices: Sequence[Choice], what: str) -> None:
-    """Refuse an amount that cannot be met. what: the units' name, `heads`.
+    """Check that an amount can be met. what: the units' name, `heads`.
 
-    Raises: UnsupportedError saying which site, why, and what is possible.
+    Raises: UnsupportedError naming the site, the reason, and what is possible.
     """
     free = [item for item in choices if not item.protected]
     if amount.keep == 1:
@@ -97,10 +97,10 @@ def check_amount(amount: Amount, choices: Sequence[Choice], what: str) -> None:
 
 
 def allocate(amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranking]) -> list[torch.Tensor]:
-    """The numbers of the units that go of each site, in the order they go.
+    """The indices of the units removed from each site, in the order of removal.
 
-    Globally the site whose next units cost least gives them up, until the amount is met; where round_to does not divide it, a
-    few units more are kept.
+    With global scope the site whose next units cost least loses them, until the amount is met; when round_to does not divide
+    it, a few more units are kept.
     """
     gone = [0 for _ in choices]
     steps = [_steps(amount, item) for item in choices]
@@ -109,18 +109,18 @@ def allocate(amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranki
             most = 0 if item.protected else item.units - amount.left_of(item.units)
             gone[index] = max((count for count in steps[index] if count <= most), default=0)
     else:
-        _share(amount, choices, rankings, steps, gone)
+        _allocate_globally(amount, choices, rankings, steps, gone)
     return [ranking.order[:count] for ranking, count in zip(rankings, gone, strict=True)]
 
 
 def _steps(amount: Amount, choice: Choice) -> list[int]:
-    """The numbers of units that may be gone of a site, so that what is left is a multiple and not nothing; ascending."""
+    """The numbers of units that may be removed from a site, leaving a multiple of `round_to` above 0; ascending."""
     if choice.protected:
         return []
     return [count for count in range(1, choice.units) if (choice.units - count) % amount.round_to == 0]
 
 
-def _share(
+def _allocate_globally(
     amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranking], steps: Sequence[list[int]], gone: list[int]
 ) -> None:
     total = sum(item.units for item in choices)
@@ -143,5 +143,5 @@ def _share(
 
 
 def _up(share: float) -> str:
-    """A share as text, rounded up so that it suffices."""
+    """A fraction as text, rounded up so that it suffices."""
     return f"{ceil(share * 1000) / 1000:g}"

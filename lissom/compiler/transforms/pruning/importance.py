@@ -1,18 +1,18 @@
-"""Criteria: what a unit, a head or a neuron, is worth. Each gives a ranking of the units of every site.
+"""Importance criteria for units, heads or neurons. Each returns a ranking of the units of every site.
 
-W: the weight that reads the units, [out_features, in_features]; W_u: its columns of unit u; x_u: what they are multiplied with.
+W: the weight that reads the units, [out_features, in_features]; W_u: its columns of unit u; x_u: their inputs.
 
 - `magnitude`: ‖W_u‖₁ or ‖W_u‖₂. Li et al. 2017, Pruning Filters for Efficient ConvNets, §3.1.
 - `wanda`: Σ_{i, j ∈ u} |W_ij| · ‖x_j‖₂, the norm over all tokens. Sun et al. 2024, A Simple and Effective Pruning Approach
-  for Large Language Models, eq. 1; summed over a unit's weights, as units go as a whole.
+  for Large Language Models, eq. 1; summed over a unit's weights, as whole units are removed.
 - `gradient`: E|x_uᵀ ∂L/∂x_u|, the gradient of a gate on the unit. Michel et al. 2019, Are Sixteen Heads Really Better than
   One?, eq. 2. L is the likelihood of outputs drawn from the program, as there are no labels.
 - `taylor`: E(x_uᵀ ∂L/∂x_u)², the Fisher information of the gate, to which the loss of closing it is proportional in the second
   order. Molchanov et al. 2019, Importance Estimation for Neural Network Pruning, eq. 8.
-- `second-order`: tr(G · W_u · (P_uu)⁻¹ · W_uᵀ) with P = H⁻¹, the least change of the likelihood when unit u goes and the others
-  make up for it. Hassibi & Stork 1993, Second Order Derivatives for Network Pruning, eq. 5, for whole units as in Kurtic et
-  al. 2023, ZipLM, eq. 2. After each removal W and P are those of what is left. H: the covariance of x over all tokens,
-  G: that of the gradient ∂L/∂(W·x). Both papers take G = I, which ranks units of one layer; G makes layers comparable.
+- `second-order`: tr(G · W_u · (P_uu)⁻¹ · W_uᵀ) with P = H⁻¹, the least change of the likelihood when unit u is removed and the
+  others compensate. Hassibi & Stork 1993, Second Order Derivatives for Network Pruning, eq. 5, for whole units as in Kurtic et
+  al. 2023, ZipLM, eq. 2. W and P are updated after each removal. H: the covariance of x over all tokens, G: that of the
+  gradient ∂L/∂(W·x). Both papers take G = I, which ranks units of one layer; G makes layers comparable.
 
 Scores of `magnitude`, `wanda` and `gradient` are divided by their ℓ2 norm over a site, so that sites compare (Michel et al.).
 """
@@ -35,13 +35,13 @@ from lissom.compiler.transforms.pruning.budget import Ranking
 from lissom.compiler.transforms.pruning.units import UnitSite
 
 DAMPING = 1e-3
-"""Added to the diagonal of a covariance before it is inverted, as a share of the diagonal's mean."""
+"""Added to the diagonal of a covariance before it is inverted, as a fraction of the diagonal's mean."""
 _STEPS = 192
-"""In how many steps at most the second-order criterion empties a site; wide feed-forwards lose several neurons a step."""
+"""The most removal steps of the second-order criterion for a site; wide feed-forwards lose several neurons per step."""
 _FILLED = 0.9
-"""The share of columns still in use below which those that are gone are cut out: that takes longer than a removal."""
+"""The fraction of remaining columns below which removed ones are deleted; a deletion takes longer than a removal."""
 _SELECTION_TOKENS = 8192
-"""Tokens that gradients and covariances for a choice are taken from; more change the choice little and cost much."""
+"""The number of tokens for gradients and covariances of a ranking; more change the ranking little and cost much."""
 
 
 def magnitude(program: Program, sites: Sequence[UnitSite], norm: str) -> list[Ranking]:
@@ -58,7 +58,7 @@ def magnitude(program: Program, sites: Sequence[UnitSite], norm: str) -> list[Ra
 def wanda(
     program: Program, sites: Sequence[UnitSite], data: Sequence[Sample], progress: Progress | None = None
 ) -> list[Ranking]:
-    """Rankings by weights and the activations they meet."""
+    """Rankings by the weights times the norms of their input activations."""
     squares = {node: torch.zeros(()) for site in sites for node in inputs_of(site)}
 
     def add(node: fx.Node, rows: torch.Tensor) -> None:
@@ -102,7 +102,7 @@ class GateMoments:
 def gate_moments(
     program: Program, sites: Sequence[UnitSite], data: Sequence[Sample], progress: Progress | None = None
 ) -> list[GateMoments]:
-    """The gradients of gates on every unit, g_u = Σ_tokens x_uᵀ ∂L/∂x_u; each row of a batch is a sample of its own."""
+    """The gradients of gates on every unit, g_u = Σ_tokens x_uᵀ ∂L/∂x_u; each row of a batch is one sample."""
     sums = [GateMoments(0, torch.zeros(site.count), torch.zeros(site.count, site.count)) for site in sites]
     at = {node: (site, item) for site, item in zip(sites, sums, strict=True) for node in inputs_of(site)}
 
@@ -120,10 +120,10 @@ def gate_moments(
 
 
 def rearranged(gram: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
-    """The same number of units, exchanged one by one for others while that lowers Σ_{i, j gone} F_ij; gram: F, [units, units].
+    """The same number of removed units, swapped one by one for others while that lowers Σ_{i, j gone} F_ij.
 
-    Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, §4.2: the diagonal of F takes no notice that two
-    units may do the same.
+    gram: F, [units, units]. Kwon et al. 2022, A Fast Post-Training Pruning Framework for Transformers, §4.2: the diagonal of F
+    ignores redundancy between units.
     """
     out = torch.zeros(len(gram), dtype=torch.bool)
     out[gone] = True
@@ -137,7 +137,7 @@ def rearranged(gram: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
 def second_order(
     program: Program, sites: Sequence[UnitSite], data: Sequence[Sample], progress: Progress | None = None
 ) -> list[Ranking]:
-    """Rankings by what is lost after the other units have made up for a unit."""
+    """Rankings by the loss after the other units compensate for a removed unit."""
     read = {node: index for index, site in enumerate(sites) for node in inputs_of(site)}
     given = {layer: index for index, site in enumerate(sites) for layer in site.layers}
     devices = [nodes.tensor_type(site.columns.layer).device for site in sites]
@@ -155,19 +155,19 @@ def second_order(
     for index, site in enumerate(sites):
         covariance, metric = moments[index].covariance, metrics[index].gram / max(metrics[index].count, 1)
         found.append(removal_path(site.matrix(program).cpu(), covariance.cpu(), metric.cpu(), site.units))
-        # A matrix of the width of a feed-forward is freed before the next one is inverted.
+        # Free a matrix as wide as a feed-forward before the next one is inverted.
         moments[index] = Moments.empty(1)
     return found
 
 
 def removal_path(weight: torch.Tensor, covariance: torch.Tensor, metric: torch.Tensor, units: torch.Tensor) -> Ranking:
-    """The ranking of the second-order criterion: the unit that costs least goes, the others make up for it, and so on.
+    """The ranking of the second-order criterion: repeatedly remove the unit of least cost and update the others.
 
-    weight: [out_features, in_features]; covariance: of what is read, [in_features, in_features]; metric: G,
+    weight: [out_features, in_features]; covariance: of the inputs, [in_features, in_features]; metric: G,
     [out_features, out_features]; units: [units, features], the columns of each unit.
     """
     step = -(-len(units) // _STEPS)
-    # tr(G·V·A·Vᵀ) = tr((RV)·A·(RV)ᵀ) for G = RᵀR, so G is met once.
+    # tr(G·V·A·Vᵀ) = tr((RV)·A·(RV)ᵀ) for G = RᵀR, so G is applied once.
     values, vectors = torch.linalg.eigh(metric.double())
     weight = ((vectors * values.clamp_min(0).sqrt()).T @ weight.double()).float()
     inverse = damped_inverse(covariance)
@@ -189,7 +189,7 @@ def removal_path(weight: torch.Tensor, covariance: torch.Tensor, metric: torch.T
 
 
 def _unit_costs(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    """tr(W_u · (P_uu)⁻¹ · W_uᵀ) of every unit, [units]; weight: in the metric's own coordinates."""
+    """tr(W_u · (P_uu)⁻¹ · W_uᵀ) of every unit, [units]; weight: R·W with G = RᵀR."""
     if units.shape[1] == 1:
         columns = units[:, 0]
         return weight.square().sum(0)[columns] / inverse.diagonal()[columns]
@@ -199,7 +199,7 @@ def _unit_costs(weight: torch.Tensor, inverse: torch.Tensor, units: torch.Tensor
 
 
 def _remove(weight: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor) -> None:
-    """Let the other columns make up for these, on the spot; what these hold afterwards is nothing.
+    """Remove columns in place: the other columns compensate for them, and these become zero.
 
     W ← W - W_S (P_SS)⁻¹ P_S,  P ← P - P_Sᵀ (P_SS)⁻¹ P_S
     """
@@ -210,14 +210,14 @@ def _remove(weight: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor) 
 
 
 def damped_inverse(matrix: torch.Tensor) -> torch.Tensor:
-    """The inverse of a covariance with a little added to its diagonal, in float32."""
+    """The inverse of a covariance with a damped diagonal, in float32."""
     found = matrix.double()
     found.diagonal().add_(max(DAMPING * float(found.diagonal().mean()), 1e-12))
     return torch.linalg.inv(found).float()
 
 
 def inputs_of(site: UnitSite) -> list[fx.Node]:
-    """What the layers of a site read."""
+    """The inputs of the layers of a site."""
     return [input_of(layer) for layer in site.layers]
 
 

@@ -1,4 +1,4 @@
-"""Prune units, heads or neurons: rank them by a criterion, share the amount among sites, zero what goes, fit what stays."""
+"""Prune heads or neurons: rank them by a criterion, allocate the ratio among sites, zero the removed units, refit the rest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Criterion = Literal["auto", "magnitude", "gradient", "taylor", "wanda", "reconst
 
 @dataclass(frozen=True)
 class UnitPruning(Approximation):
-    """What `prune-heads` and `prune-neurons` share: their options, and how units are chosen and zeroed.
+    """The common part of `prune-heads` and `prune-neurons`: their options, and how units are chosen and zeroed.
 
     units: the name of what is pruned, `heads` or `neurons`.
 
@@ -53,7 +53,7 @@ class UnitPruning(Approximation):
         return Amount(self.keep, self.scope, self.round_to)
 
     def prune(self, edit: Editor, sites: Sequence[UnitSite]) -> None:
-        """Zero the columns of the units that go, and fit the rest where the criterion does.
+        """Zero the columns of the removed units, and refit the rest if the criterion does.
 
         Raises: RequirementError when the criterion needs calibration data and there is none; UnsupportedError when the amount
             cannot be met.
@@ -81,7 +81,7 @@ class UnitPruning(Approximation):
             refit(edit, reference, edit.data, _reporter(edit, "refit"), feed_forward=self.units != "heads")
 
     def _criterion(self, edit: Editor) -> Criterion:
-        """The criterion to use: with `auto`, the best there is data for."""
+        """The criterion to use; `auto` depends on whether there is calibration data."""
         if self.criterion == "auto":
             return "second-order" if edit.data else "magnitude"
         if self.criterion != "magnitude" and not edit.data:
@@ -121,7 +121,7 @@ class UnitPruning(Approximation):
 
 
 def _readable(edit: Editor, sites: Sequence[UnitSite]) -> list[UnitSite]:
-    """The sites whose layers can be learnt about from data; the others are reported."""
+    """The sites whose layers can be calibrated; the others are reported."""
     found: list[UnitSite] = []
     for site in sites:
         reason = site.data_obstacle(edit.program)

@@ -1,18 +1,18 @@
-"""Fit the weights that stay after units have gone, so that the program answers as before; in closed form, without training.
+"""Refit the remaining weights after pruning, so that the outputs stay close to the original; in closed form, without training.
 
-Two ways, both least squares over the tokens of calibration data:
+Two methods, both least squares over the tokens of calibration data:
 
-- `refit` goes through the layers that end a branch, attentions and feed-forwards alike, in the order of the program. x̃ is what
-  a layer reads in the program as it is by then, with all that was pruned and refitted before it; r̃ and r are the residual
-  streams it is added to, in this program and in the one before anything was pruned. Its weight and bias become those of
+- `refit` goes through the last layers of residual branches, attentions and feed-forwards, in the order of the program. x̃ is
+  the layer's input in the current program, with all layers before it pruned and refitted; r̃ and r are the residual streams
+  it is added to, in this program and in the one before pruning. Its weight and bias become those of
 
       min over W̃, b̃   Σ_tokens ‖(r̃ + W̃·x̃ + b̃) - (r + W·x + b)‖² / var(r + W·x + b) + λ ‖W̃ - W‖²
 
-  so that it also makes up for what earlier layers left wrong. The variance is over the features of a token: the norm that reads
-  the sum divides by its root. λ is chosen by cross-validation. Columns of zeros stay zero. With a norm between the layer and
-  the sum, the layer's own result is the target, and each token counts alike. He et al. 2017, Channel Pruning for Accelerating
-  Very Deep Neural Networks, §3.2, whose regression has x̃ too; r̃ - r, the variance and the pull to W are ours.
-- `scale_units` gives each unit that stays one factor m_u, folded into its columns: Kwon et al. 2022, A Fast Post-Training
+  so that it also corrects the errors of earlier layers. The variance is over the features of a token: the norm after the
+  sum divides by its root. λ is chosen by cross-validation. Columns of zeros stay zero. With a norm between the layer and
+  the sum, the layer's own result is the target, and all tokens have equal weight. He et al. 2017, Channel Pruning for
+  Accelerating Very Deep Neural Networks, §3.2, also regresses on x̃; r̃ - r, the variance and the penalty λ are ours.
+- `scale_units` gives each remaining unit one factor m_u, folded into its columns: Kwon et al. 2022, A Fast Post-Training
   Pruning Framework for Transformers, eq. 12. We solve the normal equations, with x of the program before this pass:
 
       min over m   Σ_tokens ‖Σ_u m_u W_u x_u - W·x‖²
@@ -43,9 +43,9 @@ from lissom.compiler.transforms.pruning.units import UnitSite
 aten = torch.ops.aten
 
 RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
-"""What λ is chosen from, as shares of the mean of the diagonal of Σ x̃·x̃ᵀ over half the data."""
+"""The candidates for λ, as fractions of the mean of the diagonal of Σ x̃·x̃ᵀ over half the data."""
 _TOKENS_A_FEATURE = 40
-"""Tokens a layer is fitted to, for each feature it reads; with more the fit hardly changes."""
+"""Tokens per input feature that a layer is fitted to; with more the fit hardly changes."""
 _DAMPING = 1e-2
 _LEAST_VARIANCE = 1e-6
 _LARGEST_FACTOR = 10.0
@@ -53,11 +53,11 @@ _LARGEST_FACTOR = 10.0
 
 @dataclass(frozen=True)
 class Ending:
-    """A layer that ends a branch, and the same place in the program before anything was pruned.
+    """The last layer of a residual branch, and the corresponding node in the program before pruning.
 
-    bias: the node that reads its bias; None where it has none of its own. start: a value on the way to it, past which few
-    features are held. other: what is added to its result; None where something lies between, such as a norm.
-    reference: in the other program, the sum; where there is no `other`, the layer.
+    bias: the node that reads its bias; None when it has no bias of its own. start: a value before the layer after which few
+    features need to be kept. other: the residual stream added to its result; None when another operator comes between, such as
+    a norm. reference: the residual add in the other program; the layer when `other` is None.
     """
 
     columns: Columns
@@ -73,10 +73,10 @@ class Ending:
 
 @dataclass
 class NormalEquations:
-    """Sums over tokens of what a layer reads, x: [in_features], and what it should give, y: [out_features], by their weights.
+    """Weighted sums over tokens of a layer's inputs, x: [in_features], and its target outputs, y: [out_features].
 
     read: Σ (x - shift) and Σ (x - shift)·(x - shift)ᵀ. wanted: Σ y. product: Σ (x - shift)·yᵀ.
-    shift: about the mean of x, so that its variance is no small difference of large numbers; zero where there is no bias.
+    shift: about the mean of x, which avoids cancellation in its variance; zero when there is no bias.
     """
 
     read: Moments
@@ -91,7 +91,7 @@ class NormalEquations:
         return NormalEquations(Moments.empty(size, device), torch.zeros(out_features, device=device), product, shift)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> None:
-        """x: [tokens, in_features]; y: [tokens, out_features]; weights: [tokens]."""
+        """Add tokens. x: [tokens, in_features]; y: [tokens, out_features]; weights: [tokens]."""
         x, weighted = x.float() - self.shift, y.float() * weights[:, None]
         self.read.add(x, weights)
         self.wanted += weighted.sum(0)
@@ -103,7 +103,7 @@ class NormalEquations:
         return NormalEquations(read, self.wanted + other.wanted, self.product + other.product, self.shift)
 
     def centred(self, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Σ x·xᵀ and Σ x·yᵀ in float64, the means taken off where a bias holds them."""
+        """Σ x·xᵀ and Σ x·yᵀ in float64, centred when a bias holds the means."""
         gram, product = self.read.gram.double(), self.product.double()
         if with_bias and self.read.count:
             mean = self.read.total.double() / self.read.count
@@ -113,12 +113,12 @@ class NormalEquations:
 
 
 def solve(halves: list[NormalEquations], weight: torch.Tensor, *, with_bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weight, [out_features, in_features], and bias that fit the data and stay near the weight given; empties `halves`.
+    """The weight, [out_features, in_features], and bias that fit the data and stay near the given weight; empties `halves`.
 
-    λ is the one of `RIDGES` with which the weight fitted to either half of the data does best on the other. The error has one
-    valley over λ, so the ridges are tried from the middle down its slope.
+    λ is the candidate in `RIDGES` with the least error in two-fold cross-validation. The error has one minimum over λ, so the
+    candidates are tried from the middle downhill.
     """
-    # float32 is enough to choose by, and half the memory.
+    # float32 suffices for this choice, with half the memory.
     parts = [(gram.float(), product.float()) for gram, product in (half.centred(with_bias=with_bias) for half in halves)]
     scale = sum(float(gram.diagonal().mean()) for gram, _ in parts) / len(parts)
 
@@ -144,7 +144,7 @@ def solve(halves: list[NormalEquations], weight: torch.Tensor, *, with_bias: boo
 
 
 def _valley(error: Callable[[int], float], count: int) -> int:
-    """The index whose error is least, walking downhill from the middle."""
+    """The index with the least error, searched downhill from the middle."""
     best = count // 2
     for step in (-1, 1):
         while 0 <= best + step < count and error(best + step) < error(best):
@@ -153,9 +153,9 @@ def _valley(error: Callable[[int], float], count: int) -> int:
 
 
 def _ridge(gram: torch.Tensor, product: torch.Tensor, start: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²; None where the sums are too rough for so small a ridge."""
+    """argmin over W of Σ ‖W·x - y‖² + ridge · ‖W - start‖²; None when the Cholesky factorization fails."""
     missing = product - gram @ start.T
-    # On the spot, and taken off again: a copy of the sums would be the largest thing held.
+    # In place, and subtracted again: a copy of the sums would be the largest tensor in memory.
     gram.diagonal().add_(max(ridge, 1e-9))
     factor, failed = torch.linalg.cholesky_ex(gram)
     gram.diagonal().sub_(max(ridge, 1e-9))
@@ -175,9 +175,9 @@ def refit(
     *,
     feed_forward: bool = True,
 ) -> None:
-    """Refit every layer that ends a branch to what the reference program has in its place; see above.
+    """Refit the last layer of every residual branch to the reference program; see above.
 
-    feed_forward: False leaves feed-forwards as they are, and refits attentions alone.
+    feed_forward: False refits attentions only.
     """
     endings = _endings(edit, reference, feed_forward=feed_forward)
     widest = max((as_int(nodes.tensor_type(input_of(item.layer)).shape[-1]) for item in endings), default=1)
@@ -199,7 +199,7 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
         return
     halves: list[NormalEquations] = []
     for index, sample in enumerate(data):
-        # Stopped before what is wide is computed, and peeked at from there, so that only little is held.
+        # Stop before wide values are computed, and peek at them from there, so that little is kept in memory.
         pruned.advance(index, ending.start)
         (target,) = whole.advance(index, ending.reference, [ending.reference])
         x, *others = pruned.peek(index, [input_of(layer), *([ending.other] if ending.other else [])])
@@ -224,7 +224,7 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
 
 
 def _weights(rows: torch.Tensor, *, stream: bool) -> torch.Tensor:
-    """What each token counts, [tokens]: one over the variance of the residual stream; rows: [tokens, features] of it."""
+    """The weight of each token, [tokens]: 1 / variance of the residual stream. rows: the stream, [tokens, features]."""
     if not stream or rows.shape[-1] < 2:
         return torch.ones(len(rows), device=rows.device)
     return 1 / rows.float().var(-1).clamp_min(_LEAST_VARIANCE)
@@ -255,7 +255,7 @@ def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[En
 
 
 def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | str:
-    """The layer as one to refit, or why it is none."""
+    """The layer as an `Ending`, or why it cannot be refitted."""
     layer = columns.layer
     known = {node.name: node for node in reference.graph.nodes}
     if not nodes.is_call(layer, aten.linear.default) or layer.args[1] is not columns.weight:
@@ -275,7 +275,7 @@ def _ending(program: Program, reference: Program, columns: Columns, residual: fx
 
 
 def _reads(program: Program, weight: fx.Node) -> int:
-    """How often the program reads a weight."""
+    """How often the program uses a weight."""
     return sum(len(node.users) for node in program.graph.nodes if node.op == "get_attr" and node.target == weight.target)
 
 
@@ -284,7 +284,7 @@ def _same_type(left: fx.Node | None, right: fx.Node) -> bool:
 
 
 def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.Tensor) -> torch.Tensor:
-    """The weight of a site without the units gone, those that stay scaled; moments: of what its layers read."""
+    """The weight of a site without the removed units, and with the others scaled; moments: of its layers' inputs."""
     weight, gram = site.matrix(program).cpu(), moments.gram.cpu()
     stay = torch.ones(site.count, dtype=torch.bool)
     stay[gone] = False
@@ -294,7 +294,7 @@ def scale_units(program: Program, site: UnitSite, moments: Moments, gone: torch.
     factors = torch.zeros(site.count, dtype=torch.float64)
     system = between[stay][:, stay]
     system.diagonal().add_(max(_DAMPING * float(system.diagonal().mean()), 1e-12))
-    # Towards one: units whose factor the data does not tell keep their weights.
+    # Regularized towards one: units whose factor the data does not determine keep their weights.
     missing = between[stay].sum(1) - between[stay][:, stay].sum(1)
     factors[stay] = 1 + torch.linalg.solve(system, missing)
     if float(factors.abs().max()) > _LARGEST_FACTOR:

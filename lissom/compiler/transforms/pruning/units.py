@@ -1,4 +1,4 @@
-"""The sites whose units can be pruned, heads of an attention or neurons of a feed-forward, and the weights that hold them."""
+"""The sites whose units can be pruned, heads of an attention or neurons of a feed-forward, and the weights that read them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lissom.compiler.ir.program import Program
 
 @dataclass(frozen=True)
 class UnitSite:
-    """Units that go one by one, told from the columns of the weight that reads them.
+    """Units that can be removed one by one, with the columns of the weight that reads them.
 
-    path: of the module the site belongs to. columns: of the layer that reads the units.
-    units: [units, features], for each unit the indices it has along the columns' dimension.
-    layers: the linear layers that multiply with that weight; more than one where layers share it.
+    path: of the site's module. columns: of the layer that reads the units.
+    units: [units, features], the indices of each unit along the columns' dimension.
+    layers: the linear layers that use that weight; more than one when layers share it.
     """
 
     path: str
@@ -45,19 +45,19 @@ class UnitSite:
         return values[self.units.to(values.device)].sum(1)
 
     def is_protected(self, patterns: str) -> bool:
-        """True when the path matches one of the patterns, which blanks or commas divide; a module covers what it holds."""
+        """True when the path, or that of a containing module, matches one of the patterns, separated by spaces or commas."""
         return is_path_protected(self.path, patterns)
 
     def data_obstacle(self, program: Program) -> str:
-        """Why nothing can be learnt from what its layer reads; empty when it can."""
+        """Why the site cannot be calibrated on its layer's inputs; empty when it can."""
         features = nodes.tensor_type(input_of(self.columns.layer)).shape[-1]
         if features != program.weight(str(self.columns.weight.target)).shape[self.columns.dim]:
-            return "its layer does not read one feature a column"
+            return "its layer does not read one feature per column"
         return ""
 
 
 def head_sites(edit: Editor) -> list[UnitSite]:
-    """Every attention whose heads can be told apart. With grouped queries a unit is a key/value head and all that read it."""
+    """The attentions whose heads have columns. With grouped queries a unit is a key/value head with its query heads."""
     found: list[tuple[str, Columns, torch.Tensor]] = []
     for site in edit.program.fact(structure).attention:
         columns = find_head_columns(edit.program, site)
@@ -69,7 +69,7 @@ def head_sites(edit: Editor) -> list[UnitSite]:
 
 
 def neuron_sites(edit: Editor) -> list[UnitSite]:
-    """Every feed-forward whose neurons can be told apart."""
+    """The feed-forwards whose neurons have columns; the others are reported."""
     found: list[tuple[str, Columns, torch.Tensor]] = []
     for site in edit.program.fact(structure).feed_forward:
         columns = find_neuron_columns(edit.program, site)
@@ -81,7 +81,7 @@ def neuron_sites(edit: Editor) -> list[UnitSite]:
 
 
 def _head_groups(site: AttentionSite, axes: tuple[Axis, ...]) -> torch.Tensor:
-    """The heads that go together, [units, heads]: one by one, or with grouped queries those of one key/value head."""
+    """The heads of each unit, [units, heads]: single heads, or with grouped queries those of one key/value head."""
     heads, groups = torch.arange(site.heads), site.key_value_heads
     if groups in (1, site.heads):
         return heads[:, None]
@@ -90,7 +90,7 @@ def _head_groups(site: AttentionSite, axes: tuple[Axis, ...]) -> torch.Tensor:
 
 
 def _merged(found: list[tuple[str, Columns, torch.Tensor]]) -> list[UnitSite]:
-    """The sites, those that share a weight as one."""
+    """The sites, with those that share a weight merged into one."""
     sites: dict[str, UnitSite] = {}
     for path, columns, groups in found:
         name = str(columns.weight.target)

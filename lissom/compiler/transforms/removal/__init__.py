@@ -1,1 +1,1 @@
-"""Taking indices out of every tensor they reach."""
+"""Removal of indices from every tensor that has them."""

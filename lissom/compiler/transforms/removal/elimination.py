@@ -1,4 +1,4 @@
-"""What the eliminations of dead structure share: remove units that nothing would miss, take out branches that are constant."""
+"""The common part of the `eliminate-dead` rewrites: remove dead units, and replace constant branches."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Plan:
-    """What of a site's dead units is to go.
+    """The removal of a site's dead units.
 
-    node: where the site is. removed: indices of axes. order: for each index of the first axis, the order its units are put in
-    beforehand, so that those that go have the same index everywhere; None where they have. left: dead units that stay.
+    node: the node of the site. removed: indices of axes. order: for each index of the first axis, the order of its units to
+    apply first, so that removed units have the same index everywhere; None when they already have. left: dead units that stay.
     """
 
     node: fx.Node
@@ -43,9 +43,9 @@ class Plan:
 
 
 def plan_of(node: fx.Node, numbering: tuple[Axis, ...], dead: torch.Tensor) -> Plan:
-    """The most that can go of the dead units of one site: whole indices of any axis, and equal numbers in each of what is left.
+    """The largest removal of dead units of one site: whole indices of any axis, and as many units from each remaining index.
 
-    dead: [sizes of the axes]. At least one unit is left: where all are dead the branch is a constant.
+    dead: [sizes of the axes]. At least one unit is left; when all are dead, the branch is a constant.
     """
     dead = dead.clone()
     if bool(dead.all()):
@@ -73,9 +73,9 @@ def plan_of(node: fx.Node, numbering: tuple[Axis, ...], dead: torch.Tensor) -> P
 
 
 def _evened(dead: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """The order of the units in each row that puts as many dead ones as every row can spare last, and their places.
+    """An order of the units of each row with equally many dead units last in every row, and their places.
 
-    dead, gone: [rows, units]; rows and columns that go whole are passed over.
+    dead, gone: [rows, units]; rows and columns that are removed whole are ignored.
     """
     rows = ~gone.all(1)
     columns = ~gone.all(0) if bool(rows.any()) else torch.zeros(dead.shape[1], dtype=torch.bool)
@@ -89,11 +89,11 @@ def _evened(dead: torch.Tensor, gone: torch.Tensor) -> tuple[torch.Tensor, tuple
 
 
 def reorder(edit: Editor, found: Axes, numbering: Sequence[Axis], order: torch.Tensor) -> None:
-    """Put the units of every row in another order, wherever a weight has them: the outputs stay what they are.
+    """Reorder the units of every row in all weights that have them; the outputs do not change.
 
-    numbering: the axes of rows and of units in a row; order: [rows, units], which unit comes to each place.
+    numbering: the axes of rows and of units in a row; order: [rows, units], the unit for each place.
 
-    Raises: UnsupportedError when a weight has units without the rows they are in.
+    Raises: UnsupportedError when a weight has the axis of units without that of rows.
     """
     rows, units = (atom.find() for atom in numbering)
     moved: list[tuple[fx.Node, torch.Tensor]] = []
@@ -114,7 +114,7 @@ def reorder(edit: Editor, found: Axes, numbering: Sequence[Axis], order: torch.T
 
 
 def _places(axis: Axis, rows: Axis, units: Axis, order: torch.Tensor) -> torch.Tensor:
-    """For each index of an axis, the index whose entry comes there."""
+    """For each index of an axis, the index whose entry moves there."""
     row, unit = unit_of(axis, [rows]), unit_of(axis, [units])
     within = torch.zeros(len(row), dtype=torch.long)
     seen: dict[tuple[int, int], int] = {}
@@ -132,7 +132,7 @@ def _places(axis: Axis, rows: Axis, units: Axis, order: torch.Tensor) -> torch.T
 
 
 def obstacle(edit: Editor, numbering: Sequence[Axis]) -> str:
-    """What stands against removing units numbered by these axes; empty when nothing does."""
+    """Why units numbered by these axes cannot be removed; empty when they can."""
     found = edit.program.fact(axes)
     if not numbering:
         return "they are not numbered by an axis of their own"
@@ -140,9 +140,9 @@ def obstacle(edit: Editor, numbering: Sequence[Axis]) -> str:
 
 
 def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], units: str) -> None:
-    """Remove what is dead of the units of several sites; what has to stay is reported.
+    """Remove the dead units of several sites; dead units that must stay are reported.
 
-    sites: for each, the node that stands for it and the axes that number its units. units: what they are called.
+    sites: for each, its node and the axes that number its units. units: their name, `heads`.
     """
     plans = [plan_of(node, numbering, dead_units(edit.program, numbering)) for node, numbering in sites]
     for plan in plans:
@@ -153,7 +153,7 @@ def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], u
         return
     places = [[_place(edit.program.fact(axes), atom) for atom in plan.numbering] for plan in plans]
     try:
-        _carry_out(edit, plans)
+        _apply(edit, plans)
     except LissomError:
         for plan, found in zip(plans, places, strict=True):
             _eliminate_alone(edit, plan.node, found, units)
@@ -166,18 +166,18 @@ def _eliminate_alone(edit: Editor, node: fx.Node, places: Sequence[tuple[fx.Node
     plan = plan_of(node, numbering, dead_units(edit.program, numbering))
     try:
         if plan.removed:
-            _carry_out(edit, [plan])
+            _apply(edit, [plan])
     except LissomError as error:
         edit.skip(node, f"dead {units} stay: {error}")
 
 
 def _place(found: Axes, atom: Axis) -> tuple[fx.Node, int, int]:
-    """A dimension that has the axis, and which of its atoms it is: there it is found again after the program has changed."""
+    """A dimension that has the axis, and the index of the atom in it, to find the axis again after the program changed."""
     place = found.occurrences(atom)[0]
     return place.node, place.dim, list(found.axis(place.node, place.dim).atoms()).index(atom.find())
 
 
-def _carry_out(edit: Editor, plans: Sequence[Plan]) -> None:
+def _apply(edit: Editor, plans: Sequence[Plan]) -> None:
     found = edit.program.fact(axes)
     removed: dict[Axis, set[int]] = {}
     for plan in plans:
@@ -197,9 +197,9 @@ def _numbers(found: Sequence[int]) -> str:
 
 
 def replace_by_constant(edit: Editor, layer: fx.Node) -> str:
-    """Replace a linear layer whose weight is zero by its bias; why that cannot be done, empty when it is.
+    """Replace a linear layer whose weight is zero by its bias; returns why that is impossible, or empty when done.
 
-    A sum with the layer becomes a sum with the bias, or goes where there is none.
+    A sum with the layer becomes a sum with the bias, or is removed when there is no bias.
     """
     if layer.target not in (aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default):
         return f"{target_text(layer.target)} has no bias that goes with its last dimension"
@@ -209,7 +209,7 @@ def replace_by_constant(edit: Editor, layer: fx.Node) -> str:
 
 
 def _replace(edit: Editor, constant: fx.Node, bias: object) -> str:
-    """Replace a value that is the bias at every position, in sums and behind what only moves its positions."""
+    """Replace a value that equals the bias at every position, in sums, also through calls that only move positions."""
     reasons = [_replace(edit, user, bias) for user in list(constant.users) if _keeps_features(user)]
     for user in list(constant.users):
         _simplify_sum(edit, user, constant, bias)
@@ -220,7 +220,7 @@ def _replace(edit: Editor, constant: fx.Node, bias: object) -> str:
 
 
 def _keeps_features(node: fx.Node) -> bool:
-    """True for calls that move positions only, and leave the last dimension last."""
+    """True for calls that only move positions and keep the last dimension last."""
     source = node.args[0] if node.args else None
     if not nodes.is_tensor(node) or not nodes.is_tensor(source):
         return False
@@ -265,7 +265,7 @@ def _expand(edit: Editor, constant: fx.Node, bias: object) -> str:
 
 
 def _factors(size: Size) -> list[Size]:
-    """The numbers and symbols a size is the product of; the size itself where it is no product."""
+    """The factors of a size, numbers and symbols; the size itself when it is no product."""
     if isinstance(size, int):
         return [size]
     return [int(part) if part.is_Integer else part for part in sympy.Mul.make_args(size)]

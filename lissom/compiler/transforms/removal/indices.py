@@ -28,14 +28,14 @@ aten = torch.ops.aten
 def remove_indices(
     edit: Editor, removed: Mapping[Axis, Collection[int]], found: Axes | None = None, *, zero: bool = False
 ) -> None:
-    """Remove indices of atomic axes from the program: every weight that has the axis is cut, every literal size follows.
+    """Remove indices of atomic axes from the program: from every weight that has the axis, and from every literal size.
 
-    The outputs are unchanged when what is removed contributed nothing: zero rows where the axis is contracted.
-    found: the axes these are of, where weights were given other values since; by default the program's as it is.
-    zero: whether what is removed is exactly zero wherever a norm reads it; norms are then told how much there was.
+    The outputs are unchanged when the removed indices contribute nothing: zero rows where the axis is contracted.
+    found: the axes that these belong to, if weights were changed since; by default the axes of the program.
+    zero: whether removed values are exactly zero wherever a norm reads them; norms are then corrected for the old size.
 
-    Raises: UnsupportedError naming what stands in the way: a pinned axis, one read as a whole, or all of its indices. The
-        program is then what it was.
+    Raises: UnsupportedError naming the obstacle: a pinned axis, one read as a whole, or the removal of all its indices. The
+        program is then unchanged.
     """
     found = found or edit.program.fact(axes)
     keep = {axis.find(): _kept(edit, found, axis.find(), set(indices), zero) for axis, indices in removed.items()}
@@ -45,7 +45,7 @@ def remove_indices(
 
 @contextmanager
 def _all_or_nothing(edit: Editor) -> Generator[None]:
-    """Put every call and weight back as it was when an edit inside fails."""
+    """Restore every call and weight when an edit inside fails."""
     calls = [(node, node.target, node.args, node.kwargs) for node in edit.program.nodes()]
     weights, rewritten = edit.program.weights(), edit.rewritten
     reads = [node for node in edit.program.graph.nodes if node.op == "get_attr"]
@@ -83,7 +83,7 @@ def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> Non
 
 
 def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
-    """Which indices of an axis stay, [size] of booleans, from which indices of its atoms stay."""
+    """Which indices of an axis stay, [size] of booleans; keep: the same for its atoms."""
     axis = axis.find()
     if axis.form == "atom":
         return keep[axis] if axis in keep else torch.ones(cast(int, axis.size), dtype=torch.bool)
@@ -117,7 +117,7 @@ def _axes_of(value: object) -> list[Axis]:
 
 
 def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> int:
-    """The size the axis will have; that of an axis without removed atoms is not looked into."""
+    """The size of the axis after the removal; unchanged, and possibly symbolic, without removed atoms."""
     if keep.keys().isdisjoint(axis.atoms()):
         return cast(int, axis.find().size)
     return int(mask(axis, keep).sum())
@@ -134,7 +134,7 @@ def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch
 
 
 def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
-    """Correct the sizes and positions written into a call whose axes lose indices."""
+    """Correct the literal sizes and positions of a call whose axes lose indices."""
     target = node.target
     if target in LAYER_NORMS and any(not keep.keys().isdisjoint(axis.atoms()) for axis in normed_axes(node, found)):
         follow_norm(edit, node, found, lambda axis: mask(axis, keep))
@@ -157,7 +157,7 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
 
 
 def _new_sizes(edit: Editor, node: fx.Node, index: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> list[object]:
-    """The list of sizes of a call, its fixed numbers corrected; -1 and sizes read at run time stay."""
+    """The list of sizes of a call with corrected literals; -1 and sizes read at run time stay."""
     old = cast("list[object]", node.args[index])
     dims = cast("tuple[Axis, ...]", found.of[node])
     if node.target is aten.unflatten.int:
@@ -167,7 +167,7 @@ def _new_sizes(edit: Editor, node: fx.Node, index: int, found: Axes, keep: Mappi
 
 
 def _new_size(edit: Editor, node: fx.Node, size: object, axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> object:
-    """A literal size corrected; a size computed from one (batch · heads) is scaled by the share that stays."""
+    """A corrected literal size; a size computed from one (batch · heads) is scaled by the remaining fraction."""
     if size == -1 or keep.keys().isdisjoint(axis.atoms()):
         return size
     if isinstance(size, int):
@@ -182,7 +182,7 @@ def _new_size(edit: Editor, node: fx.Node, size: object, axis: Axis, keep: Mappi
 
 
 def _follow_split(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
-    """A split becomes one with the sizes of its pieces."""
+    """A split becomes a split with explicit sizes."""
     dim = cast(int, nodes.argument(node, "dim"))
     pieces = cast("tuple[tuple[Axis, ...], ...]", found.of[node])
     sizes = [_size(piece[dim], keep) for piece in pieces]
@@ -191,7 +191,7 @@ def _follow_split(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor])
 
 
 def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
-    """The bounds of a slice count the indices that stay before them."""
+    """The new bounds of a slice are the numbers of remaining indices before the old ones."""
     dim = cast(int, nodes.argument(node, "dim"))
     axis = cast(Axis, found.of[cast(fx.Node, node.args[0])][dim]).find()
     if keep.keys().isdisjoint(axis.atoms()):
@@ -204,7 +204,7 @@ def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor])
 
 
 def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> object:
-    """How often a call repeats a dimension, once the indices are gone: what is left over what is left of its source."""
+    """How often a call repeats a dimension after the removal: the new size divided by the new size of its source."""
     source, result = (cast("tuple[Axis, ...]", found.of[item]) for item in (cast(fx.Node, node.args[0]), node))
     count = node.args[1] if isinstance(node.args[1], int) else cast("list[object]", node.args[1])[dim]
     axis, added = result[dim], len(result) - len(source)
@@ -214,7 +214,7 @@ def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tens
 
 
 def _keep_scale(node: fx.Node, found: Axes) -> None:
-    """An attention without a scale takes 1/√(head size), which must stay that of the original head size."""
+    """An attention without a scale uses 1/√head_dim, which must stay that of the original head_dim."""
     if nodes.argument(node, "scale") is None:
         head_dim = cast(int, cast(Axis, found.of[cast(fx.Node, node.args[0])][-1]).find().size)
         nodes.set_argument(node, "scale", head_dim**-0.5)

@@ -1,11 +1,11 @@
-"""Norms over an axis that loses indices at which their input is zero: the numbers stay those of the original count.
+"""Norms over an axis that loses indices at which their input is zero: the outputs stay those of the original size.
 
-With k of n features left, and zero in the others, Σ x² and Σ x are what they were, but a norm divides by k now.
+With k of n features left, and zeros in the others, Σ x² and Σ x do not change, but the norm now divides by k.
 
-    rms_norm:    x / √(Σx²/n + ε) · w  =  x / √(Σx²/k + ε n/k) · w √(n/k)      exact, and at no cost while running
-    layer_norm:  the mean is no longer that of the features left, and its square enters the variance for each one that is gone;
-                 so zeros are put back before the norm and cut off behind it: two copies, small beside a product of matrices,
-                 and the operator stays one that every backend has a kernel for
+    rms_norm:    x / √(Σx²/n + ε) · w  =  x / √(Σx²/k + ε n/k) · w √(n/k)      exact, without cost at run time
+    layer_norm:  the mean over n differs from the mean over k, and its square enters the variance for each removed feature;
+                 so zeros are padded before the norm and sliced off after it: two copies, small beside a matrix product,
+                 and every backend has a kernel for the operator
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Mask = Callable[[Axis], torch.Tensor]
 
 
 def normed_axes(node: fx.Node, found: Axes) -> tuple[Axis, ...]:
-    """The axes a norm runs over."""
+    """The axes that a norm reduces."""
     count = len(cast("list[int]", node.args[1]))
     return cast("tuple[Axis, ...]", found.of[node])[-count:]
 
 
 def follow_norm(edit: Editor, node: fx.Node, found: Axes, mask: Mask) -> None:
-    """Let a norm give what it gave, at the indices that stay. mask: which indices of an axis stay.
+    """Change a norm so that its output at the remaining indices does not change. mask: which indices of an axis stay.
 
     Raises: UnsupportedError for a norm over several dimensions.
     """
@@ -72,12 +72,12 @@ def _rescale(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
 
 
 def _scaled(edit: Editor, weight: fx.Node, factor: float) -> fx.Node:
-    """A computed weight times a factor; it is typed with the sizes it has before the removal, as everything is then."""
+    """A computed weight times a factor; it is typed with the sizes before the removal, like all nodes at that time."""
     return edit.call(aten.mul.Tensor, weight, factor)
 
 
 def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
-    """Put zeros back before a layer norm, and cut them off behind it; its node becomes the cut."""
+    """Pad zeros before a layer norm, and slice them off after it; its node becomes the slice."""
     whole, size = len(kept), int(kept.sum())
     x, eps = cast(fx.Node, node.args[0]), nodes.argument(node, "eps")
     weight, bias = nodes.argument(node, "weight"), nodes.argument(node, "bias")
@@ -86,7 +86,7 @@ def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
     order = torch.cat([kept.nonzero().flatten(), (~kept).nonzero().flatten()])
     with edit.before(node):
         operands = [_moved(edit, item, order) for item in (weight, bias)]
-        # Typed with the sizes before the removal: what is padded on comes on top of them until all is typed anew.
+        # Nodes still have the sizes before the removal, so the padded size would be wrong until all are retyped.
         padded = _untyped(edit, aten.constant_pad_nd.default, node, x, [0, whole - size])
         normed = _untyped(edit, aten.layer_norm.default, node, padded, [whole], *operands, eps)
     node.target = aten.slice.Tensor
@@ -94,7 +94,7 @@ def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
 
 
 def _untyped(edit: Editor, target: torch._ops.OpOverload, like: fx.Node, *args: object) -> fx.Node:
-    """A call that cannot be typed before all sizes are corrected: it gets the type of another until then."""
+    """A call that cannot be typed before all sizes are corrected; until then it gets the type of `like`."""
     node = edit.program.graph.create_node("call_function", target, args, {}, target._schema.name.partition("::")[2])  # pyright: ignore
     nodes.set_origin(node, nodes.origin(like).changed_by(edit.pass_name))
     nodes.set_value(node, nodes.value(like))
@@ -102,7 +102,7 @@ def _untyped(edit: Editor, target: torch._ops.OpOverload, like: fx.Node, *args: 
 
 
 def _moved(edit: Editor, item: object, order: torch.Tensor) -> fx.Node | None:
-    """A weight of a norm in the order in which the indices that stay come first."""
+    """A weight of a norm, reordered so that the remaining indices come first."""
     if not isinstance(item, fx.Node):
         return None
     return edit.weight(str(item.target), _like(edit, item, _values(edit, item)[order]))
@@ -113,6 +113,6 @@ def _values(edit: Editor, item: fx.Node) -> torch.Tensor:
 
 
 def _like(edit: Editor, item: fx.Node, values: torch.Tensor) -> torch.Tensor:
-    """The values as a parameter where the weight they come from is one."""
+    """The values as a parameter if the original weight is one."""
     old = edit.program.weight(str(item.target))
     return nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values

@@ -164,18 +164,18 @@ def test_padding_stays_beside_the_pattern() -> None:
 @pytest.mark.parametrize(
     "mask, reason",
     [
-        (lambda i, j, seen: ((j <= i) | seen[:, None, :])[:, None], "what its mask hides depends on 'y', which is data"),
+        (lambda i, j, seen: ((j <= i) | seen[:, None, :])[:, None], "its mask depends on 'y', which is data"),
         (
             lambda i, j, seen: torch.where((j <= i) & seen[:, None, None, :], 0.0, -1e9),
-            "its mask hides with finite numbers: a row that sees no key is a mean over all, and padding may make one",
+            "its mask has finite mask values: a fully masked row is a mean over all keys, and padding may cause one",
         ),
         (
             lambda i, j, seen: torch.where(j <= i, 0.0, -1e9) + torch.where(seen, 0.0, -1e9)[:, None, None, :],
-            "its mask hides with finite numbers: a row that sees no key is a mean over all, and padding may make one",
+            "its mask has finite mask values: a fully masked row is a mean over all keys, and padding may cause one",
         ),
         (
             lambda i, j, seen: torch.where(j < i, 0.0, -1e9)[None, None],
-            "its mask hides with finite numbers, and may hide all keys of a row",
+            "its mask has finite mask values, and may mask all keys of a row",
         ),
         (lambda i, j, seen: seen[:, None, None, :], ""),
     ],

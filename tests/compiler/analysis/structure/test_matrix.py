@@ -39,8 +39,8 @@ def test_matrices_are_features_out_by_features_in():
         False,
         True,
         False,
-        "its weight is cut, cast or reshaped before it is used",
-        "it is a convolution or a product of batches",
+        "its weight is split, cast or reshaped before it is used",
+        "it is a convolution or a batched matrix product",
     ]
     for item in found[:3]:
         assert item.read(program).shape == (3, 4)

@@ -46,7 +46,7 @@ def test_what_is_left_is_a_multiple(scope: str, round_to: int, keep: float) -> N
 
 @pytest.mark.parametrize("keep", [0.0, -0.5, 1.5])
 def test_a_share_outside_its_range_is_refused(keep: float) -> None:
-    with pytest.raises(UnsupportedError, match="give a share over 0 and up to 1"):
+    with pytest.raises(UnsupportedError, match="give a fraction above 0 and up to 1"):
         Amount(keep, "global", 1)
 
 

@@ -234,8 +234,8 @@ def test_requirements() -> None:
         ({}, "takes one of rank=, keep= and budget=, and was given none"),
         ({"rank": 1, "budget": 0.5}, "takes one of rank=, keep= and budget=, and was given rank= and budget="),
         ({"rank": 0}, "takes rank= of 1 or more, not 0"),
-        ({"keep": 1.5}, "keeps a share of the energy above 0 and up to 1, not keep=1.5"),
-        ({"budget": 1.0}, "leaves a share of the bytes above 0 and below 1, not budget=1"),
+        ({"keep": 1.5}, "keeps a fraction of the energy above 0 and up to 1, not keep=1.5"),
+        ({"budget": 1.0}, "leaves a fraction of the bytes above 0 and below 1, not budget=1"),
     ):
         with pytest.raises(UnsupportedError) as refusal:
             DepthwiseSeparable(**options)

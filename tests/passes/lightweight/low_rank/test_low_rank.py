@@ -199,8 +199,8 @@ def test_factors_and_rounded_weights_are_left_alone() -> None:
         ({}, "low-rank takes one of rank=, keep= and budget=, and was given none"),
         ({"rank": 4, "budget": 0.5}, "low-rank takes one of rank=, keep= and budget=, and was given rank= and budget="),
         ({"rank": 0}, "low-rank takes rank= of 1 or more, not 0"),
-        ({"keep": 1.5}, "low-rank keeps a share of the energy above 0 and up to 1, not keep=1.5"),
-        ({"budget": 1.0}, "low-rank leaves a share of the bytes above 0 and below 1, not budget=1"),
+        ({"keep": 1.5}, "low-rank keeps a fraction of the energy above 0 and up to 1, not keep=1.5"),
+        ({"budget": 1.0}, "low-rank leaves a fraction of the bytes above 0 and below 1, not budget=1"),
         ({"rank": 4, "damping": 0.0}, "low-rank takes damping= above 0 and round_to= of 1 or more"),
     ],
 )
