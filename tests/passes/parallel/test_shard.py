@@ -133,7 +133,7 @@ def test_the_share_says_how_many() -> None:
         assert sum(str(nodes.placed(node)) == "Shard(0)" for node in weights) == wanted
     program, _ = rewrite("shard{world_size=2,plan=[first:replicate]}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
     assert "first.weight: f32[14, 8]\n" in program.text()
-    with pytest.raises(PipelineTextError, match=r"share is 1\.5; it is a part of the weights"):
+    with pytest.raises(PipelineTextError, match=r"share is 1\.5; it is a fraction of the weights"):
         rewrite("shard{world_size=2,share=1.5}", seeded(Rolled), normal(2, 5, 8))
 
 
