@@ -229,9 +229,9 @@ class LowRank(Approximation):
         if reason := self._obstacle_by_name(node):
             return reason
         if any(item.node.args[0] is matrix.node for item in found.embeddings):
-            return "its weight is a table of embeddings too"
+            return "its weight is an embedding table too"
         if node in found.output_heads and not self.output_heads:
-            return "it is an output head; output_heads=true treats it"
+            return "it is an LM head; output_heads=true treats it"
         if node in {site.router for site in found.mixtures}:
             return "it chooses among experts"
         if "low-rank" in nodes.origin(node).passes:

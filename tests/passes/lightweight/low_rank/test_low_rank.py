@@ -172,11 +172,11 @@ class Shared(nn.Module):
 def test_layers_that_share_a_weight_share_its_factors() -> None:
     ids = torch.arange(12).reshape(2, 6)
     found = lissom.optimize(seeded(Shared), ids, passes="low-rank{rank=3}", data=[ids])
-    reasons = "its weight is a table of embeddings too, it is an output head; output_heads=true treats it"
+    reasons = "its weight is an embedding table too, it is an LM head; output_heads=true treats it"
     assert found.report.history.steps[-1].summary == f"rewrote 2 of 4; skipped 2: {reasons}"
     assert sorted(key for key in found.program.weights() if key.endswith(("_u", "_v"))) == ["layer.weight_u", "layer.weight_v"]
     found = lissom.optimize(seeded(Shared), ids, passes="low-rank{rank=3,output_heads=true}", data=[ids])
-    assert found.report.history.steps[-1].summary == "rewrote 3 of 4; skipped 1: its weight is a table of embeddings too"
+    assert found.report.history.steps[-1].summary == "rewrote 3 of 4; skipped 1: its weight is an embedding table too"
 
 
 def test_patterns_choose_layers() -> None:
