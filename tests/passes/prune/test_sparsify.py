@@ -241,7 +241,7 @@ def test_protected_layers_are_left_alone() -> None:
 
 def test_what_does_not_divide_is_reported() -> None:
     _, history = rewrite(Sparsify(pattern="2:5"), seeded(lambda: FeedForward(8, 10)), normal(2, 5, 8))
-    assert history.steps[1].summary == "rewrote 1 of 2; skipped 1: its 8 features in are no multiple of 5"
+    assert history.steps[1].summary == "rewrote 1 of 2; skipped 1: its 8 input features are no multiple of 5"
 
 
 def test_the_model_keeps_its_weights() -> None:
@@ -259,7 +259,7 @@ def test_without_data_the_criteria_that_need_it_say_so() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0.0}, "sparsify keeps a share of the weights above 0 and up to 1, not keep=0"),
+        ({"keep": 0.0}, "sparsify keeps a fraction of the weights above 0 and up to 1, not keep=0"),
         ({"keep": 0.3, "pattern": "2:4"}, "sparsify takes keep= or pattern=, not both"),
         ({"pattern": "4:2"}, "pattern=4:2 is not known; write N:M with 0 < N < M, such as 2:4"),
         ({"pattern": "half"}, "pattern=half is not known"),
