@@ -1,7 +1,7 @@
 """Evaluate operators that depend on no input at compile time: those that read only weights, buffers and numbers.
 
 A constant is stored in the program under `folded.<node>`. Trainable weights that are folded stay trainable in their folded
-form. Left alone: views of one weight (they cost nothing and keep it shared), constants larger than their operands, outputs that
+form. Left alone: views of one weight (they cost nothing and keep it shared), constants larger than these weights, outputs that
 the caller may modify, random numbers, and state.
 """
 
@@ -37,7 +37,7 @@ class FoldConstants(Rewrite):
                 continue
             allowed = max(_SMALL_BYTES, sum(map(_bytes, inputs)))
             if _bytes(node) > allowed:
-                edit.skip(node, "the constant would be larger than its operands")
+                edit.skip(node, "the constant would be larger than the weights it is computed from")
                 continue
             result = evaluate_nodes(edit.program.graph_module, node)
             trainable = result.is_floating_point() and any(_is_trainable(edit, used) for used in inputs)

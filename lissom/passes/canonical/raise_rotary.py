@@ -84,7 +84,7 @@ class RaiseRotary(Rewrite):
 
 
 def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The real and imaginary parts of a complex value; cos and sin of a known angle, because few backends have complex numbers."""
+    """The real and imaginary parts of a complex value; cos and sin of a known angle (few backends have complex)."""
     if nodes.is_call(number, aten.polar.default):
         length, angle = number.args
         parts = edit.call(aten.cos.default, angle), edit.call(aten.sin.default, angle)
