@@ -38,7 +38,7 @@ def test_rewrites() -> None:
     found = lissom.optimize(seeded(Wide), x, passes="low-rank{rank=3}", data=[x])
     step = found.report.history.steps[-1]
     check_golden("low_rank", f"{found.program.text()}\n{step.summary}\n")
-    assert step.notes[0].startswith("2 weights in factors: what layers give on the calibration data is off by ")
+    assert step.notes[0].startswith("2 weights in factors: root-mean-square relative error of outputs on the calibration data ")
 
 
 def test_leaves_other_graphs_alone() -> None:
@@ -47,7 +47,7 @@ def test_leaves_other_graphs_alone() -> None:
     assert calls(program, aten.linear.default) == 4
     program, history = rewrite(LowRank(rank=6), seeded(Wide), normal(2, 5, 8), dynamic=False)
     assert program.text() == before.text()
-    assert history.steps[-1].summary == "rewrote 0 of 2; skipped 2: factors of the rank it takes would be no smaller (2)"
+    assert history.steps[-1].summary == "rewrote 0 of 2; skipped 2: factors of the chosen rank would be no smaller (2)"
 
 
 @pytest.mark.parametrize("name", FACTORED)
@@ -309,7 +309,7 @@ def test_heads_of_every_measure(options: str) -> None:
     assert step.relative_error is not None
     if "keep=1" in options:
         # Heads whose products have full rank stay as long as they are.
-        assert "heads of the rank they take would be no shorter (4)" in step.summary
+        assert "heads of the chosen rank would be no shorter (4)" in step.summary
         return
     sizes = [nodes.tensor_type(node).shape[-1] for node in program.nodes(aten.scaled_dot_product_attention.default)]
     assert all(size < 8 for size in sizes)
