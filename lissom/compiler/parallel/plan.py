@@ -187,7 +187,7 @@ class _Planner:
         if spans is None:
             atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
             number = next(self.sharded_axes[atom][2] for atom in atoms if atom in self.sharded_axes)
-            raise _RefusedError(number, f"'{node.name}' mixes what would be sharded with other things along dimension {dim}")
+            raise _RefusedError(number, f"'{node.name}' mixes sharded and other elements along dimension {dim}")
         return spans
 
     def _reading(self, known: Known) -> Reading:

@@ -92,7 +92,7 @@ class Shard(Annotation):
         for site in found.left:
             edit.skip(site.node, f"its {site.kind} stays whole on every rank: {site.obstacle}")
         for node in found.gathered:
-            edit.skip(node, f"no rule says how {target_text(node.target)} works on parts; it gets its arguments whole")
+            edit.skip(node, f"no rule says how {target_text(node.target)} works on shards; it gets its arguments whole")
         for sentence in _notes(found):
             edit.note(sentence)
 
@@ -136,8 +136,9 @@ def _notes(found: Plan) -> list[str]:
         if node.target in JOINT
     )
     for (operator, numbers), count in joint.items():
-        who = f"{operator} reads what is sharded" if count == 1 else f"{count} times {operator} reads what is sharded"
-        sentences.append(f"{who}: it exchanges {numbers} number{'s' if numbers > 1 else ''} a row, and does not gather it")
+        who = f"{operator} reads" if count == 1 else f"{count} calls of {operator} read"
+        each = f"{numbers} number{'s' if numbers > 1 else ''} per row exchanged, not gathered"
+        sentences.append(f"{who} a sharded dimension: {each}")
     for site in found.sites:
         padded = [
             f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
@@ -145,7 +146,7 @@ def _notes(found: Plan) -> list[str]:
             if int(atom.size) % parts
         ]  # pyright: ignore
         if padded:
-            sentences.append(f"zeros make blocks of the {site.kind} at {site.path} even: {', '.join(padded)}")
+            sentences.append(f"the {site.kind} at {site.path} is padded with zeros: {', '.join(padded)}")
     return sentences
 
 

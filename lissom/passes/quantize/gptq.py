@@ -1,7 +1,7 @@
 """GPTQ: quantize weights column by column, and let the later columns compensate the error of each.
 
 W: [features out, features in]; X: [tokens, features in], a layer's inputs on calibration data, without padding. With
-H = XᵀX + λI and U the upper Cholesky factor of H⁻¹, columns are rounded one by one, and the error of each is passed on:
+H = XᵀX + λI and U the upper Cholesky factor of H⁻¹, columns are quantized one by one, and the error of each is passed on:
 
     e = (W_:j - Q(W_:j)) / U_jj,   W_:k −= e · U_jk  for k > j
 

@@ -54,14 +54,14 @@ class QuantizeCache(Approximation):
         if before:
             edit.note(f"the cache takes {after / 1e6:.3g} MB, and took {before / 1e6:.3g} MB")
         else:
-            edit.note("the program keeps no keys and values; compile_generation gives one that does")
+            edit.note("the program has no KV cache; compile_generation makes one that has")
 
     def _obstacle(self, write: fx.Node) -> str | None:
         """Why a write to the cache is left alone; None when it can be quantized."""
         state, new = write.args[:2]
         assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
         if write.users or set(state.users) != {new, write}:
-            return f"'{state.target}' is read beside"
+            return f"'{state.target}' has other readers"
         if self.bits == 4 and int(nodes.tensor_type(state).shape[-1]) % 2:  # pyright: ignore[reportArgumentType]
             return f"'{state.target}' has an odd number of features, and int4 packs two per byte"
         return None

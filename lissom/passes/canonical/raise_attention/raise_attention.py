@@ -25,8 +25,8 @@ from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMat
 
 aten = torch.ops.aten
 
-# Scores with a fill this low are hidden in a row that has others, and adding the fill is the same as putting it. In a row that
-# is hidden throughout, the sum rounds to the fill itself while the scores are below 32, half the spacing of float32 there.
+# A fill this low hides a score, and adding it to the score has the same effect as setting it. In a fully masked row the sum
+# rounds to the fill itself while scores are below 32, half the spacing of float32 numbers there.
 _LOWEST = -1e9
 
 

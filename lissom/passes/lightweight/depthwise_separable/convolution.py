@@ -44,7 +44,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution with a kernel of its own, [channels out, channels in / groups, *sizes].
+    """A convolution whose kernel is a weight, [channels out, channels in / groups, *sizes].
 
     places_in, places_out: input and output positions of the batch, at the captured sizes.
     """
@@ -68,7 +68,7 @@ def convolution_of(node: fx.Node) -> Convolution | str:
     """The convolution that a node computes, or why it cannot be read."""
     kernel, bias, groups = (nodes.argument(node, name) for name in ("weight", "bias", "groups"))
     if not isinstance(kernel, fx.Node) or kernel.op != "get_attr":
-        return "its kernel is computed by the program, cast or rounded; put this pass before the one that makes it so"
+        return "its kernel is computed by the program, cast or quantized; put this pass before the one that did this"
     shape = nodes.tensor_type(kernel).shape
     sizes = tuple(size for size in shape[2:] if isinstance(size, int))
     numbers = [_numbers(nodes.argument(node, name), len(sizes)) for name in ("stride", "dilation")]

@@ -2,8 +2,8 @@
 
 K: [channels out, channels in / groups, *sizes] is a kernel, t its sizes flattened. With r terms it becomes one of
 
-    depthwise first:  K[o, i, t] ≈ Σ_ρ P[o, i, ρ] · D[i, ρ, t],  r·in·(t + out/groups) numbers
-    pointwise first:  K[o, i, t] ≈ Σ_ρ D[o, ρ, t] · P[o, ρ, i],  r·out·(t + in/groups) numbers
+    depthwise first:  K[o, i, t] ≈ Σ_ρ P[o, i, ρ] · D[i, ρ, t],  r·in·(t + out/groups) elements
+    pointwise first:  K[o, i, t] ≈ Σ_ρ D[o, ρ, t] · P[o, ρ, i],  r·out·(t + in/groups) elements
 
 by a truncated singular value decomposition of the kernel's slice of each input channel [out, t], or of each output channel
 [t, in]; no other factors with r terms have a smaller Frobenius error. The depthwise one keeps stride, padding and dilation, the
@@ -314,14 +314,14 @@ def _terms(cost: Cost) -> str:
 def _obstacle(program: Program, layer: Convolution) -> str | None:
     """Why a layer's kernel cannot be factored for this layer only, or need not be."""
     if layer.window.taps == 1:
-        return "its kernel is of one place, so that it is pointwise already"
+        return "its kernel has one element per channel, so it is pointwise already"
     if layer.channels_in == layer.groups > 1:
         return "it is depthwise already"
     reads = [user for node in program if node.op == "get_attr" and node.target == layer.kernel.target for user in node.users]
     if len(reads) > 1:
         return "its kernel is read elsewhere too"
     if not nodes.tensor_type(layer.kernel).dtype.is_floating_point or str(layer.kernel.target) in program.state:
-        return "its kernel is no weight of floating-point numbers"
+        return "its kernel is no floating-point weight"
     return None
 
 

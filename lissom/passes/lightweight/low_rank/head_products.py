@@ -73,9 +73,9 @@ def head_products(program: Program, site: AttentionSite) -> list[HeadProduct | s
 
 def _scores(program: Program, site: AttentionSite) -> HeadProduct | str:
     if site.positions == "rotary":
-        return "its queries and keys are rotated by their positions before they meet"
+        return "rotary embedding is applied to its queries and keys"
     if site.node.target is not aten.scaled_dot_product_attention.default and site.scale is None:
-        return "its scores have no scale of their own"
+        return "the scale of its scores cannot be set"
     return _product(program, site, site.q, site.k, scores=True)
 
 
@@ -88,20 +88,20 @@ def _product(
 ) -> HeadProduct | str:
     what = "queries and keys" if scores else "values and outputs"
     if len(first) != 1 or len(second) != 1 or site.packed or first == second:
-        return f"its {what} are not of two layers of their own"
+        return f"its {what} are not from two separate layers"
     if site.heads != site.key_value_heads:
-        return "heads share keys and values"
+        return "query heads share key/value heads"
     between = [(site.node.args[0], first[0]), (site.node.args[1], second[0])]
     between = between if scores else [(site.node.args[2], first[0]), (input_of(second[0]), site.node)]
     if not all(is_moved(*pair) for pair in between):
-        return f"something is done to its {what} between the layers and their product"
+        return f"other operators are between the layers of its {what} and their product"
     found = program.fact(axes)
     value = cast(fx.Node, site.node.args[0]) if scores else site.node
     heads, axis = (found.axis(value, dim) for dim in (-3, -1))
     obstacle = found.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
     if obstacle:
-        return f"the dimension of its {what} cannot be shortened: {obstacle}"
-    # Queries and keys may be of another size than values.
+        return f"head_dim of its {what} cannot be reduced: {obstacle}"
+    # Queries and keys may have another head_dim than values.
     head_dim = as_int(nodes.tensor_type(value).shape[-1])
     layers: list[HeadLayer] = []
     for layer, dim in ((first[0], 0), (second[0], 0 if scores else 1)):
@@ -109,7 +109,7 @@ def _product(
         if isinstance(matrix, str):
             return matrix
         if matrix.transposed or not _is_owned(layer, matrix) or not _in_order(found, matrix.node, dim, (heads, axis)):
-            return f"the weights of its {what} are shared, or hold more than its heads"
+            return f"the weights of its {what} are shared, or contain more than its heads"
         indices, bias = torch.arange(site.heads * head_dim).view(site.heads, -1), nodes.argument(layer, "bias")
         made = Rows(bias, 0, indices) if isinstance(bias, fx.Node) and dim == 0 else None
         layers.append(HeadLayer(layer, Rows(matrix.node, dim, indices), made))

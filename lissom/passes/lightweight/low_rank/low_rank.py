@@ -131,7 +131,7 @@ class LowRank(Approximation):
 
     def _rank(self, energy: torch.Tensor) -> int:
         if self.keep is None:
-            assert self.rank is not None, "one of rank, keep and budget is given"
+            assert self.rank is not None, "one of rank, keep and budget is set"
             return self.rank
         return -(-rank_of(energy, self.keep) // self.round_to) * self.round_to
 
@@ -232,11 +232,11 @@ class LowRank(Approximation):
         if node in found.output_heads and not self.output_heads:
             return "it is an LM head; output_heads=true treats it"
         if node in {site.router for site in found.mixtures}:
-            return "it chooses among experts"
+            return "it is the router of a mixture of experts"
         if "low-rank" in nodes.origin(node).passes:
             return "it is a factor already"
         if node.target is aten.addmm.default and (node.kwargs or nodes.tensor_type(node.args[0]).rank != 1):
-            return "what it adds is more than a bias"
+            return "it adds more than a bias"
         return None
 
 

@@ -34,7 +34,7 @@ _KINDS = {"layers": eliminate_layers, "heads": eliminate_heads, "neurons": elimi
 class EliminateDead(Rewrite):
     """Removes attention heads, feed-forward neurons, layers and hidden channels that contribute nothing.
 
-    It runs by itself after every pass that prunes.
+    It runs automatically after every pass that prunes.
 
     units: the kinds of units to remove, of `layers`, `heads`, `neurons` and `hidden`, all by default: `[heads,neurons]`.
     """

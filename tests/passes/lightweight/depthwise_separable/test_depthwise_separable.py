@@ -59,7 +59,7 @@ def test_depthwise_and_pointwise_ones_are_left_alone() -> None:
     case = tiny_convbert()
     _, step = separated_case(case, "rank=1")
     assert step.summary == (
-        "rewrote 0 of 2; skipped 2: it is depthwise already, its kernel is of one place, so that it is pointwise already"
+        "rewrote 0 of 2; skipped 2: it is depthwise already, its kernel has one element per channel, so it is pointwise already"
     )
 
 
@@ -224,7 +224,7 @@ def test_what_has_no_kernel_of_its_own_is_left_alone() -> None:
     assert reasons == [
         "its kernel is read elsewhere too",
         "its kernel is read elsewhere too",
-        "its kernel is computed by the program, cast or rounded; put this pass before the one that makes it so",
+        "its kernel is computed by the program, cast or quantized; put this pass before the one that did this",
         "it is a transposed convolution",
     ]
 
@@ -329,5 +329,5 @@ def test_it_goes_before_a_cast_and_not_behind_it() -> None:
     module = Calls(lambda self, x: nn.functional.conv1d(x, self.w.to(x.dtype)), w=normal(8, 6, 3).bfloat16())
     _, history = rewrite(DepthwiseSeparable(rank=1), module, x)
     assert [skip.reason for skip in history.steps[-1].skipped] == [
-        "its kernel is computed by the program, cast or rounded; put this pass before the one that makes it so"
+        "its kernel is computed by the program, cast or quantized; put this pass before the one that did this"
     ]

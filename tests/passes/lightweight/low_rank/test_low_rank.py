@@ -334,8 +334,8 @@ def _head_sizes(program: Program) -> list[tuple[object, object]]:
 
 def test_heads_that_cannot_be_shortened_are_reported_and_their_layers_factored() -> None:
     for name, reason in (
-        ("tiny_llama", "its queries and keys are rotated by their positions before they meet (2)"),
-        ("tiny_gpt2", "its queries and keys are not of two layers of their own (2)"),
+        ("tiny_llama", "rotary embedding is applied to its queries and keys (2)"),
+        ("tiny_gpt2", "its queries and keys are not from two separate layers (2)"),
     ):
         _, history = passed(MODELS[name], "low-rank{rank=4,attention=true}")
         assert reason in history.steps[-1].summary
