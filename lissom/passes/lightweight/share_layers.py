@@ -81,7 +81,7 @@ class ShareLayers(Approximation):
         layers = [self._held(edit.program, layer) for layer in edit.program.fact(structure).layers]
         groups: list[list[Held]] = []
         for stack in _stacks(layers):
-            for group in self._cut(stack):
+            for group in self._grouped(stack):
                 reason = _obstacle(group, stack)
                 if reason is None:
                     groups.append(group)
@@ -90,7 +90,7 @@ class ShareLayers(Approximation):
                         edit.skip(layer.place, reason)
         return groups
 
-    def _cut(self, layers: list[Held]) -> list[list[Held]]:
+    def _grouped(self, layers: list[Held]) -> list[list[Held]]:
         if self.every is not None:
             return [layers[start : start + self.every] for start in range(0, len(layers), self.every)]
         count = min(self.groups or 1, len(layers))

@@ -146,7 +146,7 @@ def _magnitudes(program: Program, axis: Axis) -> torch.Tensor:
     for node, dim in _weights_on(program, found, [axis]):
         if found.axis(node, dim) is axis:
             weight = program.weight(str(node.target)).detach().float().cpu()
-            scores += _shares(weight.square().movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square())
+            scores += _fractions(weight.square().movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square())
     return scores
 
 
@@ -162,11 +162,11 @@ def _energies(edit: Editor, axis: Axis) -> torch.Tensor:
     for node in readers:
         matrix = matrix_of(node)
         weight = matrix.read(edit.program).float().square().sum(0).cpu() if isinstance(matrix, Matrix) else 1.0
-        scores += _shares(squares[input_of(node)] * weight)
+        scores += _fractions(squares[input_of(node)] * weight)
     return scores
 
 
-def _shares(values: torch.Tensor) -> torch.Tensor:
+def _fractions(values: torch.Tensor) -> torch.Tensor:
     return values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 

@@ -211,7 +211,7 @@ def sparsegpt(
     for start in range(0, result.shape[1], block_size):
         block, upper = result[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
         # Zeros are written, not multiplied: a negative zero has its sign bit set, so compression would not see a zero.
-        kept = largest_share(block.square() / upper.diagonal().square(), keep)
+        kept = largest_fraction(block.square() / upper.diagonal().square(), keep)
         errors = torch.zeros_like(block)
         for index in range(block.shape[1]):
             if pattern and index % pattern[1] == 0:
@@ -224,7 +224,7 @@ def sparsegpt(
     return result
 
 
-def largest_share(scores: torch.Tensor, keep: float) -> torch.Tensor:
+def largest_fraction(scores: torch.Tensor, keep: float) -> torch.Tensor:
     """True for the fraction `keep` of the scores that is largest, in the whole tensor."""
     gone = scores.numel() - max(1, round(keep * scores.numel()))
     return scores > scores.flatten().kthvalue(gone).values if gone else torch.ones_like(scores, dtype=torch.bool)

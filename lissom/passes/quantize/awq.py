@@ -98,9 +98,9 @@ class Awq(Rewrite):
         return best_factors(sizes, error)
 
     def _error(self, edit: Editor, site: ScalingSite, reader: Reader, factors: torch.Tensor, gram: torch.Tensor) -> float:
-        return rounding_error(reader.matrix.read(edit.program).float(), site.columns(reader, factors), gram, self._round)
+        return rounding_error(reader.matrix.read(edit.program).float(), site.columns(reader, factors), gram, self._quantized)
 
-    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+    def _quantized(self, weight: torch.Tensor) -> torch.Tensor:
         form = self._form
         rows, columns = weight.shape
         kind = self.granularity

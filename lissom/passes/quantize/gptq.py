@@ -209,7 +209,7 @@ def gptq(
         for index in range(len(block)):
             column = start + index
             wanted = block[index] - factor[start:column, column] @ errors[:index]
-            block[index] = _rounded(wanted, scale, zero_point, int(groups[column]), form)
+            block[index] = _quantized_column(wanted, scale, zero_point, int(groups[column]), form)
             errors[index] = (wanted - block[index]) / factor[column, column]
         columns[start + block_size :] -= factor[start : start + block_size, start + block_size :].T @ errors
     result = torch.empty_like(columns)
@@ -241,7 +241,7 @@ def gptq_with_scales(
         for index in range(size):
             column = start + index
             wanted = block[index] - factor[start:column, column] @ errors[:index]
-            block[index] = _rounded(wanted, scale, zero_point, group, form)
+            block[index] = _quantized_column(wanted, scale, zero_point, group, form)
             errors[index] = (wanted - block[index]) / factor[column, column]
         columns[start + size :] -= factor[start : start + size, start + size :].T @ errors
     return columns.T, scale, zero_point
@@ -276,7 +276,7 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
     return fitted
 
 
-def _rounded(
+def _quantized_column(
     column: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, group: int, form: Format
 ) -> torch.Tensor:
     """A column of the matrix, [features out], quantized and dequantized with the scales of its group."""

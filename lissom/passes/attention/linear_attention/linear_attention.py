@@ -110,7 +110,7 @@ class LinearAttention(Approximation):
         """The maps fitted to softmax layer by layer, on the queries and keys of the unchanged program."""
         observed = _observe(edit, sites)
         found: dict[fx.Node, Maps] = {}
-        told: list[str] = []
+        agreements: list[str] = []
         for finished, site in enumerate(sites):
             edit.current = site.node
             edit.report("layers", finished, len(sites))
@@ -118,8 +118,8 @@ class LinearAttention(Approximation):
             found[site.node] = fit_maps(self.features, maps[site.node], data)
             near = agreement(self.features, found[site.node], data)
             path = nodes.origin(site.node).module_path or site.node.name
-            told.append(f"{path} {near.mass:.0%} and {near.divergence:.2g}")
-        edit.note(f"agreement with softmax (mass on the same keys, divergence in nats): {'; '.join(told)}")
+            agreements.append(f"{path} {near.mass:.0%} and {near.divergence:.2g}")
+        edit.note(f"agreement with softmax (mass on the same keys, divergence in nats): {'; '.join(agreements)}")
         return found
 
 

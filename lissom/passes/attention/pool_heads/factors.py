@@ -122,8 +122,8 @@ def _layer(
             continue
         kind = "weight" if item.weight is matrix.node else "bias" if layer in item.weight.users else ""
         unit = unit_of(separation.axes.axis(item.weight, item.dim), [features])
-        told = torch.equal(unit[item.indices], torch.arange(len(item.indices[0])).expand_as(item.indices))
-        if not kind or kind in found or len(item.weight.users) > 1 or not told:
+        in_order = torch.equal(unit[item.indices], torch.arange(len(item.indices[0])).expand_as(item.indices))
+        if not kind or kind in found or len(item.weight.users) > 1 or not in_order:
             return None
         found[kind] = item
     return HeadLayer(layer, found["weight"], found.get("bias")) if "weight" in found else None

@@ -112,7 +112,7 @@ class SparsifyAttention(Approximation):
                 "sparsify-attention{pattern=measured} needs calibration data: pass data=, or choose another pattern="
             )
         sites = {site.node: site for site in edit.program.fact(structure).attention}
-        chosen = [node for node in edit.nodes() if is_attention(node) and self._treats(edit, node, sites[node].cross)]
+        chosen = [node for node in edit.nodes() if is_attention(node) and self._is_chosen(edit, node, sites[node].cross)]
         if self.pattern == "measured":
             self._measure(edit, chosen)
             return
@@ -129,7 +129,7 @@ class SparsifyAttention(Approximation):
         given = getattr(self, name)
         return int(_OPTIONS[self.pattern][name] if given is None else given)
 
-    def _treats(self, edit: Editor, node: fx.Node, cross: bool) -> bool:
+    def _is_chosen(self, edit: Editor, node: fx.Node, cross: bool) -> bool:
         reason = obstacle_by_name(node, skip=self.skip, only=self.only) or _obstacle(edit, node, cross)
         if reason is not None:
             edit.skip(node, reason)

@@ -63,7 +63,7 @@ aten = torch.ops.aten
 
 _GRADIENT_TOKENS = 4096
 """Tokens whose gradients are computed; with more their mean squares hardly change."""
-_LEAST_SHARE = 0.1
+_LEAST_FRACTION = 0.1
 """The least weight of a feature, as a fraction of the mean: a sample of tokens cannot show that a feature never matters."""
 _LEAST = 1e-30
 
@@ -318,7 +318,7 @@ def _fisher(edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, torch.T
         squares[name] = squares[name] + found if name in squares else found
 
     observe_gradients(edit.program, spread(edit.data, _GRADIENT_TOKENS), set(layers), add, partial(edit.report, "gradients"))
-    return {name: (found + _LEAST_SHARE * found.mean()).clamp_min(_LEAST) for name, found in squares.items()}
+    return {name: (found + _LEAST_FRACTION * found.mean()).clamp_min(_LEAST) for name, found in squares.items()}
 
 
 def _target(weight: torch.Tensor, read: Read | None, damping: float) -> tuple[torch.Tensor, torch.Tensor | None]:
