@@ -127,7 +127,7 @@ def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> S
             if atom is None:
                 return ShardSite(kind, node, path, {}, "its features are no axis of a fixed size")
             if cast(int, atom.size) < world_size:
-                return ShardSite(kind, node, path, {}, f"an axis of {atom.size} gives {world_size} ranks nothing to share")
+                return ShardSite(kind, node, path, {}, f"an axis of {atom.size} is too short for {world_size} ranks")
             chosen[atom] = world_size, 1
     return ShardSite(kind, node, path, chosen)
 
@@ -149,9 +149,7 @@ def _attention(found: Axes, site: AttentionSite, world_size: int) -> ShardSite:
             continue
         parts = _shard_heads(factors, world_size)
         if parts is None:
-            return ShardSite(
-                "attention", site.node, site.path, {}, f"{site.heads} heads give {world_size} ranks nothing to share"
-            )
+            return ShardSite("attention", site.node, site.path, {}, f"{site.heads} heads are too few for {world_size} ranks")
         chosen |= parts
     reason = "" if chosen else "it has one head"
     return ShardSite("attention", site.node, site.path, chosen, reason)

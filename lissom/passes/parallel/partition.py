@@ -43,10 +43,10 @@ class Partition(Rewrite):
     def run(self, edit: Editor) -> None:
         world_size = _world_size(edit.program)
         if world_size < 2:
-            edit.note("nothing is sharded: the plan leaves every value whole")
+            edit.note("nothing is sharded: the plan replicates every value")
             return
         partition_program(edit, world_size)
-        edit.note(f"the program is that of each of {world_size} ranks; `program.of_rank(rank)` has one rank's weights")
+        edit.note(f"all {world_size} ranks run this program; `program.of_rank(rank)` has one rank's weights")
 
 
 def _world_size(program: Program) -> int:

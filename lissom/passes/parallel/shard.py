@@ -73,7 +73,7 @@ class Shard(Annotation):
 
     def __post_init__(self) -> None:
         if self.world_size < 2:
-            raise ValueError(f"world_size is {self.world_size}; it takes 2 ranks or more to share a program")
+            raise ValueError(f"world_size is {self.world_size}; tensor parallelism takes 2 ranks or more")
         if not 0 <= self.share <= 1:
             raise ValueError(f"share is {self.share}; it is a fraction of the weights of linear layers, from 0 to 1")
         for entry in self.plan:
@@ -115,7 +115,7 @@ class Shard(Annotation):
                 fits = {node: how for node in pairs if fnmatchcase(nodes.origin(node).module_path, pattern)}
                 layers |= fits
             if not fits:
-                raise UnsupportedError(f"shard: plan has '{entry}', but no module that is sharded has a path like '{pattern}'")
+                raise UnsupportedError(f"shard: plan has '{entry}', but no shardable module has a path like '{pattern}'")
         return whole, layers
 
 

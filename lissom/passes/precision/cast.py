@@ -239,7 +239,7 @@ class _Caster:
         program = self.edit.program
         output_types = [nodes.node_type(item) for item in program.output.all_input_nodes]
         results = list(program.output.all_input_nodes)
-        self._shorten_state()
+        self._cast_state()
         for node in self.edit.nodes():
             wanted = self._dtype_for(node)
             mask = nodes.argument(node, _MASKS[node.target]) if node.target in _MASKS and wanted is self.low else None
@@ -253,7 +253,7 @@ class _Caster:
                 back = self._cast(item, torch.float32, program.output)
                 program.output.replace_input_with(item, back)
 
-    def _shorten_state(self) -> None:
+    def _cast_state(self) -> None:
         """Store the KV cache in reduced precision: state that calls write rows to and nothing else reads."""
         for write in self.edit.program.nodes(aten.index_copy.default):
             state = write.args[0]

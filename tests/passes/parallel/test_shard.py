@@ -196,7 +196,7 @@ def test_an_operator_without_a_rule_gets_its_arguments_whole() -> None:
 def test_a_site_that_cannot_be_sharded_is_named() -> None:
     program, samples = program_of("vit")
     _, history = run_passes("shard{world_size=8}", program, samples)
-    assert set(reasons(history)) == {"its attention stays whole on every rank: 4 heads give 8 ranks nothing to share"}
+    assert set(reasons(history)) == {"its attention stays whole on every rank: 4 heads are too few for 8 ranks"}
 
 
 def test_requirements() -> None:
@@ -205,14 +205,14 @@ def test_requirements() -> None:
         "shard": "shard: needs world_size",
         "shard{ways=2}": "shard has no option 'ways'; it is called 'world_size' now; its options: world_size, plan",
         "shard{world_size=2},cut": "there is no pass 'cut'; it is called 'partition' now; `lissom passes` lists them all",
-        "shard{world_size=1}": "world_size is 1; it takes 2 ranks or more",
+        "shard{world_size=1}": "world_size is 1; tensor parallelism takes 2 ranks or more",
         "shard{world_size=2,plan=[mlp]}": "plan has 'mlp'; write PATTERN:replicate, PATTERN:column-wise or PATTERN:row-wise",
     }.items():
         with pytest.raises(PipelineTextError, match=message):
             run_passes(text, program, samples)
     with pytest.raises(TypeError, match=r"Shard\(\) has no ways=; it is called world_size= now"):
         Shard(ways=2)
-    with pytest.raises(UnsupportedError, match="no module that is sharded has a path like 'mpl'"):
+    with pytest.raises(UnsupportedError, match="no shardable module has a path like 'mpl'"):
         run_passes("shard{world_size=2,plan=[mpl:replicate]}", program, samples)
 
 
