@@ -139,7 +139,7 @@ class _Site:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Query heads, key heads, features of a head."""
+        """The numbers of query heads and key heads, and head_dim."""
         q, k = nodes.tensor_type(self.q).shape, nodes.tensor_type(self.k).shape
         return int(q[1]), int(k[1]), int(q[3])  # pyright: ignore[reportArgumentType]
 
