@@ -1,4 +1,4 @@
-"""The passes that come with Lissom, in one table, and the named pipelines beside it."""
+"""The table of Lissom's passes, and the named pipelines."""
 
 from __future__ import annotations
 
@@ -133,11 +133,11 @@ RECIPES: Mapping[str, str] = {
     "int8": "quantize",
     "int4": "quantize{scheme=int4-weight}",
 }
-"""Pipelines by name. The last four are goals: time, size, and a format of the weights; none needs calibration data."""
+"""Pipelines by name. The last four are goals (time, size, or a weight format) and need no calibration data."""
 
 
 def known_passes() -> dict[str, type[Pass]]:
-    """Lissom's passes and those other packages add through the entry-point group `lissom.passes`.
+    """Lissom's passes and those that other packages add through the entry-point group `lissom.passes`.
 
     Raises: UnsupportedError when an entry point does not name a pass.
     """

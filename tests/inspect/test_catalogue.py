@@ -50,7 +50,7 @@ def test_defaults_are_written_as_in_pipelines_and_meanings_go_over_several_lines
     rows = {name: (takes, default, meaning) for name, takes, default, meaning in option_rows(Shard)}
     assert rows["plan"][:2] == ("a list [a,b] of which each is a word", "[]")
     assert rows["sequence"][1] == "false"
-    assert rows["plan"][2].startswith("what ") and len(rows["plan"][2].split()) > 30
+    assert rows["plan"][2].startswith("exceptions, ") and len(rows["plan"][2].split()) > 30
     assert ("criterion", "one of l1, l2, taylor") in [row[:2] for row in option_rows(ManyOptions)]
 
 

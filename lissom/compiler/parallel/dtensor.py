@@ -1,7 +1,7 @@
-"""Weights of a partitioned program as `DTensor`s: what torch's own vocabulary can say of how they lie on ranks.
+"""Weights of a partitioned program as `DTensor`s.
 
-`Shard(dim)` is equal blocks of neighbours, the last of them shorter; a packed projection, which is sharded in each of its
-parts, key/value heads that several ranks hold, and blocks of whole heads that do not divide have no word there.
+`Shard(dim)` means contiguous blocks of equal size, the last ones shorter. It cannot express a packed projection that is sharded
+in each of its parts, key/value heads that several ranks hold, or a number of heads that the ranks do not divide.
 https://docs.pytorch.org/docs/stable/distributed.tensor.html
 """
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
 
 _OWN = "rank."
-"""What `partition` calls weights that tell ranks apart, and are none of the model's."""
+"""The prefix of constants that `partition` adds and that differ between ranks, such as a rank's number."""
 
 
 def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
-    """The weights of a program partitioned for several ranks, or of one rank's, by name, on a mesh of the ranks.
+    """The weights by name, on a mesh of the ranks, of a partitioned program or of one rank's program.
 
-    `full_tensor()` of each is the model's weight. What `partition` made to tell ranks apart is left out.
+    `full_tensor()` of each is the model's weight. Constants that `partition` added are left out.
 
-    Raises: UnsupportedError for a mesh of another size, and for a weight that no placement of torch's says the truth of.
+    Raises: UnsupportedError for a mesh of another size, and for a weight whose placement `DTensor` cannot express.
     """
     from torch.distributed.tensor import DTensor
 
@@ -74,7 +74,7 @@ def _placed(program: Program, node: fx.Node) -> Placed:
 def _described(
     name: str, weight: torch.Tensor, placed: Placed, world_size: int, rank: int
 ) -> tuple[torch.Tensor, list[int], Placement]:
-    """This rank's part without what fills it up, the shape of the whole, and the placement. Raises: UnsupportedError."""
+    """This rank's shard without padding, the shape of the whole weight, and the placement. Raises: UnsupportedError."""
     from torch.distributed.tensor import Shard
 
     shape, local = [*weight.shape], weight.detach()

@@ -1,7 +1,7 @@
-"""Linear layers that no pair has, and that ranks share nevertheless: each is sharded by itself.
+"""Linear layers that belong to no pair and are sharded by themselves.
 
-Pairs of layers need one sum over ranks for two weights; a layer by itself needs a collective of its own. It is worth that where
-weights would otherwise not fit, so the largest layers are sharded, and no more of them than the share asked for takes.
+A pair of layers needs one all-reduce for two weights; a lone layer needs a collective of its own. That pays off where weights
+would not fit otherwise, so the largest layers are sharded first, and only until the requested fraction of weights is reached.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def lone_layers(
     share: float,
     whole: Collection[fx.Node],
 ) -> list[ShardSite]:
-    """The layers to shard by themselves so that `share` of all weights of linear layers is sharded; layers of one size all or
-    none.
+    """The layers to shard by themselves so that the fraction `share` of the weights of linear layers is sharded.
 
-    placed: how weights lie without them. whole: layers the user wants on every rank.
+    Of layers of one size, all or none are sharded.
+    placed: the placements without them. whole: layers the user wants replicated.
     """
     layers = linear_weights(program)
     sizes = {weight: program.weight(str(weight.target)).numel() for weight in layers}
@@ -59,15 +59,15 @@ def lone_layers(
 
 
 def own_placement(site: ShardSite, number: int, world_size: int) -> Placed:
-    """How the weight of a layer that is sharded by itself lies. number: of the site in the plan."""
+    """The placement of the weight of a layer that is sharded by itself. number: index of the site in the plan."""
     size = nodes.tensor_type(site.weight).shape[site.dim]
     return sharded((site.dim, (Span(1, size, 1, world_size, site=number),)))
 
 
 def _alone(layer: fx.Node, weight: fx.Node, world_size: int) -> ShardSite | None:
-    """The site of one layer: by columns where each rank gets one, else by rows; None where its weight is not sharded so.
+    """The site of one layer: column-wise where each rank gets a feature, else row-wise; None where neither is possible.
 
-    A weight for each head (`bmm`) is not: PyTorch has no type for `baddbmm` whose bias is broadcast and whose sizes vary.
+    Per-head weights (`bmm`) stay whole: PyTorch infers no type for `baddbmm` with a broadcast bias and dynamic sizes.
     """
     if layer.target in (aten.bmm.default, aten.baddbmm.default):
         return None
@@ -85,7 +85,7 @@ def _alone(layer: fx.Node, weight: fx.Node, world_size: int) -> ShardSite | None
 
 
 def _result(layer: fx.Node, weight: fx.Node, placed: Placed, world_size: int) -> Placed:
-    """How the result of a layer lies when its weight lies so, and what it reads is whole."""
+    """The placement of a layer's output when its weight has this placement and its input is replicated."""
     between: list[fx.Node] = []
     pending = [item for item in layer.all_input_nodes if item is not input_of(layer)]
     seen = set[fx.Node]()

@@ -1,6 +1,6 @@
 """The plan of tensor parallelism: the placement of every value, and the collectives between them.
 
-Sites (`sites.py`) say which axes are sharded; weights are sharded wherever these axes occur, and one rule per operator
+Sites (`sites.py`) name the axes to shard; weights are sharded wherever these axes occur, and one rule per operator
 (`rules/table.py`) infers the placement of its outputs. A value is redistributed where a reader wants another placement. Weights
 without a sharded axis, such as a bias after an all-reduce, take the placement that their reader wants.
 """
@@ -32,16 +32,16 @@ Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
 Joint = Mapping[fx.Node, tuple[Exchange, ...]]
 
 SHARE = 0.95
-"""The default fraction of the weights of linear layers that is sharded, where possible."""
+"""The default fraction of the weights of linear layers to shard, where possible."""
 
 
 @dataclass(frozen=True)
 class Redistribution:
     """A value that a reader wants in another placement.
 
-    value: what is redistributed. reader: the first that wants it. have, want: the placements. steps: `all-reduce`,
-    `reduce-scatter`, `all-gather`, `slice`, `mask` (one rank keeps it, the others have zeros) and `spread` (a rank has zeros
-    where others have their positions), in order.
+    value: the value to redistribute. reader: its first reader that wants it. have, want: the placements. steps: `all-reduce`,
+    `reduce-scatter`, `all-gather`, `slice`, `mask` (rank 0 keeps the value, the others have zeros) and `spread` (a rank's
+    positions, zeros at those of other ranks), in order.
     """
 
     value: fx.Node
@@ -59,12 +59,12 @@ class Redistribution:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a program is shared by `world_size` ranks.
+    """The placements and collectives of a program on `world_size` ranks.
 
-    placed: for every node how what it yields lies. sites: what is sharded. left: what could be and is not, with the reason in
-    `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read values
-    which were sharded. joint: the collectives inside operators that ranks work out together on their parts.
-    sequence: whether values between the layers are sharded by position where they can be.
+    placed: the placement of every node. sites: the sharded sites. left: the sites that stay replicated, with the reason in
+    `obstacle`. moves: the redistributions, each value and placement once. gathered: operators without a rule that read sharded
+    values. joint: the collectives inside operators that work on shards. sequence: whether values between the layers are sharded
+    by position where possible.
     """
 
     world_size: int
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def cost(self) -> tuple[int, int]:
-        """How many collectives there are before any are merged, and how many numbers they send; sizes that vary count as 1."""
+        """The number of collectives before any are merged, and of elements they send; dynamic sizes count as 1."""
         found = [item for items in (*(move.exchanges for move in self.moves), *self.joint.values()) for item in items]
         return len(found), sum(ROUNDS[item.kind] * math.prod(n for n in item.shape if isinstance(n, int)) for item in found)
 
@@ -98,10 +98,10 @@ def make_plan(
 ) -> Plan:
     """The plan for a program.
 
-    whole: sites and layers the user wants on every rank, by their node, with the pattern that says so.
+    whole: nodes of sites and layers that the user wants replicated, with the entry of `plan` that names them.
     layers: linear layers the user names, each `column-wise` or `row-wise`.
-    share: the least share of the weights of linear layers that is to be sharded: where pairs of layers are fewer, others are
-        sharded by themselves. sequence: whether values between the layers are sharded by position.
+    share: least fraction of the weights of linear layers to shard: where pairs of layers hold less, other layers are sharded by
+        themselves. sequence: whether values between the layers are sharded by position.
     """
     found, whole, layers = program.fact(axes), whole or {}, layers or {}
     sites = [
@@ -122,14 +122,14 @@ def make_plan(
     mixed = _settle(program, found, [*pairs.sites, *mixers], pairs.left, world_size, sequence)
     if lone := lone_layers(program, world_size, mixed.placed, share, whole):
         mixed = _settle(program, found, [*mixed.sites, *lone], mixed.left, world_size, sequence)
-    # What mixes tokens is sharded by its channels where that takes fewer collectives than its layers, each sharded by itself.
+    # Token mixers are sharded by channel where that takes fewer collectives than sharding each of their layers by itself.
     return mixed if mixed.cost <= alone.cost else alone
 
 
 def _settle(
     program: Program, found: Axes, sites: Sequence[ShardSite], left: Sequence[ShardSite], world_size: int, sequence: bool
 ) -> Plan:
-    """The plan that shards as many of these sites as can be; the others join those that are left, with the reason."""
+    """The plan that shards as many of these sites as possible; the others are added to `left`, with the reason."""
     sites, left = list(sites), list(left)
     while True:
         try:
@@ -163,7 +163,7 @@ class _Planner:
         self.fixed: set[fx.Node] = set()
 
     def run(self) -> tuple[Known, tuple[Redistribution, ...], tuple[fx.Node, ...], Joint]:
-        """The placements once weights lie as what reads them wants.
+        """The placements, redistributions, gathered operators and joint collectives, once weights suit their readers.
 
         Raises: _RefusedError.
         """
@@ -179,12 +179,15 @@ class _Planner:
                 )
 
     def planned(self, node: fx.Node, dim: int) -> Spans:
-        """How the plan shards a dimension of a value, told from its axis."""
+        """The spans of a dimension of a value, from its axis.
+
+        Raises: _RefusedError where the axis mixes sharded and other elements.
+        """
         spans = spans_of(self.found.axis(node, dim), self.sharded_axes)
         if spans is None:
             atoms = [atom.find() for atom in self.found.axis(node, dim).atoms()]
             number = next(self.sharded_axes[atom][2] for atom in atoms if atom in self.sharded_axes)
-            raise _RefusedError(number, f"'{node.name}' mixes what would be sharded with other things along dimension {dim}")
+            raise _RefusedError(number, f"'{node.name}' mixes sharded and other elements along dimension {dim}")
         return spans
 
     def _reading(self, known: Known) -> Reading:
@@ -194,7 +197,7 @@ class _Planner:
         return sharded(*((dim, self.planned(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
 
     def _propagate(self) -> tuple[Known, dict[fx.Node, list[tuple[fx.Node, Placed]]], tuple[fx.Node, ...]]:
-        """The placement of every value, how each is wanted by what reads it, and the operators without a rule that gather."""
+        """The placement of every value, those its readers want, and the operators without a rule that read sharded values."""
         known: Known = {}
         wants: dict[fx.Node, list[tuple[fx.Node, Placed]]] = defaultdict(list)
         gathered: list[fx.Node] = []
@@ -222,7 +225,7 @@ class _Planner:
         return known, wants, tuple(gathered)
 
     def _adapt(self, known: Known, wants: Mapping[fx.Node, list[tuple[fx.Node, Placed]]]) -> bool:
-        """Let weights lie as all that reads them wants; whole where readers differ. True when one was changed."""
+        """Give weights the placement that all their readers want, replicated where they differ; True when one changed."""
         changed = False
         for weight, have in self.weights.items():
             wanted = {want for _, want in wants[weight]}
@@ -252,7 +255,7 @@ class _Planner:
         return tuple(sorted(moves.values(), key=lambda move: order[move.reader]))
 
     def _refuse(self, node: fx.Node, known: Known, reason: str) -> None:
-        """Give up the site whose shards meet a call that does not take it.
+        """Give up the site whose shards reach a call that cannot take them.
 
         Raises: _RefusedError.
         """
@@ -265,9 +268,9 @@ class _Planner:
 
 
 def redistribution_steps(have: Placed, want: Placed, world_size: int, *, has_whole: bool = False) -> tuple[str, ...] | None:
-    """The steps from one placement to another; None where there is no way.
+    """The steps from one placement to another; None where there are none.
 
-    has_whole: whether every rank is given the whole of a sum for another reader, so that it can take its positions from it.
+    has_whole: whether another reader needs the all-reduced sum, so that each rank can slice its positions from it.
     """
     steps: list[str] = []
     if have.partial and want.is_by_position:
@@ -294,7 +297,7 @@ def _is_fixed(spans: Spans) -> bool:
 
 
 def sharded_share(program: Program) -> float:
-    """The share of the weights of linear layers, mixtures of experts included, that the program's placements shard."""
+    """The fraction of the weights of linear layers, mixtures of experts included, that the program's placements shard."""
     total, held = 0, 0
     for weight in linear_weights(program):
         placed = nodes.placed(weight)

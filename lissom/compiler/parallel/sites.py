@@ -1,8 +1,8 @@
-"""Which axes of a program tensor parallelism shards: heads, neurons, vocabularies, told from its structure.
+"""The axes that tensor parallelism shards: heads, neurons and vocabularies, found in the program's structure.
 
-Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, §3): queries, keys, values, up and gate by columns, output and down by rows,
-embeddings and output heads by vocabulary. A site is a set of atomic axes and into how many parts each is sharded; wherever they
-occur, in weights, scales, biases of attention or state, is known from the axes.
+Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, §3): queries, keys, values, up and gate column-wise, output and down
+row-wise, embeddings and LM heads by vocabulary. A site is a set of atomic axes with the number of shards of each. The axes
+analysis knows where they occur: in weights, scales, attention biases and state.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ ShardedAxes = Mapping[Axis, tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class ShardSite:
-    """A part of a program that is sharded.
+    """A part of a program that can be sharded.
 
     kind: `attention`, `feed-forward`, `experts`, `embedding`, `output head`, `mixer`; `layer` for one the user names, `gathered
         layer` and `summed layer` for one that is sharded by itself.
-    node: the operator it is reported at. path: its module. sharded_axes: the atomic axes, into how many parts each is sharded,
-        and how many neighbouring ranks hold the same part.
+    node: the operator it is reported at. path: its module. sharded_axes: the atomic axes, each with its number of shards and
+        the number of neighbouring ranks that hold the same shard.
     obstacle: why it is not sharded; empty where it is.
-    weight, dim: of a layer that is sharded by itself, the weight and the dimension that is sharded; no axis is.
+    weight, dim: the weight of a layer that is sharded by itself, and its sharded dimension; `sharded_axes` is empty then.
     """
 
     kind: str
@@ -63,7 +63,7 @@ class ShardSite:
 
 
 def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]) -> list[ShardSite]:
-    """The sites of a program for so many ranks. layers: linear layers the user names, each `column-wise` or `row-wise`."""
+    """The sites of a program on `world_size` ranks. layers: linear layers the user names, each `column-wise` or `row-wise`."""
     found, facts = program.fact(axes), program.fact(structure)
     sites = [_attention(found, site, world_size) for site in facts.attention]
     for item in facts.feed_forward:
@@ -88,10 +88,10 @@ def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]
 
 
 def mixer_sites(program: Program, world_size: int, layers: Collection[fx.Node]) -> list[ShardSite]:
-    """What recurrences and short convolutions mix tokens with: channels that one of these layers gives and another reads.
+    """The inner channels of recurrences and short convolutions: outputs of one of these layers and inputs of another.
 
     Mamba's inner channels are an example: projected in, convolved, run through the recurrence, and projected out. Channels of
-    the residual stream are not of this kind.
+    the residual stream do not count.
     layers: linear layers that no other site shards.
     """
     found = program.fact(axes)
@@ -117,7 +117,7 @@ def _axes(found: Axes, places: Iterable[tuple[fx.Node, int]]) -> list[Axis]:
 
 
 def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> ShardSite:
-    """A site of which the largest factor of each segment of these axes is sharded."""
+    """A site that shards the outermost atom of fixed size in each segment of these axes."""
     chosen: dict[Axis, tuple[int, int]] = {}
     path = nodes.origin(node).module_path
     for axis in axes:
@@ -127,13 +127,13 @@ def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> S
             if atom is None:
                 return ShardSite(kind, node, path, {}, "its features are no axis of a fixed size")
             if cast(int, atom.size) < world_size:
-                return ShardSite(kind, node, path, {}, f"an axis of {atom.size} gives {world_size} ranks nothing to share")
+                return ShardSite(kind, node, path, {}, f"an axis of {atom.size} is too short for {world_size} ranks")
             chosen[atom] = world_size, 1
     return ShardSite(kind, node, path, chosen)
 
 
 def _attention(found: Axes, site: AttentionSite, world_size: int) -> ShardSite:
-    """The heads, and the key/value groups they read."""
+    """The site of an attention: its query heads, and the key/value heads they read."""
     rank = nodes.tensor_type(site.node).rank
     if site.output is None or rank < 3:
         return ShardSite("attention", site.node, site.path, {}, "no layer projects its heads out")
@@ -149,16 +149,14 @@ def _attention(found: Axes, site: AttentionSite, world_size: int) -> ShardSite:
             continue
         parts = _shard_heads(factors, world_size)
         if parts is None:
-            return ShardSite(
-                "attention", site.node, site.path, {}, f"{site.heads} heads give {world_size} ranks nothing to share"
-            )
+            return ShardSite("attention", site.node, site.path, {}, f"{site.heads} heads are too few for {world_size} ranks")
         chosen |= parts
     reason = "" if chosen else "it has one head"
     return ShardSite("attention", site.node, site.path, chosen, reason)
 
 
 def _heads(axis: Axis, site: AttentionSite) -> list[Axis] | None:
-    """The atoms that number heads, key/value groups first; none where there is one head, None where they are not told apart."""
+    """The atoms of the heads, key/value groups first; empty for one head, None where heads are no axis of their own."""
     factors = [factor.find() for factor in axis.factors()]
     for first in range(len(factors) + 1):
         total: Size = 1
@@ -171,7 +169,7 @@ def _heads(axis: Axis, site: AttentionSite) -> list[Axis] | None:
 
 
 def _shard_heads(factors: Sequence[Axis], world_size: int) -> dict[Axis, tuple[int, int]] | None:
-    """Groups are dealt out to ranks, and where there are fewer groups than ranks, the heads in each group too."""
+    """Shards the key/value groups, and with fewer groups than ranks also the heads in each group; None where that fails."""
     first, *more = factors
     size = cast(int, first.size)
     if size >= world_size:
@@ -181,12 +179,12 @@ def _shard_heads(factors: Sequence[Axis], world_size: int) -> dict[Axis, tuple[i
     total = size
     for item in more:
         total *= cast(int, item.size)
-    # Filled up with zeros as long as more than half of the ranks have a head.
+    # Padded with zeros as long as more than half of the ranks have a head.
     return {first: (world_size, 1)} if 2 * size > world_size or (total >= world_size and size > 1) else None
 
 
 def _is_vocabulary(node: fx.Node) -> bool:
-    """True for rows looked up by what the caller gives, through shapes, casts and arithmetic with numbers, as a hash has."""
+    """True for an embedding whose ids are a program input, possibly reshaped, cast or hashed by arithmetic with numbers."""
     ids = node.args[1]
     while isinstance(ids, fx.Node) and ids.op == "call_function":
         alone = is_pointwise(ids) and len(ids.all_input_nodes) == 1
@@ -197,7 +195,7 @@ def _is_vocabulary(node: fx.Node) -> bool:
 
 
 def _is_scored(node: fx.Node) -> bool:
-    """True for a layer with more features than it reads, of which tokens are chosen, or told the probability of."""
+    """True for a layer with more output than input features whose outputs are logits: argmax, top-k or softmax reads them."""
     features, read = (nodes.tensor_type(item).shape[-1] for item in (node, input_of(node)))
     if feature_dim(node) != -1 or not isinstance(features, int) or not isinstance(read, int) or features <= read:
         return False
@@ -216,7 +214,7 @@ def _is_scored(node: fx.Node) -> bool:
 
 
 def _reached(start: fx.Node, ends: set[fx.Node]) -> bool:
-    """True where a value is computed from one of these nodes element by element."""
+    """True where a value is computed from one of these nodes by element-wise operators and views only."""
     pending, seen = [start], set[fx.Node]()
     while pending:
         node = pending.pop()
@@ -230,7 +228,7 @@ def _reached(start: fx.Node, ends: set[fx.Node]) -> bool:
 
 
 def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
-    """Every linear layer with the weight it multiplies with, those of mixtures of experts too, whose weights may be stacked."""
+    """Every linear layer with its weight, including those of mixtures of experts, whose weights may be stacked."""
     found: list[tuple[fx.Node, fx.Node]] = []
     for node in program.nodes():
         if is_linear(node):
@@ -246,14 +244,14 @@ def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _stack(weight: object) -> fx.Node | None:
-    """The stack a matrix is picked from by its number; None for any other."""
+    """The stacked weight that `select` picks a matrix from; None for any other value."""
     while nodes.is_call(weight, aten.select.int):
         weight = weight.args[0]
     return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:
-    """The weights of linear layers, those of mixtures of experts too, with the layers; convolutions are left out."""
+    """The weights of linear layers with their layers, including mixtures of experts but not convolutions."""
     found: dict[fx.Node, list[fx.Node]] = {}
     for node, weight in linear_layers(program):
         if feature_dim(node) == -1:
@@ -262,9 +260,10 @@ def linear_weights(program: Program) -> dict[fx.Node, list[fx.Node]]:
 
 
 def spans_of(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
-    """How a dimension of that axis is sharded when atoms are; empty when none of its atoms is, None when blocks would not show.
+    """The spans of a dimension of that axis when these atoms are sharded.
 
-    sharded_axes: for each atom, into how many parts, how many neighbouring ranks hold the same one, and the number of its site.
+    Empty when none of its atoms is sharded, None when spans cannot express the shards.
+    sharded_axes: for each atom its number of shards, the number of neighbouring ranks with the same one, and its site's index.
     """
     axis = axis.find()
     if not any(atom.find() in sharded_axes for atom in axis.atoms()):

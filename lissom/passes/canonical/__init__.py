@@ -1,1 +1,1 @@
-"""Exact passes that bring any author's spelling into one form."""
+"""Exact passes that bring equivalent code into one canonical form."""

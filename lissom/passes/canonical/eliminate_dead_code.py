@@ -1,6 +1,6 @@
 """Remove the nodes whose results nothing reads, and the weights no node reads.
 
-Every pass is followed by the same clean-up; this pass makes what was dead on arrival visible in the history.
+The same clean-up runs after every pass; this pass shows dead code of the captured program in the history.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Compute once what depends on no input: the operators that read only weights, buffers and numbers.
+"""Evaluate operators that depend on no input at compile time: those that read only weights, buffers and numbers.
 
 A constant is stored in the program under `folded.<node>`. Trainable weights that are folded stay trainable in their folded
-form. Left alone: views of one weight (they cost nothing and keep it shared), constants larger than what they are computed
-from, what the caller is given to keep, random numbers, and state.
+form. Left alone: views of one weight (they cost nothing and keep it shared), constants larger than these weights, outputs that
+the caller may modify, random numbers, and state.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FoldConstants(Rewrite):
                 continue
             allowed = max(_SMALL_BYTES, sum(map(_bytes, inputs)))
             if _bytes(node) > allowed:
-                edit.skip(node, "the constant would be larger than what it is computed from")
+                edit.skip(node, "the constant would be larger than the weights it is computed from")
                 continue
             result = evaluate_nodes(edit.program.graph_module, node)
             trainable = result.is_floating_point() and any(_is_trainable(edit, used) for used in inputs)
@@ -80,7 +80,7 @@ def _only_views(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """Where the constant is stored: `folded.<node>`, unless modules have a method of that name, as `to`."""
+    """The constant's name: `folded.<node>`, unless modules have a method of that name, such as `to`."""
     return f"folded.{node.name}_1" if hasattr(nn.Module, node.name) else f"folded.{node.name}"
 
 

@@ -1,7 +1,7 @@
-"""Compute equal things once: calls of the same operator on the same arguments become one, and so do equal sizes and numbers.
+"""Compute equal values once: merge calls of the same operator on the same arguments, equal sizes and equal numbers.
 
 Two sizes are equal when they are the same expression of the program's dimensions, whichever tensor each is read from. Constants
-of rank 0, which a capture makes for every literal tensor in the model's code, are equal when they have the same type and value.
+of rank 0, which capture creates for every literal tensor in the model's code, are equal when they have the same type and value.
 """
 
 from __future__ import annotations

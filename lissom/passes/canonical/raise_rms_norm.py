@@ -1,4 +1,4 @@
-"""Raise root-mean-square normalisation written out in parts to `rms_norm`.
+"""Raise root-mean-square normalization written as separate operators to `rms_norm`.
 
     rms_norm(x) = x / √(mean(x²) + ε) · w            Zhang & Sennrich 2019, eq. 4
 
@@ -26,7 +26,7 @@ _ADD = {aten.add.Tensor, aten.add.Scalar}
 
 @dataclass(frozen=True)
 class RaiseRmsNorm(Rewrite):
-    """Replaces RMS norms written in parts by `rms_norm`."""
+    """Replaces RMS norms written as separate operators by `rms_norm`."""
 
     def run(self, edit: Editor) -> None:
         for mean in edit.nodes(aten.mean.dim):
@@ -96,12 +96,12 @@ def _times(factor: fx.Node, x: fx.Node) -> fx.Node | None:
 
 
 def _is_same(item: object, x: fx.Node) -> bool:
-    """True when both are one value, in whatever floating dtype."""
+    """True when both are the same value, apart from casts between floating dtypes."""
     return nodes.is_tensor(item) and strip_casts(item) is strip_casts(x)
 
 
 def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> None:
-    """Put `rms_norm` in place of the normalised value, its cast and its weight, as far as they follow."""
+    """Replace the normalized value, and a cast and a weight after it where there are any, by `rms_norm`."""
     root, source, weight = normalised, x, None
     cast = _only_user(root, aten.to.dtype, aten._to_copy.default)
     original = strip_casts(x)

@@ -1,10 +1,10 @@
-"""Raise rotary position embedding written out in parts to `lissom::rotary`.
+"""Raise rotary position embedding written as separate operators to `lissom::rotary`.
 
     (a, b) -> (a · cos − b · sin, b · cos + a · sin)                Su et al. 2021 (RoFormer), eq. 34
 
-Spellings found: x · cos + turned(x) · sin, where turned(x) swaps the halves of the features (GPT-NeoX, Llama) or neighbours
-(GPT-J, RoFormer) with a minus sign; the two results computed apart and joined (GPT-OSS); and the product of complex numbers
-(Llama 4, DeepSeek). A model that turns a part of its features only keeps its slices around the operator.
+Recognized forms: x · cos + rotated(x) · sin, where rotated(x) swaps the halves of the features (GPT-NeoX, Llama) or neighbours
+(GPT-J, RoFormer) with a minus sign; both results computed separately and concatenated (GPT-OSS); and the product of complex
+numbers (Llama 4, DeepSeek). A model that rotates only some of its features keeps its slices around the operator.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ aten = torch.ops.aten
 
 _FIRST, _SECOND, _EVEN, _ODD = "first half", "second half", "even", "odd"
 _MOVES = (*RESHAPES, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.transpose.int)
-"""Operators that move the numbers of their first argument and change none."""
+"""Operators that move the elements of their first argument and change none."""
 _PAIRS = {(_FIRST, _SECOND): False, (_EVEN, _ODD): True}
-"""The two parts of x that are turned together, and whether they are interleaved."""
+"""The two parts of x that are rotated together, and whether they are interleaved."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Rotary:
 
 @dataclass(frozen=True)
 class RaiseRotary(Rewrite):
-    """Replaces rotary position embedding written in parts by one operator."""
+    """Replaces rotary position embedding written as separate operators by `lissom::rotary`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(aten.add.Tensor):
@@ -84,7 +84,7 @@ class RaiseRotary(Rewrite):
 
 
 def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The two parts of a complex value. Of one made from an angle no complex number is computed, which few backends can."""
+    """The real and imaginary parts of a complex value; cos and sin of a known angle (few backends have complex)."""
     if nodes.is_call(number, aten.polar.default):
         length, angle = number.args
         parts = edit.call(aten.cos.default, angle), edit.call(aten.sin.default, angle)
@@ -104,7 +104,7 @@ def _real_and_imaginary(edit: Editor, number: fx.Node) -> tuple[fx.Node, fx.Node
 
 
 def _broadcasts(found: _Rotary) -> bool:
-    """True when cos and sin have an angle a feature, or one a pair, and the result has the shape of x."""
+    """True when cos and sin have one angle per feature, or per pair, and the result has the shape of x."""
     x, cos, sin = (nodes.tensor_type(item) for item in (found.x, found.cos, found.sin))
     width = x.shape[-1]
     if not isinstance(width, int) or width % 2 or cos.shape[-1:] != sin.shape[-1:] or max(cos.rank, sin.rank) > x.rank:
@@ -113,7 +113,7 @@ def _broadcasts(found: _Rotary) -> bool:
 
 
 def _sum_of_products(node: fx.Node) -> _Rotary | None:
-    """x · cos + turned(x) · sin."""
+    """x · cos + rotated(x) · sin."""
     if node.kwargs or not all(nodes.is_call(item, aten.mul.Tensor) for item in node.args):
         return None
     for straight, crossed in (node.args, reversed(node.args)):
@@ -136,7 +136,7 @@ def _orders(product: object) -> list[tuple[fx.Node, fx.Node]]:
 
 
 def _turned(node: object) -> tuple[fx.Node, bool] | None:
-    """x and whether its pairs are neighbours, when the node is x with each pair (a, b) made (−b, a)."""
+    """x and whether its pairs are neighbours, when the node replaces each pair (a, b) of x by (−b, a)."""
     parts = _joined(node)
     if parts is None or not nodes.is_call(parts[0], aten.neg.default):
         return None
@@ -145,7 +145,7 @@ def _turned(node: object) -> tuple[fx.Node, bool] | None:
 
 
 def _two_results(node: fx.Node) -> _Rotary | None:
-    """a · cos − b · sin and b · cos + a · sin, joined."""
+    """a · cos − b · sin and b · cos + a · sin, concatenated."""
     parts = _joined(node)
     if parts is None:
         return None
@@ -173,7 +173,7 @@ def _one_a_pair(x: fx.Node, cos: fx.Node, sin: fx.Node) -> bool:
 
 
 def _joined(node: object) -> tuple[fx.Node, fx.Node] | None:
-    """The two parts laid end to end, or interleaved, along the last dimension."""
+    """The two parts concatenated or interleaved along the last dimension."""
     if nodes.is_call(node, *RESHAPES):
         stacked = node.args[0]
         if not nodes.is_call(stacked, aten.stack.default) or not _flattens_pairs(node, stacked):
@@ -208,7 +208,7 @@ def _in_pairs(node: fx.Node) -> bool:
 
 
 def _pair(a: object, b: object) -> tuple[fx.Node, bool] | None:
-    """x and whether its pairs are neighbours, when a and b are the two parts of x that are turned together."""
+    """x and whether its pairs are neighbours, when a and b are the two parts of x that are rotated together."""
     first, second = _part(a), _part(b)
     if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) not in _PAIRS:
         return None
@@ -216,7 +216,7 @@ def _pair(a: object, b: object) -> tuple[fx.Node, bool] | None:
 
 
 def _part(node: object) -> tuple[fx.Node, str] | None:
-    """The value a node is a half of, and which half."""
+    """The value that a node is one half of, and which half."""
     if nodes.is_call(node, operator.getitem):
         return _piece(node)
     if not nodes.is_call(node, aten.slice.Tensor) or not nodes.is_tensor(node.args[0]):

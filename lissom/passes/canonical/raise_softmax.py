@@ -1,8 +1,8 @@
-"""Raise softmax written out in parts to one operator.
+"""Raise softmax written as separate operators to one operator.
 
     softmax(x) = exp(x − c) / Σ exp(x − c)        c the same along the dimension; c = max x keeps exp from overflowing
 
-The shift by the maximum may be there or not. Without it the written-out form overflows where the operator does not.
+The subtraction of the maximum is optional. Without it the separate operators overflow where `softmax` does not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RaiseSoftmax(Rewrite):
-    """Replaces softmax written in parts by `softmax`."""
+    """Replaces softmax written as separate operators by `softmax`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(aten.div.Tensor):

@@ -1,9 +1,9 @@
-"""Remove operators that give back what they were given.
+"""Remove operators that return their argument unchanged.
 
-Dropout outside training, assertions, aliases and copies, casts to the dtype at hand, slices, expands and reshapes to the
-same sizes, and additions of 0 or multiplications by 1. An operator of these kinds is the identity exactly when its result has
-its argument's type. `view` becomes `reshape`, because removing a copy may leave it a tensor it cannot view, and a cast to
-another tensor's type names the dtype.
+Dropout outside training, assertions, aliases and copies, casts to the same dtype, slices, expands and reshapes to the same
+sizes, and additions of 0 or multiplications by 1. Such an operator is the identity exactly when its result has its argument's
+type. `view` becomes `reshape`, because without a copy its argument may have strides that it cannot view; `type_as` becomes a
+cast to a named dtype.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _ONE_IS_NEUTRAL = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.S
 
 @dataclass(frozen=True)
 class RemoveNoOps(Rewrite):
-    """Removes dropout, assertions, aliases, copies, and casts and shape changes that change nothing."""
+    """Removes dropout, assertions, aliases, copies, and casts and shape changes without effect."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes():
@@ -89,13 +89,13 @@ def _gives_back(node: fx.Node) -> bool:
 
 
 def _is_number(node: fx.Node, neutral: int) -> bool:
-    """True when the second argument is this number; a number in another dtype is caught by the result's type."""
+    """True when the second argument is this number; type promotion shows in the result's type."""
     other = node.args[1] if len(node.args) > 1 else None
     return isinstance(other, (int, float)) and other == neutral and "rounding_mode" not in node.kwargs
 
 
 def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
-    """True for a copy something rests on: an input, weight or state that would be handed out itself, or a layout."""
+    """True for a copy that is needed: an input, weight or state that would be returned itself, or a memory layout."""
     if not _copies(node):
         return False
     memory = memory_of(source)
@@ -107,6 +107,6 @@ def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
 
 
 def _copies(node: fx.Node) -> bool:
-    """True when the result has memory of its own, even where nothing is computed."""
+    """True when the result has memory of its own, even where its values are unchanged."""
     copy = node.target in (aten.to.dtype, aten.to.device, aten.to.other) and bool(nodes.argument(node, "copy"))
     return copy or node.target in _COPIES or not is_view(node)

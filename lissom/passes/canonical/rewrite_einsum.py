@@ -3,8 +3,8 @@
     einsum("bihd,bjhd->bhij", q, k) = matmul(permute(q, b h i d), permute(k, b h d j))
 
 Letters in both operands and the result are batch, letters in both but not in the result are contracted, the others are rows and
-columns. Afterwards every product is a `matmul`, which attention and linear layers are recognised by. Left alone: one operand or
-more than two, repeated letters, ellipses, and letters summed over in one operand alone.
+columns. Other passes recognize attention and linear layers by `matmul`. Left alone: a single operand, repeated letters,
+ellipses, and letters summed over in one operand only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class _Letters:
-    """An equation of two operands, its letters sorted by what happens to them."""
+    """The letters of an equation of two operands, by kind."""
 
     left: str
     right: str
@@ -58,9 +58,9 @@ class RewriteEinsum(Rewrite):
 
 
 def _in_pairs(edit: Editor, node: fx.Node) -> list[fx.Node]:
-    """An einsum of several operands as einsums of two, from left to right as PyTorch computes it; else the node itself.
+    """An einsum of several operands as einsums of two, from left to right as in PyTorch; any other node unchanged.
 
-    Each keeps the letters that what follows needs.
+    Each keeps the letters that the remaining operands and the result need.
     """
     operands = cast("list[fx.Node]", node.args[1])
     inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
@@ -82,7 +82,7 @@ def _in_pairs(edit: Editor, node: fx.Node) -> list[fx.Node]:
 
 
 def parse(equation: str) -> _Letters | None:
-    """The letters of an equation of two operands; None when it is no plain product."""
+    """The letters of an equation of two operands; None when it is no matrix product."""
     inputs, arrow, result = equation.replace(" ", "").partition("->")
     left, comma, right = inputs.partition(",")
     if not arrow or not comma or not (left + right + result).isalpha():
@@ -100,7 +100,7 @@ def parse(equation: str) -> _Letters | None:
 
 
 def _varying(operand: fx.Node, term: str, group: str) -> int:
-    """1 when a group of several letters holds a size that varies, so that folding it takes the one -1 of a reshape."""
+    """1 when a group of several letters has a dynamic size, so that flattening it takes the one -1 of a reshape."""
     shape = nodes.tensor_type(operand).shape
     return int(len(group) != 1 and any(not isinstance(shape[term.index(letter)], int) for letter in group))
 
@@ -123,7 +123,7 @@ def _product(edit: Editor, operands: Sequence[fx.Node], letters: _Letters) -> fx
 def _arranged(
     edit: Editor, operand: fx.Node, term: str, batch: str, first: str, second: str, sizes: dict[str, fx.Node | int]
 ) -> fx.Node:
-    """An operand as [*batch, first, second], each of the two groups folded into one dimension."""
+    """An operand as [*batch, first, second], each of the two groups flattened into one dimension."""
     found = _permuted(edit, operand, term, batch + first + second)
     if len(first) == len(second) == 1:
         return found

@@ -1,13 +1,13 @@
-"""Write masks that indexing and counting make as views of what they come from.
+"""Replace attention masks built by indexing with ranges by views of the underlying mask.
 
     x[arange(n)[:, None], arange(m)]   ->  x                 n, m the sizes of x; any dimensions of size 1 between and around
     arange(n) >= 0                     ->  true
     a & true                           ->  a                 expanded to the size of both
 
-Hugging Face's models write the mask of every attention this way, as a function of the positions of queries and keys: a dozen
-operators for what is a reshape. A small model on a short text notices, and later passes meet the mask itself.
+Hugging Face's models compute every attention mask this way, as a function of query and key positions: a dozen operators that
+amount to a reshape. Removing them saves time in small models on short texts, and later passes see the mask itself.
 
-A weight that holds 0, 1 … n - 1 counts as `arange(n)`: where a size is fixed, as that of a cache is, `fold-constants` made one.
+A weight that holds 0, 1 … n - 1 counts as `arange(n)`: `fold-constants` makes such weights where a size is constant.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lissom.compiler.pipeline.pass_kinds import Rewrite
 aten = torch.ops.aten
 
 _MOST = 1 << 16
-"""How many numbers of a weight are looked at; no cache or table of positions has more."""
+"""The most elements of a weight that are compared with a range; no cache or position table has more."""
 _VIEWS = (aten.unsqueeze.default, *RESHAPES, *EXPANDS)
 
 
 @dataclass(frozen=True)
 class SimplifyMasks(Rewrite):
-    """Simplifies attention masks: indexing by position becomes a reshape, and conditions that always hold go."""
+    """Simplifies attention masks: replaces indexing by position with a reshape, and removes conditions that always hold."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(aten.index.Tensor, *AND):
@@ -44,7 +44,7 @@ class SimplifyMasks(Rewrite):
 
 
 def _replace_indexing(edit: Editor, node: fx.Node) -> None:
-    """x indexed by all its positions in order, as x with dimensions of size 1 put in."""
+    """Replace x indexed by all its positions in order by x with dimensions of size 1 inserted."""
     x, indices = node.args
     found, rank = nodes.tensor_type(x), nodes.tensor_type(node).rank
     counts = [_counted(edit, item, rank) for item in indices]  # pyright: ignore
@@ -53,7 +53,7 @@ def _replace_indexing(edit: Editor, node: fx.Node) -> None:
     lengths = [item[0] for item in counts if item is not None]
     axes: list[int] = []
     for _, axis in filter(None, counts):
-        # One position may stand on any axis of size 1, so on the next.
+        # An index with one position may be assigned to any axis of size 1, so to the next.
         axes.append(axis if axis is not None else max(axes, default=-1) + 1)
     mode = edit.program.fake_mode
     same = (
@@ -67,7 +67,7 @@ def _replace_indexing(edit: Editor, node: fx.Node) -> None:
         for axis in range(rank):
             if axis not in axes:
                 view = edit.call(aten.unsqueeze.default, view, axis)
-    # What indexing yields is a copy, and the caller may write to what it is given.
+    # Indexing returns a copy, and the caller may write to an output.
     if view is not x or edit.program.output not in node.users:
         edit.replace(node, view)
 
@@ -91,7 +91,7 @@ def _counted(edit: Editor, index: object, rank: int) -> tuple[Size, int | None] 
 
 
 def _counted_length(edit: Editor, source: object) -> Size | None:
-    """The n of `arange(n)`, or of a weight that holds what it gives."""
+    """The n of `arange(n)`, or of a weight with the same values."""
     if nodes.is_call(source, *RANGES):
         found = nodes.tensor_type(source)
         return found.shape[0] if found.rank == 1 and _from_zero(source) else None
@@ -113,7 +113,7 @@ def _from_zero(count: fx.Node) -> bool:
 
 
 def _drop_true(edit: Editor, node: fx.Node) -> None:
-    """a & true as a, spread to the size of both."""
+    """Replace a & true by a, expanded to the size of both."""
     left, right = node.args
     if not all(nodes.is_tensor(item) and nodes.tensor_type(item).dtype == torch.bool for item in (left, right)):
         return

@@ -1,17 +1,17 @@
 """Cross-layer weight sharing: neighbouring transformer layers use one set of weights, which is stored once.
 
-Layers of one stack that have the same weights, by name, shape and dtype, are split into groups of neighbours, and a whole
-group reads the weights of its first layer. A weight that only some have, such as the table of relative positions in the first
-layer of T5, stays theirs. The FLOPs stay; the weights shrink by the layers without weights of their own. Lan et al.
-2019, ALBERT, §3.1, https://arxiv.org/abs/1909.11942, shares them in training; here they are tied afterwards, which costs much,
-so that training is to follow: the program trains as it is, a shared weight by the sum of its gradients.
+Layers of one stack that have the same weights, by name, shape and dtype, are split into groups of neighbours, and all layers of
+a group read the weights of its first layer. A weight that only some layers have, such as the relative position table in the
+first layer of T5, is not shared. The FLOPs stay; the model shrinks by the weights of the other layers. Lan et al. 2019, ALBERT,
+§3.1, https://arxiv.org/abs/1909.11942, share weights during training; here they are tied afterwards, which has a large error,
+so training should follow. The program trains as it is: a shared weight gets the sum of its gradients.
 
-What a group shares is the mean of its layers, or the weights of one. With calibration data and `take=auto` all are tried, and
-the one taken with which the program's outputs f have the least Σ‖f - f₀‖² / Σ‖f₀‖², f₀ those before the pass; groups are tied
-from the first to the last. Without data it is the mean.
+A group shares the mean of its layers' weights, or those of one layer. With calibration data and `take=auto` all choices are
+tried, and the one with the least Σ‖f - f₀‖² / Σ‖f₀‖² is taken, where f are the program's outputs and f₀ those before the pass.
+Groups are tied from first to last. Without data the mean is taken.
 
-`skip` and `only` are patterns of the modules that hold the weights, so that `only="*.attention"` shares attentions alone, as
-ALBERT's §4.5 compares. Integers, such as tables of positions, are shared where they are equal, and state never.
+`skip` and `only` are patterns of the modules that hold the weights, so that `only="*.attention"` shares attentions only, as in
+ALBERT, §4.5. Integer weights, such as position tables, are shared where they are equal; state is never shared.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approxim
 from lissom.errors import UnsupportedError
 
 Values = Mapping[str, torch.Tensor]
-"""The weights of a layer, by their names within it."""
+"""The weights of a layer, by their names inside the layer."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ class ShareLayers(Approximation):
             taken, values, error = self._choose(edit, group, wanted)
             _tie(edit, group, values)
             tied += len(group) - 1
-            found = f"; outputs err by {error:.2g} relative" if edit.data else ""
+            found = f"; relative error of outputs {error:.2g}" if edit.data else ""
             edit.note(f"{group[0].path} to {group[-1].path}: {len(group)} layers share {taken}{found}")
         edit.rewritten = tied
 
     def _groups(self, edit: Editor) -> list[list[Held]]:
-        """The groups to tie; layers without a neighbour to share with are reported."""
+        """The groups to tie; layers without a neighbour to share with are reported as skipped."""
         layers = [self._held(edit.program, layer) for layer in edit.program.fact(structure).layers]
         groups: list[list[Held]] = []
         for stack in _stacks(layers):
-            for group in self._cut(stack):
+            for group in self._grouped(stack):
                 reason = _obstacle(group, stack)
                 if reason is None:
                     groups.append(group)
@@ -90,7 +90,7 @@ class ShareLayers(Approximation):
                         edit.skip(layer.place, reason)
         return groups
 
-    def _cut(self, layers: list[Held]) -> list[list[Held]]:
+    def _grouped(self, layers: list[Held]) -> list[list[Held]]:
         if self.every is not None:
             return [layers[start : start + self.every] for start in range(0, len(layers), self.every)]
         count = min(self.groups or 1, len(layers))
@@ -112,7 +112,7 @@ class ShareLayers(Approximation):
         return Held(layer.path, place, reads)
 
     def _choose(self, edit: Editor, group: Sequence[Held], wanted: Sequence[object]) -> tuple[str, Values, float]:
-        """What a group shares, in words and as weights, and how far the outputs are off with it."""
+        """The weights that a group shares, their description, and the relative error of the outputs with them."""
         held = [
             {key: edit.program.weight(str(item[0].target)).detach() for key, item in layer.reads.items()} for layer in group
         ]
@@ -133,7 +133,7 @@ class ShareLayers(Approximation):
 
 @dataclass(frozen=True)
 class Held:
-    """A layer and the reads of its weights, by their names within it. place: a node of it, for reports."""
+    """A layer and the reads of its weights, by their names inside the layer. place: one of its nodes, for reports."""
 
     path: str
     place: fx.Node
@@ -141,7 +141,7 @@ class Held:
 
     @property
     def stack(self) -> str:
-        """The path of what the layer is one of."""
+        """The path of the stack that the layer belongs to."""
         return self.path.rpartition(".")[0]
 
     @property
@@ -151,7 +151,7 @@ class Held:
 
 
 def _stacks(layers: Sequence[Held]) -> list[list[Held]]:
-    """Runs of neighbours in one stack, with the weights they have in common: all that one of any two of them has."""
+    """Runs of neighbours in one stack, with the weights they have in common."""
     stacks: list[list[Held]] = []
     common: set[tuple[str, object]] = set()
     for layer in layers:
@@ -172,7 +172,7 @@ def _with_shared(stack: Sequence[Held]) -> list[Held]:
 
 
 def _obstacle(group: Sequence[Held], stack: Sequence[Held]) -> str | None:
-    """Why the layers of a group share nothing."""
+    """Why the layers of a group share no weights."""
     if not group[0].reads:
         return "none of its weights are to be shared"
     if len(stack) == 1:
@@ -183,7 +183,7 @@ def _obstacle(group: Sequence[Held], stack: Sequence[Held]) -> str | None:
 
 
 def mean(layers: Sequence[Values]) -> Values:
-    """The mean of each weight over the layers; of integers the first."""
+    """The mean of each weight over the layers; for integer weights the first."""
     found: dict[str, torch.Tensor] = {}
     for key, first in layers[0].items():
         total = torch.stack([layer[key].double() for layer in layers]).mean(0) if first.is_floating_point() else first
@@ -192,7 +192,7 @@ def mean(layers: Sequence[Values]) -> Values:
 
 
 def _tie(edit: Editor, group: Sequence[Held], values: Values) -> None:
-    """Let all layers of a group read the first one's weights, which get these values."""
+    """Let all layers of a group read the weights of the first, set to these values."""
     for key, value in values.items():
         others = [node for layer in group[1:] for node in layer.reads[key]]
         keeper = group[0].reads[key][0]
@@ -208,7 +208,7 @@ def _tie(edit: Editor, group: Sequence[Held], values: Values) -> None:
 
 
 def _error(edit: Editor, group: Sequence[Held], values: Values, wanted: Sequence[object]) -> float:
-    """How far the outputs are off when all layers of a group have these weights."""
+    """The relative error of the outputs when all layers of a group have these weights."""
     trial = edit.program.copy()
     for layer in group:
         for key, item in layer.reads.items():

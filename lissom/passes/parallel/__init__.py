@@ -1,1 +1,1 @@
-"""Passes that share a program among ranks."""
+"""Passes for tensor parallelism."""

@@ -1,16 +1,16 @@
 """Partition a program that `shard` has planned: one graph for all ranks, with collectives, and the weights of each rank.
 
-Values that do not lie as what reads them wants are redistributed: a sum over ranks by an all-reduce, parts by an all-gather, a
-part of a whole value by a look-up of the rank's own indices. A vocabulary sharded by rows is looked up where a rank has the
-row:
+A value is redistributed where its reader needs another placement: an all-reduce for a partial sum, an all-gather for shards, an
+`index_select` of the rank's own indices for a shard of a replicated value. In an embedding table sharded by rows, each rank
+looks up the rows that it holds:
 
     own = ids - first row;   held = clamp(own, 0, rows - 1);   embedding(table, held), zeros where own ≠ held
 
-Sizes written into the program become those of a rank. Weights are views of the originals where a rank's indices are neighbours,
-copies elsewhere. What a quantized layer reads is rounded with the range of all ranks' parts, which a small all-reduce finds.
-Short values whose collectives follow one another, and do not depend on one another, are sent together.
+Constant sizes in the program become a rank's sizes. A shard of a weight is a view of the original where its indices are
+contiguous, and a copy otherwise. Dynamic quantization of a sharded activation uses the range over all ranks, from a small
+all-reduce. Consecutive small collectives that do not depend on each other are merged.
 
-The program holds all ranks and runs them in lock-step, so it is checked like any other; `program.of_rank(rank)` is what one
+The program holds all ranks and runs them in lock-step, so it is verified like any other; `program.of_rank(rank)` is what one
 process runs. Shoeybi et al. 2019, arXiv:1909.08053, §3; the operators are those of `torch.distributed._functional_collectives`.
 """
 
@@ -34,7 +34,7 @@ def _first_without_placement(program: Program) -> fx.Node | None:
 
 @dataclass(frozen=True)
 class Partition(Rewrite):
-    """Carries out the plan of `shard`: collectives where values are redistributed, and a part of the weights for each rank."""
+    """Carries out the plan of `shard`: inserts collectives and gives each rank its shards of the weights."""
 
     requires = (
         Requirement("every value has a placement on ranks", _first_without_placement, "put shard right before this pass"),
@@ -43,14 +43,14 @@ class Partition(Rewrite):
     def run(self, edit: Editor) -> None:
         world_size = _world_size(edit.program)
         if world_size < 2:
-            edit.note("nothing is sharded: the plan leaves every value whole")
+            edit.note("nothing is sharded: the plan replicates every value")
             return
         partition_program(edit, world_size)
-        edit.note(f"the program is that of each of {world_size} ranks; `program.of_rank(rank)` has one rank's weights")
+        edit.note(f"all {world_size} ranks run this program; `program.of_rank(rank)` has one rank's weights")
 
 
 def _world_size(program: Program) -> int:
-    """How many ranks the plan is for: as many as the most parts there are."""
+    """The number of ranks of the plan: the largest number of shards of any value."""
     found = [placed for node in program.graph.nodes for placed in _placements(node)]
     return max((span.parts for placed in found for _, spans in placed.dims for span in spans), default=1)
 

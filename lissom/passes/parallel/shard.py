@@ -1,30 +1,30 @@
-"""Plan how ranks share a program: how every value lies on them, and where they have to communicate.
+"""Plan tensor parallelism: the placement of every value across ranks, and the collectives between them.
 
-Layers are sharded in pairs, the first by columns and the second by rows, so that each rank computes its heads and its neurons
-from end to end, and one sum over the ranks ends the pair:
+Layers are sharded in pairs, the first column-wise and the second row-wise. Each rank computes its heads and its neurons from
+the input of the pair to its output, and one sum over the ranks ends the pair:
 
     Y = f(X [A₁ A₂]) [B₁; B₂] = f(X A₁) B₁ + f(X A₂) B₂                            one all-reduce
 
-So a standard layer has two all-reduces, one behind its attention and one behind its feed-forward; a layer that computes both
-side by side has one. Embeddings and output heads are sharded by vocabulary, mixtures of experts within each expert, and
-key/value groups go with the heads that read them. A rank holds a bias of a layer sharded by rows, the others zeros. Where an
-axis does not
-divide, zeros are added to it, so that all ranks run one program: a head or a neuron of zeros contributes nothing.
+So a transformer layer has two all-reduces, one after its attention and one after its feed-forward; a layer that computes both
+in parallel has one. Embedding tables and LM heads are sharded by vocabulary, mixtures of experts within each expert, and
+key/value heads with the query heads that read them. Rank 0 holds the bias of a row-wise layer, the others zeros. An axis whose
+size is no multiple of the world size is padded with zeros, so that all ranks run one program: a head or a neuron of zeros
+contributes nothing.
 
-Layers that form no such pair are sharded by themselves where the pairs have less than `share` of the weights: by columns with
-an all-gather of what they give (`lissom/compiler/parallel/rules/gathered.py`), or by rows where they give fewer values than
-there are ranks. The largest come first.
+Where such pairs hold less than `share` of the weights, other layers are sharded by themselves, the largest first: column-wise
+with an all-gather of the output (`lissom/compiler/parallel/rules/gathered.py`), or row-wise where the output has fewer features
+than there are ranks.
 
-What reads logits along a vocabulary that is sharded (`argmax`, `log_softmax`, `topk`) works on each rank's part, and exchanges
-a few numbers a token. With `sequence`, values between the layers are sharded by position
+Operators that read logits along a sharded vocabulary (`argmax`, `log_softmax`, `topk`) work on each rank's shard and exchange a
+few numbers per token. With `sequence`, values between the layers are sharded by position
 (`lissom/compiler/parallel/rules/sequence.py`).
 
-Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule an operator says how its
-result lies from how its arguments do (`lissom/compiler/parallel/rules/table.py`); an operator without a rule gets them whole.
-The program stays as it is; `partition` carries the plan out.
+Placements are those of `torch.distributed.tensor`: `Shard(dim)`, `Replicate`, `Partial`. One rule per operator infers the
+placement of its result from those of its arguments (`lissom/compiler/parallel/rules/table.py`); an operator without a rule gets
+its arguments replicated. The graph stays as it is; `partition` carries out the plan.
 
 Shoeybi et al. 2019, "Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism",
-arXiv:1909.08053, §3. They add the bias behind the sum, and mask a look-up in the same way. Korthikanti et al. 2022, "Reducing
+arXiv:1909.08053, §3. They add the bias after the sum, and mask look-ups in the same way. Korthikanti et al. 2022, "Reducing
 Activation Recomputation in Large Transformer Models", arXiv:2205.05198, §4.2.2: sequence parallelism.
 """
 
@@ -54,17 +54,16 @@ _LAYER_WORDS = ("column-wise", "row-wise")
 @refuse_old_names
 @dataclass(frozen=True)
 class Shard(Annotation):
-    """Places every value of the program on ranks that share it.
+    """Gives every value of the program a placement across ranks.
 
-    world_size: how many ranks, 2 or more.
-    plan: what shall be otherwise, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern is that of a
-        module path and covers what the module holds: `*.mlp:replicate`. The first leaves sites and layers whole on every rank,
-        the others shard linear layers that belong to no site.
-    share: the least share of the weights of linear layers that is sharded, 0 to 1. Where pairs of layers have less, others are
-        sharded by themselves, each with a collective of its own; 0 shards pairs alone.
-    sequence: whether what lies between the layers, such as the residual stream and norms, is sharded by position. Each
-        all-reduce becomes a reduce-scatter and an all-gather, which send as much together, and these values take a part of the
-        memory.
+    world_size: number of ranks, 2 or more.
+    plan: exceptions, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern matches module paths and
+        covers the modules inside: `*.mlp:replicate`. `replicate` keeps sites and layers whole on every rank; the others shard
+        linear layers that belong to no site.
+    share: least fraction of the weights of linear layers to shard, 0 to 1. Where pairs of layers hold less, other layers are
+        sharded by themselves, each with a collective of its own; 0 shards pairs only.
+    sequence: shards values between the layers, such as the residual stream and norms, by position. Each all-reduce becomes a
+        reduce-scatter and an all-gather, which send as many bytes together, and these values take less memory per rank.
     """
 
     world_size: int
@@ -74,9 +73,9 @@ class Shard(Annotation):
 
     def __post_init__(self) -> None:
         if self.world_size < 2:
-            raise ValueError(f"world_size is {self.world_size}; it takes 2 ranks or more to share a program")
+            raise ValueError(f"world_size is {self.world_size}; tensor parallelism takes 2 ranks or more")
         if not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share}; it is a part of the weights of linear layers, from 0 to 1")
+            raise ValueError(f"share is {self.share}; it is a fraction of the weights of linear layers, from 0 to 1")
         for entry in self.plan:
             pattern, _, how = entry.rpartition(":")
             if not pattern or how not in ("replicate", *_LAYER_WORDS):
@@ -93,14 +92,14 @@ class Shard(Annotation):
         for site in found.left:
             edit.skip(site.node, f"its {site.kind} stays whole on every rank: {site.obstacle}")
         for node in found.gathered:
-            edit.skip(node, f"no rule says how {target_text(node.target)} works on parts; it gets its arguments whole")
+            edit.skip(node, f"no rule says how {target_text(node.target)} works on shards; it gets its arguments whole")
         for sentence in _notes(found):
             edit.note(sentence)
 
     def _overrides(self, edit: Editor) -> tuple[dict[fx.Node, str], dict[fx.Node, str]]:
-        """The sites to leave whole, with the entry that says so, and the layers to shard, with how.
+        """The sites to replicate, each with its entry of `plan`, and the layers to shard, each `column-wise` or `row-wise`.
 
-        Raises: UnsupportedError when an entry fits nothing.
+        Raises: UnsupportedError when an entry matches nothing.
         """
         whole: dict[fx.Node, str] = {}
         layers: dict[fx.Node, str] = {}
@@ -116,12 +115,12 @@ class Shard(Annotation):
                 fits = {node: how for node in pairs if fnmatchcase(nodes.origin(node).module_path, pattern)}
                 layers |= fits
             if not fits:
-                raise UnsupportedError(f"shard: plan has '{entry}', but no module that is sharded has a path like '{pattern}'")
+                raise UnsupportedError(f"shard: plan has '{entry}', but no shardable module has a path like '{pattern}'")
         return whole, layers
 
 
 def _notes(found: Plan) -> list[str]:
-    """The plan in sentences: what is sharded, what was added to make blocks even, what is communicated."""
+    """The plan in sentences: the sharded sites, the collectives, and the padding."""
     kinds = Counter(site.kind for site in found.sites)
     sites = ", ".join(f"{count} {kind}{'s' if count > 1 and kind != 'experts' else ''}" for kind, count in kinds.items())
     steps = Counter(step for move in found.moves for step in move.steps)
@@ -137,8 +136,9 @@ def _notes(found: Plan) -> list[str]:
         if node.target in JOINT
     )
     for (operator, numbers), count in joint.items():
-        who = f"{operator} reads what is sharded" if count == 1 else f"{count} times {operator} reads what is sharded"
-        sentences.append(f"{who}: it exchanges {numbers} number{'s' if numbers > 1 else ''} a row, and does not gather it")
+        who = f"{operator} reads" if count == 1 else f"{count} calls of {operator} read"
+        each = f"{numbers} number{'s' if numbers > 1 else ''} per row exchanged, not gathered"
+        sentences.append(f"{who} a sharded dimension: {each}")
     for site in found.sites:
         padded = [
             f"{atom.size} as {-(-int(atom.size) // parts) * parts}"
@@ -146,12 +146,12 @@ def _notes(found: Plan) -> list[str]:
             if int(atom.size) % parts
         ]  # pyright: ignore
         if padded:
-            sentences.append(f"zeros make blocks of the {site.kind} at {site.path} even: {', '.join(padded)}")
+            sentences.append(f"the {site.kind} at {site.path} is padded with zeros: {', '.join(padded)}")
     return sentences
 
 
 def _all_reduced(found: Plan) -> list[str]:
-    """The sums that are not sharded by position, though values between the layers are to be, with the reason."""
+    """The sums that stay all-reduces although `sequence` is true, with the reasons."""
     reasons = Counter(
         position_obstacle(move.value, found.world_size) or f"{target_text(move.reader.target)} takes it whole"
         for move in found.moves

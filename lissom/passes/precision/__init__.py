@@ -1,1 +1,1 @@
-"""Passes that compute in fewer bits."""
+"""Passes for mixed precision."""

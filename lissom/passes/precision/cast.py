@@ -8,17 +8,17 @@ below 3·10⁻⁸ everything. Each operator falls into one of five groups:
 - element-wise operators and views follow their inputs: reduced precision as soon as one input is.
 - the KV cache is in reduced precision where the values written to it are.
 - softmax, exponentials, powers, sums and everything not named here run in float32, on values cast back.
-- values computed from positions or masks alone keep their dtype until they meet one in reduced precision.
+- values computed only from positions or masks keep their dtype until they are combined with one in reduced precision.
 
-For float16 the first two groups are bounded by measurement. Every value is looked at on calibration data, in float32; a call
-runs in float16 only if all it reads and gives stays below 65504 / `margin`, and no more than `underflow` of it below the
-smallest normal number. Others run in float32, and so does what follows until it fits again. Padding counts too. Weights are
-looked at in the same way, without the margin. What is summed or compared inside a kernel is not measured, since kernels do that
-in float32; only of `lissom::attention`, whose scores are of its operands' dtype, is |q kᵀ| bounded by ‖q‖ ‖k‖. Micikevicius et
+For float16 the first two groups depend on measured ranges. Every value is observed on calibration data, in float32. A call runs
+in float16 only if all its inputs and outputs stay below 65504 / `margin` and at most the fraction `underflow` of each is below
+the smallest normal number. Other calls run in float32, and so do their readers until values fit again. Padding counts too.
+Weights are checked in the same way, without the margin. Sums inside a kernel are not measured, since kernels compute them in
+float32; only `lissom::attention` computes scores in its operands' dtype, so there |q kᵀ| is bounded by ‖q‖ ‖k‖. Micikevicius et
 al. 2018, Mixed Precision Training, §3.3, keep the same sums in float32. https://arxiv.org/abs/1710.03740
 
-Outputs are cast back, so the program answers in the dtypes it had. A mask that hides by a number is clamped to bfloat16's
-lowest, which float32's would overflow; to half of float16's lowest, as scores are added to it.
+Outputs are cast back, so the program's output dtypes stay. The lowest value of an additive mask is clamped to bfloat16's lowest
+number, because float32's would overflow; to half of float16's lowest, because scores are added to it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ _ADDENDS: dict[object, str] = {
     aten.baddbmm.default: "self",
     **dict.fromkeys((aten.linear.default, aten.layer_norm.default, aten.group_norm.default, *CONVOLUTIONS), "bias"),
 }
-"""Operands that are added to larger numbers, so that small ones may vanish."""
+"""Operands that are added to larger numbers, so that small values may underflow."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Cast(Approximation):
 
     dtype: `bf16`, or `fp16`, which needs calibration data to find what overflows.
     margin: how many times larger than on calibration data a value may become without overflow in float16; 1 or more.
-    underflow: fraction of a tensor's non-zero elements that may lie below float16's smallest normal number, 0 to 1.
+    underflow: fraction of a tensor's non-zero elements that may be below float16's smallest normal number, 0 to 1.
     skip: module paths that stay in float32, with `*` and `?`, separated by commas: `"encoder.layer.0,*.lm_head"`.
     """
 
@@ -137,7 +137,7 @@ class Cast(Approximation):
 
 @dataclass
 class _Guard:
-    """What float16 can hold: the ranges of all values of a program, and what was found not to fit."""
+    """The ranges of all values of a program, and those that do not fit float16."""
 
     edit: Editor
     margin: float
@@ -157,7 +157,7 @@ class _Guard:
         self.ranges = measured_ranges(program, self.edit.data, values, torch.float16, progress)
 
     def consider(self, node: fx.Node, *, follows: bool) -> None:
-        """Count a call that would run in float16 if everything fitted."""
+        """Record a call that would run in float16 if all values fitted."""
         if node.target in _LOW or (follows and not self.candidates.isdisjoint(node.all_input_nodes)):
             self.candidates.add(node)
 
@@ -177,7 +177,7 @@ class _Guard:
         found = self._range(item)
         if found is None:
             return None
-        # Negative numbers of a mask are clamped.
+        # Negative values of a mask are clamped.
         largest = found.high if mask else found.largest
         if largest > (_LARGEST if item.op == "get_attr" else _LARGEST / self.margin):
             self.overflowing[item] = largest
@@ -201,7 +201,7 @@ class _Guard:
         return self.ranges.get(item)
 
     def report(self) -> None:
-        """Tell the history how much was kept, and why."""
+        """Note in the history how many values stay in float32, and why."""
         values = [node for node in self.candidates if nodes.is_tensor(node)]
         kept, limit = [node for node in values if dtype_of(node) != torch.float16], f"{_LARGEST:.0f}/{self.margin:g}"
         if not kept:
@@ -239,7 +239,7 @@ class _Caster:
         program = self.edit.program
         output_types = [nodes.node_type(item) for item in program.output.all_input_nodes]
         results = list(program.output.all_input_nodes)
-        self._shorten_state()
+        self._cast_state()
         for node in self.edit.nodes():
             wanted = self._dtype_for(node)
             mask = nodes.argument(node, _MASKS[node.target]) if node.target in _MASKS and wanted is self.low else None
@@ -253,8 +253,8 @@ class _Caster:
                 back = self._cast(item, torch.float32, program.output)
                 program.output.replace_input_with(item, back)
 
-    def _shorten_state(self) -> None:
-        """Keep state in the shorter dtype that calls write rows to and nothing else reads: the caches of a decoder."""
+    def _cast_state(self) -> None:
+        """Store the KV cache in reduced precision: state that calls write rows to and nothing else reads."""
         for write in self.edit.program.nodes(aten.index_copy.default):
             state = write.args[0]
             if not nodes.is_tensor(state) or state.op != "get_attr" or nodes.tensor_type(state).dtype != torch.float32:
@@ -266,7 +266,7 @@ class _Caster:
                 self.changed.add(state)
 
     def _dtype_for(self, node: fx.Node) -> torch.dtype | None:
-        """The floating type a node's operands shall have; None to leave them as they are."""
+        """The floating dtype to cast a node's operands to; None to leave them as they are."""
         if nodes.is_state_write(node) and nodes.tensor_type(node.args[0]).dtype == nodes.tensor_type(node.args[1]).dtype:
             return None
         follows = node.target in _FOLLOWS or is_view(node)
@@ -281,19 +281,19 @@ class _Caster:
         return torch.float32 if short else None
 
     def _obstacle(self, node: fx.Node) -> str | None:
-        """Why a call stays in float32; None when it can run in the shorter dtype."""
+        """Why a call stays in float32; None when it can run in reduced precision."""
         if is_protected(node, self.skip):
             return "skip= names it"
         match self.guard.misfit(node) if self.guard is not None else None:
             case "overflow":
-                return "a value it reads or gives may overflow float16"
+                return "an input or output may overflow float16"
             case "underflow":
-                return "a value it reads or gives would lose much to underflow in float16"
+                return "an input or output would lose much to underflow in float16"
             case None:
                 return None
 
     def _cast(self, item: fx.Node, dtype: torch.dtype, reader: fx.Node, *, clamp: bool = False) -> fx.Node:
-        """The value in that dtype, cast where it is first needed; a weight is cast once and for all."""
+        """The value in that dtype, cast before its first reader; a weight is cast at compile time."""
         found = nodes.tensor_type(item)
         if found.dtype == dtype or found.rank == 0:
             return item
@@ -317,7 +317,7 @@ class _Caster:
         return self.casts[key]
 
     def _apply(self, node: fx.Node, swaps: dict[fx.Node, fx.Node]) -> None:
-        """Let the node read the cast values, and type it anew where what it reads has changed."""
+        """Let the node read the cast values, and infer its type again where its inputs have changed."""
         if not swaps and self.changed.isdisjoint(node.all_input_nodes):
             return
         for old, new in swaps.items():
@@ -331,7 +331,7 @@ class _Caster:
 
 
 def _lowest(dtype: torch.dtype) -> float:
-    """What hides a position in a mask of that dtype."""
+    """The number that hides a position in an additive mask of that dtype."""
     lowest = torch.finfo(dtype).min
     return lowest / 2 if dtype == torch.float16 else lowest
 

@@ -1,9 +1,9 @@
-"""Fold casts that change nothing: there and back, one after the other, and casts of weights.
+"""Fold redundant casts: round trips, casts of casts, and casts of weights.
 
-cast_C(cast_B(x)) = cast_C(x) where B holds every value of A, the dtype of x, and = x where C is A. A cast that rounds is kept:
-float32 → bfloat16 → float32 is not the identity. A weight that is only read cast to a shorter dtype is kept in that one.
-A cast also stays where the program rests on its being a copy: of state, of what the caller would else be given itself, or of a
-layout in memory that is read as such.
+cast_C(cast_B(x)) = cast_C(x) where B represents every value of A, the dtype of x, and = x where C is A. A cast that rounds is
+kept: float32 → bfloat16 → float32 is not the identity. A weight whose readers all cast it to a smaller dtype is stored in that
+dtype. A cast also stays where the program relies on it being a copy: of state, of a tensor that would otherwise be returned to
+the caller itself, or of a memory layout that is read as such.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class FoldCasts(Rewrite):
 
 
 def _exact_origin(value: fx.Node) -> fx.Node:
-    """The value before the casts that lost nothing."""
+    """The value before its lossless casts."""
     while (source := cast_from(value)) is not None and holds(dtype_of(value), dtype_of(source)):
         value = source
     return value
 
 
 def _fold_weight(edit: Editor, node: fx.Node, weight: fx.Node, kept: dict[str, fx.Node]) -> None:
-    """Let what reads a weight cast read one that is kept so. kept: by their names, those made before."""
+    """Let readers of a cast weight read one stored in that dtype. kept: the weights made so far, by name."""
     dtype, program = dtype_of(node), edit.program
     reason = rests_on_copy(program, node, weight) or _obstacle(node, weight)
     if reason is not None:
@@ -66,14 +66,14 @@ def _fold_weight(edit: Editor, node: fx.Node, weight: fx.Node, kept: dict[str, f
         tensor = program.weight(str(weight.target))
         cast = tensor.detach().to(dtype)
         trainable = isinstance(tensor, nn.Parameter) and dtype.is_floating_point
-        # In front of the weight, so that casts in any order find it.
+        # Before the weight, so that casts in any order find it.
         with edit.before(weight, like=[node]):
             kept[name] = edit.weight(name, nn.Parameter(cast, requires_grad=tensor.requires_grad) if trainable else cast)
     edit.replace(node, kept[name])
 
 
 def _obstacle(node: fx.Node, weight: fx.Node) -> str | None:
-    """Why a weight cannot be kept as it is cast; None when it can."""
+    """Why a weight cannot be stored in the dtype of its cast; None when it can."""
     if dtype_of(node).itemsize > dtype_of(weight).itemsize:
         return "the weight would take more bytes"
     others = [user for user in weight.users if cast_from(user) is None or dtype_of(user) != dtype_of(node)]

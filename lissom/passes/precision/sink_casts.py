@@ -1,15 +1,15 @@
-"""Move casts to where fewer bytes pass them: past operators that only move values, to the side on which values are longer.
+"""Move casts past views and copies, so that these operators move values of the smaller dtype.
 
-move(widen(x)) = widen(move(x)) and narrow(move(x)) = move(narrow(x)), as a cast treats every value by itself. A cast that
-widens goes behind what it feeds, one that narrows in front of what feeds it, so moves are of the shorter dtype; where two casts
-come to stand next to each other, `fold-casts` removes them. A cast never comes to treat more values than before:
+move(widen(x)) = widen(move(x)) and narrow(move(x)) = move(narrow(x)), because a cast is element-wise. A widening cast moves
+after its reader, a narrowing cast before its producer. Two casts that become neighbours are removed by `fold-casts`. A cast
+never processes more values than before:
 
-- one that widens goes behind reshapes, permutations, slices, and splits, and behind a concatenation all of whose parts are
-  widened; not behind what repeats values.
-- one that narrows goes in front of reshapes, permutations and expansions, in front of a split all of whose pieces are narrowed,
-  and of a concatenation of parts some of which were widened; not in front of slices.
+- a widening cast moves after reshapes, permutations, slices and splits, and after a concatenation whose inputs are all
+  widened; not after operators that repeat values.
+- a narrowing cast moves before reshapes, permutations and expansions, before a split whose pieces are all narrowed, and before
+  a concatenation with some widened inputs; not before slices.
 
-A cast stays where others read what it gives, or the moved values, too, and where the program rests on its being a copy.
+A cast stays where its output, or the moved value, has other readers, and where the program relies on it being a copy.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _JOIN = {*CONCATENATIONS, aten.stack.default}
 
 @dataclass(frozen=True)
 class SinkCasts(Rewrite):
-    """Moves casts past views and copies, to where fewer bytes are moved."""
+    """Moves casts past views and copies, so that fewer bytes are moved."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(*_SAME_SIZE, *_SHRINK, *_SPLIT, *_JOIN):
@@ -64,7 +64,7 @@ class SinkCasts(Rewrite):
 
 
 def _is_widened(value: object) -> bool:
-    """True for a cast that loses nothing and has no other reader."""
+    """True for a lossless cast with one reader."""
     source = cast_from(value)
     if source is None or not isinstance(value, fx.Node):
         return False
@@ -81,7 +81,7 @@ def _narrows(node: fx.Node) -> bool:
 
 
 def _reports(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
-    """True, and reported, where a value's memory must stay a copy, or as it is laid out."""
+    """True, and reported as skipped, where a value must stay a copy or keep its memory layout."""
     reason = rests_on_copy(edit.program, node, source)
     if reason is not None:
         edit.skip(node, reason)
@@ -89,13 +89,13 @@ def _reports(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
 
 
 def _again(edit: Editor, move: fx.Node, value: fx.Node) -> fx.Node:
-    """The same move of another value."""
+    """The same view or copy of another value."""
     target: torch._ops.OpOverload = move.target  # pyright: ignore[reportAssignmentType]
     return edit.call(target, value, *move.args[1:], **move.kwargs)
 
 
 def _cast(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The value in that dtype; what a cast from that dtype, which lost nothing, was made of where it is one."""
+    """The value in that dtype: the input of a lossless cast from that dtype where it is one, else a new cast."""
     source = cast_from(value)
     if source is not None and dtype_of(source) == dtype and holds(dtype_of(value), dtype):
         return source
@@ -151,7 +151,7 @@ def _joined(edit: Editor, join: fx.Node, value_of: Callable[[fx.Node], fx.Node])
 
 
 def _narrow_before(edit: Editor, cast: fx.Node) -> None:
-    """Bring a cast that narrows in front of all the moves that lead to it alone."""
+    """Move a narrowing cast before all the views and copies whose only reader is the next of them."""
     dtype, value = dtype_of(cast), cast.args[0]
     moves: list[fx.Node] = []
     while nodes.is_call(value, *_SAME_SIZE, *_GROW) and len(value.users) == 1:
@@ -169,7 +169,7 @@ def _narrow_before(edit: Editor, cast: fx.Node) -> None:
 
 
 def _has_widened(join: fx.Node, dtype: torch.dtype) -> bool:
-    """True where a part of a concatenation was widened from that dtype, and all are floating-point numbers."""
+    """True where an input of a concatenation was widened from that dtype, and all inputs are floating-point."""
     sources = [cast_from(part) for part in join.all_input_nodes]
     widened = [source is not None and dtype_of(source) == dtype for source in sources]
     return any(widened) and len({dtype_of(part) for part in join.all_input_nodes}) == 1
@@ -193,6 +193,6 @@ def _narrow_before_split(edit: Editor, split: fx.Node) -> None:
 
 
 def _count(split: fx.Node) -> int:
-    """How many pieces a split has."""
+    """The number of pieces of a split."""
     found = nodes.node_type(split)
     return len(found) if isinstance(found, tuple) else 0

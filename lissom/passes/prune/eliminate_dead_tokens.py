@@ -1,13 +1,13 @@
-"""Compute only the positions that are read: a choice of positions moves up through everything that works position by position.
+"""Compute only the positions that are read: a selection of positions moves up through all position-wise operators.
 
     f(x)[:, p]  ->  f(x[:, p])                              linear layers, norms, activations, sums, reshapes to heads and back
     attention(q, k, v, mask)[:, :, p]  ->  attention(q[:, :, p], k, v, mask[:, :, p])       causal: keys 0 to p, as a mask
 
-A classifier reads `[CLS]`, a decoder its last token, a pooler one computed position a row; the last layer's queries, its output
-projection and its feed-forward are then needed at these positions only. Keys and values are still computed for all.
+A classifier reads `[CLS]`, a decoder its last token, a pooler one computed position per row; the last layer's queries, its
+output projection and its feed-forward are then needed at these positions only. Keys and values are still computed for all.
 
-The demand of every value is found from its readers, last to first: it is a choice of positions when all of them read the same,
-and everything otherwise. A value is computed at the choice where a product of matrices gets smaller for it.
+The demand for every value is inferred from its readers, last to first: the positions that they select, where all select the
+same, and all positions otherwise. A value is computed at the selected positions where that makes a matrix product smaller.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class EliminateDeadTokens(Rewrite):
 class _Demand:
     """The positions of one dimension that are read.
 
-    start: the first of `count` neighbours, from the end where negative; or a value [batch], one position a row.
+    start: the first of `count` neighbours, from the end where negative; or a value [batch], one position per row.
     """
 
     dim: int
@@ -60,7 +60,7 @@ class _Demand:
 
 
 def _demands(edit: Editor) -> tuple[dict[fx.Node, _Demand], dict[fx.Node, _Demand]]:
-    """The values whose readers all want the same positions, and the choices that want them: what each wants of its operand."""
+    """The values whose readers all want the same positions, and the selecting calls with the positions each selects."""
     demands: dict[fx.Node, _Demand] = {}
     roots: dict[fx.Node, _Demand] = {}
     for node in reversed(edit.program.nodes()):
@@ -74,7 +74,7 @@ def _demands(edit: Editor) -> tuple[dict[fx.Node, _Demand], dict[fx.Node, _Deman
 
 
 def _slots(user: fx.Node, node: fx.Node) -> list[Slot]:
-    """Where a reader reads the value; a place of its own for readers that are no calls of operators."""
+    """The argument positions at which a reader reads the value; [-1] stands for readers that are no operator calls."""
     found = [slot for slot, item in operands(user).items() if item is node] if user.op == "call_function" else []
     return found or [-1]
 
@@ -82,7 +82,7 @@ def _slots(user: fx.Node, node: fx.Node) -> list[Slot]:
 def _demand_of(
     user: fx.Node, slot: Slot, demands: Mapping[fx.Node, _Demand], roots: Mapping[fx.Node, _Demand]
 ) -> _Demand | None:
-    """What a reader wants of an operand; None for all of it."""
+    """The positions that a reader wants of an operand; None for all."""
     if user in roots:
         return roots[user] if slot == 0 else None
     wanted = demands.get(user)
@@ -98,7 +98,7 @@ def _demand_of(
 
 
 def _narrows(node: fx.Node, wanted: _Demand) -> bool:
-    """True when the call can be made for these positions alone."""
+    """True when the call can be made for these positions only."""
     sources = position_sources(node, wanted.dim)
     if sources is None or (is_attention(node) and set(sources).isdisjoint({0})):
         return False
@@ -108,7 +108,7 @@ def _narrows(node: fx.Node, wanted: _Demand) -> bool:
             return False
     if not isinstance(wanted.start, fx.Node):
         return True
-    # One position a row: the rows stay in front, and what has none can be given some.
+    # One position per row: the batch stays the first dimension, and operands without one can get it.
     rows = position_sources(node, 0)
     return rows is not None and all(rows.get(slot, 0) == 0 for slot in sources)
 
@@ -119,7 +119,7 @@ def _read(node: fx.Node, sources: Mapping[Slot, int]) -> list[tuple[fx.Node, int
 
 
 def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
-    """What a call chooses of its operand; None when it chooses nothing, or more than half."""
+    """The positions that a call selects of its operand; None when it selects nothing, or more than half."""
     found: _Demand | None = None
     if nodes.is_call(node, aten.select.int) and isinstance(node.args[2], int):
         found = _Demand(cast(int, node.args[1]) % len(shape_of(node.args[0])), node.args[2])
@@ -137,7 +137,7 @@ def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
 
 
 def _depends_on_layers(start: int | fx.Node) -> bool:
-    """True for positions that are known only after a layer was computed."""
+    """True for positions that are computed from a layer's output."""
     pending: list[int | fx.Node] = [start]
     seen = set[fx.Node]()
     while pending:
@@ -151,7 +151,7 @@ def _depends_on_layers(start: int | fx.Node) -> bool:
 
 
 def _useful(edit: Editor, demands: Mapping[fx.Node, _Demand]) -> set[fx.Node]:
-    """The values to compute at their choice: products of matrices, and what is computed from these."""
+    """The values to compute at selected positions: matrix products, and values computed from these."""
     useful: set[fx.Node] = set()
     for node in edit.program.nodes():
         if node in demands:
@@ -167,7 +167,7 @@ def _is_causal(node: fx.Node) -> bool:
 
 @dataclass
 class _Narrower:
-    """Makes calls for chosen positions."""
+    """Makes calls for selected positions."""
 
     edit: Editor
     demands: Mapping[fx.Node, _Demand]
@@ -192,7 +192,7 @@ class _Narrower:
                 edit.replace(node, found)
 
     def _narrow(self, node: fx.Node, wanted: _Demand) -> fx.Node:
-        """The call for the positions wanted alone, in dimensions as before."""
+        """The call for the wanted positions only, with the same dimensions."""
         sources = position_sources(node, wanted.dim) or {}
         rank = len(shape_of(node))
         changed: dict[Slot, object] = {}
@@ -214,7 +214,7 @@ class _Narrower:
         return self.edit.call(node.target, *args, **kwargs)
 
     def _take(self, item: fx.Node, wanted: _Demand, rank: int) -> fx.Node:
-        """The chosen positions of a value that is computed whole; for a call whose result has this rank."""
+        """The selected positions of a value that is computed at all positions; for a call whose result has this rank."""
         if (item, wanted) not in self.taken:
             self.taken[item, wanted] = self._chosen(item, wanted, rank)
         return self.taken[item, wanted]
@@ -241,7 +241,7 @@ class _Narrower:
         return self.rows[start]
 
     def _causal_rows(self, node: fx.Node, wanted: _Demand) -> fx.Node | None:
-        """Which keys the chosen queries of a causal attention see, [.., chosen, keys]; None for all."""
+        """The visible keys of the selected queries of a causal attention, [.., queries, keys]; None for all."""
         if (wanted.start, wanted.count) == (-1, 1):
             return None
         call, k = self.edit.call, cast(fx.Node, node.args[1])

@@ -1,12 +1,12 @@
-"""Keep one key and value head of each group of equal ones; the query heads of the group share it.
+"""Keep one key/value head of each group of equal ones; the query heads of the group share it.
 
-Where the rows of the key and value projections that make neighbouring heads are equal, bit for bit, the heads are:
+Neighbouring heads are equal where their rows of the key and value projections are equal, bit for bit:
 
     k₁ = k₂ and v₁ = v₂   ->   softmax(q₁ k₁ᵀ) v₁,  softmax(q₂ k₁ᵀ) v₁
 
-Multi-head attention becomes grouped-query attention, or multi-query attention where all heads are equal, and attention that is
-grouped already gets fewer groups. The rows of the other heads go from projections, biases and norms, and what a decoder's cache
-keeps of them, so that it takes so much less memory, and less of it is read for every token. `pool-heads` makes heads equal.
+Multi-head attention becomes grouped-query attention, or multi-query attention where all heads are equal, and grouped-query
+attention gets fewer groups. The other heads are removed from projections, biases, norms and the KV cache, so that the cache
+takes less memory, and less of it is read per token. `pool-heads` makes heads equal.
 
 Shazeer 2019, Fast Transformer Decoding: One Write-Head is All You Need, §3; Ainslie et al. 2023, GQA, §2.2.
 """
@@ -47,7 +47,7 @@ class MergeEqualHeads(Rewrite):
 
 
 def joined(heads: Sequence[SeparateHeads]) -> list[list[SeparateHeads]]:
-    """The attentions in sets that have no key or value heads in common."""
+    """The attentions grouped into sets; no two sets have key or value heads in common."""
     found: list[list[SeparateHeads]] = []
     for item in heads:
         touching = [other for other in found if any(set(item.shared) & set(member.shared) for member in other)]
@@ -56,16 +56,16 @@ def joined(heads: Sequence[SeparateHeads]) -> list[list[SeparateHeads]]:
 
 
 def _gone(edit: Editor, separation: Separation, together: Sequence[SeparateHeads]) -> list[int]:
-    """The heads that are equal to one before them, of attentions that have some in common."""
+    """The heads that equal one before them, in attentions that have heads in common."""
     shared = {axis: None for item in together for axis in item.shared}
     size = largest_group([rows.read(edit.program) for axis in shared for rows in separation.rows(axis)], together[0].count)
     return [head for head in range(together[0].count) if head % size]
 
 
 def _merge(edit: Editor, separation: Separation, sets: Sequence[tuple[Sequence[SeparateHeads], list[int]]]) -> None:
-    """Remove these heads, and let the query heads share what is left.
+    """Remove these heads, and let the query heads share the remaining ones.
 
-    Raises: UnsupportedError naming what stands in the way; nothing is changed then.
+    Raises: UnsupportedError with the obstacle; the program is unchanged then.
     """
     removed = {axis: gone for together, gone in sets for item in together for axis in item.shared}
     if removed:
@@ -75,9 +75,9 @@ def _merge(edit: Editor, separation: Separation, sets: Sequence[tuple[Sequence[S
 
 
 def largest_group(held: Sequence[torch.Tensor], heads: int) -> int:
-    """The most neighbouring heads that are equal, bit for bit, in every group of so many; 1 where none are.
+    """The largest group size for which all heads of every group of neighbours are equal, bit for bit; 1 where none are.
 
-    held: for each place in a weight, what it holds of every head, [heads, …].
+    held: for each dimension of a weight with the heads, the elements of every head, [heads, …].
     """
     for size in range(heads, 1, -1):
         if heads % size == 0:

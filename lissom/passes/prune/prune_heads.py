@@ -1,8 +1,8 @@
 """Prune attention heads: zero the least important ones, and refit the rest to compensate.
 
 An attention is a sum over heads, Σ_h W_o[:, h] softmax(q_h k_hᵀ) v_h. Head h is pruned by zeroing its columns W_o[:, h];
-`eliminate-dead`, which runs right after it, removes it. With grouped queries a key/value head goes with all query heads that
-read it; where one key/value head serves all, query heads go one by one. Criteria, with formulas and sources, are in
+`eliminate-dead`, which runs right after it, removes it. With grouped queries a key/value head is pruned with all query heads
+that read it; with a single key/value head, query heads are pruned one by one. Criteria, with formulas and sources, are in
 `lissom/compiler/transforms/pruning/importance.py`, and the refitting of the remaining weights in
 `lissom/compiler/transforms/pruning/reconstruction.py`:
 

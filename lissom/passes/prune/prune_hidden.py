@@ -3,20 +3,20 @@
 All weights with the stream's width as a dimension get zeros at these channels: layers then write zero to them, norms return
 zero for them, and layers ignore them. `eliminate-dead`, which runs right after it, removes them.
 
-- `energy`: Σ_r E[x_c²] · ‖W_r[:, c]‖² over the layers r that read the stream, each as a share of its sum over channels, with x
+- `energy`: Σ_r E[x_c²] · ‖W_r[:, c]‖² over the layers r that read the stream, each divided by its sum over channels, with x
   the layer's inputs on calibration data, without padding. It is Wanda's score of a weight, squared and summed over rows
   and layers: Sun et al. 2023, equation 1. https://arxiv.org/abs/2306.11695
-- `magnitude`: Σ_w ‖w[c]‖² over the weights w, each as a share of its sum over channels. Needs no data. Fang et al. 2023,
+- `magnitude`: Σ_w ‖w[c]‖² over the weights w, each divided by its sum over channels. Needs no data. Fang et al. 2023,
   DepGraph: Towards Any Structural Pruning, equation 4. https://arxiv.org/abs/2301.12900
 
-With `reconstruct`, layers that read the stream are fitted anew, one after the other: x, x̃ are what a layer reads in the program
-as it came and in the narrowed one so far, and W̃ minimises E‖W x + b − W̃ x̃ − b̃‖² + λ‖W̃‖², so
+With `reconstruct`, layers that read the stream are refitted in order: x and x̃ are a layer's inputs in the original and in the
+pruned program, and W̃ minimizes E‖W x + b − W̃ x̃ − b̃‖² + λ‖W̃‖², so
 
     W̃ = W · Cov(x, x̃) (Cov(x̃, x̃) + λI)⁻¹        b̃ = b + W E[x] − W̃ E[x̃]
 
 with λ a hundredth of the mean of Var(x̃); without a bias the moments are not centred. He et al. 2017, Channel Pruning for
-Accelerating Very Deep Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 A head tied to an embedding keeps its
-weight.
+Accelerating Very Deep Neural Networks, equation 2. https://arxiv.org/abs/1707.06168 An LM head tied to an embedding table keeps
+its weight.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class PruneHidden(Approximation):
             _reconstruct(edit, dense, _on_axes(edit.program, kept))
 
     def _kept(self, edit: Editor, total: fx.Node, scores: torch.Tensor) -> torch.Tensor:
-        """Which channels stay, [channels] of booleans."""
+        """The channels to keep, booleans [channels]."""
         channels, step = len(scores), self.round_to
         count = max(step, round(self.keep * channels / step) * step)
         if count >= channels:
@@ -100,9 +100,9 @@ class PruneHidden(Approximation):
 
 
 def _streams(program: Program) -> dict[Axis, fx.Node]:
-    """The axes of channels of the residual streams, each with a sum that has it.
+    """The channel axes of the residual streams, each with a residual add that has it.
 
-    Raises: UnsupportedError when there are none, or one is more than a plain axis.
+    Raises: UnsupportedError when there are none, or one is a product of axes.
     """
     found, sites = program.fact(axes), program.fact(structure)
     streams: dict[Axis, fx.Node] = {}
@@ -121,13 +121,13 @@ def _streams(program: Program) -> dict[Axis, fx.Node]:
 
 
 def _on_axes(program: Program, kept: Mapping[fx.Node, torch.Tensor]) -> dict[Axis, torch.Tensor]:
-    """The channels that stay, by their axes in the program as it is now."""
+    """The channels to keep, by their axes in the current program."""
     found = program.fact(axes)
     return {found.axis(total, -1): channels for total, channels in kept.items()}
 
 
 def _weights_on(program: Program, found: Axes, streams: Sequence[Axis]) -> list[tuple[fx.Node, int]]:
-    """The floating-point weights with one of the axes, and in which dimension."""
+    """The floating-point weights with one of the axes, and its dimension."""
     places = [(occurrence.node, occurrence.dim) for axis in streams for occurrence in found.occurrences(axis)]
     return [
         (node, dim)
@@ -146,7 +146,7 @@ def _magnitudes(program: Program, axis: Axis) -> torch.Tensor:
     for node, dim in _weights_on(program, found, [axis]):
         if found.axis(node, dim) is axis:
             weight = program.weight(str(node.target)).detach().float().cpu()
-            scores += _shares(weight.square().movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square())
+            scores += _fractions(weight.square().movedim(dim, 0).flatten(1).sum(1) if weight.dim() > 1 else weight.square())
     return scores
 
 
@@ -162,16 +162,16 @@ def _energies(edit: Editor, axis: Axis) -> torch.Tensor:
     for node in readers:
         matrix = matrix_of(node)
         weight = matrix.read(edit.program).float().square().sum(0).cpu() if isinstance(matrix, Matrix) else 1.0
-        scores += _shares(squares[input_of(node)] * weight)
+        scores += _fractions(squares[input_of(node)] * weight)
     return scores
 
 
-def _shares(values: torch.Tensor) -> torch.Tensor:
+def _fractions(values: torch.Tensor) -> torch.Tensor:
     return values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _zero(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
-    """Zero the channels that go in every weight that has them."""
+    """Zero the pruned channels in every weight that has them."""
     found = edit.program.fact(axes)
     gone = {place: ~mask(found.axis(*place), kept) for place in _weights_on(edit.program, found, [*kept])}
     for (node, dim), indices in gone.items():
@@ -181,7 +181,7 @@ def _zero(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
 
 
 def _check(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
-    """Refuse a program in which something else than a weight writes to the stream."""
+    """Refuse a program in which anything but a weight writes to the stream."""
     found, known, sites = edit.program.fact(zeros), edit.program.fact(axes), edit.program.fact(structure)
     for total in [site.residual for site in (*sites.attention, *sites.feed_forward)]:
         if total is None:
@@ -195,16 +195,16 @@ def _check(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
 
 
 def _reconstruct(edit: Editor, dense: Program, kept: Mapping[Axis, torch.Tensor]) -> None:
-    """Fit the layers that read the stream, in order, to what they gave in the dense program."""
+    """Refit the layers that read the stream, in order, to their outputs in the dense program."""
     found = edit.program.fact(axes)
     chosen: dict[fx.Node, tuple[Matrix, Axis]] = {}
     for axis in kept:
         for node in _readers(edit.program, found, axis):
             matrix = matrix_of(node)
             if isinstance(matrix, str):
-                edit.skip(node, f"it is not fitted anew: {matrix}")
+                edit.skip(node, f"it is not refitted: {matrix}")
             elif len(readers_of(matrix.node)) > 1:
-                edit.skip(node, "it is not fitted anew: its weight is read elsewhere too")
+                edit.skip(node, "it is not refitted: its weight is read elsewhere too")
             else:
                 chosen[node] = matrix, axis
     originals = {node.name: node for node in dense.nodes()}
@@ -218,7 +218,7 @@ def _reconstruct(edit: Editor, dense: Program, kept: Mapping[Axis, torch.Tensor]
         bias = _bias(node)
         before = Matrix(matrix.node, matrix.transposed).read(dense).float()
         weight, shift = fit(before, wanted, read, kept[axis].to(before.device), centred=bias is not None)
-        # A layer that writes to the stream as well keeps its zeros.
+        # A layer that also writes to the stream keeps its zeros.
         silent = ~matrix.read(edit.program).any(1) & before.any(1)
         matrix.write(edit, weight.masked_fill(silent[:, None], 0))
         edit.rewritten -= 1
@@ -228,7 +228,7 @@ def _reconstruct(edit: Editor, dense: Program, kept: Mapping[Axis, torch.Tensor]
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
-    """The bias of a linear layer, where it is a weight that it alone reads."""
+    """The bias of a linear layer where it is a weight with no other reader."""
     items = [item for item in node.all_input_nodes if item.op == "get_attr" and nodes.tensor_type(item).rank == 1]
     return items[0] if len(items) == 1 and len(items[0].users) == 1 else None
 
@@ -236,7 +236,7 @@ def _bias(node: fx.Node) -> fx.Node | None:
 def fit(
     weight: torch.Tensor, wanted: Sequence[torch.Tensor], read: Sequence[torch.Tensor], kept: torch.Tensor, *, centred: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """W̃ and b̃ − b of the head of this file. wanted, read: x and x̃ of each sample, [tokens, features]; kept: [features]."""
+    """W̃ and b̃ − b, see the module docstring. wanted, read: x and x̃ of each sample, [tokens, features]; kept: [features]."""
     features = weight.shape[1]
     cross, gram = torch.zeros(2, features, features, dtype=torch.float64, device=weight.device)
     sums, count = torch.zeros(2, features, dtype=torch.float64, device=weight.device), 0

@@ -8,17 +8,17 @@ calibration data, without padding.
 - `wanda`: |W_ij| · ‖X_j‖₂, compared within each row i. Sun et al. 2023, A Simple and Effective Pruning Approach for Large
   Language Models, equation 1. https://arxiv.org/abs/2306.11695
 - `sparsegpt`: remaining weights are updated to compensate removed ones. With H = XᵀX + λI and U the upper Cholesky factor
-  of H⁻¹, columns are treated from the first to the last. Of each block of columns those weights go whose W_ij² / U_jj² is
-  least, compared within the block, or within each M neighbours of a row; and each that goes is passed on to the columns behind
-  it: W_i,j: −= (W_ij / U_jj) · U_j,j:, at once within the block, and for the columns behind the block when it is finished. λ is
+  of H⁻¹, columns are processed from first to last. In each block of columns the weights with the least W_ij² / U_jj² are
+  removed, compared within the block, or within every M neighbours of a row. The error of each is passed on to later columns:
+  W_i,j: −= (W_ij / U_jj) · U_j,j:, at once within the block, and to the columns after the block when it is finished. λ is
   `damping` times the mean of the diagonal of XᵀX. A feature that is always zero keeps no weight. Frantar & Alistarh 2023,
   SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, algorithm 1. https://arxiv.org/abs/2301.00774
 
-The two that need data treat the layers in the order in which they run, each on what the layers before it give after they were
-treated. A matrix that several layers share is treated first, on what all of them read in the program as it came.
+`wanda` and `sparsegpt` prune the layers in the order in which they run, each on the outputs of the pruned layers before it. A
+matrix that several layers share is pruned first, on the inputs of all of them in the program before this pass.
 
 With the pattern N:M, at most N of every M neighbours in a row are kept. CUDA runs 2:4 in bfloat16 and float16 (`pack-sparse`);
-elsewhere zeros make nothing faster, and the report says so. Artifacts become smaller in any case.
+elsewhere zeros give no speedup, which the report notes. Artifacts become smaller in any case.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approxim
 from lissom.errors import RequirementError, UnsupportedError
 
 Prune = Callable[[torch.Tensor, Moments], torch.Tensor]
-"""From a matrix [features out, features in] and the moments of what it reads to the matrix with zeros."""
+"""Gives the pruned matrix from a matrix, [features out, features in], and the moments of its inputs."""
 NOTE = (
     "zeros in weights make nothing faster by themselves: every backend multiplies with them, but for eager on CUDA, "
     "which runs the pattern 2:4 in bfloat16 and float16 as such"
@@ -77,7 +77,7 @@ class Sparsify(Approximation):
 
     def __post_init__(self) -> None:
         if not 0 < self.keep <= 1:
-            raise UnsupportedError(f"sparsify keeps a share of the weights above 0 and up to 1, not keep={self.keep:g}")
+            raise UnsupportedError(f"sparsify keeps a fraction of the weights above 0 and up to 1, not keep={self.keep:g}")
         if self.pattern is not None and self.keep != Sparsify.keep:
             raise UnsupportedError("sparsify takes keep= or pattern=, not both")
         form = _parse(self.pattern)
@@ -130,7 +130,7 @@ class Sparsify(Approximation):
 def _parse(pattern: str | None) -> tuple[int, int] | None:
     """N and M of `N:M`.
 
-    Raises: UnsupportedError when it is none.
+    Raises: UnsupportedError for any other text.
     """
     if pattern is None:
         return None
@@ -143,7 +143,7 @@ def _parse(pattern: str | None) -> tuple[int, int] | None:
 def _layers(
     edit: Editor, output_heads: bool, protect: str, pattern: tuple[int, int] | None
 ) -> Iterable[tuple[fx.Node, Matrix]]:
-    """The layers to treat; those that cannot be are reported."""
+    """The layers to prune; the others are reported as skipped."""
     found = edit.program.fact(structure)
     passed_over = {site.router for site in found.mixtures} | (set[fx.Node]() if output_heads else {*found.output_heads})
     tables = {item.node.all_input_nodes[0] for item in found.embeddings} if output_heads else set[fx.Node]()
@@ -163,15 +163,15 @@ def _layers(
 def _obstacle(matrix: Matrix, tables: set[fx.Node], pattern: tuple[int, int] | None) -> str | None:
     """Why a layer's weights cannot be zeroed; None when they can."""
     if matrix.node not in tables and not all(is_linear(reader) for reader in readers_of(matrix.node)):
-        return "its weight is read by more than linear layers"
+        return "its weight is also read by operators other than linear layers"
     size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
     if pattern is not None and int(size) % pattern[1]:  # pyright: ignore[reportArgumentType]
-        return f"its {size} features in are no multiple of {pattern[1]}"
+        return f"its {size} input features are no multiple of {pattern[1]}"
     return None
 
 
 def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> None:
-    """Shared matrices first, on what all their layers read; then the others one after the other, each on the result so far."""
+    """Prune shared matrices first, on the inputs of all their layers, then the others in order, on the result so far."""
     names = {node: matrix.name for node, matrix in layers.items()}
     for finished, (node, read) in enumerate(sweep_moments(edit.program, edit.data, names)):
         edit.report("layers", finished, len(set(names.values())))
@@ -180,7 +180,7 @@ def _calibrate(edit: Editor, layers: dict[fx.Node, Matrix], prune: Prune) -> Non
 
 
 def threshold(weights: Sequence[torch.Tensor], keep: float) -> float:
-    """The magnitude that `keep` of all these weights exceed."""
+    """The magnitude that the fraction `keep` of all these weights exceeds."""
     sizes = torch.cat([weight.abs().flatten().float() for weight in weights])
     gone = sizes.numel() - max(1, round(keep * sizes.numel()))
     return float(sizes.kthvalue(gone).values) if gone else -1.0
@@ -203,15 +203,15 @@ def wanda(weight: torch.Tensor, read: Moments, keep: float, pattern: tuple[int, 
 def sparsegpt(
     weight: torch.Tensor, read: Moments, keep: float, pattern: tuple[int, int] | None, damping: float, block_size: int
 ) -> torch.Tensor:
-    """The matrix with zeros, and with what stays changed to make up for them; see the head of this file."""
+    """The matrix with zeros, and the remaining weights updated to compensate; see the module docstring."""
     result = weight.float().clone()
     dead = read.gram.diagonal() == 0
     result[:, dead] = 0
     factor = inverse_factor(read.gram, damping)
     for start in range(0, result.shape[1], block_size):
         block, upper = result[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
-        # Zeros are written, not multiplied: a negative zero has a bit set, and is no zero to what compresses or removes.
-        kept = largest_share(block.square() / upper.diagonal().square(), keep)
+        # Zeros are written, not multiplied: a negative zero has its sign bit set, so compression would not see a zero.
+        kept = largest_fraction(block.square() / upper.diagonal().square(), keep)
         errors = torch.zeros_like(block)
         for index in range(block.shape[1]):
             if pattern and index % pattern[1] == 0:
@@ -224,7 +224,7 @@ def sparsegpt(
     return result
 
 
-def largest_share(scores: torch.Tensor, keep: float) -> torch.Tensor:
-    """True for the share of the scores that is largest, wherever they are."""
+def largest_fraction(scores: torch.Tensor, keep: float) -> torch.Tensor:
+    """True for the fraction `keep` of the scores that is largest, in the whole tensor."""
     gone = scores.numel() - max(1, round(keep * scores.numel()))
     return scores > scores.flatten().kthvalue(gone).values if gone else torch.ones_like(scores, dtype=torch.bool)

@@ -1,12 +1,12 @@
-"""Agree that outputs are zero at padding positions, so that what is computed there need not be computed.
+"""Zero the outputs at padding positions, so that padding need not be computed.
 
     y[b, t] = 0 where mask[b, t] = 0
 
-A model gives some value at every position, padding too, and no exact pass may change it. Most callers never look at these
-values: mean pooling multiplies them with the mask, a loss ignores them. Saying so is the caller's choice, and this pass is how
-it is said; `pack-tokens` then finds what nothing reads. What follows is measured against the answers with zeros in them.
+A model has outputs at every position, padding included, and no exact pass may change them. Most callers never read them: mean
+pooling multiplies them with the mask, a loss ignores them. This pass states that padding outputs do not matter, which only the
+caller can know; `pack-tokens` then skips padding. Later passes are measured against outputs with these zeros.
 
-The mask is the input [batch, tokens] whose zeros hide keys from attention. It is found by computing what is made of it.
+The mask is the input [batch, tokens] whose zeros hide keys from attention. It is found by evaluating the attention masks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ZeroPadding(Approximation):
 
 
 def _is_per_token(output: fx.Node, mask: fx.Node) -> bool:
-    """True for floating values with the mask's dimensions in front."""
+    """True for floating-point values whose leading dimensions are those of the mask."""
     found = nodes.node_type(output)
     shape = nodes.tensor_type(mask).shape
     return isinstance(found, TensorType) and found.dtype.is_floating_point and found.shape[:2] == shape

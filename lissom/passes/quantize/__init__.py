@@ -1,1 +1,1 @@
-"""Quantization: Q/DQ nodes in the graph, what makes them cost less accuracy, and their exact folding into stored integers."""
+"""Quantization: Q/DQ nodes, passes that reduce their error, and exact folding into stored integers."""

@@ -9,9 +9,9 @@ channels is least; β = 0 leaves them as they are. Q: quantization by `quantize`
 Activation-aware Weight Quantization for LLM Compression and Acceleration, equations 4 and 5.
 https://arxiv.org/abs/2306.00978
 
-diag(s)⁻¹ is folded into what makes the channels, a norm or the linear layer before, as in `smooth-quant`. The numbers stay as
-they are: the pass comes before `quantize`, and after it `gptq` may follow. The clipping that the paper searches for is
-`quantize{weight_observer=mse}`.
+diag(s)⁻¹ is folded into the producer of the channels, a norm or the preceding linear layer, as in `smooth-quant`. The program
+computes the same function: the pass comes before `quantize`, and `gptq` may follow that. The clipping that the paper searches
+for is `quantize{weight_observer=mse}`.
 
 The error is computed from the sum of x·xᵀ over the tokens of the calibration data, without padding.
 """
@@ -39,7 +39,7 @@ from lissom.ops.formats import FORMATS, Format
 STEPS = 20
 _LEAST = 1e-4
 Round = Callable[[torch.Tensor], torch.Tensor]
-"""From a matrix [features out, features in] to the one it is rounded to."""
+"""Quantizes and dequantizes a matrix, [features out, features in]."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Awq(Rewrite):
     def _search(
         self, edit: Editor, site: ScalingSite, read: Mapping[fx.Node, tuple[torch.Tensor, Moments]]
     ) -> torch.Tensor | None:
-        """The factors of a site's channels; None where none are better than 1."""
+        """The factors of a site's channels; None where none beat factors of 1."""
         sizes = torch.stack([site.by_channel(reader, read[input_of(reader.layer)][0]) for reader in site.readers]).amax(0)
 
         def error(factors: torch.Tensor) -> float:
@@ -98,9 +98,9 @@ class Awq(Rewrite):
         return best_factors(sizes, error)
 
     def _error(self, edit: Editor, site: ScalingSite, reader: Reader, factors: torch.Tensor, gram: torch.Tensor) -> float:
-        return rounding_error(reader.matrix.read(edit.program).float(), site.columns(reader, factors), gram, self._round)
+        return rounding_error(reader.matrix.read(edit.program).float(), site.columns(reader, factors), gram, self._quantized)
 
-    def _round(self, weight: torch.Tensor) -> torch.Tensor:
+    def _quantized(self, weight: torch.Tensor) -> torch.Tensor:
         form = self._form
         rows, columns = weight.shape
         kind = self.granularity
@@ -116,7 +116,7 @@ class Awq(Rewrite):
 
 
 def _observed(edit: Editor, values: set[fx.Node], sites: list[ScalingSite]) -> dict[fx.Node, tuple[torch.Tensor, Moments]]:
-    """mean|x_j| of each feature of these values, and their moments."""
+    """mean|x_j| of each feature of these values, and their second moments."""
     layers = [reader.layer for site in sites for reader in site.readers]
     found: dict[fx.Node, tuple[torch.Tensor, Moments]] = {}
     for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, layers)):
@@ -129,7 +129,7 @@ def _observed(edit: Editor, values: set[fx.Node], sites: list[ScalingSite]) -> d
 
 
 def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) -> torch.Tensor | None:
-    """The factors sizes^β, evened out, with the least error; None where β = 0 has it. sizes: mean|X_j|, [channels]."""
+    """The factors sizes^β, normalized, with the least error; None where β = 0 is best. sizes: mean|X_j|, [channels]."""
     least, best = error(torch.ones_like(sizes)), None
     for step in range(1, STEPS):
         factors = sizes.clamp_min(_LEAST).pow(step / STEPS)

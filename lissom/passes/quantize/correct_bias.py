@@ -1,8 +1,7 @@
 """Subtract the mean quantization error of a layer's output from its bias.
 
-Quantized weights and activations shift the mean of a layer's output. With E the mean over the tokens of the calibration
-data without padding, W and x the layer's weight and input before the first lossy pass, and W̃ and x̃
-those of now,
+Quantized weights and activations shift the mean of a layer's output. With E the mean over the tokens of the calibration data,
+without padding, W and x the layer's weight and input before the first lossy pass, and W̃ and x̃ the current ones,
 
     b += W·E[x] - W̃·E[x̃]
 
@@ -63,12 +62,12 @@ class CorrectBias(Approximation):
             bias = _bias_of(layer)
             assert bias is not None
             held = edit.program.weight(str(bias.target)).detach()
-            shift = wanted[layer] - _rounded(edit.program, layers[layer]).double() @ mean
+            shift = wanted[layer] - _quantized(edit.program, layers[layer]).double() @ mean
             edit.set_weight(bias, (held.double() + shift).to(held.dtype))
             edit.rewritten += 1
 
     def _layers(self, edit: Editor) -> dict[fx.Node, RoundedMatrix]:
-        """The linear layers to treat, and where their matrices are; the others are reported."""
+        """The linear layers to correct, with their matrices; the others are reported as skipped."""
         layers: dict[fx.Node, RoundedMatrix] = {}
         for node in edit.nodes():
             if not is_linear(node):
@@ -85,9 +84,9 @@ class CorrectBias(Approximation):
         if (reason := obstacle_by_name(node, skip=self.skip, only=self.only)) is not None:
             return reason
         if node in edit.program.fact(structure).output_heads and not self.output_heads:
-            return "it is an output head; output_heads=true treats it"
+            return "it is an LM head; output_heads=true treats it"
         if _original(edit, node) is None:
-            return "the program before rounding is not known here, or has no such layer"
+            return "the program before quantization is not known here, or has no such layer"
         given = _bias_argument(node)
         if given is None:
             return None if node.target is aten.linear.default else "it is a plain product, which has no place for a bias"
@@ -97,7 +96,7 @@ class CorrectBias(Approximation):
 
 
 def _original(edit: Editor, layer: fx.Node) -> fx.Node | None:
-    """The layer in the program before numbers were changed, its weight as it was."""
+    """The same layer in the program before the first lossy pass; None where there is none."""
     if edit.reference is None:
         return None
     found = next((node for node in edit.reference.nodes() if node.name == layer.name), None)
@@ -107,7 +106,7 @@ def _original(edit: Editor, layer: fx.Node) -> fx.Node | None:
 
 
 def _means(edit: Editor, layers: dict[fx.Node, RoundedMatrix]) -> dict[fx.Node, torch.Tensor]:
-    """W·E[x] of each layer in the program before numbers were changed, [features out]."""
+    """W·E[x] of each layer in the program before the first lossy pass, [features out]."""
     reference = edit.reference
     originals = {layer: original for layer in layers if (original := _original(edit, layer)) is not None}
     if reference is None or not originals:
@@ -121,8 +120,8 @@ def _means(edit: Editor, layers: dict[fx.Node, RoundedMatrix]) -> dict[fx.Node, 
     return found
 
 
-def _rounded(program: Program, matrix: RoundedMatrix) -> torch.Tensor:
-    """The matrix as it is rounded, [features out, features in]."""
+def _quantized(program: Program, matrix: RoundedMatrix) -> torch.Tensor:
+    """The matrix after quantize and dequantize, [features out, features in]."""
     weight = evaluate_nodes(program.graph_module, matrix.quantizer)
     return weight.T if matrix.transposed else weight
 

@@ -1,17 +1,17 @@
 """Equalize the ranges of channels between consecutive linear layers, so that one per-tensor scale fits all of them.
 
-Where the layers are W₂·f(W₁·x + b₁), and f is a view, an attention from its values, a product with something else or ReLU, so
-that f(s·x) = s·f(x) for s > 0, the rows of W₁ and b₁ may be divided by s_j and the columns of W₂ multiplied by it. With r₁_j
-the largest magnitude in the rows that make channel j, and r₂_j that in the columns that read it,
+Let the layers be W₂·f(W₁·x + b₁), where f is a view, ReLU, an attention as a function of its values, or a product with another
+value, so that f(s·x) = s·f(x) for s > 0. Then the rows of W₁ and b₁ may be divided by s_j and the columns of W₂ multiplied by
+it. With r₁_j the largest magnitude in the rows that compute channel j, and r₂_j that in the columns that read it,
 
     s_j = √(r₁_j · r₂_j) / r₂_j      so that both become √(r₁_j · r₂_j)
 
 Nagel et al. 2019, Data-Free Quantization Through Weight Equalization and Bias Correction, §4.1, equation 11.
 https://arxiv.org/abs/1906.04721
 
-Such layers are the values of an attention and its output projection, and `up` and `down` where ReLU or the product of a gated
-feed-forward lies between. Where layers follow each other, pairs are repeated until all factors are 1. Outputs stay
-equal: the pass comes before `quantize`, and helps per-tensor scales most. It needs no data.
+Such layers are an attention's value and output projections, and `up` and `down` where ReLU or the product of a gated
+feed-forward is in between. In chains of layers, all pairs are equalized repeatedly until the factors are close to 1. Outputs
+stay equal: the pass comes before `quantize`, and helps per-tensor scales most. It needs no data.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Equalize(Rewrite):
 
 
 def _equalize(edit: Editor, site: ScalingSite) -> float:
-    """Scale the channels of a site; returns how far from 1 the factors are, as a logarithm."""
+    """Scale the channels of a site; returns the largest |log s_j|."""
     columns = [reader.matrix.read(edit.program).float().abs().amax(0) for reader in site.readers]
     read = torch.stack([site.by_channel(*pair) for pair in zip(site.readers, columns, strict=True)]).amax(0)
     factors = balance(site.rows(edit.program), read)
@@ -60,5 +60,5 @@ def _equalize(edit: Editor, site: ScalingSite) -> float:
 
 
 def balance(made: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """What each channel is divided by, [channels]; 1 where it is made or read by zeros alone."""
+    """The divisor of each channel, [channels]; 1 where its rows or its columns are all zero."""
     return torch.where((made > 0) & (read > 0), (made / read).sqrt(), torch.ones_like(made))

@@ -1,7 +1,7 @@
-"""Store rounded weights as the integers (or fp8) they are rounded to: fake_quantize(W) becomes dequantize(W_q).
+"""Store quantized weights as integers or fp8: fake_quantize(W) becomes dequantize(W_q).
 
-The values are the same to the last bit. A table of embeddings is looked up before it is turned back, so that only the rows
-looked up are: embedding(dequantize(W_q), ids) becomes dequantize(embedding(W_q, ids)).
+The values are bit-identical. In an embedding only the rows that are looked up are dequantized:
+embedding(dequantize(W_q), ids) becomes dequantize(embedding(W_q, ids)).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class FoldQuantizedWeights(Rewrite):
-    """Stores quantized weights as integers, in place of `lissom::fake_quantize`."""
+    """Stores quantized weights as integers or fp8, in place of `lissom::fake_quantize`."""
 
     def run(self, edit: Editor) -> None:
         for node in edit.nodes(fake_quantize):
@@ -36,7 +36,7 @@ def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
     form = FORMATS[str(node.kwargs["format"])]
     value = edit.program.weight(str(weight.target)).detach()
     if form.bits == 4 and value.shape[-1] % 2:
-        edit.skip(node, f"its last dimension, {value.shape[-1]}, is odd, and two of four bits share a byte")
+        edit.skip(node, f"its last dimension, {value.shape[-1]}, is odd, and int4 packs two per byte")
         return
     scale, *zero_point = (edit.program.weight(str(item.target)) for item in node.all_input_nodes[1:])
     q = formats.quantize(value, scale, zero_point[0] if zero_point else None, form)
@@ -53,7 +53,7 @@ def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
 
 
 def _rows(edit: Editor, table: fx.Node, ids: object) -> fx.Node:
-    """The rows of a table that are looked up; of scales that all rows share, the only one."""
+    """The rows of a table that are looked up; a row that all ids share is broadcast to them."""
     shape = nodes.tensor_type(table).shape
     if shape[0] != 1:
         return edit.call(aten.embedding.default, table, ids)

@@ -1,7 +1,7 @@
 """GPTQ: quantize weights column by column, and let the later columns compensate the error of each.
 
 W: [features out, features in]; X: [tokens, features in], a layer's inputs on calibration data, without padding. With
-H = XᵀX + λI and U the upper Cholesky factor of H⁻¹, columns are rounded one by one, and the error of each is passed on:
+H = XᵀX + λI and U the upper Cholesky factor of H⁻¹, columns are quantized one by one, and the error of each is passed on:
 
     e = (W_:j - Q(W_:j)) / U_jj,   W_:k −= e · U_jk  for k > j
 
@@ -9,27 +9,27 @@ which keeps ‖XWᵀ - XQᵀ‖ small. λ is `damping` times the mean of the dia
 to nearest. Frantar et al. 2022, GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
 algorithm 1. https://arxiv.org/abs/2210.17323
 
-The pass comes after `quantize` and keeps its Q/DQ nodes and formats; after it Q(W) = W to the last bit. `act_order` takes
-columns by decreasing diagonal of H: those that matter most first, while there are others to make up for them. Scales are fixed
-by then, so that groups stay neighbours in memory. `rescale` chooses the scale of a group of columns anew when it is reached,
-from what the weights have become; it goes with columns in their own order.
+The pass comes after `quantize` and keeps its Q/DQ nodes and formats; after it Q(W) = W bit for bit. `act_order` quantizes
+columns by decreasing diagonal of H: the most important first, while many others can compensate. Scales are fixed before, so
+groups stay contiguous in memory. `rescale` recomputes the scale of a group when its columns are reached, from the updated
+weights; it requires columns in their original order.
 
 Three things go beyond the algorithm:
 
-- `asymmetric`. Layers are treated in the order in which they run. X is what a layer reads after those before it were treated,
-  X₀ what it read before anything was rounded, and X₀Wᵀ what it should give. In the place of W above goes
+- `asymmetric`. Layers are quantized in the order in which they run. X is a layer's input with the layers before it quantized,
+  X₀ its input in the original program, and X₀Wᵀ the target. W above is replaced by
 
       V = W (I + (X₀ - X)ᵀX (XᵀX + λ'I)⁻¹),   for which ‖XVᵀ - X₀Wᵀ‖² + λ'‖V - W‖² is least
 
-  with λ' `pull` times the mean of the diagonal of XᵀX: without it V would fit the tokens at hand too well. The aim is that of
-  Li et al. 2025, GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration, https://arxiv.org/abs/2504.02692,
-  whose algorithm changes the columns behind each column alone, and has no λ'.
-- Where nothing but a norm reads a layer, each token counts by one over what the norm divides by, squared: an error is as large
-  as it is behind the norm.
-- `refit`. With q known, the scales of a row's groups s are the least squares of tr((s·q - V) H (s·q - V)ᵀ).
+  with λ' `pull` times the mean of the diagonal of XᵀX, which keeps V from overfitting the calibration tokens. The aim is that
+  of Li et al. 2025, GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration,
+  https://arxiv.org/abs/2504.02692, whose algorithm changes only the columns after each column, and has no λ'.
+- Where a norm is the only reader of a layer, each token is weighted by one over the square of the norm's divisor: errors are
+  measured after the norm.
+- `refit`. With q known, the scales s of a row's groups minimize tr((s·q - V) H (s·q - V)ᵀ).
 
-Where what layers read is rounded too, that is X. A matrix that several layers share, or that is a table of embeddings as well,
-is treated first, on what all its layers read in the program as it came, and fitted to itself.
+Where activations are quantized too, X is the quantized input. A matrix that several layers share, or that is an embedding
+table as well, is quantized first, on the inputs of all its layers in the program before this pass, with W itself as target.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ aten = torch.ops.aten
 
 Rescale = Literal["none", "min-max", "mse"]
 _HELD = 1 << 24
-"""Numbers held at once while scales are fitted."""
+"""Most elements in memory at once while scales are fitted."""
 _LEAST = 1e-12
-"""Of what a norm divides by, squared."""
+"""The least square of a norm's divisor."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Gptq(Approximation):
 
     def run(self, edit: Editor) -> None:
         if not edit.data:
-            raise RequirementError("gptq needs calibration data: pass data=, or leave it out, for rounding to the nearest")
+            raise RequirementError("gptq needs calibration data: pass data=, or leave gptq out to round to nearest")
         layers = self._layers(edit)
         names = {node: matrix.name for node, matrix in layers.items()}
         tables = [matrix.name for matrix in layers.values() if _is_table(matrix)]
@@ -119,10 +119,10 @@ class Gptq(Approximation):
         for finished, (node, read) in enumerate(reads):
             edit.report("layers", finished, len(set(names.values())))
             edit.current = node
-            self._treat(edit, layers[node], read)
+            self._quantize(edit, layers[node], read)
 
     def _layers(self, edit: Editor) -> dict[fx.Node, RoundedMatrix]:
-        """The linear layers to treat, and where their matrices are; the others are reported."""
+        """The linear layers to quantize, with their matrices; the others are reported as skipped."""
         layers: dict[fx.Node, RoundedMatrix] = {}
         for node in edit.nodes():
             if not is_linear(node):
@@ -133,12 +133,12 @@ class Gptq(Approximation):
             elif (reason := obstacle_by_name(node, skip=self.skip, only=self.only)) is not None:
                 edit.skip(node, reason)
             elif _is_table(matrix) and not self.tables:
-                edit.skip(node, "its weight is a table of embeddings too; tables=true treats both")
+                edit.skip(node, "its weight is an embedding table too; tables=true treats both")
             else:
                 layers[node] = matrix
         return layers
 
-    def _treat(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
+    def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
         form = FORMATS[str(matrix.quantizer.kwargs["format"])]
         scale, zero_point = matrix.read_scale(edit.program)
         weight, gram = matrix.read(edit.program), read.moments.gram
@@ -164,7 +164,7 @@ def _is_table(matrix: RoundedMatrix) -> bool:
 
 
 def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """One over what the norm that reads a layer divides by, squared: [tokens] for each sample; None where no norm reads it."""
+    """One over the square of the divisor of the norm after a layer, [tokens] per sample; None without such a norm."""
     norm = next(iter(layer.users), None)
     others = [used for used in layer.all_input_nodes if used is not input_of(layer)]
     if len(layer.users) != 1 or norm is None or norm.target not in LAYER_NORMS or not all(map(_is_constant, others)):
@@ -180,7 +180,7 @@ def _norm_weights(program: Program, layer: fx.Node, read: Sequence[torch.Tensor]
 
 
 def _is_constant(node: fx.Node) -> bool:
-    """True for a weight and what is computed from weights alone."""
+    """True for weights and values computed from weights only."""
     return node.op == "get_attr" or (node.op == "call_function" and all(map(_is_constant, node.all_input_nodes)))
 
 
@@ -194,13 +194,13 @@ def gptq(
     block_size: int,
     act_order: bool,
 ) -> torch.Tensor:
-    """The matrix on its grid, see the head of this file.
+    """The matrix after quantize and dequantize by GPTQ, see the module docstring.
 
     weight: [features out, features in]; gram: XᵀX; scale, zero_point: [blocks of rows, blocks of columns].
     """
     order = gram.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(gram), device=gram.device)
     factor = inverse_factor(gram[order][:, order], damping)
-    # Rows are columns of the matrix, so that each is one piece of memory.
+    # Transposed, so that each column of the matrix is contiguous in memory.
     columns = weight.float().T[order]
     groups = order * scale.shape[1] // len(gram)
     for start in range(0, len(columns), block_size):
@@ -209,7 +209,7 @@ def gptq(
         for index in range(len(block)):
             column = start + index
             wanted = block[index] - factor[start:column, column] @ errors[:index]
-            block[index] = _rounded(wanted, scale, zero_point, int(groups[column]), form)
+            block[index] = _quantized_column(wanted, scale, zero_point, int(groups[column]), form)
             errors[index] = (wanted - block[index]) / factor[column, column]
         columns[start + block_size :] -= factor[start : start + block_size, start + block_size :].T @ errors
     result = torch.empty_like(columns)
@@ -226,7 +226,7 @@ def gptq_with_scales(
     damping: float,
     observer: Literal["min-max", "mse"],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The matrix on its grid, and the scales and zero points of its groups, each chosen when its columns are reached."""
+    """The quantized and dequantized matrix, with the scales and zero points chosen when a group's columns are reached."""
     factor = inverse_factor(gram, damping)
     columns = weight.float().T.clone(memory_format=torch.contiguous_format)
     scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
@@ -241,17 +241,17 @@ def gptq_with_scales(
         for index in range(size):
             column = start + index
             wanted = block[index] - factor[start:column, column] @ errors[:index]
-            block[index] = _rounded(wanted, scale, zero_point, group, form)
+            block[index] = _quantized_column(wanted, scale, zero_point, group, form)
             errors[index] = (wanted - block[index]) / factor[column, column]
         columns[start + size :] -= factor[start : start + size, start + size :].T @ errors
     return columns.T, scale, zero_point
 
 
 def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The scales with which the layer errs least, the whole numbers fixed: min over s of tr((s·q - W) H (s·q - W)ᵀ).
+    """The scales that minimize the layer's error with fixed integers: min over s of tr((s·q - W) H (s·q - W)ᵀ).
 
-    weight: [features out, features in]; levels: q less its zero point, in that shape; hessian: H, positive definite;
-    scale: [blocks of rows, blocks of columns], which stays where the best would not all be positive.
+    weight: [features out, features in]; levels: q minus its zero point, in that shape; hessian: H, positive definite;
+    scale: [blocks of rows, blocks of columns], kept for a block of rows where a solution is not positive.
     """
     blocks, groups = scale.shape
     rows, size = len(weight) // blocks, weight.shape[1] // groups
@@ -266,7 +266,7 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
         spread = torch.einsum("brgi,gin->brgn", part, hessian.unflatten(0, (groups, size)))
         system = torch.einsum("brgmi,brmi->bgm", spread.unflatten(-1, (groups, size)), part).double()
         target = (part * wanted[start : start + step]).sum((1, 3)).double()
-        # A group of zeros gives the same with any scale.
+        # A group of zeros is the same with any scale.
         empty = system.diagonal(dim1=1, dim2=2) == 0
         system.diagonal(dim1=1, dim2=2)[empty] = 1
         found = torch.linalg.solve(system, target).to(scale.dtype)
@@ -276,9 +276,9 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
     return fitted
 
 
-def _rounded(
+def _quantized_column(
     column: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, group: int, form: Format
 ) -> torch.Tensor:
-    """A column of the matrix, [features out], with the scales of its group."""
+    """A column of the matrix, [features out], quantized and dequantized with the scales of its group."""
     held = scale[:, group, None], None if zero_point is None else zero_point[:, group, None]
     return formats.dequantize(formats.quantize(column[:, None], *held, form), *held, torch.float32)[:, 0]

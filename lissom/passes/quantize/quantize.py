@@ -87,20 +87,20 @@ class Quantize(Approximation):
             raise UnsupportedError("quantize{scheme=fp8} has no zero points: leave out symmetric=false")
         if (self.attention or self.residual) and self.scheme.endswith("-weight"):
             raise UnsupportedError(
-                f"quantize{{scheme={self.scheme}}} rounds weights alone: leave out attention= and residual=, or choose "
+                f"quantize{{scheme={self.scheme}}} quantizes weights only: leave out attention= and residual=, or choose "
                 "int8-dynamic, int8-static or fp8"
             )
 
     @property
     def weight_format(self) -> Format:
-        """What weights are held in."""
+        """The format of weights."""
         if self.scheme == "fp8":
             return FORMATS["fp8"]
         return FORMATS[("" if self.symmetric else "u") + ("int4" if self.scheme == "int4-weight" else "int8")]
 
     @property
     def activation_format(self) -> Format | None:
-        """What is held of the values layers read; None where they stay as they are."""
+        """The format of activations; None for weight-only schemes."""
         if self.scheme.endswith("-weight"):
             return None
         return FORMATS["fp8" if self.scheme == "fp8" else "uint8"]
@@ -117,22 +117,22 @@ class Quantize(Approximation):
         if self.residual:
             values |= dict.fromkeys(_residual_sums(edit))
         if self.activation_format is not None:
-            self._round_values(edit, [item for item in values if isinstance(item, fx.Node)], set(layers))
+            self._quantize_activations(edit, [item for item in values if isinstance(item, fx.Node)], set(layers))
         for matrix in {matrix.name: matrix for matrix in layers.values()}.values():
-            self._round_weight(edit, matrix.node, transposed=matrix.transposed)
+            self._quantize_weight(edit, matrix.node, transposed=matrix.transposed)
         if self.embeddings:
             for item in edit.program.fact(structure).embeddings:
-                self._round_table(edit, item.node)
+                self._quantize_table(edit, item.node)
 
     def _chosen(self, edit: Editor, node: fx.Node) -> bool:
-        """True where the patterns let a node be treated; else it is reported."""
+        """True where `skip` and `only` select a node; otherwise the node is reported as skipped."""
         reason = obstacle_by_name(node, skip=self.skip, only=self.only)
         if reason is not None:
             edit.skip(node, reason)
         return reason is None
 
     def _layers(self, edit: Editor) -> dict[fx.Node, Matrix]:
-        """The linear layers to treat, and where their matrices are; the others are reported."""
+        """The linear layers to quantize, with their matrices; the others are reported as skipped."""
         found = edit.program.fact(structure)
         tables = {weight for item in found.embeddings if (weight := _table(item.node)) is not None}
         layers: dict[fx.Node, Matrix] = {}
@@ -150,9 +150,9 @@ class Quantize(Approximation):
     def _obstacle(self, edit: Editor, node: fx.Node, matrix: Matrix, tables: set[fx.Node]) -> str | None:
         tied = matrix.node in tables
         if tied and not self.embeddings:
-            return "its weight is a table of embeddings too; embeddings=true treats both"
+            return "its weight is an embedding table too; embeddings=true treats both"
         if not tied and node in edit.program.fact(structure).output_heads and not self.output_heads:
-            return "it is an output head; output_heads=true treats it"
+            return "it is an LM head; output_heads=true treats it"
         if nodes.tensor_type(input_of(node)).dtype == torch.float64:
             return "it computes in float64"
         size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
@@ -160,9 +160,9 @@ class Quantize(Approximation):
 
     def _shape_obstacle(self, size: int) -> str | None:
         if self._granularity == "group" and size % self.group:
-            return f"its {size} features in are no multiple of group={self.group}"
+            return f"its {size} input features are no multiple of group={self.group}"
         if self.weight_format.bits == 4 and size % 2:
-            return f"its {size} features in are odd, and two of four bits share a byte"
+            return f"its number of input features, {size}, is odd, and int4 packs two per byte"
         return None
 
     @property
@@ -171,8 +171,8 @@ class Quantize(Approximation):
             return self.granularity
         return "group" if self.scheme == "int4-weight" else "channel"
 
-    def _round_weight(self, edit: Editor, node: fx.Node, *, transposed: bool = False) -> None:
-        """Let everything that reads a weight read it rounded."""
+    def _quantize_weight(self, edit: Editor, node: fx.Node, *, transposed: bool = False) -> None:
+        """Insert Q/DQ between a weight and all its readers."""
         weight = edit.program.weight(str(node.target)).detach()
         outputs, inputs = weight.shape[::-1] if transposed else weight.shape
         shape = {
@@ -194,8 +194,8 @@ class Quantize(Approximation):
             reader.replace_input_with(node, rounded)
         edit.rewritten += 1
 
-    def _round_table(self, edit: Editor, look_up: fx.Node) -> None:
-        """Round a table of embeddings, unless an output head that shares it has had it rounded."""
+    def _quantize_table(self, edit: Editor, look_up: fx.Node) -> None:
+        """Quantize an embedding table, unless it is quantized already with an LM head tied to it."""
         table = _table(look_up)
         if table is None or look_up.args[0] is not table or not self._chosen(edit, look_up):
             return
@@ -203,10 +203,10 @@ class Quantize(Approximation):
         if reason is not None:
             edit.skip(look_up, reason)
         else:
-            self._round_weight(edit, table)
+            self._quantize_weight(edit, table)
 
-    def _round_values(self, edit: Editor, values: list[fx.Node], layers: set[fx.Node]) -> None:
-        """Let the layers, and attention and the residual stream where asked, read these values rounded."""
+    def _quantize_activations(self, edit: Editor, values: list[fx.Node], layers: set[fx.Node]) -> None:
+        """Insert Q/DQ between these values and the layers, and with `attention` and `residual` their readers there."""
         form = self.activation_format
         assert form is not None
         ranges: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -245,13 +245,13 @@ class _Reporter:
 
 
 def _table(look_up: fx.Node) -> fx.Node | None:
-    """The weight an embedding looks up in."""
+    """The table of an embedding where it is a weight."""
     found = look_up.args[0]
     return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
 
 
 def _residual_sums(edit: Editor) -> list[fx.Node]:
-    """The sums in which branches meet the residual stream."""
+    """The residual adds."""
     found = edit.program.fact(structure)
     sums = [site.residual for site in (*found.attention, *found.feed_forward)]
     return list(dict.fromkeys(item for item in sums if item is not None))

@@ -2,9 +2,8 @@
 
     s = max|x| / 127,  q = round(x / s)   written   |   x ≈ q · s   read
 
-x: a token's key or value in one head, [head_dim]. A token is quantized once, when it is written, so
-errors do not add up over a text. A key of 128 features takes 132 bytes rather than 512, or 68 in int4. Layers are unchanged:
-`quantize` is for those.
+x: a token's key or value in one head, [head_dim]. A token is quantized once, when it is written, so errors do not accumulate
+over a text. A key of 128 features takes 132 bytes rather than 512, or 68 in int4. Linear layers are left to `quantize`.
 
 Sheng et al. 2023, FlexGen, quantize groups of neighbours instead; Liu et al. 2024, KIVI, find that keys lose less when they are
 quantized per channel, over several tokens, which requires the last tokens in full precision. On a CPU, attention reads int8
@@ -51,25 +50,25 @@ class QuantizeCache(Approximation):
             state, new = write.args[:2]
             assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
             before += _bytes(edit.program.weight(str(state.target)))
-            after += sum(map(_bytes, _round(edit, state, new, write, form)))
+            after += sum(map(_bytes, _quantize_state(edit, state, new, write, form)))
         if before:
             edit.note(f"the cache takes {after / 1e6:.3g} MB, and took {before / 1e6:.3g} MB")
         else:
-            edit.note("the program keeps no keys and values; compile_generation gives one that does")
+            edit.note("the program has no KV cache; compile_generation makes one that has")
 
     def _obstacle(self, write: fx.Node) -> str | None:
-        """Why a write of state is left as it is; None when it can be changed."""
+        """Why a write to the cache is left alone; None when it can be quantized."""
         state, new = write.args[:2]
         assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
         if write.users or set(state.users) != {new, write}:
-            return f"'{state.target}' is read beside"
+            return f"'{state.target}' has other readers"
         if self.bits == 4 and int(nodes.tensor_type(state).shape[-1]) % 2:  # pyright: ignore[reportArgumentType]
-            return f"'{state.target}' has an odd number of features, and two of four bits share a byte"
+            return f"'{state.target}' has an odd number of features, and int4 packs two per byte"
         return None
 
 
 def _keeps_rows(write: fx.Node) -> bool:
-    """True for `copy_(state, index_copy(state, 2, places, rows))` with rows of floating point."""
+    """True for `copy_(state, index_copy(state, 2, places, rows))` with floating-point rows."""
     if not nodes.is_state_write(write):
         return False
     state, new = write.args[:2]
@@ -77,8 +76,8 @@ def _keeps_rows(write: fx.Node) -> bool:
     return floating and nodes.is_call(new, aten.index_copy.default) and new.args[:2] == (state, 2)
 
 
-def _round(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node, form: Format) -> Sequence[torch.Tensor]:
-    """Keep integers and scales in the state's place; returns both."""
+def _quantize_state(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node, form: Format) -> Sequence[torch.Tensor]:
+    """Replace the state by integers and scales; returns both."""
     name, (_, dim, places, rows) = str(state.target), new.args
     assert isinstance(rows, fx.Node)
     held = quantize_rows(edit.program.weight(name), form)
@@ -99,7 +98,7 @@ def _round(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node, form: For
 
 
 def _quantized(edit: Editor, rows: fx.Node, form: Format) -> tuple[fx.Node, fx.Node]:
-    """Integers and scales of [batch, heads, tokens, features]; the scale is one a token and head."""
+    """Integers and per-token, per-head scales of [batch, heads, tokens, features]."""
     if nodes.tensor_type(rows).dtype != torch.float32:
         rows = edit.call(aten.to.dtype, rows, torch.float32)
     largest = edit.call(aten.amax.default, edit.call(aten.abs.default, rows), [-1], True)
@@ -115,11 +114,11 @@ def _quantized(edit: Editor, rows: fx.Node, form: Format) -> tuple[fx.Node, fx.N
 
 
 def quantize_rows(x: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is stored of x, [..., features] or half of them, and its scales, [..., 1]: what the program does with new rows."""
+    """The integers of x, [..., features] or half as many packed, and its scales, [..., 1], quantized as new rows are."""
     x = x.detach().float()
     scale = (x.abs().amax(-1, keepdim=True) * (1.0 / form.high)).clamp_min(LEAST)
     whole = (x / scale).round().clamp(form.low, form.high).to(torch.int8)
-    # Rows not written yet stay zero throughout, which an artifact leaves out.
+    # Rows not written yet stay zero, and an artifact stores no zero state.
     return (pack_halves(whole) if form.bits == 4 else whole), scale.where(scale > LEAST, 0.0)
 
 

@@ -1,19 +1,19 @@
-"""Move the difficulty of rounding from what linear layers read to their weights, channel by channel.
+"""Migrate the difficulty of quantization from activations to weights, channel by channel.
 
-Some channels of what a layer reads are far larger than others, and a scale that all share is set by them. With a factor s_j for
+Some input channels of a layer are far larger than others and determine a per-token or per-tensor scale. With a factor s_j for
 each channel j,
 
     W·x = (W diag(s)) · (diag(s)⁻¹ x),   s_j = max|X_j|^α / max|W_j|^(1 - α)
 
-x / s is folded into what makes x, and the columns of W are multiplied. Xiao et al. 2022, SmoothQuant: Accurate and Efficient
-Post-Training Quantization for Large Language Models, equations 3 and 4. https://arxiv.org/abs/2211.10438
+x / s is folded into the producer of x, and the columns of W are multiplied by s. Xiao et al. 2022, SmoothQuant: Accurate and
+Efficient Post-Training Quantization for Large Language Models, equations 3 and 4. https://arxiv.org/abs/2211.10438
 
-X: [tokens, features in] of the calibration data, padding left out; max|W_j| is taken over all layers that read the channel. The
-numbers stay as they are, so the pass comes before `quantize`.
+X: [tokens, features in], the layer's inputs on calibration data, without padding; max|W_j| is taken over all layers that read
+the channel. The program computes the same function, so the pass comes before `quantize`.
 
-What can make x is a norm, as in the paper; and, ours, the linear layer before: the values of an attention for its output
-projection, `up` for `down` where ReLU or the product of a gated feed-forward lies between. All that reads x has to be a linear
-layer. So the norms of BERT are left alone: what they give is the residual stream as well.
+The producer of x is a norm, as in the paper, or, beyond it, the preceding linear layer: the value projection for the output
+projection, `up` for `down` where ReLU or the product of a gated feed-forward is in between. All readers of x have to be linear
+layers. So BERT's norms are left alone: their output is also the residual stream.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SmoothQuant(Rewrite):
 
 
 def largest_values(edit: Editor, chosen: set[fx.Node]) -> dict[fx.Node, torch.Tensor]:
-    """max|x_j| of each feature of what these nodes yield on the calibration data."""
+    """max|x_j| of each feature of these nodes' values on the calibration data."""
     found: dict[fx.Node, torch.Tensor] = {}
 
     def widen(node: fx.Node, rows: torch.Tensor) -> None:

@@ -138,7 +138,7 @@ def test_a_large_constant_is_skipped_with_the_reason() -> None:
     program, history = rewrite(FoldConstants(), Calls(lambda x: x.sum() + torch.arange(20_000)), normal(2, 5, 8))
     assert calls(program, aten.arange.default) == 1
     (skip,) = history.steps[1].skipped
-    assert skip.reason == "the constant would be larger than what it is computed from"
+    assert skip.reason == "the constant would be larger than the weights it is computed from"
 
 
 def test_a_constant_as_large_as_its_weights_is_folded() -> None:

@@ -128,7 +128,7 @@ def test_data_choose_what_costs_least() -> None:
     best = min(errors, key=errors.__getitem__)
     words = {"mean": "their mean", "first": "the weights of layers.0", "middle": "the weights of layers.1"}
     assert step.notes == (
-        f"layers.0 to layers.2: 3 layers share {words[best]}; outputs err by {errors[best]:.2g} relative",
+        f"layers.0 to layers.2: 3 layers share {words[best]}; relative error of outputs {errors[best]:.2g}",
     )  # fmt: skip
 
 

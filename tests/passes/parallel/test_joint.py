@@ -140,4 +140,4 @@ def test_bytes_a_token_fall_from_the_vocabulary_to_a_few_numbers() -> None:
     assert str(node.target) == "aten.argmax.default" and item.kind == "all-gather"
     assert item.payload_bytes == 9 * 4 * 2 * 4
     notes = lissom.optimize(model, example, passes="shard{world_size=4},partition").report.history.steps[-2].notes
-    assert any("reads what is sharded: it exchanges 8 numbers a row, and does not gather it" in note for note in notes)
+    assert any("reads a sharded dimension: 8 numbers per row exchanged, not gathered" in note for note in notes)

@@ -157,7 +157,7 @@ def test_heads_left_by_pruning_need_not_divide(world_size: int) -> None:
     after, history = partition(pruned, samples, world_size)
     assert [site.heads for site in pruned.fact(lissom.compiler.analysis.structure.transformer.structure).attention] == [3, 4]
     notes = " ".join(history.steps[1].notes)
-    assert "zeros make blocks of the attention at encoder.layer.0.attention.self even: 3 as 4" in notes
+    assert "the attention at encoder.layer.0.attention.self is padded with zeros: 3 as 4" in notes
     last = after.ranks[world_size - 1]["encoder.layer.0.attention.self.query.weight"]
     assert len(last) == 32 // world_size
     assert not last[-8:].any()

@@ -133,7 +133,7 @@ def test_the_share_says_how_many() -> None:
         assert sum(str(nodes.placed(node)) == "Shard(0)" for node in weights) == wanted
     program, _ = rewrite("shard{world_size=2,plan=[first:replicate]}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
     assert "first.weight: f32[14, 8]\n" in program.text()
-    with pytest.raises(PipelineTextError, match=r"share is 1\.5; it is a part of the weights"):
+    with pytest.raises(PipelineTextError, match=r"share is 1\.5; it is a fraction of the weights"):
         rewrite("shard{world_size=2,share=1.5}", seeded(Rolled), normal(2, 5, 8))
 
 
@@ -180,9 +180,7 @@ def test_norms_over_all_heads_stay_sharded() -> None:
         # Two key/value heads of 4 ranks: each is held by two, and counted once.
         _, history = run_passes(f"shard{{world_size={world_size}}},partition", program, samples)
         assert reasons(history) == []
-        assert "4 times aten.rms_norm reads what is sharded: it exchanges 1 number a row, and does not gather it" in notes(
-            history
-        )
+        assert "4 calls of aten.rms_norm read a sharded dimension: 1 number per row exchanged, not gathered" in notes(history)
 
 
 def test_an_operator_without_a_rule_gets_its_arguments_whole() -> None:
@@ -192,13 +190,13 @@ def test_an_operator_without_a_rule_gets_its_arguments_whole() -> None:
             return x + self.down(hidden + torch.flip(hidden, [1]))
 
     _, history = rewrite("shard{world_size=2,plan=[up:column-wise]},partition", seeded(Flipped), normal(2, 5, 8))
-    assert "no rule says how aten.flip works on parts; it gets its arguments whole" in reasons(history)
+    assert "no rule says how aten.flip works on shards; it gets its arguments whole" in reasons(history)
 
 
 def test_a_site_that_cannot_be_sharded_is_named() -> None:
     program, samples = program_of("vit")
     _, history = run_passes("shard{world_size=8}", program, samples)
-    assert set(reasons(history)) == {"its attention stays whole on every rank: 4 heads give 8 ranks nothing to share"}
+    assert set(reasons(history)) == {"its attention stays whole on every rank: 4 heads are too few for 8 ranks"}
 
 
 def test_requirements() -> None:
@@ -207,14 +205,14 @@ def test_requirements() -> None:
         "shard": "shard: needs world_size",
         "shard{ways=2}": "shard has no option 'ways'; it is called 'world_size' now; its options: world_size, plan",
         "shard{world_size=2},cut": "there is no pass 'cut'; it is called 'partition' now; `lissom passes` lists them all",
-        "shard{world_size=1}": "world_size is 1; it takes 2 ranks or more",
+        "shard{world_size=1}": "world_size is 1; tensor parallelism takes 2 ranks or more",
         "shard{world_size=2,plan=[mlp]}": "plan has 'mlp'; write PATTERN:replicate, PATTERN:column-wise or PATTERN:row-wise",
     }.items():
         with pytest.raises(PipelineTextError, match=message):
             run_passes(text, program, samples)
     with pytest.raises(TypeError, match=r"Shard\(\) has no ways=; it is called world_size= now"):
         Shard(ways=2)
-    with pytest.raises(UnsupportedError, match="no module that is sharded has a path like 'mpl'"):
+    with pytest.raises(UnsupportedError, match="no shardable module has a path like 'mpl'"):
         run_passes("shard{world_size=2,plan=[mpl:replicate]}", program, samples)
 
 

@@ -172,7 +172,7 @@ def test_a_residual_stream_that_overflows_stays_in_float32(name: str, weight: st
     assert " values in float32: of values and weights " in step.notes[0]
     assert " may overflow, the largest being " in step.notes[0]
     assert linears(careful.program).count(torch.float16) > 8
-    assert {skip.reason for skip in step.skipped} == {"a value it reads or gives may overflow float16"}
+    assert {skip.reason for skip in step.skipped} == {"an input or output may overflow float16"}
 
 
 def test_the_note_names_the_residual_stream() -> None:
@@ -227,7 +227,7 @@ def test_what_vanishes_stays_in_float32() -> None:
     x = normal(2, 5, 8)
     program, step = halved(module, x)
     assert dtypes_of(program, aten.layer_norm.default) == {torch.float32}
-    assert {skip.reason for skip in step.skipped} == {"a value it reads or gives would lose much to underflow in float16"}
+    assert {skip.reason for skip in step.skipped} == {"an input or output would lose much to underflow in float16"}
     assert "of values and weights 1 would lose much to underflow" in step.notes[0]
     assert relative(module(x), program(x)) < 5e-3  # pyright: ignore
     assert dtypes_of(halved(module, x, options=",underflow=1")[0], aten.layer_norm.default) == {torch.float16}

@@ -17,7 +17,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
-from lissom.passes.prune.sparsify import NOTE, Sparsify, largest_share, sparsegpt, wanda
+from lissom.passes.prune.sparsify import NOTE, Sparsify, largest_fraction, sparsegpt, wanda
 from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import check_golden, rewrite
@@ -167,7 +167,7 @@ def test_sparsegpt_gives_less_error_than_wanda_and_wanda_less_than_magnitude() -
     weight, rows = normal(32, 64), normal(400, 64, seed=1) @ mixing
     read = moments_of(rows)
     found = {
-        "magnitude": weight.masked_fill(~largest_share(weight.abs(), 0.5), 0),
+        "magnitude": weight.masked_fill(~largest_fraction(weight.abs(), 0.5), 0),
         "wanda": wanda(weight, read, 0.5, None),
         "sparsegpt": sparsegpt(weight, read, 0.5, None, 0.01, 16),
     }
@@ -241,7 +241,7 @@ def test_protected_layers_are_left_alone() -> None:
 
 def test_what_does_not_divide_is_reported() -> None:
     _, history = rewrite(Sparsify(pattern="2:5"), seeded(lambda: FeedForward(8, 10)), normal(2, 5, 8))
-    assert history.steps[1].summary == "rewrote 1 of 2; skipped 1: its 8 features in are no multiple of 5"
+    assert history.steps[1].summary == "rewrote 1 of 2; skipped 1: its 8 input features are no multiple of 5"
 
 
 def test_the_model_keeps_its_weights() -> None:
@@ -259,7 +259,7 @@ def test_without_data_the_criteria_that_need_it_say_so() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": 0.0}, "sparsify keeps a share of the weights above 0 and up to 1, not keep=0"),
+        ({"keep": 0.0}, "sparsify keeps a fraction of the weights above 0 and up to 1, not keep=0"),
         ({"keep": 0.3, "pattern": "2:4"}, "sparsify takes keep= or pattern=, not both"),
         ({"pattern": "4:2"}, "pattern=4:2 is not known; write N:M with 0 < N < M, such as 2:4"),
         ({"pattern": "half"}, "pattern=half is not known"),

@@ -309,7 +309,7 @@ def test_a_table_that_is_an_output_head_too_is_treated_by_what_the_head_reads(ta
     on_grid_or_untouched = found.program.weight("table.weight").detach()
     if not tables:
         assert torch.equal(on_grid_or_untouched, module.table.weight.detach())
-        reason = "its weight is a table of embeddings too; tables=true treats both"
+        reason = "its weight is an embedding table too; tables=true treats both"
         assert found.report.history.steps[-1].summary == f"rewrote 1 of 2; skipped 1: {reason}"
         return
     assert on_grid(found.program) == 2
@@ -323,7 +323,7 @@ def test_patterns_choose_layers() -> None:
 
 
 def test_without_data_it_says_so() -> None:
-    with pytest.raises(RequirementError, match="gptq needs calibration data: pass data=, or leave it out"):
+    with pytest.raises(RequirementError, match="gptq needs calibration data: pass data=, or leave gptq out"):
         rewrite(Gptq(), seeded(FeedForward), normal(2, 5, 8))
 
 

@@ -123,7 +123,7 @@ def test_a_tied_table_is_rounded_once_for_both_when_asked() -> None:
     ids = torch.tensor([[1, 2, 3]])
     plain = lissom.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight}")
     assert list(rounded_weights(plain.program)) == ["mix.weight"]
-    assert any("is a table of embeddings too" in skip.reason for skip in plain.report.history.steps[-1].skipped)
+    assert any("is an embedding table too" in skip.reason for skip in plain.report.history.steps[-1].skipped)
     both = lissom.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight,embeddings=true}").program
     table = both.nodes(aten.embedding.default)[0].args[0]
     assert table.target is fake_quantize
@@ -188,7 +188,7 @@ def test_static_without_data_is_refused() -> None:
         ("quantize{group=0}", "group= of 1 or more"),
         ("quantize{share=0.2}", "share= above 0.5"),
         ("quantize{scheme=fp8,symmetric=false}", "has no zero points"),
-        ("quantize{scheme=int8-weight,attention=true}", "rounds weights alone"),
+        ("quantize{scheme=int8-weight,attention=true}", "quantizes weights only"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(text: str, sentence: str) -> None:
@@ -203,4 +203,4 @@ def test_a_width_no_group_divides_is_reported() -> None:
         passes=[Quantize("int4-weight", group=8)],
     )
     reasons = [skip.reason for skip in found.report.history.steps[-1].skipped]
-    assert "its 12 features in are no multiple of group=8" in reasons
+    assert "its 12 input features are no multiple of group=8" in reasons

@@ -30,7 +30,7 @@ def test_rewrites() -> None:
 def test_leaves_other_graphs_alone() -> None:
     _, history = rewrite(QuantizeCache(), Calls(lambda x: x.relu()), normal(2, 4))
     assert history.texts[0] == history.texts[1]
-    assert history.steps[1].notes == ("the program keeps no keys and values; compile_generation gives one that does",)
+    assert history.steps[1].notes == ("the program has no KV cache; compile_generation makes one that has",)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -144,7 +144,7 @@ def _quantize_jointly(state: PartitionState, node: fx.Node) -> bool:
 
 
 def _compute_jointly(state: PartitionState, node: fx.Node, span: Span) -> None:
-    """Replace a call that reads a sharded dimension by one that computes on the shards and exchanges a few numbers a row."""
+    """Replace a call that reads a sharded dimension by one that computes on the shards and exchanges a few numbers per row."""
     item, dim = state.shape(cast(fx.Node, node.args[0])), cast(int, joint_dim(node))
     typed = state.types[node]
     result = cast(TensorType, typed[0] if isinstance(typed, tuple) else typed).dtype

@@ -35,11 +35,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a rule may ask: how the arguments of a call lie, and which dimensions the plan shards where a value has no parts
-    yet.
+    """The facts a rule may use: the placements of a call's arguments, and the dimensions that the plan shards.
 
-    known: the placement of every value before the call. planned: the spans the plan gives a dimension of a value, told from its
-    axes; empty for one it does not shard. world_size: how many ranks there are.
+    known: the placement of every value before the call. planned: the spans that the plan gives a dimension of a value, from its
+    axes; empty for one it does not shard. world_size: number of ranks.
     constant: the value of a weight that no call writes; None for any other node.
     by_position: whether values between the layers are sharded by position.
     gathered: linear layers that are sharded by columns and whose results are gathered at once.
@@ -138,7 +137,7 @@ def moved(node: fx.Node, read: Reading, places: Mapping[int, int] | None = None)
 
 
 def is_only_reader(node: fx.Node, item: fx.Node) -> bool:
-    """True when nothing else reads the value, so that no other reader needs its sum."""
+    """True when nothing else reads the value, so that no other reader needs the reduced sum."""
     return list(item.users) == [node]
 
 

@@ -1,7 +1,7 @@
-"""Linear layers that are sharded by themselves: by columns, and what they give is gathered at once.
+"""Linear layers that are sharded by themselves: column-wise, with an all-gather of their output.
 
-A layer that belongs to no pair, such as the projections of an attention whose heads are not told apart or of a recurrence, is
-sharded for its memory and its work alone. Each rank multiplies with its rows of the weight, and all get the whole result:
+A layer that belongs to no pair, such as the projections of a recurrence or of an attention without a head axis, is sharded to
+save memory and computation. Each rank multiplies with its rows of the weight, and all ranks get the whole output:
 
     y = [x A₁ᵀ, x A₂ᵀ, …]                                          one all-gather, (N - 1) / N of the bytes of y
 
@@ -27,13 +27,13 @@ from lissom.compiler.parallel.rules.joint import Exchange
 
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
-    """The outcome of a call: that of its rule, or a whole result where the plan gathers it at once."""
+    """The outcome of a call by its rule, or replicated where the plan gathers its result at once."""
     found = own_part(node, read)
     return sequence.outcome(node, read) if found is None else Outcome(REPLICATED, found.wants)
 
 
 def own_part(node: fx.Node, read: Reading) -> Outcome | None:
-    """How what a rank computes of such a layer lies, and what the layer wants; None for any other call."""
+    """The placement of such a layer's output before the all-gather, and of its arguments; None for any other call."""
     if node not in read.gathered:
         return None
     whole = {item: REPLICATED for item in tensors(node) if not is_weight(item) and not read.of(item).is_replicated}
@@ -45,6 +45,6 @@ def own_part(node: fx.Node, read: Reading) -> Outcome | None:
 
 
 def gatherings(read: Reading) -> Mapping[fx.Node, tuple[Exchange, ...]]:
-    """The collective inside each layer that is gathered."""
+    """The all-gather of each such layer."""
     typed = {node: nodes.tensor_type(node) for node in read.gathered if own_part(node, read) is not None}
     return {node: (Exchange("all-gather", found.shape, found.dtype),) for node, found in typed.items()}

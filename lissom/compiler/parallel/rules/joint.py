@@ -1,17 +1,17 @@
-"""Operators that read a dimension which is sharded without gathering it: ranks work on their parts, and exchange a few numbers.
+"""Operators that reduce over a sharded dimension without gathering it: ranks work on their shards and exchange a few numbers.
 
-A vocabulary that is sharded is read by the loss and by whatever chooses tokens. Of each row of logits a rank tells its
-greatest, its sum of exponentials, or its best candidates (Shoeybi et al. 2019, arXiv:1909.08053, §3, for the cross entropy):
+A sharded vocabulary is read by the loss and by token selection. For each row of logits a rank sends its maximum, its sum of
+exponentials, or its best candidates (Shoeybi et al. 2019, arXiv:1909.08053, §3, for the cross entropy):
 
-    log softmax(x) = x - m - log Σ exp(x - m),  m = max x      two all-reduces of one number a row; the result stays sharded
+    log softmax(x) = x - m - log Σ exp(x - m),  m = max x      two all-reduces of one number per row; the result stays sharded
     argmax(x)                                                  one all-gather of each rank's best value and its index
 
-Rows rounded with their own range are of the same kind: the range is found together. So are norms over all heads, as OLMo 2 has
-them on its queries and keys: ranks add up their sums of squares, and what is normed stays sharded,
+Per-token dynamic quantization all-reduces the range of a row. A norm over all heads, as OLMo 2 has on its queries and keys,
+all-reduces the sum of squares, and its output stays sharded:
 
-    rms norm(x) = x / √(Σ x² / n + ε) · w                      one all-reduce of one number a row; two with a mean
+    rms norm(x) = x / √(Σ x² / n + ε) · w                      one all-reduce of one number per row; two with a mean
 
-Where all ranks need the whole row anyway, because it is returned, they gather it, and read what they have gathered.
+Where all ranks need the whole row anyway, because the program returns it, they gather it and read the gathered row.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ aten = torch.ops.aten
 BEST = (aten.argmax.default, aten.max.dim)
 LOOK_UP = (aten.gather.default, aten.take_along_dim.default)
 CHOICES = (*LOG_SOFTMAX, *SOFTMAX, *BEST, aten.logsumexp.default, aten.topk.default)
-"""What reads logits to choose a token or to tell its probability."""
+"""Operators that read logits to select a token or to compute its probability."""
 JOINT = (*CHOICES, *LOOK_UP, *LAYER_NORMS, aten.amax.default)
-"""What ranks can work out together. Ranks find the range of a row that is rounded together, too."""
+"""Operators that work on shards; dynamic quantization does too, see `exchanges`."""
 LEAST_ROW = 4
-"""The least length of a rank's part of a row: shorter rows are gathered, at one message where a softmax takes two."""
+"""The least length of a rank's shard of a row: shorter rows are gathered, in one collective where a softmax takes two."""
 _EXACT = 2**24
-"""Every index below it is a float32."""
+"""float32 represents every index below it exactly."""
 
 
 ROUNDS = {"all-reduce": 2, "reduce-scatter": 1, "all-gather": 1}
-"""How often each byte of a value goes round a ring, but for a rank's own share, by the kind of collective."""
+"""How often each byte travels around a ring, apart from the rank's own shard, by the kind of collective."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One collective. kind: `all-reduce`, `reduce-scatter` or `all-gather`; shape: of what is reduced, or of all parts."""
+    """One collective. kind: `all-reduce`, `reduce-scatter` or `all-gather`; shape: of the reduced or the gathered tensor."""
 
     kind: str
     shape: tuple[Size, ...]
@@ -61,7 +61,7 @@ class Exchange:
 
 
 def jointly(rule: Rule) -> Rule:
-    """The rule of an operator that ranks work out together where that is less than a gathering, else the rule given."""
+    """A rule that works on shards where `joint_span` allows it, and otherwise is the given rule."""
 
     def found(node: fx.Node, read: Reading) -> Outcome:
         if joint_span(node, read) is None:
@@ -79,7 +79,7 @@ def jointly(rule: Rule) -> Rule:
 
 
 def joint_span(node: fx.Node, read: Reading) -> Span | None:
-    """How the one dimension is sharded that a call reads and ranks can work on together; None where they cannot."""
+    """The span of the sharded dimension that a call reduces over on shards; None where it needs the whole dimension."""
     if node.target not in JOINT or not isinstance(node.args[0], fx.Node):
         return None
     item, dim = node.args[0], joint_dim(node)
@@ -88,7 +88,7 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
         return None
     if nodes.is_call(node, *LAYER_NORMS):
         (span, *others) = placed.spans(dim)
-        # Every part is held by equally many ranks, so that a sum over ranks has each equally often.
+        # Every shard is held by equally many ranks, so that a sum over ranks counts each equally often.
         alike_often = not others and read.world_size % span.parts == 0 and isinstance(span.whole, int)
         return span if alike_often and _is_number(item) and alike(node, read).result != REPLICATED else None
     if not can_gather(placed, read.world_size):
@@ -107,7 +107,7 @@ def joint_span(node: fx.Node, read: Reading) -> Span | None:
 
 
 def joint_dim(node: fx.Node) -> int | None:
-    """The one dimension such a call reads, counted from the front; None where it reads several."""
+    """The one dimension such a call reduces over, counted from the front; None where it reduces over several."""
     rank = len(shape_of(node.args[0]))
     if nodes.is_call(node, aten.amax.default, aten.logsumexp.default, *BEST):
         dims = reduced_dims(node, rank)
@@ -123,31 +123,31 @@ def _is_number(item: fx.Node) -> bool:
 
 
 def _is_alike(item: fx.Node, index: fx.Node, dim: int) -> bool:
-    """True when indices and what is looked up have the same sizes but along the dimension."""
+    """True when indices and the tensor they index have the same sizes apart from this dimension."""
     if len(shape_of(index)) != len(shape_of(item)):
         return False
     return all(a == b for at, (a, b) in enumerate(zip(shape_of(item), shape_of(index), strict=True)) if at != dim)
 
 
 def packed_dtype(item: TensorType, dim: int) -> torch.dtype:
-    """What holds values and their indices without loss, so that one message takes both."""
+    """A dtype that holds both values and their indices without loss, so that one collective sends both."""
     size = item.shape[dim]
     return torch.float32 if item.dtype != torch.float64 and isinstance(size, int) and size < _EXACT else torch.float64
 
 
 def computed_dtype(node: fx.Node) -> torch.dtype:
-    """What sums of exponentials and of squares are computed in: at least float32."""
+    """The dtype of sums of exponentials and of squares: at least float32."""
     found = nodes.tensor_type(node).dtype
     return found if found == torch.float64 else torch.float32
 
 
 def candidates(node: fx.Node, span: Span) -> int:
-    """How many of its best a rank tells of a row."""
+    """The number of candidates that a rank sends per row."""
     return min(cast(int, nodes.argument(node, "k")), cast(int, span.local)) if nodes.is_call(node, aten.topk.default) else 1
 
 
 def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
-    """The collectives inside a call that ranks work out together; none where it is not such a call."""
+    """The collectives inside a call that works on shards; empty for any other call."""
     if node.target is fake_quantize_dynamic:
         typed = nodes.tensor_type(node)
         placed = read.known.get(node)
@@ -169,7 +169,7 @@ def exchanges(node: fx.Node, read: Reading) -> tuple[Exchange, ...]:
 
 
 def numbers_a_row(found: tuple[Exchange, ...], node: fx.Node) -> int:
-    """How many numbers these collectives exchange for each row of what the call reads."""
+    """The number of elements these collectives exchange per row of the call's input."""
     item = nodes.tensor_type(node.args[0])
     dim = joint_dim(node) if node.target in JOINT else item.rank - 1
     rows = math.prod(size for at, size in enumerate(item.shape) if at != dim)
@@ -177,6 +177,6 @@ def numbers_a_row(found: tuple[Exchange, ...], node: fx.Node) -> int:
 
 
 def all_exchanges(graph: fx.Graph, read: Reading) -> Mapping[fx.Node, tuple[Exchange, ...]]:
-    """The collectives inside calls, by call; only calls that have some."""
+    """The collectives inside calls, by call; calls without any are left out."""
     found = {node: exchanges(node, read) for node in graph.nodes if node.op == "call_function"}
     return {node: items for node, items in found.items() if items}

@@ -1,15 +1,14 @@
-"""Values between the layers sharded by position: each rank has its own tokens of what is worked out for each token alone.
+"""Sequence parallelism: between the layers, values are sharded by position, and each rank computes its own tokens.
 
-Behind a layer that is sharded by rows, a sum over ranks is still to be taken. Where what reads it works on each token alone
-(the residual stream, norms, element-wise operators), each rank takes the sum of its own positions alone, a reduce-scatter. In
-front of the next layer that is sharded by columns the positions of all ranks are gathered. Both together send what one
-all-reduce sends:
+The output of a row-wise layer is a pending sum over ranks. Where its readers are position-wise (the residual stream, norms,
+element-wise operators), a reduce-scatter gives each rank the sum at its own positions. An all-gather before the next
+column-wise layer collects the positions of all ranks. Both together send as many bytes as one all-reduce:
 
     all-reduce: 2 (N - 1) / N of the bytes = reduce-scatter: (N - 1) / N + all-gather: (N - 1) / N
 
-and the values between take one N-th of the memory and the work. A length that does not divide is filled up with tokens that no
-other token ever sees, and they are left out when positions are gathered. Korthikanti et al. 2022, "Reducing Activation
-Recomputation in Large Transformer Models", arXiv:2205.05198, §4.2.2.
+and the values in between take 1/N of the memory and the computation. A length that is no multiple of N is padded with tokens
+that no other token ever sees, and the all-gather drops them. Korthikanti et al. 2022, "Reducing Activation Recomputation in
+Large Transformer Models", arXiv:2205.05198, §4.2.2.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from lissom.compiler.parallel.rules import views as views
 from lissom.compiler.parallel.rules.base import Outcome, Reading, is_weight, tensors
 
 _EACH_TOKEN = (rules.pointwise, rules.norm, rules.summed, rules.reduced, views.same)
-"""The rules of operators that may work on each token alone; reductions do where they are over other dimensions."""
+"""The rules of operators that may be position-wise; reductions are, where they reduce other dimensions."""
 
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
-    """The outcome of a call by its rule, and by position where the plan shards values so."""
+    """The outcome of a call by its rule, sharded by position where the plan asks for it and the call allows it."""
     found = rules.outcome(node, read)
     if not read.by_position:
         return found
@@ -59,27 +58,27 @@ def outcome(node: fx.Node, read: Reading) -> Outcome:
 
 
 def _is_as_large(item: fx.Node, node: fx.Node) -> bool:
-    """True for a computed value of the result's sizes, such as what a layer that is not sharded adds to the stream.
+    """True for a computed value of the result's sizes, such as the output of a replicated layer at a residual add.
 
-    The stream is gathered there, once: sharded, it would have to be gathered in front of each further layer that is not.
+    The residual stream is gathered there once: sharded, it would be gathered before each further replicated layer.
     """
     return item.op == "call_function" and not is_weight(item) and shape_of(item) == shape_of(node)
 
 
 def _stay_sums(found: Outcome, known: dict[fx.Node, Placed]) -> bool:
-    """True where a value sharded by position is added to a sum over ranks that is reduced later, together with others."""
+    """True where all arguments become pending sums over ranks, which are reduced later, together with others."""
     return all(found.wants.get(item, placed).partial for item, placed in known.items())
 
 
 def _along(node: fx.Node, item: fx.Node, found: Outcome, read: Reading) -> Placed | None:
-    """How a sum over ranks that a call wants whole lies by position; None for any other value."""
+    """The by-position placement of a pending sum that a call wants replicated; None for any other value."""
     if not read.of(item).partial or found.wants.get(item) != REPLICATED or position_obstacle(item, read.world_size):
         return None
     return by_position(item, read.world_size)
 
 
 def by_position(item: fx.Node, world_size: int) -> Placed:
-    """A value, [batch, positions, …], sharded by position."""
+    """The placement of a value, [batch, positions, …], sharded by position."""
     return sharded((1, (Span(1, shape_of(item)[1], 1, world_size, site=POSITIONS),)))
 
 
@@ -88,7 +87,7 @@ def position_obstacle(item: fx.Node, world_size: int) -> str:
     shape = shape_of(item)
     if len(shape) < 3:
         return "it has no dimension of positions"
-    # Where ranks would hold one position or none at the example, that of a size that varies would be taken for a fixed 1.
+    # Where ranks hold one position or none of the example, shape inference would take a dynamic size for a constant 1.
     length = hint(cast(torch.Tensor, nodes.value(item)).shape[1])
     if length <= world_size:
         which = "" if isinstance(shape[1], int) else " of the example"
@@ -97,9 +96,9 @@ def position_obstacle(item: fx.Node, world_size: int) -> str:
 
 
 def _is_one_of_several_norms(node: fx.Node) -> bool:
-    """True for a norm beside others of the same value, as in front of attention and feed-forward side by side.
+    """True for a norm whose input other norms read too, as before parallel attention and feed-forward.
 
-    They read it whole, so that it is gathered once and not each of their results.
+    They read it replicated, so that one all-gather of the input serves them all.
     """
     if rules.rule_of(node) is not rules.norm:
         return False

@@ -1,14 +1,14 @@
-"""Feature maps of linear attention, and how near the weights they make come to those of softmax.
+"""Feature maps of linear attention, and their agreement with softmax.
 
-a_ij = φ(q_i) · φ(k_j) / Σ_j φ(q_i) · φ(k_j)   stands for   p_ij = softmax_j(scale · q_i · k_j)
+a_ij = φ(q_i) · φ(k_j) / Σ_j φ(q_i) · φ(k_j)   approximates   p_ij = softmax_j(scale · q_i · k_j)
 
-- elu: φ(x) = elu(s · x) + 1, s one number a head.                                  Katharopoulos et al. 2020, eq. 7
+- elu: φ(x) = elu(s · x) + 1, one s per head.                                       Katharopoulos et al. 2020, eq. 7
 - relu: φ(x) = max(x, 0). A factor on x cancels, so there is none.
-- hedgehog: φ(x) = [exp(x W + b), exp(-x W - b)], W and b of each head and side.    Zhang et al. 2024, eq. 6
+- hedgehog: φ(x) = [exp(x W + b), exp(-x W - b)], W and b per head, for q and k.    Zhang et al. 2024, eq. 6
 
-What is learned is fitted to p on observed queries and keys: s is the best of a grid, W and b are moved by Adam along the
-gradient of the mean of Σ_j p_ij log(p_ij / a_ij) over observed rows, the Kullback-Leibler divergence (Zhang et al., eq. 8, take
-the cross entropy, which differs from it by a constant).
+Learned parameters are fitted to p on observed queries and keys: s by grid search, W and b by Adam. The loss is the
+Kullback-Leibler divergence, the mean of Σ_j p_ij log(p_ij / a_ij) over observed rows (Zhang et al., eq. 8, use the cross
+entropy, which differs from it by a constant).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from torch.nn import functional
 FeatureMap = Literal["elu", "relu", "hedgehog"]
 
 LARGEST_EXPONENT = 30.0
-"""What exponents of keys are kept within: sums of 10⁵ products with exp(30) stay far from float32's ends, on both sides. A
-shift of all keys would cancel in the ratio as well as a query's own does, but a causal sum does not know the keys to come."""
+"""The bound on exponents of keys: sums of 10⁵ products with exp(±30) stay well inside float32's range. A maximum of keys would
+cancel in the ratio, as that of a query's features does, but a causal sum does not know the later keys."""
 _SCALES = tuple(2.0 ** (power / 2) for power in range(-6, 7))
 _STEPS = 300
 _RATE = 0.02
 _LEAST = 1e-9
-"""What a weight counts as at least where its logarithm is taken; `relu` gives weights of zero."""
+"""The least weight of which a logarithm is taken; `relu` gives weights of zero."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Queries and keys of one sample, and the weights softmax gives them.
+    """Queries and keys of one sample, and their softmax weights.
 
-    q: [batch, heads, rows, head_dim]; k: [batch, key_heads, keys, head_dim]. seen: which keys each row sees, broadcast to
-    [batch, heads, rows, keys]. real: which rows count, [batch, rows]. weights: [batch, heads, rows, keys].
+    q: [batch, heads, rows, head_dim]; k: [batch, key_heads, keys, head_dim]. seen: the visible keys of each row, broadcast to
+    [batch, heads, rows, keys]. real: rows that are not padding, [batch, rows]. weights: [batch, heads, rows, keys].
     """
 
     q: torch.Tensor
@@ -50,7 +50,7 @@ class Observed:
 
 @dataclass(frozen=True)
 class Maps:
-    """What queries and keys are changed by before the map's function.
+    """The learned parameters of a feature map.
 
     matrices: W of queries and of keys, [heads, head_dim, head_dim] and [key_heads, …]. biases: b, [heads, 1, head_dim] and
     [key_heads, …]. factors: s, [heads, 1, 1] and [key_heads, 1, 1]. Empty where a map has none.
@@ -63,23 +63,24 @@ class Maps:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How near linear weights come to softmax: the share of its mass they put on the same keys, Σ_j min(p_j, a_j), and the
-    divergence Σ_j p_j log(p_j / a_j) in nats; means over rows and heads."""
+    """The agreement of linear attention with softmax, as means over rows and heads.
+
+    The softmax mass on the same keys, Σ_j min(p_j, a_j), and the divergence Σ_j p_j log(p_j / a_j) in nats."""
 
     mass: float
     divergence: float
 
 
 def observe_weights(q: torch.Tensor, k: torch.Tensor, scale: float, *, seen: torch.Tensor, real: torch.Tensor) -> Observed:
-    """The weights of softmax for some rows of queries; the shapes are those of `Observed`."""
+    """The softmax weights for some rows of queries; the shapes are those of `Observed`."""
     scores = q.float() @ _repeated(k.float(), q.shape[1]).transpose(-1, -2) * scale
-    # Where a row sees nothing there is no distribution; it does not count.
+    # A row without visible keys has no distribution and does not count.
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()
     return Observed(q.float(), k.float(), seen, real & seen.any(-1).reshape(len(seen), -1).expand(real.shape), weights)
 
 
 def initial_maps(features: FeatureMap, shape: tuple[int, int, int], scale: float, device: torch.device) -> Maps:
-    """Maps that know no data: W = √scale · I, so that φ grows with the scores. shape: heads, key_heads, head_dim."""
+    """Maps before fitting: W = √scale · I, so that φ grows with the scores. shape: heads, key_heads, head_dim."""
     heads, key_heads, head_dim = shape
     if features != "hedgehog":
         return Maps()
@@ -111,14 +112,14 @@ def key_features(features: FeatureMap, maps: Maps, k: torch.Tensor) -> torch.Ten
 def fit_maps(
     features: FeatureMap, maps: Maps, data: Sequence[Observed], progress: Callable[[int, int], None] | None = None
 ) -> Maps:
-    """The maps that make the divergence from softmax small on this data."""
+    """Maps fitted to minimize the divergence from softmax on this data."""
     if features == "relu":
         return maps
     return _fit_factors(data) if features == "elu" else _fit_projections(maps, data, progress)
 
 
 def agreement(features: FeatureMap, maps: Maps, data: Sequence[Observed]) -> Agreement:
-    """How near the weights of these maps come to those of softmax on this data."""
+    """The agreement of these maps with softmax on this data."""
     rows = masses = divergences = 0.0
     for item in data:
         found = _weights(features, maps, item)
@@ -130,7 +131,7 @@ def agreement(features: FeatureMap, maps: Maps, data: Sequence[Observed]) -> Agr
 
 
 def _fit_factors(data: Sequence[Observed]) -> Maps:
-    """The factor of each key head, and of the query heads that read it, that is best on a grid of half powers of two."""
+    """The best factor of each key head, and of the query heads that read it, on a grid of half powers of two."""
     heads, key_heads = data[0].q.shape[1], data[0].k.shape[1]
     device = data[0].q.device
     found = [
@@ -147,7 +148,7 @@ def _factors(scales: torch.Tensor, heads: int) -> Maps:
 
 
 def _fit_projections(maps: Maps, data: Sequence[Observed], progress: Callable[[int, int], None] | None) -> Maps:
-    """Adam, one sample a step, with a rate that falls to zero along a half cosine."""
+    """Fit W and b by Adam, one sample per step, with cosine decay of the learning rate to zero."""
     learned = [item.clone().requires_grad_() for item in (*maps.matrices, *maps.biases)]
     optimizer = torch.optim.Adam(learned, lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
@@ -194,5 +195,5 @@ def _simple(features: FeatureMap, x: torch.Tensor) -> torch.Tensor:
 
 
 def _repeated(k: torch.Tensor, heads: int) -> torch.Tensor:
-    """Key heads, each as often as there are query heads that read it."""
+    """Key heads, each repeated for the query heads that read it."""
     return k.repeat_interleave(heads // k.shape[1], 1)

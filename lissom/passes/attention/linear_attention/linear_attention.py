@@ -1,23 +1,22 @@
-"""Put linear attention in the place of softmax attention, so that its work and memory grow with the length, not its square.
+"""Replace softmax attention by linear attention, whose time and memory grow linearly with the sequence length.
 
     softmax(scale · q kᵀ) v   ->   φ(q) (φ(k)ᵀ v) / φ(q) (φ(k)ᵀ 1)
 
-Katharopoulos et al. 2020, Transformers are RNNs, eq. 4 to 12. https://arxiv.org/abs/2006.16236. With `causal` the sums are
-those over the tokens so far; `lissom::linear_attention` takes them in chunks. Features that `features=` chooses:
+Katharopoulos et al. 2020, Transformers are RNNs, eq. 4 to 12. https://arxiv.org/abs/2006.16236. In causal attention the sums
+are over the tokens so far; `lissom::linear_attention` computes them in chunks. Choices of `features`:
 
 | features | φ(x) | learned from calibration data |
 |---|---|---|
-| elu | elu(s x) + 1 | s, one number a head |
+| elu | elu(s x) + 1 | s, one number per head |
 | relu | max(x, 0) | nothing |
 | hedgehog | [exp(x W + b), exp(-x W - b)] | W and b of every head |
 
-They are fitted to the weights softmax gives: Zhang et al. 2024, Hedgehog, eq. 6 to 8. https://arxiv.org/abs/2402.04347
+They are fitted to the softmax weights: Zhang et al. 2024, Hedgehog, eq. 6 to 8. https://arxiv.org/abs/2402.04347
 Without data s is 1, W is the square root of the scale times the identity, and b is 0. Features of keys that the mask hides are
-zero. The history tells for each layer which share of softmax's mass linear weights put on the same keys.
+zero. The history shows the agreement with softmax for each layer.
 
-`only=` chooses layers, and gradients flow through what is put there, so that training can win back what is lost. Features are
-computed in float32. Passes that look for attention, such as `prune-heads` and `pack-tokens`, find none here any more; put them
-before.
+`only` selects layers, and the result is differentiable, so that training can recover accuracy. Features are computed in
+float32. Passes that match attention, such as `prune-heads` and `pack-tokens`, no longer find it; put them before this pass.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ aten = torch.ops.aten
 
 _PLAIN = aten.scaled_dot_product_attention.default
 _TOKENS = 4096
-"""Calibration tokens that are looked at: many more than a head's W and b have numbers in a column."""
+"""Calibration tokens that are observed: many more than W and b of a head have parameters per column."""
 _ROWS = 64
-"""Queries of a sequence whose weights are looked at."""
+"""Queries per sequence whose softmax weights are observed."""
 _CHUNKS = (64, 256)
 """The fewest and the most tokens of a chunk."""
 
@@ -103,15 +102,15 @@ class LinearAttention(Approximation):
             writer.write(site, maps[site.node])
 
     def _obstacle(self, edit: Editor, node: fx.Node) -> str | None:
-        """Why an attention stays as it is; None when it can be treated."""
+        """Why an attention stays softmax; None when it can be replaced."""
         reason = obstacle_by_name(node, skip=self.skip, only=self.only)
         return reason or operands_obstacle(edit, node) or _obstacle_in_scores(edit, node)
 
     def _fit(self, edit: Editor, sites: Sequence[_Site], maps: dict[fx.Node, Maps]) -> dict[fx.Node, Maps]:
-        """The maps fitted to softmax, layer by layer, on what the program as it is makes of the data."""
+        """The maps fitted to softmax layer by layer, on the queries and keys of the unchanged program."""
         observed = _observe(edit, sites)
         found: dict[fx.Node, Maps] = {}
-        told: list[str] = []
+        agreements: list[str] = []
         for finished, site in enumerate(sites):
             edit.current = site.node
             edit.report("layers", finished, len(sites))
@@ -119,8 +118,8 @@ class LinearAttention(Approximation):
             found[site.node] = fit_maps(self.features, maps[site.node], data)
             near = agreement(self.features, found[site.node], data)
             path = nodes.origin(site.node).module_path or site.node.name
-            told.append(f"{path} {near.mass:.0%} and {near.divergence:.2g}")
-        edit.note(f"the share of softmax's mass that stays, and the divergence from it in nats: {'; '.join(told)}")
+            agreements.append(f"{path} {near.mass:.0%} and {near.divergence:.2g}")
+        edit.note(f"agreement with softmax (mass on the same keys, divergence in nats): {'; '.join(agreements)}")
         return found
 
 
@@ -129,7 +128,7 @@ _UNFITTED = {"elu": "scales are 1", "hedgehog": "projections are the identity"}
 
 @dataclass(frozen=True)
 class _Site:
-    """One attention to treat; k and v: before they were repeated for query heads that share them."""
+    """One attention to replace; k and v: before they are repeated for the query heads of a group."""
 
     node: fx.Node
     q: fx.Node
@@ -140,7 +139,7 @@ class _Site:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Query heads, key heads, features of a head."""
+        """The numbers of query heads and key heads, and head_dim."""
         q, k = nodes.tensor_type(self.q).shape, nodes.tensor_type(self.k).shape
         return int(q[1]), int(k[1]), int(q[3])  # pyright: ignore[reportArgumentType]
 
@@ -156,7 +155,7 @@ def _site(program: Program, node: fx.Node) -> _Site:
 
 
 def _obstacle_in_scores(edit: Editor, node: fx.Node) -> str | None:
-    """Why an attention's scores are more than products of queries and keys; None when they are not."""
+    """Why linear attention cannot express an attention's scores; None when it can."""
     if node.kwargs.get("softcap"):
         return "its scores are soft-capped"
     if node.kwargs.get("sinks") is not None:
@@ -180,7 +179,7 @@ def _same_size(edit: Editor, first: object, second: object) -> bool:
 
 @dataclass
 class _Writer:
-    """Writes linear attention into a program; what is made of a padding mask is made once."""
+    """Writes linear attention into a program; calls that depend only on a padding mask are written once."""
 
     edit: Editor
     features: FeatureMap
@@ -199,7 +198,7 @@ class _Writer:
         self.edit.replace(site.node, call)
 
     def _changed(self, x: fx.Node, side: str, path: str, maps: Maps, index: int) -> fx.Node:
-        """x in float32 at least, times what the map multiplies with."""
+        """x in at least float32, multiplied by the map's parameters."""
         dtype = torch.promote_types(nodes.tensor_type(x).dtype, torch.float32)
         if nodes.tensor_type(x).dtype != dtype:
             x = self.edit.call(aten.to.dtype, x, dtype)
@@ -216,7 +215,7 @@ class _Writer:
     def _query_features(self, x: fx.Node) -> fx.Node:
         if self.features != "hedgehog":
             return self._simple(x)
-        # Divided by the largest feature of the row, which cancels, so that none overflows.
+        # Divided by the largest feature of the row, which cancels, to avoid overflow.
         largest = self.edit.call(aten.amax.default, self.edit.call(aten.abs.default, x), [-1], True)
         both = self.edit.call(aten.cat.default, [x, self.edit.call(aten.neg.default, x)], -1)
         return self.edit.call(aten.exp.default, self.edit.call(aten.sub.Tensor, both, largest))
@@ -234,7 +233,7 @@ class _Writer:
         return self.edit.call(aten.add.Tensor, self.edit.call(aten.elu.default, x), 1.0)
 
     def _kept_keys(self, padding: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """1 for keys that are seen and 0 for others, [batch, 1, keys, 1]."""
+        """1 for visible keys and 0 for others, [batch, 1, keys, 1]."""
         if (padding, dtype) not in self.kept:
             kept = self.edit.call(aten.to.dtype, self.edit.call(aten.ne.Scalar, padding, 0), dtype)
             kept = self.edit.call(aten.unsqueeze.default, self.edit.call(aten.unsqueeze.default, kept, 1), 3)
@@ -243,16 +242,16 @@ class _Writer:
 
 
 def chunk_for(features: int) -> int:
-    """Tokens of a chunk, a power of two: as many as features, within `_CHUNKS`."""
+    """Tokens per chunk, a power of two: as many as features, within `_CHUNKS`."""
     return min(max(1 << (features - 1).bit_length(), _CHUNKS[0]), _CHUNKS[1])
 
 
 _Seen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Of one sample: some rows of q, all of k, which keys the rows see, and which rows count."""
+"""Of one sample: some rows of q, all of k, the visible keys of these rows, and which rows count."""
 
 
 def _observe(edit: Editor, sites: Sequence[_Site]) -> dict[fx.Node, list[_Seen]]:
-    """For each attention what some queries and all keys are, sample by sample."""
+    """Some queries and all keys of each attention, sample by sample."""
     found: dict[fx.Node, list[_Seen]] = {site.node: [] for site in sites}
     generator = torch.Generator().manual_seed(0)
     program, samples = edit.program, spread(edit.data, _TOKENS)

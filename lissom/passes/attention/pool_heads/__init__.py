@@ -1,1 +1,1 @@
-"""The pass `pool-heads` and how the heads of a group become one."""
+"""The pass `pool-heads` and the pooling of a group of heads."""

@@ -1,4 +1,4 @@
-"""Where an attention's keys and values are made, and where what reads them can be fitted to other ones.
+"""The weights that compute an attention's keys or values, and those of their readers that can be refitted.
 
 Keys are read by queries, values by the output projection.
 """
@@ -28,8 +28,8 @@ from lissom.passes.attention.pool_heads.pooling import Pooled, Products
 class Factors:
     """The keys, or the values, of an attention.
 
-    rows: everything in weights that makes them. made: the layer that makes them, where that is all.
-    read: what reads them, where it can be fitted. keys: whether they are keys.
+    rows: all slices of weights that compute them. made: the layer that computes them, where it has all of these.
+    read: the layer that reads them, where it can be refitted. keys: whether they are keys.
     """
 
     rows: tuple[Rows, ...]
@@ -38,7 +38,7 @@ class Factors:
     keys: bool
 
     def products(self, program: Program, known: Mapping[fx.Node, Moments], *, align: bool) -> Products:
-        """What pooling is to keep: the products with what reads the heads, or the heads themselves where that stays."""
+        """The products that pooling approximates: with the readers of the heads, or the heads alone if readers stay fixed."""
         if self.made is None:
             right = torch.cat([rows.read(program).flatten(1) for rows in self.rows], 1).double().cpu()[:, None]
             return Products(torch.ones(len(right), 1, 1, dtype=torch.float64), right, None, fitted=False)
@@ -54,7 +54,7 @@ class Factors:
         return Products(rows @ self.read.moment(known) @ rows.mT, right, _centred(moment, self.made, known), fitted=True)
 
     def write(self, edit: Editor, pooled: Sequence[Pooled], size: int, *, align: bool) -> None:
-        """Let every group of so many heads be what stands for it, and what reads them follow."""
+        """Replace the heads of every group by its pooled head, and refit their readers."""
         if self.made is None or self.read is None or not align:
             for rows in self.rows:
                 held = rows.read(edit.program)
@@ -97,7 +97,7 @@ def value_factors(program: Program, separation: Separation, heads: SeparateHeads
 
 
 def projection_inputs(program: Program) -> list[fx.Node]:
-    """What the query, key and value projections of a program read."""
+    """The inputs of a program's query, key and value projections."""
     layers = [layer for site in program.fact(structure).attention for layer in (*site.q, *site.k, *site.v)]
     return list(dict.fromkeys(input_of(layer) for layer in layers if not isinstance(matrix_of(layer), str)))
 
@@ -110,7 +110,7 @@ def _layer(
     layers: Sequence[fx.Node],
     rows: Sequence[Rows],
 ) -> HeadLayer | None:
-    """The layer that has heads of this axis, where nothing else has any, and its rows tell their features."""
+    """The only layer with heads of this axis, with its rows per head; None where other weights have them too."""
     if len(layers) != 1 or features.form != "atom" or isinstance(matrix := matrix_of(layers[0]), str):
         return None
     layer = layers[0]
@@ -122,15 +122,15 @@ def _layer(
             continue
         kind = "weight" if item.weight is matrix.node else "bias" if layer in item.weight.users else ""
         unit = unit_of(separation.axes.axis(item.weight, item.dim), [features])
-        told = torch.equal(unit[item.indices], torch.arange(len(item.indices[0])).expand_as(item.indices))
-        if not kind or kind in found or len(item.weight.users) > 1 or not told:
+        in_order = torch.equal(unit[item.indices], torch.arange(len(item.indices[0])).expand_as(item.indices))
+        if not kind or kind in found or len(item.weight.users) > 1 or not in_order:
             return None
         found[kind] = item
     return HeadLayer(layer, found["weight"], found.get("bias")) if "weight" in found else None
 
 
 def _centred(moment: torch.Tensor, made: HeadLayer, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
-    """The covariance: what all keys have in common adds the same to all scores of a query."""
+    """The covariance: a component common to all keys adds the same to all scores of a query."""
     found = known.get(input_of(made.layer))
     if found is None or len(found.total) != len(moment):
         return moment

@@ -1,22 +1,22 @@
-"""Pool key and value heads: neighbouring query heads get one key and one value head that stands for what each of them had.
+"""Pool key/value heads: each group of neighbouring query heads shares one key head and one value head.
 
     k̄ = mean k_i,  v̄ = mean v_i                                       of the heads i of a group      Ainslie et al. 2023, §2.1
 
-The rows of the projections become equal within a group; `merge-equal-heads` then keeps one of each, and multi-head attention is
-grouped-query attention, whose cache is smaller by the size of a group. Attention that is grouped already gets fewer groups.
+The rows of the projections become equal within a group; `merge-equal-heads` then keeps one of each. Multi-head attention
+becomes grouped-query attention, whose KV cache is smaller by the size of a group. Grouped-query attention gets fewer groups.
 
-Means of heads that have nothing in common say little, and the paper trains the model further. With `align` the pooled heads are
-those from which the old ones are told best, and what reads them is fitted: an attention computes Σ O_i softmax(…) V_i x, and
-the products O_i V_i are all it knows of its values. With the heads of a group on top of each other,
+A mean of unrelated heads is a poor approximation, and the paper trains the model further. With `align` the pooled heads are
+optimal and their readers are refitted: an attention computes Σ O_i softmax(…) V_i x and depends on its values only through the
+products O_i V_i. With the heads of a group stacked,
 
     [O₁V₁; O₂V₂; …] C^½  ≈  [O₁'; O₂'; …] V̄ C^½                       C = E[x xᵀ], from calibration data; I without
 
-is solved for the least squared error by a singular value decomposition, as a matrix of rank head_dim. So are keys with queries,
-[Q₁ᵀK₁; Q₂ᵀK₂; …], where nothing lies between projections and attention: rotary embeddings and norms of queries and keys fix
-their features, and such keys are averaged. A bias of keys adds the same to all scores of a query, and goes.
+is solved for the least squared error by a singular value decomposition, as a matrix of rank head_dim. The same is done for keys
+with queries, [Q₁ᵀK₁; Q₂ᵀK₂; …], where nothing is between projections and attention: rotary embeddings and norms of queries and
+keys fix their features, and such keys are averaged. A bias of keys adds the same to all scores of a query and is dropped.
 
-With `regroup` heads are put in another order first, in queries, keys, values and the output projection together, which
-changes nothing, so that those stand together that lose least as one.
+With `regroup` heads are reordered first, in queries, keys, values and the output projection together, so that the heads of a
+group lose least when pooled. The order of heads does not change the output.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ class PoolHeads(Approximation):
     def __post_init__(self) -> None:
         if (self.groups is None) == (self.keep is None):
             given = "neither is given" if self.groups is None else "both are given"
-            raise UnsupportedError(f"pool-heads takes groups, how many key and value heads stay, or keep, a share; {given}")
+            raise UnsupportedError(
+                f"pool-heads takes groups, a number of key/value heads, or keep, a fraction of them; {given}"
+            )
         if self.groups is not None and self.groups < 1:
             raise UnsupportedError(f"groups is {self.groups}; give 1 or more")
         if self.keep is not None and not 0 < self.keep <= 1:
-            raise UnsupportedError(f"keep is {self.keep:g}; give a share over 0 and up to 1")
+            raise UnsupportedError(f"keep is {self.keep:g}; give a fraction above 0 and up to 1")
 
     def run(self, edit: Editor) -> None:
         informed = edit.data and (self.align or self.regroup)
@@ -74,9 +76,9 @@ class PoolHeads(Approximation):
                 edit.report("pool", finished + 1, len(chosen))
 
     def _chosen(self, edit: Editor, separation: Separation) -> list[tuple[SeparateHeads, int]]:
-        """The attentions that lose heads, and how many key and value heads they keep.
+        """The attentions to pool, with the number of key/value heads each keeps.
 
-        Raises: UnsupportedError when the number asked for divides those of none.
+        Raises: UnsupportedError when the requested number divides the heads of none.
         """
         found = [item for item in separation.heads if not is_path_protected(item.site.path, self.protect)]
         left = [self._left(item.count) for item in found]
@@ -89,7 +91,7 @@ class PoolHeads(Approximation):
         return [(item, groups) for item, groups in zip(found, left, strict=True) if 0 < groups < item.count]
 
     def _left(self, count: int) -> int:
-        """How many of so many heads stay; 0 where the number asked for does not divide them."""
+        """The number of heads to keep of `count`; 0 where the requested number does not divide it."""
         if self.groups is not None:
             return count if self.groups > count else 0 if count % self.groups else self.groups
         assert self.keep is not None

@@ -1,13 +1,13 @@
-"""Heads that become one: which of them lose least together, and what stands for them.
+"""Pooling of key or value heads: the pooled head of a group, and the grouping with the least error.
 
-Heads are factors of products that an attention knows alone: L_eᵀ·R_i, with the rows L_e of what reads a head e, its query
-projection or the columns of the output projection, and the rows R_i of the key or value projection it shares with others. The
-error of R̄ in the place of R_i, where x has the second moment C and what L reads or writes has M, is
+An attention depends on its heads only through the products L_eᵀ·R_i. L_e are the rows of query head e's query projection, or
+its columns of the output projection; R_i are the rows of the key or value projection of the head i that e reads. With C the
+second moment of the input x, and M that of the input or output of L, replacing R_i by R̄ has the error
 
     Σ_e ‖M^½ (L_e'ᵀ R̄ − L_eᵀ R_i) C^½‖²                            with S_e = (L_e M L_eᵀ)^½,  B_e = S_e R_i C^½
 
-Of all R̄ of as many rows as a head and all L_e' the best come from the eigenvectors of the largest eigenvalues of [B_e B_fᵀ]:
-Eckart and Young 1936. Only matrices of [heads · features] are decomposed, and no moment is inverted.
+The best R̄ with as many rows as a head, and the best L_e', come from the eigenvectors of the largest eigenvalues of [B_e B_fᵀ]
+(Eckart and Young 1936). Only matrices of size heads · features are decomposed, and no moment is inverted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 
 _RANK = 1e-10
-"""Eigenvalues under this share of the largest are rounding of float64, and taken for zero."""
+"""Eigenvalues below this fraction of the largest are rounding errors of float64 and count as zero."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Products:
 
     left: [heads, features, features], L_e M L_eᵀ. right: [shared heads, features, inputs], R_i.
     moment: [inputs, inputs], C; the identity where it is None.
-    fitted: whether what reads the heads can be fitted; otherwise R̄ is a mean. All in float64.
+    fitted: whether the readers of the heads can be refitted; otherwise R̄ is a mean. All in float64.
     """
 
     left: torch.Tensor
@@ -38,11 +38,11 @@ class Products:
 
     @property
     def readers(self) -> int:
-        """How many query heads read one shared head."""
+        """The number of query heads that read one shared head."""
         return len(self.left) // len(self.right)
 
     def ordered(self, order: torch.Tensor) -> Products:
-        """The same with the shared heads in another order, and the query heads with them."""
+        """The same products with the shared heads, and their query heads, in another order."""
         return Products(self.left[with_readers(order, self.readers)], self.right[order], self.moment, self.fitted)
 
     @cached_property
@@ -60,7 +60,7 @@ class Products:
         return max(float((self.left * own.repeat_interleave(self.readers, 0)).sum()), 1e-300)
 
     def pooled(self, heads: Sequence[int]) -> Pooled:
-        """What stands for these shared heads."""
+        """The pooled head of these shared heads."""
         chosen = torch.tensor(heads)
         if self.fitted:
             return self._fit(chosen)
@@ -82,12 +82,12 @@ class Products:
         right = self.right[chosen].repeat_interleave(self.readers, 0)
         pooled = (vectors * _reciprocal(scale)).T @ (root @ right).flatten(0, 1)
         mix = inverse @ vectors.unflatten(0, (len(root), features)) * scale
-        # R̄ is as large as the heads it stands for: its own scale is free, and this one rounds as theirs did.
+        # R̄ gets the magnitude of the heads it replaces: its scale is free, and this one suits reduced precision equally well.
         size = float(right.square().mean().sqrt() / pooled.square().mean().sqrt().clamp_min(1e-300)) or 1.0
         return Pooled(pooled * size, mix / size, float(values[:-features].sum()))
 
     def pair_errors(self) -> torch.Tensor:
-        """The error of each two shared heads as one, [shared heads, shared heads]."""
+        """The error of pooling each pair of shared heads, [shared heads, shared heads]."""
         count = len(self.right)
         errors = torch.zeros(count, count, dtype=torch.float64)
         for first in range(count):
@@ -107,7 +107,7 @@ class Products:
         return _roots(self.left)
 
     def _balanced(self, chosen: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
-        """[B_e B_fᵀ] of the query heads that read these heads, one matrix."""
+        """[B_e B_fᵀ] of the query heads that read these heads, as one matrix."""
         read = chosen.repeat_interleave(self.readers)
         blocks = root[:, None] @ self.gram[read][:, read] @ root[None]
         return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)
@@ -115,7 +115,7 @@ class Products:
 
 @dataclass(frozen=True)
 class Pooled:
-    """What stands for a group of heads.
+    """The pooled head of a group.
 
     right: [features, inputs], R̄. mix: [query heads, features, features], with L_e' = mixᵀ·L_e. error: the sum above.
     """
@@ -126,15 +126,15 @@ class Pooled:
 
 
 def with_readers(heads: torch.Tensor, readers: int) -> torch.Tensor:
-    """The query heads that read these shared heads, so many each."""
+    """The query heads that read these shared heads, `readers` each."""
     return (heads[:, None] * readers + torch.arange(readers)).flatten()
 
 
 def arranged(products: Sequence[Products], size: int) -> torch.Tensor:
-    """An order of the shared heads in which each `size` neighbours lose little as one, [shared heads].
+    """An order of the shared heads in which pooling each `size` neighbours has a small error, [shared heads].
 
-    What a group loses is taken for the sum over its pairs, each product's as a share of its energy. Groups begin with the pair
-    that loses least, and heads are exchanged between groups while that helps; neighbours as they come are tried too.
+    The error of a group is approximated by the sum over its pairs, relative to the energy of each product. A greedy grouping
+    and the original order are both improved by exchanging heads between groups, and the better one is returned.
     """
     count = len(products[0].right)
     costs = torch.zeros(count, count, dtype=torch.float64)
@@ -159,7 +159,7 @@ def _greedy(costs: torch.Tensor, size: int) -> list[torch.Tensor]:
 
 
 def _exchanged(costs: torch.Tensor, groups: list[list[int]]) -> list[list[int]]:
-    """Groups between which no exchange of two heads saves anything."""
+    """Groups that no exchange of two heads improves."""
     best, improved = _total(costs, groups), True
     while improved:
         improved = False
@@ -181,7 +181,7 @@ def _total(costs: torch.Tensor, groups: Sequence[Sequence[int]]) -> float:
 
 
 def _roots(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The square roots of positive matrices, and their inverses where there are any; [heads, features, features]."""
+    """The square roots of positive semidefinite matrices, and their pseudo-inverses; [heads, features, features]."""
     values, vectors = torch.linalg.eigh(grams)
     scale = torch.where(values > _RANK * values[..., -1:], values, 0.0).clamp_min(0).sqrt()
     root = (vectors * scale[..., None, :]) @ vectors.mT

@@ -1,1 +1,1 @@
-"""The pass `sparsify-attention`, how it measures attention, and how it writes masks."""
+"""The pass `sparsify-attention`, its measurement of attention, and its mask writer."""

@@ -1,7 +1,7 @@
-"""How much of the attention goes from which block of queries to which block of keys, and the fewest blocks that keep a share.
+"""Attention mass between blocks of queries and blocks of keys, and the fewest blocks that keep a fraction of it.
 
-Mass is the softmax weight. Real queries count once each, padded ones not at all. A pair of blocks is averaged over the texts
-that reach both, so that texts which end before a block do not make it look unneeded to those that do not.
+Mass is the sum of softmax weights. Padding queries do not count. A pair of blocks is averaged over the texts that reach both,
+so that short texts do not lower the mass of later blocks.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _PLAIN = aten.scaled_dot_product_attention.default
 class BlockMass:
     """Sums over all texts.
 
-    total: mass from the real queries of a block to a block of keys, [heads, query blocks, key blocks]. count: the real queries
-    of a block in texts that have real keys in the other, [query blocks, key blocks].
+    total: mass from the real queries of a block to a block of keys, [heads, query blocks, key blocks]. count: number of real
+    queries of a block in texts with real keys in the key block, [query blocks, key blocks].
     """
 
     total: torch.Tensor
@@ -38,11 +38,11 @@ class BlockMass:
 
     @property
     def mean(self) -> torch.Tensor:
-        """The mass a query of a block gives a block of keys, in texts that have both, [heads, query blocks, key blocks]."""
+        """The mean mass from a query to a block of keys, in texts that have both, [heads, query blocks, key blocks]."""
         return self.total / self.count.clamp_min(1)
 
     def add(self, mass: torch.Tensor, real: torch.Tensor, block: int) -> None:
-        """One text. mass: its weights, [heads, queries, keys]; real: which of its tokens are no padding, [tokens]."""
+        """Add one text. mass: its softmax weights, [heads, queries, keys]; real: which tokens are not padding, [tokens]."""
         tokens = int(real.nonzero().max()) + 1 if bool(real.any()) else 0
         size = -(-tokens // block)
         padded = torch.zeros(mass.shape[0], size * block, size * block)
@@ -71,7 +71,7 @@ def block_masses(
     block: int,
     progress: Callable[[int, int], None] = lambda finished, total: None,
 ) -> dict[fx.Node, BlockMass]:
-    """The masses of these attentions, with blocks of so many tokens; one text and one layer are in memory at a time."""
+    """The masses of these attentions in blocks of `block` tokens; one text and one layer are in memory at a time."""
     found = {node: BlockMass(torch.zeros(0, 0, 0), torch.zeros(0, 0)) for node in attentions}
     order = [node for node in program.graph.nodes if node in found]
     for finished, sample in enumerate(data):
@@ -97,7 +97,7 @@ def _row(values: dict[fx.Node, torch.Tensor], row: int, item: object) -> torch.T
 
 
 def _weights(node: fx.Node, operand: Callable[[object], torch.Tensor | None]) -> torch.Tensor:
-    """The weights of one text, [heads, queries, keys]; those of a row that sees nothing are zero."""
+    """The softmax weights of one text, [heads, queries, keys]; zeros in a row without visible keys."""
     q, k = (cast(torch.Tensor, operand(item)).float() for item in node.args[:2])
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -117,10 +117,10 @@ def _weights(node: fx.Node, operand: Callable[[object], torch.Tensor | None]) ->
 
 
 def fewest_blocks(mean: torch.Tensor, share: float) -> torch.Tensor:
-    """The fewest blocks of keys with which each block of queries keeps a share of its mass, whatever the length of the text.
+    """The fewest blocks of keys with which each block of queries keeps a fraction of its mass, at every text length.
 
-    mean: [heads, query blocks, key blocks], see `BlockMass.mean`. For every length, from the block of the query on, the blocks
-    a text of that length has are to keep the share of what they have in all. The block of the query itself is always kept.
+    mean: [heads, query blocks, key blocks], see `BlockMass.mean`. For every number of key blocks from the query's own block on,
+    the kept ones among these blocks hold at least the fraction `share` of their mass. The query's own block is always kept.
     Returns booleans of that shape.
     """
     size = mean.shape[-1]

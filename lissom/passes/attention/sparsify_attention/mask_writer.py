@@ -1,4 +1,4 @@
-"""A pattern of positions as ordinary operators: the mask that dense attention takes, and `pattern_reading` reads back."""
+"""Writes a sparse pattern as a mask of ordinary operators, which `pattern_reading` recognizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def write_pattern(edit: Editor, pattern: Pattern, layout: torch.Tensor | None, q: fx.Node, k: fx.Node, name: str) -> fx.Node:
-    """What is seen, boolean, [1, heads or 1, queries, keys], as calls of aranges, comparisons and look-ups; use in `before`.
+    """The visible keys, boolean, [1, heads or 1, queries, keys], from aranges, comparisons and look-ups; use in `before`.
 
     layout: boolean, [heads or 1, query blocks, key blocks]; it becomes a weight of that name. q, k: [.., tokens, head_dim].
     """
@@ -25,7 +25,7 @@ def write_pattern(edit: Editor, pattern: Pattern, layout: torch.Tensor | None, q
 
 
 class _Writer:
-    """Writes one pattern; each position and each condition once."""
+    """Writes one pattern, with each position and each condition computed once."""
 
     def __init__(self, edit: Editor, pattern: Pattern, layout: torch.Tensor | None, q: fx.Node, k: fx.Node, name: str) -> None:
         self._edit = edit
@@ -51,7 +51,7 @@ class _Writer:
         return self._known[key]
 
     def _positions(self, of: str) -> fx.Node:
-        """0, 1, … of the queries or the keys, [tokens]."""
+        """The positions 0, 1, … of the queries or the keys, [tokens]."""
         tokens = self._tokens[of]
         device = nodes.tensor_type(tokens).device
         return self._once(of, lambda: self._edit.call(aten.arange.default, self._edit.size(tokens, -2), device=device))
@@ -93,7 +93,7 @@ class _Writer:
         return self._all(bounds)
 
     def _look_up(self) -> fx.Node:
-        """The layout at the blocks of queries and keys, [heads or 1, queries, keys]; those behind its last count to that."""
+        """The layout at the blocks of queries and keys, [heads or 1, queries, keys]; later blocks use its last one."""
         assert self._layout is not None
         table = self._edit.weight(self._name, self._layout)
         for dim, of in ((1, "query"), (2, "key")):

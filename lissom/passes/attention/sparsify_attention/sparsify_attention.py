@@ -1,23 +1,23 @@
-"""Let each query attend to some of the keys: put a sparse pattern into the masks of attentions.
+"""Restrict attention to a sparse pattern of visible keys, by adding the pattern to attention masks.
 
     mask(i, j)  ->  mask(i, j) ∧ pattern(i, j)
 
-The result is dense attention under a mask made of ordinary operators, which `lower-sparse-attention` turns into a kernel that
-skips what is hidden. A causal attention stays causal; padding stays hidden. B is `block`. The patterns:
+The result is dense attention with a mask of ordinary operators; `lower-sparse-attention` turns it into a kernel that skips
+hidden blocks. Causal attention stays causal, and padding stays hidden. B is `block`. The patterns:
 
 - `window`: |i - j| ≤ `window`. Beltagy et al. 2020, Longformer, §3.1. https://arxiv.org/abs/2004.05150
 - `block`: ⌊i/B⌋ = ⌊j/B⌋, attention within blocks. Qiu et al. 2019, Blockwise Self-Attention. https://arxiv.org/abs/1911.02972
 - `global-window-random`: the window, `global_tokens` first tokens that see all and are seen by all, and for each block of
   queries `random_blocks` blocks of keys, drawn for each head. Zaheer et al. 2020, Big Bird, §2. https://arxiv.org/abs/2007.14062
-  They are a table of all pairs of blocks, at most 16 MiB for an attention; a longer text has none behind what the table holds.
+  Random blocks are a table of all pairs of blocks, at most 16 MiB per attention; positions past the table have none.
 - `strided`: the window, and every `stride`-th block: (⌊i/B⌋ - ⌊j/B⌋) mod stride = 0. Child et al. 2019, Sparse Transformer,
-  §4.3, https://arxiv.org/abs/1904.10509, whose strides are of tokens; with blocks, blocks can be skipped whole.
-- `dilated`: a window with gaps, ⌊window/B⌋ blocks to each side of which each is `dilation` blocks from the next. Longformer
-  §3.1, with blocks again in place of tokens.
-- `measured`: for each head, the fewest blocks of keys with which each block of queries keeps the share `mass` of its attention
-  on the calibration data. What a block gives another is averaged over the texts that have both, and texts of every length keep
-  their share, so short texts among the data do not hide what long ones need; long ones must be among them, as blocks no text
-  reached are kept. The kept blocks are a weight of the program. The block of the query itself always stays.
+  §4.3, https://arxiv.org/abs/1904.10509, use strides in tokens; with blocks, kernels can skip whole blocks.
+- `dilated`: a window with gaps, ⌊window/B⌋ blocks to each side, `dilation` blocks apart. Longformer §3.1, with blocks in place
+  of tokens.
+- `measured`: for each head, the fewest blocks of keys with which each block of queries keeps the fraction `mass` of its
+  attention on the calibration data. The mass of a pair of blocks is averaged over the texts that have both, and every text
+  length keeps the fraction, so that short texts do not hide what long ones need. Blocks that no text reaches are kept, so the
+  data should include long texts. The kept blocks are a weight of the program. The query's own block is always kept.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ _OPTIONS: Mapping[str, Mapping[str, float]] = {
     "dilated": {"window": 128, "block": 64, "dilation": 2},
     "measured": {"mass": 0.95, "block": 32},
 }
-"""The options of each pattern, with their values unless told."""
+"""The options of each pattern, with their defaults."""
 _DRAWN = 8192
-"""Tokens random blocks are drawn for where the program has no longest text; behind them there are none."""
+"""Number of tokens with random blocks where the program has no maximum length; later tokens have none."""
 _LARGEST_LAYOUT = 2**24
-"""Bytes of one attention's table of random blocks: 724 blocks for each of 32 heads, some 46,000 tokens in blocks of 64."""
+"""Most bytes of one attention's table of random blocks: 724² blocks per head of 32, about 46,000 tokens in blocks of 64."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class SparsifyAttention(Approximation):
             )
         for name, value in given.items():
             if value < _least()[name] or (name == "mass" and not 0 < value < 1):
-                wanted = "a share above 0 and below 1" if name == "mass" else f"{_least()[name]} or more"
+                wanted = "a fraction above 0 and below 1" if name == "mass" else f"{_least()[name]} or more"
                 raise UnsupportedError(f"sparsify-attention takes {name}= of {wanted}, not {value:g}")
 
     def run(self, edit: Editor) -> None:
@@ -112,7 +112,7 @@ class SparsifyAttention(Approximation):
                 "sparsify-attention{pattern=measured} needs calibration data: pass data=, or choose another pattern="
             )
         sites = {site.node: site for site in edit.program.fact(structure).attention}
-        chosen = [node for node in edit.nodes() if is_attention(node) and self._treats(edit, node, sites[node].cross)]
+        chosen = [node for node in edit.nodes() if is_attention(node) and self._is_chosen(edit, node, sites[node].cross)]
         if self.pattern == "measured":
             self._measure(edit, chosen)
             return
@@ -129,14 +129,14 @@ class SparsifyAttention(Approximation):
         given = getattr(self, name)
         return int(_OPTIONS[self.pattern][name] if given is None else given)
 
-    def _treats(self, edit: Editor, node: fx.Node, cross: bool) -> bool:
+    def _is_chosen(self, edit: Editor, node: fx.Node, cross: bool) -> bool:
         reason = obstacle_by_name(node, skip=self.skip, only=self.only) or _obstacle(edit, node, cross)
         if reason is not None:
             edit.skip(node, reason)
         return reason is None
 
     def _pattern(self, edit: Editor, site: AttentionSite, order: int) -> tuple[Pattern, torch.Tensor | None]:
-        """The pattern, and the layout it asks."""
+        """The pattern, and its layout of blocks where it has one."""
         options = _OPTIONS[self.pattern]
         block = self._value("block") if "block" in options else 64
         window = self._value("window") if "window" in options else 0
@@ -157,7 +157,7 @@ class SparsifyAttention(Approximation):
         return Pattern(((near,), (LAYOUT,), *everywhere), block), layout
 
     def _draw(self, edit: Editor, site: AttentionSite, order: int, block: int) -> torch.Tensor:
-        """Random blocks of keys for each head and block of queries; for a causal attention, from those before."""
+        """Random blocks of keys for each head and block of queries; only earlier ones for causal attention."""
         generator = torch.Generator().manual_seed(self._value("seed") + (order << 16))
         heads = int(nodes.tensor_type(site.node.args[0]).shape[1])  # pyright: ignore[reportArgumentType]
         blocks = _drawn_blocks(edit, site.node, heads, block)
@@ -179,14 +179,14 @@ class SparsifyAttention(Approximation):
 
 
 def _least() -> dict[str, float]:
-    """Options with the least they may be."""
+    """The numeric options, with the least value of each."""
     return {
         "window": 0, "block": 1, "global_tokens": 0, "random_blocks": 1, "stride": 1, "dilation": 1, "seed": 0, "mass": 0,
     }  # fmt: skip
 
 
 def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
-    """Why an attention stays dense; None when it need not."""
+    """Why an attention stays dense; None when it can become sparse."""
     q, k = (nodes.tensor_type(item) for item in node.args[:2])
     if q.rank != 4 or k.rank != 4 or not isinstance(q.shape[1], int):
         return "its operands are not [batch, heads, tokens, head_dim]"
@@ -197,9 +197,9 @@ def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
 
 
 def _drawn_blocks(edit: Editor, node: fx.Node, heads: int, block: int) -> int:
-    """How many blocks of queries and of keys random blocks are drawn for.
+    """The number of query and of key blocks for which random blocks are drawn.
 
-    Raises: UnsupportedError when the length is fixed and the table of its blocks is too large.
+    Raises: UnsupportedError when the length is constant and its table of blocks is too large.
     """
     size = _tokens(node)
     longest = [item.maximum for symbol, item in edit.program.signature.dimensions.items() if symbol == size]
@@ -227,7 +227,7 @@ def _tokens(node: fx.Node) -> object:
 
 
 def _masked(edit: Editor, node: fx.Node, pattern: Pattern, layout: torch.Tensor | None) -> fx.Node:
-    """The attention's mask with the pattern in it."""
+    """The attention's mask combined with the pattern."""
     q, k = node.args[:2]
     if _is_causal(node):
         pattern = Pattern(tuple((*found, CAUSAL) for found in pattern.alternatives), pattern.block)
@@ -242,7 +242,7 @@ def _masked(edit: Editor, node: fx.Node, pattern: Pattern, layout: torch.Tensor 
 
 
 def _exchange(edit: Editor, node: fx.Node, mask: fx.Node) -> None:
-    """Let the attention take another mask."""
+    """Replace the attention's mask."""
     kwargs = {key: value for key, value in node.kwargs.items() if key not in ("attn_mask", "bias", "is_causal")}
     args = [*node.args[:3], mask]
     if node.target is _PLAIN and len(node.args) > 4:
@@ -253,7 +253,7 @@ def _exchange(edit: Editor, node: fx.Node, mask: fx.Node) -> None:
 
 
 def _account(mass: BlockMass, kept: torch.Tensor) -> str:
-    """What is kept, in words."""
+    """The kept blocks and the kept attention, in words."""
     there = (mass.count > 0) & (mass.total.sum(0) > 0)
     blocks = (kept & there).sum((1, 2)) / there.sum().clamp_min(1)
     held = (mass.total * kept).sum((1, 2)) / mass.total.sum((1, 2)).clamp_min(1e-30)
@@ -265,9 +265,9 @@ def _account(mass: BlockMass, kept: torch.Tensor) -> str:
 
 
 def random_layout(heads: int, blocks: int, count: int, *, causal: bool, generator: torch.Generator) -> torch.Tensor:
-    """For each head and block of queries so many blocks of keys other than its own, or all there are where there are fewer.
+    """For each head and block of queries, `count` random blocks of keys other than its own, or all where there are fewer.
 
-    Returns booleans, [heads, blocks + 1, blocks + 1], of which the last row and column, for what lies behind, are false.
+    Returns booleans, [heads, blocks + 1, blocks + 1]; the last row and column, for later positions, are false.
     """
     allowed = ~torch.eye(blocks, dtype=torch.bool)
     if causal:
@@ -281,5 +281,5 @@ def random_layout(heads: int, blocks: int, count: int, *, causal: bool, generato
 
 
 def with_room(kept: torch.Tensor) -> torch.Tensor:
-    """The layout with a row and a column more, all true, which stand for the blocks no text reached."""
+    """The layout with one more row and column, all true, for the blocks that no text reached."""
     return torch.nn.functional.pad(kept, (0, 1, 0, 1), value=True)

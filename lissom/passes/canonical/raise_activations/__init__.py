@@ -1,1 +1,1 @@
-"""The pass `raise-activations` and how it knows functions by their values."""
+"""The pass `raise-activations` and its recognition of functions by their values."""

@@ -1,7 +1,7 @@
-"""Recognise a function of one tensor by what it computes, whatever its spelling.
+"""Recognize a function of one tensor by its values, however it is written.
 
-An activation written out in parts is a closed expression of one value. Evaluating the expression on a grid and comparing it
-with a reference recognises every spelling of it, the constants' rounding included.
+An activation written as separate operators is an expression of one value. Evaluating the expression on a grid and comparing it
+with a reference recognizes every way to write it, with constants rounded in any way.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 def grid() -> torch.Tensor:
-    """The points functions are compared on: zero, both tails, and far out, where a clamp would show that the rest hides."""
+    """The points at which functions are compared: zero, both tails, and large values, where a clamp would show."""
     near = torch.linspace(-9.0, 9.0, 181, dtype=torch.float64)
     far = torch.logspace(1.0, 6.0, 11, dtype=torch.float64)
     return torch.cat([-far, near, far])
@@ -60,7 +60,7 @@ def grid() -> torch.Tensor:
 def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node] | None:
     """The root and the argument of the expression around `core` that computes `reference`, or None.
 
-    core: the node a spelling turns on, such as its tanh. The largest matching expression wins.
+    core: the characteristic node of the expression, such as its tanh. The largest matching expression wins.
     """
     points = grid()
     wanted = reference(points)
@@ -76,7 +76,7 @@ def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node]
 
 
 def _above(core: fx.Node) -> list[fx.Node]:
-    """The values the core is computed from through element-wise operators, nearest first."""
+    """The values from which element-wise operators compute the core, nearest first."""
     found: list[fx.Node] = []
     frontier = [core]
     for _ in range(_DEPTH):
@@ -87,7 +87,7 @@ def _above(core: fx.Node) -> list[fx.Node]:
 
 
 def _below(core: fx.Node) -> list[fx.Node]:
-    """The values computed from the core through element-wise operators, nearest first, a few steps far."""
+    """The values that a few element-wise operators compute from the core, nearest first."""
     found = [core]
     frontier = [core]
     for _ in range(5):
@@ -100,7 +100,7 @@ def _below(core: fx.Node) -> list[fx.Node]:
 def _evaluate(
     node: object, argument: fx.Node, points: torch.Tensor, known: dict[fx.Node, torch.Tensor | None]
 ) -> torch.Tensor | None:
-    """The expression's values with the points for its argument; None when it reads anything else."""
+    """The expression's values at these points; None when it reads anything but its argument."""
     if node is argument:
         return points
     if not nodes.is_tensor(node) or node.target not in ELEMENTWISE or not nodes.tensor_type(node).dtype.is_floating_point:

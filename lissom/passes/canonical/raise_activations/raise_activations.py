@@ -1,12 +1,12 @@
-"""Raise activations written out in parts to one operator: GELU (exact and tanh), SiLU, Mish.
+"""Raise activations written as separate operators to one operator: GELU (exact and tanh), SiLU, Mish.
 
     gelu(x)      = x/2 · (1 + erf(x/√2))                                Hendrycks & Gimpel 2016
     gelu_tanh(x) = x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))         the same, eq. 2
     silu(x)      = x · sigmoid(x)                                       Elfwing et al. 2017
     mish(x)      = x · tanh(softplus(x))                                Misra 2019
 
-A spelling is recognised by its values on a grid, not by its shape, so every order of the factors and every rounding of the
-constants is found.
+An activation is recognized by its values on a grid, not by its operators, so every order of the factors and every rounding of
+the constants is found.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KNOWN: dict[object, list[tuple[torch._ops.OpOverload, dict[str, object], Functi
 
 @dataclass(frozen=True)
 class RaiseActivations(Rewrite):
-    """Replaces GELU, SiLU and Mish written in parts by one operator."""
+    """Replaces GELU, SiLU and Mish written as separate operators by one operator."""
 
     def run(self, edit: Editor) -> None:
         for core in edit.nodes(*_KNOWN):

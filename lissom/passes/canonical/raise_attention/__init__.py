@@ -1,1 +1,1 @@
-"""The pass `raise-attention` and how it reads scores."""
+"""The pass `raise-attention` and its analysis of scores."""

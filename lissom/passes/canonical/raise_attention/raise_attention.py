@@ -1,11 +1,11 @@
-"""Raise attention written out in parts to `scaled_dot_product_attention`, or to `lissom::attention` where that cannot say it.
+"""Raise attention written as separate operators to `scaled_dot_product_attention` or `lissom::attention`.
 
     attention(q, k, v) = softmax(q kᵀ · scale + bias) v            Vaswani et al. 2017, eq. 1
 
-Found from the softmax outwards: upwards the scores (`passes/canonical/raise_attention/scores.py` has the spellings), downwards
-casts, a reshape that folds batch and heads, zeros put where the scores were hidden, the slice that drops the sinks, and the
-product with v. Soft-capped scores and sinks become `lissom::attention`, all else PyTorch's operator. What cannot be said as one
-attention is left alone, with the reason.
+The match starts at the softmax. Before it are the scores (`passes/canonical/raise_attention/scores.py` lists their forms);
+after it casts, a reshape that flattens batch and heads, zeros at hidden scores, the slice that drops the sinks, and the product
+with v. Soft-capped scores and sinks become `lissom::attention`, everything else PyTorch's operator. A softmax that is no part
+of such an attention is left alone, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMat
 
 aten = torch.ops.aten
 
-# Scores with a fill this low are hidden in a row that has others, and adding the fill is the same as putting it. In a row that
-# is hidden throughout, the sum rounds to the fill itself while the scores are below 32, half the spacing of float32 there.
+# A fill this low hides a score, and adding it to the score has the same effect as setting it. In a fully masked row the sum
+# rounds to the fill itself while scores are below 32, half the spacing of float32 numbers there.
 _LOWEST = -1e9
 
 
 @dataclass(frozen=True)
 class RaiseAttention(Rewrite):
-    """Replaces attention written in parts (matmul, scale, mask, softmax, matmul) by one operator."""
+    """Replaces attention written as separate operators (matmul, scale, mask, softmax, matmul) by one operator."""
 
     def run(self, edit: Editor) -> None:
         for softmax in edit.nodes(*SOFTMAX):
@@ -48,7 +48,7 @@ class RaiseAttention(Rewrite):
 class _Product:
     """The product of the attention weights with v.
 
-    zeroed: where weights are put to 0 before it. sliced: whether the last column of the weights is dropped.
+    zeroed: where weights are set to 0 before it. sliced: whether the last column of the weights is dropped.
     """
 
     node: fx.Node
@@ -59,7 +59,7 @@ class _Product:
 def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     """The product of the attention weights with v; None when the softmax belongs to something else.
 
-    Raises: NoMatchError when the weights are used for anything beside.
+    Raises: NoMatchError when the weights have other readers.
     """
     weights = _without_nan(edit, softmax)
     zeroed, sliced = None, False
@@ -78,7 +78,7 @@ def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     if softmax.args[1] not in (-1, nodes.tensor_type(softmax).rank - 1):
         raise NoMatchError("the softmax is not over the last dimension")
     if len(weights.users) > 1:
-        raise NoMatchError("the attention weights are used beside the product with v")
+        raise NoMatchError("the attention weights have readers other than the product with v")
     return _Product(product, zeroed, sliced)  # pyright: ignore[reportArgumentType]
 
 
@@ -97,7 +97,7 @@ def _drops_last(node: fx.Node, weights: fx.Node) -> bool:
 
 
 def _without_nan(edit: Editor, softmax: fx.Node) -> fx.Node:
-    """The weights with NaN put to 0, as attention has them for a row that is masked throughout; else the softmax itself."""
+    """The weights with NaN set to 0, as attention has for a fully masked row; without that, the softmax itself."""
     for user in softmax.users:
         if not nodes.is_call(user, aten.where.self, aten.where.ScalarSelf) or user.args[2] is not softmax:
             continue
@@ -145,26 +145,26 @@ def _raise(edit: Editor, softmax: fx.Node, found: _Product, scores: Scores) -> N
 
 
 def _hidden_for_good(scores: Scores, zeroed: fx.Node) -> Scores:
-    """The scores with minus infinity where the weights are put to 0, so that a row hidden throughout comes out 0 as well.
+    """The scores with minus infinity where the weights are set to 0, so that the output of a fully masked row is 0 too.
 
-    Raises: NoMatchError when the scores were not hidden there before.
+    Raises: NoMatchError when the scores are not masked there.
     """
     hides = [bias.value is zeroed and bias.fill is not None and not bias.inverted for bias in scores.biases]
     if not any(hides):
-        raise NoMatchError("the weights are put to 0 where the scores are not hidden")
+        raise NoMatchError("the weights are set to 0 where the scores are not masked")
     biases = (replace(bias, fill=-float("inf")) if hidden else bias for bias, hidden in zip(scores.biases, hides, strict=True))
     return replace(scores, biases=tuple(biases))
 
 
 def _skip_reshapes(edit: Editor, product: fx.Node, raised: fx.Node) -> None:
-    """Let what unfolds the product again read the attention itself."""
+    """Let readers that restore the head dimension read the attention itself."""
     for user in list(product.users):
         if folds_heads(user) and nodes.node_type(user) == nodes.node_type(raised):
             user.replace_all_uses_with(raised)
 
 
 def _keys(edit: Editor, transposed: fx.Node) -> fx.Node:
-    """The keys before their last two dimensions were exchanged."""
+    """The keys before their last two dimensions were transposed."""
     last = nodes.tensor_type(transposed).rank - 1
     if nodes.is_call(transposed, aten.transpose.int):
         dims = {dim % (last + 1) for dim in transposed.args[1:]}  # pyright: ignore[reportOperatorIssue]
@@ -174,7 +174,7 @@ def _keys(edit: Editor, transposed: fx.Node) -> fx.Node:
 
 
 def _unfold(edit: Editor, node: fx.Node, heads: object) -> fx.Node:
-    """[batch·heads, a, b] as [batch, heads, a, b]; with no heads known, as [1, batch·heads, a, b]."""
+    """[batch·heads, a, b] as [batch, heads, a, b]; as [1, batch·heads, a, b] where the number of heads is unknown."""
     if nodes.tensor_type(node).rank == 4:
         return node
     if heads is None:
@@ -212,7 +212,7 @@ def _sum(edit: Editor, biases: tuple[Bias, ...], dtype: torch.dtype, heads: obje
 
 
 def _shaped(edit: Editor, bias: Bias, heads: object) -> fx.Node:
-    """The bias with the dimensions attention takes: [a, b], or [batch, heads, a, b]."""
+    """The bias with the dimensions that attention takes: [a, b], or [batch, heads, a, b]."""
     value, found = bias.value, nodes.tensor_type(bias.value)
     if bias.rank == 5:
         return _windowed(edit, bias)
@@ -233,14 +233,14 @@ def _windowed(edit: Editor, bias: Bias) -> fx.Node:
         value = edit.call(aten.unsqueeze.default, value, 0)
     heads, *places = nodes.tensor_type(value).shape[2:]
     if not all(isinstance(size, int) for size in (heads, *places)):
-        raise NoMatchError("a bias of windows varies in size")
+        raise NoMatchError("a bias of windows has a dynamic size")
     sizes = [edit.size(bias.scores, dim) for dim in (0, 1)]
     value = edit.call(aten.expand.default, value, [*sizes, -1, -1, -1])
     return edit.call(aten.reshape.default, value, [-1, heads, *places])
 
 
 def _cast_bias(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The bias in the dtype of the attention; the lowest finite numbers stay finite, so that a row of them stays uniform."""
+    """The bias in the attention's dtype; the lowest finite numbers stay finite, so that softmax of a row of them is uniform."""
     found, lowest = nodes.tensor_type(strip_casts(value)).dtype, torch.finfo(dtype).min
     if found.is_floating_point and torch.finfo(found).min < lowest:
         value = edit.call(aten.clamp_min.default, value, lowest)
@@ -248,7 +248,7 @@ def _cast_bias(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
 
 
 def _lowest(bias: Bias, dtype: torch.dtype) -> float:
-    """What the filled scores are, within the range of the dtype."""
+    """The fill of masked scores, within the range of the dtype."""
     fill, lowest = float(bias.fill or 0.0) * bias.factor, torch.finfo(dtype).min
     if fill > max(_LOWEST, lowest):
         raise NoMatchError(f"a fill of {fill:g} is not low enough to be the same as adding it")

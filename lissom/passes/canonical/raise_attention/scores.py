@@ -1,9 +1,9 @@
-"""Attention scores taken apart: q, keys, scale, biases, soft-capping and sinks, whatever operators the author wrote.
+"""Decomposition of attention scores into q, keys, scale, biases, soft-capping and sinks, in any of their usual forms.
 
-Read upwards from the argument of a softmax: casts, a scale on the scores, on q or on k, any number of added or subtracted
-biases (padding and causal masks, T5's and DeBERTa's position biases), `masked_fill` and `where` with a fill so low that it is
-the same as adding it, `baddbmm`, reshapes that fold batch and heads into one dimension, soft-capping (Gemma 2), a column of
-sinks (GPT-OSS), and a shift by the row's maximum, which a softmax does not see.
+Recognized, from the argument of a softmax backwards: casts, a scale on the scores, on q or on k, any number of added or
+subtracted biases (padding and causal masks, T5's and DeBERTa's position biases), `masked_fill` and `where` with a fill so low
+that adding it gives the same, `baddbmm`, reshapes that flatten batch and heads into one dimension, soft-capping (Gemma 2), a
+column of sinks (GPT-OSS), and the subtraction of the row's maximum, which does not change a softmax.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _LARGER = (aten.max.other, aten.maximum.default, aten.clamp.default, aten.clamp_
 
 
 class NoMatchError(Exception):
-    """Why a softmax is not the middle of an attention we can say as one operator."""
+    """Why a softmax is no part of an attention that one operator can express."""
 
 
 @dataclass(frozen=True)
 class Bias:
-    """A term of the scores: `value` added, or `fill` put where `value` is true; `factor` scales either afterwards.
+    """A term of the scores: `value` added, or `fill` set where `value` is true; `factor` scales either afterwards.
 
     scores: the scores at that point. Their rank is 3 while batch and heads are one dimension, and 5 while windows (Swin) are a
-    dimension beside the batch. inverted: the fill is put where `value` is false. floor: nothing is added; the sum so far is
-    kept from falling below the lowest finite number.
+    dimension beside the batch. inverted: the fill is set where `value` is false. floor: nothing is added; the sum so far is
+    clamped to the lowest finite number.
     """
 
     value: fx.Node
@@ -53,11 +53,11 @@ class Bias:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores taken apart: softcap · tanh(q · transposed keys · scale / softcap) + biases, the biases in the order they come.
+    """Scores as softcap · tanh(q · transposed keys · scale / softcap) + biases, the biases in program order.
 
-    factors: tensors that scale q, one number a head (Swin V2's temperature).
-    heads: the number of heads, where a reshape between three and four dimensions tells it. softcap: 0 for none.
-    sinks: the logits beside the scores of each row, [batch, heads, queries, 1]. shifted: by the row's maximum.
+    factors: tensors that scale q, one number per head (Swin V2's temperature).
+    heads: the number of heads, where a reshape between three and four dimensions shows it. softcap: 0 for none.
+    sinks: the logits beside the scores of each row, [batch, heads, queries, 1]. shifted: the row's maximum is subtracted.
     """
 
     q: fx.Node
@@ -85,9 +85,9 @@ class Scores:
 
 
 def scores_of(edit: Editor, softmax: fx.Node) -> Scores:
-    """What the softmax is taken of.
+    """The decomposed argument of a softmax.
 
-    Raises: NoMatchError naming the operator in the way.
+    Raises: NoMatchError naming the operator that is not recognized.
     """
     argument = _unshifted(softmax.args[0])
     if not nodes.is_call(argument, aten.cat.default):
@@ -105,7 +105,7 @@ def scores_of(edit: Editor, softmax: fx.Node) -> Scores:
 def _unshifted(node: object) -> fx.Node:
     """The value before casts, and before the maximum of each row was subtracted from it.
 
-    Raises: NoMatchError when it is no value.
+    Raises: NoMatchError when it is a constant.
     """
     if not isinstance(node, fx.Node):
         raise NoMatchError("the scores are a constant")
@@ -138,7 +138,7 @@ def _heads_of(reshape: fx.Node) -> object:
 def take_apart(edit: Editor, node: object) -> Scores:
     """The scores as a scaled product of q and k, soft-capped or not, with biases.
 
-    Raises: NoMatchError naming the operator in the way.
+    Raises: NoMatchError naming the operator that is not recognized.
     """
     if not isinstance(node, fx.Node):
         raise NoMatchError("the scores are a constant")
@@ -192,7 +192,7 @@ def _take_sum_apart(edit: Editor, node: fx.Node) -> Scores:
 
 
 def _take_temperature_apart(edit: Editor, node: fx.Node) -> Scores:
-    """Scores times a tensor with one number a head."""
+    """Scores times a tensor with one number per head."""
     for scores, factor in (node.args, reversed(node.args)):
         if nodes.is_tensor(factor) and nodes.tensor_type(factor).shape[-2:] == (1, 1) and nodes.tensor_type(node).rank == 4:
             found = take_apart(edit, scores)
@@ -224,7 +224,7 @@ def _fill(edit: Editor, node: fx.Node, mask: object, value: object) -> Bias:
 
 
 def _product_of(edit: Editor, q: object, keys: object) -> Scores:
-    """The product of q and transposed keys, with numbers that scale either taken out."""
+    """The product of q and transposed keys, with constant factors of either moved into the scale."""
     scale = 1.0
     factors: list[fx.Node] = []
     for factor in (q, keys):
@@ -237,7 +237,7 @@ def _product_of(edit: Editor, q: object, keys: object) -> Scores:
 
 
 def _scaled_by(edit: Editor, node: object) -> tuple[float, fx.Node] | None:
-    """The number a value is multiplied with, and the value."""
+    """The constant factor of a value, and the unscaled value."""
     if nodes.is_call(node, *_DIVIDE) and not node.kwargs:  # pyright: ignore[reportAttributeAccessIssue]
         divisor = number(edit.program, node.args[1])  # pyright: ignore[reportAttributeAccessIssue]
         return (1 / divisor, node.args[0]) if divisor else None  # pyright: ignore

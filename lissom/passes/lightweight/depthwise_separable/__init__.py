@@ -1,1 +1,1 @@
-"""The pass `depthwise-separable` and how it factors a convolution."""
+"""The pass `depthwise-separable` and its factorization of convolutions."""

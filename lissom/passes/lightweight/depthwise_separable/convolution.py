@@ -1,4 +1,4 @@
-"""What a convolution computes, read from its call: its kernel, and how that is laid over what it reads."""
+"""The parameters of a convolution, read from its call: kernel, stride, dilation and padding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Window:
-    """How a kernel is laid over what it reads: for each of its dimensions its size, stride, dilation, and zeros on each side.
+    """The window of a kernel: size, stride, dilation and padding for each spatial dimension.
 
-    padding: pairs, before and behind; `same` puts the odd one behind, as PyTorch does.
+    padding: pairs, before and after; for `same` the odd zero comes after, as in PyTorch.
     """
 
     size: tuple[int, ...]
@@ -30,11 +30,11 @@ class Window:
 
     @property
     def taps(self) -> int:
-        """The numbers of a kernel a channel."""
+        """The number of kernel elements per channel."""
         return prod(self.size)
 
     def patches(self, value: torch.Tensor) -> torch.Tensor:
-        """What a kernel meets at each place: [batch, channels, places, taps] of [batch, channels, *sizes]."""
+        """The input patch at each output position: [batch, channels, positions, taps] of [batch, channels, *sizes]."""
         padded = torch.nn.functional.pad(value, [side for pair in reversed(self.padding) for side in pair])
         for dim, (size, stride, dilation) in enumerate(zip(self.size, self.stride, self.dilation, strict=True), 2):
             padded = padded.unfold(dim, (size - 1) * dilation + 1, stride)[..., ::dilation]
@@ -44,9 +44,9 @@ class Window:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution with a kernel of its own, [channels out, channels in / groups, *sizes].
+    """A convolution whose kernel is a weight, [channels out, channels in / groups, *sizes].
 
-    places_in, places_out: positions of the batch read and given, at the sizes the program was captured with.
+    places_in, places_out: input and output positions of the batch, at the captured sizes.
     """
 
     node: fx.Node
@@ -65,10 +65,10 @@ class Convolution:
 
 
 def convolution_of(node: fx.Node) -> Convolution | str:
-    """The convolution a node computes, or why it cannot be told."""
+    """The convolution that a node computes, or why it cannot be read."""
     kernel, bias, groups = (nodes.argument(node, name) for name in ("weight", "bias", "groups"))
     if not isinstance(kernel, fx.Node) or kernel.op != "get_attr":
-        return "its kernel is computed by the program, cast or rounded; put this pass before the one that makes it so"
+        return "its kernel is computed by the program, cast or quantized; put this pass before the one that did this"
     shape = nodes.tensor_type(kernel).shape
     sizes = tuple(size for size in shape[2:] if isinstance(size, int))
     numbers = [_numbers(nodes.argument(node, name), len(sizes)) for name in ("stride", "dilation")]
@@ -91,7 +91,7 @@ def convolution_of(node: fx.Node) -> Convolution | str:
 
 
 def _numbers(item: object, rank: int) -> tuple[int, ...] | None:
-    """One number for each dimension, of a number or a list of one or of as many."""
+    """One number per dimension, from a number, a list of one, or a list of that length."""
     found = [item] if isinstance(item, int) else list(cast("Sequence[object]", item))
     if not all(isinstance(number, int) for number in found):
         return None

@@ -1,32 +1,32 @@
-"""Convolutions become a depthwise and a pointwise one: each channel convolved by itself, and places by themselves mixed.
+"""Factor a convolution into a depthwise one, which convolves each channel, and a pointwise one, which mixes channels.
 
 K: [channels out, channels in / groups, *sizes] is a kernel, t its sizes flattened. With r terms it becomes one of
 
-    depthwise first:  K[o, i, t] ≈ Σ_ρ P[o, i, ρ] · D[i, ρ, t],  r·in·(t + out/groups) numbers
-    pointwise first:  K[o, i, t] ≈ Σ_ρ D[o, ρ, t] · P[o, ρ, i],  r·out·(t + in/groups) numbers
+    depthwise first:  K[o, i, t] ≈ Σ_ρ P[o, i, ρ] · D[i, ρ, t],  r·in·(t + out/groups) elements
+    pointwise first:  K[o, i, t] ≈ Σ_ρ D[o, ρ, t] · P[o, ρ, i],  r·out·(t + in/groups) elements
 
 by a truncated singular value decomposition of the kernel's slice of each input channel [out, t], or of each output channel
 [t, in]; no other factors with r terms have a smaller Frobenius error. The depthwise one keeps stride, padding and dilation, the
 pointwise one the groups, and the last one the bias. With r = 1 and depthwise first it is the layer of Howard et al. 2017,
-MobileNets, §3.1, https://arxiv.org/abs/1704.04861; finding it by a decomposition is from Guo et al. 2018, Network Decoupling:
+MobileNets, §3.1, https://arxiv.org/abs/1704.04861; obtaining it by a decomposition is from Guo et al. 2018, Network Decoupling:
 From Regular to Depthwise Separable Convolutions, https://arxiv.org/abs/1808.05517.
 
-A layer is left alone unless both its bytes and its operations become fewer. In one that few channels come into, such as an
-embedding of the patches of a picture in three colours, terms are cheap but hold little each; where few channels go out, or the
-kernel has few places, one term may cost more than all of it.
+A layer is left alone unless both its bytes and its FLOPs decrease. With few input channels, as in the patch embedding of an RGB
+image, terms are cheap but each keeps little energy; with few output channels, or a kernel with few taps, one term may cost more
+than the whole layer.
 
-With calibration data the decomposition is that of slices times the root of the covariance of what they meet, the taps of a
-channel or the channels of a group, so that what is left out is what shows least. The kernel applied last is then fitted to what
-the layer gave before, on what it reads now, by least squares: min ‖ZW - Y‖² + λ‖W - W₀‖², W₀ the one found first. λ is the one
-with which a fit to half of the samples errs least on the other half; where none errs less than W₀, or ZᵀZ would be too large,
-W₀ stays. Layers are treated in the order in which they run. Padding of a batch counts, as it is convolved with what lies beside
-it.
+With calibration data the slices are multiplied by the root of the covariance of their inputs (the taps of a channel, or the
+channels of a group) before the decomposition, which minimizes the output error instead of the kernel error. The kernel applied
+last is then refitted to the layer's original output on its current input by least squares: min ‖ZW - Y‖² + λ‖W - W₀‖², with W₀
+from the decomposition. λ minimizes the error of a fit to half of the samples on the other half; W₀ stays where no λ beats it,
+or ZᵀZ would be too large. Layers are factored in the order in which they run. Padding in a batch counts, because it is
+convolved with its neighbours.
 
-How many terms is told by exactly one of `rank`, `keep` and `budget`. With `order=auto` both orders are tried: under `rank`
-pointwise first has as many terms as cost no more bytes and operations than depthwise first has, and the one that errs less is
-taken; under `budget` both have as many as it allows; under `keep` the one that takes fewer bytes. Fewer operations are not
-always less time: on CPUs depthwise convolutions reach a small part of the speed that full ones do, above all pointwise first,
-where they read more channels. `order=depthwise-first` with few terms is what gains most time; wide kernels gain more than
+Exactly one of `rank`, `keep` and `budget` sets the number of terms. With `order=auto` both orders are tried. Under `rank`,
+pointwise first gets as many terms as cost no more bytes and FLOPs than depthwise first, and the order with the smaller error is
+taken; under `budget` both get as many terms as it allows; under `keep` the order with fewer bytes is taken. Fewer FLOPs are not
+always less time: on CPUs depthwise convolutions reach a small fraction of the speed of full ones, above all pointwise first,
+where they read more channels. `order=depthwise-first` with few terms gives the largest speedup, and wide kernels gain more than
 narrow ones.
 """
 
@@ -67,7 +67,7 @@ aten = torch.ops.aten
 
 _POINTWISE = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 _ROUNDING = 1e-9
-"""Of a share of energy that is all of it, but for rounding in float64."""
+"""Tolerance on the fraction of energy kept, for float64 rounding."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class DepthwiseSeparable(Approximation):
             _put(edit, layer, result, trainable=trainable)
 
     def _layers(self, edit: Editor) -> list[Convolution]:
-        """The convolutions to treat; the others are reported."""
+        """The convolutions to factor; the others are reported as skipped."""
         layers: list[Convolution] = []
         for node in edit.nodes(*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
             layer = self._obstacle_to_reading(node) or convolution_of(node)
@@ -151,7 +151,7 @@ class DepthwiseSeparable(Approximation):
         return min(results, key=lambda result: result.error)
 
     def _plans(self, layer: Convolution, slices: Sequence[Slices]) -> list[tuple[Slices, Cost]] | str:
-        """The terms for each order that saves bytes and operations, or why none does."""
+        """The number of terms for each order that saves bytes and FLOPs, or why none does."""
         whole = _whole(layer)
         plans: list[tuple[Slices, Cost]] = []
         reasons: list[str] = []
@@ -170,7 +170,7 @@ class DepthwiseSeparable(Approximation):
         return plans or reasons[0]
 
     def _terms(self, slices: Slices, one: Cost, whole: Cost, limit: Cost | None) -> int:
-        """How many terms a layer gets in one order. limit: the cost of the other order, where that is known."""
+        """The number of terms of a layer in one order. limit: the cost of the other order, where it is known."""
         if self.keep is not None:
             return int((energy(slices.S) < self.keep - _ROUNDING).sum()) + 1
         if self.budget is not None:
@@ -183,7 +183,7 @@ class DepthwiseSeparable(Approximation):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer takes: the numbers it holds, and the products it computes at the captured sizes."""
+    """The cost of a layer: its number of weights, and its multiplications at the captured sizes."""
 
     numbers: int
     products: int
@@ -196,7 +196,7 @@ class Cost:
         return self.numbers < other.numbers and self.products < other.products
 
     def share(self, whole: Cost) -> str:
-        """`takes 50% of its bytes and 60% of its operations`, in the number of the terms."""
+        """The text `takes 50% of its bytes and 60% of its operations`, with `take` for several terms."""
         takes = "take" if self.terms > 1 else "takes"
         bytes_share, products_share = self.numbers / whole.numbers, self.products / whole.products
         return f"{takes} {bytes_share:.0%} of its bytes and {products_share:.0%} of its operations"
@@ -204,7 +204,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Separation:
-    """Both kernels of a layer, and its relative error: of what it gives where there are data, else of its kernel."""
+    """Both kernels of a layer, and the relative error: of the output where there is data, else of the kernel."""
 
     layout: Layout
     cost: Cost
@@ -215,7 +215,7 @@ class Separation:
 
 @dataclass(frozen=True)
 class Slices:
-    """The decomposition of a kernel's slices, and the inverse of what they were multiplied with before it."""
+    """The decomposition of a kernel's slices, and the inverse of the root they were multiplied with."""
 
     layout: Layout
     U: torch.Tensor
@@ -238,7 +238,7 @@ class Slices:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a layer reads now, and gave before this pass, for each of the samples; nothing where there are none."""
+    """A layer's current inputs, and its outputs before this pass, per sample; empty without calibration data."""
 
     layer: Convolution
     original: fx.Node
@@ -247,7 +247,7 @@ class Calibration:
     samples: range
 
     def covariances(self, layouts: Sequence[Layout]) -> list[torch.Tensor | None]:
-        """Of what the slices of each layout meet."""
+        """The covariances of the slices' inputs for each layout."""
         sums: list[torch.Tensor | None] = [None for _ in layouts]
         for index in self.samples:
             self.now.advance(index, self.layer.input)
@@ -257,13 +257,13 @@ class Calibration:
         return sums
 
     def fit(self, results: Sequence[Separation]) -> list[Separation]:
-        """Each with its last kernel fitted to what the layer gave."""
+        """These results with the last kernel refitted to the layer's original outputs."""
         fits = [Fit(result.layout, result.first, result.last) for result in results]
         read = cast(fx.Node, self.original.args[0])
         bias = None if self.layer.bias is None else evaluate_nodes(self.now.program.graph_module, self.layer.bias)
         seen = 0
         for index in self.samples:
-            # Halted before the layer, as the other stream was, so that both hold its input in the same precision.
+            # Stopped before the layer, as the other run was, so that both have its input in the same precision.
             self.then.advance(index, read)
             (given,) = self.then.peek(index, [self.original])
             if bias is not None:
@@ -285,7 +285,7 @@ class Calibration:
         return self._batched(value)
 
     def _batched(self, value: torch.Tensor) -> torch.Tensor:
-        """A convolution takes one sample without a batch too."""
+        """The value with a batch dimension; a convolution also takes one sample without a batch."""
         return value if value.dim() == len(self.layer.window.size) + 2 else value[None]
 
 
@@ -312,21 +312,21 @@ def _terms(cost: Cost) -> str:
 
 
 def _obstacle(program: Program, layer: Convolution) -> str | None:
-    """Why a layer's kernel cannot be factored for it alone, or need not be."""
+    """Why a layer's kernel cannot be factored for this layer only, or need not be."""
     if layer.window.taps == 1:
-        return "its kernel is of one place, so that it is pointwise already"
+        return "its kernel has one element per channel, so it is pointwise already"
     if layer.channels_in == layer.groups > 1:
         return "it is depthwise already"
     reads = [user for node in program if node.op == "get_attr" and node.target == layer.kernel.target for user in node.users]
     if len(reads) > 1:
         return "its kernel is read elsewhere too"
     if not nodes.tensor_type(layer.kernel).dtype.is_floating_point or str(layer.kernel.target) in program.state:
-        return "its kernel is no weight of floating-point numbers"
+        return "its kernel is no floating-point weight"
     return None
 
 
 def _put(edit: Editor, layer: Convolution, found: Separation, *, trainable: bool) -> None:
-    """Put both convolutions in the place of a layer, and say what they take and how much they err."""
+    """Replace a layer by both convolutions, and note their cost and error."""
     node, layout = layer.node, found.layout
     depthwise_first = layout.order == "depthwise-first"
     names = ("depthwise", "pointwise") if depthwise_first else ("pointwise", "depthwise")
@@ -347,5 +347,5 @@ def _put(edit: Editor, layer: Convolution, found: Separation, *, trainable: bool
     edit.note(
         f"{nodes.origin(value).module_path or node.name}: {layout.order}, {_terms(found.cost)}, "
         f"{found.cost.share(_whole(layer)).removeprefix('takes ').removeprefix('take ')}; "
-        f"{'output' if edit.data else 'kernel'} errs by {found.error:.2g} relative"
+        f"relative {'output' if edit.data else 'kernel'} error {found.error:.2g}"
     )

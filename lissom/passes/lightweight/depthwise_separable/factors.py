@@ -1,13 +1,13 @@
-"""Kernels as a depthwise and a pointwise convolution one behind the other: the factors, and their fit to data.
+"""Factors of a kernel as a depthwise followed by a pointwise convolution, or the reverse, and their fit to data.
 
-A kernel K: [channels out, channels in / groups, *sizes], its sizes flattened to t taps, is cut into slices, and each of these
-factored by a singular value decomposition with r terms:
+A kernel K: [channels out, channels in / groups, *sizes], its sizes flattened to t taps, is divided into slices, and each slice
+is factored by a singular value decomposition with r terms:
 
 - depthwise first: the slices of input channel i, K[o, i, t] ≈ Σ_ρ P[o, i, ρ] · D[i, ρ, t], o among the outputs of its group;
 - pointwise first: the slices of output channel o, K[o, i, t] ≈ Σ_ρ D[o, ρ, t] · P[o, ρ, i], i among the inputs of its group.
 
-Slices share no number, so that K as a whole has the least Frobenius error for r terms each. The factor that is applied first
-is `first`: [slices, r, columns], the one applied last `last`: [slices, rows, r].
+Slices are disjoint, so the Frobenius error of K as a whole is least for r terms each. The factor that is applied first is
+`first`: [slices, r, columns], the one applied last is `last`: [slices, rows, r].
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from lissom.passes.lightweight.depthwise_separable.convolution import Window
 Order = Literal["depthwise-first", "pointwise-first"]
 ORDERS: tuple[Order, ...] = ("depthwise-first", "pointwise-first")
 _SMALLEST = 1e-4
-"""Of a covariance's mean variance, added to each: what data never hold still has a weight, so that its inverse is no noise."""
+"""Fraction of the mean variance added to the diagonal of a covariance, so that its inverse is well conditioned."""
 _LARGEST = 1 << 25
-"""Numbers of Σ zzᵀ: 256 MB for both halves."""
+"""Most elements of Σ zzᵀ: 256 MB for both halves."""
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Shares of the mean of the diagonal of ZᵀZ to choose the pull towards the first factors from."""
+"""Candidates for λ, as fractions of the mean of the diagonal of ZᵀZ."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The sizes of a kernel that is factored: its order, channels, groups and window, and r, the terms of each slice."""
+    """The layout of a factored kernel: its order, channels, groups and window, and r, the terms per slice."""
 
     order: Order
     channels_in: int
@@ -42,17 +42,17 @@ class Layout:
 
     @property
     def inputs(self) -> int:
-        """Channels in of one group."""
+        """Input channels per group."""
         return self.channels_in // self.groups
 
     @property
     def outputs(self) -> int:
-        """Channels out of one group."""
+        """Output channels per group."""
         return self.channels_out // self.groups
 
     @property
     def most_terms(self) -> int:
-        """The terms with which the factors are the kernel."""
+        """The number of terms with which the factors equal the kernel."""
         columns = self.window.taps if self.order == "depthwise-first" else self.inputs
         return min(columns, self.outputs if self.order == "depthwise-first" else self.window.taps)
 
@@ -63,7 +63,7 @@ class Layout:
         return kernel.reshape(self.groups, self.outputs, self.inputs, -1).transpose(1, 2).flatten(0, 1)
 
     def kernel(self, first: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """What both convolutions do as one kernel; first, last: as `weights` gives them."""
+        """The kernel that both convolutions amount to; first, last: as returned by `weights`."""
         if self.order == "pointwise-first":
             parts = first.reshape(self.channels_out, -1, self.inputs), last.flatten(2)
             return torch.einsum("ori,ort->oit", *parts).unflatten(-1, self.window.size)
@@ -72,7 +72,7 @@ class Layout:
         return torch.einsum("goir,girt->goit", pointwise, depthwise).flatten(0, 1).unflatten(-1, self.window.size)
 
     def weights(self, first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both factors as kernels: that of the convolution that comes first, and that of the last.
+        """Both factors as kernels, of the first and of the last convolution.
 
         Depthwise first: [r · channels in, 1, *sizes] and [channels out, r · channels in / groups, 1, …].
         Pointwise first: [r · channels out, channels in / groups, 1, …] and [channels out, r, *sizes].
@@ -87,17 +87,17 @@ class Layout:
 
     @property
     def first_groups(self) -> int:
-        """Groups of the convolution that comes first."""
+        """Groups of the first convolution."""
         return self.channels_in if self.order == "depthwise-first" else self.groups
 
     @property
     def last_groups(self) -> int:
-        """Groups of the one that comes last."""
+        """Groups of the last convolution."""
         return self.groups if self.order == "depthwise-first" else self.channels_out
 
 
 def decompose(slices: torch.Tensor, root: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, S, Vt of each slice, behind the root of the covariance of what its columns meet where that is known.
+    """U, S, Vt of each slice, multiplied by the root of the covariance of its columns' inputs where that is given.
 
     slices: [slices, rows, columns]; root: [slices, columns, columns].
     """
@@ -108,7 +108,7 @@ def decompose(slices: torch.Tensor, root: torch.Tensor | None = None) -> tuple[t
 def factors(
     found: tuple[torch.Tensor, torch.Tensor, torch.Tensor], terms: int, inverse: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors `first` and `last` with so many terms, of one size each. inverse: of the root `decompose` was given."""
+    """The factors `first` and `last` with this number of terms, of equal norm. inverse: of the root given to `decompose`."""
     u, s, vt = found
     first, last = vt[:, :terms], u[:, :, :terms] * s[:, None, :terms]
     if inverse is not None:
@@ -119,7 +119,7 @@ def factors(
 
 
 def energy(values: torch.Tensor) -> torch.Tensor:
-    """The share of the squared numbers of all slices that 1, 2, … terms hold, [terms]; values: S, [slices, terms]."""
+    """The fraction of the energy of all slices that 1, 2, … terms keep, [terms]; values: S, [slices, terms]."""
     held = values.square().sum(0).cumsum(0)
     return held / held[-1] if held[-1] > 0 else torch.ones_like(held)
 
@@ -134,7 +134,7 @@ def roots(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def covariance(layout: Layout, value: torch.Tensor) -> torch.Tensor:
-    """Σ over all places of what the columns of slices meet: [channels in, taps, taps], or [groups, inputs, inputs].
+    """Σ zzᵀ over all positions of the inputs z of slices: [channels in, taps, taps], or [groups, inputs, inputs].
 
     value: [batch, channels in, *sizes].
     """
@@ -147,7 +147,7 @@ def covariance(layout: Layout, value: torch.Tensor) -> torch.Tensor:
 
 
 def of_slices(layout: Layout, each: torch.Tensor) -> torch.Tensor:
-    """What is known of each channel in, or of each group, for every slice."""
+    """Matrices of each input channel, or of each group, repeated for every slice."""
     return each if layout.order == "depthwise-first" else each.repeat_interleave(layout.outputs, 0)
 
 
@@ -155,10 +155,10 @@ def of_slices(layout: Layout, each: torch.Tensor) -> torch.Tensor:
 class Fit:
     """Sums for the least squares of the last convolution's kernel W, each group of it a matrix [features, outputs].
 
-    first, last: both kernels to start from. z: what the last convolution meets at a place, [features]; e: what W₀, the last
-    kernel, leaves of what the layer should give there, [outputs]. Kept are Σ zzᵀ, Σ zeᵀ and Σ eᵀe, of two halves of the data
-    apart, so that a fit to one is tried on the other; and of what the layer should give, Σ yᵀy. Sums with e instead of y lose
-    nothing to rounding where W₀ is nearly right.
+    first, last: the initial kernels. z: the input patch of the last convolution at a position, [features]; y: the target
+    output there; e: the residual y - W₀·z, with W₀ the initial last kernel, [outputs]. Σ zzᵀ, Σ zeᵀ and Σ eᵀe are kept for two
+    halves of the data separately, so that a fit to one is evaluated on the other; and Σ yᵀy. Sums of e instead of y avoid
+    cancellation where W₀ is nearly exact.
     """
 
     layout: Layout
@@ -177,12 +177,12 @@ class Fit:
 
     @property
     def is_too_large(self) -> bool:
-        """True where Σ zzᵀ would take more memory and time than it is worth: W₀ stays."""
+        """True where Σ zzᵀ would take too much memory and time, so that W₀ stays."""
         groups, features, _ = self.start.shape
         return groups * features * features > _LARGEST
 
     def add(self, value: torch.Tensor, wanted: torch.Tensor, half: int | None) -> None:
-        """Add a sample to one half, 0 or 1, or where there is no other, the first half of its places to 0 and the rest to 1.
+        """Add a sample to half 0 or 1; a single sample is split, the first half of its positions to 0 and the rest to 1.
 
         value: [1, channels in, *sizes]; wanted: [1, channels out, *sizes], without bias.
         """
@@ -201,8 +201,8 @@ class Fit:
     def solve(self) -> tuple[torch.Tensor, float]:
         """argmin over W of Σ ‖W·z - y‖² + λ ‖W - W₀‖², and its relative error on data it was not fitted to.
 
-        λ is the one with which a fit to half of the data errs least on the other half; W₀ itself where none does better. It
-        is there because z of few or alike places does not tell W in all directions; in those W₀ stays.
+        λ minimizes the error of a fit to half of the data on the other half; W₀ stays where no λ beats it. Few or similar
+        positions do not determine W in all directions; λ keeps W₀ in the others.
         """
         least, best_ridge = 0.0, None
         gram, product = self._sums(self.gram), self._sums(self.product)
@@ -218,7 +218,7 @@ class Fit:
         return fitted.mT.reshape(self.last.shape), error
 
     def _met(self, value: torch.Tensor) -> torch.Tensor:
-        """z of every place: [groups, places, features]."""
+        """z at every position: [groups, positions, features]."""
         layout, window = self.layout, self.layout.window
         rank, first = len(window.size), self.first.to(value.dtype)
         ones, zeros = (1,) * rank, (0,) * rank
@@ -233,7 +233,7 @@ class Fit:
 
     @staticmethod
     def _sums(sums: Sequence[torch.Tensor | float]) -> list[torch.Tensor]:
-        """Those of both halves; none where there were none of one."""
+        """The sums of the two halves; empty where one half has no data."""
         found = [item.double() for item in sums if isinstance(item, torch.Tensor)]
         return found if len(found) == 2 else []
 
@@ -243,7 +243,7 @@ def _ridge(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Ten
     mean = gram.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-30)
     damped = gram + ridge * mean[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    # A group whose sums are too rough for so small a ridge keeps what it has.
+    # A group whose sums are too ill-conditioned for so small a ridge keeps W₀.
     return torch.where(failed[:, None, None] == 0, torch.cholesky_solve(product, factor).nan_to_num(), 0)
 
 

@@ -1,17 +1,17 @@
-"""The products inside an attention's heads, each a map of low rank: queries with keys, and values with the output projection.
+"""Low-rank factors of the products inside attention heads: queries with keys, and values with the output projection.
 
-Of one head, q, k, v: [head_dim] of a token, and z: [head_dim], a mean of v over tokens, which the output projection W_o
-multiplies with its columns W_oh. For matrices A, B of rank < head_dim rows,
+For one head, let q, k, v: [head_dim] be those of a token, and z: [head_dim] a weighted mean of v over tokens, which the output
+projection W_o multiplies with its columns W_oh. For matrices A, B with rank < head_dim rows,
 
     qᵀk ≈ (A q)ᵀ (B k)        W_oh z ≈ U (V z)
 
-A and B go into the projections of q and k, with their biases; V into that of v, and U is put in the place of W_oh. Softmax sees
-the same scores but for what the rank leaves out, and its scale stays 1/√head_dim. With G_q = Σ q qᵀ = S_q S_qᵀ and likewise
-G_k, the squared error of the scores of all pairs of tokens, ‖S_qᵀ (AᵀB - I) S_k‖², is least for
+A and B are folded into the projections of q and k, with their biases; V into that of v; and U replaces W_oh. The scale of the
+scores stays 1/√head_dim, with the original head_dim. With G_q = Σ q qᵀ = S_q S_qᵀ and likewise G_k, the squared error of the
+scores of all pairs of tokens, ‖S_qᵀ (AᵀB - I) S_k‖², is least for
 
     P Σ Qᵀ = S_qᵀ S_k,   A = Σ_r^½ P_rᵀ S_q⁻¹,   B = Σ_r^½ Q_rᵀ S_k⁻¹
 
-and that of the outputs for the factors of `low_rank.spectrum` with H = Σ z zᵀ.
+and that of the outputs for the factors of `svd.spectrum` with H = Σ z zᵀ.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ aten = torch.ops.aten
 class HeadProduct:
     """One product of every head of an attention.
 
-    node: the attention. first, second: the layers of q and k, or of v and the output projection; scores: whether of the former.
-    axis: the dimension of the heads that is shortened. heads, head_dim: sizes.
+    node: the attention. first, second: the layers of q and k, or of v and the output projection; scores: true for q and k.
+    axis: the axis of head_dim, which is reduced. heads, head_dim: sizes.
     """
 
     node: fx.Node
@@ -62,20 +62,20 @@ class HeadProduct:
 
     @property
     def observed(self) -> tuple[fx.Node, ...]:
-        """What is seen of it on calibration data: q and k; or z, what the output projection reads."""
+        """The values observed on calibration data: q and k; or z, the input of the output projection."""
         return (self.first.layer, self.second.layer) if self.scores else (input_of(self.second.layer),)
 
 
 def head_products(program: Program, site: AttentionSite) -> list[HeadProduct | str]:
-    """The products of one attention, scores first; a reason in the place of one that cannot be treated."""
+    """The products of one attention, scores first; the reason in place of one that cannot be factored."""
     return [_scores(program, site), _values(program, site)]
 
 
 def _scores(program: Program, site: AttentionSite) -> HeadProduct | str:
     if site.positions == "rotary":
-        return "its queries and keys are rotated by their positions before they meet"
+        return "rotary embedding is applied to its queries and keys"
     if site.node.target is not aten.scaled_dot_product_attention.default and site.scale is None:
-        return "its scores have no scale of their own"
+        return "the scale of its scores cannot be set"
     return _product(program, site, site.q, site.k, scores=True)
 
 
@@ -88,20 +88,20 @@ def _product(
 ) -> HeadProduct | str:
     what = "queries and keys" if scores else "values and outputs"
     if len(first) != 1 or len(second) != 1 or site.packed or first == second:
-        return f"its {what} are not of two layers of their own"
+        return f"its {what} are not from two separate layers"
     if site.heads != site.key_value_heads:
-        return "heads share keys and values"
+        return "query heads share key/value heads"
     between = [(site.node.args[0], first[0]), (site.node.args[1], second[0])]
     between = between if scores else [(site.node.args[2], first[0]), (input_of(second[0]), site.node)]
     if not all(is_moved(*pair) for pair in between):
-        return f"something is done to its {what} between the layers and their product"
+        return f"other operators are between the layers of its {what} and their product"
     found = program.fact(axes)
     value = cast(fx.Node, site.node.args[0]) if scores else site.node
     heads, axis = (found.axis(value, dim) for dim in (-3, -1))
     obstacle = found.obstacle(axis) if axis.form == "atom" else "it is made of several axes"
     if obstacle:
-        return f"the dimension of its {what} cannot be shortened: {obstacle}"
-    # Queries and keys may be of another size than values.
+        return f"head_dim of its {what} cannot be reduced: {obstacle}"
+    # Queries and keys may have another head_dim than values.
     head_dim = as_int(nodes.tensor_type(value).shape[-1])
     layers: list[HeadLayer] = []
     for layer, dim in ((first[0], 0), (second[0], 0 if scores else 1)):
@@ -109,7 +109,7 @@ def _product(
         if isinstance(matrix, str):
             return matrix
         if matrix.transposed or not _is_owned(layer, matrix) or not _in_order(found, matrix.node, dim, (heads, axis)):
-            return f"the weights of its {what} are shared, or hold more than its heads"
+            return f"the weights of its {what} are shared, or contain more than its heads"
         indices, bias = torch.arange(site.heads * head_dim).view(site.heads, -1), nodes.argument(layer, "bias")
         made = Rows(bias, 0, indices) if isinstance(bias, fx.Node) and dim == 0 else None
         layers.append(HeadLayer(layer, Rows(matrix.node, dim, indices), made))
@@ -117,7 +117,7 @@ def _product(
 
 
 def _is_owned(layer: fx.Node, matrix: Matrix) -> bool:
-    """True for `linear` whose weight, and bias where it has one, nothing else reads."""
+    """True for `linear` whose weight and bias have no other readers."""
     if layer.target is not aten.linear.default or readers_of(matrix.node) != [layer]:
         return False
     bias = nodes.argument(layer, "bias")
@@ -131,7 +131,7 @@ def _in_order(found: Axes, weight: fx.Node, dim: int, numbering: tuple[Axis, Axi
 
 
 def gram_of_heads(edit: Editor, products: Sequence[HeadProduct]) -> dict[fx.Node, torch.Tensor]:
-    """Σ x xᵀ over tokens of each head of what is observed, [heads, head_dim, head_dim]."""
+    """Σ x xᵀ over tokens for each head of the observed values, [heads, head_dim, head_dim]."""
     sums: dict[fx.Node, torch.Tensor] = {}
     heads = {node: product.heads for product in products for node in product.observed}
 
@@ -145,14 +145,14 @@ def gram_of_heads(edit: Editor, products: Sequence[HeadProduct]) -> dict[fx.Node
 
 
 def gram_of_weights(program: Program, product: HeadProduct) -> dict[fx.Node, torch.Tensor]:
-    """The same for independent inputs of unit size, and biases left out."""
+    """The same for independent inputs of unit variance, without biases."""
     chosen = (product.first, product.second) if product.scores else (product.first,)
     rows = (layer.weight.read(program).float() for layer in chosen)
     return {node: part @ part.mT for node, part in zip(product.observed, rows, strict=True)}
 
 
 def score_factors(query: torch.Tensor, key: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A and B of every rank, their rows in falling order, and what each adds to Σ (qᵀk)²; query: G_q, key: G_k."""
+    """A and B of full rank, rows in descending order, and the energy each adds to Σ (qᵀk)²; query: G_q, key: G_k."""
     left, right = (torch.linalg.cholesky(damped(gram, damping)) for gram in (query, key))
     directions, values, others = torch.linalg.svd(left.T @ right)
     root = values.sqrt()[:, None]
@@ -162,7 +162,7 @@ def score_factors(query: torch.Tensor, key: torch.Tensor, damping: float) -> tup
 
 
 def value_factors(columns: torch.Tensor, gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """V and Uᵀ of every rank, their rows in falling order, and what each adds to Σ ‖W_oh z‖²; columns: W_oh, gram: Σ z zᵀ."""
+    """V and Uᵀ of full rank, rows in descending order, and the energy each adds to Σ ‖W_oh z‖²; columns: W_oh, gram: Σ z zᵀ."""
     found = spectrum(columns, damped(gram, damping))
     u, v = found.truncated(len(found.energy))
     return v, u.T, found.energy
@@ -171,7 +171,7 @@ def value_factors(columns: torch.Tensor, gram: torch.Tensor, damping: float) -> 
 def factors_of(
     program: Program, product: HeadProduct, grams: dict[fx.Node, torch.Tensor], damping: float
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each head the rows of both factors in falling order, and the energy each adds."""
+    """For each head the rows of both factors in descending order, and the energy each adds."""
     if product.scores:
         pairs = zip(*(grams[node] for node in product.observed), strict=True)
         return [score_factors(query, key, damping) for query, key in pairs]
@@ -180,13 +180,13 @@ def factors_of(
 
 
 Factors = Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""For each head both factors and energies, as `factors_of` gives them."""
+"""For each head both factors and energies, as returned by `factors_of`."""
 
 
 def shorten_heads(edit: Editor, chosen: Sequence[tuple[HeadProduct, Factors, int]]) -> set[fx.Node]:
-    """Put the factors of these ranks into the layers, and take what is behind the ranks out of the heads.
+    """Write the factors of these ranks into the layers, and reduce head_dim to the rank.
 
-    Gives the layers that were changed: none where the dimensions cannot be shortened, which is reported then.
+    Returns the changed layers: none where head_dim cannot be reduced, which is reported then.
     """
     found, before, rewritten = edit.program.fact(axes), edit.program.weights(), edit.rewritten
     removed = {product.axis: range(rank, product.head_dim) for product, _, rank in chosen}
@@ -208,19 +208,19 @@ def shorten_heads(edit: Editor, chosen: Sequence[tuple[HeadProduct, Factors, int
 
 
 def _put(edit: Editor, product: HeadProduct, factors: Factors, rank: int) -> None:
-    """Write the factors into the layers, zeros behind the rank, where the axis is to lose its indices."""
+    """Write the factors into the layers, with zeros at the indices that will be removed from the axis."""
     first, second, _ = zip(*factors, strict=True)
     _set_rows(edit, product.first, _times(edit.program, product.first, first), rank)
     _set_rows(edit, product.second, _times(edit.program, product.second, second) if product.scores else second, rank)
 
 
 def _times(program: Program, layer: HeadLayer, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """A factor times what each head of a layer is, bias included."""
+    """Each head's factor times its rows of a layer, bias included."""
     return [factor.cpu() @ rows for factor, rows in zip(factors, layer.read(program), strict=True)]
 
 
 def _set_rows(edit: Editor, layer: HeadLayer, rows: Sequence[torch.Tensor], rank: int) -> None:
-    """Let each head of a layer be the first of these rows, as many as the rank says, and zeros behind them."""
+    """Set each head of a layer to the first `rank` of these rows, followed by zeros."""
     new = layer.read(edit.program).zero_()
     for head, found in zip(new, rows, strict=True):
         head[:rank] = found[:rank]

@@ -1,30 +1,29 @@
-"""Put two thin linear layers in the place of one: W ≈ U V.
+"""Factor a linear layer into two thin ones: W ≈ U V.
 
 W: [features out, features in], U: [features out, rank], V: [rank, features in]. The layer becomes a linear layer with V and one
-with U and the bias, where these two have fewer elements: rank · (out + in) < out · in. X: [tokens, features in] is what the
-layer reads of the calibration data, padding left out.
+with U and the bias, where these two have fewer elements: rank · (out + in) < out · in. X: [tokens, features in] are the layer's
+inputs on calibration data, without padding.
 
-With calibration data the factors are those of the matrix of that rank with which the layer errs least on it,
+With calibration data the factors minimize the layer's output error,
 
     min over U, V   ‖(X (U V)ᵀ - X₀ Wᵀ) diag(s)^½‖² + λ ‖diag(s)^½ (U V - W)‖²
 
 as in Wang et al. 2024, SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, §3.1,
 https://arxiv.org/abs/2403.07378 (Yuan et al. 2023, ASVD, https://arxiv.org/abs/2312.05821, takes the diagonal of XᵀX alone).
 Without data, and with `whiten=false`, it is the truncated SVD of W. How the factors are computed is in
-`lissom/passes/lightweight/low_rank/svd.py`. The columns of diag(s)^½ U are orthonormal, so that rounding the values between the
-two layers costs no more there than elsewhere.
+`lissom/passes/lightweight/low_rank/svd.py`. The columns of diag(s)^½ U are orthonormal, so that rounding errors between the two
+layers are not amplified.
 
-Four things differ from the paper. Layers are treated in the order in which they run: X is what a layer reads after those before
-it were factored, X₀ what it read before anything was (`asymmetric`). λ, `damping` times the mean of the diagonal of XᵀX, keeps
-the factors near W where the data says little. s, features out: each feature a layer gives counts by the mean square of the
-gradient of the program's likelihood there, its Fisher information (`fisher`), as rows do in Hsu et al. 2022, Language Model
-Compression with Weighted Low-rank Factorization, https://arxiv.org/abs/2207.00112. And `budget` gives ranks to all layers
-together, the most energy for a byte first, in Fisher's measure or as shares of what each layer gives. Layers whose energy is
-spread evenly stay whole then, and others pay for them.
+Four things differ from the paper. Layers are factored in the order in which they run: X is a layer's input with the layers
+before it factored, X₀ its input in the original program (`asymmetric`). λ, `damping` times the mean of the diagonal of XᵀX,
+keeps the factors near W in directions with little data. s: [features out] weights each output feature by its Fisher
+information, the mean square of the gradient of the program's log-likelihood (`fisher`), as rows are weighted in Hsu et al.
+2022, Language Model Compression with Weighted Low-rank Factorization, https://arxiv.org/abs/2207.00112. And `budget` allots
+ranks to all layers together by energy per byte, where energy is weighted by Fisher information, or is a fraction of each
+layer's output energy. Layers with a flat spectrum then stay whole, at the expense of the others.
 
-With `attention` the heads of an attention become shorter: queries with keys, and values with the output projection, are one map
-each, whose rank the size of a head is. See `lissom/passes/lightweight/low_rank/head_products.py`. Of a budget they take the
-same share as layers.
+With `attention` head_dim is reduced: queries with keys, and values with the output projection, form one map each, of rank
+head_dim. See `lissom/passes/lightweight/low_rank/head_products.py`. With `budget`, heads keep the same fraction as layers.
 """
 
 from __future__ import annotations
@@ -63,9 +62,9 @@ from lissom.passes.lightweight.low_rank.svd import Curve, Spectrum, allot, rank_
 aten = torch.ops.aten
 
 _GRADIENT_TOKENS = 4096
-"""Tokens gradients are taken of; with more their mean squares hardly change."""
-_LEAST_SHARE = 0.1
-"""What every feature counts at least, as a share of their mean: gradients of some tokens do not tell that one never matters."""
+"""Tokens whose gradients are computed; with more their mean squares hardly change."""
+_LEAST_FRACTION = 0.1
+"""The least weight of a feature, as a fraction of the mean: a sample of tokens cannot show that a feature never matters."""
 _LEAST = 1e-30
 
 
@@ -132,14 +131,14 @@ class LowRank(Approximation):
 
     def _rank(self, energy: torch.Tensor) -> int:
         if self.keep is None:
-            assert self.rank is not None, "one of rank, keep and budget is given"
+            assert self.rank is not None, "one of rank, keep and budget is set"
             return self.rank
         return -(-rank_of(energy, self.keep) // self.round_to) * self.round_to
 
     def _reads(
         self, edit: Editor, layers: Mapping[fx.Node, Matrix], counterpart: Counterpart | None
     ) -> Iterator[tuple[fx.Node, Read | None]]:
-        """One of the layers of each weight, with what they read on the calibration data; None where that plays no part."""
+        """One layer of each weight, with the moments of its inputs on calibration data; None where they are not used."""
         names = {node: matrix.name for node, matrix in layers.items()}
         pairs: Iterable[tuple[fx.Node, Read | None]] = {name: (node, None) for node, name in names.items()}.values()
         if self._whitens(edit):
@@ -152,8 +151,8 @@ class LowRank(Approximation):
     def _allotted(
         self, edit: Editor, layers: Mapping[fx.Node, Matrix], counts: Mapping[str, torch.Tensor]
     ) -> dict[str, int | None]:
-        """The rank of each weight within the budget, None where it stays whole; told from the program as it came."""
-        assert self.budget is not None, "asked for with a budget alone"
+        """The rank of each weight within the budget, from the program before this pass; None where it stays whole."""
+        assert self.budget is not None, "only called with a budget"
         curves: dict[str, Curve] = {}
         for node, read in self._reads(edit, layers, None):
             matrix = layers[node]
@@ -176,7 +175,7 @@ class LowRank(Approximation):
         return {name: None if count is None else count * self.round_to for name, count in zip(curves, steps, strict=True)}
 
     def _shorten_heads(self, edit: Editor) -> set[fx.Node]:
-        """Make heads shorter; gives the layers that project into and out of them."""
+        """Reduce head_dim; returns the layers that project into and out of these heads."""
         products: list[HeadProduct] = []
         for site in edit.program.fact(structure).attention:
             edit.current = site.node
@@ -194,17 +193,17 @@ class LowRank(Approximation):
             if rank < product.head_dim:
                 chosen.append((product, factors, rank))
             else:
-                edit.skip(product.node, "heads of the rank they take would be no shorter")
+                edit.skip(product.node, "heads of the chosen rank would be no shorter")
         return shorten_heads(edit, chosen) if chosen else set()
 
     def _head_rank(self, energy: torch.Tensor, head_dim: int) -> int:
-        """The size heads are to have; energy: of all heads, [at most head_dim]."""
+        """The new head_dim; energy: of all heads, [at most head_dim]."""
         if self.budget is not None:
             return max(int(self.budget * head_dim) // self.round_to, 1) * self.round_to
         return self._rank(energy)
 
     def _layers(self, edit: Editor, treated: set[fx.Node]) -> dict[fx.Node, Matrix]:
-        """The linear layers to treat, and where their matrices are; the others, but for those treated, are reported."""
+        """The linear layers to factor, with their matrices; others not in `treated` are reported as skipped."""
         layers: dict[fx.Node, Matrix] = {}
         for node in edit.nodes():
             if not is_linear(node) or node in treated:
@@ -217,27 +216,27 @@ class LowRank(Approximation):
                 layers[node] = matrix
         shared = [node for node, matrix in layers.items() if not layers.keys() >= {*readers_of(matrix.node)}]
         for node in shared:
-            edit.skip(node, "its weight is read by more than layers that are treated")
+            edit.skip(node, "its weight is also read by operators that are not factored")
         return {node: matrix for node, matrix in layers.items() if node not in shared}
 
     def _obstacle_by_name(self, *layers: fx.Node) -> str | None:
         return obstacle_by_name(*layers, skip=self.skip, only=self.only)
 
     def _obstacle(self, program: Program, node: fx.Node, matrix: Matrix) -> str | None:
-        """Why a layer is left alone; None when it is not."""
+        """Why a layer is left alone; None when it can be factored."""
         found = program.fact(structure)
         if reason := self._obstacle_by_name(node):
             return reason
         if any(item.node.args[0] is matrix.node for item in found.embeddings):
-            return "its weight is a table of embeddings too"
+            return "its weight is an embedding table too"
         if node in found.output_heads and not self.output_heads:
-            return "it is an output head; output_heads=true treats it"
+            return "it is an LM head; output_heads=true treats it"
         if node in {site.router for site in found.mixtures}:
-            return "it chooses among experts"
+            return "it is the router of a mixture of experts"
         if "low-rank" in nodes.origin(node).passes:
             return "it is a factor already"
         if node.target is aten.addmm.default and (node.kwargs or nodes.tensor_type(node.args[0]).rank != 1):
-            return "what it adds is more than a bias"
+            return "it adds more than a bias"
         return None
 
 
@@ -245,7 +244,7 @@ class LowRank(Approximation):
 class _Factors:
     """u: [features out, rank] and v: [rank, features in], in the dtype of the weight.
 
-    errors: relative, of what the layer gives on the data with u v and with plain SVD of that rank; then of its weights.
+    errors: relative errors of the layer's output on the data with u v and with plain SVD of that rank; then of its weights.
     """
 
     u: torch.Tensor
@@ -255,7 +254,7 @@ class _Factors:
 
 @dataclass
 class _Borrowed:
-    """Weights that are U V for as long as layers behind them are calibrated; then as they were, so that few are held twice."""
+    """Weights replaced by U V while later layers are calibrated, and restored afterwards, so that few are stored twice."""
 
     edit: Editor
     layers: Mapping[fx.Node, Matrix]
@@ -269,7 +268,7 @@ class _Borrowed:
         self._lent.append((matrix.node, original, len(readers_of(matrix.node)) > 1))
 
     def give_back(self, *, shared: bool = False) -> None:
-        """Those the sweep is past; with `shared` also those that layers further on may read."""
+        """Restore the weights that the sweep has passed; with `shared` also those that later layers may read."""
         for node, original, several in self._lent:
             if shared or not several:
                 self.edit.set_weight(node, original)
@@ -277,12 +276,12 @@ class _Borrowed:
 
 
 def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[str, _Factors]) -> None:
-    """Put two linear layers in the place of each whose weight has factors; layers that share a weight share these."""
+    """Replace each layer whose weight has factors by two layers; layers that share a weight share the factors."""
     reads: dict[str, tuple[fx.Node, fx.Node]] = {}
     for node, matrix in layers.items():
         edit.current = node
         if matrix.name not in factors:
-            edit.skip(node, "factors of the rank it takes would be no smaller")
+            edit.skip(node, "factors of the chosen rank would be no smaller")
             continue
         with edit.before(node):
             if matrix.name not in reads:
@@ -297,20 +296,20 @@ def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[st
 
 
 def _bias(linear: fx.Node) -> object:
-    """What the layer adds to its product; None where it adds nothing."""
+    """The bias of a layer; None where it has none."""
     if linear.target is aten.linear.default:
         return nodes.argument(linear, "bias")
     return linear.args[0] if linear.target is aten.addmm.default else None
 
 
 def _like(old: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """A factor, to be trained where the weight was."""
+    """The factor, trainable where the weight is."""
     factor = factor.contiguous()
     return nn.Parameter(factor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else factor
 
 
 def _fisher(edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, torch.Tensor]:
-    """s of each weight: Σ over tokens of the squared gradient of what its layers give, [features out]; none of them zero."""
+    """s of each weight: Σ over tokens of the squared gradient of its layers' outputs, [features out]; all positive."""
     squares: dict[str, torch.Tensor] = {}
 
     def add(node: fx.Node, value: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -319,11 +318,11 @@ def _fisher(edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, torch.T
         squares[name] = squares[name] + found if name in squares else found
 
     observe_gradients(edit.program, spread(edit.data, _GRADIENT_TOKENS), set(layers), add, partial(edit.report, "gradients"))
-    return {name: (found + _LEAST_SHARE * found.mean()).clamp_min(_LEAST) for name, found in squares.items()}
+    return {name: (found + _LEAST_FRACTION * found.mean()).clamp_min(_LEAST) for name, found in squares.items()}
 
 
 def _target(weight: torch.Tensor, read: Read | None, damping: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weight W* and XᵀX + λI with which ‖XW'ᵀ - X₀Wᵀ‖² + λ‖W' - W‖² = ‖(W' - W*)(XᵀX + λI)^½‖² and what no W' changes."""
+    """W* and XᵀX + λI for which ‖XW'ᵀ - X₀Wᵀ‖² + λ‖W' - W‖² = ‖(W' - W*)(XᵀX + λI)^½‖² plus a constant."""
     if read is None:
         return weight, None
     gram = read.moments.gram
@@ -342,13 +341,13 @@ def _factored(weight: torch.Tensor, found: Spectrum, rank: int, read: Read | Non
 
 
 def _errors(factors: Sequence[_Factors], *, on_data: bool) -> str:
-    """A sentence on how far the layers are off: root mean squares over them."""
+    """The relative errors of the layers in words, as root mean squares over them."""
     squares = torch.tensor([found.errors for found in factors], dtype=torch.float64).square().mean(0)
     data, plain_data, weights, plain_weights = (f"{item:.1%}" for item in squares.sqrt().tolist())
     count = f"{len(factors)} weight{'s' * (len(factors) > 1)}"
     if not on_data:
-        return f"{count} in factors, which are off by {weights} (root mean square)"
+        return f"{count} in factors: root-mean-square relative error of weights {weights}"
     return (
-        f"{count} in factors: what layers give on the calibration data is off by {data}, with plain SVD by {plain_data}; "
-        f"weights by {weights}, with plain SVD by {plain_weights} (root mean squares)"
+        f"{count} in factors: root-mean-square relative error of outputs on the calibration data {data}, with plain SVD "
+        f"{plain_data}; of weights {weights}, with plain SVD {plain_weights}"
     )

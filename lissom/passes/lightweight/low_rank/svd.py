@@ -1,14 +1,14 @@
-"""The matrix of low rank that is nearest to a linear layer's, and how a budget of bytes is shared among layers as ranks.
+"""The best low-rank approximation of a linear layer, and the allotment of a byte budget to layers as ranks.
 
-W: [features out, features in]; X: [tokens, features in], what the layer reads; H = XᵀX. The matrix W' of rank r with the least
+W: [features out, features in]; X: [tokens, features in], the layer's input; H = XᵀX. The matrix W' of rank r with the least
 
     ‖XWᵀ - XW'ᵀ‖² = tr((W - W') H (W - W')ᵀ)
 
-projects what the layer gives onto its r principal directions: W' = U_r U_rᵀ W, where the columns of U_r are the eigenvectors
+projects the layer's output onto its r principal directions: W' = U_r U_rᵀ W, where the columns of U_r are the eigenvectors
 of W H Wᵀ with the largest eigenvalues, which are the squared singular values of XWᵀ. With S Sᵀ = H, S the Cholesky factor, it
 is the truncated SVD of WS times S⁻¹ of SVD-LLM (Wang et al. 2024, §3.1, https://arxiv.org/abs/2403.07378), without an inverse,
-so that H may be singular. With H = I it is the truncated SVD of W (Eckart & Young 1936). Where features of what the layer
-gives count s: [features out], the same is done with diag(s)^½ W, and U_r becomes diag(s)^-½ U_r.
+so that H may be singular. With H = I it is the truncated SVD of W (Eckart & Young 1936). Where output features have weights
+s: [features out], the same is done with diag(s)^½ W, and U_r becomes diag(s)^-½ U_r.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The principal directions of what a layer gives, the largest first; all float64.
+    """The principal directions of a layer's output, the largest first; all float64.
 
     matrix: diag(s)^½ W, [features out, features in]. basis: orthonormal columns, [features out, directions]. energy: Σ over
-    tokens of the square along each, [directions]. counts: s, [features out]. There are as many directions as the smaller side
-    of the matrix has features.
+    tokens of the square along each, [directions]. counts: s, [features out]. The number of directions is the smaller of
+    features out and features in.
     """
 
     matrix: torch.Tensor
@@ -36,7 +36,7 @@ class Spectrum:
     def truncated(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """U, [features out, rank], and V, [rank, features in], of the nearest matrix U V.
 
-        Both are of the size of W whatever the size of s, which may be far from 1: in float16 they would overflow.
+        Both have the magnitude of W for any s, so that they do not overflow in float16 when s is far from 1.
         """
         basis, mean = self.basis[:, :rank], self.counts.mean()
         return basis / (self.counts / mean).sqrt()[:, None], basis.T @ self.matrix / mean.sqrt()
@@ -51,7 +51,7 @@ def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: 
     matrix = core = weight.double() * counts.double().sqrt()[:, None]
     basis = None
     if len(weight) > weight.shape[1]:
-        # What the layer gives lies in the span of the columns of W: its directions are found there, in a smaller matrix.
+        # Outputs are in the column space of W, so the directions are computed there, with a smaller matrix.
         basis, core = torch.linalg.qr(matrix)
     energy, directions = torch.linalg.eigh(core @ (core.T if hessian is None else hessian.double() @ core.T))
     directions = directions.flip(1)
@@ -59,13 +59,13 @@ def spectrum(weight: torch.Tensor, hessian: torch.Tensor | None = None, counts: 
 
 
 def rank_of(energy: torch.Tensor, keep: float) -> int:
-    """The least rank that keeps this share of the energy of all directions, [directions], the largest first."""
+    """The least rank that keeps this fraction of the energy; energy: [directions], the largest first."""
     kept = energy.cumsum(0)
     return min(int((kept < keep * kept[-1]).sum()) + 1, len(kept))
 
 
 def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Tensor | None = None) -> float:
-    """‖XWᵀ - XW'ᵀ‖ / ‖XWᵀ‖ for H = XᵀX, or ‖W - W'‖ / ‖W‖ without; 0 where a layer gives nothing."""
+    """‖XWᵀ - XW'ᵀ‖ / ‖XWᵀ‖ for H = XᵀX, or ‖W - W'‖ / ‖W‖ without H; 0 where the denominator is 0."""
     squares = [
         float((item * (item if hessian is None else item @ hessian.double())).sum().clamp_min(0))
         for item in (weight.double() - found.double(), weight.double())
@@ -75,10 +75,10 @@ def relative_error(weight: torch.Tensor, found: torch.Tensor, hessian: torch.Ten
 
 @dataclass(frozen=True)
 class Curve:
-    """What each rank of one matrix is worth, and what it costs.
+    """The energy and the bytes of each step of ranks of one matrix.
 
-    gains: what each further step of ranks adds, in falling order. step_bytes: what each step costs. whole_bytes: what the
-    matrix costs as it is, which is worth all of them.
+    gains: energy added by each step, in descending order. step_bytes: bytes per step. whole_bytes: bytes of the unfactored
+    matrix, which has all the energy.
     """
 
     gains: torch.Tensor
@@ -87,11 +87,11 @@ class Curve:
 
 
 def allot(curves: Sequence[Curve], budget_bytes: int) -> list[int | None]:
-    """The steps of each matrix, one at least, that together gain most within the budget; None for one that stays whole.
+    """The number of steps of each matrix, at least one, with the most total gain within the budget; None for a whole matrix.
 
-    Steps are taken by gain per byte. Up to which a matrix that stays whole beats more steps is told by the upper hull of its
-    curve with the point at which it is whole; along hulls the order by gain per byte is the best one, but for the last step
-    that does not fit. O(n log n) in the number of all steps.
+    Steps are taken greedily by gain per byte. The option to keep a matrix whole enters at its slope on the upper hull of the
+    curve. Along hulls the greedy order is optimal, apart from the last step that does not fit. O(n log n) in the total number
+    of steps.
     """
     steps, left = [1 for _ in curves], budget_bytes - sum(min(curve.step_bytes, curve.whole_bytes) for curve in curves)
     whole = [curve.step_bytes >= curve.whole_bytes for curve in curves]
@@ -113,11 +113,11 @@ def allot(curves: Sequence[Curve], budget_bytes: int) -> list[int | None]:
 
 
 _WHOLE = -1
-"""In the place of a step: the matrix stays whole."""
+"""Stands for the option to keep the matrix whole, in place of a step."""
 
 
 def _offers(index: int, curve: Curve) -> list[tuple[float, int, int]]:
-    """Gain per byte, the matrix and the step, of all that can be bought behind its first step."""
+    """(gain per byte, index of the matrix, step) of every option after the first step."""
     count = min(len(curve.gains), (curve.whole_bytes - 1) // curve.step_bytes)
     total = curve.gains.double().cumsum(0)
     taken = torch.arange(1, count + 1, device=total.device)

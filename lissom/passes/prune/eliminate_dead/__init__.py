@@ -1,1 +1,1 @@
-"""The pass `eliminate-dead`: what each kind of unit takes to be removed."""
+"""The pass `eliminate-dead`, with one module per kind of unit."""

@@ -1,7 +1,7 @@
 """Remove the units that contribute nothing: branches of layers, attention heads, feed-forward neurons, hidden channels.
 
-Each kind of unit is removed from every weight that has it, and the sizes follow. Branches go first, because what they read is
-not needed then; channels go last, because a head or a neuron that is gone no longer reads or writes any:
+A dead unit is removed from every weight that has it, and constant sizes are updated. Branches are removed first, because their
+inputs may become unused; channels last, because removed heads and neurons no longer read or write any:
 
     layers      x + f(x) = x                                    where f(x) is zero whatever x is
     heads       softmax(Q Kᵀ) V Wₒ = Σ softmax(Qₕ Kₕᵀ) Vₕ Wₒ[h] a term with Wₒ[h] = 0 or Vₕ = 0
@@ -27,14 +27,14 @@ from lissom.passes.prune.eliminate_dead.layers import eliminate_layers
 from lissom.passes.prune.eliminate_dead.neurons import eliminate_neurons
 
 _KINDS = {"layers": eliminate_layers, "heads": eliminate_heads, "neurons": eliminate_neurons, "hidden": eliminate_hidden}
-"""In the order in which they run."""
+"""The kinds of units, in the order in which they are removed."""
 
 
 @dataclass(frozen=True)
 class EliminateDead(Rewrite):
     """Removes attention heads, feed-forward neurons, layers and hidden channels that contribute nothing.
 
-    It runs by itself after every pass that prunes.
+    It runs automatically after every pass that prunes.
 
     units: the kinds of units to remove, of `layers`, `heads`, `neurons` and `hidden`, all by default: `[heads,neurons]`.
     """

@@ -1,7 +1,7 @@
-"""Let an attention choose its heads from what it reads, so that they can be removed from it alone.
+"""Select the heads of an attention's operands, so that heads can be removed from this attention only.
 
-An `index_select` of all heads changes nothing, but behind it the heads are an axis of their own: removing some cuts its list of
-heads, and what it reads stays whole, be it a bias that other attentions read too, or queries that are normed over all heads.
+An `index_select` of all heads is the identity, but its output has a head axis of its own. Removing heads then shortens the list
+of indices, and the input keeps all heads: a bias that other attentions read too, or queries with a norm over all heads.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from lissom.compiler.ir.editor import Editor
 aten = torch.ops.aten
 
 MASK, QUERY_AND_KEY, VALUE = (3,), (0, 1), (2,)
-"""Arguments of an attention."""
+"""Argument positions of an attention."""
 
 
 def select_heads(edit: Editor, attention: fx.Node, arguments: Iterable[int]) -> list[fx.Node]:
-    """Let an attention choose all heads of these arguments by number, where they have heads; the choices made."""
+    """Insert an `index_select` of all heads before these arguments, where they have heads; returns the inserted calls."""
     made: list[fx.Node] = []
     for index in arguments:
         item, name = _argument(attention, index)
@@ -50,7 +50,7 @@ def _argument(attention: fx.Node, index: int) -> tuple[object, str]:
 
 
 def drop_selections(edit: Editor, made: Iterable[fx.Node]) -> None:
-    """Take out the choices that still choose all there is, in order."""
+    """Remove the selections that still select all heads in order."""
     for chosen in made:
         item, dim, numbers = chosen.args
         size = nodes.tensor_type(item).shape[dim]  # pyright: ignore

@@ -1,10 +1,10 @@
 """Remove attention heads that contribute nothing.
 
-A head is dead when every column of the output projection that reads it is zero, or its values are. Its rows go from the query,
-key and value projections, its columns from the output projection, and every size follows. Key/value heads that several query
-heads share go with the last of their group; of what is left, as many query heads go from each group as every group can spare.
+A head is dead when all its columns of the output projection are zero, or its values are. Its rows are removed from the query,
+key and value projections, its columns from the output projection, and constant sizes are updated. A key/value head is removed
+when all query heads of its group are dead. From the remaining groups the same number of dead query heads is removed each.
 
-    softmax(Q Kᵀ) V Wₒ = Σ softmax(Qₕ Kₕᵀ) Vₕ Wₒ[h]             the sum over heads: a term with Wₒ[h] = 0 can go
+    softmax(Q Kᵀ) V Wₒ = Σ softmax(Qₕ Kₕᵀ) Vₕ Wₒ[h]             the sum over heads: a term with Wₒ[h] = 0 is removed
 
 Michel, Levy, Neubig 2019, "Are Sixteen Heads Really Better than One?", §2.2 masks heads; this removes them.
 Inputs are taken to be finite.
@@ -34,7 +34,7 @@ def eliminate_heads(edit: Editor) -> None:
         if reason := replace_by_constant(edit, columns.layer):
             edit.skip(columns.layer, f"all heads it reads are dead, but {reason}")
     made: list[fx.Node] = []
-    # A choice keeps what it chooses from as it is, which may stand against another attention: so masks are looked at twice.
+    # A selection keeps its input as it is, which may hinder removal in another attention: so masks are checked twice.
     for arguments in (MASK, MASK, QUERY_AND_KEY, QUERY_AND_KEY, VALUE):
         for site in [site for site, columns in _dead_sites(edit) if _obstacle(edit, site, columns)]:
             made += select_heads(edit, site.node, arguments)
@@ -49,7 +49,7 @@ def eliminate_heads(edit: Editor) -> None:
 
 
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[tuple[AttentionSite, Columns]]:
-    """The attentions with heads that contribute nothing; report: whether to note those whose heads are not told apart."""
+    """The attentions with dead heads; report: whether to report attentions without a head axis."""
     found: list[tuple[AttentionSite, Columns]] = []
     program = edit.program
     for site in program.fact(structure).attention:
@@ -63,7 +63,7 @@ def _dead_sites(edit: Editor, *, report: bool = False) -> list[tuple[AttentionSi
 
 
 def _dead_heads(edit: Editor, site: AttentionSite, columns: Columns) -> torch.Tensor:
-    """The heads without a column that is not zero, or without a value that is not, [heads]."""
+    """The heads whose columns or whose values are all zero, booleans [heads]."""
     program = edit.program
     dead = columns.dead(program.weight(str(columns.weight.target)))
     if nodes.tensor_type(site.node).shape[-3] == columns.count:
@@ -72,9 +72,9 @@ def _dead_heads(edit: Editor, site: AttentionSite, columns: Columns) -> torch.Te
 
 
 def _obstacle(edit: Editor, site: AttentionSite, columns: Columns) -> str:
-    """Why the dead heads of a site cannot go; empty when they can."""
+    """Why the dead heads of a site cannot be removed; empty when they can."""
     reason = obstacle(edit, columns.axes)
     if reason:
         return reason
     missed = _dead_heads(edit, site, columns) & ~dead_units(edit.program, columns.axes).flatten()
-    return "what they share an axis with needs them" if bool(missed.any()) else ""
+    return "another operator on the same axis needs them" if bool(missed.any()) else ""

@@ -1,14 +1,14 @@
-"""Remove channels of the residual stream that are zero throughout.
+"""Remove channels of the residual stream that are always zero.
 
-A channel is dead when whatever writes to it writes exactly zero (embeddings, output and down projections, biases), and whatever
-reads it multiplies it, or what a norm makes of it, by zero. It goes from every weight that has it, tied embeddings included.
-Norms keep dividing by the original number of channels n, of which k are left:
+A channel is dead when all its writers (embeddings, output and down projections, biases) write exactly zero, and all its readers
+multiply it, or its normalized value, by zero. It is removed from every weight that has it, tied embeddings included. Norms keep
+dividing by the original number of channels n, of which k are left:
 
     rms_norm:    x / √(Σx²/n + ε) · w  =  x / √(Σx²/k + ε n/k) · w √(n/k)
-    layer_norm:  zeros are put back before it and cut off behind it
+    layer_norm:  zeros are padded before it and sliced off after it
 
-Channels that the program gives back are put back as zeros. Xia et al. 2023 ("Sheared LLaMA"), §2.1, prune the hidden dimension.
-Inputs are taken to be finite.
+Outputs of the program get their dead channels back as zeros. Xia et al. 2023 ("Sheared LLaMA"), §2.1, prune the hidden
+dimension. Inputs are taken to be finite.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 
 def eliminate_hidden(edit: Editor) -> None:
-    """Remove channels of the residual stream that are zero throughout."""
+    """Remove channels of the residual stream that are always zero."""
     held = list(_hold_outputs(edit))
     chosen: dict[Axis, list[int]] = {}
     places: dict[Axis, fx.Node] = {}
@@ -57,14 +57,14 @@ def eliminate_hidden(edit: Editor) -> None:
 
 
 def _hidden(edit: Editor) -> dict[Axis, fx.Node]:
-    """The axes of the residual stream, with a sum they are in."""
+    """The axes of the residual stream, each with a residual add that has it."""
     found, sites = edit.program.fact(axes), edit.program.fact(structure)
     sums = [site.residual for site in (*sites.attention, *sites.feed_forward) if site.residual is not None]
     return {atom: node for node in reversed(sums) for atom in found.axis(node, -1).atoms() if isinstance(atom.size, int)}
 
 
 def _dead_channels(edit: Editor, axis: Axis) -> torch.Tensor:
-    """The channels that are zero wherever a norm reads them, and contribute nothing to any sum, [size of the axis]."""
+    """The channels that are zero at the input of every norm and contribute to no sum, booleans [size of the axis]."""
     program = edit.program
     found, zero = program.fact(axes), program.fact(zeros)
     dead = dead_units(program, (axis,))
@@ -77,7 +77,7 @@ def _dead_channels(edit: Editor, axis: Axis) -> torch.Tensor:
 
 
 def _hold_outputs(edit: Editor) -> Iterator[fx.Node]:
-    """Multiply outputs that have dead channels with the identity, whose rows can go with the channels, columns staying."""
+    """Multiply outputs with dead channels by the identity: removing channels removes its rows, and its columns stay."""
     program = edit.program
     zero = program.fact(zeros)
     for node in list(program.output.all_input_nodes):
@@ -93,12 +93,12 @@ def _hold_outputs(edit: Editor) -> Iterator[fx.Node]:
 
 
 def _release_outputs(edit: Editor, held: list[fx.Node]) -> None:
-    """Put zeros back into the outputs where channels went, without a product."""
+    """Replace these products by padding that puts zeros at the removed channels."""
     for whole in held:
         value, chosen = cast("tuple[fx.Node, fx.Node]", whole.args)
         rows = edit.program.weight(str(chosen.target)).detach().cpu()
         if rows.shape[0] < rows.shape[1]:
-            # The channel a column comes from; the zero that is padded on where there is none.
+            # The channel of each output column; the padded zero where it was removed.
             source = torch.where(rows.any(0), rows.argmax(0), rows.shape[0])
             with edit.before(whole):
                 numbers = edit.weight(f"{value.name}.restored", source.to(nodes.tensor_type(value).device))

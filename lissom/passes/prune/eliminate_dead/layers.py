@@ -2,9 +2,9 @@
 
     x + f(x) = x                                                where f(x) is zero whatever x is
 
-An attention or a feed-forward is such a branch when weight and bias of its last layer are zero, and what follows on the way to
-the sum keeps zero: a scale, a norm without a bias, a reshape. The sum goes, and with it all that only the branch computed.
-Inputs are taken to be finite.
+An attention or a feed-forward is such a branch when weight and bias of its last layer are zero, and all operators between it
+and the residual add keep zero: a scale, a norm without a bias, a reshape. The residual add is removed, and with it all
+operators that only the branch needs. Inputs are taken to be finite.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def eliminate_layers(edit: Editor) -> None:
     edit.program.drop_dead()
     for node in outputs:
         if is_zero(found, node) and not node._erased:
-            edit.skip(node, "it yields zero, but what reads it is no sum of two values of one size")
+            edit.skip(node, "its output is zero, but its reader is no sum of two values of one size")
 
 
 def _other_than_zero(node: fx.Node, found: Zeros) -> fx.Node | None:
-    """The term of a sum that is all of it, because the other one is zero and has no say in its sizes."""
+    """The term that equals a sum because the other one is zero and is not needed for the result's sizes."""
     if node.kwargs or len(node.args) != 2:
         return None
     for item, other in (node.args, reversed(node.args)):

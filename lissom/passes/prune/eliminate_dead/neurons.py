@@ -1,9 +1,9 @@
 """Remove feed-forward neurons that contribute nothing.
 
 A neuron is dead when its column of the down projection is zero, or when its activation is: a row of zeros in the gate, or in
-the up projection, without a bias. Its rows go from up and gate, its column from down, and whatever lies between loses it too.
+the up projection, without a bias. Its rows of up and gate, its column of down, and its elements in between are removed.
 
-    W₂ f(W₁ x) = Σ W₂[:, i] f(W₁[i] x)                          the sum over neurons: a term with W₂[:, i] = 0 can go
+    W₂ f(W₁ x) = Σ W₂[:, i] f(W₁[i] x)                          the sum over neurons: a term with W₂[:, i] = 0 is removed
 
 Li et al. 2017, "Pruning Filters for Efficient ConvNets", §3.1, for the removal of both sides of a unit.
 Inputs are taken to be finite.
@@ -40,7 +40,7 @@ def eliminate_neurons(edit: Editor) -> None:
 
 
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[Columns]:
-    """What reads the feed-forwards with neurons that contribute nothing; report: whether to note those not told apart."""
+    """The down projections of feed-forwards with dead neurons; report: whether to report those without a neuron axis."""
     found: list[Columns] = []
     for site in edit.program.fact(structure).feed_forward:
         columns = find_neuron_columns(edit.program, site)
@@ -61,7 +61,7 @@ def _dead_neurons(edit: Editor, columns: Columns) -> torch.Tensor:
 
 
 def _obstacle(edit: Editor, columns: Columns) -> str:
-    """Why the dead neurons of a site cannot go; empty when they can."""
+    """Why the dead neurons of a site cannot be removed; empty when they can."""
     if reason := obstacle(edit, columns.axes):
         return reason
     gone = [bool(dead_units(edit.program, (atom,)).any()) for atom in columns.axes]

@@ -1,1 +1,1 @@
-"""The pass `pack-tokens` and how it follows tokens through a program."""
+"""The pass `pack-tokens` and its analysis of token flow."""

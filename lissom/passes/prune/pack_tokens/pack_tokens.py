@@ -4,15 +4,15 @@
     slot[b, t] = (number of real tokens up to (b, t)) - 1       padded = packed[slot]      [batch, tokens, features]
 
 Linear layers, norms, activations, embeddings and residual adds run on the packed rows, one long sequence;
-attention and all other operators across tokens run on the padded form. Both directions are lookups of whole rows, so that
-every backend has them. In the padded form a padding position holds a copy of the last real token before it, which nothing may
-read. The pass is exact because it follows every value to where a mask hides padding, sets it to zero, or one position is
-chosen, and leaves the program alone where a value goes anywhere else. Of a row whose chosen position (`[CLS]`, the last token)
-is padding, or that has no real token, all positions are kept: attention from padding may see other padding.
+attention and all other operators across tokens run on the padded form. Both conversions are lookups of whole rows, which every
+backend supports. In the padded form a padding position holds a copy of the last real token before it, which nothing may read.
+The pass is exact because it follows every value to where a mask hides padding, padding is set to zero, or one position is
+selected, and leaves the program alone where a value reaches any other reader. A row keeps all its positions if its selected
+position (`[CLS]`, the last token) is padding, or if it has no real token: attention from padding may see other padding.
 
-How many tokens are real is known only when the program runs; the history counts operations as if all were.
+The number of real tokens is known only at run time; the history counts FLOPs as if all tokens were real.
 
-Padding is removed so in ByteTransformer (Zhai et al. 2022, §III.D), there with a kernel of attention over packed rows.
+ByteTransformer (Zhai et al. 2022, §III.D) removes padding in the same way, with an attention kernel over packed rows.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PackTokens(Rewrite):
 
 
 def _obstacle(use: Use) -> str:
-    """Why tokens cannot be packed, from how padding is read."""
+    """Why tokens cannot be packed, from the way padding is read."""
     if use == "output":
         return "it is an output, at padding positions too; put zero-padding in front if nobody reads these"
     if use == "mask":
@@ -73,7 +73,7 @@ def _packs(edit: Editor) -> bool:
 
 @dataclass
 class _Packer:
-    """Puts packed calls in the place of padded ones."""
+    """Replaces padded calls by packed ones."""
 
     edit: Editor
     flow: TokenFlow
@@ -92,7 +92,7 @@ class _Packer:
             self._pack(node)
 
     def _kept(self) -> fx.Node:
-        """Which positions to keep, bool [batch, tokens]."""
+        """The positions to keep, bool [batch, tokens]."""
         call, mask = self.edit.call, self.flow.mask
         real = call(aten.ne.Scalar, mask, 0)
         whole = call(aten.logical_not.default, call(aten.any.dim, real, 1, True))
@@ -103,7 +103,7 @@ class _Packer:
         return call(aten.logical_or.default, real, whole)
 
     def _chosen(self) -> fx.Node | None:
-        """The positions that one is chosen by, bool [batch, tokens]; None where none is chosen."""
+        """The positions that later calls select, bool [batch, tokens]; None where none are selected."""
         call = self.edit.call
         if not self.flow.positions:
             return None
@@ -126,13 +126,13 @@ class _Packer:
         return self.edit.call(aten.sub.Scalar, self.edit.call(aten.cumsum.default, ones, dim), 1)
 
     def _index(self, kept: fx.Node) -> None:
-        """Where kept positions are in the batch, and where each position is among the kept ones."""
+        """The indices of the kept positions in the batch, and of each position among the kept ones."""
         call = self.edit.call
         self.batch, self.tokens = (self.edit.size(self.flow.mask, dim) for dim in (0, 1))
         flat = call(aten.reshape.default, kept, [-1])
         self.rows = call(aten.squeeze.dim, call(aten.nonzero.default, flat), 1)
         counted = call(aten.cumsum.default, call(aten.to.dtype, flat, torch.int64), 0)
-        # A position in front of the first kept one takes that one.
+        # A position before the first kept one takes that one.
         self.slots = call(aten.clamp_min.default, call(aten.sub.Scalar, counted, 1), 0)
         self.count = call(aten.sym_size.int, self.rows, 0)
 
@@ -161,7 +161,7 @@ class _Packer:
             edit.rewritten += 1
 
     def _operands(self, node: fx.Node) -> dict[Slot, object]:
-        """What the packed call reads, by where it stands."""
+        """The operands that the packed call changes, by argument position."""
         by_batch, by_tokens = (position_sources(node, dim) or {} for dim in (0, 1))
         changed: dict[Slot, object] = {}
         for slot, item in operands(node).items():
@@ -172,7 +172,7 @@ class _Packer:
         return changed
 
     def _gathered(self, item: fx.Node, batch_dim: int | None, token_dim: int | None) -> fx.Node:
-        """The kept rows of a padded value; of one that is the same for every row or every token, what belongs to them."""
+        """The kept rows of a padded value; a value without batch or tokens is indexed by the dimension it has."""
         key = (item, batch_dim, token_dim)
         if key not in self.gathered:
             self.gathered[key] = self._gather(*key)
@@ -190,12 +190,12 @@ class _Packer:
         return call(aten.transpose.int, call(aten.index_select.default, item, batch_dim, wanted), 0, 1)
 
     def _unpacked(self, packed: fx.Node, slots: fx.Node, sizes: list[fx.Node | int]) -> fx.Node:
-        """Rows of a packed value spread out to the sizes."""
+        """A packed value in padded form, with these sizes."""
         spread = self.edit.call(aten.index_select.default, packed, 1, slots)
         return self.edit.call(aten.reshape.default, spread, [*sizes, *shape_of(packed)[2:]])
 
     def _choose(self, user: fx.Node, packed: fx.Node) -> None:
-        """Read the chosen position of each row from the packed value."""
+        """Read the selected position of each row from the packed value."""
         edit = self.edit
         with edit.before(user):
             slots = edit.call(aten.reshape.default, self.slots, [self.batch, self.tokens])

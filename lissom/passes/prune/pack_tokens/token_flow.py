@@ -1,9 +1,9 @@
-"""Which values of a program are needed at real tokens only, so that they may be computed there and nowhere else.
+"""The values of a program that are needed at real tokens only.
 
-Starting at embeddings and at layers that read an input, values are followed through everything that works position by position,
-and through attention whose mask hides padding. Such a value is *loose*: it need only be right at the positions that are kept.
-It ends where a mask sets it to zero at padding, or where single positions are chosen, which are then kept too. Where a loose
-value reaches anything else, an output or a sum over all positions, padding is read after all.
+Starting at embeddings and at layers that read an input, values are followed through position-wise operators, and through
+attention whose mask hides padding. Such a value is *loose*: it has to be correct at the kept positions only. The flow ends
+where a mask sets padding to zero, or where single positions are selected, which are then kept too. Where a loose value reaches
+any other reader, such as an output or a sum over all positions, the program does read padding.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from lissom.compiler.ir.types import TensorType
 aten = torch.ops.aten
 
 Place = tuple[int, int]
-"""Which dimensions of a value are the batch and the tokens."""
+"""The batch and the token dimension of a value."""
 FIRST: Place = (0, 1)
 Check = Callable[[torch.Tensor, torch.Tensor], bool]
-"""A question about a value, given which positions are kept."""
+"""A check of a value, given the kept positions."""
 Use = Literal["output", "positions", "operands", "mask"]
-"""How padding is read: as an output; by a call that mixes positions; as an attention's operands; past its mask."""
+"""How padding is read: as an output; by a call that mixes positions; as an attention's operand; past an attention's mask."""
 
 _PACKED_VIEWS = {*ops.SIZED_RESHAPES, aten.slice.Tensor, aten.select.int, *ops.SPLITS, aten.unbind.int}
-"""Views that can be taken of packed tokens: they leave batch and tokens as they are."""
+"""Views that packed tokens support: they keep batch and tokens as they are."""
 _VIEWS = {
     *(*_PACKED_VIEWS, *ops.RESHAPES, *ops.EXPANDS, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default),
     *(*ops.SQUEEZES, aten.contiguous.default),
@@ -46,7 +46,7 @@ _VIEWS = {
 
 
 class PaddingReadError(Exception):
-    """Padding is read after all: the node that reads it, and how."""
+    """The program reads padding. node: the reader; use: how it reads padding."""
 
     def __init__(self, node: fx.Node, use: Use) -> None:
         super().__init__(use)
@@ -56,11 +56,11 @@ class PaddingReadError(Exception):
 
 @dataclass
 class TokenFlow:
-    """How the tokens of one padding mask run through a program.
+    """The flow of the tokens of one padding mask through a program.
 
-    places: the loose values, and where their batch and tokens are.
-    packed: those of them to compute at kept positions alone, in order.
-    chosen: calls that read single positions of a loose value; positions: constant ones, and tensors of one a row.
+    places: the loose values, with their batch and token dimensions.
+    packed: those of them to compute at kept positions only, in order.
+    chosen: calls that read single positions of a loose value; positions: constant ones, and tensors with one per row.
     """
 
     program: Program
@@ -114,7 +114,7 @@ class TokenFlow:
         return holds(self.program, self.mask, wanted, check_values)
 
     def _start(self, node: fx.Node) -> None:
-        """Begin at an embedding of, or a layer over, [batch, tokens, ...]."""
+        """Start at an embedding of, or a layer over, [batch, tokens, ...]."""
         if not nodes.is_call(node, aten.embedding.default, aten.linear.default):
             return
         sizes = nodes.tensor_type(self.mask).shape
@@ -141,7 +141,7 @@ class TokenFlow:
             self.places[node] = self.places[q]
 
     def _is_zeroed(self, node: fx.Node, loose: dict[Slot, Place]) -> bool:
-        """True for a choice or product with a value that may be zero at padding; that it is, is checked at the end."""
+        """True for a `where` or product with a value that may be zero at padding, which is checked at the end."""
         if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and list(loose) == [0]:
             mask, hidden = cast(fx.Node, node.args[1]), True
         elif nodes.is_call(node, aten.where.self, aten.where.ScalarOther) and list(loose) == [1]:
@@ -162,11 +162,11 @@ class TokenFlow:
         def is_zero(value: torch.Tensor, kept: torch.Tensor) -> bool:
             return zero_where_hidden(~value if hidden else value, kept, place, rank)
 
-        # Positions chosen further on are kept too, which only makes this easier to hold.
+        # Positions that later calls select are kept too, which only makes this easier to satisfy.
         return self._holds(mask, is_zero)
 
     def _is_chosen(self, node: fx.Node, loose: dict[Slot, Place]) -> bool:
-        """True for a call that reads one position a row, known before any loose value is."""
+        """True for a call that reads one position per row, computed without loose values."""
         if list(loose) != [0]:
             return False
         batch_dim, token_dim = loose[0]
@@ -186,7 +186,7 @@ class TokenFlow:
         return True
 
     def _is_early(self, position: fx.Node) -> bool:
-        """True when the value does not depend on loose ones, and can be computed on probes."""
+        """True when the value does not depend on loose ones and can be evaluated on test inputs."""
         return holds(self.program, self.mask, [position], _is_computed)
 
     def _follow(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
@@ -196,7 +196,7 @@ class TokenFlow:
         self.places[node] = place
 
     def _choose_packed(self) -> None:
-        """What is computed in packed form: calls over [batch, tokens, ...], and the views that only such calls are between."""
+        """The calls to compute in packed form: over [batch, tokens, ...], and the views between them."""
         wanted = {node for node, place in self.places.items() if place == FIRST and self._packs(node)}
         views = {node for node in self.places if node.target in _VIEWS or is_item(node)}
         for node in reversed(self.places):
@@ -209,7 +209,7 @@ class TokenFlow:
                 self.packed[node] = None
 
     def _packs(self, node: fx.Node) -> bool:
-        """True when the call can be made of packed tokens: all that is loose has batch and tokens in front."""
+        """True when the call can run on packed tokens: batch and tokens are the leading dimensions of its loose values."""
         if is_attention(node) or any(self.places.get(item, FIRST) != FIRST for item in operands(node).values()):
             return False
         if node.target in ops.SIZED_RESHAPES:
@@ -224,12 +224,12 @@ def _is_computed(_: Values) -> bool:
 
 
 def is_item(node: fx.Node) -> bool:
-    """True for one of the values that a call yields several of."""
+    """True for one of the results of a call with several."""
     return node.target is operator.getitem
 
 
 def place_of(node: fx.Node, loose: dict[Slot, Place]) -> Place | None:
-    """Where batch and tokens are in what a call yields; None when positions are mixed."""
+    """The batch and token dimensions of a call's result; None when it mixes positions."""
     rank = len(shape_of(node))
     sources = [position_sources(node, dim) or {} for dim in range(rank)]
     found: list[int] = []
@@ -244,5 +244,5 @@ def place_of(node: fx.Node, loose: dict[Slot, Place]) -> Place | None:
 
 
 def has_layers(flow: TokenFlow) -> bool:
-    """True when packing saves products of matrices."""
+    """True when packing saves matrix products."""
     return any(is_linear(node) for node in flow.packed)

@@ -1,1 +1,1 @@
-"""The pass `prune-layers` and the branches it takes out."""
+"""The pass `prune-layers` and the residual branches that it removes."""

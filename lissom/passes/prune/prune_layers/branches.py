@@ -1,7 +1,7 @@
-"""Residual branches: what an attention or a feed-forward reads from the residual stream, and the sum that takes it back in.
+"""Residual branches: the input of an attention or a feed-forward in the residual stream, and its residual add.
 
 pre-norm:   y = x + f(norm(x))          before: x   after: y
-post-norm:  y = norm(x + f(x))          before: x   after: y, behind the norm
+post-norm:  y = norm(x + f(x))          before: x   after: y, after the norm
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.operators import NORMS, is_pointwise
 
 _SUMS = 4
-"""How many sums may lie between a branch and the stream, where several branches are added up first."""
+"""The most sums between a branch and the residual stream, where several branches are added up first."""
 _FAR = 12
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch.
+    """One residual branch.
 
     last: the linear layer that ends it. before, after: the residual stream before and after it.
-    total: the first sum behind it, of `addend`, which comes from it, and `rest`. Where branches are in parallel, that is the
-        sum of two of them; else it is the sum with the stream, and `rest` is `before`.
-    post_norm: whether `after` is a norm of the sum with the stream.
+    total: the first sum after it, of `addend`, the branch's output, and `rest`. For parallel branches it is the sum of two of
+        them; otherwise it is the residual add, and `rest` is `before`.
+    post_norm: whether `after` is a norm of the residual add.
     """
 
     last: fx.Node
@@ -43,11 +43,11 @@ class Branch:
 
 
 def branch_of(site: AttentionSite | FeedForwardSite) -> Branch | str:
-    """The branch of a site, or why none can be told."""
+    """The branch of a site, or the reason why it cannot be found."""
     last = site.output if isinstance(site, AttentionSite) else site.down
     firsts = site.q if isinstance(site, AttentionSite) else site.up
     if last is None or not firsts:
-        return "it has no layers that lead into it and out of it"
+        return "it has no input and output projections"
     behind = _behind(input_of(firsts[0]))
     total = stream = site.residual
     for _ in range(_SUMS):
@@ -60,17 +60,17 @@ def branch_of(site: AttentionSite | FeedForwardSite) -> Branch | str:
                 norm = _only_norm(stream) if plain and not _norm_between(addend, last) else None
                 return Branch(last, before, norm or stream, total, addend, rest, norm is not None)
         stream = residual_of(stream)
-    return "the sum that takes it back into the residual stream cannot be told"
+    return "its residual add cannot be found"
 
 
 def follow(branches: Sequence[Branch]) -> bool:
-    """True when each branch reads what the one before it leaves, or ends in the same sum, so that nothing lies between them."""
+    """True when each branch reads the output of the one before it, or ends in the same sum, with nothing in between."""
     pairs = pairwise(branches)
     return all(_bare(later.before) is _bare(earlier.after) or later.after is earlier.after for earlier, later in pairs)
 
 
 def _operands(total: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """What a sum takes from the layer, and what else."""
+    """The operand of a sum that comes from the layer, and the other operand."""
     node = last
     while total not in node.users:
         (node,) = node.users
@@ -78,14 +78,14 @@ def _operands(total: fx.Node, last: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _bare(node: fx.Node) -> fx.Node:
-    """The value before shapes and casts."""
+    """The value before views and casts."""
     while nodes.is_call(node, *SHAPES) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def _behind(node: fx.Node) -> list[fx.Node]:
-    """The value and those it was before shapes, casts and norms were applied to it, nearest first."""
+    """The value and its origins before views, casts and norms, nearest first."""
     found = [node]
     while nodes.is_call(node, *SHAPES, *NORMS) and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -94,13 +94,13 @@ def _behind(node: fx.Node) -> list[fx.Node]:
 
 
 def _only_norm(total: fx.Node) -> fx.Node | None:
-    """The norm that alone reads a sum."""
+    """The norm that is the only reader of a sum; None for any other reader."""
     users = list(total.users)
     return users[0] if len(users) == 1 and nodes.is_call(users[0], *NORMS) else None
 
 
 def _norm_between(addend: fx.Node, last: fx.Node) -> bool:
-    """True when the branch is normed before it is added, as in Gemma and OLMo 2."""
+    """True when the branch has a norm before the residual add, as in Gemma and OLMo 2."""
     node = addend
     for _ in range(_FAR):
         if node is last or is_linear(node):

@@ -1,17 +1,16 @@
-"""Remove whole layers, or the attention or feed-forward of them: those that change the residual stream least.
+"""Remove the layers that change the residual stream least, whole or only their attention or feed-forward.
 
     influence = 1 − E[cos(x, y)]     x, y: the residual stream of one token before and after
 
 - `influence` needs calibration data; padding is left out. Men et al. 2024, ShortGPT: Layers in Large Language Models are More
-  Redundant Than You Expect, equation 1. https://arxiv.org/abs/2403.03853 All are measured in the program as it is, once.
-- `magnitude` needs none: the Frobenius norm of the last matrices of the layer's branches, which bounds what they can add. It is
-  weaker, as it does not know what they read.
+  Redundant Than You Expect, equation 1. https://arxiv.org/abs/2403.03853 All layers are measured once, in the unpruned program.
+- `magnitude` needs none: the Frobenius norm of the last matrices of the layer's branches, which bounds their outputs. It is
+  weaker, because it ignores the activations.
 
-How a layer is taken out depends on where its norms are. Pre-norm, y = x + f(norm(x)): weight and bias of the last layer of
+How a layer is removed depends on where its norms are. Pre-norm, y = x + f(norm(x)): weight and bias of the last layer of
 each branch are set to zero, so that y = x, and `eliminate-dead`, which runs right after it, removes the branch. Post-norm,
-y = norm(x + f(x)), as in BERT: with f = 0 the stream would be normed once more and changed, so the layer is passed by with its
-norms, y = x, which this pass does itself. So are layers whose weights others share, as in ALBERT, and those whose branch ends
-in a norm with a bias.
+y = norm(x + f(x)), as in BERT: with f = 0 the norm would still change the stream, so this pass itself bypasses the layer with
+its norms, y = x. It also bypasses layers with shared weights, as in ALBERT, and layers whose branch ends in a norm with a bias.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class PruneLayers(Approximation):
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
-            raise UnsupportedError(f"prune-layers keeps a share of the layers above 0 and below 1, not keep={self.keep:g}")
+            raise UnsupportedError(f"prune-layers keeps a fraction of the layers above 0 and below 1, not keep={self.keep:g}")
 
     def run(self, edit: Editor) -> None:
         found: dict[str, list[Branch] | str] = {}
@@ -70,9 +69,9 @@ class PruneLayers(Approximation):
         _remove(edit, [branch for path, unit in units.items() if path in chosen for branch in unit])
 
     def _count(self, layers: int, staying: dict[str, str]) -> int:
-        """How many layers go.
+        """The number of layers to remove.
 
-        Raises: UnsupportedError when that many cannot.
+        Raises: UnsupportedError when that many cannot be removed.
         """
         what = {"layer": "layers", "attention": "attentions", "feed-forward": "feed-forwards"}[self.part]
         count = layers - max(1, round(self.keep * layers))
@@ -102,9 +101,9 @@ class PruneLayers(Approximation):
 
 
 def _units(program: Program, layer: Layer, part: str) -> dict[str, list[Branch] | str]:
-    """The branches to remove together, in order, or why they cannot be; none where the layer has none of that kind.
+    """The branches to remove together, in order, or why they cannot be removed; empty where the layer has none of that kind.
 
-    A layer that is called several times, as in ALBERT, is one each time: `layers.0`, `layers.0 (call 2)`.
+    A layer that is called several times, as in ALBERT, counts once per call: `layers.0`, `layers.0 (call 2)`.
     """
     branches = _branches(program, layer, part)
     if isinstance(branches, str):
@@ -120,7 +119,7 @@ def _units(program: Program, layer: Layer, part: str) -> dict[str, list[Branch] 
 
 
 def _branches(program: Program, layer: Layer, part: str) -> list[Branch] | str:
-    """The branches of a layer in order, or why they cannot be told."""
+    """The branches of a layer in order, or why they cannot be found."""
     sites = [*(layer.attention if part != "feed-forward" else ()), *(layer.feed_forward if part != "attention" else ())]
     mixtures = [site.path for site in program.fact(structure).mixtures]
     if part == "layer" and any(f"{path}.".startswith(f"{layer.path}.") for path in mixtures):
@@ -161,7 +160,7 @@ def _magnitude(program: Program, unit: list[Branch]) -> float:
 
 
 def _remove(edit: Editor, branches: Sequence[Branch]) -> None:
-    """Let branches, given in order, add nothing: by zeros in the last layer where that does it, else by passing them by."""
+    """Remove branches, given in order: by zeros in their last layers where that is enough, else by bypassing them."""
     zeroed = {branch: read for branch in branches if not branch.post_norm and (read := _own_weights(edit, branch))}
     for weight, tensor in (item for read in zeroed.values() for item in read):
         edit.set_weight(weight, torch.zeros_like(tensor))
@@ -178,7 +177,7 @@ def _remove(edit: Editor, branches: Sequence[Branch]) -> None:
 
 
 def _own_weights(edit: Editor, branch: Branch) -> list[tuple[fx.Node, torch.Tensor]]:
-    """Weight and bias of a branch's last layer, with their values; none where something else reads them too."""
+    """Weight and bias of a branch's last layer, with their values; empty where they have other readers."""
     weight = weight_of(branch.last)
     assert weight is not None, "a branch ends in a linear layer"
     read = dict.fromkeys([weight, *(item for item in branch.last.all_input_nodes if item.op == "get_attr")])

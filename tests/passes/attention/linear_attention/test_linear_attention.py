@@ -134,7 +134,7 @@ def test_the_fit_comes_near_softmax(name: str) -> None:
     """Random tiny models attend nearly evenly, which the fitted maps follow."""
     _, step = last("linear-attention", name)
     assert step.summary == "rewrote 2" and step.relative_error is not None and step.relative_error < 5e-3
-    assert step.notes[0].startswith("the share of softmax's mass that stays, and the divergence from it in nats: ")
+    assert step.notes[0].startswith("agreement with softmax (mass on the same keys, divergence in nats): ")
     assert step.notes[0].count("100%") == 2
 
 

@@ -178,7 +178,7 @@ def test_requirements() -> None:
         PoolHeads(groups=2, keep=0.5)
     with pytest.raises(UnsupportedError, match="groups is 0; give 1 or more"):
         PoolHeads(groups=0)
-    with pytest.raises(UnsupportedError, match=r"keep is 1\.5; give a share over 0 and up to 1"):
+    with pytest.raises(UnsupportedError, match=r"keep is 1\.5; give a fraction above 0 and up to 1"):
         PoolHeads(keep=1.5)
     with pytest.raises(UnsupportedError, match="groups=3 does not divide the key and value heads of any attention: 4"):
         rewrite("pool-heads{groups=3}", seeded(Attention), normal(2, 5, 8))

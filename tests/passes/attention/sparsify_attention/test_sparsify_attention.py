@@ -208,7 +208,7 @@ def test_room_is_left_for_longer_texts() -> None:
         ({"pattern": "block", "window": 8}, "has no use for window=; its options: block, global_tokens"),
         ({"window": -1}, "sparsify-attention takes window= of 0 or more, not -1"),
         ({"pattern": "block", "block": 0}, "sparsify-attention takes block= of 1 or more, not 0"),
-        ({"pattern": "measured", "mass": 1.0}, "sparsify-attention takes mass= of a share above 0 and below 1, not 1"),
+        ({"pattern": "measured", "mass": 1.0}, "sparsify-attention takes mass= of a fraction above 0 and below 1, not 1"),
     ],
 )
 def test_options_are_refused(options: dict[str, object], message: str) -> None:

@@ -18,7 +18,7 @@ def with_weights(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[tor
 
 
 REFUSALS: dict[str, tuple[Function, str]] = {
-    "weights returned": (with_weights, "the attention weights are used beside the product with v"),
+    "weights returned": (with_weights, "the attention weights have readers other than the product with v"),
     "fill of -10000": (
         lambda q, k, v: (q @ k.mT).masked_fill(k[:, :, None, :, 0] > 0, -1e4).softmax(-1) @ v,
         "a fill of -10000 is not low enough to be the same as adding it",
@@ -49,7 +49,7 @@ REFUSALS: dict[str, tuple[Function, str]] = {
     ),
     "weights put to 0": (
         lambda q, k, v: (q @ k.mT).softmax(-1).masked_fill(k[:, :, None, :, 0] > 0, 0.0) @ v,
-        "the weights are put to 0 where the scores are not hidden",
+        "the weights are set to 0 where the scores are not masked",
     ),
     "sum with a factor": (
         lambda q, k, v: torch.add(q @ k.mT, k[:, :, None, :, 0], alpha=2).softmax(-1) @ v,

@@ -59,7 +59,7 @@ def test_depthwise_and_pointwise_ones_are_left_alone() -> None:
     case = tiny_convbert()
     _, step = separated_case(case, "rank=1")
     assert step.summary == (
-        "rewrote 0 of 2; skipped 2: it is depthwise already, its kernel is of one place, so that it is pointwise already"
+        "rewrote 0 of 2; skipped 2: it is depthwise already, its kernel has one element per channel, so it is pointwise already"
     )
 
 
@@ -104,7 +104,7 @@ def test_numbers(name: str, order: str) -> None:
         # Sums of the products of two convolutions in place of one, in float32.
         torch.testing.assert_close(program(x), wanted, rtol=1e-4, atol=1e-5)
     error = float((kernel - cut.weight.detach()).norm() / kernel.norm())
-    assert f"kernel errs by {error:.2g} relative" in step.notes[0]
+    assert f"relative kernel error {error:.2g}" in step.notes[0]
 
 
 @pytest.mark.parametrize("order", ["auto", "depthwise-first", "pointwise-first"])
@@ -135,7 +135,7 @@ def test_data_make_it_err_less() -> None:
         plain, _ = separated(module, held_out, "rank=1")
         fitted, step = separated(module, held_out, "rank=1", data)
         assert relative(fitted(held_out), wanted) < 0.4 * relative(plain(held_out), wanted)
-        found = float(step.notes[-1].rpartition("output errs by ")[2].split()[0])
+        found = float(step.notes[-1].rpartition("output error ")[2].split()[0])
         # What is reported is the error of a fit to half of the samples on the other half, and these are others still.
         given = wanted - module.second.bias[:, None]
         assert relative(fitted(held_out) - module.second.bias[:, None], given) == pytest.approx(found, rel=0.2)
@@ -168,7 +168,7 @@ def test_energy_that_is_kept_bounds_the_error() -> None:
     module, x = seeded(lambda: nn.Conv2d(32, 32, 5, bias=False)), normal(2, 32, 9, 9)
     for keep in (0.3, 0.6, 0.8):
         _, step = separated(module, x, f"keep={keep}")
-        found = float(step.notes[0].rpartition("kernel errs by ")[2].split()[0])
+        found = float(step.notes[0].rpartition("kernel error ")[2].split()[0])
         # Printed with two digits; one term holds some hundredths of such a kernel.
         assert (1 - keep - 0.08) ** 0.5 <= found <= (1 - keep) ** 0.5 + 0.006
 
@@ -224,7 +224,7 @@ def test_what_has_no_kernel_of_its_own_is_left_alone() -> None:
     assert reasons == [
         "its kernel is read elsewhere too",
         "its kernel is read elsewhere too",
-        "its kernel is computed by the program, cast or rounded; put this pass before the one that makes it so",
+        "its kernel is computed by the program, cast or quantized; put this pass before the one that did this",
         "it is a transposed convolution",
     ]
 
@@ -329,5 +329,5 @@ def test_it_goes_before_a_cast_and_not_behind_it() -> None:
     module = Calls(lambda self, x: nn.functional.conv1d(x, self.w.to(x.dtype)), w=normal(8, 6, 3).bfloat16())
     _, history = rewrite(DepthwiseSeparable(rank=1), module, x)
     assert [skip.reason for skip in history.steps[-1].skipped] == [
-        "its kernel is computed by the program, cast or rounded; put this pass before the one that makes it so"
+        "its kernel is computed by the program, cast or quantized; put this pass before the one that did this"
     ]

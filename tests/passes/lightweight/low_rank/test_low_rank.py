@@ -38,7 +38,7 @@ def test_rewrites() -> None:
     found = lissom.optimize(seeded(Wide), x, passes="low-rank{rank=3}", data=[x])
     step = found.report.history.steps[-1]
     check_golden("low_rank", f"{found.program.text()}\n{step.summary}\n")
-    assert step.notes[0].startswith("2 weights in factors: what layers give on the calibration data is off by ")
+    assert step.notes[0].startswith("2 weights in factors: root-mean-square relative error of outputs on the calibration data ")
 
 
 def test_leaves_other_graphs_alone() -> None:
@@ -47,7 +47,7 @@ def test_leaves_other_graphs_alone() -> None:
     assert calls(program, aten.linear.default) == 4
     program, history = rewrite(LowRank(rank=6), seeded(Wide), normal(2, 5, 8), dynamic=False)
     assert program.text() == before.text()
-    assert history.steps[-1].summary == "rewrote 0 of 2; skipped 2: factors of the rank it takes would be no smaller (2)"
+    assert history.steps[-1].summary == "rewrote 0 of 2; skipped 2: factors of the chosen rank would be no smaller (2)"
 
 
 @pytest.mark.parametrize("name", FACTORED)
@@ -172,11 +172,11 @@ class Shared(nn.Module):
 def test_layers_that_share_a_weight_share_its_factors() -> None:
     ids = torch.arange(12).reshape(2, 6)
     found = lissom.optimize(seeded(Shared), ids, passes="low-rank{rank=3}", data=[ids])
-    reasons = "its weight is a table of embeddings too, it is an output head; output_heads=true treats it"
+    reasons = "its weight is an embedding table too, it is an LM head; output_heads=true treats it"
     assert found.report.history.steps[-1].summary == f"rewrote 2 of 4; skipped 2: {reasons}"
     assert sorted(key for key in found.program.weights() if key.endswith(("_u", "_v"))) == ["layer.weight_u", "layer.weight_v"]
     found = lissom.optimize(seeded(Shared), ids, passes="low-rank{rank=3,output_heads=true}", data=[ids])
-    assert found.report.history.steps[-1].summary == "rewrote 3 of 4; skipped 1: its weight is a table of embeddings too"
+    assert found.report.history.steps[-1].summary == "rewrote 3 of 4; skipped 1: its weight is an embedding table too"
 
 
 def test_patterns_choose_layers() -> None:
@@ -309,7 +309,7 @@ def test_heads_of_every_measure(options: str) -> None:
     assert step.relative_error is not None
     if "keep=1" in options:
         # Heads whose products have full rank stay as long as they are.
-        assert "heads of the rank they take would be no shorter (4)" in step.summary
+        assert "heads of the chosen rank would be no shorter (4)" in step.summary
         return
     sizes = [nodes.tensor_type(node).shape[-1] for node in program.nodes(aten.scaled_dot_product_attention.default)]
     assert all(size < 8 for size in sizes)
@@ -334,8 +334,8 @@ def _head_sizes(program: Program) -> list[tuple[object, object]]:
 
 def test_heads_that_cannot_be_shortened_are_reported_and_their_layers_factored() -> None:
     for name, reason in (
-        ("tiny_llama", "its queries and keys are rotated by their positions before they meet (2)"),
-        ("tiny_gpt2", "its queries and keys are not of two layers of their own (2)"),
+        ("tiny_llama", "rotary embedding is applied to its queries and keys (2)"),
+        ("tiny_gpt2", "its queries and keys are not from two separate layers (2)"),
     ):
         _, history = passed(MODELS[name], "low-rank{rank=4,attention=true}")
         assert reason in history.steps[-1].summary

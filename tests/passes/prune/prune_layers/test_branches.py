@@ -53,4 +53,4 @@ def test_branches_follow_when_nothing_lies_between():
 def test_a_feed_forward_without_a_sum_has_no_branch():
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)))
     (site,) = lissom.optimize(model, normal(2, 5, 8)).program.fact(structure).feed_forward
-    assert branch_of(site) == "the sum that takes it back into the residual stream cannot be told"
+    assert branch_of(site) == "its residual add cannot be found"
