@@ -167,11 +167,10 @@ def page(points: Sequence[Point]) -> str:
     lines = [
         "<!-- Made by benchmarks/curves.py. -->\n",
         "# What pruning costs and gains\n",
-        "Quality, latency and bytes against the share kept, without retraining, what is dead removed behind it.",
+        "Quality, latency and bytes against the fraction kept, without retraining. Dead units are removed after each pass.",
         "`sparsify` takes `criterion=sparsegpt`; all others their defaults. Quality is described in `benchmarks/quality.py`;",
-        "latency is that of the CPU backend as a share of our own unpruned program's, the two run in turn; bytes are those of",
-        "the weights in an artifact. Passes that learn from data had 4,000 calibration texts, or 8,192 tokens for the",
-        "decoder.\n",
+        "latency is that of the CPU backend relative to our own unpruned program, the two run in turn; bytes are those of",
+        "the weights in an artifact. Passes that use data had 4,000 calibration texts, or 8,192 tokens for the decoder.\n",
     ]
     for model, title in TITLES.items():
         chosen = [point for point in points if point.model == model]

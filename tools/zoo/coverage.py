@@ -21,26 +21,26 @@ _TITLES = {EAGER: "eager", RUNTIME: "ONNX Runtime"}
 _INTRODUCTION = """\
 # Coverage
 
-Every model here is tiny and has random weights; what counts is its architecture, not its answers. Each is captured, run through
-the recipe `exact` with every pass checked, and the result is compared with the model itself at the example's sizes and at up to
-three others; operations are counted beside PyTorch's `flop_counter`, node by node. `python -m tools.zoo` makes the measurements
-and this page.
+Every model here is tiny and has random weights: the page covers architectures, not answers. Each is captured and run through
+the recipe `exact` with every pass checked, and the result is compared with the model at the example's sizes and at up to three
+others. The FLOPs of each node are compared with PyTorch's `flop_counter`. `python -m tools.zoo` makes the measurements and this
+page.
 
-- *dynamic*: which sizes may vary from call to call.
-- *attention*, *feed-forward*: sites found in the final program, of those the model's configuration tells of; a dash where it
-  does not say.
-- *eager*, *ONNX Runtime*: the model compiled for that backend returns the model's structure and values, within the tolerance of
-  its dtype, at how many sizes.
-- *loaded*: the backends whose compiled model was saved, loaded in a process that never saw the model, and gave the same there.
-- *FLOPs*: models of which every node is counted as PyTorch counts it.
-- *seconds*: processor time for all of it.
+- *dynamic*: the sizes that may vary from call to call.
+- *attention*, *feed-forward*: the sites found in the final program, of the number in the model's configuration; a dash where the
+  configuration does not say.
+- *eager*, *ONNX Runtime*: the number of sizes at which the model compiled for that backend returns the model's structure and
+  values, within the tolerance of its dtype.
+- *loaded*: the backends whose compiled model gives the same outputs after it is saved and loaded in a fresh process.
+- *FLOPs*: the models with the same FLOPs as PyTorch's counter at every node.
+- *seconds*: processor time in total.
 """
 
 _DYNAMO = "## torch.compile\n"
 _DYNAMO_INTRODUCTION = """\
-The same models under `torch.compile(model, backend="lissom")` without gradients, at up to four sizes, once with Dynamo finding
-out which sizes vary and once with `dynamic=True`, as `python -m tools.zoo.dynamo` measures it. A model that Dynamo cannot run
-with its own backend `eager` does not apply. A graph that is no program runs as it is; the remarks say why.
+The same models under `torch.compile(model, backend="lissom")` without gradients, at up to four sizes, once with the dynamic sizes
+that Dynamo finds and once with `dynamic=True`. `python -m tools.zoo.dynamo` measures it. A model that Dynamo cannot run with its
+own backend `eager` does not apply. A graph that Lissom cannot compile runs unchanged; the remarks say why.
 """
 
 

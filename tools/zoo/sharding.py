@@ -41,9 +41,9 @@ WANTED = 0.9
 """The share of its linear weights a model should have sharded."""
 _SECTION = "## Sharding\n"
 _INTRODUCTION = """\
-The same models shared by 2 and by 4 ranks with `shard` and `partition`, as `python -m tools.zoo.sharding` measures it: what
-share of the weights of linear layers is sharded, and whether all ranks give what the program gave before: in lock-step in one
-process, and as processes that talk over gloo. Weights of convolutions are not counted.
+The same models on 2 and on 4 ranks with `shard` and `partition`. `python -m tools.zoo.sharding` measures which fraction of the
+weights of linear layers is sharded, and whether all ranks give the outputs of the program before: in lock-step in one process,
+and as processes that communicate over gloo. Weights of convolutions are not counted.
 """
 Record = dict[str, Any]
 
