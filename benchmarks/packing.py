@@ -1,4 +1,4 @@
-"""What `pack-tokens` gains on ragged batches: all-MiniLM-L6-v2 on batches of real glosses, padded and packed.
+"""The speedup of `pack-tokens` on ragged batches: all-MiniLM-L6-v2 on batches of real glosses, padded and packed.
 
     python benchmarks/packing.py --update
 
@@ -33,7 +33,7 @@ PACKED = "zero-padding,pack-tokens"
 class Row:
     """One backend on one batch.
 
-    real: the share of positions that are tokens. error: the largest difference at real tokens over the largest value.
+    real: the fraction of positions that are tokens. error: the largest difference at real tokens over the largest value.
     """
 
     backend: str

@@ -1,9 +1,9 @@
-"""Key and value heads of all-MiniLM-L6-v2 pooled: averaged as they are, with what reads them fitted, and regrouped as well.
+"""Key/value heads of all-MiniLM-L6-v2 pooled: averaged, averaged and refitted, and regrouped as well.
 
     python benchmarks/pooling.py --groups 6 4 3 --update
 
-Of its 12 key and value heads so many stay in every layer, without retraining: recall and cosine as in quality.py. `--pairs` and
-`--texts` make it shorter, and the figures rougher.
+Of its 12 key/value heads this many remain in every layer, without retraining: recall and cosine as in quality.py. Smaller
+`--pairs` and `--texts` are faster and less precise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WAYS = (",align=false,regroup=false", ",regroup=false", "")
 
 
 def pipelines(groups: Iterable[int]) -> list[str]:
-    """Every way of pooling, to each number of heads."""
+    """Every method of pooling, at each number of heads."""
     return [f"pool-heads{{groups={left}{way}}},merge-equal-heads" for left in groups for way in WAYS]
 
 

@@ -1,11 +1,11 @@
-"""Every criterion of prune-heads and prune-neurons at the same share kept, on all-MiniLM-L6-v2, without retraining.
+"""Every criterion of prune-heads and prune-neurons at the same fraction kept, on all-MiniLM-L6-v2, without retraining.
 
     python benchmarks/pruning.py --keep 0.75 --update
     python benchmarks/pruning.py --speed --keep 0.75
 
-For each criterion heads alone, neurons alone and both: recall and cosine as in quality.py, and the seconds the passes took.
-`--speed` removes what was pruned and times the compiled program beside our own unpruned one, at 32 rows of 128 tokens.
-`--pairs` and `--texts` make it shorter, and the figures rougher.
+For each criterion heads alone, neurons alone and both: recall and cosine as in quality.py, and the seconds of the passes.
+`--speed` removes the pruned units and times the compiled program against our own unpruned one, at 32 rows of 128 tokens.
+Smaller `--pairs` and `--texts` are faster and less precise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pipelines(keep: float, criteria: Iterable[str]) -> list[str]:
 
 
 def speed_table(checkpoint: Checkpoint, keep: float, texts: int, seconds: float) -> str:
-    """Milliseconds a call of the program pruned by `second-order`, and of the unpruned one, as Markdown."""
+    """Milliseconds per call of the program pruned by `second-order`, and of the unpruned one, as Markdown."""
     pruning = f"prune-heads{{keep={keep:g}}},prune-neurons{{keep={keep:g}}}"
     data = calibration_batches(checkpoint, texts)
     models = {

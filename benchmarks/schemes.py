@@ -4,9 +4,9 @@
     python benchmarks/schemes.py gemma3-270m
     python benchmarks/schemes.py --write
 
-Each row is added to schemes.json as soon as it is measured, and a run goes on where the last one stopped; `--again` starts
-anew. Quality is that of quality.py, of the compiled model where the CPU backend has kernels, else of the rounded program.
-Latency is of the compiled program beside our own in float32 on the same backend, in turn in one process, as a share of it.
+Each row is added to schemes.json as soon as it is measured, and a run continues where the last one stopped; `--again` starts
+over. Quality is that of quality.py, of the compiled model if the CPU backend has kernels, else of the simulated program.
+Latency is relative to our own float32 program on the same backend, the two timed in turn in one process.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SECONDS = 4.0
 
 @dataclass(frozen=True)
 class Scheme:
-    """A page: what the scheme is, when not to use it, and the pipelines measured on each model."""
+    """A page: the scheme, when not to use it, and the pipelines measured on each model."""
 
     about: str
     avoid: str
@@ -63,7 +63,7 @@ class Scheme:
     gemma: Sequence[str]
 
     def pipelines(self, model: str) -> Sequence[str]:
-        """Those of a model."""
+        """The pipelines of a model."""
         return self.minilm if model == "minilm" else self.gemma
 
 
@@ -132,8 +132,8 @@ SCHEMES = {
 class Row:
     """One pipeline on one model.
 
-    quality: cells of the model's columns. size: bytes of the weights in an artifact as a share of float32's. latency: by
-    backend and shape, as a share of float32's; a sentence where the backend refuses. seconds: of the passes.
+    quality: cells of the model's columns. size: bytes of the weights in an artifact relative to float32. latency: by backend
+    and shape, relative to float32; an error if the backend refuses. seconds: of the passes.
     """
 
     model: str
@@ -149,12 +149,12 @@ HEADS = {"minilm": ("recall@1, change (95 %)", "cosine"), "gemma3-270m": ("perpl
 
 
 def read_rows() -> list[Row]:
-    """What has been measured so far."""
+    """The rows measured so far."""
     return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
 
 
 def measure(model: str) -> None:
-    """Measure the rows of a model that are missing."""
+    """Measure the missing rows of a model."""
     checkpoint = load(model)
     data = calibration_batches(checkpoint, TEXTS) if model == "minilm" else decoder_batches(checkpoint, TOKENS)
     inputs = {shape: timed_inputs(model, checkpoint, *shape) for shape in SHAPES[model]}
@@ -205,7 +205,7 @@ def measure(model: str) -> None:
 
 
 def scorer(model: str, checkpoint: Checkpoint) -> Callable[[Callable[..., object]], list[str]]:
-    """Gives the cells of quality of a callable."""
+    """Returns the function from a callable to its quality cells."""
     if model == "minilm":
         texts = read_pairs("evaluation")
         original = retrieve(checkpoint.model, checkpoint, texts)
@@ -255,7 +255,7 @@ def page(name: str, rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, then write the pages of what there is."""
+    """Measure, then write the pages of all rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", choices=list(TITLES), help="which model to measure")
     parser.add_argument("--write", action="store_true", help="write pages from what has been measured, and measure nothing")

@@ -1,4 +1,4 @@
-"""`python -m tools.fuzz`: a campaign over random cases, or one case again."""
+"""`python -m tools.fuzz`: run a campaign of random cases, or replay one case."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tools.zoo import catalogue, fresh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the arguments ask for; 1 when a case failed."""
+    """Run what the arguments select; returns 1 if a case failed."""
     options = _options(arguments)
     campaign.warm_up()
     with fresh.loader() as address:
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace, address: str) -> int:
 
 
 def _blocks(options: argparse.Namespace, started: float) -> Iterator[list[tuple[int, Case]]]:
-    """The cases, those of one model together."""
+    """The cases, grouped by model."""
     families = options.family or ["hand-written", "encoder"]
     names = tuple(entry.name for entry in catalogue.entries() if entry.family in families) if options.zoo_share else ()
     backends = tuple(options.backend or ["eager"])

@@ -1,4 +1,4 @@
-"""`python -m tools.zoo`: check the models of the zoo and write what is found."""
+"""`python -m tools.zoo`: check the models of the zoo and write the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the models that the arguments select; 1 when a result is not the expected one."""
+    """Check the models that the arguments select; returns 1 if a result is unexpected."""
     from tools.zoo import selection
     from tools.zoo.catalogue import entries
     from tools.zoo.check import BACKENDS, check, describe

@@ -1,4 +1,4 @@
-"""Models known not to be captured, not to run on ONNX Runtime, or to keep an attention written out, and why."""
+"""Models that cannot be captured, do not run on ONNX Runtime, or keep a decomposed attention, with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models of the zoo a run checks: the arguments that say so, and the entries they choose."""
+"""The models of the zoo that a run checks: the command-line arguments, and the entries they select."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.zoo.entry import FAMILIES, Entry
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """The arguments every run of the zoo takes. output: the file the records go into by default."""
+    """Add the arguments of every run of the zoo. output: the default file of the records."""
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given again")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
     parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
 
 
 def choose(parser: argparse.ArgumentParser, options: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
-    """The models the arguments name, those left out that a run which is resumed has records of. Unknown names end the run."""
+    """The models the arguments name, without those a resumed run has records of. Unknown names end the run."""
     chosen = [entry for entry in entries if not options.family or entry.family in options.family]
     if options.only:
         unknown = set(options.only) - {entry.name for entry in chosen}
@@ -38,5 +38,5 @@ def choose(parser: argparse.ArgumentParser, options: argparse.Namespace, entries
 
 
 def page(options: argparse.Namespace) -> Path | None:
-    """The page a run writes into; None where only some models were run and none is named."""
+    """The page a run writes into; None if only some models were run and no page is named."""
     return options.page or (None if options.family or options.only else Path("docs/coverage.md"))
