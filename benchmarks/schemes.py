@@ -80,10 +80,10 @@ SCHEMES = {
         "W8A8 as `int8-dynamic`, with per-tensor activation scales and zero points that an observer chooses from calibration "
         "data. `smooth-quant` before it moves activation outliers into weights.",
         "- Without calibration data that "
-        "looks like the inputs to come: values outside its range are clipped.\n"
-        "- On values with outliers, as the residual streams of most transformers have: one scale for all tokens costs "
-        "several times the error of one for each, see the table.\n"
-        "- For speed alone: finding ranges at run time is a small part of a layer, see the last columns of both pages.",
+        "resembles later inputs: values outside its range are clipped.\n"
+        "- On values with outliers, as the residual streams of most transformers have: a per-tensor scale has "
+        "several times the error of per-token scales, see the table.\n"
+        "- For speed alone: computing scales at run time is a small part of a layer, see the last columns of both pages.",
         (
             "quantize{scheme=int8-static}",
             "quantize{scheme=int8-static,observer=mse}",
@@ -96,18 +96,18 @@ SCHEMES = {
         "dequantized in registers.",
         "- For prefill and large batches: products run in floating point, no "
         "faster, see the longer shape.\n"
-        "- Where memory is what counts and a percent of quality can go: `int4-weight` takes half of it.",
+        "- Where memory counts more than a percent of quality: `int4-weight` takes half of it.",
         ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,embeddings=true}"),
         ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,granularity=group,embeddings=true}"),
     ),
     "int4-weight": Scheme(
-        "Weight-only int4 (W4A16) with a scale per group of 32. `gptq` behind it and `awq` before it reduce the error by "
+        "Weight-only int4 (W4A16) with a scale per group of 32. `gptq` after it and `awq` before it reduce the error with "
         "calibration data.",
-        "- Without data for `gptq` or `awq` where quality counts: rounding to the "
-        "nearest costs many times as much.\n"
+        "- Without data for `gptq` or `awq` where quality counts: the loss of round-to-nearest "
+        "is many times as large.\n"
         "- For prefill and large batches: products run in floating point, no faster.\n"
-        "- For encoders whose embeddings are compared with those of the original: eight bits are nearer by an order of "
-        "magnitude.",
+        "- For encoders whose embeddings are compared with those of the original: the error of int8 is smaller by an "
+        "order of magnitude.",
         (
             "quantize{scheme=int4-weight}",
             "quantize{scheme=int4-weight},gptq",
@@ -119,9 +119,8 @@ SCHEMES = {
         "Weights and activations in fp8 (e4m3, four bits of exponent and three of fraction), with per-channel and per-token "
         "scales. The largest value is 448.",
         "- On a CPU: no processor multiplies fp8, and the scheme is "
-        "refused; `simulate=True` computes the same numbers in floating point, to learn what they cost.\n"
-        "- For weights that a short integer format holds: within one channel int8 has finer steps, see the cosine of "
-        "both.",
+        "refused; `simulate=True` computes the same numbers in floating point, to measure the quality.\n"
+        "- For weights that fit int8: within one channel int8 has finer steps, see the cosine of both.",
         ("quantize{scheme=fp8}",),
         ("quantize{scheme=fp8}",),
     ),
@@ -226,8 +225,8 @@ def page(name: str, rows: Sequence[Row]) -> str:
     scheme = SCHEMES[name]
     lines = ["<!-- Made by benchmarks/schemes.py; change that instead. -->\n", f"# {name}\n", f"{scheme.about}\n"]
     lines += [
-        "Options, formulas and sources are with the pass, [quantize](../passes/quantize.md). Rounding to the nearest, GPTQ and",
-        "AWQ side by side on Gemma 3 270M, by its perplexity: [benchmarks](../../benchmarks/README.md#rounding).\n",
+        "Options, formulas and sources are with the pass, [quantize](../passes/quantize.md). Round-to-nearest, GPTQ and",
+        "AWQ side by side on Gemma 3 270M, by perplexity: [benchmarks](../../benchmarks/README.md#rounding).\n",
     ]
     refusals: dict[str, None] = {}
     for model, title in TITLES.items():
@@ -245,8 +244,8 @@ def page(name: str, rows: Sequence[Row]) -> str:
         lines.append(f"\n{chosen[-1].machine}.\n")
     lines += [f"> {refusal}\n" for refusal in refusals]
     lines += [
-        "Bytes are those of the weights in an artifact, and latency that of a call at so many rows and tokens, both as shares",
-        f"of our own program in float32. Quality is described in `benchmarks/quality.py`; {TEXTS} calibration texts, or",
+        "Bytes are those of the weights in an artifact, and latency is of a call of this many rows and tokens, relative to",
+        f"our own program in float32. Quality is described in `benchmarks/quality.py`; {TEXTS} calibration texts, or",
         f"{TOKENS:,} tokens for the decoder. `s`: seconds of the passes, capture included.\n",
         "## When not to use it here\n",
         scheme.avoid,
