@@ -78,7 +78,7 @@ def table(checkpoint: Checkpoint, pipelines: Sequence[str], calibration: int, ev
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--passes", nargs="*", default=PASSES, help="pipelines to measure, each a text of its own")
+    parser.add_argument("--passes", nargs="*", default=PASSES, help="pipelines to measure, one argument each")
     parser.add_argument("--calibration", type=int, default=64, help="calibration texts; %(default)s by default")
     parser.add_argument("--texts", type=int, default=48, help="evaluated texts; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")

@@ -60,10 +60,10 @@ def wrong_answers(compiled: CompiledModel, inputs: list[Inputs], calls: int) -> 
 def main() -> int:
     """Call the model, compare the outputs, and print the growth of memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=8, help="how many call at once")
-    parser.add_argument("--calls", type=int, default=1000, help="how often each does")
+    parser.add_argument("--threads", type=int, default=8, help="number of threads")
+    parser.add_argument("--calls", type=int, default=1000, help="calls per thread")
     parser.add_argument("--passes", default="exact", help="pipeline text or a recipe's name")
-    parser.add_argument("--backend", default="eager", help="what runs the result")
+    parser.add_argument("--backend", default="eager", help="the backend")
     options = parser.parse_args()
     model, texts = load_model("minilm"), read_texts(GLOSSES)
     compiled = lissom.compile(model.source.model, model.example, passes=options.passes, backend=options.backend)

@@ -199,7 +199,7 @@ def main() -> None:
     """Measure, then draw all points."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", choices=list(TITLES), help="whose curves to measure")
-    parser.add_argument("--draw", action="store_true", help="draw what has been measured, and measure nothing")
+    parser.add_argument("--draw", action="store_true", help="draw the measured points, and measure nothing")
     options = parser.parse_args()
     if options.model and not options.draw:
         measure(options.model)

@@ -370,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engines", nargs="+", choices=[*ENGINES, LLAMA], default=[*ENGINES, LLAMA])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokens", type=int, default=512, help="of which the perplexity is taken; 0 for none")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens for the perplexity; 0 for none")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

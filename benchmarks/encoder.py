@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engines", default=",".join(ENGINES), help="some of %(default)s")
     parser.add_argument("--shapes", default=SHAPES, help="rows x tokens, or x ragged for whole glosses; %(default)s by default")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to time each engine at each shape")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per engine and shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each engine")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw encoder.svg")
     options = parser.parse_args()

@@ -185,9 +185,9 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="%(default)s by default")
-    parser.add_argument("--tokens", type=int, default=4096, help="read at each length at least; %(default)s by default")
+    parser.add_argument("--tokens", type=int, default=4096, help="least tokens per length; %(default)s by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
+    parser.add_argument("--again", action="store_true", help="measure all rows again")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw the figure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -243,12 +243,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="%(default)s by default")
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE", help="by name")
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="%(default)s by default")
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each engine at each length")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per engine and length")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--most-scores", type=float, default=4.0, help="GB of scores ONNX Runtime may keep; %(default)s by default"
+        "--most-scores", type=float, default=4.0, help="GB of scores allowed on ONNX Runtime; %(default)s by default"
     )
-    parser.add_argument("--features", nargs="*", default=list(FEATURES), help="feature maps whose quality is measured")
+    parser.add_argument("--features", nargs="*", default=list(FEATURES), help="feature maps for the quality table")
     parser.add_argument("--pairs", type=int, default=2000, help="evaluated synsets; %(default)s by default")
     parser.add_argument("--texts", type=int, default=1000, help="short calibration texts; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the tables into benchmarks/README.md, and draw the figure")

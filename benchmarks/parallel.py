@@ -254,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS, help="%(default)s by default")
     parser.add_argument(
-        "--world-size", nargs="*", type=int, default=list(WORLD_SIZES), help="numbers of ranks; %(default)s by default"
+        "--world-size", nargs="*", type=int, default=list(WORLD_SIZES), help="world sizes; %(default)s by default"
     )
     parser.add_argument("--rounds", type=int, default=5, help="prompts and answers timed; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")

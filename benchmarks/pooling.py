@@ -27,7 +27,9 @@ def pipelines(groups: Iterable[int]) -> list[str]:
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--groups", type=int, nargs="+", default=[6, 4, 3], help="heads that stay; %(default)s by default")
+    parser.add_argument(
+        "--groups", type=int, nargs="+", default=[6, 4, 3], help="key/value heads that remain; %(default)s by default"
+    )
     parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
     parser.add_argument("--texts", type=int, default=1000, help="calibration texts; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")

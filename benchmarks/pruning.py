@@ -55,13 +55,13 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--keep", type=float, default=0.75, help="the share of heads and of neurons kept; %(default)s by default"
+        "--keep", type=float, default=0.75, help="the fraction of heads and of neurons kept; %(default)s by default"
     )
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
     parser.add_argument("--texts", type=int, default=3400, help="calibration texts; %(default)s by default")
     parser.add_argument("--speed", action="store_true", help="time the pruned program instead")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to time each program")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per program")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     options = parser.parse_args()
     checkpoint = load("minilm")

@@ -231,7 +231,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=["minilm", "gemma3-270m"])
-    parser.add_argument("--passes", nargs="*", default=[], help="pipelines to measure, each a text of its own")
+    parser.add_argument("--passes", nargs="*", default=[], help="pipelines to measure, one argument each")
     parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
     parser.add_argument("--texts", type=int, default=3400, help="calibration texts of MiniLM; %(default)s by default")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens Gemma reads; %(default)s by default")

@@ -126,9 +126,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=["minilm", "gemma3-270m"])
-    parser.add_argument(
-        "--passes", nargs="*", help="pipelines to measure, each a text of its own; those of the table by default"
-    )
+    parser.add_argument("--passes", nargs="*", help="pipelines to measure, one argument each; those of the table by default")
     parser.add_argument("--tokens", type=int, default=20480, help="tokens Gemma is evaluated on; %(default)s by default")
     parser.add_argument("--calibration", type=int, default=65536, help="tokens Gemma is calibrated on; %(default)s by default")
     parser.add_argument("--texts", type=int, default=100, help="calibration texts of MiniLM; %(default)s by default")

@@ -257,8 +257,8 @@ def main() -> None:
     """Measure, then write the pages of all rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", choices=list(TITLES), help="which model to measure")
-    parser.add_argument("--write", action="store_true", help="write pages from what has been measured, and measure nothing")
-    parser.add_argument("--again", action="store_true", help="measure what has been measured too")
+    parser.add_argument("--write", action="store_true", help="write the pages from the measured rows, and measure nothing")
+    parser.add_argument("--again", action="store_true", help="measure all rows again")
     options = parser.parse_args()
     if options.again and options.model:
         kept = [asdict(row) for row in read_rows() if row.model != options.model]

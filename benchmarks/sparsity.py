@@ -64,7 +64,7 @@ def measure(checkpoint: Checkpoint, chosen: Sequence[Sparsify], calibration: int
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--keep", type=float, nargs="*", default=[0.5], help="shares kept; %(default)s by default")
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.5], help="fractions kept; %(default)s by default")
     parser.add_argument("--patterns", nargs="*", default=["2:4"], help="patterns; %(default)s by default")
     parser.add_argument("--calibration", type=int, default=64, help="calibration windows; %(default)s by default")
     parser.add_argument("--evaluation", type=int, default=32, help="evaluated windows; %(default)s by default")

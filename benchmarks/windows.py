@@ -83,9 +83,9 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="of the prompt; %(default)s by default")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long each program is timed; %(default)s by default")
-    parser.add_argument("--dtypes", nargs="+", choices=list(PASSES), default=list(PASSES), help="of the programs")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the prompt; %(default)s by default")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds per program; %(default)s by default")
+    parser.add_argument("--dtypes", nargs="+", choices=list(PASSES), default=list(PASSES), help="dtypes of the programs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     options = parser.parse_args()

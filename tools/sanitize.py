@@ -42,8 +42,8 @@ def main() -> int:
     """Run the generated calls, then the tests; returns the first exit status that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--calls", type=int, default=5000, help="generated calls")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated calls")
-    parser.add_argument("--march", help="the processor to build for, as g++ names it; this one where it is not given")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated calls")
+    parser.add_argument("--march", help="the processor to build for, as in g++; this one by default")
     parser.add_argument("--plain", action="store_true", help="build without the sanitizers")
     given = parser.parse_args()
     where = environment(given.march, not given.plain)

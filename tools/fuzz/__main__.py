@@ -35,13 +35,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="how many cases (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the number of the first case (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this many minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel processes (default %(default)s)")
     parser.add_argument("--backend", action="append", help="eager or onnxruntime; may be given again (default eager)")
-    parser.add_argument("--zoo-share", type=float, default=0.0, help="how many of 1 cases take an architecture of the zoo")
-    parser.add_argument("--family", action="append", help="of the zoo; may be given again (default hand-written and encoder)")
-    parser.add_argument("--log", type=Path, help="a file that every outcome is added to, one JSON object a line")
-    parser.add_argument("--no-shrink", action="store_true", help="show failures as they came")
+    parser.add_argument("--zoo-share", type=float, default=0.0, help="fraction of cases with an architecture of the zoo")
+    parser.add_argument(
+        "--family", action="append", help="family of the zoo; may be given again (default hand-written and encoder)"
+    )
+    parser.add_argument("--log", type=Path, help="append every outcome to this file, one JSON object per line")
+    parser.add_argument("--no-shrink", action="store_true", help="do not shrink failures")
     parser.add_argument("--replay", help="run one case, as a failure prints it")
     return parser.parse_args(arguments)
 

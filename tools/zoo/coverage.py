@@ -340,7 +340,7 @@ def _dynamo_remark(record: Record) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page from a file of records."""
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.coverage", description=__doc__)
-    parser.add_argument("records", type=Path, help="what `python -m tools.zoo` wrote")
+    parser.add_argument("records", type=Path, help="the output of `python -m tools.zoo`")
     parser.add_argument("page", type=Path, help="the page to write")
     options = parser.parse_args(arguments)
     write_page(options.page, load(options.records))

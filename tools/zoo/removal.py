@@ -200,10 +200,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.removal", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
-    parser.add_argument("--seed", type=int, default=0, help="which pattern of heads and neurons")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1)")
-    parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds one model may take (default 150)")
-    parser.add_argument("--output", type=Path, default=Path("zoo-removal.json"), help="where the records go, one a line")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random heads and neurons")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel models (default 1)")
+    parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds per model (default 150)")
+    parser.add_argument("--output", type=Path, default=Path("zoo-removal.json"), help="file for the records, one per line")
     options = parser.parse_args(arguments)
     chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
     options.output.unlink(missing_ok=True)

@@ -14,13 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """Add the arguments of every run of the zoo. output: the default file of the records."""
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given again")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
-    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
-    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds per model (default 300)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel models (default 2)")
     parser.add_argument(
-        "--output", type=Path, default=Path(output), help="where the records go, one a line (default %(default)s)"
+        "--output", type=Path, default=Path(output), help="file for the records, one per line (default %(default)s)"
     )
-    parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
-    parser.add_argument("--page", type=Path, help="the page to write them into; docs/coverage.md when all models are run")
+    parser.add_argument("--resume", action="store_true", help="keep the records in the output, and check the other models")
+    parser.add_argument("--page", type=Path, help="the page to update; docs/coverage.md if all models are run")
 
 
 def choose(parser: argparse.ArgumentParser, options: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:

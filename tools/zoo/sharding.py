@@ -207,11 +207,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.sharding", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
-    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
-    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
-    parser.add_argument("--output", type=Path, default=Path("sharding.json"), help="where the records go, one a line")
-    parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
-    parser.add_argument("--page", type=Path, help="the page to write them into; docs/coverage.md when all models are run")
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds per model (default 300)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel models (default 2)")
+    parser.add_argument("--output", type=Path, default=Path("sharding.json"), help="file for the records, one per line")
+    parser.add_argument("--resume", action="store_true", help="keep the records in the output, and check the other models")
+    parser.add_argument("--page", type=Path, help="the page to update; docs/coverage.md if all models are run")
     options = parser.parse_args(arguments)
     chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
     if not options.resume:
