@@ -69,8 +69,8 @@ def headline(records: Sequence[Record]) -> str:
     found = sum(all(_is_right(record, kind) for kind in _KINDS) for record in told)
     return (
         f"Of {len(records)} models {len(run)} run in eager; of these {_of(equal, run)} are captured and equal. Of the "
-        f"{len(told)} whose configuration tells how many sites they have, {_of(found, told)} have just these."
-        f"{_runtime_sentence(run)}{_loaded_sentence(records)} The remarks say what the others lack.\n"
+        f"{len(told)} whose configuration gives the number of sites, {_of(found, told)} have exactly these."
+        f"{_runtime_sentence(run)}{_loaded_sentence(records)} The remarks explain the others.\n"
     )
 
 
@@ -87,7 +87,7 @@ def _loaded_sentence(records: Sequence[Record]) -> str:
         found for record in records for found in record.get("backends", {}).values() if found.get("equal") and _asked(found)
     ]
     same = sum(bool(found.get("reloaded")) for found in saved)
-    return f" Of {len(saved)} compiled models {same} gave the same when loaded in another process." if saved else ""
+    return f" Of {len(saved)} compiled models {same} give the same outputs when loaded in another process." if saved else ""
 
 
 def _asked(found: Record) -> bool:
@@ -299,7 +299,7 @@ def dynamo_headline(records: Sequence[Record]) -> str:
     """The sentence that counts the models that Dynamo can run and that are equal."""
     run = [record for record in records if _applies(record)]
     equal = sum(not is_wrong(record) for record in run)
-    return f"Of {len(records)} models Dynamo runs {len(run)}; of these {_of(equal, run)} give what the model gives."
+    return f"Of {len(records)} models Dynamo runs {len(run)}; of these {_of(equal, run)} are equal."
 
 
 def _dynamo_row(name: str, records: Sequence[Record]) -> list[str]:
@@ -324,7 +324,7 @@ def is_wrong(record: Record) -> bool:
 def dynamo_outcome(found: Record) -> str:
     """The result of one mode, in a few words."""
     if not found["equal"]:
-        return f"{found['problem']}" if found["without"] is None else f"none for Dynamo: {found['without']}"
+        return f"{found['problem']}" if found["without"] is None else f"fails in Dynamo: {found['without']}"
     return f"equal, {found['lowered']} of {found['graphs']} graphs programs"
 
 
@@ -333,7 +333,7 @@ def _dynamo_remark(record: Record) -> str:
     if record.get("failed"):
         return f"{record['failed']}: {record['error']}"
     told = [dynamo_outcome(found) for found in record["modes"].values() if not found["equal"]]
-    told += [f"as it is: {reason}" for found in record["modes"].values() for reason in found["reasons"]]
+    told += [f"unchanged: {reason}" for found in record["modes"].values() for reason in found["reasons"]]
     return "; ".join(dict.fromkeys(told))
 
 

@@ -150,7 +150,7 @@ def headline(records: Sequence[Record]) -> str:
     run = [record for record in records if record.get("failed") != "capture"]
     equal, most = sum(map(is_equal, run)), sum(share(record) >= WANTED for record in run if is_equal(record))
     return (
-        f"Of {len(run)} models {equal} give the same on {' and '.join(map(str, WORLD_SIZES))} ranks; {most} of them have at "
+        f"Of {len(run)} models {equal} are equal on {' and '.join(map(str, WORLD_SIZES))} ranks; {most} of them have at "
         f"least {WANTED:.0%} of their linear weights sharded."
     )
 
