@@ -147,7 +147,7 @@ def test_page_has_a_column_of_onnx_runtime_when_it_was_tried() -> None:
     assert "| eager | ONNX Runtime | loaded |" in text
     assert "| llama | yes | batch, sequence |  |  | 4 sizes | 4 sizes | eager, ONNX Runtime | 2 |  |" in text
     assert "| gpt2 | yes | batch, sequence |  |  | 4 sizes | no | eager | 2 | ONNX Runtime, compile: Unsupported" in text
-    assert "eager: differs by 0.5 relative when loaded; ONNX Runtime: it takes the highest" in text
+    assert "eager: differs by 0.5 relative when loaded; ONNX Runtime: it takes the top k" in text
     assert coverage.surprises(records) == [
         "causal/gpt2 is not on ONNX Runtime",
         "causal/axk2 is not the same when loaded for eager",

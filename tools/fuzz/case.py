@@ -243,7 +243,7 @@ def _oracle(
         sample = program.signature.flatten(*_split(_given(case, inputs)))
         kept = _kept(case, inputs) if padded or precision != "fp32" else None
         return oracle.differs_from_program(
-            found, _tensors_of(program, sample), precision, kept, lambda: _rounded_otherwise(program, sample)
+            found, _tensors_of(program, sample), precision, kept, lambda: _with_perturbed_weights(program, sample)
         )
 
     return by_program
@@ -252,7 +252,7 @@ def _oracle(
 _ROUNDINGS = 8
 
 
-def _rounded_otherwise(program: Program, sample: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def _with_perturbed_weights(program: Program, sample: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """The outputs of a program whose weights are moved by half a rounding step, up or down at random."""
     for seed in range(_ROUNDINGS):
         generator, other = torch.Generator().manual_seed(seed), program.copy()

@@ -142,7 +142,7 @@ def _through(
     with phase("compile"), _known(captured):
         compiled = lissom.compile(case.model, case.inputs, backend=BACKENDS[name], checks=checks, progress=lambda *_: None)
     with phase("equal"):
-        here = [_told(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
+        here = [_structure_and_leaves(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
         found["error_found"], found["structure"] = compared(wanted, here)
         found["equal"] = found["error_found"] <= allowed and found["structure"]
     if loader is None:
@@ -235,10 +235,10 @@ def _leaves(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) 
 
 def answer(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[str, list[object]]:
     """The structure of the model's outputs, and their leaves."""
-    return _told(case.model(*args, **kwargs))
+    return _structure_and_leaves(case.model(*args, **kwargs))
 
 
-def _told(output: object) -> tuple[str, list[object]]:
+def _structure_and_leaves(output: object) -> tuple[str, list[object]]:
     """The structure of a result, and its leaves."""
     leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(output)]
     return outline(output), leaves

@@ -149,8 +149,8 @@ def _family_row(name: str, records: Sequence[Record], runtime: bool) -> list[str
         str(sum(map(is_equal, records))),
         *([str(sum(is_equal(record, RUNTIME) for record in records))] if runtime else []),
         f"{sum(bool(found.get('reloaded')) for found in told)} of {len(told)}",
-        _share(records, "attention"),
-        _share(records, "feed_forward"),
+        _fraction(records, "attention"),
+        _fraction(records, "feed_forward"),
         _counted(records),
     ]
 
@@ -175,7 +175,7 @@ def _varies(record: Record, dimension: str) -> bool:
     return any(name.endswith(dimension) for name in record.get("dynamic", ()))
 
 
-def _share(records: Iterable[Record], kind: str) -> str:
+def _fraction(records: Iterable[Record], kind: str) -> str:
     """`12 of 13`: of the models whose configuration gives the number of sites, those where all were found."""
     told = [record for record in records if _expected(record, kind) is not None and record.get("sites")]
     return f"{sum(record['sites'][kind] == _expected(record, kind) for record in told)} of {len(told)}"
