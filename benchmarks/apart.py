@@ -1,4 +1,4 @@
-"""A part of a benchmark in a process of its own, so that neither memory nor settings of another reach it."""
+"""Runs a part of a benchmark in a process of its own, so that other parts do not affect its memory or settings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 def run_apart(
     script: str, arguments: Sequence[str], given: object = None, environment: Mapping[str, str] | None = None
 ) -> object:
-    """What a script prints in its last line, read as JSON.
+    """The last line a script prints, parsed as JSON.
 
-    given: written to its input as JSON. environment: variables set beside those there are.
+    given: written to its standard input as JSON. environment: additional environment variables.
 
-    Raises: RuntimeError with the last line of its error when it fails.
+    Raises: RuntimeError with the last line of its error output if it fails.
     """
     command = [sys.executable, script, *arguments]
     settings = {**os.environ, **(environment or {})}

@@ -1,11 +1,11 @@
-"""What sparse attention costs in quality: all-MiniLM-L6-v2 on texts of 256 tokens, by pattern.
+"""The quality of sparse attention: all-MiniLM-L6-v2 on texts of 256 tokens, by pattern.
 
     python benchmarks/attention_quality.py --update
     python benchmarks/attention_quality.py --passes "sparsify-attention{pattern=measured,mass=0.9}"
 
-Texts are glosses and examples of WordNet joined until they have 256 tokens; calibration texts are of other synsets. The cosine
-is of a text's mean-pooled embedding to the one the dense model gives. *Blocks* are the share of pairs of blocks of queries and
-keys that the masks let through, over heads, layer by layer. Prints a Markdown table; `--update` puts it into README.md.
+Texts are WordNet glosses and examples, joined until they have 256 tokens; calibration texts are of other synsets. The cosine
+compares a text's mean-pooled embedding with the dense model's. *Blocks* is the fraction of (query block, key block) pairs that
+the masks leave visible, over heads, layer by layer. Prints a Markdown table; `--update` puts it into README.md.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PASSES = (
 
 
 def drawn(checkpoint: Checkpoint, split: str, count: int) -> list[str]:
-    """So many texts of TOKENS tokens."""
+    """This many texts of TOKENS tokens."""
     pairs = read_pairs(split)
     found = long_texts(checkpoint, [text for pair in zip(pairs.glosses, pairs.examples, strict=True) for text in pair], TOKENS)
     return found[:count]
 
 
 def kept(program: Program) -> list[float]:
-    """The share of blocks that each attention's mask lets through, in the order of the layers."""
+    """The fraction of blocks that each attention's mask leaves visible, in the order of the layers."""
     shares: list[float] = []
     for site in program.fact(structure).attention:
         reading = read_pattern(program, site.node)
@@ -53,7 +53,7 @@ def kept(program: Program) -> list[float]:
 
 
 def table(checkpoint: Checkpoint, pipelines: Sequence[str], calibration: int, evaluated: int) -> str:
-    """The cosines and the shares of blocks, as Markdown."""
+    """The cosines and the fractions of blocks, as Markdown."""
     texts = drawn(checkpoint, "evaluation", evaluated)
     others = drawn(checkpoint, "calibration", calibration)
     data: list[dict[str, object]] = [
@@ -78,7 +78,7 @@ def table(checkpoint: Checkpoint, pipelines: Sequence[str], calibration: int, ev
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--passes", nargs="*", default=PASSES, help="pipelines to measure, each a text of its own")
+    parser.add_argument("--passes", nargs="*", default=PASSES, help="pipelines to measure, one argument each")
     parser.add_argument("--calibration", type=int, default=64, help="calibration texts; %(default)s by default")
     parser.add_argument("--texts", type=int, default=48, help="evaluated texts; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")

@@ -1,4 +1,4 @@
-"""What compiling costs as models grow deeper: seconds of capture, passes and verification, and peak memory.
+"""The cost of compiling as models grow deeper: seconds of capture, passes and verification, and peak memory.
 
     python benchmarks/compile_time.py --layers 12 24 --update
 
@@ -21,15 +21,15 @@ from pathlib import Path
 from readme import put_table
 
 _LINEAR = 1.15
-"""Growth with the number of layers to a power up to this counts as linear."""
+"""Growth by a power of the number of layers up to this counts as linear."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What compiling one model took.
+    """The cost of compiling one model.
 
-    capture, passes, verification: seconds. memory: bytes the process's peak stands above what it held before the model was
-    built, over the bytes of the weights; 1 is the model itself.
+    capture, passes, verification: seconds. memory: the process's peak above what it used before the model was built, divided
+    by the bytes of the weights; 1 is the model itself.
     """
 
     layers: int
@@ -72,7 +72,7 @@ def measure(layers: int) -> Cost:
 
 
 def _memory(field: str) -> int:
-    """Bytes this process holds (`VmRSS`), or has held at most (`VmHWM`)."""
+    """Bytes this process uses now (`VmRSS`), or has used at most (`VmHWM`)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     found = re.search(rf"{field}:\s+(\d+) kB", status)
     if found is None:
@@ -81,20 +81,20 @@ def _memory(field: str) -> int:
 
 
 def measure_apart(layers: int) -> Cost:
-    """The same in a process of its own."""
+    """Run `measure` in a process of its own."""
     ran = subprocess.run([sys.executable, __file__, "--one", str(layers)], stdout=subprocess.PIPE, text=True, check=True)
     return Cost(**json.loads(ran.stdout.splitlines()[-1]))
 
 
 def exponent(costs: list[Cost], name: str) -> float:
-    """The p for which `name` grows as layers to the power p: the slope of the line through the logarithms."""
+    """The exponent p if `name` grows as layers to the power p: the slope in log-log coordinates."""
     points = [(math.log(cost.layers), math.log(getattr(cost, name))) for cost in costs]
     x, y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
     return sum((a - x) * (b - y) for a, b in points) / sum((a - x) ** 2 for a, _ in points)
 
 
 def table(costs: list[Cost]) -> str:
-    """The costs as Markdown, with how they grow and where they were measured."""
+    """The costs as Markdown, with their growth and the machine."""
     rows = [
         f"| {cost.layers} | {cost.nodes} | {cost.weight_bytes / 1e6:.0f} | {cost.capture:.2f} | {cost.passes:.2f} | "
         f"{cost.verification:.2f} | {cost.seconds:.2f} | {cost.memory:.2f} |"

@@ -1,9 +1,9 @@
-"""One compiled model called from several threads at once: are all answers those of a single thread, and does memory grow.
+"""Calls one compiled model from several threads at once, and checks the outputs and the growth of memory.
 
     python benchmarks/concurrency.py
 
-all-MiniLM-L6-v2; each thread has glosses of its own, at its own length, and calls the model 1,000 times. The exit status is 1
-when an answer differs. Memory is read from /proc, so this runs on Linux.
+all-MiniLM-L6-v2; each thread has its own glosses, of its own length, and calls the model 1,000 times. The exit status is 1
+if an output differs from that of a single thread. Memory is read from /proc, so this runs on Linux.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ROWS = 2
 
 
 def resident_bytes() -> int:
-    """What this process holds in memory now."""
+    """The resident memory of this process."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     if found is None:
         raise OSError("/proc/self/status has no VmRSS; memory is measured on Linux")
@@ -35,7 +35,7 @@ def resident_bytes() -> int:
 
 
 def wrong_answers(compiled: CompiledModel, inputs: list[Inputs], calls: int) -> int:
-    """How many of `calls` calls a thread, one thread for each of the inputs, give another answer than a call made alone."""
+    """The number of calls whose outputs differ from those of a single thread; one thread per input, `calls` calls each."""
     wanted = [torch.from_numpy(answer(compiled(**item)).copy()) for item in inputs]
     together = threading.Barrier(len(inputs))
     wrong = [0] * len(inputs)
@@ -58,12 +58,12 @@ def wrong_answers(compiled: CompiledModel, inputs: list[Inputs], calls: int) -> 
 
 
 def main() -> int:
-    """Call, compare, and say what memory did."""
+    """Call the model, compare the outputs, and print the growth of memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=8, help="how many call at once")
-    parser.add_argument("--calls", type=int, default=1000, help="how often each does")
+    parser.add_argument("--threads", type=int, default=8, help="number of threads")
+    parser.add_argument("--calls", type=int, default=1000, help="calls per thread")
     parser.add_argument("--passes", default="exact", help="pipeline text or a recipe's name")
-    parser.add_argument("--backend", default="eager", help="what runs the result")
+    parser.add_argument("--backend", default="eager", help="the backend")
     options = parser.parse_args()
     model, texts = load_model("minilm"), read_texts(GLOSSES)
     compiled = lissom.compile(model.source.model, model.example, passes=options.passes, backend=options.backend)

@@ -1,12 +1,12 @@
-"""Quality, latency and bytes against the share kept, for every pass that prunes, without retraining: docs/curves.md.
+"""Quality, latency and bytes against the fraction kept, for every pruning pass, without retraining: docs/curves.md.
 
     python benchmarks/curves.py minilm
     python benchmarks/curves.py gemma3-270m
     python benchmarks/curves.py --draw
 
-Each point is added to curves.json as soon as it is measured, and a run goes on where the last one stopped. Quality is that of
-quality.py. Latency is of the compiled program beside our own unpruned one, in turn in one process, so that the ratio means
-something on a machine that does other work. Bytes are those of the weights in an artifact.
+Each point is added to curves.json as soon as it is measured, and a run continues where the last one stopped. Quality is that of
+quality.py. Latency is relative to our own unpruned program, the two timed in turn in one process, so that the ratio holds on a
+busy machine. Bytes are those of the weights in an artifact.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PASSES = {
 }
 KEEPS = {"minilm": (0.9, 0.75, 0.5), "gemma3-270m": (0.75, 0.5)}
 TEXTS, PAIRS = 4000, 2000
-"""Of MiniLM: calibration texts, and synsets evaluated."""
+"""For MiniLM: the number of calibration texts, and of evaluated synsets."""
 SHAPES = {"minilm": (32, 128), "gemma3-270m": (1, 128)}
 OPTIONS = {"sparsify": ",criterion=sparsegpt"}
 TITLES = {"minilm": "all-MiniLM-L6-v2", "gemma3-270m": "Gemma 3 270M"}
@@ -56,9 +56,9 @@ TITLES = {"minilm": "all-MiniLM-L6-v2", "gemma3-270m": "Gemma 3 270M"}
 
 @dataclass(frozen=True)
 class Point:
-    """One pass, or two, at one share kept.
+    """One pass, or two, at one fraction kept.
 
-    quality: by name; `recall@10` and `cosine`, or `perplexity`. latency, size: shares of the unpruned program's.
+    quality: by name; `recall@10` and `cosine`, or `perplexity`. latency, size: relative to the unpruned program.
     """
 
     model: str
@@ -72,18 +72,18 @@ class Point:
 
 
 def read_points() -> list[Point]:
-    """What has been measured so far."""
+    """The points measured so far."""
     return [Point(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
 
 
 def pipeline(passes: str, keep: float) -> str:
-    """The passes as text, what they leave dead removed."""
+    """The passes as text, followed by the removal of dead units."""
     chosen = [f"{name}{{keep={keep:g}{OPTIONS.get(name, '')}}}" for name in passes.split("+")]
     return ",".join([*chosen, ELIMINATE])
 
 
 def missing(model: str, points: Sequence[Point]) -> Iterator[tuple[str, float]]:
-    """The points that are not there yet, the mildest of every pass first."""
+    """The points not measured yet, the largest fraction of every pass first."""
     known = {(point.passes, point.keep) for point in points if point.model == model}
     for keep in KEEPS[model]:
         for passes in PASSES[model]:
@@ -92,7 +92,7 @@ def missing(model: str, points: Sequence[Point]) -> Iterator[tuple[str, float]]:
 
 
 def measure(model: str) -> None:
-    """Measure what is missing of a model's curves."""
+    """Measure the missing points of a model's curves."""
     checkpoint = load(model)
     rows, tokens = SHAPES[model]
     data = calibration_batches(checkpoint, TEXTS) if model == "minilm" else decoder_batches(checkpoint)
@@ -119,7 +119,7 @@ def measure(model: str) -> None:
 
 
 def scorer(model: str, checkpoint: Checkpoint) -> Callable[[CompiledModel | None], dict[str, float]]:
-    """Gives the quality of a compiled model, or of the original for None."""
+    """Returns the function that scores a compiled model, or the original for None."""
     if model != "minilm":
         return lambda found: {"perplexity": perplexity(found or checkpoint.model, checkpoint)}
     texts = read_pairs("evaluation", PAIRS)
@@ -135,7 +135,7 @@ def scorer(model: str, checkpoint: Checkpoint) -> Callable[[CompiledModel | None
 
 
 def draw(model: str, points: Sequence[Point], path: Path) -> None:
-    """Three plots side by side: quality, latency and bytes against the share kept."""
+    """Three plots side by side: quality, latency and bytes against the fraction kept."""
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "lissom"
@@ -167,11 +167,10 @@ def page(points: Sequence[Point]) -> str:
     lines = [
         "<!-- Made by benchmarks/curves.py. -->\n",
         "# What pruning costs and gains\n",
-        "Quality, latency and bytes against the share kept, without retraining, what is dead removed behind it.",
+        "Quality, latency and bytes against the fraction kept, without retraining. Dead units are removed after each pass.",
         "`sparsify` takes `criterion=sparsegpt`; all others their defaults. Quality is described in `benchmarks/quality.py`;",
-        "latency is that of the CPU backend as a share of our own unpruned program's, the two run in turn; bytes are those of",
-        "the weights in an artifact. Passes that learn from data had 4,000 calibration texts, or 8,192 tokens for the",
-        "decoder.\n",
+        "latency is that of the CPU backend relative to our own unpruned program, the two run in turn; bytes are those of",
+        "the weights in an artifact. Passes that use data had 4,000 calibration texts, or 8,192 tokens for the decoder.\n",
     ]
     for model, title in TITLES.items():
         chosen = [point for point in points if point.model == model]
@@ -197,10 +196,10 @@ def page(points: Sequence[Point]) -> str:
 
 
 def main() -> None:
-    """Measure, then draw what there is."""
+    """Measure, then draw all points."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", choices=list(TITLES), help="whose curves to measure")
-    parser.add_argument("--draw", action="store_true", help="draw what has been measured, and measure nothing")
+    parser.add_argument("--draw", action="store_true", help="draw the measured points, and measure nothing")
     options = parser.parse_args()
     if options.model and not options.draw:
         measure(options.model)

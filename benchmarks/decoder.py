@@ -1,12 +1,12 @@
-"""Gemma 3 270M reading a prompt and going on: Lissom, PyTorch, torchao, ONNX Runtime and llama.cpp, tokens a second.
+"""Gemma 3 270M, prefill and decode in tokens per second: Lissom, PyTorch, torchao, ONNX Runtime and llama.cpp.
 
     python benchmarks/decoder.py --update
     python benchmarks/decoder.py --engines eager-bf16 lissom-bf16
 
-A prompt of 128 tokens of glosses, then 64 tokens chosen greedily, one sequence, each engine in a process of its own. The
-weights reach all of them as the model's file has them, mixed of four to eight bits; llama.cpp reads the file itself. Perplexity
-is of `--tokens` tokens of other glosses, fed to the very engine one at a time behind a prompt. The share of the bandwidth is of
-the bytes of weights a token reads, against what the machine's memory gives to as many threads.
+A prompt of 128 tokens of glosses, then 64 tokens chosen greedily, one sequence, each engine in a process of its own. All
+engines start from the weights of the model's GGUF file, mixed of four to eight bits; llama.cpp reads the file itself.
+Perplexity is of `--tokens` tokens of other glosses, fed to the same engine one at a time after a prompt. The fraction of the
+bandwidth compares the bytes of weights read per token with the machine's memory bandwidth at as many threads.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ from lissom.frontends.huggingface import Checkpoint, find_directory, load
 from lissom.inspect.machine import measure_machine
 
 PROMPT, ANSWER, LENGTH = 128, 64, 1024
-"""Tokens of the prompt, of the answer, and what a cache holds."""
+"""The lengths in tokens of the prompt, the answer, and the cache."""
 ROUNDS = 5
 CALIBRATION = 8192
-"""Tokens that GPTQ sees here. quantization.py has what more of them bring; speed is the same."""
+"""Calibration tokens of GPTQ here. quantization.py shows the effect of more; the speed is the same."""
 
 
 class Engine(Protocol):
-    """A decoder with a cache. bytes_read: of weights, for a token."""
+    """A decoder with a cache. bytes_read: bytes of weights read per token."""
 
     bytes_read: int
 
     def reset(self) -> None:
-        """Forget everything read."""
+        """Empty the cache."""
         ...
 
     def read(self, ids: torch.Tensor) -> torch.Tensor:
-        """The logits behind the last of these tokens, [vocabulary]; ids: [1, tokens]."""
+        """The logits after the last of these tokens, [vocabulary]; ids: [1, tokens]."""
         ...
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one engine does.
+    """The result of one engine.
 
-    prefill, decode: tokens a second, median over rounds, with the quarters below and above. peak: bytes of the process
-    by then. perplexity: None where none was asked for. bytes_read: of weights, for a token.
+    prefill, decode: tokens per second, median over rounds, with the quartiles. peak: peak memory of the process in bytes.
+    perplexity: None if it was not measured. bytes_read: bytes of weights read per token.
     """
 
     prefill: tuple[float, float, float]
@@ -71,7 +71,7 @@ class Result:
 
 
 class Static:
-    """The model of transformers with a `StaticCache`, its forward given."""
+    """The model of transformers with a `StaticCache` and a given forward."""
 
     def __init__(self, checkpoint: Checkpoint, forward: Callable[..., object] | None = None) -> None:
         from transformers import StaticCache
@@ -98,34 +98,34 @@ class Static:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """The bytes a token reads: all weights, tied ones once; of an embedding that is no output head, nothing."""
+    """The bytes read per token: all weights, tied ones once, without an embedding table that is not the LM head."""
     return sum(item.numel() * item.element_size() for item in model.parameters())
 
 
 def in_bfloat16(checkpoint: Checkpoint) -> Checkpoint:
-    """The model's weights rounded, in place."""
+    """Cast the model's weights in place."""
     checkpoint.model.to(torch.bfloat16)
     return checkpoint
 
 
 def eager(checkpoint: Checkpoint) -> Engine:
-    """PyTorch as it is."""
+    """PyTorch eager."""
     return Static(in_bfloat16(checkpoint))
 
 
 def torch_compile(checkpoint: Checkpoint) -> Engine:
-    """TorchInductor on the model's forward, which recompiles when the number of tokens changes first."""
+    """TorchInductor on the model's forward, which recompiles once when the number of tokens changes."""
     in_bfloat16(checkpoint)
     return Static(checkpoint, torch.compile(checkpoint.model))
 
 
 def torchao(bits: int, checkpoint: Checkpoint) -> Engine:
-    """Weights in 8 or 4 bits under `torch.compile`, the output head too, as torchao's advice for CPUs has it."""
+    """Weights in 8 or 4 bits under `torch.compile`, the LM head included, as torchao recommends for CPUs."""
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = in_bfloat16(checkpoint).model
-    # The head is the embedding's matrix, which stays as it is; torchao rounds linear layers.
+    # The LM head is tied to the embedding table, which stays as it is; torchao quantizes linear layers.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # pyright: ignore
     linears = [item for item in model.modules() if isinstance(item, torch.nn.Linear)]
     elements = sum(item.weight.numel() for item in linears)
@@ -140,12 +140,12 @@ def torchao(bits: int, checkpoint: Checkpoint) -> Engine:
 
 
 def plain(config: transformers.PretrainedConfig) -> dict[str, object]:
-    """A configuration without what it says of the file's format."""
+    """A configuration without the fields that describe the file's format."""
     return {key: value for key, value in config.to_dict().items() if key not in ("quantization_config", "dtype")}
 
 
 def add_older_names(configuration: Path) -> None:
-    """Say the bases of rotary angles as the model builder reads them, where transformers 4 had them."""
+    """Add the rotary fields that the model builder reads, under their names in transformers 4."""
     found = json.loads(configuration.read_text())
     angles = found["rope_parameters"]
     transformers.Gemma3TextConfig.rope_local_base_freq = angles["sliding_attention"]["rope_theta"]  # pyright: ignore
@@ -154,18 +154,18 @@ def add_older_names(configuration: Path) -> None:
 
 
 class Genai:
-    """ONNX Runtime's own generator, onnxruntime-genai, on what its model builder makes."""
+    """ONNX Runtime's own generator, onnxruntime-genai, on a model from its model builder."""
 
     def __init__(self, precision: str, checkpoint: Checkpoint) -> None:
         import onnxruntime_genai as genai
 
-        # The builder has a module that is named as a script here is, and finds the one imported first.
+        # A module of the builder has the name of a script in this folder; Python would import that one first.
         sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).parent]
         sys.modules.pop("quantization", None)
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
         source = tempfile.mkdtemp()
-        # The weights are floats by now, whatever the file they came from was.
+        # The weights are already dequantized, whatever the file's format was.
         model = transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**plain(checkpoint.model.config)))
         model.load_state_dict(checkpoint.model.state_dict())
         model.save_pretrained(source)
@@ -211,7 +211,7 @@ class Lissom:
 
 
 def lissom_engine(passes: str, backend: str = "eager") -> Callable[[Checkpoint], Engine]:
-    """A pipeline on a backend."""
+    """A Lissom engine with a pipeline on a backend."""
     return lambda checkpoint: Lissom(passes, backend, checkpoint)
 
 
@@ -234,13 +234,13 @@ TITLES = {name: title for name, (title, _) in ENGINES.items()} | {LLAMA: "llama.
 
 
 def texts(checkpoint: Checkpoint, tokens: int) -> torch.Tensor:
-    """The prompt and what follows it, [1, PROMPT + tokens]."""
+    """The prompt and the text after it, [1, PROMPT + tokens]."""
     found = torch.cat([item.flatten() for item in windows(checkpoint, "evaluation", max(PROMPT + tokens, 1024))])
     return found[None, : PROMPT + tokens]
 
 
 def measure(name: str, threads: int, ids: torch.Tensor) -> Result:
-    """One engine; this process does nothing else."""
+    """Measure one engine; this process does nothing else."""
     torch.set_num_threads(threads)
     if name == LLAMA:
         return measure_llama(threads, ids[0].tolist())
@@ -248,7 +248,7 @@ def measure(name: str, threads: int, ids: torch.Tensor) -> Result:
     prompt = ids[:, :PROMPT]
     with torch.inference_mode():
         engine = ENGINES[name][1](checkpoint)
-        answer(engine, prompt)  # compiles and warms
+        answer(engine, prompt)  # compiles and warms up
         found = [answer(engine, prompt) for _ in range(ROUNDS)]
         peak = peak_bytes()
         loss = perplexity(engine, ids) if tokens else None
@@ -262,7 +262,7 @@ def measure(name: str, threads: int, ids: torch.Tensor) -> Result:
 
 
 def answer(engine: Engine, prompt: torch.Tensor) -> tuple[float, float]:
-    """Seconds for the prompt, and for the answer."""
+    """The seconds of prefill, and of the answer."""
     engine.reset()
     started = time.perf_counter()
     token = int(engine.read(prompt).argmax())
@@ -273,7 +273,7 @@ def answer(engine: Engine, prompt: torch.Tensor) -> tuple[float, float]:
 
 
 def perplexity(engine: Engine, ids: torch.Tensor) -> float:
-    """Of the tokens behind the prompt, fed one at a time."""
+    """The perplexity of the tokens after the prompt, fed one at a time."""
     engine.reset()
     logits, losses = engine.read(ids[:, :PROMPT]), []
     for index in range(PROMPT, ids.shape[1]):
@@ -284,7 +284,7 @@ def perplexity(engine: Engine, ids: torch.Tensor) -> float:
 
 
 def measure_llama(threads: int, ids: list[int]) -> Result:
-    """llama.cpp through xllamacpp: its own timings of the prompt and of each token. ids: the prompt and what follows it."""
+    """llama.cpp through xllamacpp, with its own timings of prefill and decode. ids: the prompt and the text after it."""
     import xllamacpp
 
     file = next(Path(find_directory("gemma3-270m")).glob("*.gguf"))
@@ -306,7 +306,7 @@ def measure_llama(threads: int, ids: list[int]) -> Result:
 
 
 def llama_perplexity(server: Any, ids: list[int]) -> float:
-    """Of the tokens behind the prompt. A bias makes the server choose each, and it says what the model itself gave it."""
+    """The perplexity of the tokens after the prompt. A logit bias forces each token; the server reports its own probability."""
     losses = []
     for index in range(PROMPT, len(ids)):
         request = {"prompt": ids[:index], "n_predict": 1, "n_probs": 1, "temperature": 0, "cache_prompt": True}
@@ -319,13 +319,13 @@ def llama_perplexity(server: Any, ids: list[int]) -> float:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and the quarters below and above."""
+    """The median, and the lower and upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4)
     return middle, low, high
 
 
 def measure_apart(name: str, threads: int, ids: torch.Tensor) -> Result | str:
-    """The same in a process of its own, which is given the tokens; the last line of its error when it fails."""
+    """Run `measure` in a process of its own with the tokens; the last line of its error output if it fails."""
     arguments = ["--one", name, "--threads", str(threads)]
     try:
         return Result(**run_apart(__file__, arguments, ids.tolist(), {"OMP_NUM_THREADS": str(threads)}))  # pyright: ignore
@@ -334,7 +334,7 @@ def measure_apart(name: str, threads: int, ids: torch.Tensor) -> Result | str:
 
 
 def row(name: str, found: Result | str, bandwidth: float) -> str:
-    """A line of the table. bandwidth: bytes a second."""
+    """A row of the table. bandwidth: bytes per second."""
     if isinstance(found, str):
         return f"| {TITLES[name]} | failed: {found.replace('|', '/')[:160]} | | | | | |"
     speed = "{:.0f} ({:.0f} to {:.0f})".format
@@ -347,13 +347,13 @@ def row(name: str, found: Result | str, bandwidth: float) -> str:
 
 
 def table(engines: Sequence[str], threads: int, tokens: int) -> str:
-    """The results as Markdown, and where they were measured."""
+    """The results as Markdown, with the machine."""
     torch.set_num_threads(threads)
     ids = texts(load("gemma3-270m"), tokens)
     found: dict[str, Result | str] = {}
     bandwidths: list[float] = []
     for name in engines:
-        # What else the machine does can only lower it: the most of all readings is what its memory gives.
+        # Other work on the machine can only lower a reading, so the maximum is its bandwidth.
         bandwidths.append(1e9 * measure_machine(0.3).cpu.memory_gb_per_second.median)
         found[name] = measure_apart(name, threads, ids)
         print(row(name, found[name], max(bandwidths)), file=sys.stderr)
@@ -370,7 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engines", nargs="+", choices=[*ENGINES, LLAMA], default=[*ENGINES, LLAMA])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokens", type=int, default=512, help="of which the perplexity is taken; 0 for none")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens for the perplexity; 0 for none")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,9 +1,9 @@
-"""all-MiniLM-L6-v2 on Lissom and on the engines a user would pick instead, at several shapes of real text.
+"""all-MiniLM-L6-v2 on Lissom and on other engines, at several shapes of real text.
 
     python benchmarks/encoder.py --update
 
-Each engine runs in a process of its own, at the setting its makers advise for latency; `lissom/bench/engines.py` has them all.
-Prints a Markdown table when the last is done; `--update` puts it into benchmarks/README.md and draws benchmarks/encoder.svg.
+Each engine runs in a process of its own, with the settings its documentation advises for latency (`lissom/bench/engines.py`).
+Prints a Markdown table at the end; `--update` puts it into benchmarks/README.md and draws benchmarks/encoder.svg.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIGURE = HERE / "encoder.svg"
 
 
 def measure(engines: str, shapes: str, seconds: float, threads: int) -> list[Record]:
-    """The records of the engines at the shapes; what was finished when the user interrupts."""
+    """The records of the engines at the shapes; after an interrupt, those finished so far."""
     records: list[Record] = []
     try:
         with progress_bar("encoder") as progress:
@@ -50,7 +50,7 @@ def measure(engines: str, shapes: str, seconds: float, threads: int) -> list[Rec
 
 
 def draw(records: list[Record], file: Path) -> None:
-    """Median milliseconds of every engine, a panel a shape, with the middle half of the runs as whiskers."""
+    """Median milliseconds of every engine, one panel per shape, with the quartiles as whiskers."""
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "lissom"
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--engines", default=",".join(ENGINES), help="some of %(default)s")
     parser.add_argument("--shapes", default=SHAPES, help="rows x tokens, or x ragged for whole glosses; %(default)s by default")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to time each engine at each shape")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per engine and shape")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for each engine")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw encoder.svg")
     options = parser.parse_args()

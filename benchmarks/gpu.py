@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --models bert-base --dtypes float16 --update
     python benchmarks/gpu.py --dtypes bfloat16 --engines lissom lissom-int8 lissom-int8-inductor --update
 
-Random weights, 128 tokens, all of them seen; the Llama reads a prompt. Each engine runs in a process of its own, which first
-runs the model in float32 to compare with. Prints a Markdown table; `--update` puts it into benchmarks/README.md.
+Random weights, 128 tokens without padding; the Llama runs a prefill. Each engine runs in a process of its own, which first
+runs the model in float32 for comparison. Prints a Markdown table; `--update` puts it into benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ Call = Callable[[Inputs], torch.Tensor]
 class Result:
     """One engine at one batch size.
 
-    median, low, high: milliseconds of a call, with the quarter of calls below and above. cosine: to float32, the whole output.
-    memory: bytes of the device the process holds after the calls, beyond what it held before it had a model.
+    median, low, high: milliseconds per call, median and quartiles. cosine: of the whole output to float32.
+    memory: device bytes the process uses after the calls, minus those before it had a model.
     """
 
     batch: int
@@ -83,28 +83,28 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def eager(model: nn.Module) -> Call:
-    """PyTorch as it is."""
+    """PyTorch eager."""
     return lambda inputs: model(**inputs)[0]
 
 
 def torch_compile(model: nn.Module) -> Call:
-    """TorchInductor at its best setting: kernels tuned, CUDA graphs, one compile a shape."""
+    """TorchInductor at its best setting: kernels tuned, CUDA graphs, one compile per shape."""
     compiled = torch.compile(model, mode="max-autotune", dynamic=False)
     return lambda inputs: compiled(**inputs)[0]
 
 
 def lissom_on(backend: str, model: nn.Module, passes: str = "exact") -> Call:
-    """Lissom with all sizes free, compiled once; what a pass makes slower is measured all the same."""
+    """Lissom with all sizes dynamic, compiled once; lossy passes are kept even if they are slower."""
     compiled = lissom.compile(model, inputs_of(8), backend=backend, passes=passes, only_if_faster=False)
     return lambda inputs: compiled(**inputs)[0]  # pyright: ignore[reportIndexIssue]
 
 
 SCHEMES = {"int8": "int8-dynamic", "fp8": "fp8", "int4": "int4-weight"}
-"""Quantization by short name; int4 takes bfloat16."""
+"""Quantization by short name; int4 requires bfloat16."""
 
 
 def quantized(scheme: str, backend: str) -> Callable[[nn.Module], Call]:
-    """Lissom with layers of short formats."""
+    """Lissom with quantized layers."""
     return lambda model: lissom_on(backend, model, f"quantize{{scheme={SCHEMES[scheme]}}}")
 
 
@@ -127,7 +127,7 @@ TITLES = {
 
 
 def inputs_of(batch: int) -> Inputs:
-    """Random tokens, the same ones at every call."""
+    """Random tokens, equal at every call."""
     ids = torch.randint(0, VOCABULARY, (batch, SEQUENCE), generator=torch.Generator().manual_seed(batch))
     return {"input_ids": ids.cuda(), "attention_mask": torch.ones_like(ids).cuda()}
 
@@ -139,13 +139,13 @@ def build(model: str, dtype: torch.dtype) -> nn.Module:
 
 
 def held() -> int:
-    """Bytes of the device that are in use."""
+    """Bytes of device memory in use."""
     free, total = torch.cuda.mem_get_info()
     return total - free
 
 
 def measure(model: str, dtype: str, engine: str) -> list[Result]:
-    """The engine at every batch size; this process does nothing else."""
+    """Measure the engine at every batch size; this process does nothing else."""
     with torch.inference_mode():
         exact = build(model, torch.float32)
         wanted = {batch: exact(**inputs_of(batch))[0].cpu() for batch in BATCHES}
@@ -160,7 +160,7 @@ def measure_batch(call: Call, batch: int, wanted: torch.Tensor, before: int) -> 
     """Latency, error and memory of one engine at one batch size."""
     inputs = inputs_of(batch)
     with torch.inference_mode():
-        # The first calls compile, tune and record.
+        # The first calls compile, tune and record CUDA graphs.
         for _ in range(3):
             found = call(inputs).cpu()
         torch.cuda.empty_cache()
@@ -171,7 +171,7 @@ def measure_batch(call: Call, batch: int, wanted: torch.Tensor, before: int) -> 
 
 
 def measure_apart(model: str, dtype: str, engine: str) -> list[Result] | str:
-    """The same in a process of its own; the last line of its error when it fails."""
+    """Run `measure` in a process of its own; the last line of its error output if it fails."""
     try:
         return [Result(**item) for item in run_apart(__file__, ["--one", model, dtype, engine])]  # pyright: ignore
     except RuntimeError as error:
@@ -192,7 +192,7 @@ def rows(model: str, dtype: str, engine: str) -> list[str]:
 
 
 def table(models: list[str], dtypes: list[str], engines: list[str]) -> str:
-    """The results as Markdown, and where they were measured."""
+    """The results as Markdown, with the machine."""
     heads = "model | dtype | engine | batch | ms (middle half) | cosine to float32 | memory, GB"
     lines = [f"| {heads} |", "|---|---|---|---:|---:|---:|---:|"]
     for model in models:

@@ -1,16 +1,16 @@
-"""What sparse and linear attention cost and gain with the length, on a whole model: Gemma 3 270M, 128 tokens to 16,384.
+"""Quality and speed of sparse and linear attention against the length: Gemma 3 270M, 128 to 16,384 tokens.
 
     python benchmarks/length_quality.py --update
 
-Fifteen of its layers see 512 tokens, three see all; patterns and feature maps replace what the treated layers see. Nothing is
-trained; `hedgehog` is fitted to softmax on other texts. The text is glosses of WordNet, one after the other, so what a token
-takes from far away is little, and more in a text that speaks of one thing: read these figures as the least loss.
+Fifteen of its layers have a window of 512 tokens, three see all; patterns and feature maps replace the attention of the treated
+layers. Nothing is trained; `hedgehog` is fitted to softmax on other texts. The text is a series of WordNet glosses, which have
+few long-range dependencies, so a coherent text would lose more.
 
-*Error*: the distance of a token's hidden state to the dense model's, as a share of its length; the largest and the mean.
+*Error*: the distance of a token's hidden state to the dense model's, relative to its norm; the largest and the mean.
 *Perplexity*: of the last tokens of each text, a thousand or half the text if that is less; texts are read until there are
-`--tokens` of them, and at least one. *ms*: the median of the calls, of a text each and two at least, without the output head.
-Each row is added to length_quality.json as soon as it is measured, and a run goes on where the last one stopped; `--again`
-starts anew. `--update` puts the table into benchmarks/README.md and draws benchmarks/length_quality.svg.
+`--tokens` of them, and at least one. *ms*: the median call of one text, over two calls or more, without the LM head.
+Each row is added to length_quality.json as soon as it is measured, and a run continues where the last one stopped; `--again`
+starts over. `--update` puts the table into benchmarks/README.md and draws benchmarks/length_quality.svg.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ PASSES = {
     "hedgehog, global layers": f'linear-attention{{features=hedgehog,only="{GLOBAL}"}}',
 }
 LAST = 1000
-"""Tokens at the end of a text whose perplexity is taken, at most."""
+"""The most tokens at the end of a text whose perplexity is measured."""
 EXAMPLE = 256
 Call = Callable[..., object]
 
@@ -92,7 +92,7 @@ def last_losses(states: torch.Tensor, head: torch.Tensor, ids: torch.Tensor) -> 
 
 
 def measure(checkpoint: Checkpoint, wanted: Mapping[int, Sequence[str]], tokens: int) -> Iterator[Row]:
-    """The rows asked for, by length."""
+    """The selected rows, by length."""
     backbone = checkpoint.model.model
     assert isinstance(backbone, nn.Module)
     head = checkpoint.model.get_input_embeddings().weight.detach()  # pyright: ignore
@@ -135,7 +135,7 @@ def timed(call: Call, texts: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for every row, length by length."""
+    """One line per row, sorted by length."""
     lines = ["| tokens | treated | error, largest | mean | perplexity | change (± standard error) | ms |"]
     lines.append("|---:|---|---:|---:|---:|---:|---:|")
     for row in sorted(rows, key=lambda row: (row.tokens, [*PASSES].index(row.treated))):
@@ -149,7 +149,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Mean error, change of perplexity and time a token against the length."""
+    """Mean error, change of perplexity and time per token against the length."""
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "lissom"
@@ -175,7 +175,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 
 def read_rows() -> list[Row]:
-    """What was measured so far."""
+    """The rows measured so far."""
     if not RECORDS.exists():
         return []
     return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))]
@@ -185,9 +185,9 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="%(default)s by default")
-    parser.add_argument("--tokens", type=int, default=4096, help="read at each length at least; %(default)s by default")
+    parser.add_argument("--tokens", type=int, default=4096, help="least tokens per length; %(default)s by default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--again", action="store_true", help="measure what was measured before, too")
+    parser.add_argument("--again", action="store_true", help="measure all rows again")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md, and draw the figure")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

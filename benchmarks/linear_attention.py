@@ -1,14 +1,14 @@
-"""What linear attention gains with the length, and what it costs: softmax beside the feature maps of `linear-attention`.
+"""Speed and quality of linear attention against the length: softmax and the feature maps of `linear-attention`.
 
     python benchmarks/linear_attention.py --update
 
-Speed: self-attention of MiniLM's width, both ways and causal, and an encoder of MiniLM's form, with random weights, from 128
-tokens to 16,384, by PyTorch, by Lissom's kernels, and with each feature map, on each backend. Each engine runs in a process of
-its own, shortest text first, so that its peak memory is that of the text at hand, beyond what it held once it was built.
-ONNX Runtime keeps all scores of a softmax, and is not asked for more than --most-scores of them.
+Speed: self-attention of MiniLM's width, bidirectional and causal, and an encoder like MiniLM, with random weights, from 128
+to 16,384 tokens, with PyTorch, with Lissom's kernels, and with each feature map, on each backend. Each engine runs in a process
+of its own, shortest text first, so that its peak memory is that of the current text, beyond its memory after the build.
+ONNX Runtime stores all scores of a softmax, and is skipped beyond --most-scores.
 
-Quality: all-MiniLM-L6-v2 without training, the maps fitted to softmax on other texts, when the last one, two or three, or all
-layers are linear: as in quality.py, and on texts of 256 tokens.
+Quality: all-MiniLM-L6-v2 without training, with the maps fitted to softmax on other texts, and the last one, two or three, or
+all layers linear: as in quality.py, and on texts of 256 tokens.
 
 Prints Markdown tables; `--update` puts them into benchmarks/README.md and draws benchmarks/linear_attention.svg.
 """
@@ -53,12 +53,12 @@ ENGINES = {
 WIDTH, HEADS, LAYERS = 384, 12, 6
 LAST = {"the last": (5,), "the last two": (4, 5), "the last three": (3, 4, 5), "all six": tuple(range(6))}
 LONG = 256
-"""Tokens of the long texts."""
+"""Length of the long texts in tokens."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One engine at one length; peak_bytes: beyond what its process held when the model was built."""
+    """One engine at one length; peak_bytes: memory beyond what its process used when the model was built."""
 
     model: str
     engine: str
@@ -68,7 +68,7 @@ class Point:
 
     @property
     def microseconds(self) -> float:
-        """Of a token."""
+        """Microseconds per token."""
         return 1e3 * self.median_ms / self.tokens
 
 
@@ -88,7 +88,7 @@ class Attention(nn.Module):
 
 
 def build(name: str) -> tuple[nn.Module, Callable[[int], dict[str, torch.Tensor]]]:
-    """A model with random weights, and what gives its inputs for so many tokens."""
+    """A model with random weights, and a function from a number of tokens to its inputs."""
     torch.manual_seed(0)
     if name != "encoder":
         return Attention(name == "causal").eval(), lambda tokens: {"x": torch.randn(1, tokens, WIDTH)}
@@ -121,14 +121,14 @@ def measure(model: str, engine: str, lengths: Sequence[int], seconds: float, mos
 
 
 def held_bytes() -> int:
-    """What this process holds now, and at most from now on: Linux forgets the peak before."""
+    """Current and peak memory of this process; the peak is reset first, which needs Linux."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return peak_bytes()
 
 
 def _median_ms(call: Callable[[], object], seconds: float) -> float:
-    """The median of the calls that fit the time; of a call that takes far longer, the second alone."""
+    """The median of the calls within the time limit; of calls that take far longer, the second only."""
     call()
     started = time.perf_counter()
     call()
@@ -137,7 +137,7 @@ def _median_ms(call: Callable[[], object], seconds: float) -> float:
 
 
 def run_worker(model: str, engine: str, options: argparse.Namespace) -> Iterator[Point]:
-    """The points of one engine, in a process of its own; what it had finished when it dies."""
+    """The points of one engine, in a process of its own; those finished if it crashes."""
     request = ["--worker", model, engine, "--lengths", *map(str, options.lengths), "--seconds", str(options.seconds)]
     request += ["--threads", str(options.threads), "--most-scores", str(options.most_scores)]
     with subprocess.Popen([sys.executable, __file__, *request], stdout=subprocess.PIPE, text=True) as process:
@@ -150,7 +150,7 @@ def run_worker(model: str, engine: str, options: argparse.Namespace) -> Iterator
 
 
 def speed_table(points: Sequence[Point], model: str, lengths: Sequence[int]) -> str:
-    """Microseconds a token of every engine at every length, and the memory the longest text took."""
+    """Microseconds per token of every engine at every length, and the memory of the longest text."""
     heads = ["engine", *(f"{tokens:,}" for tokens in lengths), "MB at the longest"]
     lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
     for engine in ENGINES:
@@ -163,7 +163,7 @@ def speed_table(points: Sequence[Point], model: str, lengths: Sequence[int]) -> 
 
 
 def draw(points: Sequence[Point], file: Path) -> None:
-    """Microseconds a token against the length, a panel a model: softmax in grey and black, ONNX Runtime dashed."""
+    """Microseconds per token against the length, a panel per model: softmax in grey and black, ONNX Runtime dashed."""
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "lissom"
@@ -187,7 +187,7 @@ def draw(points: Sequence[Point], file: Path) -> None:
 
 
 def quality_table(pairs: int | None, calibration: int, chosen: Sequence[str]) -> str:
-    """What is left of softmax's weights, of retrieval and of embeddings, by feature map and layers."""
+    """The agreement with softmax weights, retrieval and embeddings, by feature map and layers."""
     checkpoint = load("minilm")
     texts = read_pairs("evaluation", pairs)
     original, long = retrieve(checkpoint.model, checkpoint, texts), long_texts(checkpoint, texts.glosses, LONG)
@@ -225,7 +225,7 @@ def quality_table(pairs: int | None, calibration: int, chosen: Sequence[str]) ->
 
 
 def report(points: Sequence[Point], quality: str, lengths: Sequence[int]) -> str:
-    """All tables as they stand in benchmarks/README.md."""
+    """All tables in the form of benchmarks/README.md."""
     parts: list[str] = []
     for name, title in MODELS.items():
         if any(point.model == name for point in points):
@@ -243,12 +243,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="%(default)s by default")
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES), metavar="ENGINE", help="by name")
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="%(default)s by default")
-    parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each engine at each length")
+    parser.add_argument("--seconds", type=float, default=3.0, help="seconds per engine and length")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--most-scores", type=float, default=4.0, help="GB of scores ONNX Runtime may keep; %(default)s by default"
+        "--most-scores", type=float, default=4.0, help="GB of scores allowed on ONNX Runtime; %(default)s by default"
     )
-    parser.add_argument("--features", nargs="*", default=list(FEATURES), help="feature maps whose quality is measured")
+    parser.add_argument("--features", nargs="*", default=list(FEATURES), help="feature maps for the quality table")
     parser.add_argument("--pairs", type=int, default=2000, help="evaluated synsets; %(default)s by default")
     parser.add_argument("--texts", type=int, default=1000, help="short calibration texts; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the tables into benchmarks/README.md, and draw the figure")

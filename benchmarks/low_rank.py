@@ -1,13 +1,13 @@
-"""What low rank costs and gains: activation-aware against plain SVD at equal bytes, and latency against rank.
+"""Cost and gain of low rank: activation-aware against plain SVD at equal bytes, and latency against rank.
 
     python benchmarks/low_rank.py minilm
     python benchmarks/low_rank.py gemma3-270m
     python benchmarks/low_rank.py minilm --update
 
-For each budget all-MiniLM-L6-v2, or Gemma 3 270M, is factored by calibration data and by its weights alone; quality is that of
-quality.py. Embeddings and output heads stay as they are. For MiniLM the program compiled for the CPU backend is also timed at
-several ranks beside our own whole one, in turn in one process. `--update` puts the tables into README.md, and the latencies
-into low_rank.svg.
+For each budget, all-MiniLM-L6-v2 or Gemma 3 270M is factored with calibration data and from its weights alone; quality is that
+of quality.py. Embedding tables and LM heads stay as they are. For MiniLM the program compiled for the CPU backend is also timed
+at several ranks against our own dense program, in turn in one process. `--update` puts the tables into README.md, and the
+latencies into low_rank.svg.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ FIGURE = Path(__file__).parent / "low_rank.svg"
 BUDGETS = (0.9, 0.75, 0.5)
 RANKS = (32, 64, 96, 128, 160, 192)
 SHAPES = ((1, 32), (8, 128))
-"""Rows and tokens latency is taken at."""
+"""Rows and tokens of the latency measurements."""
 WAYS = {
     "activations, Fisher": "",
     "activations": ",fisher=false",
     "plain SVD": ",whiten=false",
 }
-"""What the factors are fitted to, as a table calls it, and the options for it."""
+"""The data the factors are fitted to, as named in the table, with its options."""
 HEADS = {
     "minilm": ("recall@10", "change (95 %)", "cosine, mean"),
     "gemma3-270m": ("perplexity", "change (± standard error)"),
 }
 
 Score = Callable[[Callable[..., object]], list[str]]
-"""From a callable to the cells of a model's columns."""
+"""Maps a callable to the cells of a model's columns."""
 
 
 def encoder_score(checkpoint: Checkpoint, pairs: int | None) -> Score:
@@ -83,7 +83,7 @@ def decoder_score(checkpoint: Checkpoint, tokens: int) -> Score:
 def quality_table(
     model: str, checkpoint: Checkpoint, budgets: Sequence[float], data: Sequence[dict[str, object]], score: Score
 ) -> str:
-    """Every way of choosing factors at every budget, as Markdown."""
+    """Every method at every budget, as Markdown."""
     heads = ("bytes allowed", "fitted to", "in factors", "bytes of all weights", *HEADS[model], "s")
     lines = [f"| {' | '.join(heads)} |", "|---:|---" + "|---:" * (len(heads) - 2) + "|"]
     whole = lissom.optimize(checkpoint.model, checkpoint.example_inputs, checks="structural").program
@@ -100,12 +100,12 @@ def quality_table(
 
 
 def factored(program: Program) -> int:
-    """How many weights have become two."""
+    """The number of weights replaced by two factors."""
     return sum(name.endswith("weight_v") for name in program.weights())
 
 
 def latencies(checkpoint: Checkpoint, ranks: Sequence[int], seconds: float) -> dict[str, list[float]]:
-    """Time of a call at each rank as a share of the whole program's, by shape; factors are of the weights alone."""
+    """The time of a call at each rank relative to the dense program, by shape; factors are from the weights alone."""
     whole = lissom.compile(checkpoint.model, checkpoint.example_inputs, checks="structural")
     found: dict[str, list[float]] = {f"{rows}x{tokens}": [] for rows, tokens in SHAPES}
     found["weights, bytes"] = []
@@ -126,7 +126,7 @@ def latencies(checkpoint: Checkpoint, ranks: Sequence[int], seconds: float) -> d
 
 
 def latency_table(ranks: Sequence[int], found: dict[str, list[float]]) -> str:
-    """Shares by rank, as Markdown."""
+    """Relative times by rank, as Markdown."""
     lines = [f"| rank | {' | '.join(found)} |", "|---:" * (len(found) + 1) + "|"]
     lines += [
         f"| {rank} | {' | '.join(f'{values[index]:.2f}' for values in found.values())} |" for index, rank in enumerate(ranks)
@@ -156,13 +156,13 @@ def main() -> None:
     """Measure, print, and with `--update` put the tables into the README."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=list(TITLES))
-    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS, help="shares of the treated bytes")
+    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS, help="fractions of the treated bytes")
     parser.add_argument("--pairs", type=int, help="evaluated synsets of MiniLM; all of them by default")
     parser.add_argument("--texts", type=int, default=2000, help="calibration texts of MiniLM; %(default)s by default")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens Gemma is evaluated on; %(default)s by default")
     parser.add_argument("--calibration", type=int, default=8192, help="tokens Gemma is calibrated on; %(default)s by default")
-    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="ranks MiniLM is timed at")
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long to time at each shape; %(default)s by default")
+    parser.add_argument("--ranks", type=int, nargs="*", default=RANKS, help="ranks at which MiniLM is timed")
+    parser.add_argument("--seconds", type=float, default=4.0, help="seconds per shape; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the tables into benchmarks/README.md")
     options = parser.parse_args()
     checkpoint = load(options.model)

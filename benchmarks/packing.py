@@ -1,4 +1,4 @@
-"""What `pack-tokens` gains on ragged batches: all-MiniLM-L6-v2 on batches of real glosses, padded and packed.
+"""The speedup of `pack-tokens` on ragged batches: all-MiniLM-L6-v2 on batches of real glosses, padded and packed.
 
     python benchmarks/packing.py --update
 
@@ -33,7 +33,7 @@ PACKED = "zero-padding,pack-tokens"
 class Row:
     """One backend on one batch.
 
-    real: the share of positions that are tokens. error: the largest difference at real tokens over the largest value.
+    real: the fraction of positions that are tokens. error: the largest difference at real tokens over the largest value.
     """
 
     backend: str
@@ -86,9 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backends", default=BACKENDS, help="some of %(default)s")
     parser.add_argument("--rows", type=int, default=32, help="glosses in a batch")
-    parser.add_argument("--batches", type=int, default=3, help="batches, one after the other from the file")
-    parser.add_argument("--passes", default="", help="passes for both programs behind the packing, such as cast{dtype=bf16}")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to time each program on each batch")
+    parser.add_argument("--batches", type=int, default=3, help="consecutive batches from the file")
+    parser.add_argument("--passes", default="", help="passes for both programs after the packing, such as cast{dtype=bf16}")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per program and batch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     options = parser.parse_args()

@@ -1,17 +1,16 @@
-"""One model on one, two and four ranks: time, memory of a rank, and bytes between ranks beside what theory says.
+"""One model on one, two and four ranks: time, memory of a rank, and bytes between ranks against theory.
 
     python benchmarks/parallel.py --update
 
-A Llama-like decoder with random weights, and Gemma 3 270M, compiled with their cache, partitioned and saved by one process;
-then each rank is a process that reads its own file. It reads a prompt of 128 tokens and goes on for 50, chosen greedily, and
-the tokens of every number of ranks are compared with those of one. Ranks exchange values through memory that they share, and
-in rows of their own over gloo. Beside it, on the Llama-like model, PyTorch's own tensor parallelism over gloo:
-`parallelize_module` with the plan that transformers has for the model. Float32, one thread a rank: where there are fewer
-cores than ranks, they take turns.
+A Llama-like decoder with random weights, and Gemma 3 270M, compiled with their KV cache, partitioned and saved by one process;
+then each rank is a process that loads its own file. It prefills 128 tokens and decodes 50, chosen greedily, and the tokens of
+every world size are compared with those of one rank. Ranks exchange values through shared memory, and, in separate rows, over
+gloo. For comparison, on the Llama-like model, PyTorch's own tensor parallelism over gloo: `parallelize_module` with the plan
+from transformers. Float32, one thread per rank; with fewer cores than ranks, the ranks share cores.
 
-*Memory* is the peak of the process with the most, above what it held before it loaded the model. *Bytes* are those the
-loopback device counted for one prompt, with the headers of packets, which shared memory does not go over; theory: what rings
-send (Thakur et al. 2005).
+*Memory* is the peak of the rank with the most, above what it used before it loaded the model. *Bytes* are those the
+loopback device counted for one prompt, packet headers included, which shared memory does not use; theory: ring collectives
+(Thakur et al. 2005).
 Prints a Markdown table; `--update` puts it into benchmarks/README.md.
 """
 
@@ -59,10 +58,10 @@ Read = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Result:
-    """What so many ranks do.
+    """The result of one world size.
 
-    prompt: milliseconds, median with the quarters below and above; token: of one token. weights, peak: bytes, of the rank with
-    the most. sent: bytes between ranks for a prompt, counted; theory: what rings send. tokens: the answer.
+    prompt: milliseconds, median and quartiles; token: of one token. weights, peak: bytes, of the rank with the most.
+    sent: bytes between ranks for a prompt, counted; theory: those of rings. tokens: the answer.
     """
 
     prompt: tuple[float, float, float]
@@ -75,7 +74,7 @@ class Result:
 
 
 def build(name: str) -> transformers.PreTrainedModel:
-    """The model, the same in every process."""
+    """The model, equal in every process."""
     torch.manual_seed(0)
     if name == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
@@ -85,14 +84,14 @@ def build(name: str) -> transformers.PreTrainedModel:
 
 
 def loopback_bytes() -> int:
-    """What the loopback device has received; nothing where Linux does not tell."""
+    """The bytes the loopback device has received; 0 if the system does not report them."""
     counters = Path("/proc/net/dev")
     lines = counters.read_text(encoding="utf-8").splitlines() if counters.is_file() else []
     return next((int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith("lo:")), 0)
 
 
 def measure(read: Read, reset: Callable[[], None], rounds: int) -> dict[str, object]:
-    """Times, tokens and bytes between ranks, of this rank."""
+    """The times, tokens and bytes between ranks of this rank."""
     ids = torch.randint(3, 30000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     prompts: list[float] = []
     steps: list[float] = []
@@ -115,7 +114,7 @@ def measure(read: Read, reset: Callable[[], None], rounds: int) -> dict[str, obj
 
 
 def _sent(call: Callable[[], object]) -> int:
-    """The bytes a call sends between ranks; what two barriers send is taken off."""
+    """The bytes a call sends between ranks, minus those of the two barriers around it."""
     if not dist.is_initialized():
         return 0
     counts: list[int] = []
@@ -134,7 +133,7 @@ def _quarters(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def lissom_rank(directory: str, rounds: int) -> dict[str, object]:
-    """This rank's figures, of a saved decoder."""
+    """This rank's figures for a saved decoder."""
     before = held_bytes()
     decoder = lissom.load_generation(directory)
     program = decoder.compiled.program
@@ -146,7 +145,7 @@ def lissom_rank(directory: str, rounds: int) -> dict[str, object]:
 
 
 def pytorch_rank(name: str, rounds: int) -> dict[str, object]:
-    """This rank's figures, of the model as transformers has it, shared by `parallelize_module`."""
+    """This rank's figures for the model of transformers under `parallelize_module`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -179,7 +178,7 @@ def pytorch_rank(name: str, rounds: int) -> dict[str, object]:
 
 
 def work(engine: str, source: str, rounds: int) -> None:
-    """One rank of what torchrun started, or the only one; the first prints what all found."""
+    """Run one rank of those torchrun started, or the only one; rank 0 prints the results of all."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -192,13 +191,13 @@ def work(engine: str, source: str, rounds: int) -> None:
         most = {name: max(item[name] for item in every) for name in ("weights", "peak")}  # pyright: ignore
         print(json.dumps(found | most), flush=True)
     if dist.is_initialized():
-        # Gloo aborts a process whose peers are gone before it has left.
+        # Gloo aborts a process that is still running when its peers have exited.
         dist.barrier()
         dist.destroy_process_group()
 
 
 def run(engine: str, source: str, world_size: int, rounds: int) -> Result:
-    """What so many ranks do, each in a process of its own. Raises: RuntimeError when one fails."""
+    """The result of one world size, with a process per rank. Raises: RuntimeError if one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -255,7 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS, help="%(default)s by default")
     parser.add_argument(
-        "--world-size", nargs="*", type=int, default=list(WORLD_SIZES), help="numbers of ranks; %(default)s by default"
+        "--world-size", nargs="*", type=int, default=list(WORLD_SIZES), help="world sizes; %(default)s by default"
     )
     parser.add_argument("--rounds", type=int, default=5, help="prompts and answers timed; %(default)s by default")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")

@@ -1,11 +1,11 @@
-"""Every criterion of prune-heads and prune-neurons at the same share kept, on all-MiniLM-L6-v2, without retraining.
+"""Every criterion of prune-heads and prune-neurons at the same fraction kept, on all-MiniLM-L6-v2, without retraining.
 
     python benchmarks/pruning.py --keep 0.75 --update
     python benchmarks/pruning.py --speed --keep 0.75
 
-For each criterion heads alone, neurons alone and both: recall and cosine as in quality.py, and the seconds the passes took.
-`--speed` removes what was pruned and times the compiled program beside our own unpruned one, at 32 rows of 128 tokens.
-`--pairs` and `--texts` make it shorter, and the figures rougher.
+For each criterion heads alone, neurons alone and both: recall and cosine as in quality.py, and the seconds of the passes.
+`--speed` removes the pruned units and times the compiled program against our own unpruned one, at 32 rows of 128 tokens.
+Smaller `--pairs` and `--texts` are faster and less precise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pipelines(keep: float, criteria: Iterable[str]) -> list[str]:
 
 
 def speed_table(checkpoint: Checkpoint, keep: float, texts: int, seconds: float) -> str:
-    """Milliseconds a call of the program pruned by `second-order`, and of the unpruned one, as Markdown."""
+    """Milliseconds per call of the program pruned by `second-order`, and of the unpruned one, as Markdown."""
     pruning = f"prune-heads{{keep={keep:g}}},prune-neurons{{keep={keep:g}}}"
     data = calibration_batches(checkpoint, texts)
     models = {
@@ -55,13 +55,13 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "--keep", type=float, default=0.75, help="the share of heads and of neurons kept; %(default)s by default"
+        "--keep", type=float, default=0.75, help="the fraction of heads and of neurons kept; %(default)s by default"
     )
     parser.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA))
     parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
     parser.add_argument("--texts", type=int, default=3400, help="calibration texts; %(default)s by default")
     parser.add_argument("--speed", action="store_true", help="time the pruned program instead")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to time each program")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per program")
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     options = parser.parse_args()
     checkpoint = load("minilm")

@@ -1,12 +1,12 @@
-"""What passes cost: retrieval and cosine of all-MiniLM-L6-v2, and perplexity of Gemma 3 270M, on texts of WordNet.
+"""The quality cost of passes: retrieval and cosine of all-MiniLM-L6-v2, and perplexity of Gemma 3 270M, on WordNet texts.
 
     python benchmarks/quality.py minilm --passes "prune-neurons{keep=0.75}" "prune-heads{keep=0.75},prune-neurons{keep=0.75}"
     python benchmarks/quality.py gemma3-270m --passes "prune-neurons{keep=0.75}"
 
 MiniLM: each usage example is looked up among the glosses of all evaluated synsets, by the cosine of mean-pooled embeddings.
-recall@k is the share of examples whose own gloss is among the k nearest. Its change from the original is taken over the same
-examples, with its 95 % interval from 2,000 bootstrap draws of them. The cosine is of a gloss's embedding to the original's.
-Gemma: perplexity of the evaluated glosses, one a line, read in windows of 512 tokens that begin as its texts do.
+recall@k is the fraction of examples whose own gloss is among the k nearest. Its change from the original is over the same
+examples, with a 95 % interval from 2,000 bootstrap samples. The cosine compares a gloss's embedding with the original's.
+Gemma: perplexity of the evaluated glosses, one per line, read in windows of 512 tokens that begin with the BOS token.
 Calibration texts are those of other synsets.
 """
 
@@ -36,7 +36,7 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Texts:
-    """Usage examples and the glosses they belong to, in one order."""
+    """Usage examples and the glosses they belong to, in the same order."""
 
     glosses: list[str]
     examples: list[str]
@@ -44,7 +44,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What a model finds.
+    """The retrieval results of a model.
 
     ranks: for each example, how many glosses are nearer to it than its own. embeddings: of the glosses, [glosses, features].
     """
@@ -53,7 +53,7 @@ class Retrieval:
     embeddings: torch.Tensor
 
     def recall(self, k: int) -> float:
-        """The share of examples whose own gloss is among the k nearest."""
+        """The fraction of examples whose own gloss is among the k nearest."""
         return float((self.ranks < k).double().mean())
 
 
@@ -65,7 +65,7 @@ def read_pairs(split: str, limit: int | None = None) -> Texts:
 
 
 def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = BATCH) -> list[dict[str, torch.Tensor]]:
-    """Batches of calibration texts, glosses and examples alike, of similar length so that little is padded."""
+    """Batches of calibration texts, glosses and examples alike, of similar length to keep padding low."""
     found = read_pairs("calibration", (texts + 1) // 2)
     pool = (found.glosses + found.examples)[:texts]
     assert checkpoint.tokenizer is not None
@@ -75,7 +75,7 @@ def calibration_batches(checkpoint: Checkpoint, texts: int = 3400, batch: int = 
 
 
 def long_texts(checkpoint: Checkpoint, texts: Sequence[str], tokens: int) -> list[str]:
-    """The texts joined and cut anew: each has so many tokens with the two an encoder adds, and the rest is left out."""
+    """The texts joined and split into texts of this many tokens, with the encoder's two special tokens; the rest is dropped."""
     assert checkpoint.tokenizer is not None
     ids = checkpoint.tokenizer(" ".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     whole = range(0, len(ids) - tokens + 2, tokens - 2)
@@ -106,7 +106,7 @@ def retrieve(call: Callable[..., object], checkpoint: Checkpoint, texts: Texts) 
 
 
 def difference(original: Retrieval, found: Retrieval, k: int) -> tuple[float, float, float]:
-    """The relative change of recall@k, and the ends of its 95 % interval, from paired bootstrap draws."""
+    """The relative change of recall@k, and its 95 % interval from paired bootstrap samples."""
     before, after = (original.ranks < k).double(), (found.ranks < k).double()
     generator = torch.Generator().manual_seed(0)
     draws = torch.randint(len(before), (DRAWS, len(before)), generator=generator)
@@ -121,7 +121,7 @@ def cosine(original: Retrieval, found: Retrieval) -> torch.Tensor:
 
 
 def windows(checkpoint: Checkpoint, split: str, tokens: int, size: int = WINDOW) -> list[torch.Tensor]:
-    """Windows of token ids, [1, size]: the token texts begin with, then text; tokens: of the text in all."""
+    """Windows of token ids, [1, size]: the BOS token, then text; tokens: the total length of the text."""
     tokenizer = checkpoint.tokenizer
     assert tokenizer is not None
     found = read_pairs(split)
@@ -141,19 +141,19 @@ def losses(call: Callable[..., object], checkpoint: Checkpoint, texts: Sequence[
 
 
 def perplexity(call: Callable[..., object], checkpoint: Checkpoint, tokens: int = 4096) -> float:
-    """exp of the mean negative log-likelihood of the evaluated glosses, so many tokens of them."""
+    """exp of the mean negative log-likelihood of this many tokens of the evaluated glosses."""
     return float(losses(call, checkpoint, windows(checkpoint, "evaluation", tokens)).mean().exp())
 
 
 def perplexity_change(base: torch.Tensor, found: torch.Tensor) -> list[str]:
-    """Perplexity, and its change with the standard error of that, as cells of a table; from `losses` of the same texts."""
+    """Perplexity, and its change with the standard error, as table cells; from `losses` of the same texts."""
     change = found - base
     error = float(change.std() / len(change) ** 0.5)
     return [f"{float(found.mean().exp()):.2f}", f"{float(change.mean().exp()) - 1:+.2%} (± {error:.2%})"]
 
 
 def timed_inputs(model: str, checkpoint: Checkpoint, rows: int, tokens: int) -> dict[str, object]:
-    """Inputs of that size to time a model on: text for MiniLM, one row of token ids for Gemma."""
+    """Inputs of that size for timing: text for MiniLM, one row of token ids for Gemma."""
     if model == "minilm":
         return dict(checkpoint.encode(["a sentence " * tokens] * rows, tokens))
     return decoder_inputs(checkpoint, torch.arange(100, 100 + tokens)[None])
@@ -162,19 +162,19 @@ def timed_inputs(model: str, checkpoint: Checkpoint, rows: int, tokens: int) -> 
 def latency_share(
     found: Callable[..., object], whole: Callable[..., object], given: Mapping[str, object], seconds: float
 ) -> float:
-    """The median time of a call of `found` as a share of that of `whole`, the two called in turn."""
+    """The median time of a call of `found` relative to `whole`, the two called in turn."""
     timings = time_calls({"found": lambda: found(**given), "whole": lambda: whole(**given)}, seconds)
     return timings["found"].median_ms / timings["whole"].median_ms
 
 
 def decoder_inputs(checkpoint: Checkpoint, ids: torch.Tensor) -> dict[str, object]:
-    """The arguments of the decoder for these tokens, all of them real: [1, tokens]."""
+    """The decoder's arguments for these tokens without padding: [1, tokens]."""
     given = dict(checkpoint.example_inputs)
     return {**given, "input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if "attention_mask" in given else {})
 
 
 def decoder_batches(checkpoint: Checkpoint, tokens: int = 8192) -> list[dict[str, object]]:
-    """Calibration texts, one window a batch."""
+    """Calibration texts, one window per batch."""
     return [decoder_inputs(checkpoint, ids) for ids in windows(checkpoint, "calibration", tokens)]
 
 
@@ -220,7 +220,7 @@ def gemma_table(checkpoint: Checkpoint, pipelines: Sequence[str], tokens: int) -
 
 
 def conditions() -> str:
-    """The machine and the versions the figures were taken with."""
+    """The machine and the versions of the measurements."""
     versions = {"torch": torch, "transformers": transformers, "lissom": lissom}
     listed = ", ".join(f"{name} {module.__version__}" for name, module in versions.items())
     threads = torch.get_num_threads()
@@ -231,7 +231,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=["minilm", "gemma3-270m"])
-    parser.add_argument("--passes", nargs="*", default=[], help="pipelines to measure, each a text of its own")
+    parser.add_argument("--passes", nargs="*", default=[], help="pipelines to measure, one argument each")
     parser.add_argument("--pairs", type=int, help="evaluated synsets; all of them by default")
     parser.add_argument("--texts", type=int, default=3400, help="calibration texts of MiniLM; %(default)s by default")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens Gemma reads; %(default)s by default")

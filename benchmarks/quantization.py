@@ -1,14 +1,14 @@
-"""What rounding costs: perplexity of Gemma 3 270M, retrieval and cosine of all-MiniLM-L6-v2, by scheme and accuracy method.
+"""The cost of quantization: perplexity of Gemma 3 270M, retrieval and cosine of all-MiniLM-L6-v2, by scheme and method.
 
     python benchmarks/quantization.py gemma3-270m
     python benchmarks/quantization.py minilm
     python benchmarks/quantization.py gemma3-270m --passes "awq,quantize{scheme=int4-weight},gptq" --tokens 4096
 
-Gemma: perplexity of the evaluated glosses, joined line by line and read in windows, each of which begins with the token that
-texts begin with. `stored`: the bytes of all weights after `fold-quantized-weights`, also as a share of the file that the model
-came from, in which they have 4 to 8 bits. Its embeddings have 8, in groups of 32: the benchmark says whether int8 in groups of
-32 gives them back to the last bit.
-MiniLM: see quality.py. `s` are the seconds of all passes, the exact ones and, for MiniLM, capturing included.
+Gemma: perplexity of the evaluated glosses, joined line by line and read in windows, each of which begins with the BOS token.
+`stored`: the bytes of all weights after `fold-quantized-weights`, also relative to the GGUF file of the model, in which weights
+have 4 to 8 bits. Its embedding table has 8, in groups of 32: the benchmark says whether int8 in groups of 32 reproduces it bit
+for bit.
+MiniLM: see quality.py. `s` are the seconds of all passes, the exact ones and, for MiniLM, the capture included.
 Calibration texts are those of other synsets. `--update` puts the table into benchmarks/README.md.
 """
 
@@ -40,7 +40,7 @@ _ALL = "quantize{scheme=int4-weight,symmetric=false,embeddings=true}"
 _AWQ = "awq{symmetric=false}"
 _GPTQ = "gptq{tables=false}"
 MIXED, INT4 = f"{_TABLES},{_ZERO_POINTS},{_GPTQ}", f"{_ALL},gptq"
-"""What decoder.py times too: tables of eight bits and layers of four, and four bits throughout."""
+"""The pipelines that decoder.py times too: int8 embedding tables with int4 layers, and int4 throughout."""
 GEMMA = (
     MIXED,
     INT4,
@@ -57,7 +57,7 @@ GEMMA = (
     f"{_TABLES},{_ZERO_POINTS},gptq{{tables=false,refit=false}}",
     f"{_TABLES},{_ZERO_POINTS},gptq{{tables=false,act_order=false}}",
 )
-"""Those that matter most first: the table is there after each."""
+"""The most important pipelines first: the table is printed after each."""
 MINILM = (
     "quantize{scheme=int8-dynamic}",
     *(f"quantize{{scheme=int8-static,observer={name}}}" for name in ("min-max", "percentile", "mse", "entropy")),
@@ -79,7 +79,7 @@ def file_bytes(name: str) -> int:
 
 
 def finds_the_grid(checkpoint: Checkpoint) -> bool:
-    """Whether int8 in groups of 32 gives the table of embeddings back to the last bit."""
+    """Whether int8 in groups of 32 reproduces the embedding table bit for bit."""
     table = checkpoint.model.get_input_embeddings().weight.detach()  # pyright: ignore
     scale, _ = weight_scale(table, (table.shape[0], table.shape[1] // 32), formats.FORMATS["int8"], "min-max")
     rounded = formats.quantize(table, scale.half(), None, formats.FORMATS["int8"])
@@ -87,7 +87,7 @@ def finds_the_grid(checkpoint: Checkpoint) -> bool:
 
 
 def gemma_tables(name: str, pipelines: Sequence[str], calibration: int, evaluation: int) -> Iterator[str]:
-    """The perplexity of the program and after each pipeline, as Markdown: the table so far, after each of them."""
+    """The perplexity of the program and after each pipeline, as Markdown; yields the table so far after each."""
     checkpoint = load(name)
     dense = lissom.optimize(checkpoint.model, checkpoint.example_inputs, checks="structural").program
     texts = windows(checkpoint, "evaluation", evaluation)
@@ -112,7 +112,7 @@ def gemma_tables(name: str, pipelines: Sequence[str], calibration: int, evaluati
         program, _ = Pipeline(chosen, checks="structural", data=data).run(dense)
         seconds = time.perf_counter() - started
         stored, _ = Pipeline([FoldQuantizedWeights()], checks="structural").run(program)
-        # Weights are rounded once, not at every call; the numbers are the same.
+        # Weights are quantized once, not at every call; the numbers are the same.
         quick, _ = Pipeline([FoldConstants()], checks="structural").run(program)
         found = losses(quick, checkpoint, texts)
         cells = [f"`{passes}`", *perplexity_change(base, found)]
@@ -126,9 +126,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=["minilm", "gemma3-270m"])
-    parser.add_argument(
-        "--passes", nargs="*", help="pipelines to measure, each a text of its own; those of the table by default"
-    )
+    parser.add_argument("--passes", nargs="*", help="pipelines to measure, one argument each; those of the table by default")
     parser.add_argument("--tokens", type=int, default=20480, help="tokens Gemma is evaluated on; %(default)s by default")
     parser.add_argument("--calibration", type=int, default=65536, help="tokens Gemma is calibrated on; %(default)s by default")
     parser.add_argument("--texts", type=int, default=100, help="calibration texts of MiniLM; %(default)s by default")

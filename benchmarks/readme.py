@@ -1,4 +1,4 @@
-"""The tables of benchmarks/README.md, each between marks of its own, which the benchmarks replace with `--update`."""
+"""Updates the tables of benchmarks/README.md, each between its own marks, for the `--update` of the benchmarks."""
 
 from __future__ import annotations
 

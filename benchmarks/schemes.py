@@ -4,9 +4,9 @@
     python benchmarks/schemes.py gemma3-270m
     python benchmarks/schemes.py --write
 
-Each row is added to schemes.json as soon as it is measured, and a run goes on where the last one stopped; `--again` starts
-anew. Quality is that of quality.py, of the compiled model where the CPU backend has kernels, else of the rounded program.
-Latency is of the compiled program beside our own in float32 on the same backend, in turn in one process, as a share of it.
+Each row is added to schemes.json as soon as it is measured, and a run continues where the last one stopped; `--again` starts
+over. Quality is that of quality.py, of the compiled model if the CPU backend has kernels, else of the simulated program.
+Latency is relative to our own float32 program on the same backend, the two timed in turn in one process.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SECONDS = 4.0
 
 @dataclass(frozen=True)
 class Scheme:
-    """A page: what the scheme is, when not to use it, and the pipelines measured on each model."""
+    """A page: the scheme, when not to use it, and the pipelines measured on each model."""
 
     about: str
     avoid: str
@@ -63,7 +63,7 @@ class Scheme:
     gemma: Sequence[str]
 
     def pipelines(self, model: str) -> Sequence[str]:
-        """Those of a model."""
+        """The pipelines of a model."""
         return self.minilm if model == "minilm" else self.gemma
 
 
@@ -80,10 +80,10 @@ SCHEMES = {
         "W8A8 as `int8-dynamic`, with per-tensor activation scales and zero points that an observer chooses from calibration "
         "data. `smooth-quant` before it moves activation outliers into weights.",
         "- Without calibration data that "
-        "looks like the inputs to come: values outside its range are clipped.\n"
-        "- On values with outliers, as the residual streams of most transformers have: one scale for all tokens costs "
-        "several times the error of one for each, see the table.\n"
-        "- For speed alone: finding ranges at run time is a small part of a layer, see the last columns of both pages.",
+        "resembles later inputs: values outside its range are clipped.\n"
+        "- On values with outliers, as the residual streams of most transformers have: a per-tensor scale has "
+        "several times the error of per-token scales, see the table.\n"
+        "- For speed alone: computing scales at run time is a small part of a layer, see the last columns of both pages.",
         (
             "quantize{scheme=int8-static}",
             "quantize{scheme=int8-static,observer=mse}",
@@ -96,18 +96,18 @@ SCHEMES = {
         "dequantized in registers.",
         "- For prefill and large batches: products run in floating point, no "
         "faster, see the longer shape.\n"
-        "- Where memory is what counts and a percent of quality can go: `int4-weight` takes half of it.",
+        "- Where memory counts more than a percent of quality: `int4-weight` takes half of it.",
         ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,embeddings=true}"),
         ("quantize{scheme=int8-weight}", "quantize{scheme=int8-weight,granularity=group,embeddings=true}"),
     ),
     "int4-weight": Scheme(
-        "Weight-only int4 (W4A16) with a scale per group of 32. `gptq` behind it and `awq` before it reduce the error by "
+        "Weight-only int4 (W4A16) with a scale per group of 32. `gptq` after it and `awq` before it reduce the error with "
         "calibration data.",
-        "- Without data for `gptq` or `awq` where quality counts: rounding to the "
-        "nearest costs many times as much.\n"
+        "- Without data for `gptq` or `awq` where quality counts: the loss of round-to-nearest "
+        "is many times as large.\n"
         "- For prefill and large batches: products run in floating point, no faster.\n"
-        "- For encoders whose embeddings are compared with those of the original: eight bits are nearer by an order of "
-        "magnitude.",
+        "- For encoders whose embeddings are compared with those of the original: the error of int8 is smaller by an "
+        "order of magnitude.",
         (
             "quantize{scheme=int4-weight}",
             "quantize{scheme=int4-weight},gptq",
@@ -119,9 +119,8 @@ SCHEMES = {
         "Weights and activations in fp8 (e4m3, four bits of exponent and three of fraction), with per-channel and per-token "
         "scales. The largest value is 448.",
         "- On a CPU: no processor multiplies fp8, and the scheme is "
-        "refused; `simulate=True` computes the same numbers in floating point, to learn what they cost.\n"
-        "- For weights that a short integer format holds: within one channel int8 has finer steps, see the cosine of "
-        "both.",
+        "refused; `simulate=True` computes the same numbers in floating point, to measure the quality.\n"
+        "- For weights that fit int8: within one channel int8 has finer steps, see the cosine of both.",
         ("quantize{scheme=fp8}",),
         ("quantize{scheme=fp8}",),
     ),
@@ -132,8 +131,8 @@ SCHEMES = {
 class Row:
     """One pipeline on one model.
 
-    quality: cells of the model's columns. size: bytes of the weights in an artifact as a share of float32's. latency: by
-    backend and shape, as a share of float32's; a sentence where the backend refuses. seconds: of the passes.
+    quality: cells of the model's columns. size: bytes of the weights in an artifact relative to float32. latency: by backend
+    and shape, relative to float32; an error if the backend refuses. seconds: of the passes.
     """
 
     model: str
@@ -149,12 +148,12 @@ HEADS = {"minilm": ("recall@1, change (95 %)", "cosine"), "gemma3-270m": ("perpl
 
 
 def read_rows() -> list[Row]:
-    """What has been measured so far."""
+    """The rows measured so far."""
     return [Row(**item) for item in json.loads(RECORDS.read_text(encoding="utf-8"))] if RECORDS.exists() else []
 
 
 def measure(model: str) -> None:
-    """Measure the rows of a model that are missing."""
+    """Measure the missing rows of a model."""
     checkpoint = load(model)
     data = calibration_batches(checkpoint, TEXTS) if model == "minilm" else decoder_batches(checkpoint, TOKENS)
     inputs = {shape: timed_inputs(model, checkpoint, *shape) for shape in SHAPES[model]}
@@ -205,7 +204,7 @@ def measure(model: str) -> None:
 
 
 def scorer(model: str, checkpoint: Checkpoint) -> Callable[[Callable[..., object]], list[str]]:
-    """Gives the cells of quality of a callable."""
+    """Returns the function from a callable to its quality cells."""
     if model == "minilm":
         texts = read_pairs("evaluation")
         original = retrieve(checkpoint.model, checkpoint, texts)
@@ -226,8 +225,8 @@ def page(name: str, rows: Sequence[Row]) -> str:
     scheme = SCHEMES[name]
     lines = ["<!-- Made by benchmarks/schemes.py; change that instead. -->\n", f"# {name}\n", f"{scheme.about}\n"]
     lines += [
-        "Options, formulas and sources are with the pass, [quantize](../passes/quantize.md). Rounding to the nearest, GPTQ and",
-        "AWQ side by side on Gemma 3 270M, by its perplexity: [benchmarks](../../benchmarks/README.md#rounding).\n",
+        "Options, formulas and sources are with the pass, [quantize](../passes/quantize.md). Round-to-nearest, GPTQ and",
+        "AWQ side by side on Gemma 3 270M, by perplexity: [benchmarks](../../benchmarks/README.md#rounding).\n",
     ]
     refusals: dict[str, None] = {}
     for model, title in TITLES.items():
@@ -245,8 +244,8 @@ def page(name: str, rows: Sequence[Row]) -> str:
         lines.append(f"\n{chosen[-1].machine}.\n")
     lines += [f"> {refusal}\n" for refusal in refusals]
     lines += [
-        "Bytes are those of the weights in an artifact, and latency that of a call at so many rows and tokens, both as shares",
-        f"of our own program in float32. Quality is described in `benchmarks/quality.py`; {TEXTS} calibration texts, or",
+        "Bytes are those of the weights in an artifact, and latency is of a call of this many rows and tokens, relative to",
+        f"our own program in float32. Quality is described in `benchmarks/quality.py`; {TEXTS} calibration texts, or",
         f"{TOKENS:,} tokens for the decoder. `s`: seconds of the passes, capture included.\n",
         "## When not to use it here\n",
         scheme.avoid,
@@ -255,11 +254,11 @@ def page(name: str, rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Measure, then write the pages of what there is."""
+    """Measure, then write the pages of all rows."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", nargs="?", choices=list(TITLES), help="which model to measure")
-    parser.add_argument("--write", action="store_true", help="write pages from what has been measured, and measure nothing")
-    parser.add_argument("--again", action="store_true", help="measure what has been measured too")
+    parser.add_argument("--write", action="store_true", help="write the pages from the measured rows, and measure nothing")
+    parser.add_argument("--again", action="store_true", help="measure all rows again")
     options = parser.parse_args()
     if options.again and options.model:
         kept = [asdict(row) for row in read_rows() if row.model != options.model]

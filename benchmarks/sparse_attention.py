@@ -1,12 +1,11 @@
-"""Sparse attention on a CPU: time and memory against the length, and from which length on the sparse kernel is the fastest.
+"""Sparse attention on a CPU: time and memory against the length, and the length from which the sparse kernel is fastest.
 
     python benchmarks/sparse_attention.py
     python benchmarks/sparse_attention.py --update
 
-One batch of 12 heads in float32, an eighth of all pairs seen: a window about each query, or blocks of 64 tokens at random. The
-engines run in turn in one process, so that ratios mean something on a machine that does other work; each engine that computes
-the pattern is compared with PyTorch's. Memory is measured in processes of their own. `--update` puts tables and a figure into
-benchmarks/README.md.
+One batch of 12 heads in float32, an eighth of all pairs visible: a window around each query, or random blocks of 64 tokens. The
+engines run in turn in one process, so that ratios hold on a busy machine; each engine that computes the pattern is compared
+with PyTorch's. Memory is measured in separate processes. `--update` puts tables and a figure into benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (32, 64)
 HEADS, BLOCK, KEPT = 12, 64, 8
 ROUNDS = 3
-"""Of every engine at least."""
+"""The least number of runs of every engine."""
 ALLOWED = 1e-4
-"""Relative error between engines, each of which sums in float32 in an order of its own."""
+"""Tolerance of the relative error between engines, which sum in float32 in different orders."""
 
 Call = Callable[[], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all engines compute: q, k, v of [1, 12, tokens, head_dim] as slices of a merged projection leave them."""
+    """The inputs of all engines: q, k, v of [1, 12, tokens, head_dim] as slices of a merged projection."""
 
     kind: str
     tokens: int
@@ -65,7 +64,7 @@ class Case:
 
     @cached_property
     def layout(self) -> torch.Tensor | None:
-        """An eighth of the blocks of each row; one at least, so that short lengths keep more."""
+        """An eighth of the blocks of each row, and at least one, so short lengths keep more."""
         if self.kind == "window":
             return None
         count, generator = self.tokens // BLOCK, torch.Generator().manual_seed(1)
@@ -119,7 +118,7 @@ ENGINES: Mapping[str, Callable[[Case], Call]] = {
     OURS: _block_sparse,
 }
 DENSE = ("PyTorch, dense", "Lissom, dense")
-"""Engines that see all pairs, and compute something else."""
+"""Engines that compute dense attention, without the pattern."""
 
 
 Times = dict[tuple[str, Case], Timing]
@@ -127,7 +126,7 @@ Peaks = dict[tuple[str, Case], float]
 
 
 def measure(case: Case, engines: Sequence[str], seconds: float) -> dict[str, Timing]:
-    """Every engine in turn, until each has had `seconds` on average and at least three runs."""
+    """Run every engine in turn, until each has had `seconds` on average and at least three runs."""
     calls = {name: ENGINES[name](case) for name in engines}
     _compare(case, {name: call() for name, call in calls.items()})
     return time_calls(calls, seconds, least=ROUNDS)
@@ -144,19 +143,19 @@ def _compare(case: Case, found: Mapping[str, torch.Tensor]) -> None:
 
 
 def peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) -> dict[int, float]:
-    """The memory an engine takes at each length in MB, its mask included and q, k and v not, in a process of its own."""
+    """The peak memory of an engine at each length in MB, with its mask and without q, k and v, in a process of its own."""
     found = run_apart(__file__, ["--peaks", engine, kind, str(head_dim), "--lengths", *map(str, lengths)])
     return {int(length): peak for length, peak in cast("dict[str, float]", found).items()}
 
 
 def _print_peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) -> None:
-    """A first call loads what the engine needs whatever the length."""
+    """Print the peaks; a first call loads the engine, which is not counted."""
     ENGINES[engine](Case(kind, 64, head_dim))()
     found: dict[int, float] = {}
     for tokens in sorted(lengths):
         case = Case(kind, tokens, head_dim)
-        held = [item.sum() for item in case.projections]  # reads them, so that they are there before
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # from here on VmHWM counts anew
+        held = [item.sum() for item in case.projections]  # touches them, so that they are resident before
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
         before = _memory("VmRSS")
         result = ENGINES[engine](case)()
         found[tokens] = max(0.0, _memory("VmHWM") - before)
@@ -165,13 +164,13 @@ def _print_peaks(engine: str, kind: str, head_dim: int, lengths: Sequence[int]) 
 
 
 def _memory(field: str) -> float:
-    """VmRSS, what the process holds now, or VmHWM, the most it has held, in MB; getrusage counts its parent's with it."""
+    """VmRSS, the current memory, or VmHWM, the peak, in MB; getrusage would include the parent's peak."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e6
 
 
 def crossing(times: Times, other: str, kind: str, head_dim: int, lengths: Sequence[int]) -> str:
-    """From which length on ours is faster than the other engine at every length measured."""
+    """The shortest length from which on ours is faster than the other engine at every length measured."""
     first = None
     for tokens in sorted(lengths, reverse=True):
         case = Case(kind, tokens, head_dim)
@@ -182,7 +181,7 @@ def crossing(times: Times, other: str, kind: str, head_dim: int, lengths: Sequen
 
 
 def table(title: str, cells: Callable[[str, int], str], engines: Sequence[str], lengths: Sequence[int], last: str = "") -> str:
-    """One row an engine, one column a length, and what `last` names behind them, given for length 0."""
+    """One row per engine, one column per length, and a last column `last`, given at length 0."""
     columns = [*(f"{tokens:,}" for tokens in lengths), *([last] if last else [])]
     lines = [f"| {title} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name in engines:
@@ -215,7 +214,7 @@ def report(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequenc
 
 
 def draw(times: Times, memory: Peaks, engines: Sequence[str], lengths: Sequence[int], dims: Sequence[int]) -> None:
-    """Milliseconds, and where it was measured memory, against the length."""
+    """Milliseconds, and memory if measured, against the length."""
     from matplotlib import pyplot
 
     pyplot.rcParams["svg.hashsalt"] = "lissom"
@@ -243,8 +242,8 @@ def main() -> None:
     parser.add_argument("--engines", nargs="*", choices=list(ENGINES), default=list(ENGINES), help="which to measure")
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens, powers of two from 128 on")
     parser.add_argument("--head-dims", nargs="*", type=int, default=list(HEAD_DIMS), help="%(default)s by default")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of every engine at every length; %(default)s by default")
-    parser.add_argument("--no-memory", action="store_true", help="measure time alone")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per engine and length; %(default)s by default")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--update", action="store_true", help="put the tables and the figure into benchmarks/README.md")
     parser.add_argument("--peaks", nargs=3, metavar=("ENGINE", "KIND", "HEAD_DIM"), help=argparse.SUPPRESS)
     options = parser.parse_args()

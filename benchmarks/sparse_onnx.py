@@ -1,13 +1,12 @@
-"""Block-sparse attention in ONNX Runtime: by key blocks, beside its own dense and sparse attention.
+"""Block-sparse attention in ONNX Runtime: by key blocks, compared with its own dense and sparse attention.
 
     python benchmarks/sparse_onnx.py --update
     python benchmarks/sparse_onnx.py --tokens 4096 --width 32 --runs 9
 
-Of all keys an eighth is kept: as a window on both sides, a causal window, a window with keys and queries in front that see
-everything, and blocks of 64 drawn at random. Queries, keys and values are given as projections give them, [1, tokens, heads ·
-width]. Sessions are timed in turn: medians, with the quarters below and above. `dense` sees everything; `masked` is dense
-attention under the pattern's mask; the rest is what `onnxruntime` writes, and ONNX Runtime's own operators for causal windows
-and blocks.
+An eighth of all keys is visible: a symmetric window, a causal window, a window with global keys and queries at the start, and
+random blocks of 64. Queries, keys and values are the outputs of projections, [1, tokens, heads · width]. Sessions are timed in
+turn: medians with quartiles. `dense` sees everything; `masked` is dense attention with the pattern's mask; the rest are the
+variants of the backend `onnxruntime`, and ONNX Runtime's own operators for causal windows and blocks.
 Prints a Markdown table; `--update` puts it into benchmarks/README.md.
 """
 
@@ -41,17 +40,17 @@ from lissom.ops.pattern import LAYOUT, Condition, Pattern
 BLOCK = 64
 KEPT = 0.125
 MASKED_BYTES = 2**31
-"""Dense attention under a mask is left out where the scores of all pairs take more."""
+"""Dense attention with a mask is skipped if the scores of all pairs take more bytes."""
 
 _ARENA_TOKENS = 8192
-"""Sessions give memory back after each call where there are more tokens."""
+"""Sessions release memory after each call beyond this many tokens."""
 
 Run = Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One attention: what is seen, and its sizes. layout: for patterns that ask one."""
+    """One attention: its pattern and its sizes. layout: for patterns that need one."""
 
     pattern: Pattern
     layout: torch.Tensor | None
@@ -62,14 +61,14 @@ class Setting:
 
     @property
     def causal_window(self) -> int | None:
-        """How many keys up to its own a query sees, where that is all the pattern says."""
+        """The number of keys a query sees up to its own position, if the pattern is a causal window and nothing else."""
         conditions = self.pattern.alternatives[0]
         alone = len(self.pattern.alternatives) == len(conditions) == 1 and not conditions[0].asks_layout
         return 1 - conditions[0].low if alone and conditions[0].high == 0 else None
 
 
 class Attention(nn.Module):
-    """q, k, v: [batch, tokens, heads · width]; dense where there is no pattern."""
+    """q, k, v: [batch, tokens, heads · width]; dense if there is no pattern."""
 
     def __init__(self, setting: Setting, dense: bool = False) -> None:
         super().__init__()
@@ -88,7 +87,7 @@ class Attention(nn.Module):
 
 
 def patterns(tokens: int) -> Mapping[str, tuple[Pattern, torch.Tensor | None]]:
-    """Patterns that keep an eighth of the keys of so many tokens, with their layouts."""
+    """Patterns that keep an eighth of the keys at this length, with their layouts."""
     kept = round(KEPT * tokens)
     front = BLOCK // 4
     window = Condition(-1, 1, low=-(kept - front) // 2, high=(kept - front) // 2)
@@ -109,11 +108,11 @@ def patterns(tokens: int) -> Mapping[str, tuple[Pattern, torch.Tensor | None]]:
 
 
 def sessions(setting: Setting, folder: Path) -> Iterator[tuple[str, Run]]:
-    """Each form by name, as a function that runs it once on the same random inputs. folder: for the models."""
+    """Each variant by name, as a function that runs it once on the same random inputs. folder: for the models."""
     drawn = np.random.default_rng(0)
     inputs = {name: drawn.standard_normal((1, setting.tokens, setting.heads * setting.width), np.float32) for name in "qkv"}
     small = tuple(torch.randn(1, 3 * BLOCK, setting.heads * setting.width) for _ in range(3))
-    # The memory of all forms at once would be more than machines have.
+    # All variants at once would need more memory than most machines have.
     options = SessionOptions([("CPUExecutionProvider", {})], setting.threads, arena=setting.tokens <= _ARENA_TOKENS)
 
     def opened(name: str, model: ir.Model) -> Run:
@@ -167,7 +166,7 @@ def _grouped(setting: Setting) -> ir.Model:
 
 
 def _sparse(setting: Setting, given: Mapping[str, np.ndarray], path: Path, options: SessionOptions) -> Run:
-    """`SparseAttention` with the blocks the window touches, which are a little more; its cache is its result's memory."""
+    """`SparseAttention` with the blocks the window touches, slightly more than the window; it updates its cache in place."""
     tape, inputs = ir.tape.Tape(), _inputs(setting)
     blocks, reach = -(-setting.tokens // BLOCK), -(-((setting.causal_window or 1) - 1) // BLOCK)
     columns = [range(max(0, row - reach), row + 1) for row in range(blocks)]
@@ -205,7 +204,7 @@ def _sparse(setting: Setting, given: Mapping[str, np.ndarray], path: Path, optio
 
 
 def measure(setting: Setting, runs: int) -> dict[str, Timing]:
-    """The time of each form; where one gives something else than another, ValueError."""
+    """The time of each variant. Raises: ValueError if one gives other outputs."""
     with TemporaryDirectory(prefix="lissom-") as folder:
         calls = dict(sessions(setting, Path(folder)))
         results = {name: call() for name, call in calls.items() if name not in ("dense", "SparseAttention")}
@@ -218,7 +217,7 @@ def measure(setting: Setting, runs: int) -> dict[str, Timing]:
 
 
 def table(rows: Sequence[tuple[str, Setting, Mapping[str, Timing]]]) -> str:
-    """The times as Markdown, and how often dense attention takes as long."""
+    """The times as Markdown, with their ratios to dense attention."""
     lines = ["| pattern | tokens | heads | form | ms | dense takes |", "|---|---:|---:|---|---:|---:|"]
     for name, setting, times in rows:
         for form, taken in times.items():
@@ -228,7 +227,7 @@ def table(rows: Sequence[tuple[str, Setting, Mapping[str, Timing]]]) -> str:
 
 
 def main() -> None:
-    """Time what the command line asks for, and print the table."""
+    """Time the selected variants, and print the table."""
     parser = argparse.ArgumentParser(description="Block-sparse attention in ONNX Runtime.")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--width", type=int, nargs="+", default=[64])

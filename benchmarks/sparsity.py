@@ -1,11 +1,11 @@
-"""What zeros in weights cost: perplexity of Gemma 3 270M on glosses of WordNet, by criterion and pattern.
+"""The cost of zeros in weights: perplexity of Gemma 3 270M on WordNet glosses, by criterion and pattern.
 
     python benchmarks/sparsity.py
     python benchmarks/sparsity.py --update
 
-The program is captured once, and each way of `sparsify` starts from it. Glosses are joined line by line and read in windows,
-each of which begins with the token that texts begin with. Calibration windows come from other synsets. `--update` puts the
-table into benchmarks/README.md.
+The program is captured once, and each variant of `sparsify` starts from it. Glosses are joined line by line and read in
+windows, each of which begins with the BOS token. Calibration windows come from other synsets. `--update` puts the table into
+benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def perplexity(program: Program, checkpoint: Checkpoint, texts: Sequence[torch.T
 
 
 def zeros(program: Program, dense: Program) -> float:
-    """The share of zeros in the matrices that were treated."""
+    """The fraction of zeros in the treated matrices."""
     treated = [weight for name, weight in program.weights().items() if weight is not dense.weight(name)]
     return sum(int((weight == 0).sum()) for weight in treated) / max(1, sum(weight.numel() for weight in treated))
 
@@ -64,7 +64,7 @@ def measure(checkpoint: Checkpoint, chosen: Sequence[Sparsify], calibration: int
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--keep", type=float, nargs="*", default=[0.5], help="shares kept; %(default)s by default")
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.5], help="fractions kept; %(default)s by default")
     parser.add_argument("--patterns", nargs="*", default=["2:4"], help="patterns; %(default)s by default")
     parser.add_argument("--calibration", type=int, default=64, help="calibration windows; %(default)s by default")
     parser.add_argument("--evaluation", type=int, default=32, help="evaluated windows; %(default)s by default")

@@ -1,10 +1,10 @@
-"""What the windows a model comes with are worth: Gemma 3 270M reading a long prompt, 15 of its 18 layers see 512 tokens.
+"""The speedup from a model's own sliding windows: prefill of Gemma 3 270M, 15 of its 18 layers see 512 tokens.
 
     python benchmarks/windows.py --update
 
-The same program three times, for each dtype: with PyTorch's dense attention under the model's masks, with our dense kernel
-under these masks, and with what the masks hide left out. Beside them the model itself. All run in one process, in turn; hidden
-states are compared with the model's in float32. The output head, of which a prompt needs one token, is left out.
+The same program three times, for each dtype: with PyTorch's dense attention and the model's masks, with our dense kernel and
+these masks, and with a kernel that skips hidden keys; and the model itself. All run in one process, in turn; hidden states are
+compared with the model's in float32. The LM head, which a prompt needs for one token, is left out.
 Prints a Markdown table; `--update` puts it into benchmarks/README.md.
 """
 
@@ -28,7 +28,7 @@ from lissom.passes.lowering.fuse_merged_attention import FuseMergedAttention
 from lissom.passes.lowering.lower_sparse_attention import LowerSparseAttention
 
 EXAMPLE = 512
-"""Tokens of the example the model is compiled with; the sequence is a size of its own afterwards."""
+"""Tokens of the example the model is compiled with; the sequence is dynamic."""
 
 
 class Without(Eager):
@@ -50,7 +50,7 @@ PASSES = {"float32": "exact", "bfloat16": "cast{dtype=bf16}"}
 
 
 def measure(length: int, seconds: float, dtypes: Sequence[str]) -> list[str]:
-    """The rows of the table, for a prompt of so many tokens."""
+    """The rows of the table, for a prompt of this many tokens."""
     checkpoint = load("gemma3-270m")
     model = checkpoint.model.model
     assert isinstance(model, torch.nn.Module)
@@ -83,9 +83,9 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="of the prompt; %(default)s by default")
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long each program is timed; %(default)s by default")
-    parser.add_argument("--dtypes", nargs="+", choices=list(PASSES), default=list(PASSES), help="of the programs")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the prompt; %(default)s by default")
+    parser.add_argument("--seconds", type=float, default=20.0, help="seconds per program; %(default)s by default")
+    parser.add_argument("--dtypes", nargs="+", choices=list(PASSES), default=list(PASSES), help="dtypes of the programs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--update", action="store_true", help="put the table into benchmarks/README.md")
     options = parser.parse_args()

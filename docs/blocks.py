@@ -1,7 +1,7 @@
-"""Markdown whose code runs: find the fenced blocks of a document, run them in order, and fill in what they print.
+"""Markdown with executable code: finds the fenced blocks of a document, runs them in order, and fills in their output.
 
-A document's Python blocks share one namespace. A text block behind the comment `<!-- output -->` holds what the Python block
-before it prints. `<!-- output, measured -->` says that some of it is measured; comparisons leave out such a block's decimals.
+A document's Python blocks share one namespace. A text block after the comment `<!-- output -->` holds the output of the Python
+block before it. `<!-- output, measured -->` marks measured output; comparisons ignore the decimals of such a block.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SOURCE_LINE = re.compile(r"(\w+\.py):\d+")
 class Block:
     """A fenced block, whose body is the document's lines from `first` up to, not including, `last`.
 
-    info: what stands behind the opening fence, `python`. mark: the line above it.
+    info: the text after the opening fence, `python`. mark: the line above it.
     """
 
     info: str
@@ -39,7 +39,7 @@ class Block:
 def find_blocks(lines: list[str]) -> list[Block]:
     """The document's fenced blocks in order.
 
-    Raises: ValueError when a fence is not closed.
+    Raises: ValueError if a fence is not closed.
     """
     fences = [index for index, line in enumerate(lines) if line.startswith(_FENCE)]
     if len(fences) % 2:
@@ -51,9 +51,9 @@ def find_blocks(lines: list[str]) -> list[Block]:
 
 
 def fill(text: str, name: str) -> str:
-    """The document with its code run and every output block holding what was printed.
+    """The document after its code was run, with every output block filled in.
 
-    name: of the document; its code counts as the file `<name>.py` in tracebacks and in programs.
+    name: the document's name; its code counts as the file `<name>.py` in tracebacks and in programs.
     """
     lines = text.split("\n")
     filled: list[str] = []
@@ -70,13 +70,13 @@ def fill(text: str, name: str) -> str:
 
 @dataclass
 class _Session:
-    """The code of one document as it runs, block after block; `source` is what ran so far."""
+    """Runs the code of one document, block after block; `source` is the code run so far."""
 
     module: types.ModuleType
     source: str = ""
 
     def run(self, code: str, line: int) -> str:
-        """What a block prints. Its lines count on from the blocks before it, so that outputs do not move them."""
+        """The output of a block. Line numbers continue from the blocks before it, so that output text does not shift them."""
         name = f"{self.module.__name__}.py"
         before = self.source.count("\n")
         self.source += code + "\n"
@@ -93,7 +93,7 @@ class _Session:
 
 @contextlib.contextmanager
 def _session(name: str) -> Generator[_Session]:
-    """A module of its own for a document's code, run in an empty directory."""
+    """A module for a document's code, run in an empty directory."""
     module = types.ModuleType(name)
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         sys.modules[name] = module
@@ -104,7 +104,7 @@ def _session(name: str) -> Generator[_Session]:
 
 
 def settled(text: str, outputs: bool = True) -> str:
-    """The document without what differs from run to run or machine to machine.
+    """The document without the parts that differ between runs or machines.
 
     outputs: whether to keep the output blocks at all.
     """
@@ -119,6 +119,6 @@ def settled(text: str, outputs: bool = True) -> str:
 
 
 def mask(text: str) -> str:
-    """The text without its decimals, the spaces and rules that align them, and notes on builds that were slow."""
+    """The text without its decimals, the spaces and rules that align them, and notes on slow builds."""
     text = _SLOW_BUILD.sub("", text)
     return re.sub(r"─+", "─", re.sub(r" +", " ", _DECIMAL.sub("#", text)))

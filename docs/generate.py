@@ -1,8 +1,8 @@
-"""Make what the documentation shows: `python docs/generate.py`. With `--check`, say what is out of date.
+"""Generate the outputs in the documentation: `python docs/generate.py`. With `--check`, list the outdated documents.
 
 Pages of passes come from the passes' docstrings and examples.py, docs/demo.txt from `lissom demo`. In README.md and docs/*.md,
-blocks behind `<!-- output -->` and parts behind `<!-- generated: … -->` are filled in. Measured numbers are made anew when
-generating and left out of account when checking. Naming documents limits the work to them.
+blocks after `<!-- output -->` and parts after `<!-- generated: … -->` are filled in. Measured numbers are measured again when
+generating and ignored when checking. Named documents limit the work to them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _MEASURED_SPEED = re.compile(r"[0-9.]+( to [0-9.]+)? × faster,\s")
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a document is out of date.
+    """The reason why a document is outdated.
 
-    excused: only outputs differ, and the document was made with other versions of torch or transformers, which show in them.
+    excused: only outputs differ, and the document was made with other versions of torch or transformers, which affect them.
     """
 
     text: str
@@ -57,14 +57,14 @@ class Problem:
 
 
 def documents() -> list[Path]:
-    """Every document with something generated in it, those that others quote first."""
+    """Every document with a generated part, those quoted by others first."""
     pages = [ROOT / "docs" / "passes" / f"{name}.md" for name in PASSES]
     return [DEMO, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), INDEX, *pages]
 
 
 def fresh(path: Path, seconds: float | None = None) -> str:
-    """The document as it should read now. seconds: how long to time each engine; None leaves out what is measured."""
-    torch.compiler.reset()  # graphs are numbered, and a document shows its own
+    """The document as it should read now. seconds: time per engine; None leaves out measurements."""
+    torch.compiler.reset()  # Dynamo numbers graphs, and each document starts at 0
     if path == DEMO:
         return _demo(seconds)
     if path.parent.name == "passes" and path != INDEX:
@@ -75,7 +75,7 @@ def fresh(path: Path, seconds: float | None = None) -> str:
 
 
 def problem(path: Path) -> Problem | None:
-    """What is out of date in a document. All its code is run; a failure there is raised."""
+    """The problem of an outdated document. All its code is run; an error in it is raised."""
     name = path.relative_to(ROOT)
     made = fresh(path)
     if not path.exists():
@@ -95,27 +95,27 @@ def stray_pages() -> list[Path]:
 
 
 def versions() -> str:
-    """The libraries whose versions show in programs, to the minor version."""
+    """The versions, to the minor version, of the libraries that affect printed programs."""
     return ", ".join(f"{name} {'.'.join(version(name).split('.')[:2])}" for name in ("torch", "transformers"))
 
 
 def made_with_these_versions() -> bool:
-    """True when the documents were made with the libraries that are installed."""
+    """True if the documents were made with the installed libraries."""
     return VERSIONS.read_text(encoding="utf-8").strip() == versions()
 
 
 def _comparable(path: Path, text: str) -> str:
-    """The document without what is measured."""
+    """The document without measured parts."""
     if path == DEMO:
         settled_text = _MEASURED_SPEED.sub("", text.partition(_FIRST_MEASURED_LINE)[0])
-        # The first line may break elsewhere without its speed.
+        # Without its speed the first line may wrap elsewhere.
         title, rule, rest = settled_text.partition("\n\n")
         return mask(" ".join(title.split()) + rule + rest)
     return settled(_MEASURED.sub(r"\1\2", text))
 
 
 def _without_outputs(path: Path, text: str) -> str:
-    """The document without what is measured and without what programs show."""
+    """The document without measured parts and without outputs that depend on library versions."""
     return "" if path == DEMO else settled(_SIZES.sub("", _MEASURED.sub("", text)), outputs=False)
 
 
@@ -127,7 +127,7 @@ def _page(name: str, seconds: float | None) -> str:
 
 
 def _demo(seconds: float | None) -> str:
-    """What `lissom demo` prints into a pipe; up to its first measured line when nothing is to be timed."""
+    """The output of `lissom demo` into a pipe; up to its first measured line if nothing is timed."""
     if seconds is not None:
         command = [sys.executable, "-m", "lissom", "demo", "--seconds", str(seconds)]
         ran = subprocess.run(command, env={**os.environ, "COLUMNS": str(WIDTH)}, stdout=subprocess.PIPE, text=True, check=True)
@@ -144,7 +144,7 @@ def _quoted_demo() -> str:
 
 
 def _passes_tables() -> str:
-    """A table per group of passes, beside this page."""
+    """A table per group of passes, with links relative to this page."""
     parts: list[str] = []
     for title, members in grouped(PASSES).items():
         rows = [
@@ -161,7 +161,7 @@ def _recipes() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Generate or check; the exit status is 1 when something is out of date."""
+    """Generate or check; the exit status is 1 if a document is outdated."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("documents", nargs="*", type=Path, help="the documents to make, all by default")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 when something is out of date")
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _kept_measured(path: Path) -> str:
-    """The document made anew, with the measured parts it has now."""
+    """The regenerated document with its present measured parts."""
     kept = path.read_text(encoding="utf-8") if path.exists() else ""
     made = fresh(path)
     if path == DEMO:

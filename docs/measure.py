@@ -1,4 +1,4 @@
-"""What one pass does to one example, in numbers: sizes, latency and error, with the machine they were measured on."""
+"""Measurements of one pass on one example: sizes, latency and error, with the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lissom.inspect.timing import Timing, time_calls
 class Gain:
     """The example before and after the pass.
 
-    relative_error: of the outputs; allowed: how large it may be.
+    relative_error: of the outputs; allowed: its tolerance.
     """
 
     sizes: tuple[Size, Size]
@@ -33,7 +33,7 @@ class Gain:
 
 
 def measure(example: Example, name: str, seconds: float) -> Gain:
-    """Run the example's pipeline up to the first pass of that name, and measure the pass; seconds: for each timing."""
+    """Run the example's pipeline up to the first pass of that name, and measure the pass; seconds: per timing."""
     torch.manual_seed(0)
     inputs = eval(example.inputs, {"torch": torch})
     args, kwargs = split_inputs(inputs)
@@ -44,10 +44,10 @@ def measure(example: Example, name: str, seconds: float) -> Gain:
     given = eval(example.data or "[]", {"torch": torch})
     data = [captured.program.signature.flatten(*split_inputs(item)) for item in given]
     before, _ = Pipeline(passes[:at], samples, data=data).run(captured.program)
-    # From the start again, since some passes ask for the program before the first approximation.
+    # From the start again, because some passes need the program before the first approximation.
     after, history = Pipeline(passes[: at + 1], samples, data=data).run(captured.program)
     eager = find_backend("eager")
-    # A program partitioned for several ranks runs all of them, and so does what it is timed beside: node by node, here.
+    # A partitioned program runs all its ranks node by node, so the program it is compared with runs node by node too.
     lock_step = bool(after.ranks)
     runs = [item.run if lock_step else eager.build(item, captured.example) for item in (before, after)]
     timed = time_calls({str(index): lambda run=run: run(captured.example) for index, run in enumerate(runs)}, seconds)

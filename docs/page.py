@@ -36,12 +36,12 @@ MEASURED = {
     **dict.fromkeys(("shard", "partition"), "Plans of models of four families: [Tensor parallelism](../parallel.md)."),
     "quantize": f"Each scheme on real models, and when not to use it: {_SCHEMES}.",
 }
-"""Where a pass is measured on real models."""
+"""The measurements of a pass on real models."""
 NOTICE = "<!-- Made by docs/generate.py from the pass's docstring and docs/examples.py; change those instead. -->"
 
 
 def page(item: type[Pass], example: Example, gain: Gain, timings: str) -> str:
-    """The page as Markdown, its output block still empty. timings: the part that is measured."""
+    """The page as Markdown, with an empty output block. timings: the measured part."""
     module = sys.modules[item.__module__]
     return (
         "\n\n".join(
@@ -67,7 +67,7 @@ def page(item: type[Pass], example: Example, gain: Gain, timings: str) -> str:
 
 
 def _sources(item: type[Pass]) -> str:
-    """The source of a pass, with the helpers in a folder of its own."""
+    """The source of a pass, with the helpers in its own folder."""
     path = Path(inspect.getfile(item))
     paths = [path, *sorted(other for other in path.parent.glob("*.py") if other != path)]
     return "\n".join(found.read_text(encoding="utf-8") for found in (paths if path.parent.name == path.stem else [path]))
@@ -108,7 +108,7 @@ def _code(item: type[Pass], example: Example) -> str:
     imports += ["from torch.nn import functional"] if "functional." in source else []
     passes = "" if example.passes == "exact" else f', passes="{example.passes}"'
     passes += f", data={example.data}" if example.data else ""
-    # Passes of backends run when there is one; what the others do does not depend on the machine.
+    # Backends' passes run only with a backend; the others do not depend on the machine.
     function = "compile" if ".lowering." in item.__module__ else "optimize"
     return "\n".join(
         [
@@ -167,7 +167,7 @@ def skip_reasons(source: str) -> list[str]:
 
 
 def _text(node: ast.expr) -> str:
-    """A string's text, with `…` where a value is put in; nothing when it is no literal."""
+    """A string's text, with `…` for interpolated values; nothing if it is not a literal."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):

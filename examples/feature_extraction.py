@@ -6,11 +6,11 @@ from transformers import AutoModel, AutoTokenizer, pipeline
 import lissom
 from lissom.frontends.huggingface import find_directory
 
-checkpoint = find_directory("minilm")  # or a directory or name of your own
+checkpoint = find_directory("minilm")  # or your own directory or name
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 model = AutoModel.from_pretrained(checkpoint).eval()
 
-# Batch and sequence are found to vary; the example only has to be of the kind the tokenizer gives.
+# Batch and sequence are found to be dynamic; any output of the tokenizer will do as an example.
 example = tokenizer(["One sentence.", "And another, somewhat longer."], padding=True, return_tensors="pt")
 compiled = lissom.compile(model, example)
 

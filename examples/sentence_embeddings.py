@@ -8,7 +8,7 @@ from lissom.frontends.huggingface import find_directory
 
 SENTENCES = ["How do I reset my password?", "I cannot get into my account.", "Whisk the eggs, then season them."]
 
-encoder = SentenceTransformer(str(find_directory("minilm")), device="cpu")  # or a directory or name of your own
+encoder = SentenceTransformer(str(find_directory("minilm")), device="cpu")  # or your own directory or name
 original = encoder.encode(SENTENCES, convert_to_tensor=True)
 
 example = encoder.tokenizer(SENTENCES, padding=True, return_tensors="pt")

@@ -23,7 +23,7 @@ SENTENCES = {
     ],
 }
 
-checkpoint = find_directory("minilm")  # or a directory or name of your own, with a head or without
+checkpoint = find_directory("minilm")  # or your own directory or name, with or without a classification head
 tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 model = AutoModelForSequenceClassification.from_pretrained(checkpoint, id2label=dict(enumerate(SENTENCES)))
 
@@ -39,7 +39,7 @@ for _ in range(20):
 compiled = lissom.compile(model, inputs)
 with tempfile.TemporaryDirectory() as folder:
     compiled.save(f"{folder}/classifier")
-    loaded = lissom.load(f"{folder}/classifier")  # the names of the labels are saved with it
+    loaded = lissom.load(f"{folder}/classifier")  # the label names are saved with it
 
 classify = pipeline("text-classification", model=loaded, tokenizer=tokenizer, device="cpu")
 for text in ["Stir the soup and add some pepper.", "The rocket left for Mars last night."]:

@@ -17,7 +17,7 @@ else:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).eval()
 
-# Prompt and answer together are at most as long as the cache. The numbers are compared below, so not after every pass.
+# The cache holds prompt and answer together. The outputs are compared below, so they are not checked after every pass.
 compiled = lissom.compile_generation(model, max_length=64, checks="structural")
 
 prompt = "The orbit of the comet takes it"

@@ -1,4 +1,4 @@
-"""Work in processes of their own, so that a crash or a hang costs one item of it."""
+"""Run items of work in child processes, so that a crash or a hang costs one item only."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 STARTING_SECONDS = 600.0
-"""A process may take before it works on its first item."""
+"""Seconds a child process may take before it starts its first item."""
 Tell = Callable[[object], None]
 Prepare = Callable[[], Callable[[Any, Tell], None]]
-"""Called in a process once; gives what works on an item there and tells what it finds."""
+"""Called once in a child process; returns the function that works on an item and reports what it finds."""
 Late = Callable[[BaseProcess, float], bool]
-"""Whether a process that has worked on an item for so many seconds is to be killed."""
+"""Whether a child process that has worked on an item for this many seconds is killed."""
 
 
 @dataclass
 class Result:
-    """What came of an item.
+    """The result of an item.
 
-    told: what was told of it. seconds: since its process began with it. late: its process was killed. code: the exit code of a
-    process that ended before the item did, else None.
+    told: what the child reported. seconds: since the child started the item. late: the child was killed for taking too long.
+    code: the exit code of a child that ended before the item was done, else None.
     """
 
     item: Any
@@ -36,9 +36,9 @@ class Result:
 
 @dataclass
 class Child:
-    """A process that works through items and ends; without items it waits for `give`.
+    """A child process that works through items and ends; without items it waits for `give`.
 
-    method: `fork`, which takes no time, or `spawn`, for a process that has nothing of this one.
+    method: `fork`, which starts at once, or `spawn`, for a process that shares nothing with this one.
     """
 
     prepare: Prepare
@@ -58,14 +58,14 @@ class Child:
         self.left, self._since = list(self.items), time.monotonic()
 
     def give(self, item: object) -> None:
-        """Let the process work on one more item."""
+        """Give the process one more item."""
         self.left.append(item)
         self._since = time.monotonic()
         self.connection.send(item)
 
     def results(self, late: Late) -> Generator[Result]:
-        """What came of items since the last call. The last of it is the item that its process did not outlive."""
-        # Asked first: what a process that has ended had sent is there to be read.
+        """The results of items since the last call. The last one is the item during which the process ended, if it did."""
+        # Checked first: the messages of a process that has ended can still be read.
         running = self.process.is_alive()
         try:
             while self.connection.poll():
@@ -98,7 +98,7 @@ class Child:
 
 
 def run_apart(blocks: Iterator[Sequence[object]], prepare: Prepare, jobs: int, late: Late) -> Generator[Result]:
-    """What comes of items, as it comes. blocks: items that share a process, until one ends it; jobs: processes at a time."""
+    """Yield results of items as they finish. blocks: items that share a process until one ends it; jobs: parallel processes."""
     running: list[Child] = []
     try:
         while True:

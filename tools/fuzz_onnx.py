@@ -1,9 +1,9 @@
-"""Mutated ONNX files, read as `lissom.from_onnx` reads them: each becomes a program, or is refused in a LissomError.
+"""Mutated ONNX files, read with `lissom.from_onnx`: each must become a program or raise a LissomError.
 
     python -m tools.fuzz_onnx --count 2000 --seed 0
 
-Bytes and fields of small ONNX files are changed at random. Files are read in processes of their own, with limits on memory and
-time, so that a crash or a hang is an outcome like any other. With --compare, programs are compared with ONNX Runtime.
+Bytes and fields of small ONNX files are changed at random. Files are read in child processes with limits on memory and
+time, so a crash or a hang is an outcome like any other. With --compare, programs are compared with ONNX Runtime.
 A case is reproduced by its number: --seed SEED --first NUMBER --count 1.
 """
 
@@ -41,12 +41,12 @@ INTEGERS = (0, 1, -1, 2, 3, 9, -9, 255, 2**31 - 1, -(2**31), 2**40, 2**63 - 1, -
 TEXTS = ("", "x", "w", "../x", "/etc/hostname", "9**9**9", "__import__('os')", "a" * 5000, "[" * 500, "\n", "Relu", "com.acme")
 FLOATS = (0.0, -1.0, float("inf"), float("-inf"), float("nan"), 1e-45, 3e38)
 _LIKELY = (onnx.AttributeProto, TensorProto, onnx.TensorShapeProto.Dimension)
-"""What is changed more often than the rest, since a file with another of these may still follow the standard."""
+"""Fields that are changed more often than others, because a file with another value may still follow the standard."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: `program`, `refused`, or a fault, which starts with neither."""
+    """The outcome of a case: `program`, `refused`, or a fault, which starts with neither."""
 
     case: int
     text: str
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def originals() -> list[onnx.ModelProto]:
-    """The files that are mutated: graphs of the operators that models of text and pictures have."""
+    """The files that are mutated: graphs of the operators in text and image models."""
     node, generator = helper.make_node, np.random.default_rng(0)
 
     def weight(name: str, *shape: int) -> TensorProto:
@@ -169,7 +169,7 @@ def mutated(model: onnx.ModelProto, draw: random.Random) -> bytes:
         fields = list(_fields(changed))
         likely = [found for found in fields if isinstance(found[0], _LIKELY)]
         message, field = draw.choice(likely if likely and draw.random() < 0.6 else fields)
-        # Fields of a few numbers take no others.
+        # Fields with few valid numbers take no others.
         with suppress(ValueError):
             _change(message, field, draw)
     return changed.SerializeToString()
@@ -212,7 +212,7 @@ def _change_list(values: object, draw: random.Random) -> None:
         items[index], items[-1] = items[-1], items[index]
     elif not isinstance(items[index], Message):
         items[index] = _other(items[index], draw)
-    # Messages are kept by the list they are in, so they are copied before it is emptied.
+    # Messages are owned by their list, so they are copied before it is cleared.
     copies = [type(item).FromString(item.SerializeToString()) if isinstance(item, Message) else item for item in items]
     del values[:]
     values.extend(copies)
@@ -230,7 +230,7 @@ def _other(value: int | float | str | bytes, draw: random.Random) -> int | float
 
 
 def outcome(data: bytes, folder: Path, compare: bool) -> str:
-    """What comes of a file with these bytes."""
+    """The outcome of reading a file with these bytes."""
     path = folder / "mutated.onnx"
     path.write_bytes(data)
     try:
@@ -248,14 +248,14 @@ def outcome(data: bytes, folder: Path, compare: bool) -> str:
 
 
 def _difference(path: Path, model: OnnxModel, inputs: dict[str, torch.Tensor], found: list[object]) -> str:
-    """How a program's answer differs from that of ONNX Runtime, where that takes the file."""
+    """How a program's outputs differ from those of ONNX Runtime, if it can run the file."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         given = {item.name: tensor.numpy() for item, tensor in zip(model.inputs, inputs.values(), strict=True)}
         wanted = session.run(None, given)
-    # Its errors have no common class.
+    # ONNX Runtime's errors have no common class.
     except Exception as error:
         return f"program, and ONNX Runtime refuses it: {str(error).splitlines()[0]}"
     for one, other in zip(found, wanted, strict=True):
@@ -281,13 +281,13 @@ def _prepare(seed: int, compare: bool) -> Callable[[int, Tell], None]:
 
 
 def file_of(case: int, seed: int) -> bytes:
-    """The bytes of a case."""
+    """The mutated bytes of a case."""
     draw = random.Random(f"{seed}:{case}")
     return mutated(draw.choice(originals()), draw)
 
 
 def run(count: int, seed: int, first: int = 0, compare: bool = False) -> list[Outcome]:
-    """The outcomes of cases `first` to `first + count`; a process that dies or hangs is the outcome of its case."""
+    """The outcomes of cases `first` to `first + count`; a process that crashes or hangs is the outcome of its case."""
     found, end = [], first + count
     blocks = (range(start, min(start + CHUNK, end)) for start in range(first, end, CHUNK))
     for result in run_apart(blocks, partial(_prepare, seed, compare), 1, lambda _, seconds: seconds >= SECONDS):
@@ -302,7 +302,7 @@ def run(count: int, seed: int, first: int = 0, compare: bool = False) -> list[Ou
 
 
 def main() -> int:
-    """Run the cases that the command line asks for; 1 where one is a fault."""
+    """Run the cases that the command line selects; returns 1 if one is a fault."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)

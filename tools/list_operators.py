@@ -1,6 +1,6 @@
-"""`python -m tools.list_operators`: the operators that the models of the zoo are captured to, as one JSON line a model.
+"""`python -m tools.list_operators`: the operators in the captured models of the zoo, as one JSON line per model.
 
-Those that are not in `lissom/artifacts/allowed.py` are printed. One is added there after a look at what it does with bad
+Operators that are not in `lissom/artifacts/allowed.py` are printed. Before one is added there, check what it does with invalid
 arguments.
 """
 
@@ -29,7 +29,7 @@ from tools.zoo.runner import run
 
 
 def collect(entry: Entry, report: Callable[[dict[str, Any]], None]) -> None:
-    """Report the operators a model calls once it is captured, with all sizes fixed."""
+    """Report the operators of a captured model, with all sizes fixed."""
     report({"phase": "capture", "operators": []})
     try:
         with warnings.catch_warnings(), torch.no_grad():
@@ -44,7 +44,7 @@ def collect(entry: Entry, report: Callable[[dict[str, Any]], None]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Collect, and print the operators that are not on the list; 1 when there are some."""
+    """Collect the operators, and print those that are not on the list; returns 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m tools.list_operators", description=__doc__)
     selection.add_arguments(parser, "operators.json")
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
 """Runs the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: `python -m tools.sanitize`.
 
-It needs g++ with its sanitizers. The kernels are built with both and kept beside the others. The calls of
-`tests/ops/generated_calls.py` and the tests of `tests/ops` then run with the sanitizers loaded first; the first finding ends
-them. `--march` builds for another processor than this one, such as `haswell` for AVX2.
+It needs g++ with its sanitizers. The kernels are built with both and cached separately. Then the calls of
+`tests/ops/generated_calls.py` and the tests of `tests/ops` run with the sanitizers preloaded, and stop at the first finding.
+`--march` builds for another processor than this one, such as `haswell` for AVX2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SANITIZERS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-
 
 
 def environment(march: str | None, sanitized: bool) -> dict[str, str]:
-    """The environment in which Lissom builds and loads such kernels."""
+    """The environment variables that make Lissom build and load these kernels."""
     flags = [f"-march={march}"] if march else []
     found = {**os.environ, "PYTHONPATH": str(ROOT), "LISSOM_CXXFLAGS": " ".join([*flags, SANITIZERS] if sanitized else flags)}
     if not sanitized:
@@ -28,11 +28,11 @@ def environment(march: str | None, sanitized: bool) -> dict[str, str]:
         subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    # PyTorch keeps what it allocates until the process ends; sizes that no memory holds are refused by PyTorch itself.
+    # PyTorch keeps what it allocates until the process ends, and refuses sizes that do not fit in memory itself.
     return {
         **found,
         "LD_PRELOAD": " ".join(paths),
-        "CXX": " ".join(["env", "-u", "LD_PRELOAD", *compiler]),  # the compiler itself would run ten times as long
+        "CXX": " ".join(["env", "-u", "LD_PRELOAD", *compiler]),  # a sanitized compiler takes ten times as long
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }
@@ -42,8 +42,8 @@ def main() -> int:
     """Run the generated calls, then the tests; returns the first exit status that is not 0."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--calls", type=int, default=5000, help="generated calls")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated calls")
-    parser.add_argument("--march", help="the processor to build for, as g++ names it; this one where it is not given")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated calls")
+    parser.add_argument("--march", help="the processor to build for, as in g++; this one by default")
     parser.add_argument("--plain", action="store_true", help="build without the sanitizers")
     given = parser.parse_args()
     where = environment(given.march, not given.plain)

@@ -1,4 +1,4 @@
-"""`python -m tools.fuzz`: a campaign over random cases, or one case again."""
+"""`python -m tools.fuzz`: run a campaign of random cases, or replay one case."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tools.zoo import catalogue, fresh
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the arguments ask for; 1 when a case failed."""
+    """Run what the arguments select; returns 1 if a case failed."""
     options = _options(arguments)
     campaign.warm_up()
     with fresh.loader() as address:
@@ -35,13 +35,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="how many cases (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the number of the first case (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this many minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel processes (default %(default)s)")
     parser.add_argument("--backend", action="append", help="eager or onnxruntime; may be given again (default eager)")
-    parser.add_argument("--zoo-share", type=float, default=0.0, help="how many of 1 cases take an architecture of the zoo")
-    parser.add_argument("--family", action="append", help="of the zoo; may be given again (default hand-written and encoder)")
-    parser.add_argument("--log", type=Path, help="a file that every outcome is added to, one JSON object a line")
-    parser.add_argument("--no-shrink", action="store_true", help="show failures as they came")
+    parser.add_argument("--zoo-share", type=float, default=0.0, help="fraction of cases with an architecture of the zoo")
+    parser.add_argument(
+        "--family", action="append", help="family of the zoo; may be given again (default hand-written and encoder)"
+    )
+    parser.add_argument("--log", type=Path, help="append every outcome to this file, one JSON object per line")
+    parser.add_argument("--no-shrink", action="store_true", help="do not shrink failures")
     parser.add_argument("--replay", help="run one case, as a failure prints it")
     return parser.parse_args(arguments)
 
@@ -74,7 +76,7 @@ def _run(options: argparse.Namespace, address: str) -> int:
 
 
 def _blocks(options: argparse.Namespace, started: float) -> Iterator[list[tuple[int, Case]]]:
-    """The cases, those of one model together."""
+    """The cases, grouped by model."""
     families = options.family or ["hand-written", "encoder"]
     names = tuple(entry.name for entry in catalogue.entries() if entry.family in families) if options.zoo_share else ()
     backends = tuple(options.backend or ["eager"])

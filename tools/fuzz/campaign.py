@@ -1,4 +1,4 @@
-"""Runs cases in processes of their own, so that a crash or a hang costs one case, and makes failures simpler."""
+"""Runs cases in child processes, so that a crash or a hang costs one case only, and shrinks failures."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tools.fuzz.case import Case, Outcome
 from tools.zoo.runner import confine
 
 PATIENCE = 240.0
-"""Seconds by the clock that one case may take; the slowest takes some ten seconds of a processor."""
+"""Wall-clock seconds one case may take; the slowest takes about ten seconds of processor time."""
 
 
 def warm_up() -> None:
-    """Import and build what every process needs. PyTorch is kept on one thread: a pool of threads does not survive a fork."""
+    """Import and build what every process needs. PyTorch uses one thread, because a thread pool does not survive a fork."""
     torch.set_num_threads(1)
     cases.run(Case(models.Spec(), ("prune-neurons{keep=0.5}", "quantize")))
     cases.run(Case(models.Spec(), ("cast",), dynamic=False))
-    # What an export to ONNX imports, and no session: its threads would not survive a fork.
+    # Import the modules of an ONNX export, but create no session: its threads would not survive a fork.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), dynamo=True, verbose=False)
@@ -35,7 +35,7 @@ def warm_up() -> None:
 
 
 def run_all(blocks: Iterator[list[tuple[int, Case]]], jobs: int, address: str = "") -> Generator[tuple[int, Case, Outcome]]:
-    """The outcomes of cases, as they come. blocks: cases that share a process; jobs: processes at a time."""
+    """Yield the outcomes of cases as they finish. blocks: cases that share a process; jobs: parallel processes."""
     for result in children.run_apart(blocks, partial(_prepare, address), jobs, lambda _, seconds: seconds >= PATIENCE):
         if result.late:
             outcome = Outcome("hang", f"took longer than {PATIENCE:g} s")
@@ -52,7 +52,7 @@ def run_apart(case: Case, address: str = "") -> Outcome:
 
 
 def shrink(case: Case, kind: str, still: Callable[[Case], str] = lambda case: run_apart(case).kind, rounds: int = 60) -> Case:
-    """A simpler case that fails in the same way. kind: of its outcome; rounds: the most candidates that are tried."""
+    """A simpler case with the same kind of failure. kind: the kind of outcome; rounds: the most candidates to try."""
     tried = 0
     found = True
     while found:
@@ -80,6 +80,6 @@ def _simpler(case: Case) -> Iterator[Case]:
 
 
 def _prepare(address: str) -> Callable[[tuple[int, Case], Tell], None]:
-    """What runs a case, with nothing on the terminal."""
+    """The function that runs a case without printing to the terminal."""
     confine()
     return lambda item, tell: tell(cases.run(item[1], address))

@@ -1,4 +1,4 @@
-"""One case: a model, a pipeline, a backend and inputs, drawn from a number; and what comes of it."""
+"""One case: a model, a pipeline, a backend and inputs, drawn from a number; and its outcome."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from tools.fuzz.pipelines import draw_pipeline
 from tools.zoo import fresh
 
 PER_MODEL = 20
-"""Neighbouring numbers share a model."""
+"""The number of consecutive cases that share a model."""
 _PADDINGS = ("none", "right", "left", "holes", "single")
 _BACKENDS = {"onnxruntime": lissom.OnnxRuntime(timing_seconds=0.0)}
-"""What times the forms of a model most briefly: which is the fastest is of no matter here."""
+"""A backend with the shortest timing runs: it does not matter here which variant is fastest."""
 _ROUNDING = ("quantize", "quantize-cache", "gptq", "correct-bias")
 
 
 @dataclass(frozen=True)
 class Call:
-    """The sizes of one call, where its padding is, and the seed of its numbers."""
+    """The sizes of one call, the position of its padding, and the seed of its values."""
 
     batch: int
     length: int
@@ -54,10 +54,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Case:
-    """All that a run depends on.
+    """Everything that determines a run.
 
-    zoo: the name of an architecture of tools/zoo that takes the place of `spec`. example: what the model is captured with.
-    captured_before: whether the capture of an earlier case of the same model is used, which takes half the time of a case.
+    zoo: the name of an architecture of tools/zoo that replaces `spec`. example: the call the model is captured with.
+    captured_before: use the capture of an earlier case of the same model, which saves half the time of a case.
     """
 
     spec: Spec
@@ -72,12 +72,12 @@ class Case:
     calls: tuple[Call, ...] = (Call(2, 5, "right", 1),)
 
     def to_json(self) -> str:
-        """The case as text that `from_json` reads."""
+        """The case as text for `from_json`."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Case:
-        """The case that `to_json` wrote."""
+        """The case from the text of `to_json`."""
         data = json.loads(text)
         calls = tuple(Call(**item) for item in data.pop("calls"))
         spec, example = Spec(**data.pop("spec")), Call(**data.pop("example"))
@@ -86,9 +86,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The outcome of a case.
 
-    kind: `equal`, `refused` (a sentence, before anything was computed), `caught` (the verifier or the pipeline found a fault of
+    kind: `equal`, `refused` (an error before anything was computed), `caught` (the verifier or the pipeline found a fault of
     ours and named it), or a failure: `wrong`, `traceback`, `changed` (the model or a global state), `file`.
     """
 
@@ -97,12 +97,12 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """True for what must never happen."""
+        """True for kinds of outcome that are faults."""
         return self.kind not in ("equal", "refused", "caught")
 
 
 def draw_case(number: int, backends: tuple[str, ...] = ("eager",), zoo: tuple[str, ...] = (), zoo_share: float = 0.0) -> Case:
-    """The case of a number. zoo: names of architectures, and zoo_share: how many cases take one."""
+    """Draw the case of a number. zoo: names of architectures; zoo_share: the fraction of cases that use one."""
     shared, own = random.Random(f"model {number // PER_MODEL}"), random.Random(f"case {number}")
     case = drawn(shared, own, backends, zoo, zoo_share)
     return dataclasses.replace(case, captured_before=number % PER_MODEL > 0)
@@ -115,7 +115,7 @@ def drawn(
     zoo: tuple[str, ...] = (),
     zoo_share: float = 0.0,
 ) -> Case:
-    """A case of two generators: `shared` draws the model and its example, `own` the rest."""
+    """Draw a case from two generators: `shared` for the model and its example, `own` for the rest."""
     spec = models.draw_spec(shared)
     name = shared.choice(zoo) if zoo and shared.random() < zoo_share else ""
     example = Call(shared.choice((1, 2, 3)), shared.choice((3, 4, 5, 8)), shared.choice(("none", "none", "right", "left")), 0)
@@ -136,7 +136,7 @@ def drawn(
 
 @lru_cache(maxsize=2)
 def _model(spec: Spec, zoo: str) -> tuple[nn.Module, Mapping[str, object]]:
-    """The model, and its example inputs where it is one of the zoo."""
+    """The model, and the example inputs of a model of the zoo."""
     if not zoo:
         return models.build(spec), {}
     from tools.zoo import catalogue
@@ -146,7 +146,7 @@ def _model(spec: Spec, zoo: str) -> tuple[nn.Module, Mapping[str, object]]:
 
 
 def _capture(case: Case) -> Capture:
-    """The capture of a case's model, made once for the cases that share it."""
+    """The capture of a case's model, made once for all cases that share it."""
     return _captured(case.spec, case.zoo, case.example, case.dynamic)
 
 
@@ -159,7 +159,7 @@ def _captured(spec: Spec, zoo: str, example: Call, dynamic: bool) -> Capture:
 
 
 def run(case: Case, address: str = "") -> Outcome:
-    """Compile the model of a case, call it, and judge. address: of a process that loads artifacts, see tools/zoo/fresh.py."""
+    """Compile the model of a case, call it, and judge the outputs. address: of the artifact loader, see tools/zoo/fresh.py."""
     model, given = _model(case.spec, case.zoo)
     before, noise = _snapshot(model), _noise()
     try:
@@ -215,7 +215,7 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
 def _oracle(
     case: Case, model: nn.Module, data: Sequence[dict[str, object]]
 ) -> Callable[[Mapping[str, object], list[torch.Tensor]], str | None]:
-    """What judges an answer: the model itself where every pass is exact, else the program up to the last lossy pass."""
+    """The reference for the outputs: the model if every pass is exact, else the program up to the last lossy pass."""
     passes = parse_pipeline(",".join(case.passes), PASSES) if case.passes else []
     lossy = [at for at, item in enumerate(passes) if isinstance(item, Approximation)]
     packs = any(item.name() in ("pack-tokens", "zero-padding") for item in passes)
@@ -232,10 +232,10 @@ def _oracle(
     prefix = ",".join(case.passes[: lossy[-1] + 1])
     captured = _capture(case).program
     samples = [captured.signature.flatten(*_split(_given(case, batch))) for batch in data]
-    # Checks off: nothing of the verifier has a say in what is right.
+    # Checks are off so that the oracle does not depend on the verifier.
     program, _ = Pipeline(resolve_passes(prefix), checks="off", data=samples).run(captured)
     names = {item.name() for item in passes}
-    # What a query of padding sees through a pattern is padding alone, and adding twice what hides it rounds in many ways.
+    # Under a pattern, a padding query sees padding only, and adding a mask to its scores twice rounds in many ways.
     padded = "sparsify-attention" in names
     precision = "quantized" if names.intersection(_ROUNDING) else "bf16" if "cast" in names else "fp32"
 
@@ -243,7 +243,7 @@ def _oracle(
         sample = program.signature.flatten(*_split(_given(case, inputs)))
         kept = _kept(case, inputs) if padded or precision != "fp32" else None
         return oracle.differs_from_program(
-            found, _tensors_of(program, sample), precision, kept, lambda: _rounded_otherwise(program, sample)
+            found, _tensors_of(program, sample), precision, kept, lambda: _with_perturbed_weights(program, sample)
         )
 
     return by_program
@@ -252,8 +252,8 @@ def _oracle(
 _ROUNDINGS = 8
 
 
-def _rounded_otherwise(program: Program, sample: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """What a program gives when its weights are moved by half a rounding step, some up and some down, by chance."""
+def _with_perturbed_weights(program: Program, sample: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """The outputs of a program whose weights are moved by half a rounding step, up or down at random."""
     for seed in range(_ROUNDINGS):
         generator, other = torch.Generator().manual_seed(seed), program.copy()
         for name, weight in program.weights().items():
@@ -276,7 +276,7 @@ def _kept(case: Case, inputs: Mapping[str, object]) -> torch.Tensor | None:
 def _reloaded(
     fast: lissom.CompiledModel, answers: list[tuple[list[torch.Tensor], list[torch.Tensor]]], address: str
 ) -> Outcome:
-    """Save the model, load it in a fresh process, and compare its answers with those it gave before."""
+    """Save the model, load it in a fresh process, and compare its outputs with those before."""
     with tempfile.TemporaryDirectory(prefix="lissom-fuzz-") as folder:
         artifact = Path(folder) / "artifact"
         fast.save(artifact)
@@ -292,7 +292,7 @@ def _reloaded(
 
 
 def _inputs(case: Case, call: Call, given: Mapping[str, object]) -> dict[str, object]:
-    """Inputs of one call. Those of a model of the zoo are its example with rows and values put in another order."""
+    """Inputs of one call. For a model of the zoo, its example with rows and values permuted."""
     if not given:
         return dict(models.draw_inputs(case.spec, call.batch, call.length, call.padding, call.seed))
     generator = torch.Generator().manual_seed(call.seed)
@@ -304,7 +304,7 @@ def _inputs(case: Case, call: Call, given: Mapping[str, object]) -> dict[str, ob
 
 
 def _given(case: Case, inputs: Mapping[str, object]) -> tuple[object, ...] | dict[str, object]:
-    """Inputs as the case hands them over: by position or by name."""
+    """Inputs as the case passes them: by position or by name."""
     by_name = not next(iter(inputs)).isdigit() if case.zoo else case.spec.keywords or "types" in inputs
     return dict(inputs) if by_name else tuple(inputs.values())
 
@@ -334,7 +334,7 @@ def _snapshot(model: nn.Module) -> list[tuple[str, object, object]]:
 
 
 def _changed(before: list[tuple[str, object, object]], model: nn.Module) -> str:
-    """The name of what is not as it was; empty when all is."""
+    """The name of a value that changed; empty if nothing did."""
     after = _snapshot(model)
     if len(after) != len(before):
         return "the list of the model's tensors"

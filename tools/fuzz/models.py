@@ -1,4 +1,4 @@
-"""Random small transformers, described by a record that can be written down, read back and made simpler."""
+"""Random small transformers, described by a record that can be saved, loaded and simplified."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _FILLS = {"infinity": float("-inf"), "smallest": torch.finfo(torch.float32).min,
 
 @dataclass(frozen=True)
 class Spec:
-    """A transformer. Every default is the simplest choice, which is what shrinking a failure moves towards.
+    """A transformer. Every default is the simplest choice, so that shrinking a failure moves towards it.
 
-    mask: what the model takes. `keep` and `hide` are boolean [batch, tokens], `integers` is 1 for kept tokens, `additive` is 0
+    mask: the kind of mask. `keep` and `hide` are boolean [batch, tokens], `integers` is 1 for kept tokens, `additive` is 0
         for kept tokens and `fill` for the others; the `square` masks are [batch, 1, tokens, tokens].
     window: keys seen to the left of a query, itself included; 0 means all.
-    experts: feed-forwards of which each token takes the best; 0 means one feed-forward without a router.
+    experts: feed-forwards from which a router picks one per token; 0 means one feed-forward without a router.
     """
 
     layers: int = 1
@@ -67,7 +67,7 @@ class Spec:
 
     @property
     def sees_nothing(self) -> bool:
-        """Whether a query that sees no key would be NaN, as softmax written out gives; PyTorch's operator gives 0."""
+        """Whether a query without visible keys gives NaN, as a decomposed softmax does; PyTorch's operator gives 0."""
         return self.fill == "infinity" and (self.attention == "written-out" or self.softcap)
 
 
@@ -110,12 +110,12 @@ def draw_spec(generator: random.Random) -> Spec:
 
 
 def build(spec: Spec) -> nn.Module:
-    """The transformer in evaluation mode, the same weights each time; the global generator is left as it was."""
+    """The transformer in evaluation mode with reproducible weights; the global generator is not advanced."""
     with torch.random.fork_rng():
         torch.manual_seed(spec.weights)
         model = Transformer(spec)
         for name, weight in model.named_parameters():
-            # Weights that keep values near 1, and no bias or norm that is zero or one, where a dropped one would not be seen.
+            # Weights keep activations near 1, and no bias is zero and no norm weight one, so that a dropped one shows.
             spread, middle = (weight.shape[-1] ** -0.5, 0.0) if weight.dim() > 1 else (0.3, float("norm" in name))
             nn.init.normal_(weight, middle, 1.0 if "embedding" in name else spread)
     return model.eval()
@@ -138,7 +138,7 @@ def draw_inputs(spec: Spec, batch: int, length: int, padding: str, seed: int) ->
 
 
 def _draw_kept(batch: int, length: int, padding: str, generator: torch.Generator) -> torch.Tensor:
-    """Which tokens are real; at least one in each row."""
+    """A random mask of the real tokens; at least one in each row."""
     kept = torch.ones(batch, length, dtype=torch.bool)
     counts = torch.randint(1, length + 1, (batch, 1), generator=generator)
     places = torch.arange(length)[None]
@@ -155,7 +155,7 @@ def _draw_kept(batch: int, length: int, padding: str, generator: torch.Generator
 
 
 def _encode_mask(spec: Spec, kept: torch.Tensor) -> torch.Tensor:
-    """The mask in the form that a transformer takes. kept: [batch, tokens]."""
+    """The mask in the form that the transformer takes. kept: [batch, tokens]."""
     length = kept.shape[1]
     if spec.mask == "keep":
         return kept
@@ -169,14 +169,14 @@ def _encode_mask(spec: Spec, kept: torch.Tensor) -> torch.Tensor:
 
 
 def kept_tokens(spec: Spec, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The real tokens of a mask [batch, tokens]; None where there is no mask or it does not say."""
+    """The real tokens of a mask [batch, tokens]; None if there is no mask or it has another form."""
     if mask is None or spec.mask.startswith("square"):
         return None
     return {"keep": lambda: mask, "hide": lambda: ~mask, "integers": mask.bool, "additive": lambda: mask == 0}[spec.mask]()
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm, by PyTorch's function or written out."""
+    """LayerNorm or RMSNorm, as PyTorch's function or decomposed."""
 
     def __init__(self, width: int, spec: Spec) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def bias_of(self, length: int, x: torch.Tensor) -> torch.Tensor | None:
-        """What positions add to the scores, [heads, tokens, tokens]."""
+        """The position bias of the scores, [heads, tokens, tokens]."""
         distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
         if self.spec.positions == "alibi":
             slopes = 2.0 ** -torch.arange(1.0, self.spec.heads + 1)
@@ -279,7 +279,7 @@ def _rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 class FeedForward(nn.Module):
-    """Up, activation, down; with a gate, packed into one layer or not."""
+    """A feed-forward, plain or gated, with gate and up projection packed or separate."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """A router, and feed-forwards weighted by it: every one computed, and all but the best of each token weighted by zero."""
+    """A mixture of experts that computes every expert and weights all but the best of each token by zero."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, with norms before them or after the sums."""
+    """Attention and feed-forward, pre-norm or post-norm."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -329,7 +329,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """What a `Spec` describes."""
+    """The transformer that a `Spec` describes."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ class Transformer(nn.Module):
             self.head = nn.Linear(spec.width, VOCABULARY, False)
 
     def hidden(self, mask: torch.Tensor | None, length: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """What the mask, causality and a window add to the scores, broadcast to [batch, 1, tokens, tokens]."""
+        """The additive mask of padding, causality and window, broadcast to [batch, 1, tokens, tokens]."""
         spec, shown = self.spec, None
         if spec.causal:
             shown = torch.ones(length, length, dtype=torch.bool).tril()
@@ -388,7 +388,7 @@ class Transformer(nn.Module):
 
 
 def simpler(spec: Spec) -> list[Spec]:
-    """Transformers that differ from this one in one choice, and are simpler in it."""
+    """Transformers that are simpler than this one in one choice."""
     found = []
     for field in dataclasses.fields(Spec):
         value = spec.heads if field.name == "key_value_heads" else field.default

@@ -1,4 +1,4 @@
-"""What an answer should be, and whether one is right: plain PyTorch and float64, nothing of Lissom's verifier."""
+"""Checks of outputs against plain PyTorch and float64, independent of Lissom's verifier."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 EXACT_FACTOR, EXACT_FLOOR = 20.0, 5e-5
-"""An exact answer may be 20 times as far from float64 as PyTorch's own float32 is, because it sums in another order.
-It may be off by 5e-5 of the output's size in any case, because PyTorch's own error can be zero in outputs of a few numbers."""
+"""An exact pipeline may have 20 times the error of PyTorch's float32 against float64, because it sums in another order.
+An error of 5e-5 of the output's size is always allowed, because PyTorch's own error can be zero in outputs of a few numbers."""
 LIMITS = {"fp32": 2e-3, "bf16": 0.15, "quantized": 0.35}
-"""How far a compiled program may be from the same program before lowering, as a share of the size of the output.
+"""How far a compiled program may differ from the same program before lowering, relative to the size of the output.
 
 fp32: both compute the same in float32. 2e-3 leaves room for the sums of linear attention and for ill-conditioned factors.
 bf16: a kernel rounds to 8 bits at other places than the operators it replaces, some tens of times.
 quantized: a value between two integers may round to the other one. In tiny models one step of int4 or fp8 is a tenth of the
-output. A wrong scale, mask or layout is off by about 1.
+output. A wrong scale, mask or layout has an error of about 1.
 """
 
 
 def differs_from_float64(
     found: Sequence[object], plain: Sequence[torch.Tensor], precise: Sequence[torch.Tensor], kept: torch.Tensor | None
 ) -> str | None:
-    """Why an answer is not that of the model; None when it is.
+    """Why outputs differ from those of the model; None if they do not.
 
     plain, precise: the model's outputs in float32 and float64. kept: [batch, tokens], the tokens whose values count; None
         counts all.
@@ -44,7 +44,7 @@ def differs_from_float64(
 
 
 AS_FAR = 2.0
-"""A compiled program may be twice as far from the program before lowering as that is from itself when it rounds otherwise."""
+"""A compiled program may differ from the program before lowering by twice what other rounding changes in the latter."""
 
 
 def differs_from_program(
@@ -54,18 +54,18 @@ def differs_from_program(
     kept: torch.Tensor | None = None,
     rounded: Callable[[], Iterable[Sequence[torch.Tensor]]] = tuple,
 ) -> str | None:
-    """Why a compiled program's answer is not that of the program before lowering.
+    """Why a compiled program's outputs differ from those of the program before lowering; None if they do not.
 
-    precision: a key of `LIMITS`. kept: as above; in bfloat16 the score of a query that sees padding alone is all rounding.
-    rounded: what the program before lowering gives where it rounds otherwise. It is asked where the limit is passed: a model
-        may be ill-conditioned, and a router that has to choose between two experts turns on the last bit.
+    precision: a key of `LIMITS`. kept: as above; in bfloat16 the scores of a query that sees padding only are rounding noise.
+    rounded: the outputs of the program before lowering under other rounding. It is called if the limit is exceeded: a model
+        may be ill-conditioned, and the last bit can decide which expert a router chooses.
     """
     sentence = _form_differs(found, wanted)
     if sentence is not None:
         return sentence
     for at, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert isinstance(a, torch.Tensor)
-        # A query that sees nothing through a mask of -inf is NaN after a softmax and zero after an attention.
+        # A query without visible keys under a mask of -inf gives NaN after a softmax and zero after an attention operator.
         sentence = _places_differ(a, b.where(~torch.isnan(b), a))
         if sentence is not None:
             return f"output {at}: {sentence}"
@@ -89,7 +89,7 @@ def _form_differs(found: Sequence[object], wanted: Sequence[torch.Tensor]) -> st
 
 
 def _places_differ(found: torch.Tensor, wanted: torch.Tensor) -> str | None:
-    """Why the numbers that are not finite are not at the same places."""
+    """Why the positions of NaN and infinity differ."""
     a, b = ~torch.isfinite(found), ~torch.isfinite(wanted)
     if torch.equal(a, b):
         return None
@@ -97,7 +97,7 @@ def _places_differ(found: torch.Tensor, wanted: torch.Tensor) -> str | None:
 
 
 def _counted(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    """The values of real tokens, or of rows without padding, where one token of each row is returned."""
+    """The values of real tokens, or of rows without padding if one token per row is returned."""
     counted = torch.ones(values.shape, dtype=torch.bool)
     if kept is None or values.shape[0] != kept.shape[0]:
         return counted
@@ -107,7 +107,7 @@ def _counted(values: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
-    """The largest difference, as a share of the root mean square of what is wanted."""
+    """The largest difference, relative to the root mean square of the reference."""
     if not counted.any():
         return 0.0
     a, b = found.double()[counted], wanted.double()[counted]
@@ -115,7 +115,7 @@ def _error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> 
 
 
 def _mean_error(found: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
-    """The root mean square of the differences, as a share of that of what is wanted."""
+    """The root mean square of the differences, relative to that of the reference."""
     counted = counted & torch.isfinite(wanted)
     if not counted.any():
         return 0.0

@@ -1,4 +1,4 @@
-"""Random pipelines of one to four passes, with random options that a user may give."""
+"""Random pipelines of one to four passes, with random valid options."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import random
 from collections.abc import Callable
 
 Draw = Callable[[random.Random], str]
-"""One pass as text."""
+"""Draws one pass as text."""
 
 
 def _pass(name: str, **options: tuple[object, ...]) -> Draw:
-    """A pass with some of its options, each drawn from values; a value of None leaves the option at its default."""
+    """A pass with some of its options, each drawn from its values; None leaves the option at its default."""
 
     def draw(generator: random.Random) -> str:
         drawn = {key: generator.choice(values) for key, values in options.items()}
@@ -50,7 +50,7 @@ EXACT: tuple[Draw, ...] = (
     _pass("fold-casts"),
     _pass("sink-casts"),
 )
-"""Passes that keep the numbers."""
+"""Exact passes."""
 LOSSY: tuple[Draw, ...] = (
     _pass("prune-heads", keep=_KEEP, criterion=_RANKED, scope=(None, "layer"), round_to=(None, 2)),
     _pass("prune-neurons", keep=_KEEP, criterion=_RANKED, scope=(None, "layer"), round_to=(None, 4)),
@@ -78,7 +78,7 @@ LOSSY: tuple[Draw, ...] = (
     _pass("cast", dtype=("bf16",)),
     _pass("cast", dtype=("bf16", "fp16")),
 )
-"""Passes that lose something."""
+"""Lossy passes."""
 
 
 def draw_pipeline(generator: random.Random) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ def draw_pipeline(generator: random.Random) -> tuple[str, ...]:
 
 
 def simpler(passes: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Pipelines with one pass less, and with the options of one pass at their defaults."""
+    """Pipelines with one pass fewer, or with the options of one pass at their defaults."""
     shorter = [passes[:at] + passes[at + 1 :] for at in range(len(passes))]
     plain = [(*passes[:at], item.partition("{")[0], *passes[at + 1 :]) for at, item in enumerate(passes) if "{" in item]
     return [*shorter, *plain]

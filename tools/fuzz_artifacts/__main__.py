@@ -1,4 +1,4 @@
-"""`python -m tools.fuzz_artifacts --count N --seed S`: change artifacts, load them, and print what must not happen."""
+"""`python -m tools.fuzz_artifacts --count N --seed S`: mutate artifacts, load them, and print the faults."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tools.fuzz_artifacts.samples import SAMPLES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a campaign, or one case again; 1 when there is a fault."""
+    """Run a campaign, or replay one case; returns 1 if there is a fault."""
     parser = argparse.ArgumentParser(prog="python -m tools.fuzz_artifacts", description=__doc__)
     parser.add_argument("--count", type=int, default=1000, help="changed artifacts (default 1000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sample", action="append", choices=tuple(SAMPLES), help="only this one; may be given again")
-    parser.add_argument("--limit-seconds", type=float, default=60.0, help="one may take (default 60)")
+    parser.add_argument("--sample", action="append", choices=tuple(SAMPLES), help="only this sample; may be given again")
+    parser.add_argument("--limit-seconds", type=float, default=60.0, help="time limit of one artifact (default 60)")
     parser.add_argument("--folder", type=Path, help="where the samples are kept for the next run; a temporary one by default")
     parser.add_argument("--replay", metavar="CASE", help="one case, as a campaign prints it")
     options = parser.parse_args(arguments)

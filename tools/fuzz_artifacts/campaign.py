@@ -1,4 +1,4 @@
-"""Runs many changed artifacts through workers, and finds the fewest changes that still show a fault."""
+"""Runs many mutated artifacts through workers, and reduces faults to the fewest mutations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.fuzz_artifacts.worker import prepare
 
 @dataclass(frozen=True)
 class Case:
-    """Changes of one of the samples."""
+    """Mutations of one sample."""
 
     sample: str
     mutations: tuple[Mutation, ...]
@@ -34,7 +34,7 @@ class Case:
 
 
 class Worker:
-    """A process that judges cases and has nothing of this one. It is started again after one that ended it."""
+    """A process that judges cases and shares nothing with this one. It is restarted after a case that ended it."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.folder = folder
@@ -42,7 +42,7 @@ class Worker:
         self._child: Child | None = None
 
     def judge(self, case: Case) -> str:
-        """The word for what came of a case."""
+        """The outcome of a case, as one word."""
         child = self._child = self._child or Child(partial(prepare, self.folder), method="spawn")
         child.give((case.sample, case.mutations))
         while (result := next(child.results(lambda _, seconds: seconds >= self.seconds), None)) is None:
@@ -62,14 +62,14 @@ class Worker:
 
 
 def make_samples(folder: Path, names: Sequence[str]) -> None:
-    """Save the samples into folders of a folder."""
+    """Save the samples into subfolders of a folder."""
     for name in names:
         if not (folder / name).exists():
             SAMPLES[name].save(folder / name)
 
 
 def cases(folder: Path, names: Sequence[str], seed: int) -> Iterator[Case]:
-    """Cases without end: the same for the same seed and names."""
+    """An endless sequence of cases, determined by the seed and the names."""
     files = {name: sorted(path.name for path in (folder / name).iterdir()) for name in names}
     index = 0
     while True:
@@ -80,7 +80,7 @@ def cases(folder: Path, names: Sequence[str], seed: int) -> Iterator[Case]:
 
 
 def smallest(case: Case, judge: Callable[[Case], str]) -> Case:
-    """The case without the changes that its fault does not need."""
+    """The case without the mutations that its fault does not need."""
     for mutation in case.mutations:
         fewer = Case(case.sample, tuple(item for item in case.mutations if item is not mutation))
         if fewer.mutations and judge(fewer).startswith("FAULT"):
@@ -97,9 +97,9 @@ def run(
     limit_seconds: float = 60,
     tell: Callable[[str], None] = print,
 ) -> tuple[Counter[str], dict[Case, str]]:
-    """Judge so many cases; how often each word came up, and the smallest cases of the faults.
+    """Judge this many cases; returns how often each outcome occurred, and the smallest cases of the faults.
 
-    limit_seconds: one case may take. tell: called with each fault and the command that shows it again.
+    limit_seconds: time limit of one case. tell: called with each fault and the command that reproduces it.
     """
     words, faults = Counter[str](), dict[Case, str]()
     worker = Worker(folder, limit_seconds)

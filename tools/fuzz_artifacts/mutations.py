@@ -1,4 +1,4 @@
-"""Changes of an artifact's files, each made of a name and a seed alone, so that any set of them can be made again."""
+"""Mutations of an artifact's files. Each is determined by its name and seed, so any subset can be applied again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lissom.artifacts.allowed import ALLOWED
 
 MANIFEST = "manifest.json"
 CANARY = "fuzz_canary"
-"""Stands in every text that would be code, were it run or compiled."""
+"""A marker in every text that would be code if it were run or compiled."""
 _CODE = f"__import__('builtins').{CANARY}()"
 _NUMBERS = (0, 1, -1, 2, 7, 63, 64, 255, 256, 65536, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, -(2**63), 10**30)
 _TEXTS = (
@@ -65,7 +65,7 @@ _TOKENS = (
 
 @dataclass(frozen=True)
 class Mutation:
-    """One change of one file. It is written `FILE:KIND:SEED`."""
+    """One mutation of one file, written `FILE:KIND:SEED`."""
 
     file: str
     kind: str
@@ -81,7 +81,7 @@ class Mutation:
 
 
 def choose(rng: Random, files: Sequence[str]) -> tuple[Mutation, ...]:
-    """One to four changes of some of the files."""
+    """Draw one to four mutations of some of the files."""
     count = rng.choice((1, 1, 1, 1, 2, 3, 4))
     return tuple(_choose_one(rng, files) for _ in range(count))
 
@@ -102,7 +102,7 @@ def _choose_one(rng: Random, files: Sequence[str]) -> Mutation:
 
 
 def apply(folder: Path, mutations: Sequence[Mutation]) -> None:
-    """Change the files of an artifact, and seal it anew."""
+    """Mutate the files of an artifact, and recompute its hashes."""
     for item in mutations:
         path, rng = folder / item.file, Random(item.seed)
         if item.kind == "bytes":
@@ -115,7 +115,7 @@ def apply(folder: Path, mutations: Sequence[Mutation]) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the present sizes and hashes into the manifest, and its own hash; where it is no JSON by now it stays as it is."""
+    """Write the current sizes and hashes into the manifest, and its own hash; a manifest that is not JSON stays as it is."""
     path = folder / MANIFEST
     try:
         fields = json.loads(path.read_bytes())
@@ -152,7 +152,7 @@ def _change_header(rng: Random, raw: bytes, change: Callable[[Random, Any], None
 
 
 def _change_bytes(rng: Random, raw: bytes, name: str) -> bytes:
-    """Flip, cut, add, copy or zero bytes: anywhere, or where a file says how it is laid out."""
+    """Flip, cut, add, copy or zero bytes: anywhere, or in the part of a file that describes its layout."""
     region = len(raw) if name.endswith(".json") or rng.random() < 0.4 else min(len(raw), 400)
     place = rng.randrange(region) if region else 0
     size = rng.choice((1, 1, 2, 4, 8, 64))
@@ -174,7 +174,7 @@ def _change_bytes(rng: Random, raw: bytes, name: str) -> bytes:
 
 _OF_PROGRAMS = ("operator", "argument", "keyword")
 Place = tuple[Any, Any]
-"""A list or an object, and an index or a key of it."""
+"""A list or an object, and an index or a key in it."""
 
 
 def _places(data: Any) -> list[Place]:
@@ -234,7 +234,7 @@ def _text(rng: Random, data: Any) -> None:
 
 
 def _rename(rng: Random, data: Any) -> None:
-    """Give a key another name, or one that another object has."""
+    """Rename a key, to a new name or to one of another object."""
     place = _pick(rng, data, lambda item: isinstance(item, dict) and bool(item))
     if place is not None:
         fields = place[0][place[1]]
@@ -242,14 +242,14 @@ def _rename(rng: Random, data: Any) -> None:
 
 
 def _graft(rng: Random, data: Any) -> None:
-    """Put a value in the place of another."""
+    """Copy a value over another."""
     place, other = _pick(rng, data), _pick(rng, data)
     if place is not None and other is not None:
         place[0][place[1]] = json.loads(json.dumps(other[0][other[1]]))
 
 
 def _exchange(rng: Random, data: Any) -> None:
-    """Exchange two items of a list."""
+    """Swap two items of a list."""
     place = _pick(rng, data, lambda item: isinstance(item, list) and len(item) > 1)
     if place is not None:
         items = place[0][place[1]]
@@ -299,4 +299,4 @@ JSON: Mapping[str, Callable[[Random, Any], None]] = {
     "argument": _argument,
     "keyword": _keyword,
 }
-"""Changes of a JSON document, by their names."""
+"""Mutations of a JSON document, by name."""

@@ -1,4 +1,4 @@
-"""The artifacts that are changed: small models of every kind that Lissom saves, with inputs and what they answer."""
+"""The artifacts that are mutated: small models of every kind that Lissom saves, with inputs and expected outputs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.decoders import MAX_LENGTH, decoder, prompt
 from tests.models import Case, counter, feed_forward, tiny_bert
 
 Answer = list[object]
-"""The leaves of what a model returns."""
+"""The leaves of a model's outputs."""
 
 
 @dataclass(frozen=True)
 class Sample:
     """One kind of artifact.
 
-    save: writes it into a folder that is not there. load: gives what answers a call with the inputs of the sample.
+    save: writes it into a new folder. load: returns the callable that runs on the sample's inputs.
     """
 
     save: Callable[[Path], None]
@@ -65,7 +65,7 @@ def _save_ranks(folder: Path) -> None:
 
 
 def _load_rank(folder: Path) -> Callable[[], Answer]:
-    """The program of rank 0 as it is read; it answers nothing without the other rank."""
+    """The loaded program of rank 0; it cannot run without the other rank."""
     manifest = read_directory(folder)
     program = read_program(
         folder,

@@ -1,4 +1,4 @@
-"""Loads changed artifacts, one after the other, and says what came of each; it runs in a process of its own."""
+"""Loads mutated artifacts, one after the other, and reports the outcome of each; it runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tools.fuzz_artifacts.mutations import CANARY, Mutation, apply
 from tools.fuzz_artifacts.samples import SAMPLES, Answer, Sample
 
 MOST_BYTES = 4 << 30
-"""A worker may allocate."""
+"""Bytes a worker may allocate."""
 MOST_LOADING = 512 << 20
-"""Loading may take, of samples that are all under a megabyte."""
+"""Seconds loading may take; all samples are smaller than a megabyte."""
 _PROGRAM = "<lissom program>"
 _EVENTS = (
     "os.system",
@@ -45,7 +45,7 @@ _EVENTS += ("os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.link", "os.syml
 
 @dataclass
 class Watch:
-    """What happens in the process that must not while an artifact is loaded and called."""
+    """Records forbidden events in the process while an artifact is loaded and called."""
 
     on: bool = False
     seen: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Watch:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[list[str]]:
-        """What happened is in the list afterwards."""
+        """The recorded events are in the list afterwards."""
         self.seen, before = [], _settings()
         self.on = True
         try:
@@ -74,7 +74,7 @@ class Watch:
 
 
 def _settings() -> dict[str, Any]:
-    """What a program must leave as it was."""
+    """Global state that a program must not change."""
     return {
         "PyTorch's random state": torch.get_rng_state().numpy().tobytes(),
         "Python's random state": random.getstate(),
@@ -110,7 +110,7 @@ def _peak() -> int:
 
 
 def _load(sample: Sample, folder: Path) -> tuple[str, Callable[[], Answer] | None]:
-    """The word for what came of loading, and what answers."""
+    """The outcome of loading, as one word, and the loaded callable."""
     before = _peak()
     try:
         run = sample.load(folder)
@@ -123,14 +123,14 @@ def _load(sample: Sample, folder: Path) -> tuple[str, Callable[[], Answer] | Non
 
 
 def _call(run: Callable[[], Answer], wanted: Answer) -> str:
-    """The word for what came of a call."""
+    """The outcome of the call, as one word."""
     try:
         found = run()
     except LissomError as error:
         return "refused when called" if "\n" not in str(error) else f"FAULT a refusal of several lines: {error}"
     except Exception as error:
         frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-        # Generation in transformers works on what another program answers, of whatever shape.
+        # Generation in transformers uses the outputs of a mutated program, which may have any shape.
         if _PROGRAM in frames or "/transformers/" in frames[-1]:
             return "raises when called"
         return f"FAULT a call raises {_fault(error)}"
@@ -138,8 +138,8 @@ def _call(run: Callable[[], Answer], wanted: Answer) -> str:
 
 
 def judge(sample: Sample, folder: Path, wanted: Answer, watch: Watch) -> str:
-    """The word for what came of a changed artifact."""
-    # Forgets the peak so far.
+    """The outcome of a mutated artifact, as one word."""
+    # Resets the peak memory.
     Path("/proc/self/clear_refs").write_text("5")
     with warnings.catch_warnings(), watch.watching() as seen:
         warnings.simplefilter("ignore")
@@ -150,7 +150,7 @@ def judge(sample: Sample, folder: Path, wanted: Answer, watch: Watch) -> str:
 
 
 def prepare(root: Path) -> Callable[[tuple[str, Sequence[Mutation]], Tell], None]:
-    """What judges changes of a sample in a process of its own. root: holds the samples."""
+    """The function that judges mutations of a sample in a process of its own. root: the folder of the samples."""
     printed = os.memfd_create("printed")
     os.dup2(printed, 1)
     os.dup2(printed, 2)

@@ -1,4 +1,4 @@
-"""`python -m tools.zoo`: check the models of the zoo and write what is found."""
+"""`python -m tools.zoo`: check the models of the zoo and write the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the models that the arguments select; 1 when a result is not the expected one."""
+    """Check the models that the arguments select; returns 1 if a result is unexpected."""
     from tools.zoo import selection
     from tools.zoo.catalogue import entries
     from tools.zoo.check import BACKENDS, check, describe
@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.zoo", description=__doc__)
     selection.add_arguments(parser, "zoo.json")
     parser.add_argument("--backend", action="append", choices=tuple(BACKENDS), help="only this backend; may be given again")
-    parser.add_argument("--no-reload", action="store_true", help="do not save and load what was compiled")
-    parser.add_argument("--attention", choices=("eager", "sdpa"), help="the spelling of attention transformers is to use")
+    parser.add_argument("--no-reload", action="store_true", help="do not save and load compiled models")
+    parser.add_argument("--attention", choices=("eager", "sdpa"), help="the attention implementation in transformers")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     options = parser.parse_args(arguments)
     chosen = selection.choose(parser, options, entries(options.attention))

@@ -7,8 +7,8 @@ from tools.zoo.entry import Entry
 
 
 def entries(attention: str | None = None) -> list[Entry]:
-    """Every entry, family by family. Nothing is built, and no model is imported.
+    """Every entry, family by family. No model is built or imported.
 
-    attention: how the models of transformers spell it, `eager` or `sdpa`; by default as each chooses.
+    attention: the attention implementation in transformers, `eager` or `sdpa`; each model's default if None.
     """
     return [*huggingface.entries(attention), *hand_written.entries(), *libraries.entries()]

@@ -1,6 +1,6 @@
-"""What is found out about one model: each phase timed, and the first thing that goes wrong told in one sentence.
+"""The check of one model: each phase is timed, and the first failure is reported in one sentence.
 
-Seconds are processor seconds: on a machine that does other work beside, they are what the phase takes on a core of its own.
+Seconds are processor seconds, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tools.zoo.entry import Entry
 from tools.zoo.fresh import answers, outline
 
 EAGER, RUNTIME = "eager", "onnxruntime"
-# What is asked of a form here is whether it gives the same, not which is the fastest.
+# The check compares the outputs of a variant, not its speed.
 BACKENDS: Mapping[str, Backend | str] = {EAGER: EAGER, RUNTIME: lissom.OnnxRuntime(timing_seconds=0.0)}
 Report = Callable[[dict[str, Any]], None]
 
@@ -48,14 +48,14 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
 
 class _PhaseError(Exception):
-    """A phase failed, so that the later ones have nothing to work on."""
+    """A phase failed, so later phases cannot run."""
 
 
 def check(entry: Entry, report: Report, backends: Sequence[str] = (EAGER,), loader: str | None = None) -> None:
     """Build the model, capture it, compile it for each backend, and compare all with it at several sizes.
 
-    report: called with the facts found so far, after every phase, so that a run that is cut short has told what it knew.
-    loader: the address of `fresh.loader`; what was compiled is saved, and loaded in a process that never saw the model.
+    report: called with the record after every phase, so that an interrupted run keeps what it has.
+    loader: the address of `fresh.loader`; compiled models are saved, and loaded there in a fresh process.
     """
     record: dict[str, Any] = {"seconds": {}, "failed": None, "error": None, "backends": {}}
 
@@ -116,7 +116,7 @@ def _phases(
         except _PhaseError:
             continue
     with phase("optimize"), _known(captured):
-        # Before a backend lowers it, the program has the operators the recipe raises.
+        # Before a backend lowers it, the program has the operators that the recipe raises.
         optimized = lissom.optimize(case.model, case.inputs, checks="off", progress=lambda *_: None)
         record |= _facts(optimized.program, optimized.report.history)
     with phase("sites"):
@@ -135,14 +135,14 @@ def _through(
     found: dict[str, Any],
     phase: Callable[[str], Any],
 ) -> None:
-    """Compile for one backend, compare; save, load elsewhere, and compare again. What is found out goes into `found`."""
+    """Compile for one backend and compare; save, load in a fresh process, and compare again. Results go into `found`."""
     signature, allowed = captured.program.signature, tolerance_of(captured.program)
-    # The passes are checked once; what another backend makes of the same program is compared as a whole.
+    # The passes are checked once; the executables of other backends are compared as a whole.
     checks = "numeric" if name == EAGER else "off"
     with phase("compile"), _known(captured):
         compiled = lissom.compile(case.model, case.inputs, backend=BACKENDS[name], checks=checks, progress=lambda *_: None)
     with phase("equal"):
-        here = [_told(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
+        here = [_structure_and_leaves(compiled(*args, **kwargs)) for args, kwargs in map(signature.arguments, samples)]
         found["error_found"], found["structure"] = compared(wanted, here)
         found["equal"] = found["error_found"] <= allowed and found["structure"]
     if loader is None:
@@ -168,13 +168,13 @@ def compared(wanted: Sequence[tuple[str, list[object]]], found: Sequence[tuple[s
 
 @contextmanager
 def _known(captured: Capture) -> Generator[None]:
-    """Let compile use a capture already made: it takes most of the time, and would come out the same."""
+    """Let `compile` use an existing capture, which saves most of the time."""
     with mock.patch("lissom.driver.compile.capture", lambda *_, **__: captured):
         yield
 
 
 def _facts(program: Program, history: History) -> dict[str, Any]:
-    """What the exact recipe left of the program."""
+    """The program after the exact recipe."""
     raising = [step for step in history.steps if step.spelling.startswith("raise-attention")]
     skipped = Counter(skip.reason for step in raising for skip in step.skipped)
     return {
@@ -188,7 +188,7 @@ def _facts(program: Program, history: History) -> dict[str, Any]:
 
 
 def _sites(program: Program) -> dict[str, Any]:
-    """The attention and feed-forward sites the analysis `structure` finds."""
+    """The attention and feed-forward sites that the analysis `structure` finds."""
     found = program.fact(structure)
     return {
         "attention": len(found.attention),
@@ -200,7 +200,7 @@ def _sites(program: Program) -> dict[str, Any]:
 
 
 def other_samples(case: Case, signature: Signature, example: Sample) -> list[Sample]:
-    """The example at up to three other sizes the signature allows and the model runs on: larger, twice as large, smallest."""
+    """The example at up to three other sizes that the signature and the model allow: larger, twice as large, smallest."""
     sizes = signature.sizes_of(example)
     wanted = (
         {symbol: size + 1 + index for index, (symbol, size) in enumerate(sizes.items())},
@@ -214,7 +214,7 @@ def other_samples(case: Case, signature: Signature, example: Sample) -> list[Sam
 
 
 def _allowed(case: Case, signature: Signature, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> Sample | None:
-    """The example at these sizes; some models want a token in every row, which a draw of positions may leave out."""
+    """The example at these sizes; some models need a certain token in every row, which random positions may miss."""
     for seed in range(8):
         sample = resize(signature, example, sizes, seed)
         try:
@@ -234,11 +234,11 @@ def _leaves(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) 
 
 
 def answer(case: Case, args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[str, list[object]]:
-    """The structure of what the model returns, and its leaves."""
-    return _told(case.model(*args, **kwargs))
+    """The structure of the model's outputs, and their leaves."""
+    return _structure_and_leaves(case.model(*args, **kwargs))
 
 
-def _told(output: object) -> tuple[str, list[object]]:
+def _structure_and_leaves(output: object) -> tuple[str, list[object]]:
     """The structure of a result, and its leaves."""
     leaves = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(output)]
     return outline(output), leaves
@@ -251,7 +251,7 @@ def _error(wanted: list[object], found: list[object]) -> float:
 
 
 def sentence(error: Exception, *, last: bool = False) -> str:
-    """An error in one line; last: for one that Dynamo wraps, the error it wraps."""
+    """An error in one line; last: the error that Dynamo wraps."""
     error = getattr(error, "inner_exception", error) if last else error
     name = type(error).__name__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -259,7 +259,7 @@ def sentence(error: Exception, *, last: bool = False) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of Lissom on the way to the fault, or of anything when Lissom is not on it."""
+    """The innermost line of Lissom in the traceback, or the innermost line of all if Lissom is not in it."""
     while error.__cause__ is not None:
         error = error.__cause__
     frames = traceback.extract_tb(error.__traceback__)
@@ -268,7 +268,7 @@ def _place(error: BaseException) -> str:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """One line: the model, how long it took, and what came of it."""
+    """One line: the model, its time, and its result."""
     if record.get("failed"):
         outcome = f"{record['failed']}: {record['error']}"
     elif not record["agrees"]:

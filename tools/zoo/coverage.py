@@ -1,4 +1,4 @@
-"""The records of a run as a page: `python -m tools.zoo.coverage zoo.json docs/coverage.md`."""
+"""Write the records of a run as a page: `python -m tools.zoo.coverage zoo.json docs/coverage.md`."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ _TITLES = {EAGER: "eager", RUNTIME: "ONNX Runtime"}
 _INTRODUCTION = """\
 # Coverage
 
-Every model here is tiny and has random weights; what counts is its architecture, not its answers. Each is captured, run through
-the recipe `exact` with every pass checked, and the result is compared with the model itself at the example's sizes and at up to
-three others; operations are counted beside PyTorch's `flop_counter`, node by node. `python -m tools.zoo` makes the measurements
-and this page.
+Every model here is tiny and has random weights: the page covers architectures, not answers. Each is captured and run through
+the recipe `exact` with every pass checked, and the result is compared with the model at the example's sizes and at up to three
+others. The FLOPs of each node are compared with PyTorch's `flop_counter`. `python -m tools.zoo` makes the measurements and this
+page.
 
-- *dynamic*: which sizes may vary from call to call.
-- *attention*, *feed-forward*: sites found in the final program, of those the model's configuration tells of; a dash where it
-  does not say.
-- *eager*, *ONNX Runtime*: the model compiled for that backend returns the model's structure and values, within the tolerance of
-  its dtype, at how many sizes.
-- *loaded*: the backends whose compiled model was saved, loaded in a process that never saw the model, and gave the same there.
-- *FLOPs*: models of which every node is counted as PyTorch counts it.
-- *seconds*: processor time for all of it.
+- *dynamic*: the sizes that may vary from call to call.
+- *attention*, *feed-forward*: the sites found in the final program, of the number in the model's configuration; a dash if the
+  configuration does not say.
+- *eager*, *ONNX Runtime*: the number of sizes at which the model compiled for that backend returns the model's structure and
+  values, within the tolerance of its dtype.
+- *loaded*: the backends whose compiled model gives the same outputs after it is saved and loaded in a fresh process.
+- *FLOPs*: the models with the same FLOPs as PyTorch's counter at every node.
+- *seconds*: processor time in total.
 """
 
 _DYNAMO = "## torch.compile\n"
 _DYNAMO_INTRODUCTION = """\
-The same models under `torch.compile(model, backend="lissom")` without gradients, at up to four sizes, once with Dynamo finding
-out which sizes vary and once with `dynamic=True`, as `python -m tools.zoo.dynamo` measures it. A model that Dynamo cannot run
-with its own backend `eager` does not apply. A graph that is no program runs as it is; the remarks say why.
+The same models under `torch.compile(model, backend="lissom")` without gradients, at up to four sizes, once with the dynamic
+sizes that Dynamo finds and once with `dynamic=True`. `python -m tools.zoo.dynamo` measures it. A model that Dynamo cannot run
+with its own backend `eager` does not apply. A graph that Lissom cannot compile runs unchanged; the remarks say why.
 """
 
 
 def load(path: Path) -> list[Record]:
-    """The records of a run; of a model that was run twice, the later one."""
+    """The records of a run; if a model was run twice, the later one."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return list({record["name"]: record for record in map(json.loads, lines)}.values())
 
 
 def page(records: Sequence[Record]) -> str:
-    """The page: a table of the families, then one of each family's models, then why some are missing something."""
+    """The page: a table of the families, then a table of the models of each family with remarks."""
     order = {family: index for index, family in enumerate(FAMILIES)}
     ordered = sorted(records, key=lambda record: (order[record["family"]], record["name"]))
     families = [family for family in FAMILIES if any(record["family"] == family for record in ordered)]
@@ -62,36 +62,36 @@ def page(records: Sequence[Record]) -> str:
 
 
 def headline(records: Sequence[Record]) -> str:
-    """How many of the models that run in eager are captured and equal, and how many have the sites they should have."""
+    """The sentence that counts the models captured and equal, and the models with the expected sites."""
     run = [record for record in records if record.get("failed") not in ("expect", "build", "eager")]
     equal = sum(map(is_equal, run))
     told = [record for record in run if record.get("sites") and any(_expected(record, kind) is not None for kind in _KINDS)]
     found = sum(all(_is_right(record, kind) for kind in _KINDS) for record in told)
     return (
         f"Of {len(records)} models {len(run)} run in eager; of these {_of(equal, run)} are captured and equal. Of the "
-        f"{len(told)} whose configuration tells how many sites they have, {_of(found, told)} have just these."
-        f"{_runtime_sentence(run)}{_loaded_sentence(records)} The remarks say what the others lack.\n"
+        f"{len(told)} whose configuration gives the number of sites, {_of(found, told)} have exactly these."
+        f"{_runtime_sentence(run)}{_loaded_sentence(records)} The remarks explain the others.\n"
     )
 
 
 def _runtime_sentence(run: Sequence[Record]) -> str:
-    """How many models give the same through ONNX Runtime; nothing when none was tried."""
+    """The sentence that counts the models equal on ONNX Runtime; empty if none was tried."""
     if not _ran(run, RUNTIME):
         return ""
     return f" On ONNX Runtime {_of(sum(is_equal(record, RUNTIME) for record in run), run)} are equal."
 
 
 def _loaded_sentence(records: Sequence[Record]) -> str:
-    """How many compiled models gave the same after they were saved and loaded; nothing when none was."""
+    """The sentence that counts the compiled models equal after saving and loading; empty if there are none."""
     saved = [
         found for record in records for found in record.get("backends", {}).values() if found.get("equal") and _asked(found)
     ]
     same = sum(bool(found.get("reloaded")) for found in saved)
-    return f" Of {len(saved)} compiled models {same} gave the same when loaded in another process." if saved else ""
+    return f" Of {len(saved)} compiled models {same} give the same outputs when loaded in another process." if saved else ""
 
 
 def _asked(found: Record) -> bool:
-    """True when the compiled model was to be saved and loaded."""
+    """True if the compiled model should have been saved and loaded."""
     return "reloaded" in found or found.get("failed") == "reload"
 
 
@@ -104,7 +104,7 @@ def _of(count: int, records: Sequence[Record]) -> str:
 
 
 def surprises(records: Sequence[Record]) -> list[str]:
-    """Models that are not captured, not equal or not loaded and are not known for it, and known ones that are now."""
+    """Models that fail and are not listed in known.py, and listed models that pass now."""
     told: list[str] = []
     for record in records:
         name, known = record["name"], record["name"] in CANNOT_BE_CAPTURED
@@ -149,25 +149,25 @@ def _family_row(name: str, records: Sequence[Record], runtime: bool) -> list[str
         str(sum(map(is_equal, records))),
         *([str(sum(is_equal(record, RUNTIME) for record in records))] if runtime else []),
         f"{sum(bool(found.get('reloaded')) for found in told)} of {len(told)}",
-        _share(records, "attention"),
-        _share(records, "feed_forward"),
+        _fraction(records, "attention"),
+        _fraction(records, "feed_forward"),
         _counted(records),
     ]
 
 
 def _counted(records: Sequence[Record]) -> str:
-    """`12 of 13`: of the models whose operations were counted, those counted as PyTorch does."""
+    """`12 of 13`: of the models whose FLOPs were counted, those that agree with PyTorch's count."""
     told = [record for record in records if "miscounted" in record]
     return f"{sum(not record['miscounted'] for record in told)} of {len(told)}"
 
 
 def is_equal(record: Record, backend: str = EAGER) -> bool:
-    """True when the program and the model compiled for the backend gave the model's outputs at every size tried."""
+    """True if the program and the model compiled for the backend gave the model's outputs at every size tried."""
     return bool(record.get("agrees") and record["backends"].get(backend, {}).get("equal"))
 
 
 def is_loaded(record: Record, backend: str) -> bool:
-    """True when what was compiled gave the same after it was saved and loaded in a process that never saw the model."""
+    """True if the compiled model gave the same outputs after it was saved and loaded in a fresh process."""
     return is_equal(record, backend) and bool(record["backends"][backend].get("reloaded"))
 
 
@@ -175,8 +175,8 @@ def _varies(record: Record, dimension: str) -> bool:
     return any(name.endswith(dimension) for name in record.get("dynamic", ()))
 
 
-def _share(records: Iterable[Record], kind: str) -> str:
-    """`12 of 13`: of the models whose configuration tells a number of sites, those where it was found."""
+def _fraction(records: Iterable[Record], kind: str) -> str:
+    """`12 of 13`: of the models whose configuration gives the number of sites, those where all were found."""
     told = [record for record in records if _expected(record, kind) is not None and record.get("sites")]
     return f"{sum(record['sites'][kind] == _expected(record, kind) for record in told)} of {len(told)}"
 
@@ -237,7 +237,7 @@ def remarks(record: Record) -> str:
 
 
 def _backend_remark(name: str, backend: str, told: Record) -> str:
-    """What went wrong with a model on a backend; empty when nothing did."""
+    """The failure of a model on a backend; empty if there is none."""
     title, known = _TITLES[backend], NOT_ON_ONNX_RUNTIME.get(name) if backend == RUNTIME else None
     if known and not told.get("equal"):
         return f"{title}: {known}"
@@ -257,7 +257,7 @@ def _different_size(record: Record, kind: str) -> str:
 
 
 def _cell(text: str, longest: int = 240) -> str:
-    """Text that fits a cell of a table: one line, bars escaped, cut when long."""
+    """Text for a table cell: one line, bars escaped, truncated if long."""
     plain = re.sub(r"\s+", " ", text).replace("|", "\\|")
     return plain if len(plain) <= longest else plain[: longest - 1] + "…"
 
@@ -268,22 +268,22 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def write_page(path: Path, records: Sequence[Record]) -> None:
-    """Write the page; what it tells of `torch.compile` is of another run, and stays."""
+    """Write the page; its section on `torch.compile` comes from another run and is kept."""
     told = path.read_text(encoding="utf-8").partition(_DYNAMO)[1:] if path.exists() else ()
     path.write_text("\n".join(filter(None, [page(records), "".join(told)])), encoding="utf-8")
 
 
 def write_dynamo(path: Path, records: Sequence[Record]) -> None:
-    """Write what was found under `torch.compile` into the page, behind the rest."""
+    """Write the section on `torch.compile` at the end of the page."""
     rest, _, told = path.read_text(encoding="utf-8").partition(_DYNAMO) if path.exists() else ("", "", "")
-    # The section on sharding is of another run, and stays.
+    # The section on sharding comes from another run and is kept.
     _, found, behind = told.partition("\n## ")
     text = "\n\n".join([rest.rstrip("\n"), dynamo_section(records)])
     path.write_text(f"{text}{found}{behind}".lstrip("\n"), encoding="utf-8")
 
 
 def dynamo_section(records: Sequence[Record]) -> str:
-    """The section on `torch.compile`: a table of the families, then the models there is something to say of."""
+    """The section on `torch.compile`: a table of the families, then the models with remarks."""
     order = {family: index for index, family in enumerate(FAMILIES)}
     ordered = sorted(records, key=lambda record: (order[record["family"]], record["name"]))
     families = [family for family in FAMILIES if any(record["family"] == family for record in ordered)]
@@ -296,10 +296,10 @@ def dynamo_section(records: Sequence[Record]) -> str:
 
 
 def dynamo_headline(records: Sequence[Record]) -> str:
-    """How many of the models Dynamo can run give the same answers."""
+    """The sentence that counts the models that Dynamo can run and that are equal."""
     run = [record for record in records if _applies(record)]
     equal = sum(not is_wrong(record) for record in run)
-    return f"Of {len(records)} models Dynamo runs {len(run)}; of these {_of(equal, run)} give what the model gives."
+    return f"Of {len(records)} models Dynamo runs {len(run)}; of these {_of(equal, run)} are equal."
 
 
 def _dynamo_row(name: str, records: Sequence[Record]) -> list[str]:
@@ -310,37 +310,37 @@ def _dynamo_row(name: str, records: Sequence[Record]) -> list[str]:
 
 
 def _applies(record: Record) -> bool:
-    """False for a model Dynamo cannot run with its backend `eager` either, and for one that was not built."""
+    """False for a model that Dynamo's backend `eager` cannot run either, and for one that was not built."""
     return record.get("failed") not in ("build", "sizes") and all(
         found["equal"] or found["without"] is None for found in record["modes"].values()
     )
 
 
 def is_wrong(record: Record) -> bool:
-    """True when the compiled model fails, or gives something else, where Dynamo's own backend does not."""
+    """True if the compiled model fails or gives other outputs, and Dynamo's own backend does not."""
     return _applies(record) and (bool(record.get("failed")) or not all(found["equal"] for found in record["modes"].values()))
 
 
 def dynamo_outcome(found: Record) -> str:
-    """What came of one mode, in a few words."""
+    """The result of one mode, in a few words."""
     if not found["equal"]:
-        return f"{found['problem']}" if found["without"] is None else f"none for Dynamo: {found['without']}"
+        return f"{found['problem']}" if found["without"] is None else f"fails in Dynamo: {found['without']}"
     return f"equal, {found['lowered']} of {found['graphs']} graphs programs"
 
 
 def _dynamo_remark(record: Record) -> str:
-    """Why a model does not apply, is not equal, or has graphs that run as they are; empty when there is nothing to say."""
+    """Why a model does not apply, is not equal, or has graphs that run unchanged; empty if there is nothing to report."""
     if record.get("failed"):
         return f"{record['failed']}: {record['error']}"
     told = [dynamo_outcome(found) for found in record["modes"].values() if not found["equal"]]
-    told += [f"as it is: {reason}" for found in record["modes"].values() for reason in found["reasons"]]
+    told += [f"unchanged: {reason}" for found in record["modes"].values() for reason in found["reasons"]]
     return "; ".join(dict.fromkeys(told))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page of some records."""
+    """Write the page from a file of records."""
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.coverage", description=__doc__)
-    parser.add_argument("records", type=Path, help="what `python -m tools.zoo` wrote")
+    parser.add_argument("records", type=Path, help="the output of `python -m tools.zoo`")
     parser.add_argument("page", type=Path, help="the page to write")
     options = parser.parse_args(arguments)
     write_page(options.page, load(options.records))

@@ -1,7 +1,7 @@
-"""`python -m tools.zoo.dynamo`: the models of the zoo under `torch.compile(backend="lissom")`, beside the models themselves.
+"""`python -m tools.zoo.dynamo`: compare the models of the zoo under `torch.compile(backend="lissom")` with the models.
 
-Each is called at up to four sizes, with Dynamo finding out which sizes vary, and with `dynamic=True`. Where the answers differ,
-or there are none, Dynamo's own backend `eager` is asked: a model it cannot run either is none for `torch.compile`.
+Each is called at up to four sizes, with the dynamic sizes that Dynamo finds and with `dynamic=True`. If the outputs differ or
+the call fails, Dynamo's own backend `eager` is tried: a model that fails there too does not apply.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from tools.zoo.entry import Entry
 from tools.zoo.runner import run
 
 MODES: Mapping[str, bool | None] = {"automatic": None, "dynamic": True}
-_TOLERANCE = 1e-4  # float32, for models no program could be captured of: nothing is rewritten there, sums are at most reordered
+_TOLERANCE = 1e-4  # float32, for models that cannot be captured: nothing is rewritten there, sums are at most reordered
 Record = dict[str, Any]
 Call = tuple[tuple[object, ...], Mapping[str, object]]
 
 
 def check(entry: Entry, report: Callable[[Record], None]) -> None:
-    """Build the model, call it at several sizes, and compare what it gives compiled, in each of MODES.
+    """Build the model, call it at several sizes, and compare it compiled in each of MODES.
 
-    report: called with the facts found so far.
+    report: called with the record after every phase.
     """
     record: Record = {"phase": "build", "failed": None, "error": None, "modes": {}}
     report(record)
@@ -65,7 +65,7 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
 
 
 def _calls(case: Case) -> tuple[list[Call], float]:
-    """The example and up to three other calls of the model, and how far their answers may be from its own, relative."""
+    """The example and up to three other calls of the model, with the relative tolerance of their outputs."""
     try:
         captured = capture(case.model, case.args, case.kwargs)
     except CaptureError:
@@ -76,7 +76,7 @@ def _calls(case: Case) -> tuple[list[Call], float]:
 
 
 def _under(case: Case, calls: Sequence[Call], wanted: Sequence[Any], allowed: float, dynamic: bool | None) -> Record:
-    """What came of one mode: whether the answers are equal, how many graphs there were, and why some are no programs."""
+    """The result of one mode: whether the outputs are equal, the number of graphs, and why some were not compiled."""
     started = time.process_time()
     problem, error = _problem(case, calls, wanted, allowed, dynamic, compile_graph)
     reports = lissom.dynamo_reports()
@@ -97,7 +97,7 @@ def _under(case: Case, calls: Sequence[Call], wanted: Sequence[Any], allowed: fl
 def _problem(
     case: Case, calls: Sequence[Call], wanted: Sequence[Any], allowed: float, dynamic: bool | None, backend: Any
 ) -> tuple[str | None, float | None]:
-    """What is wrong with the answers of the compiled model, or None, and their largest relative error."""
+    """The problem with the compiled model's outputs, or None, and their largest relative error."""
     torch.compiler.reset()
     try:
         fast = Case(torch.compile(case.model, backend=backend, dynamic=dynamic), case.inputs)
@@ -110,7 +110,7 @@ def _problem(
 
 
 def describe(record: Record) -> str:
-    """One line: the model, how long it took, and what came of it."""
+    """One line: the model, its time, and its result."""
     if record.get("failed"):
         outcome = f"{record['failed']}: {record['error']}"
     else:
@@ -119,7 +119,7 @@ def describe(record: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the models that the arguments select; 1 when one gives something else under `torch.compile`."""
+    """Check the models that the arguments select; returns 1 if one has other outputs under `torch.compile`."""
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.dynamo", description=__doc__)
     selection.add_arguments(parser, "dynamo.json")
     options = parser.parse_args(arguments)

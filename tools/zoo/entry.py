@@ -1,4 +1,4 @@
-"""What the zoo says about a model before it is built: its name, its family, how to build it, and what it is made of."""
+"""A model of the zoo before it is built: its name, its family, its builder, and its expected sites."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ FAMILIES = (
 
 
 def words(text: str) -> tuple[str, ...]:
-    """The words of a table that would fill the page as a list."""
+    """The words of a text, for lists that would take a line per item."""
     return tuple(text.split())
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model's configuration says it holds; None where it does not say.
+    """The expected sites according to a model's configuration; None if it does not say.
 
-    attention: attention sites, encoder, decoder and cross-attention added up. feed_forward: feed-forward sites, a mixture of
-    experts counted once a layer.
+    attention: attention sites, with encoder, decoder and cross-attention added up. feed_forward: feed-forward sites; a mixture
+    of experts counts once per layer.
     """
 
     attention: int | None = None
@@ -44,10 +44,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Entry:
-    """A model of the zoo. Nothing of it is imported before it is built.
+    """A model of the zoo. It is imported only when it is built.
 
-    name: `family/type`, unique. build: the model in evaluation mode, the same weights each time, with an example of its inputs.
-    expect: what its configuration says about it.
+    name: `family/type`, unique. build: returns the model in evaluation mode with reproducible weights, and example inputs.
+    expect: returns the expected sites.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a transformers configuration says about the model's attention and feed-forward sites."""
+"""The attention and feed-forward sites expected from a transformers configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UNCLEAR: frozenset[str] = frozenset(
         """
     )
 )
-"""Types whose number of attentions does not follow from their fields alone: two a layer, shared layers, extra local layers."""
+"""Types whose number of attentions does not follow from their fields: two per layer, shared layers, extra local layers."""
 
 _UNCLEAR_FEED_FORWARD: frozenset[str] = frozenset(
     words(
@@ -39,7 +39,7 @@ _UNCLEAR_FEED_FORWARD: frozenset[str] = frozenset(
 
 
 def expected(family: str, model_type: str, config: PreTrainedConfig) -> Expected:
-    """The number and sizes of the sites, where the configuration says so."""
+    """The number and sizes of the sites, as far as the configuration gives them."""
     if not {model_type, f"{family}/{model_type}"}.isdisjoint(UNCLEAR):
         return Expected()
     attention, feed_forward = _counts(family, config)
@@ -51,7 +51,7 @@ def expected(family: str, model_type: str, config: PreTrainedConfig) -> Expected
 
 
 def _counts(family: str, config: PreTrainedConfig) -> tuple[int | None, int | None]:
-    """Attention and feed-forward sites of every stack that runs."""
+    """The number of attention and feed-forward sites of every stack that runs."""
     encoder, decoder = _stack(config, "encoder"), _stack(config, "decoder")
     if family == "causal" and decoder is not None:
         return decoder, decoder
@@ -72,7 +72,7 @@ def _counts(family: str, config: PreTrainedConfig) -> tuple[int | None, int | No
 
 
 def _feed_forwards(types: Sequence[str]) -> int | None:
-    """A feed-forward follows every layer, unless layers are listed for feed-forwards themselves."""
+    """The number of feed-forward sites: one per layer, unless the configuration lists feed-forward layers separately."""
     return None if {"mlp", "moe"} & set(types) else len(types)
 
 
@@ -94,7 +94,7 @@ def _stack(config: PreTrainedConfig, part: str) -> int | None:
 
 
 def _sizes(config: PreTrainedConfig) -> tuple[int | None, int | None, int | None]:
-    """Heads, key and value heads, and features of a head, where they are the same in every layer."""
+    """Heads, key/value heads and head_dim, if they are the same in every layer."""
     if _first(config, ("depths", "encoder_attention_heads")) is not None or config.is_encoder_decoder:
         heads = {_first(config, (f"{part}_attention_heads", f"num_{part}_attention_heads")) for part in ("encoder", "decoder")}
         found = heads.pop() if len(heads) == 1 else None
@@ -119,7 +119,7 @@ def _sizes(config: PreTrainedConfig) -> tuple[int | None, int | None, int | None
 
 
 def _uniform(config: PreTrainedConfig) -> bool:
-    """True when no field gives some layers other heads than the rest."""
+    """True if no field gives some layers another number of heads."""
     other = ("swa_num_attention_heads", "global_head_dim", "num_attention_heads_per_layer", "num_global_key_value_heads")
     return _first(config, other) is None and not getattr(config, "is_heterogeneous", False)
 
@@ -140,12 +140,12 @@ def _text(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _first(config: PreTrainedConfig, names: Sequence[str]) -> Any:
-    """The first of these fields that has a value."""
+    """The value of the first of these fields that has one."""
     for name in names:
         try:
             found = getattr(config, name, None)
         except RuntimeError:
-            # Fields that differ from layer to layer have no value of their own.
+            # Fields that differ from layer to layer have no single value.
             continue
         if found is not None:
             return found

@@ -1,6 +1,6 @@
-"""Processes that have never seen a model: each loads one artifact and answers with it.
+"""Fresh processes that never imported a model: each loads one artifact and runs it.
 
-They are forks of a process that has imported Lissom and ONNX Runtime and nothing of any model, so a new one takes no time.
+They are forked from a process that has imported Lissom and ONNX Runtime but no model, so they start at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PATIENCE = 120.0
 
 @contextmanager
 def loader() -> Generator[str]:
-    """The address at which artifacts can be handed over, for as long as the context lasts."""
+    """Context manager that gives the address of a loader for artifacts."""
     with tempfile.TemporaryDirectory(prefix="lissom-") as folder:
         address = f"{folder}/socket"
         process = subprocess.Popen([sys.executable, "-m", "tools.zoo.fresh", address])
@@ -44,9 +44,9 @@ def loader() -> Generator[str]:
 
 
 def answers(address: str, artifact: Path, samples: Sequence[Sample]) -> list[tuple[str, list[object]]]:
-    """What the artifact answers to flat inputs in a process of its own: the outline of each result, and its leaves.
+    """The outputs of an artifact for flat inputs, computed in a fresh process: the outline of each result, and its leaves.
 
-    Raises: RuntimeError with what went wrong there.
+    Raises: RuntimeError with the error of that process.
     """
     torch.save([list(sample) for sample in samples], artifact.parent / _INPUTS)
     with Client(address, "AF_UNIX") as connection:
@@ -61,7 +61,7 @@ def answers(address: str, artifact: Path, samples: Sequence[Sample]) -> list[tup
 
 
 def outline(output: object) -> str:
-    """The structure of a result: its containers, by type and keys, and where tensors are in them."""
+    """The structure of a result: its containers, by type and keys, and the positions of tensors in them."""
     if isinstance(output, torch.Tensor):
         return "tensor"
     if isinstance(output, Mapping):
@@ -106,7 +106,7 @@ def _serve(address: str) -> None:
 
 
 def _reap() -> None:
-    """Let go of the processes that are done."""
+    """Collect the child processes that have ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

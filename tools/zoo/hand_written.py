@@ -1,4 +1,4 @@
-"""Models a person might write: the same small decoder with its attention spelt in many ways, and PyTorch's own transformers."""
+"""Hand-written models: one small decoder with many attention implementations, and PyTorch's own transformers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class FoldedBaddbmm(nn.Module):
 
 
 class Unpacked(nn.Module):
-    """q, k and v from one layer, taken apart by chunk, split or unbind; torch's own attention."""
+    """q, k and v from one layer, separated by chunk, split or unbind; PyTorch's attention operator."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Softcap(nn.Module):
 
 
 class WrittenSoftmax(nn.Module):
-    """No softmax operator: exponentials over their sum, with the largest score taken off first."""
+    """Softmax without a softmax operator: exponentials over their sum, after subtracting the largest score."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class WrittenSoftmax(nn.Module):
 
 
 class PerHead(nn.Module):
-    """A loop over heads with layers of their own, as in a tutorial; the scores are scaled after the mask."""
+    """A loop over heads with separate layers, as in a tutorial; the scores are scaled after the mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class PerHead(nn.Module):
 
 
 class PlainWeights(nn.Module):
-    """No linear layers: weights of shape [width, heads, head_dim] in einsum, as one writes it coming from JAX."""
+    """No linear layers: weights of shape [width, heads, head_dim] in einsum, as in JAX code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class PlainWeights(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gelu, or a gate and its value from one layer that chunk takes apart."""
+    """Gelu, or a gated unit with gate and value from one layer, separated by chunk."""
 
     def __init__(self, gated: bool) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ def _padded_encoder(**options: bool) -> Case:
 
 
 def entries() -> Iterator[Entry]:
-    """Decoders by the spelling of their attention, then PyTorch's own modules."""
+    """The decoder with each attention implementation, then PyTorch's own modules."""
     usual = Expected(LAYERS, HEADS, HEADS, HEAD_DIM, LAYERS)
     decoders: dict[str, tuple[Callable[[], Case], Expected]] = {
         "packed-einsum": (partial(_decoder, PackedEinsum), usual),

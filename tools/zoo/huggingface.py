@@ -1,4 +1,4 @@
-"""Tiny random models of every type transformers knows."""
+"""Tiny random models of every model type in transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MAPPINGS: Mapping[str, tuple[str, ...]] = {
     "vision": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "MODEL_FOR_BACKBONE_MAPPING_NAMES"),
     "encoder": ("MODEL_MAPPING_NAMES",),
 }
-"""The families and the tables of transformers that list their models."""
+"""The families, and the model tables of transformers for each."""
 
 ENCODERS = words(
     """
@@ -47,13 +47,13 @@ ENCODERS = words(
     patchtsmixer
     """
 )
-"""Of the table of plain models, the encoders and the towers of larger models; the rest are in a family above, or composite."""
+"""Encoders, and towers of larger models, in the table of plain models; the rest are in a family above, or composite."""
 
 
 def entries(attention: str | None = None) -> Iterator[Entry]:
-    """Every type of every family that is not left out, with the class the first table that has it names.
+    """Every type of every family that is not left out, with the class from the first table that lists it.
 
-    attention: the spelling of attention transformers is to use, `eager` or `sdpa`; its own choice by default.
+    attention: the attention implementation, `eager` or `sdpa`; the default of transformers if None.
     """
     for family, tables in MAPPINGS.items():
         found: dict[str, str] = {}
@@ -109,7 +109,7 @@ def _model_class(class_name: str, config: PreTrainedConfig) -> type[nn.Module]:
 
 
 def _own_config(model_class: type[nn.Module], config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration the class takes: the text part of a composite one, where the class is of the text model alone."""
+    """The configuration of the class: the text part of a composite one, if the class is the text model only."""
     wanted = getattr(model_class, "config_class", None) or type(config)
     parts = [getattr(config, name, None) for name in config.sub_configs]
     return config if isinstance(config, wanted) else next((part for part in parts if isinstance(part, wanted)), config)

@@ -1,4 +1,4 @@
-"""Example inputs for a transformers model, by what its forward takes."""
+"""Example inputs for a transformers model, chosen by the parameters of its forward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Inputs = dict[str, Any]
 
 
 def example_inputs(family: str, model_type: str, model: nn.Module, config: PreTrainedConfig) -> Inputs:
-    """Two rows; the second ends in padding. Decoders are told not to keep a cache."""
+    """Example inputs of two rows; the second ends in padding. Decoders get `use_cache=False`."""
     takes = set(inspect.signature(model.forward).parameters)
     special = SPECIAL.get(f"{family}/{model_type}") or SPECIAL.get(model_type)
     inputs = special(config, takes) if special else _usual(model, config, takes)
@@ -47,14 +47,14 @@ def text(config: PreTrainedConfig, takes: set[str]) -> Inputs:
 
 
 def tokens(config: PreTrainedConfig, seed: int = 0) -> torch.Tensor:
-    """Token ids beside the special ones, which lie at both ends of the vocabulary."""
+    """Random token ids that avoid the special tokens, which are at both ends of the vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     size = getattr(config.get_text_config(), "vocab_size", 128)
     return torch.randint(10, max(20, min(size, 128) - 28), (BATCH, TOKENS), generator=generator)
 
 
 def image(config: PreTrainedConfig, takes: set[str]) -> Inputs:
-    """Pictures of the size the configuration gives."""
+    """Images of the configured size."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config"))]
     size = next((part.image_size for part in parts if getattr(part, "image_size", None)), 64)
     height, width = (size, size) if isinstance(size, int) else size
@@ -73,7 +73,7 @@ def sound(config: PreTrainedConfig, takes: set[str]) -> Inputs:
 
 
 def normal(*shape: int) -> torch.Tensor:
-    """Normal numbers, the same ones at every call."""
+    """Normally distributed numbers, equal at every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -83,14 +83,14 @@ def _frames(config: PreTrainedConfig, takes: set[str]) -> Inputs:
 
 
 def _ends(config: PreTrainedConfig, takes: set[str]) -> Inputs:
-    """Text with one end-of-sentence token a row, at the same place, which the classifier looks for."""
+    """Text with one end-of-sentence token per row, at the same position, which the classifier looks for."""
     inputs = text(config, takes)
     inputs["input_ids"][:, -1] = config.eos_token_id if isinstance(config.eos_token_id, int) else _END
     return inputs
 
 
 def _boxes(config: PreTrainedConfig, takes: set[str]) -> Inputs:
-    """Text with the place of every token on its page."""
+    """Text with the bounding box of every token on its page."""
     corners = torch.randint(0, 50, (BATCH, TOKENS, 2), generator=torch.Generator().manual_seed(2))
     return text(config, takes) | {"bbox": torch.cat([corners, corners + 7], -1)}
 
@@ -100,14 +100,14 @@ def _wave(config: PreTrainedConfig, takes: set[str]) -> Inputs:
 
 
 def _codebooks(config: PreTrainedConfig, takes: set[str]) -> Inputs:
-    """Codes of music: the codebooks of a row lie one after the other in the batch."""
+    """Audio codes: the codebooks of a row are consecutive in the batch."""
     books = config.num_codebooks
     generator = torch.Generator().manual_seed(0)
     return {"input_ids": torch.randint(10, 100, (BATCH * books, TOKENS), generator=generator)}
 
 
 def _patches(config: PreTrainedConfig, takes: set[str]) -> Inputs:
-    """Pictures cut into patches, with their mask and shapes."""
+    """Images split into patches, with their mask and shapes."""
     vision = getattr(config, "vision_config", config)
     inputs = {
         "pixel_values": normal(BATCH, 16, 3 * vision.patch_size**2),
@@ -159,4 +159,4 @@ SPECIAL: Mapping[str, Callable[[PreTrainedConfig, set[str]], Inputs]] = {
     "speech-encoder-decoder": sound,
     "perceiver": _perceiver,
 }
-"""Types whose inputs their forward's parameters do not tell."""
+"""Types whose inputs do not follow from the parameters of their forward."""

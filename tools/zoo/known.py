@@ -1,4 +1,4 @@
-"""Models known not to be captured, not to run on ONNX Runtime, or to keep an attention written out, and why."""
+"""Models that cannot be captured, do not run on ONNX Runtime, or keep a decomposed attention, with the reason."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ CANNOT_BE_CAPTURED: Mapping[str, str] = {
 }
 
 ATTENTION_LEFT: Mapping[str, str] = {
-    "encoder-decoder/longt5": "its local attention lays blocks of keys beside each other, in scores of rank 5",
-    "encoder-decoder/pegasus_x": "its local attention lays blocks of keys beside each other, in scores of rank 5",
+    "encoder-decoder/longt5": "its local attention computes blocks of keys in scores of rank 5",
+    "encoder-decoder/pegasus_x": "its local attention computes blocks of keys in scores of rank 5",
     "timm/convit": "it mixes two softmaxes before the product with v",
-    "x-transformers/one-kv-head": "its heads and queries are one dimension in the scores",
-    "x-transformers/talking-heads": "it mixes the weights of the heads before the product with v",
+    "x-transformers/one-kv-head": "it merges heads and queries into one dimension of the scores",
+    "x-transformers/talking-heads": "it mixes the heads' attention weights before the product with v",
 }
 
-_TIES = "it takes the highest of scores some of which are equal, and which of equal ones come first is not the same everywhere"
-_HISTOGRAM = "it counts the tokens of its only expert by a histogram without a range, which the exporter does not take"
+_TIES = "it takes the top k of tied scores, and PyTorch and ONNX Runtime order ties differently"
+_HISTOGRAM = "it counts the tokens of its only expert with a histogram without a range, which the exporter does not support"
 
 NOT_ON_ONNX_RUNTIME: Mapping[str, str] = {
     "causal/axk2": _TIES,

@@ -1,4 +1,4 @@
-"""Tiny models of timm, torchvision and x-transformers, where these are installed."""
+"""Tiny models of timm, torchvision and x-transformers, if these are installed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ TIMM: Mapping[str, tuple[str, dict[str, Any], Expected]] = {
         Expected(2),
     ),
 }
-"""The model's name in timm, what its constructor is told, and what these say about it."""
+"""The model's name in timm, its constructor arguments, and the sites expected from them."""
 
 
 def entries() -> Iterator[Entry]:
@@ -103,7 +103,7 @@ X_TRANSFORMERS: Mapping[str, tuple[dict[str, Any], Expected]] = {
     "talking-heads": ({"attn_pre_talking_heads": True, "attn_post_talking_heads": True}, Expected(2, 4, 4, 8, 2)),
     "flash": ({"attn_flash": True}, Expected(2, 4, 4, 8, 2)),
 }
-"""What the decoder is told beside its sizes."""
+"""The decoder's constructor arguments beside its sizes."""
 
 
 def _same(expected: Expected) -> Expected:

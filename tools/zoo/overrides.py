@@ -1,4 +1,4 @@
-"""Where a type needs other values than its fields' names suggest, or cannot be in the zoo."""
+"""Types that need other values than their field names suggest, or cannot be in the zoo."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ CONFIGS: Mapping[str, Changes] = {
     "wavlm": _WAV2VEC2 | {"num_conv_pos_embedding_groups": 4, "num_conv_pos_embeddings": 8},
     "whisper": {"max_source_positions": 32},
 }
-"""Fields set as they are, by type, or by `family/type`."""
+"""Field values by type, or by `family/type`."""
 
 _NO_LIBRARY = "needs a library that is not a dependency of the tests"
 _TOO_LARGE = "has parts whose size no field of its configuration sets"
@@ -253,7 +253,7 @@ LEFT_OUT: Mapping[str, str] = {
     ),
     "timm_backbone": "the models of timm are a family of their own",
 }
-"""Types, or `family/type`, that are not in the zoo, and why."""
+"""Types, or `family/type`, that are not in the zoo, with the reason."""
 
 
 def changes(family: str, model_type: str) -> dict[str, Any]:
@@ -262,12 +262,12 @@ def changes(family: str, model_type: str) -> dict[str, Any]:
 
 
 def left_out(name: str) -> bool:
-    """True for a `family/type` that is not in the zoo."""
+    """True if a `family/type` is not in the zoo."""
     return name in LEFT_OUT or name.split("/", 1)[1] in LEFT_OUT
 
 
 def adjust_model(model_type: str, model: nn.Module) -> nn.Module:
-    """The model after what its type asks for before the first call."""
+    """The model after the changes its type needs before the first call."""
     if model_type == "xmod":
         model.set_default_language("en_XX")
     return model

@@ -1,4 +1,4 @@
-"""`python -m tools.zoo.removal`: mask random heads and neurons of every model of the zoo, remove them, compare the outputs."""
+"""`python -m tools.zoo.removal`: zero random heads and neurons of every model of the zoo, remove them, compare the outputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def canonical(case: Case) -> tuple[Program, list[Sample]]:
 
 
 def read_columns(program: Program) -> tuple[dict[str, tuple[Columns, AttentionSite | None]], dict[str, str]]:
-    """By the name of their operator, the sites whose units are told apart; and of the others, why they are not."""
+    """The sites whose units are recognised, by the name of their operator; and for the others, the reason why not."""
     found: dict[str, tuple[Columns, AttentionSite | None]] = {}
     refused: dict[str, str] = {}
     facts = program.fact(structure)
@@ -66,7 +66,7 @@ def read_columns(program: Program) -> tuple[dict[str, tuple[Columns, AttentionSi
 
 
 def mask_randomly(program: Program, generator: random.Random) -> dict[str, list[int]]:
-    """Zero the columns of random heads and neurons, in this program only; by site, which units are dead then."""
+    """Zero the weight columns of random heads and neurons in this program; returns the dead units of each site."""
     edit = Editor(program, "mask")
     found, _ = read_columns(program)
     units: dict[str, set[int]] = {}
@@ -82,7 +82,7 @@ def mask_randomly(program: Program, generator: random.Random) -> dict[str, list[
 
 
 def _some_units(count: int, site: AttentionSite | None, generator: random.Random) -> set[int]:
-    """None, some or all of the units; of grouped heads often whole groups or as many of each group."""
+    """None, some or all of the units; for grouped heads often whole groups, or equally many of each group."""
     if generator.random() < 0.12:
         return set(range(count))
     dead = set(generator.sample(range(count), generator.randrange(count)))
@@ -97,7 +97,7 @@ def _some_units(count: int, site: AttentionSite | None, generator: random.Random
 
 
 def expected_left(columns: Columns, site: AttentionSite | None, dead: Sequence[int]) -> int:
-    """How many dead heads have to stay because groups keep equal numbers."""
+    """The number of dead heads that must stay because groups keep equal numbers."""
     groups = site.key_value_heads if site is not None else columns.count
     if groups < 1 or columns.count % groups or len(dead) == columns.count:
         return 0
@@ -108,7 +108,7 @@ def expected_left(columns: Columns, site: AttentionSite | None, dead: Sequence[i
 
 
 def remove(entry: Entry, report: Callable[[dict[str, Any]], None], seed: int = 0) -> None:
-    """Mask and remove in one model; report: called with what is found so far."""
+    """Zero and remove units in one model. report: called with the record after every phase."""
     record: dict[str, Any] = {"failed": None, "error": None, "phase": "build"}
     torch.manual_seed(0)
     try:
@@ -135,7 +135,7 @@ def _remove(entry: Entry, record: dict[str, Any], report: Callable[[dict[str, An
     after, history = Pipeline(parse_pipeline(REWRITES, PASSES), checks="off").run(masked)
     verify_structure(after, masked)
     phase("compare")
-    # Some sizes a model itself does not take: a classifier looks for a token that only the example has.
+    # Some models reject some sizes: a classifier looks for a token that only the example contains.
     samples, wanted, _ = run_original(masked, samples)
     error = compare(wanted, run_samples(after, samples)).relative_error
     phase("count")
@@ -155,7 +155,7 @@ def _skips(history: History) -> list[Any]:
 
 
 def _left(after: Program, found: dict[str, tuple[Columns, AttentionSite | None]], dead: dict[str, list[int]]) -> dict[str, Any]:
-    """Of the sites with dead units: how many were treated fully, and what is left of the others beyond what has to be."""
+    """Of the sites with dead units: the number treated fully, and what remains of the others beyond what must stay."""
     present, _ = read_columns(after)
     touched = [name for name, units in dead.items() if units]
     left: dict[str, int] = {}
@@ -168,7 +168,7 @@ def _left(after: Program, found: dict[str, tuple[Columns, AttentionSite | None]]
 
 
 def describe(record: dict[str, Any]) -> str:
-    """One line: the model and what came of it."""
+    """One line: the model and its result."""
     start = f"{record['name']} ({record['total_seconds']:.1f} s): "
     if record.get("failed"):
         return f"{start}{record['failed']}: {record['error']}"
@@ -179,7 +179,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """What came of all models: how many are equal, the share of sites treated, and what stands in the way of the others."""
+    """The results of all models: the number equal, the fraction of sites treated, and the reasons for the others."""
     done = [record for record in records if not record.get("failed")]
     lines = [
         f"{len(records)} models, {len(done)} captured and treated, {sum(record['equal'] for record in done)} equal",
@@ -194,16 +194,16 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Remove masked heads and neurons of the models that the arguments select; 1 when an output changes."""
+    """Remove zeroed heads and neurons of the models that the arguments select; returns 1 if an output changes."""
     from tools.zoo.catalogue import entries
     from tools.zoo.runner import run
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.removal", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
-    parser.add_argument("--seed", type=int, default=0, help="which pattern of heads and neurons")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1)")
-    parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds one model may take (default 150)")
-    parser.add_argument("--output", type=Path, default=Path("zoo-removal.json"), help="where the records go, one a line")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random heads and neurons")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel models (default 1)")
+    parser.add_argument("--limit-seconds", type=float, default=150.0, help="processor seconds per model (default 150)")
+    parser.add_argument("--output", type=Path, default=Path("zoo-removal.json"), help="file for the records, one per line")
     options = parser.parse_args(arguments)
     chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
     options.output.unlink(missing_ok=True)

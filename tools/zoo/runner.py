@@ -1,4 +1,4 @@
-"""Checks many models, each in a process of its own with a time limit, and writes each record as soon as it is there."""
+"""Checks many models, each in a child process with a time limit, and writes each record as soon as it is complete."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tools.zoo.entry import Entry
 MOST_BYTES = 6 << 30
 _WARMING = ("causal/llama", "encoder-decoder/bart", "vision/vit")
 _PATIENCE = 8
-"""How much longer than its processor time a model may take by the clock, on a machine that is busy."""
+"""Wall-clock limit of a model as a multiple of its processor time, for a busy machine."""
 Record = dict[str, Any]
 Check = Callable[[Entry, Callable[[Record], None]], None]
-"""Finds out about one model, and calls what it is given with the facts known so far."""
+"""Checks one model; it calls its argument with the record after every phase."""
 
 
 def run(
@@ -39,13 +39,13 @@ def run(
     seconds: float = 60.0,
     jobs: int = 2,
 ) -> list[Record]:
-    """The records of the models, in the order they were finished; each is appended to `output`, one a line,
+    """The records of the models, in the order they finished; each is appended to `output`, one per line,
     so that an interrupted run loses nothing.
 
-    check: what is found out about each model, in a process of its own. describe: one line about a record.
-    seconds: the processor time one model may take before its process is killed. jobs: how many run at a time.
+    check: checks one model in a child process. describe: one line about a record.
+    seconds: the processor time of one model before its process is killed. jobs: how many run at a time.
 
-    The children are forks of this process, so what it has imported costs them nothing.
+    The children are forks of this process, so they need not import its modules again.
     """
     records: list[Record] = []
     _warm({entry.family for entry in entries}, check)
@@ -76,7 +76,7 @@ def _records(entries: Iterator[Entry], seconds: float, jobs: int, check: Check) 
 
 
 def _processor_seconds(process: BaseProcess) -> float:
-    """The processor time a process has used; endless where the system does not tell, so that the clock decides."""
+    """The processor time of a process; infinite if the system does not report it, so that the wall-clock limit applies."""
     try:
         user, system = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     except OSError:
@@ -85,7 +85,7 @@ def _processor_seconds(process: BaseProcess) -> float:
 
 
 def confine() -> None:
-    """Limit the memory this process may allocate, and let nothing of it reach the terminal."""
+    """Limit the memory this process may allocate, and silence its output to the terminal."""
     resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
@@ -93,7 +93,7 @@ def confine() -> None:
 
 
 def _prepare(check: Check) -> Callable[[Entry, Tell], None]:
-    """What checks one model and tells what is found, with nothing on the terminal."""
+    """The function that checks one model and reports the record, without printing to the terminal."""
     confine()
 
     def work(entry: Entry, tell: Tell) -> None:
@@ -105,9 +105,9 @@ def _prepare(check: Check) -> Callable[[Entry, Tell], None]:
 
 
 def _warm(families: Collection[str], check: Check) -> None:
-    """Import what many children need, and check a few models here, which fills the caches of what captures them.
+    """Import what many children need, and check a few models here to fill the caches of the capture.
 
-    PyTorch is kept on one thread: a pool of threads does not survive a fork.
+    PyTorch uses one thread, because a thread pool does not survive a fork.
     """
     torch = importlib.import_module("torch")
     torch.set_num_threads(1)
@@ -121,10 +121,10 @@ def _warm(families: Collection[str], check: Check) -> None:
 
 @contextmanager
 def _bar(total: int, describe: Callable[[Record], str]) -> Generator[Callable[[Record], None]]:
-    """A progress bar on a terminal, one line a model elsewhere."""
+    """A progress bar on a terminal, one line per model elsewhere."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # No thread of its own to redraw the bar: a fork would copy the locks it holds.
+    # The bar has no thread that redraws it: a fork would copy the locks it holds.
     options = {"transient": True, "disable": not console.is_terminal, "auto_refresh": False}
     with Progress(*columns, console=console, **options) as bar:
         task = bar.add_task("zoo", total=total)

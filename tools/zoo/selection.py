@@ -1,4 +1,4 @@
-"""Which models of the zoo a run checks: the arguments that say so, and the entries they choose."""
+"""The models of the zoo that a run checks: the command-line arguments, and the entries they select."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tools.zoo.entry import FAMILIES, Entry
 
 
 def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """The arguments every run of the zoo takes. output: the file the records go into by default."""
+    """Add the arguments of every run of the zoo. output: the default file of the records."""
     parser.add_argument("--family", action="append", choices=FAMILIES, help="only this family; may be given again")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models")
-    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
-    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds per model (default 300)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel models (default 2)")
     parser.add_argument(
-        "--output", type=Path, default=Path(output), help="where the records go, one a line (default %(default)s)"
+        "--output", type=Path, default=Path(output), help="file for the records, one per line (default %(default)s)"
     )
-    parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
-    parser.add_argument("--page", type=Path, help="the page to write them into; docs/coverage.md when all models are run")
+    parser.add_argument("--resume", action="store_true", help="keep the records in the output, and check the other models")
+    parser.add_argument("--page", type=Path, help="the page to update; docs/coverage.md if all models are run")
 
 
 def choose(parser: argparse.ArgumentParser, options: argparse.Namespace, entries: Sequence[Entry]) -> list[Entry]:
-    """The models the arguments name, those left out that a run which is resumed has records of. Unknown names end the run."""
+    """The models the arguments name, without those a resumed run has records of. Unknown names end the run."""
     chosen = [entry for entry in entries if not options.family or entry.family in options.family]
     if options.only:
         unknown = set(options.only) - {entry.name for entry in chosen}
@@ -38,5 +38,5 @@ def choose(parser: argparse.ArgumentParser, options: argparse.Namespace, entries
 
 
 def page(options: argparse.Namespace) -> Path | None:
-    """The page a run writes into; None where only some models were run and none is named."""
+    """The page a run writes into; None if only some models were run and no page is named."""
     return options.page or (None if options.family or options.only else Path("docs/coverage.md"))

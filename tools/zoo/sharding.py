@@ -1,7 +1,7 @@
-"""`python -m tools.zoo.sharding`: every model of the zoo planned for ranks that share it, sharded, and run in lock-step.
+"""`python -m tools.zoo.sharding`: plan, shard and partition every model of the zoo, and run the ranks in lock-step.
 
-For each it says what share of the weights of its linear layers is sharded, and whether the outputs on 2 and on 4 ranks are
-those of the program before, on every rank, at the example's sizes and at others; then the ranks run as processes, over gloo.
+Reports the sharded fraction of the weights of linear layers, and whether the outputs on 2 and on 4 ranks equal those of the
+program before, on every rank, at the example's sizes and at others. Then the ranks run as processes over gloo.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from tools.zoo.entry import FAMILIES, Entry
 from tools.zoo.removal import canonical
 
 WORLD_SIZES = (2, 4)
-"""How many ranks share each model."""
+"""The world sizes that are checked."""
 WANTED = 0.9
-"""The share of its linear weights a model should have sharded."""
+"""The fraction of a model's linear weights that should be sharded."""
 _SECTION = "## Sharding\n"
 _INTRODUCTION = """\
-The same models shared by 2 and by 4 ranks with `shard` and `partition`, as `python -m tools.zoo.sharding` measures it: what
-share of the weights of linear layers is sharded, and whether all ranks give what the program gave before: in lock-step in one
-process, and as processes that talk over gloo. Weights of convolutions are not counted.
+The same models on 2 and on 4 ranks with `shard` and `partition`. `python -m tools.zoo.sharding` measures which fraction of the
+weights of linear layers is sharded, and whether all ranks give the outputs of the program before: in lock-step in one process,
+and as processes that communicate over gloo. Weights of convolutions are not counted.
 """
 Record = dict[str, Any]
 
 
 def check(entry: Entry, report: Callable[[Record], None]) -> None:
-    """Build the model, and sharded it for each number of ranks. report: called with what is found so far."""
+    """Build the model, and partition it for each world size. report: called with the record after every phase."""
     record: Record = {"phase": "capture", "failed": None, "error": None, "world_size": {}}
     report(record)
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
 
 
 def _partition(program: Program, samples: list[Sample], world_size: int) -> Record:
-    # A plan changes no call, so it is made once and not run; what is sharded the pipeline compares with the outputs before.
+    # A plan changes no call, so it is not run; the pipeline compares the partitioned program with the outputs before.
     planned, plans = Pipeline((Shard(world_size),), checks="off").run(program)
     found: Record = {"share": sharded_share(planned)}
     after, history = Pipeline((Partition(),), samples=samples).run(planned)
@@ -84,9 +84,9 @@ def _partition(program: Program, samples: list[Sample], world_size: int) -> Reco
 
 
 def _as_processes(program: Program, samples: list[Sample]) -> Record:
-    """The largest difference between a rank in lock-step and the same rank as a process, and what tolerance says of it.
+    """The largest difference between a rank in lock-step and the same rank as a process, and its tolerance.
 
-    Ranks are forks, so that what is imported costs them nothing, and each says in a file how it went.
+    Ranks are forks, so they need not import modules again; each writes its result to a file.
     """
     wanted = [program.run_ranks(sample) for sample in samples]
     with tempfile.TemporaryDirectory() as name:
@@ -107,7 +107,7 @@ def _as_processes(program: Program, samples: list[Sample]) -> Record:
 
 
 def _be_rank(program: Program, rank: int, samples: list[Sample], wanted: list[Any], folder: Path) -> NoReturn:
-    """Run as one rank of a group of processes, say how it went, and end."""
+    """Run as one rank of a group of processes, write the result, and exit."""
     try:
         torch.set_num_threads(1)
         world_size, store = len(program.ranks), f"file://{folder}/store"
@@ -126,7 +126,7 @@ def _be_rank(program: Program, rank: int, samples: list[Sample], wanted: list[An
 
 
 def is_equal(record: Record) -> bool:
-    """True when the model was sharded for every number of ranks, and all of them give what it gave, as processes too."""
+    """True if the model was partitioned for every world size, and all ranks are equal, as processes too."""
     return not record.get("failed") and all(
         found.get("ranks_differ", 0.0) == 0.0 and not _process_problem(found) for found in record["world_size"].values()
     )
@@ -141,22 +141,22 @@ def _process_problem(found: Record) -> str | None:
 
 
 def share(record: Record) -> float:
-    """The least share of linear weights that is sharded."""
+    """The smallest sharded fraction of linear weights."""
     return min((found["share"] for found in record["world_size"].values()), default=0.0)
 
 
 def headline(records: Sequence[Record]) -> str:
-    """How many models are equal, and how many have most of their linear weights sharded."""
+    """The sentence that counts the equal models, and those with most of their linear weights sharded."""
     run = [record for record in records if record.get("failed") != "capture"]
     equal, most = sum(map(is_equal, run)), sum(share(record) >= WANTED for record in run if is_equal(record))
     return (
-        f"Of {len(run)} models {equal} give the same on {' and '.join(map(str, WORLD_SIZES))} ranks; {most} of them have at "
+        f"Of {len(run)} models {equal} are equal on {' and '.join(map(str, WORLD_SIZES))} ranks; {most} of them have at "
         f"least {WANTED:.0%} of their linear weights sharded."
     )
 
 
 def section(records: Sequence[Record]) -> str:
-    """The part of the page on coverage: a line for each family, then the models that fall short, with the reasons."""
+    """The section of the coverage page: a row per family, then the models that fall short, with the reasons."""
     run = [record for record in records if record.get("failed") != "capture"]
     lines = [
         _SECTION,
@@ -187,13 +187,13 @@ def _reason(record: Record) -> str:
 
 
 def describe(record: Record) -> str:
-    """One line: the model and what came of it."""
+    """One line: the model and its result."""
     outcome = _reason(record) if not is_equal(record) or share(record) < WANTED else f"{share(record):.0%} sharded"
     return f"{record['name']} ({record['total_seconds']:.1f} s): {'' if is_equal(record) else 'NOT EQUAL, '}{outcome}"
 
 
 def write(path: Path, records: Sequence[Record]) -> None:
-    """Put the section into the page, in place of the one it has."""
+    """Write the section into the page, replacing the old one."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     before, _, old = text.partition(_SECTION)
     _, found, behind = old.partition("\n## ")
@@ -201,17 +201,17 @@ def write(path: Path, records: Sequence[Record]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Shard the models that the arguments select; 1 when one fails or gives something else."""
+    """Shard the models that the arguments select; returns 1 if one fails or differs."""
     from tools.zoo.catalogue import entries
     from tools.zoo.runner import run
 
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.sharding", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these models, or only these families")
-    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds one model may take (default 300)")
-    parser.add_argument("--jobs", type=int, default=2, help="models at a time (default 2)")
-    parser.add_argument("--output", type=Path, default=Path("sharding.json"), help="where the records go, one a line")
-    parser.add_argument("--resume", action="store_true", help="keep the records the output has, and check the other models")
-    parser.add_argument("--page", type=Path, help="the page to write them into; docs/coverage.md when all models are run")
+    parser.add_argument("--limit-seconds", type=float, default=300.0, help="processor seconds per model (default 300)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel models (default 2)")
+    parser.add_argument("--output", type=Path, default=Path("sharding.json"), help="file for the records, one per line")
+    parser.add_argument("--resume", action="store_true", help="keep the records in the output, and check the other models")
+    parser.add_argument("--page", type=Path, help="the page to update; docs/coverage.md if all models are run")
     options = parser.parse_args(arguments)
     chosen = [entry for entry in entries() if not options.only or entry.name in options.only or entry.family in options.only]
     if not options.resume:

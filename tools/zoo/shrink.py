@@ -1,7 +1,7 @@
-"""Any transformers configuration as a tiny one of the same kind: narrow, few layers, every kind of layer kept.
+"""Shrinks any transformers configuration: narrow, few layers, every kind of layer kept.
 
-A field is made small by its name, never raised above its default. Lists with one item a layer are cut to the layers that are
-kept, and these are chosen so that every value in each such list still occurs: a hybrid keeps an attention and a mamba layer.
+A field is set by its name, never raised above its default. Lists with one item per layer are cut to the kept layers, which are
+chosen so that every value in each such list still occurs: a hybrid keeps an attention and a mamba layer.
 """
 
 from __future__ import annotations
@@ -109,15 +109,15 @@ _NAMES: Sequence[tuple[int, str]] = (
     (16, "num_mel_bins"),
 )
 SIZES: Mapping[str, int] = {name: size for size, names in _NAMES for name in words(names)}
-"""What a field of that name becomes, unless it is smaller already."""
+"""The value of a field of that name, unless it is smaller already."""
 
 STAGE_WIDTHS = ("hidden_sizes", "embed_dims", "neck_hidden_sizes", "stage_out_channels", "stage_mid_channels", "conv_dim")
 
 
 def shrink(default: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    """A tiny configuration of the kind of `default`.
+    """A tiny configuration derived from `default`.
 
-    changes: fields to set as they are; for a configuration inside this one, a mapping of its fields.
+    changes: field values; for a nested configuration, a mapping of its fields.
     """
     kept = _kept_layers(default)
     fields: dict[str, Any] = _latent_attention(default)
@@ -133,7 +133,7 @@ def shrink(default: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedC
 
 
 def _values(default: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of a configuration, by the names its constructor takes."""
+    """The fields of a configuration, by the names of its constructor's parameters."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(default):
         try:
@@ -141,13 +141,13 @@ def _values(default: PreTrainedConfig) -> dict[str, Any]:
         except AttributeError:
             continue
         except RuntimeError:
-            # A field that differs from layer to layer has no value of its own; the class's default stands for it.
+            # A field that differs from layer to layer has no single value; the class's default replaces it.
             found[field.name] = field.default
     return found
 
 
 def _latent_attention(default: PreTrainedConfig) -> dict[str, int]:
-    """Latent attention expands keys and values to every head, and rotates the rotary part alone."""
+    """Adjust latent attention: keys and values are expanded to every head, and only the rotary part is rotated."""
     values = _values(default)
     if not isinstance(values.get("kv_lora_rank"), int):
         return {}
@@ -157,7 +157,7 @@ def _latent_attention(default: PreTrainedConfig) -> dict[str, int]:
 
 
 def _own_values(default: PreTrainedConfig) -> dict[str, Any]:
-    """The plain values in which a configuration inside another differs from its class's own defaults."""
+    """The plain values of a nested configuration that differ from its class's defaults."""
     fresh = _values(type(default)())
     plain = {name: value for name, value in _values(default).items() if isinstance(value, (bool, int, float, str))}
     return {name: value for name, value in plain.items() if fresh.get(name) != value}
@@ -187,7 +187,7 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def _special_token(name: str, value: object) -> object:
-    """A token id inside the vocabulary; the usual ones are told apart, the rest are drawn from the end."""
+    """A token id inside the vocabulary; the usual ones are distinct, the rest are taken from the end."""
     usual = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     if name == "pad_token_id" and (value is None or (isinstance(value, int) and not 0 <= value < VOCABULARY)):
         return 0
@@ -203,7 +203,7 @@ def _depth(default: PreTrainedConfig) -> int | None:
 
 
 def _kept_layers(default: PreTrainedConfig) -> list[int]:
-    """The layers of the default that the tiny model has, so that each value of each list with one item a layer occurs."""
+    """The layers of the default to keep, so that each value of each list with one item per layer occurs."""
     depth = _depth(default)
     if depth is None:
         return []

@@ -1,4 +1,4 @@
-"""Random weights that hide nothing: no bias of zero, no scale of one, no layer scaled to nearly nothing."""
+"""Random weights that expose mistakes: no zero bias, no unit scale, no layer scaled to nearly zero."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.models import seeded
 
 
 def woken(build: Callable[[], nn.Module]) -> nn.Module:
-    """The module in evaluation mode with the same weights at every call.
+    """The module in evaluation mode, with reproducible weights.
 
-    Weights and running statistics that start as one number throughout get noise: a rewrite that lost such a bias, or a branch
-    that is scaled by 1e-5 at the start, would pass every check.
+    Weights and running statistics that start as a constant get noise. Otherwise a rewrite that lost such a bias, or a branch
+    scaled by 1e-5 at the start, would pass every check.
     """
     return seeded(lambda: _wake(build()))
 
