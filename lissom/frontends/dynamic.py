@@ -1,4 +1,4 @@
-"""The sizes that may vary: those a caller names in `dynamic=`, and what is said of those found."""
+"""Dynamic dimensions: those named in `dynamic=`, and the notes on those found."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def check_dynamic(dynamic: object) -> None:
 
 
 def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict[int, dict[int, object]]:
-    """The dimensions the caller names, by the input they belong to.
+    """The dimensions the caller names, by the `id` of their input.
 
-    Raises: CaptureError for an argument or a dimension that is not there, and for an example outside a range.
+    Raises: CaptureError for an unknown argument or dimension, and for an example size outside its range.
     """
     wanted: dict[int, dict[int, object]] = {}
     for name, dims in dynamic.items():
@@ -76,7 +76,7 @@ def _in_range(given: str | Dim, size: int) -> bool:
 def renamed(program: Program, dynamic: Dynamic) -> Program:
     """The program with the caller's names and ranges on its dimensions.
 
-    Raises: CaptureError when a dimension that should vary was fixed by the model, or one name stands for two.
+    Raises: CaptureError if the model fixes a dimension that should vary, or two dimensions get the same name.
     """
     dimensions = dict(program.signature.dimensions)
     for leaf in program.signature.tensors:
@@ -104,14 +104,14 @@ def renamed(program: Program, dynamic: Dynamic) -> Program:
 
 
 def describe_dimensions(signature: Signature) -> str:
-    """A sentence on the sizes that may vary, `dynamic: batch (1 or more)`."""
+    """A note on the dynamic dimensions, `dynamic: batch (1 or more)`."""
     if not signature.dimensions:
         return "every size is fixed at the example's"
     return "dynamic: " + ", ".join(f"{found.name} ({found.range})" for found in signature.dimensions.values())
 
 
 def mask_dimensions(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, ...]]:
-    """The last dimensions of masks such as [batch, 1, tokens, tokens], by the inputs' `id`: those as long as another input."""
+    """The trailing dimensions of masks such as [batch, 1, tokens, tokens] that equal another input's tokens, by input `id`."""
     lengths = {tensor.shape[1] for tensor in tensors if tensor.dim() in (2, 3)} - {1}
     found: dict[int, tuple[int, ...]] = {}
     for tensor in tensors:
@@ -122,7 +122,7 @@ def mask_dimensions(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, ...
 
 
 def fixed_sequences(signature: Signature) -> list[str]:
-    """Sentences on the inputs of tokens whose sequence was to vary and is fixed."""
+    """Notes on token inputs whose sequence dimension is fixed."""
     return [
         f"dimension 1 of '{leaf.path}' is fixed at {leaf.type.shape[1]}: the model combines it with sizes that do not vary"
         for leaf in signature.tensors
@@ -131,7 +131,7 @@ def fixed_sequences(signature: Signature) -> list[str]:
 
 
 def declared_but_fixed(model: nn.Module, signature: Signature) -> list[str]:
-    """Sentences on sizes fixed here that vary by the file the model was read from (`meta["dynamic"]`, as from ONNX)."""
+    """Notes on sizes fixed here that are dynamic in the model's file (`meta["dynamic"]`, as from ONNX)."""
     declared: Mapping[str, Mapping[int, str]] = getattr(model, "meta", {}).get("dynamic", {})
     notes: list[str] = []
     for leaf in signature.tensors:
