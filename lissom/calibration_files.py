@@ -34,7 +34,7 @@ def read_texts(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"'{path}' cannot be read as text: {error}") from error
     if not lines:
-        raise ArtifactError(f"'{path}' holds no text; give one text a line")
+        raise ArtifactError(f"'{path}' holds no text; give one text per line")
     return lines
 
 
@@ -51,7 +51,7 @@ def read_data(path: Path, source: Source, device: torch.device | None = None) ->
     if path.suffix == ".npz":
         return [_complete(_read_arrays(path), source, device)]
     if path.suffix not in (".txt", ".jsonl"):
-        raise ArtifactError(f"'{path}' is no file of calibration data; give {FORMATS}")
+        raise ArtifactError(f"'{path}' is not a file of calibration data; give {FORMATS}")
     texts = _json_texts(path) if path.suffix == ".jsonl" else read_texts(path)
     return [_complete(batch, source, device) for batch in _encoded(texts, path, source)]
 

@@ -21,7 +21,7 @@ MOST_THREADS = 256
 def finite(value: float) -> float:
     """Refuse infinity and NaN, which typer's ranges allow."""
     if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
+        raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 

@@ -209,7 +209,7 @@ def _batches(graph: Graph, data: Iterable[object]) -> list[dict[str, object]]:
     batches = list(data)
     if any(not isinstance(batch, Mapping) for batch in batches):
         names = ", ".join(graph.inputs.values())
-        raise InputError(f"a batch of data is no mapping; name the tensors as the graph does, which takes {names}")
+        raise InputError(f"a batch of data is not a mapping; name the tensors as the graph does, which takes {names}")
     return [{name: batch[name] for name in graph.inputs.values() if name in batch} for batch in batches]  # pyright: ignore
 
 
@@ -273,7 +273,7 @@ class _Variant:
         for index, (_, owner) in enumerate(self._with_owners(example, self._run(example))):
             if owner != self._owners[index] and isinstance(self._owners[index], int):
                 raise UnsupportedError(
-                    f"its output {index} lies in the memory of an input, and what backend '{compiled.backend}' gives does not"
+                    f"its output {index} shares memory with an input, and the output of backend '{compiled.backend}' does not"
                 )
 
     def fits(self, args: Sequence[object]) -> bool:

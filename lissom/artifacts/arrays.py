@@ -27,7 +27,7 @@ def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], d
     wanted = {leaf.path: leaf for leaf in signature.tensors}
     for name in arrays:
         if name not in wanted:
-            raise InputError(f"'{path}' holds '{name}', which is no argument; the program takes {signature.describe()}")
+            raise InputError(f"'{path}' holds '{name}', which is not an argument; the program takes {signature.describe()}")
     missing = [name for name in wanted if name not in arrays]
     if missing:
         raise InputError(f"'{path}' lacks '{missing[0]}'; the program takes {signature.describe()}")
@@ -53,7 +53,7 @@ def _tensor(leaf: TensorArgument, array: np.ndarray) -> torch.Tensor:
         native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
         tensor = torch.from_numpy(native).reshape(array.shape)
     except (TypeError, ValueError) as error:
-        raise InputError(f"argument '{leaf.path}' is an array of {array.dtype}, which is no tensor's dtype") from error
+        raise InputError(f"argument '{leaf.path}' is an array of {array.dtype}, which is not a tensor dtype") from error
     casts = tensor.is_floating_point() and leaf.type.dtype.is_floating_point
     return tensor.to(leaf.type.device, leaf.type.dtype if casts else None)
 

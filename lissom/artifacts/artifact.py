@@ -219,7 +219,7 @@ def find_devices(manifest: Manifest, directory: Path, device: torch.device | Non
     try:
         saved = torch.device(manifest.device)
     except RuntimeError as error:
-        raise ArtifactError(f"'{directory}' was made for '{manifest.device}', which is no device of this PyTorch") from error
+        raise ArtifactError(f"'{directory}' was made for '{manifest.device}', which is not a device of this PyTorch") from error
     if device is not None:
         return saved, device
     if saved.type == "cpu":
@@ -247,7 +247,7 @@ def _decode(content: bytes, path: Path, read_weights: ReadWeights, place: Place)
         raise
     # A file may be wrong in any way, and torch and sympy raise errors of their own.
     except Exception as error:
-        raise ArtifactError(f"'{path}' is no program this Lissom can read: {_first_line(error)}") from error
+        raise ArtifactError(f"'{path}' is not a program this Lissom can read: {_first_line(error)}") from error
 
 
 def read_history(manifest: Manifest, directory: Path) -> History:

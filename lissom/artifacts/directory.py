@@ -79,7 +79,7 @@ def check_target(target: Path) -> None:
     target = target.absolute()
     try:
         if not target.name:
-            raise ArtifactError(f"'{target}' is no name for an artifact; name a directory that is not there yet")
+            raise ArtifactError(f"'{target}' is not a name for an artifact; name a new directory")
         check_parent(target)
         mode = target.lstat().st_mode
         found = {path.name for path in target.iterdir()} if stat.S_ISDIR(mode) else set[str]()
@@ -91,7 +91,7 @@ def check_target(target: Path) -> None:
     if stat.S_ISLNK(mode):
         raise ArtifactError(f"'{target}' is a symbolic link, and would be replaced; name the directory itself")
     if not stat.S_ISDIR(mode) or (found and NAME not in found):
-        raise ArtifactError(f"'{target}' exists and is no artifact, so it is not replaced; choose another directory")
+        raise ArtifactError(f"'{target}' exists and is not an artifact, so it is not replaced; choose another directory")
     if found:
         _check_only_ours(target, found)
 
@@ -101,10 +101,12 @@ def _check_only_ours(target: Path, found: Collection[str]) -> None:
     try:
         others = sorted({*found} - {NAME, SIGNATURE} - listed_files(target / NAME))
     except ArtifactError as error:
-        raise ArtifactError(f"'{target}' exists and is no artifact, so it is not replaced; choose another directory") from error
+        raise ArtifactError(
+            f"'{target}' exists and is not an artifact, so it is not replaced; choose another directory"
+        ) from error
     if others:
         raise ArtifactError(
-            f"'{target}' holds '{others[0]}' beside the artifact's own files, so it is not replaced; "
+            f"'{target}' holds '{others[0]}' besides the artifact's own files, so it is not replaced; "
             f"take it out, or choose another directory"
         )
 
@@ -232,7 +234,7 @@ def _read_manifest(directory: Path) -> bytes:
             raise ArtifactError(f"there is no directory '{directory}'; {hint}")
         if not os.path.lexists(directory / NAME):
             raise ArtifactError(
-                f"'{directory}' is no artifact: it has no {NAME}; name a directory that CompiledModel.save wrote"
+                f"'{directory}' is not an artifact: it has no {NAME}; name a directory that CompiledModel.save wrote"
             )
     except OSError as error:
         raise ArtifactError(f"'{directory}' cannot be read: {reason(error)}; name another directory") from error
@@ -251,7 +253,7 @@ def _check_names(directory: Path, files: Mapping[str, Content], unread: Collecti
     for name in files:
         if _FILE.fullmatch(name) is None or name in (NAME, SIGNATURE):
             raise ArtifactError(
-                f"'{directory / NAME}' names the file '{name}', which does not lie in the artifact's directory itself; "
+                f"'{directory / NAME}' names the file '{name}', which is not in the artifact's directory itself; "
                 f"do not use this artifact"
             )
     found = {path.name for path in directory.iterdir()} - {NAME, SIGNATURE}

@@ -95,7 +95,7 @@ def _build(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
         case [str() as name, *arguments] if name in FUNCTIONS:
             return FUNCTIONS[name](*(_build(item, symbols) for item in cast("list[object]", arguments)))
         case _:
-            raise ValueError(f"{shown(data)} is no size")
+            raise ValueError(f"{shown(data)} is not a size")
 
 
 def _measure(data: object) -> tuple[int, int]:
@@ -125,4 +125,4 @@ def _exponent(data: object) -> float:
         case ["Float", str() as digits]:
             return finite(digits)
         case _:
-            raise ValueError(f"the exponent {shown(data)} is no number")
+            raise ValueError(f"the exponent {shown(data)} is not a number")

@@ -37,7 +37,7 @@ def take(data: object, key: str, kind: type[Kind]) -> Kind:
         raise ValueError(f"there is no field '{key}' in {shown(data)}")
     value = cast("dict[str, object]", data)[key]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise ValueError(f"the field '{key}' is {shown(value)}, which is no {kind.__name__}")
+        raise ValueError(f"the field '{key}' is {shown(value)}, which is not of type {kind.__name__}")
     return value
 
 
@@ -54,7 +54,7 @@ def take_text(data: object, key: str) -> str:
 def text(data: object) -> str:
     """The item as text. Raises: ValueError if it is not text."""
     if not isinstance(data, str):
-        raise ValueError(f"{shown(data)} is no text")
+        raise ValueError(f"{shown(data)} is not text")
     return data
 
 
@@ -62,14 +62,14 @@ def printable(data: object) -> str:
     """The item as text without control characters. Raises: ValueError if it is anything else."""
     found = text(data)
     if not found.isprintable() or len(found) > _LONGEST_NAME:
-        raise ValueError(f"{shown(found)} is no name: it holds what cannot be printed, or is longer than {_LONGEST_NAME}")
+        raise ValueError(f"{shown(found)} is not a name: it holds what cannot be printed, or is longer than {_LONGEST_NAME}")
     return found
 
 
 def number(data: object) -> int:
     """The item as a 64-bit integer. Raises: ValueError if it is anything else."""
     if not isinstance(data, int) or isinstance(data, bool) or abs(data) >= 1 << 63:
-        raise ValueError(f"{shown(data)} is no whole number of 64 bits")
+        raise ValueError(f"{shown(data)} is not a whole number of 64 bits")
     return data
 
 
@@ -84,7 +84,7 @@ def finite(digits: str) -> float:
     """The finite number that a text holds. Raises: ValueError if it holds none."""
     found = float(digits) if len(digits) <= _LONGEST else math.nan
     if not math.isfinite(found):
-        raise ValueError(f"{shown(digits)} is no finite number")
+        raise ValueError(f"{shown(digits)} is not a finite number")
     return found
 
 
@@ -147,4 +147,4 @@ def _float(digits: str) -> float:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

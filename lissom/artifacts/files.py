@@ -26,15 +26,15 @@ def open_plain(path: Path) -> BufferedReader:
             raise ArtifactError(
                 f"'{path.parent}' lacks '{path.name}', which its manifest names; copy it whole, or save again"
             ) from error
-        kinds = {errno.ELOOP: "is a symbolic link", errno.ENXIO: "is no plain file"}
+        kinds = {errno.ELOOP: "is a symbolic link", errno.ENXIO: "is not a regular file"}
         if error.errno not in kinds:
             raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
         raise ArtifactError(
-            f"'{path}' {kinds[error.errno]}; an artifact holds plain files only: copy the file itself"
+            f"'{path}' {kinds[error.errno]}; an artifact holds regular files only: copy the file itself"
         ) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ArtifactError(f"'{path}' is no plain file; an artifact holds plain files only: copy the file itself")
+        raise ArtifactError(f"'{path}' is not a regular file; an artifact holds regular files only: copy the file itself")
     return os.fdopen(handle, "rb")
 
 
@@ -76,7 +76,7 @@ def check_writable(path: Path) -> None:
     if stat.S_ISLNK(mode):
         raise ArtifactError(f"'{path}' is a symbolic link, and would be replaced; name the file itself")
     if not stat.S_ISREG(mode):
-        raise ArtifactError(f"'{path}' is a device, a pipe or a socket, and would be replaced; name a plain file")
+        raise ArtifactError(f"'{path}' is a device, a pipe or a socket, and would be replaced; name a regular file")
 
 
 def reason(error: OSError | ValueError) -> str:

@@ -99,7 +99,7 @@ def listed_files(path: Path) -> frozenset[str]:
             return frozenset(take(data, "files", dict))
     except ValueError:
         pass
-    raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
+    raise ArtifactError(f"'{path}' is not a Lissom manifest; name a directory that CompiledModel.save wrote")
 
 
 def parse_manifest(whole: bytes, path: Path) -> Manifest:
@@ -110,7 +110,7 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
     # A configuration may hold infinities, and a very large length that means no limit.
     data = parse_json(whole, path, any_number=True)
     if not isinstance(data, dict) or cast("dict[str, object]", data).get("kind") != KIND:
-        raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
+        raise ArtifactError(f"'{path}' is not a Lissom manifest; name a directory that CompiledModel.save wrote")
     version = cast("dict[str, object]", data).get("version")
     if version != FORMAT_VERSION:
         raise ArtifactError(
@@ -131,7 +131,7 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
             files={name: _content(item) for name, item in take(data, "files", dict).items()},
         )
     except ValueError as error:
-        raise ArtifactError(f"'{path}' is no manifest of Lissom's: {error}; save the model again") from error
+        raise ArtifactError(f"'{path}' is not a Lissom manifest: {error}; save the model again") from error
 
 
 def _option(data: object) -> object:

@@ -140,12 +140,12 @@ def _decode(data: object) -> object:
             kind = _output_class(name, take(data, "module", str), fields)
             return Output(name, fields, items) if kind is None else kind(**items)
         case _:
-            raise ValueError(f"{shown(data)} is no nesting")
+            raise ValueError(f"{shown(data)} is not a nesting")
 
 
 def _decode_item(data: object) -> tuple[Any, object]:
     if not isinstance(data, list) or len(cast("list[object]", data)) != 2:
-        raise ValueError(f"{shown(data)} is no key with an item")
+        raise ValueError(f"{shown(data)} is not a key with an item")
     key, item = cast("list[object]", data)
     return decode_argument(key), _decode(item)
 
@@ -173,5 +173,5 @@ def _output_class(name: str, module: str, fields: tuple[str, ...]) -> type | Non
     if isinstance(found, type) and issubclass(found, ModelOutput):
         return found
     if not fields or not all(field.isidentifier() and not field.startswith("_") for field in (name, *fields)):
-        raise ValueError(f"{shown(name)} with the fields {shown(fields)} is no output of a model")
+        raise ValueError(f"{shown(name)} with the fields {shown(fields)} is not an output of a model")
     return make_dataclass(name, [(field, object, None) for field in fields], bases=(ModelOutput,))

@@ -92,7 +92,7 @@ def _check_weight_name(name: str) -> None:
     first, *others = printable(name).split(".")
     taken = hasattr(_MODULE, first) or any(hasattr(_INNER, part) for part in others)
     if taken or any(part.startswith("__") or not part for part in (first, *others)) or {*name} & {'"', "'", "\\"}:
-        raise ValueError(f"{shown(name)} is no name for a weight")
+        raise ValueError(f"{shown(name)} is not a name for a weight")
 
 
 def _own_state(state: Sequence[str], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -126,7 +126,7 @@ def _check_form(program: Program) -> None:
         raise ValueError("the program's outputs are not those of its signature")
     for node in program.nodes(*nodes.STATE_WRITES):
         if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in program.state:
-            raise ValueError(f"'{node.name}' writes to what is no state of the program")
+            raise ValueError(f"'{node.name}' writes to a buffer that is not state of the program")
 
 
 def _encode_symbols(program: Program) -> dict[str, object]:
@@ -161,7 +161,7 @@ def _decode_symbols(data: Mapping[str, object]) -> dict[sympy.Symbol, SymbolFact
     found: dict[sympy.Symbol, SymbolFact] = {}
     for name, item in data.items():
         if _SYMBOL.fullmatch(name) is None:
-            raise ValueError(f"{shown(name)} is no name for a symbol")
+            raise ValueError(f"{shown(name)} is not a name for a symbol")
         # Only true assumptions are passed: for sympy `positive=False` is different from no assumption.
         assumptions = {key: True for key in ("integer", "positive") if take(item, key, bool)}
         example, minimum, maximum = (
@@ -215,7 +215,7 @@ def _check_dimensions(signature: Signature) -> None:
     told = {size for _, size in sizes if isinstance(size, sympy.Symbol)}
     for leaf, size in sizes:
         if not size.free_symbols <= told or (isinstance(size, sympy.Symbol) and size not in signature.dimensions):
-            raise ValueError(f"argument {shown(leaf.path)} has a size {shown(size)} that no dimension tells")
+            raise ValueError(f"argument {shown(leaf.path)} has a size {shown(size)} that no dimension defines")
     names = [item.name for item in (*signature.positional, *signature.keyword)]
     if len({*names}) < len(names):
         raise ValueError(f"two arguments of {shown(names)} have one name")
@@ -278,7 +278,7 @@ def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
         check_call(target, args, kwargs)
         node = graph.create_node(op, target, args, kwargs, name=name)
     else:
-        raise ValueError(f"{shown(op)} is no kind of node")
+        raise ValueError(f"{shown(op)} is not a kind of node")
     fields = cast("dict[str, object]", data)
     if "origin" in fields:
         nodes.set_origin(node, _decode_origin(fields["origin"]))

@@ -89,7 +89,7 @@ def _read(path: Path, kind: type[Key], word: str, parse: Callable[[bytes], objec
     except TypeError as error:
         raise ArtifactError(f"the key '{path}' has a passphrase; write it without: openssl pkey -in KEY -out PLAIN") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ArtifactError(f"'{path}' is no PEM file of a {word} key: {error}") from error
+        raise ArtifactError(f"'{path}' is not a PEM file of a {word} key: {error}") from error
     if not isinstance(key, kind):
         raise ArtifactError(
             f"'{path}' holds a key of another algorithm than Ed25519; make one: openssl genpkey -algorithm ed25519 -out KEY"

@@ -52,7 +52,7 @@ class Reader:
         """A size: a number, or an expression. Raises: ValueError."""
         found = decode_expression(data, self.symbols)
         if not isinstance(found, sympy.Expr) or (found.is_number and not isinstance(found, sympy.Integer)):
-            raise ValueError(f"{shown(data)} is no size")
+            raise ValueError(f"{shown(data)} is not a size")
         return int(found) if isinstance(found, sympy.Integer) else found
 
     def sizes(self, data: object, key: str, itemsize: int) -> tuple[Size, ...]:
@@ -75,7 +75,7 @@ class Reader:
         try:
             return self.place(torch.device(name))
         except RuntimeError as error:
-            raise ValueError(f"{shown(name)} is no device") from error
+            raise ValueError(f"{shown(name)} is not a device") from error
 
     def tensor_type(self, data: object) -> TensorType:
         """The type of a tensor. Raises: ValueError."""
@@ -150,7 +150,7 @@ def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
         case {"memory_format": str() as name}:
             return decode_named("memory_format", name)
         case _:
-            raise ValueError(f"{shown(data)} is no argument")
+            raise ValueError(f"{shown(data)} is not an argument")
 
 
 def decode_named(kind: str, name: str) -> Any:
@@ -158,7 +158,7 @@ def decode_named(kind: str, name: str) -> Any:
     # Not `getattr`, which would import modules of PyTorch by name.
     found = vars(torch).get(name)
     if not isinstance(found, _NAMED[kind]) or name.startswith(_NO_NUMBERS):
-        raise ValueError(f"{shown(name)} is no {kind} of PyTorch")
+        raise ValueError(f"{shown(name)} is not a {kind} of PyTorch")
     return found
 
 
@@ -218,7 +218,7 @@ def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode
             items = [decode_value(item, reader, mode) for item in cast("list[object]", data)]
             return Deferred(tuple(item.type for item in items), lambda: [item.value for item in items])
         case _:
-            raise ValueError(f"{shown(data)} is no value")
+            raise ValueError(f"{shown(data)} is not a value")
 
 
 def _number(kind: type[float], data: object, reader: Reader, mode: Callable[[], FakeTensorMode]) -> Deferred:

@@ -272,7 +272,7 @@ def _as_used(stored: torch.Tensor, entry: object) -> torch.Tensor:
     if "order" in fields:
         order = take_list(entry, "order", number)
         if sorted(order) != list(range(stored.dim())):
-            raise ValueError(f"{order} is no order of {stored.dim()} dimensions")
+            raise ValueError(f"{order} is not an order of {stored.dim()} dimensions")
         stored = stored.permute([order.index(dim) for dim in range(stored.dim())])
     if "shape" in fields:
         stored = stored.expand(take_list(entry, "shape", count))

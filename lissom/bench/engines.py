@@ -254,7 +254,7 @@ _TABLE = (
     ),
     Engine(
         "lissom-onnxruntime-int8-tensor",
-        "Lissom int8 a tensor on ONNX Runtime",
+        "Lissom int8 per-tensor on ONNX Runtime",
         _EXPORT,
         partial(lissom, passes="quantize{scheme=int8-dynamic,activations=tensor}", backend="onnxruntime"),
     ),

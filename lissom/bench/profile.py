@@ -126,7 +126,7 @@ def _part(
 
 
 def operator_name(node: fx.Node) -> str:
-    """`transpose`, `lissom.rotary`; for products with the module: `linear in encoder.layer.*.output.dense`, all layers as one."""
+    """`transpose`, `lissom.rotary`; for products with the module: `linear in encoder.layer.*.output.dense`; layers merged."""
     schema = getattr(node.target, "_schema", None)
     name = getattr(node.target, "__name__", "") if schema is None else schema.name.removeprefix("aten::").replace("::", ".")
     path = re.sub(r"\.\d+(?=\.|$)", ".*", origin(node).module_path) if is_counted(node) else ""

@@ -78,7 +78,7 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     for part in text.split(","):
         found = re.fullmatch(rf"\s*([1-9]\d*)x([1-9]\d*|{_RAGGED})\s*", part)
         if found is None:
-            raise UnsupportedError(f"'{part}' is no shape; write rows x tokens, for example 1x32,8x128,32x{_RAGGED}")
+            raise UnsupportedError(f"'{part}' is not a shape; write rows x tokens, for example 1x32,8x128,32x{_RAGGED}")
         shape = Shape(int(found[1]), None if found[2] == _RAGGED else int(found[2]))
         if shape.batch * (shape.tokens or 1) > _MOST_TOKENS:
             raise UnsupportedError(

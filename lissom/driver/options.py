@@ -97,7 +97,9 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
         wanted = list(passes)
         wrong: list[object] = [item for item in wanted if not isinstance(item, Pass)]  # pyright: ignore[reportUnnecessaryIsInstance]
         if wrong:
-            raise UnsupportedError(f"passes= holds {_shown(wrong[0])}, which is no pass; give pass objects, e.g. RemoveNoOps()")
+            raise UnsupportedError(
+                f"passes= holds {_shown(wrong[0])}, which is not a pass; give pass objects, e.g. RemoveNoOps()"
+            )
     else:
         raise UnsupportedError(f"passes= is {_shown(passes)}; give pipeline text, or pass objects, e.g. [RemoveNoOps()]")
     wanted = _with_cleanup(wanted, exact)
@@ -159,5 +161,5 @@ def read_data(data: Iterable[Inputs], signature: Signature) -> list[Sample]:
             raise InputError(f"batch {index} of data= does not fit: {error}") from error
         samples.append(sample)
     if not samples and isinstance(data, Iterator):
-        raise InputError("data= is an iterator that gives no batch; it may have been read before: give a list of batches")
+        raise InputError("data= is an iterator that yields no batch; it may have been read before: give a list of batches")
     return samples

@@ -87,7 +87,9 @@ def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass]
     if in_group():
         check_world(world_size, _MODEL, "...")
     if world_size < 2:
-        raise UnsupportedError("this process group has one rank, and a program is shared by 2 or more; choose backend 'eager'")
+        raise UnsupportedError(
+            "this process group has one rank, and a program is sharded across 2 or more; choose backend 'eager'"
+        )
     ending: list[Pass] = [] if planned else [Shard(world_size)]
     if any(isinstance(item, Partition) for item in passes):
         return [*passes], replace(backend, world_size=world_size)
@@ -135,7 +137,7 @@ def compile_for_ranks(
 def _checked(model: PartitionedModel, backend: Distributed) -> PartitionedModel:
     if len(model.program.ranks) != backend.world_size:
         raise UnsupportedError(
-            f"nothing of {model.program.name} can be shared by {backend.world_size} ranks: `shard` shards none of its weights; "
+            f"{model.program.name} cannot be sharded across {backend.world_size} ranks: `shard` shards none of its weights; "
             f"choose backend 'eager'"
         )
     return model

@@ -30,7 +30,7 @@ def under_torchrun() -> bool:
 def refuse_torchrun(what: str) -> None:
     """Refuse a command that runs in one process. Raises: UnsupportedError under torchrun."""
     if under_torchrun():
-        raise UnsupportedError(f"`lissom {what}` is the work of one process; run it without torchrun")
+        raise UnsupportedError(f"`lissom {what}` runs in one process; run it without torchrun")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def confirm(
             answers.append(_agrees(program, model, example, other))
     _refuse_difference(answers)
     if True not in answers:
-        raise RefusedSizesError("the model refuses every size tried beside the example's")
+        raise RefusedSizesError("the model refuses every size tried except the example's")
     return program
 
 

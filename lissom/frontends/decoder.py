@@ -83,8 +83,8 @@ def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bo
     other = next((name for name in captured.program.state if not name.startswith(f"{CACHE}.")), None)
     if other is not None:
         raise UnsupportedError(
-            f"{type(model).__name__} keeps '{other}' from call to call beside its keys and values; generation takes models "
-            f"that keep these alone"
+            f"{type(model).__name__} keeps '{other}' between calls besides its KV cache; generation takes models whose only "
+            f"state is the KV cache"
         )
     _confirm(captured.program, model, captured.example)
     step = _step(captured.example, max_length)
@@ -158,9 +158,9 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
     check_model(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"{name} is no model of transformers; generation takes one, such as LlamaForCausalLM")
+        raise UnsupportedError(f"{name} is not a transformers model; generation takes one, such as LlamaForCausalLM")
     if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
-        kind = "reads with an encoder" if model.config.is_encoder_decoder else "does not generate"
+        kind = "is an encoder-decoder model" if model.config.is_encoder_decoder else "does not generate"
         raise UnsupportedError(f"{name} {kind}; generation takes a causal language model, such as LlamaForCausalLM")
     check_capacity(max_length, batch)
     known = longest_text(model)
@@ -250,7 +250,9 @@ def _call(model: nn.Module, cache: object, **inputs: object) -> Any:
     return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
 
 
-def _with_state(model: PreTrainedModel, layers: Sequence[LayerCache], max_length: int, batch: int, all_logits: bool) -> nn.Module:
+def _with_state(
+    model: PreTrainedModel, layers: Sequence[LayerCache], max_length: int, batch: int, all_logits: bool
+) -> nn.Module:
     """A module with the model's submodules and weights under the same names, and the KV cache as buffers."""
     stateful = copy.copy(model)
     stateful._modules, stateful._buffers = dict(model._modules), dict(model._buffers)
@@ -262,7 +264,7 @@ def _with_state(model: PreTrainedModel, layers: Sequence[LayerCache], max_length
             layer.register_buffer(name, torch.zeros(shape, dtype=kept.dtype, device=_device_of(model)))
         holder.add_module(str(index), layer)
     if hasattr(model, CACHE):
-        raise UnsupportedError(f"{type(model).__name__} has an attribute '{CACHE}' already, where its cache is to be kept")
+        raise UnsupportedError(f"{type(model).__name__} already has an attribute '{CACHE}', which its KV cache needs")
     stateful.add_module(CACHE, holder)
     stateful.forward = _forward(stateful, holder, all_logits)
     return stateful

@@ -53,7 +53,7 @@ def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict
     wanted: dict[int, dict[int, object]] = {}
     for name, dims in dynamic.items():
         if name not in arguments:
-            raise CaptureError(f"dynamic names '{name}', which is no argument of this call; it has {', '.join(arguments)}")
+            raise CaptureError(f"dynamic names '{name}', which is not an argument of this call; it has {', '.join(arguments)}")
         tensors = [leaf for leaf in pytree.tree_leaves(arguments[name]) if isinstance(leaf, torch.Tensor)]
         rank = min((tensor.dim() for tensor in tensors), default=0)
         for index, given in dims.items():
@@ -98,7 +98,9 @@ def renamed(program: Program, dynamic: Dynamic) -> Program:
     names = [found.name for found in dimensions.values()]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise CaptureError(f"dynamic gives the name '{twice}' to dimensions that vary apart; give each a name of its own")
+        raise CaptureError(
+            f"dynamic gives the name '{twice}' to dimensions that vary independently; give each a name of its own"
+        )
     program.signature = replace(program.signature, dimensions=dimensions)
     return program
 

@@ -148,7 +148,7 @@ def find_directory(name: str) -> Path:
             return Path(name)
         known = ", ".join(PACKAGED)
         hint = nearest(name, PACKAGED)
-        raise ArtifactError(f"'{name}' is no directory and no packaged model ({known}){hint or '; give one of these'}")
+        raise ArtifactError(f"'{name}' is neither a directory nor a packaged model ({known}){hint or '; give one of these'}")
     package = PACKAGED[name]
     missing = package.missing()
     if missing:
@@ -193,7 +193,7 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
             f"load it with its own code and call lissom.compile"
         )
     if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
-        raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors beside config.json")
+        raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors next to config.json")
     architectures = fields.get("architectures") or ["AutoModel"]
     model_class = getattr(transformers, architectures[0], transformers.AutoModel)
     model, found = model_class.from_pretrained(directory, local_files_only=True, output_loading_info=True)

@@ -123,7 +123,7 @@ class Decoder(FixedModule):
             raise InputError(f"input_ids is {kind}; give a tensor of token ids, torch.int64 or torch.int32")
         if input_ids.device != self.device or input_ids.layout is not torch.strided or input_ids.is_nested:
             kind = f"on {input_ids.device}" if input_ids.device != self.device else "not dense"
-            raise InputError(f"input_ids is {kind}, and this decoder reads dense tensors on {self.device}; pass them so")
+            raise InputError(f"input_ids is {kind}, and this decoder reads dense tensors on {self.device}; pass such a tensor")
         shape = input_ids.shape
         if len(shape) != 2 or shape[0] != self.batch:
             raise InputError(

@@ -60,7 +60,7 @@ def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, An
     fields = parse_json(verified_bytes(path, files[path.name]), path, any_number=True)
     try:
         if not isinstance(fields, dict):
-            raise ValueError(f"{shown(fields)} is no table")
+            raise ValueError(f"{shown(fields)} is not a table")
         return make(cast("dict[str, Any]", fields))
     # The errors transformers raises for values of a wrong type.
     except (ValueError, TypeError, KeyError, AttributeError) as error:

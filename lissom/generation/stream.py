@@ -51,7 +51,7 @@ def read_prompt(text: str, tokenizer: PreTrainedTokenizerBase, longest: int | No
     ids = torch.tensor([tokenizer(text).input_ids], dtype=torch.int64)
     count = ids.shape[1]
     if count == 0:
-        raise InputError("the prompt has no tokens; give a text to go on from")
+        raise InputError("the prompt has no tokens; give a text to continue")
     if longest is not None and count > longest:
         raise InputError(f"the prompt is {count} tokens, and {longest} can be read at most; shorten it")
     return ids
@@ -75,7 +75,9 @@ def stream_tokens(
     Raises: InputError if the decoder's batch is not 1, or a number is out of range.
     """
     if decoder.batch != 1:
-        raise InputError(f"the decoder reads {decoder.batch} sequences at once, and a text is streamed from one: batch=1")
+        raise InputError(
+            f"the decoder reads {decoder.batch} sequences at once, and streaming needs one; compile it with batch=1"
+        )
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise InputError(f"temperature is {temperature:g} and max_new_tokens {max_new_tokens}; give 0 or more, and 1 or more")
     if not -(1 << 63) <= seed < 1 << 64:

@@ -34,7 +34,7 @@ def roofline_seconds(cost: Cost, machine: Machine, dtype: torch.dtype, *, device
     """
     if isinstance(cost.flops, sympy.Expr) or isinstance(cost.bytes, sympy.Expr):
         raise UnsupportedError(
-            f"a cost of {cost.flops} operations and {cost.bytes} bytes takes no known time; give its sizes numbers"
+            f"a cost of {cost.flops} operations and {cost.bytes} bytes takes no known time; give numbers for its sizes"
         )
     ceilings = machine.on(device)
     return max(cost.flops / _peak(ceilings, dtype).median, cost.bytes / ceilings.memory_gb_per_second.median) / 1e9

@@ -60,7 +60,7 @@ class Facts:
             return cls(take(data, "config", dict), take(data, "main_input", str), take_list(data, "modalities", text))
         except ValueError as error:
             raise ArtifactError(
-                f"what the artifact says of its model is nothing this Lissom can read: {error}; save the model again"
+                f"this Lissom cannot read the model's metadata in the artifact: {error}; save the model again"
             ) from error
 
     def make_config(self) -> PretrainedConfig:

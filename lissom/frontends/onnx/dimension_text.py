@@ -55,7 +55,7 @@ def size_of(text: str, sizes: Mapping[str, int]) -> int:
     except (ArithmeticError, TypeError) as error:
         raise NoFormulaError(f"'{text}' has no value: {error}") from error
     if value.denominator != 1 or not 0 < value <= LARGEST:
-        raise NoFormulaError(f"'{text}' is {value}, which is no size")
+        raise NoFormulaError(f"'{text}' is {value}, which is not a size")
     return int(value)
 
 
@@ -66,7 +66,7 @@ def _parsed(text: str) -> ast.expr:
         return ast.parse(text.strip(), mode="eval").body
     # The text is too short for nesting that would crash the parser.
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise NoFormulaError(f"'{text}' is no formula") from error
+        raise NoFormulaError(f"'{text}' is not a formula") from error
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
@@ -84,7 +84,7 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]) if name in _FUNCTIONS:
             found = Fraction(_FUNCTIONS[name](*(_value(arg, sizes) for arg in args)))
         case _:
-            raise NoFormulaError(f"'{ast.unparse(node)}' is no part of a formula")
+            raise NoFormulaError(f"'{ast.unparse(node)}' is not part of a formula")
     if max(abs(found), found.denominator) > LARGEST:
         raise NoFormulaError(f"a number in a formula is at most {LARGEST}")
     return found

@@ -56,7 +56,7 @@ _INFERENCE = re.compile(r"\(op_type:(?P<kind>\w+)(?:, node name: (?P<name>.*?))?
 def read_proto(path: Path) -> onnx.ModelProto:
     """The unchecked ModelProto in a file. Raises: ArtifactError if there is none."""
     if not path.is_file():
-        raise ArtifactError(f"{path} is no file; give the path of an ONNX file")
+        raise ArtifactError(f"{path} is not a file; give the path of an ONNX file")
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
     except (DecodeError, OSError) as error:
@@ -142,12 +142,12 @@ def external_place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[
     if not plain or file.resolve() != folder.resolve() / relative:
         raise ArtifactError(f"{where}, which is not inside of its folder, or is a link; copy the data into the folder itself")
     if not file.is_file():
-        raise ArtifactError(f"{where}, which is not there; put it beside the ONNX file")
+        raise ArtifactError(f"{where}, which is not there; put it next to the ONNX file")
     needed, size = _bytes_of(tensor, where), file.stat().st_size
     try:
         offset, length = (int(given.get(key, default)) for key, default in (("offset", 0), ("length", needed)))
     except ValueError as error:
-        raise ArtifactError(f"{where}, and its offset or length is no number; export the model again") from error
+        raise ArtifactError(f"{where}, and its offset or length is not a number; export the model again") from error
     if length != needed or offset < 0 or offset + length > size:
         raise ArtifactError(
             f"{where}, {length} bytes from {offset} of {size}, where {list(tensor.dims)} elements are {needed} bytes; "
