@@ -72,8 +72,8 @@ def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | No
     for heading in ("GFLOP", "read\nMB", "write\nMB", "param\nM", "FLOP/\nbyte", *(("roof\nms",) if machine else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("% of\nroof" if machine else "% of\nFLOP", justify="right", no_wrap=True)
-    whole = rows[-1].share or 1.0
-    written = [(row.label, *row.numbers(), f"{100 * row.share / whole:.1f}") for row in rows]
+    whole = rows[-1].effort or 1.0
+    written = [(row.label, *row.numbers(), f"{100 * row.effort / whole:.1f}") for row in rows]
     for label, *numbers in fold_rows(written[:-1]):
         table.add_row(Text(label), *numbers)
     table.add_section()
@@ -90,7 +90,7 @@ class _Row:
     milliseconds: float | None
 
     @property
-    def share(self) -> float:
+    def effort(self) -> float:
         return float(self.cost.flops) if self.milliseconds is None else self.milliseconds
 
     def numbers(self) -> list[str]:
