@@ -1,4 +1,4 @@
-"""The public face: compile a model, or run the passes alone."""
+"""The public API: compile a model, or run only the passes."""
 
 from __future__ import annotations
 
@@ -40,30 +40,31 @@ def compile(
 ) -> CompiledModel:
     """Optimize a model for inference.
 
-    The model itself is left as it was, and its weights are shared until a pass changes one.
+    The model itself is not modified. The result shares its weights until a pass changes one.
 
-    example_inputs: a tuple is positional, a mapping is keywords, a tensor is the only argument.
+    example_inputs: a tuple holds positional arguments, a mapping keyword arguments, a tensor is the only argument.
     passes: pipeline text, pass objects, or a recipe's name, run in the order written. The recipe `exact` brings every model
         into canonical form and always comes first.
-    backend: what runs the result, by name, or with options of its own, `lissom.OnnxRuntime(threads=2)`;
-        `lissom.backends.BACKENDS` lists them. `fastest` builds and measures each on the example
-        inputs, and keeps the one that answers soonest.
-    world_size: with the backend `distributed` how many ranks share the model: `shard{world_size=N},partition` is put behind the
-        passes, unless they hold `partition`. In a process group of that size every rank calls this, rank 0 does the work, and
-        each gets its part.
+    backend: the backend that runs the result: a name, or an object with options, `lissom.OnnxRuntime(threads=2)`;
+        `lissom.backends.BACKENDS` lists them. `fastest` builds every backend, times each on the example inputs, and keeps
+        the fastest.
+    world_size: with the backend `distributed`, the number of ranks that share the model. `shard{world_size=N},partition` is
+        appended to the passes unless they hold `partition`. In a process group of that size every rank calls `compile`;
+        rank 0 runs the passes and sends each rank its shard.
     device: where the result runs; the model's own device by default.
     dynamic: True finds out by trying whether batch and sequence may vary, False fixes all sizes, a mapping names the
         dimensions that vary: `{"input_ids": {0: "batch"}}`.
-    checks: after every pass, `numeric` compares outputs, `structural` checks form and types, `off` nothing.
-    data: calibration inputs, each like example_inputs, for passes that need some.
-    metric: scores a callable that takes the model's arguments, higher is better; max_drop: how much lossy passes may cost.
-    only_if_faster: undo a lossy pass whose program, lowered for the backend, is neither faster nor smaller than without it; the
-        history says so with the figures of both.
-    simulate: let quantized layers that the backend has no kernel for be computed in floating point, on rounded values: the
-        same numbers, and no faster than before. Without, they are refused.
-    progress: called with what is done now, steps finished, steps in all; by default a bar on a terminal.
+    checks: after every pass, `numeric` compares outputs, `structural` checks the graph and its types, `off` checks nothing.
+    data: calibration inputs, each like example_inputs, for passes that calibrate.
+    metric: scores a callable that takes the model's arguments; higher is better. max_drop: the largest drop of the metric
+        that lossy passes may cause.
+    only_if_faster: revert a lossy pass if the program, lowered for the backend, is neither faster nor smaller with it; the
+        history records both timings and sizes.
+    simulate: compute quantized layers without a kernel on this backend in floating point, on quantized values. The outputs
+        are the same, without a speedup. If False, such layers are refused.
+    progress: called with the current step, the number of steps finished, and the total; by default a bar on a terminal.
 
-    Raises: a LissomError of the kind that fits: CaptureError, InputError, PipelineTextError, UnsupportedError,
+    Raises: LissomError, one of its subclasses: CaptureError, InputError, PipelineTextError, UnsupportedError,
         RequirementError, PassError, VerifyError, BudgetError, RankError.
 
     >>> import torch, lissom
@@ -91,7 +92,7 @@ def compile(
 
 @dataclass(frozen=True)
 class Optimized:
-    """What the passes made of a model, before any backend lowers it: the program to look at, and what every pass did."""
+    """The optimized program before a backend lowers it, and the report of every pass."""
 
     program: Program
     report: Report
@@ -110,7 +111,7 @@ def optimize(
     max_drop: float | None = None,
     progress: Progress | None = None,
 ) -> Optimized:
-    """Run the passes alone: what `compile` does before it lowers the program for a backend. Options and errors are the same.
+    """Run only the passes, without lowering the program for a backend. Options and errors are those of `compile`.
 
     >>> import torch, lissom
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())

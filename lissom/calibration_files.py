@@ -25,23 +25,23 @@ _MOST_TOKENS = 512
 
 
 def read_texts(path: Path) -> list[str]:
-    """The lines of a file that hold something.
+    """The lines of a file that are not blank.
 
-    Raises: ArtifactError when it cannot be read, or holds none.
+    Raises: ArtifactError if it cannot be read, or has none.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"'{path}' cannot be read as text: {error}") from error
     if not lines:
-        raise ArtifactError(f"'{path}' holds no text; give one text a line")
+        raise ArtifactError(f"'{path}' holds no text; give one text per line")
     return lines
 
 
 def read_data(path: Path, source: Source, device: torch.device | None = None) -> list[Batch]:
     """The calibration batches in a file or folder, as keyword arguments of the model, on a device.
 
-    Raises: ArtifactError when nothing there can be read; UnsupportedError for texts where the model has no tokenizer.
+    Raises: ArtifactError if the data cannot be read; UnsupportedError for texts if the model has no tokenizer.
     """
     if path.is_dir():
         files = sorted(path.glob("*.npz"))
@@ -51,7 +51,7 @@ def read_data(path: Path, source: Source, device: torch.device | None = None) ->
     if path.suffix == ".npz":
         return [_complete(_read_arrays(path), source, device)]
     if path.suffix not in (".txt", ".jsonl"):
-        raise ArtifactError(f"'{path}' is no file of calibration data; give {FORMATS}")
+        raise ArtifactError(f"'{path}' is not a file of calibration data; give {FORMATS}")
     texts = _json_texts(path) if path.suffix == ".jsonl" else read_texts(path)
     return [_complete(batch, source, device) for batch in _encoded(texts, path, source)]
 
@@ -67,7 +67,7 @@ def _read_arrays(path: Path) -> Batch:
 
 
 def _json_texts(path: Path) -> list[str]:
-    """Each line a text as JSON, or an object whose field `text` is one."""
+    """The texts of a JSON Lines file: each line a string, or an object with the field `text`."""
     found: list[str] = []
     for number, line in enumerate(read_texts(path), 1):
         try:
@@ -82,7 +82,7 @@ def _json_texts(path: Path) -> list[str]:
 
 
 def _encoded(texts: Sequence[str], path: Path, source: Source) -> list[Batch]:
-    """Rows of token ids, padded to the longest text of a batch and truncated to what the model reads."""
+    """Batches of token ids, padded to the longest text of a batch and truncated to the model's maximum length."""
     tokenizer = source.checkpoint.tokenizer if source.checkpoint is not None else None
     if tokenizer is None:
         raise UnsupportedError(f"'{path}' holds texts, and the model has no tokenizer; give .npz files with its arguments")
@@ -96,7 +96,7 @@ def _encoded(texts: Sequence[str], path: Path, source: Source) -> list[Batch]:
 
 
 def _complete(batch: Batch, source: Source, device: torch.device | None) -> Batch:
-    """The batch on a device, with arguments that are no tensors, such as `use_cache`, as in the example inputs."""
+    """The batch on a device, with non-tensor arguments such as `use_cache` taken from the example inputs."""
     example = source.example_inputs
     named = {} if isinstance(example, torch.Tensor) else example
     return {name: value for name, value in named.items() if not isinstance(value, torch.Tensor)} | _moved(batch, device)
@@ -107,11 +107,11 @@ def _moved(batch: Batch, device: torch.device | None) -> Batch:
 
 
 def make_metric(name: str, source: Source, data: Sequence[Batch], device: torch.device | None = None) -> Metric:
-    """The metric of that name, or the function that `module:function` names.
+    """The metric of that name, or the function `module:function`.
 
-    data: what it is measured on; the example inputs where it is empty. device: of the models that are scored.
+    data: the batches it is measured on; if empty, the example inputs. device: of the models that are scored.
 
-    Raises: UnsupportedError when there is none.
+    Raises: UnsupportedError if there is none.
     """
     if ":" in name:
         return _imported(name)
@@ -125,7 +125,7 @@ def make_metric(name: str, source: Source, data: Sequence[Batch], device: torch.
 
     def score(model: Callable[..., object]) -> float:
         with torch.no_grad():
-            # The original is run when the first score is asked for, which is after the model was captured.
+            # The original model runs when the first score is needed, which is after its capture.
             wanted.extend(_answer(source.model(**batch)) for batch in batches[len(wanted) :])
             found = [_answer(model(**_moved(batch, device))) for batch in batches]
         scores = [measure(one, other, batch) for one, other, batch in zip(wanted, found, batches, strict=True)]
@@ -143,7 +143,7 @@ def _example(source: Source) -> Batch:
 
 def _imported(name: str) -> Metric:
     module, _, function = name.partition(":")
-    # As `python -m` would: the command's own folder is not the user's.
+    # As `python -m` does: a console script has its own folder on the path, not the user's.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -165,7 +165,7 @@ def _answer(outputs: object) -> torch.Tensor:
 
 
 def _real(tensor: torch.Tensor, batch: Mapping[str, object]) -> torch.Tensor:
-    """The vectors at positions that are no padding, [positions, features]."""
+    """The vectors at positions without padding, [positions, features]."""
     mask = batch.get("attention_mask")
     if isinstance(mask, torch.Tensor) and tensor.shape[:2] == mask.shape:
         return tensor[mask != 0]
@@ -184,4 +184,4 @@ METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor, Mapping[str, object]
     "cosine": _cosine,
     "agreement": _agreement,
 }
-"""What needs no labels: the mean cosine of output vectors to the original's, and how often the largest logit is the same."""
+"""Metrics without labels: mean cosine of output vectors to the original's, and the fraction of equal argmax logits."""

@@ -159,7 +159,7 @@ def run_generate(
         )
         if save is not None:
             decoder.save(save, tokenizer)
-        # The last token of an answer is not read any more.
+        # The last token of the answer is not written to the KV cache.
         room = decoder.max_length - ids.shape[1] + 1
         if room < max_new_tokens and rank.speaks:
             note = f"{decoder.max_length} tokens fit into the KV cache, so the answer ends after {room}"
@@ -224,14 +224,14 @@ def run_show(
     steps = _read_steps(diff) if diff is not None else None
     if sequence_parallel and sharding is None:
         raise typer.BadParameter("--sequence-parallel goes with --sharding")
-    # Tables are of forms and sizes, which structural checks cover; a program shown is a program checked.
+    # Tables show structure and sizes, which structural checks cover; a printed program is checked numerically.
     checks = "structural" if structure or axes or cost or sharding is not None else "numeric"
     if is_artifact(model):
         if passes != "exact" or backend is not None or data is not None:
             raise typer.BadParameter("--passes, --backend and --data do not go with a saved model")
         compiled = load_saved(Path(model), None, allow_native)
     else:
-        # What is only shown may have layers without a kernel.
+        # A program that is only shown may have layers without a kernel.
         compiled = _compile(model, passes, backend, None, checks, Quality(data), simulate=True)
     if structure or axes:
         found = [structure_tables(compiled.program)] if structure else []
@@ -277,7 +277,7 @@ app.command("machine")(run_machine)
 
 
 def _read_steps(text: str) -> tuple[int, int]:
-    """The two steps of `10:11`."""
+    """The two step numbers in a text such as `10:11`."""
     before, colon, after = text.partition(":")
     if not colon or not before.isdecimal() or not after.isdecimal():
         raise typer.BadParameter(f"--diff takes two steps, for example 10:11, and not '{text}'")
@@ -295,8 +295,8 @@ def _compile(
     only_if_faster: bool = True,
     simulate: bool = False,
 ) -> api.CompiledModel | api.Optimized:
-    """The model compiled for a backend, or with the passes alone where none is named."""
-    # What is wrong with the options is said before a large model is read.
+    """The model compiled for a backend; without a backend, only optimized by the passes."""
+    # Options are checked before a large model is read.
     check_options(checks)  # pyright: ignore[reportArgumentType]
     pipeline = resolve_passes(passes)
     if backend is not None:
@@ -324,7 +324,7 @@ def _compile(
 
 
 def main() -> None:
-    """Run the command line; an error of ours is one sentence and exit status 1."""
+    """Run the command line; a LissomError prints one sentence and exits with status 1."""
     shadow = shadowed_install(Path.cwd(), Path(__file__).parent)
     if shadow is not None:
         Console(stderr=True).print(f"note: {shadow}", highlight=False, soft_wrap=True, markup=False)
@@ -342,7 +342,7 @@ def _run() -> None:
 
 
 def _escaped(error: Exception) -> str:
-    # A name that is too long is not shown whole.
+    # Errors of the system may quote a very long name.
     text = str(error) if isinstance(error, LissomError) else f"{error!s:.400}"
-    # Errors name the arguments of `lissom.compile`.
+    # Errors name the arguments of `lissom.compile`, not the options of the command line.
     return text.replace("pass data=", "give --data FILE").replace("[", r"\[")

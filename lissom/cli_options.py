@@ -1,4 +1,4 @@
-"""Options that several commands of the command line take."""
+"""Options shared by several commands of the command line."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.sources import NAMES, Source
 
 MOST_THREADS = 256
-"""OpenMP ends the process where it cannot start the threads it is asked for."""
+"""A limit, because OpenMP ends the process if it cannot start the requested threads."""
 
 
 def finite(value: float) -> float:
-    """Refuse infinity and NaN, which ranges allow."""
+    """Refuse infinity and NaN, which typer's ranges allow."""
     if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no finite number")
+        raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
 def refuse_ways(value: int | None) -> None:
-    """Answer the name an option once had with the one it has now."""
+    """Refuse the former option `--ways`, naming the current one."""
     if value is not None:
         raise typer.BadParameter("it is called --world-size now")
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """As `finite`, of an option that may be left out."""
+    """Like `finite`, for an optional value."""
     return None if value is None else finite(value)
 
 
@@ -65,14 +65,14 @@ MaxDrop = Annotated[
 
 @dataclass(frozen=True)
 class Quality:
-    """What passes calibrate on, and what quality they may cost: the options `--data`, `--metric` and `--max-drop`."""
+    """Calibration data and quality limits: the options `--data`, `--metric` and `--max-drop`."""
 
     data: Path | None = None
     metric: str | None = None
     max_drop: float | None = None
 
     def check(self) -> None:
-        """Refuse what can be refused before a model is read. Raises: ArtifactError, UnsupportedError."""
+        """Check the options before a model is read. Raises: ArtifactError, UnsupportedError."""
         if self.data is not None and not self.data.exists():
             raise ArtifactError(f"'{self.data}' does not exist; --data takes {FORMATS}")
         if self.max_drop is not None and self.metric is None:

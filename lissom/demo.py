@@ -1,4 +1,4 @@
-"""The demonstration: all-MiniLM-L6-v2 compiled, checked on real sentences, and timed beside PyTorch."""
+"""The demo: all-MiniLM-L6-v2 compiled, checked on real sentences, and timed against PyTorch."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ SENTENCES = (
     "A comet was seen near the giant planet last night, and astronomers all over the world turned their telescopes to it.",
 )
 SHAPES = ((1, 32), (1, 128), (8, 128))
-"""Batch and tokens at which latency is measured."""
+"""The batch sizes and token counts at which latency is measured."""
 
 
 @dataclass(frozen=True)
 class Demonstration:
-    """What the demonstration found.
+    """The results of the demo.
 
     worst_error: relative, of the embeddings of SENTENCES. similarity: of each pair of sentences, from the compiled model.
-    timings: per shape, per engine; an engine that could not run has its reason in `absent`.
+    timings: per shape and engine. absent: engines that could not run, each with the reason.
     """
 
     compiled: CompiledModel
@@ -46,15 +46,15 @@ class Demonstration:
 
     @property
     def report(self) -> CompileReport:
-        """What compiling did, with how many times faster than PyTorch the model is at each shape."""
+        """The compile report, with the speedup over PyTorch at each shape."""
         faster = tuple(row["PyTorch eager"].median_ms / row["Lissom"].median_ms for row in self.timings.values())
         return replace(self.compiled.report, times_faster=faster)
 
 
 def demonstrate(seconds: float = 2.0) -> Demonstration:
-    """Compile MiniLM, compare its embeddings with the original's, and time both beside torch.compile.
+    """Compile MiniLM, compare its embeddings with the original's, and time both and torch.compile.
 
-    seconds: how long each engine is timed at each shape.
+    seconds: timing per engine and shape.
     """
     checkpoint = load("minilm")
     compiled = compile(checkpoint.model, checkpoint.example_inputs)
@@ -102,7 +102,7 @@ def _inference(engine, inputs: Mapping[str, torch.Tensor]):  # noqa: ANN001, ANN
 
 
 def latency_table(found: Demonstration) -> Table:
-    """Median milliseconds a call, with the middle half of the runs in brackets."""
+    """Median milliseconds per call, with the interquartile range in parentheses."""
     table = Table(
         title=f"latency, ms: median (middle half), {torch.get_num_threads()} threads, torch {torch.__version__}",
         title_justify="left",

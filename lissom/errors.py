@@ -1,4 +1,4 @@
-"""Every error Lissom raises on purpose.
+"""The errors Lissom raises on purpose.
 
 A message says where (node, module path, source line, pass), what was found, what was expected, and what to do.
 """
@@ -21,17 +21,17 @@ RENAMED = (
     ("eliminate-dead-layers", "eliminate-dead"),
     ("eliminate-dead-hidden", "eliminate-dead"),
 )
-"""Names of options and passes as they once were, each with the name it has now."""
+"""Former names of options and passes, each with its current name."""
 
 
 class LissomError(Exception):
-    """The one family; `history` is the `History` of the pipeline that stopped, where there was one."""
+    """The base class of all errors; `history` is the `History` of the pipeline that failed, or None."""
 
     history: Any = None
 
 
 class CaptureError(LissomError):
-    """The model could not be brought into a program."""
+    """The model could not be captured as a program."""
 
 
 class InputError(LissomError, ValueError):
@@ -59,19 +59,19 @@ class BudgetError(LissomError):
 
 
 class UnsupportedError(LissomError):
-    """What was asked for does not exist here: a backend, a device, an operator, a model."""
+    """The requested backend, device, operator or model is not supported here."""
 
 
 class ArtifactError(LissomError):
-    """A file or directory given to Lissom cannot be read or written as what it should be."""
+    """A file or directory cannot be read or written, or does not hold what was expected."""
 
 
 class RankError(LissomError):
-    """A rank that runs a program with others ended, does not answer, or runs something else."""
+    """A rank of the process group ended, does not answer, or runs another program."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word nearest to `word`, or nothing when none is near; for an old name the new one."""
+    """`; did you mean 'x'?` for the known word closest to `word`, or an empty text; for a former name the current one."""
     known = list(known)
     renamed = next((new for old, new in RENAMED if old == word and new in known), None)
     if renamed is not None:
@@ -81,10 +81,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def refuse_old_names(made: _Made) -> _Made:
-    """Let a function or a class answer a keyword that was renamed with a sentence that has the new name.
-
-    The result raises TypeError, as Python does for any other keyword that does not exist.
-    """
+    """Wrap a function or a class so that a renamed keyword raises TypeError with the new name."""
     if inspect.isclass(made):
         made.__init__ = refuse_old_names(made.__init__)
         return made  # pyright: ignore[reportReturnType]

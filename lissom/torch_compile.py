@@ -1,7 +1,7 @@
-"""`torch.compile(model, backend="lissom")`: Dynamo's graphs through the passes, lowered, and guarded.
+"""`torch.compile(model, backend="lissom")`: runs the passes on Dynamo's graphs, lowers them, and guards their weights.
 
-What is compiled holds weights as they were. At every call the weights Dynamo hands over are compared with those, and where one
-was changed or replaced the graph is compiled again. A graph that cannot be a program runs as it came, and a warning says why.
+A compiled graph holds the weights it was compiled with. Every call compares them with the weights Dynamo passes, and compiles
+the graph again if one was changed or replaced. A graph that cannot be captured runs uncompiled, with a warning that says why.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from lissom.runtime.compiled_model import CompiledModel
 Function = Callable[..., Sequence[object]]
 
 _ASKED_FOR = (PipelineTextError, RequirementError, BudgetError, InputError)
-"""What a caller has to know of; whatever else goes wrong, the graph as it came gives the right answer."""
+"""Errors passed on to the caller; after any other error the uncompiled graph runs and gives correct outputs."""
 _LOG = logging.getLogger(__name__)
 _MODES: Mapping[str, Mapping[str, str]] = {"default": {}, "reduce-overhead": {}, "max-autotune": {"backend": FASTEST}}
-"""The options each mode of torch.compile stands for. On CUDA the backend eager records graphs by itself."""
+"""The options of each mode of torch.compile. On CUDA the backend eager records CUDA graphs by itself."""
 _MOST_CHANGES = 8
-"""So many compilations after changes must pay: from then on each has to have answered as many calls."""
+"""After this many recompilations, they must have served this many calls each, on average."""
 _NO_OPTIONS = ("world_size", "device", "dynamic", "progress")
-"""Settings that are no options here: Dynamo knows the device and the sizes, and compiles in its own time."""
+"""Settings that are not options here: Dynamo determines the device and the sizes, and decides when to compile."""
 _KEPT_REPORTS = 100
-"""How many reports are kept: each holds the program's text after every pass."""
+"""The number of reports kept: each holds the program's text after every pass."""
 _PROBED = 16
-"""At how many places of a weight writes are looked for that PyTorch does not count."""
+"""The number of elements of a weight probed for writes that PyTorch does not count."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
 class GraphReport:
-    """What became of one graph of Dynamo's.
+    """The result of compiling one Dynamo graph.
 
     name: `Graph_` and the number Dynamo gives it in its logs.
-    report: what every pass did; None when the graph runs as it came, and `reason` says why.
+    report: what every pass did; None when the graph runs uncompiled, and `reason` says why.
     """
 
     name: str
@@ -69,7 +69,7 @@ _said: set[str] = set()
 
 
 def dynamo_reports() -> tuple[GraphReport, ...]:
-    """What `torch.compile(..., backend="lissom")` did with the last 100 graphs, in order; `torch.compiler.reset` forgets them.
+    """The reports of the last 100 graphs of `torch.compile(..., backend="lissom")`; `torch.compiler.reset` clears them.
 
     >>> import torch, lissom
     >>> for found in lissom.dynamo_reports():
@@ -85,13 +85,13 @@ def compile_graph(
     mode: str = "default",
     options: Mapping[str, object] | None = None,
 ) -> Function:
-    """What runs a graph of Dynamo's: the backend `lissom` of `torch.compile`.
+    """Compile a Dynamo graph: the backend `lissom` of `torch.compile`.
 
     mode: `default` and `reduce-overhead` use the backend eager, `max-autotune` the fastest. options: the keywords of
-    `lissom.compile` but world_size, device, dynamic and progress; batches of `data` are mappings from the names of the
+    `lissom.compile` except world_size, device, dynamic and progress; batches of `data` are mappings from the names of the
     graph's inputs to tensors, and `metric` scores a callable that takes these and returns the graph's outputs in a tuple.
 
-    Raises: the errors of `lissom.compile` for wrong options and for passes that cannot do what is asked.
+    Raises: the errors of `lissom.compile` for wrong options and for passes that cannot be applied.
     """
     settings = _settings(mode, options or {})
     check_settings(settings)
@@ -108,7 +108,7 @@ compile_graph.reset = _reset  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _settings(mode: str, options: Mapping[str, object]) -> Settings:
-    """The settings a caller of `torch.compile` asks for.
+    """The settings for a mode and options of `torch.compile`.
 
     Raises: UnsupportedError.
     """
@@ -128,7 +128,7 @@ def _settings(mode: str, options: Mapping[str, object]) -> Settings:
 
 
 class _Compiled:
-    """A graph, and what was compiled of it for the weights and numbers it was called with."""
+    """A graph with one compiled variant per set of weights and numbers it was called with."""
 
     def __init__(self, graph: Graph, settings: Settings) -> None:
         self._graph = graph
@@ -138,7 +138,7 @@ class _Compiled:
         self._changes = 0
 
     def start(self, args: Sequence[object]) -> Function:
-        """Compile for Dynamo's example; the graph itself where that cannot be done."""
+        """Compile for Dynamo's example; returns the graph itself if that fails."""
         if not self._graph.computes:
             _LOG.info("%s runs as it is: it has no tensor operator", self._graph.name)
             return self._graph.module
@@ -153,19 +153,19 @@ class _Compiled:
         return self._graph.module(*args) if variant is None else variant(self._graph.sample(args))
 
     def _key(self, args: Sequence[object]) -> tuple[object, ...]:
-        """Which weights and which numbers a call brings."""
+        """The identity of a call's weights and numbers."""
         numbers = (args[index] for index in self._graph.numbers)
         values = (value.item() if isinstance(value, torch.Tensor) else value for value in numbers)
         return (*(id(args[index]) for index in self._graph.weights), *values)
 
     def _again(self, args: Sequence[object], key: tuple[object, ...], stale: _Variant | None) -> _Variant | None:
-        """Compile for other weights or numbers; None while they change too often for that to pay, or where it fails."""
+        """Compile for other weights or numbers; None if they change too often, or if compiling fails."""
         weights = len(self._graph.weights)
         gone = [other for other, variant in self._variants.items() if variant.is_gone()]
         renumbered = any(other[:weights] == key[:weights] for other in self._variants)
         for other in gone:
             del self._variants[other]
-        # Layers that share their code come by here too, each once: nothing has changed then.
+        # Layers that share their code reach this line too, once each, without any change.
         self._changes += bool(stale or gone or renumbered)
         if self._changes > _MOST_CHANGES and self._calls < self._changes * _MOST_CHANGES:
             self._variants.pop(key, None)
@@ -176,7 +176,7 @@ class _Compiled:
         return self._compile(args, guard=False)
 
     def _compile(self, args: Sequence[object], *, guard: bool) -> _Variant | None:
-        """Compile for these weights and numbers; None where that fails, and the reason is said."""
+        """Compile for these weights and numbers; None if that fails, with a warning."""
         graph, device = self._graph, device_of(None, self._graph.tensors(args))
         settings = replace(self._settings, data=_batches(graph, self._settings.data))
         take = partial(capture_graph, graph, args, guard=guard)
@@ -209,15 +209,16 @@ def _batches(graph: Graph, data: Iterable[object]) -> list[dict[str, object]]:
     batches = list(data)
     if any(not isinstance(batch, Mapping) for batch in batches):
         names = ", ".join(graph.inputs.values())
-        raise InputError(f"a batch of data is no mapping; name the tensors as the graph does, which takes {names}")
+        raise InputError(f"a batch of data is not a mapping; name the tensors as the graph does, which takes {names}")
     return [{name: batch[name] for name in graph.inputs.values() if name in batch} for batch in batches]  # pyright: ignore
 
 
 class _Weights:
-    """The weights a graph was compiled for, and whether they still are as they were.
+    """The weights a graph was compiled for, and a check whether they are unchanged.
 
-    PyTorch counts the writes to a tensor, but not those through `.data` or a NumPy array. Probing finds most of these, and on
-    CUDA devices, where to look is to wait, none. Tensors made under inference mode count no writes: they are compared whole.
+    PyTorch counts the writes to a tensor, but not those through `.data` or a NumPy array. Probing some elements finds most of
+    these; CUDA weights are not probed, because reading them waits for the device. Tensors made under inference mode have no
+    write counter and are compared completely.
     """
 
     def __init__(self, tensors: Mapping[int, torch.Tensor]) -> None:
@@ -228,7 +229,7 @@ class _Weights:
         self._values = [torch.cat(group) for group in self._groups]
 
     def hold(self, args: Sequence[object]) -> bool:
-        """True when the arguments have the same tensors, in the same memory, and no write to one is found."""
+        """True if the arguments hold the same tensors, in the same memory, and no write to one is found."""
         for index, owner, place, writes in self._owners:
             tensor = args[index]
             if owner() is not tensor or tensor.data_ptr() != place or _writes(tensor) != writes:  # pyright: ignore
@@ -236,17 +237,17 @@ class _Weights:
         return all(torch.equal(torch.cat(group), values) for group, values in zip(self._groups, self._values, strict=True))
 
     def are_gone(self) -> bool:
-        """True when nobody has one of them any more."""
+        """True if one of the tensors was freed."""
         return any(owner() is None for _, owner, _, _ in self._owners)
 
 
 def _writes(tensor: torch.Tensor) -> int | None:
-    """How often the tensor was written to, as far as PyTorch counts; None where it does not."""
+    """PyTorch's count of writes to the tensor; None if it has no counter."""
     return None if tensor.is_inference() else tensor._version
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Where to look for writes: flat, in the weight's memory, as integers, of which NaN too equals itself."""
+    """A flat view of the weight's memory as integers, to compare bit by bit: a NaN does not equal itself."""
     view = ordinary(tensor.detach())
     if not view.is_contiguous():
         view = view.as_strided(view.shape[:1], view.stride()[:1])
@@ -258,7 +259,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _Variant:
-    """A graph compiled for certain weights, and which of its results may share memory with what."""
+    """A graph compiled for given weights, and the aliasing of its outputs."""
 
     def __init__(self, graph: Graph, compiled: CompiledModel, args: Sequence[object]) -> None:
         self._run = compiled.run
@@ -272,19 +273,19 @@ class _Variant:
         for index, (_, owner) in enumerate(self._with_owners(example, self._run(example))):
             if owner != self._owners[index] and isinstance(self._owners[index], int):
                 raise UnsupportedError(
-                    f"its output {index} lies in the memory of an input, and what backend '{compiled.backend}' gives does not"
+                    f"its output {index} shares memory with an input, and the output of backend '{compiled.backend}' does not"
                 )
 
     def fits(self, args: Sequence[object]) -> bool:
-        """True when no weight was changed or replaced since."""
+        """True if no weight was changed or replaced since compiling."""
         return self._weights.hold(args)
 
     def is_gone(self) -> bool:
-        """True when it cannot be called any more."""
+        """True if it cannot be called any more, because a weight was freed."""
         return self._weights.are_gone()
 
     def __call__(self, sample: Sample) -> list[object]:
-        """The graph's outputs. One that shares memory with something it does not share it with in the graph is copied."""
+        """The graph's outputs; an output is copied if it aliases a tensor that it does not alias in the original graph."""
         found = self._with_owners(sample, self._run(sample))
         return [
             value.clone() if owner is not None and owner != usual and isinstance(value, torch.Tensor) else value
@@ -292,9 +293,9 @@ class _Variant:
         ]
 
     def _with_owners(self, sample: Sample, values: Sequence[object]) -> list[tuple[object, object]]:
-        """Each value, usable outside of inference mode, with whose memory it lies in.
+        """Each value, usable outside of inference mode, with the owner of its memory.
 
-        That is the number of an input, the name of an earlier output, `constant`, or None for its own.
+        The owner is the index of an input, the name of an earlier output, `constant`, or None if the value owns its memory.
         """
         owners: dict[int, object] = {_memory(tensor): index for index, tensor in enumerate(sample)}
         found: list[tuple[object, object]] = []

@@ -173,7 +173,7 @@ def test_passes_follow_the_recipe_exact():
 
 def test_a_pass_that_is_none_is_refused():
     assert refusal(UnsupportedError, lambda: lissom.compile(feed_forward().model, normal(2, 5, 8), passes=[RemoveNoOps])) == (
-        "passes= holds the class RemoveNoOps, which is no pass; give pass objects, e.g. RemoveNoOps()"
+        "passes= holds the class RemoveNoOps, which is not a pass; give pass objects, e.g. RemoveNoOps()"
     )
 
 

@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "no such command": ("optimise x", 2, "No such command 'optimise'"),
     "no such option": ("compile x --pases exact", 2, "No such option: --pases"),
     "no model": ("compile", 2, "Missing argument"),
-    "compile nothing": ("compile nowhere", 1, "'nowhere' is no directory and no packaged model"),
+    "compile nothing": ("compile nowhere", 1, "'nowhere' is neither a directory nor a packaged model"),
     "compile an empty folder": ("compile {folder}/empty", 1, "is empty; give a directory written by save_pretrained"),
     "compile a text": ("compile {folder}/text.txt", 1, "its name does not end in .onnx"),
     "compile an artifact": ("compile {model}", 1, "has no config.json"),
@@ -66,24 +66,24 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "run a text": ("run {model} --input {folder}/text.txt", 1, "text.txt"),
     "run on an unknown device": ("run {model} --input x.npz --device 1.5", 1, "device '1.5' is not known"),
     "run into nothing": ("run {model} --input x.npz --output {folder}/no/file", 1, "there is no directory"),
-    "generate nothing": ("generate nowhere hello", 1, "'nowhere' is no directory"),
+    "generate nothing": ("generate nowhere hello", 1, "'nowhere' is neither a directory"),
     "generate without prompt": ("generate nowhere", 2, "Missing argument"),
     "generate no tokens": ("generate nowhere hello --max-new-tokens 0", 2, "Invalid value for '--max-new-tokens'"),
     "generate some tokens": ("generate nowhere hello --max-new-tokens some", 2, "Invalid value for '--max-new-tokens'"),
     "temperature below zero": ("generate nowhere hello --temperature -1", 2, "Invalid value for '--temperature'"),
     "temperature nan": ("generate nowhere hello --temperature nan", 2, "Invalid value for '--temperature'"),
-    "temperature infinite": ("generate nowhere hello --temperature inf", 2, "inf is no finite number"),
+    "temperature infinite": ("generate nowhere hello --temperature inf", 2, "inf is not a finite number"),
     "temperature text": ("generate nowhere hello --temperature warm", 2, "Invalid value for '--temperature'"),
     "seed huge": ("generate nowhere hello --seed 99999999999999999999", 2, "Invalid value for '--seed'"),
     "seed text": ("generate nowhere hello --seed one", 2, "Invalid value for '--seed'"),
-    "show nothing": ("show nowhere", 1, "'nowhere' is no directory"),
+    "show nothing": ("show nowhere", 1, "'nowhere' is neither a directory"),
     "show an artifact with passes": ("show {model} --passes funnel", 2, "do not go with a saved model"),
     "show sizes alone": ("show {model} --batch 2", 2, "--batch and --sequence go with --cost or --sharding"),
     "show one rank": ("show {model} --sharding 1", 2, "--sharding takes 2 ranks or more"),
     "show sequence alone": ("show {model} --sequence-parallel", 2, "goes with --sharding"),
     "show latency nan": ("show {model} --sharding 2 --latency nan", 2, "Invalid value for '--latency'"),
     "show bandwidth zero": ("show {model} --sharding 2 --bandwidth 0", 2, "Invalid value for '--bandwidth'"),
-    "show bandwidth infinite": ("show {model} --sharding 2 --bandwidth inf", 2, "inf is no finite number"),
+    "show bandwidth infinite": ("show {model} --sharding 2 --bandwidth inf", 2, "inf is not a finite number"),
     "show no step": ("show {model} --diff 0:99", 1, "there is no step 99"),
     "show half a diff": ("show {model} --diff 0", 2, "--diff takes two steps, for example 10:11, and not '0'"),
     "show a diff of words": ("show {model} --diff a:b", 2, "--diff takes two steps"),
@@ -97,7 +97,7 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "compile with a drop below zero": ("compile nowhere --max-drop -1", 2, "Invalid value for '--max-drop'"),
     "compile with a drop of nan": ("compile nowhere --max-drop nan --metric cosine", 2, "Invalid value for '--max-drop'"),
     "passes nothing": ("passes quantise", 1, "there is no pass 'quantise'; did you mean 'quantize'?"),
-    "bench nothing": ("bench nowhere --engines eager", 1, "'nowhere' is no directory"),
+    "bench nothing": ("bench nowhere --engines eager", 1, "'nowhere' is neither a directory"),
     "bench unknown engines": ("bench nowhere --engines egaer", 1, "did you mean 'eager'?"),
     "bench seconds infinite": ("bench {model} --seconds inf", 2, "Invalid value for '--seconds'"),
     "bench seconds nan": ("bench {model} --seconds nan", 2, "Invalid value for '--seconds'"),
@@ -105,8 +105,8 @@ COMMANDS: dict[str, tuple[str, int, str]] = {
     "bench seconds text": ("bench {model} --seconds long", 2, "Invalid value for '--seconds'"),
     "bench no threads": ("bench {model} --threads 0", 2, "Invalid value for '--threads'"),
     "bench too many threads": ("bench {model} --threads 100000", 2, "Invalid value for '--threads'"),
-    "bench shape of text": ("bench nowhere --shapes large", 1, "'large' is no shape; write rows x tokens"),
-    "bench no shape": ("bench nowhere --shapes 0x8", 1, "'0x8' is no shape"),
+    "bench shape of text": ("bench nowhere --shapes large", 1, "'large' is not a shape; write rows x tokens"),
+    "bench no shape": ("bench nowhere --shapes 0x8", 1, "'0x8' is not a shape"),
     "bench huge shape": ("bench nowhere --shapes 1x99999999999", 1, "is 99,999,999,999 tokens; give"),
     "bench no texts": ("bench nowhere --texts {folder}/none.txt", 1, "cannot be read as text"),
     "bench a folder of texts": ("bench nowhere --texts {folder}", 1, "cannot be read as text"),
@@ -148,7 +148,7 @@ def test_a_name_that_is_too_long_is_a_sentence(capsys: pytest.CaptureFixture[str
 
 
 SHAPES: dict[str, Refusal] = {
-    text: (UnsupportedError, "is no shape; write rows x tokens", lambda text=text: parse_shapes(text))
+    text: (UnsupportedError, "is not a shape; write rows x tokens", lambda text=text: parse_shapes(text))
     for text in ("", "8", "8x", "x8", "-1x8", "8x0", "8.0x8", "8x8,", "ragged", "8xragged8", "8 x 8 x 8", "1e3x8")
 }
 

@@ -47,7 +47,7 @@ def test_a_file_without_texts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot be read as text"):
         read_texts(tmp_path)
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(ArtifactError, match="holds no text; give one text a line"):
+    with pytest.raises(ArtifactError, match="holds no text; give one text per line"):
         read_texts(tmp_path / "empty")
 
 
@@ -73,10 +73,10 @@ def test_texts_are_batches_by_the_tokenizer(texts: Path, directory) -> None:  # 
     ("name", "content", "kind", "message"),
     [
         ("data.npz", b"no zip", ArtifactError, "cannot be read as arrays"),
-        ("data.csv", b"1,2", ArtifactError, "is no file of calibration data; give an .npz file"),
+        ("data.csv", b"1,2", ArtifactError, "is not a file of calibration data; give an .npz file"),
         ("data.jsonl", b"{", ArtifactError, "line 1 is not JSON"),
         ("data.jsonl", b'{"body": 1}', ArtifactError, "line 1 holds no text"),
-        ("data.txt", b"\n\n", ArtifactError, "holds no text; give one text a line"),
+        ("data.txt", b"\n\n", ArtifactError, "holds no text; give one text per line"),
         ("data.txt", b"one", UnsupportedError, "holds texts, and the model has no tokenizer"),
     ],
 )

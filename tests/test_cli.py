@@ -207,10 +207,10 @@ def test_options_of_bench_that_do_not_fit_are_exit_status_2(arguments, message):
     ("arguments", "message"),
     [
         (["bench", "minlm", "--engines", "egaer"], "there is no engine 'egaer'; did you mean 'eager'? choose eager, "),
-        (["bench", "minlm", "--shapes", "8"], "'8' is no shape; write rows x tokens, for example 1x32,8x128,32xragged"),
+        (["bench", "minlm", "--shapes", "8"], "'8' is not a shape; write rows x tokens, for example 1x32,8x128,32xragged"),
         (["bench", "minlm", "--texts", "no.txt"], "'no.txt' cannot be read as text: "),
-        (["bench", "minlm", "--engines", "eager"], "'minlm' is no directory and no packaged model"),
-        (["show", "minlm"], "'minlm' is no directory and no packaged model (minilm, gemma3-270m); did you mean 'minilm'?"),
+        (["bench", "minlm", "--engines", "eager"], "'minlm' is neither a directory nor a packaged model"),
+        (["show", "minlm"], "neither a directory nor a packaged model (minilm, gemma3-270m); did you mean 'minilm'?"),
         (["compile", "."], "no config.json; give a directory written by save_pretrained"),
         # What is wrong with the options is said before the model is looked for.
         (["compile", "minlm", "--passes", "remove-noops"], "did you mean 'remove-no-ops'?"),

@@ -210,7 +210,7 @@ def test_a_saved_decoder_generates_the_same(backend: str, tmp_path) -> None:
 def test_where_a_decoder_cannot_be_saved_or_loaded(tmp_path) -> None:
     _, fast = compiled()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="exists and is no artifact, so it is not replaced"):
+    with pytest.raises(ArtifactError, match="exists and is not an artifact, so it is not replaced"):
         fast.save(tmp_path)
     with pytest.raises(ArtifactError, match="there is no directory"):
         fast.save(tmp_path / "no" / "where")
@@ -269,7 +269,7 @@ def test_tokens_are_streamed_with_their_speed() -> None:
 def test_a_prompt_of_no_tokens_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(find_directory("minilm"))
     assert read_prompt("one two", tokenizer, 4).shape == (1, 4)
-    with pytest.raises(InputError, match="the prompt has no tokens; give a text to go on from"):
+    with pytest.raises(InputError, match="the prompt has no tokens; give a text to continue"):
         read_prompt("", partial(tokenizer, add_special_tokens=False), 4)
 
 

@@ -315,7 +315,7 @@ WRONG = [
     ({"options": {"data": iter(())}}, "data is an iterator, which can be read once"),
     (
         {"options": {"data": [(torch.ones(1),)]}},
-        "a batch of data is no mapping; name the tensors as the graph does, which takes x",
+        "a batch of data is not a mapping; name the tensors as the graph does, which takes x",
     ),
     ({"options": {"max_drop": 0.1}}, "max_drop needs a metric"),
 ]

@@ -1,1 +1,1 @@
-"""Compiled models on disk: a directory of JSON, safetensors and what the backend built; nothing in it is ever unpickled."""
+"""Compiled models on disk: a directory with JSON, safetensors and the backend's own files. Nothing is ever unpickled."""

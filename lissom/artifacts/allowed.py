@@ -3,16 +3,16 @@
 A file may call an operator with any arguments, so an operator is on the list only when it computes its results from its
 arguments and does nothing else. The list was made from PyTorch 2.13 as follows.
 
-1. The operators that models of the zoo are captured to, and those that Lissom's passes make or look for.
-2. The operators that PyTorch tags as core or pointwise, and the public functions on tensors that models are written with.
-3. Without those that draw random numbers, seed, write to an argument other than state, print, wait, read files, take objects
-   that are no tensors, numbers or text, or compute gradients; without special functions that no model has.
-4. Without those that read memory that nothing has written (`empty`), or that do not compare the sizes of their arguments and so
-   read past them: `_reshape_alias`, `_nested_view_from_buffer`, `_sparse_coo_tensor_unsafe`, `_unsafe_index`, `_fft_c2r`,
-   `_native_batch_norm_legit`. `as_strided` compares with the storage, `_unsafe_view` the number of elements. What attention and
-   batch norm of running statistics do not compare, the functions that `backends/eager/backend.py` calls in their place do.
+1. Included: the operators in captured models of the zoo, and those that Lissom's passes make or match.
+2. Included: the operators that PyTorch tags as core or pointwise, and the public tensor functions that models use.
+3. Excluded: operators that draw random numbers, seed, write to an argument other than state, print, wait, read files, take
+   objects other than tensors, numbers and text, or compute gradients; special functions that no model uses.
+4. Excluded: operators that read uninitialised memory (`empty`), or that do not check the sizes of their arguments and so read
+   out of bounds: `_reshape_alias`, `_nested_view_from_buffer`, `_sparse_coo_tensor_unsafe`, `_unsafe_index`, `_fft_c2r`,
+   `_native_batch_norm_legit`. `as_strided` checks the storage, `_unsafe_view` the number of elements. Attention and batch norm
+   with running statistics lack some checks; the functions that `backends/eager/backend.py` calls instead make them.
 
-`python -m tools.list_operators` collects the operators of the zoo anew, and prints those that are not here.
+`python -m tools.list_operators` collects the operators of the zoo again, and prints those that are missing here.
 """
 
 from __future__ import annotations
@@ -108,4 +108,4 @@ FIXED: Mapping[str, Mapping[str, object]] = {
     "aten.alpha_dropout.default": {"train": False},
     "aten.scaled_dot_product_attention.default": {"dropout_p": 0.0},
 }
-"""Arguments that have one allowed value, since an operator draws random numbers with any other."""
+"""Arguments with a single allowed value: with any other, the operator draws random numbers."""

@@ -1,4 +1,4 @@
-"""Inputs and outputs as arrays in an `.npz` file, under the names of the signature's arguments and of the returned fields."""
+"""Inputs and outputs as arrays in an `.npz` file, named after the arguments of the signature and the fields of the output."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lissom.errors import ArtifactError, InputError
 
 
 def read_inputs(signature: Signature, path: Path) -> tuple[tuple[object, ...], dict[str, object]]:
-    """The positional and keyword arguments whose tensors are in a file, each under its path in the signature.
+    """The positional and keyword arguments from a file, each array named by its path in the signature.
 
-    Floating numbers are cast to the dtype of the argument, as numpy has no bfloat16.
+    Floating-point arrays are cast to the dtype of the argument, because numpy has no bfloat16.
 
-    Raises: ArtifactError when the file cannot be read; InputError when it lacks an argument, or holds another.
+    Raises: ArtifactError if the file cannot be read; InputError if it lacks an argument, or holds an unknown one.
     """
     arrays = _read(path)
     wanted = {leaf.path: leaf for leaf in signature.tensors}
     for name in arrays:
         if name not in wanted:
-            raise InputError(f"'{path}' holds '{name}', which is no argument; the program takes {signature.describe()}")
+            raise InputError(f"'{path}' holds '{name}', which is not an argument; the program takes {signature.describe()}")
     missing = [name for name in wanted if name not in arrays]
     if missing:
         raise InputError(f"'{path}' lacks '{missing[0]}'; the program takes {signature.describe()}")
@@ -49,17 +49,17 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 def _tensor(leaf: TensorArgument, array: np.ndarray) -> torch.Tensor:
     try:
-        # In the order of bytes that this machine has: a file may have the other.
+        # The file may have another byte order than this machine.
         native = np.ascontiguousarray(array, array.dtype.newbyteorder("="))
         tensor = torch.from_numpy(native).reshape(array.shape)
     except (TypeError, ValueError) as error:
-        raise InputError(f"argument '{leaf.path}' is an array of {array.dtype}, which is no tensor's dtype") from error
+        raise InputError(f"argument '{leaf.path}' is an array of {array.dtype}, which is not a tensor dtype") from error
     casts = tensor.is_floating_point() and leaf.type.dtype.is_floating_point
     return tensor.to(leaf.type.device, leaf.type.dtype if casts else None)
 
 
 def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of what a model returns by name: fields and keys and places, joined by dots; a lone tensor is `output`."""
+    """A model's output tensors by name: fields, keys and indices, joined by dots; a single tensor is `output`."""
     if isinstance(outputs, torch.Tensor):
         return {name or "output": outputs}
     if isinstance(outputs, Mapping):
@@ -75,7 +75,7 @@ def named_tensors(outputs: object, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors to a file whole or not at all; bfloat16, which numpy has not, as float32. Raises: ArtifactError."""
+    """Write tensors to a file, completely or not at all; bfloat16, which numpy lacks, as float32. Raises: ArtifactError."""
     arrays = {
         name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy() for name, tensor in tensors.items()
     }

@@ -1,4 +1,4 @@
-"""Save what was compiled, and load it: the program, its weights, its history, and what the backend built."""
+"""Save and load a compiled model: its program, weights, history, and the backend's own files."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from lissom.version import __version__
 
 PROGRAM, WEIGHTS, STEPS = "program.json", "weights.safetensors", "steps.json"
 CHECKED_HERE = frozenset((PROGRAM, WEIGHTS, STEPS))
-"""The files that are checked as they are read, through one handle each."""
+"""The files whose hash is checked when they are read, through the same handle."""
 
 
 WriteMore = Callable[[Path], None]
-"""Writes files of its own into the folder of an artifact: plain files, which the manifest then names like all others."""
+"""Writes additional files into the folder of an artifact: regular files, which the manifest lists like all others."""
 
 
 def write_nothing(folder: Path) -> None:
-    """For an artifact of a program alone."""
+    """Write no additional files."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What an artifact holds.
+    """The content of an artifact.
 
-    notes: sentences on what is not as it was where the artifact was made. files: the content of each, by name.
+    notes: sentences on differences from the machine that made the artifact. files: size and hash of each, by name.
     """
 
     program: Program
@@ -59,10 +59,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Trust:
-    """What of an artifact is believed.
+    """How far an artifact is trusted.
 
     allow_native: load native code, such as a compiled library, that it holds or names.
-    keys: files of public keys, one of which must have signed it; None asks for no signature.
+    keys: files of public keys, one of which must have signed it; None requires no signature.
     """
 
     allow_native: bool = False
@@ -81,11 +81,11 @@ def save_artifact(
     facts: Mapping[str, object],
     write_more: WriteMore = write_nothing,
 ) -> None:
-    """Write an artifact, whole or not at all; one that is there already is replaced.
+    """Write an artifact, completely or not at all; an existing one is replaced.
 
-    facts: what the model says of itself, as JSON; given back when loaded. write_more: writes further files into the directory.
+    facts: the model's metadata as JSON, returned when loaded. write_more: writes additional files into the directory.
 
-    Raises: ArtifactError when it cannot be written, or holds what an artifact cannot.
+    Raises: ArtifactError if it cannot be written, or the program holds something an artifact cannot.
     """
     check_target(directory.absolute())
 
@@ -106,7 +106,7 @@ def write_program(
     write_more: WriteMore,
     folder: Path,
 ) -> None:
-    """Write all of an artifact but the weights and the backend's files, which are in the folder. entries: of `save_weights`.
+    """Write an artifact into a folder that has the weights and the backend's files already. entries: from `save_weights`.
 
     Raises: ArtifactError, OSError.
     """
@@ -134,14 +134,14 @@ def _write_json(path: Path, data: object) -> None:
 
 
 def _confirm(program: Program, folder: Path) -> None:
-    """Read the program back as `load_artifact` will, with its weights as they are. Raises: ArtifactError when it is another."""
+    """Read the program back as loading will, with the weights in memory. Raises: ArtifactError if the program differs."""
     content = (folder / PROGRAM).read_bytes()
     again = _decode(content, folder / PROGRAM, lambda entries, place: program.weights(), lambda device: device)
     try:
-        # Fake values are made when first asked for, and there is no one to ask but here.
+        # Fake values are created at first access, so access all of them to find errors now.
         for node in filter(nodes.has_value, again):
             nodes.value(node)
-    # Whatever it is that PyTorch's fake tensors say of a type.
+    # PyTorch's fake tensors may raise anything.
     except Exception as error:
         raise ArtifactError(
             f"{program.name} cannot be saved: the types of its values cannot be read back: {_first_line(error)}"
@@ -153,12 +153,12 @@ def _confirm(program: Program, folder: Path) -> None:
 def load_whole(
     directory: Path, manifest: Manifest, device: torch.device | None, backend: str | Backend | None, trust: Trust = NO_TRUST
 ) -> Loaded:
-    """The artifact in a directory whose files are checked, but for those named in `CHECKED_HERE`.
+    """The artifact in a directory whose files were checked, except those named in `CHECKED_HERE`.
 
-    device: where it is to run, where it ran before by default. backend: in place of the one it was saved with, which has the
-    same name; a name stands for the one it was saved with.
+    device: where it runs; by default the device it was saved for. backend: None or a name for the saved backend, or an object
+    of the same name whose options replace the saved ones.
 
-    Raises: ArtifactError when it is damaged or cannot run here; UnsupportedError when what its backend needs is not installed.
+    Raises: ArtifactError if it is damaged or cannot run here; UnsupportedError if a package of its backend is missing.
     """
     backend = find_saved_backend(manifest, directory, backend, trust)
     saved, wanted = find_devices(manifest, directory, device)
@@ -185,9 +185,9 @@ def _load_weights(directory: Path, manifest: Manifest, entries: Mapping[str, obj
 
 
 def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backend | None, trust: Trust = NO_TRUST) -> Backend:
-    """The backend the artifact was saved with, or the one wanted in its place, which may be named.
+    """The backend the artifact was saved with, or the given one with its options; a name gives the saved one.
 
-    Raises: ArtifactError, also for one that runs native code which is not allowed; UnsupportedError.
+    Raises: ArtifactError, also if the backend would run native code that is not allowed; UnsupportedError.
     """
     name = manifest.backend
     if not isinstance(wanted, (str, Backend, type(None))):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -215,11 +215,11 @@ def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backen
 
 
 def find_devices(manifest: Manifest, directory: Path, device: torch.device | None) -> tuple[torch.device, torch.device]:
-    """Where the artifact was made to run, and where it is to run. Raises: ArtifactError."""
+    """The device the artifact was saved for, and the device it will run on. Raises: ArtifactError."""
     try:
         saved = torch.device(manifest.device)
     except RuntimeError as error:
-        raise ArtifactError(f"'{directory}' was made for '{manifest.device}', which is no device of this PyTorch") from error
+        raise ArtifactError(f"'{directory}' was made for '{manifest.device}', which is not a device of this PyTorch") from error
     if device is not None:
         return saved, device
     if saved.type == "cpu":
@@ -234,24 +234,24 @@ def find_devices(manifest: Manifest, directory: Path, device: torch.device | Non
 
 
 def read_program(directory: Path, manifest: Manifest, read_weights: ReadWeights, place: Place) -> Program:
-    """The program in a directory, as `decode_program`. Raises: ArtifactError when it holds none."""
+    """The program in a directory; arguments as for `decode_program`. Raises: ArtifactError if it holds none."""
     path = directory / PROGRAM
     return _decode(verified_bytes(path, manifest.content_of(PROGRAM, directory)), path, read_weights, place)
 
 
 def _decode(content: bytes, path: Path, read_weights: ReadWeights, place: Place) -> Program:
-    """The program that was read from a file. Raises: ArtifactError when it is none."""
+    """The program from the bytes of a file. Raises: ArtifactError if they hold none."""
     try:
         return decode_program(parse_json(content, path), read_weights, place)
     except ArtifactError:
         raise
-    # What a file says may be wrong in every way there is, and torch and sympy have errors of their own for that.
+    # A file may be wrong in any way, and torch and sympy raise errors of their own.
     except Exception as error:
-        raise ArtifactError(f"'{path}' is no program this Lissom can read: {_first_line(error)}") from error
+        raise ArtifactError(f"'{path}' is not a program this Lissom can read: {_first_line(error)}") from error
 
 
 def read_history(manifest: Manifest, directory: Path) -> History:
-    """What was done to the program. Raises: ArtifactError when the files hold none."""
+    """The history of the program. Raises: ArtifactError if the files hold none."""
     path = directory / STEPS
     content = verified_bytes(path, manifest.content_of(STEPS, directory))
     try:
@@ -265,9 +265,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
-    """Load the kernels the program uses; a sentence when there are none, and it will be slow.
+    """Load the kernels the program uses; returns a note if they are missing, which makes it slow.
 
-    Raises: ArtifactError when it was lowered for a CPU and is to run elsewhere, or this processor's kernels lack its dtype.
+    Raises: ArtifactError if it was lowered for a CPU and runs elsewhere, or this processor's kernels lack its dtype.
     """
     called = [node for node in program.nodes(*KERNELS) if node.target is not block_sparse_attention or _has_kernel(node)]
     types = {nodes.tensor_type(node) for node in called}
@@ -280,7 +280,7 @@ def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
     if reason:
         return (f"{program.name} was compiled for C++ kernels and runs slowly without them: {reason}",)
     for found in sorted(types, key=str):
-        # Rows of a table of integers are copied, whatever they are.
+        # Integers only appear in embedding tables, whose rows are copied whatever their dtype.
         lacking = missing_kernel(found.dtype, found.device) if found.dtype.is_floating_point else None
         if lacking is not None:
             raise ArtifactError(
@@ -291,7 +291,7 @@ def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
 
 
 def _has_kernel(node: fx.Node) -> bool:
-    """False where the operator's reference computes it, here as on the machine that lowered it."""
+    """False if the operator's reference implementation computes it, here and on the machine that lowered it."""
     found = nodes.tensor_type(node)
     return found.device.type == "cpu" and missing_kernel(found.dtype, found.device) is None
 
@@ -307,7 +307,7 @@ def _environment(program: Program) -> dict[str, str]:
 
 
 def _device_of(program: Program) -> torch.device:
-    """The CUDA device of a program that is on one, else the CPU."""
+    """The CUDA device of the program, else the CPU."""
     devices = {leaf.device for node in program.graph.nodes if nodes.has_value(node) for leaf in _tensors(nodes.node_type(node))}
     return next((device for device in sorted(devices, key=str) if device.type != "cpu"), torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""Whether a call in a file fits what it calls: the operator's schema, or a function of sizes."""
+"""Checks that a call in a file fits its target: an operator's schema, or a function of sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.types import ScalarType, TensorType
 
 MOST_EXPONENT = 64
-"""Of a power or a shift of sizes: Python computes it exactly, however long it is."""
+"""The largest exponent of a power or shift of sizes: Python computes these exactly, with any number of digits."""
 _POWERS = (operator.pow, operator.lshift, *(SIZE_FUNCTIONS[name] for name in ("Pow", "PowByNatural", "FloatPow")))
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "int": (int,),
@@ -33,14 +33,14 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "MemoryFormat": (torch.memory_format,),
     "Device": (torch.device,),
 }
-"""For types as schemas print them, what stands for them in a file; a value of any other type comes from a node."""
+"""The Python types of literals in a file, by schema type; a value of any other type comes from a node."""
 _NUMBERS = ("int", "SymInt", "float", "number", "bool")
 
 
 def check_call(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Refuse a call that does not fit what it calls: the number, names and kinds of its arguments.
+    """Refuse a call whose arguments do not fit its target in number, name or type.
 
-    Of what a node yields its type in the file counts. Raises: ValueError.
+    For a node as argument, its type in the file is checked. Raises: ValueError.
     """
     if isinstance(target, torch._ops.OpOverload):
         _check_operator(target, args, kwargs)
@@ -65,7 +65,7 @@ def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwarg
                 raise ValueError(f"{target} lacks its argument '{parameter.name}'")
             continue
         item, one_for_all = given[parameter.name], getattr(parameter, "N", None) is not None
-        # A number takes the place of a tensor in arithmetic.
+        # Arithmetic takes a number in place of a tensor.
         of_numbers = torch.Tag.pointwise in target.tags or parameter.name == "other"
         if not _fits(item, str(parameter.real_type), of_numbers, one_for_all):
             raise ValueError(
@@ -77,9 +77,9 @@ def _check_operator(target: torch._ops.OpOverload, args: Sequence[object], kwarg
 
 
 def _fits(item: object, kind: str, of_numbers: bool, one_for_all: bool = False) -> bool:
-    """Whether an argument is of a kind as schemas write it.
+    """Whether an argument has a type, as schemas write it.
 
-    of_numbers: a number may stand for a tensor. one_for_all: one number may stand for a list.
+    of_numbers: a number may replace a tensor. one_for_all: one number may replace a list.
     """
     if kind.startswith("Optional["):
         return item is None or _fits(item, kind[len("Optional[") : -1], of_numbers, one_for_all)
@@ -93,13 +93,13 @@ def _fits(item: object, kind: str, of_numbers: bool, one_for_all: bool = False) 
     if kind == "Tensor":
         return isinstance(found, TensorType) or (of_numbers and isinstance(found, (ScalarType, int, float, complex)))
     if isinstance(item, fx.Node):
-        # A tensor of one element takes the place of a number.
+        # A tensor of one element may replace a number.
         return kind in _NUMBERS and isinstance(found, (ScalarType, TensorType))
     return isinstance(item, _KINDS.get(kind, ()))
 
 
 def _check_function(target: Callable[..., Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-    """Refuse what is no call of a function of sizes: of numbers, by position; items are taken by numbers and slices too."""
+    """Refuse a call of a function of sizes with keywords, or with arguments other than numbers; `getitem` also takes slices."""
     name = getattr(target, "__name__", target)
     if kwargs:
         raise ValueError(f"{name} takes its arguments by position, and is given {shown([*kwargs])}")

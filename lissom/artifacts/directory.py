@@ -1,4 +1,4 @@
-"""An artifact's directory: written beside its place and exchanged with it; read only when every byte is as it was written."""
+"""The directory of an artifact: replaced atomically when written, and verified by hashes when read."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from lissom.errors import ArtifactError
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _EXCHANGE, _HERE = 2, -100
-"""RENAME_EXCHANGE and AT_FDCWD of Linux."""
+"""RENAME_EXCHANGE and AT_FDCWD on Linux."""
 
 
 def is_artifact(path: str | Path) -> bool:
-    """True for a directory with a manifest in it; whether it can be read is another question."""
+    """True for a directory with a manifest; its content is not checked."""
     try:
         return (Path(path) / NAME).is_file()
-    # A name that is too long, or a folder that may not be entered.
+    # A name that is too long, or a folder without permission.
     except OSError:
         return False
 
 
 def write_directory(target: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new directory, and put it in the place of `target`.
+    """Let `write` fill a new directory, then move it to `target`.
 
-    An error, an interrupt, a full disk or the end of the process on the way leaves what was at `target`, or nothing. Where an
-    artifact is there already, the system exchanges the two in one step. Where it cannot, two renames do, and a process killed
-    between them leaves the old artifact beside, under a hidden name that ends in `.old`. What killed processes left is deleted
-    by the next one that writes `target`.
+    After an error, an interrupt, a full disk or the end of the process, `target` is unchanged. An existing artifact is
+    exchanged in one step if the system supports it. If not, two renames replace it, and a process killed between them leaves
+    the old artifact in the same folder under a hidden name that ends in `.old`. The next process that writes `target` deletes
+    what killed processes left.
 
-    Raises: ArtifactError when `target` is something else than an artifact, or cannot be written.
+    Raises: ArtifactError if `target` is something else than an artifact, or cannot be written.
     """
     target = target.absolute()
     check_target(target)
@@ -57,7 +57,7 @@ def write_directory(target: Path, write: Callable[[Path], None]) -> None:
         write(fresh)
         for path in (*fresh.iterdir(), fresh):
             _flush(path)
-        # Writing may have taken minutes.
+        # Again, because writing may have taken minutes.
         check_target(target)
         _exchange(target, fresh, old)
         _flush(target.parent)
@@ -75,61 +75,63 @@ def write_directory(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def check_target(target: Path) -> None:
-    """Refuse a place where no artifact can be put. Raises: ArtifactError."""
+    """Refuse a path where an artifact cannot be written. Raises: ArtifactError."""
     target = target.absolute()
     try:
         if not target.name:
-            raise ArtifactError(f"'{target}' is no name for an artifact; name a directory that is not there yet")
+            raise ArtifactError(f"'{target}' is not a name for an artifact; name a new directory")
         check_parent(target)
         mode = target.lstat().st_mode
         found = {path.name for path in target.iterdir()} if stat.S_ISDIR(mode) else set[str]()
     except FileNotFoundError:
         return
-    # A name with a zero byte is a ValueError.
+    # A name with a zero byte raises ValueError.
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{target}' cannot be written: {reason(error)}; choose another directory") from error
     if stat.S_ISLNK(mode):
         raise ArtifactError(f"'{target}' is a symbolic link, and would be replaced; name the directory itself")
     if not stat.S_ISDIR(mode) or (found and NAME not in found):
-        raise ArtifactError(f"'{target}' exists and is no artifact, so it is not replaced; choose another directory")
+        raise ArtifactError(f"'{target}' exists and is not an artifact, so it is not replaced; choose another directory")
     if found:
         _check_only_ours(target, found)
 
 
 def _check_only_ours(target: Path, found: Collection[str]) -> None:
-    """Refuse to replace a directory with a manifest of something else, or with files beside the artifact's."""
+    """Refuse to replace a directory whose manifest is not Lissom's, or that holds other files than the artifact's."""
     try:
         others = sorted({*found} - {NAME, SIGNATURE} - listed_files(target / NAME))
     except ArtifactError as error:
-        raise ArtifactError(f"'{target}' exists and is no artifact, so it is not replaced; choose another directory") from error
+        raise ArtifactError(
+            f"'{target}' exists and is not an artifact, so it is not replaced; choose another directory"
+        ) from error
     if others:
         raise ArtifactError(
-            f"'{target}' holds '{others[0]}' beside the artifact's own files, so it is not replaced; "
+            f"'{target}' holds '{others[0]}' besides the artifact's own files, so it is not replaced; "
             f"take it out, or choose another directory"
         )
 
 
 def _prefix(target: Path) -> str:
-    """How the hidden names beside a target begin. Not with its own name, which may be as long as names can be."""
+    """The prefix of temporary names for a target. A hash, because the target's name may have the maximum length already."""
     return f".lissom-{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}-"
 
 
 def _lock(folder: Path) -> int:
-    """A handle that marks a directory as one that is being written, until it is closed or the process ends."""
+    """Lock a directory while it is written; the lock ends when the returned handle is closed or the process ends."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    # File systems without locks keep what a killed process leaves.
+    # On file systems without locks, directories left by killed processes are not deleted.
     with suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
 
 
 def _delete_left_over(target: Path) -> None:
-    """Delete what processes that were killed left beside the target. Raises: OSError."""
+    """Delete the temporary directories of the target that killed processes left. Raises: OSError."""
     kinds = (".new", ".old") if target.exists() else (".new",)
     for path in [path for path in target.parent.iterdir() if path.name.startswith(_prefix(target))]:
         if not path.name.endswith(kinds) or path.is_symlink() or not path.is_dir():
             continue
-        # Gone, another user's, or locked by the process that writes it.
+        # It may be gone, another user's, or locked by the process that writes it.
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -140,13 +142,13 @@ def _delete_left_over(target: Path) -> None:
 
 
 def _set_aside(target: Path) -> Path | None:
-    """The artifact that a process killed between two renames left beside its place. Raises: OSError."""
+    """The old artifact that a process killed between two renames left, or None. Raises: OSError."""
     beside = target.parent.iterdir() if target.parent.is_dir() else ()
     return next((path for path in beside if path.name.startswith(_prefix(target)) and path.name.endswith(".old")), None)
 
 
 def _exchange(target: Path, fresh: Path, old: Path) -> None:
-    """Put `fresh` in the place of `target`; what was there is then at `fresh` or at `old`."""
+    """Move `fresh` to `target`; a former artifact is then at `fresh` or at `old`."""
     if not target.exists():
         fresh.rename(target)
         return
@@ -155,7 +157,7 @@ def _exchange(target: Path, fresh: Path, old: Path) -> None:
     try:
         target.rename(old)
         fresh.rename(target)
-    # An interrupt may come between the two.
+    # BaseException, because an interrupt may come between the two renames.
     except BaseException:
         if old.exists() and not target.exists():
             old.rename(target)
@@ -163,7 +165,7 @@ def _exchange(target: Path, fresh: Path, old: Path) -> None:
 
 
 def _exchange_at_once(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system has none. Raises: OSError."""
+    """Exchange two names atomically; False if the system or the file system does not support it. Raises: OSError."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False
@@ -176,7 +178,7 @@ def _exchange_at_once(one: Path, other: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Have a file, or the names in a directory, on the disk before they are relied on."""
+    """Flush a file, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -189,13 +191,13 @@ def read_directory(
     passed_over: Callable[[Manifest], Collection[str]] = lambda _: frozenset[str](),
     trusted_keys: Sequence[str | Path] | None = None,
 ) -> Manifest:
-    """The manifest of an artifact, every file of which is there, and is as it was written.
+    """The manifest of an artifact, after checking that every file is present and unchanged.
 
-    passed_over: files that are not opened here: they do not matter, or who reads them checks them, as `verified_bytes` does.
-    trusted_keys: files of public keys, one of which has signed the manifest; None asks for no signature.
+    passed_over: files not opened here, because they are not needed, or are checked when read, as by `verified_bytes`.
+    trusted_keys: files of public keys, one of which must have signed the manifest; None requires no signature.
 
-    Raises: ArtifactError when the directory is no artifact, holds anything else than its manifest says, or is not signed by a
-        trusted key; UnsupportedError when there is no package to check signatures with.
+    Raises: ArtifactError if the directory is not an artifact, differs from its manifest, or is not signed by a trusted key;
+        UnsupportedError if the package to check signatures is missing.
     """
     whole = _read_manifest(directory)
     if trusted_keys is not None:
@@ -206,12 +208,12 @@ def read_directory(
 
 
 def sign_directory(directory: Path, private_key: str | Path) -> None:
-    """Check an artifact, and write the signature of its manifest, which holds the hashes of all other files, beside it.
+    """Check an artifact, and write the signature of its manifest, which holds the hashes of all other files.
 
     private_key: a PEM file of an Ed25519 key.
 
-    Raises: ArtifactError when the artifact is damaged, the key cannot be read, or the signature cannot be written;
-        UnsupportedError when there is no package to sign with.
+    Raises: ArtifactError if the artifact is damaged, the key cannot be read, or the signature cannot be written;
+        UnsupportedError if the package to sign with is missing.
     """
     whole = _read_manifest(directory)
     _check_files(directory, parse_manifest(whole, directory / NAME).files, ())
@@ -220,7 +222,7 @@ def sign_directory(directory: Path, private_key: str | Path) -> None:
 
 
 def _read_manifest(directory: Path) -> bytes:
-    """The bytes of the manifest, which are read once: what is checked is what is believed. Raises: ArtifactError."""
+    """The bytes of the manifest, read once, so that the checked bytes are the ones used. Raises: ArtifactError."""
     try:
         if not directory.is_dir():
             aside = _set_aside(directory.absolute())
@@ -232,7 +234,7 @@ def _read_manifest(directory: Path) -> bytes:
             raise ArtifactError(f"there is no directory '{directory}'; {hint}")
         if not os.path.lexists(directory / NAME):
             raise ArtifactError(
-                f"'{directory}' is no artifact: it has no {NAME}; name a directory that CompiledModel.save wrote"
+                f"'{directory}' is not an artifact: it has no {NAME}; name a directory that CompiledModel.save wrote"
             )
     except OSError as error:
         raise ArtifactError(f"'{directory}' cannot be read: {reason(error)}; name another directory") from error
@@ -240,7 +242,7 @@ def _read_manifest(directory: Path) -> bytes:
 
 
 def _check_files(directory: Path, files: Mapping[str, Content], unread: Collection[str]) -> None:
-    """Refuse a directory that does not hold these files and no others. unread: those that are not opened."""
+    """Refuse a directory that does not hold exactly these files. unread: those that are not opened."""
     _check_names(directory, files, unread)
     for name, content in files.items():
         if name not in unread:
@@ -251,7 +253,7 @@ def _check_names(directory: Path, files: Mapping[str, Content], unread: Collecti
     for name in files:
         if _FILE.fullmatch(name) is None or name in (NAME, SIGNATURE):
             raise ArtifactError(
-                f"'{directory / NAME}' names the file '{name}', which does not lie in the artifact's directory itself; "
+                f"'{directory / NAME}' names the file '{name}', which is not in the artifact's directory itself; "
                 f"do not use this artifact"
             )
     found = {path.name for path in directory.iterdir()} - {NAME, SIGNATURE}
@@ -262,9 +264,9 @@ def _check_names(directory: Path, files: Mapping[str, Content], unread: Collecti
 
 
 def open_verified(path: Path, wanted: Content) -> BufferedReader:
-    """A file of an artifact, open at its start, whose bytes were checked through this same handle.
+    """A file of an artifact, open at its start, whose hash was checked through this same handle.
 
-    Raises: ArtifactError when it is not what the manifest says.
+    Raises: ArtifactError if it differs from the manifest.
     """
     file = open_plain(path)
     try:
@@ -283,9 +285,9 @@ def open_verified(path: Path, wanted: Content) -> BufferedReader:
 
 @contextmanager
 def verified_path(path: Path, wanted: Content) -> Generator[Path]:
-    """A path that leads to the file that was checked until the block ends, whatever takes its name meanwhile.
+    """A path to the checked file until the block ends, even if another file takes its name.
 
-    For libraries that take a path alone. Where the system has no names for open files, it is the path given.
+    It is for libraries that take only a path. If the system has no names for open files, it is the given path.
 
     Raises: ArtifactError as `open_verified`.
     """
@@ -295,13 +297,13 @@ def verified_path(path: Path, wanted: Content) -> Generator[Path]:
 
 
 def verified_bytes(path: Path, wanted: Content) -> bytes:
-    """What a file of JSON of an artifact holds: the very bytes that were checked. Raises: ArtifactError as `open_verified`."""
+    """The content of a JSON file of an artifact, after checking its hash. Raises: ArtifactError as `open_verified`."""
     if wanted.size > MOST_BYTES:
         raise ArtifactError(f"'{path}' has {wanted.size} bytes, and {MOST_BYTES} are the most; save the model again")
     with open_plain(path) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, wanted)
         try:
-            # One byte more, so that a file that grew is noticed, and one without end is not read.
+            # One byte more, to detect a file that grew without reading an endless one.
             found = file.read(wanted.size + 1)
         except OSError as error:
             raise ArtifactError(f"'{path}' cannot be read: {reason(error)}") from error

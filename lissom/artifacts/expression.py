@@ -1,7 +1,7 @@
 """Sizes as JSON: a number, the name of a symbol, or a function of these as a list, `["Mul", 4, "s27"]`.
 
-Functions are found in one table, so that reading a size runs no code the file names. An expression is measured before it is
-built, since sympy computes one of plain numbers at once, and compares the arguments of a maximum in pairs.
+Functions are looked up in a table, so that reading a size runs no code named by the file. The size of an expression is checked
+before it is built, because sympy evaluates plain numbers at once, and compares the arguments of a maximum in pairs.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 }
 
 MOST_PARTS = 512
-"""Numbers, symbols and functions in an expression."""
+"""The most numbers, symbols and functions in an expression."""
 MOST_BITS = 4096
-"""In a number an expression may come to, when symbols stand for numbers of 64 bits: 64 sizes multiplied."""
+"""The most bits of an expression's value if symbols have 64 bits: the product of 64 sizes."""
 _PRODUCTS = frozenset({"Mul"})
 _POWERS = frozenset({"Pow", "PowByNatural", "FloatPow"})
 
@@ -95,11 +95,11 @@ def _build(data: object, symbols: Mapping[str, sympy.Symbol]) -> sympy.Basic:
         case [str() as name, *arguments] if name in FUNCTIONS:
             return FUNCTIONS[name](*(_build(item, symbols) for item in cast("list[object]", arguments)))
         case _:
-            raise ValueError(f"{shown(data)} is no size")
+            raise ValueError(f"{shown(data)} is not a size")
 
 
 def _measure(data: object) -> tuple[int, int]:
-    """How many parts an expression has, and how many bits the number it comes to has at most."""
+    """The number of parts of an expression, and an upper bound on the bits of its value."""
     match data:
         case int():
             return 1, data.bit_length()
@@ -125,4 +125,4 @@ def _exponent(data: object) -> float:
         case ["Float", str() as digits]:
             return finite(digits)
         case _:
-            raise ValueError(f"the exponent {shown(data)} is no number")
+            raise ValueError(f"the exponent {shown(data)} is not a number")

@@ -1,6 +1,6 @@
-"""JSON as it comes from a file: text to values, and fields of a kind, with an error that says what was found.
+"""Parsing of JSON files, and typed access to fields, with errors that say what was found.
 
-A file may be written to do harm, so its length, its nesting and its numbers have limits, and a key may be there once.
+A file may be malicious, so its length, nesting and numbers are limited, and duplicate keys are refused.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Kind = TypeVar("Kind")
 Item = TypeVar("Item")
 
 MOST_BYTES = 512 << 20
-"""Of a JSON file."""
+"""The largest JSON file, in bytes."""
 MOST_LEVELS = 100
-"""Of lists and objects in each other. Python's own parser of source stops at 200, and its stack at a thousand calls."""
+"""The deepest nesting of lists and objects. Python's parser of source stops at 200, its stack at a thousand calls."""
 _LONGEST = 60
 _LONGEST_NAME = 1000
 _DIGITS = len(str(-(1 << 63)))
@@ -29,75 +29,75 @@ _BRACKETS = re.compile(r"[][{}]")
 
 
 def take(data: object, key: str, kind: type[Kind]) -> Kind:
-    """The field of a JSON object.
+    """A field of a JSON object, checked to be of a type.
 
-    Raises: ValueError when it is missing, or of another kind.
+    Raises: ValueError if it is missing, or of another type.
     """
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"there is no field '{key}' in {shown(data)}")
     value = cast("dict[str, object]", data)[key]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
-        raise ValueError(f"the field '{key}' is {shown(value)}, which is no {kind.__name__}")
+        raise ValueError(f"the field '{key}' is {shown(value)}, which is not of type {kind.__name__}")
     return value
 
 
 def take_list(data: object, key: str, read: Callable[[object], Item]) -> tuple[Item, ...]:
-    """The items of a field that holds a list, each read by a function. Raises: ValueError as `take`."""
+    """The items of a list field, each converted by `read`. Raises: ValueError as `take`."""
     return tuple(read(item) for item in cast("list[object]", take(data, key, list)))
 
 
 def take_text(data: object, key: str) -> str:
-    """A field that may be left out where it is empty. Raises: ValueError when it is no text."""
+    """A text field; a missing one is empty. Raises: ValueError if it is not text."""
     return take(data, key, str) if isinstance(data, dict) and key in data else ""
 
 
 def text(data: object) -> str:
-    """The item, which must be text. Raises: ValueError."""
+    """The item as text. Raises: ValueError if it is not text."""
     if not isinstance(data, str):
-        raise ValueError(f"{shown(data)} is no text")
+        raise ValueError(f"{shown(data)} is not text")
     return data
 
 
 def printable(data: object) -> str:
-    """The item, which must be text that a terminal shows as it is. Raises: ValueError."""
+    """The item as text without control characters. Raises: ValueError if it is anything else."""
     found = text(data)
     if not found.isprintable() or len(found) > _LONGEST_NAME:
-        raise ValueError(f"{shown(found)} is no name: it holds what cannot be printed, or is longer than {_LONGEST_NAME}")
+        raise ValueError(f"{shown(found)} is not a name: it holds what cannot be printed, or is longer than {_LONGEST_NAME}")
     return found
 
 
 def number(data: object) -> int:
-    """The item, which must be a whole number of 64 bits. Raises: ValueError."""
+    """The item as a 64-bit integer. Raises: ValueError if it is anything else."""
     if not isinstance(data, int) or isinstance(data, bool) or abs(data) >= 1 << 63:
-        raise ValueError(f"{shown(data)} is no whole number of 64 bits")
+        raise ValueError(f"{shown(data)} is not a whole number of 64 bits")
     return data
 
 
 def count(data: object) -> int:
-    """The item, which must be a whole number and not negative. Raises: ValueError."""
+    """The item as a non-negative 64-bit integer. Raises: ValueError if it is anything else."""
     if number(data) < 0:
         raise ValueError(f"{shown(data)} is negative")
     return number(data)
 
 
 def finite(digits: str) -> float:
-    """The number that text stands for. Raises: ValueError when it is none, or not finite."""
+    """The finite number that a text holds. Raises: ValueError if it holds none."""
     found = float(digits) if len(digits) <= _LONGEST else math.nan
     if not math.isfinite(found):
-        raise ValueError(f"{shown(digits)} is no finite number")
+        raise ValueError(f"{shown(digits)} is not a finite number")
     return found
 
 
 def shown(data: object) -> str:
-    """The beginning of a value, for an error."""
+    """A value's text, truncated, for an error message."""
     whole = repr(data)
     return whole if len(whole) <= _LONGEST else f"{whole[:_LONGEST]}…"
 
 
 def parse_json(raw: bytes, path: Path, *, any_number: bool = False) -> Any:
-    """What the bytes of a file hold. any_number: allow numbers that are not finite or do not fit into 64 bits.
+    """The JSON value in the bytes of a file. any_number: allow numbers that are not finite or do not fit into 64 bits.
 
-    Raises: ArtifactError when they are no JSON, or break one of the limits.
+    Raises: ArtifactError if the bytes are not JSON, or exceed a limit.
     """
     try:
         if len(raw) > MOST_BYTES:
@@ -115,7 +115,7 @@ def parse_json(raw: bytes, path: Path, *, any_number: bool = False) -> Any:
 
 
 def _levels(whole: str) -> int:
-    """How deep lists and objects are nested at most."""
+    """The deepest nesting of lists and objects."""
     depth = deepest = 0
     for bracket in _BRACKETS.findall(_TEXT.sub("", whole)):
         depth += 1 if bracket in "[{" else -1
@@ -133,7 +133,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _integer(digits: str) -> int:
-    # As text, since a number of many digits takes long to read.
+    # The digits are counted first: converting very many takes long.
     if len(digits) > _DIGITS or abs(found := int(digits)) >= 1 << 63:
         raise ValueError(f"the number {shown(digits)} does not fit into 64 bits")
     return found
@@ -147,4 +147,4 @@ def _float(digits: str) -> float:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,4 +1,4 @@
-"""Single files: opened when they are plain files, refused before work is done, written whole or not at all."""
+"""Single files: only regular files are opened, targets are checked early, and files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lissom.errors import ArtifactError
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """A file opened to be read. It is a plain file itself: a link may lead anywhere, and a pipe waits for ever.
+    """Open a file for reading. Only a regular file is opened: a link may lead anywhere, and a pipe may block forever.
 
     Raises: ArtifactError.
     """
@@ -26,22 +26,22 @@ def open_plain(path: Path) -> BufferedReader:
             raise ArtifactError(
                 f"'{path.parent}' lacks '{path.name}', which its manifest names; copy it whole, or save again"
             ) from error
-        kinds = {errno.ELOOP: "is a symbolic link", errno.ENXIO: "is no plain file"}
+        kinds = {errno.ELOOP: "is a symbolic link", errno.ENXIO: "is not a regular file"}
         if error.errno not in kinds:
             raise ArtifactError(f"'{path}' cannot be read: {error.strerror}") from error
         raise ArtifactError(
-            f"'{path}' {kinds[error.errno]}; an artifact holds plain files only: copy the file itself"
+            f"'{path}' {kinds[error.errno]}; an artifact holds regular files only: copy the file itself"
         ) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ArtifactError(f"'{path}' is no plain file; an artifact holds plain files only: copy the file itself")
+        raise ArtifactError(f"'{path}' is not a regular file; an artifact holds regular files only: copy the file itself")
     return os.fdopen(handle, "rb")
 
 
 def read_plain(path: Path, most: int) -> bytes:
-    """What a plain file holds, up to one byte more than `most`.
+    """The content of a regular file, at most `most` + 1 bytes.
 
-    Raises: ArtifactError as `open_plain`, or when it cannot be read.
+    Raises: ArtifactError as `open_plain`, or if it cannot be read.
     """
     with open_plain(path) as file:
         try:
@@ -51,7 +51,7 @@ def read_plain(path: Path, most: int) -> bytes:
 
 
 def check_parent(path: Path) -> None:
-    """Refuse a path whose directory is not there, or takes no new files. Raises: ArtifactError, OSError, ValueError."""
+    """Refuse a path whose directory is missing or not writable. Raises: ArtifactError, OSError, ValueError."""
     if not path.parent.is_dir():
         raise ArtifactError(f"'{path}' cannot be written: there is no directory '{path.parent}'; make it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -59,7 +59,7 @@ def check_parent(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that could not be written, or names something else than a plain file, before the work is done.
+    """Refuse a path that cannot be written, or is not a regular file, before any work is done.
 
     Raises: ArtifactError.
     """
@@ -68,7 +68,7 @@ def check_writable(path: Path) -> None:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
-    # A name with a zero byte is a ValueError.
+    # A name with a zero byte raises ValueError.
     except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be written: {reason(error)}; choose another name") from error
     if stat.S_ISDIR(mode):
@@ -76,25 +76,25 @@ def check_writable(path: Path) -> None:
     if stat.S_ISLNK(mode):
         raise ArtifactError(f"'{path}' is a symbolic link, and would be replaced; name the file itself")
     if not stat.S_ISREG(mode):
-        raise ArtifactError(f"'{path}' is a device, a pipe or a socket, and would be replaced; name a plain file")
+        raise ArtifactError(f"'{path}' is a device, a pipe or a socket, and would be replaced; name a regular file")
 
 
 def reason(error: OSError | ValueError) -> str:
-    """What an error of the system says, without its number and file."""
+    """The message of a system error, without its number and file."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 @contextmanager
 def writing_whole(path: Path) -> Generator[BufferedWriter]:
-    """A new file, which takes the place of `path` when the block ends, whole or not at all.
+    """A new file that replaces `path` when the block ends, completely or not at all.
 
-    It lies beside `path` under a name that cannot be guessed, and is made by this process, or an error.
+    It is written in the same folder under an unpredictable name that must not exist before.
 
-    Raises: ArtifactError as `check_writable`, or when it cannot be written.
+    Raises: ArtifactError as `check_writable`, or if it cannot be written.
     """
     path = path.absolute()
     check_writable(path)
-    # Not made of the name of `path`, which may be as long as names can be.
+    # Without the name of `path`, which may have the maximum length already.
     temporary = path.with_name(f".lissom-{secrets.token_hex(8)}")
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -120,7 +120,7 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, if the system can look it up, whether or not something is there. Raises: ArtifactError."""
+    """The path, if the system can look it up, whether or not it exists. Raises: ArtifactError."""
     if not isinstance(path, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArtifactError(f"the directory is {path!r:.80}; give a path, as text or as pathlib.Path")
     try:

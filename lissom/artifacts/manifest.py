@@ -1,6 +1,6 @@
-"""The manifest of an artifact: what it is, what it was made with, and the size and hash of every other file.
+"""The manifest of an artifact: its metadata, the environment that made it, and the size and hash of every other file.
 
-Its last field is a hash of all the text before it, so that a changed byte in the manifest itself is noticed too.
+Its last field is a hash of all the text before it, which detects changes to the manifest itself.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Content:
 
     @classmethod
     def of(cls, path: Path) -> Content:
-        """Of the file with this name. Raises: OSError."""
+        """Size and hash of a file. Raises: OSError."""
         with path.open("rb") as file:
             return cls.of_file(file)
 
     @classmethod
     def of_file(cls, file: BufferedReader) -> Content:
-        """Of the file behind a handle, from where it stands to the end. Raises: OSError."""
+        """Size and hash of an open file, from its position to the end. Raises: OSError."""
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return cls(file.tell(), digest)
 
@@ -49,11 +49,11 @@ class Content:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is.
+    """The metadata of an artifact.
 
-    name: of the program. options: of the backend. device: what it was made for, `cpu` or `cuda:0`. signature, pipeline: as
-    text. history: as JSON. facts: what the model says of itself, as JSON. environment: what it was made with. files: every
-    other file in the directory.
+    name: of the program. options: of the backend. device: it was compiled for, `cpu` or `cuda:0`. signature, pipeline: as
+    text. history: as JSON. facts: the model's metadata, as JSON. environment: versions and processor. files: all other files
+    in the directory.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Manifest:
     files: Mapping[str, Content]
 
     def content_of(self, name: str, directory: Path) -> Content:
-        """The content of a file that every artifact has. Raises: ArtifactError when this one has none of the name."""
+        """Size and hash of a file that every artifact has. Raises: ArtifactError if the manifest does not list it."""
         if name not in self.files:
             raise ArtifactError(f"'{directory / NAME}' names no '{name}', which every artifact has; save the model again")
         return self.files[name]
@@ -87,30 +87,30 @@ def _seal(body: str) -> str:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest in a file. Raises: ArtifactError as `parse_manifest`, or when the file cannot be read."""
+    """The manifest in a file. Raises: ArtifactError as `parse_manifest`, or if the file cannot be read."""
     return parse_manifest(read_plain(path, MOST_BYTES), path)
 
 
 def listed_files(path: Path) -> frozenset[str]:
-    """The files that a manifest of any format version names. Raises: ArtifactError when the file is no manifest."""
+    """The files listed in a manifest of any format version. Raises: ArtifactError if the file is not a manifest."""
     data = parse_json(read_plain(path, MOST_BYTES), path, any_number=True)
     try:
         if take(data, "kind", str) == KIND:
             return frozenset(take(data, "files", dict))
     except ValueError:
         pass
-    raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
+    raise ArtifactError(f"'{path}' is not a Lissom manifest; name a directory that CompiledModel.save wrote")
 
 
 def parse_manifest(whole: bytes, path: Path) -> Manifest:
-    """The manifest that was read from a file.
+    """The manifest from the bytes of a file.
 
-    Raises: ArtifactError when it is none, of an unknown version, or changed since it was written.
+    Raises: ArtifactError if it is not a manifest, has an unknown version, or was changed since it was written.
     """
-    # A configuration may hold an infinity, or a length that stands for none.
+    # A configuration may hold infinities, and a very large length that means no limit.
     data = parse_json(whole, path, any_number=True)
     if not isinstance(data, dict) or cast("dict[str, object]", data).get("kind") != KIND:
-        raise ArtifactError(f"'{path}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote")
+        raise ArtifactError(f"'{path}' is not a Lissom manifest; name a directory that CompiledModel.save wrote")
     version = cast("dict[str, object]", data).get("version")
     if version != FORMAT_VERSION:
         raise ArtifactError(
@@ -131,7 +131,7 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
             files={name: _content(item) for name, item in take(data, "files", dict).items()},
         )
     except ValueError as error:
-        raise ArtifactError(f"'{path}' is no manifest of Lissom's: {error}; save the model again") from error
+        raise ArtifactError(f"'{path}' is not a Lissom manifest: {error}; save the model again") from error
 
 
 def _option(data: object) -> object:

@@ -1,4 +1,4 @@
-"""The nesting of arguments and results as JSON, and results of transformers' classes where transformers is not installed.
+"""The nesting of arguments and outputs as JSON, and a substitute for transformers' output classes if it is not installed.
 
 A leaf is `"*"`; a container is an object that names its kind: `{"tuple": ["*", {"dict": [["key", "*"]]}]}`.
 """
@@ -24,10 +24,10 @@ _MODEL_OUTPUTS = "transformers.modeling_outputs"
 
 
 class Output(Mapping[str, object]):
-    """What a model of transformers returns, where transformers is not installed.
+    """The output of a transformers model if transformers is not installed.
 
-    Fields are items and attributes; those the model left out are None as attributes, and no items. Numbers and slices index
-    the items in order, as they do there.
+    Fields are items and attributes; missing fields are None as attributes, and not among the items. Integers and slices index
+    the items in order, as in transformers.
     """
 
     def __init__(self, name: str, fields: Sequence[str], items: Mapping[str, object]) -> None:
@@ -70,14 +70,14 @@ pytree.register_pytree_node(Output, _flatten_output, _unflatten_output, serializ
 
 
 def encode_nesting(spec: pytree.TreeSpec, where: str) -> object:
-    """The nesting of a structure as JSON; where: what has it, for an error.
+    """The nesting of a structure as JSON; where: its description for an error.
 
     Raises: ArtifactError for a container an artifact cannot hold.
     """
     leaf = object()
     try:
         tree = pytree.tree_unflatten([leaf] * spec.num_leaves, spec)
-    # A container of the caller's may want more of its leaves than to be there.
+    # The caller's own containers may refuse these placeholder leaves with any error.
     except Exception as error:
         raise ArtifactError(f"{where} is nested in a way an artifact cannot hold: {shown(spec)}") from error
     return _encode(tree, leaf, where)
@@ -115,7 +115,7 @@ def _is_model_output(kind: type) -> bool:
 
 
 def decode_nesting(data: object) -> pytree.TreeSpec:
-    """The nesting JSON holds. Raises: ValueError for anything `encode_nesting` does not write."""
+    """The nesting from JSON. Raises: ValueError for anything `encode_nesting` does not write."""
     return pytree.tree_flatten(_decode(data))[1]
 
 
@@ -140,27 +140,27 @@ def _decode(data: object) -> object:
             kind = _output_class(name, take(data, "module", str), fields)
             return Output(name, fields, items) if kind is None else kind(**items)
         case _:
-            raise ValueError(f"{shown(data)} is no nesting")
+            raise ValueError(f"{shown(data)} is not a nesting")
 
 
 def _decode_item(data: object) -> tuple[Any, object]:
     if not isinstance(data, list) or len(cast("list[object]", data)) != 2:
-        raise ValueError(f"{shown(data)} is no key with an item")
+        raise ValueError(f"{shown(data)} is not a key with an item")
     key, item = cast("list[object]", data)
     return decode_argument(key), _decode(item)
 
 
 @cache
 def _named_tuple(name: str, fields: tuple[str, ...]) -> Callable[..., object]:
-    """A class of that name: loading needs no source of the caller's."""
+    """A new class of that name, so that loading does not need the caller's code."""
     return namedtuple(name, fields)  # pyright: ignore[reportUntypedNamedTuple]
 
 
 @cache
 def _output_class(name: str, module: str, fields: tuple[str, ...]) -> type | None:
-    """The class of transformers, or one like it where only its module's source has it; None without transformers.
+    """The output class of transformers, or a new one with its fields if its module is not imported; None without transformers.
 
-    Nothing a file names is imported: a class is looked for in transformers' module of outputs and among modules there already.
+    Nothing named by a file is imported: the class is looked up in transformers' output module and in modules already imported.
     """
     try:
         import transformers.modeling_outputs as outputs
@@ -168,10 +168,10 @@ def _output_class(name: str, module: str, fields: tuple[str, ...]) -> type | Non
     except ImportError:
         return None
     source = outputs if module == _MODEL_OUTPUTS else sys.modules.get(module)
-    # Not `getattr`, which has packages such as transformers import what they are asked for.
+    # Not `getattr`: lazy packages such as transformers would import the attribute.
     found = vars(source).get(name) if source is not None else None
     if isinstance(found, type) and issubclass(found, ModelOutput):
         return found
     if not fields or not all(field.isidentifier() and not field.startswith("_") for field in (name, *fields)):
-        raise ValueError(f"{shown(name)} with the fields {shown(fields)} is no output of a model")
+        raise ValueError(f"{shown(name)} with the fields {shown(fields)} is not an output of a model")
     return make_dataclass(name, [(field, object, None) for field in fields], bases=(ModelOutput,))

@@ -1,4 +1,4 @@
-"""What a call node calls, by name: operators of PyTorch's and of ours, and functions of sizes, all from explicit lists."""
+"""Targets of call nodes by name: operators of PyTorch and of Lissom, and functions of sizes, all from explicit lists."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _ADDED: dict[str, torch._ops.OpOverload] = {}
 
 
 def allow(target: torch._ops.OpOverload) -> None:
-    """Let programs in artifacts call an operator that is not on the list, in this process: to save one, and to load one.
+    """Let programs in artifacts call an operator that is not on the list, in this process, for saving and for loading.
 
-    It must do nothing but compute its results, and check the sizes of its arguments, for a file may call it with any.
+    The operator must only compute its results, and must check the sizes of its arguments: a file may call it with any.
 
     >>> import torch
     >>> allow(torch.ops.aten.logit.default)
@@ -46,9 +46,9 @@ def allow(target: torch._ops.OpOverload) -> None:
 
 
 def operator_name(target: object) -> str:
-    """The name of what a node calls: `aten.linear.default`, `operator.mul`.
+    """The name of a node's target: `aten.linear.default`, `operator.mul`.
 
-    Raises: ArtifactError when it is on none of the lists.
+    Raises: ArtifactError if it is on none of the lists.
     """
     name = str(target) if isinstance(target, torch._ops.OpOverload) else _function_name(target)
     if _find(name) is not target:
@@ -61,9 +61,9 @@ def operator_name(target: object) -> str:
 
 
 def find_operator(name: str) -> Callable[..., Any]:
-    """What a name stands for.
+    """The operator or function of that name.
 
-    Raises: ValueError when it is on none of the lists, or this version of PyTorch has no such operator.
+    Raises: ValueError if it is on none of the lists, or this version of PyTorch has no such operator.
     """
     found = _find(name)
     if found is None:
@@ -85,5 +85,5 @@ def _find(name: str) -> Callable[..., Any] | None:
 
 
 def is_allowed(name: str) -> bool:
-    """True when a program in an artifact may call what the name stands for."""
+    """True if a program in an artifact may call the operator or function of that name."""
     return _find(name) is not None

@@ -1,4 +1,4 @@
-"""How values lie on ranks as JSON and back."""
+"""Placements of values across ranks as JSON and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lissom.compiler.ir.placement import Placed, Span, Spans
 
 
 def encode_placed(placed: Placed | tuple[Placed, ...]) -> object:
-    """The placement as JSON, or those of several values; sizes that vary are expressions."""
+    """The placement of a value, or of several, as JSON; dynamic sizes are expressions."""
     if isinstance(placed, tuple):
         return [encode_placed(item) for item in placed]
     dims = [{"dim": dim, "spans": [_encode_span(span) for span in spans]} for dim, spans in placed.dims]
@@ -19,7 +19,7 @@ def encode_placed(placed: Placed | tuple[Placed, ...]) -> object:
 
 
 def decode_placed(data: object, reader: Reader) -> Placed | tuple[Placed, ...]:
-    """The placement JSON holds. Raises: ValueError for anything `encode_placed` does not write."""
+    """The placement from JSON. Raises: ValueError for anything `encode_placed` does not write."""
     if isinstance(data, list):
         return tuple(_decode_one(item, reader) for item in cast("list[object]", data))
     return _decode_one(data, reader)

@@ -1,4 +1,4 @@
-"""A program as JSON and back: nodes, types, origins, signature and state; weights lie in a file of their own."""
+"""A program as JSON and back: nodes, types, origins, signature and state; the weights are in a separate file."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ ReadWeights = Callable[[Mapping[str, object], Place], Mapping[str, torch.Tensor]
 MOST_NODES = 1_000_000
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODULE, _INNER = FlatModule({}, fx.Graph()), nn.Module()
-"""Modules without weights: what they have already is no name for a weight."""
+"""Modules without weights: a weight must not have the name of one of their attributes."""
 
 
 def encode_program(program: Program, weights: Mapping[str, object]) -> dict[str, object]:
-    """The program as JSON; weights: how each is read back.
+    """The program as JSON; weights: the entries from `save_weights`.
 
-    Raises: ArtifactError for what an artifact cannot hold.
+    Raises: ArtifactError for a program that an artifact cannot hold.
     """
     return {
         "name": program.name,
@@ -50,9 +50,9 @@ def encode_program(program: Program, weights: Mapping[str, object]) -> dict[str,
 
 
 def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Program:
-    """The program JSON holds; read_weights: the weights, each as its entry says.
+    """The program from JSON; read_weights: reads the weights by their entries.
 
-    Raises: ValueError, TypeError or RuntimeError for what `encode_program` does not write.
+    Raises: ValueError, TypeError or RuntimeError for anything `encode_program` does not write.
     """
     facts = _decode_symbols(take(data, "symbols", dict))
     reader = Reader({symbol.name: symbol for symbol in facts}, {}, place)
@@ -88,22 +88,22 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
 
 
 def _check_weight_name(name: str) -> None:
-    """Refuse a name that stands for something else in a module, or ends the text it is in where source is made of a graph."""
+    """Refuse a name that is already an attribute of a module, or that would end a string in source generated from a graph."""
     first, *others = printable(name).split(".")
     taken = hasattr(_MODULE, first) or any(hasattr(_INNER, part) for part in others)
     if taken or any(part.startswith("__") or not part for part in (first, *others)) or {*name} & {'"', "'", "\\"}:
-        raise ValueError(f"{shown(name)} is no name for a weight")
+        raise ValueError(f"{shown(name)} is not a name for a weight")
 
 
 def _own_state(state: Sequence[str], weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of what the program writes, which is its own and not the file's.
+    """Copies of the state, which the program writes and must not share with the file.
 
-    Raises: ValueError when they do not fit in memory.
+    Raises: ValueError if they do not fit in memory.
     """
     absent = next((name for name in state if name not in weights), None)
     if absent is not None:
         raise ValueError(f"there is no weight for the state {shown(absent)}")
-    # One copy here, and one in what a backend builds.
+    # One copy here, and one in the backend's executable.
     check_memory(2 * sum(weights[name].nbytes for name in {*state}), "the state")
     return {name: weights[name].clone() for name in state}
 
@@ -126,7 +126,7 @@ def _check_form(program: Program) -> None:
         raise ValueError("the program's outputs are not those of its signature")
     for node in program.nodes(*nodes.STATE_WRITES):
         if not nodes.is_state_write(node) or str(cast(fx.Node, node.args[0]).target) not in program.state:
-            raise ValueError(f"'{node.name}' writes to what is no state of the program")
+            raise ValueError(f"'{node.name}' writes to a buffer that is not state of the program")
 
 
 def _encode_symbols(program: Program) -> dict[str, object]:
@@ -149,7 +149,7 @@ def _encode_symbols(program: Program) -> dict[str, object]:
 
 
 def _sizes(value: object) -> list[sympy.Basic]:
-    """The symbolic sizes and numbers in a node's value."""
+    """The symbolic sizes and scalars in a node's value."""
     if isinstance(value, torch.Tensor):
         return [size.node.expr for size in (*value.shape, *value.stride()) if isinstance(size, torch.SymInt)]
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -161,8 +161,8 @@ def _decode_symbols(data: Mapping[str, object]) -> dict[sympy.Symbol, SymbolFact
     found: dict[sympy.Symbol, SymbolFact] = {}
     for name, item in data.items():
         if _SYMBOL.fullmatch(name) is None:
-            raise ValueError(f"{shown(name)} is no name for a symbol")
-        # An assumption is made or not known: sympy tells `positive=False` from both.
+            raise ValueError(f"{shown(name)} is not a name for a symbol")
+        # Only true assumptions are passed: for sympy `positive=False` is different from no assumption.
         assumptions = {key: True for key in ("integer", "positive") if take(item, key, bool)}
         example, minimum, maximum = (
             None if cast("dict[str, object]", item).get(key) is None else take(item, key, int)
@@ -210,12 +210,12 @@ def _decode_signature(data: object, reader: Reader) -> Signature:
 
 
 def _check_dimensions(signature: Signature) -> None:
-    """Refuse sizes of arguments that a call does not tell: of no dimension, or made of sizes that no argument has."""
+    """Refuse argument sizes that a call does not determine: without a dimension, or computed from sizes no argument has."""
     sizes = [(leaf, size) for leaf in signature.tensors for size in leaf.type.shape if isinstance(size, sympy.Basic)]
     told = {size for _, size in sizes if isinstance(size, sympy.Symbol)}
     for leaf, size in sizes:
         if not size.free_symbols <= told or (isinstance(size, sympy.Symbol) and size not in signature.dimensions):
-            raise ValueError(f"argument {shown(leaf.path)} has a size {shown(size)} that no dimension tells")
+            raise ValueError(f"argument {shown(leaf.path)} has a size {shown(size)} that no dimension defines")
     names = [item.name for item in (*signature.positional, *signature.keyword)]
     if len({*names}) < len(names):
         raise ValueError(f"two arguments of {shown(names)} have one name")
@@ -278,7 +278,7 @@ def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
         check_call(target, args, kwargs)
         node = graph.create_node(op, target, args, kwargs, name=name)
     else:
-        raise ValueError(f"{shown(op)} is no kind of node")
+        raise ValueError(f"{shown(op)} is not a kind of node")
     fields = cast("dict[str, object]", data)
     if "origin" in fields:
         nodes.set_origin(node, _decode_origin(fields["origin"]))

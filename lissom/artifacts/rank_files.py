@@ -1,7 +1,7 @@
-"""Artifacts for several ranks: one program for all, and a file of weights for each, of which a rank opens its own alone.
+"""Artifacts for several ranks: one shared program, and one file of weights per rank; a rank opens only its own.
 
-The program is stored as it was before a rank lowered it, so that it runs on other devices and processors than where it was
-made. Ranks save together: the first writes what they share, each its own weights, into a directory that all of them see.
+The program is stored before lowering, so that it runs on other devices and processors. The ranks save together: rank 0 writes
+the shared files, every rank its own weights, into a directory that all of them can access.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def save(
     facts: Mapping[str, object],
     write_more: WriteMore = write_nothing,
 ) -> None:
-    """Write an artifact of one rank's program, or for several ranks; arguments and errors as for `save_artifact`.
+    """Write an artifact for one process or for several ranks; arguments and errors as for `save_artifact`.
 
-    The ranks of a group save at the same point. Raises: RankError when one ended or does not answer.
+    All ranks of a group must call it. Raises: RankError if a rank ended or does not answer.
     """
     if not isinstance(executable, (Held, RankProgram)):
         save_artifact(directory, program, executable, history, backend, facts, write_more)
@@ -110,7 +110,7 @@ def _write_rank(program: Program, rank: int, folder: Path) -> None:
 
 
 def _save_together(directory: Path, executable: RankProgram, shared: partial[None]) -> None:
-    """Every rank writes its weights into the directory that rank 0 makes."""
+    """Save from all ranks: each writes its weights into the directory that rank 0 makes."""
     ranks, program = executable.ranks, executable.stored
 
     def write(enter: Callable[[Path], None]) -> None:
@@ -129,9 +129,9 @@ def _save_together(directory: Path, executable: RankProgram, shared: partial[Non
 def load(
     directory: Path, device: torch.device | None = None, backend: str | Backend | None = None, trust: Trust = NO_TRUST
 ) -> Loaded:
-    """The artifact in a directory, or this rank's part of one for several ranks; arguments and errors as for `load_whole`.
+    """The artifact in a directory, or this rank's shard of one for several ranks; arguments and errors as for `load_whole`.
 
-    Raises: UnsupportedError when the process is none of so many ranks; RankError when one ended or does not answer.
+    Raises: UnsupportedError if the process group has another size; RankError if a rank ended or does not answer.
     """
     manifest = read_directory(
         directory, lambda found: found.files if found.backend == Distributed.name else CHECKED_HERE, trust.keys
@@ -154,7 +154,7 @@ def load(
 
 
 def _notes(program: Program) -> tuple[str, ...]:
-    """A sentence when this rank has no kernels, for which `load_whole` has one too: each rank lowers its own program here."""
+    """A note if this rank has no kernels, as in `load_whole`; here each rank lowers its own program."""
     on_cpu = all(leaf.type.device.type == "cpu" for leaf in program.signature.tensors)
     reason = load_kernels() if on_cpu else ""
     return (f"{program.name} runs slowly without C++ kernels: {reason}",) if reason else ()
@@ -162,7 +162,7 @@ def _notes(program: Program) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A rank's program as it is stored and lowered, what made the one, and what of it made the other."""
+    """A rank's program as stored and lowered. history: of the stored program. lowering: the steps that lowered it."""
 
     stored: Program
     lowered: Program
@@ -196,9 +196,9 @@ def _load_alone(directory: Path, manifest: Manifest, rank: int, place: Place) ->
 
 
 def check_ranks(directory: Path, rest: str) -> None:
-    """Refuse an artifact for several ranks in a process that is none of so many. rest: what follows `lissom` in the command.
+    """Refuse an artifact for several ranks outside a process group of that size. rest: the command line after `lissom`.
 
-    Raises: UnsupportedError; ArtifactError when the directory is none.
+    Raises: UnsupportedError; ArtifactError if the directory is not an artifact.
     """
     manifest = read_directory(directory, lambda found: found.files)
     if manifest.backend == Distributed.name:
@@ -217,7 +217,7 @@ def _check_group(manifest: Manifest, directory: Path, rest: str) -> None:
 
 
 def check_world(world_size: int, what: str, rest: str) -> None:
-    """Refuse a process group of another size. rest: of the command line. Raises: UnsupportedError."""
+    """Refuse a process group of another size. rest: the command line after `lissom`. Raises: UnsupportedError."""
     world = torch.distributed.get_world_size()
     if world != world_size:
         raise UnsupportedError(

@@ -1,7 +1,7 @@
-"""Signatures of artifacts: Ed25519, of the bytes of the manifest, which holds the hash of every other file.
+"""Ed25519 signatures of artifacts, over the bytes of the manifest, which holds the hash of every other file.
 
-A signature is the 64 bytes of RFC 8032 in a file of their own, which `openssl pkeyutl -verify -rawin` checks too. Keys are PEM
-files, as `openssl genpkey -algorithm ed25519` writes them.
+A signature is a file with the 64 bytes of RFC 8032, which `openssl pkeyutl -verify -rawin` checks too. Keys are PEM files, as
+`openssl genpkey -algorithm ed25519` writes them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Key = TypeVar("Key")
 
 
 def sign(message: bytes, private_key: Path) -> bytes:
-    """The signature of a message by a key. Raises: ArtifactError when the key cannot be read; UnsupportedError."""
+    """The signature of a message by a key. Raises: ArtifactError if the key cannot be read; UnsupportedError."""
     return _private(private_key).sign(message)
 
 
 def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str | Path]) -> None:
     """Refuse an artifact whose manifest is not signed by one of the keys.
 
-    message: the bytes of the manifest. trusted_keys: files of public keys; none of them trusts nobody.
+    message: the bytes of the manifest. trusted_keys: files of public keys; without any, every artifact is refused.
 
     Raises: ArtifactError; UnsupportedError without the package `cryptography`.
     """
@@ -37,7 +37,7 @@ def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str 
     from cryptography.exceptions import InvalidSignature
 
     path = directory / SIGNATURE
-    # Of a link too, which is refused when it is opened.
+    # A broken link counts as existing, and is refused when it is opened.
     if not path.is_symlink() and not path.exists():
         raise ArtifactError(f"'{directory}' is not signed, and trusted keys were given; sign it with `lissom sign`")
     signature = read_plain(path, _BYTES)
@@ -78,18 +78,18 @@ def _check_installed() -> None:
 
 
 def _read(path: Path, kind: type[Key], word: str, parse: Callable[[bytes], object]) -> Key:
-    """The key in a PEM file. Raises: ArtifactError when it holds none of this kind."""
+    """The key in a PEM file. Raises: ArtifactError if it holds no key of this kind."""
     from cryptography.exceptions import UnsupportedAlgorithm
 
     try:
-        # The files of keys may be links, as secrets mounted into containers are.
+        # Key files may be links, as secrets mounted into containers are.
         key = parse(path.read_bytes())
     except OSError as error:
         raise ArtifactError(f"the key '{path}' cannot be read: {error.strerror}") from error
     except TypeError as error:
         raise ArtifactError(f"the key '{path}' has a passphrase; write it without: openssl pkey -in KEY -out PLAIN") from error
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ArtifactError(f"'{path}' is no PEM file of a {word} key: {error}") from error
+        raise ArtifactError(f"'{path}' is not a PEM file of a {word} key: {error}") from error
     if not isinstance(key, kind):
         raise ArtifactError(
             f"'{path}' holds a key of another algorithm than Ed25519; make one: openssl genpkey -algorithm ed25519 -out KEY"

@@ -1,6 +1,6 @@
 """Arguments of calls and types of values as JSON, and back.
 
-Numbers, text, flags, None and lists are themselves; everything else is an object with one field that names its kind:
+Numbers, text, booleans, None and lists are written as in JSON; everything else is an object with one field, its kind:
 `{"node": "linear"}`, `{"float": "inf"}`, `{"dtype": "float32"}`, `{"tuple": [1, 2]}`.
 """
 
@@ -27,15 +27,15 @@ from lissom.errors import ArtifactError
 MOST_DIMENSIONS = 64
 _NAMED: Mapping[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 _NO_NUMBERS = ("q", "bits", "sparse", "_mkldnn", "jagged")
-"""How the names of dtypes and layouts begin whose tensors are no plain arrays of numbers."""
+"""Prefixes of the dtypes and layouts whose tensors are not plain arrays of numbers."""
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 @dataclass(frozen=True)
 class Reader:
-    """What the names in a file stand for.
+    """Resolves the names in a file.
 
-    symbols: those of the program. nodes: those made so far. place: where a tensor saved on a device goes.
+    symbols: those of the program. nodes: those made so far. place: maps a saved device to the device to load on.
     """
 
     symbols: Mapping[str, sympy.Symbol]
@@ -52,7 +52,7 @@ class Reader:
         """A size: a number, or an expression. Raises: ValueError."""
         found = decode_expression(data, self.symbols)
         if not isinstance(found, sympy.Expr) or (found.is_number and not isinstance(found, sympy.Integer)):
-            raise ValueError(f"{shown(data)} is no size")
+            raise ValueError(f"{shown(data)} is not a size")
         return int(found) if isinstance(found, sympy.Integer) else found
 
     def sizes(self, data: object, key: str, itemsize: int) -> tuple[Size, ...]:
@@ -71,11 +71,11 @@ class Reader:
         return found if isinstance(found, sympy.Expr) else count(found)
 
     def device(self, name: str) -> torch.device:
-        """Where what was on the device of that name goes. Raises: ValueError."""
+        """The device to load on for a saved device name. Raises: ValueError."""
         try:
             return self.place(torch.device(name))
         except RuntimeError as error:
-            raise ValueError(f"{shown(name)} is no device") from error
+            raise ValueError(f"{shown(name)} is not a device") from error
 
     def tensor_type(self, data: object) -> TensorType:
         """The type of a tensor. Raises: ValueError."""
@@ -123,7 +123,7 @@ def encode_argument(item: object) -> Any:
 
 
 def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
-    """The argument JSON holds. Raises: ValueError for anything `encode_argument` does not write."""
+    """The argument from JSON. Raises: ValueError for anything `encode_argument` does not write."""
     match data:
         case None | bool() | int() | float() | str():
             return data
@@ -150,15 +150,15 @@ def decode_argument(data: object, reader: Reader = _NOTHING) -> Any:
         case {"memory_format": str() as name}:
             return decode_named("memory_format", name)
         case _:
-            raise ValueError(f"{shown(data)} is no argument")
+            raise ValueError(f"{shown(data)} is not an argument")
 
 
 def decode_named(kind: str, name: str) -> Any:
-    """The dtype, layout or memory format of that name. Raises: ValueError when PyTorch has none."""
-    # Not `getattr`, which imports modules of PyTorch by their names.
+    """The dtype, layout or memory format of that name. Raises: ValueError if PyTorch has none."""
+    # Not `getattr`, which would import modules of PyTorch by name.
     found = vars(torch).get(name)
     if not isinstance(found, _NAMED[kind]) or name.startswith(_NO_NUMBERS):
-        raise ValueError(f"{shown(name)} is no {kind} of PyTorch")
+        raise ValueError(f"{shown(name)} is not a {kind} of PyTorch")
     return found
 
 
@@ -167,7 +167,7 @@ def _name(item: object) -> str:
 
 
 def encode_value(value: object) -> object:
-    """What a node was typed with as JSON: of tensors dtype, sizes, strides and device.
+    """A node's value as JSON; for a tensor its dtype, sizes, strides and device.
 
     Raises: ArtifactError for a value an artifact cannot hold.
     """
@@ -193,7 +193,7 @@ def encode_value(value: object) -> object:
 
 
 def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode]) -> Deferred:
-    """The value JSON holds, made in the mode when it is first asked for.
+    """The value from JSON, created in the mode at first access.
 
     Raises: ValueError for anything `encode_value` does not write.
     """
@@ -218,7 +218,7 @@ def decode_value(data: object, reader: Reader, mode: Callable[[], FakeTensorMode
             items = [decode_value(item, reader, mode) for item in cast("list[object]", data)]
             return Deferred(tuple(item.type for item in items), lambda: [item.value for item in items])
         case _:
-            raise ValueError(f"{shown(data)} is no value")
+            raise ValueError(f"{shown(data)} is not a value")
 
 
 def _number(kind: type[float], data: object, reader: Reader, mode: Callable[[], FakeTensorMode]) -> Deferred:

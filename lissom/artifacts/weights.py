@@ -1,12 +1,12 @@
-"""Weights in a safetensors file: each block of memory once, in the order it lies there, mapped into memory when read.
+"""Weights in a safetensors file: each storage is written once, in memory order, and memory-mapped when read.
 
-A weight with many zeros is written as a bit for each of its elements, 1 where it is not zero, and the values that are not. At
-N:M this takes M bits a group; indices would take N·log₂M, which is the same at 2:4 and more at 4:8. Zero means all bits zero,
-so that a negative zero comes back as one. Such a weight is put together in memory when read.
+A weight with many zeros is compressed to a bitmask, one bit per element, and its nonzero values. For N:M sparsity the mask
+takes M bits per group; indices would take N·log₂M, the same at 2:4 and more at 4:8. Zero means all bits zero, so that negative
+zeros are kept. Such a weight is decompressed into memory when read.
 
-Mapped memory is the file: whoever writes into the file changes the weights, and whoever cuts it short ends the process with
-SIGBUS at the next read of what is gone. Saving writes a new file and renames it, so it does neither. `LISSOM_MAP_WEIGHTS=0`
-copies the weights into memory instead.
+Mapped memory is the file itself: writing into the file changes the weights, and truncating it ends the process with SIGBUS at
+the next access to the missing part. Saving writes a new file and renames it, so it does neither. `LISSOM_MAP_WEIGHTS=0` copies
+the weights into memory instead.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from lissom.compiler.ir.program import Program
 from lissom.errors import ArtifactError
 
 Place = Callable[[torch.device], torch.device]
-"""Where a tensor saved on a device goes."""
+"""Maps the device a tensor was saved on to the device to load it on."""
 SWITCH = "LISSOM_MAP_WEIGHTS"
-"""Set to 0 in the environment, it has weights copied from the file."""
+"""The environment variable; 0 copies weights from the file instead of mapping them."""
 ALIGNMENT = 64
 _BITS: Mapping[int, torch.dtype] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""For the bytes of an element, the numbers its bits are looked at as."""
+"""Integer dtypes by element size in bytes, to view the bits of a value."""
 SMALLEST = 4096
-"""Bytes below which a weight is not worth compressing."""
+"""The smallest weight that is compressed, in bytes."""
 SAVING = 0.9
-"""A weight is compressed when that makes it smaller than this share of its bytes; else it is mapped, which costs no memory."""
+"""A weight is compressed if that makes it smaller than this fraction of its bytes; else it is mapped, which needs no memory."""
 _MOST_MEMORY = 1 << 40
-"""Bytes, where the system does not tell how many it has."""
+"""The assumed memory in bytes if the system does not report it."""
 _ENTRIES = "entries"
 _KINDS = (torch.Tensor, nn.Parameter, nn.Buffer)
 _DTYPES: Mapping[torch.dtype, str] = {
@@ -57,15 +57,15 @@ _DTYPES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""The dtypes of safetensors files, by their names there."""
+"""The dtypes of safetensors files, with their names there."""
 
 
 def save_weights(program: Program, path: Path, *, alone: bool = False) -> dict[str, object]:
-    """Write the program's weights, and say for each how it is read back.
+    """Write the program's weights; returns for each weight the entry to read it back.
 
-    alone: write that into the file too, for `load_alone`.
+    alone: write the entries into the file too, for `load_alone`.
 
-    Raises: ArtifactError for a weight safetensors cannot hold; OSError when it cannot be written.
+    Raises: ArtifactError for a weight safetensors cannot hold; OSError if it cannot be written.
     """
     entries, tensors = stored_weights(program)
     _write(tensors, path, {_ENTRIES: json.dumps(entries)} if alone else {})
@@ -73,10 +73,10 @@ def save_weights(program: Program, path: Path, *, alone: bool = False) -> dict[s
 
 
 def stored_weights(program: Program) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
-    """For each of the program's weights how it is read back, and the tensors they are read from, by name.
+    """The entry of each weight of the program, and the tensors to store, by name.
 
-    Weights that are the same memory are one tensor in the file, under the first one's name. One that lies in memory in another
-    order than its dimensions', or repeats itself along one, is written as it lies: `order` and `shape` bring it back.
+    Weights that share memory are one tensor in the file, under the first one's name. A transposed or expanded weight is
+    written in memory order, without repetition; `order` and `shape` in its entry restore it.
 
     Raises: ArtifactError for a weight safetensors cannot hold.
     """
@@ -103,7 +103,7 @@ def stored_weights(program: Program) -> tuple[dict[str, object], dict[str, torch
 
 
 def stored_bytes(program: Program) -> int:
-    """The bytes its weights take in an artifact, compressed where they would be; state whole, since it is filled as it runs."""
+    """The bytes of the program's weights in an artifact, after compression; state counts uncompressed, because runs fill it."""
     sizes: dict[object, int] = {}
     for name, weight in program.weights().items():
         stored, _ = _as_stored(weight)
@@ -114,7 +114,7 @@ def stored_bytes(program: Program) -> int:
 
 
 def _nonzero(stored: torch.Tensor) -> torch.Tensor | None:
-    """Where a tensor is not zero, of booleans, [elements]; None when leaving out zeros saves little."""
+    """The mask of nonzero elements, bool [elements]; None if compressing saves too little."""
     if stored.nbytes < SMALLEST or stored.is_complex():
         return None
     nonzero = stored.reshape(-1).view(_BITS[stored.itemsize]).cpu() != 0
@@ -126,7 +126,7 @@ def _compressed_bytes(stored: torch.Tensor, nonzero: torch.Tensor) -> int:
 
 
 def _compress(name: str, stored: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """A tensor as the bits and the values described above, by their names in the file; None when that saves little."""
+    """The bitmask and nonzero values of a tensor, by their names in the file; None if that saves too little."""
     nonzero = _nonzero(stored)
     if nonzero is None:
         return None
@@ -140,9 +140,9 @@ def _part_names(name: str) -> tuple[str, str]:
 
 
 def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """The tensor that `_compress` took apart.
+    """The tensor from its bitmask and nonzero values.
 
-    Raises: ValueError when the two do not fit the shape.
+    Raises: ValueError if they do not fit the shape.
     """
     size = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-size // 8):
@@ -156,17 +156,17 @@ def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> t
 
 
 def check_memory(needed: int, what: str) -> None:
-    """Refuse what takes more bytes than this machine has. Raises: ValueError."""
+    """Refuse an allocation larger than this machine's memory. Raises: ValueError."""
     limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _MOST_MEMORY
     if needed > limit:
         raise ValueError(f"{what} would take {needed} bytes of memory; the limit is {limit}, which this machine has")
 
 
 def _write(tensors: Mapping[str, torch.Tensor], path: Path, notes: Mapping[str, str]) -> None:
-    """Write a safetensors file in which tensors lie as PyTorch allocates them, at multiples of 64 bytes.
+    """Write a safetensors file with tensors aligned to 64 bytes, as PyTorch allocates them.
 
-    The library that reads it leaves no choice of where they lie, and kernels round differently, and are slower, elsewhere.
-    The format has no room for gaps, so tensors whose size is no multiple of 64 bytes come last.
+    The safetensors library does not align tensors, and on unaligned memory kernels are slower and round differently. The
+    format allows no gaps, so tensors whose size is not a multiple of 64 bytes come last.
     """
     order = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT != 0, -item[1].itemsize, item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **notes}}
@@ -184,7 +184,7 @@ def _write(tensors: Mapping[str, torch.Tensor], path: Path, notes: Mapping[str, 
 
 
 def _as_stored(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
-    """The weight with its dimensions in the order of memory and none repeated, and how to turn that back."""
+    """The weight with its dimensions in memory order and not expanded, and the entry to restore it."""
     stored = weight.detach().resolve_conj().resolve_neg()
     for dim in range(stored.dim()):
         if stored.shape[dim] > 1 and stored.stride(dim) == 0:
@@ -205,16 +205,16 @@ def _as_stored(weight: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
 def load_weights(entries: Mapping[str, object], path: Path, place: Place) -> dict[str, torch.Tensor]:
     """The weights by name, mapped from the file; for another device than the CPU they are copied.
 
-    place: which device.
+    place: maps the saved device to the device to load on.
 
-    Raises: ValueError when the file does not hold what the entries say.
+    Raises: ValueError if the file does not fit the entries.
     """
     with _open(path) as file:
         return read_weights(entries, file.get_tensor, place)
 
 
 def load_alone(path: Path, place: Place) -> dict[str, torch.Tensor]:
-    """The weights of a file that says itself how they are read; else as `load_weights`."""
+    """The weights of a file that holds its own entries; otherwise as `load_weights`."""
     with _open(path) as file:
         entries = parse_json((file.metadata() or {}).get(_ENTRIES, "").encode(), path)
         if not isinstance(entries, dict):
@@ -224,8 +224,8 @@ def load_alone(path: Path, place: Place) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _open(path: Path) -> Generator[Any]:
-    """A safetensors file. Raises: ValueError when it is none."""
-    # Not before it is needed.
+    """An open safetensors file. Raises: ValueError if it is not one."""
+    # Imported when first needed.
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -238,10 +238,10 @@ def _open(path: Path) -> Generator[Any]:
 def read_weights(
     entries: Mapping[str, object], tensor_of: Callable[[str], torch.Tensor], place: Place
 ) -> dict[str, torch.Tensor]:
-    """The weights by name; tensor_of: gives a tensor that `stored_weights` gave. Arguments and errors as for `load_weights`."""
+    """The weights by name; tensor_of: returns a stored tensor by name. Other arguments and errors as for `load_weights`."""
     wanted = {take(item, "tensor", str): item for item in entries.values()}
     whole = {name: math.prod(take_list(item, "nonzero", count)) for name, item in wanted.items() if "nonzero" in _fields(item)}
-    # The values, and a byte each that says where they are not zero.
+    # The decompressed values, and one byte per element for the unpacked bitmask.
     check_memory(
         sum(size * (1 + tensor_of(_part_names(name)[1]).itemsize) for name, size in whole.items()), "compressed weights"
     )
@@ -256,7 +256,7 @@ def _fields(entry: object) -> dict[str, object]:
 
 
 def _read(tensor_of: Callable[[str], torch.Tensor], name: str, entry: object) -> torch.Tensor:
-    """A tensor of the file, put together where it was taken apart."""
+    """A tensor of the file, decompressed if needed."""
     if "nonzero" not in _fields(entry):
         return _aligned(tensor_of(name))
     bits, values = map(tensor_of, _part_names(name))
@@ -272,7 +272,7 @@ def _as_used(stored: torch.Tensor, entry: object) -> torch.Tensor:
     if "order" in fields:
         order = take_list(entry, "order", number)
         if sorted(order) != list(range(stored.dim())):
-            raise ValueError(f"{order} is no order of {stored.dim()} dimensions")
+            raise ValueError(f"{order} is not an order of {stored.dim()} dimensions")
         stored = stored.permute([order.index(dim) for dim in range(stored.dim())])
     if "shape" in fields:
         stored = stored.expand(take_list(entry, "shape", count))

@@ -1,1 +1,1 @@
-"""Measure a model on Lissom and on other engines, each in a process of its own, and Lissom's programs against the roofline."""
+"""Benchmarks: Lissom and other engines, each in its own process, and Lissom's programs against the roofline."""

@@ -1,4 +1,4 @@
-"""Engines one after the other, each in a process of its own, so that none can spoil another's numbers or end the comparison."""
+"""Comparison of engines, each in its own process, so that none affects another's timings or ends the comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lissom.bench.workload import Shape, Workload, load_model, prepare
 from lissom.inspect.progress import Report
 
 LIMIT_SECONDS = 900.0
-"""How long an engine may take for everything but timing."""
+"""The time limit of an engine for everything except timing."""
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -36,12 +36,12 @@ def compare(
     progress: Report,
     limit_seconds: float = LIMIT_SECONDS,
 ) -> Iterator[Record]:
-    """Measure every engine at every shape, and give each record as soon as it is there.
+    """Measure every engine at every shape, and yield each record as soon as it is measured.
 
-    model, shapes, texts: as in `lissom.bench.workload`. threads: for each engine. seconds: how long to time each shape.
-    progress: called with what runs now, how many records are there, of how many.
+    model, shapes, texts: as in `lissom.bench.workload`. threads: for each engine. seconds: timing per shape.
+    progress: called with the current engine, the number of records so far, and the total.
 
-    Raises: a LissomError when the model cannot be loaded, or does not run at a shape.
+    Raises: a LissomError if the model cannot be loaded, or does not run at a shape.
     """
     with tempfile.TemporaryDirectory(prefix="lissom-bench-") as folder:
         progress(f"reading {model}", 0, 1)
@@ -62,7 +62,7 @@ def compare(
 def run_worker(
     engine: Engine, workload: Workload, threads: int, seconds: float, limit_seconds: float = LIMIT_SECONDS
 ) -> Iterator[Record]:
-    """The records of one engine; one that crashes or takes too long ends in a record that says so."""
+    """The records of one engine; a crash or a timeout is recorded as a failure."""
     limit = limit_seconds + 2 * seconds * len(workload.shapes)
     with tempfile.TemporaryDirectory(prefix="lissom-bench-") as folder, tempfile.TemporaryFile("w+") as errors:
         request = Request(
@@ -107,16 +107,16 @@ def _start(threads: int, errors: IO[str]) -> subprocess.Popen[str]:
         stderr=errors,
         text=True,
         env=os.environ | settings,
-        # A group of its own, which an interrupt on the terminal does not reach and which can be ended as a whole.
+        # Its own process group, which an interrupt on the terminal does not reach and which can be killed as a whole.
         start_new_session=True,
     )
 
 
 def _exchange(process: subprocess.Popen[str], request: Request) -> Iterator[Record]:
     assert process.stdin is not None and process.stdout is not None
-    # The worker ends when its standard input does, so that it does not outlive this process, however that ends.
+    # The worker ends when its standard input is closed, so it never outlives this process.
     with process.stdout as lines, _open_until_read(process.stdin) as stdin:
-        # A process that ended before it read the request has its reason on standard error.
+        # If the process ended before reading the request, its standard error has the reason.
         with suppress(BrokenPipeError):
             stdin.write(json.dumps(asdict(request)) + "\n")
             stdin.flush()
@@ -126,7 +126,7 @@ def _exchange(process: subprocess.Popen[str], request: Request) -> Iterator[Reco
 
 @contextmanager
 def _open_until_read(stdin: IO[str]) -> Generator[IO[str]]:
-    """Close a worker's standard input in the end, whether or not the worker still reads it."""
+    """Close a worker's standard input when the block ends, even if the worker no longer reads it."""
     try:
         yield stdin
     finally:
@@ -140,7 +140,7 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _epitaph(status: int, errors: IO[str]) -> str:
-    """How a process ended, and the last line it wrote."""
+    """The exit status of a process, and the last line of its standard error."""
     errors.seek(0)
     last = next((line.strip() for line in reversed(errors.readlines()) if line.strip()), "")
     ended = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
@@ -148,5 +148,5 @@ def _epitaph(status: int, errors: IO[str]) -> str:
 
 
 def measurements(records: Sequence[Record], engine: str) -> dict[str, Measurement]:
-    """Those of one engine, by shape."""
+    """The measurements of one engine, by shape."""
     return {item.shape: item for item in records if isinstance(item, Measurement) and item.engine == engine}

@@ -1,4 +1,4 @@
-"""The engines that are compared, each at its best setting, in one table."""
+"""The table of engines in the comparison, each at its best setting."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lissom.frontends.isolation import exchanged
 
 @dataclass(frozen=True)
 class Task:
-    """What an engine is given.
+    """The input of an engine.
 
-    calibration: inputs of real texts, one row each; may be empty. folder: for files of its own, deleted afterwards.
+    calibration: inputs of real texts, one row each; may be empty. folder: for the engine's files, deleted afterwards.
     """
 
     model: Model
@@ -39,16 +39,16 @@ class Task:
 
 Call = Callable[[], object]
 Build = Callable[[Inputs], Call]
-"""Compiles for these inputs' shape, and gives the call that answers them."""
+"""Compiles for the shape of the inputs, and returns a function that computes the outputs."""
 Prepare = Callable[[Task], Build]
-"""Does what is done once for all shapes: exports, quantizes."""
+"""The preparation for all shapes: export, quantization."""
 
 
 @dataclass(frozen=True)
 class Engine:
     """One way to run a model.
 
-    name: on the command line. title: in tables. packages: it needs, by the names they are imported and installed under.
+    name: on the command line. title: in tables. packages: required ones, by the names they are imported and installed under.
     """
 
     name: str
@@ -58,18 +58,18 @@ class Engine:
 
     @property
     def missing(self) -> str | None:
-        """A sentence when packages it needs are not installed."""
+        """A sentence if required packages are not installed, else None."""
         absent = [name for name in self.packages if importlib.util.find_spec(name) is None]
         return f"needs {' and '.join(absent)}: pip install 'lissom[bench]'" if absent else None
 
 
 def eager(task: Task) -> Build:
-    """PyTorch as it is."""
+    """PyTorch eager."""
     return lambda inputs: _inference(partial(task.model, inputs))
 
 
 def torch_compile(task: Task, *, dtype: torch.dtype) -> Build:
-    """TorchInductor with weights frozen, one compile a shape."""
+    """TorchInductor with frozen weights, one compile per shape."""
     return _inductor(task.model, dtype)
 
 
@@ -89,7 +89,7 @@ def _inductor(model: Model, dtype: torch.dtype) -> Build:
         compiled = torch.compile(module, dynamic=False)
         typed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
         call = _inference(partial(compiled, **typed, **model.constants))
-        # It compiles when it is first called.
+        # It compiles at the first call.
         with config.patch(freezing=True):
             call()
         return call
@@ -106,7 +106,7 @@ def _inference(call: Call) -> Call:
 
 
 def onnxruntime(task: Task, *, int8: bool) -> Build:
-    """ONNX Runtime on an export of opset 17; int8: weights a channel, activations at run time."""
+    """ONNX Runtime on an export of opset 17; int8: per-channel weights, dynamically quantized activations."""
     file = _export(task)
     runtime = import_module("onnxruntime")
     if int8:
@@ -123,7 +123,7 @@ def onnxruntime(task: Task, *, int8: bool) -> Build:
 
 
 class _Answer(nn.Module):
-    """The model with its tensors by position, returning only the tensor that is compared."""
+    """The model with positional tensor inputs, returning only the tensor that is compared."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class _Answer(nn.Module):
 
 
 def _export(task: Task) -> Path:
-    """The model as an ONNX file, its batch and, of inputs with two dimensions, its sequence free."""
+    """The model as an ONNX file with dynamic batch and, for inputs with two dimensions, dynamic sequence."""
     file = task.folder / "model.onnx"
     example = task.model.example
     free = {name: {0: "batch", 1: "sequence"} if x.dim() == 2 else {0: "batch"} for name, x in example.items()}
@@ -147,11 +147,11 @@ def _export(task: Task) -> Path:
 
 
 def openvino(task: Task, *, precision: str, int8: bool = False) -> Build:
-    """OpenVINO for latency, one compile a shape; precision: of what is not int8.
+    """OpenVINO for latency, one compile per shape; precision: of the operators that are not int8.
 
-    int8: by NNCF, with the schemes it has for transformers, on 100 texts.
+    int8: by NNCF, with its schemes for transformers, calibrated on 100 texts.
     """
-    # With this package beside it, OpenVINO reports over the network that it was imported; without, it does not.
+    # If this package is importable, OpenVINO reports its import over the network.
     sys.modules.setdefault("openvino_telemetry", cast(ModuleType, None))
     runtime = import_module("openvino")
     converted = runtime.convert_model(_export(task))
@@ -187,7 +187,7 @@ def ctranslate2(task: Task, *, compute_type: str) -> Build:
     runtime = import_module("ctranslate2")
     directory, folder = str(find_directory(task.model.name)), str(task.folder / "ctranslate2")
     converter = import_module("ctranslate2.converters").TransformersConverter(directory)
-    # It asks for a setting that configurations no longer have in transformers 5.
+    # It reads a setting that configurations no longer have in transformers 5.
     config = import_module("transformers").PreTrainedConfig
     with exchanged(config, "position_embedding_type", "absolute"):
         converter.convert(folder, quantization=compute_type)
@@ -204,7 +204,7 @@ def ctranslate2(task: Task, *, compute_type: str) -> Build:
 
 
 def lissom(task: Task, *, passes: str = "exact", backend: str = "eager") -> Build:
-    """Lissom on the backends eager or onnxruntime: one compile for all shapes; passes that calibrate do on 100 texts."""
+    """Lissom on the backends eager or onnxruntime: one compile for all shapes; calibration on 100 texts."""
     model, constants = task.model, dict(task.model.constants)
     data = [inputs | constants for inputs in task.calibration] if "int8-static" in passes else []
     compiled = api.compile(model.source.model, model.example | constants, passes=passes, backend=backend, data=data)
@@ -212,13 +212,13 @@ def lissom(task: Task, *, passes: str = "exact", backend: str = "eager") -> Buil
 
 
 def lissom_inductor(task: Task) -> Build:
-    """Lissom on the backend inductor: one compile a shape."""
+    """Lissom on the backend inductor: one compile per shape."""
     model = task.model
 
     def build(inputs: Inputs) -> Call:
         given = inputs | dict(model.constants)
         call = partial(api.compile(model.source.model, given, backend="inductor", dynamic=False), **given)
-        # It may compile when it is first called.
+        # It may compile at the first call.
         call()
         return call
 
@@ -254,7 +254,7 @@ _TABLE = (
     ),
     Engine(
         "lissom-onnxruntime-int8-tensor",
-        "Lissom int8 a tensor on ONNX Runtime",
+        "Lissom int8 per-tensor on ONNX Runtime",
         _EXPORT,
         partial(lissom, passes="quantize{scheme=int8-dynamic,activations=tensor}", backend="onnxruntime"),
     ),
@@ -270,9 +270,9 @@ ENGINES: Mapping[str, Engine] = {engine.name: engine for engine in _TABLE}
 
 
 def find_engines(names: str) -> tuple[Engine, ...]:
-    """The engines of a text, `eager,lissom`, in the order of the table.
+    """The engines of a list such as `eager,lissom`, in the order of the table.
 
-    Raises: UnsupportedError for a name that is none.
+    Raises: UnsupportedError for an unknown name.
     """
     wanted = [name.strip() for name in names.split(",")]
     for name in wanted:

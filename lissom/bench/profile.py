@@ -1,4 +1,4 @@
-"""Where the time of a compiled program goes: every site and operator, measured node by node, against its roofline."""
+"""The profile of a compiled program: the time of every site and operator, measured node by node, against its roofline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FEWEST_RUNS = 5
 
 @dataclass(frozen=True)
 class Part:
-    """The calls of one operator, for products in one module, at the sites of one kind; all layers together.
+    """All calls of one operator at sites of one kind, summed over layers; matrix products are separated by module.
 
     milliseconds: the sum of their medians. roof_ms: the sum of their rooflines.
     """
@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Profile:
-    """A program at one size. whole_ms: the median of a call of the compiled model; parts: in the order of the graph."""
+    """The profile at one size. whole_ms: the median of a call of the compiled model; parts: in the order of the graph."""
 
     title: str
     whole_ms: float
@@ -57,7 +57,7 @@ class Profile:
 
     @property
     def between_ms(self) -> float:
-        """What a call takes beside its operators: checks of the arguments, dispatch; below 0 where timing costs more."""
+        """The time of a call outside its operators: argument checks, dispatch; negative if timing single nodes costs more."""
         return self.whole_ms - sum(part.milliseconds for part in self.parts)
 
 
@@ -72,7 +72,7 @@ def profile_model(
 ) -> Iterator[Profile]:
     """Compile a model for the backend eager, and measure it at every shape. name, shapes, texts: as in `lissom.bench.workload`.
 
-    Raises: a LissomError when the model cannot be loaded or compiled.
+    Raises: a LissomError if the model cannot be loaded or compiled.
     """
     model = load_model(name)
     inputs = make_inputs(model, shapes, texts)
@@ -84,9 +84,9 @@ def profile_model(
 def profile(
     compiled: CompiledModel, inputs: Inputs, constants: Mapping[str, object], machine: Machine, seconds: float
 ) -> Profile:
-    """Measure a compiled model on these inputs: `seconds` whole, and `seconds` node by node.
+    """Measure a compiled model on these inputs: `seconds` as a whole, and `seconds` node by node.
 
-    Raises: InputError when the inputs do not fit the program.
+    Raises: InputError if the inputs do not fit the program.
     """
     program = compiled.program
     tensors = program.signature.flatten((), {**inputs, **constants})
@@ -126,7 +126,7 @@ def _part(
 
 
 def operator_name(node: fx.Node) -> str:
-    """`transpose`, `lissom.rotary`; with the module for products: `linear in encoder.layer.*.output.dense`, layers as one."""
+    """`transpose`, `lissom.rotary`; for products with the module: `linear in encoder.layer.*.output.dense`; layers merged."""
     schema = getattr(node.target, "_schema", None)
     name = getattr(node.target, "__name__", "") if schema is None else schema.name.removeprefix("aten::").replace("::", ".")
     path = re.sub(r"\.\d+(?=\.|$)", ".*", origin(node).module_path) if is_counted(node) else ""
@@ -134,7 +134,7 @@ def operator_name(node: fx.Node) -> str:
 
 
 def time_nodes(program: Program, inputs: Sequence[torch.Tensor], seconds: float) -> dict[fx.Node, float]:
-    """Milliseconds of every call of a program, run one after the other: medians of runs for `seconds`, at least five."""
+    """Milliseconds of every call node, run in order: medians of all runs within `seconds`, at least five."""
     taken: dict[fx.Node, list[float]] = {node: [] for node in program.nodes()}
     with torch.inference_mode():
         for _ in range(2):
@@ -194,7 +194,7 @@ def profile_table(found: Profile) -> Table:
 
 
 def digits_signed(value: float) -> str:
-    """As `digits`, of a number that may be below 0."""
+    """Like `digits`, for a number that may be negative."""
     return f"-{digits(-value)}" if value < 0 else digits(value)
 
 

@@ -24,7 +24,7 @@ _LEGEND = (
 
 
 def about(records: Sequence[Record], threads: int) -> str:
-    """The processor, the threads, and the versions of what ran."""
+    """The processor, the threads, and the versions of the packages that ran."""
     ran = [engine for engine in ENGINES.values() if measurements(records, engine.name)]
     packages = dict.fromkeys(["lissom", "torch", "transformers", *(name for engine in ran for name in engine.packages)])
     versions = [f"{name} {number}" for name in packages if (number := _version(name))]
@@ -39,12 +39,12 @@ def _version(package: str) -> str | None:
 
 
 def shapes_of(records: Sequence[Record]) -> list[str]:
-    """The shapes there are records of, in the order they were measured."""
+    """The shapes of the records, in the order they were measured."""
     return list(dict.fromkeys(record.shape for record in records if record.shape is not None))
 
 
 def failures(records: Sequence[Record]) -> list[str]:
-    """A sentence for every engine that did not run, at all or at a shape."""
+    """A sentence for every engine that did not run, at a shape or at all."""
     return [
         f"{ENGINES[record.engine].title}{f' at {record.shape}' if record.shape else ''} did not run: {record.reason}"
         for record in records
@@ -53,19 +53,19 @@ def failures(records: Sequence[Record]) -> list[str]:
 
 
 def comparison_table(title: str, records: Sequence[Record], threads: int) -> RenderableType:
-    """One row an engine, one column a shape; below it the machine and what did not run."""
+    """One row per engine, one column per shape; below it the machine and the failures."""
     table = plain_table(title, "")
     table.add_column("engine", overflow="fold")
     for heading in (*shapes_of(records), "cosine", "peak MB", "first s"):
         table.add_column(heading, justify="right")
     for title_, cells in _rows(records):
         table.add_row(Text(title_), *cells)
-    # Not a caption, which is no wider than the table.
+    # Not as a caption, which would wrap at the table's width.
     return Group(table, *map(Text, (_LEGEND, about(records, threads), *failures(records))))
 
 
 def markdown_table(records: Sequence[Record], threads: int) -> str:
-    """The same as Markdown, the best median of each shape in bold."""
+    """The same as Markdown, with the best median of each shape in bold."""
     shapes = shapes_of(records)
     head = ["engine", *(f"{shape}, ms" for shape in shapes), "cosine", "peak MB", "first s"]
     found = [measurements(records, name) for name in ENGINES]
@@ -102,5 +102,5 @@ def _cell(found: Measurement | None, best: dict[str, float] | None) -> str:
 
 
 def cosine_text(value: float) -> str:
-    """Five decimals without zeros at the end: `0.9976`, `0.99996`, `1`."""
+    """Five decimals without trailing zeros: `0.9976`, `0.99996`, `1`."""
     return f"{value:.5f}".rstrip("0").rstrip(".")

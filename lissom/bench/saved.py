@@ -1,4 +1,4 @@
-"""A saved artifact timed as it is; the engines it could be compared with need the model it was made from."""
+"""Timing of a saved artifact alone: other engines would need the original model."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _LEGEND = (
 
 
 def saved_table(directory: Path, shapes: Sequence[Shape], seconds: float, *, allow_native: bool = False) -> RenderableType:
-    """Load an artifact and time it at each shape; one without batch and sequence at its smallest sizes.
+    """Load an artifact and time it at each shape; without dynamic batch and sequence, at its smallest sizes.
 
-    Raises: ArtifactError, InputError for a shape it does not take, UnsupportedError for a ragged one.
+    Raises: ArtifactError; InputError for a shape it does not take; UnsupportedError for a ragged one.
     """
     started = time.perf_counter()
     compiled = load(directory, allow_native=allow_native)
@@ -59,7 +59,7 @@ def saved_table(directory: Path, shapes: Sequence[Shape], seconds: float, *, all
 
 
 def _sizes(program: Program, shape: Shape) -> dict[sympy.Symbol, int]:
-    """The size of each dimension: batch and sequence as the shape has them, others the smallest from 2 on."""
+    """The size of each dimension: batch and sequence from the shape, others the smallest allowed from 2 on."""
     if shape.tokens is None:
         raise UnsupportedError(f"an artifact has no tokenizer to fill the shape {shape} with text; write rows x tokens, 8x128")
     wanted = {"batch": shape.batch, "sequence": shape.tokens}
@@ -68,7 +68,7 @@ def _sizes(program: Program, shape: Shape) -> dict[sympy.Symbol, int]:
 
 
 def make_inputs(program: Program, sizes: Mapping[sympy.Symbol, int]) -> Sample:
-    """Flat inputs of a program at these sizes."""
+    """Flat inputs for a program at these sizes."""
     return [_make(leaf.type, sizes) for leaf in program.signature.tensors]
 
 
@@ -80,7 +80,7 @@ def _make(found: TensorType, sizes: Mapping[sympy.Symbol, int]) -> torch.Tensor:
 
 
 def _error(program: Program, found: object, inputs: Sample) -> float:
-    """How far the flattened answer is from what the program gives."""
+    """The relative error of the outputs, against the program run operator by operator."""
     with torch.inference_mode():
         wanted = program.run(inputs)
     return compare([wanted], [pytree.tree_leaves(found)]).relative_error

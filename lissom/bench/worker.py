@@ -1,7 +1,7 @@
-"""One engine in this process: a line of JSON on standard input, a line of JSON for every shape on standard output.
+"""The worker process of one engine: reads a line of JSON from standard input, and writes one for every shape.
 
-The request's fields are those of `Request`. Each line is a `Measurement` or a `Failure`. The process ends, and what it started
-with it, when its standard input is closed: then nobody waits for the answer.
+The request has the fields of `Request`. Each output line is a `Measurement` or a `Failure`. If standard input is closed, nobody
+waits for the results, and the process ends together with its child processes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is asked.
+    """The request to a worker.
 
-    shapes: the file of inputs of each, by name. calibration: files of inputs of one row. seconds: how long to time each shape.
+    shapes: the file of inputs of each, by name. calibration: files of inputs of one row. seconds: timing per shape.
     folder: an empty directory for the engine's files.
     """
 
@@ -47,11 +47,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One engine at one shape.
+    """The measurement of one engine at one shape.
 
-    median_ms, low_ms, high_ms: of a call, and the quartiles. cosine: between its answer and PyTorch's in float32.
-    compile_seconds: for all shapes, plus for this one. first_call_ms: the first call after that. peak_mb: what the process has
-    held at most so far, model, libraries and compiling included.
+    median_ms, low_ms, high_ms: median and quartiles of a call. cosine: between its output and PyTorch's in float32.
+    compile_seconds: for all shapes, plus for this one. first_call_ms: the first call after compiling. peak_mb: the peak memory
+    of the process so far, including model, libraries and compiling.
     """
 
     engine: str
@@ -71,13 +71,13 @@ class Measurement:
 
     @property
     def first_answer_seconds(self) -> float:
-        """From the start of compiling, the model loaded, to the first answer at this shape."""
+        """From the start of compiling, after loading the model, to the first output at this shape."""
         return self.compile_seconds + self.first_call_ms / 1e3
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an engine did not run at a shape, or, with None, at all."""
+    """The reason why an engine did not run at a shape, or at all if the shape is None."""
 
     engine: str
     shape: str | None
@@ -88,12 +88,12 @@ Record = Measurement | Failure
 
 
 def from_json(fields: Mapping[str, Any]) -> Record:
-    """The record of a line."""
+    """The record in a line of JSON."""
     return Failure(**fields) if "reason" in fields else Measurement(**fields)
 
 
 def measure(request: Request) -> Iterator[Record]:
-    """Prepare an engine, compile, check and time it at each shape; an error becomes a record, and the next shape runs."""
+    """Prepare an engine, and compile, check and time it at each shape; after an error the next shape is measured."""
     torch.set_num_threads(request.threads)
     name = request.engine
     try:
@@ -139,15 +139,15 @@ def _timed(work: Callable[[], Result]) -> tuple[float, Result]:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of an error that holds text, shortened where it is very long."""
+    """The first nonempty line of an error, truncated if very long."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:_LONGEST_REASON]
 
 
 def peak_bytes() -> int:
-    """What this process has held in memory at most.
+    """The peak memory of this process.
 
-    Linux is asked for the peak of this program's own memory: `ru_maxrss` begins with that of the process that started it.
+    On Linux it is read from /proc, because `ru_maxrss` includes the parent process before exec.
     """
     status = Path("/proc/self/status")
     if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))):
@@ -159,8 +159,8 @@ def peak_bytes() -> int:
 
 
 def _end_with_input() -> None:
-    """Wait for the end of standard input, then end this process and its group where it leads one."""
-    # Of the file itself: a thread that waits in a text stream holds its lock, and Python could not exit.
+    """Wait for the end of standard input, then end this process, and its process group if it leads one."""
+    # With os.read: a thread that waits in a text stream holds its lock, and Python could not exit.
     while os.read(0, 1 << 16):
         pass
     if os.getpgrp() == os.getpid():
@@ -169,7 +169,7 @@ def _end_with_input() -> None:
 
 
 def main() -> None:
-    """Answer the request; what libraries print goes to standard error."""
+    """Answer the request; output of libraries goes to standard error."""
     lines = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = Request(**json.loads(sys.stdin.readline()))

@@ -1,4 +1,4 @@
-"""What engines are measured on: a model, its inputs at given shapes from real text, and PyTorch's answers in float32."""
+"""The workload of a comparison: a model, inputs of given shapes from real text, and PyTorch's outputs in float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = NDArray[np.generic]
 
 DEFAULT_SHAPES = "1x32,1x128,8x128"
 _EXAMPLE = "example"
-"""The name of the only shape of models that do not read text: that of their example inputs."""
+"""The name of the only shape of models without text inputs: the shape of their example inputs."""
 _RAGGED = "ragged"
 _CALIBRATION = 100
 _MOST_TOKENS = 1 << 22
@@ -41,9 +41,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Model:
-    """A model in float32, and what it is called with beside tensors.
+    """A model in float32. constants: its arguments that are not tensors.
 
-    example: the inputs it was loaded with, of two rows where they were made here.
+    example: the inputs it was loaded with; generated ones have two rows.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Model:
 
     @property
     def tokenized(self) -> bool:
-        """True when it reads text and has its tokenizer."""
+        """True if it reads text and has a tokenizer."""
         return self.source.checkpoint is not None and self.source.checkpoint.tokenizer is not None
 
     def __call__(self, inputs: Inputs) -> object:
@@ -62,7 +62,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Workload:
-    """The files workers read, by the names of the shapes; calibration: those of single texts, for engines that want some."""
+    """The input files of workers, by shape name; calibration: files of single texts, for engines that calibrate."""
 
     model: str
     shapes: Mapping[str, Path]
@@ -70,15 +70,15 @@ class Workload:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """The shapes of a text: `1x32,8x128`, and `32xragged` for texts padded to the longest.
+    """The shapes of a list such as `1x32,8x128`; `32xragged` stands for texts padded to the longest.
 
-    Raises: UnsupportedError, with the part that is no shape.
+    Raises: UnsupportedError naming a part that is not a shape.
     """
     shapes: list[Shape] = []
     for part in text.split(","):
         found = re.fullmatch(rf"\s*([1-9]\d*)x([1-9]\d*|{_RAGGED})\s*", part)
         if found is None:
-            raise UnsupportedError(f"'{part}' is no shape; write rows x tokens, for example 1x32,8x128,32x{_RAGGED}")
+            raise UnsupportedError(f"'{part}' is not a shape; write rows x tokens, for example 1x32,8x128,32x{_RAGGED}")
         shape = Shape(int(found[1]), None if found[2] == _RAGGED else int(found[2]))
         if shape.batch * (shape.tokens or 1) > _MOST_TOKENS:
             raise UnsupportedError(
@@ -100,7 +100,7 @@ def load_model(name: str) -> Model:
 
 
 def prepare(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] | None, folder: Path) -> Workload:
-    """Write the inputs of every shape with PyTorch's answers into the folder, and those for calibration where texts are given.
+    """Write the inputs of every shape with PyTorch's outputs into the folder, and calibration inputs if texts are given.
 
     Raises: UnsupportedError as `make_inputs`, or for a shape the model does not run at.
     """
@@ -115,9 +115,9 @@ def prepare(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] |
 def make_inputs(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[str] | None) -> dict[str, Inputs]:
     """Inputs by the name of their shape.
 
-    shapes: None for the usual ones, or for the example's where the model has no tokenizer. texts: two sentences by default.
+    shapes: None for the usual ones; without a tokenizer None for the example's. texts: two sentences by default.
 
-    Raises: UnsupportedError for shapes where there is no tokenizer.
+    Raises: UnsupportedError for shapes if there is no tokenizer.
     """
     if model.tokenized:
         return {str(shape): encode(model, shape, texts or SENTENCES) for shape in shapes or parse_shapes(DEFAULT_SHAPES)}
@@ -127,7 +127,7 @@ def make_inputs(model: Model, shapes: Sequence[Shape] | None, texts: Sequence[st
 
 
 def encode(model: Model, shape: Shape, texts: Sequence[str]) -> Inputs:
-    """Real text in that shape: row i begins with text i, and continues with the next texts until it is full."""
+    """Inputs of that shape from real text: row i begins with text i, and continues with the next texts until it is full."""
     checkpoint = model.source.checkpoint
     assert checkpoint is not None
     if shape.tokens is None:
@@ -139,7 +139,7 @@ def encode(model: Model, shape: Shape, texts: Sequence[str]) -> Inputs:
 
 
 def _running_text(texts: Sequence[str], first: int, tokens: int) -> str:
-    """The texts from number `first`, joined until they hold as many words as tokens: a word is at least one token."""
+    """The texts from index `first` on, joined until there are `tokens` words: a word is at least one token."""
     words: list[str] = []
     while len(words) < tokens:
         words += texts[first % len(texts)].split()
@@ -157,7 +157,7 @@ def _wanted(model: Model, shape: str, inputs: Inputs) -> Array:
 
 
 def answer(outputs: object) -> Array:
-    """The first floating-point tensor or array of what a model returns, in float32: the last hidden state, or the logits."""
+    """The first floating-point tensor or array in a model's outputs, in float32: the last hidden state, or the logits."""
     for leaf in pytree.tree_leaves(outputs):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
             return leaf.detach().float().numpy()
@@ -167,9 +167,9 @@ def answer(outputs: object) -> Array:
 
 
 def cosine(found: Array, wanted: Array, mask: Array | None) -> float:
-    """The cosine between two answers, each as one vector, over the real tokens where the mask, [batch, tokens], fits them.
+    """The cosine between two outputs, each as one vector; without padding if the mask, [batch, tokens], fits them.
 
-    Raises: UnsupportedError when they differ in shape.
+    Raises: UnsupportedError if they differ in shape.
     """
     if found.shape != wanted.shape:
         raise UnsupportedError(f"the answer has shape {list(found.shape)}; PyTorch's has {list(wanted.shape)}")
@@ -194,6 +194,6 @@ def read_inputs(path: Path) -> Inputs:
 
 
 def read_wanted(path: Path) -> Array:
-    """PyTorch's answer to them."""
+    """PyTorch's outputs in a file of a workload."""
     with np.load(path, allow_pickle=False) as arrays:
         return arrays["wanted"]

@@ -1,1 +1,1 @@
-"""One compile from start to end: what is asked for is resolved, passes run, and what each gained is weighed."""
+"""The driver of a compile: resolves the options, runs the passes, and measures whether lossy passes pay off."""

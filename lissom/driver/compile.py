@@ -1,4 +1,4 @@
-"""One compile from start to end: a model captured, its passes run, and what runs the result built."""
+"""The steps of a compile: capture the model, run the passes, build the executable."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def compile_model(model: nn.Module, example_inputs: Inputs, settings: Settings) 
 
 
 def optimize_model(model: nn.Module, example_inputs: Inputs, settings: Settings) -> tuple[Program, History]:
-    """The model's program behind the passes, for no backend. Raises: what `lissom.compile` raises."""
+    """The model's program after the passes, not lowered. Raises: what `lissom.compile` raises."""
     check_choices(settings)
     passes = resolve_passes(settings.passes)
     take, device = _capturing(model, example_inputs, settings)
@@ -53,7 +53,7 @@ def optimize_model(model: nn.Module, example_inputs: Inputs, settings: Settings)
 
 
 def _capturing(model: nn.Module, example_inputs: Inputs, settings: Settings) -> tuple[Callable[[], Capture], torch.device]:
-    """What captures the model, and the device its program will be on. Raises: CaptureError for a compiled model."""
+    """A function that captures the model, and the device of its program. Raises: CaptureError for a compiled model."""
     check_uncompiled(model)
     place = check_device(settings.device)
     args, kwargs = split_inputs(example_inputs)
@@ -69,9 +69,9 @@ def compile_captured(
     *,
     title: str = "compile",
 ) -> CompiledModel:
-    """Compile what a frontend captures, for a program on `device`.
+    """Compile the capture of a frontend for `device`.
 
-    take: captures the model. It is called once the settings are known to be good. facts: what the model says of itself.
+    take: captures the model; it is called after the settings are checked. facts: the model's configuration and metadata.
     title: of the progress bar.
 
     Raises: what `lissom.compile` raises.
@@ -99,7 +99,7 @@ def _compile_for_process(
     # The capture, the passes, and for each backend its own passes and the build.
     count = 1 + len(passes) + sum(len(lowering) + 1 for lowering in lowerings.values())
     job = _job(take, passes, settings, progress, count)
-    # What is simulated is slower by nature, and wanted all the same.
+    # Simulated layers are never faster, and the caller asked for them.
     rivals = [item for item in backends if item.name in lowerings and settings.only_if_faster and not settings.simulate]
     judge = Payoff(rivals, lowerings, job.example) if rivals else None
     lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
@@ -123,7 +123,7 @@ def _compile_for_ranks(
     progress: Progress,
     facts: Facts | None,
 ) -> CompiledModel:
-    """This rank's part of the model, or all of it where there is no process group."""
+    """This rank's shard of the model, or the whole model without a process group."""
     make = partial(_partition_model, take, settings, passes, device, progress)
     part = compile_for_ranks(make, backend, device, checks=settings.checks, simulate=settings.simulate)
     report = Report(f"{part.program.name} on {backend.name}", part.history)
@@ -133,7 +133,7 @@ def _compile_for_ranks(
 def _partition_model(
     take: Callable[[], Capture], settings: Settings, passes: Sequence[Pass], device: torch.device, progress: Progress
 ) -> PartitionedModel:
-    """Capture the model and run the passes; what loses is judged before the program is sharded."""
+    """Capture the model and run the passes; lossy passes are timed before the program is sharded."""
     at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Partition)))
     job = _job(take, passes[:at], settings, progress, 1 + len(passes))
     eager = Eager()

@@ -1,4 +1,4 @@
-"""What a caller asks of `compile`: passes, a backend, inputs, calibration data. Wrong values are refused in a sentence."""
+"""The options of `compile`: passes, backend, inputs, calibration data; and their checks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FORMS = "a tuple is positional, a mapping is keywords, a tensor the only argume
 
 @dataclass(frozen=True)
 class Settings:
-    """What a caller chooses of a compile; the fields are the keywords of `lissom.compile`."""
+    """The options of a compile; the fields are the keywords of `lissom.compile`."""
 
     passes: str | Pass | Sequence[Pass] = "exact"
     backend: str | Backend = "eager"
@@ -46,7 +46,7 @@ class Settings:
 
 
 def check_choices(settings: Settings) -> None:
-    """Refuse what no compile can be told, whichever its passes and its backend.
+    """Refuse options that are wrong with any passes and any backend.
 
     Raises: UnsupportedError, InputError.
     """
@@ -60,7 +60,7 @@ def check_choices(settings: Settings) -> None:
 
 
 def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
-    """The passes and the backends the settings ask for. Ranks of a process group check theirs together.
+    """The passes and the backends of the settings. The ranks of a process group check theirs together.
 
     Raises: PipelineTextError, UnsupportedError, InputError; RankError when a rank ended or does not answer.
     """
@@ -83,7 +83,7 @@ def check_settings(settings: Settings) -> tuple[list[Pass], Sequence[Backend]]:
 def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
     """The passes to run: the recipe `exact`, then those asked for. A text may name recipes among its passes.
 
-    `eliminate-dead` follows each pass that leaves dead units, and after the last of them `exact` runs again.
+    `eliminate-dead` is added after each pass that leaves dead units, and `exact` after the last of these.
 
     Raises: PipelineTextError, UnsupportedError.
     """
@@ -97,7 +97,9 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
         wanted = list(passes)
         wrong: list[object] = [item for item in wanted if not isinstance(item, Pass)]  # pyright: ignore[reportUnnecessaryIsInstance]
         if wrong:
-            raise UnsupportedError(f"passes= holds {_shown(wrong[0])}, which is no pass; give pass objects, e.g. RemoveNoOps()")
+            raise UnsupportedError(
+                f"passes= holds {_shown(wrong[0])}, which is not a pass; give pass objects, e.g. RemoveNoOps()"
+            )
     else:
         raise UnsupportedError(f"passes= is {_shown(passes)}; give pipeline text, or pass objects, e.g. [RemoveNoOps()]")
     wanted = _with_cleanup(wanted, exact)
@@ -105,7 +107,7 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
 
 
 def _with_cleanup(wanted: Sequence[Pass], exact: Sequence[Pass]) -> list[Pass]:
-    """The passes, with those between them that remove the units they leave dead."""
+    """The passes, with `eliminate-dead` after those that leave dead units."""
     found: list[Pass] = []
     last = max((at for at, item in enumerate(wanted) if item.leaves_dead), default=-1)
     for at, item in enumerate(wanted):
@@ -122,7 +124,7 @@ def _shown(value: object) -> str:
 
 
 def split_inputs(inputs: Inputs, what: str = "example_inputs") -> tuple[tuple[object, ...], dict[str, object]]:
-    """Positional and keyword arguments. what: the name of the option, for the error.
+    """The inputs as positional and keyword arguments. what: the name of the option, for the error.
 
     Raises: InputError for anything but a tensor, a tuple or a mapping.
     """
@@ -139,7 +141,7 @@ def split_inputs(inputs: Inputs, what: str = "example_inputs") -> tuple[tuple[ob
 
 
 def check_data(data: Iterable[object]) -> None:
-    """Refuse calibration data that cannot be a collection of batches. Raises: InputError."""
+    """Refuse calibration data that is not a collection of batches. Raises: InputError."""
     if isinstance(data, (str, bytes, Mapping, torch.Tensor)) or not isinstance(data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InputError(f"data= is a {type(data).__name__}; give a list of batches, each like example_inputs")
 
@@ -147,7 +149,7 @@ def check_data(data: Iterable[object]) -> None:
 def read_data(data: Iterable[Inputs], signature: Signature) -> list[Sample]:
     """The calibration batches as flat inputs.
 
-    Raises: InputError for a batch that is no call of the model, naming which.
+    Raises: InputError for a batch that does not fit the model's arguments, with its index.
     """
     samples: list[Sample] = []
     for index, batch in enumerate(data):
@@ -159,5 +161,5 @@ def read_data(data: Iterable[Inputs], signature: Signature) -> list[Sample]:
             raise InputError(f"batch {index} of data= does not fit: {error}") from error
         samples.append(sample)
     if not samples and isinstance(data, Iterator):
-        raise InputError("data= is an iterator that gives no batch; it may have been read before: give a list of batches")
+        raise InputError("data= is an iterator that yields no batch; it may have been read before: give a list of batches")
     return samples

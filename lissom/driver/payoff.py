@@ -1,4 +1,4 @@
-"""Whether a lossy pass is worth its loss here: the program lowered with it and without it, by its bytes and by its time."""
+"""The speedup and size reduction of a lossy pass, measured on the lowered programs with and without it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lissom.errors import LissomError
 from lissom.inspect.timing import ENOUGH, Timing, time_calls
 
 FASTER = 0.97
-"""A program is faster when it takes less than this share of the time: two runs of one program differ by as much."""
+"""A program counts as faster below this fraction of the time: two timings of one program differ by as much."""
 _SECONDS = 0.5
 
 
@@ -24,7 +24,7 @@ _SECONDS = 0.5
 class Payoff:
     """Compares programs as the backends run them.
 
-    backends: those that may run the result. lowerings: their passes, by name. example: the inputs they are timed on.
+    backends: those that may run the result. lowerings: their lowering passes, by name. example: the inputs for timing.
     """
 
     backends: Sequence[Backend]
@@ -32,10 +32,10 @@ class Payoff:
     example: Sample
 
     def __call__(self, before: Program, after: Program) -> str | None:
-        """Why `after` is not worth having, with both programs' figures; None when it is smaller or faster on any backend.
+        """The reason to revert, with both timings and sizes; None if `after` is smaller or faster on any backend.
 
-        A backend that cannot run one of the two, or has no kernels for what `after` rounds, judges nothing: its own error comes
-        when the result is built.
+        None too if a backend cannot run one of the programs, or has no kernels for the quantized layers of `after`: building
+        the result raises the backend's own error.
         """
         reasons: list[str] = []
         for backend in self.backends:

@@ -1,7 +1,7 @@
-"""Compile for several ranks: rank 0 captures the model and runs the passes, and gives every other its part and no more.
+"""Compile for several ranks: rank 0 captures the model, runs the passes, and scatters the shards.
 
-What the others get is the shared program and their weights, so that ranks cannot come to run different programs; each lowers
-its own, and what they then communicate is compared. In a process that is in no group the program is made and held.
+Each other rank receives the shared program and its own weights, so all ranks run the same program. Each rank lowers its own
+program, and the collectives of the lowered programs are compared. Outside a process group the program is made and held.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MODEL = "the model"
 
 @dataclass(frozen=True)
 class PartitionedModel:
-    """A program partitioned for several ranks, what made it, and the inputs that lowering it is checked on."""
+    """A program partitioned for several ranks, its history, and the verification inputs for lowering it."""
 
     program: Program
     history: History
@@ -46,7 +46,7 @@ class PartitionedModel:
 
 @dataclass(frozen=True)
 class RankModel:
-    """What a process is to run. program: to look at; history: of everything that made it."""
+    """The model of one process. program: for inspection; history: of every step that made it."""
 
     program: Program
     executable: Executable
@@ -54,7 +54,7 @@ class RankModel:
 
 
 def with_world_size(backend: str | Backend, world_size: int | None) -> str | Backend:
-    """The backend with the number of ranks as its option. Raises: UnsupportedError when it takes none, or has another."""
+    """The backend with its world size set. Raises: UnsupportedError if it takes none, or has another."""
     if world_size is None:
         return backend
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -72,9 +72,9 @@ def with_world_size(backend: str | Backend, world_size: int | None) -> str | Bac
 
 
 def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass], Distributed]:
-    """The passes with those that share a program at their end, unless they are among them, and the backend with its world_size.
+    """The passes with `shard` and `partition` appended unless they are there, and the backend with its world size.
 
-    Raises: UnsupportedError when the number of ranks is not told, or told twice and differently.
+    Raises: UnsupportedError if the world size is not given, or given twice with different values.
     """
     planned = next((item.world_size for item in passes if isinstance(item, Shard)), None)
     if None not in (planned, backend.world_size) and planned != backend.world_size:
@@ -87,7 +87,9 @@ def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass]
     if in_group():
         check_world(world_size, _MODEL, "...")
     if world_size < 2:
-        raise UnsupportedError("this process group has one rank, and a program is shared by 2 or more; choose backend 'eager'")
+        raise UnsupportedError(
+            "this process group has one rank, and a program is sharded across 2 or more; choose backend 'eager'"
+        )
     ending: list[Pass] = [] if planned else [Shard(world_size)]
     if any(isinstance(item, Partition) for item in passes):
         return [*passes], replace(backend, world_size=world_size)
@@ -95,9 +97,9 @@ def passes_for(backend: Distributed, passes: Sequence[Pass]) -> tuple[list[Pass]
 
 
 def on_all_ranks(backend: Distributed, make: Callable[[], Made]) -> Made:
-    """What `make` gives; in a process group, once it gave something on every rank.
+    """The result of `make`; in a process group it returns after `make` succeeded on every rank.
 
-    Raises: what `make` raises on one rank, on all of them; RankError when one ended or does not answer.
+    Raises: on all ranks what `make` raises on one; RankError if a rank ended or does not answer.
     """
     if not in_group():
         return make()
@@ -109,13 +111,13 @@ def on_all_ranks(backend: Distributed, make: Callable[[], Made]) -> Made:
 def compile_for_ranks(
     make: Callable[[], PartitionedModel], backend: Distributed, device: torch.device, *, checks: Checks, simulate: bool
 ) -> RankModel:
-    """This rank's part of what `make` gives on rank 0; outside a process group all of it. device: of this rank.
+    """This rank's shard of the model that `make` makes on rank 0; outside a process group all shards. device: of this rank.
 
     Raises: on every rank what `make` or a rank's lowering raises on one; RankError when one ended or does not answer.
     """
     if not in_group():
         model = _checked(make(), backend)
-        # Its graph is that of all ranks, and whether it can be lowered is to be known here.
+        # All ranks have the same graph, so this shows whether the program can be lowered.
         lower_rank(model.program.of_rank(0), backend, device, model.samples, checks, simulate=simulate)
         return RankModel(model.program, Held(model.program, len(model.program.ranks), model.history), model.history)
     ranks = current_ranks(backend.timeout_seconds, backend.shared_memory)
@@ -135,14 +137,14 @@ def compile_for_ranks(
 def _checked(model: PartitionedModel, backend: Distributed) -> PartitionedModel:
     if len(model.program.ranks) != backend.world_size:
         raise UnsupportedError(
-            f"nothing of {model.program.name} can be shared by {backend.world_size} ranks: `shard` shards none of its weights; "
+            f"{model.program.name} cannot be sharded across {backend.world_size} ranks: `shard` shards none of its weights; "
             f"choose backend 'eager'"
         )
     return model
 
 
 def _scatter(make: Callable[[], PartitionedModel], ranks: Ranks, device: torch.device) -> PartitionedModel:
-    """The program of this rank, the history up to here, and the samples; rank 0 makes them and hands them out."""
+    """This rank's program, its history so far, and the samples; rank 0 makes them and scatters the shards."""
     made: list[PartitionedModel] = []
 
     def first() -> bytes:
@@ -159,7 +161,7 @@ def _scatter(make: Callable[[], PartitionedModel], ranks: Ranks, device: torch.d
     name = str(header["program"]["name"])
     received: list[dict[str, torch.Tensor]] = []
     for turn in range(1, ranks.world_size):
-        # One after the other, so that no rank waits for a tensor longer than it takes to send it.
+        # One rank after the other, so that no rank waits for a tensor longer than sending it takes.
         ranks.exchange(b"", name, patient=True)
         if ranks.rank == 0:
             _send_part(made[0], ranks, turn)
@@ -174,7 +176,7 @@ def _scatter(make: Callable[[], PartitionedModel], ranks: Ranks, device: torch.d
 
 
 def _send_part(model: PartitionedModel, ranks: Ranks, rank: int) -> None:
-    """Send a rank its weights with how they are read, and the samples."""
+    """Send a rank its weights with their entries, and the samples."""
     entries, tensors = stored_weights(model.program.of_rank(rank))
     note = torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
     samples = [{f"{index:04}": tensor for index, tensor in enumerate(sample)} for sample in model.samples]
@@ -185,7 +187,7 @@ _ENTRIES = ":entries"
 
 
 def _send_tensors(groups: Sequence[dict[str, torch.Tensor]], ranks: Ranks, rank: int, who: str) -> None:
-    """Send named tensors: first what they are, then each by itself, so that none is in memory twice."""
+    """Send named tensors: first their shapes and dtypes, then one tensor at a time, so that none is in memory twice."""
     described = [
         {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in group.items()} for group in groups
     ]
@@ -213,7 +215,7 @@ def _receive_tensors(ranks: Ranks, who: str) -> list[dict[str, torch.Tensor]]:
 
 
 def _decode(data: dict[str, Any], weights: dict[str, torch.Tensor], device: torch.device) -> Program:
-    """The program rank 0 encoded, with this rank's weights, on this rank's device."""
+    """The program that rank 0 encoded, with this rank's weights, on this rank's device."""
     entries = json.loads(weights.pop(_ENTRIES).numpy().tobytes())
     return decode_program(
         data,
@@ -223,7 +225,7 @@ def _decode(data: dict[str, Any], weights: dict[str, torch.Tensor], device: torc
 
 
 def _owned(program: Program) -> Program:
-    """The program with memory of its own in place of views of the whole model's, which could not be freed else."""
+    """The program with copies in place of views of the whole model's weights, so that these can be freed."""
     made: dict[object, torch.Tensor] = {}
     for name, weight in program.weights().items():
         if weight.untyped_storage().nbytes() <= weight.nbytes:

@@ -1,4 +1,4 @@
-"""The command line as torchrun starts it, once for each rank: the process group, who speaks, and whose numbers are drawn."""
+"""The command line under torchrun, which starts it once per rank: process group, output, random seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.errors import UnsupportedError
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun sets for every process it starts."""
+"""The environment variables torchrun sets."""
 
 
 def under_torchrun() -> bool:
@@ -28,20 +28,20 @@ def under_torchrun() -> bool:
 
 
 def refuse_torchrun(what: str) -> None:
-    """Refuse work that one process does. Raises: UnsupportedError under torchrun."""
+    """Refuse a command that runs in one process. Raises: UnsupportedError under torchrun."""
     if under_torchrun():
-        raise UnsupportedError(f"`lissom {what}` is the work of one process; run it without torchrun")
+        raise UnsupportedError(f"`lissom {what}` runs in one process; run it without torchrun")
 
 
 @dataclass(frozen=True)
 class RankProcess:
-    """This process as one of several. speaks: whether it prints and writes. device: where its part runs; None where it did."""
+    """This process as one rank. speaks: it prints and writes files. device: of its shard; None for the saved device."""
 
     speaks: bool = True
     device: str | None = None
 
     def seed(self, own: int) -> int:
-        """Rank 0's number, for all to draw the same with."""
+        """Rank 0's seed, so that all ranks draw the same random numbers."""
         store = _STORES[-1] if _STORES else None
         if store is None:
             return own
@@ -55,11 +55,11 @@ _STORES: list[Any] = []
 
 @contextmanager
 def one_of_ranks(artifact: Path | None, device: str | None) -> Generator[RankProcess]:
-    """The process group of what torchrun started, over gloo, or NCCL on CUDA, until the end of the block; none without.
+    """Join the process group that torchrun started, over gloo or NCCL on CUDA, until the block ends; without torchrun, none.
 
-    artifact: a directory with a program to run; None where the program is made. device: the user's choice.
+    artifact: a directory with a program to run; None if the program is compiled here. device: the user's choice.
 
-    Raises: UnsupportedError when torchrun started a program of one process.
+    Raises: UnsupportedError if torchrun started a program for one process.
     """
     if not under_torchrun():
         yield RankProcess(device=device)
@@ -82,15 +82,15 @@ def one_of_ranks(artifact: Path | None, device: str | None) -> Generator[RankPro
     dist.init_process_group("nccl" if on_cuda else "gloo")
     _STORES.append(dist.distributed_c10d._get_default_store())
     yield RankProcess(dist.get_rank() == 0, device)
-    # After an error the process ends as it is: a group whose ranks are gone cannot be left in order.
+    # Not after an error: destroying a group whose ranks are gone would hang or fail.
     dist.destroy_process_group()
 
 
 @contextmanager
 def ending_at_once() -> Generator[None]:
-    """End a process that torchrun started with the block, when what it wrote is out.
+    """End a process that torchrun started when the block ends, after its output is flushed.
 
-    Gloo's threads abort a process that they outlive: to let go of a tensor they want the interpreter's lock, and it is gone.
+    Gloo's threads abort a process that they outlive: they need the interpreter's lock to free a tensor, and it is gone.
     """
     try:
         yield
@@ -103,7 +103,7 @@ def ending_at_once() -> Generator[None]:
 
 
 def may_speak() -> bool:
-    """True in the process that says what went wrong: the first that comes, of those that torchrun started."""
+    """True in the process that reports an error: the first to get here, of those torchrun started."""
     if not _STORES:
         return os.environ.get("RANK", "0") == "0" or not under_torchrun()
     try:

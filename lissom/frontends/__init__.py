@@ -1,1 +1,1 @@
-"""The ways into a program."""
+"""Frontends: capture PyTorch, Hugging Face and ONNX models as programs."""

@@ -1,4 +1,4 @@
-"""A captured program beside its model: the same answers at the example, and at the other sizes it promises."""
+"""Checks of a captured program against its model, on the example inputs and at other sizes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lissom.frontends.failures import describe_failure
 
 
 class RefusedSizesError(CaptureError):
-    """The model, or the bounds found while capturing it, refuse every size tried beside the example's."""
+    """The model, or the bounds found during capture, refuse every size tried other than the example's."""
 
 
 def answer_to(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[object]:
-    """What the model returns for the example inputs, flat. It is given copies of them, and its buffers are put back.
+    """The model's flat outputs for copies of the example inputs. Its buffers are restored.
 
-    Raises: CaptureError when the model itself fails, with its own error, or returns what is no nest of tensors.
+    Raises: CaptureError if the model itself fails, with its error, or returns anything but nested tensors.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     copies = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
     own_args, own_kwargs = pytree.tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], spec)
-    with _kept(model, [name for name, _ in model.named_buffers()]):
+    with _restored_buffers(model, [name for name, _ in model.named_buffers()]):
         try:
             found = pytree.tree_leaves(nn.Module.__call__(model, *own_args, **own_kwargs))
-        # The caller's code may raise anything.
+        # The caller's model may raise anything.
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} itself fails on the example inputs, before it is captured: {describe_failure(error)}"
@@ -55,11 +55,11 @@ def confirm(
     kwargs: Mapping[str, object],
     answer: Sequence[object] | None = None,
 ) -> Program:
-    """Check the program against the model on the example, at size 1, and at larger sizes; narrow what it promises.
+    """Check the program against the model on the example, at size 1, and at other sizes; exclude size 1 if it fails.
 
-    answer: what the model returned for the example, where it is known.
+    answer: the model's outputs for the example, if known.
 
-    Raises: CaptureError when they disagree at a size the program would have to take. RefusedSizesError.
+    Raises: CaptureError if they disagree at a size the program accepts. RefusedSizesError.
     """
     dimensions = program.signature.dimensions
     example = program.signature.flatten(args, kwargs)
@@ -82,14 +82,14 @@ def confirm(
             answers.append(_agrees(program, model, example, other))
     _refuse_difference(answers)
     if True not in answers:
-        raise RefusedSizesError("the model refuses every size tried beside the example's")
+        raise RefusedSizesError("the model refuses every size tried except the example's")
     return program
 
 
 def refused_dimensions(program: Program, model: nn.Module, args: Sequence[object]) -> set[tuple[int, int]]:
-    """The dimensions, by the inputs' `id`, of sizes that are refused at every other number tried, the rest being the example's.
+    """The dimensions, with their inputs' `id`, that refuse every other size when varied alone.
 
-    Raises: CaptureError when the program and the model disagree at one.
+    Raises: CaptureError if the program and the model disagree at one.
     """
     example = program.signature.flatten(args, {})
     sizes = program.signature.sizes_of(example)
@@ -114,7 +114,7 @@ def _refuse_difference(answers: Sequence[bool | None]) -> None:
 
 
 def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> bool | None:
-    """Whether the program gives what the model gives at these sizes; None where either refuses them."""
+    """Whether the outputs of program and model agree at these sizes; None if one of them refuses the sizes."""
     sample = resize(program.signature, example, sizes)
     try:
         program.signature.check_sizes(sample)
@@ -129,16 +129,16 @@ def _agrees(program: Program, model: nn.Module, example: Sample, sizes: Mapping[
 
 
 def _answer(model: nn.Module, program: Program, sample: Sample) -> list[object]:
-    """What the model returns for a sample, flat, and the state it leaves; its state is put back."""
+    """The model's flat outputs for a sample, followed by its new state; the model's state is restored."""
     args, kwargs = program.signature.arguments(sample)
-    with _kept(model, program.state):
-        # A graph's own call would print what it fails with, and here sizes are tried that it may refuse.
+    with _restored_buffers(model, program.state):
+        # GraphModule.__call__ prints the errors it raises, and the model may refuse the sizes tried here.
         wanted = pytree.tree_leaves(nn.Module.__call__(model, *args, **kwargs))
         return [*wanted, *(model.get_buffer(name).clone() for name in program.state)]
 
 
 def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: Sequence[object]) -> None:
-    """Raise CaptureError where the program gives something else."""
+    """Raise CaptureError if the program's outputs differ from `wanted`."""
     found = run_samples(program, [sample])[0]
     for error, allowed in zip(output_errors([wanted], [found]), tolerances(program), strict=True):
         if error > allowed:
@@ -149,10 +149,10 @@ def _require_equal(program: Program, model: nn.Module, sample: Sample, wanted: S
 
 
 @contextmanager
-def _kept(model: nn.Module, names: Sequence[str]) -> Generator[None]:
-    """Put the buffers a call of the model writes back to what they were."""
+def _restored_buffers(model: nn.Module, names: Sequence[str]) -> Generator[None]:
+    """Restore the buffers that a call of the model writes."""
     buffers = {name: model.get_buffer(name) for name in names}
-    # A buffer made under inference mode is written by nobody outside of it.
+    # A buffer made under inference mode cannot be written outside of it.
     buffers = {name: tensor for name, tensor in buffers.items() if not tensor.is_inference()}
     saved = {name: (tensor.clone(), tensor._version) for name, tensor in buffers.items()}
     try:

@@ -1,13 +1,13 @@
-"""Causal language models of transformers with their key/value cache as the program's state: one program for prompt and tokens.
+"""Causal language models of transformers with their KV cache as the program's state: one program for prefill and decode.
 
     logits = decoder(input_ids, attention_mask, position_ids, start)
 
-input_ids: [batch, tokens], which go to the places start, start + 1, … of the cache. attention_mask: [batch, max_length], 0 at
-places of the cache that hold padding; places that are not filled yet are hidden by causality alone. position_ids:
-[batch, tokens]. start: [1], how many places are filled. logits: [batch, 1, vocabulary], those behind the last token, or of all.
+input_ids: [batch, tokens], written to the cache slots start, start + 1, … attention_mask: [batch, max_length], 0 for cache
+slots that hold padding; the causal mask hides slots that are not filled yet. position_ids: [batch, tokens]. start: [1], the
+number of filled slots. logits: [batch, 1, vocabulary] of the last token, or [batch, tokens, vocabulary] of all.
 
-Each layer keeps keys and values, [batch, key_heads, max_length, head_dim]; a call writes `index_copy(state, 2, places, new)`.
-Layers with a sliding window keep all places too: their mask hides what has left the window.
+Each layer keeps keys and values, [batch, key_heads, max_length, head_dim]; a call writes `index_copy(state, 2, slots, new)`.
+Layers with a sliding window keep all slots too: their mask hides tokens outside the window.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 INPUTS = ("input_ids", "attention_mask", "position_ids", "start")
 """The inputs of a decoder's program, in order."""
 CACHE = "cache"
-"""The module that holds the state: `cache.0.keys` and `cache.0.values` of the first layer, and so on."""
+"""The name of the module with the state: `cache.0.keys` and `cache.0.values` belong to the first layer."""
 SHORTEST = 8
-"""The fewest places a cache may have."""
+"""The smallest number of slots of a KV cache."""
 
 
 @dataclass(frozen=True)
-class Places:
-    """What one layer keeps: keys of [batch, key_heads, max_length, head_dim] and values that may be of another size."""
+class LayerCache:
+    """The sizes of one layer's KV cache: keys [batch, key_heads, max_length, head_dim], values with value_dim in its place."""
 
     key_heads: int
     head_dim: int
@@ -59,13 +59,13 @@ def capture_decoder(
     all_logits: bool = False,
     device: torch.device | None = None,
 ) -> Capture:
-    """The model as a program whose state is its cache. The model is left as it was, and the program shares its weights.
+    """The model as a program whose state is its KV cache. The model is not modified, and the program shares its weights.
 
-    max_length: how many tokens the cache holds, those of the prompt included. batch: how many sequences, always.
-    all_logits: give the logits of every token of a call, [batch, tokens, vocabulary], not of the last alone.
+    max_length: the capacity of the cache in tokens, prompt included. batch: the fixed number of sequences.
+    all_logits: return the logits of every token of a call, [batch, tokens, vocabulary], not only of the last.
 
-    Raises: UnsupportedError when it is no causal language model of transformers, or keeps more than keys and values;
-        InputError when max_length or batch do not fit it; CaptureError naming the line that cannot be captured.
+    Raises: UnsupportedError if the model is not a causal language model of transformers, or its state is more than keys and
+        values; InputError if max_length or batch do not fit it; CaptureError naming the line that cannot be captured.
     """
     known = _check(model, max_length, batch)
     with isolated(_device_of(known)):
@@ -73,18 +73,18 @@ def capture_decoder(
 
 
 def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bool, device: torch.device | None) -> Capture:
-    """What `capture_decoder` gives, for a model that is known to be one it takes."""
-    places = _places(model)
+    """`capture_decoder` for a model that was checked."""
+    layers = _layer_caches(model)
     example = _example(model, max_length, batch)
     sequence = Dim("sequence", max=max_length)
     dynamic: dict[str, dict[int, Dim | str]] = {"input_ids": {1: sequence}, "position_ids": {1: sequence}}
-    stateful = _with_state(model, places, max_length, batch, all_logits)
+    stateful = _with_state(model, layers, max_length, batch, all_logits)
     captured = capture(stateful, (), dict(zip(INPUTS, example, strict=True)), dynamic=dynamic, device=device)
     other = next((name for name in captured.program.state if not name.startswith(f"{CACHE}.")), None)
     if other is not None:
         raise UnsupportedError(
-            f"{type(model).__name__} keeps '{other}' from call to call beside its keys and values; generation takes models "
-            f"that keep these alone"
+            f"{type(model).__name__} keeps '{other}' between calls besides its KV cache; generation takes models whose only "
+            f"state is the KV cache"
         )
     _confirm(captured.program, model, captured.example)
     step = _step(captured.example, max_length)
@@ -94,7 +94,7 @@ def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bo
 
 
 def _example(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
-    """Inputs that a wrong program would show itself on: some places filled, the first of them padding, several new tokens."""
+    """Inputs that expose a wrong program: some slots filled, the first of them padding, and several new tokens."""
     tokens = max(2, min(8, (max_length - 2) // 3))
     start, padding = 2, 1
     vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
@@ -107,28 +107,28 @@ def _example(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
 
 
 def _step(example: Sample, max_length: int) -> Sample:
-    """One token for a cache that is half full: what generation mostly does, and what programs are timed on."""
+    """The inputs of a decode step with a half-full cache; programs are timed on them."""
     ids, mask, positions, start = example
     filled = max_length // 2
     return [ids[:, :1], mask, torch.full_like(positions[:, :1], filled - 1), torch.full_like(start, filled)]
 
 
 def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
-    """Check a prompt in two parts, and a token behind it, against the model reading it all at once.
+    """Compare a prefill in two parts and a decode step with the model's call on all tokens at once.
 
-    Raises: CaptureError when they differ: some models count keys from the end of the cache, filled or not.
+    Raises: CaptureError if they differ: some models count keys from the end of the cache, even if it is not full.
     """
     ids, mask, _, start = (tensor.cpu() for tensor in example)
     device, tokens = example[0].device, ids.shape[1]
-    places = torch.arange(mask.shape[1]).expand_as(mask) - int((mask == 0)[0].sum())
-    places = places.clamp_min(0)
+    positions = torch.arange(mask.shape[1]).expand_as(mask) - int((mask == 0)[0].sum())
+    positions = positions.clamp_min(0)
     ends = sorted({1, tokens - 1, tokens})
     found: list[object] = []
     with torch.no_grad(), kept_state(program):
         for begin, end in zip([0, *ends], ends, strict=False):
-            part = [ids[:, begin:end], mask, places[:, begin:end], torch.full_like(start, begin)]
+            part = [ids[:, begin:end], mask, positions[:, begin:end], torch.full_like(start, begin)]
             found = program.run([tensor.to(device) for tensor in part])
-        given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": places[:, :tokens]}
+        given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": positions[:, :tokens]}
         wanted = _whole(model, {name: tensor.to(_device_of(model)) for name, tensor in given.items()})
     error = relative_error(wanted[:, -1].to(device), cast(torch.Tensor, found[0])[:, -1])
     if error > tolerance_of(program):
@@ -145,7 +145,7 @@ def _describe(program: Program) -> str:
 
 
 def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
-    """The model, when it is a causal language model whose positions go as far as the cache.
+    """The model, if it is a causal language model with positions for the whole cache.
 
     Raises: UnsupportedError, InputError.
     """
@@ -158,9 +158,9 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
     check_model(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedError(f"{name} is no model of transformers; generation takes one, such as LlamaForCausalLM")
+        raise UnsupportedError(f"{name} is not a transformers model; generation takes one, such as LlamaForCausalLM")
     if not isinstance(model, GenerationMixin) or model.config.is_encoder_decoder:
-        kind = "reads with an encoder" if model.config.is_encoder_decoder else "does not generate"
+        kind = "is an encoder-decoder model" if model.config.is_encoder_decoder else "does not generate"
         raise UnsupportedError(f"{name} {kind}; generation takes a causal language model, such as LlamaForCausalLM")
     check_capacity(max_length, batch)
     known = longest_text(model)
@@ -176,7 +176,7 @@ def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
 
 
 def _longrope_switch(model: PreTrainedModel) -> int | None:
-    """From how many tokens on a model with longrope takes its long frequencies; None for any other model."""
+    """The number of tokens beyond which longrope uses its long frequencies; None for other models."""
     found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = [found, *(item for item in found.values() if isinstance(item, dict))]
     lengths = [item["original_max_position_embeddings"] for item in kinds if item.get("rope_type") == "longrope"]
@@ -184,7 +184,7 @@ def _longrope_switch(model: PreTrainedModel) -> int | None:
 
 
 def check_capacity(max_length: int, batch: int) -> None:
-    """Refuse a cache of no size. Raises: InputError."""
+    """Refuse a wrong max_length or batch. Raises: InputError."""
     for word, number in (("max_length", max_length), ("batch", batch)):
         if isinstance(number, bool) or not isinstance(number, int):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"{word} is {number!r:.80}; give a whole number")
@@ -195,7 +195,7 @@ def check_capacity(max_length: int, batch: int) -> None:
 
 
 def longest_text(model: nn.Module) -> int | None:
-    """How many positions a model of transformers knows; None where it tells of no limit."""
+    """The number of positions of a transformers model; None if its configuration gives no limit."""
     config: Any = getattr(model, "config", None)
     known = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
     return known if isinstance(known, int) else None
@@ -205,10 +205,10 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _places(model: PreTrainedModel) -> list[Places]:
-    """What each layer keeps, found by letting the model fill a cache of its own with one token.
+def _layer_caches(model: PreTrainedModel) -> list[LayerCache]:
+    """The KV cache sizes of each layer, found by running the model on one token with a cache of transformers.
 
-    Raises: UnsupportedError when a layer keeps something else.
+    Raises: UnsupportedError if a layer's state is anything but keys and values.
     """
     from transformers import Cache
     from transformers.cache_utils import DynamicLayer
@@ -217,27 +217,27 @@ def _places(model: PreTrainedModel) -> list[Places]:
     try:
         with untouched(model), evaluating(model), torch.no_grad():
             _call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model)))
-    # The model's own code may raise anything when it meets a cache it does not know.
+    # The model's own code may raise anything for a cache class it does not know.
     except Exception as error:
-        raise _keeps_more(model, error) from error
+        raise _unsupported_cache(model, error) from error
     found = [(layer.keys, layer.values) for layer in cast("list[DynamicLayer]", cache.layers)]
     if not found or any(keys is None or values is None or keys.dim() != 4 for keys, values in found):
-        raise _keeps_more(model)
+        raise _unsupported_cache(model)
     return [
-        Places(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]), keys.dtype)
+        LayerCache(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]), keys.dtype)
         for keys, values in found
         if keys is not None and values is not None
     ]
 
 
 def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The model's logits without any cache."""
+    """The model's logits without a KV cache."""
     parameters = inspect.signature(type(model).forward).parameters
     with untouched(model), evaluating(model):
         return model(**{name: tensor for name, tensor in inputs.items() if name in parameters}, use_cache=False).logits
 
 
-def _keeps_more(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
+def _unsupported_cache(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
     why = f" ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})" if error else ""
     return UnsupportedError(
         f"{type(model).__name__} cannot be run with a cache that holds keys and values of every layer{why}; "
@@ -246,30 +246,32 @@ def _keeps_more(model: nn.Module, error: Exception | None = None) -> Unsupported
 
 
 def _call(model: nn.Module, cache: object, **inputs: object) -> Any:
-    """What the model's own forward gives."""
+    """The outputs of the model's own forward."""
     return type(model).forward(model, **inputs, cache=cache, use_cache=True)  # pyright: ignore[reportCallIssue]
 
 
-def _with_state(model: PreTrainedModel, places: Sequence[Places], max_length: int, batch: int, all_logits: bool) -> nn.Module:
-    """A module that has the model's submodules and weights under their own names, and beside them the cache as buffers."""
+def _with_state(
+    model: PreTrainedModel, layers: Sequence[LayerCache], max_length: int, batch: int, all_logits: bool
+) -> nn.Module:
+    """A module with the model's submodules and weights under the same names, and the KV cache as buffers."""
     stateful = copy.copy(model)
     stateful._modules, stateful._buffers = dict(model._modules), dict(model._buffers)
     holder = nn.Module()
-    for index, kept in enumerate(places):
+    for index, kept in enumerate(layers):
         layer = nn.Module()
         for name, width in (("keys", kept.head_dim), ("values", kept.value_dim)):
             shape = (batch, kept.key_heads, max_length, width)
             layer.register_buffer(name, torch.zeros(shape, dtype=kept.dtype, device=_device_of(model)))
         holder.add_module(str(index), layer)
     if hasattr(model, CACHE):
-        raise UnsupportedError(f"{type(model).__name__} has an attribute '{CACHE}' already, where its cache is to be kept")
+        raise UnsupportedError(f"{type(model).__name__} already has an attribute '{CACHE}', which its KV cache needs")
     stateful.add_module(CACHE, holder)
     stateful.forward = _forward(stateful, holder, all_logits)
     return stateful
 
 
 def _forward(stateful: PreTrainedModel, holder: nn.Module, all_logits: bool) -> Callable[..., torch.Tensor]:
-    """The forward of the module with state."""
+    """The forward of the module with the KV cache as state."""
     from transformers import Cache
 
     parameters = inspect.signature(type(stateful).forward).parameters
@@ -289,11 +291,11 @@ def _forward(stateful: PreTrainedModel, holder: nn.Module, all_logits: bool) -> 
 
 
 def _layer_class() -> type:
-    """The class of one layer of the cache while a model is traced; transformers is only imported when it is needed."""
+    """The class of a cache layer during tracing; in a function, so that transformers is imported only when needed."""
     from transformers.cache_utils import CacheLayerMixin
 
     class StateLayer(CacheLayerMixin):
-        """Keys and values in buffers; places behind those filled are hidden by the mask, which starts at `start`."""
+        """Keys and values in buffers; the causal mask, offset by `start`, hides the slots that are not filled."""
 
         is_sliding = False
 
@@ -305,16 +307,16 @@ def _layer_class() -> type:
             self.is_initialized = True
 
         def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-            """Nothing: the buffers are there."""
+            """Does nothing: the buffers exist already."""
 
         def update(
             self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            """All keys and values, the new ones in their places."""
+            """Write the new keys and values into their slots; returns all of them."""
             assert self.keys is not None and self.values is not None
-            places = torch.arange(key_states.shape[2], device=key_states.device) + self.start
-            keys = self.keys.index_copy(2, places, key_states)
-            values = self.values.index_copy(2, places, value_states)
+            slots = torch.arange(key_states.shape[2], device=key_states.device) + self.start
+            keys = self.keys.index_copy(2, slots, key_states)
+            values = self.values.index_copy(2, slots, value_states)
             self.keys.copy_(keys)
             self.values.copy_(values)
             return keys, values

@@ -1,4 +1,4 @@
-"""Where a model is, and how its program moves to another device: weights, devices written into operators, signature."""
+"""The device of a model, and moving a program to another device: weights, device arguments, signature."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lissom.errors import UnsupportedError
 
 
 def device_of(model: object, inputs: object = ()) -> torch.device:
-    """Where a model is: the device of its first weight, else of its first input, else the CPU."""
+    """The device of a model's first weight, else of its first input, else the CPU."""
     weights = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
     tensors = (leaf for leaf in (*weights, *pytree.tree_leaves(inputs)) if isinstance(leaf, torch.Tensor))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def move(program: Program, device: torch.device) -> Program:
-    """The program on `device`; the program itself when it is there already. Weights are copied, names stay."""
+    """The program on `device`, with copied weights under the same names; the program itself if it is there already."""
     if all(leaf.type.device == device for leaf in program.signature.tensors):
         return program
     moved = program.copy()
@@ -50,7 +50,7 @@ def move(program: Program, device: torch.device) -> Program:
 
 
 def _placed(argument: CallArgument, device: torch.device) -> CallArgument:
-    """The argument, or the new device where it is one."""
+    """The argument; the new device if the argument is a device."""
     return device if isinstance(argument, torch.device) else argument
 
 
@@ -65,7 +65,7 @@ def _argument(item: Argument, device: torch.device) -> Argument:
 def check_device(device: str | torch.device | None) -> torch.device | None:
     """The device, if this machine has it.
 
-    Raises: UnsupportedError when it does not.
+    Raises: UnsupportedError if it does not.
     """
     if device is None:
         return None
@@ -74,7 +74,7 @@ def check_device(device: str | torch.device | None) -> torch.device | None:
     except (RuntimeError, TypeError) as error:
         raise UnsupportedError(f"device {device!r:.80} is not known to PyTorch; write 'cpu' or 'cuda:0'") from error
     if found.type == "cpu":
-        # `cpu:1` names the same memory, and tensors there call it `cpu`.
+        # `cpu:1` is the same device, and its tensors report `cpu`.
         return torch.device("cpu")
     count = torch.cuda.device_count() if found.type == "cuda" else 0
     if (found.index or 0) >= count:

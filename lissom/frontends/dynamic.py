@@ -1,4 +1,4 @@
-"""The sizes that may vary: those a caller names in `dynamic=`, and what is said of those found."""
+"""Dynamic dimensions: those named in `dynamic=`, and the notes on those found."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def check_dynamic(dynamic: object) -> None:
 
 
 def wanted_dimensions(dynamic: Dynamic, arguments: Mapping[str, object]) -> dict[int, dict[int, object]]:
-    """The dimensions the caller names, by the input they belong to.
+    """The dimensions the caller names, by the `id` of their input.
 
-    Raises: CaptureError for an argument or a dimension that is not there, and for an example outside a range.
+    Raises: CaptureError for an unknown argument or dimension, and for an example size outside its range.
     """
     wanted: dict[int, dict[int, object]] = {}
     for name, dims in dynamic.items():
         if name not in arguments:
-            raise CaptureError(f"dynamic names '{name}', which is no argument of this call; it has {', '.join(arguments)}")
+            raise CaptureError(f"dynamic names '{name}', which is not an argument of this call; it has {', '.join(arguments)}")
         tensors = [leaf for leaf in pytree.tree_leaves(arguments[name]) if isinstance(leaf, torch.Tensor)]
         rank = min((tensor.dim() for tensor in tensors), default=0)
         for index, given in dims.items():
@@ -76,7 +76,7 @@ def _in_range(given: str | Dim, size: int) -> bool:
 def renamed(program: Program, dynamic: Dynamic) -> Program:
     """The program with the caller's names and ranges on its dimensions.
 
-    Raises: CaptureError when a dimension that should vary was fixed by the model, or one name stands for two.
+    Raises: CaptureError if the model fixes a dimension that should vary, or two dimensions get the same name.
     """
     dimensions = dict(program.signature.dimensions)
     for leaf in program.signature.tensors:
@@ -98,20 +98,22 @@ def renamed(program: Program, dynamic: Dynamic) -> Program:
     names = [found.name for found in dimensions.values()]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise CaptureError(f"dynamic gives the name '{twice}' to dimensions that vary apart; give each a name of its own")
+        raise CaptureError(
+            f"dynamic gives the name '{twice}' to dimensions that vary independently; give each a name of its own"
+        )
     program.signature = replace(program.signature, dimensions=dimensions)
     return program
 
 
 def describe_dimensions(signature: Signature) -> str:
-    """A sentence on the sizes that may vary, `dynamic: batch (1 or more)`."""
+    """A note on the dynamic dimensions, `dynamic: batch (1 or more)`."""
     if not signature.dimensions:
         return "every size is fixed at the example's"
     return "dynamic: " + ", ".join(f"{found.name} ({found.range})" for found in signature.dimensions.values())
 
 
 def mask_dimensions(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, ...]]:
-    """The last dimensions of masks such as [batch, 1, tokens, tokens], by the inputs' `id`: those as long as another input."""
+    """The trailing dimensions of masks such as [batch, 1, tokens, tokens] that equal another input's tokens, by input `id`."""
     lengths = {tensor.shape[1] for tensor in tensors if tensor.dim() in (2, 3)} - {1}
     found: dict[int, tuple[int, ...]] = {}
     for tensor in tensors:
@@ -122,7 +124,7 @@ def mask_dimensions(tensors: Sequence[torch.Tensor]) -> dict[int, tuple[int, ...
 
 
 def fixed_sequences(signature: Signature) -> list[str]:
-    """Sentences on the inputs of tokens whose sequence was to vary and is fixed."""
+    """Notes on token inputs whose sequence dimension is fixed."""
     return [
         f"dimension 1 of '{leaf.path}' is fixed at {leaf.type.shape[1]}: the model combines it with sizes that do not vary"
         for leaf in signature.tensors
@@ -131,7 +133,7 @@ def fixed_sequences(signature: Signature) -> list[str]:
 
 
 def declared_but_fixed(model: nn.Module, signature: Signature) -> list[str]:
-    """Sentences on sizes fixed here that vary by the file the model was read from (`meta["dynamic"]`, as from ONNX)."""
+    """Notes on sizes fixed here that are dynamic in the model's file (`meta["dynamic"]`, as from ONNX)."""
     declared: Mapping[str, Mapping[int, str]] = getattr(model, "meta", {}).get("dynamic", {})
     notes: list[str] = []
     for leaf in signature.tensors:

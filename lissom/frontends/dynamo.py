@@ -1,4 +1,4 @@
-"""The graphs `torch.compile` hands a backend: inputs told apart, weights bound under their own names, and the capture."""
+"""Capture of Dynamo graphs from `torch.compile`: classifies their arguments, and binds weights under their own names."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from lissom.frontends.untouched import alias, ordinary
 _PLAIN = (torch.Tensor, nn.Parameter, nn.Buffer)
 _CONTAINERS = ("_parameters", "_buffers", "_modules")
 _WHOLE_LAYERS = ("aten._transformer_encoder_layer_fwd.default", "aten._native_multi_head_attention.default")
-"""What torch.nn calls in evaluation mode without gradients, unless its fast path is switched off."""
+"""The fused operators of torch.nn's fast path, in evaluation mode without gradients."""
 _CASTING = ("cpu", "cuda")
 
 
 Place = tuple[str, int]
-"""An input by its name, and one of its dimensions."""
+"""The name of an input, and one of its dimensions."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph of Dynamo's with its arguments told apart, by position.
+    """A Dynamo graph with its arguments classified, by position.
 
-    module: the graph as it came. name: `Graph_` and Dynamo's number of it.
-    inputs: the tensors a call brings, with names from the caller's code.
-    weights: the parameters and buffers of modules, by their names there.
-    numbers: integers and floats that are no size of an input; a program has them as constants.
-    sizes: the arguments that are sizes of inputs, each with an input and its dimension that are of this size.
-    equal: dimensions of inputs that are of one size whenever this graph is called.
+    module: the original graph. name: `Graph_` and Dynamo's number of it.
+    inputs: the tensors passed by the caller, with names from the caller's code.
+    weights: the parameters and buffers of modules, with their names there.
+    numbers: integers and floats that are not sizes of inputs; they become constants of the program.
+    sizes: the arguments that are sizes of inputs, each with one input dimension of this size.
+    equal: groups of input dimensions that have equal sizes in every call of this graph.
     """
 
     module: fx.GraphModule
@@ -63,22 +63,22 @@ class Graph:
 
     @property
     def computes(self) -> bool:
-        """False for a graph without a call that yields a tensor, as Dynamo makes some between two others."""
+        """False for a graph that computes no tensor; Dynamo makes some between two other graphs."""
         calls = (node for node in self.module.graph.nodes if node.op not in ("placeholder", "output", "get_attr"))
         return any(isinstance(node.meta.get("example_value"), (torch.Tensor, tuple, list)) for node in calls)
 
     def sample(self, args: Sequence[object]) -> Sample:
-        """The flat inputs among the arguments of a call."""
+        """The input tensors among the arguments of a call."""
         return [cast(torch.Tensor, args[index]) for index in self.inputs]
 
     def tensors(self, args: Sequence[object]) -> list[torch.Tensor]:
-        """Every tensor the graph reads: inputs, weights, and what the graph holds itself."""
+        """Every tensor the graph reads: inputs, weights, and its own constants."""
         held = (*self.module.parameters(), *self.module.buffers())
         return [*self.sample(args), *(cast(torch.Tensor, args[index]) for index in self.weights), *held]
 
 
 def read_graph(module: fx.GraphModule) -> Graph:
-    """The graph of Dynamo's with its arguments told apart."""
+    """The Dynamo graph with its arguments classified."""
     inputs: dict[int, str] = {}
     weights: dict[int, str] = {}
     numbers: list[int] = []
@@ -111,21 +111,21 @@ def _source(node: fx.Node) -> object:
 
 
 def _source_name(node: fx.Node) -> str:
-    """How the caller's code reaches the value, `L['self']._modules['0']._parameters['weight']`."""
+    """The expression of the value in the caller's code, `L['self']._modules['0']._parameters['weight']`."""
     name = getattr(_source(node), "name", node.name)
     return str(name() if callable(name) else name)
 
 
 def _is_number(node: fx.Node) -> bool:
-    """True for a Python float, which Dynamo hands over in a tensor and reads back by `item`."""
+    """True for a Python float, which Dynamo passes as a tensor and reads with `item`."""
     packed = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
     return bool(packed) and node.meta["example_value"].dim() == 0 and all(user.target == "item" for user in node.users)
 
 
 def _path(node: fx.Node) -> tuple[str | None, str]:
-    """The module a weight belongs to as the code calls it, and the weight's name in it; None for what is no weight.
+    """The module of a weight as the code names it, and the weight's name in it; None if the node is not a weight.
 
-    A tensor that is a plain attribute of a module is none: modules keep there what changes from call to call.
+    A tensor in a plain attribute of a module is not a weight: modules keep values there that change between calls.
     """
     parts = re.findall(r"\.?(\w+)|\['([^']*)'\]", _source_name(node).partition("[")[2])
     words = [word or quoted for word, quoted in parts if word != "__dict__"]
@@ -150,12 +150,12 @@ def _unique(name: str, taken: object) -> str:
 
 
 def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Capture:
-    """The graph as a program, its weights and numbers those among the arguments. The program shares the weights' memory.
+    """The graph as a program with the weights and numbers of these arguments. The program shares the weights' memory.
 
-    The sizes Dynamo lets vary may vary. guard: while Dynamo compiles, tell it which of them the program fixes all the same, so
-    that other sizes get a graph of their own.
+    Sizes that are dynamic in Dynamo are dynamic in the program. guard: while Dynamo compiles, add guards for the sizes that the
+    program fixes, so that other sizes get their own graph.
 
-    Raises: CaptureError for what a program cannot hold, in a sentence.
+    Raises: CaptureError for a graph that a program cannot hold.
     """
     started = time.perf_counter()
     _refuse(graph, args)
@@ -173,7 +173,7 @@ def capture_graph(graph: Graph, args: Sequence[object], *, guard: bool) -> Captu
 
 
 def _refuse(graph: Graph, args: Sequence[object]) -> None:
-    """Raise CaptureError for graphs that are not to be lowered, whatever is in them."""
+    """Raise CaptureError for calls with gradients, autocast or unusual tensors, which programs do not support."""
     tensors = graph.tensors(args)
     differentiable = torch.is_grad_enabled() or any(
         node.target is torch._C._set_grad_enabled and node.args[0] for node in graph.module.graph.nodes
@@ -192,7 +192,7 @@ def _refuse(graph: Graph, args: Sequence[object]) -> None:
 
 
 def _free_dimensions(graph: Graph) -> list[dict[int, object]]:
-    """For each input, the dimensions Dynamo lets vary; a size that it found to be one number, as it went on, is fixed."""
+    """For each input, the dimensions that are dynamic in Dynamo; sizes that it specialized meanwhile are fixed."""
     return [
         {dim: Dim.AUTO for dim, size in enumerate(value.shape) if not isinstance(size_of(size), int)} for value in _fakes(graph)
     ]
@@ -204,7 +204,7 @@ def _fakes(graph: Graph) -> list[torch.Tensor]:
 
 
 def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
-    """A module that takes the graph's inputs alone: weights and numbers are those among the arguments."""
+    """A module that takes only the graph's inputs; it holds the weights and numbers of these arguments."""
     bound = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     owned: dict[str, object] = {}
@@ -229,7 +229,7 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
             copied[node] = size_at(*graph.sizes[index])
     for first, *others in graph.equal:
         for other in others:
-            # Dynamo gives sizes that are equal one symbol; told of it, an export need not find it out from what is computed.
+            # Dynamo uses one symbol for equal sizes. This check tells export, which could not always infer it from the graph.
             same = bound.call_function(operator.eq, (size_at(*first), size_at(*other)))
             bound.call_function(torch._check, (same,))
     for node in graph.module.graph.nodes:
@@ -253,11 +253,11 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
 
 
 def _without_batching(module: fx.GraphModule, example: Sample) -> fx.GraphModule:
-    """The module with what `torch.vmap` batches, such as the function of an associative scan, as batched operators.
+    """The module with `torch.vmap` calls, such as the function of an associative scan, traced into batched operators.
 
-    Dynamo keeps scans whole or writes the calls that begin and end a batch into its graph. These are no operators, and would
-    stay in an export. Below them other operators are decomposed too, so that the program is longer than one captured without
-    Dynamo before passes raise what they know.
+    Dynamo keeps scans as one call, or writes the functorch calls that begin and end a vmap into its graph. These are not
+    operators, and export would keep them. Tracing also decomposes other operators, so the program is longer than one captured
+    without Dynamo, until passes raise the patterns they know.
     """
     if not any(map(_is_batching, module.graph.nodes)):
         return module
@@ -280,7 +280,7 @@ def _is_batching(node: fx.Node) -> bool:
 
 @contextmanager
 def _same_levels() -> Generator[None]:
-    """Leave the levels of `torch.func` as they were: what fails within one would leave it on, and Dynamo guards on them."""
+    """Restore the stack of `torch.func` levels, which an error would leave deeper: Dynamo guards on it."""
     depth = functorch.get_dynamic_layer_stack_depth()
     try:
         yield
@@ -289,12 +289,12 @@ def _same_levels() -> Generator[None]:
 
 
 def _sum_of_sizes(terms: Sequence[torch.SymInt]) -> torch.SymInt:
-    """What `torch.sym_sum` gives, as sums of two, which are all that a program has."""
+    """`torch.sym_sum` as binary additions, because programs have no other sums."""
     return reduce(operator.add, terms)
 
 
 def _stack(node: fx.Node) -> dict[str, tuple[str, type]]:
-    """The modules a node was made in, by their paths from the one the graph is of; Dynamo has `L['self'].encoder`."""
+    """The module stack of a node, with paths relative to the compiled module; Dynamo writes `L['self'].encoder`."""
     stack = node.meta.get("nn_module_stack", {})
     return {key: (re.sub(r"^\w(\[[^\]]*\])+\.?", "", str(path)), kind) for key, (path, kind) in stack.items()}
 
@@ -307,7 +307,7 @@ def _attribute(module: nn.Module, target: str) -> object:
 
 
 def _refuse_effects(program: Program) -> None:
-    """Raise CaptureError for a program that does more than compute its outputs."""
+    """Raise CaptureError for a program that writes buffers or draws random numbers."""
     if program.state:
         raise CaptureError(f"it writes to the buffer '{program.state[0]}' of its module")
     random = next((node for node in program.nodes() if _is_random(node)), None)
@@ -319,7 +319,7 @@ def _refuse_effects(program: Program) -> None:
 
 
 def _is_random(node: fx.Node) -> bool:
-    """True for operators that draw random numbers as they are called; dropout that is switched off does not."""
+    """True for calls that draw random numbers; disabled dropout does not."""
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     named = {argument.name: nodes.argument(node, argument.name) for argument in node.target._schema.arguments}
@@ -331,7 +331,7 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _guard_sizes(graph: Graph, signature: Signature) -> None:
-    """Let Dynamo hold every size the program fixes, and every bound and condition it has, for this graph."""
+    """Add Dynamo guards for every size the program fixes, and for its bounds and conditions."""
     shapes = [(value.shape, leaf.type.shape) for value, leaf in zip(_fakes(graph), signature.tensors, strict=True)]
     pairs = [pair for given, found in shapes for pair in zip(given, found, strict=True)]
     varying = [(given, size) for given, size in pairs if isinstance(given, torch.SymInt)]
@@ -343,7 +343,7 @@ def _guard_sizes(graph: Graph, signature: Signature) -> None:
         _hold(given, sympy.Eq(given.node.expr, _in_dynamo(known, size)))
     for symbol, given in known.items():
         dimension, expression = signature.dimensions[symbol], given.node.expr
-        # Dynamo itself gives sizes of 0 and 1 graphs of their own.
+        # Dynamo itself specializes sizes 0 and 1.
         if dimension.minimum > 2:
             _hold(given, sympy.Ge(expression, dimension.minimum))
         if dimension.maximum is not None:
@@ -353,10 +353,10 @@ def _guard_sizes(graph: Graph, signature: Signature) -> None:
 
 
 def _in_dynamo(known: Mapping[sympy.Symbol, torch.SymInt], size: int | sympy.Basic) -> sympy.Basic:
-    """A size or a condition of the program in Dynamo's symbols."""
+    """A size or a condition of the program, written with Dynamo's symbols."""
     return sympy.sympify(size).xreplace({symbol: given.node.expr for symbol, given in known.items()})
 
 
 def _hold(given: torch.SymInt, condition: sympy.Basic) -> None:
-    """Let Dynamo hold the condition, which is true of the sizes at hand, whenever it uses this graph."""
+    """Guard on the condition: it holds for the current sizes, and Dynamo will use this graph only if it holds."""
     given.node.shape_env.evaluate_expr(condition)

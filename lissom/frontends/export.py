@@ -1,7 +1,7 @@
-"""Capture through `torch.export` (non-strict): a module and example inputs in, a program out.
+"""Capture through non-strict `torch.export`: a module and example inputs in, a program out.
 
-Batch and sequence become dynamic by default. Which sizes may vary is found by trying: the model is exported with
-them free, and the program is run beside the model at other sizes before they are promised to the caller.
+Batch and sequence are dynamic by default, if the model allows it: the model is exported with dynamic sizes, and the outputs
+of the program are compared with the model's at other sizes.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ _BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING = (0, 1), (0,), (1,), ()
 class Capture:
     """A captured model.
 
-    example: the caller's inputs, flat. notes: which sizes may vary, and what was tried to find out.
-    samples: what passes are checked on; the example and a variant of it where there are none.
+    example: the caller's inputs, flat. notes: which sizes may vary, and which attempts failed.
+    samples: the verification inputs; if there are none, the example and a variant of it are used.
     """
 
     program: Program
@@ -68,11 +68,11 @@ def capture(
     dynamic: Dynamic | bool = True,
     device: torch.device | None = None,
 ) -> Capture:
-    """The model as a program. The model is left as it was, and the program reads its weights where they are.
+    """The model as a program. The model is not modified, and the program shares its weights.
 
     dynamic: True finds out whether batch (dimension 0) and sequence (dimension 1) may vary; False fixes every size;
         a mapping names dimensions by argument, `{"input_ids": {0: "batch", 1: Dim("sequence", max=512)}}`.
-    device: where the program is to run; its weights are copied when that is not where the model is.
+    device: where the program runs; the weights are copied if the model is on another device.
 
     Raises: CaptureError naming the line of the model that cannot be captured.
     """
@@ -87,7 +87,7 @@ def capture(
             kwargs = _in_order(model, args, kwargs)
         with untouched(model), evaluating(model):
             _bound(model, args, kwargs)
-            # A graph has no code of its own to fail, and its export names the node that does.
+            # A graph module has no code of its own, and an export error names the failing node.
             answer = None
             if not isinstance(model, fx.GraphModule):
                 with nothing_registered(model):
@@ -107,18 +107,18 @@ def capture(
 def _capture_by_trying(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: bool, answer: Sequence[object] | None
 ) -> tuple[Program, list[str]]:
-    """Free batch and sequence, else batch, else sequence, else nothing; the first that agrees with the model."""
+    """Export with dynamic batch and sequence, else batch, else sequence, else neither; the first that agrees with the model."""
     tried: list[str] = []
     first: Exception | None = None
     plans = (_BATCH_AND_SEQUENCE, _BATCH, _SEQUENCE, _NOTHING) if dynamic else (_NOTHING,)
     masks = mask_dimensions([leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
     for dims in plans:
         if isinstance(first, GuardOnDataDependentSymNode) and dims != _NOTHING:
-            continue  # what depends on a size may be a number where every size is fixed, and is none in between
+            continue  # only with all sizes fixed may a value that depends on a size become a constant
         try:
             program = _export(model, args, kwargs, partial(_free, dims, masks))
             program = confirm(program, model, args, kwargs, answer)
-        # The model's own code and torch.export may raise anything; the next plan fixes more sizes, and the last one explains.
+        # The model's code and torch.export may raise anything; the next plan fixes more sizes, and the last one reports it.
         except Exception as error:
             first = first or error
             if dims == _NOTHING:
@@ -133,9 +133,9 @@ def _capture_by_trying(
 def capture_sizes(
     model: nn.Module, args: Sequence[object], dims_of: FreeDimensions, refuse: Callable[[Program], None]
 ) -> Program:
-    """The model as a program whose sizes vary where `dims_of` says, as far as the model lets them.
+    """The model as a program with the dynamic dimensions of `dims_of`, as far as the model allows them.
 
-    refuse: raises CaptureError for a program that is not wanted, before the model is run beside it.
+    refuse: raises CaptureError for a program that is not wanted, before it is compared with the model.
 
     Raises: CaptureError.
     """
@@ -148,7 +148,7 @@ def capture_sizes(
             except RefusedSizesError:
                 fixed = refused_dimensions(program, model, args)
             if not fixed:
-                return program  # each size varies by itself
+                return program  # each dimension varies alone
 
             def others(tensor: torch.Tensor) -> dict[int, object]:
                 return {dim: found for dim, found in dims_of(tensor).items() if (id(tensor), dim) not in fixed}
@@ -156,7 +156,7 @@ def capture_sizes(
             return confirm(_export(model, args, {}, others), model, args, {})
         except CaptureError:
             raise
-        # As above: the caller's code is traced, and gets an explanation in place of its error.
+        # As above: the caller's code is traced and may raise anything; the error is explained.
         except Exception as error:
             raise _explain(model, error) from error
 
@@ -164,7 +164,7 @@ def capture_sizes(
 def _capture_named(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dynamic: Dynamic, answer: Sequence[object] | None
 ) -> tuple[Program, list[str]]:
-    """Free exactly the dimensions the caller names."""
+    """Export with exactly the dynamic dimensions the caller names."""
     wanted = wanted_dimensions(dynamic, _bound(model, args, kwargs))
     try:
         program = _export(model, args, kwargs, partial(_named, wanted))
@@ -184,14 +184,14 @@ def _named(wanted: Mapping[int, dict[int, object]], tensor: torch.Tensor) -> dic
 
 
 def _free(dims: Sequence[int], masks: Mapping[int, Sequence[int]], tensor: torch.Tensor) -> dict[int, object]:
-    """The dimensions of one input to free: batch, and sequence where an input of rank 2 or 3, or a mask of pairs, has one."""
+    """The dynamic dimensions of one input: batch; sequence for inputs of rank 2 or 3, and for masks over pairs of tokens."""
     last = 1 if tensor.dim() in (2, 3) else 0
     pairs = masks.get(id(tensor), ()) if 1 in dims else ()
     return {dim: Dim.AUTO for dim in (*dims, *pairs) if dim in pairs or (dim < tensor.dim() and dim <= last)}
 
 
 def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object], dims_of: FreeDimensions) -> Program:
-    """Export with the dimensions `dims_of` gives for each tensor, and flatten the result into a program."""
+    """Export with the dynamic dimensions of `dims_of`, and flatten the result into a program."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     dims = {id(leaf): dims_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
     free = {dim for found in dims.values() for dim in found}
@@ -201,7 +201,7 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
     traced_args, traced_kwargs = pytree.tree_unflatten(traced, spec)
     hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
     bound = _bound(model, hint_args, hint_kwargs)
-    # The model is run beside the program afterwards, and must not hold the fake tensors of the export then.
+    # The model runs again afterwards for comparison, and must not hold fake tensors of the export then.
     with untouched(model), without_export_messages(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export", UserWarning)
         with nothing_registered(model):
@@ -209,14 +209,14 @@ def _export(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, objec
             exported = torch.export.export(model, traced_args, traced_kwargs, dynamic_shapes=dynamic, strict=False)
     if _writes(exported):
         with warnings.catch_warnings():
-            # PyTorch copies its own record of modules, of a class that it calls deprecated.
+            # PyTorch itself copies module metadata that has a deprecated class.
             warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
             exported = exported.run_decompositions({})
     return flatten_exported(exported, type(model).__name__, args, kwargs, tuple(_parameters(model)))
 
 
 def _grown(tensor: torch.Tensor, dims: set[int]) -> torch.Tensor:
-    """The input with dimensions of size 1 doubled, because a size of 1 cannot be traced as one that varies."""
+    """The input with these dimensions of size 1 doubled, because export specializes a size of 1."""
     for dim in dims:
         tensor = torch.cat([tensor, tensor], dim)
     return tensor
@@ -243,7 +243,7 @@ def _bound(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object
 
 
 def _in_order(model: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str, object]) -> dict[str, object]:
-    """The keywords as a graph needs them, because `torch.export` hands them to one by position: in order, without a gap."""
+    """The keyword arguments in the order of the graph's inputs, without gaps: `torch.export` passes them by position."""
     given = _bound(model, args, kwargs)
     parameters = list(inspect.signature(model.forward).parameters.values())
     last = max((index for index, found in enumerate(parameters) if found.name in given), default=-1)
@@ -251,7 +251,7 @@ def _in_order(model: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str
 
 
 def check_model(model: object) -> None:
-    """Refuse what is no module with weights. Raises: CaptureError."""
+    """Refuse anything but a module with initialized weights. Raises: CaptureError."""
     if inspect.isclass(model):
         raise CaptureError(f"the model is the class {model.__name__}; pass an object of it, {model.__name__}(...)")
     if isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod"):
@@ -284,7 +284,7 @@ def _check_leaves(inputs: object) -> None:
 
 
 def _odd_kind(tensor: torch.Tensor) -> str | None:
-    """What makes a tensor one that no program takes; None for a plain one."""
+    """The kind of a tensor that programs do not take, such as sparse; None for a plain tensor."""
     if tensor.is_nested:
         return "nested"
     if tensor.layout is not torch.strided:
@@ -296,7 +296,7 @@ def _odd_kind(tensor: torch.Tensor) -> str | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """Hold every submodule in evaluation mode, and put each back in the mode it was in."""
+    """Set every submodule to evaluation mode, and restore each one's mode when the block ends."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -307,7 +307,7 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 
 def _explain(model: nn.Module, error: Exception) -> CaptureError:
-    """One sentence for a failed capture: the model, its line, what happened, what to do."""
+    """The error of a failed capture: the model, its line, what happened, what to do."""
     name = type(model).__name__
     if isinstance(error, CaptureError):
         return error

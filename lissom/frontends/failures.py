@@ -1,4 +1,4 @@
-"""Where a model's own code failed: its line and its error, in a few words."""
+"""Short descriptions of errors in a model's own code: its line and its message."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def describe_failure(error: Exception) -> str:
 
 
 def model_line(error: Exception) -> str:
-    """The innermost line of the traceback that is not torch's own, `modeling.py:12 (if x.sum() > 0:)`.
+    """The innermost traceback line outside torch, `modeling.py:12 (if x.sum() > 0:)`; `torch` if there is none.
 
-    A graph that fails says itself where the node came from. `torch` where all lines are its own.
+    The error of a graph module names the source line of the failing node itself.
     """
     recorded = FRAME.findall(str(error).partition("Original traceback:")[2])
     recorded = [frame for frame in recorded if not frame[0].startswith(_TORCH)]
@@ -35,5 +35,5 @@ def model_line(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text that says something; its type where none does."""
+    """The first nonempty line of an error's text; its type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

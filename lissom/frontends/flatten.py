@@ -1,4 +1,4 @@
-"""An exported program as ours: weights as attributes, typed nodes with origins, dimensions with names."""
+"""Conversion of an exported program: weights as attributes, typed nodes with origins, named dimensions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 _NO_MODULE = "_empty_nn_module_stack"
 _TORCH = str(Path(torch.__file__).parent)
 _OF_OTHERS: Mapping[str, object] = {"transformers.grouped_mm_fallback.default": grouped_product}
-"""Operators other packages register, by name, and those of ours that say the same."""
+"""Operators registered by other packages, by name, and the equivalent Lissom operators."""
 
 
 def flatten_exported(
@@ -43,10 +43,10 @@ def flatten_exported(
 ) -> Program:
     """The exported program as a flat program.
 
-    args, kwargs: the example the caller gave, for the nesting of the inputs and the constants in it.
-    parameters: the names of the model's `forward`.
+    args, kwargs: the caller's example inputs, for their nesting and constants.
+    parameters: the parameter names of the model's `forward`.
 
-    Raises: CaptureError for what a program cannot hold: mutated inputs, control flow, custom objects.
+    Raises: CaptureError for mutated inputs, control flow and custom objects, which a program cannot hold.
     """
     _unify_sizes(exported)
     weights = _weights(exported)
@@ -55,7 +55,7 @@ def flatten_exported(
     reads: dict[int, fx.Node] = {}
 
     def translate(node: fx.Node) -> fx.Node:
-        """The copy of a node; a weight is read where it is first used, tied weights once."""
+        """The copy of a node; a `get_attr` node is made at a weight's first use, and one for tied weights."""
         if node in copied:
             return copied[node]
         target = weights[node.name]
@@ -106,7 +106,7 @@ def _tensor(exported: ExportedProgram, target: str) -> torch.Tensor:
 
 
 def _copy_calls(graph: fx.Graph, module: fx.GraphModule, copied: dict[fx.Node, fx.Node], translate) -> None:  # noqa: ANN001
-    """Copy the calls of a module, those inside a block that changes nothing at inference in the block's place."""
+    """Copy the calls of a module; blocks without effect at inference are inlined."""
     results: dict[fx.Node, Sequence[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.op != "call_function":
@@ -125,7 +125,7 @@ def _copy_calls(graph: fx.Graph, module: fx.GraphModule, copied: dict[fx.Node, f
 
 
 def _block(node: fx.Node) -> int | None:
-    """Where a call holds the graph of a block `with torch.no_grad()` or `with torch.autocast(enabled=False)`, else None."""
+    """The argument index of the graph in a `torch.no_grad()` or `torch.autocast(enabled=False)` call; None for other calls."""
     name = str(node.target)
     if name == "wrap_with_set_grad_enabled":
         return 1
@@ -141,7 +141,7 @@ def _copy_call(graph: fx.Graph, node: fx.Node, translate) -> fx.Node:  # noqa: A
     copied = graph.node_copy(node, translate)
     copied.target = _OF_OTHERS.get(str(node.target), node.target)  # pyright: ignore[reportAttributeAccessIssue]
     copied.meta = {}
-    # A view was possible for the strides of capture; with gradients, or on another device, operators give others.
+    # A view needs the strides seen at capture; with gradients, or on another device, operators return other strides.
     if copied.target is torch.ops.aten.view.default:
         copied.target = torch.ops.aten.reshape.default
     nodes.set_value(copied, node.meta.get("val"))
@@ -163,9 +163,9 @@ def _origin(node: fx.Node) -> Origin:
 
 
 def _written(exported: ExportedProgram, read: set[str]) -> tuple[str, ...]:
-    """The buffers a call writes for the next one: those that are read, too.
+    """The buffers that carry state between calls: those that are written and read.
 
-    A buffer that each call fills anew before it is used, such as the frequencies of longrope, keeps nothing.
+    A buffer that each call overwrites before use, such as the frequencies of longrope, is not state.
     """
     outputs = exported.graph_signature.output_specs
     names = (str(spec.target) for spec in outputs if spec.kind == OutputKind.BUFFER_MUTATION)
@@ -173,9 +173,9 @@ def _written(exported: ExportedProgram, read: set[str]) -> tuple[str, ...]:
 
 
 def _write_outputs(exported: ExportedProgram, graph: fx.Graph, translate, state: Sequence[str]) -> None:  # noqa: ANN001
-    """State writes as `copy_` nodes, then the values the caller gets.
+    """Write state updates as `copy_` nodes, then the outputs.
 
-    Raises: CaptureError when the model changes one of its inputs in place.
+    Raises: CaptureError if the model changes one of its inputs in place.
     """
     results = []
     placeholders = {node.name: node for node in _placeholders(exported)}
@@ -205,10 +205,10 @@ def _plain(leaf: object, spec) -> object:  # noqa: ANN001
 
 
 def _unify_sizes(exported: ExportedProgram) -> None:
-    """Let inputs of equal example size share their batch, and their sequence, which masks of pairs of tokens have twice.
+    """Use one symbol for the batch, and one for the sequence, of inputs with equal example sizes.
 
-    Export leaves two sizes apart when nothing in the graph forces them to be equal, as for a mask that is only
-    indexed; a caller who passed the same size twice means one dimension.
+    Export keeps two symbols if nothing in the graph forces the sizes to be equal, as for a mask that is only indexed; equal
+    example sizes mean one dimension. Masks over pairs of tokens have the sequence twice.
     """
     first: dict[tuple[int, int], sympy.Symbol] = {}
     pairs = zip(exported.graph_signature.input_specs, _placeholders(exported), strict=True)
@@ -218,7 +218,7 @@ def _unify_sizes(exported: ExportedProgram) -> None:
         if not isinstance(size, torch.SymInt) or not isinstance(size.node.expr, sympy.Symbol):
             continue
         symbol, env = size.node.expr, size.node.shape_env
-        # Behind the sequence, a size that no input has as its sequence is on its own, such as height and width.
+        # A later dimension shares a symbol only if its size is some input's sequence; height and width stay separate.
         shared = first.setdefault((index, size.node.hint), symbol) if index < 2 else first.get((1, size.node.hint), symbol)
         if shared != symbol:
             env._set_replacement(symbol, shared, "inputs of equal example size")
@@ -270,13 +270,13 @@ def _dimensions(exported: ExportedProgram, tensors: Sequence[TensorArgument]) ->
             lower = int(bounds.lower) if bounds is not None else 0
             upper = bounds.upper if bounds is not None else None
             maximum = int(upper) if isinstance(upper, sympy.Integer) else None
-            # Tracing treats every size as 2 or more; whether 1 works is found by trying, after this.
+            # Tracing assumes sizes of 2 or more; size 1 is tried later, by `confirm`.
             found[size] = Dimension(name, lower if lower > 2 else 1, maximum)
     return found
 
 
 def _conditions(exported: ExportedProgram, symbols: set[sympy.Symbol]) -> tuple[sympy.Basic, ...]:
-    """Divisibility the model asks of its sizes. Guards that only say a size is not 0 or 1 come from tracing, not from it."""
+    """The divisibility conditions of the model's sizes. Guards against sizes 0 and 1 come from tracing, and are left out."""
     env = fake_mode(exported.graph).shape_env
     guards = [env.simplify(guard.expr) for guard in env.guards] if env else []
     found = [guard for guard in guards if isinstance(guard, sympy.Eq) and "Mod" in str(guard)]

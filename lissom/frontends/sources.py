@@ -1,4 +1,4 @@
-"""What a user may name as a model: a directory, a packaged model, an ONNX file, a model of timm or torchvision."""
+"""Models by name: a directory, a packaged model, an ONNX file, a model of timm or torchvision."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Source:
-    """A model with inputs to capture it with.
+    """A model with example inputs.
 
-    notes: sentences on how the inputs were made, and what the model lacks. checkpoint: what it was read from, with the
-    tokenizer, where it is a model of transformers.
+    notes: sentences on how the inputs were made, and on missing weights. checkpoint: of a transformers model, with its
+    tokenizer.
     """
 
     model: nn.Module
@@ -37,8 +37,8 @@ class Source:
 def load(name: str) -> Source:
     """The model of that name, and example inputs for it.
 
-    Raises: ArtifactError when there is no such model, or it cannot be read; UnsupportedError when a package is missing, or
-        something in the model cannot be brought in.
+    Raises: ArtifactError if there is no such model, or it cannot be read; UnsupportedError if a package is missing, or the
+        model cannot be converted.
     """
     library, colon, model_name = name.partition(":")
     if colon and library in ("timm", "torchvision"):

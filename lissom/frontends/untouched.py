@@ -1,7 +1,7 @@
-"""What keeps a caller's model as it was: capture puts back what a model's forward changed, and programs read its weights only.
+"""Protection of the caller's model: capture restores what a forward changed, and programs only read its weights.
 
-`torch.export` runs a model's own Python with fake tensors. A forward that keeps what it computed, such as a table of
-frequencies in an attribute, leaves a fake tensor in the model, and the model's next answers are wrong.
+`torch.export` runs a model's own Python code with fake tensors. A forward that caches a tensor in an attribute, such as a table
+of frequencies, leaves a fake tensor in the model, and the model's next outputs are wrong.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 @contextmanager
 def untouched(model: nn.Module) -> Generator[None]:
-    """Put back every attribute, parameter, buffer, submodule and training mode of a model and of what is in it.
+    """Restore every attribute, parameter, buffer, submodule and training mode of a model and its submodules.
 
-    Attributes are compared by identity; of lists, dictionaries and sets among them, what they hold is put back as well.
+    Attributes are compared by identity; the items of lists, dictionaries and sets among them are restored too.
 
-    Raises: CaptureError when a tensor that is no buffer was written in place, which cannot be put back.
+    Raises: CaptureError if a tensor that is not a buffer was written in place, which cannot be undone.
     """
-    kept = [_Kept.of(path, module) for path, module in model.named_modules()]
+    snapshots = [_Snapshot.of(path, module) for path, module in model.named_modules()]
     buffers = [(buffer, _version(buffer), buffer.detach().clone()) for buffer in model.buffers()]
-    versions = [(path, tensor, _version(tensor)) for item in kept for path, tensor in item.tensors()]
+    versions = [(path, tensor, _version(tensor)) for item in snapshots for path, tensor in item.tensors()]
     try:
         yield
     finally:
-        for item in kept:
-            item.put_back()
+        for item in snapshots:
+            item.restore()
         for buffer, version, values in buffers:
             if _version(buffer) != version:
                 with torch.no_grad():
@@ -71,7 +71,7 @@ def nothing_registered(model: nn.Module) -> Generator[None]:
 
 
 def _registered(model: nn.Module) -> dict[tuple[str, str, bool], None]:
-    """The buffers, parameters and submodules: what each is, its path, and whether it is saved."""
+    """The buffers, parameters and submodules: kind, path, and whether it is in the state dict."""
     found: dict[tuple[str, str, bool], None] = {}
     for path, module in model.named_modules():
         kinds = {"submodule": module._modules, "parameter": module._parameters, "buffer": module._buffers}
@@ -82,8 +82,8 @@ def _registered(model: nn.Module) -> dict[tuple[str, str, bool], None]:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What a module held. path: its own. attributes: its `__dict__`. held: what the containers among them held."""
+class _Snapshot:
+    """The content of a module. path: of the module. attributes: its `__dict__`. held: copies of the containers among them."""
 
     path: str
     module: nn.Module
@@ -91,20 +91,20 @@ class _Kept:
     held: dict[str, _Container]
 
     @classmethod
-    def of(cls, path: str, module: nn.Module) -> _Kept:
+    def of(cls, path: str, module: nn.Module) -> _Snapshot:
         attributes = dict(module.__dict__)
         containers = {name: value for name, value in attributes.items() if type(value) in _CONTAINERS}
         held = {name: cast(_Container, value).copy() for name, value in containers.items()}
         return cls(path, module, attributes, held)
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
-        """The tensors a forward has no business to write to, by path: parameters and plain attributes, not buffers."""
+        """The tensors a forward must not write, by path: parameters and plain attributes, but not buffers."""
         parameters = {name: value for name, value in self.module._parameters.items() if value is not None}
         found = {**parameters, **{name: value for name, value in self.attributes.items() if isinstance(value, torch.Tensor)}}
         return [(f"{self.path}.{name}".removeprefix("."), tensor) for name, tensor in found.items()]
 
-    def put_back(self) -> None:
-        """Give the module what it held; what did not change is not written, as another thread may be running the model."""
+    def restore(self) -> None:
+        """Restore the module; unchanged attributes are not written, because another thread may be running the model."""
         now = self.module.__dict__
         for name in now.keys() - self.attributes.keys():
             del now[name]
@@ -116,7 +116,7 @@ class _Kept:
 
 
 def _refill(container: _Container, before: _Container) -> None:
-    """Give a container what it held."""
+    """Restore the items of a container."""
     if len(container) == len(before) and all(map(is_, _objects(container), _objects(before))):
         return
     container.clear()
@@ -127,20 +127,19 @@ def _refill(container: _Container, before: _Container) -> None:
 
 
 def _objects(container: _Container) -> Iterator[object]:
-    """What a container holds, in order; keys and values of a dictionary."""
+    """The items of a container in order; for a dictionary its keys and values."""
     return chain(container, container.values()) if isinstance(container, dict) else iter(container)
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written in place; tensors made under inference mode do not count."""
+    """PyTorch's count of in-place writes to a tensor; 0 for inference tensors, which have no counter."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def alias(weight: torch.Tensor) -> torch.Tensor:
-    """Another tensor in a weight's memory that requires no gradient, for a program to read.
+    """A tensor that shares a weight's memory and requires no gradient, for a program to read.
 
-    It is a parameter where the weight is one that can be trained: `Program.trainable` copies these, and makes them require
-    gradients.
+    It is a parameter if the weight is a trainable one: `Program.trainable` copies these, and makes them require gradients.
     """
     plain = ordinary(weight.detach())
     trained = isinstance(weight, nn.Parameter) and weight.requires_grad
@@ -148,7 +147,7 @@ def alias(weight: torch.Tensor) -> torch.Tensor:
 
 
 def ordinary(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or one in its memory that autograd may see too where it was made under inference mode."""
+    """The tensor; for an inference tensor, a normal one that shares its memory, so that autograd accepts it."""
     if not tensor.is_inference():
         return tensor
     if torch.is_inference_mode_enabled():

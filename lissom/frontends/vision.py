@@ -1,4 +1,4 @@
-"""Vision transformers of timm and torchvision, by name, with random weights and inputs of the size they are made for."""
+"""Vision transformers of timm and torchvision, by name, with random weights and inputs of their own size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = 2
 def load_timm(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A model of timm and two pictures of the size in its own configuration.
 
-    Raises: ArtifactError for a name timm does not know; UnsupportedError when timm is not installed.
+    Raises: ArtifactError for a name timm does not know; UnsupportedError if timm is not installed.
     """
     timm = _package("timm")
     known: list[str] = timm.list_models()
@@ -35,9 +35,9 @@ def load_timm(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def load_torchvision(name: str) -> tuple[nn.Module, torch.Tensor]:
-    """A model of torchvision and two pictures of the size its weights were trained at, 224 x 224 where it names none.
+    """A model of torchvision and two pictures of the size its weights were trained at, by default 224 x 224.
 
-    Raises: ArtifactError for a name torchvision does not know; UnsupportedError when torchvision is not installed.
+    Raises: ArtifactError for a name torchvision does not know; UnsupportedError if torchvision is not installed.
     """
     models = importlib.import_module(f"{_package('torchvision').__name__}.models")
     known: list[str] = models.list_models()
@@ -45,16 +45,16 @@ def load_torchvision(name: str) -> tuple[nn.Module, torch.Tensor]:
         hint = nearest(name, known) or "; torchvision.models.list_models() lists what it has"
         raise ArtifactError(f"torchvision has no model '{name}'{hint}")
     size = _crop_size(models.get_model_weights(name))
-    # Detection and segmentation would fetch the weights of their backbone over the network.
+    # Detection and segmentation models would download the weights of their backbone.
     takes_backbone = "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters
     options = {"weights_backbone": None} if takes_backbone else {}
     return models.get_model(name, weights=None, **options).eval(), _pictures(3, *size)
 
 
 def _crop_size(weights) -> tuple[int, int]:  # noqa: ANN001
-    """The size pictures are cropped to for the first weights of a model."""
+    """The crop size in the transforms of a model's first weights."""
     first = next(iter(weights), None)
-    # Those of detection are a class without options.
+    # The transforms of detection models are a class without options.
     options = getattr(first.transforms, "keywords", {}) if first is not None else {}
     size = options.get("crop_size", 224)
     return (size, size) if isinstance(size, int) else tuple(size)

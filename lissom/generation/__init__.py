@@ -1,4 +1,4 @@
-"""Generation: causal language models compiled with their cache, for `generate` of transformers and for loops of one's own."""
+"""Generation: causal language models compiled with their KV cache, for transformers' `generate` and for your own loops."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def compile_generation(
     simulate: bool = False,
     progress: Progress | None = None,
 ) -> GenerationModel:
-    """Optimize a causal language model of transformers for generation: one program with the cache as its state.
+    """Optimize a causal language model of transformers for generation: one program with the KV cache as its state.
 
-    The model itself is left as it was, and its weights are shared until a pass changes one.
+    The model itself is not modified. The result shares its weights until a pass changes one.
 
-    max_length: how many tokens the cache holds, prompt and answer together. batch: how many sequences are read at once, beams
-        counted. all_logits: give the logits behind every token of a call, which assisted decoding needs.
-    passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and in the last layer only the
-        last token's share of a prompt is computed.
-    data: token ids [rows, tokens], or what a tokenizer gives, for passes that calibrate.
-    metric: scores a callable that takes input_ids and attention_mask of `batch` rows and gives the next token's logits.
+    max_length: the capacity of the KV cache in tokens, prompt and answer together. batch: the number of sequences, beams
+        included. all_logits: return the logits of every token of a call, which assisted decoding needs.
+    passes: as for `compile`; the recipe `generation` always comes first: the canonical form, and a last layer that computes
+        only the last token of a prompt.
+    data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate.
+    metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits.
     backend, world_size, device, checks, max_drop, only_if_faster, simulate, progress: as for `compile`.
 
-    Raises: UnsupportedError when it is no causal language model of transformers; CaptureError when it is compiled, or a line
-        of it cannot be captured; InputError when max_length or batch do not
-        fit it; and what `compile` raises.
+    Raises: UnsupportedError if the model is not a causal language model of transformers; CaptureError if it is already
+        compiled, or a line of it cannot be captured; InputError if max_length or batch do not fit it; and the errors of
+        `compile`.
 
     >>> import torch, lissom
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -121,8 +121,8 @@ def load_generation(
 ) -> GenerationModel:
     """The decoder that `save` wrote, its weights mapped from the file. Nothing is unpickled. Arguments as for `load`.
 
-    Raises: ArtifactError when the directory holds no decoder, was changed or damaged, or does not run here; UnsupportedError
-        for a device or a package that is not there.
+    Raises: ArtifactError if the directory holds no decoder, was changed or damaged, or does not run here; UnsupportedError
+        for a missing device or package.
     """
     try:
         from lissom.generation.saved import load
@@ -132,19 +132,19 @@ def load_generation(
 
 
 def _with_recipe(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
-    """The recipe `generation`, then what was asked for beyond the canonical form."""
+    """The recipe `generation`, then the requested passes without the canonical form."""
     wanted, exact, recipe = resolve_passes(passes), resolve_passes("exact"), resolve_passes("generation")
     start = len(recipe) if wanted[: len(recipe)] == recipe else len(exact)
     return [*recipe, *wanted[start:]]
 
 
 def _named(data: Iterable[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> Iterable[Inputs]:
-    """Calibration texts as the program's inputs."""
+    """Calibration texts as inputs of the program."""
     return [dict(zip(INPUTS, sample, strict=True)) for sample in prompts(list(data), batch, max_length)]
 
 
 def _scorer(metric: Callable[[NextToken], float] | None, batch: int, max_length: int) -> Metric | None:
-    """The caller's metric, which knows nothing of caches, for a program that has one."""
+    """The caller's metric, which scores a function without a KV cache, as a metric of a program with one."""
     if metric is None:
         return None
 

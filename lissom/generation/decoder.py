@@ -1,4 +1,4 @@
-"""A compiled decoder as it is called: it keeps what was read so far, and gives the logits of what comes next."""
+"""A compiled decoder: keeps the KV cache between calls, and returns the logits of the next token."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lissom.runtime.hosted_model import FixedModule
 
 
 class Decoder(FixedModule):
-    """A causal language model with its cache, which every call fills further.
+    """A causal language model with its KV cache; every call appends its tokens to the cache.
 
-    program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
-    batch: how many sequences are read at once. max_length: how many tokens the cache holds. length: how many it holds now.
-    all_logits: whether a call gives the logits of each of its tokens, not of the last alone.
+    program: the optimized program. report: what every step did; prints as a table. backend: the name of the backend.
+    batch: the number of sequences. max_length: the capacity of the cache in tokens. length: the tokens it holds now.
+    all_logits: a call returns the logits of all its tokens, not only of the last.
 
-    A decoder is one conversation: calls from several threads would share its cache.
+    A decoder holds one conversation: calls from several threads would share its cache.
     """
 
     def __init__(self, compiled: CompiledModel) -> None:
@@ -49,28 +49,28 @@ class Decoder(FixedModule):
         return self.compiled.backend
 
     def step(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Read tokens behind those read before; the logits of what follows the last, [batch, vocabulary].
+        """Append tokens to the KV cache; returns the logits of the next token, [batch, vocabulary].
 
-        input_ids: [batch, tokens], the whole prompt or a single token. attention_mask: [batch, tokens], 0 for padding, which
-        stands left of a prompt. With all_logits the logits behind every token, [batch, tokens, vocabulary].
+        input_ids: [batch, tokens], the whole prompt or a single token. attention_mask: [batch, tokens], 0 for padding, on the
+        left of a prompt. With all_logits it returns the logits of every token, [batch, tokens, vocabulary].
 
-        Raises: InputError when the batch is another, the cache is full, or a token is not in the vocabulary. What was read
-            before stays as it was then.
+        Raises: InputError if the batch size differs, the cache is full, or a token id is out of range. The cache is then
+            unchanged.
         """
         logits = self._read(input_ids, attention_mask)
         return logits if self.all_logits else logits[:, -1]
 
     def reset(self) -> None:
-        """Forget everything read: the next call begins anew."""
+        """Empty the KV cache."""
         self.length = 0
         if self._padded:
             self._mask.fill_(1)
             self._padded = False
 
     def crop(self, length: int) -> None:
-        """Forget what was read behind the first `length` tokens.
+        """Keep only the first `length` tokens of the KV cache.
 
-        Raises: InputError when fewer were read.
+        Raises: InputError if it holds fewer.
         """
         if not isinstance(length, int) or not 0 <= length <= self.length:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
@@ -80,9 +80,9 @@ class Decoder(FixedModule):
         self._mask[:, length:] = 1
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Let row i go on from what row `rows[i]` has read, [batch], as beam search needs.
+        """Replace the KV cache of row i by that of row `rows[i]`, for beam search. rows: [batch].
 
-        Raises: InputError for rows that are not there.
+        Raises: InputError for a row index out of range.
         """
         if not isinstance(rows, torch.Tensor) or rows.dtype not in (torch.int32, torch.int64) or rows.shape != (self.batch,):  # pyright: ignore
             raise InputError(f"rows is {rows!r:.80}; give a tensor of {self.batch} row numbers, one for each row")
@@ -96,13 +96,13 @@ class Decoder(FixedModule):
             filled.copy_(filled[rows])
 
     def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """The logits of a call, [batch, tokens or 1, vocabulary]. One that fails hides no token from the next.
+        """The logits of a call, [batch, tokens or 1, vocabulary]. A call that fails leaves the padding mask unchanged.
 
         Raises: InputError.
         """
         with self.compiled.refusals():
             tokens = self._check(input_ids)
-        # Embeddings take ids of 32 bits as well as of 64, and a program is captured with 64.
+        # Embeddings take int32 and int64 ids, and the program is captured with int64.
         ids = input_ids if input_ids.dtype is torch.int64 else input_ids.to(torch.int64)
         if attention_mask is None:
             return self._run(ids, tokens)
@@ -117,13 +117,13 @@ class Decoder(FixedModule):
             raise
 
     def _check(self, input_ids: torch.Tensor) -> int:
-        """How many tokens a call brings. Raises: InputError."""
+        """The number of tokens of a call. Raises: InputError."""
         if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int32, torch.int64):  # pyright: ignore
             kind = str(input_ids.dtype) if isinstance(input_ids, torch.Tensor) else f"a {type(input_ids).__name__}"  # pyright: ignore
             raise InputError(f"input_ids is {kind}; give a tensor of token ids, torch.int64 or torch.int32")
         if input_ids.device != self.device or input_ids.layout is not torch.strided or input_ids.is_nested:
             kind = f"on {input_ids.device}" if input_ids.device != self.device else "not dense"
-            raise InputError(f"input_ids is {kind}, and this decoder reads dense tensors on {self.device}; pass them so")
+            raise InputError(f"input_ids is {kind}, and this decoder reads dense tensors on {self.device}; pass such a tensor")
         shape = input_ids.shape
         if len(shape) != 2 or shape[0] != self.batch:
             raise InputError(
@@ -138,7 +138,7 @@ class Decoder(FixedModule):
         return shape[1]
 
     def _hide(self, attention_mask: torch.Tensor, tokens: int) -> None:
-        """Note which places hold padding; the mask is that of the new tokens, or of all so far. Raises: InputError."""
+        """Record the padding positions. attention_mask: of the new tokens, or of all tokens so far. Raises: InputError."""
         start, end = self.length, self.length + tokens
         if not isinstance(attention_mask, torch.Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(
@@ -180,11 +180,11 @@ def _logits(program: Program) -> TensorType:
 
 
 def prompts(batches: Sequence[torch.Tensor | Mapping[str, object]], batch: int, max_length: int) -> list[Sample]:
-    """Texts as inputs of a decoder that has read nothing: row by row without their padding, `batch` at a time.
+    """Texts as inputs of a decoder with an empty KV cache: rows without their padding, `batch` at a time.
 
-    batches: token ids, [rows, tokens], or what a tokenizer gives: with an attention_mask.
+    batches: token ids, [rows, tokens], or the output of a tokenizer, with an attention_mask.
 
-    Raises: InputError when a batch holds no token ids.
+    Raises: InputError if a batch holds no token ids.
     """
     rows: list[torch.Tensor] = []
     for given in batches:
@@ -198,7 +198,7 @@ def prompts(batches: Sequence[torch.Tensor | Mapping[str, object]], batch: int, 
             )
         kept = mask.bool() if isinstance(mask, torch.Tensor) else torch.ones_like(ids, dtype=torch.bool)
         rows += [row[seen][:max_length] for row, seen in zip(ids, kept, strict=True) if bool(seen.any())]
-    # The last rows are filled up with the first.
+    # The last group is filled up with the first rows.
     groups = ([rows[(first + item) % len(rows)] for item in range(batch)] for first in range(0, len(rows), batch))
     return [_left_padded(group, max_length) for group in groups]
 

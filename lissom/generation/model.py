@@ -1,4 +1,4 @@
-"""A compiled decoder in `generate` of transformers: sampling, beams, streamers, stopping criteria, logits processors."""
+"""A compiled decoder with transformers' `generate`: sampling, beams, streamers, stopping criteria, logits processors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class GenerationModel(Decoder, GenerationMixin):
-    """A compiled decoder that generates as the model it came from does.
+    """A compiled decoder with the `generate` method of the original model.
 
-    config, generation_config: those of the model. cache: what stands for the cache in `generate`; handing it to `generate` as
-    `cache=` goes on from what was read.
+    config, generation_config: those of the model. cache: the KV cache as `generate` sees it; `generate(cache=decoder.cache)`
+    continues the cached text.
 
-    `generate` starts with an empty cache unless it is given this one. Its class has the name of the model's, and a pipeline of
-    transformers takes it in the model's place.
+    `generate` starts with an empty cache unless it is given this one. Its class has the name of the model's class, and a
+    transformers pipeline takes it in place of the model.
     """
 
     main_input_name: ClassVar[str] = "input_ids"
@@ -53,12 +53,12 @@ class GenerationModel(Decoder, GenerationMixin):
         return_dict: bool = True,
         **others: object,
     ) -> CausalLMOutputWithPast:
-        """What transformers calls: logits [batch, tokens, vocabulary] behind the last token, or behind all with all_logits.
+        """The forward of transformers: logits [batch, 1, vocabulary] of the last token, with all_logits of all tokens.
 
-        attention_mask: [batch, tokens read before and now], 0 for padding. cache: this decoder's own, to read behind what it
-        holds; without, it is emptied first.
+        attention_mask: [batch, cached and new tokens], 0 for padding. cache: this decoder's own, to append to it; without it,
+        the KV cache is emptied first.
 
-        Raises: InputError as `step` does; UnsupportedError for what a compiled decoder does not give.
+        Raises: InputError as `step`; UnsupportedError for inputs and outputs that a compiled decoder does not have.
         """
         wanted = [name for name, value in others.items() if value is not None and value is not False]
         if wanted:
@@ -80,11 +80,11 @@ class GenerationModel(Decoder, GenerationMixin):
     def save(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Write a directory that `lissom.load_generation` reads: the program, and the model's configuration as JSON.
 
-        It is written whole or not at all; a decoder that is there already is replaced.
+        It is written completely or not at all; an existing decoder is replaced.
 
-        tokenizer: saved beside it, for those who load it to have.
+        tokenizer: saved in the same directory.
 
-        Raises: ArtifactError when the directory cannot be written; UnsupportedError when the backend cannot be saved.
+        Raises: ArtifactError if the directory cannot be written; UnsupportedError if the backend cannot be saved.
         """
         save(self, check_path(directory), tokenizer)
 
@@ -99,7 +99,7 @@ class GenerationModel(Decoder, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         **kwargs: object,
     ) -> dict[str, Any]:
-        """The tokens that are new, and the mask of all: the program has its positions from these."""
+        """The new tokens, and the mask of all tokens, from which the program computes positions."""
         ids = input_ids if next_sequence_length is None else input_ids[:, -next_sequence_length:]
         forwarded = {key: value for key, value in kwargs.items() if key not in ("is_first_iteration", "labels")}
         return {"input_ids": ids, "cache": cache, "attention_mask": attention_mask, **forwarded}
@@ -112,7 +112,7 @@ class GenerationModel(Decoder, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Give `generate` this decoder's cache, emptied unless the caller handed it over. Raises: InputError."""
+        """Give `generate` this decoder's cache, emptied unless the caller passed it. Raises: InputError."""
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if batch_size * copies != self.batch:
             beams = f" with {copies} beams or samples each" if copies > 1 else ""
@@ -146,14 +146,14 @@ class GenerationModel(Decoder, GenerationMixin):
 
 
 class DecoderCache(Cache):
-    """The cache of a compiled decoder as transformers asks for one: its length, its order, and what to forget."""
+    """The KV cache of a compiled decoder with transformers' interface: length, reordering, cropping."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__(layers=[_Layer(decoder)])
 
 
 class _Layer(CacheLayerMixin):
-    """All layers of a decoder's cache; the tensors themselves are the program's."""
+    """All layers of a decoder's KV cache; the program owns the tensors."""
 
     is_compileable = False
     is_croppable = True
@@ -167,7 +167,7 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the program has its state."""
+        """Does nothing: the program has its state."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object) -> Any:
         raise UnsupportedError("the cache of a compiled decoder is filled by the decoder alone; call the decoder")
@@ -185,14 +185,14 @@ class _Layer(CacheLayerMixin):
         self._decoder.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; transformers gives their number below zero."""
+        """Remove the last tokens; transformers passes their number as a negative one."""
         self._decoder.crop(self._decoder.length - abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._decoder.reorder(beam_idx)
 
     def offload(self) -> None:
-        """Nothing: the state stays where the program runs."""
+        """Does nothing: the state stays on the program's device."""
 
     def prefetch(self) -> None:
-        """Nothing, as it never left."""
+        """Does nothing: the state was never offloaded."""

@@ -1,4 +1,4 @@
-"""A decoder made ready for a text to go on from: loaded, or compiled for it, with its tokenizer."""
+"""A decoder for a prompt, loaded or compiled, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: bool = False) -> Prompted:
-    """A saved decoder with its tokenizer, and the prompt's tokens."""
+    """A saved decoder, its tokenizer, and the prompt's tokens."""
     decoder = load_generation(model, device, allow_native=allow_native)
-    # Its files are among those that were checked.
+    # Loading the decoder checked the tokenizer's files too.
     tokenizer = tokenizer_of(Path(model))
     return decoder, tokenizer, read_prompt(prompt, tokenizer, decoder.max_length)
 
@@ -35,7 +35,7 @@ def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: 
 def compile_prompted(
     model: str, prompt: str, max_new_tokens: int, passes: str, backend: str, device: str | None, checks: str
 ) -> Prompted:
-    """A model compiled for a prompt and its answer, with its tokenizer, and the prompt's tokens."""
+    """A model compiled with a KV cache for prompt and answer, its tokenizer, and the prompt's tokens."""
     check_options(checks)  # pyright: ignore[reportArgumentType]
     pipeline, source = resolve_passes(passes), load(model)
     tokenizer = source.checkpoint.tokenizer if source.checkpoint else None

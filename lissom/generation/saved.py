@@ -1,4 +1,4 @@
-"""A saved decoder read again: an artifact of its program, which holds the configuration and the tokenizer too."""
+"""Loading a saved decoder: an artifact that also holds the configuration and the tokenizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load(directory: Path, device: str | torch.device | None, backend: str | Back
     for note in loaded.notes:
         warnings.warn(note, stacklevel=3)
     config = _read(directory / CONFIG, loaded.files, _config)
-    # As transformers sets it: pipelines look for what else belongs to the model there.
+    # As transformers does: pipelines look for the tokenizer and other files of the model there.
     config._name_or_path = str(directory)
     generation = _read(directory / GENERATION, loaded.files, GenerationConfig.from_dict)
     return GenerationModel(compiled_from(loaded), config, generation)
@@ -53,16 +53,16 @@ def _config(fields: dict[str, Any]) -> Any:
 
 
 def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, Any]], Made]) -> Made:
-    """What transformers makes of a file of JSON, whose bytes are those that the manifest names. Raises: ArtifactError."""
+    """The object transformers makes of a JSON file, whose hash is checked first. Raises: ArtifactError."""
     if path.name not in files:
         raise ArtifactError(f"'{path.parent}' holds no saved decoder: it has no {path.name}; save the decoder again")
-    # A configuration may hold an infinity, or a length that stands for none.
+    # A configuration may hold infinities, and a very large length that means no limit.
     fields = parse_json(verified_bytes(path, files[path.name]), path, any_number=True)
     try:
         if not isinstance(fields, dict):
-            raise ValueError(f"{shown(fields)} is no table")
+            raise ValueError(f"{shown(fields)} is not a table")
         return make(cast("dict[str, Any]", fields))
-    # What transformers says of values that are of another kind than it reads.
+    # The errors transformers raises for values of a wrong type.
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError(f"'{path}' holds a configuration transformers cannot read: {first}") from error

@@ -1,4 +1,4 @@
-"""Text token by token, with how long the prompt and the answer took."""
+"""Text token by token, with the time of prefill and decode."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 _UNFINISHED = "�"
 _COLDEST = 1e-30
-"""Logits divided by less are infinite, and softmax of two infinities is NaN; here the likeliest token is drawn already."""
+"""The lowest temperature: below it the scaled logits overflow and softmax is NaN; here it already picks the likeliest token."""
 
 
 @dataclass
 class Speed:
-    """How long a text took. prompt, answer: tokens; the first token of an answer comes with the prompt."""
+    """Time of a generated text. prompt, answer: tokens; the first token of the answer comes from the prefill."""
 
     prompt: int = 0
     prompt_seconds: float = 0.0
@@ -44,14 +44,14 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 def read_prompt(text: str, tokenizer: PreTrainedTokenizerBase, longest: int | None) -> torch.Tensor:
-    """The tokens of a prompt, [1, tokens]. longest: how many can be read; None for any number.
+    """The tokens of a prompt, [1, tokens]. longest: the most tokens allowed; None for no limit.
 
-    Raises: InputError when there are none, or more.
+    Raises: InputError if there are none, or more than `longest`.
     """
     ids = torch.tensor([tokenizer(text).input_ids], dtype=torch.int64)
     count = ids.shape[1]
     if count == 0:
-        raise InputError("the prompt has no tokens; give a text to go on from")
+        raise InputError("the prompt has no tokens; give a text to continue")
     if longest is not None and count > longest:
         raise InputError(f"the prompt is {count} tokens, and {longest} can be read at most; shorten it")
     return ids
@@ -67,15 +67,17 @@ def stream_tokens(
     seed: int = 0,
     speed: Speed | None = None,
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, [1, tokens], one by one; the decoder forgets what it read before.
+    """The tokens that follow a prompt, [1, tokens], one by one; the KV cache is emptied first.
 
-    temperature: 0 takes the likeliest token, above it tokens are drawn from softmax(logits / temperature). stop: tokens that
-    end the text, not given. speed: filled while the tokens come.
+    temperature: 0 takes the likeliest token; above 0 tokens are sampled from softmax(logits / temperature). stop: tokens that
+    end the text; they are not yielded. speed: updated with every token.
 
-    Raises: InputError when the decoder reads several sequences at once, or a number is out of range.
+    Raises: InputError if the decoder's batch is not 1, or a number is out of range.
     """
     if decoder.batch != 1:
-        raise InputError(f"the decoder reads {decoder.batch} sequences at once, and a text is streamed from one: batch=1")
+        raise InputError(
+            f"the decoder reads {decoder.batch} sequences at once, and streaming needs one; compile it with batch=1"
+        )
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise InputError(f"temperature is {temperature:g} and max_new_tokens {max_new_tokens}; give 0 or more, and 1 or more")
     if not -(1 << 63) <= seed < 1 << 64:
@@ -95,7 +97,7 @@ def stream_tokens(
         speed.answer, speed.answer_seconds = count, spent + time.perf_counter() - started
         spent = speed.answer_seconds
         yield int(token)
-        started = time.perf_counter()  # what the reader does with a token does not count
+        started = time.perf_counter()  # the consumer's time between tokens does not count
         if count < max_new_tokens:
             token = _choose(decoder.step(token), temperature, draw)
 
@@ -109,7 +111,7 @@ def _choose(logits: torch.Tensor, temperature: float, draw: torch.Generator) -> 
 
 
 def stream_text(tokens: Iterator[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The text of tokens as far as it is certain: a letter of several bytes comes with its last."""
+    """The text of the tokens, piece by piece; a character of several bytes is yielded when it is complete."""
     found: list[int] = []
     shown = ""
     for token in tokens:

@@ -1,1 +1,1 @@
-"""Reading only: tables, diffs, timings and progress for people."""
+"""Inspection without changes: tables, diffs, timings and progress."""

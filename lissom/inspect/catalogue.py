@@ -1,4 +1,4 @@
-"""What there is to choose from: all passes in groups, and one pass with its options and an example."""
+"""The catalogue of passes: all passes in groups, and one pass with its options and an example."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "Canonical form, first in every compile": ("canonical",),
     "Lowering, last in every compile and chosen by the backend": ("lowering",),
 }
-"""The groups of passes, in the order of the survey, by the folders of `lissom.passes` that hold them."""
+"""The groups of passes, each with the folders of `lissom.passes` that hold them."""
 OTHER = "From other packages"
 
 _EXACT = ("rewrite", "annotation")
@@ -59,14 +59,14 @@ _EXAMPLES = {
     "shard": "shard{world_size=2},partition",
     "partition": "shard{world_size=2},partition",
 }
-"""Pipelines that show a pass with an option or with its usual companions; of any other pass, its name alone is one."""
+"""Example pipelines with an option or with the usual companions of a pass; for any other pass, its name alone."""
 _CALIBRATED = {"prune-layers", "prune-hidden", "smooth-quant", "awq", "gptq", "correct-bias"}
 """The passes whose examples need calibration data."""
 _LONGEST_NAME = 29
 
 
 def grouped(passes: Mapping[str, type[Pass]]) -> dict[str, dict[str, type[Pass]]]:
-    """The passes by group; within a group lossy ones come first, else the order stays."""
+    """The passes by group; within a group lossy ones come first, otherwise the order is kept."""
     titles = {room: title for title, rooms in GROUPS.items() for room in rooms}
     found: dict[str, dict[str, type[Pass]]] = {title: {} for title in (*GROUPS, OTHER)}
     for name, item in sorted(passes.items(), key=lambda pair: pair[1].kind in _EXACT):
@@ -82,7 +82,7 @@ def passes_table(passes: Mapping[str, type[Pass]], recipes: Mapping[str, str]) -
         title: {name + ("" if item.kind in _EXACT else " *"): first_line(item) for name, item in members.items()}
         for title, members in grouped(passes).items()
     }
-    # With a space behind each comma, lines break between passes.
+    # With a space after each comma, lines break between passes.
     groups["Recipes"] = {name: pipeline.replace(",", ", ") for name, pipeline in recipes.items()}
     parts: list[RenderableType] = []
     for title, rows in groups.items():
@@ -108,14 +108,14 @@ def pass_page(item: type[Pass]) -> RenderableType:
         for name, takes, default, meaning in option_rows(item):
             table.add_row(name, Text(takes), Text(default), Text(meaning))
         parts += [Text(), table]
-    # Only `show` takes programs for several ranks apart from a backend that runs them.
+    # Only `show` prints programs for several ranks without running them.
     command = "show" if ".parallel." in item.__module__ else "compile"
     data = " --data texts.txt" if item.name() in _CALIBRATED else ""
     return Group(*parts, Text(f"\nExample: lissom {command} minilm --passes '{example_of(item.name())}'{data}"))
 
 
 def option_rows(item: type[Pass]) -> list[tuple[str, str, str, str]]:
-    """Each option with what it takes, its default as pipeline text (`required` without one), and its meaning."""
+    """Each option with its type, its default as pipeline text (`required` without one), and its meaning."""
     documented: dict[str, str] = {}
     for base in reversed(item.__mro__):
         documented |= _meanings(python_inspect.getdoc(base) or "")
@@ -127,7 +127,7 @@ def option_rows(item: type[Pass]) -> list[tuple[str, str, str, str]]:
 
 
 def example_of(name: str) -> str:
-    """Pipeline text that shows the pass."""
+    """An example pipeline with the pass."""
     return _EXAMPLES.get(name, name)
 
 
@@ -137,6 +137,6 @@ def first_line(item: object) -> str:
 
 
 def _meanings(docstring: str) -> dict[str, str]:
-    """What a docstring says of each field: `keep: the fraction …`, with the indented lines that go on."""
+    """The description of each field in a docstring: `keep: the fraction …`, with indented continuation lines."""
     found = re.findall(r"^(\w+): (.*(?:\n[ ]+\S.*)*)", docstring, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in found}

@@ -1,4 +1,4 @@
-"""Rows of a table that differ in the number of their layer alone, as one row."""
+"""Merging table rows that differ only in their layer number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = tuple[str, ...]
 
 
 def fold_rows(rows: Sequence[Row], label: int = 0) -> list[Row]:
-    """The rows, those that are equal but for the first number in their label as one: `encoder.layer.0-5 ×6`.
+    """The rows, with those that differ only in the first number of their label merged: `encoder.layer.0-5 ×6`.
 
     label: the column that names the layer.
     """

@@ -1,4 +1,4 @@
-"""What this machine can do at most: matrix products in three types and memory bandwidth, measured once and kept in a file."""
+"""The ceilings of this machine: matrix products in three dtypes and memory bandwidth, measured once and kept in a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ISA = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2", "svei8mm", "svebf16"),
 )
-"""Instruction sets that matter for products of matrices, as Linux names them."""
+"""Instruction sets for matrix products, as Linux names them."""
 _SIDES = (1024, 2048, 4096)
 _LEAST_STREAM_BYTES = 256 << 20
 _MOST_STREAM_BYTES = 2 << 30
@@ -37,7 +37,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Ceiling:
-    """A rate in units of 10⁹ a second: the median of several runs, the middle half of them, and what was run."""
+    """A rate in 10⁹ per second: the median of several runs, their quartiles, and a description of the run."""
 
     median: float
     low: float
@@ -47,9 +47,9 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Of one device: operations a second in products of matrices, and bytes a second between memory and its cores.
+    """The ceilings of one device: operations per second of matrix products, and bytes per second of memory bandwidth.
 
-    bf16 and int8 are None where PyTorch has no such product.
+    bf16 and int8 are None if PyTorch has no such product.
     """
 
     name: str
@@ -63,9 +63,9 @@ class Ceilings:
 class Machine:
     """A machine and its ceilings.
 
-    cores: physical cores this process may use. threads: those PyTorch uses. isa: those of `ISA` the processor has.
-    l1d_bytes, l2_bytes: caches of one core; l3_bytes: the cache cores share; None where the system does not tell.
-    torch: its version. measured: the day, in ISO form. devices: CUDA devices in their order.
+    cores: physical cores this process may use. threads: PyTorch's threads. isa: the entries of `ISA` the processor has.
+    l1d_bytes, l2_bytes: caches of one core; l3_bytes: the shared cache; None if the system does not report them.
+    torch: its version. measured: the date, in ISO format. devices: CUDA devices in their order.
     """
 
     cores: int
@@ -85,10 +85,10 @@ class Machine:
 
 
 def measure_machine(seconds: float = 1.0, progress: Report | None = None) -> Machine:
-    """Measure this machine with PyTorch's own kernels and its present number of threads.
+    """Measure this machine with PyTorch's own kernels and its current number of threads.
 
-    seconds: how long to run each product at each size. progress: called with the device measured now, how many are done, of how
-        many.
+    seconds: how long to run each product at each size. progress: called with the current device, the number of devices done,
+        and the total.
     """
     caches = cache_bytes()
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -126,9 +126,9 @@ def _ceilings(device: torch.device, seconds: float) -> Ceilings:
 
 
 def _product_ceiling(product: Callable[[int], Call], name: str, seconds: float) -> Ceiling | None:
-    """The best median over sizes, each eight times the work of the one before; None where the product does not exist.
+    """The best median over sizes, each eight times the work of the previous; None if the product does not exist.
 
-    No size is tried whose calls would be expected to take longer than `seconds`.
+    Sizes whose calls are expected to take longer than `seconds` are skipped.
     """
     found: list[Ceiling] = []
     for side in _SIDES:
@@ -143,7 +143,7 @@ def _product_ceiling(product: Callable[[int], Call], name: str, seconds: float) 
 
 
 def float_product(dtype: torch.dtype, device: torch.device) -> Callable[[int], Call]:
-    """For a side n, a call that multiplies [n, n] with the weight [n, n] of a linear layer."""
+    """For a side n, a call that multiplies [n, n] by the weight [n, n] of a linear layer."""
 
     def product(side: int) -> Call:
         x, weight = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
@@ -153,7 +153,7 @@ def float_product(dtype: torch.dtype, device: torch.device) -> Callable[[int], C
 
 
 def onednn_product(side: int) -> Call:
-    """The same in int8: uint8 activations, an int8 weight packed beforehand, float32 out, all scales 1 and zero points 0.
+    """The same in int8: uint8 activations, an int8 weight packed in advance, float32 output, scales 1 and zero points 0.
 
     Activations are uint8 because int8 ones were hundreds of times slower on AVX-512 without AMX (torch 2.13).
     """
@@ -166,7 +166,7 @@ def onednn_product(side: int) -> Call:
 
 
 def int_product(side: int, device: torch.device = _CPU) -> Call:
-    """The same in int8 with int32 out, by the one operator every device may have."""
+    """The same in int8 with int32 output, by the operator that all devices may support."""
     x, weight = (_integers(side, torch.int8, device) for _ in range(2))
     return lambda: torch.ops.aten._int_mm(x, weight.T)
 
@@ -176,7 +176,7 @@ def _integers(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tens
 
 
 def _memory_ceiling(device: torch.device, seconds: float) -> Ceiling:
-    """The better of reading and of copying more than any cache holds; a copy moves each byte twice."""
+    """The higher rate of reading and of copying more than any cache holds; a copy moves each byte twice."""
     size = max(_LEAST_STREAM_BYTES, min(2 * shared_cache_bytes(), _MOST_STREAM_BYTES))
     source = torch.zeros(size // 4, device=device).fill_(1.0)
     target = torch.empty_like(source).fill_(0.0)
@@ -210,14 +210,14 @@ def core_count() -> int:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those of `ISA` the processor has; none where the system does not tell."""
+    """The entries of `ISA` the processor has; none if the system does not report them."""
     lines = next(iter(_processors()), {})
     flags = (lines.get("flags") or lines.get("Features") or "").split()
     return tuple(name for name in ISA if name in flags)
 
 
 def cache_bytes() -> dict[str, int]:
-    """The sizes of the caches the first core sees: L1d, L2, L3, as far as the system tells."""
+    """The cache sizes of the first core: L1d, L2, L3, as far as the system reports them."""
     found: dict[str, int] = {}
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         with suppress(OSError, ValueError):
@@ -228,7 +228,7 @@ def cache_bytes() -> dict[str, int]:
 
 
 def shared_cache_bytes() -> int:
-    """The L3 caches of all cores together, 0 where the system does not tell: a large processor has several."""
+    """The total size of all L3 caches, of which a large processor has several; 0 if the system does not report them."""
     sharers: set[str] = set()
     for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index3/shared_cpu_list"):
         with suppress(OSError):
@@ -237,7 +237,7 @@ def shared_cache_bytes() -> int:
 
 
 def _processors() -> list[dict[str, str]]:
-    """The blocks of /proc/cpuinfo; none elsewhere than on Linux."""
+    """The blocks of /proc/cpuinfo; none on other systems than Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -247,9 +247,9 @@ def _processors() -> list[dict[str, str]]:
 
 
 def cache_path() -> Path:
-    """Where this machine's ceilings are kept: one file for each processor, number of threads and version of PyTorch.
+    """The file of this machine's ceilings: one for each processor, number of threads and version of PyTorch.
 
-    Raises: ArtifactError when the user has no home directory.
+    Raises: ArtifactError if the user has no home directory.
     """
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
@@ -261,7 +261,7 @@ def cache_path() -> Path:
 
 
 def load_machine() -> Machine | None:
-    """The ceilings measured before on this machine, or None: never measured, or the file is damaged or of another version."""
+    """The saved ceilings of this machine; None if not measured yet, or if the file is damaged or of another version."""
     try:
         data = json.loads(cache_path().read_text(encoding="utf-8"))
         found = _from_json(data) if data["version"] == FORMAT_VERSION else None
@@ -272,9 +272,9 @@ def load_machine() -> Machine | None:
 
 
 def save_machine(machine: Machine) -> Path:
-    """Keep the ceilings for `load_machine`; the file is written completely or not at all.
+    """Save the ceilings for `load_machine`; the file is written completely or not at all.
 
-    Raises: ArtifactError when the directory cannot be written.
+    Raises: ArtifactError if the directory cannot be written.
     """
     path = cache_path()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

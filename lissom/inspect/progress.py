@@ -41,7 +41,7 @@ def _lines(title: str, console: Console) -> Report:
         if finished == shown or now - printed < _SECONDS_BETWEEN_LINES:
             return
         shown, printed = finished, now
-        # What a stage says of itself, "quantize: observe, 3 of 20", is left to the bar.
+        # Details of a stage, "quantize: observe, 3 of 20", are only shown by the bar.
         stage = what.partition(": ")[0]
         console.print(f"{title}: {stage:.100}", markup=False, highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""The roofline: the least time a cost takes under a machine's ceilings, and the tables that show it.
+"""The roofline: the minimum time of a cost under a machine's ceilings, and the tables that show it.
 
 Williams, Waterman and Patterson, Roofline: an insightful visual performance model for multicore architectures, 2009.
 """
@@ -26,15 +26,15 @@ _CPU = torch.device("cpu")
 
 
 def roofline_seconds(cost: Cost, machine: Machine, dtype: torch.dtype, *, device: torch.device = _CPU) -> float:
-    """max(operations / peak of the dtype, bytes / memory bandwidth): the least time, if every byte comes from memory.
+    """max(operations / peak of the dtype, bytes / memory bandwidth): the minimum time, if every byte comes from memory.
 
-    Types without a ceiling of their own are given the one of float32; float16 that of bfloat16.
+    float16 uses the ceiling of bfloat16; other dtypes without a ceiling use that of float32.
 
-    Raises: UnsupportedError when the cost is symbolic.
+    Raises: UnsupportedError if the cost is symbolic.
     """
     if isinstance(cost.flops, sympy.Expr) or isinstance(cost.bytes, sympy.Expr):
         raise UnsupportedError(
-            f"a cost of {cost.flops} operations and {cost.bytes} bytes takes no known time; give its sizes numbers"
+            f"a cost of {cost.flops} operations and {cost.bytes} bytes takes no known time; give numbers for its sizes"
         )
     ceilings = machine.on(device)
     return max(cost.flops / _peak(ceilings, dtype).median, cost.bytes / ceilings.memory_gb_per_second.median) / 1e9
@@ -49,7 +49,7 @@ def _peak(ceilings: Ceilings, dtype: torch.dtype) -> Ceiling:
 
 
 def node_seconds(node: fx.Node, found: Cost, machine: Machine) -> float:
-    """The roofline of a node whose cost is known, on its own device, in the type of the first tensor it reads."""
+    """The roofline of a node with this cost, on its own device, in the dtype of its first input tensor."""
     typed = next((item for item in node.all_input_nodes if nodes.is_tensor(item)), node)
     if not nodes.is_tensor(typed):
         return 0.0
@@ -58,9 +58,9 @@ def node_seconds(node: fx.Node, found: Cost, machine: Machine) -> float:
 
 
 def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | None) -> Table:
-    """One row a site: operations, megabytes, parameters, intensity, and the roofline where the machine's ceilings are known.
+    """One row per site: operations, megabytes, parameters, intensity, and the roofline if the machine's ceilings are known.
 
-    sizes: numbers for dimensions by name; the others are those of the example.
+    sizes: sizes of dimensions by name; the others are the example's.
 
     Raises: UnsupportedError for a dimension the program does not have, or a size it does not take.
     """
@@ -72,8 +72,8 @@ def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | No
     for heading in ("GFLOP", "read\nMB", "write\nMB", "param\nM", "FLOP/\nbyte", *(("roof\nms",) if machine else ())):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("% of\nroof" if machine else "% of\nFLOP", justify="right", no_wrap=True)
-    whole = rows[-1].share or 1.0
-    written = [(row.label, *row.numbers(), f"{100 * row.share / whole:.1f}") for row in rows]
+    whole = rows[-1].effort or 1.0
+    written = [(row.label, *row.numbers(), f"{100 * row.effort / whole:.1f}") for row in rows]
     for label, *numbers in fold_rows(written[:-1]):
         table.add_row(Text(label), *numbers)
     table.add_section()
@@ -83,14 +83,14 @@ def cost_table(program: Program, sizes: Mapping[str, int], machine: Machine | No
 
 @dataclass(frozen=True)
 class _Row:
-    """One line of a table of costs, all of it numbers; milliseconds are those of its nodes one after the other."""
+    """A row of the cost table; milliseconds: the sum over its nodes."""
 
     label: str
     cost: Cost
     milliseconds: float | None
 
     @property
-    def share(self) -> float:
+    def effort(self) -> float:
         return float(self.cost.flops) if self.milliseconds is None else self.milliseconds
 
     def numbers(self) -> list[str]:
@@ -99,7 +99,7 @@ class _Row:
 
 
 def _rows(program: Program, sizes: Mapping[str, int], machine: Machine | None) -> tuple[list[_Row], bool]:
-    """A row for every site and one for the whole program, and whether sizes were left that depend on values."""
+    """A row for every site and one for the whole program, and whether any sizes depend on values."""
     total = total_cost(program, sizes)
     zeros = dict.fromkeys(total.symbols, 0)
     found = {node: item.at(zeros) for node, item in cost(program, sizes).items()}
@@ -118,7 +118,7 @@ def _numbers(item: Cost) -> list[str]:
 
 
 def digits(value: float) -> str:
-    """Three digits and no exponent, in five characters up to 99,999; nothing for nothing."""
+    """Three significant digits without exponent, in five characters up to 99,999; empty for 0."""
     if value < 0.0005:
         return "<.001" if value else ""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3f}" if value < 0.9995 else f"{value:.3g}"
@@ -139,7 +139,7 @@ def _caption(machine: Machine | None, unknown: bool) -> str:
 
 
 def machine_table(machine: Machine) -> Table:
-    """The ceilings of the processor and of every CUDA device, with the middle half of the runs."""
+    """The ceilings of the processor and of every CUDA device, with the quartiles of the runs."""
     title = f"{machine.cpu.name}: {machine.cores} cores, {machine.threads} threads, torch {machine.torch}"
     table = plain_table(title, _about(machine))
     for heading in ("ceiling", "median", "middle half", "unit", "by"):
@@ -169,7 +169,7 @@ def _about(machine: Machine) -> str:
 
 
 def plain_table(title: str, caption: str) -> Table:
-    """A table without columns yet, as all of these look."""
+    """A table without columns, in the common style of these tables."""
     return Table(
         title=Text(title),
         caption=Text(f"\n{caption}"),

@@ -1,4 +1,4 @@
-"""A plan of tensor parallelism as a table: placements of each layer's weights, bytes of a rank, communication."""
+"""A tensor-parallel plan as a table: placements of each layer's weights, bytes per rank, communication."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _KINDS: Mapping[object, str] = {ALL_REDUCE: "all-reduce", REDUCE_SCATTER: "reduc
 
 @dataclass(frozen=True)
 class Link:
-    """What connects the ranks. latency_seconds: of one message. bytes_per_second: of one rank's link, in one direction."""
+    """The links between ranks. latency_seconds: of one message. bytes_per_second: of one rank's link, in one direction."""
 
     latency_seconds: float
     bytes_per_second: float
@@ -42,9 +42,9 @@ class Link:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one collective costs.
+    """The cost of one collective.
 
-    payload_bytes: of the whole value. sent_bytes: what each rank sends. messages: how many, one behind another.
+    payload_bytes: of the whole value. sent_bytes: sent by each rank. messages: the number of consecutive messages.
 
     On a ring of N ranks an all-gather sends (N - 1) / N of the value in N - 1 messages, and an all-reduce twice that: Thakur,
     Rabenseifner and Gropp 2005, "Optimization of Collective Communication Operations in MPICH", §4.
@@ -62,15 +62,15 @@ def traffic(plan: Plan, move: Redistribution, numbers: Mapping[sympy.Symbol, int
 
 
 def joint_traffic(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> list[tuple[fx.Node, Traffic]]:
-    """The small collectives inside operators that ranks work out together, such as the range of values rounded in parts."""
+    """The small collectives inside sharded operators, such as the range of activations that are quantized in shards."""
     return [(node, _exchanged(plan.world_size, item, numbers)) for node, items in plan.joint.items() for item in items]
 
 
 def program_traffic(program: Program, world_size: int, numbers: Mapping[sympy.Symbol, int]) -> list[Traffic]:
-    """The collectives of a partitioned program, or of one rank's. numbers: the sizes of a call."""
+    """The collectives of a partitioned program, or of one rank's program. numbers: the sizes of a call."""
     found: list[Traffic] = []
     for node in program.nodes(*COLLECTIVES):
-        # The whole value is what goes in where it is scattered, else what comes out.
+        # The whole value is the input of a reduce-scatter, and the output of the others.
         typed = nodes.tensor_type(cast(fx.Node, node.args[0]) if node.target is REDUCE_SCATTER else node)
         found.append(_exchanged(world_size, Exchange(_KINDS[node.target], typed.shape, typed.dtype), numbers))
     return found
@@ -94,9 +94,9 @@ def rank_bytes(weight: fx.Node, placed: Placed) -> int:
 
 
 def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link: Link) -> Table:
-    """One row per layer: the placement of its weights, their bytes on a rank, its collectives, and the least time these take.
+    """One row per layer: the placement of its weights, their bytes on a rank, its collectives, and their minimum time.
 
-    sizes: numbers for dimensions by name; the others are those of the example.
+    sizes: sizes of dimensions by name; the others are the example's.
 
     Raises: UnsupportedError for a dimension the program does not have, or a size it does not take.
     """
@@ -131,7 +131,7 @@ def sharding_table(program: Program, plan: Plan, sizes: Mapping[str, int], link:
 
 
 class _Row:
-    """What belongs to one layer: weights with their placement, and collectives."""
+    """The weights of one layer with their placements, and its collectives."""
 
     def __init__(self) -> None:
         self.weights: list[tuple[fx.Node, Placed]] = []
@@ -143,7 +143,7 @@ def _layer(path: str, layers: Sequence[str]) -> str:
 
 
 def _placements(weights: Sequence[tuple[fx.Node, Placed]], layer: str) -> str:
-    """For each placement but `Replicate` a line `Shard(0)`, and a line per module; a parameter is named where it is alone."""
+    """A line for each placement except `Replicate`, such as `Shard(0)`, followed by its modules, or by a single parameter."""
     groups: dict[str, dict[str, list[str]]] = {}
     for node, placed in weights:
         if not placed.is_replicated:
@@ -171,13 +171,13 @@ def _numbers(row: _Row, link: Link) -> list[str]:
 
 
 def _tokens(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> int:
-    """How many tokens a call has: as many as the value with the most of them that is redistributed."""
+    """The number of tokens of a call: the largest among the redistributed values."""
     shapes = [nodes.tensor_type(move.value).shape[:-1] for move in plan.moves if move.steps]
     return max((math.prod(_number(size, numbers) for size in shape) for shape in shapes), default=1)
 
 
 def _by_position(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> tuple[float, float]:
-    """The bytes of all values sharded by position, and of what a rank holds of them."""
+    """The bytes of all values sharded by position, and the bytes of their shards on one rank."""
     whole, held = 0.0, 0.0
     for node, placed in plan.placed.items():
         if isinstance(placed, Placed) and placed.is_by_position:
@@ -189,7 +189,7 @@ def _by_position(plan: Plan, numbers: Mapping[sympy.Symbol, int]) -> tuple[float
 
 
 def _caption(link: Link, tokens: int, rows: Mapping[str, _Row], by_position: tuple[float, float]) -> str:
-    """What the numbers mean, and how much is communicated for each token of the call."""
+    """The legend of the table, and the communication per token of the call."""
     payload = sum(item.payload_bytes for row in rows.values() for item in row.traffic)
     sent = sum(item.sent_bytes for row in rows.values() for item in row.traffic)
     whole, held = (size / tokens / 1e3 for size in by_position)

@@ -1,4 +1,4 @@
-"""The structure and the axes of a program as tables a person can read."""
+"""The structure and the axes of a program as tables."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lissom.inspect.folding import Row, fold_rows
 
 _TOKENS = 4096
 _BLOCK = 64
-"""Tokens of a text, and of a block of it, that patterns are described for."""
+"""The text length and the block size, in tokens, for which sparse patterns are described."""
 
 
 def structure_tables(program: Program) -> RenderableType:
-    """Layers with their attention and feed-forward sites; then norms, embeddings, heads and convolutions in a sentence."""
+    """Layers with their attention and feed-forward sites; then a sentence on norms, embeddings, heads and convolutions."""
     found = program.fact(structure)
     table = _table(f"{program.name}: structure")
     for heading in ("layer", "attention", "mask and positions", "feed-forward"):
@@ -97,12 +97,12 @@ def _experts(found: Structure) -> str:
 
 
 def axes_table(program: Program) -> Table:
-    """Every axis that linear layers contract: its size, what it is, how many places have it, and whether it may change."""
+    """Every axis that linear layers contract: its size, kind, number of occurrences, and whether it may be resized."""
     found = program.fact(axes)
     table = _table(f"{program.name}: axes contracted by linear layers")
     for heading in ("size", "contracted by", "places", "weights", "may shrink"):
         table.add_column(heading, overflow="fold", justify="right" if heading in ("size", "places", "weights") else "left")
-    # The longest reasons are sentences, which may break; paths may not.
+    # Reasons may be long sentences and may wrap; paths may not.
     table.columns[1].no_wrap = True
     rows: list[Row] = []
     for axis, readers in _contracted(program, found).items():
@@ -116,7 +116,7 @@ def axes_table(program: Program) -> Table:
 
 
 def _contracted(program: Program, found: Axes) -> dict[Axis, list[fx.Node]]:
-    """The atoms each linear layer sums over, with the layers that do."""
+    """The axes that linear layers sum over, each with its layers."""
     readers: dict[Axis, list[fx.Node]] = {}
     for node in program.nodes():
         weight = weight_of(node) if is_linear(node) else None

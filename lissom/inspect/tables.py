@@ -1,4 +1,4 @@
-"""Reports of what compiling did, coloured diffs, and how tables are written to terminals and pipes."""
+"""Compile reports, coloured diffs, and writing tables to terminals and pipes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _OPTION = re.compile(r"(?:[^,\[]|\[[^\]]*\])+")
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What compiling did: prints as a table, exports as JSON through `history`.
+    """The report of a compile: prints as a table, exports as JSON through `history`.
 
     The table lists the steps that changed something, and every lossy pass; `full()` lists every step.
 
-    times_faster: than the original model, one number per shape that was timed; empty where nothing was timed.
+    times_faster: the speedup over the original model at each shape that was timed; empty if nothing was timed.
     """
 
     title: str
@@ -46,7 +46,7 @@ class Report:
 
 
 def plain(item: RenderableType, width: int = _WIDTH) -> str:
-    """A table as text: without colours, and without spaces that only fill a line."""
+    """A table as text, without colours and trailing spaces."""
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as captured:
         console.print(item)
@@ -54,7 +54,7 @@ def plain(item: RenderableType, width: int = _WIDTH) -> str:
 
 
 def show(*items: RenderableType) -> None:
-    """Print tables to standard output: as rich draws them on a terminal, as `plain` does in a pipe."""
+    """Print tables to standard output: with rich on a terminal, as `plain` text in a pipe."""
     console = Console()
     if console.is_terminal:
         console.print(*items, sep="\n")
@@ -63,11 +63,11 @@ def show(*items: RenderableType) -> None:
 
 
 def _history_table(report: Report) -> RenderableType:
-    """A summary, a row per step, and below them the notes, why passes were reverted, and what was checked."""
+    """A summary, a row per step, then the notes, the reasons for reverted passes, and the checks."""
     steps = report.history.steps
     before = dict(zip((step.index for step in steps[1:]), steps, strict=False))
     listed = [step for step in steps if report.every_step or _has_effect(step, before.get(step.index))]
-    # Without edges, so that the longest name of a pass stays on one line of 80 columns.
+    # Without edges, so that the longest name of a pass fits on one line of 80 columns.
     table = Table(
         title=Text(f"{report.title}: {_summary(report)}\n"),
         title_justify="left",
@@ -124,7 +124,7 @@ def _summary(report: Report) -> str:
 
 
 def _short(spelling: str) -> str:
-    """The text of a pass, without the options that are too many for a row."""
+    """The text of a pass, shortened to fit into a row by leaving out options."""
     if len(spelling) <= _LONGEST_PASS:
         return spelling
     name, _, options = spelling.partition("{")
@@ -144,19 +144,19 @@ def _effect(step: Step) -> str:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A unit that numbers of a column are written in: its name, and how many it is of what is counted."""
+    """The unit of a column: its name, and its size in what is counted."""
 
     name: str
     scale: float
 
     @classmethod
     def of(cls, count: int, base: str) -> _Unit:
-        """The largest unit of which `count` is at least one; the names end in `base`."""
+        """The largest unit not above `count`; the names end in `base`."""
         prefix, scale = next(((name, size) for name, size in _PREFIXES if count >= size), ("", 1.0))
         return cls(f"{prefix}{base}", scale)
 
     def text(self, count: int) -> str:
-        """Three digits and no exponent."""
+        """Three significant digits without exponent."""
         value = count / self.scale
         return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
@@ -166,7 +166,7 @@ _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3))
 
 @dataclass(frozen=True)
 class _Units:
-    """The units a report is written in, those of the captured model."""
+    """The units of a report, chosen by the captured model."""
 
     bytes: _Unit
     flops: _Unit
@@ -181,7 +181,7 @@ class _Units:
 
 
 def _changed(before: Step | None, step: Step, units: _Units) -> list[str]:
-    """The sizes of a step; a number that did not change is left out."""
+    """The sizes of a step; unchanged numbers are left out."""
     sizes = units.texts(step.size)
     if before is None:
         return sizes
@@ -189,7 +189,7 @@ def _changed(before: Step | None, step: Step, units: _Units) -> list[str]:
 
 
 def _notes(steps: list[Step]) -> list[str]:
-    """The notes, each with the pass it is of, and why passes were reverted; those of the last step may be the backend's."""
+    """The notes, each with its pass, and the reasons for reverted passes; notes of the last step may be the backend's."""
     found: list[str] = []
     for step in steps:
         named = f"{step.spelling.partition('{')[0]}: " if 0 < step.index < len(steps) - 1 else ""

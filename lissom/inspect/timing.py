@@ -1,4 +1,4 @@
-"""Wall-clock time of a call: the median of many runs, with its spread."""
+"""Wall-clock time of a call: the median of many runs, with quartiles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: the median, and the quarter of runs below and above."""
+    """Milliseconds of one call: the median, and the lower and upper quartiles."""
 
     median_ms: float
     low_ms: float
@@ -26,16 +26,16 @@ class Timing:
 
 
 ENOUGH = 300
-"""Runs that are enough to choose by; a call of a tenth of a millisecond would have thousands."""
+"""The number of runs that suffices for a decision; a call of a tenth of a millisecond would have thousands."""
 
 
 def time_calls(
     calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, least: int = 5, most: float = math.inf
 ) -> dict[str, Timing]:
-    """Time several calls in turn, A B A B …, so that changes of the machine's speed affect them alike.
+    """Time several calls in turn, A B A B …, so that changes of the machine's speed affect all of them.
 
-    seconds: how long to measure each, after two calls to warm up. least: how many runs are made at least, two or more; where
-        that is fewer than five, one call warms up. most: how many are made at most, however short they are.
+    seconds: measuring time for each, after two warm-up calls. least: the minimum number of runs, two or more; if it is below
+        five, there is one warm-up call. most: the maximum number of runs.
     """
     for call in calls.values():
         for _ in range(1 if least < 5 else 2):
@@ -69,5 +69,5 @@ def _summary(runs: list[float]) -> Timing:
 
 
 def _three_digits(value: float) -> str:
-    """At least three digits and no exponent: `0.428`, `52.6`, `1085`."""
+    """At least three significant digits without exponent: `0.428`, `52.6`, `1085`."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"

@@ -1,1 +1,1 @@
-"""What a caller holds of a compiled model, and how it stands in for the model it came from."""
+"""Compiled models, and how they take the place of the original model."""

@@ -1,4 +1,4 @@
-"""CompiledModel: what a caller holds of a compiled model; and `load`, which reads what its `save` wrote."""
+"""CompiledModel, the result of a compile; and `load`, which reads a saved one."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from lissom.runtime.hosted_model import Facts, HostedModel
 
 
 class CompiledModel(HostedModel):
-    """An optimized model: takes the arguments the original took, returns the structure it returned.
+    """An optimized model with the arguments and the output structure of the original.
 
-    program: the optimized program. report: what every step did; prints as a table. backend: the name of what runs it.
-    It is a module, and stands in for one of transformers in pipelines and in Sentence Transformers.
+    program: the optimized program. report: what every step did; prints as a table. backend: the name of the backend.
+    It is a module, and can replace a transformers model in pipelines and in Sentence Transformers.
 
-    Calls may come from several threads, unless the program has state. Their outputs carry no gradients, and other modules may
-    be trained on them.
+    Several threads may call it, unless the program has state. Its outputs carry no gradients; other modules may be trained
+    on them.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class CompiledModel(HostedModel):
         self._executable = executable
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """The model's answer.
+        """The model's outputs.
 
-        Raises: InputError when the arguments do not fit the signature, or lead out of a table of the model (a token id past
-            the vocabulary, a position past the last), naming what was found and what is allowed.
+        Raises: InputError if the arguments do not fit the signature, or an index is out of range (a token id beyond the
+            vocabulary, a position beyond the last), with the value found and the range allowed.
         """
         signature = self.program.signature
         with self.refusals():
@@ -58,7 +58,7 @@ class CompiledModel(HostedModel):
     def run(self, tensors: Sample) -> Sequence[object]:
         """The flat outputs for flat inputs, in the order of the program's placeholders; sizes and types are not checked.
 
-        Raises: InputError for inputs that lead out of a table of the model.
+        Raises: InputError for an index out of range, such as a token id beyond the vocabulary.
         """
         try:
             found = self._executable(tensors)
@@ -72,37 +72,37 @@ class CompiledModel(HostedModel):
         return [ordinary(value) if isinstance(value, torch.Tensor) else value for value in found]
 
     def refusals(self) -> AbstractContextManager[None]:
-        """A block that checks a call's arguments: when it raises, the other ranks do not wait for this one's call."""
+        """A context for checking a call's arguments: if the block raises, the other ranks do not wait for this rank's call."""
         return self._executable.refusals() if isinstance(self._executable, RankProgram) else nullcontext()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The state the model keeps from call to call, by the names of its buffers; empty when it keeps none.
+        """The state the model keeps between calls, by the names of its buffers; empty if it keeps none.
 
-        The tensors are the memory itself, until the next call: `zero_()` empties a cache, `copy_(tensor[rows])` reorders its
-        rows. After a call that failed, what the state holds is undefined.
+        The tensors share the state's memory until the next call: `zero_()` empties a cache, `copy_(tensor[rows])` reorders its
+        rows. After a failed call the state is undefined.
         """
         return state_of(self._executable)
 
     @property
     def ranks(self) -> Ranks | None:
-        """Those this one runs with, where it is a rank's part of a model; None for any other."""
+        """The ranks this one runs with; None for a model of one process."""
         return self._executable.ranks if isinstance(self._executable, RankProgram) else None
 
     def save(self, directory: str | Path) -> None:
         """Write the model to a directory that `load` reads, on other machines too, and without the original model's code.
 
-        The directory is written whole or not at all; an artifact that is there already is replaced. State is saved as it
-        was when the model was compiled, and the backend with the options it had. Ranks of a group save at the same point.
+        The directory is written completely or not at all; an existing artifact is replaced. State is saved with its values at
+        compile time, the backend with its options. All ranks of a group must call it.
 
-        Raises: ArtifactError when the directory holds something else, or cannot be written; UnsupportedError when the
-            backend cannot save what it built.
+        Raises: ArtifactError if the directory holds something else, or cannot be written; UnsupportedError if the backend
+            cannot save its executable.
         """
         self.save_with(directory, write_nothing)
 
     def save_with(self, directory: str | Path, write_more: WriteMore) -> None:
-        """As `save`, with further files, which the artifact's hashes cover.
+        """Like `save`, with additional files that the artifact's hashes cover.
 
-        write_more: is called with the folder to write them into.
+        write_more: called with the folder to write them into.
         """
         facts = {} if self.facts is None else self.facts.to_json()
         history = self.report.history
@@ -122,18 +122,18 @@ def load(
 ) -> CompiledModel:
     """The model that `CompiledModel.save` wrote, its weights mapped from the file. Nothing is unpickled.
 
-    device: where it is to run; where it was made to run by default. What differs here from where it was made, such as kernels
-    that are missing, is said in a warning.
-    backend: the backend it was saved for, by name, or with options in place of those it was saved with:
+    device: where it runs; by default the device it was compiled for. A warning names what differs from the machine that
+        compiled it, such as missing kernels.
+    backend: the backend it was saved for, by name, or as an object whose options replace the saved ones:
         `lissom.OnnxRuntime(threads=1)`.
-    allow_native: load native code that the artifact holds or names: what `inductor` compiled, libraries that options name.
+    allow_native: load native code that the artifact holds or names: code compiled by `inductor`, libraries named in options.
     trusted_keys: PEM files of Ed25519 public keys, one of which must have signed it (`lissom sign`).
 
-    Of a model for several ranks, each of a group of that many gets its part, and opens no other's.
+    A model for several ranks is loaded by every rank of a group of that size; each rank reads only its own shard.
 
-    Raises: ArtifactError when the directory is no artifact, was changed or damaged, is not signed by a trusted key, holds
-        native code that is not allowed, or does not run here; UnsupportedError for a device or a package that is not there,
-        or a process that is none of so many ranks; RankError when one is gone.
+    Raises: ArtifactError if the directory is not an artifact, was changed or damaged, is not signed by a trusted key, holds
+        native code that is not allowed, or does not run here; UnsupportedError for a missing device or package, or a process
+        group of another size; RankError if a rank is gone.
 
     >>> import tempfile, torch, lissom
     >>> folder = tempfile.mkdtemp() + "/model"

@@ -1,4 +1,4 @@
-"""What libraries ask of a model they run: pipelines of transformers, Sentence Transformers, whatever takes an `nn.Module`."""
+"""Compiled programs as modules for other libraries: transformers pipelines, Sentence Transformers, any `nn.Module` user."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _SWITCHES = {"use_cache": "past_key_values", "output_attentions": "attentions", "output_hidden_states": "hidden_states"}
-"""Arguments that ask a model of transformers for more outputs, and the output each asks for."""
+"""Arguments that request additional outputs from a transformers model, each with the name of the output."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a model of transformers says of itself, beside its weights.
+    """The metadata of a transformers model.
 
-    configuration: as JSON. main_input: the argument that tokens, pixels or sound are passed as. modalities: what it reads.
-    config_class: of the configuration; None finds it by its model type.
+    configuration: as JSON. main_input: the name of the argument for tokens, pixels or audio. modalities: of its inputs.
+    config_class: of the configuration; None looks it up by model type.
     """
 
     configuration: Mapping[str, object]
@@ -39,7 +39,7 @@ class Facts:
 
     @classmethod
     def of(cls, model: nn.Module) -> Facts | None:
-        """A model's facts; None when it has no configuration, being no model of transformers."""
+        """A model's metadata; None if it has no configuration and so is not a transformers model."""
         config: Any = getattr(model, "config", None)
         if not hasattr(config, "to_json_string"):
             return None
@@ -53,62 +53,61 @@ class Facts:
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> Facts | None:
-        """The facts `to_json` gave, None for an empty mapping. Raises: ArtifactError when they are not as it writes them."""
+        """The metadata that `to_json` wrote, None for an empty mapping. Raises: ArtifactError if it has another form."""
         if not data:
             return None
         try:
             return cls(take(data, "config", dict), take(data, "main_input", str), take_list(data, "modalities", text))
         except ValueError as error:
             raise ArtifactError(
-                f"what the artifact says of its model is nothing this Lissom can read: {error}; save the model again"
+                f"this Lissom cannot read the model's metadata in the artifact: {error}; save the model again"
             ) from error
 
     def make_config(self) -> PretrainedConfig:
-        """The configuration as transformers has it, a new one at every call.
+        """A new configuration object of transformers.
 
-        Raises: ImportError without transformers, ArtifactError when transformers refuses it.
+        Raises: ImportError without transformers, ArtifactError if transformers refuses it.
         """
         from transformers import CONFIG_MAPPING, PretrainedConfig
 
         kind = str(self.configuration.get("model_type"))
-        # Its classes are imported when they are looked up with brackets, and only then.
+        # The mapping imports a class only when it is looked up with brackets.
         known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else PretrainedConfig  # noqa: SIM401
         try:
             return (self.config_class or known).from_dict(dict(self.configuration))
-        # Configurations have errors of their own for values they do not take.
+        # Configuration classes raise errors of their own for values they do not take.
         except Exception as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
             raise ArtifactError(f"transformers refuses the configuration of this model of type '{kind}': {first}") from error
 
 
 class FixedModule(nn.Module):
-    """A program as a module: without parameters to train, and fixed to the device and dtype it was compiled for.
+    """A program as a module without trainable parameters, fixed to the device and dtype it was compiled for.
 
-    Its weights are `program.weights()`; `parameters()` is empty, since nothing that changed them would reach what a backend
-    built.
+    Its weights are `program.weights()`; `parameters()` is empty, because changes to them would not reach the executable.
     """
 
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
-        # By it, modules this one is part of find out where it is, and `to` what it is asked for.
+        # Its device and dtype tell parent modules where this one is, and show `_apply` what `to` requests.
         self.register_buffer("_place", torch.empty(0, dtype=_dtype_of(program), device=_device_of(program)), persistent=False)
         super().train(False)
 
     @property
     def device(self) -> torch.device:
-        """Where it runs, and takes its inputs."""
+        """The device it runs on and takes its inputs on."""
         return cast("torch.Tensor", self._buffers["_place"]).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating type it takes, or returns where all it takes is integers."""
+        """The floating-point dtype of its inputs, or of its outputs if all inputs are integers."""
         return cast("torch.Tensor", self._buffers["_place"]).dtype
 
     def train(self, mode: bool = True) -> Self:
-        """Itself, when asked to evaluate, which is all it does.
+        """Returns the module itself for mode=False.
 
-        Raises: UnsupportedError when asked to train.
+        Raises: UnsupportedError for mode=True.
         """
         if mode:
             raise UnsupportedError(
@@ -118,13 +117,13 @@ class FixedModule(nn.Module):
         return self
 
     def _take_name(self) -> None:
-        """Call its class what the model's was called: by that, pipelines tell whether a model is for their task."""
+        """Give its class the name of the model's class: pipelines use it to tell whether a model fits their task."""
         kind = type(self)
         named: Any = type(self.program.name, (kind,), {"__module__": kind.__module__, "__doc__": kind.__doc__})
         self.__class__ = named
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """What `to`, `cuda`, `half` and the like do, here and in modules around this one: nothing, or they are refused.
+        """Called by `to`, `cuda`, `half` and the like, of this module or its parents; changes nothing.
 
         Raises: UnsupportedError for another device or dtype.
         """
@@ -144,10 +143,9 @@ class FixedModule(nn.Module):
 
 
 class HostedModel(FixedModule):
-    """A program as a module that says of itself what the model did.
+    """A program as a module with the metadata of the original model.
 
-    facts: where the model was one of transformers, its `config`, `main_input_name` and `input_modalities` are this one's too,
-    and its class has the same name.
+    facts: of a transformers model; its `config`, `main_input_name`, `input_modalities` and class name are kept.
     """
 
     def __init__(self, program: Program, facts: Facts | None) -> None:
@@ -156,13 +154,13 @@ class HostedModel(FixedModule):
         self._returned = _names_returned(program)
         if facts is not None:
             self.main_input_name = facts.main_input
-            # One is written without a tuple, as in transformers.
+            # A single modality is written without a tuple, as in transformers.
             self.input_modalities = facts.modalities[0] if len(facts.modalities) == 1 else facts.modalities
             self._take_name()
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration, a copy. Raises: AttributeError where it had none, or transformers is not installed."""
+        """A copy of the model's configuration. Raises: AttributeError if it had none, or transformers is not installed."""
         try:
             if self.facts is not None:
                 return self.facts.make_config()
@@ -171,13 +169,13 @@ class HostedModel(FixedModule):
         raise AttributeError("config")
 
     def can_generate(self) -> bool:
-        """False: it answers one call, and keeps nothing for the next token."""
+        """False: it keeps no KV cache between calls."""
         return False
 
     def asked(self, arguments: Mapping[str, object]) -> Mapping[str, object]:
-        """The arguments without those that only ask a model of transformers to return what this one returns anyway.
+        """The arguments without those that request outputs which the program returns anyway.
 
-        Raises: InputError when they ask for something else.
+        Raises: InputError if they request anything else.
         """
         if self.facts is None:
             return arguments
@@ -195,7 +193,7 @@ class HostedModel(FixedModule):
 
 
 def check_uncompiled(model: nn.Module) -> None:
-    """Refuse a model that is compiled. Raises: CaptureError."""
+    """Refuse a compiled model. Raises: CaptureError."""
     if isinstance(model, FixedModule):
         raise CaptureError(f"{model.program.name} is compiled already; compile the model it was made from")
 
@@ -212,13 +210,13 @@ def _dtype_of(program: Program) -> torch.dtype:
 
 
 def _names_returned(program: Program) -> tuple[str, ...]:
-    """The names of what the program returns, where it returns a mapping."""
+    """The names of the program's outputs if it returns a mapping, else none."""
     signature = program.signature
-    # Values that no output class takes for a field that was left out, or for fields in one.
+    # Tensors, because output classes take None for a missing field, and a tuple for several fields.
     found = signature.unflatten([torch.empty(())] * signature.out_spec.num_leaves)
     return tuple(map(str, found)) if isinstance(found, Mapping) else ()
 
 
 def _returns(names: tuple[str, ...], wanted: str) -> bool:
-    """Whether one is the output wanted, be it of an encoder or a decoder."""
+    """True if one of the names is the wanted output, of an encoder or a decoder."""
     return any(name.endswith(wanted) for name in names)

@@ -49,7 +49,7 @@ def test_an_array_too_few_or_too_many_is_refused(signature, tmp_path):
     with pytest.raises(InputError, match=r"lacks 'attention_mask'; the program takes \(\*, input_ids: i64"):
         read_inputs(signature, tmp_path / "data.npz")
     np.savez(tmp_path / "data.npz", input_ids=ids(), attention_mask=ids(), more=ids())
-    with pytest.raises(InputError, match="holds 'more', which is no argument"):
+    with pytest.raises(InputError, match="holds 'more', which is not an argument"):
         read_inputs(signature, tmp_path / "data.npz")
 
 
@@ -67,7 +67,7 @@ def test_what_holds_no_arrays_is_refused(signature, tmp_path):
 
 def test_a_dtype_no_tensor_has_is_refused(signature, tmp_path):
     np.savez(tmp_path / "data.npz", input_ids=np.array([["a"]]), attention_mask=ids())
-    with pytest.raises(InputError, match="argument 'input_ids' is an array of <U1, which is no tensor's dtype"):
+    with pytest.raises(InputError, match="argument 'input_ids' is an array of <U1, which is not a tensor dtype"):
         read_inputs(signature, tmp_path / "data.npz")
 
 

@@ -41,7 +41,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_read(tmp_
     (tmp_path / "mine" / "file").touch()
     error = failure("compile", "no-such-model", "--save", tmp_path / "mine")
     assert isinstance(error, ArtifactError)
-    assert "exists and is no artifact" in str(error)
+    assert "exists and is not an artifact" in str(error)
 
 
 def test_run_answers_from_a_file_to_a_file(saved, tmp_path):

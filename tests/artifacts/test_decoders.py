@@ -121,7 +121,7 @@ def test_a_model_that_is_no_decoder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[]", "[] is no table"),
+        ("[]", "[] is not a table"),
         ("{}", "there is no model of type None"),
         ('{"model_type": ["llama"]}', "there is no model of type ['llama']"),
         ('{"model_type": "no-such"}', "there is no model of type 'no-such'"),

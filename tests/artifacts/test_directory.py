@@ -171,9 +171,9 @@ def test_a_file_too_many_is_refused(saved):
 def test_a_directory_that_is_no_artifact_is_refused(saved, tmp_path):
     assert refusal(tmp_path / "nothing") == "there is no directory 'DIR'; name one that CompiledModel.save wrote"
     (saved / NAME).unlink()
-    assert refusal(saved) == f"'DIR' is no artifact: it has no {NAME}; name a directory that CompiledModel.save wrote"
+    assert refusal(saved) == f"'DIR' is not an artifact: it has no {NAME}; name a directory that CompiledModel.save wrote"
     (saved / NAME).write_text('{"manifest_version": 3}')
-    assert refusal(saved) == f"'DIR/{NAME}' is no manifest of Lissom's; name a directory that CompiledModel.save wrote"
+    assert refusal(saved) == f"'DIR/{NAME}' is not a Lissom manifest; name a directory that CompiledModel.save wrote"
     (saved / NAME).write_text("[" * 100_000)
     assert refusal(saved).startswith(f"'DIR/{NAME}' holds no JSON that can be read (")
 
@@ -192,7 +192,7 @@ def test_a_symbolic_link_is_refused(saved, name):
     moved = saved.parent / "elsewhere"
     (saved / name).rename(moved)
     (saved / name).symlink_to(moved)
-    assert refusal(saved) == f"'DIR/{name}' is a symbolic link; an artifact holds plain files only: copy the file itself"
+    assert refusal(saved) == f"'DIR/{name}' is a symbolic link; an artifact holds regular files only: copy the file itself"
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", ".", ".hidden", "a/b", "a\\b", "", "a\n", NAME])
@@ -201,14 +201,15 @@ def test_a_name_that_leads_out_is_refused(saved, name):
     found = read_manifest(saved / NAME)
     rewrite(saved, files={**found.files, name: Content(1, "0" * 64)})
     assert refusal(saved) == (
-        f"'DIR/{NAME}' names the file '{name}', which does not lie in the artifact's directory itself; do not use this artifact"
+        f"'DIR/{NAME}' names the file '{name}', which is not in the artifact's directory itself; do not use this artifact"
     )
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(saved):
     (saved / "steps.json").unlink()
     (saved / "steps.json").mkdir()
-    assert refusal(saved) == "'DIR/steps.json' is no plain file; an artifact holds plain files only: copy the file itself"
+    expected = "'DIR/steps.json' is not a regular file; an artifact holds regular files only: copy the file itself"
+    assert refusal(saved) == expected
 
 
 def test_an_artifact_for_cuda_is_refused_where_there_is_none(saved, monkeypatch):
@@ -224,7 +225,7 @@ def test_what_this_lissom_does_not_know_is_refused(saved):
     rewrite(saved, backend="eagre")
     assert refusal(saved).startswith("'DIR' was made by a backend 'eagre'; did you mean 'eager'? this Lissom has eager, ")
     rewrite(saved, backend="eager", device="nowhere")
-    assert refusal(saved) == "'DIR' was made for 'nowhere', which is no device of this PyTorch"
+    assert refusal(saved) == "'DIR' was made for 'nowhere', which is not a device of this PyTorch"
     rewrite(saved, device="cpu", history={"version": 2})
     assert refusal(saved).startswith("'DIR' holds no history this Lissom can read: ")
 
@@ -236,10 +237,10 @@ def test_what_this_lissom_does_not_know_is_refused(saved):
         (("aten.layer_norm.default", "os.system"), "there is no operator 'os.system'"),
         (("aten.layer_norm.default", "aten.__class__.__name__"), "there is no operator"),
         (("aten.layer_norm.default", "aten.add_.Tensor"), "there is no operator 'aten.add_.Tensor'"),
-        (('"dtype":"float32"', '"dtype":"load"'), "'load' is no dtype of PyTorch"),
-        (('"module":"transformers.modeling_outputs"', '"module":7'), "the field 'module' is 7, which is no str"),
-        (('"op":"placeholder"', '"op":"call_module"'), "'call_module' is no kind of node"),
-        (('"hidden_states"', '"a b"'), "is no output of a model"),
+        (('"dtype":"float32"', '"dtype":"load"'), "'load' is not a dtype of PyTorch"),
+        (('"module":"transformers.modeling_outputs"', '"module":7'), "the field 'module' is 7, which is not of type str"),
+        (('"op":"placeholder"', '"op":"call_module"'), "'call_module' is not a kind of node"),
+        (('"hidden_states"', '"a b"'), "is not an output of a model"),
     ],
 )
 def test_a_program_that_says_something_else_is_refused(saved, change, said):
@@ -254,7 +255,7 @@ def test_a_program_that_says_something_else_is_refused(saved, change, said):
     try:
         lissom.load(saved)
     except ArtifactError as error:
-        assert "DIR/program.json' is no program this Lissom can read: " in str(error).replace(str(saved), "DIR")
+        assert "DIR/program.json' is not a program this Lissom can read: " in str(error).replace(str(saved), "DIR")
         assert said in str(error)
     else:
         assert change[0] == '"hidden_states"'
@@ -280,8 +281,8 @@ def test_something_else_is_not_replaced(tmp_path):
     (tmp_path / "file").write_text("kept")
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     for name, said in [
-        ("folder", "exists and is no artifact, so it is not replaced; choose another directory"),
-        ("file", "exists and is no artifact, so it is not replaced; choose another directory"),
+        ("folder", "exists and is not an artifact, so it is not replaced; choose another directory"),
+        ("file", "exists and is not an artifact, so it is not replaced; choose another directory"),
         ("link", "is a symbolic link, and would be replaced; name the directory itself"),
         ("no/where", f"cannot be written: there is no directory '{tmp_path / 'no'}'; make it first"),
     ]:

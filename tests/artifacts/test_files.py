@@ -21,7 +21,7 @@ from lissom.cli import app
 from lissom.errors import ArtifactError
 from tests.artifacts.saving import compiled
 
-SPECIAL = "is a device, a pipe or a socket, and would be replaced; name a plain file"
+SPECIAL = "is a device, a pipe or a socket, and would be replaced; name a regular file"
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def make_special(path: Path, kind: str) -> str:
-    """Put something that is no plain file at a path, and say how it is refused."""
+    """Put something that is not a regular file at a path, and say how it is refused."""
     if kind == "pipe":
         os.mkfifo(path)
         return SPECIAL
@@ -145,7 +145,7 @@ def test_a_folder_that_takes_no_files_is_told(tmp_path):
         for name in ("old", "new"):
             for write in (lambda path: write_whole(path, "x"), lambda path: write_directory(path, names_in)):
                 # The system's own check is of the user who started the process.
-                with pytest.raises(ArtifactError, match=r"Permission denied|takes no new files|exists and is no artifact"):
+                with pytest.raises(ArtifactError, match=r"Permission denied|takes no new files|exists and is not an artifact"):
                     write(folder / name)
     assert names_in(folder) == ["old"] and (folder / "old").read_text() == "old"
 
@@ -175,7 +175,7 @@ def test_what_takes_the_place_meanwhile_is_not_replaced(tmp_path):
         os.mkfifo(path)
     assert names_in(tmp_path) == ["out"]
     target = tmp_path / "artifact"
-    with pytest.raises(ArtifactError, match="exists and is no artifact, so it is not replaced"):
+    with pytest.raises(ArtifactError, match="exists and is not an artifact, so it is not replaced"):
         write_directory(target, lambda folder: target.write_text("mine"))
     assert target.read_text() == "mine" and names_in(tmp_path) == ["artifact", "out"]
 
@@ -196,7 +196,7 @@ def test_a_folder_with_a_manifest_of_something_else_is_not_replaced(tmp_path, ma
     target.mkdir()
     (target / "manifest.json").write_text(manifest)
     (target / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match="exists and is no artifact, so it is not replaced; choose another directory"):
+    with pytest.raises(ArtifactError, match="exists and is not an artifact, so it is not replaced; choose another directory"):
         compiled("tied").save(target)
     assert (target / "thesis.txt").read_text() == "years of work"
 
@@ -208,7 +208,7 @@ def test_files_of_others_in_an_artifact_are_not_deleted(tmp_path):
     with pytest.raises(ArtifactError) as caught:
         compiled("tied").save(target)
     assert str(caught.value) == (
-        f"'{target}' holds 'thesis.txt' beside the artifact's own files, so it is not replaced; "
+        f"'{target}' holds 'thesis.txt' besides the artifact's own files, so it is not replaced; "
         f"take it out, or choose another directory"
     )
     assert (target / "thesis.txt").read_text() == "years of work"
@@ -239,6 +239,6 @@ def test_what_is_read_is_what_was_checked(tmp_path):
 def test_only_plain_files_are_opened(tmp_path, kind, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_special(Path("in"), kind)
-    what = "a symbolic link" if kind == "link" else "no plain file"
-    with pytest.raises(ArtifactError, match=f"'in' is {what}; an artifact holds plain files only: copy the file itself"):
+    what = "a symbolic link" if kind == "link" else "not a regular file"
+    with pytest.raises(ArtifactError, match=f"'in' is {what}; an artifact holds regular files only: copy the file itself"):
         open_plain(Path("in"))

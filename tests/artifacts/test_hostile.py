@@ -63,7 +63,7 @@ def test_the_name_of_the_program_is_no_code(saved, name, capsys):
     if name.isprintable() and len(name) < 1000:
         assert lissom.load(saved).program.name == name
     else:
-        assert "is no name: it holds what cannot be printed, or is longer than 1000" in refusal(saved)
+        assert "is not a name: it holds what cannot be printed, or is longer than 1000" in refusal(saved)
     assert capsys.readouterr().out == ""
 
 
@@ -79,7 +79,7 @@ def test_the_name_of_a_weight_is_no_code_and_no_attribute(saved, name):
                 item["target"] = name
 
     change(saved, edit)
-    assert "is no name" in refusal(saved)
+    assert "is not a name" in refusal(saved)
     assert torch.fx.GraphModule.forward is not None and not isinstance(nn.Module.forward, torch.Tensor)
 
 
@@ -104,7 +104,7 @@ def test_source_that_torch_fx_makes_of_a_name_reads_the_weight(saved):
     ("edit", "said"),
     [
         (lambda call: call["args"].extend([1, 2, 3]), "aten.linear.default takes 3 arguments by position, and is given 6"),
-        (lambda call: call["kwargs"].update(input={"node": "x"}), "is no argument"),
+        (lambda call: call["kwargs"].update(input={"node": "x"}), "is not an argument"),
         (lambda call: call["kwargs"].update(input=None), "aten.linear.default has 'input' twice"),
         (lambda call: call["args"].clear(), "aten.linear.default lacks its argument 'input'"),
         (
@@ -226,14 +226,14 @@ def test_memory_that_nothing_wrote_is_zero(tmp_path):
     ("size", "said"),
     [
         (["Pow", 7, 400_000_000], "may have 1200000000 bits; the limit is 4096"),
-        (["Pow", "s0", ["Pow", 10, 9]], "the exponent ['Pow', 10, 9] is no number"),
+        (["Pow", "s0", ["Pow", 10, 9]], "the exponent ['Pow', 10, 9] is not a number"),
         (["PowByNatural", ["PowByNatural", ["PowByNatural", 7, 64], 64], 64], "bits; the limit is 4096"),
         (["Max", *range(1000)], "has 1001 parts; the limit is 512"),
         (-1, "is negative, or takes more than 2^63 bytes"),
         (2**62, "is negative, or takes more than 2^63 bytes"),
-        (["Float", "nan"], "'nan' is no finite number"),
-        (["Rational", 1, 0], "is no size"),
-        (["Equality", 1, 1], "is no size"),
+        (["Float", "nan"], "'nan' is not a finite number"),
+        (["Rational", 1, 0], "is not a size"),
+        (["Equality", 1, 1], "is not a size"),
     ],
     ids=str,
 )
@@ -253,7 +253,7 @@ def test_a_size_is_bounded(saved, size, said):
     ("old", "new", "said"),
     [
         ('"op"', '"op":1,"op"', "the field 'op' is there twice"),
-        ('"args":[', '"args":[NaN,', "NaN is no number of JSON"),
+        ('"args":[', '"args":[NaN,', "NaN is not a JSON number"),
         ('"args":[', '"args":[1e999,', "does not fit into 64 bits"),
         ('"args":[', '"args":[' + "9" * 20_000 + ",", "does not fit into 64 bits"),
         ('"args":[', '"args":[9223372036854775808,', "the number '9223372036854775808' does not fit into 64 bits"),
@@ -309,13 +309,13 @@ def test_a_weight_that_would_fill_memory_is_refused(tmp_path):
     [
         (lambda program: program.update(state=["nothing"]), "there is no weight for the state 'nothing'"),
         (lambda program: program["nodes"].append(program["nodes"][-1] | {"name": "output_1"}), "does not end in its outputs"),
-        (lambda program: program["symbols"].update({"a b": {}}), "'a b' is no name for a symbol"),
+        (lambda program: program["symbols"].update({"a b": {}}), "'a b' is not a name for a symbol"),
         (lambda program: next(iter(program["symbols"].values())).update(minimum=9, maximum=3), "is to be from 9 to 3"),
         (lambda program: program["signature"]["dimensions"][0].update(symbol="s99"), "there is no symbol 's99'"),
-        (lambda program: program["signature"]["dimensions"][0].update(name="\x1b[31m"), "is no name: it holds what cannot"),
-        (lambda program: program["signature"]["dimensions"].pop(), "that no dimension tells"),
+        (lambda program: program["signature"]["dimensions"][0].update(name="\x1b[31m"), "is not a name: it holds what cannot"),
+        (lambda program: program["signature"]["dimensions"].pop(), "that no dimension defines"),
         (lambda program: program["signature"]["keyword"].append(program["signature"]["keyword"][0]), "have one name"),
-        (lambda program: program["signature"]["keyword"][0].update(name="\n"), "is no name: it holds what cannot"),
+        (lambda program: program["signature"]["keyword"][0].update(name="\n"), "is not a name: it holds what cannot"),
     ],
 )
 def test_another_program_is_refused(saved, edit, said):
@@ -327,7 +327,7 @@ def test_another_program_is_refused(saved, edit, said):
     ("world_size", "said"),
     [
         (10**9, "is for 1000000000 ranks, and a program is shared by 2 to 1024; save the model again"),
-        (10**30, "is no whole number of 64 bits"),
+        (10**30, "is not a whole number of 64 bits"),
         (None, "is for None ranks"),
     ],
 )

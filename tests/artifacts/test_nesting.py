@@ -119,5 +119,5 @@ def test_without_transformers_an_output_is_like_one(without_transformers):
     ids=str,
 )
 def test_what_is_no_nesting_is_refused(data):
-    with pytest.raises(ValueError, match=r"is no |valid identifiers|keyword"):
+    with pytest.raises(ValueError, match=r"is not |is no |valid identifiers|keyword"):
         decode_nesting(data)

@@ -139,8 +139,8 @@ def test_files_that_are_no_keys_are_told(signed, keys, tmp_path):
     openssl = shutil.which("openssl")
     said = {
         tmp_path / "nowhere": "cannot be read: No such file or directory",
-        tmp_path / "text": "is no PEM file of a public key",
-        private: "is no PEM file of a public key",
+        tmp_path / "text": "is not a PEM file of a public key",
+        private: "is not a PEM file of a public key",
     }
     if openssl is not None:
         rsa, encrypted = tmp_path / "rsa.pem", tmp_path / "encrypted.pem"
@@ -155,7 +155,7 @@ def test_files_that_are_no_keys_are_told(signed, keys, tmp_path):
             sign_directory(signed, encrypted)
     for path, sentence in said.items():
         assert sentence in refusal(signed, path)
-    with pytest.raises(ArtifactError, match="is no PEM file of a private key"):
+    with pytest.raises(ArtifactError, match="is not a PEM file of a private key"):
         sign_directory(signed, public)
 
 

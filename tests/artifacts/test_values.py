@@ -63,7 +63,7 @@ def test_another_argument_is_refused(item):
     ids=str,
 )
 def test_what_is_no_argument_is_refused(data):
-    with pytest.raises(ValueError, match="is no "):
+    with pytest.raises(ValueError, match=r"is not an? "):
         decode_argument(data)
 
 
@@ -89,7 +89,7 @@ def test_another_function_of_sizes_is_refused():
 
 @pytest.mark.parametrize("data", ["s9", "__import__('os')", ["exec", "1"], ["Add", "s9"], {"a": 1}, None, 1.5, []], ids=str)
 def test_what_is_no_expression_is_refused(data):
-    with pytest.raises(ValueError, match="is no size"):
+    with pytest.raises(ValueError, match="is not a size"):
         decode_expression(data, {"s0": S})
 
 
@@ -139,5 +139,5 @@ def test_a_field_is_of_its_kind():
     for data in ({}, {"a": True}, {"a": "1"}, [], None):
         with pytest.raises(ValueError, match="'a'"):
             take(data, "a", int)
-    with pytest.raises(ValueError, match="3 is no text"):
+    with pytest.raises(ValueError, match="3 is not text"):
         take_list({"a": [3]}, "a", text)

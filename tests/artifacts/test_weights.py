@@ -218,7 +218,7 @@ def test_a_pruned_model_takes_less_and_answers_the_same(tmp_path):
         ({"nonzero": [64, 65]}, "512 bytes of bits do not fit a weight of [64, 65]"),
         ({"nonzero": [-64, -64]}, "-64 is negative"),
         ({"nonzero": [4090]}, "1024 values do not fit 1022 places"),
-        ({"nonzero": "all"}, "the field 'nonzero' is 'all', which is no list"),
+        ({"nonzero": "all"}, "the field 'nonzero' is 'all', which is not of type list"),
     ],
 )
 def test_a_compressed_weight_that_does_not_fit_is_refused(tmp_path, entry, message):

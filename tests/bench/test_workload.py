@@ -39,7 +39,7 @@ def test_a_shape_given_twice_is_measured_once():
 def test_what_is_no_shape_is_refused(text):
     with pytest.raises(UnsupportedError) as caught:
         parse_shapes(text)
-    assert str(caught.value) == f"'{text}' is no shape; write rows x tokens, for example 1x32,8x128,32xragged"
+    assert str(caught.value) == f"'{text}' is not a shape; write rows x tokens, for example 1x32,8x128,32xragged"
 
 
 def test_rows_of_a_length_are_full_of_different_text(model):

@@ -95,7 +95,7 @@ def mamba() -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("build", "options", "error", "message"),
     [
-        (lambda: torch.nn.Linear(2, 2), {}, UnsupportedError, "Linear is no model of transformers"),
+        (lambda: torch.nn.Linear(2, 2), {}, UnsupportedError, "Linear is not a transformers model"),
         (lambda: tiny_bert().model, {}, UnsupportedError, "BertModel does not generate"),
         (lambda: tiny_t5().model, {}, UnsupportedError, "takes a causal language model, such as LlamaForCausalLM"),
         (mamba, {}, UnsupportedError, "MambaForCausalLM cannot be run with a cache that holds keys and values"),

@@ -202,7 +202,7 @@ def test_an_argument_of_nested_tensors_may_be_named():
 @pytest.mark.parametrize(
     ("dynamic", "reason"),
     [
-        ({"y": {0: "batch"}}, "dynamic names 'y', which is no argument of this call; it has x"),
+        ({"y": {0: "batch"}}, "dynamic names 'y', which is not an argument of this call; it has x"),
         ({"x": {3: "width"}}, "dynamic names dimension 3 of 'x', which has 3, counted from 0"),
         ({"x": {-1: "width"}}, "dynamic names dimension -1 of 'x', which has 3, counted from 0"),
         ({"x": {1: 7}}, "dynamic gives 7 for dimension 1 of 'x'; give a name, or Dim(name, min=, max=)"),
@@ -216,7 +216,7 @@ def test_an_argument_of_nested_tensors_may_be_named():
         ),
         (
             {"x": {0: "size", 1: "size"}},
-            "dynamic gives the name 'size' to dimensions that vary apart; give each a name of its own",
+            "dynamic gives the name 'size' to dimensions that vary independently; give each a name of its own",
         ),
     ],
 )

@@ -15,6 +15,8 @@ from lissom.frontends import huggingface
 from lissom.frontends.huggingface import find_directory, load
 from tests.models import tiny_bert
 
+NEITHER = "neither a directory nor a packaged model (minilm, gemma3-270m)"
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
@@ -63,15 +65,13 @@ def test_a_directory_is_loaded(directory):
 def test_a_name_that_is_no_directory_is_refused_with_the_nearest():
     with pytest.raises(ArtifactError) as caught:
         load("minlm")
-    assert str(caught.value) == ("'minlm' is no directory and no packaged model (minilm, gemma3-270m); did you mean 'minilm'?")
+    assert str(caught.value) == f"'minlm' is {NEITHER}; did you mean 'minilm'?"
 
 
 def test_a_name_like_no_other_is_refused():
     with pytest.raises(ArtifactError) as caught:
         load("somewhere/else")
-    assert (
-        str(caught.value) == "'somewhere/else' is no directory and no packaged model (minilm, gemma3-270m); give one of these"
-    )
+    assert str(caught.value) == f"'somewhere/else' is {NEITHER}; give one of these"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_missing_weights_are_refused(copied):
     (copied / "model.safetensors").unlink()
     with pytest.raises(ArtifactError) as caught:
         load(str(copied))
-    assert str(caught.value) == f"{copied} has a config but no weights; put model.safetensors beside config.json"
+    assert str(caught.value) == f"{copied} has a config but no weights; put model.safetensors next to config.json"
 
 
 def test_a_weight_the_file_lacks_is_noted(copied):

@@ -37,12 +37,12 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     pytest.importorskip("onnx2fx", reason="onnx2fx is not installed: pip install 'lissom[from-onnx]'")
-    assert refusal(tmp_path / "no.onnx") == f"{tmp_path / 'no.onnx'} is no file; give the path of an ONNX file"
+    assert refusal(tmp_path / "no.onnx") == f"{tmp_path / 'no.onnx'} is not a file; give the path of an ONNX file"
 
 
 @pytest.mark.parametrize("name", ["hub:bert", "no/such/directory", "minlm"])
 def test_a_name_that_means_nothing_is_refused(name):
-    assert refusal(name).startswith(f"'{name}' is no directory and no packaged model (minilm, gemma3-270m)")
+    assert refusal(name).startswith(f"'{name}' is neither a directory nor a packaged model (minilm, gemma3-270m)")
 
 
 def test_libraries_of_models_are_imported_when_a_model_of_theirs_is_named():

@@ -51,7 +51,7 @@ def test_a_device_has_its_own_roof():
 
 
 def test_a_symbolic_cost_has_no_time():
-    with pytest.raises(UnsupportedError, match=r"operations and .* bytes takes no known time; give its sizes numbers"):
+    with pytest.raises(UnsupportedError, match=r"operations and .* bytes takes no known time; give numbers for its sizes"):
         roofline_seconds(total_cost(captured("feed_forward")), MACHINE, torch.float32)
 
 

@@ -1,1 +1,1 @@
-"""Programs from ONNX files: reading the file, and turning its graph into PyTorch's operators."""
+"""Programs from ONNX files: reads the file, and converts its graph to PyTorch operators."""

@@ -1,4 +1,4 @@
-"""Sizes that an ONNX file gives as text: a name, or a formula of names and whole numbers such as `past + new`.
+"""Symbolic sizes in an ONNX file: a name, or a formula of names and integers such as `past + new`.
 
 Exporters write sums, products, quotients and remainders: `batch*8`, `floor(tokens/2)`, `s0//2 + 1`, `Max(0, past - 4)`. A
 formula is parsed here and computed exactly; nothing in the text is evaluated by Python or SymPy. Any other text is a name.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 LONGEST, LARGEST = 200, 2**40
-"""Characters a formula may have, and how large the numbers in it and its value may be."""
+"""The most characters of a formula, and the largest number in it or value of it."""
 
 _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction | int]] = {
     ast.Add: operator.add,
@@ -32,12 +32,12 @@ _FUNCTIONS: Mapping[str, Callable[..., Fraction | int]] = {
     "FloorDiv": operator.floordiv,
     "IntTrueDiv": operator.truediv,
 }
-"""By the names SymPy, PyTorch and ONNX Runtime write."""
+"""Functions by the names that SymPy, PyTorch and ONNX Runtime write."""
 _LARGEST_EXPONENT = 8
 
 
 class NoFormulaError(ValueError):
-    """The text is a name, or a formula whose value is no size."""
+    """The text is not a formula, or its value is not a size."""
 
 
 def names_in(text: str) -> list[str]:
@@ -49,13 +49,13 @@ def names_in(text: str) -> list[str]:
 
 
 def size_of(text: str, sizes: Mapping[str, int]) -> int:
-    """The value of a formula for the sizes its names stand for. Raises: NoFormulaError when it is none, or no size."""
+    """The value of a formula, given the sizes of its names. Raises: NoFormulaError if the text is none, or gives no size."""
     try:
         value = _value(_parsed(text), sizes)
     except (ArithmeticError, TypeError) as error:
         raise NoFormulaError(f"'{text}' has no value: {error}") from error
     if value.denominator != 1 or not 0 < value <= LARGEST:
-        raise NoFormulaError(f"'{text}' is {value}, which is no size")
+        raise NoFormulaError(f"'{text}' is {value}, which is not a size")
     return int(value)
 
 
@@ -64,9 +64,9 @@ def _parsed(text: str) -> ast.expr:
         raise NoFormulaError(f"a formula has at most {LONGEST} characters")
     try:
         return ast.parse(text.strip(), mode="eval").body
-    # Text of so few characters nests too little for more than these.
+    # The text is too short for nesting that would crash the parser.
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise NoFormulaError(f"'{text}' is no formula") from error
+        raise NoFormulaError(f"'{text}' is not a formula") from error
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
@@ -84,7 +84,7 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
         case ast.Call(func=ast.Name(id=name), args=[_, *_] as args, keywords=[]) if name in _FUNCTIONS:
             found = Fraction(_FUNCTIONS[name](*(_value(arg, sizes) for arg in args)))
         case _:
-            raise NoFormulaError(f"'{ast.unparse(node)}' is no part of a formula")
+            raise NoFormulaError(f"'{ast.unparse(node)}' is not part of a formula")
     if max(abs(found), found.denominator) > LARGEST:
         raise NoFormulaError(f"a number in a formula is at most {LARGEST}")
     return found

@@ -1,7 +1,7 @@
-"""An ONNX file, read and checked: whatever it holds becomes a graph that follows the ONNX standard, or one sentence.
+"""Reading and checking ONNX files: the result is a graph that follows the ONNX standard, or an error of one sentence.
 
-Nothing outside of the file's folder is opened. ONNX's own checker and shape inference, which run here, refuse operators,
-attributes, axes and shapes that the standard does not allow.
+No file outside the ONNX file's folder is opened. ONNX's own checker and shape inference refuse operators, attributes, axes and
+shapes that the standard does not allow.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from onnx_ir.passes.common import _c_api_utils
 from lissom.errors import ArtifactError
 
 UNKNOWN = "lissom.unknown"
-"""A domain that has no operators."""
+"""A domain without operators."""
 MOST_NODES = 200_000
-"""Nodes a graph may have once its functions are written out."""
+"""The most nodes of a graph after inlining its functions."""
 _SMALL = 1000
-"""Bytes of external data that are read at once; larger tensors are mapped when they are asked for."""
+"""The largest external tensor that is read at once, in bytes; larger ones are mapped when needed."""
 _ALLOWED: Mapping[str, Collection[object]] = {
     **dict.fromkeys(
         (
@@ -48,15 +48,15 @@ _ALLOWED: Mapping[str, Collection[object]] = {
     "auto_pad": (b"NOTSET", b"SAME_UPPER", b"SAME_LOWER", b"VALID"),
     "reduction": (b"none", b"add", b"mul", b"max", b"min", b"mean", b"sum"),
 }
-"""The values that attributes may have, which the checker does not look at."""
+"""The allowed values of attributes, which the checker does not check."""
 Part = TypeVar("Part", bound=Message)
 _INFERENCE = re.compile(r"\(op_type:(?P<kind>\w+)(?:, node name: (?P<name>.*?))?\): (?:\[\w+\] )*(?P<reason>.*)")
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """The message in a file, as it is. Raises: ArtifactError when there is none."""
+    """The unchecked ModelProto in a file. Raises: ArtifactError if there is none."""
     if not path.is_file():
-        raise ArtifactError(f"{path} is no file; give the path of an ONNX file")
+        raise ArtifactError(f"{path} is not a file; give the path of an ONNX file")
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
     except (DecodeError, OSError) as error:
@@ -67,7 +67,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
 
 
 def read_file(path: Path) -> ir.Model:
-    """The model in a file. Raises: ArtifactError when there is none, or it does not follow the standard."""
+    """The model in a file. Raises: ArtifactError if there is none, or it does not follow the standard."""
     proto = read_proto(path)
     folder = path.absolute().parent
     _bring_in(proto, path, folder)
@@ -82,20 +82,20 @@ def read_file(path: Path) -> ir.Model:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters."""
+    """An error's message in one line of at most 300 characters."""
     text = "; ".join(line.strip() for line in str(error).replace("==> Context:", "").splitlines() if line.strip())
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def root_line(error: BaseException) -> str:
-    """The kind of the error at the bottom of another, and what it says."""
+    """The type and message of an error's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _bring_in(proto: onnx.ModelProto, path: Path, folder: Path) -> None:
-    """Check all external data, and read what is small or does not belong to an initializer of the graph itself."""
+    """Check all external data, and read small tensors and those that are not initializers of the main graph."""
     initializers = list(proto.graph.initializer)
     large = {id(tensor) for tensor in initializers}
     for tensor in parts_of(proto, onnx.TensorProto):
@@ -117,7 +117,7 @@ def _bring_in(proto: onnx.ModelProto, path: Path, folder: Path) -> None:
 
 
 def parts_of(message: Message, kind: type[Part]) -> Iterator[Part]:
-    """Every message of a kind in a message, such as tensors: in graphs, attributes and functions."""
+    """Every message of one type, such as tensors, nested in a message: in graphs, attributes and functions."""
     if isinstance(message, kind):
         yield message
     for field, value in message.ListFields():
@@ -132,7 +132,7 @@ def is_external(tensor: onnx.TensorProto) -> bool:
 
 
 def external_place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[Path, int, int]:
-    """The file external data is in, its first byte and its length. Raises: ArtifactError."""
+    """The file, offset and length in bytes of external data. Raises: ArtifactError."""
     given = {entry.key: entry.value for entry in tensor.external_data}
     location = given.get("location", "")
     where = f"{path} keeps '{tensor.name}' in the file {location}"
@@ -142,12 +142,12 @@ def external_place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[
     if not plain or file.resolve() != folder.resolve() / relative:
         raise ArtifactError(f"{where}, which is not inside of its folder, or is a link; copy the data into the folder itself")
     if not file.is_file():
-        raise ArtifactError(f"{where}, which is not there; put it beside the ONNX file")
+        raise ArtifactError(f"{where}, which is not there; put it next to the ONNX file")
     needed, size = _bytes_of(tensor, where), file.stat().st_size
     try:
         offset, length = (int(given.get(key, default)) for key, default in (("offset", 0), ("length", needed)))
     except ValueError as error:
-        raise ArtifactError(f"{where}, and its offset or length is no number; export the model again") from error
+        raise ArtifactError(f"{where}, and its offset or length is not a number; export the model again") from error
     if length != needed or offset < 0 or offset + length > size:
         raise ArtifactError(
             f"{where}, {length} bytes from {offset} of {size}, where {list(tensor.dims)} elements are {needed} bytes; "
@@ -157,7 +157,7 @@ def external_place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[
 
 
 def _bytes_of(tensor: onnx.TensorProto, where: str) -> int:
-    """The bytes that the elements of a tensor take. Raises: ArtifactError."""
+    """The size of a tensor's elements in bytes. Raises: ArtifactError."""
     try:
         bits = ir.DataType(tensor.data_type).bitwidth
     except (ValueError, TypeError) as error:
@@ -170,18 +170,18 @@ def _bytes_of(tensor: onnx.TensorProto, where: str) -> int:
 
 
 def _check(light: onnx.ModelProto, path: Path) -> None:
-    """Check a model whose large initializers are inputs; it is changed. Raises: ArtifactError."""
+    """Check a model whose large initializers are inputs; modifies the model. Raises: ArtifactError."""
     for number, node in enumerate(light.graph.node):
         node.name = node.name or f"number {number + 1}"
     outputs = [output for output in light.graph.output if output.type.HasField("tensor_type")]
     for output in outputs:
-        # The checker wants a shape, whatever it is, and many files lack it.
+        # The checker requires a shape, even an empty one, and many files lack it.
         output.type.tensor_type.shape.SetInParent()
     try:
         onnx.checker.check_model(light)
         _check_values(light)
         _check_calls(light)
-        # What the file says of shapes in between may be more than can be inferred, and is left to the rewrites.
+        # The file's shapes of intermediate values may be more precise than inference; the rewrites use them.
         del light.graph.value_info[:]
         for output in outputs:
             output.type.tensor_type.ClearField("shape")
@@ -196,7 +196,7 @@ def _check(light: onnx.ModelProto, path: Path) -> None:
 
 
 def _hide_slices(light: onnx.ModelProto) -> None:
-    """Give slices a domain that inference knows nothing of: it aborts the process at one of a negative size."""
+    """Move Slice nodes to a domain unknown to shape inference, which aborts the process at a negative size."""
     for holder in (light, *light.functions):
         holder.opset_import.append(onnx.helper.make_opsetid(UNKNOWN, 1))
     for node in parts_of(light, onnx.NodeProto):
@@ -205,7 +205,7 @@ def _hide_slices(light: onnx.ModelProto) -> None:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Note the shapes of values that the standard's inference finds; what is behind a slice keeps what the file says."""
+    """Set the shapes of values by ONNX's shape inference; values after a Slice keep the shapes in the file."""
     slices = {node: node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type == "Slice"}
     for node in slices:
         node.domain = UNKNOWN
@@ -217,7 +217,7 @@ def infer_shapes(model: ir.Model) -> None:
 
 
 def _check_values(light: onnx.ModelProto) -> None:
-    """Refuse flags and modes that the standard does not have. Raises: ValidationError naming the node."""
+    """Refuse attribute values that the standard does not have. Raises: ValidationError naming the node."""
     for node in parts_of(light, onnx.NodeProto):
         for item in node.attribute if node.domain in ("", "ai.onnx") else ():
             if item.ref_attr_name or item.name not in _ALLOWED:
@@ -231,7 +231,7 @@ def _check_values(light: onnx.ModelProto) -> None:
 
 
 def _check_calls(light: onnx.ModelProto) -> None:
-    """Refuse functions that grow beyond all bounds; the checker has refused cycles, and calls that are too deep.
+    """Refuse functions that inline to too many nodes; the checker has refused cycles, and calls that are too deep.
 
     Raises: ValidationError.
     """
@@ -239,7 +239,7 @@ def _check_calls(light: onnx.ModelProto) -> None:
     sizes: dict[tuple[str, str], int] = {}
 
     def count(nodes: Iterable[onnx.NodeProto]) -> int:
-        """How many nodes there are when every function is written out."""
+        """The number of nodes after inlining every function."""
         found = 0
         for node in nodes:
             called = (node.domain, node.op_type)

@@ -1,4 +1,4 @@
-"""The graph of an ONNX file: read, checked, its weights taken out, and what it tells of where its nodes came from."""
+"""The graph of an ONNX file: reading, checking, extracting weights, and the origins of its nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lissom.frontends.onnx import file as onnx_file
 from lissom.frontends.onnx import operators
 
 PLACE, KIND, NAME, TRANSPOSED = "place", "kind", "name", "transposed"
-"""What a node carries, its number and operator in the file; and a value, the weight's name, and that it is to be transposed."""
+"""Metadata keys: of a node its number and operator in the file; of a value the weight's name, and whether to transpose it."""
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 _TRACE = "pkg.torch.onnx.stack_trace"
@@ -25,9 +25,9 @@ _FRAME = re.compile(r'^ *(File "([^"\n]+)", line \d+, in .*\n.*)', re.MULTILINE)
 
 
 def load(path: Path) -> ir.Model:
-    """The model in the file, with every node's place in the file noted, and weights read when they are asked for.
+    """The model in the file, with every node's position in the file as metadata, and weights read when needed.
 
-    Raises: ArtifactError when there is no such file, or it does not follow the ONNX standard.
+    Raises: ArtifactError if there is no such file, or it does not follow the ONNX standard.
     """
     model = onnx_file.read_file(path)
     for index, node in enumerate(model.graph):
@@ -36,12 +36,12 @@ def load(path: Path) -> ir.Model:
 
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """The nodes of the graph and of the graphs in it."""
+    """The nodes of the graph and its subgraphs."""
     return iter(ir.traversal.RecursiveGraphIterator(model.graph))
 
 
 def check_operators(model: ir.Model, path: Path) -> None:
-    """Refuse operators that have no conversion.
+    """Refuse operators without a conversion.
 
     Raises: UnsupportedError naming each with the first node that uses it.
     """
@@ -64,9 +64,9 @@ def check_operators(model: ir.Model, path: Path) -> None:
 
 
 def take_weights(model: ir.Model) -> dict[str, tuple[str, torch.Tensor]]:
-    """Make every floating-point initializer an input of the graph: the input's name -> the weight's name, and the weight.
+    """Turn every floating-point initializer into an input; returns {input's name: (weight's name, weight)}.
 
-    Single numbers and integers stay: conversion wants to see them.
+    Scalars and integers stay, because conversion needs their values.
     """
     taken: dict[str, tuple[str, torch.Tensor]] = {}
     names: set[str] = set()
@@ -82,14 +82,14 @@ def take_weights(model: ir.Model) -> dict[str, tuple[str, torch.Tensor]]:
             model.graph.inputs.append(value)
         else:
             taken[value.name] = (wanted, _to_torch(data))
-            # Conversion sees the model without its directory, where external data would be looked for.
+            # The data is read now: conversion does not know the directory of external data.
             value.const_value = ir.Tensor(data.numpy(), name=value.name)
             model.graph.initializers.add(value)
     return taken
 
 
 def rows_of(model: ir.Model) -> dict[str, int]:
-    """For each input that looks up a table of constants, how many rows the table has."""
+    """For each input that indexes a constant table, the table's number of rows."""
     rows: dict[str, int] = {}
     for value in model.graph.inputs:
         readers = [use.node for use in value.uses()]
@@ -103,21 +103,21 @@ def rows_of(model: ir.Model) -> dict[str, int]:
 
 
 def origins_of(model: ir.Model, path: Path) -> dict[str, tuple[str, str]]:
-    """For each node, by its name, the module it is in and a stack trace.
+    """The module path and stack trace of each node, by the node's name.
 
-    The module is the one the exporter recorded, else the folders of the node's name, else that name. The trace is the line of
-    the exported model's code, else the node's place in the file.
+    The module is the one the exporter recorded, else the path in the node's name, else the whole name. The trace is the line of
+    the exported model's code, else the node's position in the file.
     """
     return {cast(str, node.name): (module_path(node), _trace(node, path)) for node in all_nodes(model)}
 
 
 def is_in_module(node: ir.Node) -> bool:
-    """True when the exporter recorded the module a node is in, or its name has folders."""
+    """True if the exporter recorded the node's module, or the node's name is a path."""
     return SCOPES in node.metadata_props or "/" in str(node.name).strip("/")
 
 
 def module_path(node: ir.Node) -> str:
-    """The module a node is in, `encoder.layer.0.attention.self.query`."""
+    """The module of a node, `encoder.layer.0.attention.self.query`."""
     scopes = _QUOTED.findall(node.metadata_props.get(SCOPES, ""))
     if scopes:
         return scopes[-2] if len(scopes) > 1 else ""
@@ -141,7 +141,7 @@ def _weight_name(value: ir.Value) -> str:
 
 
 def _unique(name: str, taken: set[str]) -> str:
-    """The name, or one with a number behind it, that is neither taken nor a folder of one that is, nor in one."""
+    """The name, with a number appended if needed, so that it neither equals, contains nor extends the path of a taken name."""
     found, count = name, 0
     while any(found == other or found.startswith(f"{other}.") or other.startswith(f"{found}.") for other in taken):
         count += 1
@@ -155,7 +155,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def torch_dtype(dtype: ir.DataType) -> torch.dtype | None:
-    """The dtype in PyTorch, or None where it has none of that kind."""
+    """The PyTorch dtype, or None if there is none."""
     try:
         return tensor_adapters.to_torch_dtype(dtype)
     except (KeyError, ValueError, TypeError):
@@ -174,6 +174,6 @@ def _to_torch(data: ir.TensorProtocol) -> torch.Tensor:
     if data.size == 0:
         return torch.empty(shape, dtype=dtype)
     if dtype is torch.bool:
-        # A byte of a file may be neither 0 nor 1, and no boolean of PyTorch is.
+        # Bytes in a file may have any value, and PyTorch booleans must be 0 or 1.
         return torch.frombuffer(bytearray(data.tobytes()), dtype=torch.uint8).ne(0).reshape(shape)
     return torch.frombuffer(bytearray(data.tobytes()), dtype=dtype).reshape(shape)

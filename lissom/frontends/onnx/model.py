@@ -1,8 +1,8 @@
 """ONNX files as modules, through onnx2fx.
 
-The graph is read and simplified exactly (`onnx_graph`), onnx2fx turns every operator into PyTorch but for those in
-`onnx_operators`, and what it gives is put together here: weights under the names they have in the file, and on every node the
-module and the line it came from. Weights do not pass through the conversion.
+The graph is read (`graph`) and simplified exactly (`rewrites`). onnx2fx converts its operators to PyTorch, except those in
+`operators`. This module adds the weights under their names in the file, and the origin of every node. Weights do not pass
+through the conversion.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _MOST_ELEMENTS = 2**28
 class Input:
     """An input of an ONNX graph.
 
-    sizes: for each dimension a number, or the name or formula of a size that may vary.
-    rows: when the input looks up a table, the rows it has.
+    sizes: for each dimension a number, or the name or formula of a dynamic size.
+    rows: if the input indexes a table, the table's number of rows.
     """
 
     name: str
@@ -52,11 +52,11 @@ class OnnxModel:
 
     @property
     def names(self) -> list[str]:
-        """The names of the module's arguments: the inputs' own, made into names of Python."""
+        """The names of the module's arguments: the inputs' names as Python identifiers."""
         return [str(node.target) for node in self.module.graph.nodes if node.op == "placeholder"]
 
     def example_inputs(self) -> dict[str, torch.Tensor]:
-        """Inputs of the sizes the file gives, and small ones where it lets them vary: two rows, eight or more of the rest."""
+        """Inputs with the sizes in the file; dynamic sizes are small: two rows, eight or more of the rest."""
         sizes: dict[str, int] = {}
         return {name: _example(item, sizes) for name, item in zip(self.names, self.inputs, strict=True)}
 
@@ -68,10 +68,10 @@ class OnnxModel:
 def from_onnx(path: str | Path) -> nn.Module:
     """An ONNX file as a module that takes the file's inputs, by name or in order, and returns its outputs.
 
-    One output comes alone, several as a tuple. Floating-point weights are parameters, under the names they have in the file.
+    A single output is returned alone, several as a tuple. Floating-point weights are parameters with their names in the file.
 
-    Raises: ArtifactError when the file is missing, is no ONNX, or lacks its external data; UnsupportedError for an operator
-        that cannot be converted, named with its node, and when the packages of the extra `from-onnx` are not installed.
+    Raises: ArtifactError if the file is missing, is not ONNX, or lacks its external data; UnsupportedError for an operator that
+        cannot be converted, with the name of its node, and if the packages of the extra `from-onnx` are not installed.
     """
     return read(path).module
 
@@ -88,7 +88,7 @@ def read(path: str | Path) -> OnnxModel:
         return _read(path)
     except LissomError:
         raise
-    # What onnx, onnx-ir and onnx2fx raise for a graph they cannot read has no class in common.
+    # The errors of onnx, onnx-ir and onnx2fx for a graph they cannot read have no common class.
     except Exception as error:
         from lissom.frontends.onnx.file import root_line
 
@@ -141,7 +141,7 @@ def _module(
     weights: Mapping[str, tuple[str, torch.Tensor]],
     origins: Mapping[str, tuple[str, str]],
 ) -> fx.GraphModule:
-    """The converted graph over our weights, each node with its origin, and known sizes passed on from node to node."""
+    """The converted graph with the file's weights, an origin on every node, and known sizes propagated between nodes."""
     graph, root = converted.graph, nn.Module()
     for child, module in converted.named_children():
         root.add_module(child, module)
@@ -152,7 +152,7 @@ def _module(
     for node in reversed(graph.nodes):
         if node.op != "call_function":
             continue
-        # What a conversion makes before its last node has no name of its own.
+        # A conversion may make several nodes, of which only the last has the ONNX node's name.
         origin = origins.get(node.meta.get("onnx_name", ""), origin)
         kind = node.meta.get("onnx_op_type", "operator")
         node.meta = {"nn_module_stack": {origin[0]: (origin[0], f"onnx.{kind}")}, "stack_trace": origin[1]}
@@ -161,7 +161,7 @@ def _module(
 
 
 def _read_weight(graph: fx.Graph, root: nn.Module, node: fx.Node, name: str, tensor: torch.Tensor) -> None:
-    """Put a read of the weight `name` in the place of a node; a small one knows its numbers."""
+    """Replace a node by a read of the weight `name`; a small weight remembers its elements."""
     folder, _, leaf = name.rpartition(".")
     owner = root
     for part in folder.split(".") if folder else ():
@@ -203,7 +203,7 @@ def _example(item: Input, sizes: dict[str, int]) -> torch.Tensor:
 
 
 def _size(size: int | str, sizes: dict[str, int]) -> int:
-    """The number for a size; names met for the first time get one of their own, and a formula is computed."""
+    """A number for a size: a new name gets a distinct number, and a formula is computed."""
     if isinstance(size, int):
         return size
     try:

@@ -1,8 +1,8 @@
 """ONNX operators converted here rather than by onnx2fx.
 
-Their sizes must stay symbolic, or a pass looks for them, or the package gives other numbers than the standard.
-Each has a function of the PyTorch it stands for and a place in `TABLE`. They are registered with onnx2fx under a domain of our
-own, so that what else uses that package in the process is not affected. Meanings are those of the ONNX operator reference.
+Either their sizes must stay symbolic, or a pass matches them, or onnx2fx deviates from the standard. Each has a PyTorch
+function in `TABLE`. They are registered with onnx2fx under Lissom's own domain, so that other users of that package in the
+process are not affected. Semantics are those of the ONNX operator reference.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 DOMAIN = "lissom"
 
 _FAR = 2**31 - 2
-"""What exporters write for "to the end" is beyond this."""
+"""An end of a slice above this means "to the end"."""
 
 
 def _dimension(x: torch.Tensor, axis: int) -> int:
-    """The axis, which may count from the back, counted from the front. Raises: IndexError when there is none."""
+    """The axis as a non-negative number. Raises: IndexError if it is out of range."""
     if not -x.dim() <= axis < x.dim():
         raise IndexError(f"axis {axis} is given for {x.dim()} dimensions")
     return axis % x.dim()
 
 
 def shape(x: torch.Tensor, *, start: int = 0, end: int | None = None) -> torch.Tensor:
-    """The sizes from `start` up to, and without, `end`."""
+    """The sizes of the dimensions from `start` to `end`, exclusive."""
     sizes = list(x.shape)[start:end]
     # Not torch.tensor, which writes in place when it is traced.
     found = [torch.scalar_tensor(size, dtype=torch.int64) for size in sizes]
@@ -49,7 +49,7 @@ def size_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def reshape(x: torch.Tensor, shape: torch.Tensor, *, allowzero: int = 0) -> torch.Tensor:
-    """A size of 0 stands for the input's own, unless `allowzero`; -1 for what is left."""
+    """Reshape `x`; a size of 0 keeps the input's size unless `allowzero`, and -1 is inferred."""
     sizes = shape.tolist()
     if not allowzero:
         sizes = [x.shape[index] if type(size) is int and size == 0 else size for index, size in enumerate(sizes)]
@@ -57,7 +57,7 @@ def reshape(x: torch.Tensor, shape: torch.Tensor, *, allowzero: int = 0) -> torc
 
 
 def expand(x: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-    """Broadcast both ways: a size of 1 keeps the input's own."""
+    """Broadcast `x` and `shape` with each other: a size of 1 in `shape` keeps the input's size."""
     sizes = shape.tolist()
     rank = max(x.dim(), len(sizes))
     own = [1] * (rank - x.dim()) + list(x.shape)
@@ -72,7 +72,7 @@ def slices(
     axes: torch.Tensor | None = None,
     steps: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The elements from start up to, and without, end, along each axis; both may count from the back."""
+    """The elements from start to end, exclusive, along each axis; both may be negative."""
     first, last = starts.tolist(), ends.tolist()
     along = list(range(len(first))) if axes is None else axes.tolist()
     by = [1] * len(first) if steps is None else steps.tolist()
@@ -85,12 +85,12 @@ def slices(
 
 
 def _from_the_back(position: int) -> int:
-    """The same place counted on the reversed axis: element i of n is element n - 1 - i, written -1 - i."""
+    """The index on the reversed axis: element i of n is element n - 1 - i, written -1 - i."""
     return -1 - position
 
 
 def _slice(x: torch.Tensor, axis: int, start: Any, end: Any, step: int) -> torch.Tensor:
-    """A slice that is left out where it is the whole axis, as exporters write one for every `x[:, :n]`."""
+    """A slice, or `x` itself if the slice is the whole axis: exporters write one for every `x[:, :n]`."""
     start = None if type(start) is int and (start == 0 or start < -_FAR) else start
     end = None if (type(end) is int and end > _FAR) or _is_same(end, x.shape[axis]) else end
     if start is None and end is None and step == 1:
@@ -99,14 +99,14 @@ def _slice(x: torch.Tensor, axis: int, start: Any, end: Any, step: int) -> torch
 
 
 def _is_same(left: object, right: object) -> bool:
-    """True when two sizes are equal for every value of their symbols; asks nothing of the sizes."""
+    """True if two sizes are equal for every value of their symbols; adds no guards."""
     if isinstance(left, torch.SymInt) and isinstance(right, torch.SymInt):
         return left.node.expr == right.node.expr
     return type(left) is int and type(right) is int and left == right
 
 
 def tile(x: torch.Tensor, repeats: torch.Tensor) -> torch.Tensor:
-    """The input so many times over along each axis."""
+    """The input repeated along each axis."""
     counts = repeats.tolist()
     if len(counts) != x.dim():
         raise ValueError(f"{len(counts)} repeats are given for {x.dim()} dimensions")
@@ -121,7 +121,7 @@ def pad(
     *,
     mode: str = "constant",
 ) -> torch.Tensor:
-    """Elements added before (first half of `pads`) and after (second half) each axis."""
+    """The input padded before (first half of `pads`) and after (second half) each axis."""
     amounts = pads.tolist()
     count = len(amounts) // 2
     along = list(range(count)) if axes is None else [_dimension(x, axis) for axis in axes.tolist()]
@@ -137,7 +137,7 @@ def pad(
 
 
 def gather(x: torch.Tensor, indices: torch.Tensor, *, axis: int = 0) -> torch.Tensor:
-    """The slices of `x` at the indices, in the indices' shape. Rows of a floating-point table are an embedding."""
+    """The slices of `x` at the indices, in the indices' shape. Rows of a floating-point table become an embedding."""
     known = numbers_of(indices)
     if indices.dim() == 0 and known is not None:
         return x.select(axis, known.item())
@@ -148,7 +148,7 @@ def gather(x: torch.Tensor, indices: torch.Tensor, *, axis: int = 0) -> torch.Te
 
 
 def cumulative_sum(x: torch.Tensor, axis: torch.Tensor, *, exclusive: int = 0, reverse: int = 0) -> torch.Tensor:
-    """Sums of the elements up to each, in the dtype of `x`: without itself if `exclusive`, from the back if `reverse`."""
+    """Cumulative sums in the dtype of `x`: without the element itself if `exclusive`, from the end if `reverse`."""
     dim = int(axis.item())
     x = x.flip(dim) if reverse else x
     total = x.cumsum(dim, dtype=x.dtype)
@@ -158,7 +158,7 @@ def cumulative_sum(x: torch.Tensor, axis: torch.Tensor, *, exclusive: int = 0, r
 
 
 def power(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """x to the exponent, in the dtype of `x`."""
+    """x raised to the exponent, in the dtype of `x`."""
     found = torch.pow(x, exponent)
     return found if found.dtype is x.dtype else found.to(x.dtype)
 
@@ -206,10 +206,10 @@ def attention_with_cache(
     kv_num_heads: int = 0,
     **_: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """softmax(q kᵀ · scale + mask) v, and the keys and values it read, those from the past first.
+    """softmax(q kᵀ · scale + mask) v, and the keys and values with the past ones first.
 
     q, k, v: [batch, heads, tokens, head_dim], or [batch, tokens, heads · head_dim] with the numbers of heads as attributes.
-    is_causal: token i reads the past and tokens 0 to i. softcap: scores become softcap · tanh(score / softcap).
+    is_causal: token i attends to the past and to tokens 0 to i. softcap: scores become softcap · tanh(score / softcap).
     """
     folded = q.dim() == 3
     if folded:
@@ -236,7 +236,7 @@ def _split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def _combined_mask(
     q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, is_causal: bool, past: int
 ) -> torch.Tensor | None:
-    """The mask, closed where it is shorter than the keys, and closed to later tokens if causal."""
+    """The mask, padded with hidden keys if it is shorter than the keys, and combined with the causal mask."""
     length = k.shape[2]
     if mask is not None and type(mask.shape[-1]) is int and type(length) is int and mask.shape[-1] < length:
         mask = functional.pad(mask, (0, length - mask.shape[-1]), value=_closed(mask))
@@ -282,14 +282,14 @@ TABLE: Mapping[str, Function] = {
     "Attention": attention,
     "Linear": functional.linear,
 }
-"""Operators by their ONNX names, and `Linear`, x weightᵀ + bias. Inputs are positional, attributes keywords."""
+"""Functions by ONNX operator, and `Linear`, x weightᵀ + bias. Inputs are positional, attributes are keywords."""
 
 OLDEST: Mapping[str, int] = {"Reshape": 5, "Slice": 10, "Tile": 6, "Pad": 11, "Expand": 8}
-"""The first opset in which the operator takes what our function takes; before it, onnx2fx converts it."""
+"""The first opset in which the operator has our function's inputs; in earlier ones, onnx2fx converts it."""
 
 
 WITH_MORE_OUTPUTS: Mapping[str, Function] = {"Attention": attention_with_cache}
-"""Operators of which more than the first output can be read, and the function that gives all of them."""
+"""Operators with more than one output, and the function that returns all of them."""
 
 INPUTS: Mapping[str, int] = {"Attention": 6}
 OUTPUTS: Mapping[str, int] = {"Attention": 3}
@@ -298,7 +298,7 @@ ATTRIBUTES: Mapping[str, set[str]] = {
         "is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision",
     }
 }  # fmt: skip
-"""What the operators that later opsets extended may have to be ours: inputs, outputs, attributes."""
+"""Inputs, outputs and attributes that our functions support, of operators that later opsets extended."""
 
 WRONG: Mapping[str, int] = {
     "Attention": 1,
@@ -316,11 +316,11 @@ WRONG: Mapping[str, int] = {
     "SplitToSequence": 1,
     "Upsample": 1,
 }
-"""Operators that onnx2fx 0.0.1 converts to other numbers than a node test of the standard asks for, and from which opset on."""
+"""Operators that onnx2fx 0.0.1 converts wrongly by a node test of the standard, and the first opset concerned."""
 
 
 def is_ours(node: ir.Node, opset: int) -> bool:
-    """True for an operator of `TABLE` in this opset that has nothing our function does not know."""
+    """True for an operator of `TABLE` whose inputs, outputs and attributes in this opset our function supports."""
     name = node.op_type
     if name not in TABLE or node.domain not in ("", "ai.onnx") or opset < OLDEST.get(name, 1):
         return False
@@ -330,7 +330,7 @@ def is_ours(node: ir.Node, opset: int) -> bool:
 
 
 def register() -> None:
-    """Give our operators to onnx2fx, in our domain; as often as one likes."""
+    """Register our operators with onnx2fx, in our domain; repeated calls are allowed."""
     from onnx2fx import register_op
 
     for name, function in TABLE.items():

@@ -1,8 +1,8 @@
-"""Exact rewrites of an ONNX graph before it is converted, to what a model's own code would say.
+"""Exact rewrites of an ONNX graph before conversion, towards the operators of the original PyTorch code.
 
-Functions are inlined, constants become initializers, identities go. A product with a matrix of weights, and the bias added
-after it, become one `Linear` whose weight is stored [out, in], as PyTorch has it. What exporters take apart is put
-together again.
+Functions are inlined, constants become initializers, identities are removed. A matrix product with a weight, and the bias added
+after it, become one `Linear` whose weight is stored [out, in], as in PyTorch. Operators that exporters decompose are
+recomposed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LEARNED = {
     ("LayerNormalization", 2): "bias",
     ("RMSNormalization", 1): "weight",
 }
-"""The places of operators where a vector of weights stands, and the name it has in PyTorch's module."""
+"""The inputs of operators that are weight vectors, with their names in PyTorch's modules."""
 
 
 def simplify(model: ir.Model) -> None:
-    """Bring the graph into the form that is converted, in place."""
+    """Rewrite the graph in place into the form that is converted."""
     common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.LiftSubgraphInitializersToMainGraphPass()(model)
@@ -55,7 +55,7 @@ def simplify(model: ir.Model) -> None:
 
 
 def _replace(graph: ir.Graph, old: list[ir.Node], new: ir.Node) -> None:
-    """Put a node in the place of several, the last of which gives the result."""
+    """Replace several nodes, the last of which computes the result, by one."""
     first, result = old[0], old[-1].outputs[0]
     new.name = first.name
     new.metadata_props.update(first.metadata_props)
@@ -65,13 +65,13 @@ def _replace(graph: ir.Graph, old: list[ir.Node], new: ir.Node) -> None:
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:
-    """The node that reads the value, if nothing else does."""
+    """The only node that reads the value, or None."""
     uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
 def _to_one_transpose(graph: ir.Graph, node: ir.Node) -> None:
-    """Transpose keys of rank 4 at once; the exporter of PyTorch folds batch and heads, transposes, and unfolds."""
+    """Transpose rank-4 keys in one node; PyTorch's exporter merges batch and heads, transposes, and splits them again."""
     before, after = node.inputs[0].producer() if node.inputs[0] is not None else None, _only_user(node.outputs[0])
     if before is None or after is None or before.op_type != "Reshape" or after.op_type != "Reshape":
         return
@@ -96,7 +96,7 @@ def _permutation(node: ir.Node) -> list[int] | None:
 
 
 def _to_reciprocal(graph: ir.Graph, node: ir.Node) -> None:
-    """Write 1 / x as the reciprocal it is."""
+    """Replace 1 / x by Reciprocal."""
     one, x = node.inputs
     data = one.const_value if one is not None and one.is_initializer() else None
     if x is not None and data is not None and data.dtype.is_floating_point() and data.shape.rank() == 0 and data.numpy() == 1:
@@ -104,7 +104,7 @@ def _to_reciprocal(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _unshare(graph: ir.Graph) -> None:
-    """Give every module a vector of weights of its own: exporters store equal ones, as all biases of 0, once."""
+    """Give every module its own weight vectors: exporters store equal ones, such as all zero biases, only once."""
     for value in list(graph.initializers.values()):
         uses = list(value.uses())
         if not _is_weight(value, 1) or len(uses) < 2:
@@ -127,7 +127,7 @@ def _unshare(graph: ir.Graph) -> None:
 
 
 def _to_linear(graph: ir.Graph, node: ir.Node, transposed: dict[ir.Value, ir.Value]) -> None:
-    """Put one `Linear` for a product of `x` with a matrix of weights, and for the addition of a bias that follows."""
+    """Replace a matrix product of `x` with a weight, and the bias addition after it, by one `Linear`."""
     x, matrix, *rest = node.inputs
     weight = _weight(graph, node, matrix, transposed)
     if x is None or weight is None or x.is_initializer():
@@ -147,7 +147,7 @@ def _to_linear(graph: ir.Graph, node: ir.Node, transposed: dict[ir.Value, ir.Val
 
 
 def _weight(graph: ir.Graph, node: ir.Node, matrix: ir.Value | None, transposed: dict[ir.Value, ir.Value]) -> ir.Value | None:
-    """The weight, [out, in], a product multiplies by, or None when it multiplies by something else."""
+    """The weight of a matrix product, [out, in]; None if the factor is not a weight."""
     options = {name: item.value for name, item in node.attributes.items()}
     plain = options.get("alpha", 1.0) == 1.0 and options.get("beta", 1.0) == 1.0 and not options.get("transA", 0)
     if matrix is None or not plain:
@@ -188,11 +188,11 @@ def _is_weight(value: ir.Value, rank: int) -> bool:
 
 
 def _is_named(value: ir.Value) -> bool:
-    """True for a name an author gave, `query.weight`; false for one an exporter made up, `onnx::MatMul_12` or `val_8`."""
+    """True for a name from the model, `query.weight`; false for one from an exporter, `onnx::MatMul_12` or `val_8`."""
     return str(value.meta.get(NAME, value.name)).endswith(".weight")
 
 
 def _name_of_weight(bias: ir.Value | None, node: ir.Node) -> str:
-    """A name for a weight that lost its own: the weight of its module, else its bias's neighbour."""
+    """A name for a weight without one: from its module, or without a known module from its bias's name."""
     owner = "" if is_in_module(node) or bias is None else str(bias.name)
     return f"{owner.removesuffix('.bias') if owner.endswith('.bias') else module_path(node)}.weight"

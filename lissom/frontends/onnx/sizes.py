@@ -1,8 +1,8 @@
-"""Sizes that are computed with tensors, kept as numbers.
+"""Propagation of sizes that an ONNX graph computes with tensors.
 
-An ONNX graph works out its shapes with small tensors: Shape, Gather, Concat, Reshape. While a graph is traced, a tensor has no
-values, so every such shape would be unknown. Here a tensor made from sizes or constants remembers its elements, plain or
-symbolic numbers; what is computed from such tensors remembers its own; and reading one gives the numbers back.
+An ONNX graph computes its shapes with small tensors: Shape, Gather, Concat, Reshape. During tracing a tensor has no values, so
+every such shape would be unknown. Here a tensor made from sizes or constants remembers its elements, plain or symbolic numbers;
+so do tensors computed from such tensors; and reading one returns the numbers.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.utils import _pytree as pytree
 Result = TypeVar("Result")
 
 MOST = 64
-"""Elements a tensor may have and still be taken for sizes or constants rather than data."""
+"""The most elements of a tensor that is treated as sizes or constants rather than data."""
 
 _NUMBERS = "lissom_numbers"
 
 
 def remember(tensor: torch.Tensor, numbers: Iterable[object]) -> torch.Tensor:
-    """The tensor, which now knows its elements: plain or symbolic numbers, given in order."""
+    """The tensor, with its elements remembered: plain or symbolic numbers, in order."""
     found = np.empty(tensor.numel(), dtype=object)
     found[:] = list(numbers)
     setattr(tensor, _NUMBERS, found.reshape(tuple(tensor.shape)))
@@ -34,12 +34,12 @@ def remember(tensor: torch.Tensor, numbers: Iterable[object]) -> torch.Tensor:
 
 
 def numbers_of(tensor: torch.Tensor) -> np.ndarray | None:
-    """The elements the tensor knows, as an array of objects in its shape; None for data."""
+    """The remembered elements, as an object array of the tensor's shape; None for data."""
     return getattr(tensor, _NUMBERS, None)
 
 
 def with_numbers(function: Callable[..., Result], name: str) -> Callable[..., Result]:
-    """The function under a name of its own, with known elements passed on by every torch call in it."""
+    """The function under a name of its own, with known elements propagated through every torch call in it."""
 
     def wrapped(*args: object, **kwargs: object) -> Result:
         with _PassOn():
@@ -50,7 +50,7 @@ def with_numbers(function: Callable[..., Result], name: str) -> Callable[..., Re
 
 
 class _PassOn(TorchFunctionMode):
-    """Passes elements on from the arguments of a call to its result, and answers reads of known tensors with them."""
+    """Propagates known elements from the arguments of a call to its result, and returns them for reads of known tensors."""
 
     def __torch_function__(
         self,
@@ -72,7 +72,7 @@ class _PassOn(TorchFunctionMode):
 
 
 def _pass_on(rule: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object], result: object) -> None:
-    """Compute the elements of the result, one tensor or several, from those of the arguments, if all are known."""
+    """Compute the elements of the result, one tensor or several, if those of all arguments are known."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     plain = [numbers_of(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     if any(new is None and old is not None for new, old in zip(plain, leaves, strict=True)):
@@ -93,9 +93,10 @@ def _is_small(tensor: torch.Tensor) -> bool:
 
 
 def _with_literal(func: Callable[..., object], args: Sequence[object]) -> Sequence[object]:
-    """The operands, with a constant of one element written as a number, so that it reads as it would in a model's code.
+    """The operands, with a constant of one element written as a number, as in a model's own code.
 
-    Only where that changes neither the dtype nor the shape of the result: beside data of its own dtype and of as high a rank.
+    Only if that changes neither the dtype nor the shape of the result: the other operand is data of the same dtype and of at
+    least the same rank.
     """
     if not all(isinstance(item, torch.Tensor) for item in args):
         return args
@@ -124,12 +125,12 @@ def _each(function: Callable[..., object], inputs: int) -> Callable[..., object]
 
 
 def _quotient(left: object, right: object, rounding_mode: str | None = None) -> object:
-    """Sizes are not negative, so that rounding down is rounding to zero."""
+    """The quotient; with any rounding mode it is rounded down, which is the same for sizes, because they are not negative."""
     return _each(operator.truediv if rounding_mode is None else operator.floordiv, 2)(left, right)
 
 
 def _cast(array: np.ndarray, dtype: object = None, *rest: object, **options: object) -> object:
-    """The elements as the dtype has them."""
+    """The elements converted to the dtype."""
     if not isinstance(dtype, torch.dtype):
         return array
     if dtype is torch.bool:
@@ -173,7 +174,7 @@ def _unbind(array: np.ndarray, dim: int = 0) -> list[object]:
 
 
 def _same(array: np.ndarray, *rest: object, **options: object) -> np.ndarray:
-    """What changes only the shape: the order of elements is all that counts, `_pass_on` gives them the result's shape."""
+    """For operators that change only the shape: the elements in order; `_pass_on` gives them the result's shape."""
     return array
 
 

@@ -82,7 +82,7 @@ def test_what_cannot_be_shared_is_refused():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + x.exp()
 
-    with pytest.raises(UnsupportedError, match="nothing of Sum can be shared by 2 ranks"):
+    with pytest.raises(UnsupportedError, match="Sum cannot be sharded across 2 ranks"):
         lissom.compile(Sum(), normal(2, 5, 8), backend="distributed", world_size=2)
 
 
@@ -357,7 +357,7 @@ def test_torchrun_runs_what_was_saved(saved, tmp_path: Path):
         (["run", "MODEL", "--input", "in.npz"], 3, "is for 2 ranks, and this process group has 3"),
         (["run", "nowhere", "--input", "in.npz"], 2, "there is no directory 'nowhere'"),
         (["run", "EAGER", "--input", "in.npz"], 2, "was compiled for backend 'eager'; run it without torchrun"),
-        (["compile", "minilm"], 2, "`lissom compile` is the work of one process; run it without torchrun"),
+        (["compile", "minilm"], 2, "`lissom compile` runs in one process; run it without torchrun"),
     ],
 )
 def test_an_error_of_the_command_line_is_said_once(rest: list[str], world_size: int, sentence: str, saved, tmp_path: Path):

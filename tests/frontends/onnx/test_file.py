@@ -88,7 +88,7 @@ def test_external_data_outside_of_the_folder_is_refused(tmp_path, monkeypatch, l
     found = refusal(path)
     assert found.startswith(f"{path} keeps 'w' in the file {location}, which is not ")
     assert found.endswith(
-        ("inside of its folder, or is a link; copy the data into the folder itself", "there; put it beside the ONNX file")
+        ("inside of its folder, or is a link; copy the data into the folder itself", "there; put it next to the ONNX file")
     )
 
 
@@ -121,7 +121,7 @@ def _opset(version: int = 18):
         ({"offset": -4}, "16 bytes from -4 of 16"),
         ({"length": 8}, "8 bytes from 0 of 16"),
         ({"length": 2**70}, f"{2**70} bytes from 0 of 16"),
-        ({"offset": "much"}, "its offset or length is no number"),
+        ({"offset": "much"}, "its offset or length is not a number"),
     ],
 )
 def test_external_data_beyond_its_file_is_refused(tmp_path, entries, said):
@@ -338,7 +338,7 @@ def test_a_boolean_weight_is_true_or_false(tmp_path):
 def test_a_file_without_permission_is_refused(tmp_path):
     path = tmp_path / "m.onnx"
     path.mkdir()
-    assert refusal(path) == f"{path} is no file; give the path of an ONNX file"
+    assert refusal(path) == f"{path} is not a file; give the path of an ONNX file"
 
 
 def test_a_name_that_is_code_is_a_name(tmp_path):

@@ -222,7 +222,8 @@ def refusal(path, kind: type[Exception]) -> str:
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    assert refusal(tmp_path / "no.onnx", ArtifactError) == f"{tmp_path / 'no.onnx'} is no file; give the path of an ONNX file"
+    path = tmp_path / "no.onnx"
+    assert refusal(path, ArtifactError) == f"{path} is not a file; give the path of an ONNX file"
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world", b"\x08\x07"], ids=["empty", "text", "no graph"])
@@ -253,7 +254,7 @@ def test_missing_external_data_is_named(tmp_path):
     shutil.move(tmp_path / "vit.onnx.data", tmp_path / "elsewhere")
     found = refusal(path, ArtifactError)
     assert found.startswith(f"{path} keeps '")
-    assert found.endswith("' in the file vit.onnx.data, which is not there; put it beside the ONNX file")
+    assert found.endswith("' in the file vit.onnx.data, which is not there; put it next to the ONNX file")
 
 
 def test_external_data_is_read(tmp_path):
