@@ -12,7 +12,7 @@ from lissom.frontends.decoder import capture_decoder
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.decoders import decoder
 from tests.models import normal, seeded
-from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
+from tests.passes.harness import aten, calls, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads
 
 PASS = "eliminate-dead{units=[heads]}"
@@ -32,11 +32,6 @@ class Attention(nn.Module):
         q, k, v = self.norm(self.q(x)), self.norm(self.k(x)), self.v(x)
         q, k, v = (item.unflatten(-1, (4, 2)).transpose(1, 2) for item in (q, k, v))
         return x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-def test_rewrites() -> None:
-    _, history = rewrite(EliminateDead(("heads",)), seeded(Attention), normal(2, 5, 8))
-    check_golden("eliminate_dead_heads", history.diff(0, 1))
 
 
 def test_leaves_other_graphs_alone() -> None:
