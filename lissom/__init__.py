@@ -60,8 +60,7 @@ def __getattr__(name: str) -> object:
     if name in _HOMES:
         found = getattr(import_module(_HOMES[name]), name)
     elif name in _ROOMS:
-        # With all that is in them, so that `lissom.backends.eager.backend` can be written without a further import.
-        import_module("lissom.api")
+        # The room alone: `from lissom import ops` in one of them comes here too, before the others are imported.
         found = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -307,15 +307,18 @@ def test_attention_over_a_cache_as_one_operator_gives_the_same_tokens(name: str)
     pytest.importorskip("onnxruntime")
     from lissom.backends.onnx.export import export_onnx
     from lissom.backends.onnx.variants import CACHE, write_variant
+    from lissom.backends.onnxruntime.backend import OnnxRuntime
+    from lissom.backends.onnxruntime.opening import Opener
     from lissom.generation.model import GenerationModel
 
-    model, backend = decoder(name), BACKENDS["onnxruntime"]
+    model, backend = decoder(name), OnnxRuntime()
     captured = capture_decoder(model, max_length=MAX_LENGTH, batch=2, all_logits=True)
     passes = parse_pipeline("exact", known_passes(), RECIPES)
     program, history = Pipeline(passes, samples=captured.samples, checks="off").run(captured.program)
     written, places = write_variant(export_onnx(program, captured.example, decompose=False), [CACHE])
     assert places[CACHE] == 2
-    compiled = lissom.CompiledModel(program, backend._open(program, written), Report(name, history), backend)
+    opener = Opener(backend.name, program, backend._session_options(program), backend.accuracy_level)
+    compiled = lissom.CompiledModel(program, opener.open(written), Report(name, history), backend)
     fast, inputs = GenerationModel(compiled, model.config, model.generation_config), prompt(2, padding=3)
     assert torch.equal(fast.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
     options = {**GREEDY, "num_beams": 2}

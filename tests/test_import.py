@@ -36,6 +36,12 @@ def test_rooms_are_reachable_with_what_is_in_them():
     assert imported("import lissom\nlissom.artifacts.operators.allow, lissom.backends.BACKENDS", "torch") == ["torch"]
 
 
+@pytest.mark.parametrize("name", ["lissom.compiler.pipeline.history", "lissom.ops", "lissom.artifacts.manifest"])
+def test_a_module_can_be_imported_first(name):
+    """`from lissom import ops` in a module asks the package for the name."""
+    assert imported(f"import {name}", name) == [name]
+
+
 def test_the_family_of_errors_is_at_the_top():
     assert lissom.LissomError is errors.LissomError
 

@@ -32,8 +32,8 @@ def progress_bar(title: str) -> Generator[Report]:
 
 
 def _lines(title: str, console: Console) -> Report:
-    """Prints at most one line per stage; stages that end within two seconds of the line before print none."""
-    shown, printed = -1, float("-inf")
+    """Prints at most one line per stage, and none for stages that begin within two seconds of the start or of the line before."""
+    shown, printed = -1, time.monotonic()
 
     def report(what: str, finished: int, total: int) -> None:
         nonlocal shown, printed

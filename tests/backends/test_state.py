@@ -212,7 +212,7 @@ def test_weights_of_few_bits_go_with_state(compiled):
     with restored_state(eager._executable, fast._executable):
         assert errors(eager._executable, fast._executable, generation()) < TOLERANCE
     operators = [node.op_type for node in onnx.load(fast._executable.path, load_external_data=False).graph.node]
-    quantized = "int4" in str(fast.report)
+    quantized = "int4" in fast.report.history.pipeline
     # Six projections in each of two layers.
     assert (operators.count("MatMulNBits"), fast._executable.quantized) == ((12, 12) if quantized else (0, 0))
 

@@ -108,7 +108,9 @@ def test_the_stream_is_sharded() -> None:
 
 def test_the_table_tells_what_a_rank_holds_of_the_stream() -> None:
     program, _ = program_of("llama")
-    text = plain(sharding_table(program, make_plan(program, 4, sequence=True), {"batch": 1, "sequence": 8}, Link(1e-5, 1e9)))
+    text = plain(
+        sharding_table(program, make_plan(program, 4, sequence=True), {"batch": 1, "sequence": 8}, Link(1e-5, 1e9)), 140
+    )
     # The embedding, and in each of 2 layers two norms and two sums, then the last norm; 32 numbers of 4 bytes a token each.
     assert "5 reduce-scatters, 6 all-gathers" in text
     assert "Between the layers: 1.15 KB of values sharded by position, 0.288 KB of them on a rank." in text
