@@ -32,7 +32,7 @@ def progress_bar(title: str) -> Generator[Report]:
 
 
 def _lines(title: str, console: Console) -> Report:
-    """Prints at most one line per stage, and none for stages that begin within two seconds of the start or of the line before."""
+    """Prints at most one line per stage; none within two seconds of the start or of the line before."""
     shown, printed = -1, time.monotonic()
 
     def report(what: str, finished: int, total: int) -> None:
