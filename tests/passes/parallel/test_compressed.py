@@ -25,7 +25,7 @@ def test_pruned_and_quantized_programs_are_sharded(name: str, scheme: str) -> No
     after, history = partition(compressed, samples, 2)
     assert reasons(history) == []
     notes = " ".join(history.steps[1].notes)
-    assert name == "llama" or notes.count("encoder.layer.0.attention.self even: 3 as 4") == 1
+    assert name == "llama" or notes.count("encoder.layer.0.attention.self is padded with zeros: 3 as 4") == 1
     # Two sums a layer and the embedding's; nothing but the output is gathered, however uneven the parts.
     assert "2 attentions, 2 feed-forwards" in notes and "5 all-reduces, 1 all-gather to redistribute" in notes
     with torch.no_grad():
