@@ -170,8 +170,7 @@ torch.library.register_fake("lissom::packed_linear_norm", _shape_of, lib=_LIBRAR
 
 
 def _check_rows(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> None:
-    whole = not (indices.dtype.is_floating_point or indices.is_complex() or indices.dtype == torch.bool)
-    require(whole, "indices are of {}, and must be integers", indices.dtype)
+    require(indices.dtype in (torch.int64, torch.int32), "indices are of {}, and must be int64 or int32", indices.dtype)
     width = PANEL // 2 if bits == 4 else PANEL
     fits = weight.dim() in ((3,) if bits == 4 else (3, 4)) and weight.shape[2] == width and weight.is_contiguous()
     message = (

@@ -164,6 +164,14 @@ def test_rows_of_four_bits_are_packed_by_two(look_up):
 
 
 @LOOK_UPS
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.float32])
+def test_indices_are_of_the_types_that_embeddings_take(look_up, dtype):
+    """PyTorch reads uint8 as a mask."""
+    with pytest.raises((RuntimeError, ValueError), match="must be int64 or int32"):
+        look_up(pack(torch.zeros(70, 24)), torch.zeros(0, dtype=dtype), features=70, bits=32)
+
+
+@LOOK_UPS
 @pytest.mark.parametrize("index", [70, 95, -1])
 def test_a_row_that_is_not_there_is_refused(look_up, index):
     with pytest.raises(IndexError, match="rows 0 to 69"):

@@ -257,8 +257,8 @@ Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool 
 // Rows of a packed weight, gathered from elements `stride` bytes apart.
 Tensor packed_embedding(const Tensor& weight, const Tensor& indices, int64_t features, int64_t bits) {
   check_readable(weight, "a packed weight"), check_readable(indices, "indices");
-  TORCH_CHECK(at::isIntegralType(indices.scalar_type(), false), "indices are of ", indices.scalar_type(),
-              ", and must be integers");
+  TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, "indices are of ",
+              indices.scalar_type(), ", and must be int64 or int32");
   bool halves = bits == 4;
   int64_t width_of_panel = halves ? kPanel / 2 : kPanel;
   TORCH_CHECK(weight.is_contiguous() && weight.dim() >= 3 && weight.dim() <= (halves ? 3 : 4) && weight.size(2) == width_of_panel,
