@@ -92,7 +92,8 @@ def _attention(
     softcap: float = 0.0,
     sinks: ir.Value | None = None,
 ) -> ir.Value:
-    return _attention_node([q, k, v, bias, sinks], scale, softcap)
+    # With sinks the softmax of a fully masked row is not NaN.
+    return _attention_node([q, k, v, bias, sinks], scale, softcap, zeros=bias is not None and sinks is None)
 
 
 def _block_sparse_attention(

@@ -174,11 +174,11 @@ def test_a_mixture_of_experts(tmp_path):
 
 
 class Capped(nn.Module):
-    """Attention with soft-capped scores and a sink for every head."""
+    """Attention with soft-capped scores and, unless told otherwise, a sink for every head."""
 
-    def __init__(self) -> None:
+    def __init__(self, with_sinks: bool = True) -> None:
         super().__init__()
-        self.sinks = nn.Parameter(torch.randn(1, 2, 1, 1))
+        self.sinks = nn.Parameter(torch.randn(1, 2, 1, 1)) if with_sinks else None
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return attention(q, k, v, mask, scale=0.5, softcap=2.0, sinks=self.sinks)
@@ -214,6 +214,7 @@ class Turned(nn.Module):
     ("build", "inputs"),
     [
         (Capped, (*(normal(2, 2, 5, 8, seed=seed) for seed in range(3)), torch.ones(5, 5, dtype=torch.bool).tril())),
+        (lambda: Capped(False), (*(normal(2, 2, 5, 8, seed=seed) for seed in range(3)), masks()["added, blind rows"])),
         (Grouped, (normal(2, 4, 5, 8), normal(2, 2, 6, 8, seed=1), normal(2, 2, 6, 8, seed=2))),
         (Filled, (normal(3, 4),)),
         (lambda: Turned(False), (normal(2, 2, 5, 8), normal(5, 8, seed=1), normal(5, 8, seed=2))),
@@ -223,6 +224,7 @@ class Turned(nn.Module):
     ],
     ids=[
         "softcap and sinks",
+        "softcap and blind rows",
         "grouped",
         "truths",
         "halves",
