@@ -106,16 +106,15 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
     return wanted if wanted[: len(exact)] == exact else [*exact, *wanted]
 
 
-def _with_cleanup(wanted: Sequence[Pass], exact: Sequence[Pass]) -> list[Pass]:
-    """The passes, with `eliminate-dead` after those that leave dead units."""
+def _with_cleanup(wanted: list[Pass], exact: list[Pass]) -> list[Pass]:
+    """The passes, with `eliminate-dead` after those that leave dead units; passes resolved before stay as they are."""
     found: list[Pass] = []
     last = max((at for at, item in enumerate(wanted) if item.leaves_dead), default=-1)
-    for at, item in enumerate(wanted):
+    for at, item in enumerate(wanted, 1):
         found.append(item)
-        if item.leaves_dead:
-            found.append(EliminateDead())
-        if at == last:
-            found += exact
+        cleanup = [EliminateDead(), *(exact if at > last else [])] if item.leaves_dead else []
+        if wanted[at : at + len(cleanup)] != cleanup:
+            found += cleanup
     return found
 
 

@@ -65,6 +65,13 @@ def test_it_follows_every_pass_that_prunes_and_exact_follows_the_last() -> None:
     )
 
 
+@pytest.mark.parametrize("passes", ["prune-heads{keep=0.5},prune-neurons{keep=0.5},quantize", "prune-layers{keep=0.5}"])
+def test_passes_resolved_before_stay_as_they_are(passes: str) -> None:
+    """The command line and decoders resolve passes to check them, and hand them on."""
+    once = resolve_passes(passes)
+    assert resolve_passes(once) == once
+
+
 def test_a_pruned_model_is_smaller_without_being_told_so() -> None:
     class FeedForward(nn.Module):
         def __init__(self) -> None:
