@@ -24,7 +24,7 @@ from lissom.compiler.analysis.structure.linear import is_attention, is_linear
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, with_operands
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.dimension_map import shape_of
+from lissom.compiler.ir.dimension_map import dim_of, shape_of
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import EXPANDS, SIZED_RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
@@ -124,7 +124,7 @@ def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
     if nodes.is_call(node, aten.select.int) and isinstance(node.args[2], int):
         found = _Demand(cast(int, node.args[1]) % len(shape_of(node.args[0])), node.args[2])
     elif nodes.is_call(node, aten.slice.Tensor):
-        dim = cast(int, nodes.argument(node, "dim")) % len(shape_of(node))
+        dim = dim_of(node, len(shape_of(node)))
         start, count = nodes.argument(node, "start") or 0, shape_of(node)[dim]
         if isinstance(start, int) and isinstance(count, int) and nodes.argument(node, "step") == 1:
             found = _Demand(dim, start, count)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import lissom
 from lissom.compiler.ir.collectives import COLLECTIVES
@@ -233,3 +234,26 @@ def test_two_processes_give_what_the_program_gives(tmp_path: Path, options: str)
         for one, other in zip(wanted, found, strict=True):
             # Sums over two ranks in another order.
             assert max(map(relative_error, one, other)) <= tolerance_of(program)
+
+
+class Mixer(nn.Module):
+    """A depthwise convolution over the tokens between two linear layers."""
+
+    def __init__(self, padding: str | int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.conv = nn.Conv1d(16, 16, 3, groups=16, padding=padding)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(functional.silu(self.conv(self.up(x).transpose(1, 2)).transpose(1, 2)))
+
+
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_a_depthwise_convolution_is_sharded_by_channels(padding: str | int) -> None:
+    x = normal(2, 6, 8)
+    program = lissom.optimize(seeded(lambda: Mixer(padding)), x).program
+    after, _ = partition(program, [[x]], 2)
+    assert after.weight("conv.weight").shape == (8, 1, 3)
+    for found in after.run_ranks([x]):
+        # Two ranks' sums of eight products in another order.
+        torch.testing.assert_close(found, program.run([x]), rtol=0, atol=1e-6)

@@ -11,7 +11,8 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.views import every_nth, slice_bounds
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import SIZES_AT, SPLITS
+from lissom.compiler.ir.dimension_map import dim_of
+from lissom.compiler.ir.operators import CONVOLUTIONS, SIZES_AT, SPLITS
 from lissom.compiler.ir.placement import Placed, Spans, local_size
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.parallel.partition.state import PartitionState, Placement
@@ -48,12 +49,11 @@ def _sizes(state: PartitionState, node: fx.Node, placed: Placement) -> None:
 
 
 def _split(state: PartitionState, node: fx.Node, placed: Placement) -> None:
-    dim = cast(int, nodes.argument(node, "dim"))
     types = cast("tuple[TensorType, ...]", state.types[node])
-    at = dim % types[0].rank
+    dim = dim_of(node, types[0].rank)
     parts = placed if isinstance(placed, tuple) else (placed,)
-    if any(part.spans(at) for part in parts):
-        sizes = [local_size(part.spans(at), found.shape[at]) for part, found in zip(parts, types, strict=True)]
+    if any(part.spans(dim) for part in parts):
+        sizes = [local_size(part.spans(dim), found.shape[dim]) for part, found in zip(parts, types, strict=True)]
         node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}  # pyright: ignore
 
 
@@ -67,7 +67,7 @@ def _groups(state: PartitionState, node: fx.Node, placed: Placement) -> None:
 def _slice(state: PartitionState, node: fx.Node, placed: Placement) -> None:
     item = cast(fx.Node, node.args[0])
     have, typed = state.known[item], state.shape(item)
-    dim = cast(int, nodes.argument(node, "dim")) % typed.rank
+    dim = dim_of(node, typed.rank)
     spans = have.spans(dim) if isinstance(have, Placed) else ()
     if not spans:
         return
@@ -102,7 +102,7 @@ def _local_index(spans: Spans, index: int) -> int:
 _RULES: Mapping[object, Callable[[PartitionState, fx.Node, Placement], None]] = {
     **dict.fromkeys(SIZES_AT, _sizes),
     **dict.fromkeys(SPLITS, _split),
-    **dict.fromkeys((aten.conv1d.default, aten.conv2d.default), _groups),
+    **dict.fromkeys(CONVOLUTIONS, _groups),
     aten.slice.Tensor: _slice,
     aten.repeat_interleave.self_int: _repeats,
 }
