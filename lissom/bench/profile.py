@@ -24,7 +24,8 @@ from lissom.compiler.ir.interpreter import last_uses_of
 from lissom.compiler.ir.node import origin
 from lissom.compiler.ir.program import Program
 from lissom.inspect.machine import Machine
-from lissom.inspect.roofline import digits, node_seconds, plain_table, sizes_text
+from lissom.inspect.roofline import digits, node_seconds, sizes_text
+from lissom.inspect.tables import plain_table
 from lissom.inspect.timing import time_calls
 from lissom.runtime.compiled_model import CompiledModel
 

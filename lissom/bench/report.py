@@ -14,7 +14,7 @@ from lissom.bench.comparison import measurements
 from lissom.bench.engines import ENGINES
 from lissom.bench.worker import Failure, Measurement, Record
 from lissom.inspect.machine import device_name
-from lissom.inspect.roofline import plain_table
+from lissom.inspect.tables import plain_table
 
 _LEGEND = (
     "ms of a call: median (middle half of the runs). cosine: to PyTorch eager in float32, the worst over the shapes. "

@@ -21,7 +21,7 @@ from lissom.compiler.ir.signature import evaluate
 from lissom.compiler.ir.types import TensorType
 from lissom.compiler.verify.divergence import compare
 from lissom.errors import UnsupportedError
-from lissom.inspect.roofline import plain_table
+from lissom.inspect.tables import plain_table
 from lissom.inspect.timing import time_calls
 from lissom.runtime.compiled_model import load
 

@@ -7,13 +7,13 @@ import inspect as python_inspect
 import re
 from collections.abc import Iterable, Mapping
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import format_value, options_of, type_text
+from lissom.inspect.tables import plain_table
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "Pruning": ("prune",),
@@ -100,7 +100,7 @@ def pass_page(item: type[Pass]) -> RenderableType:
     parts: list[RenderableType] = [Text(f"{item.name()}: {first_line(item)}"), Text(_KINDS[item.kind])]
     parts += [Text(f"requires that {requirement.fact}") for requirement in item.requires]
     if options_of(item):
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False)
+        table = plain_table()
         table.add_column("option", no_wrap=True)
         table.add_column("takes", overflow="fold", max_width=20)
         table.add_column("default", overflow="fold")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import sympy
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 from torch import fx
@@ -21,6 +20,7 @@ from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
 from lissom.inspect.folding import fold_rows
 from lissom.inspect.machine import Ceiling, Ceilings, Machine
+from lissom.inspect.tables import plain_table
 
 _CPU = torch.device("cpu")
 
@@ -166,17 +166,3 @@ def _about(machine: Machine) -> str:
     caches = {"L1d": machine.l1d_bytes, "L2": machine.l2_bytes, "L3": machine.l3_bytes}
     known = ", ".join(f"{name} {size >> 10} KiB" for name, size in caches.items() if size is not None)
     return f"caches: {known or 'unknown'}\ninstructions: {' '.join(machine.isa) or 'unknown'}\nmeasured on {machine.measured}"
-
-
-def plain_table(title: str, caption: str) -> Table:
-    """A table without columns, in the common style of these tables."""
-    return Table(
-        title=Text(title),
-        caption=Text(f"\n{caption}"),
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        pad_edge=False,
-    )

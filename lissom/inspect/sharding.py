@@ -23,7 +23,8 @@ from lissom.compiler.ir.types import Size
 from lissom.compiler.parallel.plan import Plan, Redistribution
 from lissom.compiler.parallel.rules.joint import ROUNDS, Exchange
 from lissom.inspect.folding import fold_rows
-from lissom.inspect.roofline import digits, plain_table, sizes_text
+from lissom.inspect.roofline import digits, sizes_text
+from lissom.inspect.tables import plain_table
 
 _KINDS: Mapping[object, str] = {ALL_REDUCE: "all-reduce", REDUCE_SCATTER: "reduce-scatter", ALL_GATHER: "all-gather"}
 

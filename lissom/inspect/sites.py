@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ from lissom.compiler.analysis.structure.transformer import Structure, structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.inspect.folding import Row, fold_rows
+from lissom.inspect.tables import plain_table
 
 _TOKENS = 4096
 _BLOCK = 64
@@ -30,7 +30,7 @@ _BLOCK = 64
 def structure_tables(program: Program) -> RenderableType:
     """Layers with their attention and feed-forward sites; then a sentence on norms, embeddings, heads and convolutions."""
     found = program.fact(structure)
-    table = _table(f"{program.name}: structure")
+    table = plain_table(f"{program.name}: structure")
     for heading in ("layer", "attention", "mask and positions", "feed-forward"):
         table.add_column(heading, overflow="fold")
     rows = [
@@ -45,12 +45,6 @@ def structure_tables(program: Program) -> RenderableType:
     for row in fold_rows(rows):
         table.add_row(*row)
     return Group(table, Text(f"\n{_rest(found)}"))
-
-
-def _table(title: str) -> Table:
-    return Table(
-        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
-    )
 
 
 def _attention(site: AttentionSite) -> str:
@@ -99,7 +93,7 @@ def _experts(found: Structure) -> str:
 def axes_table(program: Program) -> Table:
     """Every axis that linear layers contract: its size, kind, number of occurrences, and whether it may be resized."""
     found = program.fact(axes)
-    table = _table(f"{program.name}: axes contracted by linear layers")
+    table = plain_table(f"{program.name}: axes contracted by linear layers")
     for heading in ("size", "contracted by", "places", "weights", "may shrink"):
         table.add_column(heading, overflow="fold", justify="right" if heading in ("size", "places", "weights") else "left")
     # Reasons may be long sentences and may wrap; paths may not.

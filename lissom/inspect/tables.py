@@ -53,6 +53,20 @@ def plain(item: RenderableType, width: int = _WIDTH) -> str:
     return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
+def plain_table(title: str | None = None, caption: str | None = None) -> Table:
+    """A table without columns and edges, in the common style: the longest name of a pass fits on a line of 80 columns."""
+    return Table(
+        title=None if title is None else Text(title),
+        caption=None if caption is None else Text(f"\n{caption}"),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+    )
+
+
 def show(*items: RenderableType) -> None:
     """Print tables to standard output: with rich on a terminal, as `plain` text in a pipe."""
     console = Console()
@@ -67,15 +81,7 @@ def _history_table(report: Report) -> RenderableType:
     steps = report.history.steps
     before = dict(zip((step.index for step in steps[1:]), steps, strict=False))
     listed = [step for step in steps if report.every_step or _has_effect(step, before.get(step.index))]
-    # Without edges, so that the longest name of a pass fits on one line of 80 columns.
-    table = Table(
-        title=Text(f"{report.title}: {_summary(report)}\n"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        pad_edge=False,
-    )
+    table = plain_table(f"{report.title}: {_summary(report)}\n")
     table.add_column("#", justify="right")
     table.add_column("pass", no_wrap=True)
     table.add_column("what it did", overflow="fold")
