@@ -511,7 +511,7 @@ EXAMPLES = {
     "lower-quantized-products": Example(
         UpProjection,
         "torch.randn(4, 128, 256)",
-        "quantize{output_heads=true},fold-quantized-weights,lower-quantized-products{always=true}",
+        "quantize{lm_head=true},fold-quantized-weights,lower-quantized-products{always=true}",
     ),
     "fuse-epilogues": Example(Block, "torch.randn(4, 128, 256)", "pack-linear,fuse-epilogues"),
     "fuse-merged-attention": Example(

@@ -20,6 +20,8 @@ RENAMED = (
     ("eliminate-dead-neurons", "eliminate-dead"),
     ("eliminate-dead-layers", "eliminate-dead"),
     ("eliminate-dead-hidden", "eliminate-dead"),
+    ("output_heads", "lm_head"),
+    ("share", "fraction"),
 )
 """Former names of options and passes, each with its current name."""
 

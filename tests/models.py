@@ -98,7 +98,7 @@ class Blocked(nn.Module):
 
 
 class Tied(nn.Module):
-    """A language model whose output head is its embedding."""
+    """A language model whose LM head is its embedding."""
 
     def __init__(self) -> None:
         super().__init__()

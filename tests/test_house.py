@@ -63,6 +63,15 @@ def test_a_file_is_short_enough_to_read(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
 
 
+@pytest.mark.parametrize("path", sources("lissom"), ids=relative)
+def test_a_function_is_short_enough_to_read(path):
+    found = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    functions = [item for item in found if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)]
+    # The body alone: options and their descriptions are a table.
+    bodies = {item.name: item.body[1:] if ast.get_docstring(item) else item.body for item in functions}
+    assert {name for name, body in bodies.items() if body and body[-1].end_lineno - body[0].lineno >= 50} == set()
+
+
 @pytest.mark.parametrize("path", sources("lissom", "docs", "benchmarks", "examples", "tools"), ids=relative)
 def test_a_module_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))

@@ -17,7 +17,7 @@ from lissom.compiler.ir.samples import Sample, check_samples, resize
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.verify.divergence import output_errors, run_original, shapes_of, tolerances
 from lissom.compiler.verify.equality import EARLIER, shared_memory
-from lissom.compiler.verify.rounding import SHARE, exact_outputs, rounding_loss, rounds_values
+from lissom.compiler.verify.rounding import SHARDED, exact_outputs, rounding_loss, rounds_values
 from lissom.errors import InputError, UnsupportedError, VerifyError
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
@@ -127,7 +127,7 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     given = [*check_samples(program.signature, example), *smallest_samples(program, example)]
     samples, wanted, _ = run_original(program, given)
     if rounds_values(program):
-        allowed = max(allowed, SHARE * rounding_loss(program, samples, wanted))
+        allowed = max(allowed, SHARDED * rounding_loss(program, samples, wanted))
     worst = 0.0
     for sample, outputs in zip(samples, wanted, strict=True):
         subject, inputs = f"what backend '{name}' built from {program.name}", f"on inputs {shapes_of(sample)}"

@@ -79,7 +79,7 @@ def _rest(found: Structure) -> str:
         f"{len(found.attention)} attention and {len(found.feed_forward)} feed-forward sites",
         f"{len(found.norms)} norms",
         f"embeddings {tables}" if tables else "no embeddings",
-        f"{len(found.output_heads)} output head{'s' if len(found.output_heads) != 1 else ''}",
+        f"{len(found.lm_heads)} LM head{'s' if len(found.lm_heads) != 1 else ''}",
         f"{len(found.convolutions)} convolutions" if found.convolutions else "",
         f"{len(found.mixtures)} mixtures of experts ({_experts(found)})" if found.mixtures else "",
     ]

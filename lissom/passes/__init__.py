@@ -129,7 +129,7 @@ RECIPES: Mapping[str, str] = {
     "generation": f"{_EXACT},eliminate-dead-tokens",
     "mixed-precision": "cast,sink-casts,fold-casts",
     "fast": "eliminate-dead-tokens,quantize",
-    "small": "quantize{scheme=int4-weight,embeddings=true,output_heads=true}",
+    "small": "quantize{scheme=int4-weight,embeddings=true,lm_head=true}",
     "int8": "quantize",
     "int4": "quantize{scheme=int4-weight}",
 }

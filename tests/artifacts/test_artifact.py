@@ -143,7 +143,7 @@ def test_a_lowered_model_comes_back_with_its_packed_weights(build, lowered, tmp_
 
 @pytest.mark.parametrize(
     "passes",
-    ["quantize{scheme=int8-dynamic,embeddings=true,output_heads=true}", "quantize{scheme=int4-weight,embeddings=true}"],
+    ["quantize{scheme=int8-dynamic,embeddings=true,lm_head=true}", "quantize{scheme=int4-weight,embeddings=true}"],
     ids=["int8", "int4"],
 )
 def test_packed_tables_of_integers_come_back(passes, tmp_path):

@@ -35,7 +35,7 @@ def test_passes_recognise_the_model_behind_its_cache(name: str) -> None:
     assert all(site.mask.causal and site.mask.padding for site in found.attention)
     assert any(site.mask.window for site in found.attention) == (name in WINDOWED)
     assert any(item.tied for item in found.embeddings) == (model.config.tie_word_embeddings)
-    assert len(found.output_heads) == 1
+    assert len(found.lm_heads) == 1
 
 
 def test_state_is_written_by_places_at_the_end() -> None:

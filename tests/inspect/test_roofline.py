@@ -79,7 +79,7 @@ def test_the_roof_of_a_site_is_that_of_its_nodes_one_after_the_other():
     whole = sum(node_seconds(node, item, MACHINE) for node, item in cost(program, sizes).items())
     ((*_, milliseconds, share),) = lines(table, "whole program")
     assert (milliseconds, share) == (f"{whole * 1e3:.3g}", "100.0")
-    parts = ("encoder.layer", "embedding", "norm", "output head", "product", "other")
+    parts = ("encoder.layer", "embedding", "norm", "LM head", "product", "other")
     rows = [row for part in parts for row in lines(table, part)]
     counts = [next((int(word[1:]) for word in row if word.startswith("×")), 1) for row in rows]
     assert sum(counts) > len(rows)

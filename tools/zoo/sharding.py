@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.parallel.plan import sharded_share
+from lissom.compiler.parallel.plan import sharded_fraction
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error, run_original, tolerance_of
 from lissom.passes.parallel.partition import Partition
@@ -70,7 +70,7 @@ def check(entry: Entry, report: Callable[[Record], None]) -> None:
 def _partition(program: Program, samples: list[Sample], world_size: int) -> Record:
     # A plan changes no call, so it is not run; the pipeline compares the partitioned program with the outputs before.
     planned, plans = Pipeline((Shard(world_size),), checks="off").run(program)
-    found: Record = {"share": sharded_share(planned)}
+    found: Record = {"share": sharded_fraction(planned)}
     after, history = Pipeline((Partition(),), samples=samples).run(planned)
     found["error_found"] = history.steps[-1].relative_error
     found["skipped"] = [f"{skip.place}: {skip.reason}" for step in (*plans.steps, *history.steps) for skip in step.skipped]

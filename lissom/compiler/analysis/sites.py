@@ -17,7 +17,7 @@ from lissom.compiler.ir.program import Program
 class Site:
     """A part of a program.
 
-    kind: `attention`, `cross-attention`, `feed-forward`, `convolution`, `embedding`, `norm`, `output head`; then `product` for
+    kind: `attention`, `cross-attention`, `feed-forward`, `convolution`, `embedding`, `norm`, `LM head`; then `product` for
         matrix products in none of these, and `other`.
     layer: the module path of its layer; empty for all kinds but attentions and feed-forwards.
     nodes: its calls, in the order of the graph.
@@ -47,7 +47,7 @@ def sites(program: Program) -> tuple[Site, ...]:
         "convolution": found.convolutions,
         "embedding": [item.node for item in found.embeddings],
         "norm": found.norms,
-        "output head": found.output_heads,
+        "LM head": found.lm_heads,
         "product": [node for node in order if is_counted(node)],
         "other": order,
     }

@@ -44,10 +44,10 @@ def observed_ranges(
     observer: Observer,
     form: Format,
     *,
-    share: float = 0.9999,
+    fraction: float = 0.9999,
     progress: Progress | None = None,
 ) -> dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]:
-    """The range of each chosen node's values on the data's real tokens, each end of shape []. share: for `percentile`."""
+    """The range of each chosen node's values on the data's real tokens, each end of shape []. fraction: for `percentile`."""
     ends: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def widen(node: fx.Node, rows: torch.Tensor) -> None:
@@ -65,11 +65,11 @@ def observed_ranges(
         counts[node] += torch.histc(rows.float(), BINS, low, high).double().cpu() if high > low else 0
 
     observe(program, data, chosen, count, progress)
-    return {node: choose_range(counts[node], *ends[node], observer, form, share) for node in ends}
+    return {node: choose_range(counts[node], *ends[node], observer, form, fraction) for node in ends}
 
 
 def choose_range(
-    counts: torch.Tensor, low: torch.Tensor, high: torch.Tensor, observer: Observer, form: Format, share: float = 0.9999
+    counts: torch.Tensor, low: torch.Tensor, high: torch.Tensor, observer: Observer, form: Format, fraction: float = 0.9999
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The range for values with this histogram. counts: [bins], evenly from low to high."""
     if observer == "min-max" or not float(counts.sum()) or not float(high - low) > 0:
@@ -78,8 +78,8 @@ def choose_range(
     centers = (edges[1:] + edges[:-1]) / 2
     if observer == "percentile":
         part = counts.cumsum(0) / counts.sum()
-        first = int((part <= (1 - share) / 2).sum())
-        last = int((part < (1 + share) / 2).sum())
+        first = int((part <= (1 - fraction) / 2).sum())
+        last = int((part < (1 + fraction) / 2).sum())
         return edges[first].to(low), edges[last + 1].to(high)
     losses: list[float] = []
     for factor in _FACTORS:

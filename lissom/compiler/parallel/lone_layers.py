@@ -28,10 +28,10 @@ def lone_layers(
     program: Program,
     world_size: int,
     placed: Mapping[fx.Node, Placed | tuple[Placed, ...]],
-    share: float,
+    fraction: float,
     whole: Collection[fx.Node],
 ) -> list[ShardSite]:
-    """The layers to shard by themselves so that the fraction `share` of the weights of linear layers is sharded.
+    """The layers to shard by themselves so that this fraction of the weights of linear layers is sharded.
 
     Of layers of one size, all or none are sharded.
     placed: the placements without them. whole: layers the user wants replicated.
@@ -47,7 +47,7 @@ def lone_layers(
         else:
             by_size[size].append(weight)
     for size in sorted(by_size, reverse=True):
-        if sharded_size >= share * sum(sizes.values()):
+        if sharded_size >= fraction * sum(sizes.values()):
             break
         for weight in by_size[size]:
             sites = [_alone(layer, weight, world_size) for layer in layers[weight]]

@@ -31,7 +31,7 @@ from lissom.compiler.parallel.sites import ShardSite, linear_weights, mixer_site
 Known = dict[fx.Node, "Placed | tuple[Placed, ...]"]
 Joint = Mapping[fx.Node, tuple[Exchange, ...]]
 
-SHARE = 0.95
+SHARDED = 0.95
 """The default fraction of the weights of linear layers to shard, where possible."""
 
 
@@ -93,14 +93,14 @@ def make_plan(
     *,
     whole: Mapping[fx.Node, str] | None = None,
     layers: Mapping[fx.Node, str] | None = None,
-    share: float = SHARE,
+    fraction: float = SHARDED,
     sequence: bool = False,
 ) -> Plan:
     """The plan for a program.
 
     whole: nodes of sites and layers that the user wants replicated, with the entry of `plan` that names them.
     layers: linear layers the user names, each `column-wise` or `row-wise`.
-    share: least fraction of the weights of linear layers to shard: where pairs of layers hold less, other layers are sharded by
+    fraction: least part of the weights of linear layers to shard: where pairs of layers hold less, other layers are sharded by
         themselves. sequence: whether values between the layers are sharded by position.
     """
     found, whole, layers = program.fact(axes), whole or {}, layers or {}
@@ -111,7 +111,7 @@ def make_plan(
     left = [site for site in sites if site.obstacle]
     sites = [site for site in sites if not site.obstacle]
     pairs = _settle(program, found, sites, left, world_size, sequence)
-    lone = lone_layers(program, world_size, pairs.placed, share, whole)
+    lone = lone_layers(program, world_size, pairs.placed, fraction, whole)
     if not lone:
         return pairs
     alone = _settle(program, found, [*pairs.sites, *lone], pairs.left, world_size, sequence)
@@ -120,7 +120,7 @@ def make_plan(
     if not mixers:
         return alone
     mixed = _settle(program, found, [*pairs.sites, *mixers], pairs.left, world_size, sequence)
-    if lone := lone_layers(program, world_size, mixed.placed, share, whole):
+    if lone := lone_layers(program, world_size, mixed.placed, fraction, whole):
         mixed = _settle(program, found, [*mixed.sites, *lone], mixed.left, world_size, sequence)
     # Token mixers are sharded by channel where that takes fewer collectives than sharding each of their layers by itself.
     return mixed if mixed.cost <= alone.cost else alone
@@ -296,7 +296,7 @@ def _is_fixed(spans: Spans) -> bool:
     return all(isinstance(size, int) for span in spans for size in (span.outer, span.size, span.inner))
 
 
-def sharded_share(program: Program) -> float:
+def sharded_fraction(program: Program) -> float:
     """The fraction of the weights of linear layers, mixtures of experts included, that the program's placements shard."""
     total, held = 0, 0
     for weight in linear_weights(program):

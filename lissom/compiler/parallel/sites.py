@@ -45,7 +45,7 @@ ShardedAxes = Mapping[Axis, tuple[int, int, int]]
 class ShardSite:
     """A part of a program that can be sharded.
 
-    kind: `attention`, `feed-forward`, `experts`, `embedding`, `output head`, `mixer`; `layer` for one the user names, `gathered
+    kind: `attention`, `feed-forward`, `experts`, `embedding`, `LM head`, `mixer`; `layer` for one the user names, `gathered
         layer` and `summed layer` for one that is sharded by itself.
     node: the operator it is reported at. path: its module. sharded_axes: the atomic axes, each with its number of shards and
         the number of neighbouring ranks that hold the same shard.
@@ -78,9 +78,9 @@ def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]
             sites.append(_whole("embedding", item.node, [found.axis(cast(fx.Node, item.node.args[0]), 0)], world_size))
     taken = {site.node for site in sites}
     scored = [node for node, _ in linear_layers(program) if is_linear(node) and _is_scored(node)]
-    for node in dict.fromkeys([*facts.output_heads, *scored]):
+    for node in dict.fromkeys([*facts.lm_heads, *scored]):
         if node not in taken and feature_dim(node) == -1 and not _is_inside(node, facts.attention):
-            sites.append(_whole("output head", node, [found.axis(node, -1)], world_size))
+            sites.append(_whole("LM head", node, [found.axis(node, -1)], world_size))
     for node, how in layers.items():
         axis = found.axis(node, -1) if how == "column-wise" else found.axis(input_of(node), -1)
         sites.append(_whole("layer", node, [axis], world_size))

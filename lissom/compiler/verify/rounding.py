@@ -52,7 +52,7 @@ _FUSED = 4
 """The number of roundings at a node in two programs together: one in a kernel, and at most one in each of the three operators
 it replaces, such as a product, its activation and the product with a gate.
 """
-SHARE = 2.0
+SHARDED = 2.0
 """Two programs with the same quantization differ by less than this multiple of `rounding_loss`.
 
 A change of 1e-7 in one table of MiniLM changes its outputs by up to 1.0 times the loss, since one value rounded the other way

@@ -11,9 +11,9 @@ key/value heads with the query heads that read them. Rank 0 holds the bias of a 
 size is no multiple of the world size is padded with zeros, so that all ranks run one program: a head or a neuron of zeros
 contributes nothing.
 
-Where such pairs hold less than `share` of the weights, other layers are sharded by themselves, the largest first: column-wise
-with an all-gather of the output (`lissom/compiler/parallel/rules/gathered.py`), or row-wise where the output has fewer features
-than there are ranks.
+Where such pairs hold less than `fraction` of the weights, other layers are sharded by themselves, the largest first:
+column-wise with an all-gather of the output (`lissom/compiler/parallel/rules/gathered.py`), or row-wise where the output has
+fewer features than there are ranks.
 
 Operators that read logits along a sharded vocabulary (`argmax`, `log_softmax`, `topk`) work on each rank's shard and exchange a
 few numbers per token. With `sequence`, values between the layers are sharded by position
@@ -41,7 +41,7 @@ from lissom.compiler.analysis.structure.linear import weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import target_text
-from lissom.compiler.parallel.plan import SHARE, Plan, make_plan
+from lissom.compiler.parallel.plan import SHARDED, Plan, make_plan
 from lissom.compiler.parallel.rules.joint import JOINT, numbers_a_row
 from lissom.compiler.parallel.rules.sequence import position_obstacle
 from lissom.compiler.parallel.sites import linear_layers, shard_sites
@@ -60,7 +60,7 @@ class Shard(Annotation):
     plan: exceptions, each `PATTERN:replicate`, `PATTERN:column-wise` or `PATTERN:row-wise`. A pattern matches module paths and
         covers the modules inside: `*.mlp:replicate`. `replicate` keeps sites and layers whole on every rank; the others shard
         linear layers that belong to no site.
-    share: least fraction of the weights of linear layers to shard, 0 to 1. Where pairs of layers hold less, other layers are
+    fraction: least part of the weights of linear layers to shard, 0 to 1. Where pairs of layers hold less, other layers are
         sharded by themselves, each with a collective of its own; 0 shards pairs only.
     sequence: shards values between the layers, such as the residual stream and norms, by position. Each all-reduce becomes a
         reduce-scatter and an all-gather, which send as many bytes together, and these values take less memory per rank.
@@ -68,14 +68,14 @@ class Shard(Annotation):
 
     world_size: int
     plan: tuple[str, ...] = ()
-    share: float = SHARE
+    fraction: float = SHARDED
     sequence: bool = False
 
     def __post_init__(self) -> None:
         if self.world_size < 2:
             raise ValueError(f"world_size is {self.world_size}; tensor parallelism takes 2 ranks or more")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"share is {self.share}; it is a fraction of the weights of linear layers, from 0 to 1")
+        if not 0 <= self.fraction <= 1:
+            raise ValueError(f"fraction is {self.fraction}; it is a part of the weights of linear layers, from 0 to 1")
         for entry in self.plan:
             pattern, _, how = entry.rpartition(":")
             if not pattern or how not in ("replicate", *_LAYER_WORDS):
@@ -85,7 +85,9 @@ class Shard(Annotation):
         if edit.program.ranks:
             raise UnsupportedError(f"shard: the program is partitioned for {len(edit.program.ranks)} ranks already")
         whole, layers = self._overrides(edit)
-        found = make_plan(edit.program, self.world_size, whole=whole, layers=layers, share=self.share, sequence=self.sequence)
+        found = make_plan(
+            edit.program, self.world_size, whole=whole, layers=layers, fraction=self.fraction, sequence=self.sequence
+        )
         for node, placed in found.placed.items():
             nodes.set_placed(node, placed)
         edit.rewritten += len(found.sites)

@@ -60,7 +60,7 @@ class Sparsify(Approximation):
     criterion: how weights are ranked; all but `magnitude` need calibration data.
     scope: ranks weights within each layer, or, by magnitude only, within the whole program.
     protect: module paths of layers to leave dense, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
-    output_heads: prunes LM heads too, and with them the embedding tables tied to them.
+    lm_head: prunes LM heads and classifiers too, and with them the embedding tables tied to them.
     damping: added to the diagonal of XᵀX for `sparsegpt`, as a fraction of its mean.
     block_size: number of columns that `sparsegpt` ranks together.
     """
@@ -70,7 +70,7 @@ class Sparsify(Approximation):
     criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
     protect: str = ""
-    output_heads: bool = False
+    lm_head: bool = False
     damping: float = 0.01
     block_size: int = 128
     requires = (FLOATING_POINT_WEIGHTS,)
@@ -94,7 +94,7 @@ class Sparsify(Approximation):
             )
 
     def run(self, edit: Editor) -> None:
-        layers = dict(_layers(edit, self.output_heads, self.protect, _parse(self.pattern)))
+        layers = dict(_layers(edit, self.lm_head, self.protect, _parse(self.pattern)))
         if self.criterion == "magnitude":
             self._rank_by_magnitude(edit, layers)
         elif not edit.data:
@@ -140,13 +140,11 @@ def _parse(pattern: str | None) -> tuple[int, int] | None:
     return int(n), int(m)
 
 
-def _layers(
-    edit: Editor, output_heads: bool, protect: str, pattern: tuple[int, int] | None
-) -> Iterable[tuple[fx.Node, Matrix]]:
+def _layers(edit: Editor, lm_head: bool, protect: str, pattern: tuple[int, int] | None) -> Iterable[tuple[fx.Node, Matrix]]:
     """The layers to prune; the others are reported as skipped."""
     found = edit.program.fact(structure)
-    passed_over = {site.router for site in found.mixtures} | (set[fx.Node]() if output_heads else {*found.output_heads})
-    tables = {item.node.all_input_nodes[0] for item in found.embeddings} if output_heads else set[fx.Node]()
+    passed_over = {site.router for site in found.mixtures} | (set[fx.Node]() if lm_head else {*found.lm_heads})
+    tables = {item.node.all_input_nodes[0] for item in found.embeddings} if lm_head else set[fx.Node]()
     for node in edit.nodes():
         if not is_linear(node) or node in passed_over or node in found.convolutions:
             continue

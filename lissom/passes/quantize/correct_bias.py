@@ -39,12 +39,12 @@ aten = torch.ops.aten
 class CorrectBias(Approximation):
     """Corrects biases of quantized layers so that their outputs keep their mean.
 
-    output_heads: corrects LM heads too, and other layers that make outputs of the program.
+    lm_head: corrects LM heads and classifiers too.
     skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     only: module paths to change, in the same form; others stay as they are.
     """
 
-    output_heads: bool = False
+    lm_head: bool = False
     skip: str = ""
     only: str = ""
 
@@ -83,8 +83,8 @@ class CorrectBias(Approximation):
     def _obstacle(self, edit: Editor, node: fx.Node) -> str | None:
         if (reason := obstacle_by_name(node, skip=self.skip, only=self.only)) is not None:
             return reason
-        if node in edit.program.fact(structure).output_heads and not self.output_heads:
-            return "it is an LM head; output_heads=true treats it"
+        if node in edit.program.fact(structure).lm_heads and not self.lm_head:
+            return "it is an LM head or classifier; lm_head=true includes it"
         if _original(edit, node) is None:
             return "the program before quantization is not known here, or has no such layer"
         given = _bias_argument(node)

@@ -53,10 +53,10 @@ class Quantize(Approximation):
     symmetric: quantizes weights without a zero point; asymmetric weights are stored as uint8 or uint4.
     activations: per-token or per-tensor activation scales at run time.
     observer: chooses the clipping range of activations from calibration data: `min-max`, `percentile`, `mse` or `entropy`.
-    share: fraction of values that `percentile` keeps inside the clipping range.
+    fraction: the part of all values that `percentile` keeps inside the clipping range.
     weight_observer: chooses the clipping range of weights, `min-max` or `mse`; `auto` is `mse` for int4.
     embeddings: quantizes embedding tables too, and with them the LM heads tied to them.
-    output_heads: quantizes LM heads that are not tied to an embedding table.
+    lm_head: quantizes LM heads and classifiers that are not tied to an embedding table.
     attention: quantizes queries, keys and values at the input of attention.
     residual: quantizes the outputs of residual adds.
     skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
@@ -69,10 +69,10 @@ class Quantize(Approximation):
     symmetric: bool = True
     activations: Literal["token", "tensor"] = "token"
     observer: Observer = "min-max"
-    share: float = 0.9999
+    fraction: float = 0.9999
     weight_observer: WeightObserver = "auto"
     embeddings: bool = False
-    output_heads: bool = False
+    lm_head: bool = False
     attention: bool = False
     residual: bool = False
     skip: str = ""
@@ -81,8 +81,8 @@ class Quantize(Approximation):
     def __post_init__(self) -> None:
         if self.group < 1:
             raise UnsupportedError(f"quantize takes group= of 1 or more neighbours, not {self.group}")
-        if not 0.5 < self.share <= 1:
-            raise UnsupportedError(f"quantize takes share= above 0.5 and up to 1, not {self.share:g}")
+        if not 0.5 < self.fraction <= 1:
+            raise UnsupportedError(f"quantize takes fraction= above 0.5 and up to 1, not {self.fraction:g}")
         if self.scheme == "fp8" and not self.symmetric:
             raise UnsupportedError("quantize{scheme=fp8} has no zero points: leave out symmetric=false")
         if (self.attention or self.residual) and self.scheme.endswith("-weight"):
@@ -151,8 +151,8 @@ class Quantize(Approximation):
         tied = matrix.node in tables
         if tied and not self.embeddings:
             return "its weight is an embedding table too; embeddings=true treats both"
-        if not tied and node in edit.program.fact(structure).output_heads and not self.output_heads:
-            return "it is an LM head; output_heads=true treats it"
+        if not tied and node in edit.program.fact(structure).lm_heads and not self.lm_head:
+            return "it is an LM head or classifier; lm_head=true includes it"
         if nodes.tensor_type(input_of(node)).dtype == torch.float64:
             return "it computes in float64"
         size = nodes.tensor_type(matrix.node).shape[0 if matrix.transposed else 1]
@@ -213,7 +213,7 @@ class Quantize(Approximation):
         if self.scheme == "int8-static":
             progress = _Reporter(edit)
             ranges = observed_ranges(
-                edit.program, edit.data, set(values), self.observer, form, share=self.share, progress=progress
+                edit.program, edit.data, set(values), self.observer, form, fraction=self.fraction, progress=progress
             )
         sums = set(_residual_sums(edit)) if self.residual else set[fx.Node]()
         for value in values:

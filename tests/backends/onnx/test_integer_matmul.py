@@ -61,7 +61,7 @@ class Tables(nn.Module):
 
 def exported(model, inputs, options, data=()):
     """The program after `quantize` with these options, and its exported model."""
-    passes = f"quantize{{output_heads=true{options and f',{options}'}}},fold-quantized-weights"
+    passes = f"quantize{{lm_head=true{options and f',{options}'}}},fold-quantized-weights"
     program = lissom.optimize(model, inputs, passes=passes, data=data).program
     found = capture(model, (inputs,))
     return program, export_onnx(program, found.example)
@@ -242,7 +242,7 @@ class Twice(nn.Module):
 def test_layers_that_share_a_weight_are_both_products_of_integers() -> None:
     """ONNX Runtime rewrites weights of such products where they may overflow, and failed at the second of one weight."""
     model, x = seeded(Twice), normal(2, 5, WIDE)
-    passes = "quantize{scheme=int8-dynamic,output_heads=true}"
+    passes = "quantize{scheme=int8-dynamic,lm_head=true}"
     program = lissom.optimize(model, x, passes=passes).program
     compiled = lissom.compile(model, x, passes=passes, backend="onnxruntime", only_if_faster=False)
     # Sums of whole numbers are exact; scales are multiplied in another order.

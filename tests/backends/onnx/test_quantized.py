@@ -16,7 +16,7 @@ from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.backends.simulated_layers import simulated_layers
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
-from lissom.compiler.verify.rounding import SHARE, rounding_loss
+from lissom.compiler.verify.rounding import SHARDED, rounding_loss
 from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from tests.models import normal, seeded, tiny_bert
@@ -68,7 +68,7 @@ def test_pruned_and_quantized_architectures_run_in_integers(name, scheme):
         outputs = run_samples(program, [sample])
         loss = 0.0 if scheme == INT4 else rounding_loss(program, [sample], outputs)
         error = compare(outputs, [list(compiled._executable(sample))]).relative_error
-        assert error <= max(tolerance_of(program), SHARE * loss)
+        assert error <= max(tolerance_of(program), SHARDED * loss)
 
 
 def compiled_bert(passes=DYNAMIC, **options):
@@ -136,7 +136,7 @@ def test_a_scheme_without_a_kernel_is_refused_and_simulated_where_asked():
     assert any(note.startswith(told) for note in notes_of(compiled))
     sample = compiled.program.signature.flatten((), case.inputs)
     wanted = run_samples(compiled.program, [sample])
-    allowed = max(tolerance_of(compiled.program), SHARE * rounding_loss(compiled.program, [sample], wanted))
+    allowed = max(tolerance_of(compiled.program), SHARDED * rounding_loss(compiled.program, [sample], wanted))
     assert compare(wanted, [list(compiled._executable(sample))]).relative_error <= allowed
 
 
@@ -147,4 +147,4 @@ def test_wrong_kernels_are_found_before_they_are_used(monkeypatch):
     with pytest.raises(
         UnsupportedError, match=r"its integer kernels fail here or are wrong: .*an integer product has a relative error of"
     ):
-        lissom.compile(model, normal(2, 3, 192), passes="quantize{output_heads=true}", backend=FAST)
+        lissom.compile(model, normal(2, 3, 192), passes="quantize{lm_head=true}", backend=FAST)

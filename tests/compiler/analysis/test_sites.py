@@ -34,7 +34,7 @@ def test_layers_come_first_in_the_order_of_the_graph():
         ("attention", "model.layers.1"),
         ("feed-forward", "model.layers.1"),
         ("embedding", ""),
-        ("output head", ""),
+        ("LM head", ""),
         ("other", ""),
     ]
 

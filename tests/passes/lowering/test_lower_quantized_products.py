@@ -98,12 +98,12 @@ def four_bits() -> Iterator[None]:
 
 
 def rounded(module: nn.Module, *args: torch.Tensor, options: str = "", cast: str = "") -> Program:
-    """The module with Q/DQ; its last layer is an output head, as far as can be seen."""
-    return rewrite(f"{cast}quantize{{output_heads=true{options}}}", module, *args)[0]
+    """The module with Q/DQ; its last layer is an LM head, as far as can be seen."""
+    return rewrite(f"{cast}quantize{{lm_head=true{options}}}", module, *args)[0]
 
 
 def lowered(module: nn.Module, *args: torch.Tensor, options: str = "", cast: str = "") -> tuple[Program, History]:
-    return rewrite(f"{cast}quantize{{output_heads=true{options}}}{LOWERING}", module, *args)
+    return rewrite(f"{cast}quantize{{lm_head=true{options}}}{LOWERING}", module, *args)
 
 
 def reasons(history: History) -> list[str]:
@@ -151,7 +151,7 @@ def test_sums_of_bytes_are_exact(
 ) -> None:
     module = seeded(lambda: nn.Linear(inputs, features, bias))
     x = size * (normal(*shape, inputs, seed=len(shape)) + shift)
-    quantize = f"quantize{{output_heads=true,activations={by}}},fold-quantized-weights,lower-quantized-products{{always=true}}"
+    quantize = f"quantize{{lm_head=true,activations={by}}},fold-quantized-weights,lower-quantized-products{{always=true}}"
     program, history = rewrite(quantize, module, x, dynamic=dynamic and len(shape) > 0)
     assert history.steps[-1].summary == "rewrote 1"
     flat = x.reshape(-1, inputs)
@@ -197,7 +197,7 @@ def test_values_are_rounded_once_for_all_that_read_them() -> None:
 def test_a_known_scale_becomes_weights(newest: None) -> None:
     module, x = seeded(Two), normal(2, 5, 64)
     data = [normal(2, 5, 64, seed=seed) for seed in range(4)]
-    passes = "quantize{scheme=int8-static,output_heads=true}"
+    passes = "quantize{scheme=int8-static,lm_head=true}"
     before = lissom.optimize(module, x, passes=passes, data=data).program
     program = lissom.optimize(module, x, passes=passes + LOWERING, data=data).program
     assert (calls(program, BYTES), calls(program, fake_quantize, aten.aminmax.default)) == (3, 0)
@@ -318,7 +318,7 @@ def test_rows_are_scaled_within_where_they_can(monkeypatch: pytest.MonkeyPatch, 
 def test_on_a_cpu_it_does_nothing_and_says_so() -> None:
     _, history = lowered(seeded(Two), normal(2, 5, 64))
     assert reasons(history) == ["it runs on cpu"] * 3
-    options = "{output_heads=true,scheme=int4-weight}"
+    options = "{lm_head=true,scheme=int4-weight}"
     passes = f"cast{{dtype=bf16}},quantize{options}{LOWERING}{{always=true}}"
     _, history = rewrite(passes, seeded(Two), normal(2, 5, 64))
     assert reasons(history) == ["rounded weights are multiplied with floats on CUDA devices only"] * 3

@@ -27,7 +27,7 @@ class Two(nn.Module):
 
 
 class Tied(nn.Module):
-    """An output head that is the embedding, and a layer used twice."""
+    """An LM head that is the embedding, and a layer used twice."""
 
     def __init__(self) -> None:
         super().__init__()

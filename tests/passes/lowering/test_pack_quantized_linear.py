@@ -41,7 +41,7 @@ class Two(nn.Module):
 
 
 class Tied(nn.Module):
-    """An output head that is the embedding, and a layer used twice."""
+    """An LM head that is the embedding, and a layer used twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class Turned(nn.Module):
 
 
 def rounded(module: nn.Module, *args: torch.Tensor, options: str = "") -> Program:
-    """The module with Q/DQ; its last layer is an output head, as far as can be seen."""
-    return rewrite(f"quantize{{output_heads=true{options}}}", module, *args)[0]
+    """The module with Q/DQ; its last layer is an LM head, as far as can be seen."""
+    return rewrite(f"quantize{{lm_head=true{options}}}", module, *args)[0]
 
 
 def packed(module: nn.Module, *args: torch.Tensor, options: str = "") -> tuple[Program, History]:
-    return rewrite(f"quantize{{output_heads=true{options}}}{LOWERING}", module, *args)
+    return rewrite(f"quantize{{lm_head=true{options}}}{LOWERING}", module, *args)
 
 
 def reasons(history: History) -> list[str]:
@@ -114,7 +114,7 @@ def test_weights_kept_the_other_way_round_are_turned() -> None:
     close(program(normal(9, 6)), before(normal(9, 6)), 2e-3)
 
 
-def test_a_table_that_is_an_output_head_too_is_held_once_and_looked_up_packed() -> None:
+def test_a_table_that_is_an_lm_head_too_is_held_once_and_looked_up_packed() -> None:
     module = seeded(Tied)
     tokens = torch.tensor([[1, 2, 34], [31, 32, 33]])
     before = rounded(module, tokens, options=",embeddings=true")
@@ -154,7 +154,7 @@ def test_weights_alone_in_integers(make: Callable[[], nn.Module], options: str) 
 def test_a_known_scale_goes_into_the_kernel() -> None:
     module, x = seeded(Two), normal(2, 5, 6)
     data = [normal(2, 5, 6, seed=seed) for seed in range(4)]
-    compiled = lissom.compile(module, x, passes="quantize{scheme=int8-static,output_heads=true}", data=data)
+    compiled = lissom.compile(module, x, passes="quantize{scheme=int8-static,lm_head=true}", data=data)
     (first, *_) = compiled.program.nodes(quantized_linear)
     assert calls(compiled.program, quantized_linear) == 2
     assert calls(compiled.program, fake_quantize) == 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.parallel.plan import make_plan, sharded_share
+from lissom.compiler.parallel.plan import make_plan, sharded_fraction
 from lissom.errors import PipelineTextError, UnsupportedError
 from lissom.passes.parallel.shard import Shard
 from tests.models import FeedForward, normal, seeded, tokens
@@ -39,7 +39,7 @@ def test_every_value_is_placed(name: str) -> None:
     assert history.steps[1].relative_error == 0.0
     assert reasons(history) == []
     # What is left are the router of a mixture and nothing else.
-    assert sharded_share(planned) >= (0.98 if name == "mixtral" else 1.0)
+    assert sharded_fraction(planned) >= (0.98 if name == "mixtral" else 1.0)
 
 
 def test_placements_are_those_of_megatron() -> None:
@@ -90,7 +90,7 @@ def test_the_plan_shards_layers_of_no_site() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.second(self.first(x)))
 
-    program, _ = rewrite("shard{world_size=2,share=0},partition", seeded(Chain), normal(2, 5, 8))
+    program, _ = rewrite("shard{world_size=2,fraction=0},partition", seeded(Chain), normal(2, 5, 8))
     assert program.ranks == ()
     program, history = rewrite("shard{world_size=2,plan=[first:column-wise]},partition", seeded(Chain), normal(2, 5, 8))
     assert tuple(program.weight("second.weight").shape) == (8, 6)
@@ -113,7 +113,7 @@ class Rolled(nn.Module):
 def test_layers_of_no_pair_are_sharded_by_themselves(world_size: int) -> None:
     # 14 features do not divide by 3 and 4, and 8 do not by 3; two scores are too few for more than 2 ranks.
     program, history = rewrite(
-        f"shard{{world_size={world_size},share=1}},partition", seeded(lambda: Rolled(14)), normal(2, 5, 8)
+        f"shard{{world_size={world_size},fraction=1}},partition", seeded(lambda: Rolled(14)), normal(2, 5, 8)
     )
     assert tuple(program.weight("first.weight").shape) == (-(-14 // world_size), 8)
     assert tuple(program.weight("second.weight").shape) == (-(-8 // world_size), 14)
@@ -125,16 +125,16 @@ def test_layers_of_no_pair_are_sharded_by_themselves(world_size: int) -> None:
     assert sharded in history.steps[1].notes[0]
 
 
-def test_the_share_says_how_many() -> None:
+def test_the_fraction_says_how_many() -> None:
     # 112, 112 and 16 weights: layers of one size are sharded all or none, the largest first.
-    for share, wanted in (("0", 0), ("0.01", 2), ("0.93", 2), ("1", 3)):
-        program, _ = rewrite(f"shard{{world_size=2,share={share}}}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
+    for fraction, wanted in (("0", 0), ("0.01", 2), ("0.93", 2), ("1", 3)):
+        program, _ = rewrite(f"shard{{world_size=2,fraction={fraction}}}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
         weights = [node for node in program.graph.find_nodes(op="get_attr") if str(node.target).endswith("weight")]
         assert sum(str(nodes.placed(node)) == "Shard(0)" for node in weights) == wanted
     program, _ = rewrite("shard{world_size=2,plan=[first:replicate]}", seeded(lambda: Rolled(14)), normal(2, 5, 8))
     assert "first.weight: f32[14, 8]\n" in program.text()
-    with pytest.raises(PipelineTextError, match=r"share is 1\.5; it is a fraction of the weights"):
-        rewrite("shard{world_size=2,share=1.5}", seeded(Rolled), normal(2, 5, 8))
+    with pytest.raises(PipelineTextError, match=r"fraction is 1\.5; it is a part of the weights"):
+        rewrite("shard{world_size=2,fraction=1.5}", seeded(Rolled), normal(2, 5, 8))
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int4-weight,group=8"])
@@ -142,7 +142,7 @@ def test_quantized_layers_of_no_pair(scheme: str) -> None:
     # 4 and 2 columns to a rank; the scores' layer is sharded by its 8 rows where each rank gets no score, through one group of
     # 8.
     for world_size in (2, 4):
-        passes = f"quantize{{scheme={scheme}}},fold-quantized-weights,shard{{world_size={world_size},share=1}},partition"
+        passes = f"quantize{{scheme={scheme}}},fold-quantized-weights,shard{{world_size={world_size},fraction=1}},partition"
         program, _ = rewrite(passes, seeded(lambda: Rolled(16)), normal(2, 5, 8))
         assert collectives(program)[1] == (3 if world_size == 2 else 2)
 

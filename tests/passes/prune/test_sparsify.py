@@ -223,9 +223,9 @@ def test_a_shared_matrix_is_calibrated_on_all_that_its_layers_read() -> None:
     assert torch.equal(program.weight("layer.weight"), wanted)
 
 
-def test_embeddings_and_output_heads_are_left_alone_unless_asked_for() -> None:
+def test_embeddings_and_lm_head_are_left_alone_unless_asked_for() -> None:
     assert zeros(pruned(tiny_llama, "sparsify")[0], "lm_head.weight") == 0
-    program, _ = pruned(tiny_llama, "sparsify{output_heads=true}")
+    program, _ = pruned(tiny_llama, "sparsify{lm_head=true}")
     assert zeros(program, "lm_head.weight") == pytest.approx(0.5, abs=0.01)
     assert zeros(program, "model.embed_tokens.weight") == 0
 

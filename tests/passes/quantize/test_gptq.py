@@ -302,7 +302,7 @@ class TiedTable(nn.Module):
 
 
 @pytest.mark.parametrize("tables", [True, False])
-def test_a_table_that_is_an_output_head_too_is_treated_by_what_the_head_reads(tables: bool) -> None:
+def test_a_table_that_is_an_lm_head_too_is_treated_by_what_the_head_reads(tables: bool) -> None:
     module, ids = seeded(TiedTable), torch.arange(12).reshape(2, 6)
     passes = f"quantize{{scheme=int8-weight,embeddings=true}},gptq{{tables={'true' if tables else 'false'}}}"
     found = lissom.optimize(module, ids, passes=passes, data=[ids])

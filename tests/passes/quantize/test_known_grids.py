@@ -20,7 +20,7 @@ def test_groups_of_32_give_q8_0_back() -> None:
     held = torch.from_numpy(gguf.dequantize(gguf.quantize(rows, kind), kind))
     module = seeded(lambda: nn.Linear(96, 24))
     module.weight = nn.Parameter(held.clone())
-    passes = "quantize{scheme=int8-weight,granularity=group,group=32,output_heads=true}"
+    passes = "quantize{scheme=int8-weight,granularity=group,group=32,lm_head=true}"
     program = lissom.optimize(module, normal(2, 96), passes=passes).program
     (node,) = program.nodes(fake_quantize)
     scale = program.weight(str(node.args[1].target))

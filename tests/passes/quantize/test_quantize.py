@@ -99,9 +99,7 @@ def test_asymmetric_weights_have_zero_points_in_range() -> None:
 def test_static_scales_are_those_of_the_data() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     data = [torch.full((2, 4), float(size)) for size in (1, 5)]
-    program = lissom.optimize(
-        model, torch.ones(2, 4), passes="quantize{scheme=int8-static,output_heads=true}", data=data
-    ).program
+    program = lissom.optimize(model, torch.ones(2, 4), passes="quantize{scheme=int8-static,lm_head=true}", data=data).program
     first = next(node for node in program.nodes(fake_quantize) if node.args[0].op == "placeholder")
     assert float(program.weight(str(first.args[1].target))) == pytest.approx(5 / 255)
     assert int(program.weight(str(first.args[2].target))) == 0
@@ -186,7 +184,7 @@ def test_static_without_data_is_refused() -> None:
     ("text", "sentence"),
     [
         ("quantize{group=0}", "group= of 1 or more"),
-        ("quantize{share=0.2}", "share= above 0.5"),
+        ("quantize{fraction=0.2}", "fraction= above 0.5"),
         ("quantize{scheme=fp8,symmetric=false}", "has no zero points"),
         ("quantize{scheme=int8-weight,attention=true}", "quantizes weights only"),
     ],

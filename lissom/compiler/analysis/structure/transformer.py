@@ -1,4 +1,4 @@
-"""The transformer structure of a program: attention and feed-forward sites, layers, norms, embeddings, output heads.
+"""The transformer structure of a program: attention and feed-forward sites, layers, norms, embeddings, LM heads.
 
 Sites are found by their operators, not by module names: an attention is a `scaled_dot_product_attention` with its input and
 output projections; a feed-forward is a linear layer after an activation of linear layers with the same input. Module paths
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Embedding:
-    """An embedding table. tied: whether an output head uses the same weight."""
+    """An embedding table. tied: whether an LM head uses the same weight."""
 
     node: fx.Node
     rows: int
@@ -46,7 +46,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Structure:
-    """The structure of a program, each field in the order of the graph."""
+    """The structure of a program, each field in the order of the graph.
+
+    lm_heads: the linear layers that make an output of the program, classifiers included, and those tied to an embedding table.
+    """
 
     attention: tuple[AttentionSite, ...]
     feed_forward: tuple[FeedForwardSite, ...]
@@ -54,7 +57,7 @@ class Structure:
     layers: tuple[Layer, ...]
     norms: tuple[fx.Node, ...]
     embeddings: tuple[Embedding, ...]
-    output_heads: tuple[fx.Node, ...]
+    lm_heads: tuple[fx.Node, ...]
     convolutions: tuple[fx.Node, ...]
 
 
@@ -76,7 +79,7 @@ def structure(program: Program) -> Structure:
         layers=_layers(attention, feed_forward),
         norms=tuple(program.nodes(*NORMS)),
         embeddings=tuple(_embedding(node, linears) for node in embeddings),
-        output_heads=tuple(node for node in linears if weight_of(node) in tables or _reaches_output(program, node)),
+        lm_heads=tuple(node for node in linears if weight_of(node) in tables or _reaches_output(program, node)),
         convolutions=tuple(program.nodes(*CONVOLUTIONS)),
     )
 

@@ -81,7 +81,7 @@ class LowRank(Approximation):
     attention: reduces head_dim where that is possible, rather than factoring the projections.
     damping: regularization towards the original weights, as a fraction of the mean of the diagonal of XᵀX.
     round_to: ranks chosen by keep and budget are a multiple of this.
-    output_heads: factors LM heads too; those tied to an embedding table never are.
+    lm_head: factors LM heads and classifiers too; those tied to an embedding table never are.
     skip: module paths to leave as they are, with `*` and `?`, separated by commas: `"encoder.layer.0,*.11"`.
     only: module paths to change, in the same form; others stay as they are.
     """
@@ -95,7 +95,7 @@ class LowRank(Approximation):
     attention: bool = False
     damping: float = 0.01
     round_to: int = 1
-    output_heads: bool = False
+    lm_head: bool = False
     skip: str = ""
     only: str = ""
 
@@ -229,8 +229,8 @@ class LowRank(Approximation):
             return reason
         if any(item.node.args[0] is matrix.node for item in found.embeddings):
             return "its weight is an embedding table too"
-        if node in found.output_heads and not self.output_heads:
-            return "it is an LM head; output_heads=true treats it"
+        if node in found.lm_heads and not self.lm_head:
+            return "it is an LM head or classifier; lm_head=true includes it"
         if node in {site.router for site in found.mixtures}:
             return "it is the router of a mixture of experts"
         if "low-rank" in nodes.origin(node).passes:

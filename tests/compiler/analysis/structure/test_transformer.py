@@ -43,10 +43,10 @@ def test_layers_hold_their_attention_and_feed_forward_in_order():
     assert all(len(layer.attention) == len(layer.feed_forward) == 1 for layer in layers)
 
 
-def test_tied_output_head_is_seen_from_both_ends():
+def test_tied_lm_head_is_seen_from_both_ends():
     found = capture(tied().model, tied().args).program.fact(structure)
     assert [item.tied for item in found.embeddings] == [True]
-    assert len(found.output_heads) == 1
+    assert len(found.lm_heads) == 1
 
 
 def whisper() -> Program:

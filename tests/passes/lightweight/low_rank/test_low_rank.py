@@ -158,7 +158,7 @@ def test_the_energy_kept_is_at_least_what_was_asked_for(name: str) -> None:
 
 
 class Shared(nn.Module):
-    """A layer called twice, a table that is an output head too, and an output head of its own."""
+    """A layer called twice, a table that is an LM head too, and an LM head of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,10 +172,10 @@ class Shared(nn.Module):
 def test_layers_that_share_a_weight_share_its_factors() -> None:
     ids = torch.arange(12).reshape(2, 6)
     found = lissom.optimize(seeded(Shared), ids, passes="low-rank{rank=3}", data=[ids])
-    reasons = "its weight is an embedding table too, it is an LM head; output_heads=true treats it"
+    reasons = "its weight is an embedding table too, it is an LM head or classifier; lm_head=true includes it"
     assert found.report.history.steps[-1].summary == f"rewrote 2 of 4; skipped 2: {reasons}"
     assert sorted(key for key in found.program.weights() if key.endswith(("_u", "_v"))) == ["layer.weight_u", "layer.weight_v"]
-    found = lissom.optimize(seeded(Shared), ids, passes="low-rank{rank=3,output_heads=true}", data=[ids])
+    found = lissom.optimize(seeded(Shared), ids, passes="low-rank{rank=3,lm_head=true}", data=[ids])
     assert found.report.history.steps[-1].summary == "rewrote 3 of 4; skipped 1: its weight is an embedding table too"
 
 
