@@ -140,22 +140,34 @@ def run_generate(
     backend: Backend = "eager",
     device: Device = None,
     checks: Checks = "numeric",
+    data: Data = None,
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
     allow_native: AllowNative = False,
 ) -> None:
     """Continue a text with a model compiled with its KV cache, and print its speed."""
     saved = Path(model) if is_saved(model) else None
-    if saved is not None and (passes != "exact" or backend != "eager" or save is not None):
-        raise typer.BadParameter("--passes, --backend and --save do not go with a saved decoder")
+    if saved is not None and (passes != "exact" or backend != "eager" or data is not None or save is not None):
+        raise typer.BadParameter("--passes, --backend, --data and --save do not go with a saved decoder")
     if saved is None and backend != Distributed.name:
         refuse_torchrun("generate")
     if save is not None:
         check_target(save)
+    quality = Quality(data)
+    quality.check()
     with one_of_ranks(saved, device) as rank:
         decoder, tokenizer, ids = (
             load_prompted(model, prompt, rank.device, allow_native=allow_native)
             if saved is not None
-            else compile_prompted(model, prompt, max_new_tokens, passes, backend, rank.device, checks)
+            else compile_prompted(
+                model,
+                prompt,
+                max_new_tokens,
+                passes,
+                backend,
+                rank.device,
+                checks,
+                partial(quality.batches, device=check_device(rank.device)),
+            )
         )
         if save is not None:
             decoder.save(save, tokenizer)

@@ -78,8 +78,12 @@ class Quality:
         if self.max_drop is not None and self.metric is None:
             raise UnsupportedError(f"--max-drop needs --metric: {', '.join(METRICS)}, or module:function")
 
+    def batches(self, source: Source, device: torch.device | None) -> list[dict[str, object]]:
+        """The calibration batches, on a device."""
+        return read_data(self.data, source, device) if self.data is not None else []
+
     def arguments(self, source: Source, device: torch.device | None) -> dict[str, Any]:
         """The arguments `data`, `metric` and `max_drop` of `compile`."""
-        batches = read_data(self.data, source, device) if self.data is not None else []
+        batches = self.batches(source, device)
         metric = None if self.metric is None else make_metric(self.metric, source, batches, device)
         return {"data": batches, "metric": metric, "max_drop": self.max_drop}

@@ -355,6 +355,12 @@ def test_generate_streams_text_and_says_how_fast(decoder, tmp_path):
     assert refused.exit_code == 2 and "do not go with a saved decoder" in refused.output
 
 
+def test_generate_calibrates_on_texts(decoder, tmp_path):
+    (tmp_path / "texts.txt").write_text("one two three\nfour five\n")
+    options = ["--max-new-tokens", "5", "--passes", "quantize{scheme=int8-static}", "--data", str(tmp_path / "texts.txt")]
+    assert "answer: 5 tokens" in runner.invoke(app, ["generate", decoder, "one two", *options]).stderr
+
+
 def test_generate_says_where_a_text_ends_that_was_to_be_longer(decoder, tmp_path):
     saved = str(tmp_path / "saved")
     runner.invoke(app, ["generate", decoder, "one two", "--max-new-tokens", "5", "--checks", "off", "--save", saved])

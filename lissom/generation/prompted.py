@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from lissom.driver.options import resolve_passes
 from lissom.errors import UnsupportedError
 from lissom.frontends.decoder import SHORTEST, longest_text
 from lissom.frontends.huggingface import tokenizer_of
-from lissom.frontends.sources import load
+from lissom.frontends.sources import Source, load
 from lissom.generation import compile_generation, load_generation
 from lissom.generation.stream import read_prompt
 
@@ -33,9 +34,19 @@ def load_prompted(model: str, prompt: str, device: str | None, *, allow_native: 
 
 
 def compile_prompted(
-    model: str, prompt: str, max_new_tokens: int, passes: str, backend: str, device: str | None, checks: str
+    model: str,
+    prompt: str,
+    max_new_tokens: int,
+    passes: str,
+    backend: str,
+    device: str | None,
+    checks: str,
+    read_data: Callable[[Source], Sequence[Mapping[str, object]]],
 ) -> Prompted:
-    """A model compiled with a KV cache for prompt and answer, its tokenizer, and the prompt's tokens."""
+    """A model compiled with a KV cache for prompt and answer, its tokenizer, and the prompt's tokens.
+
+    read_data: the calibration batches for a loaded model.
+    """
     check_options(checks)  # pyright: ignore[reportArgumentType]
     pipeline, source = resolve_passes(passes), load(model)
     tokenizer = source.checkpoint.tokenizer if source.checkpoint else None
@@ -51,5 +62,6 @@ def compile_prompted(
         backend=backend,
         device=device,
         checks=checks,  # pyright: ignore[reportArgumentType]
+        data=read_data(source),
     )
     return decoder, tokenizer, ids
