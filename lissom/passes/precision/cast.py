@@ -17,8 +17,9 @@ Weights are checked in the same way, without the margin. Sums inside a kernel ar
 float32; only `lissom::attention` computes scores in its operands' dtype, so there |q kᵀ| is bounded by ‖q‖ ‖k‖. Micikevicius et
 al. 2018, Mixed Precision Training, §3.3, keep the same sums in float32. https://arxiv.org/abs/1710.03740
 
-Outputs are cast back, so the program's output dtypes stay. The lowest value of an additive mask is clamped to bfloat16's lowest
-number, because float32's would overflow; to half of float16's lowest, because scores are added to it.
+Outputs are cast back, so the program's output dtypes stay. The lowest value of an additive mask, and a value that fills hidden
+positions, is clamped to bfloat16's lowest number, because float32's would overflow; to half of float16's lowest, because scores
+are added to it.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ _FOLLOWS = {
     aten.max_pool2d.default,
     *REPEATS,
 }
+_FILLS: dict[object, str] = {aten.masked_fill.Scalar: "value", aten.constant_pad_nd.default: "value", aten.pad.default: "value"}
+"""Operators with a number that fills places of their result."""
 _MASKS: dict[object, str] = {aten.scaled_dot_product_attention.default: "attn_mask", attention: "bias"}
 Misfit = Literal["overflow", "underflow"]
 _ADDENDS: dict[object, str] = {
@@ -247,7 +250,7 @@ class _Caster:
             for item in node.all_input_nodes:
                 if wanted is not None and _is_floating(item) and nodes.tensor_type(item).dtype in (torch.float32, self.low):
                     swaps[item] = self._cast(item, wanted, node, clamp=item is mask)
-            self._apply(node, {old: new for old, new in swaps.items() if old is not new})
+            self._apply(node, {old: new for old, new in swaps.items() if old is not new}, wanted)
         for item, before in zip(results, output_types, strict=True):
             if nodes.is_tensor(item) and nodes.tensor_type(item).dtype == self.low and before != nodes.node_type(item):
                 back = self._cast(item, torch.float32, program.output)
@@ -295,7 +298,8 @@ class _Caster:
     def _cast(self, item: fx.Node, dtype: torch.dtype, reader: fx.Node, *, clamp: bool = False) -> fx.Node:
         """The value in that dtype, cast before its first reader; a weight is cast at compile time."""
         found = nodes.tensor_type(item)
-        if found.dtype == dtype or found.rank == 0:
+        # A number takes the dtype of the tensor it is combined with.
+        if found.dtype == dtype or (found.rank == 0 and not self._overflows(item)):
             return item
         if item.op == "get_attr" and dtype == self.low and item.target not in self.edit.program.state:
             return self._cast_weight(item, reader)
@@ -311,17 +315,32 @@ class _Caster:
         if key not in self.casts:
             weight = self.edit.program.weight(str(item.target))
             with self.edit.before(reader):
-                low = weight.detach().to(self.low)
+                low = _fitted(weight.detach(), self.low).to(self.low)
                 tensor = nn.Parameter(low, requires_grad=weight.requires_grad) if isinstance(weight, nn.Parameter) else low
                 self.casts[key] = self.edit.weight(f"{item.target}_low", tensor)
         return self.casts[key]
 
-    def _apply(self, node: fx.Node, swaps: dict[fx.Node, fx.Node]) -> None:
+    def _overflows(self, item: fx.Node) -> bool:
+        """True for a constant that is finite, and infinite in reduced precision."""
+        if item.op != "get_attr" or item.target in self.edit.program.state:
+            return False
+        value = self.edit.program.weight(str(item.target))
+        return not torch.equal(_fitted(value, self.low), value)
+
+    def _fit_fill(self, node: fx.Node, dtype: torch.dtype | None) -> None:
+        """Clamp the number that fills places of a result in reduced precision."""
+        value = nodes.argument(node, _FILLS[node.target]) if node.target in _FILLS and dtype == self.low else None
+        if isinstance(value, (int, float)):
+            fitted = float(_fitted(torch.tensor(value, dtype=torch.float64), self.low))
+            nodes.set_argument(node, _FILLS[node.target], fitted if fitted != value else value)
+
+    def _apply(self, node: fx.Node, swaps: dict[fx.Node, fx.Node], dtype: torch.dtype | None) -> None:
         """Let the node read the cast values, and infer its type again where its inputs have changed."""
         if not swaps and self.changed.isdisjoint(node.all_input_nodes):
             return
         for old, new in swaps.items():
             node.replace_input_with(old, new)
+        self._fit_fill(node, dtype)
         before = nodes.node_type(node)
         self.edit.retype_call(node)
         if swaps:
@@ -334,6 +353,13 @@ def _lowest(dtype: torch.dtype) -> float:
     """The number that hides a position in an additive mask of that dtype."""
     lowest = torch.finfo(dtype).min
     return lowest / 2 if dtype == torch.float16 else lowest
+
+
+def _fitted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor with its finite values in the range of a dtype."""
+    limits = torch.finfo(dtype)
+    raised = torch.where(tensor < limits.min, _lowest(dtype), tensor)
+    return torch.where(tensor.isinf(), tensor, raised.clamp_max(limits.max))
 
 
 def _is_floating(item: fx.Node) -> bool:
