@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
-from tools.fuzz import campaign, models, oracle
+from tools.fuzz import campaign, case, models, oracle
 from tools.fuzz.case import Case, draw_case
 from tools.fuzz.models import Spec, build, draw_inputs
+
+FOUND = (Path(__file__).parent / "found.jsonl").read_text(encoding="utf-8").splitlines()
+"""Cases that the verifier refused although both programs were right: -1e4 added to scores in 16 bits, and rescaled weights."""
 
 
 def test_a_number_is_the_same_case_each_time():
@@ -20,6 +24,12 @@ def test_a_number_is_the_same_case_each_time():
 def test_a_case_can_be_written_down_and_read_back():
     for number in range(50):
         assert Case.from_json(draw_case(number).to_json()) == draw_case(number)
+
+
+@pytest.mark.parametrize("text", FOUND)
+def test_what_a_campaign_found_stays_mended(text):
+    outcome = case.run(Case.from_json(text))
+    assert outcome.kind == "equal", outcome.detail
 
 
 def test_a_model_has_the_same_weights_each_time():
