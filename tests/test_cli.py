@@ -352,7 +352,7 @@ def test_generate_streams_text_and_says_how_fast(decoder, tmp_path):
     drawn = ["generate", str(tmp_path / "saved"), "one two", "--temperature", "5", "--max-new-tokens", "5"]
     assert runner.invoke(app, drawn).stdout != again.stdout
     refused = runner.invoke(app, ["generate", str(tmp_path / "saved"), "one", "--passes", "quantize"])
-    assert refused.exit_code == 2 and "do not go with a saved decoder" in refused.output
+    assert refused.exit_code == 2 and "do not go with" in refused.output
 
 
 def test_generate_calibrates_on_texts(decoder, tmp_path):

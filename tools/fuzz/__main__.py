@@ -9,13 +9,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from tools.fuzz import campaign, case
-from tools.fuzz.case import Case, draw_case
+from tools.fuzz.case import Case, Outcome, draw_case
 from tools.zoo import catalogue, fresh
 
 
@@ -52,7 +53,7 @@ def _run(options: argparse.Namespace, address: str) -> int:
     started = time.monotonic()
     counts: Counter[str] = Counter()
     failures: list[tuple[int, Case, str]] = []
-    for number, found, outcome in campaign.run_all(_blocks(options, started), options.jobs, address):
+    for number, found, outcome in _until_interrupted(campaign.run_all(_blocks(options, started), options.jobs, address)):
         counts[outcome.kind] += 1
         if options.log:
             with options.log.open("a", encoding="utf-8") as log:
@@ -73,6 +74,11 @@ def _run(options: argparse.Namespace, address: str) -> int:
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     print(f"{total} cases from {options.seed} in {time.monotonic() - started:.0f} s: {shown or 'none'}")
     return int(bool(failures))
+
+
+def _until_interrupted(found: Iterator[tuple[int, Case, Outcome]]) -> Iterator[tuple[int, Case, Outcome]]:
+    with suppress(KeyboardInterrupt):
+        yield from found
 
 
 def _blocks(options: argparse.Namespace, started: float) -> Iterator[list[tuple[int, Case]]]:
