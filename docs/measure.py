@@ -11,6 +11,7 @@ from examples import Example
 
 from lissom.backends import find_backend
 from lissom.compiler.ir.samples import check_samples
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import Size
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import tolerance_of
@@ -48,7 +49,7 @@ def measure(example: Example, name: str, seconds: float) -> Gain:
     after, history = Pipeline(passes[: at + 1], samples, data=data).run(captured.program)
     eager = find_backend("eager")
     # A partitioned program runs all its ranks node by node, so the program it is compared with runs node by node too.
-    lock_step = bool(after.ranks)
+    lock_step = isinstance(after, PartitionedProgram)
     runs = [item.run if lock_step else eager.build(item, captured.example) for item in (before, after)]
     timed = time_calls({str(index): lambda run=run: run(captured.example) for index, run in enumerate(runs)}, seconds)
     error = history.steps[-1].relative_error or 0.0

@@ -45,6 +45,7 @@ from lissom.backends.distributed.backend import (
 )
 from lissom.backends.distributed.ranks import current_ranks, in_group
 from lissom.compiler.ir.program import Program
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.ops.native import load_kernels
@@ -76,6 +77,7 @@ def save(
         _save_together(directory, executable, shared)
         return
     partitioned = executable.stored
+    assert isinstance(partitioned, PartitionedProgram)
 
     def write(folder: Path) -> None:
         for rank in range(len(partitioned.ranks)):

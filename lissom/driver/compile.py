@@ -22,7 +22,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pipeline
 from lissom.driver.options import Inputs, Settings, check_choices, check_settings, read_data, resolve_passes, split_inputs
 from lissom.driver.payoff import Payoff
-from lissom.driver.ranks import PartitionedModel, compile_for_ranks
+from lissom.driver.ranks import Unlowered, compile_for_ranks
 from lissom.errors import LissomError, UnsupportedError
 from lissom.frontends.device import check_device, device_of
 from lissom.frontends.export import Capture, capture
@@ -132,7 +132,7 @@ def _compile_for_ranks(
 
 def _partition_model(
     take: Callable[[], Capture], settings: Settings, passes: Sequence[Pass], device: torch.device, progress: Progress
-) -> PartitionedModel:
+) -> Unlowered:
     """Capture the model and run the passes; lossy passes are timed before the program is sharded."""
     at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Partition)))
     job = _job(take, passes[:at], settings, progress, 1 + len(passes))
@@ -142,7 +142,7 @@ def _partition_model(
     (found,) = pipeline.run_each(job.program, {eager.name: passes[at:]}, job.history).values()
     if isinstance(found, LissomError):
         raise found
-    return PartitionedModel(*found, job.pipeline.samples)
+    return *found, job.pipeline.samples
 
 
 @dataclass(frozen=True)

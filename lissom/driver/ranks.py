@@ -23,6 +23,7 @@ from lissom.backends.distributed.backend import Distributed, Held, RankProgram, 
 from lissom.backends.distributed.ranks import Ranks, current_ranks, in_group
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Checks
@@ -31,6 +32,8 @@ from lissom.passes.parallel.partition import Partition
 from lissom.passes.parallel.shard import Shard
 
 Made = TypeVar("Made")
+Unlowered = tuple[Program, History, Sequence[Sample]]
+"""A program before lowering, its history, and the verification inputs for lowering it."""
 
 _MODEL = "the model"
 
@@ -39,7 +42,7 @@ _MODEL = "the model"
 class PartitionedModel:
     """A program partitioned for several ranks, its history, and the verification inputs for lowering it."""
 
-    program: Program
+    program: PartitionedProgram
     history: History
     samples: Sequence[Sample]
 
@@ -109,24 +112,23 @@ def on_all_ranks(backend: Distributed, make: Callable[[], Made]) -> Made:
 
 
 def compile_for_ranks(
-    make: Callable[[], PartitionedModel], backend: Distributed, device: torch.device, *, checks: Checks, simulate: bool
+    make: Callable[[], Unlowered], backend: Distributed, device: torch.device, *, checks: Checks, simulate: bool
 ) -> RankModel:
-    """This rank's shard of the model that `make` makes on rank 0; outside a process group all shards. device: of this rank.
+    """This rank's shard of the model that `make` gives on rank 0; outside a process group all shards. device: of this rank.
 
     Raises: on every rank what `make` or a rank's lowering raises on one; RankError when one ended or does not answer.
     """
     if not in_group():
-        model = _checked(make(), backend)
+        model = _checked(*make(), backend)
         # All ranks have the same graph, so this shows whether the program can be lowered.
         lower_rank(model.program.of_rank(0), backend, device, model.samples, checks, simulate=simulate)
         return RankModel(model.program, Held(model.program, len(model.program.ranks), model.history), model.history)
     ranks = current_ranks(backend.timeout_seconds, backend.shared_memory)
     with ranks.working(_MODEL):
         ranks.agree(versions() | {"the number of ranks": str(backend.world_size)}, _MODEL)
-        part = _scatter(lambda: _checked(make(), backend), ranks, device)
-        stored, history = part.program, part.history
+        stored, history, samples = _scatter(lambda: _checked(*make(), backend), ranks, device)
         lowered, lowering = ranks.settle(
-            lambda: lower_rank(stored, backend, device, part.samples, checks, simulate=simulate),
+            lambda: lower_rank(stored, backend, device, samples, checks, simulate=simulate),
             stored.name,
             tell=lambda found: facts_of(stored, found[0]),
         )
@@ -134,16 +136,16 @@ def compile_for_ranks(
     return RankModel(lowered, executable, append_steps(history, lowering))
 
 
-def _checked(model: PartitionedModel, backend: Distributed) -> PartitionedModel:
-    if len(model.program.ranks) != backend.world_size:
+def _checked(program: Program, history: History, samples: Sequence[Sample], backend: Distributed) -> PartitionedModel:
+    if not isinstance(program, PartitionedProgram) or len(program.ranks) != backend.world_size:
         raise UnsupportedError(
-            f"{model.program.name} cannot be sharded across {backend.world_size} ranks: `shard` shards none of its weights; "
+            f"{program.name} cannot be sharded across {backend.world_size} ranks: `shard` shards none of its weights; "
             f"choose backend 'eager'"
         )
-    return model
+    return PartitionedModel(program, history, samples)
 
 
-def _scatter(make: Callable[[], PartitionedModel], ranks: Ranks, device: torch.device) -> PartitionedModel:
+def _scatter(make: Callable[[], PartitionedModel], ranks: Ranks, device: torch.device) -> Unlowered:
     """This rank's program, its history so far, and the samples; rank 0 makes them and scatters the shards."""
     made: list[PartitionedModel] = []
 
@@ -169,10 +171,10 @@ def _scatter(make: Callable[[], PartitionedModel], ranks: Ranks, device: torch.d
             received = _receive_tensors(ranks, name)
     if ranks.rank == 0:
         model = made.pop()
-        return PartitionedModel(_owned(model.program.of_rank(0)), model.history, model.samples)
+        return _owned(model.program.of_rank(0)), model.history, model.samples
     weights, *samples = received
     history = History.from_json(header["history"], header["texts"])
-    return PartitionedModel(_decode(header["program"], weights, device), history, [[*sample.values()] for sample in samples])
+    return _decode(header["program"], weights, device), history, [[*sample.values()] for sample in samples]
 
 
 def _send_part(model: PartitionedModel, ranks: Ranks, rank: int) -> None:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.parallel.plan import sharded_fraction
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import relative_error, run_original, tolerance_of
@@ -74,7 +75,7 @@ def _partition(program: Program, samples: list[Sample], world_size: int) -> Reco
     after, history = Pipeline((Partition(),), samples=samples).run(planned)
     found["error_found"] = history.steps[-1].relative_error
     found["skipped"] = [f"{skip.place}: {skip.reason}" for step in (*plans.steps, *history.steps) for skip in step.skipped]
-    if after.ranks:
+    if isinstance(after, PartitionedProgram):
         first, *others = after.run_ranks(samples[0])
         worst = max((relative_error(a, b) for rank in others for a, b in zip(first, rank, strict=True)), default=0.0)
         found["ranks_differ"] = worst
@@ -83,7 +84,7 @@ def _partition(program: Program, samples: list[Sample], world_size: int) -> Reco
     return found
 
 
-def _as_processes(program: Program, samples: list[Sample]) -> Record:
+def _as_processes(program: PartitionedProgram, samples: list[Sample]) -> Record:
     """The largest difference between a rank in lock-step and the same rank as a process, and its tolerance.
 
     Ranks are forks, so they need not import modules again; each writes its result to a file.
@@ -106,7 +107,7 @@ def _as_processes(program: Program, samples: list[Sample]) -> Record:
     return {"error_found": max(said), "allowed": tolerance_of(program)}
 
 
-def _be_rank(program: Program, rank: int, samples: list[Sample], wanted: list[Any], folder: Path) -> NoReturn:
+def _be_rank(program: PartitionedProgram, rank: int, samples: list[Sample], wanted: list[Any], folder: Path) -> NoReturn:
     """Run as one rank of a group of processes, write the result, and exit."""
     try:
         torch.set_num_threads(1)

@@ -29,6 +29,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER, WAIT
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Checks, Pipeline
@@ -77,8 +78,10 @@ class Distributed(Backend):
 
     def build(self, program: Program, example: Sample) -> Executable:
         """The executable of this rank; outside a process group one for all ranks, which cannot be called."""
-        if program.ranks or not in_group():
-            return Held(program, len(program.ranks) or self.world_size or 2)
+        if isinstance(program, PartitionedProgram):
+            return Held(program, len(program.ranks))
+        if not in_group():
+            return Held(program, self.world_size or 2)
         return RankProgram(program, program, current_ranks(self.timeout_seconds, self.shared_memory))
 
     def save_files(self, executable: Executable, folder: Path) -> None:

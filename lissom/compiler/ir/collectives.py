@@ -1,4 +1,4 @@
-"""Collectives in a program, their stand-ins in a single process, and their lock-step execution for all ranks in one process.
+"""Collectives in a program, and their stand-ins in a single process.
 
 The operators are `torch.distributed`'s functional ones. Without a process group, and always in a pipeline, one rank's program
 runs with stand-ins: an all-reduce returns the rank's own part, an all-gather returns copies of it. The program can then be
@@ -7,10 +7,9 @@ checked and lowered in one process. Its numbers are meaningless, but an exact pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import cast
 
 import torch
 
@@ -26,11 +25,6 @@ ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, WAIT = (
 )
 COLLECTIVES: tuple[torch._ops.OpOverload, ...] = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER)
 """The operators that communicate."""
-
-_REDUCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "sum": lambda parts: parts.sum(0),
-    "max": lambda parts: parts.amax(0),
-}
 
 
 def _alone_reduce(x: torch.Tensor, reduction: str, group: str) -> torch.Tensor:
@@ -75,15 +69,3 @@ def stand_in(target: object) -> Callable[..., object] | None:
     if target not in STAND_INS or (torch.distributed.is_initialized() and not _ALONE.get()):
         return None
     return STAND_INS[target]
-
-
-def together(target: object, parts: Sequence[torch.Tensor], options: Sequence[object]) -> list[torch.Tensor]:
-    """The result of a collective on each rank, from the input of each rank.
-
-    options: the arguments after the tensor.
-    """
-    world_size = len(parts)
-    if target is ALL_GATHER:
-        return [torch.cat([*parts])] * world_size
-    reduced = _REDUCTIONS[cast(str, options[0])](torch.stack([*parts]))
-    return [reduced] * world_size if target is ALL_REDUCE else [*reduced.chunk(world_size)]

@@ -30,7 +30,7 @@ class Skip:
 class Editor:
     """Edits one program on behalf of one pass.
 
-    program: the program being changed.
+    program: the program being changed; a pass may put another in its place.
     data: calibration inputs, flat; empty when the caller gave none.
     reference: the program before the first pass that changed numbers; None where that is this one.
     rewritten: how many places the pass changed.

@@ -2,65 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from lissom.compiler.ir.collectives import COLLECTIVES, stand_in, together
+from lissom.compiler.ir.collectives import stand_in
 
-Observer = Callable[[fx.Node, object], None]
+Observer = Callable[[fx.Node, object], object]
+"""Sees a call and its result; a value it returns replaces the result, and None keeps it."""
 
 
 def run(graph: fx.Graph, weights: nn.Module, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
-    """The flat outputs of the graph; `observe` sees every call's result in order."""
+    """The flat outputs of the graph; `observe` sees every call's result in order, and may return another value in its place."""
     values: dict[fx.Node, object] = {}
     last_uses = last_uses_of(graph)
     feed = iter(inputs)
     for node in graph.nodes:
         if node.op == "output":
-            return list(_with_values(node.args[0], values.__getitem__))
+            return list(with_values(node.args[0], values.__getitem__))
         if node.op == "placeholder":
             values[node] = next(feed)
         elif node.op == "get_attr":
             values[node] = attrgetter(str(node.target))(weights)
         else:
             values[node] = call(node, values.__getitem__)
-            if observe is not None:
-                observe(node, values[node])
-        for used in last_uses.get(node, ()):
-            del values[used]
-    raise AssertionError("a graph ends in its output node")
-
-
-def run_ranks(
-    graph: fx.Graph,
-    ranks: Sequence[Mapping[str, torch.Tensor]],
-    inputs: Sequence[torch.Tensor],
-    observe: Callable[[fx.Node, list[object]], list[object] | None] | None = None,
-) -> list[list[object]]:
-    """The flat outputs of each rank of a graph with collectives, all ranks run in lock-step in this process.
-
-    ranks: the weights of each rank, by name. observe: gets every call's results on all ranks, in order, and may return others.
-    """
-    values: dict[fx.Node, list[object]] = {}
-    last_uses = last_uses_of(graph)
-    feed = iter(inputs)
-    for node in graph.nodes:
-        if node.op == "output":
-            return [list(_with_values(node.args[0], lambda used, rank=rank: values[used][rank])) for rank in range(len(ranks))]
-        if node.op == "placeholder":
-            values[node] = [next(feed)] * len(ranks)
-        elif node.op == "get_attr":
-            values[node] = [weights[str(node.target)] for weights in ranks]
-        elif node.target in COLLECTIVES:
-            values[node] = [*together(node.target, cast("list[torch.Tensor]", values[node.args[0]]), node.args[1:])]
-        else:
-            values[node] = [call(node, lambda used, rank=rank: values[used][rank]) for rank in range(len(ranks))]
-        if node.op == "call_function" and observe is not None:
-            values[node] = observe(node, values[node]) or values[node]
+            if observe is not None and (other := observe(node, values[node])) is not None:
+                values[node] = other
         for used in last_uses.get(node, ()):
             del values[used]
     raise AssertionError("a graph ends in its output node")
@@ -73,10 +43,10 @@ REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, Runtim
 def call(node: fx.Node, value_of: Callable[[fx.Node], object]) -> object:
     """The result of a call node, with the values of the nodes it reads."""
     target = stand_in(node.target) or cast(Callable[..., object], node.target)
-    return target(*_with_values(node.args, value_of), **_with_values(node.kwargs, value_of))
+    return target(*with_values(node.args, value_of), **with_values(node.kwargs, value_of))
 
 
-def _with_values(arguments: object, value_of: Callable[[fx.Node], object]) -> Any:
+def with_values(arguments: object, value_of: Callable[[fx.Node], object]) -> Any:
     """The arguments with every node in them replaced by its value."""
     return fx.map_arg(cast(Any, arguments), cast(Any, value_of))
 

@@ -194,16 +194,13 @@ def _take(weight: torch.Tensor, dim: int, indices: torch.Tensor) -> torch.Tensor
     return (found.index_fill(dim, missing, 0) if len(missing) else found).view(weight.dtype)
 
 
-def whole_of(parts: Sequence[torch.Tensor], placed: Placed, shape: Sequence[int]) -> torch.Tensor:
-    """The full value, from the parts that the ranks hold.
-
-    shape: of the full value; only the sizes of sharded dimensions are read, the others are those of the parts.
-    """
+def whole_of(parts: Sequence[torch.Tensor], placed: Placed) -> torch.Tensor:
+    """The full value, from the parts that the ranks hold. Sizes must be integers."""
     if placed.partial:
         return torch.stack([*parts]).sum(0)
     if not placed.dims:
         return parts[0]
-    sizes = [shape[dim] if placed.spans(dim) else size for dim, size in enumerate(parts[0].shape)]
+    sizes = [sum(cast(int, span.whole) for span in placed.spans(dim)) or size for dim, size in enumerate(parts[0].shape)]
     found = parts[0].new_zeros(sizes)
     for rank, part in enumerate(parts):
         places = [torch.arange(size) for size in sizes]

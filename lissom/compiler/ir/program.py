@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
-import sympy
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lissom.compiler.ir import fake, printer
-from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import Observer, run, run_ranks
-from lissom.compiler.ir.placement import REPLICATED, Placed, at_sizes, local_part, whole_of
+from lissom.compiler.ir.interpreter import Observer, run
 from lissom.compiler.ir.signature import Signature
-from lissom.errors import PassError
 
 Fact = TypeVar("Fact")
 
@@ -29,24 +25,18 @@ class Program:
         with the model's own, require no gradients, and are read only; `trainable` gives a program with copies.
     signature: how the program is called.
     state: the names of the buffers it may write; everything else is read only.
-    ranks: the weights of each rank of a partitioned program, by name; empty for other programs. All ranks run the same graph,
-        and the program's own weights are those of rank 0.
     edits: the number of changes made, so that facts about the program can be cached until the next one.
+    is_simulation: whether `run` simulates several processes. The weights are then fixed, and outputs may share memory where
+        those of the processes do not.
     """
 
-    def __init__(
-        self,
-        name: str,
-        graph_module: fx.GraphModule,
-        signature: Signature,
-        state: tuple[str, ...] = (),
-        ranks: tuple[Mapping[str, torch.Tensor], ...] = (),
-    ) -> None:
+    is_simulation: ClassVar[bool] = False
+
+    def __init__(self, name: str, graph_module: fx.GraphModule, signature: Signature, state: tuple[str, ...] = ()) -> None:
         self.name = name
         self.graph_module = graph_module
         self.signature = signature
         self.state = state
-        self.ranks = ranks
         self.edits = 0
         self._facts: dict[Callable[[Program], object], tuple[int, object]] = {}
 
@@ -113,15 +103,7 @@ class Program:
         return owner
 
     def set_weight(self, name: str, tensor: torch.Tensor) -> None:
-        """Set the tensor of that name in this program alone; programs that shared the old one keep it.
-
-        Raises: PassError when the program is partitioned for several ranks.
-        """
-        if self.ranks:
-            raise PassError(
-                f"the weight '{name}' cannot be changed in a program partitioned for {len(self.ranks)} ranks, which hold parts "
-                f"of it; change it before `partition`, or in one rank's program, `program.of_rank(rank)`"
-            )
+        """Set the tensor of that name in this program alone; programs that shared the old one keep it."""
         path, _, leaf = name.rpartition(".")
         owner: nn.Module = self.graph_module
         for part in path.split(".") if path else ():
@@ -152,15 +134,13 @@ class Program:
         copied: dict[fx.Node, fx.Node] = {}
         for node in self.graph.nodes:
             copied[node] = graph.node_copy(node, copied.__getitem__)
-        return Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state, self.ranks)
+        return Program(self.name, fake.FlatModule(self.graph_module, graph), self.signature, self.state)
 
     def trainable(self) -> Program:
         """A copy with weights of its own, whose parameters require gradients: `trainable().graph_module.parameters()`.
 
         A program shares its weights with the model it was captured from. Training needs copies, or the model would change.
         Weights that were frozen in the model stay frozen.
-
-        Raises: PassError when the program is partitioned for several ranks.
         """
         found = self.copy()
         for name, tensor in found.weights().items():
@@ -169,74 +149,20 @@ class Program:
             found.set_weight(name, nn.Parameter(owned) if learned else owned)
         return found
 
-    def of_rank(self, rank: int) -> Program:
-        """The program of one rank of a partitioned program: the same graph, with its collectives, and the rank's weights.
-
-        Raises: PassError when there is no such rank.
-        """
-        if not 0 <= rank < len(self.ranks):
-            count = f"{len(self.ranks)} ranks, 0 to {len(self.ranks) - 1}" if self.ranks else "no ranks; `partition` makes some"
-            raise PassError(f"{self.name} has no rank {rank}: it has {count}")
-        found = Program(self.name, self.copy().graph_module, self.signature, self.state)
-        for name in found.weights():
-            found.set_weight(name, self.ranks[rank][name])
-        return found
-
     def state_tensors(self) -> list[torch.Tensor]:
-        """The buffers a call may write, those of every rank."""
-        return [weights[name] for weights in self.ranks for name in self.state] or [self.weight(name) for name in self.state]
+        """The buffers a call may write."""
+        return [self.weight(name) for name in self.state]
 
     def state_values(self) -> list[torch.Tensor]:
-        """Copies of the buffers a call may write, each assembled from the ranks' parts in a partitioned program."""
-        if not self.ranks:
-            return [self.weight(name).clone() for name in self.state]
-        reads = {str(node.target): node for node in self.graph.nodes if node.op == "get_attr"}
-        found = list[torch.Tensor]()
-        for name in self.state:
-            placed = _placed(reads[name])
-            parts = [weights[name] for weights in self.ranks]
-            shape = [sum(cast(int, span.whole) for span in placed.spans(dim)) or n for dim, n in enumerate(parts[0].shape)]
-            found.append(whole_of(parts, placed, shape).clone())
-        return found
+        """Copies of the buffers a call may write."""
+        return [self.weight(name).clone() for name in self.state]
 
     def run(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[object]:
         """The flat outputs for flat inputs, without checks; gradients flow to the inputs unless they are switched off.
 
-        A partitioned program runs all its ranks in lock-step, and `observe` sees values assembled from their parts.
+        observe: sees every call's result in order, and may return another value in its place.
         """
-        if self.ranks:
-            return self.run_ranks(inputs, observe)[0]
         return run(self.graph, self.graph_module, inputs, observe)
-
-    def run_ranks(self, inputs: Sequence[torch.Tensor], observe: Observer | None = None) -> list[list[object]]:
-        """The flat outputs of every rank of a partitioned program."""
-        if observe is None:
-            return run_ranks(self.graph, self.ranks, inputs)
-        show = observe
-        return run_ranks(self.graph, self.ranks, inputs, lambda node, parts: show(node, self.whole(node, parts, inputs)))
-
-    def whole(self, node: fx.Node, parts: Sequence[object], inputs: Sequence[torch.Tensor]) -> object:
-        """The full value from the ranks' parts, by the node's placement; inputs: of the call."""
-        placed = _placed(node)
-        tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-        if placed.is_replicated or len(tensors) < len(parts):
-            return parts[0]
-        settled = at_sizes(placed, self._sizes(inputs))
-        shape = [sum(cast(int, span.whole) for span in settled.spans(dim)) or n for dim, n in enumerate(tensors[0].shape)]
-        return whole_of(tensors, settled, shape)
-
-    def parts(self, node: fx.Node, value: object, inputs: Sequence[torch.Tensor]) -> list[object] | None:
-        """The part of a value that each rank holds; None when it is no tensor."""
-        if not isinstance(value, torch.Tensor):
-            return None
-        placed = at_sizes(_placed(node), self._sizes(inputs))
-        return [local_part(value, placed, rank) for rank in range(len(self.ranks))]
-
-    def _sizes(self, inputs: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
-        found: dict[object, int] = {}
-        for node, tensor in zip(self.placeholders, inputs, strict=True):
-            found.update(zip(nodes.tensor_type(node).shape, tensor.shape, strict=True))
-        return {size: number for size, number in found.items() if isinstance(size, sympy.Symbol)}
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the program as the original model is called; gradients flow to the inputs unless they are switched off.
@@ -285,11 +211,6 @@ def kept_state(program: Program) -> Generator[None]:
 
 def _fake_mode_of(program: Program) -> FakeTensorMode:
     return fake.fake_mode(program.graph)
-
-
-def _placed(node: fx.Node) -> Placed:
-    found = nodes.placed(node)
-    return found if isinstance(found, Placed) else REPLICATED
 
 
 def _has_effect(node: fx.Node) -> bool:

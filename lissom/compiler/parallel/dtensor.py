@@ -16,6 +16,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.placement import Placed, Span, indices_of
 from lissom.compiler.ir.program import Program
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -35,13 +36,14 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
     """
     from torch.distributed.tensor import DTensor
 
-    world_size = len(program.ranks) or _world_size(program)
+    ranks = program.ranks if isinstance(program, PartitionedProgram) else ()
+    world_size = len(ranks) or _world_size(program)
     if mesh.ndim != 1 or mesh.size() != world_size:
         raise UnsupportedError(
             f"{program.name} is partitioned for {world_size} ranks, and the mesh is {[*mesh.shape]}; give one of [{world_size}]"
         )
     rank = mesh.get_local_rank()
-    own = program.ranks[rank] if program.ranks else program.weights()
+    own = ranks[rank] if ranks else program.weights()
     found: dict[str, DTensor] = {}
     for node in program.graph.nodes:
         name = str(node.target)

@@ -223,9 +223,10 @@ class _Run:
         if not isinstance(item, (Rewrite, Annotation)):
             self.check_stretch()
         started = time.perf_counter()
-        after = self.program.trainable() if isinstance(item, Training) else self.program.copy()
-        edit = Editor(after, item.name(), self.pipeline.data, reference=self.reference, progress=show)
+        copied = self.program.trainable() if isinstance(item, Training) else self.program.copy()
+        edit = Editor(copied, item.name(), self.pipeline.data, reference=self.reference, progress=show)
         self._run_pass(item, edit)
+        after = edit.program
         after.drop_dead()
         ran, text_after = time.perf_counter(), after.text()
         try:

@@ -91,9 +91,12 @@ def _refuse(before: Program, after: Program, samples: Sequence[Sample], error: f
 def shared_memory(
     program: Program, sample: Sample, outputs: Sequence[object], earlier: Sequence[object] = ()
 ) -> set[tuple[int, str]]:
-    """The outputs, by index, that share memory with an input, a weight, or an output of this call or `earlier`."""
-    if program.ranks:
-        return set()  # their outputs are assembled from parts
+    """The outputs, by index, that share memory with an input, a weight, or an output of this call or `earlier`.
+
+    Empty for a simulation, whose collectives lay out their results differently.
+    """
+    if program.is_simulation:
+        return set()
     count = len(program.output.args[0])  # pyright: ignore[reportArgumentType]
     others = [(f"input '{leaf.path}'", item) for leaf, item in zip(program.signature.tensors, sample, strict=True)]
     others += [(EARLIER, item) for item in earlier[:count] if isinstance(item, torch.Tensor)]

@@ -10,7 +10,7 @@ point, a deep model with few large values in its residual stream does the same g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import REFUSALS, call, run_ranks
+from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.operators import FAKE_QUANTIZES
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
@@ -37,7 +37,6 @@ from lissom.compiler.verify.divergence import (
 from lissom.ops import quantized_linear, quantized_linear_norm
 
 aten = torch.ops.aten
-_Replaced = Callable[[fx.Node, object], str | None]
 
 LOCAL_TOLERANCE = 5e-3
 """The error allowed at a node when activations are quantized: one 8-bit value rounded the other way changes a sum of at least
@@ -169,7 +168,7 @@ def right_in_wider(
     The program after must give the same outputs in the wider dtype; if float32 is not wide enough, in float64. If its kernels
     do not support the dtype, it must be `as_close`.
     """
-    exact = None if after.ranks else exact_outputs(before, samples)
+    exact = None if after.is_simulation else exact_outputs(before, samples)
     if exact is None:
         return False
     error = _error_in_wider(after, exact)
@@ -218,7 +217,7 @@ def exact_outputs(program: Program, samples: Sequence[Sample], wide: torch.dtype
     For a query that sees only padding, -1e4 is added to every score. In bfloat16 this erases the scores, in float32 all but
     their thousandths, and softmax amplifies the difference.
     """
-    if program.ranks or program.state:
+    if program.is_simulation or program.state:
         return None
     if wide is None:
         weights = program.weights().values()
@@ -264,47 +263,21 @@ def local_errors(before: Program, after: Program, sample: Sample) -> dict[str, f
         wanted = before.run(sample, lambda node, value: known.update({node.name: lasting(node, value)}))
     errors = dict[str, float]()
 
-    def replaced(node: fx.Node, value: object) -> str | None:
-        """Record the error of a node's value, and return the name of the corresponding node; None when there is none."""
+    def force(node: fx.Node, value: object) -> object:
+        """Record the error of a node's value, and return that of the corresponding node; None when there is none."""
         name = node.name if node.name in known else nodes.origin(node).replaces
         if name not in known or not _alike(known[name], value):
             return None
         errors[name] = max(errors.get(name, 0.0), worst_error(known[name], value))
-        return name
+        return known[name]
 
     with torch.no_grad(), kept_state(after):
-        force = _forced_ranks if after.ranks else _forced
-        results = force(after, sample, known, replaced)
+        results = after.run(sample, force)
     leaves: Sequence[object] = before.output.args[0]  # pyright: ignore[reportAssignmentType]
     for leaf, left, right in zip(leaves, wanted, results, strict=True):
         name = leaf.name if isinstance(leaf, fx.Node) else before.output.name
         errors[name] = max(errors.get(name, 0.0), relative_error(left, right))
     return errors
-
-
-def _forced(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
-    """The outputs of a program whose nodes take the known values of the corresponding nodes."""
-    values: dict[fx.Node, object] = dict(zip(after.placeholders, sample, strict=True))
-    for node in after.graph.nodes:
-        if node.op == "get_attr":
-            values[node] = after.weight(str(node.target))
-        elif node.op == "call_function":
-            values[node] = call(node, values.__getitem__)
-            name = replaced(node, values[node])
-            if name is not None:
-                values[node] = known[name]
-    leaves: Sequence[object] = after.output.args[0]  # pyright: ignore[reportAssignmentType]
-    return [values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves]
-
-
-def _forced_ranks(after: Program, sample: Sample, known: Mapping[str, object], replaced: _Replaced) -> list[object]:
-    """The same for a partitioned program, whose ranks take their parts of the values."""
-
-    def force(node: fx.Node, parts: list[object]) -> list[object] | None:
-        name = replaced(node, after.whole(node, parts, sample))
-        return None if name is None else after.parts(node, known[name], sample)
-
-    return run_ranks(after.graph, after.ranks, sample, force)[0]
 
 
 def _alike(wanted: object, found: object) -> bool:

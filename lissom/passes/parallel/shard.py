@@ -41,6 +41,7 @@ from lissom.compiler.analysis.structure.linear import weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.printer import target_text
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.parallel.plan import SHARDED, Plan, make_plan
 from lissom.compiler.parallel.rules.joint import JOINT, numbers_a_row
 from lissom.compiler.parallel.rules.sequence import position_obstacle
@@ -82,7 +83,7 @@ class Shard(Annotation):
                 raise ValueError(f"plan has '{entry}'; write PATTERN:replicate, PATTERN:column-wise or PATTERN:row-wise")
 
     def run(self, edit: Editor) -> None:
-        if edit.program.ranks:
+        if isinstance(edit.program, PartitionedProgram):
             raise UnsupportedError(f"shard: the program is partitioned for {len(edit.program.ranks)} ranks already")
         whole, layers = self._overrides(edit)
         found = make_plan(

@@ -63,6 +63,12 @@ def test_values_are_freed_after_their_last_use():
     assert held == {"layer_norm": 0, "linear": 1, "gelu": 1, "linear_1": 1, "dropout": 0, "add": 1}
 
 
+def test_a_value_an_observer_returns_replaces_the_result():
+    program, x = captured("feed_forward"), normal(2, 5, 8)
+    (found,) = program.run([x], lambda node, value: torch.zeros_like(value) if node.name == "linear_1" else None)
+    assert torch.equal(found, x)
+
+
 def test_arguments_in_lists_and_keywords_take_their_values():
     program = captured("llama")
     cat = program.nodes(aten.cat.default)[0]

@@ -15,19 +15,19 @@ from tests.backends.ranks import printed, run_ranks
 WHOLE = """
 from torch.distributed.device_mesh import init_device_mesh
 from lissom.compiler.parallel.dtensor import as_dtensors
-from tests.passes.parallel.models import sharded, program_of
+from tests.passes.parallel.models import partition, program_of
 join()
 mesh = init_device_mesh("cpu", (2,))
 for name in ("llama", "bert"):
     program, samples = program_of(name)
-    lockstep, _ = sharded(program, samples, 2)
+    lockstep, _ = partition(program, samples, 2)
     for found in (lockstep, lockstep.of_rank(rank)):
         weights = as_dtensors(found, mesh)
         same = [torch.equal(item.full_tensor(), program.weight(key)) for key, item in weights.items()]
         print(name, len(weights), all(same), sorted({str(item.placements) for item in weights.values()}))
 program, samples = program_of("gpt2")
-said(lambda: as_dtensors(sharded(program, samples, 2)[0], mesh))
-said(lambda: as_dtensors(sharded(program_of("llama")[0], samples, 3)[0], mesh))
+said(lambda: as_dtensors(partition(program, samples, 2)[0], mesh))
+said(lambda: as_dtensors(partition(program_of("llama")[0], samples, 3)[0], mesh))
 said(lambda: as_dtensors(program_of("llama")[0], mesh))
 """
 

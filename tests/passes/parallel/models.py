@@ -12,6 +12,7 @@ import transformers
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import History
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
@@ -115,9 +116,13 @@ def run_passes(text: str, program: Program, samples: list[Sample]) -> tuple[Prog
     return Pipeline(parse_pipeline(text, PASSES, RECIPES), samples).run(program)
 
 
-def partition(program: Program, samples: list[Sample], world_size: int, options: str = "") -> tuple[Program, History]:
+def partition(
+    program: Program, samples: list[Sample], world_size: int, options: str = ""
+) -> tuple[PartitionedProgram, History]:
     """The program partitioned for so many ranks, compared with the one before."""
-    return run_passes(f"shard{{world_size={world_size}{options}}},partition", program, samples)
+    after, history = run_passes(f"shard{{world_size={world_size}{options}}},partition", program, samples)
+    assert isinstance(after, PartitionedProgram)
+    return after, history
 
 
 def collectives(program: Program) -> tuple[int, int]:

@@ -7,9 +7,9 @@ import torch
 from torch import fx
 
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER
-from lissom.compiler.ir.interpreter import run_ranks
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.parallel.partitioned_program import run_ranks
 from lissom.compiler.parallel.plan import make_plan
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.inspect.sharding import Link, sharding_table, traffic

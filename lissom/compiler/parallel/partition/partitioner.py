@@ -21,6 +21,7 @@ from lissom.compiler.parallel.partition.local_sizes import make_local
 from lissom.compiler.parallel.partition.merge_collectives import merge_collectives
 from lissom.compiler.parallel.partition.redistribute import all_gather, redistribute
 from lissom.compiler.parallel.partition.state import PartitionState, is_sharded
+from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.parallel.rules.gathered import outcome, own_part
 from lissom.compiler.parallel.rules.joint import joint_dim, joint_span
 from lissom.errors import PassError
@@ -30,7 +31,7 @@ aten = torch.ops.aten
 
 
 def partition_program(edit: Editor, world_size: int) -> None:
-    """Partition a program whose every value has a placement; it then holds the weights of all ranks.
+    """Partition a program whose every value has a placement; a `PartitionedProgram` takes its place.
 
     Raises: PassError when a value has no placement, or was changed since it got one.
     """
@@ -56,7 +57,8 @@ def partition_program(edit: Editor, world_size: int) -> None:
         edit.note(f"{merged} collectives joined others that are ready with them")
     names = [str(node.target) for node in program.graph.nodes if node.op == "get_attr"]
     weights = {name: state.own.get(name) or [program.weight(name)] * world_size for name in names}
-    program.ranks = tuple({name: parts[rank] for name, parts in weights.items()} for rank in range(world_size))
+    ranks = tuple({name: parts[rank] for name, parts in weights.items()} for rank in range(world_size))
+    edit.program = PartitionedProgram(program, ranks)
 
 
 def _wants(state: PartitionState, node: fx.Node) -> Mapping[fx.Node, Placed]:
