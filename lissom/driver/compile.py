@@ -37,7 +37,6 @@ from lissom.runtime.hosted_model import Facts, check_uncompiled
 
 def compile_model(model: nn.Module, example_inputs: Inputs, settings: Settings) -> CompiledModel:
     """The model compiled as the settings say. Raises: what `lissom.compile` raises."""
-    check_choices(settings)
     take, device = _capturing(model, example_inputs, settings)
     return compile_captured(take, device, settings, Facts.of(model))
 
