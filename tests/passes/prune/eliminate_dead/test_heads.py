@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.analysis.axes.columns import head_columns
+from lissom.compiler.analysis.axes.columns import find_head_columns
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.decoders import decoder
@@ -51,8 +51,8 @@ def test_every_projection_loses_the_rows_of_a_dead_head(name: str) -> None:
     after, history = eliminate(PASS, program, samples)
     found = sites_of(after).attention[0]
     assert found.heads == heads - len(dead)
-    assert head_columns(after, found).count == heads - len(dead)
-    width = program.weight(str(head_columns(program, site).weight.target)).numel() // heads
+    assert find_head_columns(after, found).count == heads - len(dead)
+    width = program.weight(str(find_head_columns(program, site).weight.target)).numel() // heads
     biases = site.head_dim * len(dead)
     projections = 2 if groups < heads else 4
     lost = program.parameter_count - after.parameter_count

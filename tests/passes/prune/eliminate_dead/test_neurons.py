@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lissom
-from lissom.compiler.analysis.axes.columns import neuron_columns
+from lissom.compiler.analysis.axes.columns import find_neuron_columns
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import every_backend, rewrite
@@ -54,7 +54,7 @@ def test_up_and_down_lose_what_is_dead(name: str) -> None:
     assert found.width == site.width - 3
     sides = 1 + len(site.up)
     biases = 3 if name in ("bert", "gpt2") else 0
-    hidden = program.weight(str(neuron_columns(program, site).weight.target)).numel() // site.width
+    hidden = program.weight(str(find_neuron_columns(program, site).weight.target)).numel() // site.width
     assert program.parameter_count - after.parameter_count == 3 * sides * hidden + biases
     assert reasons(history) == []
 
