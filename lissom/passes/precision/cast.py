@@ -29,7 +29,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from lissom.compiler.analysis.casts import dtype_of
 from lissom.compiler.analysis.module_filter import is_protected
@@ -54,39 +54,12 @@ _LOW = {
     *(aten.embedding.default, *LAYER_NORMS, aten.group_norm.default),
 }
 _FOLLOWS = {
-    *RESHAPES,
-    operator.getitem,
-    rotary,
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.add.Scalar,
-    aten.mul.Scalar,
-    aten.neg.default,
-    aten.relu.default,
-    aten.gelu.default,
-    aten.silu.default,
-    aten.tanh.default,
-    aten.sigmoid.default,
-    aten.cat.default,
-    aten.stack.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.index_select.default,
-    aten.index_copy.default,
-    aten.index.Tensor,
-    aten.gather.default,
-    aten.masked_fill.Scalar,
-    aten.where.self,
-    aten.maximum.default,
-    aten.minimum.default,
-    aten.clamp.default,
-    aten.roll.default,
-    aten.constant_pad_nd.default,
-    aten.pad.default,
-    aten.max_pool2d.default,
-    *REPEATS,
+    *(*RESHAPES, *REPEATS, operator.getitem, aten.cat.default, aten.stack.default, aten.clone.default, aten.contiguous.default),
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar, aten.neg.default),
+    *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, rotary),
+    *(aten.index_select.default, aten.index_copy.default, aten.index.Tensor, aten.gather.default, aten.roll.default),
+    *(aten.masked_fill.Scalar, aten.where.self, aten.maximum.default, aten.minimum.default, aten.clamp.default),
+    *(aten.constant_pad_nd.default, aten.pad.default, aten.max_pool2d.default),
 }
 _MASKS: dict[object, str] = {aten.scaled_dot_product_attention.default: "attn_mask", attention: "bias"}
 Misfit = Literal["overflow", "underflow"]
@@ -143,23 +116,17 @@ class _Guard:
     margin: float
     underflow: float
     ranges: dict[fx.Node, Range] = field(init=False)
-    sums: set[object] = field(init=False)
+    sums: set[fx.Node] = field(init=False)
     candidates: set[fx.Node] = field(default_factory=set[fx.Node])
     overflowing: dict[fx.Node, float] = field(default_factory=dict[fx.Node, float])
     vanishing: set[fx.Node] = field(default_factory=set[fx.Node])
 
     def __post_init__(self) -> None:
         program = self.edit.program
-        found = program.fact(structure)
-        self.sums = {site.residual for site in (*found.attention, *found.feed_forward)}
+        self.sums = set(program.fact(structure).residuals)
         values = {node for node in program if node.op in ("placeholder", "call_function")}
         progress = partial(self.edit.report, "measure")
         self.ranges = measured_ranges(program, self.edit.data, values, torch.float16, progress)
-
-    def consider(self, node: fx.Node, *, follows: bool) -> None:
-        """Record a call that would run in float16 if all values fitted."""
-        if node.target in _LOW or (follows and not self.candidates.isdisjoint(node.all_input_nodes)):
-            self.candidates.add(node)
 
     def misfit(self, node: fx.Node) -> Misfit | None:
         """Why a call cannot run in float16; None when it can."""
@@ -170,7 +137,11 @@ class _Guard:
             if _is_floating(item) and nodes.tensor_type(item).rank > 0
         ]
         if node.target is attention:
-            found.append(self._score_misfit(node))
+            q, k = (self._range(item) for item in node.all_input_nodes[:2])
+            largest = q.norm * k.norm if q is not None and k is not None else 0.0
+            if largest > _LARGEST / 2:
+                self.overflowing[node] = largest
+                found.append("overflow")
         return "overflow" if "overflow" in found else "underflow" if "underflow" in found else None
 
     def _misfit(self, item: fx.Node, *, mask: bool, added: bool) -> Misfit | None:
@@ -186,14 +157,6 @@ class _Guard:
             self.vanishing.add(item)
             return "underflow"
         return None
-
-    def _score_misfit(self, node: fx.Node) -> Misfit | None:
-        q, k = (self._range(item) for item in node.all_input_nodes[:2])
-        largest = q.norm * k.norm if q is not None and k is not None else 0.0
-        if largest <= _LARGEST / 2:
-            return None
-        self.overflowing[node] = largest
-        return "overflow"
 
     def _range(self, item: fx.Node) -> Range | None:
         if item not in self.ranges and item.op == "get_attr":
@@ -272,7 +235,10 @@ class _Caster:
         follows = node.target in _FOLLOWS or is_view(node)
         short = any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in node.all_input_nodes)
         if self.guard is not None and not is_protected(node, self.skip):
-            self.guard.consider(node, follows=follows)
+            # The calls that would run in float16 if all values fitted.
+            candidates = self.guard.candidates
+            if node.target in _LOW or (follows and not candidates.isdisjoint(node.all_input_nodes)):
+                candidates.add(node)
         if node.target in _LOW or (short and follows):
             reason = self._obstacle(node)
             if reason is None:
@@ -297,23 +263,14 @@ class _Caster:
         found = nodes.tensor_type(item)
         if found.dtype == dtype or found.rank == 0:
             return item
-        if item.op == "get_attr" and dtype == self.low and item.target not in self.edit.program.state:
-            return self._cast_weight(item, reader)
-        key = (item, dtype)
+        edit, key = self.edit, (item, dtype)
         if key not in self.casts:
-            with self.edit.before(reader):
-                value = self.edit.call(aten.clamp_min.default, item, _lowest(dtype)) if clamp else item
-                self.casts[key] = self.edit.call(aten.to.dtype, value, dtype)
-        return self.casts[key]
-
-    def _cast_weight(self, item: fx.Node, reader: fx.Node) -> fx.Node:
-        key = (item, self.low)
-        if key not in self.casts:
-            weight = self.edit.program.weight(str(item.target))
-            with self.edit.before(reader):
-                low = weight.detach().to(self.low)
-                tensor = nn.Parameter(low, requires_grad=weight.requires_grad) if isinstance(weight, nn.Parameter) else low
-                self.casts[key] = self.edit.weight(f"{item.target}_low", tensor)
+            with edit.before(reader):
+                if item.op == "get_attr" and dtype == self.low and item.target not in edit.program.state:
+                    self.casts[key] = edit.weight(f"{item.target}_low", edit.like(item, edit.tensor(item).to(dtype)))
+                else:
+                    value = edit.call(aten.clamp_min.default, item, _lowest(dtype)) if clamp else item
+                    self.casts[key] = edit.call(aten.to.dtype, value, dtype)
         return self.casts[key]
 
     def _apply(self, node: fx.Node, swaps: dict[fx.Node, fx.Node]) -> None:
