@@ -333,7 +333,7 @@ def test_weights_of_eight_bits_are_measured(monkeypatch: pytest.MonkeyPatch, sec
         results.append(call())
         return seconds[len(results) % 2 - 1]
 
-    monkeypatch.setattr(lower_quantized_products, "_median", median)
+    monkeypatch.setattr(lower_quantized_products, "median_seconds", median)
     program, history = lowered(seeded(Two), normal(2, 5, 64), options=",scheme=int8-weight")
     assert (calls(program, EIGHT), len(results)) == (count, 6)
     for eight, dense in zip(results[::2], results[1::2], strict=True):
