@@ -16,9 +16,8 @@ import torch
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
+from lissom.ops.library import LIBRARY
 from lissom.ops.pattern import Condition, Pattern
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 
 BLOCK = 128
 """Tokens per block: what FlexAttention's kernels are tuned for, and a multiple of each of their tiles."""
@@ -179,4 +178,4 @@ def _listed(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, t
     return count, places
 
 
-_LIBRARY.impl("block_sparse_attention", flex_block_sparse_attention, "CUDA")
+LIBRARY.impl("block_sparse_attention", flex_block_sparse_attention, "CUDA")
