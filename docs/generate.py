@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from blocks import fill, mask, settled
 from examples import EXAMPLES
-from measure import machine, measure
+from measure import machine, measure, sizes
 from page import page, timings
 from rich.console import Group
 
@@ -122,8 +122,8 @@ def _without_outputs(path: Path, text: str) -> str:
 def _page(name: str, seconds: float | None) -> str:
     if name not in EXAMPLES:
         raise KeyError(f"docs/examples.py has no example for the pass {name}")
-    gain = measure(EXAMPLES[name], name, seconds or 0.0)
-    return page(PASSES[name], EXAMPLES[name], gain, "" if seconds is None else timings(gain, machine()))
+    measured = "" if seconds is None else timings(measure(EXAMPLES[name], name, seconds), machine())
+    return page(PASSES[name], EXAMPLES[name], sizes(EXAMPLES[name], name), measured)
 
 
 def _demo(seconds: float | None) -> str:

@@ -10,9 +10,11 @@ import torch
 from examples import Example
 
 from lissom.backends import find_backend
-from lissom.compiler.ir.samples import check_samples
+from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.pipeline.history import Size
+from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.verify.divergence import tolerance_of
 from lissom.driver.options import resolve_passes, split_inputs
@@ -27,33 +29,57 @@ class Gain:
     relative_error: of the outputs; allowed: its tolerance.
     """
 
-    sizes: tuple[Size, Size]
     timings: tuple[Timing, Timing]
     relative_error: float
     allowed: float
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """An example that is captured: its program, the passes up to the one that is shown, and what they are checked on."""
+
+    program: Program
+    example: Sample
+    passes: list[Pass]
+    samples: list[Sample]
+    data: list[Sample]
+
+
+def sizes(example: Example, name: str) -> tuple[Size, Size]:
+    """The size of the example's program before and after the first pass of that name in its pipeline."""
+    shown = _capture(example, name)
+    # The code of the page runs the same passes with all checks.
+    _, history = Pipeline(shown.passes, shown.samples, checks="off", data=shown.data).run(shown.program)
+    return history.steps[-2].size, history.steps[-1].size
+
+
 def measure(example: Example, name: str, seconds: float) -> Gain:
     """Run the example's pipeline up to the first pass of that name, and measure the pass; seconds: per timing."""
+    shown = _capture(example, name)
+    before, _ = Pipeline(shown.passes[:-1], shown.samples, data=shown.data).run(shown.program)
+    # From the start again, because some passes need the program before the first approximation.
+    after, history = Pipeline(shown.passes, shown.samples, data=shown.data).run(shown.program)
+    eager = find_backend("eager")
+    # A partitioned program runs all its ranks node by node, so the program it is compared with runs node by node too.
+    lock_step = isinstance(after, PartitionedProgram)
+    runs = [item.run if lock_step else eager.build(item, shown.example) for item in (before, after)]
+    timed = time_calls({str(index): lambda run=run: run(shown.example) for index, run in enumerate(runs)}, seconds)
+    error = history.steps[-1].relative_error or 0.0
+    return Gain((timed["0"], timed["1"]), error, tolerance_of(before))
+
+
+def _capture(example: Example, name: str) -> _Shown:
     torch.manual_seed(0)
     inputs = eval(example.inputs, {"torch": torch})
     args, kwargs = split_inputs(inputs)
     captured = capture(example.model().eval(), args, kwargs)
-    passes = resolve_passes(example.passes)
+    signature = captured.program.signature
+    passes = list(resolve_passes(example.passes))
     at = next(index for index, item in enumerate(passes) if item.name() == name)
-    samples = check_samples(captured.program.signature, captured.example)
     given = eval(example.data or "[]", {"torch": torch})
-    data = [captured.program.signature.flatten(*split_inputs(item)) for item in given]
-    before, _ = Pipeline(passes[:at], samples, data=data).run(captured.program)
-    # From the start again, because some passes need the program before the first approximation.
-    after, history = Pipeline(passes[: at + 1], samples, data=data).run(captured.program)
-    eager = find_backend("eager")
-    # A partitioned program runs all its ranks node by node, so the program it is compared with runs node by node too.
-    lock_step = isinstance(after, PartitionedProgram)
-    runs = [item.run if lock_step else eager.build(item, captured.example) for item in (before, after)]
-    timed = time_calls({str(index): lambda run=run: run(captured.example) for index, run in enumerate(runs)}, seconds)
-    error = history.steps[-1].relative_error or 0.0
-    return Gain((Size.of(before), Size.of(after)), (timed["0"], timed["1"]), error, tolerance_of(before))
+    data = [signature.flatten(*split_inputs(item)) for item in given]
+    samples = list(check_samples(signature, captured.example))
+    return _Shown(captured.program, captured.example, passes[: at + 1], samples, data)
 
 
 def machine() -> str:

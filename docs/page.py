@@ -12,6 +12,7 @@ from typing import get_args
 from examples import Example
 from measure import Gain
 
+from lissom.compiler.pipeline.history import Size
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import options_of
 from lissom.inspect.catalogue import first_line, option_rows
@@ -40,8 +41,8 @@ MEASURED = {
 NOTICE = "<!-- Made by docs/generate.py from the pass's docstring and docs/examples.py; change those instead. -->"
 
 
-def page(item: type[Pass], example: Example, gain: Gain, timings: str) -> str:
-    """The page as Markdown, with an empty output block. timings: the measured part."""
+def page(item: type[Pass], example: Example, sizes: tuple[Size, Size], timings: str) -> str:
+    """The page as Markdown, with an empty output block. sizes: before and after the pass. timings: the measured part."""
     module = sys.modules[item.__module__]
     return (
         "\n\n".join(
@@ -56,7 +57,7 @@ def page(item: type[Pass], example: Example, gain: Gain, timings: str) -> str:
                 f"```python\n{_code(item, example)}\n```",
                 "<!-- output -->\n```text\n```",
                 "## Gain and loss",
-                f"<!-- sizes -->\n{_sizes(gain)}\n<!-- end -->",
+                f"<!-- sizes -->\n{_sizes(*sizes)}\n<!-- end -->",
                 f"<!-- measured -->\n{timings}<!-- end -->",
                 "## Limits",
                 _limits(_sources(item)),
@@ -124,8 +125,7 @@ def _code(item: type[Pass], example: Example) -> str:
     )
 
 
-def _sizes(gain: Gain) -> str:
-    before, after = gain.sizes
+def _sizes(before: Size, after: Size) -> str:
     return (
         "| | before | after |\n|---|---|---|\n"
         f"| operator calls | {before.nodes} | {after.nodes} |\n"
@@ -143,27 +143,46 @@ def _limits(source: str) -> str:
 
 
 def skip_reasons(source: str) -> list[str]:
-    """The reasons a pass's source gives for leaving a place alone: what it passes to `skip`, raises for itself, or returns
-    from its `_obstacle` and what that is made of, `_obstacle_to_…`, and what `obstacle_by_name` says."""
+    """The reasons a pass's source gives for leaving a place alone.
+
+    They are what it passes to `skip`, raises for itself, keeps in `_OBSTACLES`, assigns to `reason`, or returns in place of
+    what it looks for (`-> Matrix | str`, `_obstacle…`), and what `obstacle_by_name` says.
+    """
     found: dict[str, int] = {}
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        call = node.exc if isinstance(node, ast.Raise) else node
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "obstacle_by_name":
-            for name in ("skip= names it", "only= does not name it"):
-                found.setdefault(name, call.lineno)
-        if not isinstance(call, ast.Call) or not call.args:
-            continue
-        skips = isinstance(call.func, ast.Attribute) and call.func.attr == "skip"
-        raises = isinstance(node, ast.Raise) and isinstance(call.func, ast.Name) and call.func.id.startswith("_")
-        reason = _text(call.args[-1]) if skips or raises else ""
-        if reason:
-            found.setdefault(reason, call.lineno)
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and function.name.startswith("_obstacle"):
-            answers = (node for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None)
-            found |= {reason: node.lineno for node in answers if node.value is not None and (reason := _text(node.value))}
+    for node in ast.walk(ast.parse(source)):
+        for given in _given(node):
+            for reason in _texts(given):
+                found.setdefault(reason, node.lineno if isinstance(node, ast.stmt | ast.expr) else 0)
     return sorted(found, key=lambda reason: found[reason])
+
+
+def _given(node: ast.AST) -> list[ast.expr]:
+    """The expressions whose literals are reasons."""
+    call = node.exc if isinstance(node, ast.Raise) else node
+    match call:
+        case ast.Call(func=ast.Name(id="obstacle_by_name")):
+            return [ast.Constant(text) for text in ("skip= names it", "only= does not name it")]
+        case ast.Call(func=ast.Attribute(attr="skip"), args=[*_, reason]):
+            return [reason]
+        case ast.Call(func=ast.Name(id=name), args=[*_, reason]) if isinstance(node, ast.Raise) and name.startswith("_"):
+            return [reason]
+        case ast.Assign(targets=[ast.Name(id="reason")], value=value):
+            return [value]
+        case ast.AnnAssign(target=ast.Name(id="_OBSTACLES"), value=ast.Dict(values=values)):
+            return values
+        case ast.FunctionDef(name=name, returns=returns) if "obstacle" in name or (returns and "| str" in ast.unparse(returns)):
+            return [item.value for item in ast.walk(call) if isinstance(item, ast.Return) and item.value is not None]
+    return []
+
+
+def _texts(node: ast.expr) -> list[str]:
+    """The texts an expression may be."""
+    match node:
+        case ast.BoolOp(values=values):
+            return [text for value in values for text in _texts(value)]
+        case ast.IfExp(body=body, orelse=other):
+            return [*_texts(body), *_texts(other)]
+    return [text] if (text := _text(node)) else []
 
 
 def _text(node: ast.expr) -> str:

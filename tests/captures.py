@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from types import FunctionType
 from unittest import mock
 
 import torch
@@ -12,45 +13,106 @@ from torch.utils import _pytree as pytree
 
 import lissom
 from lissom.api import Optimized
+from lissom.compiler.ir.program import Program
 from lissom.frontends.export import Capture, capture
+from lissom.frontends.untouched import alias
 from lissom.runtime.compiled_model import CompiledModel
 
-_CAPTURES: dict[str, tuple[nn.Module, Capture]] = {}
+Key = tuple[object, ...]
+
+_CAPTURES: dict[Key, tuple[nn.Module, Capture]] = {}
+_KEPT = 200
+"""How many captures are kept, those last used; tests that share some are near each other."""
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def optimize(model: nn.Module, inputs: object, **options: object) -> Optimized:
-    """`lissom.optimize`, with one capture for all equal models of transformers in a session; its weights may be another's."""
-    with mock.patch("lissom.driver.compile.capture", _capture_once):
+    """`lissom.optimize`, with the capture of `capture_once`."""
+    with mock.patch("lissom.driver.compile.capture", capture_once):
         return lissom.optimize(model, inputs, **options)
 
 
 def compile(model: nn.Module, inputs: object, **options: object) -> CompiledModel:
-    """`lissom.compile`, with one capture for all equal models of transformers in a session; its weights may be another's."""
-    with mock.patch("lissom.driver.compile.capture", _capture_once):
+    """`lissom.compile`, with the capture of `capture_once`."""
+    with mock.patch("lissom.driver.compile.capture", capture_once):
         return lissom.compile(model, inputs, **options)
 
 
-def _capture_once(model: nn.Module, args: object, kwargs: object, **options: object) -> Capture:
-    # What a model of another kind computes may depend on more than its configuration and its weights.
-    if not hasattr(model, "config"):
-        return capture(model, args, kwargs, **options)
+def capture_once(model: nn.Module, args: object, kwargs: object, **options: object) -> Capture:
+    """`capture`, made once in a session for all equal models; the program reads the weights of the model that is given.
+
+    Models of transformers are equal by their configuration, others by their classes and the plain attributes of their modules;
+    what holds anything else is captured anew. All have equal weights.
+    """
     given = (args, kwargs, options)
-    key = _fingerprint(model, given)
-    first, found = _CAPTURES.get(key, (None, None))
-    if found is None or _fingerprint(first, given) != key:  # a test has changed the weights in place
+    key = _key(model, given)
+    if key is None:
+        return capture(model, args, kwargs, **options)
+    first, found = _CAPTURES.pop(key, (None, None))
+    if found is None or _key(first, given) != key:  # a test has changed the weights in place
         first, found = model, capture(model, args, kwargs, **options)
-        _CAPTURES[key] = first, found
-    return dataclasses.replace(found, program=found.program.copy())
+    _CAPTURES[key] = first, found
+    if len(_CAPTURES) > _KEPT:
+        del _CAPTURES[next(iter(_CAPTURES))]
+    return dataclasses.replace(found, program=_with_weights_of(model, first, found.program), example=list(found.example))
+
+
+def _with_weights_of(model: nn.Module, first: nn.Module, program: Program) -> Program:
+    """A copy of a program captured from `first` that reads the weights of `model`; its state is its own."""
+    theirs, ours = (
+        [*item.named_parameters(remove_duplicate=False), *item.named_buffers(remove_duplicate=False)] for item in (first, model)
+    )
+    own = {_place(old): new for (_, old), (_, new) in zip(theirs, ours, strict=True)}
+    copied = program.copy()
+    # Each is set, so that they stay in their order.
+    for name, weight in [*copied.weights().items()]:
+        if name in copied.state:
+            copied.set_weight(name, weight.clone())
+        else:
+            copied.set_weight(name, alias(own[_place(weight)]) if _place(weight) in own else weight)
+    return copied
+
+
+def _place(tensor: torch.Tensor) -> Key:
+    """Where a tensor lies in memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _key(model: nn.Module, given: object) -> Key | None:
+    """The same for models that compute the same, called with the same; None where that is not known."""
+    modules = [(name, type(module), module.training) for name, module in model.named_modules()]
+    if hasattr(model, "config"):
+        made = repr((model.config, getattr(model.config, "_attn_implementation", "")))
+        return *modules, made, _fingerprint(model, given)
+    attributes = [_attributes(module) for module in model.modules()]
+    return None if None in attributes else (*modules, *attributes, _fingerprint(model, given))
+
+
+def _attributes(module: nn.Module) -> Key | None:
+    """What a module holds beside parameters, buffers and modules; None where its forward may depend on more than that."""
+    hooked = any(vars(module)[name] for name in ("_forward_hooks", "_forward_pre_hooks"))
+    found = [(name, _described(value)) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    return None if hooked or any(value is None for _, value in found) else tuple(found)
+
+
+def _described(value: object) -> object | None:
+    """The same for values that are equal and of one type; None where that is not known."""
+    if isinstance(value, tuple):
+        parts = tuple(map(_described, value))
+        return None if None in parts else parts
+    # A function computes the same if it reads nothing of what was around it when it was made.
+    if isinstance(value, type) or (isinstance(value, FunctionType) and value.__closure__ is None):
+        return value
+    return repr(value) if isinstance(value, _PLAIN) else None
 
 
 def _fingerprint(model: nn.Module, given: object) -> str:
-    """The same for models that compute the same, called with the same: structure, configuration, modes and all numbers."""
+    """Of all numbers, how they are tied and lie in memory, and of what the model is called with."""
     found = hashlib.sha256()
-    modes = [(name, type(module).__qualname__, module.training) for name, module in model.named_modules()]
     tied = [list(dict(model.named_parameters(remove_duplicate=False))), list(dict(model.named_parameters()))]
-    found.update(repr((modes, tied, model.config, getattr(model.config, "_attn_implementation", ""))).encode())
     leaves, structure = pytree.tree_flatten(given)
-    found.update(repr(structure).encode())
+    found.update(repr((tied, [name for name, _ in model.named_buffers()], structure)).encode())
     for item in (*model.parameters(), *model.buffers(), *leaves):
         if isinstance(item, torch.Tensor):
             found.update(repr((item.dtype, item.shape, item.stride(), item.device, item.requires_grad)).encode())

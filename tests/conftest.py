@@ -10,12 +10,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
+import gc
+
 import pytest
 import torch
 from hypothesis import settings
 
 from lissom.frontends.huggingface import Checkpoint, load
 from tests.models import Case, feed_forward, tiny_bert, tiny_llama
+
+# Exports make millions of objects that live for a moment, beside a large heap that stays: a tenth of the time would go here.
+gc.set_threshold(20_000)
 
 # A first example imports and compiles more than the next; how long one takes is no property of what is tested.
 # The same examples in every run; `--hypothesis-profile=nightly` draws many more, and others each time.

@@ -36,17 +36,23 @@ GREEDY = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_t
 # Nothing is timed: whichever forms are chosen, the tokens are the same.
 BACKENDS = {"eager": "eager", "onnxruntime": lissom.OnnxRuntime(timing_seconds=0)}
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+# Of a kind with gemma3, qwen2 and gpt_neox. tests/frontends/test_decoder.py captures them, and they are compared there.
+ALIKE = {"gemma2", "qwen3", "phi", "mistral"}
 # Every form of ONNX Runtime's is built, some seconds a model.
 MODELS = [
-    *(("eager", name) for name in DECODERS),
+    *(pytest.param("eager", name, marks=pytest.mark.slow if name in ALIKE else ()) for name in DECODERS),
     ("onnxruntime", "llama"),
     *(pytest.param("onnxruntime", name, marks=pytest.mark.slow) for name in DECODERS if name != "llama"),
 ]
 
 
-@cache
 def compiled(name: str = "llama", batch: int = 1, all_logits: bool = False, backend: str = "eager"):
     """A model and what was compiled of it, once a session."""
+    return _compiled(name, batch, all_logits, backend)
+
+
+@cache
+def _compiled(name: str, batch: int, all_logits: bool, backend: str):
     if backend == "onnxruntime":
         pytest.importorskip("onnxruntime")
     model = decoder(name)
@@ -301,7 +307,9 @@ def test_lossy_passes_calibrate_on_texts_and_are_scored() -> None:
     assert steps[first - 1 : first + 2] == ["eliminate-dead-tokens", "quantize{scheme=int8-static}", "quantize-cache"]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "mistral", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma3", "gpt2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "mistral"))]
+)
 def test_attention_over_a_cache_as_one_operator_gives_the_same_tokens(name: str) -> None:
     """The form of ONNX Runtime that is chosen where it is faster, which for models as small it may not be."""
     pytest.importorskip("onnxruntime")

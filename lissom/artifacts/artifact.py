@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from lissom.artifacts.directory import check_target, verified_bytes, verified_path, write_directory
 from lissom.artifacts.fields import parse_json
@@ -18,9 +19,10 @@ from lissom.artifacts.program_file import ReadWeights, decode_program, encode_pr
 from lissom.artifacts.weights import Place, load_weights, save_weights
 from lissom.backends import BACKENDS
 from lissom.backends.base import Backend, Executable
+from lissom.backends.exported import kind_and_reason
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.types import TensorType, ValueType
+from lissom.compiler.ir.types import TensorType
 from lissom.compiler.pipeline.history import History
 from lissom.errors import ArtifactError, UnsupportedError, nearest
 from lissom.inspect.machine import device_name
@@ -72,47 +74,44 @@ class Trust:
 NO_TRUST = Trust()
 
 
-def save_artifact(
-    directory: Path,
-    program: Program,
-    executable: Executable,
-    history: History,
-    backend: Backend,
-    facts: Mapping[str, object],
-    write_more: WriteMore = write_nothing,
-) -> None:
-    """Write an artifact, completely or not at all; an existing one is replaced.
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled model, from which an artifact is written.
 
     facts: the model's metadata as JSON, returned when loaded. write_more: writes additional files into the directory.
+    """
+
+    program: Program
+    executable: Executable
+    history: History
+    backend: Backend
+    facts: Mapping[str, object]
+    write_more: WriteMore = write_nothing
+
+
+def save_artifact(directory: Path, compiled: Compiled) -> None:
+    """Write an artifact, completely or not at all; an existing one is replaced.
 
     Raises: ArtifactError if it cannot be written, or the program holds something an artifact cannot.
     """
     check_target(directory.absolute())
 
     def write(folder: Path) -> None:
-        backend.save_files(executable, folder)
-        entries = save_weights(program, folder / WEIGHTS)
-        write_program(program, entries, history, backend, facts, write_more, folder)
+        compiled.backend.save_files(compiled.executable, folder)
+        write_program(compiled, save_weights(compiled.program, folder / WEIGHTS), folder)
 
     write_directory(directory, write)
 
 
-def write_program(
-    program: Program,
-    entries: Mapping[str, object],
-    history: History,
-    backend: Backend,
-    facts: Mapping[str, object],
-    write_more: WriteMore,
-    folder: Path,
-) -> None:
+def write_program(compiled: Compiled, entries: Mapping[str, object], folder: Path) -> None:
     """Write an artifact into a folder that has the weights and the backend's files already. entries: from `save_weights`.
 
     Raises: ArtifactError, OSError.
     """
+    program, history, backend = compiled.program, compiled.history, compiled.backend
     _write_json(folder / PROGRAM, encode_program(program, entries))
     _write_json(folder / STEPS, history.texts)
-    write_more(folder)
+    compiled.write_more(folder)
     _confirm(program, folder)
     manifest = Manifest(
         name=program.name,
@@ -122,7 +121,7 @@ def write_program(
         signature=program.signature.describe(),
         pipeline=history.pipeline,
         history=history.to_json(),
-        facts=facts,
+        facts=compiled.facts,
         environment=_environment(program),
         files={path.name: Content.of(path) for path in sorted(folder.iterdir())},
     )
@@ -144,7 +143,7 @@ def _confirm(program: Program, folder: Path) -> None:
     # PyTorch's fake tensors may raise anything.
     except Exception as error:
         raise ArtifactError(
-            f"{program.name} cannot be saved: the types of its values cannot be read back: {_first_line(error)}"
+            f"{program.name} cannot be saved: the types of its values cannot be read back: {kind_and_reason(error)}"
         ) from error
     if again.text() != program.text():
         raise ArtifactError(f"{program.name} cannot be saved: read back, its program is another; please report this model")
@@ -167,21 +166,16 @@ def load_whole(
             f"'{directory}' was made for {saved.type} by backend '{backend.name}', and runs nowhere else; "
             f"compile the model again for {wanted.type}"
         )
-    program = read_program(
-        directory,
-        manifest,
-        lambda entries, place: _load_weights(directory, manifest, entries, place),
-        lambda found: wanted if found.type == saved.type else found,
-    )
+
+    def read_weights(entries: Mapping[str, object], place: Place) -> dict[str, torch.Tensor]:
+        with verified_path(directory / WEIGHTS, manifest.content_of(WEIGHTS, directory)) as path:
+            return load_weights(entries, path, place)
+
+    program = read_program(directory, manifest, read_weights, lambda found: wanted if found.type == saved.type else found)
     notes = _check_kernels(program, directory)
     executable = backend.load_executable(program, directory)
     history = read_history(manifest, directory)
     return Loaded(program, executable, history, backend, manifest.facts, notes, manifest.files)
-
-
-def _load_weights(directory: Path, manifest: Manifest, entries: Mapping[str, object], place: Place) -> dict[str, torch.Tensor]:
-    with verified_path(directory / WEIGHTS, manifest.content_of(WEIGHTS, directory)) as path:
-        return load_weights(entries, path, place)
 
 
 def find_saved_backend(manifest: Manifest, directory: Path, wanted: str | Backend | None, trust: Trust = NO_TRUST) -> Backend:
@@ -247,7 +241,7 @@ def _decode(content: bytes, path: Path, read_weights: ReadWeights, place: Place)
         raise
     # A file may be wrong in any way, and torch and sympy raise errors of their own.
     except Exception as error:
-        raise ArtifactError(f"'{path}' is not a program this Lissom can read: {_first_line(error)}") from error
+        raise ArtifactError(f"'{path}' is not a program this Lissom can read: {kind_and_reason(error)}") from error
 
 
 def read_history(manifest: Manifest, directory: Path) -> History:
@@ -257,11 +251,7 @@ def read_history(manifest: Manifest, directory: Path) -> History:
     try:
         return History.from_json(manifest.history, parse_json(content, path))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"'{directory}' holds no history this Lissom can read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ArtifactError(f"'{directory}' holds no history this Lissom can read: {kind_and_reason(error)}") from error
 
 
 def _check_kernels(program: Program, directory: Path) -> tuple[str, ...]:
@@ -308,11 +298,6 @@ def _environment(program: Program) -> dict[str, str]:
 
 def _device_of(program: Program) -> torch.device:
     """The CUDA device of the program, else the CPU."""
-    devices = {leaf.device for node in program.graph.nodes if nodes.has_value(node) for leaf in _tensors(nodes.node_type(node))}
+    types = [nodes.node_type(node) for node in program.graph.nodes if nodes.has_value(node)]
+    devices = {leaf.device for leaf in pytree.tree_leaves(types) if isinstance(leaf, TensorType)}
     return next((device for device in sorted(devices, key=str) if device.type != "cpu"), torch.device("cpu"))
-
-
-def _tensors(found: ValueType) -> list[TensorType]:
-    if isinstance(found, TensorType):
-        return [found]
-    return [leaf for item in found for leaf in _tensors(item)] if isinstance(found, tuple) else []

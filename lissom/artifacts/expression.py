@@ -41,10 +41,7 @@ _POWERS = frozenset({"Pow", "PowByNatural", "FloatPow"})
 
 
 def encode_expression(expression: object) -> object:
-    """The expression as JSON.
-
-    Raises: ArtifactError for a function an artifact cannot hold.
-    """
+    """The expression as JSON. Raises: ArtifactError for a function an artifact cannot hold."""
     match expression:
         case bool() | int():
             return expression

@@ -29,10 +29,7 @@ _BRACKETS = re.compile(r"[][{}]")
 
 
 def take(data: object, key: str, kind: type[Kind]) -> Kind:
-    """A field of a JSON object, checked to be of a type.
-
-    Raises: ValueError if it is missing, or of another type.
-    """
+    """A field of a JSON object, checked to be of a type. Raises: ValueError if it is missing, or of another type."""
     if not isinstance(data, dict) or key not in data:
         raise ValueError(f"there is no field '{key}' in {shown(data)}")
     value = cast("dict[str, object]", data)[key]

@@ -59,10 +59,7 @@ def check_parent(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that cannot be written, or is not a regular file, before any work is done.
-
-    Raises: ArtifactError.
-    """
+    """Refuse a path that cannot be written, or is not a regular file, before any work is done. Raises: ArtifactError."""
     try:
         check_parent(path)
         mode = path.lstat().st_mode
@@ -128,6 +125,5 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ArtifactError(f"'{path!s:.80}' cannot be looked up: {reason}; give another path") from error
+        raise ArtifactError(f"'{path!s:.80}' cannot be looked up: {reason(error)}; give another path") from error
     return Path(path)

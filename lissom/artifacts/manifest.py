@@ -78,12 +78,12 @@ def write_manifest(manifest: Manifest, path: Path) -> None:
     """Write the manifest. Raises: OSError."""
     files = {name: {"size": content.size, "sha256": content.sha256} for name, content in manifest.files.items()}
     fields = {"kind": KIND, "version": FORMAT_VERSION, **vars(manifest), "files": files}
-    body = json.dumps(fields, indent=1).removesuffix("\n}")
-    path.write_text(f"{body}{_seal(body)}", encoding="utf-8")
+    body = json.dumps(fields, indent=1).removesuffix("\n}").encode()
+    path.write_bytes(body + _seal(body))
 
 
-def _seal(body: str) -> str:
-    return f',\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+def _seal(body: bytes) -> bytes:
+    return f',\n "sha256": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -117,8 +117,8 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
             f"'{path}' is of format version {shown(version)}, and this Lissom reads version {FORMAT_VERSION}; "
             f"install the Lissom that wrote it, or save the model again with this one"
         )
-    body = whole[: -len(_seal(""))]
-    if whole != body + _seal_of(body):
+    body = whole[: -len(_seal(b""))]
+    if whole != body + _seal(body):
         raise ArtifactError(f"'{path}' was changed after it was written: its SHA-256 is another; save the model again")
     try:
         return Manifest(
@@ -128,7 +128,10 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
             history=take(data, "history", dict),
             facts=take(data, "facts", dict) if "facts" in data else {},
             environment={key: text(item) for key, item in take(data, "environment", dict).items()},
-            files={name: _content(item) for name, item in take(data, "files", dict).items()},
+            files={
+                name: Content(count(take(item, "size", int)), take(item, "sha256", str))
+                for name, item in take(data, "files", dict).items()
+            },
         )
     except ValueError as error:
         raise ArtifactError(f"'{path}' is not a Lissom manifest: {error}; save the model again") from error
@@ -137,11 +140,3 @@ def parse_manifest(whole: bytes, path: Path) -> Manifest:
 def _option(data: object) -> object:
     is_float = isinstance(data, float) and math.isfinite(data)
     return number(data) if isinstance(data, (int, float)) and not isinstance(data, bool) and not is_float else data
-
-
-def _seal_of(body: bytes) -> bytes:
-    return _seal("").replace(hashlib.sha256(b"").hexdigest(), hashlib.sha256(body).hexdigest()).encode()
-
-
-def _content(data: object) -> Content:
-    return Content(count(take(data, "size", int)), take(data, "sha256", str))

@@ -50,7 +50,8 @@ def operator_name(target: object) -> str:
 
     Raises: ArtifactError if it is on none of the lists.
     """
-    name = str(target) if isinstance(target, torch._ops.OpOverload) else _function_name(target)
+    function_name = next((name for name, function in FUNCTIONS.items() if function is target), "")
+    name = str(target) if isinstance(target, torch._ops.OpOverload) else function_name
     if _find(name) is not target:
         raise ArtifactError(
             f"the program calls {target_text(target)}, which an artifact cannot hold: it is not on the list of operators "
@@ -71,10 +72,6 @@ def find_operator(name: str) -> Callable[..., Any]:
             f"there is no operator {shown(name)}, or none that an artifact may call; this is PyTorch {torch.__version__}"
         )
     return found
-
-
-def _function_name(target: object) -> str:
-    return next((name for name, function in FUNCTIONS.items() if function is target), "")
 
 
 def _find(name: str) -> Callable[..., Any] | None:

@@ -13,16 +13,16 @@ from torch import fx, nn
 
 from lissom.artifacts.calls import check_call
 from lissom.artifacts.expression import decode_expression, encode_expression
-from lissom.artifacts.fields import count, printable, shown, take, take_list, take_text, text
+from lissom.artifacts.fields import count, number, printable, shown, take, take_list, take_text, text
 from lissom.artifacts.nesting import decode_nesting, encode_nesting
 from lissom.artifacts.operators import find_operator, operator_name
-from lissom.artifacts.placed import decode_placed, encode_placed
 from lissom.artifacts.values import Reader, decode_argument, decode_value, encode_argument, encode_type, encode_value
 from lissom.artifacts.weights import Place, check_memory
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.fake import FlatModule, SymbolFact
 from lissom.compiler.ir.node import Origin
+from lissom.compiler.ir.placement import Placed, Span, Spans
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import Argument, ConstantArgument, Dimension, Leaf, Signature, TensorArgument
 from lissom.compiler.ir.types import TensorType, ValueType
@@ -259,7 +259,7 @@ def _encode_node(node: fx.Node) -> dict[str, object]:
         data |= {"target": operator_name(node.target), "args": encode_argument(list(node.args)), "kwargs": kwargs}
     origin, placed = {key: item for key, item in vars(nodes.origin(node)).items() if item}, nodes.placed(node)
     further = {"origin": origin} if origin else {}
-    further |= {} if placed is None else {"placed": encode_placed(placed)}
+    further |= {} if placed is None else {"placed": _encode_placed(placed)}
     return data | {"type": encode_value(nodes.value(node)), **further}
 
 
@@ -283,7 +283,7 @@ def _decode_node(graph: fx.Graph, data: object, reader: Reader) -> fx.Node:
     if "origin" in fields:
         nodes.set_origin(node, _decode_origin(fields["origin"]))
     if "placed" in fields:
-        nodes.set_placed(node, decode_placed(fields["placed"], reader))
+        nodes.set_placed(node, _decode_placed(fields["placed"], reader))
     return node
 
 
@@ -291,3 +291,35 @@ def _decode_origin(data: object) -> Origin:
     texts = {key: take_text(data, key) for key in ("module_path", "source", "code", "replaces")}
     passes = take_list(data, "passes", text) if "passes" in cast("dict[str, object]", data) else ()
     return Origin(**texts, passes=passes)
+
+
+def _encode_placed(placed: Placed | tuple[Placed, ...]) -> object:
+    """The placement of a value, or of several, as JSON; dynamic sizes are expressions."""
+    if isinstance(placed, tuple):
+        return [_encode_placed(item) for item in placed]
+    dims = [{"dim": dim, "spans": [_encode_span(span) for span in spans]} for dim, spans in placed.dims]
+    return {"dims": dims, "partial": placed.partial}
+
+
+def _decode_placed(data: object, reader: Reader) -> Placed | tuple[Placed, ...]:
+    """The placement from JSON. Raises: ValueError for anything `_encode_placed` does not write."""
+    if isinstance(data, list):
+        return tuple(_decode_one_placed(item, reader) for item in cast("list[object]", data))
+    return _decode_one_placed(data, reader)
+
+
+def _decode_one_placed(data: object, reader: Reader) -> Placed:
+    def dim(item: object) -> tuple[int, Spans]:
+        return number(take(item, "dim", int)), take_list(item, "spans", lambda span: _decode_span(span, reader))
+
+    return Placed(take_list(data, "dims", dim), take(data, "partial", bool))
+
+
+def _encode_span(span: Span) -> dict[str, object]:
+    sizes = {key: encode_expression(size) for key, size in (("outer", span.outer), ("size", span.size), ("inner", span.inner))}
+    return {**sizes, "parts": span.parts, "every": span.every}
+
+
+def _decode_span(data: object, reader: Reader) -> Span:
+    outer, size, inner = (reader.size(cast("dict[str, object]", data)[key]) for key in ("outer", "size", "inner"))
+    return Span(outer, size, inner, take(data, "parts", int), take(data, "every", int))

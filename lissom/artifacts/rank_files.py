@@ -6,33 +6,19 @@ the shared files, every rank its own weights, into a directory that all of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from lissom.artifacts.artifact import (
-    CHECKED_HERE,
-    NO_TRUST,
-    Loaded,
-    Trust,
-    WriteMore,
-    find_devices,
-    find_saved_backend,
-    load_whole,
-    read_history,
-    read_program,
-    save_artifact,
-    write_nothing,
-    write_program,
-)
+from lissom.artifacts import artifact
 from lissom.artifacts.directory import read_directory, verified_path, write_directory
 from lissom.artifacts.fields import shown
 from lissom.artifacts.manifest import Manifest
 from lissom.artifacts.weights import Place, load_alone, save_weights
-from lissom.backends.base import Backend, Executable
+from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import (
     MOST_RANKS,
     Distributed,
@@ -56,23 +42,16 @@ def weights_file(rank: int) -> str:
     return f"rank-{rank}.safetensors"
 
 
-def save(
-    directory: Path,
-    program: Program,
-    executable: Executable,
-    history: History,
-    backend: Backend,
-    facts: Mapping[str, object],
-    write_more: WriteMore = write_nothing,
-) -> None:
-    """Write an artifact for one process or for several ranks; arguments and errors as for `save_artifact`.
+def save(directory: Path, compiled: artifact.Compiled) -> None:
+    """Write an artifact for one process or for several ranks; errors as for `save_artifact`.
 
     All ranks of a group must call it. Raises: RankError if a rank ended or does not answer.
     """
+    executable = compiled.executable
     if not isinstance(executable, (Held, RankProgram)):
-        save_artifact(directory, program, executable, history, backend, facts, write_more)
+        artifact.save_artifact(directory, compiled)
         return
-    shared = partial(_write_shared, executable, executable.history or history, backend, facts, write_more)
+    shared = partial(_write_shared, replace(compiled, history=executable.history or compiled.history), executable.world_size)
     if isinstance(executable, RankProgram):
         _save_together(directory, executable, shared)
         return
@@ -87,22 +66,14 @@ def save(
     write_directory(directory, write)
 
 
-def _write_shared(
-    executable: Held | RankProgram,
-    history: History,
-    backend: Backend,
-    facts: Mapping[str, object],
-    write_more: WriteMore,
-    program: Program,
-    folder: Path,
-) -> None:
-    for rank in range(executable.world_size):
+def _write_shared(compiled: artifact.Compiled, world_size: int, program: Program, folder: Path) -> None:
+    for rank in range(world_size):
         if not (folder / weights_file(rank)).is_file():
             raise ArtifactError(
                 f"rank {rank} wrote its weights elsewhere than where rank 0 sees '{folder}'; "
                 f"choose a directory that all ranks share"
             )
-    write_program(program, {}, history, backend, facts, write_more, folder)
+    artifact.write_program(replace(compiled, program=program), {}, folder)
 
 
 def _write_rank(program: Program, rank: int, folder: Path) -> None:
@@ -129,19 +100,22 @@ def _save_together(directory: Path, executable: RankProgram, shared: partial[Non
 
 
 def load(
-    directory: Path, device: torch.device | None = None, backend: str | Backend | None = None, trust: Trust = NO_TRUST
-) -> Loaded:
+    directory: Path,
+    device: torch.device | None = None,
+    backend: str | Backend | None = None,
+    trust: artifact.Trust = artifact.NO_TRUST,
+) -> artifact.Loaded:
     """The artifact in a directory, or this rank's shard of one for several ranks; arguments and errors as for `load_whole`.
 
     Raises: UnsupportedError if the process group has another size; RankError if a rank ended or does not answer.
     """
     manifest = read_directory(
-        directory, lambda found: found.files if found.backend == Distributed.name else CHECKED_HERE, trust.keys
+        directory, lambda found: found.files if found.backend == Distributed.name else artifact.CHECKED_HERE, trust.keys
     )
     if manifest.backend != Distributed.name:
-        return load_whole(directory, manifest, device, backend, trust)
+        return artifact.load_whole(directory, manifest, device, backend, trust)
     _check_group(manifest, directory, f"run {directory} --input FILE")
-    chosen = find_saved_backend(manifest, directory, backend)
+    chosen = artifact.find_saved_backend(manifest, directory, backend)
     assert isinstance(chosen, Distributed)
     ranks = current_ranks(chosen.timeout_seconds, chosen.shared_memory)
     with ranks.working(manifest.name):
@@ -152,7 +126,7 @@ def load(
         )
         executable = RankProgram(found.lowered, found.stored, ranks, found.history)
     history = append_steps(found.history, found.lowering)
-    return Loaded(found.lowered, executable, history, chosen, manifest.facts, _notes(found.lowered), manifest.files)
+    return artifact.Loaded(found.lowered, executable, history, chosen, manifest.facts, _notes(found.lowered), manifest.files)
 
 
 def _notes(program: Program) -> tuple[str, ...]:
@@ -172,29 +146,26 @@ class _Part:
     lowering: History
 
 
-def _load_part(directory: Path, backend: Distributed, device: torch.device | None, trust: Trust) -> _Part:
+def _load_part(directory: Path, backend: Distributed, device: torch.device | None, trust: artifact.Trust) -> _Part:
     rank = torch.distributed.get_rank()
     manifest = read_directory(directory, lambda found: found.files, trust.keys)
     if weights_file(rank) not in manifest.files:
         raise ArtifactError(f"the manifest of '{directory}' names no '{weights_file(rank)}'; copy it whole, or save again")
     if device is None and manifest.device.startswith("cuda") and torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    saved, wanted = find_devices(manifest, directory, device)
-    stored = read_program(
-        directory,
-        manifest,
-        lambda _, place: _load_alone(directory, manifest, rank, place),
-        lambda found: wanted if found.type == saved.type else found,
+    saved, wanted = artifact.find_devices(manifest, directory, device)
+
+    def read_weights(_: object, place: Place) -> dict[str, torch.Tensor]:
+        name = weights_file(rank)
+        with verified_path(directory / name, manifest.content_of(name, directory)) as path:
+            return load_alone(path, place)
+
+    stored = artifact.read_program(
+        directory, manifest, read_weights, lambda found: wanted if found.type == saved.type else found
     )
     # Its numbers were checked when it was compiled.
     lowered, lowering = lower_rank(stored, backend, wanted, (), "structural", simulate=True)
-    return _Part(stored, lowered, read_history(manifest, directory), lowering)
-
-
-def _load_alone(directory: Path, manifest: Manifest, rank: int, place: Place) -> dict[str, torch.Tensor]:
-    name = weights_file(rank)
-    with verified_path(directory / name, manifest.content_of(name, directory)) as path:
-        return load_alone(path, place)
+    return _Part(stored, lowered, artifact.read_history(manifest, directory), lowering)
 
 
 def check_ranks(directory: Path, rest: str) -> None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from lissom.artifacts.files import read_plain
 from lissom.errors import ArtifactError, UnsupportedError
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE = "manifest.sig"
 _BYTES = 64
@@ -23,7 +20,12 @@ Key = TypeVar("Key")
 
 def sign(message: bytes, private_key: Path) -> bytes:
     """The signature of a message by a key. Raises: ArtifactError if the key cannot be read; UnsupportedError."""
-    return _private(private_key).sign(message)
+    _check_installed()
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    key = _read(private_key, Ed25519PrivateKey, "private", lambda text: load_pem_private_key(text, password=None))
+    return key.sign(message)
 
 
 def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str | Path]) -> None:
@@ -33,9 +35,12 @@ def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str 
 
     Raises: ArtifactError; UnsupportedError without the package `cryptography`.
     """
-    keys = [_public(Path(path)) for path in trusted_keys]
+    _check_installed()
     from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+    keys = [_read(Path(path), Ed25519PublicKey, "public", load_pem_public_key) for path in trusted_keys]
     path = directory / SIGNATURE
     # A broken link counts as existing, and is refused when it is opened.
     if not path.is_symlink() and not path.exists():
@@ -52,22 +57,6 @@ def check_signature(message: bytes, directory: Path, trusted_keys: Sequence[str 
         f"'{directory}' is not signed by a trusted key ({named}), or its manifest was changed after it was signed; "
         f"do not use it, or trust the key of who signed it"
     )
-
-
-def _private(path: Path) -> Ed25519PrivateKey:
-    _check_installed()
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    return _read(path, Ed25519PrivateKey, "private", lambda text: load_pem_private_key(text, password=None))
-
-
-def _public(path: Path) -> Ed25519PublicKey:
-    _check_installed()
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    return _read(path, Ed25519PublicKey, "public", load_pem_public_key)
 
 
 def _check_installed() -> None:

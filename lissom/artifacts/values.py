@@ -93,10 +93,7 @@ def encode_type(found: TensorType) -> dict[str, object]:
 
 
 def encode_argument(item: object) -> Any:
-    """One argument of a call as JSON.
-
-    Raises: ArtifactError for an object an artifact cannot hold.
-    """
+    """One argument of a call as JSON. Raises: ArtifactError for an object an artifact cannot hold."""
     match item:
         case fx.Node():
             return {"node": item.name}

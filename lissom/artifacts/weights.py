@@ -140,10 +140,7 @@ def _part_names(name: str) -> tuple[str, str]:
 
 
 def _decompress(bits: torch.Tensor, values: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    """The tensor from its bitmask and nonzero values.
-
-    Raises: ValueError if they do not fit the shape.
-    """
+    """The tensor from its bitmask and nonzero values. Raises: ValueError if they do not fit the shape."""
     size = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.dim() != 1 or len(bits) != -(-size // 8):
         raise ValueError(f"{bits.numel()} bytes of bits do not fit a weight of {shape}")

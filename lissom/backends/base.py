@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, runtime_checkable
 
+import sympy
 import torch
 
 from lissom.backends.simulated_layers import SimulatedLayer, simulated_layers
@@ -17,7 +18,7 @@ from lissom.compiler.ir.samples import Sample, check_samples, resize
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.verify.divergence import output_errors, run_original, shapes_of, tolerances
 from lissom.compiler.verify.equality import EARLIER, shared_memory
-from lissom.compiler.verify.rounding import SHARDED, exact_outputs, rounding_loss, rounds_values
+from lissom.compiler.verify.rounding import SHARE, exact_outputs, rounding_loss, rounds_values
 from lissom.errors import InputError, UnsupportedError, VerifyError
 
 Executable = Callable[[Sequence[torch.Tensor]], Sequence[object]]
@@ -127,7 +128,7 @@ def confirm(name: str, executable: Executable, program: Program, example: Sample
     given = [*check_samples(program.signature, example), *smallest_samples(program, example)]
     samples, wanted, _ = run_original(program, given)
     if rounds_values(program):
-        allowed = max(allowed, SHARDED * rounding_loss(program, samples, wanted))
+        allowed = max(allowed, SHARE * rounding_loss(program, samples, wanted))
     worst = 0.0
     for sample, outputs in zip(samples, wanted, strict=True):
         subject, inputs = f"what backend '{name}' built from {program.name}", f"on inputs {shapes_of(sample)}"
@@ -164,12 +165,18 @@ def _call(executable: Executable, sample: Sample) -> list[object]:
         return [*executable(sample), *(tensor.clone() for tensor in state_of(executable).values())]
 
 
+def sample_at(program: Program, example: Sample, sizes: Mapping[sympy.Symbol, int]) -> Sample | None:
+    """The example at other sizes; None when the signature refuses them."""
+    sample = resize(program.signature, example, {**program.signature.sizes_of(example), **sizes})
+    try:
+        program.signature.check_sizes(sample)
+    except InputError:
+        return None
+    return sample
+
+
 def smallest_samples(program: Program, example: Sample) -> list[Sample]:
     """The example at the smallest sizes of the signature, where compilers tend to fail; none when it refuses them."""
-    signature = program.signature
-    sample = resize(signature, example, {symbol: dimension.minimum for symbol, dimension in signature.dimensions.items()})
-    try:
-        signature.check_sizes(sample)
-    except InputError:
-        return []
-    return [sample]
+    least = {symbol: dimension.minimum for symbol, dimension in program.signature.dimensions.items()}
+    sample = sample_at(program, example, least)
+    return [] if sample is None else [sample]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx
@@ -13,7 +15,9 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, resize
 from lissom.compiler.ir.signature import TensorArgument
-from lissom.errors import UnsupportedError
+from lissom.errors import ArtifactError, UnsupportedError
+
+Found = TypeVar("Found")
 
 
 def leaves_of(program: Program) -> list[object]:
@@ -62,3 +66,14 @@ def kind_and_reason(error: BaseException) -> str:
     """The class of an error, and the first non-empty line of its message."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     return f"{type(error).__name__}: {first}"
+
+
+def read_json(path: Path, what: str, read: Callable[[Any], Found]) -> Found:
+    """The result of `read` on a JSON file of a backend. what: the content of the file, for the error.
+
+    Raises: ArtifactError when the file or one of its fields cannot be read.
+    """
+    try:
+        return read(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ArtifactError(f"'{path}' does not say {what} ({kind_and_reason(error)}); compile the model again") from error

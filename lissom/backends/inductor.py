@@ -19,7 +19,15 @@ import torch
 from torch import fx, nn
 
 from lissom.backends.base import Backend, Executable, confirm
-from lissom.backends.exported import check_plain, device_of, free_dimensions, kind_and_reason, leaves_of, traced_example
+from lissom.backends.exported import (
+    check_plain,
+    device_of,
+    free_dimensions,
+    kind_and_reason,
+    leaves_of,
+    read_json,
+    traced_example,
+)
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -88,14 +96,11 @@ class Inductor(Backend):
 
     def load_executable(self, program: Program, folder: Path) -> Executable:
         """Load the package; it needs the PyTorch version it was compiled with, and a processor with the same instructions."""
-        try:
-            made_with = json.loads((folder / MADE_WITH).read_text(encoding="utf-8"))
-            version, needed = str(made_with["torch"]), [str(name) for name in made_with["instruction_sets"]]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            raise ArtifactError(
-                f"'{folder / MADE_WITH}' does not say what the model was compiled with ({type(error).__name__}: {error}); "
-                f"compile the model again"
-            ) from error
+        version, needed = read_json(
+            folder / MADE_WITH,
+            "what the model was compiled with",
+            lambda found: (str(found["torch"]), [str(name) for name in found["instruction_sets"]]),
+        )
         if version != torch.__version__:
             raise ArtifactError(
                 f"'{folder}' was compiled by PyTorch {version}, and this is {torch.__version__}; "

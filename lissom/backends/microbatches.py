@@ -11,13 +11,13 @@ import sympy
 import torch
 from torch import fx
 
+from lissom.backends.base import sample_at
 from lissom.backends.exported import leaves_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, resize
+from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import Size
 from lissom.compiler.verify.divergence import compare, tolerance_of
-from lissom.errors import InputError
 from lissom.inspect.timing import ENOUGH, time_calls
 
 Call = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
@@ -81,14 +81,14 @@ def fastest_cutting(call: Call, program: Program, example: Sample, seconds: floa
         return None
     symbol = cast(sympy.Symbol, program.signature.tensors[batch[0]].type.shape[0])
     dimension = program.signature.dimensions[symbol]
-    one = _at(program, example, symbol, max(dimension.minimum, 1))
+    one = sample_at(program, example, {symbol: max(dimension.minimum, 1)})
     if one is None:
         return None
     once = time_calls({"one": partial(call, one)}, seconds / 4, most=ENOUGH)["one"].median_ms
     # A large batch takes some fifth of a second, so that all sizes are timed in a second or two.
     largest = min(_LARGEST, dimension.maximum or _LARGEST, 1 << max(0, int(200 / max(once, 1e-3)).bit_length() - 1))
     counts = [largest >> step for step in range(5) if largest >> step >= max(1, dimension.minimum)]
-    samples = {count: sample for count in counts if (sample := _at(program, example, symbol, count)) is not None}
+    samples = {count: sample for count in counts if (sample := sample_at(program, example, {symbol: count})) is not None}
     if len(samples) < 2 or largest not in samples:
         return None
     timings = time_calls({str(count): partial(call, sample) for count, sample in samples.items()}, seconds / 2, most=ENOUGH)
@@ -102,17 +102,6 @@ def fastest_cutting(call: Call, program: Program, example: Sample, seconds: floa
         return None
     told = f"{a_row[best]:.3g} ms a row in batches of {best} and {a_row[largest]:.3g} ms in batches of {largest}"
     return cutting, told
-
-
-def _at(program: Program, example: Sample, symbol: sympy.Symbol, count: int) -> Sample | None:
-    """The example with that batch size; None when the signature refuses it."""
-    signature = program.signature
-    sample = resize(signature, example, signature.sizes_of(example) | {symbol: count})
-    try:
-        signature.check_sizes(sample)
-    except InputError:
-        return None
-    return sample
 
 
 def _mentions(shape: Sequence[Size], symbol: sympy.Symbol) -> bool:

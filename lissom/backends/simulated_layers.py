@@ -12,33 +12,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from lissom import ops
 from lissom.compiler.analysis.structure.linear import input_of, is_linear, is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.errors import UnsupportedError
-from lissom.ops import (
-    packed_linear,
-    packed_linear_norm,
-    quantized_linear,
-    quantized_linear_norm,
-    sparse_linear,
-    weight_quantized_linear,
-    weight_quantized_linear_norm,
-)
 from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten
 
 _KERNELS = {
-    *(quantized_linear, quantized_linear_norm),
+    *(ops.quantized_linear, ops.quantized_linear_norm),
     *(aten._int_mm.default, aten._scaled_mm.default, aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default),
 }
 """Operators that compute a quantized layer from integers, one per layer."""
 _OTHER_LAYERS = {
-    *(aten.linear.default, sparse_linear, packed_linear, packed_linear_norm),
-    *(weight_quantized_linear, weight_quantized_linear_norm),
+    *(aten.linear.default, ops.sparse_linear, ops.packed_linear, ops.packed_linear_norm),
+    *(ops.weight_quantized_linear, ops.weight_quantized_linear_norm),
 }
 """Operators of linear layers in floating point whose weight `is_linear` does not see."""
 
@@ -58,19 +50,16 @@ class SimulatedLayer:
 
 def simulated_layers(program: Program) -> list[SimulatedLayer]:
     """The quantized layers of a lowered program without a kernel."""
-    found: list[SimulatedLayer] = []
-    for node in program.nodes():
-        quantizers = _quantizers(node)
-        if not quantizers:
-            continue
-        described = " on ".join(_describe(program, item) for item in quantizers)
-        found.append(SimulatedLayer(node.name, nodes.origin(node).module_path, described, _reason(quantizers)))
-    return found
+    layers = [(node, quantizers) for node in program.nodes() if (quantizers := _quantizers(node))]
+    return [
+        SimulatedLayer(node.name, nodes.origin(node).module_path, " on ".join(map(_describe, items)), _reason(items))
+        for node, items in layers
+    ]
 
 
 def count_kernels(program: Program) -> int:
     """How many layers of a lowered program are integer kernels."""
-    return sum(_is_kernel(node) for node in program.nodes())
+    return len(program.nodes(*_KERNELS))
 
 
 def explain(layers: Iterable[SimulatedLayer], steps: Sequence[Step]) -> list[SimulatedLayer]:
@@ -83,10 +72,7 @@ def explain(layers: Iterable[SimulatedLayer], steps: Sequence[Step]) -> list[Sim
 
 
 def refuse(backend: str, layers: Sequence[SimulatedLayer], total: int) -> None:
-    """Refuse layers without a kernel. total: how many layers are quantized.
-
-    Raises: UnsupportedError, when there is one.
-    """
+    """Refuse layers without a kernel. total: how many layers are quantized. Raises: UnsupportedError, when there is one."""
     if not layers:
         return
     first = layers[0]
@@ -113,10 +99,6 @@ def _reason(quantizers: Sequence[fx.Node]) -> str:
     if not on_cuda and any(item.kwargs["format"] == "fp8" for item in quantizers):
         return "products of fp8 need a CUDA device"
     return SimulatedLayer.reason
-
-
-def _is_kernel(node: fx.Node) -> bool:
-    return node.target in _KERNELS
 
 
 def _quantizers(node: fx.Node) -> list[fx.Node]:
@@ -152,7 +134,7 @@ def _weight_quantizer(weight: fx.Node, layer: fx.Node) -> fx.Node | None:
     return None
 
 
-def _describe(program: Program, quantizer: fx.Node) -> str:
+def _describe(quantizer: fx.Node) -> str:
     """`int8 weights (per-channel)`, `uint8 activations (per-token)`."""
     form = FORMATS[str(quantizer.kwargs["format"])]
     first = quantizer.args[0]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -26,7 +26,9 @@ from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import CaptureError, InputError, UnsupportedError
+from lissom.frontends.device import device_of
 from lissom.frontends.export import Capture, capture, check_model, evaluating
+from lissom.frontends.failures import first_line
 from lissom.frontends.isolation import isolated, with_own_modules
 from lissom.frontends.untouched import untouched
 
@@ -39,16 +41,6 @@ CACHE = "cache"
 """The name of the module with the state: `cache.0.keys` and `cache.0.values` belong to the first layer."""
 SHORTEST = 8
 """The smallest number of slots of a KV cache."""
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """The sizes of one layer's KV cache: keys [batch, key_heads, max_length, head_dim], values with value_dim in its place."""
-
-    key_heads: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
 
 
 def capture_decoder(
@@ -68,7 +60,7 @@ def capture_decoder(
         values; InputError if max_length or batch do not fit it; CaptureError naming the line that cannot be captured.
     """
     known = _check(model, max_length, batch)
-    with isolated(_device_of(known)):
+    with isolated(device_of(known)):
         return _capture(cast("PreTrainedModel", with_own_modules(known)), max_length, batch, all_logits, device)
 
 
@@ -98,7 +90,7 @@ def _example(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
     tokens = max(2, min(8, (max_length - 2) // 3))
     start, padding = 2, 1
     vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
-    device = _device_of(model)
+    device = device_of(model)
     ids = torch.randint(0, int(vocabulary), (batch, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(batch, max_length, dtype=torch.int64)
     mask[:, :padding] = 0
@@ -129,7 +121,7 @@ def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:
             part = [ids[:, begin:end], mask, positions[:, begin:end], torch.full_like(start, begin)]
             found = program.run([tensor.to(device) for tensor in part])
         given = {"input_ids": ids, "attention_mask": mask[:, :tokens], "position_ids": positions[:, :tokens]}
-        wanted = _whole(model, {name: tensor.to(_device_of(model)) for name, tensor in given.items()})
+        wanted = _whole(model, {name: tensor.to(device_of(model)) for name, tensor in given.items()})
     error = relative_error(wanted[:, -1].to(device), cast(torch.Tensor, found[0])[:, -1])
     if error > tolerance_of(program):
         raise CaptureError(
@@ -145,10 +137,7 @@ def _describe(program: Program) -> str:
 
 
 def _check(model: nn.Module, max_length: int, batch: int) -> PreTrainedModel:
-    """The model, if it is a causal language model with positions for the whole cache.
-
-    Raises: UnsupportedError, InputError.
-    """
+    """The model, if it is a causal language model with positions for the whole cache. Raises: UnsupportedError, InputError."""
     try:
         from transformers import Cache, GenerationMixin, PreTrainedModel
     except ImportError as error:
@@ -201,12 +190,8 @@ def longest_text(model: nn.Module) -> int | None:
     return known if isinstance(known, int) else None
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _layer_caches(model: PreTrainedModel) -> list[LayerCache]:
-    """The KV cache sizes of each layer, found by running the model on one token with a cache of transformers.
+def _layer_caches(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The keys and values of one token in each layer, [1, key_heads, 1, head_dim], in a cache of transformers.
 
     Raises: UnsupportedError if a layer's state is anything but keys and values.
     """
@@ -216,18 +201,15 @@ def _layer_caches(model: PreTrainedModel) -> list[LayerCache]:
     cache = Cache(layer_class_to_replicate=DynamicLayer)
     try:
         with untouched(model), evaluating(model), torch.no_grad():
-            _call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=_device_of(model)))
+            _call(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
     # The model's own code may raise anything for a cache class it does not know.
     except Exception as error:
         raise _unsupported_cache(model, error) from error
-    found = [(layer.keys, layer.values) for layer in cast("list[DynamicLayer]", cache.layers)]
-    if not found or any(keys is None or values is None or keys.dim() != 4 for keys, values in found):
+    layers = cast("list[DynamicLayer]", cache.layers)
+    found = [(layer.keys, layer.values) for layer in layers if layer.keys is not None and layer.values is not None]
+    if not found or len(found) < len(layers) or any(keys.dim() != 4 for keys, _ in found):
         raise _unsupported_cache(model)
-    return [
-        LayerCache(int(keys.shape[1]), int(keys.shape[3]), int(values.shape[3]), keys.dtype)
-        for keys, values in found
-        if keys is not None and values is not None
-    ]
+    return found
 
 
 def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -238,7 +220,7 @@ def _whole(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.
 
 
 def _unsupported_cache(model: nn.Module, error: Exception | None = None) -> UnsupportedError:
-    why = f" ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})" if error else ""
+    why = f" ({type(error).__name__}: {first_line(error)})" if error else ""
     return UnsupportedError(
         f"{type(model).__name__} cannot be run with a cache that holds keys and values of every layer{why}; "
         f"generation takes models whose layers all attend"
@@ -251,7 +233,7 @@ def _call(model: nn.Module, cache: object, **inputs: object) -> Any:
 
 
 def _with_state(
-    model: PreTrainedModel, layers: Sequence[LayerCache], max_length: int, batch: int, all_logits: bool
+    model: PreTrainedModel, layers: Sequence[tuple[torch.Tensor, ...]], max_length: int, batch: int, all_logits: bool
 ) -> nn.Module:
     """A module with the model's submodules and weights under the same names, and the KV cache as buffers."""
     stateful = copy.copy(model)
@@ -259,9 +241,9 @@ def _with_state(
     holder = nn.Module()
     for index, kept in enumerate(layers):
         layer = nn.Module()
-        for name, width in (("keys", kept.head_dim), ("values", kept.value_dim)):
-            shape = (batch, kept.key_heads, max_length, width)
-            layer.register_buffer(name, torch.zeros(shape, dtype=kept.dtype, device=_device_of(model)))
+        for name, one in zip(("keys", "values"), kept, strict=True):
+            shape = (batch, one.shape[1], max_length, one.shape[3])
+            layer.register_buffer(name, torch.zeros(shape, dtype=one.dtype, device=device_of(model)))
         holder.add_module(str(index), layer)
     if hasattr(model, CACHE):
         raise UnsupportedError(f"{type(model).__name__} already has an attribute '{CACHE}', which its KV cache needs")

@@ -21,10 +21,7 @@ _EXAMPLE = '{"input_ids": {0: "batch"}}'
 
 
 def check_dynamic(dynamic: object) -> None:
-    """Refuse a `dynamic=` that is not True, False, or a mapping from arguments to dimensions to names.
-
-    Raises: CaptureError.
-    """
+    """Refuse a `dynamic=` that is not True, False, or a mapping from arguments to dimensions to names. Raises: CaptureError."""
     if isinstance(dynamic, bool):
         return
     if not isinstance(dynamic, Mapping):

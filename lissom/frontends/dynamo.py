@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -18,7 +18,6 @@ from torch import fx, nn
 from torch._guards import CompileContext, tracing
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
@@ -105,14 +104,10 @@ def read_graph(module: fx.GraphModule) -> Graph:
     return Graph(module, name, inputs, weights, sorted(numbers), sizes, [*places.values()])
 
 
-def _source(node: fx.Node) -> object:
-    found = getattr(node, "_dynamo_source", None)
-    return getattr(node.meta.get("grapharg"), "source", None) if found is None else found
-
-
 def _source_name(node: fx.Node) -> str:
     """The expression of the value in the caller's code, `L['self']._modules['0']._parameters['weight']`."""
-    name = getattr(_source(node), "name", node.name)
+    source = getattr(node, "_dynamo_source", None) or getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", node.name)
     return str(name() if callable(name) else name)
 
 
@@ -238,17 +233,13 @@ def bind(graph: Graph, args: Sequence[object]) -> fx.GraphModule:
         if node.target == "item" and node.args[0] in constants:
             constants[node] = constants[node.args[0]]
             continue
-        other = bound.create_node(
-            node.op,
-            _sum_of_sizes if node.target is torch.sym_sum else node.target,
-            map_arg(node.args, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used])),
-            map_arg(node.kwargs, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used])),
-            node.name,
-        )
-        other.meta = {**node.meta, "nn_module_stack": _stack(node)}
+        other = bound.node_copy(node, lambda used: cast(fx.Node, constants[used] if used in constants else copied[used]))
+        if node.target is torch.sym_sum:
+            other.target = _sum_of_sizes
+        other.meta["nn_module_stack"] = _stack(node)
         copied[node] = other
         if node.op in ("get_attr", "call_module"):
-            owned[str(node.target)] = _attribute(graph.module, str(node.target))
+            owned[str(node.target)] = operator.attrgetter(str(node.target))(graph.module)
     return fx.GraphModule(owned, bound, class_name=graph.name)
 
 
@@ -267,7 +258,7 @@ def _without_batching(module: fx.GraphModule, example: Sample) -> fx.GraphModule
     names = {id(value): name for name, value in [*module.named_parameters(), *module.named_buffers()]}
     owned: dict[str, object] = {}
     for node in traced.graph.find_nodes(op="get_attr"):
-        value = _attribute(traced, str(node.target))
+        value = operator.attrgetter(str(node.target))(traced)
         node.target = names.get(id(value), node.target)
         owned[str(node.target)] = value
     return fx.GraphModule(owned, traced.graph, class_name=type(module).__name__)
@@ -299,13 +290,6 @@ def _stack(node: fx.Node) -> dict[str, tuple[str, type]]:
     return {key: (re.sub(r"^\w(\[[^\]]*\])+\.?", "", str(path)), kind) for key, (path, kind) in stack.items()}
 
 
-def _attribute(module: nn.Module, target: str) -> object:
-    found: object = module
-    for part in target.split("."):
-        found = getattr(found, part)
-    return found
-
-
 def _refuse_effects(program: Program) -> None:
     """Raise CaptureError for a program that writes buffers or draws random numbers."""
     if program.state:
@@ -323,11 +307,8 @@ def _is_random(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     named = {argument.name: nodes.argument(node, argument.name) for argument in node.target._schema.arguments}
-    switches: list[Callable[[], bool]] = [
-        lambda: any(named.get(name, True) is False for name in ("train", "training")),
-        lambda: any(named.get(name, 1.0) == 0.0 for name in ("p", "dropout_p", "dropout")),
-    ]
-    return not any(off() for off in switches)
+    off = any(named.get(name, True) is False for name in ("train", "training"))
+    return not off and all(named.get(name, 1.0) != 0.0 for name in ("p", "dropout_p", "dropout"))
 
 
 def _guard_sizes(graph: Graph, signature: Signature) -> None:

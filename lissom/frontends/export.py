@@ -139,26 +139,20 @@ def capture_sizes(
 
     Raises: CaptureError.
     """
-    with isolated(device_of(model, args)), evaluating(model):
+    with isolated(device_of(model, args)), evaluating(model), _explained(model):
+        program = _export(model, args, {}, dims_of)
+        refuse(program)
         try:
-            program = _export(model, args, {}, dims_of)
-            refuse(program)
-            try:
-                return confirm(program, model, args, {})
-            except RefusedSizesError:
-                fixed = refused_dimensions(program, model, args)
-            if not fixed:
-                return program  # each dimension varies alone
+            return confirm(program, model, args, {})
+        except RefusedSizesError:
+            fixed = refused_dimensions(program, model, args)
+        if not fixed:
+            return program  # each dimension varies alone
 
-            def others(tensor: torch.Tensor) -> dict[int, object]:
-                return {dim: found for dim, found in dims_of(tensor).items() if (id(tensor), dim) not in fixed}
+        def others(tensor: torch.Tensor) -> dict[int, object]:
+            return {dim: found for dim, found in dims_of(tensor).items() if (id(tensor), dim) not in fixed}
 
-            return confirm(_export(model, args, {}, others), model, args, {})
-        except CaptureError:
-            raise
-        # As above: the caller's code is traced and may raise anything; the error is explained.
-        except Exception as error:
-            raise _explain(model, error) from error
+        return confirm(_export(model, args, {}, others), model, args, {})
 
 
 def _capture_named(
@@ -166,21 +160,22 @@ def _capture_named(
 ) -> tuple[Program, list[str]]:
     """Export with exactly the dynamic dimensions the caller names."""
     wanted = wanted_dimensions(dynamic, _bound(model, args, kwargs))
-    try:
-        program = _export(model, args, kwargs, partial(_named, wanted))
+    with _explained(model):
+        program = _export(model, args, kwargs, lambda tensor: wanted.get(id(tensor), {}))
         program = renamed(program, dynamic)
         program = confirm(program, model, args, kwargs, answer)
-    except CaptureError:
-        raise
-    # As above: the caller's code is traced, and gets an explanation in place of its error.
-    except Exception as error:
-        raise _explain(model, error) from error
     return program, [describe_dimensions(program.signature)]
 
 
-def _named(wanted: Mapping[int, dict[int, object]], tensor: torch.Tensor) -> dict[int, object]:
-    """The dimensions the caller named for this input."""
-    return wanted.get(id(tensor), {})
+@contextmanager
+def _explained(model: nn.Module) -> Generator[None]:
+    """Raise CaptureError for any error of the block: the caller's code is traced, and may raise anything."""
+    try:
+        yield
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise _explain(model, error) from error
 
 
 def _free(dims: Sequence[int], masks: Mapping[int, Sequence[int]], tensor: torch.Tensor) -> dict[int, object]:

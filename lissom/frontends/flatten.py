@@ -190,18 +190,16 @@ def _write_outputs(exported: ExportedProgram, graph: fx.Graph, translate, state:
         elif spec.kind == OutputKind.USER_INPUT_MUTATION:
             raise CaptureError(f"the model changes its argument '{spec.target}' in place; pass a copy inside the model")
         else:
-            results.append(translate(leaf) if isinstance(leaf, fx.Node) and not _is_constant(leaf) else _plain(leaf, spec))
+            computed = isinstance(leaf, fx.Node) and (leaf.op != "placeholder" or isinstance(leaf.meta["val"], torch.Tensor))
+            results.append(translate(leaf) if computed else _plain(leaf, spec))
     graph.output(tuple(results))
 
 
-def _is_constant(leaf: fx.Node) -> bool:
-    return leaf.op == "placeholder" and not isinstance(leaf.meta["val"], torch.Tensor)
-
-
 def _plain(leaf: object, spec) -> object:  # noqa: ANN001
-    if isinstance(leaf, fx.Node):
-        return spec.arg.value if isinstance(spec.arg, ExportedConstant) else leaf.meta["val"]
-    return leaf
+    """A constant output."""
+    if not isinstance(leaf, fx.Node):
+        return leaf
+    return spec.arg.value if isinstance(spec.arg, ExportedConstant) else leaf.meta["val"]
 
 
 def _unify_sizes(exported: ExportedProgram) -> None:

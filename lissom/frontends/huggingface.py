@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import logging
 import os
 import threading
 from collections.abc import Generator, Sequence
@@ -19,8 +18,9 @@ import torch
 from torch import nn
 
 from lissom.errors import ArtifactError, UnsupportedError, nearest
+from lissom.frontends.failures import first_line
 from lissom.frontends.huggingface_inputs import SENTENCES, encode, make_inputs
-from lissom.frontends.isolation import exchanged
+from lissom.frontends.isolation import exchanged, only_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,8 +107,7 @@ def load(name: str) -> Checkpoint:
             raise
         # The loaders of transformers, safetensors and tokenizers raise errors of no common class for a broken file.
         except Exception as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ArtifactError(f"{directory} cannot be loaded by transformers: {first}") from error
+            raise ArtifactError(f"{directory} cannot be loaded by transformers: {first_line(error)}") from error
         if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens):
             tokenizer = None
         inputs, note = make_inputs(model, tokenizer, directory)
@@ -117,15 +116,12 @@ def load(name: str) -> Checkpoint:
 
 
 def tokenizer_of(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a directory.
-
-    Raises: ArtifactError if there is none; UnsupportedError without transformers.
-    """
+    """The tokenizer in a directory. Raises: ArtifactError if there is none; UnsupportedError without transformers."""
     try:
         found = _load_tokenizer(directory)
     except (OSError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArtifactError(f"the tokenizer in '{directory}' cannot be loaded by transformers: {first}") from error
+        reason = first_line(error)
+        raise ArtifactError(f"the tokenizer in '{directory}' cannot be loaded by transformers: {reason}") from error
     if found is None:
         raise ArtifactError(f"'{directory}' holds no tokenizer; save the decoder with one: decoder.save(directory, tokenizer)")
     return found
@@ -232,7 +228,7 @@ def _offline() -> Generator[Any]:
     Raises: UnsupportedError if it is not installed.
     """
     # It imports torchao if installed, which warns about missing CUDA libraries on a CPU, and makes PyTorch warn too.
-    with _ALONE, _only_errors("torchao", "torch.utils._pytree"):
+    with _ALONE, only_errors("torchao", "torch.utils._pytree"):
         try:
             import transformers
             from huggingface_hub import constants
@@ -248,17 +244,3 @@ def _offline() -> Generator[Any]:
             constants.HF_HUB_OFFLINE = offline
             if bars:
                 transformers.utils.logging.enable_progress_bar()
-
-
-@contextmanager
-def _only_errors(*names: str) -> Generator[None]:
-    """Raise the level of these loggers to ERROR until the block ends."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -113,10 +113,9 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
         yield dict(encode(tokenizer, SENTENCES)), f"example inputs: {len(SENTENCES)} sentences by its tokenizer, padded {side}"
     ids = _random_tokens(model.config)
     note = "the tokenizer's ids do not fit the model" if tokenizer is not None else "there is no tokenizer beside the model"
-    yield (
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
-        f"example inputs: {_ROWS} x {ids.shape[1]} random token ids from the configuration, because {note}",
-    )
+    sizes = f"{_ROWS} x {ids.shape[1]}"
+    inputs: Inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    yield inputs, f"example inputs: {sizes} random token ids from the configuration, because {note}"
 
 
 def _random_tokens(config: PreTrainedConfig) -> torch.Tensor:
@@ -171,10 +170,8 @@ def _audio(directory: Path) -> Iterator[tuple[Inputs, str]]:
         extractor = transformers.AutoFeatureExtractor.from_pretrained(directory, local_files_only=True)
         rate = int(extractor.sampling_rate)
         sounds = [wave.numpy() for wave in _normal(_ROWS, rate)]
-        yield (
-            dict(extractor(sounds, sampling_rate=rate, return_tensors="pt")),
-            (f"example inputs: {_ROWS} seconds of noise by its feature extractor"),
-        )
+        inputs = dict(extractor(sounds, sampling_rate=rate, return_tensors="pt"))
+        yield inputs, f"example inputs: {_ROWS} seconds of noise by its feature extractor"
     except (OSError, ValueError, ImportError, AttributeError, TypeError):
         return
 

@@ -100,3 +100,17 @@ def without_export_messages() -> Generator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(other_threads)
+
+
+@contextmanager
+def only_errors(*names: str) -> Generator[None]:
+    """Raise the level of these loggers to ERROR until the block ends."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

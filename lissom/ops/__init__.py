@@ -6,7 +6,7 @@ import torch
 
 from lissom.ops.attention import attention, attention_reference
 from lissom.ops.block_sparse_attention import block_sparse_attention
-from lissom.ops.flex_attention import flex_block_sparse_attention
+from lissom.ops.flex_attention import flex_block_sparse_attention as flex_block_sparse_attention
 from lissom.ops.fused_attention import fused_attention, merged_attention
 from lissom.ops.fused_rows import fused_rms_norm, fused_rotary
 from lissom.ops.grouped_product import grouped_product, grouped_product_reference
@@ -14,7 +14,7 @@ from lissom.ops.linear_attention import linear_attention, linear_attention_refer
 from lissom.ops.packed_linear import packed_embedding, packed_linear, packed_linear_norm
 from lissom.ops.quantized_linear import quantized_linear, quantized_linear_norm
 from lissom.ops.rotary import rotary, rotary_reference
-from lissom.ops.sparse_linear import sparse_linear
+from lissom.ops.sparse_linear import sparse_linear as sparse_linear
 from lissom.ops.weight_quantized_linear import weight_quantized_linear, weight_quantized_linear_norm
 
 IMPLEMENTATIONS: Mapping[object, Callable[..., torch.Tensor]] = {
@@ -40,26 +40,3 @@ KERNELS = (
     fused_rotary,
 )
 """The operators that programs are lowered to on a CPU; their kernels are in `lissom.ops.native`."""
-
-__all__ = [
-    "IMPLEMENTATIONS",
-    "KERNELS",
-    "attention",
-    "block_sparse_attention",
-    "flex_block_sparse_attention",
-    "fused_attention",
-    "fused_rms_norm",
-    "fused_rotary",
-    "grouped_product",
-    "linear_attention",
-    "merged_attention",
-    "packed_embedding",
-    "packed_linear",
-    "packed_linear_norm",
-    "quantized_linear",
-    "quantized_linear_norm",
-    "rotary",
-    "sparse_linear",
-    "weight_quantized_linear",
-    "weight_quantized_linear_norm",
-]

@@ -10,12 +10,7 @@ from __future__ import annotations
 
 import torch
 
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, "
-    "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from lissom.ops.library import define
 
 
 def attention_reference(
@@ -44,9 +39,11 @@ def attention_reference(
     return result.masked_fill(blind.all(-1, keepdim=True), 0.0)
 
 
-_LIBRARY.impl("attention", attention_reference, "CompositeImplicitAutograd")
-
-attention = torch.ops.lissom.attention.default
+attention = define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, "
+    "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    attention_reference,
+)
 """The operator. q: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; bias: added to the scores, or a
 boolean mask of visible keys, broadcast to [batch, heads, queries, keys]; softcap: 0 for none; sinks: one logit per head,
 broadcast to [batch, heads, queries, 1]. Returns [batch, heads, queries, head_dim of v]. Differentiable; any device."""

@@ -8,21 +8,14 @@ kernel, and where gradients are required, it is computed by `lissom.ops.blocked_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lissom.ops.blocked_attention import blocked_attention, check_pattern
-from lissom.ops.fused_attention import check_attention
+from lissom.ops.fused_attention import check_attention, output_of
+from lissom.ops.library import LIBRARY, define
 from lissom.ops.native import kernel_dtypes
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define(
-    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? layout=None, *, int[] pattern, int block, "
-    "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def _with_gradients(*operands: torch.Tensor | None, **options: Any) -> torch.Tensor:
@@ -37,33 +30,22 @@ def _with_gradients(*operands: torch.Tensor | None, **options: Any) -> torch.Ten
         return block_sparse_attention(*operands, **options)
 
 
-_LIBRARY.impl("block_sparse_attention", blocked_attention, "CompositeExplicitAutograd")
-_LIBRARY.impl("block_sparse_attention", _with_gradients, "Autograd")
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *masks: torch.Tensor | None, **options: Any) -> torch.Tensor:
+    bias, layout = (*masks, None, None)[:2]
+    check_pattern(q, layout, options["pattern"], options["block"])
+    check_attention(q, k, v, bias, options.get("sinks"))
+    return output_of(q, v)
 
 
-def _shape_of(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    layout: torch.Tensor | None = None,
-    *,
-    pattern: Sequence[int],
-    block: int,
-    sinks: torch.Tensor | None = None,
-    **_: object,
-) -> torch.Tensor:
-    check_pattern(q, layout, pattern, block)
-    check_attention(q, k, v, bias, sinks)
-    batch, heads, queries, _depth = q.shape
-    return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
-
-
-torch.library.register_fake("lissom::block_sparse_attention", _shape_of, lib=_LIBRARY)
-
-block_sparse_attention = torch.ops.lissom.block_sparse_attention.default
+block_sparse_attention = define(
+    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, Tensor? layout=None, *, int[] pattern, int block, "
+    "float scale, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    blocked_attention,
+    _fake,
+)
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
 value_dim], where key_heads divides heads; bias: added to the scores, or a further boolean mask of visible keys, broadcast to
 [batch, heads, queries, keys]; layout: boolean, [heads or 1, query blocks, key blocks], for patterns that read one; pattern and
 block: `Pattern.encode()` and its block; softcap, sinks: as in `lissom::attention`. A fully masked row yields zeros.
 Returns [batch, heads, queries, value_dim], contiguous as [batch, queries, heads, value_dim]."""
+LIBRARY.impl("block_sparse_attention", _with_gradients, "Autograd")

@@ -142,38 +142,30 @@ def attend_by_blocks(
     return found[:, :, :queries].transpose(1, 2).contiguous().transpose(1, 2)
 
 
+@lru_cache(_MOST)
+def _without_layout(pattern: Pattern, *lengths: int) -> KeyBlocks | str:
+    return key_blocks(pattern, None, *lengths)
+
+
 def _blocks_of(pattern: Pattern, layout: torch.Tensor | None, queries: int, keys: int) -> KeyBlocks | str:
     """The key blocks of a pattern; cached per layout, as long as it lives and is not written to."""
-    if layout is None or not pattern.asks_layout:
-        return _without_layout(pattern, queries, keys)
-    # Inference tensors have no version counter.
-    if layout.is_inference():
-        found = key_blocks(pattern, layout)
-        return key_blocks(pattern, layout, queries, keys) if isinstance(found, str) else found
-    version, known = _OF_LAYOUTS.get(layout, (-1, {}))
-    if version != layout._version or len(known) > _MOST:
-        known: dict[object, KeyBlocks | str] = {}
-        _OF_LAYOUTS[layout] = layout._version, known
-    if pattern not in known:
-        known[pattern] = key_blocks(pattern, layout)
-    found = known[pattern]
-    if isinstance(found, str):
-        lengths = pattern, queries, keys
-        if lengths not in known:
-            known[lengths] = key_blocks(pattern, layout, queries, keys)
-        found = known[lengths]
-    return found
 
+    def find(*lengths: int) -> KeyBlocks | str:
+        if layout is None or not pattern.asks_layout:
+            return _without_layout(pattern, *lengths)
+        # Inference tensors have no version counter.
+        if layout.is_inference():
+            return key_blocks(pattern, layout, *lengths)
+        version, known = _OF_LAYOUTS.get(layout, (-1, {}))
+        if version != layout._version or len(known) > _MOST:
+            known: dict[object, KeyBlocks | str] = {}
+            _OF_LAYOUTS[layout] = layout._version, known
+        if (pattern, *lengths) not in known:
+            known[pattern, *lengths] = key_blocks(pattern, layout, *lengths)
+        return known[pattern, *lengths]
 
-@lru_cache(_MOST)
-def _without_layout(pattern: Pattern, queries: int, keys: int) -> KeyBlocks | str:
-    found = _rules(pattern)
-    return key_blocks(pattern, None, queries, keys) if isinstance(found, str) else found
-
-
-@lru_cache(_MOST)
-def _rules(pattern: Pattern) -> KeyBlocks | str:
-    return key_blocks(pattern, None)
+    found = find()
+    return find(queries, keys) if isinstance(found, str) else found
 
 
 def _read(reads: KeyBlocks, rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,9 +248,8 @@ def _bias_read(bias: torch.Tensor | None, j: torch.Tensor, rows: int, size: int,
     bias = bias.reshape(*[1] * (4 - bias.dim()), *bias.shape)
     batch, heads, queries, width = bias.shape
     if queries > 1:
-        bias = torch.cat([bias, bias[:, :, -1:].expand(-1, -1, rows * size - queries, -1)], 2).view(
-            batch, heads, rows, size, width
-        )
+        bias = torch.cat([bias, bias[:, :, -1:].expand(-1, -1, rows * size - queries, -1)], 2)
+        bias = bias.view(batch, heads, rows, size, width)
     else:
         bias = bias[:, :, None]
     if width > 1:

@@ -6,19 +6,16 @@ visible blocks; those that are not fully visible are masked token by token insid
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cache
-from threading import Lock
+from functools import cache, lru_cache
 from typing import cast
 
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, flex_attention
 
 from lissom.ops.blocked_attention import block_sparse_attention_reference
+from lissom.ops.library import LIBRARY
 from lissom.ops.pattern import Condition, Pattern
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
 
 BLOCK = 128
 """Tokens per block: what FlexAttention's kernels are tuned for, and a multiple of each of their tiles."""
@@ -127,10 +124,6 @@ def seen_by(pattern: Pattern, layout: torch.Tensor | None) -> Seen:
     return seen
 
 
-_LOCK = Lock()
-_KEPT: OrderedDict[object, tuple[torch.Tensor | None, BlockMask]] = OrderedDict()
-
-
 def block_mask(
     pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None = None
 ) -> BlockMask:
@@ -142,18 +135,14 @@ def block_mask(
     """
     if layout is not None and layout.is_inference():
         return _block_mask(pattern, queries, keys, device, layout)
-    version = None if layout is None else (id(layout), layout._version)
-    key = (pattern, queries, keys, device, version)
-    with _LOCK:
-        if key in _KEPT:
-            _KEPT.move_to_end(key)
-            return _KEPT[key][1]
-    made = _block_mask(pattern, queries, keys, device, layout)
-    with _LOCK:
-        _KEPT[key] = (layout, made)  # keeps the layout alive, so that its id is not reused
-        if len(_KEPT) > _MASKS:
-            _KEPT.popitem(last=False)
-    return made
+    return _known_block_mask(pattern, queries, keys, device, layout, None if layout is None else layout._version)
+
+
+@lru_cache(_MASKS)  # by the identity of the layout, which it keeps alive
+def _known_block_mask(
+    pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None, version: int | None
+) -> BlockMask:
+    return _block_mask(pattern, queries, keys, device, layout)
 
 
 def _block_mask(pattern: Pattern, queries: int, keys: int, device: torch.device, layout: torch.Tensor | None) -> BlockMask:
@@ -179,4 +168,4 @@ def _listed(blocks: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, t
     return count, places
 
 
-_LIBRARY.impl("block_sparse_attention", flex_block_sparse_attention, "CUDA")
+LIBRARY.impl("block_sparse_attention", flex_block_sparse_attention, "CUDA")

@@ -11,22 +11,13 @@ in PyTorch's operator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lissom.ops.attention import attention_reference
 from lissom.ops.checks import check_broadcast, check_floats, require
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define(
-    "fused_attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, float scale, float softcap=0.0, "
-    "Tensor? sinks=None, bool causal=False, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "merged_attention(Tensor qkv, Tensor? bias=None, *, int heads, int key_heads, float scale, float softcap=0.0, "
-    "bool causal=False) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from lissom.ops.library import define
 
 
 def check_attention(
@@ -125,24 +116,15 @@ def merged_attention_reference(
     return found.transpose(1, 2).flatten(2)
 
 
-_LIBRARY.impl("fused_attention", fused_attention_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("merged_attention", merged_attention_reference, "CompositeExplicitAutograd")
-
-
-def _shape_of(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    sinks: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-    **_: object,
-) -> torch.Tensor:
-    check_attention(q, k, v, bias, sinks, (k_scale, v_scale))
-    batch, heads, queries, _depth = q.shape
+def output_of(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """An uninitialized output of an attention, contiguous as [batch, queries, heads, value_dim]."""
+    batch, heads, queries, _ = q.shape
     return q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+    check_attention(q, k, v, bias, options.get("sinks"), (options.get("k_scale"), options.get("v_scale")))
+    return output_of(q, v)
 
 
 def _merged_shape_of(qkv: torch.Tensor, *_: object, heads: int, key_heads: int, **__: object) -> torch.Tensor:
@@ -151,15 +133,22 @@ def _merged_shape_of(qkv: torch.Tensor, *_: object, heads: int, key_heads: int, 
     return qkv.new_empty((batch, tokens, width // (heads + 2 * key_heads) * heads))
 
 
-torch.library.register_fake("lissom::fused_attention", _shape_of, lib=_LIBRARY)
-torch.library.register_fake("lissom::merged_attention", _merged_shape_of, lib=_LIBRARY)
-
-fused_attention = torch.ops.lissom.fused_attention.default
+fused_attention = define(
+    "fused_attention(Tensor q, Tensor k, Tensor v, Tensor? bias=None, *, float scale, float softcap=0.0, "
+    "Tensor? sinks=None, bool causal=False, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+    fused_attention_reference,
+    _fake,
+)
 """The operator. q: [batch, heads, queries, head_dim]; k: [batch, key_heads, keys, head_dim]; v: [batch, key_heads, keys,
 value_dim], where key_heads divides heads; bias, softcap, sinks: as in `lissom::attention`; causal: query i sees keys 0 to i;
 k_scale, v_scale: [batch, key_heads, keys, 1] where k and v are int8.
 Returns [batch, heads, queries, value_dim], contiguous as [batch, queries, heads, value_dim]."""
 
-merged_attention = torch.ops.lissom.merged_attention.default
+merged_attention = define(
+    "merged_attention(Tensor qkv, Tensor? bias=None, *, int heads, int key_heads, float scale, float softcap=0.0, "
+    "bool causal=False) -> Tensor",
+    merged_attention_reference,
+    _merged_shape_of,
+)
 """The operator. qkv: [batch, tokens, (heads + 2 key_heads) · head_dim], the heads of q, then those of k, then those of v; the
 others as in `fused_attention`. Returns [batch, tokens, heads · head_dim]."""

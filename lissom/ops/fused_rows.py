@@ -12,17 +12,9 @@ import torch
 from torch.nn import functional
 
 from lissom.ops.checks import cast, check_broadcast, check_floats, require
+from lissom.ops.fused_attention import output_of
+from lissom.ops.library import define
 from lissom.ops.rotary import rotary_reference
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define(
-    "fused_rms_norm(Tensor x, Tensor? weight=None, *, float eps) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "fused_rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def fused_rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None = None, *, eps: float) -> torch.Tensor:
@@ -35,10 +27,6 @@ def fused_rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     """The reference implementation."""
     _check_rotary(x, cos, sin)
     return rotary_reference(x, cos, sin, interleaved=interleaved).transpose(1, 2).contiguous().transpose(1, 2)
-
-
-_LIBRARY.impl("fused_rms_norm", fused_rms_norm_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("fused_rotary", fused_rotary_reference, "CompositeExplicitAutograd")
 
 
 def _check_norm(x: torch.Tensor, weight: torch.Tensor | None) -> None:
@@ -69,16 +57,16 @@ def _norm_shape(x: torch.Tensor, weight: torch.Tensor | None = None, **_: object
 
 def _rotary_shape(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: object) -> torch.Tensor:
     _check_rotary(x, cos, sin)
-    batch, heads, tokens, depth = x.shape
-    return x.new_empty((batch, tokens, heads, depth)).transpose(1, 2)
+    return output_of(x, x)
 
 
-torch.library.register_fake("lissom::fused_rms_norm", _norm_shape, lib=_LIBRARY)
-torch.library.register_fake("lissom::fused_rotary", _rotary_shape, lib=_LIBRARY)
-
-fused_rms_norm = torch.ops.lissom.fused_rms_norm.default
+fused_rms_norm = define(
+    "fused_rms_norm(Tensor x, Tensor? weight=None, *, float eps) -> Tensor", fused_rms_norm_reference, _norm_shape
+)
 """The operator. x: [..., features]; weight: [features]. Returns a contiguous tensor like x."""
 
-fused_rotary = torch.ops.lissom.fused_rotary.default
+fused_rotary = define(
+    "fused_rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor", fused_rotary_reference, _rotary_shape
+)
 """The operator. x: [batch, heads, tokens, head_dim]; cos, sin: broadcast to x, with head_dim features or half as many, of x's
 dtype. Returns a tensor like x, laid out in memory as [batch, tokens, heads, head_dim]."""

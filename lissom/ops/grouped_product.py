@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define("grouped_product(Tensor input, Tensor weight, Tensor offs) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+from lissom.ops.library import define
 
 
 def grouped_product_reference(input: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
@@ -62,10 +61,12 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return grouped_product(gradient, weight.transpose(1, 2), offs), of_weight, None
 
 
-_LIBRARY.impl("grouped_product", grouped_product_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("lissom::grouped_product", _fake, lib=_LIBRARY)
-torch.library.register_autograd("lissom::grouped_product", _backward, setup_context=_remember, lib=_LIBRARY)
-
-grouped_product = torch.ops.lissom.grouped_product.default
+grouped_product = define(
+    "grouped_product(Tensor input, Tensor weight, Tensor offs) -> Tensor",
+    grouped_product_reference,
+    _fake,
+    backward=_backward,
+    setup_context=_remember,
+)
 """The operator. input: [rows, k], sorted by group; weight: [groups, k, n]; offs: [groups], the end of each group's rows,
 non-decreasing integers. Returns [rows, n]. Differentiable; any device, which it synchronizes to read `offs`."""

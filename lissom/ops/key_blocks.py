@@ -123,12 +123,9 @@ def _by_rules(pattern: Pattern, layout: torch.Tensor | None, asks: Sequence[bool
             return "what a query sees grows with the length, and not as blocks or single keys that all queries share"
     widest = max((high - low + 1 for low, high in bands), default=0)
     block = pattern.block if any(asks) else _WIDE_BLOCK if widest >= _WIDE else BLOCK
-    offsets: set[int] = set()
-    for low, high in bands:
-        offsets.update(range(-((block - 1 - low) // block), (high + block - 1) // block + 1))
-    found = KeyBlocks(
-        block, tuple(sorted(offsets)), prefix, tuple(sorted(set(strides))), dense_rows=tuple(range(-(-dense // block)))
-    )
+    ends = [(-((block - 1 - low) // block), (high + block - 1) // block) for low, high in bands]
+    offsets = tuple(sorted({offset for first, last in ends for offset in range(first, last + 1)}))
+    found = KeyBlocks(block, offsets, prefix, tuple(sorted(set(strides))), dense_rows=tuple(range(-(-dense // block))))
     return found if not any(asks) else _with_layout(found, pattern, layout, asks)
 
 

@@ -16,18 +16,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from lissom.ops.library import define
+
 FLOOR = 1e-30
 """The smallest denominator. Where features do not overlap, or all keys are padding, the sum is zero; the row is then zeros and
 not NaN. It is a hundred million times float32's smallest normal number, and far below any meaningful sum of features."""
 CHUNK = 64
 """Tokens per chunk. Work within chunks grows with it, and memory for the sums of chunks shrinks: with as many tokens as
 features these sums take as much memory as the values."""
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define(
-    f"linear_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False, int chunk={CHUNK}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def linear_attention_reference(
@@ -127,11 +123,14 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ..
 
 
 # If it were decomposed at export, the number of chunks would become a symbolic size, which excludes a single chunk.
-_LIBRARY.impl("linear_attention", linear_attention_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("lissom::linear_attention", _fake, lib=_LIBRARY)
-torch.library.register_autograd("lissom::linear_attention", _backward, setup_context=_remember, lib=_LIBRARY)
-
-linear_attention = torch.ops.lissom.linear_attention.default
+# If it were decomposed at export, the number of chunks would become a symbolic size, which excludes a single chunk.
+linear_attention = define(
+    f"linear_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False, int chunk={CHUNK}) -> Tensor",
+    linear_attention_reference,
+    _fake,
+    backward=_backward,
+    setup_context=_remember,
+)
 """The operator. q: φ(q), [batch, heads, queries, features]; k: φ(k), [batch, key_heads, keys, features], with heads a multiple
 of key_heads; v: [batch, key_heads, keys, head_dim]; causal: with as many keys as queries; chunk: tokens. Returns [batch, heads,
 queries, head_dim] in v's dtype. Cost is linear in the length. Differentiable; any device."""

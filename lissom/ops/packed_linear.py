@@ -12,37 +12,12 @@ an ordinary tensor, so it can be saved, moved and unpacked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch.nn import functional
 
-from lissom.ops.checks import cast, check_exact, check_floats, require
-
-PANEL = 32
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "none": lambda x: x,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "silu": functional.silu,
-}
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define(
-    "packed_linear(Tensor x, Tensor weight, Tensor? bias=None, Tensor? other=None, *, "
-    'int features, str activation="none", str combine="add") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "packed_linear_norm(Tensor x, Tensor weight, Tensor? bias=None, Tensor? other=None, Tensor? norm_weight=None, "
-    "Tensor? norm_bias=None, *, int features, float eps) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "packed_embedding(Tensor weight, Tensor indices, *, int features, int bits) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+from lissom.ops.checks import cast, check_exact, require
+from lissom.ops.epilogue import PANEL, LinearForm
+from lissom.ops.library import define
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -60,28 +35,6 @@ def unpack(packed: torch.Tensor, features: int) -> torch.Tensor:
     return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:features]
 
 
-def check_linear(
-    x: torch.Tensor,
-    features: int,
-    vectors: Sequence[torch.Tensor | None],
-    other: torch.Tensor | None = None,
-    *,
-    activation: str = "none",
-    combine: str = "add",
-) -> None:
-    """Raise unless the shapes of x and of the epilogue's operands fit.
-
-    vectors: operands of shape [features]: the bias, and the weight and bias of a norm.
-    """
-    require(x.dim() >= 1, "x is a scalar, and must be [..., inputs]")
-    require(features >= 0, "the number of features is {}, and must not be negative", features)
-    require(activation in ACTIVATIONS, "the activation is '{}', and must be one of {}", activation, ", ".join(ACTIVATIONS))
-    require(combine in ("add", "mul"), "combine is 'add' or 'mul', not '{}'", combine)
-    for item in vectors:
-        check_floats(item, (features,), "a bias or a norm's weight")
-    check_floats(other, (*x.shape[:-1], features), "the other operand")
-
-
 def packed_sizes(x: torch.Tensor, features: int) -> tuple[int, ...]:
     """The shape of a packed weight for this many output features.
 
@@ -94,41 +47,12 @@ def packed_sizes(x: torch.Tensor, features: int) -> tuple[int, ...]:
     return panels, inputs // 2, PANEL, 2
 
 
-def packed_linear_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *,
-    features: int,
-    activation: str = "none",
-    combine: str = "add",
-) -> torch.Tensor:
-    """The reference implementation."""
-    check_linear(x, features, (bias,), other, activation=activation, combine=combine)
+def _check(x: torch.Tensor, weight: torch.Tensor, features: int) -> None:
     check_exact(weight, packed_sizes(x, features), x.dtype, "a packed weight")
-    y = ACTIVATIONS[activation](functional.linear(x, unpack(weight, features), cast(bias, x.dtype)))
-    if other is None:
-        return y
-    other = other.to(x.dtype)
-    return y * other if combine == "mul" else y + other
 
 
-def packed_linear_norm_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    *,
-    features: int,
-    eps: float,
-) -> torch.Tensor:
-    """The reference implementation."""
-    check_linear(x, features, (norm_weight, norm_bias))
-    y = packed_linear_reference(x, weight, bias, other, features=features)
-    return functional.layer_norm(y, (features,), cast(norm_weight, x.dtype), cast(norm_bias, x.dtype), eps)
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, features: int) -> torch.Tensor:
+    return functional.linear(x, unpack(weight, features), cast(bias, x.dtype))
 
 
 def packed_embedding_reference(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> torch.Tensor:
@@ -144,38 +68,11 @@ def packed_embedding_reference(weight: torch.Tensor, indices: torch.Tensor, *, f
     return low | (high << 4)
 
 
-_LIBRARY.impl("packed_linear", packed_linear_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("packed_linear_norm", packed_linear_norm_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("packed_embedding", packed_embedding_reference, "CompositeExplicitAutograd")
-
-
-def _shape_of(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *norm: torch.Tensor | None,
-    features: int,
-    activation: str = "none",
-    combine: str = "add",
-    eps: float = 0.0,
-) -> torch.Tensor:
-    check_linear(x, features, (bias, *norm), other, activation=activation, combine=combine)
-    check_exact(weight, packed_sizes(x, features), x.dtype, "a packed weight")
-    return x.new_empty((*x.shape[:-1], features))
-
-
-torch.library.register_fake("lissom::packed_linear", _shape_of, lib=_LIBRARY)
-torch.library.register_fake("lissom::packed_linear_norm", _shape_of, lib=_LIBRARY)
-
-
 def _check_rows(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits: int) -> None:
     require(indices.dtype in (torch.int64, torch.int32), "indices are of {}, and must be int64 or int32", indices.dtype)
     width = PANEL // 2 if bits == 4 else PANEL
     fits = weight.dim() in ((3,) if bits == 4 else (3, 4)) and weight.shape[2] == width and weight.is_contiguous()
-    message = (
-        "a packed weight has the sizes {}, and must be contiguous and [panels, steps, {}] or that and the values of a step"
-    )
+    message = "a packed weight has the sizes {}, and must be contiguous and [panels, steps, {}] or that and a step's values"
     require(fits, message, weight.shape, width)
     fits = weight.dtype == torch.uint8 and weight.shape[1] % 2 == 0 if bits == 4 else bits in (8, 16, 32)
     require(fits, "a number takes {} bits, and must take 8, 16, 32, or 4 in bytes of an even number of inputs", bits)
@@ -189,7 +86,9 @@ def _rows_of(weight: torch.Tensor, indices: torch.Tensor, *, features: int, bits
     return weight.new_empty((*indices.shape, inputs if bits > 4 else inputs // 2))
 
 
-torch.library.register_fake("lissom::packed_embedding", _rows_of, lib=_LIBRARY)
+_FORM = LinearForm("packed_linear", ("Tensor weight",), "", _check, _product)
+_FORM.define()
+packed_linear_reference = _FORM.reference
 
 packed_linear = torch.ops.lissom.packed_linear.default
 """The operator. x: [..., inputs]; weight: packed; bias: [features]; other: [..., features], like the result; features: of the
@@ -198,7 +97,9 @@ result; activation: a name in ACTIVATIONS; combine: `add` or `mul`. Returns [...
 packed_linear_norm = torch.ops.lissom.packed_linear_norm.default
 """The same followed by a layer norm over the features; norm_weight, norm_bias: [features]."""
 
-packed_embedding = torch.ops.lissom.packed_embedding.default
+packed_embedding = define(
+    "packed_embedding(Tensor weight, Tensor indices, *, int features, int bits) -> Tensor", packed_embedding_reference, _rows_of
+)
 """The rows `indices`, integers of any shape, of a packed weight: [..., inputs], of the weight's dtype. features: the number of
 rows. bits: per element; with 4, where a weight is [panels, inputs, 16] bytes, the result is packed two per byte:
 [..., inputs / 2]. Raises: IndexError for an index out of range."""

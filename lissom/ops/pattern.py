@@ -194,18 +194,13 @@ def _layout_blocks(
     """The same for the layout: whether some or all of its blocks that overlap each pair of blocks are visible."""
     if layout is None:
         raise ValueError(_NO_LAYOUT)
-    ends = []
-    for (first, last), size in zip((i, j), layout.shape[1:], strict=True):
-        ends.append([(item // block).clamp(max=size - 1) for item in (first, last)])
-    (top, bottom), (left, right) = ends
+    (top, bottom), (left, right) = (
+        [(item // block).clamp(max=size - 1) for item in ends] for ends, size in zip((i, j), layout.shape[1:], strict=True)
+    )
     # Only the part that overlaps the blocks, because a layout covers the longest sequence.
     rows, columns = (int(last[-1]) + 1 if len(last) else 0 for last in (bottom, right))
     table = layout[:, :rows, :columns].cpu()
     sums = torch.nn.functional.pad(table.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
-    count = (
-        sums[:, bottom + 1][:, :, right + 1]
-        - sums[:, top][:, :, right + 1]
-        - sums[:, bottom + 1][:, :, left]
-        + sums[:, top][:, :, left]
-    )
+    strips = sums[:, bottom + 1] - sums[:, top]
+    count = strips[:, :, right + 1] - strips[:, :, left]
     return count > 0, count == (bottom + 1 - top)[:, None] * (right + 1 - left)

@@ -20,14 +20,7 @@ import torch
 
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-for _schema in (
-    "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, str format) -> Tensor",
-    'fake_quantize_dynamic(Tensor x, *, str format, str granularity="token") -> Tensor',
-    "dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, str format, ScalarType dtype) -> Tensor",
-):
-    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+from lissom.ops.library import define
 
 
 def dynamic_scale(x: torch.Tensor, format: str, granularity: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -72,12 +65,7 @@ def _fake_dequantize(
     return q.new_empty((*q.shape[:-1], size), dtype=dtype)
 
 
-def _remember(
-    ctx: Any,
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
-    keyword_only_inputs: dict[str, str],
-    output: torch.Tensor,
-) -> None:
+def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, str], output: torch.Tensor) -> None:
     x, scale, zero_point = inputs
     ctx.save_for_backward(formats.within(x, scale, zero_point, FORMATS[keyword_only_inputs["format"]]))
 
@@ -87,33 +75,33 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, Non
     return gradient * inside, None, None
 
 
-def _remember_nothing(ctx: Any, inputs: object, keyword_only_inputs: object, output: torch.Tensor) -> None:
-    pass
-
-
 def _straight_through(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
     return gradient
 
 
-_LIBRARY.impl("fake_quantize", fake_quantize_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("fake_quantize_dynamic", fake_quantize_dynamic_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("dequantize", dequantize_reference, "CompositeExplicitAutograd")
-torch.library.register_fake("lissom::fake_quantize", _fake, lib=_LIBRARY)
-torch.library.register_fake("lissom::fake_quantize_dynamic", _fake, lib=_LIBRARY)
-torch.library.register_fake("lissom::dequantize", _fake_dequantize, lib=_LIBRARY)
-torch.library.register_autograd("lissom::fake_quantize", _backward, setup_context=_remember, lib=_LIBRARY)
-torch.library.register_autograd(
-    "lissom::fake_quantize_dynamic", _straight_through, setup_context=_remember_nothing, lib=_LIBRARY
+fake_quantize = define(
+    "fake_quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, str format) -> Tensor",
+    fake_quantize_reference,
+    _fake,
+    backward=_backward,
+    setup_context=_remember,
 )
-
-fake_quantize = torch.ops.lissom.fake_quantize.default
 """The operator. x: any shape; scale, zero_point: [] or one per block, see `lissom/ops/formats.py`; format: a name in FORMATS.
 Returns x's shape and dtype. Differentiable in x."""
 
-fake_quantize_dynamic = torch.ops.lissom.fake_quantize_dynamic.default
+fake_quantize_dynamic = define(
+    'fake_quantize_dynamic(Tensor x, *, str format, str granularity="token") -> Tensor',
+    fake_quantize_dynamic_reference,
+    _fake,
+    backward=_straight_through,
+)
 """The operator. x: [..., features]; format: a name in FORMATS; granularity: `token` or `tensor`. Differentiable: no value is
 clamped."""
 
-dequantize = torch.ops.lissom.dequantize.default
+dequantize = define(
+    "dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, str format, ScalarType dtype) -> Tensor",
+    dequantize_reference,
+    _fake_dequantize,
+)
 """The operator. q: stored elements, for four-bit formats [..., features / 2]; scale, zero_point: as above; dtype: of the
 result, [..., features]."""

@@ -17,11 +17,13 @@ features to whole panels.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
-from lissom.ops.packed_linear import ACTIVATIONS, PANEL, check_linear
+from lissom.ops.epilogue import PANEL, LinearForm
 from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
 
 FORMAT = "uint8"
@@ -29,19 +31,6 @@ FORMAT = "uint8"
 MOST_INPUTS = 2**16
 """The most inputs; the sum of more int8 products could overflow int32."""
 _STEP = 4
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_OPERANDS = "Tensor x, Tensor weight, Tensor scale, Tensor sums, Tensor? x_scale=None, Tensor? x_zero_point=None"
-_LIBRARY.define(
-    f"quantized_linear({_OPERANDS}, Tensor? bias=None, Tensor? other=None, *, int features, "
-    'str granularity="token", str activation="none", str combine="add") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    f"quantized_linear_norm({_OPERANDS}, Tensor? bias=None, Tensor? other=None, Tensor? norm_weight=None, "
-    'Tensor? norm_bias=None, *, int features, str granularity="token", float eps) -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def pack_bytes(weight: torch.Tensor) -> torch.Tensor:
@@ -62,17 +51,9 @@ def fill_panels(values: torch.Tensor, features: int) -> torch.Tensor:
     return functional.pad(values.reshape(-1).expand(features), (0, -features % PANEL)).contiguous()
 
 
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    sums: torch.Tensor,
-    x_scale: torch.Tensor | None,
-    x_zero_point: torch.Tensor | None,
-    features: int,
-    granularity: str,
-) -> None:
-    """Raise unless the shapes of the operands fit."""
+def _check(x: torch.Tensor, *operands: Any, features: int, granularity: str = "token") -> None:
+    """Raise unless the operands fit x."""
+    weight, scale, sums, x_scale, x_zero_point = operands
     inputs, panels = x.shape[-1], -(-features // PANEL)
     require(inputs <= MOST_INPUTS, "there are {} inputs, and sums of 32 bits take {}", inputs, MOST_INPUTS)
     check_exact(weight, (panels, -(-inputs // _STEP), PANEL, _STEP), torch.int8, "a packed weight")
@@ -84,85 +65,21 @@ def _check(
     require(x_zero_point is None or x_scale is not None, "x has a zero point only with a scale")
 
 
-def quantized_linear_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    sums: torch.Tensor,
-    x_scale: torch.Tensor | None = None,
-    x_zero_point: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *,
-    features: int,
-    granularity: str = "token",
-    activation: str = "none",
-    combine: str = "add",
-) -> torch.Tensor:
-    """The reference implementation."""
-    check_linear(x, features, (bias,), other, activation=activation, combine=combine)
-    _check(x, weight, scale, sums, x_scale, x_zero_point, features, granularity)
+def _product(x: torch.Tensor, *operands: Any, features: int, granularity: str = "token") -> torch.Tensor:
+    """Q(x) Wᵀ + b in float32."""
+    weight, scale, _, x_scale, x_zero_point, bias = operands
     if x_scale is None:
         rounded = fake_quantize_dynamic_reference(x.float(), format=FORMAT, granularity=granularity)
     else:
         rounded = fake_quantize_reference(x.float(), x_scale, x_zero_point, format=FORMAT)
     matrix = unpack_bytes(weight, features, x.shape[-1]).float() * scale[:features, None]
-    y = ACTIVATIONS[activation](functional.linear(rounded, matrix, cast(bias, torch.float32)))
-    if other is not None:
-        y = y * other.float() if combine == "mul" else y + other.float()
-    return y.to(x.dtype)
+    return functional.linear(rounded, matrix, cast(bias, torch.float32))
 
 
-def quantized_linear_norm_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    sums: torch.Tensor,
-    x_scale: torch.Tensor | None = None,
-    x_zero_point: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    *,
-    features: int,
-    granularity: str = "token",
-    eps: float,
-) -> torch.Tensor:
-    """The reference implementation."""
-    check_linear(x, features, (norm_weight, norm_bias))
-    operands = (x, weight, scale, sums, x_scale, x_zero_point, bias, other)
-    y = quantized_linear_reference(*operands, features=features, granularity=granularity)
-    return functional.layer_norm(y, (features,), cast(norm_weight, x.dtype), cast(norm_bias, x.dtype), eps)
-
-
-_LIBRARY.impl("quantized_linear", quantized_linear_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("quantized_linear_norm", quantized_linear_norm_reference, "CompositeExplicitAutograd")
-
-
-def _shape_of(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    sums: torch.Tensor,
-    x_scale: torch.Tensor | None = None,
-    x_zero_point: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *norm: torch.Tensor | None,
-    features: int,
-    granularity: str = "token",
-    activation: str = "none",
-    combine: str = "add",
-    eps: float = 0.0,
-) -> torch.Tensor:
-    check_linear(x, features, (bias, *norm), other, activation=activation, combine=combine)
-    _check(x, weight, scale, sums, x_scale, x_zero_point, features, granularity)
-    return x.new_empty((*x.shape[:-1], features))
-
-
-torch.library.register_fake("lissom::quantized_linear", _shape_of, lib=_LIBRARY)
-torch.library.register_fake("lissom::quantized_linear_norm", _shape_of, lib=_LIBRARY)
+_STORED = ("Tensor weight", "Tensor scale", "Tensor sums", "Tensor? x_scale=None", "Tensor? x_zero_point=None")
+_FORM = LinearForm("quantized_linear", _STORED, 'str granularity="token"', _check, _product)
+_FORM.define()
+quantized_linear_reference = _FORM.reference
 
 quantized_linear = torch.ops.lissom.quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, sums: per-channel scale and sum of the

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import torch
 
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define(
-    "rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from lissom.ops.library import define
 
 
 def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
@@ -29,8 +25,6 @@ def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, i
     return x * cos + turned * sin
 
 
-_LIBRARY.impl("rotary", rotary_reference, "CompositeImplicitAutograd")
-
-rotary = torch.ops.lissom.rotary.default
+rotary = define("rotary(Tensor x, Tensor cos, Tensor sin, *, bool interleaved=False) -> Tensor", rotary_reference)
 """The operator. x: [..., tokens, head_dim]; cos, sin: broadcast to x, with head_dim features, or one per pair, head_dim/2;
 interleaved: whether pairs are neighbours. Returns a tensor like x. Differentiable; any device."""

@@ -18,14 +18,11 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from lissom.ops.library import LIBRARY, define
+
 DTYPES = (torch.bfloat16, torch.float16)
 ROWS, COLUMNS = 32, 64
 """What the sizes of a weight must be multiples of."""
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_LIBRARY.define(
-    "sparse_linear(Tensor x, Tensor values, Tensor places, Tensor? bias=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
 
 
 def is_two_in_four(weight: torch.Tensor) -> bool:
@@ -67,9 +64,8 @@ def _shape_of(x: torch.Tensor, values: torch.Tensor, *_: object) -> torch.Tensor
     return x.new_empty((*x.shape[:-1], values.shape[0]))
 
 
-_LIBRARY.impl("sparse_linear", sparse_linear_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("sparse_linear", _sparse_linear_cuda, "CUDA")
-torch.library.register_fake("lissom::sparse_linear", _shape_of, lib=_LIBRARY)
-
-sparse_linear = torch.ops.lissom.sparse_linear.default
+sparse_linear = define(
+    "sparse_linear(Tensor x, Tensor values, Tensor places, Tensor? bias=None) -> Tensor", sparse_linear_reference, _shape_of
+)
 """The operator. x: [..., inputs], of a dtype in DTYPES; values, places: packed; bias: [features]. Returns [..., features]."""
+LIBRARY.impl("sparse_linear", _sparse_linear_cuda, "CUDA")

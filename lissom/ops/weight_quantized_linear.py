@@ -12,30 +12,20 @@ features c and c + 16 of a panel share a byte, c in its low half. Scales and zer
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
 from lissom.ops.checks import cast, check_exact, require
+from lissom.ops.epilogue import PANEL, LinearForm
 from lissom.ops.formats import FORMATS, unpack_halves
-from lissom.ops.packed_linear import ACTIVATIONS, PANEL, check_linear
 from lissom.ops.quantization import dequantize_reference
 
 FORMS = tuple(name for name, form in FORMATS.items() if form.is_integer)
 """The formats of weights."""
 SCALES = (torch.float16, torch.float32)
 """The dtypes of scales."""
-
-_LIBRARY = torch.library.Library("lissom", "FRAGMENT")
-_OPERANDS = "Tensor x, Tensor weight, Tensor scale, Tensor? zero_point=None, Tensor? bias=None, Tensor? other=None"
-_LIBRARY.define(
-    f'weight_quantized_linear({_OPERANDS}, *, int features, str format, str activation="none", str combine="add") -> Tensor',
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    f"weight_quantized_linear_norm({_OPERANDS}, Tensor? norm_weight=None, Tensor? norm_bias=None, *, int features, "
-    "str format, float eps) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def pack_stored(q: torch.Tensor, format: str) -> torch.Tensor:
@@ -65,10 +55,9 @@ def pack_blocks(values: torch.Tensor, features: int) -> torch.Tensor:
     return functional.pad(blocks.T, (0, -features % PANEL)).contiguous()
 
 
-def _check(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, features: int, format: str
-) -> None:
-    """Raise unless the shapes of the operands fit."""
+def _check(x: torch.Tensor, *operands: Any, features: int, format: str) -> None:
+    """Raise unless the operands fit x."""
+    weight, scale, zero_point = operands
     inputs, panels = x.shape[-1], -(-features // PANEL)
     require(format in FORMS, "a weight is stored as one of {}, not as '{}'", ", ".join(FORMS), format)
     width = PANEL // 2 if FORMATS[format].bits == 4 else PANEL
@@ -84,78 +73,19 @@ def _check(
         check_exact(zero_point, sizes, torch.uint8, "a weight's zero point")
 
 
-def weight_quantized_linear_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *,
-    features: int,
-    format: str,
-    activation: str = "none",
-    combine: str = "add",
-) -> torch.Tensor:
-    """The reference implementation."""
-    check_linear(x, features, (bias,), other, activation=activation, combine=combine)
-    _check(x, weight, scale, zero_point, features, format)
+def _product(x: torch.Tensor, *operands: Any, features: int, format: str) -> torch.Tensor:
+    weight, scale, zero_point, bias = operands
     q = unpack_stored(weight, format, features)
     blocks = [None if item is None else item.T[:features].contiguous() for item in (scale, zero_point)]
     # The unpacked elements are dequantized like an eight-bit format.
-    matrix = dequantize_reference(q, blocks[0], blocks[1], format="int8", dtype=x.dtype)  # pyright: ignore[reportArgumentType]
-    y = ACTIVATIONS[activation](functional.linear(x, matrix, cast(bias, x.dtype)))
-    if other is None:
-        return y
-    other = other.to(x.dtype)
-    return y * other if combine == "mul" else y + other
+    matrix = dequantize_reference(q, *blocks, format="int8", dtype=x.dtype)  # pyright: ignore[reportArgumentType]
+    return functional.linear(x, matrix, cast(bias, x.dtype))
 
 
-def weight_quantized_linear_norm_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    norm_weight: torch.Tensor | None = None,
-    norm_bias: torch.Tensor | None = None,
-    *,
-    features: int,
-    format: str,
-    eps: float,
-) -> torch.Tensor:
-    """The reference implementation."""
-    check_linear(x, features, (norm_weight, norm_bias))
-    y = weight_quantized_linear_reference(x, weight, scale, zero_point, bias, other, features=features, format=format)
-    return functional.layer_norm(y, (features,), cast(norm_weight, x.dtype), cast(norm_bias, x.dtype), eps)
-
-
-_LIBRARY.impl("weight_quantized_linear", weight_quantized_linear_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("weight_quantized_linear_norm", weight_quantized_linear_norm_reference, "CompositeExplicitAutograd")
-
-
-def _shape_of(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    other: torch.Tensor | None = None,
-    *norm: torch.Tensor | None,
-    features: int,
-    format: str,
-    activation: str = "none",
-    combine: str = "add",
-    eps: float = 0.0,
-) -> torch.Tensor:
-    check_linear(x, features, (bias, *norm), other, activation=activation, combine=combine)
-    _check(x, weight, scale, zero_point, features, format)
-    return x.new_empty((*x.shape[:-1], features))
-
-
-torch.library.register_fake("lissom::weight_quantized_linear", _shape_of, lib=_LIBRARY)
-torch.library.register_fake("lissom::weight_quantized_linear_norm", _shape_of, lib=_LIBRARY)
+_STORED = ("Tensor weight", "Tensor scale", "Tensor? zero_point=None")
+_FORM = LinearForm("weight_quantized_linear", _STORED, "str format", _check, _product)
+_FORM.define()
+weight_quantized_linear_reference = _FORM.reference
 
 weight_quantized_linear = torch.ops.lissom.weight_quantized_linear.default
 """The operator. x: [..., inputs], float32 or bfloat16; weight: packed; scale, zero_point: [groups, packed features], float16 or

@@ -60,63 +60,20 @@ from lissom.passes.quantize.quantize import Quantize
 from lissom.passes.quantize.quantize_cache import QuantizeCache
 from lissom.passes.quantize.smooth_quant import SmoothQuant
 
-PASSES: Mapping[str, type[Pass]] = {
-    item.name(): item
-    for item in (
-        EliminateDeadCode,
-        RemoveNoOps,
-        RewriteEinsum,
-        FoldConstants,
-        MergeCommonSubexpressions,
-        RaiseRmsNorm,
-        RaiseSoftmax,
-        RaiseActivations,
-        RaiseRotary,
-        RaiseAttention,
-        SimplifyMasks,
-        EliminateDeadTokens,
-        ZeroPadding,
-        PackTokens,
-        PruneHeads,
-        PruneNeurons,
-        PruneLayers,
-        PruneHidden,
-        Sparsify,
-        EliminateDead,
-        MergeEqualHeads,
-        LowRank,
-        LinearAttention,
-        DepthwiseSeparable,
-        ShareLayers,
-        PoolHeads,
-        SparsifyAttention,
-        Equalize,
-        SmoothQuant,
-        Awq,
-        Quantize,
-        Gptq,
-        CorrectBias,
-        QuantizeCache,
-        FoldQuantizedWeights,
-        Cast,
-        FoldCasts,
-        SinkCasts,
-        MergeProjections,
-        FuseRotary,
-        LowerSparseAttention,
-        FuseAttention,
-        FuseRmsNorm,
-        PackQuantizedLinear,
-        LowerQuantizedProducts,
-        PackLinear,
-        FuseEpilogues,
-        FuseMergedAttention,
-        PackSparse,
-        WriteStateInPlace,
-        Shard,
-        Partition,
-    )
-}
+_ALL: tuple[type[Pass], ...] = (
+    *(EliminateDeadCode, RemoveNoOps, RewriteEinsum, FoldConstants, MergeCommonSubexpressions),
+    *(RaiseRmsNorm, RaiseSoftmax, RaiseActivations, RaiseRotary, RaiseAttention, SimplifyMasks),
+    *(EliminateDeadTokens, ZeroPadding, PackTokens),
+    *(PruneHeads, PruneNeurons, PruneLayers, PruneHidden, Sparsify, EliminateDead, MergeEqualHeads),
+    *(LowRank, LinearAttention, DepthwiseSeparable, ShareLayers, PoolHeads, SparsifyAttention),
+    *(Equalize, SmoothQuant, Awq, Quantize, Gptq, CorrectBias, QuantizeCache, FoldQuantizedWeights),
+    *(Cast, FoldCasts, SinkCasts),
+    *(MergeProjections, FuseRotary, LowerSparseAttention, FuseAttention, FuseRmsNorm),
+    *(PackQuantizedLinear, LowerQuantizedProducts, PackLinear, FuseEpilogues, FuseMergedAttention, PackSparse),
+    *(WriteStateInPlace, Shard, Partition),
+)
+PASSES: Mapping[str, type[Pass]] = {item.name(): item for item in _ALL}
+"""Lissom's passes by name."""
 
 _EXACT = (
     "eliminate-dead-code,remove-no-ops,rewrite-einsum,fold-constants,merge-common-subexpressions,"

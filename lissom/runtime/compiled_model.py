@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lissom.artifacts import rank_files
-from lissom.artifacts.artifact import Loaded, Trust, WriteMore, write_nothing
+from lissom.artifacts.artifact import Compiled, Loaded, Trust, WriteMore, write_nothing
 from lissom.artifacts.files import check_path
 from lissom.backends.base import Backend, Executable, state_of
 from lissom.backends.distributed.backend import RankProgram
@@ -105,8 +105,8 @@ class CompiledModel(HostedModel):
         write_more: called with the folder to write them into.
         """
         facts = {} if self.facts is None else self.facts.to_json()
-        history = self.report.history
-        rank_files.save(check_path(directory), self.program, self._executable, history, self._backend, facts, write_more)
+        compiled = Compiled(self.program, self._executable, self.report.history, self._backend, facts, write_more)
+        rank_files.save(check_path(directory), compiled)
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.program.name}{self.program.signature.describe()}, backend='{self.backend}')"

@@ -49,11 +49,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def stop_saves(kind: str, count: int, number: signal.Signals, folder: Path, seed: int = 0) -> Counter[str]:
+def stop_saves(
+    saves: tuple[Save, Save], load: Callable[[Path], object], count: int, number: signal.Signals, folder: Path, seed: int = 0
+) -> Counter[str]:
     """Start and stop so many processes that save; how often which version was there, and how often something lay beside it."""
-    # OpenMP's threads are not there in a process that is forked, and are waited for.
-    torch.set_num_threads(1)
-    (first, second), load = versions(kind)
+    first, second = saves
     first(folder / "first")
     second(folder / "second")
     wanted = [contents(folder / "first"), contents(folder / "second")]
@@ -113,11 +113,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("model", "decoder"))
     parser.add_argument("--count", type=int, default=100)
-    parser.add_argument("--signal", choices=("SIGKILL", "SIGINT", "SIGTERM"), default="SIGKILL")
+    parser.add_argument("--signal", action="append", choices=("SIGKILL", "SIGINT", "SIGTERM"), help="default SIGKILL")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    with TemporaryDirectory() as folder:
-        print(dict(stop_saves(given.kind, given.count, signal.Signals[given.signal], Path(folder), given.seed)))
+    # OpenMP's threads are not there in a process that is forked, and are waited for.
+    torch.set_num_threads(1)
+    saves, load = versions(given.kind)
+    for name in given.signal or ["SIGKILL"]:
+        with TemporaryDirectory() as folder:
+            print(name, dict(stop_saves(saves, load, given.count, signal.Signals[name], Path(folder), given.seed)))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from torch import nn
 from torch.export import Dim
 from torch.nn import functional
 
+from lissom.backends.onnxruntime.backend import OnnxRuntime
+from lissom.backends.onnxruntime.session import Session
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.driver.options import resolve_passes
@@ -88,10 +90,27 @@ def captured_decoder(model: nn.Module, batch: int, consecutive: bool = True) -> 
     return Capture(pipeline.run(found.program)[0], found.example, found.notes, found.seconds)
 
 
-@cache
 def decoder(batch: int = 2, padded: bool = True, window: int = 0, consecutive: bool = True) -> Capture:
     """A `Decoder` captured, once a session."""
+    return _decoder(batch, padded, window, consecutive)
+
+
+@cache
+def _decoder(batch: int, padded: bool, window: int, consecutive: bool) -> Capture:
     return captured_decoder(seeded(lambda: Decoder(batch, padded, window, consecutive)), batch, consecutive)
+
+
+def decoder_session(batch: int = 2, consecutive: bool = True) -> Session:
+    """A `Decoder` in a session of ONNX Runtime, built once a session of tests: put its state back."""
+    return _decoder_session(batch, consecutive)
+
+
+@cache
+def _decoder_session(batch: int, consecutive: bool) -> Session:
+    found = decoder(batch, consecutive=consecutive)
+    built = OnnxRuntime(timing_seconds=0).build(found.program, found.example)
+    assert isinstance(built, Session)
+    return built
 
 
 def call_of(start: int, count: int, batch: int = 2, padding: int = 1, consecutive: bool = True) -> Sample:

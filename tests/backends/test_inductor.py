@@ -1,5 +1,6 @@
 """Tests of lissom.backends.inductor."""
 
+import shutil
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import lissom
 from lissom.backends.base import confirm
-from lissom.backends.inductor import Inductor, Package, _compile
+from lissom.backends.inductor import Inductor, Package
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import relative_error, tolerance_of
 from lissom.errors import InputError, UnsupportedError, VerifyError
@@ -48,9 +49,9 @@ def test_the_package_is_a_file_and_nothing_else_is_kept(built):
     assert torch.equal(again(normal(2, 3, 8))[0], package([normal(2, 3, 8)])[0])
 
 
-def test_the_files_go_with_the_executable():
-    found = capture_of("feed_forward")
-    path = _compile(found.program, found.example, Path(mkdtemp()))
+def test_the_files_go_with_the_executable(built):
+    found, compiled = built
+    path = Path(shutil.copy(compiled.path, mkdtemp()))
     package = Package(found.program, path)
     assert package(found.example)
     del package

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse, simulated_layers
 from lissom.compiler.ir.editor import Skip
 from lissom.compiler.pipeline.history import Size, Step
 from lissom.compiler.verify.divergence import compare, run_samples
 from lissom.errors import UnsupportedError
+from tests import captures
 from tests.models import feed_forward, normal, seeded, tiny_bert, tiny_gpt2
 
 FP8 = "quantize{scheme=fp8}"
@@ -19,7 +19,7 @@ FP8 = "quantize{scheme=fp8}"
 
 def optimized(passes, case=None):
     case = case or feed_forward()
-    return lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs]).program
+    return captures.optimize(case.model, case.inputs, passes=passes, data=[case.inputs]).program
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ class Looked(nn.Module):
 def test_a_table_of_embeddings_needs_no_kernel():
     ids = torch.tensor([[1, 2, 3]])
     passes = "quantize{scheme=int8-weight,embeddings=true,skip=out},fold-quantized-weights"
-    program = lissom.optimize(seeded(Looked), ids, passes=passes).program
+    program = captures.optimize(seeded(Looked), ids, passes=passes).program
     assert "lissom.dequantize" in program.text()
     assert simulated_layers(program) == []
 
@@ -114,12 +114,12 @@ def test_a_scheme_without_a_kernel_is_refused(backend):
     with pytest.raises(
         UnsupportedError, match=f"'{backend}' has no kernel for 2 quantized layers, first 'up' with fp8 weights"
     ):
-        lissom.compile(case.model, case.inputs, passes=FP8, backend=backend)
+        captures.compile(case.model, case.inputs, passes=FP8, backend=backend)
 
 
 def test_simulated_it_runs_and_the_history_says_so():
     case = feed_forward()
-    compiled = lissom.compile(case.model, case.inputs, passes=FP8, simulate=True)
+    compiled = captures.compile(case.model, case.inputs, passes=FP8, simulate=True)
     told = (
         "0 of 2 quantized layers run in integers; 2 in floating point on quantized values: products of fp8 need a CUDA device"
     )

@@ -14,7 +14,8 @@ from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.verify.divergence import relative_error
 from lissom.errors import VerifyError
 from lissom.frontends.export import capture
-from tests.backends.caches import DYNAMIC, PLACES, Decoder, call_of, decoder, generation
+from tests import captures
+from tests.backends.caches import DYNAMIC, PLACES, Decoder, call_of, decoder, decoder_session, generation
 from tests.models import capture_of, counter, normal, seeded
 
 BACKENDS = {"eager": Eager(), "onnxruntime": OnnxRuntime(timing_seconds=0)}
@@ -26,7 +27,9 @@ TOLERANCE = 1e-5
 def built(request):
     """A decoder, and what runs it."""
     found = decoder()
-    return found, BACKENDS[request.param].build(found.program, found.example)
+    return found, decoder_session() if request.param == "onnxruntime" else BACKENDS[request.param].build(
+        found.program, found.example
+    )
 
 
 @pytest.fixture
@@ -49,9 +52,10 @@ def errors(wanted, found, calls) -> float:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("consecutive", [True, False])
 def test_a_prompt_and_tokens_behind_it_are_as_on_eager(batch, consecutive):
-    found = decoder(batch, consecutive=consecutive)
-    eager, session = (backend.build(found.program, found.example) for backend in BACKENDS.values())
-    assert errors(eager, session, generation(batch, consecutive=consecutive)) < TOLERANCE
+    found, fast = decoder(batch, consecutive=consecutive), decoder_session(batch, consecutive)
+    with restored_state(fast):
+        eager = BACKENDS["eager"].build(found.program, found.example)
+        assert errors(eager, fast, generation(batch, consecutive=consecutive)) < TOLERANCE
 
 
 def test_it_starts_where_the_program_is_and_leaves_that_alone(built):
@@ -112,26 +116,26 @@ def test_what_has_no_state_says_so():
 
 
 def test_a_cache_is_one_memory_before_and_after_a_call():
-    found = decoder()
-    session = BACKENDS["onnxruntime"].build(found.program, found.example)
-    places = {name: tensor.data_ptr() for name, tensor in session.state().items()}
-    for memory in session._memories.values():
+    fast = decoder_session()
+    places = {name: tensor.data_ptr() for name, tensor in fast.state().items()}
+    for memory in fast._memories.values():
         assert memory.now.data_ptr() == memory.next.data_ptr()
-    for sample in generation()[:3]:
-        session(sample)
-        assert {name: tensor.data_ptr() for name, tensor in session.state().items()} == places
-    names = [item.name for item in onnx.load(session.path, load_external_data=False).graph.input]
+    with restored_state(fast):
+        for sample in generation()[:3]:
+            fast(sample)
+            assert {name: tensor.data_ptr() for name, tensor in fast.state().items()} == places
+    names = [item.name for item in onnx.load(fast.path, load_external_data=False).graph.input]
     assert names[:5] == ["input_ids", "attention_mask", "position_ids", "start", "past_layers_0_keys"]
 
 
 def test_what_is_not_known_to_write_in_place_has_two_memories():
     found = capture_of("counter")
-    session = OnnxRuntime().build(found.program, found.example)
-    first = session.state()["seen"]
+    fast = BACKENDS["onnxruntime"].build(found.program, found.example)
+    first = fast.state()["seen"]
     for count in (3.0, 6.0, 9.0):
-        session([normal(3, 4)])
-        assert session.state()["seen"].item() == count
-    assert session.state()["seen"].data_ptr() != first.data_ptr()
+        fast([normal(3, 4)])
+        assert fast.state()["seen"].item() == count
+    assert fast.state()["seen"].data_ptr() != first.data_ptr()
 
 
 class Returning(nn.Module):
@@ -173,11 +177,11 @@ def test_rows_are_copied_along_any_dimension(dim):
     shape[dim] = 2
     sample = [normal(3, 4, 5), torch.tensor([2, 0]), normal(*shape, seed=1)]
     found = capture(Copied(dim), sample, dynamic={"x": {0: "batch"}, "rows": {0: "batch"}} if dim not in (0, -3) else False)
-    session = BACKENDS["onnxruntime"].build(found.program, found.example)
-    assert torch.equal(session(sample)[0], sample[0].index_copy(dim, *sample[1:]))
+    fast = BACKENDS["onnxruntime"].build(found.program, found.example)
+    assert torch.equal(fast(sample)[0], sample[0].index_copy(dim, *sample[1:]))
     for place in (-1, 5):
         with pytest.raises(RuntimeError, match="indice"):
-            session([sample[0], torch.tensor([place, 0]), sample[2]])
+            fast([sample[0], torch.tensor([place, 0]), sample[2]])
 
 
 def test_a_compiled_model_gives_its_state():
@@ -202,7 +206,7 @@ def compiled(request):
     """A decoder compiled by ONNX Runtime, and the same by eager with its weights rounded."""
     model, example = seeded(lambda: Decoder()), tuple(call_of(2, 5))
     return [
-        lissom.compile(model, example, passes=request.param, backend=backend, dynamic=DYNAMIC, only_if_faster=False)
+        captures.compile(model, example, passes=request.param, backend=backend, dynamic=DYNAMIC, only_if_faster=False)
         for backend in BACKENDS.values()
     ]
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.backends.base import Backend
 
 WIDTH = 64
 LENGTHS = (2, 3, 7, 16, 33, 64, 130, 700)
@@ -49,7 +50,7 @@ def differing_calls(model: lissom.CompiledModel, dtype: torch.dtype, threads: in
         return sum(pool.map(differs, range(threads * calls)))
 
 
-def compiled(dtype: torch.dtype, passes: str = "exact", backend: str = "eager") -> lissom.CompiledModel:
+def compiled(dtype: torch.dtype, passes: str = "exact", backend: str | Backend = "eager") -> lissom.CompiledModel:
     """The model, for any batch and length."""
     example = torch.randn(2, 16, WIDTH).to(dtype)
     model = nn.Sequential(Block(), Block()).eval().to(dtype)

@@ -25,13 +25,12 @@ from lissom.ops.blocked_attention import blocked_attention
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
 from lissom.ops.native import kernel_dtypes, load_kernels
-from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_norm_reference, packed_linear_reference
-from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_norm_reference, quantized_linear_reference
+from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
+from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_reference
 from lissom.ops.weight_quantized_linear import (
     FORMS,
     pack_blocks,
     pack_stored,
-    weight_quantized_linear_norm_reference,
     weight_quantized_linear_reference,
 )
 from tests.ops.patterns import PATTERNS, layout_of
@@ -129,8 +128,8 @@ class Generator:
         weight = pack(torch.randn(features, inputs, generator=self.torch).to(dtype))
         operands = {"x": self.numbers(*lead, inputs, dtype=dtype), "weight": weight}
         norm = self.random.random() < 0.4
-        reference = packed_linear_norm_reference if norm else packed_linear_reference
-        return self.around(Call("packed_linear" + "_norm" * norm, reference, operands, {}), lead, features, dtype)
+        call = Call("packed_linear" + "_norm" * norm, packed_linear_reference, operands, {})
+        return self.around(call, lead, features, dtype)
 
     def quantized(self) -> Call:
         dtype, lead = self.random.choice(self.dtypes), self.lead()
@@ -149,9 +148,9 @@ class Generator:
             "x_zero_point": torch.tensor(self.random.choice([0, 128, 255]), dtype=torch.uint8) if known else None,
         }
         norm = self.random.random() < 0.4
-        reference = quantized_linear_norm_reference if norm else quantized_linear_reference
         options: dict[str, Value] = {"granularity": self.random.choice(["token", "tensor"])}
-        return self.around(Call("quantized_linear" + "_norm" * norm, reference, operands, options), lead, features, dtype)
+        call = Call("quantized_linear" + "_norm" * norm, quantized_linear_reference, operands, options)
+        return self.around(call, lead, features, dtype)
 
     def stored(self) -> Call:
         dtype, lead = self.random.choice(self.dtypes), self.lead()
@@ -170,8 +169,7 @@ class Generator:
             "zero_point": pack_blocks(zero, features) if low == 0 or self.random.random() < 0.3 else None,
         }
         norm = self.random.random() < 0.4
-        reference = weight_quantized_linear_norm_reference if norm else weight_quantized_linear_reference
-        call = Call("weight_quantized_linear" + "_norm" * norm, reference, operands, {"format": form})
+        call = Call("weight_quantized_linear" + "_norm" * norm, weight_quantized_linear_reference, operands, {"format": form})
         return self.around(call, lead, features, dtype)
 
     def embedding(self) -> Call:

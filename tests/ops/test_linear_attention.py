@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.analysis.flops import operations
 from lissom.compiler.verify.divergence import relative_error
 from lissom.ops import linear_attention
@@ -119,7 +120,7 @@ class Linear(nn.Module):
 
 @every_backend
 @pytest.mark.parametrize("causal", [False, True])
-def test_backends_give_the_same(backend: str, causal: bool) -> None:
+def test_backends_give_the_same(backend: Backend, causal: bool) -> None:
     module = Linear(causal)
     found = lissom.compile(module, (normal(2, 5, 16),), backend=backend)
     for tokens in (2, 8, 21):

@@ -5,9 +5,10 @@ import torch
 from torch.nn import functional
 
 from lissom.ops.attention import attention_reference
+from lissom.ops.epilogue import ACTIVATIONS
 from lissom.ops.fused_attention import fused_attention_reference
 from lissom.ops.native import kernel_dtypes, load_kernels, missing_int8_kernel, missing_weight_quantized_kernel
-from lissom.ops.packed_linear import ACTIVATIONS, pack
+from lissom.ops.packed_linear import pack
 from lissom.ops.quantization import fake_quantize_dynamic_reference, fake_quantize_reference
 from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_reference
 from lissom.ops.weight_quantized_linear import pack_blocks, pack_stored

@@ -13,14 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lissom.ops.epilogue import ACTIVATIONS
 from lissom.ops.native import kernel_dtypes, missing_int8_kernel
-from lissom.ops.packed_linear import ACTIVATIONS
 from lissom.ops.quantized_linear import (
     fill_panels,
     pack_bytes,
     quantized_linear,
     quantized_linear_norm,
-    quantized_linear_norm_reference,
     quantized_linear_reference,
     unpack_bytes,
 )
@@ -29,7 +28,7 @@ CPU = torch.device("cpu")
 # The operator calls the C++ kernel where this processor has one for the dtype, else the reference.
 FORMS = {
     "operator": (quantized_linear, quantized_linear_norm),
-    "reference": (quantized_linear_reference, quantized_linear_norm_reference),
+    "reference": (quantized_linear_reference, quantized_linear_reference),
 }
 # float32: whole numbers turned into floats once, times two scales; an activation good to 2e-7.  The reference sums floats.
 # bfloat16: one rounding of the result.

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lissom.ops.epilogue import ACTIVATIONS
 from lissom.ops.native import kernel_dtypes, missing_weight_quantized_kernel
-from lissom.ops.packed_linear import ACTIVATIONS
 from lissom.ops.weight_quantized_linear import (
     FORMS,
     pack_blocks,
@@ -16,14 +16,13 @@ from lissom.ops.weight_quantized_linear import (
     unpack_stored,
     weight_quantized_linear,
     weight_quantized_linear_norm,
-    weight_quantized_linear_norm_reference,
     weight_quantized_linear_reference,
 )
 
 # The operator calls the C++ kernel where this processor has one, else the reference.
 PATHS = {
     "operator": (weight_quantized_linear, weight_quantized_linear_norm),
-    "reference": (weight_quantized_linear_reference, weight_quantized_linear_norm_reference),
+    "reference": (weight_quantized_linear_reference, weight_quantized_linear_reference),
 }
 # float32: sums of up to 192 products, in another order.  bfloat16: weights and result rounded to 8 bits, as the Q/DQ program's.
 ALLOWED = {torch.float32: 5e-6, torch.bfloat16: 1.5e-2}

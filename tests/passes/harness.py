@@ -10,23 +10,29 @@ import torch
 from torch import nn
 
 from lissom.backends import FASTEST, find_backends
+from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.pipeline.history import History, Step
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
-from lissom.frontends.export import Capture, capture
+from lissom.frontends.export import Capture
 from lissom.passes import PASSES, RECIPES
+from tests.captures import capture_once
 
 aten = torch.ops.aten
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-# Inductor takes some twenty seconds a graph.
+# Inductor takes some twenty seconds a graph. ONNX Runtime's variants are all built and checked, and timed in five runs each.
 every_backend = pytest.mark.parametrize(
     "backend",
     [
-        pytest.param(item.name, marks=pytest.mark.slow) if item.name == "inductor" else item.name
+        pytest.param(
+            OnnxRuntime(timing_seconds=0) if item.name == "onnxruntime" else item,
+            id=item.name,
+            marks=pytest.mark.slow if item.name == "inductor" else (),
+        )
         for item in find_backends(FASTEST)
     ],
 )
@@ -61,8 +67,8 @@ def step_of(history: History, name: str) -> Step:
 
 
 def capture_model(module: nn.Module, *args: object, dynamic: bool = True, **kwargs: object) -> Capture:
-    """The module captured with these arguments, batch and sequence free unless `dynamic` is False."""
-    return capture(module.eval(), args, kwargs, dynamic=dynamic)
+    """The module captured with these arguments, batch and sequence free unless `dynamic` is False; equal ones only once."""
+    return capture_once(module.eval(), args, kwargs, dynamic=dynamic)
 
 
 def apply(passes: Pass | str, program: Program, example: Sample) -> tuple[Program, History]:

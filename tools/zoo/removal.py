@@ -19,10 +19,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from lissom.compiler.analysis.axes.columns import Columns, head_columns, neuron_columns
+from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample, check_samples
 from lissom.compiler.pipeline.history import History
@@ -30,7 +31,6 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.compiler.verify.divergence import compare, run_original, run_samples, tolerance_of
 from lissom.compiler.verify.structure import verify_structure
-from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from lissom.passes import PASSES, RECIPES
 from tests.models import Case
@@ -52,16 +52,13 @@ def read_columns(program: Program) -> tuple[dict[str, tuple[Columns, AttentionSi
     found: dict[str, tuple[Columns, AttentionSite | None]] = {}
     refused: dict[str, str] = {}
     facts = program.fact(structure)
-    for site in facts.attention:
-        try:
-            found[site.node.name] = head_columns(program, site), site
-        except UnsupportedError as error:
-            refused[site.node.name] = str(error)
-    for site in facts.feed_forward:
-        try:
-            found[site.down.name] = neuron_columns(program, site), None
-        except UnsupportedError as error:
-            refused[site.down.name] = str(error)
+    sites = [(site.node, find_head_columns(program, site), site) for site in facts.attention]
+    sites += [(site.down, find_neuron_columns(program, site), None) for site in facts.feed_forward]
+    for node, columns, site in sites:
+        if isinstance(columns, str):
+            refused[node.name] = f"{place(program, node)}: {columns}"
+        else:
+            found[node.name] = columns, site
     return found, refused
 
 

@@ -7,7 +7,7 @@ compare their programs before they start, and their inputs before each call. A r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -26,7 +26,7 @@ from lissom.backends.eager.backend import Eager, build_function
 from lissom.backends.simulated_layers import SimulatedLayer, account, count_kernels, explain, refuse
 from lissom.compiler.analysis.embedding_bounds import ShardedTable, outside_table, sharded_tables
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, REDUCE_SCATTER, WAIT
+from lissom.compiler.ir.collectives import COLLECTIVES, WAIT
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
@@ -170,48 +170,41 @@ class _Collectives:
     def call_of(self, node: fx.Node) -> Callable[..., object] | None:
         if node.target is WAIT:
             return _itself
-        if node.target is ALL_REDUCE:
-            return self._reduce(cast(str, node.args[1]), _owns_argument(node))
-        if node.target is ALL_GATHER:
-            return self._gather
-        if node.target is REDUCE_SCATTER:
-            return self._scatter(cast(str, node.args[1]))
-        return None
-
-    def _reduce(self, operation: str, in_place: bool) -> Callable[..., torch.Tensor]:
-        all_reduce, layout = self.channel.reduce, torch.contiguous_format
+        if node.target not in COLLECTIVES:
+            return None
+        world_size, operation, in_place = self.ranks.world_size, str(node.args[1]), _owns_argument(node)
+        all_reduce, all_gather, reduce_scatter = map(
+            self._refusing, (self.channel.reduce, self.channel.gather, self.channel.scatter)
+        )
 
         def reduce(x: torch.Tensor, *_: object) -> torch.Tensor:
-            x = x.contiguous() if in_place else x.clone(memory_format=layout)
-            try:
-                all_reduce(x, operation)
-            except RuntimeError as error:
-                self._fail(error)
+            x = x.contiguous() if in_place else x.clone(memory_format=torch.contiguous_format)
+            all_reduce(x, operation)
             return x
 
-        return reduce
-
-    def _gather(self, x: torch.Tensor, *_: object) -> torch.Tensor:
-        found = x.new_empty((self.ranks.world_size * x.shape[0], *x.shape[1:]))
-        try:
-            self.channel.gather(found, x.contiguous())
-        except RuntimeError as error:
-            self._fail(error)
-        return found
-
-    def _scatter(self, operation: str) -> Callable[..., torch.Tensor]:
-        def scatter(x: torch.Tensor, *_: object) -> torch.Tensor:
-            found = x.new_empty((x.shape[0] // self.ranks.world_size, *x.shape[1:]))
-            try:
-                self.channel.scatter(found, x.contiguous(), operation)
-            except RuntimeError as error:
-                self._fail(error)
+        def gather(x: torch.Tensor, *_: object) -> torch.Tensor:
+            found = x.new_empty((world_size * x.shape[0], *x.shape[1:]))
+            all_gather(found, x.contiguous())
             return found
 
-        return scatter
+        def scatter(x: torch.Tensor, *_: object) -> torch.Tensor:
+            found = x.new_empty((x.shape[0] // world_size, *x.shape[1:]))
+            reduce_scatter(found, x.contiguous(), operation)
+            return found
 
-    def _fail(self, error: RuntimeError) -> None:
-        self.ranks.fail(f"a rank of {self.name}", error)
+        calls: Mapping[object, Callable[..., object]] = dict(zip(COLLECTIVES, (reduce, gather, scatter), strict=True))
+        return calls[node.target]
+
+    def _refusing(self, collective: Callable[..., None]) -> Callable[..., None]:
+        """A collective of the channel that raises RankError when a rank is gone."""
+
+        def call(*operands: object) -> None:
+            try:
+                collective(*operands)
+            except RuntimeError as error:
+                self.ranks.fail(f"a rank of {self.name}", error)
+
+        return call
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from threading import Event, RLock, Thread
 from typing import Any, NoReturn, TypeVar, cast
@@ -51,7 +52,8 @@ class Ranks:
         self._failure: str | None = None
         self._channels: dict[str, Channel] = {}
         self._running = RLock()
-        self._calls = self._programs = 0
+        # The numbers of the programs that these ranks run, and of their calls.
+        self.next_program, self.next_call = count(1).__next__, count(1).__next__
         self._heard = {rank: 0.0 for rank in range(self.world_size) if rank != self.rank}
         self._control: Any = None
         with self.answering("this process group"):
@@ -73,7 +75,7 @@ class Ranks:
         """Shared memory of all ranks; None where they are on several machines, or it cannot be created. Raises: RankError."""
         who = "this process group"
         mine = {"machine": "" if load_kernels() else machine(), "process": os.getpid()}
-        told = [json.loads(item) for item in self._exchange_json(mine, who, patient=False)]
+        told = self._exchange_json(mine, who)
         if not mine["machine"] or any(item["machine"] != mine["machine"] for item in told):
             return None
         with ExitStack() as stack:
@@ -122,16 +124,6 @@ class Ranks:
         control, self._control = self._control, None
         if control is not None:
             end_group(control)
-
-    def next_program(self) -> int:
-        """The number of the next program that these ranks run."""
-        self._programs += 1
-        return self._programs
-
-    def next_call(self) -> int:
-        """The number of the next call that these ranks make."""
-        self._calls += 1
-        return self._calls
 
     @contextmanager
     def alone(self, who: str) -> Generator[None]:
@@ -240,10 +232,10 @@ class Ranks:
 
         Raises: RankError when they differ, with the same message on all ranks.
         """
-        _compare([json.loads(part) for part in self._exchange_json(facts, who, patient)], who)
+        _compare(self._exchange_json(facts, who, patient), who)
 
-    def _exchange_json(self, data: object, who: str, patient: bool) -> list[bytes]:
-        return self.exchange(json.dumps(data).encode(), who, patient=patient)
+    def _exchange_json(self, data: object, who: str, patient: bool = False) -> list[Any]:
+        return [json.loads(part) for part in self.exchange(json.dumps(data).encode(), who, patient=patient)]
 
     def settle(self, make: Callable[[], Found], who: str, tell: Callable[[Found], Mapping[str, str]] = lambda _: {}) -> Found:
         """The result of `make` on this rank, once it succeeded on all; ranks wait for each other as long as they are alive.
@@ -252,17 +244,17 @@ class Ranks:
 
         Raises: the error of a rank where it failed, with the same message on all ranks; RankError.
         """
-        found, failed = attempt(make)
+        found, failed = _attempt(make)
         outcomes = self._exchange_json(failed or {"told": tell(cast(Found, found))}, who, patient=True)
-        _compare(raise_first(outcomes), who)
+        _compare(_raise_first(outcomes), who)
         return cast(Found, found)
 
     def from_first(self, make: Callable[[], bytes], who: str) -> bytes:
         """Broadcast the result of `make` on rank 0. Raises: rank 0's error, with the same message on all ranks; RankError."""
-        data, failed = attempt(make) if self.rank == 0 else (b"", None)
+        data, failed = _attempt(make) if self.rank == 0 else (b"", None)
         first, *_ = self.exchange((b"\0" + json.dumps(failed).encode()) if failed else (data or b""), who, patient=True)
         if first.startswith(b"\0"):
-            raise_first([first[1:]])
+            _raise_first([json.loads(first[1:])])
         return first
 
     def share_directory(self, write: Callable[[Callable[[Path], None]], None], own: Callable[[Path], None], who: str) -> None:
@@ -302,16 +294,15 @@ def _leave() -> None:
             dist.destroy_process_group()
 
 
-def attempt(make: Callable[[], Found]) -> tuple[Found | None, dict[str, str] | None]:
+def _attempt(make: Callable[[], Found]) -> tuple[Found | None, dict[str, str] | None]:
     """The result of a function, or the error it raises in a form for JSON."""
     try:
         return make(), None
     except RankError:
         raise
-    except LissomError as error:
-        return None, {"error": type(error).__name__, "sentence": str(error)}
-    except OSError as error:
-        return None, {"error": "ArtifactError", "sentence": str(error)}
+    except (LissomError, OSError) as error:
+        name = "ArtifactError" if isinstance(error, OSError) else type(error).__name__
+        return None, {"error": name, "sentence": str(error)}
 
 
 def _compare(found: Sequence[Mapping[str, str]], who: str) -> None:
@@ -325,14 +316,12 @@ def _compare(found: Sequence[Mapping[str, str]], who: str) -> None:
                 )
 
 
-def raise_first(outcomes: Sequence[bytes]) -> list[dict[str, str]]:
+def _raise_first(outcomes: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The facts of all ranks. Raises: the error of the first rank that failed."""
-    found = [json.loads(item) for item in outcomes]
-    for item in found:
+    for item in outcomes:
         if "error" in item:
-            kind = getattr(errors, item["error"], LissomError)
-            raise kind(item["sentence"])
-    return [item["told"] for item in found]
+            raise getattr(errors, item["error"], LissomError)(item["sentence"])
+    return [item["told"] for item in outcomes]
 
 
 _KNOWN: list[tuple[object, Ranks]] = []

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from keyword import iskeyword
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -44,42 +44,22 @@ Calls = Callable[[fx.Node], Callable[..., object] | None]
 """A replacement of a node's target; None for the target itself."""
 
 
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
     """PyTorch's attention with a check of lengths: on a CPU it reads past the end of the shorter of k and v (torch 2.13).
 
     Raises: ValueError, which needs no second run for an explanation.
     """
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"attention has {key.shape[-2]} keys and {value.shape[-2]} values")
-    return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+    return functional.scaled_dot_product_attention(query, key, value, *rest, **options)
 
 
-def _batch_norm(
-    input: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
-    momentum: float,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _batch_norm(input: torch.Tensor, *rest: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """PyTorch's batch norm with a check of sizes: it reads past the end of too short arguments (torch 2.13)."""
-    for given in (weight, bias, running_mean, running_var):
-        if given is not None and given.shape != input.shape[1:2]:
+    for given in (*rest, *options.values()):
+        if isinstance(given, torch.Tensor) and given.shape != input.shape[1:2]:
             raise ValueError(f"batch norm has {list(given.shape)} for {input.shape[1]} channels")
-    return aten._native_batch_norm_legit_no_training.default(input, weight, bias, running_mean, running_var, momentum, eps)
+    return aten._native_batch_norm_legit_no_training.default(input, *rest, **options)
 
 
 # A tensor method takes half the time of its operator to call, which matters for small models.
@@ -89,14 +69,12 @@ METHODS: dict[object, Callable[..., object]] = {
     # A program from a file may return uninitialized memory.
     aten.empty_like.default: aten.zeros_like.default,
     aten.new_empty.default: aten.new_zeros.default,
-    aten.reshape.default: torch.Tensor.reshape,
-    aten.view.default: torch.Tensor.view,
     aten.transpose.int: torch.Tensor.transpose,
-    aten.permute.default: torch.Tensor.permute,
-    aten.unsqueeze.default: torch.Tensor.unsqueeze,
-    aten.expand.default: torch.Tensor.expand,
     aten.select.int: torch.Tensor.select,
-    aten.split_with_sizes.default: torch.Tensor.split_with_sizes,
+    **{
+        getattr(aten, name).default: getattr(torch.Tensor, name)
+        for name in ("reshape", "view", "permute", "unsqueeze", "expand", "split_with_sizes")
+    },
     aten.sym_size.int: torch.Tensor.size,
     **IMPLEMENTATIONS,
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -118,13 +119,12 @@ class CudaGraphs:
         return outputs
 
 
-class _Graph:
+class _Graph(NamedTuple):
     """A captured graph with its static inputs and outputs."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, inputs: Sample, outputs: Sequence[object]) -> None:
-        self.graph = graph
-        self.inputs = inputs
-        self.outputs = outputs
+    graph: torch.cuda.CUDAGraph
+    inputs: Sample
+    outputs: Sequence[object]
 
 
 def with_graphs(program: Program, function: Executable) -> Executable:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from ml_dtypes import finfo
 
-from lissom.backends.onnx.rewriting import integers, replace
+from lissom.backends.onnx.rewriting import Writer, fixed_size, nodes_of, shape_of
 from lissom.backends.onnx.translation import ATTENTION, DOMAIN
 
 CONTRIB = "com.microsoft"
@@ -25,13 +25,11 @@ _HEADS_FIRST = (0, 2, 1, 3)
 def expand_attention(model: ir.Model, fused: bool) -> int:
     """Replace each attention with plain operators, or with a single one where there is one; returns how many became one."""
     count = 0
-    for node in list(model.graph.all_nodes()):
-        if node.domain != DOMAIN or node.op_type != ATTENTION:
-            continue
-        site = Site.of(node)
+    for node in nodes_of(model, DOMAIN, ATTENTION):
+        site = Site.of(model, node)
         found = _single(site) if fused else None
         count += found is not None
-        replace(model, node, site.tape, found or _explicit(site))
+        site.write.replace(node, found or _explicit(site))
     if any(node.domain == CONTRIB for node in model.graph.all_nodes()):
         model.opset_imports[CONTRIB] = 1
     return count
@@ -39,7 +37,7 @@ def expand_attention(model: ir.Model, fused: bool) -> int:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention: its operands and options, and the tape that records its replacement."""
+    """One attention: its operands and options, and the writer of its replacement."""
 
     q: ir.Value
     k: ir.Value
@@ -51,10 +49,10 @@ class Site:
     causal: bool
     zeros: bool
     result: ir.Value
-    tape: ir.tape.Tape
+    write: Writer
 
     @classmethod
-    def of(cls, node: ir.Node) -> Site:
+    def of(cls, model: ir.Model, node: ir.Node) -> Site:
         q, k, v, mask, sinks = [*node.inputs, None, None][:5]
         assert q is not None and k is not None and v is not None
         number = node.attributes
@@ -62,22 +60,13 @@ class Site:
             q, k, v, mask, sinks,
             scale=number.get_float("scale", 1.0), softcap=number.get_float("softcap", 0.0),
             causal=bool(number.get_int("causal", 0)), zeros=bool(number.get_int("zeros", 0)),
-            result=node.outputs[0], tape=ir.tape.Tape(),
+            result=node.outputs[0], write=Writer(model),
         )  # fmt: skip
-
-    def call(
-        self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | Sequence[int]
-    ) -> ir.Value:
-        """The result of a new node."""
-        return self.tape.op(op_type, inputs, attributes, domain=domain)
-
-    def integers(self, *numbers: int) -> ir.Value:
-        return integers(self.tape, *numbers)
 
     def number(self, value: float) -> ir.Value:
         """A scalar of the operands' dtype."""
         assert self.q.dtype is not None
-        return self.tape.op("Constant", [], {"value": ir.tensor(np.array(value, self.q.dtype.numpy()))})
+        return self.write.constant(np.array(value, self.q.dtype.numpy()))
 
     @property
     def floor(self) -> float:
@@ -87,33 +76,33 @@ class Site:
 
     def bias(self) -> ir.Value | None:
         """The mask as a bias on the scores; None without a mask."""
-        mask = _causal(self) if self.causal else self.mask
+        call, mask = self.write.call, _causal(self) if self.causal else self.mask
         if mask is None:
             return None
         if mask.dtype == ir.DataType.BOOL:
             hidden = self.floor if self.zeros or self.causal else -np.inf
-            return self.call("Where", mask, self.number(0.0), self.number(hidden))
+            return call("Where", mask, self.number(0.0), self.number(hidden))
         if not self.zeros:
             return mask
         # Finite, so that softmax of a fully masked row is not NaN. The least number stays above minus infinity, so that a query
         # that sees padding alone sees no key that its pattern hides.
-        hidden = self.call("Equal", mask, self.number(-np.inf))
-        return self.call("Where", hidden, self.number(self.floor), self.call("Max", mask, self.number(self.floor / 2)))
+        hidden = call("Equal", mask, self.number(-np.inf))
+        return call("Where", hidden, self.number(self.floor), call("Max", mask, self.number(self.floor / 2)))
 
     def visible(self) -> ir.Value | None:
         """0 for fully masked rows and 1 for others, [.., queries or 1, 1]; None without a mask."""
         if self.mask is None or not self.zeros:
             return None
         assert self.q.dtype is not None
-        told = self.mask.dtype == ir.DataType.BOOL
-        highest = self.call("ReduceMax", self.bias() if told else self.mask, self.integers(-1), keepdims=1)
+        call, told = self.write.call, self.mask.dtype == ir.DataType.BOOL
+        highest = call("ReduceMax", self.bias() if told else self.mask, -1, keepdims=1)
         least = self.number(self.floor if told else -np.inf)
-        return self.call("Cast", self.call("Greater", highest, least), to=int(self.q.dtype))
+        return call("Cast", call("Greater", highest, least), to=int(self.q.dtype))
 
 
 def _explicit(site: Site) -> ir.Value:
     """softmax(q kᵀ · scale + mask) v, one operator each."""
-    call = site.call
+    call = site.write.call
     k, v = (_repeated(site, item) for item in (site.k, site.v))
     rank = len(shape_of(site.k))
     swapped = [*range(rank - 2), rank - 1, rank - 2]
@@ -125,11 +114,11 @@ def _explicit(site: Site) -> ir.Value:
     if bias is not None:
         scores = call("Add", scores, bias)
     if site.sinks is not None:
-        rows = call("Concat", call("Shape", scores, end=-1), site.integers(1), axis=0)
+        rows = call("Concat", call("Shape", scores, end=-1), 1, axis=0)
         scores = call("Concat", scores, call("Expand", site.sinks, rows), axis=-1)
     weights = call("Softmax", scores, axis=-1)
     if site.sinks is not None:
-        weights = call("Slice", weights, site.integers(0), site.integers(-1), site.integers(-1))
+        weights = call("Slice", weights, 0, -1, -1)
     result = call("MatMul", weights, v)
     visible = site.visible()
     return result if visible is None else call("Mul", result, visible)
@@ -140,17 +129,15 @@ def _repeated(site: Site, item: ir.Value) -> ir.Value:
     heads, own = (shape_of(found)[1] if len(shape_of(found)) == 4 else 1 for found in (site.q, item))
     if heads == own or not (isinstance(heads, int) and isinstance(own, int)) or own == 1:
         return item
-    spread = site.call("Expand", site.call("Unsqueeze", item, site.integers(2)), site.integers(1, 1, heads // own, 1, 1))
-    return site.call("Reshape", spread, site.integers(0, heads, -1, _fixed(shape_of(item)[-1])))
+    spread = site.write.expanded(site.write.call("Unsqueeze", item, 2), 1, 1, heads // own, 1, 1)
+    return site.write.shaped(spread, 0, heads, -1, fixed_size(item, -1))
 
 
 def _causal(site: Site) -> ir.Value:
     """The causal mask, [queries, keys]."""
-    call = site.call
-    zero, one = (site.tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.int64))}) for number in (0, 1))
-    count = [call("Squeeze", call("Shape", item, start=-2, end=-1)) for item in (site.q, site.k)]
-    queries, keys = (call("Range", zero, number, one) for number in count)
-    seen = call("LessOrEqual", call("Unsqueeze", keys, site.integers(0)), call("Unsqueeze", queries, site.integers(1)))
+    call = site.write.call
+    queries, keys = (site.write.counted(0, call("Shape", item, start=-2, end=-1)) for item in (site.q, site.k))
+    seen = call("LessOrEqual", call("Unsqueeze", keys, 0), call("Unsqueeze", queries, 1))
     seen.dtype = ir.DataType.BOOL
     return seen
 
@@ -167,7 +154,7 @@ def _single(site: Site) -> ir.Value | None:
     if site.mask is not None and bias is None:
         return None
     operands = [projection(item) for item in (site.q, site.k, site.v)]
-    alike = _fixed(shape_of(site.q)[1]) == _fixed(shape_of(site.k)[1]) == _fixed(shape_of(site.v)[1])
+    alike = fixed_size(site.q, 1) == fixed_size(site.k, 1) == fixed_size(site.v, 1)
     if None in operands or not (alike or bias is not None or site.causal):
         return _by_heads(site, bias)
     return _by_projections(site, operands, bias)
@@ -176,13 +163,13 @@ def _single(site: Site) -> ir.Value | None:
 def _by_heads(site: Site, bias: ir.Value | None) -> ir.Value | None:
     """`Attention` of [batch, heads, tokens, head_dim], with grouped key and value heads."""
     k, v = (_shared(item) for item in (site.k, site.v))
-    heads, groups = _fixed(shape_of(site.q)[1]), _fixed(shape_of(k)[1])
+    call, heads, groups = site.write.call, fixed_size(site.q, 1), fixed_size(k, 1)
     if shape_of(v)[1] != groups or heads % groups:
         return None
     operands = [site.q, k, v, *([bias] if bias is not None else [])]
-    result = site.call("Attention", *operands, scale=site.scale, is_causal=int(site.causal))
+    result = call("Attention", *operands, scale=site.scale, is_causal=int(site.causal))
     visible = site.visible()
-    return result if visible is None else site.call("Mul", result, visible)
+    return result if visible is None else call("Mul", result, visible)
 
 
 def _shared(value: ir.Value) -> ir.Value:
@@ -206,22 +193,21 @@ def _read_by(value: ir.Value | None, op_type: str) -> ir.Value | None:
 
 def _by_projections(site: Site, sources: Sequence[ir.Value | None], bias: ir.Value | None) -> ir.Value:
     """One operator that reads and returns [batch, tokens, heads · head_dim]."""
-    heads, width = _fixed(shape_of(site.q)[1]), _fixed(shape_of(site.v)[3])
-    call = site.call
+    call, heads, width = site.write.call, fixed_size(site.q, 1), fixed_size(site.v, 3)
     if bias is None and not site.causal:
         result = call("MultiHeadAttention", *sources, domain=CONTRIB, num_heads=heads, scale=site.scale)
     else:
         operands = [*sources, *([bias] if bias is not None else [])]
-        causal, groups = int(site.causal), _fixed(shape_of(site.k)[1])
+        causal, groups = int(site.causal), fixed_size(site.k, 1)
         result = call("Attention", *operands, scale=site.scale, q_num_heads=heads, kv_num_heads=groups, is_causal=causal)
     batch, _, queries, _ = shape_of(site.q)
     visible = site.visible()
     if visible is not None:
         # Without the dimension of heads, which a mask of fewer dimensions lacks.
-        flat = call("Squeeze", visible, site.integers(1)) if len(shape_of(site.mask)) == 4 else visible
+        flat = call("Squeeze", visible, 1) if len(shape_of(site.mask)) == 4 else visible
         result = call("Mul", result, flat)
     result.type, result.shape = site.q.type, ir.Shape([batch, queries, heads * width])
-    apart = call("Reshape", result, site.integers(0, 0, heads, width))
+    apart = site.write.shaped(result, 0, 0, heads, width)
     skip_joins(site.result, result)
     return call("Transpose", apart, perm=_HEADS_FIRST)
 
@@ -271,19 +257,5 @@ def _whole_bias(site: Site) -> ir.Value | None:
     assert bias is not None
     if list(shape_of(site.mask)) == [*shape[:2], queries, keys]:
         return bias
-    call = site.call
-    sizes = [call("Shape", item, start=2, end=3) for item in (site.q, site.k)]
-    return call("Expand", bias, call("Concat", site.integers(1, 1), *sizes, axis=0))
-
-
-def shape_of(value: ir.Value | None) -> Sequence[int | ir.SymbolicDim]:
-    """The shape of a value, which has to be known."""
-    if value is None or value.shape is None:
-        raise ValueError(f"'{value.name if value is not None else None}' has no shape")
-    return tuple(value.shape)
-
-
-def _fixed(size: int | ir.SymbolicDim) -> int:
-    if not isinstance(size, int):
-        raise ValueError(f"a size of heads is {size}; it has to be fixed")
-    return size
+    sizes = [site.write.call("Shape", item, start=2, end=3) for item in (site.q, site.k)]
+    return site.write.expanded(bias, 1, 1, *sizes)

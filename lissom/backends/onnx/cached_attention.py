@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lissom.backends.onnx.attention import CONTRIB, Site, projection, shape_of, skip_joins
-from lissom.backends.onnx.rewriting import constant_of, integers, replace
+from lissom.backends.onnx.attention import CONTRIB, Site, projection, skip_joins
+from lissom.backends.onnx.rewriting import constant_of, nodes_of, shape_of, take_over
 from lissom.backends.onnx.state import checked_places, dimension_of, is_index_copy
 from lissom.backends.onnx.translation import ATTENTION, DOMAIN
 
@@ -31,8 +31,8 @@ _UP_TO, _BEYOND = ("LessOrEqual", "Less"), ("Greater", "GreaterOrEqual")
 def fuse_cached_attention(model: ir.Model) -> int:
     """Replace each attention over a KV cache, and the copies into it, with one operator; returns how many."""
     count = 0
-    for node in list(model.graph):
-        found = _Cached.of(Site.of(node)) if node.domain == DOMAIN and node.op_type == ATTENTION else None
+    for node in nodes_of(model, DOMAIN, ATTENTION):
+        found = _Cached.of(Site.of(model, node))
         if found is not None:
             _fuse(model, node, found)
             count += 1
@@ -87,39 +87,38 @@ def _fuse(model: ir.Model, node: ir.Node, found: _Cached) -> None:
     site = found.site
     batch, heads, _, width = _numbers(site.q)
     groups, places = _numbers(found.keys.outputs[0])[1:3]
+    call = site.write.call
     last = _last_place(site, found.keys.inputs[1], places)
-    total = site.call("Squeeze", site.call("Add", last, integers(site.tape, 1)))
+    total = call("Squeeze", call("Add", last, 1))
     k, v = found.keys.inputs[2], found.values.inputs[2]
     past = [found.keys.inputs[0], found.values.inputs[0]]
     assert k is not None and v is not None
     inputs: list[ir.Value | None] = [_side_by_side(site, item) for item in (site.q, k, v)]
-    inputs += [*past, *(site.call("Cast", item, to=int(ir.DataType.INT32)) for item in (last, total))]
+    inputs += [*past, *(call("Cast", item, to=int(ir.DataType.INT32)) for item in (last, total))]
     if found.masked:
         inputs += [None, None, None, _bias(site, total, batch, heads)]
     options = {"num_heads": batch * heads, "kv_num_heads": batch * groups, "scale": site.scale}
     if found.window > 0:
         options["local_window_size"] = found.window
-    result, *present = site.tape.op_multi_out("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
-    replace(model, node, site.tape, _apart(site, result, batch, heads, width, found.masked))
+    result, *present = site.write.op_multi_out("GroupQueryAttention", inputs, options, domain=CONTRIB, num_outputs=3)
+    site.write.replace(node, _apart(site, result, batch, heads, width, found.masked))
     for unused in found.repeated:
         model.graph.remove(unused, safe=True)
     for copy, state, new in zip((found.keys, found.values), past, present, strict=True):
-        old = copy.outputs[0]
         assert state is not None
-        name, new.type = old.name, old.type
+        take_over(copy.outputs[0], new)
         # The same elements, with the sequences as further heads.
         state.shape = new.shape = ir.Shape([1, batch * groups, places, width])
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         model.graph.remove(copy, safe=True)
-        new.name = name
 
 
 def _last_place(site: Site, index: ir.Value | None, places: int) -> ir.Value:
     """The last slot that is written, [1]; reading it from a table of all slots fails for one out of range."""
     assert index is not None
-    found = checked_places(site.tape, site.call("Reshape", index, site.integers(-1)), site.integers(places))
-    table = site.call("Gather", site.integers(*range(places)), found, axis=0)
-    return site.call("Slice", table, site.integers(-1), site.integers(np.iinfo(np.int64).max))
+    write, call = site.write, site.write.call
+    found = checked_places(write, call("Reshape", index, -1), places)
+    table = call("Gather", write.integers(*range(places)), found, axis=0)
+    return call("Slice", table, -1, int(np.iinfo(np.int64).max))
 
 
 def _side_by_side(site: Site, value: ir.Value) -> ir.Value:
@@ -128,41 +127,39 @@ def _side_by_side(site: Site, value: ir.Value) -> ir.Value:
     source = projection(value) if batch == 1 else None
     if source is not None:
         return source
-    moved = site.call("Transpose", value, perm=(2, 0, 1, 3))
-    return site.call("Reshape", moved, site.integers(1, -1, batch * heads * width))
+    return site.write.shaped(site.write.call("Transpose", value, perm=(2, 0, 1, 3)), 1, -1, batch * heads * width)
 
 
 def _bias(site: Site, total: ir.Value, batch: int, heads: int) -> ir.Value:
     """The bias on the scores, [1, heads or 1, tokens, filled slots]; heads of all sequences where their masks differ."""
     assert site.mask is not None
-    end = site.call("Reshape", total, site.integers(1))
-    seen = site.call("Slice", site.mask, site.integers(0), end, site.integers(-1))
-    bias = site.call("Where", seen, site.number(0.0), site.number(site.floor))
+    write, call = site.write, site.write.call
+    end = call("Reshape", total, 1)
+    seen = call("Slice", site.mask, 0, end, -1)
+    bias = call("Where", seen, site.number(0.0), site.number(site.floor))
     sizes = shape_of(site.mask)
     if len(sizes) < 4:
-        return site.call("Unsqueeze", bias, site.integers(*range(4 - len(sizes))))
+        return call("Unsqueeze", bias, write.integers(*range(4 - len(sizes))))
     if sizes[0] == 1:
         return bias
-    tokens = site.call("Shape", site.q, start=2, end=3)
-    spread = site.call("Expand", bias, site.call("Concat", site.integers(batch, heads), tokens, end, axis=0))
-    return site.call("Reshape", spread, site.call("Concat", site.integers(1, batch * heads), tokens, end, axis=0))
+    tokens = call("Shape", site.q, start=2, end=3)
+    return write.shaped(write.expanded(bias, batch, heads, tokens, end), 1, batch * heads, tokens, end)
 
 
 def _apart(site: Site, joined: ir.Value, batch: int, heads: int, width: int, masked: bool) -> ir.Value:
     """[1, tokens, batch · heads · head_dim] as [batch, heads, tokens, head_dim], zeros for a fully masked query."""
-    if batch > 1:
-        apart = site.call("Reshape", joined, site.integers(-1, batch, heads, width))
-        result = site.call("Transpose", apart, perm=(1, 2, 0, 3))
-        visible = site.visible() if masked else None
-        return result if visible is None else site.call("Mul", result, visible)
+    write, call = site.write, site.write.call
     visible = site.visible() if masked else None
+    if batch > 1:
+        result = call("Transpose", write.shaped(joined, -1, batch, heads, width), perm=(1, 2, 0, 3))
+        return result if visible is None else call("Mul", result, visible)
     if visible is not None:
-        flat = site.call("Squeeze", visible, site.integers(1)) if len(shape_of(site.mask)) == 4 else visible
-        joined = site.call("Mul", joined, flat)
+        flat = call("Squeeze", visible, 1) if len(shape_of(site.mask)) == 4 else visible
+        joined = call("Mul", joined, flat)
     joined.type, joined.shape = site.q.type, ir.Shape([1, shape_of(site.q)[2], heads * width])
-    apart = site.call("Reshape", joined, site.integers(1, -1, heads, width))
+    apart = write.shaped(joined, 1, -1, heads, width)
     skip_joins(site.result, joined)
-    return site.call("Transpose", apart, perm=(0, 2, 1, 3))
+    return call("Transpose", apart, perm=(0, 2, 1, 3))
 
 
 def _copy_behind(value: ir.Value) -> tuple[ir.Node, list[ir.Node]] | None:

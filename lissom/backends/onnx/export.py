@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,6 +24,7 @@ from lissom.backends.onnx.translation import OPSET, TRANSLATIONS
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.frontends.isolation import only_errors
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 """The files of a saved model; weights are external, so that they can be memory-mapped and exceed 2 GB."""
@@ -55,12 +55,12 @@ def export_onnx(program: Program, example: Sample, decompose: bool = True) -> ir
     """
     exported = _export(program, example)
     if not decompose:
-        exported.run_decompositions = _same(exported)
+        exported.run_decompositions = lambda *_, **__: exported  # pyright: ignore[reportUnknownLambdaType]
     _keep_origins(program, exported)
     past, present = state_names(program)
     inputs, outputs = input_names(program) + past, output_names(program) + present
-    # Warnings about the exporter's internals; failures raise.
-    with warnings.catch_warnings(), _quiet(), torch.no_grad():
+    # Warnings about the exporter's internals, and messages about our untyped translations; failures raise.
+    with warnings.catch_warnings(), only_errors("torch.onnx"), torch.no_grad():
         warnings.simplefilter("ignore")
         result = torch.onnx.export(
             exported,
@@ -139,15 +139,6 @@ def _export(program: Program, example: Sample) -> ExportedProgram:
         return torch.export.export(module, traced, dynamic_shapes=shapes, strict=False)
 
 
-def _same(exported: ExportedProgram) -> Callable[..., ExportedProgram]:
-    """A replacement of `run_decompositions` that decomposes nothing."""
-
-    def same(*tables: object) -> ExportedProgram:
-        return exported
-
-    return same
-
-
 def _respell(program: Program) -> None:
     """Replace operators by equivalents that the exporter translates."""
     for node in program.nodes():
@@ -160,18 +151,6 @@ def _respell(program: Program) -> None:
             with program.graph.inserting_before(node):
                 negative = program.graph.call_function(aten.neg.default, node.args[:1])
             node.target, node.args = aten.add.Tensor, (negative, node.args[1])
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Silence the exporter's log messages about our untyped translations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _keep_origins(program: Program, exported: ExportedProgram) -> None:

@@ -27,17 +27,15 @@ import onnx_ir as ir
 
 from lissom.backends.onnx.attention import CONTRIB
 from lissom.backends.onnx.export import module_of
-from lissom.backends.onnx.quantization import Stored, Tape, dynamic_range, format_of, is_quantization, operands, scalar_scales
-from lissom.backends.onnx.rewriting import constant_of, fixed_last
+from lissom.backends.onnx.quantization import Stored, dynamic_range, format_of, is_quantization, operands, scalar_scales
+from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, take_over
 from lissom.backends.onnx.translation import DEQUANTIZE, ROUND, ROUND_DYNAMIC
 from lissom.backends.simulated_layers import SimulatedLayer
 
-PRODUCTS = frozenset(
-    (
-        *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulInteger16", "QLinearMatMul", "QGemm"),
-        *("QLinearConv", "ConvInteger", "QAttention", "MatMulNBits", "MatMulBnb4"),
-    )
-)
+PRODUCTS = {
+    *("MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulInteger16", "QLinearMatMul", "QGemm"),
+    *("QLinearConv", "ConvInteger", "QAttention", "MatMulNBits", "MatMulBnb4"),
+}
 """Operators of ONNX Runtime that multiply quantized weights."""
 _BLOCKS = (256, 128, 64, 32, 16)
 _BLOCK = 32
@@ -67,28 +65,23 @@ class Layer:
     @property
     def obstacle(self) -> str | None:
         """Why it has no integer kernel; None where it has one."""
-        if self.stored is None:
+        stored, rounded = self.stored, self.rounded
+        if stored is None:
             return "its weight is not stored in integers"
         if self.x.dtype != ir.DataType.FLOAT or not self.x.shape:
             return "it does not compute in float32"
-        if not self.stored.form.is_integer or (self.rounded is not None and not format_of(self.rounded).is_integer):
+        if not stored.form.is_integer or (rounded is not None and not format_of(rounded).is_integer):
             return "ONNX Runtime has no products of fp8 on a CPU"
-        return self._whole_obstacle(self.stored) if self.rounded is not None else self._weight_obstacle(self.stored)
-
-    def _whole_obstacle(self, stored: Stored) -> str | None:
-        assert self.rounded is not None
-        if stored.form.bits != 8 or format_of(self.rounded).bits != 8:
+        if rounded is None:
+            few = f"MatMulNBits takes groups of {_BLOCKS[-1]} neighbours and more, and it has {self._group}"
+            return None if self.block else few
+        if stored.form.bits != 8 or format_of(rounded).bits != 8:
             return "ONNX Runtime multiplies integers of eight bits with such of eight bits alone"
         if stored.scale.shape[0] != 1:
             return "a product of integers takes a scale for each channel, and it has one for each group of a channel"
-        scale = constant_of(self.rounded.inputs[1]) if self.rounded.op_type == ROUND else np.ones(1)
+        scale = constant_of(rounded.inputs[1]) if rounded.op_type == ROUND else np.ones(1)
         if scale is None or scale.size != 1:
             return "a product of integers takes one scale for the values it reads"
-        return None
-
-    def _weight_obstacle(self, stored: Stored) -> str | None:
-        if not self.block:
-            return f"MatMulNBits takes groups of {_BLOCKS[-1]} neighbours and more, and it has {self._group}"
         return None
 
     @property
@@ -123,18 +116,18 @@ def expand_integers(model: ir.Model, accuracy_level: int = 0, *, beside: bool = 
         if layer.obstacle is None and _level_obstacle(layer, accuracy_level) is None:
             groups[layer.x].append(layer)
     for group in groups.values():
-        tape, rounded = Tape(model), group[0].rounded
-        values = _integers(tape, rounded, _rows(group)) if rounded is not None else None
-        model.graph.insert_before(group[0].product, _from(tape, group[0]))
+        write, rounded = Writer(model), group[0].rounded
+        values = _integers(write, rounded, _rows(group)) if rounded is not None else None
+        model.graph.insert_before(group[0].product, _from(write, group[0]))
         for layer in group:
-            tape = Tape(model)
+            write = Writer(model)
             if values is None:
-                result, biased = _few_bits(tape, layer, accuracy_level), False
+                result, biased = _few_bits(write, layer, accuracy_level), False
             elif values.by_row is None:
-                result, biased = _scaled_once(tape, layer, values), True
+                result, biased = _scaled_once(write, layer, values), True
             else:
-                result, biased = _scaled_by_row(tape, layer, values), False
-            _finish(tape, layer, result, biased, beside)
+                result, biased = _scaled_by_row(write, layer, values), False
+            _finish(write, layer, result, biased, beside)
     if groups:
         model.opset_imports[CONTRIB] = 1
     return sum(map(len, groups.values()))
@@ -199,27 +192,27 @@ class _Integers:
     rows: int | None = 0
 
 
-def _integers(tape: Tape, rounded: ir.Node, rows: int | None) -> _Integers:
+def _integers(write: Writer, rounded: ir.Node, rows: int | None) -> _Integers:
     """The output of a quantizer as integers, and their scale."""
     x, scale, zero_point = operands(rounded)
-    form = format_of(rounded)
+    call, form = write.call, format_of(rounded)
     if rounded.op_type == ROUND:
         assert scale is not None
-        scale, zero_point = scalar_scales(tape, scale, zero_point, form)
-        return _Integers(tape.op("QuantizeLinear", [x, scale, zero_point]), scale, zero_point)
+        scale, zero_point = scalar_scales(write, scale, zero_point, form)
+        return _Integers(call("QuantizeLinear", x, scale, zero_point), scale, zero_point)
     if rounded.attributes["granularity"].as_string() != "token" and form.name == "uint8":
-        q, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
+        q, scale, zero_point = write.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
         return _Integers(q, scale, zero_point)
-    by_row, point = dynamic_range(tape, x, form)
-    blocks = {"axis": -1, "block_size": fixed_last(x)}
-    one = tape.number(1.0)
+    by_row, point = dynamic_range(write, x, form)
+    one, features = write.number(1.0), fixed_size(x, -1)
     if point is None:
-        q = tape.op("QuantizeLinear", [x, by_row], blocks | {"output_dtype": int(ir.DataType.INT8)})
+        int8 = int(ir.DataType.INT8)
+        q = call("QuantizeLinear", x, by_row, axis=-1, block_size=features, output_dtype=int8)
         return _Integers(q, one, None, by_row)
-    whole = tape.op("Cast", [point], {"to": int(ir.DataType.UINT8)})
-    q = tape.op("QuantizeLinear", [x, by_row, whole], blocks)
+    whole = call("Cast", point, to=int(ir.DataType.UINT8))
+    q = call("QuantizeLinear", x, by_row, whole, axis=-1, block_size=features)
     if rows:
-        q = tape.op("Concat", [q, *[whole] * rows], {"axis": -1})
+        q = call("Concat", q, *[whole] * rows, axis=-1)
     return _Integers(q, one, point, by_row, rows)
 
 
@@ -264,15 +257,15 @@ def _with_rows(stored: Stored, rows: int) -> np.ndarray:
     return np.concatenate([stored.q, (np.stack(below) + points).astype(stored.q.dtype)])
 
 
-def _operands(tape: Tape, layer: Layer, q: np.ndarray, suffix: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+def _operands(write: Writer, layer: Layer, q: np.ndarray, suffix: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """A layer's weight, its scales and zero points, as `MatMulIntegerToFloat` reads them."""
     stored = layer.stored
     assert stored is not None
     points = stored.zero_point
     return (
-        tape.weight(layer.weight, suffix, q),
-        tape.weight(layer.weight, "scales", _flat(stored.scale)),
-        None if points is None else tape.weight(layer.weight, "zero_points", _flat(points.astype(q.dtype))),
+        write.weight(layer.weight, suffix, q),
+        write.weight(layer.weight, "scales", _flat(stored.scale)),
+        None if points is None else write.weight(layer.weight, "zero_points", _flat(points.astype(q.dtype))),
     )
 
 
@@ -281,28 +274,27 @@ def _flat(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1) if array.size > 1 else array.reshape(())
 
 
-def _scaled_once(tape: Tape, layer: Layer, values: _Integers) -> ir.Value:
+def _scaled_once(write: Writer, layer: Layer, values: _Integers) -> ir.Value:
     assert layer.stored is not None
-    weight, scale, points = _operands(tape, layer, layer.stored.q, "integers")
+    weight, scale, points = _operands(write, layer, layer.stored.q, "integers")
     inputs = [values.q, weight, values.scale, scale, values.zero_point, points, _bias(layer)]
-    return tape.op("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+    return write.call("MatMulIntegerToFloat", *inputs, domain=CONTRIB)
 
 
-def _scaled_by_row(tape: Tape, layer: Layer, values: _Integers) -> ir.Value:
-    stored = layer.stored
+def _scaled_by_row(write: Writer, layer: Layer, values: _Integers) -> ir.Value:
+    call, stored = write.call, layer.stored
     assert stored is not None and values.by_row is not None
     q = _with_rows(stored, values.rows) if values.rows else stored.q
-    weight, scale, points = _operands(tape, layer, q, f"integers_{values.rows}" if values.rows else "integers")
-    result = tape.op("MatMulIntegerToFloat", [values.q, weight, values.scale, scale, None, points], domain=CONTRIB)
+    weight, scale, points = _operands(write, layer, q, f"integers_{values.rows}" if values.rows else "integers")
+    result = call("MatMulIntegerToFloat", values.q, weight, values.scale, scale, None, points, domain=CONTRIB)
     if values.rows is None and values.zero_point is not None:
         sums = _column_sums(stored) * stored.scale.reshape(-1).astype(np.float64)
-        result = tape.op(
-            "Sub", [result, tape.op("Mul", [values.zero_point, tape.weight(layer.weight, "sums", sums.astype(np.float32))])]
-        )
-    return tape.op("Mul", [result, values.by_row])
+        sums = write.weight(layer.weight, "sums", sums.astype(np.float32))
+        result = call("Sub", result, call("Mul", values.zero_point, sums))
+    return call("Mul", result, values.by_row)
 
 
-def _few_bits(tape: Tape, layer: Layer, accuracy_level: int) -> ir.Value:
+def _few_bits(write: Writer, layer: Layer, accuracy_level: int) -> ir.Value:
     """`MatMulNBits`: a weight-only product, its weight [features out, blocks, bytes]."""
     stored, block = layer.stored, layer.block
     assert stored is not None
@@ -316,14 +308,14 @@ def _few_bits(tape: Tape, layer: Layer, accuracy_level: int) -> ir.Value:
     scale = np.broadcast_to(stored.scale.T.repeat(each, 1), (count, blocks)).astype(np.float32)
     inputs = [
         layer.x,
-        tape.weight(layer.weight, "blocks", _packed(whole, bits).reshape(count, blocks, -1)),
-        tape.weight(layer.weight, "block_scales", scale.reshape(-1)),
+        write.weight(layer.weight, "blocks", _packed(whole, bits).reshape(count, blocks, -1)),
+        write.weight(layer.weight, "block_scales", scale.reshape(-1)),
     ]
     if stored.zero_point is not None:
         points = np.broadcast_to(stored.zero_point.T.astype(np.uint8).repeat(each, 1), (count, blocks))
-        inputs.append(tape.weight(layer.weight, "block_zero_points", _packed(points, bits)))
+        inputs.append(write.weight(layer.weight, "block_zero_points", _packed(points, bits)))
     options = {"K": features, "N": count, "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
-    return tape.op("MatMulNBits", inputs, options, domain=CONTRIB)
+    return write.op("MatMulNBits", inputs, options, domain=CONTRIB)
 
 
 def _packed(elements: np.ndarray, bits: int) -> np.ndarray:
@@ -352,39 +344,34 @@ def _sum_behind(layer: Layer) -> ir.Node | None:
     return node if node is not None and node.op_type == "Add" and node.inputs[0] is not node.inputs[1] else None
 
 
-def _finish(tape: Tape, layer: Layer, result: ir.Value, biased: bool, beside: bool) -> None:
+def _finish(write: Writer, layer: Layer, result: ir.Value, biased: bool, beside: bool) -> None:
     """Replace a layer's output, or add its relative error as an output. biased: the result includes the bias, if any."""
-    graph, last = tape.model.graph, layer.product
+    graph, last = write.model.graph, layer.product
     bias = _bias(layer) if biased else None
     own = layer.product.inputs[2] if len(layer.product.inputs) > 2 else None
     if bias is not None and own is None:
         last = _sum_behind(layer) or last
     elif own is not None and bias is None:
-        result = tape.op("Add", [result, own])
-    old = last.outputs[0]
+        result = write.call("Add", result, own)
     if beside:
-        graph.outputs.append(_distance(tape, old, result, f"error_{len(graph.outputs)}"))
-        graph.insert_after(last, _from(tape, layer))
+        graph.outputs.append(_distance(write, last.outputs[0], result, f"error_{len(graph.outputs)}"))
+        graph.insert_after(last, _from(write, layer))
         return
-    graph.insert_before(layer.product, _from(tape, layer))
-    result.shape, result.type = old.shape, old.type
-    name = old.name
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    old.name, result.name = None, name
+    graph.insert_before(layer.product, _from(write, layer))
+    take_over(last.outputs[0], result)
 
 
-def _from(tape: Tape, layer: Layer) -> Sequence[ir.Node]:
+def _from(write: Writer, layer: Layer) -> Sequence[ir.Node]:
     """The recorded nodes, with the metadata of a layer's module."""
-    for node in tape.nodes:
+    for node in write.nodes:
         node.metadata_props.update(layer.product.metadata_props)
-    return tape.nodes
+    return write.nodes
 
 
-def _distance(tape: Tape, wanted: ir.Value, found: ir.Value, name: str) -> ir.Value:
+def _distance(write: Writer, wanted: ir.Value, found: ir.Value, name: str) -> ir.Value:
     """max |found - wanted| / max |wanted|, with a denominator of at least 1e-6."""
-    largest = [
-        tape.op("ReduceMax", [tape.op("Abs", [item])], {"keepdims": 0}) for item in (tape.op("Sub", [found, wanted]), wanted)
-    ]
-    result = tape.op("Div", [largest[0], tape.op("Max", [largest[1], tape.number(1e-6)])])
+    call = write.call
+    error, largest = (call("ReduceMax", call("Abs", item), keepdims=0) for item in (call("Sub", found, wanted), wanted))
+    result = call("Div", error, call("Max", largest, write.number(1e-6)))
     result.name, result.shape, result.type = name, ir.Shape(()), ir.TensorType(ir.DataType.FLOAT)
     return result

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
-from lissom.backends.onnx.rewriting import integers, replace, sizes_of
+from lissom.backends.onnx.rewriting import Writer, nodes_of, sizes_of
 
 
 def write_out_rms_norms(model: ir.Model) -> int:
     """Decompose each RMS norm, so that ONNX Runtime fuses it with the residual add before it; returns how many."""
     count = 0
-    for node in list(model.graph):
+    for node in nodes_of(model, "", "RMSNormalization"):
         x, scale = (*node.inputs, None, None)[:2]
-        if node.op_type != "RMSNormalization" or x is None or scale is None or x.dtype != ir.DataType.FLOAT:
+        if x is None or scale is None or x.dtype != ir.DataType.FLOAT:
             continue
         if node.attributes.get_int("axis", -1) not in (-1, len(sizes_of(x)) - 1):
             continue
-        tape = ir.tape.Tape()
-        two, epsilon = (
-            tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.float32))})
-            for number in (2.0, node.attributes.get_float("epsilon", 1e-5))
-        )
-        mean = tape.op("ReduceMean", [tape.op("Pow", [x, two]), integers(tape, -1)])
-        root = tape.op("Sqrt", [tape.op("Add", [mean, epsilon])])
-        replace(model, node, tape, tape.op("Mul", [tape.op("Div", [x, root]), scale]))
+        write = Writer(model)
+        call, two, epsilon = write.call, write.number(2.0), write.number(node.attributes.get_float("epsilon", 1e-5))
+        mean = call("ReduceMean", call("Pow", x, two), -1)
+        write.replace(node, call("Mul", call("Div", x, call("Sqrt", call("Add", mean, epsilon))), scale))
         count += 1
     return count
 

@@ -5,91 +5,14 @@ Lengths are read from the model's inputs where possible, so that layers with the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from lissom.backends.onnx.attention import shape_of
+from lissom.backends.onnx.rewriting import Number, Writer, shape_of
 from lissom.ops.key_blocks import KeyBlocks
 from lissom.ops.pattern import UNBOUNDED, Condition, Pattern
-
-Number = ir.Value | int
-"""Integers: an int64 value, or a constant."""
-
-
-class Writer:
-    """Records nodes. Operators accept Python integers."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.tape = ir.tape.Tape()
-        self._inputs = tuple(model.graph.inputs)
-
-    def inside(self) -> Writer:
-        """A writer for a subgraph."""
-        found = copy(self)
-        found.tape = ir.tape.Tape()
-        return found
-
-    def call(self, op_type: str, *inputs: Number, **attributes: int | Sequence[int]) -> ir.Value:
-        """The output of a new node; integer inputs become vectors of one element."""
-        values = [self.integers(item) if isinstance(item, int) else item for item in inputs]
-        return self.tape.op(op_type, values, attributes)
-
-    def integers(self, *numbers: int) -> ir.Value:
-        return self.constant(np.array(numbers, np.int64))
-
-    def constant(self, array: np.ndarray) -> ir.Value:
-        return self.tape.op("Constant", [], {"value": ir.tensor(array)})
-
-    def length(self, value: ir.Value, axis: int) -> ir.Value:
-        """A size, [1]."""
-        size = shape_of(value)[axis]
-        if isinstance(size, int):
-            return self.integers(size)
-        for given in self._inputs:
-            for place, other in enumerate(given.shape or ()):
-                if other == size and size.value is not None:
-                    return self.call("Shape", given, start=place, end=place + 1)
-        axis %= len(shape_of(value))
-        return self.call("Shape", value, start=axis, end=axis + 1)
-
-    def counted(self, start: Number, end: Number, step: int = 1) -> ir.Value:
-        """start, start + step, … below end; each is [1]."""
-        return self.call("Range", *(self._scalar(item) for item in (start, end, step)))
-
-    def shaped(self, value: ir.Value, *sizes: Number) -> ir.Value:
-        """The value reshaped; -1 is inferred, 0 keeps a size."""
-        known = all(isinstance(size, int) for size in sizes)
-        shape = self.integers(*sizes) if known else self.call("Concat", *sizes, axis=0)  # pyright: ignore[reportArgumentType]
-        return self.call("Reshape", value, shape)
-
-    def padded(self, value: ir.Value, count: ir.Value, axis: int = 1) -> ir.Value:
-        """[batch, tokens, ..] of rank 3, or of rank 4 with an axis of 2, padded with zeros at the end of the axis."""
-        rank = 3 if axis == 1 else 4
-        front, behind = self.integers(*[0] * (rank + axis)), self.integers(*[0] * (rank - axis - 1))
-        return self.call("Pad", value, self.call("Concat", front, count, behind, axis=0))
-
-    def expanded(self, value: ir.Value, *sizes: Number) -> ir.Value:
-        """The value expanded to these sizes."""
-        return self.call("Expand", value, self.call("Concat", *sizes, axis=0))
-
-    def every(self, *conditions: ir.Value) -> ir.Value:
-        return self._joined("And", conditions)
-
-    def some(self, *conditions: ir.Value) -> ir.Value:
-        return self._joined("Or", conditions)
-
-    def _joined(self, op_type: str, conditions: Sequence[ir.Value]) -> ir.Value:
-        found, *others = conditions
-        for other in others:
-            found = self.call(op_type, found, other)
-        return found
-
-    def _scalar(self, item: Number) -> ir.Value:
-        return self.constant(np.array(item, np.int64)) if isinstance(item, int) else self.call("Squeeze", item)
 
 
 @dataclass(frozen=True)
@@ -145,7 +68,7 @@ def read_positions(write: Writer, reads: KeyBlocks, queries: ir.Value, keys: ir.
     count = call("Shape", places, start=0, end=1)
     spare = call("Mod", call("Neg", count), size)
     places = call("Pad", places, call("Concat", 0, spare, axis=0))
-    once = _longer(write, once, spare)
+    once = call("Concat", once, call("Less", write.counted(0, spare), 0), axis=0)
     behind = call("Add", blocks, call("Div", call("Add", count, spare), size))
     sizes = heads, rows, 1
     column = call("Concat", column, write.expanded(write.counted(blocks, behind), *sizes), axis=-1)
@@ -168,11 +91,6 @@ def row_places(write: Writer, reads: KeyBlocks, rows: ir.Value, end: ir.Value) -
         behind = call("Add", row, call("Add", end, len(reads.dense_rows) - reads.dense_end))
         place = call("Where", call("GreaterOrEqual", row, reads.dense_end), behind, place)
     return place
-
-
-def _longer(write: Writer, conditions: ir.Value, count: ir.Value) -> ir.Value:
-    """Conditions padded at the end with False."""
-    return write.call("Concat", conditions, write.call("Less", write.counted(0, count), 0), axis=0)
 
 
 def _alone(write: Writer, reads: KeyBlocks, keys: ir.Value) -> tuple[ir.Value, ir.Value] | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from lissom.backends.onnx.rewriting import constant_of, integers
+from lissom.backends.onnx.rewriting import Writer, constant_of
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,23 @@ def _as_projection(node: ir.Node) -> _Projection | None:
 
 
 def _merge(model: ir.Model, x: ir.Value, group: Sequence[_Projection]) -> None:
-    tape = ir.tape.Tape()
+    write, first = Writer(model), group[0].product
+    named = first.inputs[1]
+    assert named is not None
+
+    def merged(arrays: Sequence[np.ndarray], axis: int) -> ir.Value:
+        """A new weight, named after the first of its parts."""
+        return write.weight(named, f"merged_{len(model.graph.initializers)}", np.concatenate(arrays, axis))
+
     sizes = [item.weight.shape[1] for item in group]
-    result = tape.op("MatMul", [x, _weight(model, group[0].product, np.concatenate([item.weight for item in group], 1))])
+    result = write.call("MatMul", x, merged([item.weight for item in group], 1))
     biases = [item.bias for item in group if item.bias is not None]
     if biases:
-        result = tape.op("Add", [result, _weight(model, group[0].product, np.concatenate(biases))])
-    parts = tape.op_multi_out("Split", [result, integers(tape, *sizes)], {"axis": -1}, num_outputs=len(group))
-    for node in tape.nodes:
-        node.metadata_props.update(group[0].product.metadata_props)
-    model.graph.insert_before(group[0].product, tape.nodes)
+        result = write.call("Add", result, merged(biases, 0))
+    parts = write.op_multi_out("Split", [result, write.integers(*sizes)], {"axis": -1}, num_outputs=len(group))
+    for node in write.nodes:
+        node.metadata_props.update(first.metadata_props)
+    model.graph.insert_before(first, write.nodes)
     for item, part in zip(group, parts, strict=True):
         part.shape, part.type = item.result.shape, item.result.type
         ir.convenience.replace_all_uses_with(item.result, part)
-
-
-def _weight(model: ir.Model, node: ir.Node, array: np.ndarray) -> ir.Value:
-    """A new weight, named after the first of its parts."""
-    name = f"{node.inputs[1].name}_merged_{len(model.graph.initializers)}"  # pyright: ignore[reportOptionalMemberAccess]
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
-    model.graph.register_initializer(value)
-    return value

@@ -12,18 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
-from lissom.backends.onnx.rewriting import constant_of, fixed_last, replace
+from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, nodes_of, sizes_of
 from lissom.backends.onnx.translation import DEQUANTIZE, DOMAIN, ROUND, ROUND_DYNAMIC
-from lissom.ops.formats import FORMATS, LEAST, Format
+from lissom.ops.formats import FORMATS, LEAST, Format, unpack_halves
 
-_TYPES = {
-    "int8": ir.DataType.INT8,
-    "uint8": ir.DataType.UINT8,
-    "int4": ir.DataType.INT4,
-    "uint4": ir.DataType.UINT4,
-    "fp8": ir.DataType.FLOAT8E4M3FN,
-}
+_TYPES = {name: ir.DataType[name.upper()] for name in ("int8", "uint8", "int4", "uint4")} | {"fp8": ir.DataType.FLOAT8E4M3FN}
+_FLOAT = int(ir.DataType.FLOAT)
 
 
 def is_quantization(node: ir.Node, *names: str) -> bool:
@@ -36,55 +32,15 @@ def format_of(node: ir.Node) -> Format:
     return FORMATS[node.attributes["format"].as_string()]
 
 
-def expand_quantization(model: ir.Model) -> int:
-    """Replace each quantization node with operators of ONNX; returns how many."""
-    found = [node for node in model.graph if is_quantization(node)]
-    for node in found:
-        tape = Tape(model)
-        if node.op_type == DEQUANTIZE:
-            result = _stored(tape, node)
-        elif node.op_type == ROUND:
-            result = _rounded(tape, node)
-        else:
-            result = _rounded_at_run_time(tape, node)
-        dtype = node.outputs[0].dtype
+def expand_quantization(model: ir.Model) -> None:
+    """Replace each quantization node with operators of ONNX."""
+    expand = {ROUND: _rounded, ROUND_DYNAMIC: _rounded_at_run_time, DEQUANTIZE: _stored}
+    for node in nodes_of(model, DOMAIN, *expand):
+        write = Writer(model)
+        result, dtype = expand[node.op_type](write, node), node.outputs[0].dtype
         if dtype is not None and dtype != ir.DataType.FLOAT:
-            result = tape.op("Cast", [result], {"to": int(dtype)})
-        replace(model, node, tape, result)
-    return len(found)
-
-
-class Tape(ir.tape.Tape):
-    """Records nodes, and makes constants and weights."""
-
-    def __init__(self, model: ir.Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def constant(self, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-        """A small constant. dtype: for dtypes that numpy lacks."""
-        return self.op("Constant", [], {"value": ir.Tensor(array, dtype=dtype or ir.DataType.from_numpy(array.dtype))})
-
-    def number(self, value: float) -> ir.Value:
-        return self.constant(np.array(value, np.float32))
-
-    def integers(self, *numbers: int) -> ir.Value:
-        return self.constant(np.array(numbers, np.int64))
-
-    def weight(self, like: ir.Value, suffix: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-        """A new weight, named after the one it is derived from; made once per name."""
-        name = f"{like.name}_{suffix}"
-        known = self.model.graph.initializers.get(name)
-        if known is not None:
-            return known
-        typed = dtype or ir.DataType.from_numpy(array.dtype)
-        value = ir.Value(name=name, const_value=ir.Tensor(np.array(array, order="C"), dtype=typed, name=name))
-        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(typed)
-        self.model.graph.register_initializer(value)
-        return value
-
-    def as_float(self, x: ir.Value) -> ir.Value:
-        return x if x.dtype == ir.DataType.FLOAT else self.op("Cast", [x], {"to": int(ir.DataType.FLOAT)})
+            result = write.call("Cast", result, to=int(dtype))
+        write.replace(node, result)
 
 
 def operands(node: ir.Node) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
@@ -94,68 +50,64 @@ def operands(node: ir.Node) -> tuple[ir.Value, ir.Value | None, ir.Value | None]
     return x, scale, zero_point
 
 
-def dynamic_range(tape: Tape, x: ir.Value, form: Format) -> tuple[ir.Value, ir.Value | None]:
+def dynamic_range(write: Writer, x: ir.Value, form: Format) -> tuple[ir.Value, ir.Value | None]:
     """Per-row scale and zero point of x, [..., 1], both floating point, as `formats.scale_for` computes them."""
-    zero, axis = tape.number(0.0), tape.integers(-1)
-    low = tape.op("Min", [tape.op("ReduceMin", [x, axis], {"keepdims": 1}), zero])
-    high = tape.op("Max", [tape.op("ReduceMax", [x, axis], {"keepdims": 1}), zero])
+    call, number = write.call, write.number
+    low = call("Min", call("ReduceMin", x, -1, keepdims=1), number(0.0))
+    high = call("Max", call("ReduceMax", x, -1, keepdims=1), number(0.0))
     if form.symmetric:
-        largest = tape.op("Max", [tape.op("Neg", [low]), high])
-        return tape.op("Max", [tape.op("Div", [largest, tape.number(form.high)]), tape.number(LEAST)]), None
-    steps = tape.number(form.high - form.low)
-    scale = tape.op("Max", [tape.op("Div", [tape.op("Sub", [high, low]), steps]), tape.number(LEAST)])
-    shifted = tape.op("Sub", [tape.number(form.low), tape.op("Div", [low, scale])])
-    return scale, tape.op("Clip", [tape.op("Round", [shifted]), tape.number(form.low), tape.number(form.high)])
+        largest = call("Max", call("Neg", low), high)
+        return call("Max", call("Div", largest, number(form.high)), number(LEAST)), None
+    scale = call("Max", call("Div", call("Sub", high, low), number(form.high - form.low)), number(LEAST))
+    shifted = call("Sub", number(form.low), call("Div", low, scale))
+    return scale, call("Clip", call("Round", shifted), number(form.low), number(form.high))
 
 
-def _rounded(tape: Tape, node: ir.Node) -> ir.Value:
+def _rounded(write: Writer, node: ir.Node) -> ir.Value:
     """Q/DQ with a static scale."""
     x, scale, zero_point = operands(node)
     assert scale is not None
-    form, x = format_of(node), tape.as_float(x)
-    if constant_of(scale) is None or constant_of(scale).size != 1 or form.bits != 8 or not form.is_integer:  # pyright: ignore[reportOptionalMemberAccess]
-        return _by_hand(tape, x, tape.as_float(scale), zero_point and tape.as_float(zero_point), form)
-    scale, zero_point = scalar_scales(tape, scale, zero_point, form)
-    q = tape.op("QuantizeLinear", [x, scale, zero_point])
-    return tape.op("DequantizeLinear", [q, scale, zero_point])
+    form, x, known = format_of(node), write.as_float(x), constant_of(scale)
+    if known is None or known.size != 1 or form.bits != 8 or not form.is_integer:
+        return _by_hand(write, x, write.as_float(scale), zero_point and write.as_float(zero_point), form)
+    scale, zero_point = scalar_scales(write, scale, zero_point, form)
+    return write.call("DequantizeLinear", write.call("QuantizeLinear", x, scale, zero_point), scale, zero_point)
 
 
-def scalar_scales(tape: Tape, scale: ir.Value, zero_point: ir.Value | None, form: Format) -> tuple[ir.Value, ir.Value]:
+def scalar_scales(write: Writer, scale: ir.Value, zero_point: ir.Value | None, form: Format) -> tuple[ir.Value, ir.Value]:
     """A constant per-tensor scale and its zero point as scalars, the zero point in the dtype of q."""
     number, point = constant_of(scale), constant_of(zero_point)
     assert number is not None
     dtype = np.uint8 if form.low == 0 else np.int8
     found = np.array(0, dtype) if point is None else point.reshape(()).astype(dtype)
-    return tape.constant(number.reshape(()).astype(np.float32)), tape.constant(found)
+    return write.constant(number.reshape(()).astype(np.float32)), write.constant(found)
 
 
-def _rounded_at_run_time(tape: Tape, node: ir.Node) -> ir.Value:
+def _rounded_at_run_time(write: Writer, node: ir.Node) -> ir.Value:
     """Q/DQ with a dynamic scale, per-token or per-tensor."""
-    form, x = format_of(node), tape.as_float(operands(node)[0])
+    form, x = format_of(node), write.as_float(operands(node)[0])
     by_token = node.attributes["granularity"].as_string() == "token"
     if form.name == "uint8" and not by_token:
-        q, scale, zero_point = tape.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
-        return tape.op("DequantizeLinear", [q, scale, zero_point])
-    rows = x if by_token else tape.op("Reshape", [x, tape.integers(1, -1)])
-    scale, zero_point = dynamic_range(tape, rows, form)
+        q, scale, zero_point = write.op_multi_out("DynamicQuantizeLinear", [x], num_outputs=3)
+        return write.call("DequantizeLinear", q, scale, zero_point)
+    scale, zero_point = dynamic_range(write, x if by_token else write.shaped(x, 1, -1), form)
     if not by_token:
-        scale, zero_point = (item and tape.op("Reshape", [item, tape.integers(1)]) for item in (scale, zero_point))
-        assert scale is not None
-    return _by_hand(tape, x, scale, zero_point, form)
+        scale, zero_point = write.shaped(scale, 1), zero_point and write.shaped(zero_point, 1)
+    return _by_hand(write, x, scale, zero_point, form)
 
 
-def _by_hand(tape: Tape, x: ir.Value, scale: ir.Value, zero_point: ir.Value | None, form: Format) -> ir.Value:
+def _by_hand(write: Writer, x: ir.Value, scale: ir.Value, zero_point: ir.Value | None, form: Format) -> ir.Value:
     """Q/DQ in plain operators; the scale broadcasts to x."""
-    scaled = tape.op("Div", [x, scale])
-    low, high = tape.number(form.low), tape.number(form.high)
+    call, scaled = write.call, write.call("Div", x, scale)
+    low, high = write.number(form.low), write.number(form.high)
     if not form.is_integer:
-        short = tape.op("Cast", [tape.op("Clip", [scaled, low, high])], {"to": int(_TYPES[form.name])})
-        return tape.op("Mul", [tape.op("Cast", [short], {"to": int(ir.DataType.FLOAT)}), scale])
-    whole = tape.op("Round", [scaled])
+        short = call("Cast", call("Clip", scaled, low, high), to=int(_TYPES[form.name]))
+        return call("Mul", call("Cast", short, to=_FLOAT), scale)
+    whole = call("Round", scaled)
     if zero_point is None:
-        return tape.op("Mul", [tape.op("Clip", [whole, low, high]), scale])
-    clipped = tape.op("Clip", [tape.op("Add", [whole, zero_point]), low, high])
-    return tape.op("Mul", [tape.op("Sub", [clipped, zero_point]), scale])
+        return call("Mul", call("Clip", whole, low, high), scale)
+    clipped = call("Clip", call("Add", whole, zero_point), low, high)
+    return call("Mul", call("Sub", clipped, zero_point), scale)
 
 
 @dataclass(frozen=True)
@@ -185,24 +137,21 @@ class Stored:
 
 
 def _unpacked(q: np.ndarray, form: Format) -> np.ndarray:
-    if form.bits != 4:
-        return q
-    halves = np.stack((q & 15, q >> 4), -1).reshape(*q.shape[:-1], -1)
-    return (halves.astype(np.int8) ^ 8) - 8 if form.low < 0 else halves
+    return unpack_halves(torch.tensor(q), form).numpy() if form.bits == 4 else q
 
 
-def _stored(tape: Tape, node: ir.Node) -> ir.Value:
+def _stored(write: Writer, node: ir.Node) -> ir.Value:
     """(q - zero_point) · scale: `DequantizeLinear` for constants with blocks that it supports, else plain operators."""
     stored, x = Stored.of(node), operands(node)[0]
-    found = _dequantize_linear(tape, stored, x) if stored is not None else None
-    return found or _looked_up(tape, node)
+    found = _dequantize_linear(write, stored, x) if stored is not None else None
+    return found or _looked_up(write, node)
 
 
-def _dequantize_linear(tape: Tape, stored: Stored, like: ir.Value) -> ir.Value | None:
+def _dequantize_linear(write: Writer, stored: Stored, like: ir.Value) -> ir.Value | None:
     scale, zero_point, dtype = stored.scale, stored.zero_point, _TYPES[stored.form.name]
     split = [axis for axis in (0, 1) if scale.shape[axis] > 1]
     blocked = [axis for axis in split if scale.shape[axis] != stored.q.shape[axis]]
-    attributes: dict[str, ir.Attr | int] = {}
+    attributes: dict[str, int] = {}
     if not split:
         shape: Sequence[int] = ()
     elif len(split) == 1 and not blocked:
@@ -217,50 +166,43 @@ def _dequantize_linear(tape: Tape, stored: Stored, like: ir.Value) -> ir.Value |
         attributes = {"axis": axis, "block_size": stored.q.shape[axis] // scale.shape[axis]}
     spread = np.broadcast_to(scale, shape) if len(shape) == 2 else scale.reshape(shape)
     inputs = [
-        tape.weight(like, "elements", stored.q, dtype) if stored.form.bits == 4 else like,
-        tape.weight(like, "scales", spread.astype(np.float32)),
+        write.weight(like, "elements", stored.q, dtype) if stored.form.bits == 4 else like,
+        write.weight(like, "scales", spread.astype(np.float32)),
     ]
     if zero_point is not None:
         points = np.broadcast_to(zero_point, shape) if len(shape) == 2 else zero_point.reshape(shape)
-        inputs.append(tape.weight(like, "zero_points", points.astype(stored.q.dtype), dtype))
-    return tape.op("DequantizeLinear", inputs, attributes)
+        inputs.append(write.weight(like, "zero_points", points.astype(stored.q.dtype), dtype))
+    return write.op("DequantizeLinear", inputs, attributes)
 
 
-def _looked_up(tape: Tape, node: ir.Node) -> ir.Value:
+def _looked_up(write: Writer, node: ir.Node) -> ir.Value:
     """Dequantize embedding rows, [..., features], with their scales, [..., blocks]."""
     q, scale, zero_point = operands(node)
     assert scale is not None
-    form = format_of(node)
-    values = tape.as_float(q if form.bits == 8 else _halves(tape, q, form))
-    blocks = fixed_last(scale) if scale.shape else 1
-    scale, zero_point = tape.as_float(scale), zero_point and tape.as_float(zero_point)
-    features = fixed_last(node.outputs[0])
+    call, form = write.call, format_of(node)
+    values = write.as_float(q if form.bits == 8 else _halves(write, q, form))
+    blocks, features = fixed_size(scale, -1) if sizes_of(scale) else 1, fixed_size(node.outputs[0], -1)
+    scale, zero_point = write.as_float(scale), zero_point and write.as_float(zero_point)
     if blocks in (1, features):
-        centred = values if zero_point is None else tape.op("Sub", [values, zero_point])
-        return tape.op("Mul", [centred, scale])
-    kept = [0] * (len(node.outputs[0].shape or ()) - 1)
-    parts = tape.op("Reshape", [values, tape.integers(*kept, blocks, features // blocks)])
-    last = tape.integers(-1)
+        return call("Mul", values if zero_point is None else call("Sub", values, zero_point), scale)
+    kept = [0] * (len(sizes_of(node.outputs[0])) - 1)
+    parts = write.shaped(values, *kept, blocks, features // blocks)
     if zero_point is not None:
-        parts = tape.op("Sub", [parts, tape.op("Unsqueeze", [zero_point, last])])
-    scaled = tape.op("Mul", [parts, tape.op("Unsqueeze", [scale, last])])
-    return tape.op("Reshape", [scaled, tape.integers(*kept, features)])
+        parts = call("Sub", parts, call("Unsqueeze", zero_point, -1))
+    return write.shaped(call("Mul", parts, call("Unsqueeze", scale, -1)), *kept, features)
 
 
-def _halves(tape: Tape, q: ir.Value, form: Format) -> ir.Value:
+def _halves(write: Writer, q: ir.Value, form: Format) -> ir.Value:
     """Four-bit elements packed two per byte, as floats; the first in the low half."""
-    sixteen, last = tape.number(16.0), tape.integers(-1)
+    call, sixteen = write.call, write.number(16.0)
     # Exact in floating point, where every provider has these operators.
-    byte = tape.op("Cast", [q], {"to": int(ir.DataType.FLOAT)})
-    high = tape.op("Floor", [tape.op("Div", [byte, sixteen])])
-    low = tape.op("Sub", [byte, tape.op("Mul", [high, sixteen])])
-    both = tape.op("Concat", [tape.op("Unsqueeze", [item, last]) for item in (low, high)], {"axis": -1})
-    kept = [0] * (len(q.shape or ()) - 1)
-    joined = tape.op("Reshape", [both, tape.integers(*kept, 2 * fixed_last(q))])
-    joined.dtype = ir.DataType.FLOAT
-    if form.low == 0:
-        return joined
-    negative = tape.op("Cast", [tape.op("Greater", [joined, tape.number(7.0)])], {"to": int(ir.DataType.FLOAT)})
-    signed = tape.op("Sub", [joined, tape.op("Mul", [negative, sixteen])])
-    signed.dtype = ir.DataType.FLOAT
-    return signed
+    byte = call("Cast", q, to=_FLOAT)
+    high = call("Floor", call("Div", byte, sixteen))
+    low = call("Sub", byte, call("Mul", high, sixteen))
+    both = call("Concat", *(call("Unsqueeze", item, -1) for item in (low, high)), axis=-1)
+    found = write.shaped(both, *[0] * (len(sizes_of(q)) - 1), 2 * fixed_size(q, -1))
+    if form.low < 0:
+        negative = call("Cast", call("Greater", found, write.number(7.0)), to=_FLOAT)
+        found = call("Sub", found, call("Mul", negative, sixteen))
+    found.dtype = ir.DataType.FLOAT
+    return found

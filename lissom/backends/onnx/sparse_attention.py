@@ -20,14 +20,15 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from lissom.backends.onnx.attention import Site, projection, shape_of, skip_joins
-from lissom.backends.onnx.chunks import CPU_BYTES, in_chunks
-from lissom.backends.onnx.positions import Read, Writer, read_positions, row_places, seen
-from lissom.backends.onnx.rewriting import constant_of, replace
+from lissom.backends.onnx.attention import Site, projection, skip_joins
+from lissom.backends.onnx.positions import Read, read_positions, row_places, seen
+from lissom.backends.onnx.rewriting import Writer, constant_of, fixed_size, nodes_of, shape_of
 from lissom.backends.onnx.translation import ATTENTION, DOMAIN, SPARSE_ATTENTION
 from lissom.ops.key_blocks import KeyBlocks, key_blocks
 from lissom.ops.pattern import Pattern
 
+CPU_BYTES, OTHER_BYTES = 2**21, 2**28
+"""Bytes of keys and values gathered at a time; scores and transposes take two or three times as much."""
 _HEADS_FIRST = (0, 2, 1, 3)
 _ROWS, _READ = "query_blocks", "keys_read"
 """Names of sizes: query blocks of all sequences, and keys read per query block."""
@@ -39,53 +40,40 @@ def expand_sparse(model: ir.Model, gathered: bool, chunk_bytes: int = CPU_BYTES)
     chunk_bytes: of keys and values gathered at a time, at least those of one query block.
     """
     count = 0
-    for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type == SPARSE_ATTENTION:
-            site = Sparse.of(model, node, chunk_bytes)
-            reads = site.reads() if gathered else ""
-            count += isinstance(reads, KeyBlocks)
-            result = _by_blocks(site, reads) if isinstance(reads, KeyBlocks) else _by_mask(site)
-            replace(model, node, site.write.tape, result)
+    for node in nodes_of(model, DOMAIN, SPARSE_ATTENTION):
+        site = Sparse.of_pattern(model, node, chunk_bytes)
+        reads = site.reads() if gathered else ""
+        count += isinstance(reads, KeyBlocks)
+        result = _by_blocks(site, reads) if isinstance(reads, KeyBlocks) else _by_mask(site)
+        site.write.replace(node, result)
     return count
 
 
 def ungathered(model: ir.Model) -> str | None:
     """Why a block-sparse attention cannot be computed by key blocks; None where all can."""
-    for node in model.graph:
-        if node.domain == DOMAIN and node.op_type == SPARSE_ATTENTION:
-            found = Sparse.of(model, node).reads()
-            if isinstance(found, str):
-                return found
-    return None
+    found = (Sparse.of_pattern(model, node).reads() for node in nodes_of(model, DOMAIN, SPARSE_ATTENTION))
+    return next((item for item in found if isinstance(item, str)), None)
 
 
 @dataclass(frozen=True)
-class Sparse:
-    """One block-sparse attention: its operands and options, and the writer of its replacement."""
+class Sparse(Site):
+    """One block-sparse attention. mask: the bias, or a further mask, besides the pattern."""
 
-    q: ir.Value
-    k: ir.Value
-    v: ir.Value
-    bias: ir.Value | None
     layout: ir.Value | None
-    sinks: ir.Value | None
     pattern: Pattern
-    scale: float
-    softcap: float
-    result: ir.Value
-    write: Writer
     chunk_bytes: int
 
     @classmethod
-    def of(cls, model: ir.Model, node: ir.Node, chunk_bytes: int = CPU_BYTES) -> Sparse:
+    def of_pattern(cls, model: ir.Model, node: ir.Node, chunk_bytes: int = CPU_BYTES) -> Sparse:
         q, k, v, bias, layout, sinks = (*node.inputs, None, None, None)[:6]
         assert q is not None and k is not None and v is not None
         given = node.attributes
         pattern = Pattern.decode(given.get_ints("pattern", ()), given.get_int("block", 0))
         return cls(
-            q, k, v, bias, layout if pattern.asks_layout else None, sinks, pattern,
-            scale=given.get_float("scale", 1.0), softcap=given.get_float("softcap", 0.0),
-            result=node.outputs[0], write=Writer(model), chunk_bytes=chunk_bytes,
+            q, k, v, bias, sinks,
+            scale=given.get_float("scale", 1.0), softcap=given.get_float("softcap", 0.0), causal=False, zeros=sinks is None,
+            result=node.outputs[0], write=Writer(model),
+            layout=layout if pattern.asks_layout else None, pattern=pattern, chunk_bytes=chunk_bytes,
         )  # fmt: skip
 
     def reads(self) -> KeyBlocks | str:
@@ -104,7 +92,7 @@ class Sparse:
     ) -> ir.Value:
         """An attention node, which `expand_attention` replaces. zeros: fully masked rows yield zeros."""
         options = {"scale": self.scale, "softcap": self.softcap, "causal": 0, "zeros": int(zeros and sinks is None)}
-        return self.write.tape.op(ATTENTION, [q, k, v, mask, sinks], options, domain=DOMAIN)
+        return self.write.op(ATTENTION, [q, k, v, mask, sinks], options, domain=DOMAIN)
 
     def joined(self, value: ir.Value) -> ir.Value:
         """[batch, heads, tokens, width] as [batch, tokens, heads · width]."""
@@ -119,7 +107,7 @@ class Sparse:
 
         A dimension of sequences, 1 where all have the same, comes in front.
         """
-        write, call, bias = self.write, self.write.call, self.bias
+        write, call, bias = self.write, self.write.call, self.mask
         visible = call("Unsqueeze", visible, 0)
         if bias is not None:
             sizes = [1] * (4 - len(shape_of(bias))) + list(shape_of(bias))
@@ -145,18 +133,11 @@ class Sparse:
 
 
 def _heads(value: ir.Value) -> int:
-    return _fixed(value, 1)
+    return fixed_size(value, 1)
 
 
 def _width(value: ir.Value) -> int:
-    return _fixed(value, 3)
-
-
-def _fixed(value: ir.Value, axis: int) -> int:
-    size = shape_of(value)[axis]
-    if not isinstance(size, int):
-        raise ValueError(f"dimension {axis} of '{value.name}' is {size}; it has to be fixed")
-    return size
+    return fixed_size(value, 3)
 
 
 def _by_mask(site: Sparse) -> ir.Value:
@@ -164,22 +145,20 @@ def _by_mask(site: Sparse) -> ir.Value:
     queries, keys = write.length(site.q, 2), write.length(site.k, 2)
     i, j = write.call("Unsqueeze", write.counted(0, queries), 1), write.shaped(write.counted(0, keys), 1, 1, -1)
     mask = site.biased(seen(write, site.pattern, i, j, i, site.layout, 3), i, j, 3)
-    heads = _heads_of_mask(site)
-    sequences = _sequences_of_mask(site)
-    _typed(mask, mask.dtype, [sequences, heads, shape_of(site.q)[2], shape_of(site.k)[2]])
+    _typed(mask, mask.dtype, [_sequences_of_mask(site), _heads_of_mask(site), shape_of(site.q)[2], shape_of(site.k)[2]])
     return site.attention(site.q, site.k, site.v, mask, site.sinks)
 
 
 def _heads_of_mask(site: Sparse) -> int:
     """The number of heads in the mask, or 1."""
-    of_bias = shape_of(site.bias)[-3] if site.bias is not None and len(shape_of(site.bias)) > 2 else 1
+    of_bias = shape_of(site.mask)[-3] if site.mask is not None and len(shape_of(site.mask)) > 2 else 1
     of_layout = shape_of(site.layout)[0] if site.layout is not None else 1
     return 1 if of_bias == 1 and of_layout == 1 else _heads(site.q)
 
 
 def _sequences_of_mask(site: Sparse) -> int | ir.SymbolicDim:
     """The batch size of the mask, or 1."""
-    return shape_of(site.bias)[0] if site.bias is not None and len(shape_of(site.bias)) == 4 else 1
+    return shape_of(site.mask)[0] if site.mask is not None and len(shape_of(site.mask)) == 4 else 1
 
 
 def _typed(value: ir.Value, dtype: ir.DataType | None, sizes: Sequence[int | ir.SymbolicDim | str | None]) -> ir.Value:
@@ -199,10 +178,7 @@ def _by_blocks(site: Sparse, reads: KeyBlocks) -> ir.Value:
     visible = write.every(seen(write, site.pattern, i, j, first, site.layout, 4), call("Unsqueeze", read.counts, 2))
     # [batch or 1, heads or 1, rows, block, read]; computed once for all layers with the same pattern.
     mask = site.biased(visible, call("Min", i, call("Sub", queries, 1)), j, 4)
-    hidden = Site(
-        site.q, site.k, site.v, mask, None, scale=site.scale, softcap=site.softcap,
-        causal=False, zeros=site.sinks is None, result=site.result, tape=write.tape,
-    )  # fmt: skip
+    hidden = dataclasses.replace(site, mask=mask)
     bias, some = hidden.bias(), hidden.visible()
     assert bias is not None
     gather = _heads_together if reads.heads == 1 else _heads_apart
@@ -249,18 +225,31 @@ class _Hidden:
 
 
 def _in_chunks(site: Sparse, read: Read, heads: int, size: int, part: Callable[[Sparse, ir.Value], ir.Value]) -> ir.Value:
-    """Apply `part` to all query blocks in chunks. heads: whose keys are gathered; size: of a block."""
-    call, dtype = site.write.call, site.q.dtype
+    """Apply `part` to all query blocks in chunks, by a `Loop`: [batch, rows or more, features].
+
+    The memory for gathered keys is then bounded at any length. Chunks that fit a processor's cache are also faster; a GPU gets
+    large chunks, since each is a synchronization. All chunks have the same size: the last row is repeated where needed.
+
+    heads: whose keys are gathered. size: of a block. part: from row numbers, [some], to [batch, some, features].
+    """
+    write, call, dtype, rows = site.write, site.write.call, site.q.dtype, read.rows
     assert dtype is not None
     key_bytes = round(heads * (_width(site.k) + _width(site.v)) * dtype.itemsize)
-    row_bytes = call("Mul", call("Mul", read.read, key_bytes), site.write.length(site.q, 0))
-    most = call("Max", call("Div", site.write.integers(site.chunk_bytes), row_bytes), 1)
-    features = size * _heads(site.q) * _width(site.v)
-
-    def typed(write: Writer, row: ir.Value) -> ir.Value:
-        return _typed(part(dataclasses.replace(site, write=write), row), dtype, [None, None, features])
-
-    return in_chunks(site.write, read.rows, most, features, typed)
+    row_bytes = call("Mul", call("Mul", read.read, key_bytes), write.length(site.q, 0))
+    most = call("Max", call("Div", write.integers(site.chunk_bytes), row_bytes), 1)
+    chunks = call("Div", call("Add", rows, call("Sub", most, 1)), most)
+    count = call("Div", call("Add", rows, call("Sub", chunks, 1)), chunks)
+    last, features = call("Sub", rows, 1), size * _heads(site.q) * _width(site.v)
+    number = _typed(ir.Value(name="chunk"), ir.DataType.INT64, [])
+    going = _typed(ir.Value(name="going"), ir.DataType.BOOL, [])
+    inside = Writer(write.model)
+    row = inside.call("Min", inside.call("Add", inside.call("Mul", number, count), inside.counted(0, count)), last)
+    goes_on = _typed(inside.call("Identity", going), ir.DataType.BOOL, [])
+    found = _typed(part(dataclasses.replace(site, write=inside), row), dtype, [None, None, features])
+    body = ir.Graph([number, going], [goes_on, found], nodes=inside.nodes, name="chunk_of_rows")
+    stacked = write.op("Loop", [call("Squeeze", chunks), write.constant(np.array(True))], {"body": body})
+    # [chunks, batch, count, features]
+    return write.shaped(call("Transpose", stacked, perm=(1, 0, 2, 3)), 0, -1, features)
 
 
 def _heads_together(site: Sparse, reads: KeyBlocks, read: Read, hidden: _Hidden, padding: ir.Value) -> ir.Value:
@@ -367,12 +356,8 @@ def _with_dense_rows(site: Sparse, reads: KeyBlocks, read: Read, found: ir.Value
     joined = write.shaped(call("Transpose", whole, perm=_HEADS_FIRST), 0, 0, width)
     _typed(joined, site.q.dtype, [shape_of(site.q)[0], "dense_queries", width])
     flat = write.shaped(joined, 0, -1, size * width)
-    return call(
-        "Gather",
-        call("Concat", found, flat, axis=1),
-        row_places(write, reads, read.rows, call("Shape", found, start=1, end=2)),
-        axis=1,
-    )
+    places = row_places(write, reads, read.rows, call("Shape", found, start=1, end=2))
+    return call("Gather", call("Concat", found, flat, axis=1), places, axis=1)
 
 
 def _by_heads(

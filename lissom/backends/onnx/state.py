@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from lissom.backends.onnx.rewriting import integers, replace
+from lissom.backends.onnx.rewriting import Writer, nodes_of, shape_of
 from lissom.backends.onnx.translation import DOMAIN, INDEX_COPY
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
@@ -96,13 +95,11 @@ def _is_written_in_place(past: ir.Value, present: str) -> bool:
     )
 
 
-def expand_index_copies(model: ir.Model) -> int:
-    """Replace each `index_copy` with `ScatterND`; returns how many."""
-    found = [node for node in model.graph if is_index_copy(node)]
-    for node in found:
-        tape = ir.tape.Tape()
-        replace(model, node, tape, _scattered(tape, node))
-    return len(found)
+def expand_index_copies(model: ir.Model) -> None:
+    """Replace each `index_copy` with `ScatterND`."""
+    for node in nodes_of(model, DOMAIN, INDEX_COPY):
+        write = Writer(model)
+        write.replace(node, _scattered(write, node))
 
 
 def is_index_copy(node: ir.Node | None) -> bool:
@@ -112,34 +109,30 @@ def is_index_copy(node: ir.Node | None) -> bool:
 
 def dimension_of(node: ir.Node) -> int:
     """The dimension of an `index_copy` node."""
-    x = node.inputs[0]
-    assert x is not None and x.shape is not None
-    return node.attributes.get_int("dim", 0) % len(x.shape)
+    return node.attributes.get_int("dim", 0) % len(shape_of(node.inputs[0]))
 
 
-def _scattered(tape: ir.tape.Tape, node: ir.Node) -> ir.Value:
-    x, index, source = node.inputs
+def _scattered(write: Writer, node: ir.Node) -> ir.Value:
+    call, (x, index, source) = write.call, node.inputs
     assert x is not None and index is not None
     dim = dimension_of(node)
-    places = checked_places(tape, tape.op("Reshape", [index, integers(tape, -1)]), size_of(tape, x, dim))
-    leading = [size_of(tape, x, axis) for axis in range(dim)]
-    rows = tape.op("Concat", [*leading, tape.op("Shape", [places]), integers(tape, 1)], {"axis": 0})
-    zero, one = (tape.op("Constant", [], {"value": ir.tensor(np.array(number, np.int64))}) for number in (0, 1))
-    ranges = [tape.op("Range", [zero, tape.op("Squeeze", [size]), one]) for size in leading]
+    places = checked_places(write, call("Reshape", index, -1), _size(write, x, dim))
+    leading = [_size(write, x, axis) for axis in range(dim)]
+    rows = call("Concat", *leading, call("Shape", places), 1, axis=0)
     columns: list[ir.Value] = []
-    for axis, numbers in enumerate([*ranges, places]):
+    for axis, numbers in enumerate([*(write.counted(0, size) for size in leading), places]):
         # Broadcast from its own dimension to [..., rows, ..., 1].
-        apart = tape.op("Reshape", [numbers, integers(tape, *[1] * axis, -1, *[1] * (dim + 1 - axis))])
-        columns.append(tape.op("Expand", [apart, rows]))
-    return tape.op("ScatterND", [x, tape.op("Concat", columns, {"axis": -1}), source])
+        apart = write.shaped(numbers, *[1] * axis, -1, *[1] * (dim + 1 - axis))
+        columns.append(call("Expand", apart, rows))
+    return call("ScatterND", x, call("Concat", *columns, axis=-1), source)
 
 
-def size_of(tape: ir.tape.Tape, x: ir.Value, axis: int) -> ir.Value:
+def _size(write: Writer, x: ir.Value, axis: int) -> ir.Value:
     """A size of x, [1]: a constant where it is fixed, so that x has no further reader."""
-    size = x.shape[axis] if x.shape is not None else None
-    return integers(tape, size) if isinstance(size, int) else tape.op("Shape", [x], {"start": axis, "end": axis + 1})
+    size = shape_of(x)[axis]
+    return write.integers(size) if isinstance(size, int) else write.call("Shape", x, start=axis, end=axis + 1)
 
 
-def checked_places(tape: ir.tape.Tape, index: ir.Value, size: ir.Value) -> ir.Value:
+def checked_places(write: Writer, index: ir.Value, size: ir.Value | int) -> ir.Value:
     """The index with negative numbers moved out of range: ONNX would wrap them around, and PyTorch refuses them."""
-    return tape.op("Where", [tape.op("Less", [index, integers(tape, 0)]), size, index])
+    return write.call("Where", write.call("Less", index, 0), size, index)

@@ -14,27 +14,10 @@ import onnx_ir as ir
 import torch
 from onnxscript import evaluator, values
 
+from lissom import ops
+from lissom.backends.onnx.rewriting import fixed_size
 from lissom.compiler.ir.program import Program
 from lissom.errors import UnsupportedError
-from lissom.ops import (
-    attention,
-    block_sparse_attention,
-    fused_attention,
-    fused_rms_norm,
-    fused_rotary,
-    grouped_product,
-    linear_attention,
-    merged_attention,
-    packed_embedding,
-    packed_linear,
-    packed_linear_norm,
-    quantized_linear,
-    quantized_linear_norm,
-    rotary,
-    sparse_linear,
-    weight_quantized_linear,
-    weight_quantized_linear_norm,
-)
 from lissom.ops.linear_attention import CHUNK, FLOOR
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
@@ -54,13 +37,10 @@ INDEX_COPY = "IndexCopy"
 op: Any = values.Opset("", OPSET)
 
 
-def _attention_node(
-    inputs: Sequence[ir.Value | None], scale: float, softcap: float = 0.0, causal: bool = False, zeros: bool = False
-) -> ir.Value:
-    """An attention node. zeros: fully masked rows yield zeros and not NaN."""
-    options = {"scale": scale, "softcap": softcap, "causal": int(causal), "zeros": int(zeros)}
-    node = ir.Node(DOMAIN, ATTENTION, inputs, ir.convenience.convert_attributes(options), num_outputs=1, version=1)
-    return _recorded(node)[0]
+def _node(op_type: str, *inputs: ir.Value | None, **options: int | float | str | ir.Attr) -> ir.Value:
+    """A node of our domain, which a later rewrite replaces."""
+    given = ir.convenience.convert_attributes(options)
+    return _recorded(ir.Node(DOMAIN, op_type, inputs, given, num_outputs=1, version=1))[0]
 
 
 def _recorded(node: ir.Node) -> Sequence[ir.Value]:
@@ -79,8 +59,9 @@ def _scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> ir.Value:
-    factor = 1.0 / math.sqrt(_fixed(query, -1)) if scale is None else scale
-    return _attention_node([query, key, value, attn_mask], factor, causal=is_causal, zeros=attn_mask is not None)
+    options = {"softcap": 0.0, "causal": int(is_causal), "zeros": int(attn_mask is not None)}
+    factor = 1.0 / math.sqrt(fixed_size(query, -1)) if scale is None else scale
+    return _node(ATTENTION, query, key, value, attn_mask, scale=factor, **options)
 
 
 def _attention(
@@ -92,8 +73,9 @@ def _attention(
     softcap: float = 0.0,
     sinks: ir.Value | None = None,
 ) -> ir.Value:
-    # With sinks the softmax of a fully masked row is not NaN.
-    return _attention_node([q, k, v, bias, sinks], scale, softcap, zeros=bias is not None and sinks is None)
+    # Fully masked rows yield zeros and not NaN; with sinks the softmax of such a row is not NaN.
+    zeros = int(bias is not None and sinks is None)
+    return _node(ATTENTION, q, k, v, bias, sinks, scale=scale, softcap=softcap, causal=0, zeros=zeros)
 
 
 def _block_sparse_attention(
@@ -108,36 +90,31 @@ def _block_sparse_attention(
     softcap: float = 0.0,
     sinks: ir.Value | None = None,
 ) -> ir.Value:
-    options = {"block": block, "scale": scale, "softcap": softcap}
-    given = [*ir.convenience.convert_attributes(options), ir.AttrInt64s("pattern", list(pattern))]
-    return _recorded(ir.Node(DOMAIN, SPARSE_ATTENTION, [q, k, v, bias, layout, sinks], given, num_outputs=1, version=1))[0]
+    numbers = ir.AttrInt64s("pattern", list(pattern))
+    return _node(SPARSE_ATTENTION, q, k, v, bias, layout, sinks, block=block, scale=scale, softcap=softcap, pattern=numbers)
 
 
 def _rotary(x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bool = False) -> ir.Value:
-    options = ir.convenience.convert_attributes({"interleaved": int(interleaved)})
-    return _recorded(ir.Node(DOMAIN, ROTARY, [x, cos, sin], options, num_outputs=1, version=1))[0]
+    return _node(ROTARY, x, cos, sin, interleaved=int(interleaved))
 
 
 def _fake_quantize(x: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "") -> ir.Value:
-    options = ir.convenience.convert_attributes({"format": format})
-    return _recorded(ir.Node(DOMAIN, ROUND, [x, scale, zero_point], options, num_outputs=1, version=1))[0]
+    return _node(ROUND, x, scale, zero_point, format=format)
 
 
 def _fake_quantize_dynamic(x: ir.Value, format: str = "", granularity: str = "token") -> ir.Value:
-    options = ir.convenience.convert_attributes({"format": format, "granularity": granularity})
-    return _recorded(ir.Node(DOMAIN, ROUND_DYNAMIC, [x], options, num_outputs=1, version=1))[0]
+    return _node(ROUND_DYNAMIC, x, format=format, granularity=granularity)
 
 
 def _dequantize(
     q: ir.Value, scale: ir.Value, zero_point: ir.Value | None = None, format: str = "", dtype: int = ir.DataType.FLOAT
 ) -> ir.Value:
-    options = ir.convenience.convert_attributes({"format": format})
-    return _recorded(ir.Node(DOMAIN, DEQUANTIZE, [q, scale, zero_point], options, num_outputs=1, version=1))[0]
+    return _node(DEQUANTIZE, q, scale, zero_point, format=format)
 
 
 def _grouped_product(input: ir.Value, weight: ir.Value, offs: ir.Value) -> ir.Value:
     """Rows [offs[i - 1], offs[i]) times weight[i], and zeros for rows after; input: [rows, k], weight: [groups, k, n]."""
-    groups = _fixed(weight, 0)
+    groups = fixed_size(weight, 0)
     first = op.Constant(value_ints=[0])
     ends = op.Concat(first, op.Cast(offs, to=ir.DataType.INT64), op.Shape(input, start=0, end=1), axis=0)
     count = op.Constant(value_ints=[groups + 1])
@@ -157,7 +134,7 @@ def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = Fals
 
     Causal sums are those of earlier chunks, and within a chunk masked weights.
     """
-    heads, key_heads, features, head_dim = _fixed(q, 1), _fixed(k, 1), _fixed(q, 3), _fixed(v, 3)
+    heads, key_heads, features, head_dim = fixed_size(q, 1), fixed_size(k, 1), fixed_size(q, 3), fixed_size(v, 3)
     given, wide = v, ir.DataType.DOUBLE if v.dtype == ir.DataType.DOUBLE else ir.DataType.FLOAT
     q, k, v = (op.Cast(item, to=wide) for item in (q, k, v))
     ends = op.Constant(value_ints=[0, 0, 0, 0, 0, 0, 0, 1])
@@ -189,8 +166,7 @@ def _linear_attention(q: ir.Value, k: ir.Value, v: ir.Value, causal: bool = Fals
 
 
 def _index_copy(self: ir.Value, dim: int, index: ir.Value, source: ir.Value) -> ir.Value:
-    options = ir.convenience.convert_attributes({"dim": dim})
-    return _recorded(ir.Node(DOMAIN, INDEX_COPY, [self, index, source], options, num_outputs=1, version=1))[0]
+    return _node(INDEX_COPY, self, index, source, dim=dim)
 
 
 def _masked_fill(self: ir.Value, mask: ir.Value, value: ir.Value | float) -> ir.Value:
@@ -209,21 +185,13 @@ def _chosen(condition: ir.Value, first: ir.Value, second: ir.Value) -> ir.Value:
     return op.Or(op.And(condition, first), op.And(op.Not(condition), second))
 
 
-def _fixed(value: ir.Value, dim: int) -> int:
-    """A fixed size. Raises: ValueError for a free one."""
-    size = value.shape[dim] if value.shape is not None else None
-    if not isinstance(size, int):
-        raise ValueError(f"dimension {dim} of '{value.name}' is {size}; it has to be fixed")
-    return size
-
-
 TRANSLATIONS: Mapping[object, Callable[..., object]] = {
     aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
-    attention: _attention,
-    block_sparse_attention: _block_sparse_attention,
-    rotary: _rotary,
-    grouped_product: _grouped_product,
-    linear_attention: _linear_attention,
+    ops.attention: _attention,
+    ops.block_sparse_attention: _block_sparse_attention,
+    ops.rotary: _rotary,
+    ops.grouped_product: _grouped_product,
+    ops.linear_attention: _linear_attention,
     fake_quantize: _fake_quantize,
     fake_quantize_dynamic: _fake_quantize_dynamic,
     dequantize: _dequantize,
@@ -235,14 +203,14 @@ TRANSLATIONS: Mapping[object, Callable[..., object]] = {
 """Translations of operators that the exporter lacks, or translates worse."""
 
 _WRITTEN_BY: Mapping[object, str] = {
-    fused_attention: "fuse-attention or lower-sparse-attention",
-    merged_attention: "fuse-merged-attention",
-    fused_rms_norm: "fuse-rms-norm",
-    fused_rotary: "fuse-rotary",
-    **dict.fromkeys((packed_linear, packed_embedding), "pack-linear or pack-quantized-linear"),
-    **dict.fromkeys((quantized_linear, weight_quantized_linear), "pack-quantized-linear"),
-    **dict.fromkeys((packed_linear_norm, quantized_linear_norm, weight_quantized_linear_norm), "fuse-epilogues"),
-    sparse_linear: "pack-sparse",
+    ops.fused_attention: "fuse-attention or lower-sparse-attention",
+    ops.merged_attention: "fuse-merged-attention",
+    ops.fused_rms_norm: "fuse-rms-norm",
+    ops.fused_rotary: "fuse-rotary",
+    **dict.fromkeys((ops.packed_linear, ops.packed_embedding), "pack-linear or pack-quantized-linear"),
+    **dict.fromkeys((ops.quantized_linear, ops.weight_quantized_linear), "pack-quantized-linear"),
+    **dict.fromkeys((ops.packed_linear_norm, ops.quantized_linear_norm, ops.weight_quantized_linear_norm), "fuse-epilogues"),
+    ops.sparse_linear: "pack-sparse",
 }
 """Operators that only Lissom or PyTorch have kernels for, and the passes that write them."""
 

@@ -9,14 +9,13 @@ import onnx_ir as ir
 
 from lissom.backends.onnx.attention import expand_attention
 from lissom.backends.onnx.cached_attention import fuse_cached_attention
-from lissom.backends.onnx.chunks import CPU_BYTES
 from lissom.backends.onnx.export import tidy
 from lissom.backends.onnx.integer_matmul import expand_integers
 from lissom.backends.onnx.norms import keep_norms_apart, write_out_rms_norms
 from lissom.backends.onnx.projections import merge_projections
 from lissom.backends.onnx.quantization import expand_quantization
 from lissom.backends.onnx.rotary import expand_rotary
-from lissom.backends.onnx.sparse_attention import expand_sparse
+from lissom.backends.onnx.sparse_attention import CPU_BYTES, expand_sparse
 from lissom.backends.onnx.state import expand_index_copies
 from lissom.backends.onnx.translation import DOMAIN
 
@@ -58,10 +57,7 @@ def write_variant(
         NORMS: keep_norms_apart(model) if NORMS in chosen else 0,
         RMS_NORMS: write_out_rms_norms(model) if RMS_NORMS in chosen else 0,
     }
-    expand_index_copies(model)
-    expand_quantization(model)
-    model.opset_imports.pop(DOMAIN, None)
-    tidy(model)
+    _expand_rest(model)
     if PROJECTIONS in chosen:
         # Common subexpressions are merged now.
         places[PROJECTIONS] = merge_projections(model)
@@ -77,12 +73,17 @@ def write_check(exported: ir.Model, accuracy_level: int = 0) -> ir.Model:
     expand_integers(model, accuracy_level, beside=True)
     expand_attention(model, fused=False)
     expand_rotary(model, fused=False)
+    _expand_rest(model)
+    _separate_weights(model)
+    return model
+
+
+def _expand_rest(model: ir.Model) -> None:
+    """Replace the other nodes of our domain, and tidy up."""
     expand_index_copies(model)
     expand_quantization(model)
     model.opset_imports.pop(DOMAIN, None)
     tidy(model)
-    _separate_weights(model)
-    return model
 
 
 def _separate_weights(model: ir.Model) -> None:

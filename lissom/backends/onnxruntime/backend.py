@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 
 from lissom.backends.base import Backend, Executable
-from lissom.backends.exported import check_tensors, kind_and_reason
+from lissom.backends.exported import check_tensors, kind_and_reason, read_json
 from lissom.backends.onnxruntime.session_options import unlisted_option
 from lissom.backends.simulated_layers import SimulatedLayer, account
 from lissom.compiler.ir import node as nodes
@@ -143,7 +143,12 @@ class OnnxRuntime(Backend):
             raise ArtifactError(
                 f"'{folder / MODEL}' does not open: {kind_and_reason(error)}; compile the model again"
             ) from error
-        elements, batch = _cut_elements(folder / CUTTING), batch_inputs(program)
+        elements = read_json(
+            folder / CUTTING,
+            "in which pieces batches are computed",
+            lambda found: None if found["elements"] is None else int(found["elements"]),
+        )
+        batch = batch_inputs(program)
         session.cutting = Cutting(batch, elements) if elements and batch else None
         return session
 
@@ -159,17 +164,3 @@ def _check(program: Program) -> None:
                     f"ONNX Runtime lacks kernels of bfloat16 on a CPU, and {program.name} has it in '{node.name}'; "
                     f"leave the cast out, or choose backend 'eager'"
                 )
-
-
-def _cut_elements(path: Path) -> int | None:
-    """How many elements each piece of a large batch has; None to run batches whole.
-
-    Raises: ArtifactError when the file does not say.
-    """
-    try:
-        elements = json.loads(path.read_text(encoding="utf-8"))["elements"]
-        return None if elements is None else int(elements)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ArtifactError(
-            f"'{path}' does not say in which pieces batches are computed ({kind_and_reason(error)}); compile the model again"
-        ) from error

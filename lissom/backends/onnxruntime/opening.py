@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -13,9 +14,9 @@ import onnx_ir as ir
 
 from lissom.backends.base import confirm
 from lissom.backends.exported import kind_and_reason
-from lissom.backends.onnx.chunks import CPU_BYTES, OTHER_BYTES
 from lissom.backends.onnx.export import export_onnx, input_names, output_names, save_onnx, state_names
 from lissom.backends.onnx.integer_matmul import PRODUCTS, Layer, quantized_layers, simulated
+from lissom.backends.onnx.sparse_attention import CPU_BYTES, OTHER_BYTES
 from lissom.backends.onnx.variants import INTEGERS, write_check, write_variant
 from lissom.backends.onnxruntime.session import CPU, Session, SessionOptions, open_session, optimized_operators, session_of
 from lissom.backends.simulated_layers import SimulatedLayer
@@ -108,13 +109,9 @@ def root_reason(error: BaseException) -> str:
 
 
 def _start(opener: Opener, example: Sample, decompose: bool) -> Start:
-    try:
+    # The exporter runs translations and decompositions of any operator.
+    with _refused(opener):
         exported = export_onnx(opener.program, example, decompose)
-    except UnsupportedError:
-        raise
-    # The exporter runs translations and decompositions of any operator, whose errors have no common class.
-    except Exception as error:
-        raise _unsupported(opener, error) from error
     layers = quantized_layers(exported)
     left = simulated(layers, opener.accuracy_level)
     if len(left) < len(layers):
@@ -124,15 +121,22 @@ def _start(opener: Opener, example: Sample, decompose: bool) -> Start:
         except Exception as error:
             reason = f"its integer kernels fail here or are wrong: {root_reason(error)}"
             left = simulated(layers, opener.accuracy_level, reason)
-    try:
+    with _refused(opener):
         session = opener.open(opener.write(exported, [])[0])
-    except UnsupportedError:
-        raise
-    # ONNX Runtime's errors have no common class.
-    except Exception as error:
-        raise _unsupported(opener, error) from error
     confirm(opener.backend, session, opener.program, example)
     return Start(exported, session, layers=layers, left=left)
+
+
+@contextmanager
+def _refused(opener: Opener) -> Generator[None]:
+    """Raise UnsupportedError for any error of the block: those of the exporter and of ONNX Runtime have no common class."""
+    try:
+        yield
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        name, reason = opener.program.name, root_reason(error)
+        raise UnsupportedError(f"ONNX Runtime cannot run {name}: {reason}; choose backend 'eager'") from error
 
 
 def _start_with_integers(
@@ -169,7 +173,3 @@ def _check_integers(opener: Opener, example: Sample, exported: ir.Model) -> str:
     if not worst <= allowed:
         raise VerifyError(f"an integer product has a relative error of {worst:.2g}, allowed {allowed:.2g}")
     return f"integer products differ from the same in floating point by {worst:.1g} relative at most"
-
-
-def _unsupported(opener: Opener, error: Exception) -> UnsupportedError:
-    return UnsupportedError(f"ONNX Runtime cannot run {opener.program.name}: {root_reason(error)}; choose backend 'eager'")

@@ -33,12 +33,10 @@ LEVELS: Mapping[str, onnxruntime.GraphOptimizationLevel] = {
 }
 
 # ONNX Runtime places computations of sizes on the CPU on purpose.
-_OF_SIZES = frozenset(
-    (
-        *("Shape", "Size", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast"),
-        *("Add", "Sub", "Mul", "Div", "Mod", "Range", "Equal", "Where"),
-    )
-)
+_OF_SIZES = {
+    *("Shape", "Size", "Gather", "Concat", "Slice", "Unsqueeze", "Squeeze", "Cast"),
+    *("Add", "Sub", "Mul", "Div", "Mod", "Range", "Equal", "Where"),
+}
 
 
 class Memory:

@@ -8,12 +8,10 @@ from typing import cast
 
 PROVIDERS = ("CPUExecutionProvider", "CUDAExecutionProvider")
 """Others compile for devices of their own, or send data elsewhere, and their options are not reviewed."""
-OPTIONS = frozenset(
-    (
-        *("device_id", "gpu_mem_limit", "arena_extend_strategy", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace"),
-        *("cudnn_conv1d_pad_to_nc1d", "do_copy_in_default_stream", "enable_cuda_graph", "prefer_nhwc", "use_tf32"),
-    )
-)
+OPTIONS = {
+    *("device_id", "gpu_mem_limit", "arena_extend_strategy", "cudnn_conv_algo_search", "cudnn_conv_use_max_workspace"),
+    *("cudnn_conv1d_pad_to_nc1d", "do_copy_in_default_stream", "enable_cuda_graph", "prefer_nhwc", "use_tf32"),
+}
 _WORD = re.compile(r"[A-Za-z0-9_]{1,40}")
 MOST_THREADS = 1024
 

@@ -91,8 +91,6 @@ def _check_values(
 
 def _may_be_same(found: Sequence[object], wanted: Sequence[object]) -> bool:
     """True for shapes of one rank whose fixed sizes are equal."""
-    if len(found) != len(wanted):
-        return False
-    return all(
-        one == other for one, other in zip(found, wanted, strict=True) if isinstance(one, int) and isinstance(other, int)
-    )
+    pairs = zip(found, wanted, strict=False)
+    fixed = [one == other for one, other in pairs if isinstance(one, int) and isinstance(other, int)]
+    return len(found) == len(wanted) and all(fixed)

@@ -1,24 +1,30 @@
-"""The fastest variant of an ONNX model: each rewrite in turn is applied, confirmed, timed, and kept where it is faster."""
+"""The fastest variant of an ONNX model: each rewrite in turn is applied, confirmed, timed, and kept where it is faster.
+
+Block-sparse attention by key blocks and with a dense mask is timed at several lengths, to find the crossover.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from statistics import geometric_mean
 
+import sympy
 import torch
 
-from lissom.backends.base import restored_state, smallest_samples
+from lissom.backends.base import Executable, restored_state, sample_at, smallest_samples
 from lissom.backends.onnx.sparse_attention import ungathered
 from lissom.backends.onnx.variants import ATTENTION, CHOICES, PAIRS
-from lissom.backends.onnxruntime.crossover import affordable_lengths, tell_lengths, time_lengths
 from lissom.backends.onnxruntime.opening import Opener, Start, root_reason
 from lissom.backends.onnxruntime.session import Session
+from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample, resize
+from lissom.compiler.ir.signature import evaluate
 from lissom.errors import InputError
 from lissom.inspect.timing import ENOUGH, time_calls
 from lissom.ops import block_sparse_attention
@@ -27,6 +33,11 @@ _GAIN = 0.98
 """A rewrite has to take less than this fraction of the time without it, so that noise does not decide."""
 _RUNS, _FEW_RUNS = 5, 2
 """The least number of timed runs, and that where a call takes longer than the time allowed."""
+
+_SHARES = (1.0, 0.25, 0.5, 2.0)
+"""The lengths that are timed, as multiples of the example's, which comes first."""
+_AFFORDABLE = 2**30
+"""The most bytes of dense scores of one attention; with the softmax, two or three such tensors exist at a time."""
 
 
 @dataclass
@@ -127,13 +138,9 @@ def _timed_samples(program: Program, example: Sample) -> list[Sample]:
 
 def _second_call(session: Session, sample: Sample) -> float:
     """How many seconds the second of two calls takes."""
-    taken = 0.0
     with restored_state(session):
-        for _ in range(2):
-            started = time.perf_counter()
-            session(sample)
-            taken = time.perf_counter() - started
-    return taken
+        session(sample)
+        return _milliseconds(partial(session, sample)) / 1e3
 
 
 def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: float, least: int) -> tuple[bool, str]:
@@ -150,3 +157,67 @@ def _compare(other: Session, best: Session, samples: Sequence[Sample], seconds: 
         shapes = ", ".join(str(list(tensor.shape)) for tensor in sample)
         told.append(f"{timings['with']} ms with it and {timings['without']} ms without on inputs {shapes}")
     return geometric_mean(ratios) < _GAIN, "; ".join(told)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The times of a call at a length in tokens."""
+
+    length: int
+    blocks_ms: float
+    pairs_ms: float
+
+
+def affordable_lengths(program: Program, example: Sample) -> list[tuple[int, Sample]]:
+    """Lengths with inputs at which dense scores fit in memory, the example first; empty when the example's do not."""
+    calls, own = program.nodes(block_sparse_attention), program.signature.sizes_of(example)
+    length = nodes.tensor_type(calls[0].args[0]).shape[2]
+    found: list[tuple[int, Sample]] = []
+    for share in _SHARES if isinstance(length, sympy.Symbol) and length in own else _SHARES[:1]:
+        sizes = {symbol: round(size * share) if symbol == length else size for symbol, size in own.items()}
+        taken = max(_score_bytes(call.args, sizes) for call in calls)
+        if taken > _AFFORDABLE and share == 1.0:
+            return []
+        sample = example if share == 1.0 else sample_at(program, example, sizes)
+        if sample is not None and taken <= _AFFORDABLE:
+            found.append((int(evaluate(length, sizes)), sample))
+    return found
+
+
+def time_lengths(blocks: Executable, pairs: Executable, lengths: Sequence[tuple[int, Sample]], seconds: float) -> list[Timed]:
+    """Both executables timed in turn at each length: the best of the runs within `seconds` each, at least one."""
+    found: list[Timed] = []
+    for length, sample in lengths:
+        with restored_state(blocks, pairs):
+            best = [float("inf")] * 2
+            started = time.perf_counter()
+            while best[0] == float("inf") or time.perf_counter() - started < 2 * seconds:
+                best = [min(old, _milliseconds(partial(one, sample))) for old, one in zip(best, (blocks, pairs), strict=True)]
+        found.append(Timed(length, *best))
+    return found
+
+
+def tell_lengths(found: Sequence[Timed]) -> str:
+    """The times in words, and the lengths between which they cross."""
+    told = ", ".join(
+        f"{item.blocks_ms:.3g} ms and {item.pairs_ms:.3g} ms with a mask of all pairs at length {item.length}" for item in found
+    )
+    ordered = sorted(found, key=lambda item: item.length)
+    for shorter, longer in pairwise(ordered):
+        if shorter.pairs_ms <= shorter.blocks_ms and longer.blocks_ms < longer.pairs_ms:
+            return f"{told}; key blocks are faster from between {shorter.length} and {longer.length} on"
+    faster = sum(item.blocks_ms < item.pairs_ms for item in found)
+    ends = {0: "; key blocks are slower at each", len(found): "; key blocks are faster at each"}
+    return told + ends.get(faster, "")
+
+
+def _score_bytes(operands: Sequence[object], sizes: dict[sympy.Symbol, int]) -> int:
+    q, k = (nodes.tensor_type(item) for item in operands[:2])  # pyright: ignore[reportArgumentType]
+    batch, heads, queries, keys = (int(evaluate(size, sizes)) for size in (*q.shape[:3], k.shape[2]))
+    return batch * heads * queries * keys * q.dtype.itemsize
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1e3

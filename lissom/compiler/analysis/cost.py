@@ -98,7 +98,8 @@ def node_cost(node: fx.Node) -> Cost:
 
     Of an embedding table only the looked-up rows are read; an expanded dimension is read once.
     """
-    if node.op != "call_function" or not _writes(node) or moves_nothing(node):
+    returns_tensors = isinstance(nodes.node_type(node), (TensorType, tuple))
+    if node.op != "call_function" or not returns_tensors or moves_nothing(node):
         return Cost()
     written = _bytes(cast(fx.Node, node.args[3]) if node.target in nodes.IN_PLACE.values() else node)
     return Cost(operations(node, _shape), _read_bytes(node, written), written, sum(_weights_of(node).values()))
@@ -176,39 +177,27 @@ def _memory(value: object) -> int:
     return cast(torch.Tensor, value).untyped_storage()._cdata
 
 
-def _writes(node: fx.Node) -> bool:
-    """True for calls that return tensors, rather than sizes or nothing."""
-    found = nodes.node_type(node)
-    return isinstance(found, (TensorType, tuple))
-
-
 def _read_bytes(node: fx.Node, written: Size) -> Size:
     inputs = [item for item in node.all_input_nodes if nodes.is_tensor(item)]
     if node.target in _LOOKUPS:
         return _sum([written, *(_bytes(item) for item in inputs if item is not node.args[0])])
-    if _is_filled(node):
+    name = getattr(node.target, "__name__", "")
+    if name.partition(".")[0].endswith("_like") or name.startswith("new_"):
+        # `zeros_like`, `new_full`: only the sizes of the argument are read.
         return 0
     skipped = node.args[0] if nodes.is_state_write(node) else None
     return _sum(_bytes(item) for item in inputs if item is not skipped)
 
 
-def _is_filled(node: fx.Node) -> bool:
-    """True for operators that read only the sizes of their argument: `zeros_like`, `new_full`."""
-    name = getattr(node.target, "__name__", "")
-    return name.partition(".")[0].endswith("_like") or name.startswith("new_")
-
-
 def _bytes(item: fx.Node) -> Size:
     """Bytes of a node's tensors; an expanded dimension is stored once."""
-    found = nodes.value(item)
-    tensors = found if isinstance(found, (tuple, list)) else [found]
-    return _sum(_tensor_bytes(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor))
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> Size:
-    strides = tensor.stride() if tensor.layout is torch.strided else (1,) * tensor.dim()
-    sizes = [size_of(size) for size, stride in zip(tensor.shape, strides, strict=True) if size_of(stride) != 0]
-    return product(sizes) * tensor.element_size()
+    found, total = nodes.value(item), list[Size]()
+    for tensor in found if isinstance(found, (tuple, list)) else [found]:
+        if isinstance(tensor, torch.Tensor):
+            strides = tensor.stride() if tensor.layout is torch.strided else (1,) * tensor.dim()
+            sizes = [size_of(size) for size, stride in zip(tensor.shape, strides, strict=True) if size_of(stride) != 0]
+            total.append(product(sizes) * tensor.element_size())
+    return _sum(total)
 
 
 def _shape(node: fx.Node) -> tuple[Size, ...]:
@@ -273,16 +262,15 @@ def _replace(value: Size, numbers: Mapping[sympy.Symbol, int]) -> Size:
 
 def size_numbers(program: Program, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
     """The sizes by symbol, each checked against the signature."""
-    signature = program.signature
+    signature, numbers = program.signature, dict[sympy.Symbol, int]()
     symbols = {dimension.name: symbol for symbol, dimension in signature.dimensions.items()}
     listed = ", ".join(f"{dimension.name} ({dimension.range})" for dimension in signature.dimensions.values())
-    numbers: dict[sympy.Symbol, int] = {}
     for name, number in sizes.items():
         if name not in symbols:
             have = f"it has {listed}" if listed else "all its sizes are fixed"
             raise UnsupportedError(f"{program.name} has no dimension '{name}'{nearest(name, symbols) or ';'} {have}")
         dimension = signature.dimensions[symbols[name]]
-        if number < dimension.minimum or (dimension.maximum is not None and number > dimension.maximum):
+        if not dimension.allows(number):
             raise UnsupportedError(f"{name} = {number} is no size {program.name} takes; allowed: {dimension.range}")
         numbers[symbols[name]] = number
     for condition in signature.conditions:

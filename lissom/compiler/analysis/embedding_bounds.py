@@ -39,22 +39,20 @@ def outside_table(program: Program, inputs: Sequence[torch.Tensor]) -> str | Non
     with alone(), suppress(IndexError, RuntimeError):
         program.run(inputs, observe)
     for node in program.nodes():
-        found = _look_up(node, shapes)
-        if found is None:
-            continue
-        asked, rows = indices.get(found[0]), found[1]
-        if asked is None or asked.numel() == 0:
-            continue
-        low, high = int(asked.min()), int(asked.max())
-        if low < 0 or high >= rows:
-            return _sentence(high if high >= rows else low, _name(node.args[0]), rows)
+        asked, rows = _look_up(node, shapes) or (None, 0)
+        if asked in indices and (message := _outside(indices[asked], _name(node.args[0]), rows)):
+            return message
     return None
 
 
-def _sentence(row: int, table: str, rows: int) -> str:
+def _outside(ids: torch.Tensor, table: str, rows: int) -> str | None:
+    """The message for an index outside a table; None when all are inside."""
+    low, high = (int(end) for end in torch.aminmax(ids)) if ids.numel() else (0, 0)
+    if low >= 0 and high < rows:
+        return None
     return (
-        f"the inputs ask for row {row} of '{table}', which has rows 0 to {rows - 1}; pass token ids inside the vocabulary, "
-        f"and no more tokens than the model has positions"
+        f"the inputs ask for row {high if high >= rows else low} of '{table}', which has rows 0 to {rows - 1}; pass token ids "
+        f"inside the vocabulary, and no more tokens than the model has positions"
     )
 
 
@@ -68,11 +66,7 @@ class ShardedTable:
 
     def outside(self, inputs: Sequence[torch.Tensor]) -> str | None:
         """The message for an index outside the whole table; None when all are inside."""
-        ids = inputs[self.argument]
-        if ids.numel() == 0:
-            return None
-        low, high = (int(end) for end in torch.aminmax(ids))
-        return None if low >= 0 and high < self.rows else _sentence(high if high >= self.rows else low, self.name, self.rows)
+        return _outside(inputs[self.argument], self.name, self.rows)
 
 
 def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
@@ -85,18 +79,13 @@ def sharded_tables(program: Program) -> tuple[ShardedTable, ...]:
         spans = placed.spans(0) if isinstance(placed, Placed) else ()
         if not spans or not isinstance(spans[0].size, int):
             continue
-        ids = _original(held)
-        if ids in places:
+        # The ids before a rank clamps them to its own rows.
+        while held.target in (aten.clamp.default, aten.sub.Tensor):
+            held = cast(fx.Node, held.args[0])
+        if held in places:
             rows = spans[0].size
-            found.setdefault((places[ids], rows), ShardedTable(places[ids], _name(table), rows))
+            found.setdefault((places[held], rows), ShardedTable(places[held], _name(table), rows))
     return tuple(found.values())
-
-
-def _original(held: fx.Node) -> fx.Node:
-    """The ids before a rank clamps them to its own rows."""
-    while held.target in (aten.clamp.default, aten.sub.Tensor):
-        held = cast(fx.Node, held.args[0])
-    return held
 
 
 def _look_up(node: fx.Node, shapes: Mapping[object, torch.Size]) -> tuple[object, int] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import cast
 
 import sympy
@@ -18,7 +18,7 @@ from torch import fx
 
 from lissom import ops
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from lissom.compiler.ir import operators
 from lissom.compiler.ir.types import Size
 from lissom.ops.pattern import Pattern
 
@@ -31,17 +31,13 @@ Formula = Callable[[fx.Node, ShapeOf], Size]
 
 def operations(node: fx.Node, shape_of: ShapeOf) -> Size:
     """The operations of a call; 0 for operators without a formula. `shape_of` gives the sizes of a node's tensor."""
-    formula = _formula(node)
+    formula = FORMULAS.get(node.target)
     return 0 if formula is None else 2 * formula(node, shape_of)
 
 
 def is_counted(node: fx.Node) -> bool:
     """True when the call's operations count."""
-    return _formula(node) is not None
-
-
-def _formula(node: fx.Node) -> Formula | None:
-    return FORMULAS.get(node.target)
+    return node.target in FORMULAS
 
 
 def product(sizes: Shape) -> Size:
@@ -60,23 +56,14 @@ def _product(node: fx.Node, shape_of: ShapeOf) -> Size:
     return product(shape_of(node)) * left[-1] if len(right) > 1 else 0
 
 
-def _packed(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """A linear layer with a packed weight, whose in_features are those of the input."""
-    return product(shape_of(node)) * _operand(node, 0, shape_of)[-1]
-
-
-def _half_packed(node: fx.Node, shape_of: ShapeOf) -> Size:
-    """A linear layer with 2:4 sparsity, whose weight holds half of the values, [out_features, in_features / 2]."""
-    return product(shape_of(node)) * _operand(node, 1, shape_of)[-1]
+def _summed_over(index: int) -> Formula:
+    """The formula of a product whose sums run over the last dimension of the operand at `index`."""
+    return lambda node, shape_of: product(shape_of(node)) * _operand(node, index, shape_of)[-1]
 
 
 def _grouped_product(node: fx.Node, shape_of: ShapeOf) -> Size:
     """Rows [tokens, in_features], each with the matrix of its group of [groups, in_features, out_features]."""
     return product(_operand(node, 0, shape_of)) * _operand(node, 1, shape_of)[-1]
-
-
-def _biased_product(node: fx.Node, shape_of: ShapeOf) -> Size:
-    return product(shape_of(node)) * _operand(node, 1, shape_of)[-1]
 
 
 def _attention(node: fx.Node, shape_of: ShapeOf) -> Size:
@@ -102,7 +89,7 @@ def _block_sparse_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
         table = _weight(layout)
         pairs = _pairs_function(pattern, torch.ones(1, 1, 1, dtype=torch.bool) if table is None else table)
     else:
-        pairs = _pairs_function_without_layout(pattern)
+        pairs = _pairs_without_layout(pattern)
     return product(q[:2]) * cast(Size, pairs(q[2], k[2])) * (q[3] + v[3])
 
 
@@ -133,10 +120,8 @@ def _pairs_function(pattern: Pattern, layout: torch.Tensor | None) -> type[sympy
     return type("pairs", (sympy.Function,), {"eval": classmethod(evaluate)})
 
 
-# One function per pattern, so that sympy can add the pairs of two layers.
-@cache
-def _pairs_function_without_layout(pattern: Pattern) -> type[sympy.Function]:
-    return _pairs_function(pattern, None)
+_pairs_without_layout = cache(partial(_pairs_function, layout=None))
+"""One function per pattern, so that sympy can add the pairs of two layers."""
 
 
 def _linear_attention(node: fx.Node, shape_of: ShapeOf) -> Size:
@@ -196,30 +181,20 @@ def _labels(term: str, rank: int) -> list[str]:
 
 
 FORMULAS: dict[object, Formula] = {
-    aten.linear.default: _product,
-    aten.matmul.default: _product,
-    aten.mm.default: _product,
-    aten.bmm.default: _product,
-    aten._grouped_mm.default: _grouped_product,
-    aten._int_mm.default: _product,
-    aten._scaled_mm.default: _product,
-    aten._weight_int4pack_mm.default: _packed,
-    aten._weight_int8pack_mm.default: _packed,
-    aten.addmm.default: _biased_product,
-    aten.baddbmm.default: _biased_product,
-    aten.scaled_dot_product_attention.default: _attention,
+    **dict.fromkeys((aten.linear.default, *operators.MATMULS, aten._int_mm.default, aten._scaled_mm.default), _product),
+    **dict.fromkeys((aten._grouped_mm.default, ops.grouped_product), _grouped_product),
+    **dict.fromkeys((aten._weight_int4pack_mm.default, aten._weight_int8pack_mm.default), _summed_over(0)),
+    **dict.fromkeys(operators.MATMULS_WITH_BIAS, _summed_over(1)),
     aten.einsum.default: _einsum,
-    **dict.fromkeys(CONVOLUTIONS, _convolution),
-    **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, _transposed_convolution),
+    **dict.fromkeys(operators.CONVOLUTIONS, _convolution),
+    **dict.fromkeys(operators.TRANSPOSED_CONVOLUTIONS, _transposed_convolution),
     aten.convolution.default: _any_convolution,
-    **dict.fromkeys((ops.attention, ops.fused_attention), _attention),
+    **dict.fromkeys((*operators.ATTENTIONS, ops.fused_attention), _attention),
     ops.block_sparse_attention: _block_sparse_attention,
     ops.merged_attention: _merged_attention,
     ops.linear_attention: _linear_attention,
-    **dict.fromkeys((ops.packed_linear, ops.packed_linear_norm), _packed),
-    **dict.fromkeys((ops.quantized_linear, ops.quantized_linear_norm), _packed),
-    **dict.fromkeys((ops.weight_quantized_linear, ops.weight_quantized_linear_norm), _packed),
-    ops.sparse_linear: _half_packed,
-    ops.grouped_product: _grouped_product,
+    **dict.fromkeys((ops.packed_linear, ops.packed_linear_norm, *operators.QUANTIZED_LINEARS), _summed_over(0)),
+    # Its weight holds half of the values, [out_features, in_features / 2].
+    ops.sparse_linear: _summed_over(1),
 }
 """The formula for the multiplications of a call, by operator."""

@@ -10,6 +10,7 @@ from torch import fx
 from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.transformer import structure
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
 
 
@@ -63,17 +64,9 @@ def sites(program: Program) -> tuple[Site, ...]:
 
 def _between(firsts: Iterable[fx.Node], last: fx.Node, order: dict[fx.Node, int]) -> set[fx.Node]:
     """The first calls, the last, and the calls between them, not through another linear layer."""
-    before: set[fx.Node] = set()
-    pending = [last]
-    while pending:
-        node = pending.pop()
-        if node not in order or node in before:
-            continue
-        before.add(node)
-        if node is last or not is_linear(node):
-            pending += node.all_input_nodes
+    before = computed_from([last], lambda node: node is last or not is_linear(node))
     reached = {last, *firsts}
-    for node in sorted(before, key=order.__getitem__):
+    for node in sorted(order.keys() & before, key=order.__getitem__):
         if not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
     return reached

@@ -17,6 +17,7 @@ from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import dim_of, dimension_map, shape_of
 from lissom.compiler.ir.operators import rule_table
 from lissom.compiler.ir.program import Program
+from lissom.compiler.ir.types import TensorType
 from lissom.ops import linear_attention, rotary
 
 aten = torch.ops.aten
@@ -80,7 +81,7 @@ def row_position(program: Program, node: fx.Node) -> fx.Node | None:
 
 
 def _is_value(item: object) -> TypeGuard[fx.Node]:
-    return isinstance(item, fx.Node) and (nodes.is_tensor(item) or isinstance(nodes.node_type(item), tuple))
+    return isinstance(item, fx.Node) and isinstance(nodes.node_type(item), (TensorType, tuple))
 
 
 def _aligned(node: fx.Node, dim: int, slots: Mapping[Slot, fx.Node]) -> Sources:
@@ -99,10 +100,6 @@ def _pointwise(node: fx.Node, dim: int) -> Sources | None:
     return _aligned(node, dim, operands(node))
 
 
-def _all_but_last(node: fx.Node, dim: int) -> Sources | None:
-    return _aligned(node, dim, operands(node)) if dim < len(shape_of(node)) - 1 else None
-
-
 def _mapped(node: fx.Node, dim: int) -> Sources | None:
     """Views, reductions and similar: by the call's dimension map, unless the call takes sizes from a second tensor."""
     found = None if node.target in (*ops.RESHAPES_AS, aten.expand_as.default) else dimension_map(node)
@@ -110,12 +107,9 @@ def _mapped(node: fx.Node, dim: int) -> Sources | None:
     return None if source is None else {0: source}
 
 
-def _linear(node: fx.Node, dim: int) -> Sources | None:
-    return {0: dim} if dim < len(shape_of(node)) - 1 else None
-
-
-def _embedding(node: fx.Node, dim: int) -> Sources | None:
-    return {1: dim} if dim < len(shape_of(node)) - 1 else None
+def _of_argument(slot: int) -> Rule:
+    """The rule of an operator that replaces the last dimension of the operand at `slot`."""
+    return lambda node, dim: {slot: dim} if dim < len(shape_of(node)) - 1 else None
 
 
 def _norm(node: fx.Node, dim: int) -> Sources | None:
@@ -162,24 +156,16 @@ def _linear_attention(node: fx.Node, dim: int) -> Sources | None:
     return _attention(node, dim)
 
 
-def _index_select(node: fx.Node, dim: int) -> Sources | None:
-    return {2: 0} if dim == dim_of(node, len(shape_of(node))) else {0: dim}
-
-
-def _convolution(node: fx.Node, dim: int) -> Sources | None:
-    return {0: 0} if dim == 0 else None
-
-
 RULES: dict[object, Rule] = rule_table(
-    (_linear, [aten.linear.default]),
-    (_embedding, [aten.embedding.default]),
+    (_of_argument(0), [aten.linear.default]),
+    (_of_argument(1), [aten.embedding.default]),
     (_norm, ops.LAYER_NORMS),
     (_joined, [*ops.CONCATENATIONS, aten.stack.default]),
     (_matmul, ops.MATMULS),
     (_attention, ops.ATTENTIONS),
     (_linear_attention, [linear_attention]),
-    (_all_but_last, [rotary]),
-    (_index_select, [aten.index_select.default]),
-    (_convolution, ops.CONVOLUTIONS),
+    (lambda node, dim: _pointwise(node, dim) if dim < len(shape_of(node)) - 1 else None, [rotary]),
+    (lambda node, dim: {2: 0} if dim == dim_of(node, len(shape_of(node))) else {0: dim}, [aten.index_select.default]),
+    (lambda node, dim: {0: 0} if dim == 0 else None, ops.CONVOLUTIONS),
 )
 """The rules by operator; views and reductions use their dimension map instead."""

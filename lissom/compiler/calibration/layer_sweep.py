@@ -22,6 +22,7 @@ from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.statistics import Moments, check_finite, real_rows
 from lissom.compiler.ir.interpreter import call
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
@@ -39,7 +40,8 @@ def sweep(
     Raises: RequirementError when a value is infinite or NaN.
     """
     constant = _computed_from_weights(program)
-    return _sweep(program, data, layers, constant, _ancestors(layers, constant))
+    own = [used for layer in layers for used in layer.all_input_nodes if used in constant]
+    return _sweep(program, data, layers, constant, set(computed_from(own)))
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,13 @@ def _counterparts(
     data: Sequence[Sample], layers: Sequence[fx.Node], counterpart: Counterpart | None
 ) -> Iterator[list[torch.Tensor] | None]:
     """The inputs of each layer's counterpart, per sample; None for a layer without a counterpart."""
-    others = (
-        {} if counterpart is None else {layer: counterpart.layers[layer] for layer in layers if layer in counterpart.layers}
-    )
-    place = {} if counterpart is None else {node: index for index, node in enumerate(counterpart.program.graph.nodes)}
-    in_order = [place[other] for other in others.values()]
+    known = {} if counterpart is None else counterpart.layers
+    others = {layer: known[layer] for layer in layers if layer in known}
+    in_order = list(others.values())
     if counterpart is None or in_order != sorted(in_order):
         yield from (None for _ in layers)
         return
-    reads = sweep(counterpart.program, data, list(others.values()))
+    reads = sweep(counterpart.program, data, in_order)
     for layer in layers:
         yield next(reads)[1] if layer in others else None
 
@@ -132,8 +132,8 @@ def _counterparts(
 def moments_of(read: Sequence[torch.Tensor], counts: Sequence[torch.Tensor] | None = None) -> Moments:
     """The moments of the inputs from `sweep`; counts: the token weights of each sample, 1 by default."""
     sums = Moments.empty(read[0].shape[-1], read[0].device)
-    for index, rows in enumerate(read):
-        sums.add(rows, None if counts is None else counts[index])
+    for rows, weights in zip(read, counts or [None] * len(read), strict=True):
+        sums.add(rows, weights)
     return sums
 
 
@@ -152,7 +152,7 @@ def _sweep(
     program: Program, data: Sequence[Sample], layers: Collection[fx.Node], constant: set[fx.Node], late: set[fx.Node]
 ) -> Generator[tuple[fx.Node, list[torch.Tensor]]]:
     """constant: nodes that depend on no input, computed once for all samples; late: nodes computed at each use."""
-    needed = _ancestors(layers)
+    needed = set(computed_from(layers))
     order = [node for node in program.graph.nodes if node in needed and node not in late]
     last_uses = _last_uses(order)
     fixed: dict[fx.Node, object] = {}
@@ -208,21 +208,6 @@ def _last_uses(order: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     for node in reversed(order):
         found[node] = [used for used in node.all_input_nodes if used not in seen]
         seen.update(found[node])
-    return found
-
-
-def _ancestors(ends: Collection[fx.Node], within: Collection[fx.Node] | None = None) -> set[fx.Node]:
-    """The nodes that these layers depend on, and the layers themselves; or only the dependencies in `within`.
-
-    Writes of state are not followed.
-    """
-    found: set[fx.Node] = set()
-    pending = [*ends] if within is None else [used for end in ends for used in end.all_input_nodes if used in within]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += node.all_input_nodes
     return found
 
 

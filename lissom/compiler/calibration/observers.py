@@ -43,7 +43,6 @@ def observed_ranges(
     chosen: Collection[fx.Node],
     observer: Observer,
     form: Format,
-    *,
     fraction: float = 0.9999,
     progress: Progress | None = None,
 ) -> dict[fx.Node, tuple[torch.Tensor, torch.Tensor]]:
@@ -83,9 +82,12 @@ def choose_range(
         return edges[first].to(low), edges[last + 1].to(high)
     losses: list[float] = []
     for factor in _FACTORS:
-        ends = factor * low.cpu(), factor * high.cpu()
-        loss = _squared_error if observer == "mse" else _divergence
-        losses.append(loss(counts, centers, *ends, form))
+        least, greatest = factor * low.cpu(), factor * high.cpu()
+        held = _rounded(centers, *formats.scale_for(least, greatest, form), form)
+        if observer == "mse":
+            losses.append(float((counts * (held - centers).double().square()).sum()))
+        else:
+            losses.append(_divergence(counts, held, (centers >= least) & (centers <= greatest)))
     best = _FACTORS[int(torch.tensor(losses).argmin())]
     return best * low, best * high
 
@@ -127,20 +129,16 @@ def _weight_scale(
 
 def _block_error(weight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
     """The squared error of each block, in the shape of the scale."""
-    error = formats.dequantize(formats.quantize(weight, scale, zero_point, form), scale, zero_point, torch.float32) - weight
+    error = _rounded(weight, scale, zero_point, form) - weight
     return formats.block_sum(error.square(), tuple(scale.shape))
 
 
-def _squared_error(counts: torch.Tensor, centers: torch.Tensor, low: torch.Tensor, high: torch.Tensor, form: Format) -> float:
-    scale, zero_point = formats.scale_for(low, high, form)
-    held = formats.dequantize(formats.quantize(centers, scale, zero_point, form), scale, zero_point, torch.float32)
-    return float((counts * (held - centers).double().square()).sum())
+def _rounded(values: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, form: Format) -> torch.Tensor:
+    return formats.dequantize(formats.quantize(values, scale, zero_point, form), scale, zero_point, torch.float32)
 
 
-def _divergence(counts: torch.Tensor, centers: torch.Tensor, low: torch.Tensor, high: torch.Tensor, form: Format) -> float:
-    scale, zero_point = formats.scale_for(low, high, form)
-    held = formats.dequantize(formats.quantize(centers, scale, zero_point, form), scale, zero_point, torch.float32)
-    inside = (centers >= low) & (centers <= high)
+def _divergence(counts: torch.Tensor, held: torch.Tensor, inside: torch.Tensor) -> float:
+    """D(P ‖ Q). held: the quantized centers of the bins; inside: which centers are in the clipping range."""
     if not inside.any():
         # Values far from zero and close together are all outside a narrower range.
         return float("inf")

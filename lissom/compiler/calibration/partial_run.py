@@ -10,6 +10,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import call, last_uses_of
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 
@@ -36,14 +37,10 @@ class Stream:
     def peek(self, sample: int, wanted: Sequence[fx.Node]) -> list[torch.Tensor]:
         """The values of later nodes for one sample, which does not advance."""
         values = {node: _read(node, value) for node, value in self._held[sample].items()}
-        needed, pending = set[fx.Node](), list(wanted)
-        while pending:
-            node = pending.pop()
-            if node not in needed and node not in values and node.op == "call_function":
-                needed.add(node)
-                pending += node.all_input_nodes
+        needed = [node for node in computed_from(wanted, lambda node: node not in values) if node not in values]
         for node in sorted(needed, key=self._index.__getitem__):
-            values[node] = self._call(node, values)
+            if node.op == "call_function":
+                values[node] = self._call(node, values)
         return [self._value(node, values) for node in wanted]
 
     def advance(self, sample: int, last: fx.Node, wanted: Sequence[fx.Node] = ()) -> list[torch.Tensor]:

@@ -42,11 +42,7 @@ def range_of(tensor: torch.Tensor, dtype: torch.dtype) -> Range:
 
 
 def measured_ranges(
-    program: Program,
-    data: Sequence[Sample],
-    chosen: Collection[fx.Node],
-    dtype: torch.dtype,
-    progress: Progress | None = None,
+    program: Program, data: Sequence[Sample], chosen: Collection[fx.Node], dtype: torch.dtype, progress: Progress | None = None
 ) -> dict[fx.Node, Range]:
     """The range of each chosen node's values over all samples; of all its tensors together when it has several."""
     sums: dict[fx.Node, torch.Tensor] = {}

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.linear import as_int
+from lissom.compiler.analysis.structure.linear import width
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
@@ -30,6 +30,7 @@ from lissom.errors import RequirementError
 
 Visit = Callable[[fx.Node, torch.Tensor], None]
 VisitGradient = Callable[[fx.Node, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+_Tracked = tuple[fx.Node, torch.Tensor, torch.Tensor | None]
 Progress = Callable[[int, int], None]
 """Called with the number of finished samples and their total number."""
 
@@ -121,7 +122,7 @@ def moments(
 
     Raises: RequirementError when a value is infinite or NaN.
     """
-    sums = {node: Moments.empty(_features(node), nodes.tensor_type(node).device) for node in chosen}
+    sums = {node: Moments.empty(width(node), nodes.tensor_type(node).device) for node in chosen}
 
     def add(node: fx.Node, rows: torch.Tensor) -> None:
         check_finite(program, node, rows)
@@ -137,18 +138,17 @@ def observe_gradients(
     chosen: Collection[fx.Node],
     visit: VisitGradient,
     progress: Progress | None = None,
-    seed: int = 0,
 ) -> None:
     """Run every sample forward and backward; `visit` gets each chosen node, its value, the gradient ∂L/∂value and its mask.
 
     Value and gradient have the node's shape, and are zero at padding; for the mask see `token_mask`. L is the
-    log-likelihood of outputs drawn from the program itself, see above; `seed` fixes the draw.
+    log-likelihood of outputs drawn from the program itself, see above.
 
     Raises: RequirementError when a value or a gradient is infinite or NaN.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for finished, sample in enumerate(data):
-        found: list[tuple[fx.Node, torch.Tensor, torch.Tensor | None]] = []
+        found: list[_Tracked] = []
         with torch.enable_grad(), kept_state(program):
             outputs = _run(program, sample, chosen, partial(_track, found))
             likelihood = _likelihood(program, sample, outputs, generator)
@@ -171,10 +171,6 @@ def observe_gradients(
             progress(finished + 1, len(data))
 
 
-def _features(node: fx.Node) -> int:
-    return as_int(nodes.tensor_type(node).shape[-1])
-
-
 def _run(
     program: Program,
     sample: Sample,
@@ -193,12 +189,7 @@ def _run(
     return program.run(sample, look)
 
 
-def _track(
-    found: list[tuple[fx.Node, torch.Tensor, torch.Tensor | None]],
-    node: fx.Node,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> None:
+def _track(found: list[_Tracked], node: fx.Node, value: torch.Tensor, mask: torch.Tensor | None) -> None:
     """Keep a value for its gradient; when no weight before it is trainable, the autograd graph starts here."""
     if not value.requires_grad:
         value.requires_grad_()
@@ -214,7 +205,7 @@ def _likelihood(program: Program, sample: Sample, outputs: Sequence[object], gen
         if not (isinstance(node, fx.Node) and isinstance(value, torch.Tensor)) or not value.requires_grad or value.dim() == 0:
             continue
         rows = real_rows(value, token_mask(program, sample, node)).float()
-        if _features(node) in vocabularies:
+        if width(node) in vocabularies:
             logs = rows.log_softmax(-1)
             noise = torch.rand(rows.shape, generator=generator).to(rows.device)
             drawn = (logs.detach() - (-noise.clamp_min(1e-20).log()).log()).argmax(-1)

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -27,28 +29,16 @@ COLLECTIVES: tuple[torch._ops.OpOverload, ...] = (ALL_REDUCE, ALL_GATHER, REDUCE
 """The operators that communicate."""
 
 
-def _alone_reduce(x: torch.Tensor, reduction: str, group: str) -> torch.Tensor:
-    return x.clone()
+def _stand_in(target: object, x: torch.Tensor, *options: Any) -> torch.Tensor:
+    """The result of a collective for a rank that runs alone: of an all-reduce its own part, of an all-gather copies of it."""
+    if target is ALL_GATHER:
+        return torch.cat([x] * options[0])
+    if target is REDUCE_SCATTER:
+        return x.narrow(0, 0, x.shape[0] // options[1]).clone()
+    return x if target is WAIT else x.clone()
 
 
-def _alone_gather(x: torch.Tensor, world_size: int, group: str) -> torch.Tensor:
-    return torch.cat([x] * world_size)
-
-
-def _alone_scatter(x: torch.Tensor, reduction: str, world_size: int, group: str) -> torch.Tensor:
-    return x.narrow(0, 0, x.shape[0] // world_size).clone()
-
-
-def _alone_wait(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-STAND_INS: Mapping[object, Callable[..., object]] = {
-    ALL_REDUCE: _alone_reduce,
-    ALL_GATHER: _alone_gather,
-    REDUCE_SCATTER: _alone_scatter,
-    WAIT: _alone_wait,
-}
+STAND_INS: Mapping[object, Callable[..., object]] = {item: partial(_stand_in, item) for item in (*COLLECTIVES, WAIT)}
 """The functions called in place of collectives when there is no process group."""
 
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)

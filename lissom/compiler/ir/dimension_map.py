@@ -64,9 +64,9 @@ def named_dims(node: fx.Node, name: str, rank: int) -> set[int]:
     return {dim % (rank or 1) for dim in items}
 
 
-def dim_of(node: fx.Node, rank: int, name: str = "dim") -> int:
-    """The single dimension in the argument `name` of a call, counted from the front."""
-    (dim,) = named_dims(node, name, rank)
+def dim_of(node: fx.Node, rank: int) -> int:
+    """The single dimension in the argument `dim` of a call, counted from the front."""
+    (dim,) = named_dims(node, "dim", rank)
     return dim
 
 
@@ -89,10 +89,9 @@ def _all_but(name: str) -> _Rule:
     return rule
 
 
-def _all_but_if_given(node: fx.Node) -> DimensionMap:
-    """`roll` without dimensions shifts the flattened tensor."""
-    given = bool(nodes.argument(node, "dims"))
-    return _all_but("dims")(node) if given else (None,) * _rank_of(node)
+def _all_or_flat(name: str) -> _Rule:
+    """The same for an operator that flattens the tensor when no dimension is given."""
+    return lambda node: _all_but(name)(node) if named_dims(node, name, 1) else (None,) * _rank_of(node)
 
 
 def _permute(node: fx.Node) -> DimensionMap:
@@ -110,16 +109,16 @@ def _transpose(node: fx.Node) -> DimensionMap:
     return tuple(order)
 
 
-def _unsqueeze(node: fx.Node) -> DimensionMap:
+def _inserted(node: fx.Node) -> DimensionMap:
+    """For `unsqueeze` and `stack`, which insert a dimension."""
     rank = _rank_of(node)
-    new = cast(int, node.args[1]) % rank
+    new = dim_of(node, rank)
     return tuple(None if dim == new else dim - (dim > new) for dim in range(rank))
 
 
 def _squeeze(node: fx.Node) -> DimensionMap:
     shape = shape_of(node.args[0])
-    every = node.target is aten.squeeze.default
-    named = set(range(len(shape))) if every else named_dims(node, "dim", len(shape))
+    named = range(len(shape)) if node.target is aten.squeeze.default else named_dims(node, "dim", len(shape))
     return tuple(dim for dim, size in enumerate(shape) if dim not in named or size != 1)
 
 
@@ -142,40 +141,22 @@ def _repeat(node: fx.Node) -> DimensionMap:
     return tuple(dim - added if dim >= added and count == 1 else None for dim, count in enumerate(counts))
 
 
-def _repeat_interleave(node: fx.Node) -> DimensionMap:
-    """Without a dimension it repeats the flattened tensor."""
-    return (None,) if nodes.argument(node, "dim") is None else _all_but("dim")(node)
-
-
-def _slice(node: fx.Node) -> DimensionMap:
-    whole = shape_of(node) == shape_of(node.args[0])
-    return _unchanged(node) if whole else _all_but("dim")(node)
-
-
 def _reshape(node: fx.Node) -> DimensionMap:
     """A dimension is kept when its size and the products of the sizes before and after it stay the same."""
     before, after = shape_of(node.args[0]), shape_of(node)
     if before == after:
-        return tuple(range(len(after)))
-    frames = [(size, *_frame(before, dim)) for dim, size in enumerate(before)]
-    wanted = ((size, *_frame(after, dim)) for dim, size in enumerate(after))
+        return _unchanged(node)
+    frames, wanted = (
+        [(size, product_of(shape[:dim]), product_of(shape[dim + 1 :])) for dim, size in enumerate(shape)]
+        for shape in (before, after)
+    )
     return tuple(frames.index(frame) if frame in frames else None for frame in wanted)
-
-
-def _frame(shape: Sequence[Size], dim: int) -> tuple[Size, Size]:
-    return product_of(shape[:dim]), product_of(shape[dim + 1 :])
 
 
 def _pad(node: fx.Node) -> DimensionMap:
     rank = _rank_of(node)
     padded = {rank - 1 - index // 2 for index, count in enumerate(cast("Sequence[object]", node.args[1])) if count != 0}
     return tuple(None if dim in padded else dim for dim in range(rank))
-
-
-def _stack(node: fx.Node) -> DimensionMap:
-    rank = _rank_of(node)
-    new = dim_of(node, rank)
-    return tuple(None if dim == new else dim - (dim > new) for dim in range(rank))
 
 
 def _reduce(node: fx.Node) -> DimensionMap:
@@ -191,19 +172,18 @@ _RULES: dict[object, _Rule] = {
     **dict.fromkeys((*ops.IDENTITIES, *ops.CONVERSIONS), _unchanged),
     aten.permute.default: _permute,
     **dict.fromkeys(ops.TRANSPOSES, _transpose),
-    aten.unsqueeze.default: _unsqueeze,
+    **dict.fromkeys((aten.unsqueeze.default, aten.stack.default), _inserted),
     **dict.fromkeys(ops.SQUEEZES, _squeeze),
     **dict.fromkeys((aten.select.int, aten.unbind.int), _without_dim),
     **dict.fromkeys((*ops.EXPANDS, aten.expand_as.default), _expand),
     aten.repeat.default: _repeat,
-    aten.repeat_interleave.self_int: _repeat_interleave,
-    aten.slice.Tensor: _slice,
+    aten.repeat_interleave.self_int: _all_or_flat("dim"),
+    aten.slice.Tensor: lambda node: (_unchanged if shape_of(node) == shape_of(node.args[0]) else _all_but("dim"))(node),
     **dict.fromkeys((*ops.RESHAPES, *ops.RESHAPES_AS), _reshape),
     **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _pad),
     **dict.fromkeys((*ops.SPLITS, *ops.CONCATENATIONS), _all_but("dim")),
-    aten.stack.default: _stack,
     aten.flip.default: _all_but("dims"),
-    aten.roll.default: _all_but_if_given,
+    aten.roll.default: _all_or_flat("dims"),
     **dict.fromkeys((*ops.SOFTMAX, *ops.LOG_SOFTMAX, *ops.CUMULATIVE, *ops.SORTS), _all_but("dim")),
     **dict.fromkeys((*ops.SUMS, *ops.REDUCTIONS, *ops.REDUCTIONS_WITH_INDICES), _reduce),
 }

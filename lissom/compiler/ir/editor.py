@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import fx, nn
 
 from lissom.compiler.ir import fake, printer
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.types import format_type
 from lissom.errors import PassError
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,28 @@ class Editor:
     def treatable(self, obstacle: Callable[[fx.Node], str | None], *targets: object) -> Iterator[fx.Node]:
         """The nodes of these targets that `obstacle` gives no reason against; the others are reported with the reason."""
         for node in self.nodes(*targets):
-            reason = obstacle(node)
-            if reason is None:
+            if self.may_change(node, obstacle(node)):
                 yield node
+
+    def may_change(self, node: fx.Node, reason: str | None) -> bool:
+        """True when there is no reason against changing a node; otherwise the node is reported as skipped."""
+        if reason is not None:
+            self.skip(node, reason)
+        return reason is None
+
+    def accepted(self, found: Iterable[tuple[fx.Node, Found | str]]) -> dict[fx.Node, Found]:
+        """What was found for each node; a node with a reason in its place is reported as skipped."""
+        kept: dict[fx.Node, Found] = {}
+        for node, item in found:
+            if isinstance(item, str):
+                self.skip(node, item)
             else:
-                self.skip(node, reason)
+                kept[node] = item
+        return kept
+
+    def tensor(self, read: fx.Node) -> torch.Tensor:
+        """The weight or buffer that a node reads, without gradients."""
+        return self.program.weight(str(read.target)).detach()
 
     def report(self, what: str, finished: int, total: int) -> None:
         """Report the progress of a long pass: the current step, the number of finished steps, and the total."""
@@ -101,10 +122,7 @@ class Editor:
         Raises: PassError when the operator does not accept these arguments.
         """
         name = target._schema.name.partition("::")[2]
-        node = self.program.graph.create_node("call_function", target, args, kwargs, name)  # pyright: ignore
-        nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
-        self._type(node)
-        return node
+        return self._made(self.program.graph.create_node("call_function", target, args, kwargs, name))  # pyright: ignore
 
     def size(self, node: fx.Node, dim: int) -> fx.Node | int:
         """The size of one dimension as an argument for a call: a number, or a node that reads it; use inside `before`."""
@@ -113,14 +131,14 @@ class Editor:
 
     def compute_size(self, function: Callable[[int, int], int], size: fx.Node, number: fx.Node | int) -> fx.Node:
         """A size computed from another while the program runs, such as `operator.mul(batch, 4)`; use inside `before`."""
-        return self._call_plain(function, size, number)
+        return self._made(self.program.graph.call_function(function, (size, number)))
 
     def item(self, pieces: fx.Node, index: int) -> fx.Node:
         """One of the values of a call that returns several, such as a piece of a split; use inside `before`."""
-        return self._call_plain(operator.getitem, pieces, index)
+        return self._made(self.program.graph.call_function(operator.getitem, (pieces, index)))
 
-    def _call_plain(self, function: Callable[..., object], *args: fx.Node | int) -> fx.Node:
-        node = self.program.graph.call_function(function, args)
+    def _made(self, node: fx.Node) -> fx.Node:
+        """A new node, with its origin and type."""
         nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
         self._type(node)
         return node
@@ -136,6 +154,12 @@ class Editor:
         nodes.set_value(node, fake.fake_weight(self.program.fake_mode, tensor))
         nodes.set_origin(node, nodes.merged_origin(self._like).changed_by(self.pass_name))
         return node
+
+    def like(self, read: fx.Node, tensor: torch.Tensor) -> torch.Tensor:
+        """Floating-point values derived from a weight, as a parameter where the weight is one."""
+        old = self.program.weight(str(read.target))
+        trainable = isinstance(old, nn.Parameter) and tensor.is_floating_point()
+        return nn.Parameter(tensor, requires_grad=old.requires_grad) if trainable else tensor
 
     def exchange_state(self, old: fx.Node, new: Mapping[str, torch.Tensor]) -> list[fx.Node]:
         """Replace a state that nothing reads or writes any more by new state; returns its reads. Use inside `before`."""
@@ -192,15 +216,16 @@ class Editor:
         program.edits += 1
         self.rewritten += 1
 
+    def replace_by(self, old: fx.Node, target: torch._ops.OpOverload, *args: object, **kwargs: object) -> fx.Node:
+        """Replace a node by a new call, and return the call; see `before`, `call` and `replace`."""
+        with self.before(old):
+            new = self.call(target, *args, **kwargs)
+        self.replace(old, new)
+        return new
+
     def move_before(self, node: fx.Node, place: fx.Node) -> None:
         """Move a node and the nodes it depends on in front of `place`; none of them may depend on `place`."""
-        needed, pending = set[fx.Node](), [node]
-        while pending:
-            found = pending.pop()
-            if found not in needed:
-                needed.add(found)
-                pending += found.all_input_nodes
-        late = False
+        needed, late = set(computed_from([node])), False
         for found in list(self.program.graph.nodes):
             late = late or found is place
             if late and found in needed:

@@ -115,7 +115,7 @@ def fake_weight(mode: FakeTensorMode, weight: torch.Tensor) -> torch.Tensor:
 
 def same_type(mode: FakeTensorMode | None, left: ValueType, right: ValueType) -> bool:
     """True when two types are equal for every value of their symbols, as far as can be shown."""
-    return _same(left, right, partial(_same_size, mode))
+    return _same(left, right, partial(same_size, mode))
 
 
 def same_at_example(mode: FakeTensorMode, left: ValueType, right: ValueType) -> bool:
@@ -151,7 +151,7 @@ def _same_size_at_example(mode: FakeTensorMode, left: Size | float, right: Size 
     left, right = _at_example(mode, left), _at_example(mode, right)
     if isinstance(left, sympy.Basic) and isinstance(right, sympy.Basic) and left.free_symbols and right.free_symbols:
         return True
-    return left == right or _same_size(mode, left, right)
+    return left == right or same_size(mode, left, right)
 
 
 def _at_example(mode: FakeTensorMode, size: Size | float) -> Size | float:
@@ -161,7 +161,8 @@ def _at_example(mode: FakeTensorMode, size: Size | float) -> Size | float:
     return cast(Size, size.xreplace(known))
 
 
-def _same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | float) -> bool:
+def same_size(mode: FakeTensorMode | None, left: Size | float, right: Size | float) -> bool:
+    """True when two sizes are equal for every value of their symbols, as far as can be shown."""
     if left == right:
         return True
     if mode is None or mode.shape_env is None or not (isinstance(left, sympy.Basic) or isinstance(right, sympy.Basic)):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
-from typing import cast
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TypeGuard, cast
 
 import torch
 from torch import fx
@@ -30,6 +31,21 @@ def _is_floating(item: object) -> bool:
     return nodes.is_tensor(item) and nodes.tensor_type(item).dtype.is_floating_point
 
 
+def computed_from(starts: Iterable[object], through: Callable[[fx.Node], bool] = lambda node: True) -> Iterator[fx.Node]:
+    """These nodes and all that they are computed from, each once, nearest first; what is no node is passed over.
+
+    through: whether to go on to the inputs of a node.
+    """
+    pending, seen = deque(starts), set[fx.Node]()
+    while pending:
+        node = pending.popleft()
+        if isinstance(node, fx.Node) and node not in seen:
+            seen.add(node)
+            yield node
+            if through(node):
+                pending.extend(node.all_input_nodes)
+
+
 def is_view(node: fx.Node) -> bool:
     """True when the result may be in the memory of the first argument."""
     if nodes.is_call(node, operator.getitem, *_MAY_GIVE_BACK):
@@ -37,6 +53,11 @@ def is_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     aliases = [found.alias_info for found in schema.returns] if schema is not None else []
     return any(found is not None and not found.is_write for found in aliases)
+
+
+def is_own_weight(item: object) -> TypeGuard[fx.Node]:
+    """True for a weight that only one node reads."""
+    return isinstance(item, fx.Node) and item.op == "get_attr" and len(item.users) == 1
 
 
 def memory_of(node: fx.Node) -> fx.Node:

@@ -12,13 +12,7 @@ from typing import TypeVar
 import torch
 from torch import fx
 
-from lissom.ops import (
-    attention,
-    quantized_linear,
-    quantized_linear_norm,
-    weight_quantized_linear,
-    weight_quantized_linear_norm,
-)
+from lissom.ops import attention, quantized_linear, quantized_linear_norm, weight_quantized_linear, weight_quantized_linear_norm
 from lissom.ops.quantization import dequantize, fake_quantize, fake_quantize_dynamic
 
 aten = torch.ops.aten

@@ -156,11 +156,6 @@ def can_gather(placed: Placed, world_size: int) -> bool:
     return len(spans) == 1 and spans[0].outer == 1 and spans[0].parts == world_size
 
 
-def padded_share(spans: Spans) -> str:
-    """`9 as 10`: the number of units and their padded number; empty when nothing is padded."""
-    return next((f"{span.size} as {span.block * span.parts}" for span in spans if span.is_padded), "")
-
-
 def indices_of(spans: Spans, rank: int) -> torch.Tensor:
     """The indices of a dimension that a rank holds, in its order, [local]; -1 for padding. Sizes must be integers."""
     found, start = list[torch.Tensor](), 0

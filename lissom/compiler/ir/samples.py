@@ -6,7 +6,6 @@ docs/verification.md says what each is for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 
 import sympy
@@ -38,7 +37,7 @@ def resize(signature: Signature, example: Sequence[torch.Tensor], sizes: Sizes, 
     """
     draws: dict[tuple[object, int], int] = {}
 
-    def picks(size: object, old: int, new: int, rows: int = 1) -> torch.Tensor:
+    def picks(size: object, old: int, new: int, rows: int) -> torch.Tensor:
         """The indices to draw for each row; the first row is the same for any number of rows."""
         number = draws.setdefault((size, old), len(draws))
         return torch.randint(0, old, (rows, new), generator=torch.Generator().manual_seed(seed * 1000 + number))
@@ -77,8 +76,9 @@ def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: i
     """
     plain = _variant(signature, example, seed=1)
     found = [
-        _masked(plain, _left, low=-float("inf")),
-        _masked(plain, _whole_row),
+        _masked(plain, lambda rows, columns: _first_row(rows, columns, max(columns // 3, 1)), low=-float("inf")),
+        # All of the first row, when there are others.
+        _masked(plain, lambda rows, columns: _first_row(rows, columns, columns if rows > 1 else 0)),
         _masked(list(map(_ids_redrawn, plain)), _tail_and_hole, kind=0),
     ]
     found = [sample for sample in found if not _same(sample, plain)]
@@ -101,7 +101,8 @@ def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 
 def _four_times(signature: Signature, example: Sequence[torch.Tensor]) -> Sizes | None:
     """Four times the example's length, or the most that the signature accepts."""
     sizes, lengths = signature.sizes_of(example), _lengths(signature)
-    tried = ({symbol: _at_most(signature, symbol, size * factor) for symbol, size in sizes.items()} for factor in (4, 3, 2))
+    dimensions = signature.dimensions
+    tried = ({symbol: dimensions[symbol].at_most(size * factor) for symbol, size in sizes.items()} for factor in (4, 3, 2))
     return _first_allowed(signature, example, [sizes | {symbol: found[symbol] for symbol in lengths} for found in tried])
 
 
@@ -117,7 +118,7 @@ def _longest(signature: Signature, example: Sequence[torch.Tensor], flops: int) 
     if length <= 4 * longest:
         return None
     rounded = dict.fromkeys(length // step * step for step in (1, 2, 8, 64))
-    tried = [short | {symbol: _at_most(signature, symbol, number) for symbol in lengths} for number in rounded]
+    tried = [short | {symbol: signature.dimensions[symbol].at_most(number) for symbol in lengths} for number in rounded]
     return _first_allowed(signature, example, tried)
 
 
@@ -125,11 +126,6 @@ def _lengths(signature: Signature) -> list[sympy.Symbol]:
     """The dynamic dimensions without the batch, the first dimension of the first input, unless it is the only one."""
     first = next((leaf.type.shape[0] for leaf in signature.tensors if leaf.type.shape), None)
     return [symbol for symbol in signature.dimensions if symbol != first] or [*signature.dimensions]
-
-
-def _at_most(signature: Signature, symbol: sympy.Symbol, size: int) -> int:
-    maximum = signature.dimensions[symbol].maximum
-    return size if maximum is None else min(size, maximum)
 
 
 def _first_allowed(signature: Signature, example: Sequence[torch.Tensor], tried: Iterable[Sizes]) -> Sizes | None:
@@ -175,43 +171,35 @@ def _masked(sample: Sample, pattern: Pattern, kind: int = 1, low: float | None =
     kind: 1 for masks whose usual value is one, true, or an additive zero; 0 for masks whose usual value is zero or false.
     low: the masking value for an additive mask of zeros only.
     """
-    return [_hide(tensor, pattern, kind, low) for tensor in sample]
+
+    def hide(tensor: torch.Tensor) -> torch.Tensor:
+        usual, hidden = _mask_values(tensor) or (None, 0.0)
+        if usual != kind:
+            return tensor
+        hidden = low if low is not None and hidden == _MASKED else hidden
+        rows, columns = tensor.shape[0], tensor.shape[-1]
+        places = pattern(rows, columns).reshape(rows, *[1] * (tensor.dim() - 2), columns)
+        if tensor.shape[-2] == columns and tensor.dim() > 2:
+            places = places & ~torch.eye(columns, dtype=torch.bool)  # every query sees its own key
+        return tensor.masked_fill(places.to(tensor.device), hidden)
+
+    return list(map(hide, sample))
 
 
-def _hide(tensor: torch.Tensor, pattern: Pattern, kind: int, low: float | None) -> torch.Tensor:
-    values = _mask_values(tensor)
-    if values is None or values.kind != kind:
-        return tensor
-    hidden = low if low is not None and values.hidden == _MASKED else values.hidden
-    rows, columns = tensor.shape[0], tensor.shape[-1]
-    places = pattern(rows, columns).reshape(rows, *[1] * (tensor.dim() - 2), columns)
-    if tensor.shape[-2] == columns and tensor.dim() > 2:
-        places = places & ~torch.eye(columns, dtype=torch.bool)  # every query sees its own key
-    return tensor.masked_fill(places.to(tensor.device), hidden)
-
-
-@dataclass(frozen=True)
-class _Flags:
-    """The values of a mask. kind: see `_masked`."""
-
-    kind: int
-    hidden: float
-
-
-def _mask_values(tensor: torch.Tensor) -> _Flags | None:
-    """The values of a mask or of token type ids; None for any other input."""
+def _mask_values(tensor: torch.Tensor) -> tuple[int, float] | None:
+    """The kind, see `_masked`, and the masking value of a mask or of token type ids; None for any other input."""
     if tensor.dim() < 2 or tensor.shape[-1] < 2 or tensor.numel() == 0 or tensor.is_complex():
         return None
     zeros = tensor == 0
     if tensor.is_floating_point() and bool((zeros | (tensor <= _LOW)).all()):
         if not zeros.all():
-            return _Flags(1, float(tensor.min()))
+            return 1, float(tensor.min())
         if tensor.dim() == 4 and tensor.shape[1] == 1:  # one for all heads
-            return _Flags(1, _MASKED)
+            return 1, _MASKED
     if not (zeros | (tensor == 1)).all():
         return None
     usual = int(2 * int(zeros.sum()) <= tensor.numel())
-    return _Flags(usual, 1 - usual)
+    return usual, 1 - usual
 
 
 def _counts_up(tensor: torch.Tensor) -> bool:
@@ -229,17 +217,10 @@ def _tail_and_hole(rows: int, columns: int) -> torch.Tensor:
     return places
 
 
-def _left(rows: int, columns: int) -> torch.Tensor:
-    """Padding at the start of the first row."""
+def _first_row(rows: int, columns: int, count: int) -> torch.Tensor:
+    """Padding at the first places of the first row."""
     places = torch.zeros(rows, columns, dtype=torch.bool)
-    places[0, : max(columns // 3, 1)] = True
-    return places
-
-
-def _whole_row(rows: int, columns: int) -> torch.Tensor:
-    """All of the first row, when there are others."""
-    places = torch.zeros(rows, columns, dtype=torch.bool)
-    places[0] = rows > 1
+    places[0, :count] = True
     return places
 
 

@@ -27,6 +27,14 @@ class Dimension:
     def range(self) -> str:
         return f"{self.minimum} or more" if self.maximum is None else f"{self.minimum} to {self.maximum}"
 
+    def at_most(self, size: int) -> int:
+        """The size, or the maximum when that is smaller."""
+        return size if self.maximum is None else min(size, self.maximum)
+
+    def allows(self, size: int) -> bool:
+        """True for a size in the range."""
+        return size >= self.minimum and self.at_most(size) == size
+
 
 @dataclass(frozen=True)
 class TensorArgument:
@@ -105,8 +113,6 @@ class Signature:
         return f"({', '.join(shown)})"
 
     def _describe(self, item: Argument) -> str:
-        if len(item.leaves) == 1 and isinstance(item.leaves[0], TensorArgument):
-            return f"{item.leaves[0].path}: {format_type(item.leaves[0].type, self.name_of)}"
         if item.constant:
             return f"{item.name}={pytree.tree_unflatten([_constant(leaf) for leaf in item.leaves], item.spec)!r}"
         leaves = [
@@ -115,16 +121,14 @@ class Signature:
             else f"{leaf.path}={leaf.value!r}"
             for leaf in item.leaves
         ]
-        return "{" + ", ".join(leaves) + "}"
+        return leaves[0] if len(leaves) == 1 else "{" + ", ".join(leaves) + "}"
 
     def flatten(self, args: Sequence[object], kwargs: Mapping[str, object]) -> list[torch.Tensor]:
         """The call's tensors in the order of the program's placeholders, checked against the signature.
 
         Raises: InputError, one sentence naming the argument, what was found and what is allowed.
         """
-        tensors: list[torch.Tensor] = []
-        for item, given in self._bind(args, kwargs):
-            tensors.extend(self._leaves_of(item, given))
+        tensors = [tensor for item, given in self._bind(args, kwargs) for tensor in self._leaves_of(item, given)]
         self.check_sizes(tensors)
         return tensors
 
@@ -230,9 +234,8 @@ class Signature:
                         self._refuse_size(leaf, index, found, str(size))
                 elif isinstance(size, sympy.Symbol) and size not in sizes:
                     sizes[size] = found
-                    dimension = self.dimensions[size]
-                    if found < dimension.minimum or (dimension.maximum is not None and found > dimension.maximum):
-                        self._refuse_size(leaf, index, found, dimension.range)
+                    if not self.dimensions[size].allows(found):
+                        self._refuse_size(leaf, index, found, self.dimensions[size].range)
                 elif isinstance(size, sympy.Symbol):
                     if sizes[size] != found:
                         wanted = f"{sizes[size]}, the {self.dimensions[size].name} of another argument in this call"
@@ -242,22 +245,19 @@ class Signature:
         for leaf, index, size, found in derived:
             if evaluate(size, sizes) != found:
                 self._refuse_size(leaf, index, found, self.name_of(size))
-        self._check_conditions(sizes)
+        for condition in self.conditions:
+            if not _may_hold(condition, sizes):
+                given = ", ".join(f"{self.dimensions[symbol].name} = {size}" for symbol, size in sizes.items())
+                raise InputError(
+                    f"sizes {given} break a condition found while capturing the model, "
+                    f"{self.name_of(condition)}; pass sizes that meet it"  # pyright: ignore[reportArgumentType]
+                )
 
     def _refuse_size(self, leaf: TensorArgument, index: int, found: int, allowed: str) -> NoReturn:
         size = leaf.type.shape[index]
         label = f" ({self.name_of(size)})" if isinstance(size, sympy.Basic) else ""
         advice = "" if label else "; compile again with an example of that size, or mark the dimension dynamic"
         raise InputError(f"argument '{leaf.path}' has size {found} in dimension {index}{label}; allowed: {allowed}{advice}")
-
-    def _check_conditions(self, sizes: Mapping[sympy.Symbol, int]) -> None:
-        for condition in self.conditions:
-            if not _may_hold(condition, sizes):
-                found = ", ".join(f"{self.dimensions[symbol].name} = {size}" for symbol, size in sizes.items())
-                raise InputError(
-                    f"sizes {found} break a condition found while capturing the model, "
-                    f"{self.name_of(condition)}; pass sizes that meet it"  # pyright: ignore[reportArgumentType]
-                )
 
     def sizes_of(self, tensors: Sequence[torch.Tensor]) -> dict[sympy.Symbol, int]:
         """The size of each dimension in these inputs."""

@@ -11,10 +11,9 @@ import math
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import fx
 
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.placement import Placed, Span, indices_of
+from lissom.compiler.ir.placement import Placed, indices_of
 from lissom.compiler.ir.program import Program
 from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.errors import UnsupportedError
@@ -49,7 +48,13 @@ def as_dtensors(program: Program, mesh: DeviceMesh) -> dict[str, DTensor]:
         name = str(node.target)
         if node.op != "get_attr" or name in found or name.startswith(_OWN):
             continue
-        local, shape, placement = _described(name, own[name], _placed(program, node), world_size, rank)
+        placed = nodes.placed(node)
+        if not isinstance(placed, Placed):
+            raise UnsupportedError(
+                f"the weight '{name}' of {program.name} has no placement: the program was not partitioned, or was lowered "
+                f'since; take the one that passes="shard{{world_size=N}},partition" gives'
+            )
+        local, shape, placement = _described(name, own[name], placed, world_size, rank)
         stride = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         found[name] = DTensor.from_local(
             local.contiguous(), mesh, [placement], run_check=False, shape=torch.Size(shape), stride=tuple(stride)
@@ -63,16 +68,6 @@ def _world_size(program: Program) -> int:
     return max((span.parts * span.every for span in spans), default=1)
 
 
-def _placed(program: Program, node: fx.Node) -> Placed:
-    found = nodes.placed(node)
-    if isinstance(found, Placed):
-        return found
-    raise UnsupportedError(
-        f"the weight '{node.target}' of {program.name} has no placement: the program was not partitioned, or was lowered "
-        f'since; take the one that passes="shard{{world_size=N}},partition" gives'
-    )
-
-
 def _described(
     name: str, weight: torch.Tensor, placed: Placed, world_size: int, rank: int
 ) -> tuple[torch.Tensor, list[int], Placement]:
@@ -82,27 +77,21 @@ def _described(
     shape, local = [*weight.shape], weight.detach()
     if not placed.dims:
         return local, shape, placed.placements[0]
-    if len(placed.dims) > 1:
-        _refuse(name, "it is sharded along several dimensions at once")
-    dim, spans = next(iter(placed.dims))
-    span = spans[0]
-    if len(spans) > 1 or span.outer != 1:
-        _refuse(name, "it is packed, and sharded in each of its parts")
-    if span.parts != world_size:
-        _refuse(name, f"it is sharded in {span.parts}, and each part is on several of the {world_size} ranks")
-    if span.is_padded and span.inner != 1:
-        _refuse(name, f"its {span.size} blocks do not divide among {world_size} ranks")
-    shape[dim] = _whole(span)
+    (dim, spans), *others = placed.dims
+    span, reason = spans[0], ""
+    if others:
+        reason = "it is sharded along several dimensions at once"
+    elif len(spans) > 1 or span.outer != 1:
+        reason = "it is packed, and sharded in each of its parts"
+    elif span.parts != world_size:
+        reason = f"it is sharded in {span.parts}, and each part is on several of the {world_size} ranks"
+    elif span.is_padded and span.inner != 1:
+        reason = f"its {span.size} blocks do not divide among {world_size} ranks"
+    if reason:
+        raise UnsupportedError(
+            f"the weight '{name}' is no DTensor: {reason}, which the placements of torch.distributed.tensor cannot say; "
+            f"use the program's own weights"
+        )
+    shape[dim] = cast(int, span.whole)
     kept = (indices_of(spans, rank) >= 0).sum()
     return local.narrow(dim, 0, int(kept)), shape, Shard(dim)
-
-
-def _whole(span: Span) -> int:
-    return cast(int, span.whole)
-
-
-def _refuse(name: str, reason: str) -> None:
-    raise UnsupportedError(
-        f"the weight '{name}' is no DTensor: {reason}, which the placements of torch.distributed.tensor cannot say; "
-        f"use the program's own weights"
-    )

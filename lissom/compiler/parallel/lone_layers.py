@@ -15,6 +15,7 @@ from torch import fx
 
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.placement import REPLICATED, Placed, Span, sharded
 from lissom.compiler.ir.program import Program
 from lissom.compiler.parallel.rules import table as rules
@@ -86,15 +87,8 @@ def _alone(layer: fx.Node, weight: fx.Node, world_size: int) -> ShardSite | None
 
 def _result(layer: fx.Node, weight: fx.Node, placed: Placed, world_size: int) -> Placed:
     """The placement of a layer's output when its weight has this placement and its input is replicated."""
-    between: list[fx.Node] = []
-    pending = [item for item in layer.all_input_nodes if item is not input_of(layer)]
-    seen = set[fx.Node]()
-    while pending:
-        item = pending.pop()
-        if item not in seen and item is not weight and item.op == "call_function":
-            seen.add(item)
-            between.append(item)
-            pending += item.all_input_nodes
+    others = [item for item in layer.all_input_nodes if item is not input_of(layer)]
+    between = [item for item in computed_from(others, lambda item: item is not weight) if item.op == "call_function"]
     known: dict[fx.Node, Placed | tuple[Placed, ...]] = defaultdict(lambda: REPLICATED)
     known[weight] = placed
     read = Reading(known, world_size=world_size)

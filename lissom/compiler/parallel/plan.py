@@ -155,7 +155,9 @@ class _Planner:
             for atom, parts in site.sharded_axes.items():
                 self.sharded_axes.setdefault(atom.find(), (*parts, number))
         self.weights = {
-            node: self._by_axes(node) for node in program.graph.nodes if node.op == "get_attr" and nodes.is_tensor(node)
+            node: sharded(*((dim, self.planned(node, dim)) for dim in range(nodes.tensor_type(node).rank)))
+            for node in program.graph.nodes
+            if node.op == "get_attr"
         }
         lone = [(number, site) for number, site in enumerate(sites) if site.weight is not None]
         self.weights |= {cast(fx.Node, site.weight): own_placement(site, number, world_size) for number, site in lone}
@@ -171,12 +173,8 @@ class _Planner:
             known, wants, gathered = self._propagate()
             if not self._adapt(known, wants):
                 read = self._reading(known)
-                return (
-                    known,
-                    self._moves(known, wants),
-                    gathered,
-                    {**all_exchanges(self.program.graph, read), **gatherings(read)},
-                )
+                joint = {**all_exchanges(self.program.graph, read), **gatherings(read)}
+                return known, self._moves(known, wants), gathered, joint
 
     def planned(self, node: fx.Node, dim: int) -> Spans:
         """The spans of a dimension of a value, from its axis.
@@ -192,9 +190,6 @@ class _Planner:
 
     def _reading(self, known: Known) -> Reading:
         return Reading(known, self.planned, self.world_size, self.program.constant, self.sequence, self.gathered)
-
-    def _by_axes(self, weight: fx.Node) -> Placed:
-        return sharded(*((dim, self.planned(weight, dim)) for dim in range(nodes.tensor_type(weight).rank)))
 
     def _propagate(self) -> tuple[Known, dict[fx.Node, list[tuple[fx.Node, Placed]]], tuple[fx.Node, ...]]:
         """The placement of every value, those its readers want, and the operators without a rule that read sharded values."""
@@ -213,9 +208,8 @@ class _Planner:
             found = outcome(node, read)
             if found.reason:
                 self._refuse(node, known, found.reason)
-            if rule_of(node) is None and any(
-                not read.of(item).partial and not read.of(item).is_by_position for item in found.wants
-            ):
+            shards = [item for item in map(read.of, found.wants) if not item.partial and not item.is_by_position]
+            if shards and rule_of(node) is None:
                 gathered.append(node)
             known[node] = found.result
             for used in node.all_input_nodes:
@@ -286,14 +280,11 @@ def redistribution_steps(have: Placed, want: Placed, world_size: int, *, has_who
     if want.partial:
         steps.append("mask")
     elif want.is_sharded:
-        if not want.is_by_position and not all(_is_fixed(spans) for _, spans in want.dims):
+        sizes = [size for _, spans in want.dims for span in spans for size in (span.outer, span.size, span.inner)]
+        if not want.is_by_position and not all(isinstance(size, int) for size in sizes):
             return None
         steps.append("slice")
     return tuple(steps)
-
-
-def _is_fixed(spans: Spans) -> bool:
-    return all(isinstance(size, int) for span in spans for size in (span.outer, span.size, span.inner))
 
 
 def sharded_fraction(program: Program) -> float:

@@ -7,8 +7,9 @@ analysis knows where they occur: in weights, scales, attention biases and state.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,19 +17,13 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
-from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.axis import Axis, sizes_of
 from lissom.compiler.analysis.axes.columns import feature_dim
 from lissom.compiler.analysis.structure.attention import AttentionSite
-from lissom.compiler.analysis.structure.linear import (
-    SHAPES,
-    input_of,
-    is_linear,
-    is_quantizer,
-    residual_of,
-    weight_of,
-)
+from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_linear, is_quantizer, residual_of, weight_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import is_pointwise
 from lissom.compiler.ir.placement import Span, Spans
 from lissom.compiler.ir.program import Program
@@ -68,18 +63,19 @@ def shard_sites(program: Program, world_size: int, layers: Mapping[fx.Node, str]
     sites = [_attention(found, site, world_size) for site in facts.attention]
     for item in facts.feed_forward:
         inside = [(input_of(item.down), feature_dim(item.down)), *((up, feature_dim(up)) for up in item.up)]
-        sites.append(_whole("feed-forward", item.down, _axes(found, inside), world_size))
+        sites.append(_whole("feed-forward", item.down, [found.axis(*place) for place in inside], world_size))
     grouped = [node for node in program.nodes() if node.target is grouped_product]
     for node in grouped:
-        if _reached(cast(fx.Node, node.args[0]), set(grouped)):
+        if not set(grouped).isdisjoint(computed_from(node.args[:1], _moves_or_maps)):
             sites.append(_whole("experts", node, [found.axis(cast(fx.Node, node.args[0]), -1)], world_size))
     for item in facts.embeddings:
         if item.rows >= item.width and (_is_vocabulary(item.node) or item.tied):
             sites.append(_whole("embedding", item.node, [found.axis(cast(fx.Node, item.node.args[0]), 0)], world_size))
     taken = {site.node for site in sites}
     scored = [node for node, _ in linear_layers(program) if is_linear(node) and _is_scored(node)]
+    inside = {node for site in facts.attention for node in (*site.q, *site.k, *site.v, site.output)}
     for node in dict.fromkeys([*facts.lm_heads, *scored]):
-        if node not in taken and feature_dim(node) == -1 and not _is_inside(node, facts.attention):
+        if node not in taken and feature_dim(node) == -1 and node not in inside:
             sites.append(_whole("LM head", node, [found.axis(node, -1)], world_size))
     for node, how in layers.items():
         axis = found.axis(node, -1) if how == "column-wise" else found.axis(input_of(node), -1)
@@ -108,14 +104,6 @@ def mixer_sites(program: Program, world_size: int, layers: Collection[fx.Node]) 
     return sites
 
 
-def _is_inside(node: fx.Node, attention: Sequence[AttentionSite]) -> bool:
-    return any(node in (*site.q, *site.k, *site.v) or node is site.output for site in attention)
-
-
-def _axes(found: Axes, places: Iterable[tuple[fx.Node, int]]) -> list[Axis]:
-    return [found.axis(node, dim) for node, dim in places]
-
-
 def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> ShardSite:
     """A site that shards the outermost atom of fixed size in each segment of these axes."""
     chosen: dict[Axis, tuple[int, int]] = {}
@@ -134,36 +122,37 @@ def _whole(kind: str, node: fx.Node, axes: Sequence[Axis], world_size: int) -> S
 
 def _attention(found: Axes, site: AttentionSite, world_size: int) -> ShardSite:
     """The site of an attention: its query heads, and the key/value heads they read."""
-    rank = nodes.tensor_type(site.node).rank
-    if site.output is None or rank < 3:
-        return ShardSite("attention", site.node, site.path, {}, "no layer projects its heads out")
+    shards = _head_shards(found, site, world_size)
+    if isinstance(shards, str):
+        return ShardSite("attention", site.node, site.path, {}, shards)
+    return ShardSite("attention", site.node, site.path, shards, "" if shards else "it has one head")
+
+
+def _head_shards(found: Axes, site: AttentionSite, world_size: int) -> dict[Axis, tuple[int, int]] | str:
+    """The shards of an attention's heads, or why there are none."""
+    if site.output is None or nodes.tensor_type(site.node).rank < 3:
+        return "no layer projects its heads out"
     if feature_dim(site.output) != -1:
-        return ShardSite("attention", site.node, site.path, {}, "its heads are projected out by a convolution")
+        return "its heads are projected out by a convolution"
     chosen: dict[Axis, tuple[int, int]] = {}
-    for index in range(3):
-        item = cast(fx.Node, site.node.args[index])
+    for item in cast("tuple[fx.Node, ...]", site.node.args[:3]):
         factors = _heads(found.axis(item, nodes.tensor_type(item).rank - 3), site)
         if factors is None:
-            return ShardSite("attention", site.node, site.path, {}, "its heads are no axis of their own")
-        if not factors or any(factor in chosen for factor in factors):
-            continue
-        parts = _shard_heads(factors, world_size)
-        if parts is None:
-            return ShardSite("attention", site.node, site.path, {}, f"{site.heads} heads are too few for {world_size} ranks")
-        chosen |= parts
-    reason = "" if chosen else "it has one head"
-    return ShardSite("attention", site.node, site.path, chosen, reason)
+            return "its heads are no axis of their own"
+        if factors and chosen.keys().isdisjoint(factors):
+            parts = _shard_heads(factors, world_size)
+            if parts is None:
+                return f"{site.heads} heads are too few for {world_size} ranks"
+            chosen |= parts
+    return chosen
 
 
 def _heads(axis: Axis, site: AttentionSite) -> list[Axis] | None:
     """The atoms of the heads, key/value groups first; empty for one head, None where heads are no axis of their own."""
     factors = [factor.find() for factor in axis.factors()]
     for first in range(len(factors) + 1):
-        total: Size = 1
-        for factor in factors[first:]:
-            total = total * factor.size
-        if total in (site.heads, site.key_value_heads):
-            rest = factors[first:]
+        rest = factors[first:]
+        if math.prod(sizes_of(rest)) in (site.heads, site.key_value_heads):
             return rest if all(item.form == "atom" for item in rest) else None
     return None
 
@@ -176,11 +165,9 @@ def _shard_heads(factors: Sequence[Axis], world_size: int) -> dict[Axis, tuple[i
         return {first: (world_size, 1)}
     if more and world_size % size == 0 and cast(int, more[0].size) % (world_size // size) == 0:
         return {first: (size, world_size // size), more[0]: (world_size // size, 1)}
-    total = size
-    for item in more:
-        total *= cast(int, item.size)
     # Padded with zeros as long as more than half of the ranks have a head.
-    return {first: (world_size, 1)} if 2 * size > world_size or (total >= world_size and size > 1) else None
+    enough = 2 * size > world_size or (math.prod(sizes_of(factors)) >= world_size and size > 1)
+    return {first: (world_size, 1)} if enough else None
 
 
 def _is_vocabulary(node: fx.Node) -> bool:
@@ -213,18 +200,9 @@ def _is_scored(node: fx.Node) -> bool:
     return False
 
 
-def _reached(start: fx.Node, ends: set[fx.Node]) -> bool:
-    """True where a value is computed from one of these nodes by element-wise operators and views only."""
-    pending, seen = [start], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in ends:
-            return True
-        inside = is_pointwise(node) or node.target in SHAPES or node.target is operator.getitem or is_quantizer(node)
-        if node not in seen and inside:
-            seen.add(node)
-            pending += node.all_input_nodes
-    return False
+def _moves_or_maps(node: fx.Node) -> bool:
+    """True for element-wise operators, views, and items of several results."""
+    return is_pointwise(node) or node.target in SHAPES or node.target is operator.getitem or is_quantizer(node)
 
 
 def linear_layers(program: Program) -> list[tuple[fx.Node, fx.Node]]:
@@ -271,7 +249,9 @@ def spans_of(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
     if axis.form == "atom":
         return (Span(1, axis.size, 1, *sharded_axes[axis]),)
     if axis.form == "sum":
-        return _summed(axis, sharded_axes)
+        parts = [(segment, spans_of(segment, sharded_axes)) for segment in axis.segments()]
+        joined = [() if spans is None else spans or (Span(1, segment.size, 1, 1),) for segment, spans in parts]
+        return tuple(span for spans in joined for span in spans) if all(joined) else None
     found: Spans | None = None
     passed: Size = 1
     for factor in axis.factors():
@@ -296,13 +276,3 @@ def spans_of(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
         else:
             passed = passed * factor.size
     return found
-
-
-def _summed(axis: Axis, sharded_axes: ShardedAxes) -> Spans | None:
-    joined: list[Span] = []
-    for segment in axis.segments():
-        spans = spans_of(segment, sharded_axes)
-        if spans is None:
-            return None
-        joined += spans or (Span(1, segment.size, 1, 1),)
-    return tuple(joined)

@@ -48,9 +48,7 @@ def _first_quantized_weight(program: Program) -> fx.Node | None:
 
 
 FLOATING_POINT_WEIGHTS = Requirement(
-    "weights of linear layers are floating point",
-    _first_quantized_weight,
-    "put this pass before the one that quantizes",
+    "weights of linear layers are floating point", _first_quantized_weight, "put this pass before the one that quantizes"
 )
 
 

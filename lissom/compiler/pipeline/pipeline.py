@@ -204,22 +204,16 @@ class _Run:
 
     def record_reverted(self, item: Pass, seconds: float, reason: str) -> None:
         """Record a pass that ran and was reverted."""
-        last = self.history.steps[-1]
-        step = Step(
-            index=len(self.history.steps),
-            spelling=format_pass(item),
-            kind=item.kind,
-            seconds=seconds,
-            check_seconds=0.0,
-            size=last.size,
-            metric=last.metric,
-            reverted=reason,
-        )
+        last, index = self.history.steps[-1], len(self.history.steps)
+        spelling, size = format_pass(item), last.size
+        step = Step(index, spelling, item.kind, seconds, check_seconds=0.0, size=size, metric=last.metric, reverted=reason)
         self.history.record(step, self.program.text())
 
     def step(self, item: Pass, show: Callable[[str, int, int], None] | None = None) -> None:
         """Run one pass on a copy of the program; only a copy that passes its checks replaces the program."""
-        self._check_requirements(item)
+        for requirement in item.requires:
+            if (node := requirement.breach(self.program)) is not None:
+                raise RequirementError(requirement.sentence(self.program, item.name(), node))
         if not isinstance(item, (Rewrite, Annotation)):
             self.check_stretch()
         started = time.perf_counter()
@@ -260,12 +254,6 @@ class _Run:
         if item.redefines:
             self.original = answers(after, outputs)
         self.history.record(step, text_after)
-
-    def _check_requirements(self, item: Pass) -> None:
-        for requirement in item.requires:
-            node = requirement.breach(self.program)
-            if node is not None:
-                raise RequirementError(requirement.sentence(self.program, item.name(), node))
 
     def _run_pass(self, item: Pass, edit: Editor) -> None:
         # A run of the program writes its state, and restores it.

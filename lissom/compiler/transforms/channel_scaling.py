@@ -28,11 +28,12 @@ from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.base import Value
 from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.linear import SHAPES, input_of, is_attention, is_linear
+from lissom.compiler.analysis.structure.linear import SHAPES, bias_of, input_of, is_attention, is_linear
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.operators import LAYER_NORMS
 from lissom.compiler.ir.program import Program
 
@@ -81,6 +82,11 @@ class ScalingSite:
         """The factor of each column of a reader, [in_features]. factors: [channels]."""
         return _spread(factors, reader.channel)
 
+    def read_sizes(self, program: Program) -> torch.Tensor:
+        """The largest magnitude in the columns that read each channel, [channels]."""
+        columns = [(reader, reader.matrix.read(program).float().abs().amax(0)) for reader in self.readers]
+        return torch.stack([self.by_channel(*pair) for pair in columns]).amax(0)
+
     def rows(self, program: Program) -> torch.Tensor:
         """The largest magnitude in the rows of the producer's matrix for each channel, [channels]."""
         assert self.matrix is not None, "a norm has no rows"
@@ -91,7 +97,7 @@ class ScalingSite:
 
         For weights in reduced precision the factors are rounded to powers of two, which change no weight's mantissa.
         """
-        made = [edit.program.weight(str(item.node.target)).detach() for item in self.parameters]
+        made = [edit.tensor(item.node) for item in self.parameters]
         read = [item.matrix.read(edit.program) for item in self.readers]
         if any(weight.dtype.itemsize < 4 for weight in (*made, *read)):
             factors = factors.log2().round().exp2()
@@ -126,14 +132,9 @@ def scaling_sites(edit: Editor, *, norms: bool = True, linears: bool = True) -> 
 
 def chosen_sites(edit: Editor, *, norms: bool, linears: bool, skip: str, only: str) -> list[ScalingSite]:
     """The sites whose producers the patterns `skip` and `only` select; the others are reported."""
-    sites: list[ScalingSite] = []
-    for site in scaling_sites(edit, norms=norms, linears=linears):
-        reason = obstacle_by_name(site.producer, skip=skip, only=only)
-        if reason is None:
-            sites.append(site)
-        else:
-            edit.skip(site.producer, reason)
-    return sites
+    sites = scaling_sites(edit, norms=norms, linears=linears)
+    reasons = {site.producer: obstacle_by_name(site.producer, skip=skip, only=only) for site in sites}
+    return [site for site in sites if edit.may_change(site.producer, reasons[site.producer])]
 
 
 def _site(program: Program, producer: fx.Node) -> ScalingSite | str:
@@ -200,32 +201,17 @@ def _parameters(producer: fx.Node) -> tuple[list[fx.Node], Matrix | None] | str:
             return matrix
         if readers_of(matrix.node) != [producer]:
             return "its weight is read elsewhere too"
-        index = 0 if producer.target is aten.addmm.default else 2
-        bias = producer.args[index] if len(producer.args) > index and producer.target not in _PLAIN else None
-        weights = [matrix.node]
+        weight, bias = matrix.node, bias_of(producer)
     elif producer.target in LAYER_NORMS:
-        matrix, bias = None, producer.args[3] if _has_bias(producer) else None
-        weight = producer.args[2] if len(producer.args) > 2 else None
-        if not _is_own(weight):
+        matrix, weight = None, nodes.argument(producer, "weight")
+        bias = nodes.argument(producer, "bias") if producer.target is aten.layer_norm.default else None
+        if not is_own_weight(weight):
             return "the norm has no weight of its own"
-        weights = [cast(fx.Node, weight)]
     else:
         return "it is no layer norm and no RMS norm"
-    if bias is not None and not _is_own(bias):
-        return "its bias is computed, or read elsewhere too"
-    return weights + ([cast(fx.Node, bias)] if bias is not None else []), matrix
-
-
-_PLAIN = (aten.mm.default, aten.matmul.default)
-
-
-def _has_bias(norm: fx.Node) -> bool:
-    return norm.target is aten.layer_norm.default and len(norm.args) > 3
-
-
-def _is_own(weight: object) -> bool:
-    """True for a weight that only one node reads."""
-    return isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
+    if bias is None:
+        return [weight], matrix
+    return ([weight, bias], matrix) if is_own_weight(bias) else "its bias is computed, or read elsewhere too"
 
 
 def _readers(start: fx.Node) -> list[fx.Node] | str:
@@ -241,12 +227,14 @@ def _readers(start: fx.Node) -> list[fx.Node] | str:
             if is_linear(user) and input_of(user) is node and user.all_input_nodes.count(node) == 1:
                 layers[user] = None
             elif not _carries(user, node):
-                return f"its output is also read by {_named(user)}, which no scale passes through"
+                named = "the program's caller" if user.op == "output" else str(user.target).removesuffix(".default")
+                return f"its output is also read by {named}, which no scale passes through"
             elif user not in walked:
                 walked[user] = None
                 pending.append(user)
     for node in walked:
-        if nodes.is_call(node, aten.mul.Tensor) and node is not start and _walked_inputs(node, walked) > 1:
+        walked_inputs = [item for item in node.args[:2] if item in walked]
+        if nodes.is_call(node, aten.mul.Tensor) and node is not start and len(walked_inputs) > 1:
             return "it is multiplied by itself"
     return list(layers)
 
@@ -260,14 +248,6 @@ def _carries(user: fx.Node, node: fx.Node) -> bool:
     if user.target is aten.div.Tensor:
         return user.args[0] is node and user.args[1] is not node
     return user.target in _CARRYING
-
-
-def _walked_inputs(node: fx.Node, walked: dict[fx.Node, None]) -> int:
-    return sum(item in walked for item in node.args[:2] if isinstance(item, fx.Node))
-
-
-def _named(node: fx.Node) -> str:
-    return "the program's caller" if node.op == "output" else str(node.target).removesuffix(".default")
 
 
 def _start(producer: fx.Node) -> tuple[fx.Node, list[fx.Node]]:

@@ -132,15 +132,11 @@ def with_kept_form(before: Program, after: Program, outputs: Sequence[list[objec
     A rewrite may store less state, such as one head of a KV cache for several; its effect is visible in the other outputs.
     """
     count = len(before.output.args[0])  # pyright: ignore[reportArgumentType]
-    forms = [{name: _form(program.weight(name)) for name in program.state} for program in (before, after)]
-    if forms[0].keys() != forms[1].keys():
+    if set(before.state) != set(after.state):
         return [list(found) for found in outputs]
-    same = [forms[1][name] == form for name, form in forms[0].items()]
+    pairs = [(before.weight(name), after.weight(name)) for name in before.state]
+    same = [(old.shape, old.dtype) == (new.shape, new.dtype) for old, new in pairs]
     return [[*found[:count], *(item for item, kept in zip(found[count:], same, strict=True) if kept)] for found in outputs]
-
-
-def _form(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
 
 
 def compare(wanted: Sequence[Sequence[object]], found: Sequence[Sequence[object]]) -> Divergence:

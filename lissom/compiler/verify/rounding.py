@@ -50,7 +50,7 @@ _FUSED = 4
 """The number of roundings at a node in two programs together: one in a kernel, and at most one in each of the three operators
 it replaces, such as a product, its activation and the product with a gate.
 """
-SHARDED = 2.0
+SHARE = 2.0
 """Two programs with the same quantization differ by less than this multiple of `rounding_loss`.
 
 A change of 1e-7 in one table of MiniLM changes its outputs by up to 1.0 times the loss, since one value rounded the other way
@@ -82,14 +82,11 @@ def local_tolerances(program: Program) -> dict[str, float]:
     It is that of one sum in the lowest-precision dtype the node depends on, or of one value rounded the other way when the
     program quantizes activations.
     """
-    rounds = rounds_values(program)
-    sums = dict(zip(TOLERANCE.values(), (_local(dtype, rounds) for dtype in TOLERANCE), strict=True))
+    rounds, sums = rounds_values(program), dict[float, float]()
+    for dtype, tolerance in TOLERANCE.items():
+        plain = LOCAL_FLOAT_TOLERANCE.get(dtype, LOCAL_FLOAT_TOLERANCE[torch.float32])
+        sums[tolerance] = _FUSED * ROUNDINGS.get(dtype, 0.0) + (LOCAL_TOLERANCE if rounds else plain)
     return {node.name: sums[found] for node, found in program.fact(node_tolerances).items()}
-
-
-def _local(dtype: torch.dtype, rounds: bool) -> float:
-    short = _FUSED * ROUNDINGS.get(dtype, 0.0)
-    return short + (LOCAL_TOLERANCE if rounds else LOCAL_FLOAT_TOLERANCE.get(dtype, LOCAL_FLOAT_TOLERANCE[torch.float32]))
 
 
 def differs_locally(before: Program, after: Program, samples: Sequence[Sample]) -> bool:
@@ -220,18 +217,13 @@ def exact_outputs(program: Program, samples: Sequence[Sample], wide: torch.dtype
     if program.is_simulation or program.state:
         return None
     if wide is None:
-        weights = program.weights().values()
-        reduced = any(tensor.dtype in ROUNDINGS for tensor in weights) or any(map(_is_reduced, program.nodes()))
-        wide = torch.float32 if reduced else torch.float64
+        tensors = (*program.weights().values(), *map(nodes.tensor_type, filter(nodes.is_tensor, program.nodes())))
+        wide = torch.float32 if any(tensor.dtype in ROUNDINGS for tensor in tensors) else torch.float64
     inputs = [[_widened(tensor, wide) for tensor in sample] for sample in samples]
     try:
         return ExactOutputs(wide, inputs, run_samples(_widened_program(program, wide), inputs))
     except REFUSALS:
         return None
-
-
-def _is_reduced(node: fx.Node) -> bool:
-    return nodes.is_tensor(node) and nodes.tensor_type(node).dtype in ROUNDINGS
 
 
 def _widened_program(program: Program, wide: torch.dtype) -> Program:

@@ -52,34 +52,27 @@ def _is_unchanged(node: fx.Node, old: fx.Node | None) -> bool:
     """True when a call, the types of its arguments and its own type are the same as before."""
     if old is None or node.target != old.target or nodes.value(node) is not nodes.value(old):
         return False
-    reads, read = list[fx.Node](), list[fx.Node]()
+    reads, read = list[object](), list[object]()
     literals = [
-        fx.map_arg((item.args, item.kwargs), lambda used, found=found: found.append(used))
+        fx.map_arg((item.args, item.kwargs), lambda used, found=found: found.append(nodes.value(used)))
         for item, found in ((node, reads), (old, read))
     ]
-    return literals[0] == literals[1] and len(reads) == len(read) and all(map(_is_alike, reads, read))
-
-
-def _is_alike(left: fx.Node, right: fx.Node) -> bool:
-    """True when two values are interchangeable for typing: calls of either have the same type."""
-    one, other = nodes.value(left), nodes.value(right)
-    return one is other or fake.description(one) == fake.description(other)
+    if literals[0] != literals[1] or len(reads) != len(read):
+        return False
+    pairs = zip(reads, read, strict=True)
+    return all(one is other or fake.description(one) == fake.description(other) for one, other in pairs)
 
 
 def _check_dialect(program: Program, node: fx.Node) -> None:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        if target._schema.is_mutable and not (nodes.is_state_write(node) and _writes_state(program, node)):
+        written = node.args[0] if nodes.is_state_write(node) else None
+        if target._schema.is_mutable and not (isinstance(written, fx.Node) and str(written.target) in program.state):
             _fail(program, node, f"{target} writes to its argument; only buffers listed as state may be written")
         return
     module = getattr(target, "__module__", "")
     if module not in _SIZE_MODULES and target not in _SIZE_FUNCTIONS:
         _fail(program, node, f"{printer.target_text(target)} is no ATen or registered operator and no function of sizes")
-
-
-def _writes_state(program: Program, node: fx.Node) -> bool:
-    target = node.args[0]
-    return isinstance(target, fx.Node) and str(target.target) in program.state
 
 
 def _check_weight(program: Program, node: fx.Node) -> None:
@@ -103,16 +96,13 @@ def _check_type(program: Program, node: fx.Node, old: fx.Node | None) -> None:
         _fail(program, node, f"it does not run on its arguments' types: {error}", cause=error)
     recorded = nodes.node_type(node)
     untouched = old is not None and nodes.value(old) is nodes.value(node)
-    loose = untouched or _has_new_sizes(node) or fake.depends_on_values(program.fake_mode, recorded)
+    # A size that depends on values gets a new name each time it is typed.
+    new_sizes = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+    loose = untouched or new_sizes or fake.depends_on_values(program.fake_mode, recorded)
     same = fake.same_at_example if loose else fake.same_type
     if not same(program.fake_mode, again, recorded):
         name_of = program.signature.name_of
         _fail(program, node, f"it yields {format_type(again, name_of)} but is typed {format_type(recorded, name_of)}")
-
-
-def _has_new_sizes(node: fx.Node) -> bool:
-    """True for a call whose result size depends on values; the size gets a new name each time it is typed."""
-    return torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
 
 
 def _check_signature(program: Program, before: Program | None) -> None:

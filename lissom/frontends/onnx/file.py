@@ -30,17 +30,9 @@ _SMALL = 1000
 _ALLOWED: Mapping[str, Collection[object]] = {
     **dict.fromkeys(
         (
-            *(
-                "allowzero",
-                "ceil_mode",
-                "count_include_pad",
-                "exclusive",
-                "is_causal",
-                "keepdims",
-                "largest",
-                "linear_before_reset",
-            ),
-            *("noop_with_empty_axes", "reverse", "select_last_index", "sorted", "storage_order", "transA", "transB", "upper"),
+            *("allowzero", "ceil_mode", "count_include_pad", "exclusive", "is_causal", "keepdims", "largest"),
+            *("linear_before_reset", "noop_with_empty_axes", "reverse", "select_last_index", "sorted", "storage_order"),
+            *("transA", "transB", "upper"),
         ),
         (0, 1),
     ),
@@ -206,7 +198,7 @@ def _hide_slices(light: onnx.ModelProto) -> None:
 
 def infer_shapes(model: ir.Model) -> None:
     """Set the shapes of values by ONNX's shape inference; values after a Slice keep the shapes in the file."""
-    slices = {node: node.domain for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.op_type == "Slice"}
+    slices = {node: node.domain for node in model.graph.all_nodes() if node.op_type == "Slice"}
     for node in slices:
         node.domain = UNKNOWN
     model.opset_imports[UNKNOWN] = 1

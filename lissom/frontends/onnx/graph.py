@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -35,20 +34,12 @@ def load(path: Path) -> ir.Model:
     return model
 
 
-def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """The nodes of the graph and its subgraphs."""
-    return iter(ir.traversal.RecursiveGraphIterator(model.graph))
-
-
 def check_operators(model: ir.Model, path: Path) -> None:
-    """Refuse operators without a conversion.
-
-    Raises: UnsupportedError naming each with the first node that uses it.
-    """
+    """Refuse operators without a conversion. Raises: UnsupportedError naming each with the first node that uses it."""
     from onnx2fx import is_supported
 
     missing: dict[str, str] = {}
-    for node in all_nodes(model):
+    for node in model.graph.all_nodes():
         opset = model.opset_imports.get(node.domain, 1)
         standard = node.domain in ("", "ai.onnx")
         wrong = standard and opset >= operators.WRONG.get(node.op_type, opset + 1)
@@ -108,7 +99,7 @@ def origins_of(model: ir.Model, path: Path) -> dict[str, tuple[str, str]]:
     The module is the one the exporter recorded, else the path in the node's name, else the whole name. The trace is the line of
     the exported model's code, else the node's position in the file.
     """
-    return {cast(str, node.name): (module_path(node), _trace(node, path)) for node in all_nodes(model)}
+    return {cast(str, node.name): (module_path(node), _trace(node, path)) for node in model.graph.all_nodes()}
 
 
 def is_in_module(node: ir.Node) -> bool:
@@ -145,11 +136,8 @@ def _unique(name: str, taken: set[str]) -> str:
     found, count = name, 0
     while any(found == other or found.startswith(f"{other}.") or other.startswith(f"{found}.") for other in taken):
         count += 1
-        found = (
-            f"{name}_{count}"
-            if not any(name.startswith(f"{other}.") for other in taken)
-            else f"{name.replace('.', '_')}_{count}"
-        )
+        extends = any(name.startswith(f"{other}.") for other in taken)
+        found = f"{name.replace('.', '_') if extends else name}_{count}"
     taken.add(found)
     return found
 
@@ -163,17 +151,14 @@ def torch_dtype(dtype: ir.DataType) -> torch.dtype | None:
 
 
 def _to_torch(data: ir.TensorProtocol) -> torch.Tensor:
-    """A copy of the tensor.
-
-    Raises: UnsupportedError for a dtype PyTorch does not have.
-    """
+    """A copy of the tensor. Raises: UnsupportedError for a dtype PyTorch does not have."""
     dtype = torch_dtype(data.dtype)
     if dtype is None:
         raise UnsupportedError(f"weight '{data.name}' is {data.dtype}, which PyTorch has no tensors of")
     shape = list(data.shape.numpy())
     if data.size == 0:
         return torch.empty(shape, dtype=dtype)
-    if dtype is torch.bool:
-        # Bytes in a file may have any value, and PyTorch booleans must be 0 or 1.
-        return torch.frombuffer(bytearray(data.tobytes()), dtype=torch.uint8).ne(0).reshape(shape)
-    return torch.frombuffer(bytearray(data.tobytes()), dtype=dtype).reshape(shape)
+    # Bytes in a file may have any value, and PyTorch booleans must be 0 or 1.
+    is_bool = dtype is torch.bool
+    found = torch.frombuffer(bytearray(data.tobytes()), dtype=torch.uint8 if is_bool else dtype).reshape(shape)
+    return found.ne(0) if is_bool else found

@@ -78,15 +78,11 @@ def slices(
     by = [1] * len(first) if steps is None else steps.tolist()
     for start, end, axis, step in zip(first, last, along, by, strict=True):
         if step < 0:
+            # Element i of n is element n - 1 - i of the reversed axis, written -1 - i.
             x = x.flip(axis)
-            start, end, step = _from_the_back(start), _from_the_back(end), -step
+            start, end, step = -1 - start, -1 - end, -step
         x = _slice(x, axis, start, end, step)
     return x
-
-
-def _from_the_back(position: int) -> int:
-    """The index on the reversed axis: element i of n is element n - 1 - i, written -1 - i."""
-    return -1 - position
 
 
 def _slice(x: torch.Tensor, axis: int, start: Any, end: Any, step: int) -> torch.Tensor:
@@ -291,30 +287,14 @@ OLDEST: Mapping[str, int] = {"Reshape": 5, "Slice": 10, "Tile": 6, "Pad": 11, "E
 WITH_MORE_OUTPUTS: Mapping[str, Function] = {"Attention": attention_with_cache}
 """Operators with more than one output, and the function that returns all of them."""
 
-INPUTS: Mapping[str, int] = {"Attention": 6}
-OUTPUTS: Mapping[str, int] = {"Attention": 3}
-ATTRIBUTES: Mapping[str, set[str]] = {
-    "Attention": {
-        "is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision",
-    }
-}  # fmt: skip
-"""Inputs, outputs and attributes that our functions support, of operators that later opsets extended."""
+_ATTENTION = {"is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision"}
+"""The attributes of Attention that our function supports; later opsets have more, and more inputs and outputs."""
 
 WRONG: Mapping[str, int] = {
-    "Attention": 1,
-    "Bernoulli": 1,
-    "ConvInteger": 1,
-    "DynamicQuantizeLinear": 1,
-    "EyeLike": 1,
-    "LpNormalization": 1,
-    "NonMaxSuppression": 1,
-    "QLinearMatMul": 1,
+    **dict.fromkeys(("Attention", "Bernoulli", "ConvInteger", "DynamicQuantizeLinear", "EyeLike", "LpNormalization"), 1),
+    **dict.fromkeys(("NonMaxSuppression", "QLinearMatMul", "Resize", "SoftmaxCrossEntropyLoss", "SpaceToDepth"), 1),
+    **dict.fromkeys(("SplitToSequence", "Upsample"), 1),
     "QuantizeLinear": 21,
-    "Resize": 1,
-    "SoftmaxCrossEntropyLoss": 1,
-    "SpaceToDepth": 1,
-    "SplitToSequence": 1,
-    "Upsample": 1,
 }
 """Operators that onnx2fx 0.0.1 converts wrongly by a node test of the standard, and the first opset concerned."""
 
@@ -325,8 +305,9 @@ def is_ours(node: ir.Node, opset: int) -> bool:
     if name not in TABLE or node.domain not in ("", "ai.onnx") or opset < OLDEST.get(name, 1):
         return False
     used = max((place + 1 for place, output in enumerate(node.outputs) if output.uses() or output.is_graph_output()), default=0)
-    few = used <= OUTPUTS.get(name, 1) and len(node.inputs) <= INPUTS.get(name, len(node.inputs))
-    return few and not (name in ATTRIBUTES and set(node.attributes) - ATTRIBUTES[name])
+    if name != "Attention":
+        return used <= 1
+    return used <= 3 and len(node.inputs) <= 6 and not set(node.attributes) - _ATTENTION
 
 
 def register() -> None:

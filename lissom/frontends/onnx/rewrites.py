@@ -14,7 +14,7 @@ from onnx_ir.passes import common
 
 from lissom.frontends.onnx import operators
 from lissom.frontends.onnx.file import infer_shapes
-from lissom.frontends.onnx.graph import KIND, NAME, PLACE, TRANSPOSED, all_nodes, is_in_module, module_path
+from lissom.frontends.onnx.graph import KIND, NAME, PLACE, TRANSPOSED, is_in_module, module_path
 
 _LEARNED = {
     ("Linear", 2): "bias",
@@ -48,7 +48,7 @@ def simplify(model: ir.Model) -> None:
             _to_reciprocal(model.graph, node)
     common.RemoveUnusedNodesPass()(model)
     _unshare(model.graph)
-    for node in all_nodes(model):
+    for node in model.graph.all_nodes():
         if operators.is_ours(node, opset):
             node.domain = operators.DOMAIN
     model.opset_imports[operators.DOMAIN] = 1
@@ -76,13 +76,9 @@ def _to_one_transpose(graph: ir.Graph, node: ir.Node) -> None:
     if before is None or after is None or before.op_type != "Reshape" or after.op_type != "Reshape":
         return
     x, y = before.inputs[0], after.outputs[0]
-    if (
-        x is None
-        or x.shape is None
-        or y.shape is None
-        or _only_user(before.outputs[0]) is not node
-        or _permutation(node) != [0, 2, 1]
-    ):
+    if x is None or x.shape is None or y.shape is None:
+        return
+    if _only_user(before.outputs[0]) is not node or _permutation(node) != [0, 2, 1]:
         return
     old, new = list(x.shape), list(y.shape)
     known = not any(isinstance(size, ir.SymbolicDim) and size.value is None for size in old)
@@ -141,7 +137,8 @@ def _to_linear(graph: ir.Graph, node: ir.Node, transposed: dict[ir.Value, ir.Val
         bias = next((item for item in after.inputs if item is not None and _is_bias(item, features)), None)
         old += [after] if bias is not None else []
     new = ir.Node(operators.DOMAIN, "Linear", [x, weight] if bias is None else [x, weight, bias])
-    if not _is_named(weight):
+    # A name from an exporter, such as `onnx::MatMul_12` or `val_8`, and not from the model.
+    if not str(weight.meta.get(NAME, weight.name)).endswith(".weight"):
         weight.meta[NAME] = _name_of_weight(bias, node)
     _replace(graph, old, new)
 
@@ -161,12 +158,8 @@ def _weight(graph: ir.Graph, node: ir.Node, matrix: ir.Value | None, transposed:
         return None
     if matrix not in transposed:
         rows, columns = cast(ir.TensorProtocol, matrix.const_value).shape.numpy()
-        new = ir.Value(
-            name=f"{matrix.name}_transposed",
-            shape=ir.Shape([columns, rows]),
-            type=matrix.type,
-            const_value=matrix.const_value,
-        )
+        name, turned = f"{matrix.name}_transposed", ir.Shape([columns, rows])
+        new = ir.Value(name=name, shape=turned, type=matrix.type, const_value=matrix.const_value)
         new.meta[TRANSPOSED] = True
         new.meta[NAME] = matrix.name
         graph.initializers.add(new)
@@ -185,11 +178,6 @@ def _is_bias(value: ir.Value, features: object) -> bool:
 def _is_weight(value: ir.Value, rank: int) -> bool:
     data = value.const_value
     return value.is_initializer() and data is not None and len(data.shape) == rank and data.dtype.is_floating_point()
-
-
-def _is_named(value: ir.Value) -> bool:
-    """True for a name from the model, `query.weight`; false for one from an exporter, `onnx::MatMul_12` or `val_8`."""
-    return str(value.meta.get(NAME, value.name)).endswith(".weight")
 
 
 def _name_of_weight(bias: ir.Value | None, node: ir.Node) -> str:

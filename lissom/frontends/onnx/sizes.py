@@ -5,6 +5,9 @@ every such shape would be unknown. Here a tensor made from sizes or constants re
 so do tensors computed from such tensors; and reading one returns the numbers.
 """
 
+# The rules take arrays of numbers.
+# pyright: reportUnknownLambdaType=false
+
 from __future__ import annotations
 
 import math
@@ -78,7 +81,7 @@ def _pass_on(rule: Callable[..., object], args: Sequence[object], kwargs: Mappin
     if any(new is None and old is not None for new, old in zip(plain, leaves, strict=True)):
         return
     tensors = [item for item in pytree.tree_leaves(result) if isinstance(item, torch.Tensor)]
-    if not all(_is_small(tensor) for tensor in tensors):
+    if any(any(type(size) is not int for size in tensor.shape) or tensor.numel() > MOST for tensor in tensors):
         return
     plain_args, plain_kwargs = pytree.tree_unflatten(plain, spec)
     found = rule(*plain_args, **plain_kwargs)
@@ -86,10 +89,6 @@ def _pass_on(rule: Callable[..., object], args: Sequence[object], kwargs: Mappin
         flat = value.reshape(-1).tolist() if isinstance(value, np.ndarray) else [value]
         if len(flat) == tensor.numel():
             remember(tensor, flat)
-
-
-def _is_small(tensor: torch.Tensor) -> bool:
-    return all(type(size) is int for size in tensor.shape) and tensor.numel() <= MOST
 
 
 def _with_literal(func: Callable[..., object], args: Sequence[object]) -> Sequence[object]:
@@ -135,21 +134,13 @@ def _cast(array: np.ndarray, dtype: object = None, *rest: object, **options: obj
         return array
     if dtype is torch.bool:
         return _each(bool, 1)(array)
-    return _each(_to_float if dtype.is_floating_point else _to_integer, 1)(array)
-
-
-def _to_float(value: Any) -> object:
-    return torch.sym_float(value)
+    return _each(torch.sym_float if dtype.is_floating_point else _to_integer, 1)(array)
 
 
 def _to_integer(value: Any) -> object:
     if isinstance(value, torch.SymFloat):
         return math.trunc(value)
     return int(value) if isinstance(value, (bool, float)) else value
-
-
-def _long(array: np.ndarray) -> object:
-    return _cast(array, torch.int64)
 
 
 def _tensor(data: object, **options: object) -> np.ndarray:
@@ -163,47 +154,6 @@ def _tensor(data: object, **options: object) -> np.ndarray:
 def _item(array: np.ndarray, index: Any) -> object:
     parts = index if isinstance(index, tuple) else (index,)
     return array[tuple(part.astype(int) if isinstance(part, np.ndarray) else part for part in parts)]
-
-
-def _select(array: np.ndarray, dim: int, index: int) -> object:
-    return np.take(array, index, axis=dim)
-
-
-def _unbind(array: np.ndarray, dim: int = 0) -> list[object]:
-    return [np.take(array, index, axis=dim) for index in range(array.shape[dim])]
-
-
-def _same(array: np.ndarray, *rest: object, **options: object) -> np.ndarray:
-    """For operators that change only the shape: the elements in order; `_pass_on` gives them the result's shape."""
-    return array
-
-
-def _concatenate(arrays: Sequence[np.ndarray], dim: int = 0) -> np.ndarray:
-    return np.concatenate(arrays, dim)
-
-
-def _stack(arrays: Sequence[np.ndarray], dim: int = 0) -> np.ndarray:
-    return np.stack(arrays, dim)
-
-
-def _full(size: Sequence[int], fill_value: object, **options: object) -> np.ndarray:
-    return np.full([int(item) for item in size], fill_value, dtype=object)
-
-
-def _product(array: np.ndarray, dim: int | None = None, **options: object) -> object:
-    return np.multiply.reduce(array, axis=dim)
-
-
-def _chosen(condition: object, left: object, right: object) -> object:
-    return left if condition else right
-
-
-def _both(left: object, right: object) -> bool:
-    return bool(left) and bool(right)
-
-
-def _either(left: object, right: object) -> bool:
-    return bool(left) or bool(right)
 
 
 _READS: Mapping[Callable[..., object], Callable[[np.ndarray], object]] = {
@@ -234,8 +184,8 @@ _OF_TWO: Mapping[Callable[..., object], Callable[..., object]] = {
     torch.remainder: operator.mod,
     torch.minimum: torch.sym_min,
     torch.maximum: torch.sym_max,
-    torch.logical_and: _both,
-    torch.logical_or: _either,
+    torch.logical_and: lambda left, right: bool(left) and bool(right),
+    torch.logical_or: lambda left, right: bool(left) or bool(right),
 }
 
 _OF_ONE: Mapping[Callable[..., object], Callable[..., object]] = {
@@ -253,17 +203,18 @@ _CHANGE_SHAPE = (
 _RULES: Mapping[Callable[..., object], Callable[..., object]] = {
     **{function: _each(rule, 1) for function, rule in _OF_ONE.items()},
     **{function: _each(rule, 2) for function, rule in _OF_TWO.items()},
-    **dict.fromkeys(_CHANGE_SHAPE, _same),
-    torch.where: _each(_chosen, 3),
+    # The elements in order; `_pass_on` gives them the result's shape.
+    **dict.fromkeys(_CHANGE_SHAPE, lambda array, *rest, **options: array),
+    torch.where: _each(lambda condition, left, right: left if condition else right, 3),
     torch.div: _quotient,
     torch.tensor: _tensor,
-    torch.full: _full,
-    torch.cat: _concatenate,
-    torch.stack: _stack,
-    torch.prod: _product,
+    torch.full: lambda size, fill_value, **options: np.full([int(item) for item in size], fill_value, dtype=object),
+    torch.cat: lambda arrays, dim=0: np.concatenate(arrays, dim),
+    torch.stack: lambda arrays, dim=0: np.stack(arrays, dim),
+    torch.prod: lambda array, dim=None, **options: np.multiply.reduce(array, axis=dim),
     torch.Tensor.__getitem__: _item,
-    torch.Tensor.select: _select,
-    torch.Tensor.unbind: _unbind,
+    torch.Tensor.select: lambda array, dim, index: np.take(array, index, axis=dim),
+    torch.Tensor.unbind: lambda array, dim=0: [np.take(array, index, axis=dim) for index in range(array.shape[dim])],
     torch.Tensor.to: _cast,
-    torch.Tensor.long: _long,
+    torch.Tensor.long: lambda array: _cast(array, torch.int64),
 }

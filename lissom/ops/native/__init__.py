@@ -51,18 +51,14 @@ def missing_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
 
 def missing_int8_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     """The same for int8 linear layers whose activations have that dtype."""
-    reason = missing_kernel(dtype, device)
-    if reason is None and not torch.ops.lissom.has_int8():
-        return "this processor lacks AVX2, which the int8 kernel needs"
-    return reason
+    lacking = "this processor lacks AVX2, which the int8 kernel needs"
+    return missing_kernel(dtype, device) or (None if torch.ops.lissom.has_int8() else lacking)
 
 
 def missing_weight_quantized_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
     """The same for weight-only int8 and int4 linear layers whose activations have that dtype."""
-    reason = missing_kernel(dtype, device)
-    if reason is None and not torch.ops.lissom.has_weight_quantized():
-        return "this processor lacks AVX2, which the weight-only kernel needs"
-    return reason
+    lacking = "this processor lacks AVX2, which the weight-only kernel needs"
+    return missing_kernel(dtype, device) or (None if torch.ops.lissom.has_weight_quantized() else lacking)
 
 
 def one_call(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -13,6 +13,8 @@ namespace lissom {
 
 struct Strides {
   int64_t batch, head, row, column;
+
+  int64_t at(int64_t b, int64_t h, int64_t index) const { return b * batch + h * head + index * row; }
 };
 
 template <typename T, typename Cache = T>
@@ -30,6 +32,11 @@ struct Attention {
   int64_t batch, heads, key_heads, queries, keys, head_dim, value_dim;
   float scale, softcap;
   bool causal;
+
+  const T* query(int64_t b, int64_t h, int64_t row) const { return q + q_strides.at(b, h, row); }
+  const Cache* key(int64_t b, int64_t group, int64_t token) const { return k + k_strides.at(b, group, token); }
+  const Cache* value(int64_t b, int64_t group, int64_t token) const { return v + v_strides.at(b, group, token); }
+  T* output(int64_t b, int64_t h, int64_t row) const { return y + ((b * queries + row) * heads + h) * value_dim; }
 };
 
 // Packs the columns of a matrix into panels, padded with zeros: `inner` values on the reduction axis with stride `along`,
@@ -67,24 +74,30 @@ inline Vec where(const bool* mask, Vec value, float other) {
 
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 
-// Scales, softcaps, biases and masks a row of scores in place; keys past `visible` are masked.
+// Scales, softcaps, biases and masks a vector of scores. bias, seen: at its first key, or null; keys past `left` are masked.
 template <typename Call>
-inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias,
-                          const bool* seen) {
+inline Vec finish_score(const Call& call, Vec value, int64_t left, const float* bias, const bool* seen) {
+  int64_t stride = call.bias_strides.column;
+  value *= call.scale;
+  if (call.softcap != 0) value = call.softcap * hyperbolic_tangent(value / call.softcap);
+  if (bias && left > 0) value += stride == 1 ? load_some(bias, left) : splat(*bias);
+  if (seen && left > 0) {
+    if (stride == 1 && left >= kLanes) value = where(seen, value, kHidden);
+    else
+      for (int lane = 0; lane < std::min<int64_t>(left, kLanes); ++lane)
+        if (!seen[lane * stride]) value[lane] = kHidden;
+  }
+  for (int64_t lane = std::max<int64_t>(left, 0); lane < kLanes; ++lane) value[lane] = kHidden;
+  return value;
+}
+
+// The same for a row of scores in place; keys past `visible` are masked.
+template <typename Call>
+inline void finish_scores(const Call& call, float* row, int64_t visible, int64_t padded, const float* bias, const bool* seen) {
   int64_t stride = call.bias_strides.column;
   for (int64_t c = 0; c < padded; c += kLanes) {
-    Vec value = load(row + c) * call.scale;
-    if (call.softcap != 0) value = call.softcap * hyperbolic_tangent(value / call.softcap);
-    if (bias) value += stride == 1 ? load_some(bias + c, visible - c) : splat(*bias);
-    int64_t left = visible - c;
-    if (seen && left > 0) {
-      if (stride == 1 && left >= kLanes) value = where(seen + c, value, kHidden);
-      else
-        for (int lane = 0; lane < std::min<int64_t>(left, kLanes); ++lane)
-          if (!seen[(c + lane) * stride]) value[lane] = kHidden;
-    }
-    for (int64_t lane = std::max<int64_t>(left, 0); lane < kLanes; ++lane) value[lane] = kHidden;
-    store(row + c, value);
+    const float* added = bias ? bias + c * stride : nullptr;
+    store(row + c, finish_score(call, load(row + c), visible - c, added, seen ? seen + c * stride : nullptr));
   }
 }
 
@@ -122,8 +135,7 @@ inline float softmax(const Call& call, float* row, int64_t visible, int64_t padd
 template <typename Call>
 inline float softmax_row(const Call& call, int64_t b, int64_t h, int64_t row, int64_t from, float* scores,
                         int64_t visible, int64_t padded) {
-  const Strides& strides = call.bias_strides;
-  int64_t offset = b * strides.batch + h * strides.head + row * strides.row + from * strides.column;
+  int64_t offset = call.bias_strides.at(b, h, row) + from * call.bias_strides.column;
   const float* sink = call.sinks ? call.sinks + b * call.sink_batch + h * call.sink_head : nullptr;
   return softmax(call, scores, visible, padded, call.bias ? call.bias + offset : nullptr, call.mask ? call.mask + offset : nullptr,
                 sink);
@@ -149,13 +161,11 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
   scratch.values.resize(width * ceil_div(call.value_dim, kPanel) * kPanel);
   scratch.scores.resize(kRows * width);
   if (pair == 2) scratch.weights.resize(kRows * width);
-  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
-  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
   int64_t from = b * call.key_heads + group;  // heads that share keys are consecutive, and reuse the packed keys
   if (scratch.packed_from != from || scratch.packed_begin != seen.begin || scratch.packed_end != seen.end) {
-    k += seen.begin * call.k_strides.row, v += seen.begin * call.v_strides.row;
-    pack(k, call.k_strides.column, call.k_strides.row, call.head_dim, keys, depth, scratch.keys.data());
-    pack(v, call.v_strides.row, call.v_strides.column, keys, call.value_dim, width, scratch.values.data());
+    pack(call.key(b, group, seen.begin), call.k_strides.column, call.k_strides.row, call.head_dim, keys, depth, scratch.keys.data());
+    pack(call.value(b, group, seen.begin), call.v_strides.row, call.v_strides.column, keys, call.value_dim, width,
+         scratch.values.data());
     scratch.packed_from = from, scratch.packed_begin = seen.begin, scratch.packed_end = seen.end;
   }
   in_pieces(begin, end, kRows, [&](int64_t top, int64_t bottom) {
@@ -164,7 +174,7 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
     int64_t padded = std::max(skipped, ceil_div(tile.end - seen.begin, kPanel) * kPanel);
     with_rows(static_cast<int>(bottom - top), [&](auto count) {
       constexpr int R = decltype(count)::value;
-      const T* q = call.q + b * call.q_strides.batch + h * call.q_strides.head + top * call.q_strides.row;
+      const T* q = call.query(b, h, top);
       int64_t q_stride = call.q_strides.row;
       if (depth != call.head_dim) {  // an odd head_dim is padded, since bfloat16 is read in pairs
         scratch.query.assign(R * depth, T(0));
@@ -199,7 +209,7 @@ inline void head(const Attention<T>& call, const VisibleKeys& visible_keys, int6
         const T* panel = scratch.values.data() + (c / kPanel * width + skipped) * kPanel + c % kPanel * pair;
         multiply<R>(weights + skipped, width, panel, (padded - skipped) / pair, sums);
         for (int r = 0; r < R; ++r) {
-          T* y = call.y + ((b * call.queries + top + r) * call.heads + h) * call.value_dim;
+          T* y = call.output(b, h, top + r);
           for (int w = 0; w < kWide && c + w * kLanes < call.value_dim; ++w)
             store_some(y + c + w * kLanes, sums[r][w] * inverse[r], call.value_dim - c - w * kLanes);
         }
@@ -218,11 +228,9 @@ inline void fetch(const Attention<T>& call, const VisibleKeys& visible_keys, int
     for (int64_t row = 0; row < count; ++row)
       for (int64_t c = 0; c < columns; c += 64 / sizeof(T)) __builtin_prefetch(from + row * strides.row + c, 0, 2);
   };
-  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head + seen.begin * call.k_strides.row;
-  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head + seen.begin * call.v_strides.row;
-  rows(k, call.k_strides, seen.end - seen.begin, call.head_dim);
-  rows(v, call.v_strides, seen.end - seen.begin, call.value_dim);
-  rows(call.q + b * call.q_strides.batch + h * call.q_strides.head, call.q_strides, call.queries, call.head_dim);
+  rows(call.key(b, group, seen.begin), call.k_strides, seen.end - seen.begin, call.head_dim);
+  rows(call.value(b, group, seen.begin), call.v_strides, seen.end - seen.begin, call.value_dim);
+  rows(call.query(b, h, 0), call.q_strides, call.queries, call.head_dim);
 }
 
 // Attention of few queries, as in decode: packing would cost more than it saves, so keys and values are read in place, once for all
@@ -291,15 +299,13 @@ inline void some_rows(const Attention<T, Cache>& call, const VisibleKeys& visibl
   auto place = [&](int r) { return std::pair(group * shared + (first + r) / call.queries, (first + r) % call.queries); };
   for (int r = 0; r < R; ++r) {
     auto [h, row] = place(r);
-    q[r] = call.q + b * call.q_strides.batch + h * call.q_strides.head + row * call.q_strides.row;
-    y[r] = call.y + ((b * call.queries + row) * call.heads + h) * call.value_dim;
+    q[r] = call.query(b, h, row), y[r] = call.output(b, h, row);
     seen = joined(seen, visible_keys.of(b, h, row));
   }
   int64_t padded = ceil_div(seen.end - seen.begin, kLanes) * kLanes;
   scratch.resize(R * padded);
   float* scores = scratch.data();
-  const Cache* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
-  const Cache* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  const Cache *k = call.key(b, group, 0), *v = call.value(b, group, 0);
   auto scale_by = [&](const float* scale) {
     if (!scale) return;
     scale += (b * call.key_heads + group) * call.keys + seen.begin;

@@ -1,8 +1,8 @@
 // The implementations of the attention operators.
 #pragma once
 
-#include "binding.h"
 #include "block_sparse.h"
+#include "checks.h"
 #include "memory.h"
 
 #include <cmath>
@@ -11,6 +11,19 @@
 
 namespace lissom {
 namespace {
+
+// Calls work(T{}) for the dtype T of x, float32 or bfloat16.
+template <typename Work>
+Tensor by_dtype(const Tensor& x, Work&& work) {
+  if (x.scalar_type() == at::kFloat) return work(float{});
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && kHasBFloat16, "this processor's kernels compute in float32",
+              kHasBFloat16 ? " and bfloat16" : "", ", not in ", x.scalar_type());
+  return work(BFloat16{});
+}
+
+Strides strides_of(const Tensor& tensor) {
+  return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
+}
 
 // Raises unless the operands of an attention fit each other. cache_dtype: of keys and values.
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, Optional bias, double scale, double softcap,
@@ -97,16 +110,16 @@ Tensor fused_attention(const Tensor& q, const Tensor& k, const Tensor& v, Option
     for (Optional scales : {std::cref(k_scale), std::cref(v_scale)})
       check_floats(scales, {k.size(0), k.size(1), k.size(2), 1}, "a scale of keys or values");
   }
-  auto call = [&](auto function, const Tensor& keys, const Tensor& values) {
-    return function(q, keys, values, bias, scale, softcap, sinks, causal, k_scale, v_scale);
-  };
   if (k_scale && q.size(2) <= kFewRows && k.stride(-1) == 1 && v.stride(-1) == 1)
-    return by_dtype(q, [&] { return call(attention_of<float, int8_t>, k, v); },
-                    [&] { return call(attention_of<BFloat16, int8_t>, k, v); });
+    return by_dtype(q, [&](auto zero) {
+      return attention_of<decltype(zero), int8_t>(q, k, v, bias, scale, softcap, sinks, causal, k_scale, v_scale);
+    });
   auto floats = [&](const Tensor& kept, Optional by) { return by ? kept.to(at::kFloat).mul(*by).to(q.scalar_type()) : kept; };
   Tensor keys = floats(k, k_scale), values = floats(v, v_scale);
-  return by_dtype(q, [&] { return call(attention_of<float, float>, keys, values); },
-                  [&] { return call(attention_of<BFloat16, BFloat16>, keys, values); });
+  return by_dtype(q, [&](auto zero) {
+    using T = decltype(zero);
+    return attention_of<T, T>(q, keys, values, bias, scale, softcap, sinks, causal, {}, {});
+  });
 }
 
 // Heads are split and merged by strides, here rather than by separate operators, whose overhead is noticeable in a small model.
@@ -174,12 +187,11 @@ Tensor block_sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v,
               " keys, and may have ", kLargestSize, " together");
   Tensor table = layout ? layout->contiguous() : Tensor();
   Pattern said = pattern_of(pattern, block, layout, table, q.size(1));
-  auto call = [&](auto zero) {
+  return by_dtype(q, [&](auto zero) {
     using T = decltype(zero);
     return with_attention<T, T>(q, k, v, bias, scale, softcap, sinks,
                                 [&](Attention<T>& found) { run(BlockSparse<T>{found, said}); });
-  };
-  return by_dtype(q, [&] { return call(float{}); }, [&] { return call(BFloat16{}); });
+  });
 }
 
 }  // namespace

@@ -97,8 +97,7 @@ inline void pack_panel(const Attention<T>& call, const Shape<T>& shape, int64_t 
   if (scratch.packed[panel]) return;
   scratch.packed[panel] = 1;
   int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, call.keys - first);
-  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head + first * call.k_strides.row;
-  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head + first * call.v_strides.row;
+  const T *k = call.key(b, group, first), *v = call.value(b, group, first);
   pack(k, call.k_strides.column, call.k_strides.row, call.head_dim, count, shape.depth,
        scratch.keys.of(shape.depth * shape.width) + first * shape.depth);
   T* values = scratch.values.of(shape.width * shape.outputs) + first * kPanel;
@@ -114,7 +113,7 @@ inline void list_panels(const BlockSparse<T>& sparse, int64_t b, int64_t h, Span
   scratch.visibility.find(sparse.pattern, h, rows, call.keys);
   scratch.panels.clear();
   const Strides& strides = call.bias_strides;
-  const bool* seen = call.mask && strides.row == 0 ? call.mask + b * strides.batch + h * strides.head : nullptr;
+  const bool* seen = call.mask && strides.row == 0 ? call.mask + strides.at(b, h, 0) : nullptr;
   for (int64_t panel = 0; panel < int64_t(scratch.visibility.panels.size()); ++panel) {
     if (scratch.visibility.panels[panel] == Visibility::kNone) continue;
     int64_t first = panel * kPanel, count = std::min<int64_t>(kPanel, call.keys - first);
@@ -123,23 +122,12 @@ inline void list_panels(const BlockSparse<T>& sparse, int64_t b, int64_t h, Span
   }
 }
 
-// Scales, softcaps and biases a vector of scores of one row, starting at `key`; masks it by the call's mask, the pattern and the
-// number of keys.
+// Finishes a vector of scores of one row, starting at `key`, and masks it by the pattern. bias: where the row's bias or mask starts.
 template <typename T>
 inline Vec finish_score(const Attention<T>& call, Vec value, int64_t bias, int64_t key, const PanelTest* test, int64_t column) {
-  value *= call.scale;
-  if (call.softcap != 0) value = call.softcap * hyperbolic_tangent(value / call.softcap);
-  int64_t left = call.keys - key, stride = call.bias_strides.column;
-  if (call.bias && left > 0) value += stride == 1 ? load_some(call.bias + bias + key, left) : splat(call.bias[bias]);
-  if (call.mask && left > 0) {
-    const bool* seen = call.mask + bias + key * stride;
-    if (stride == 1 && left >= kLanes) value = where(seen, value, kHidden);
-    else
-      for (int lane = 0; lane < std::min<int64_t>(left, kLanes); ++lane)
-        if (!seen[lane * stride]) value[lane] = kHidden;
-  }
+  bias += key * call.bias_strides.column;
+  value = finish_score(call, value, call.keys - key, call.bias ? call.bias + bias : nullptr, call.mask ? call.mask + bias : nullptr);
   if (test) value = (*test)(column) ? value : splat(kHidden);
-  for (int64_t lane = std::max<int64_t>(left, 0); lane < kLanes; ++lane) value[lane] = kHidden;
   return value;
 }
 
@@ -153,7 +141,7 @@ inline void some_panels(const BlockSparse<T>& sparse, const Shape<T>& shape, int
   const T* keys = scratch.keys.of(0);
   float* scores = scratch.scores.of(0);
   const Strides& strides = call.bias_strides;
-  int64_t bias = b * strides.batch + h * strides.head + row * strides.row;
+  int64_t bias = strides.at(b, h, row);
   bool plain = !call.bias && !call.mask && call.softcap == 0;
   Vec highest[R];
   for (int r = 0; r < R; ++r) highest[r] = splat(kHidden);
@@ -244,7 +232,7 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
   const Attention<T>& call = sparse.call;
   int64_t group = h / (call.heads / call.key_heads), count = rows.end - rows.begin;
   list_panels(sparse, b, h, rows, scratch);
-  const T* q = call.q + b * call.q_strides.batch + h * call.q_strides.head + rows.begin * call.q_strides.row;
+  const T* q = call.query(b, h, rows.begin);
   T* query = scratch.query.of(kTile * shape.depth);
   for (int64_t r = 0; r < count; ++r) {
     std::copy(q + r * call.q_strides.row, q + r * call.q_strides.row + call.head_dim, query + r * shape.depth);
@@ -269,7 +257,7 @@ inline void one_tile(const BlockSparse<T>& sparse, const Shape<T>& shape, int64_
     });
   }
   for (int64_t r = 0; r < count; ++r) {
-    T* y = call.y + ((b * call.queries + rows.begin + r) * call.heads + h) * call.value_dim;
+    T* y = call.output(b, h, rows.begin + r);
     float inverse = scratch.total[r] == 0 ? 0.0f : 1.0f / scratch.total[r];  // a fully masked row yields zeros
     for (int64_t c = 0; c < call.value_dim; c += kLanes)
       store_some(y + c, load(results + r * shape.outputs + c) * inverse, call.value_dim - c);
@@ -293,19 +281,14 @@ inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h,
   float* scores = scratch.scores.of(R * std::max<int64_t>(width, 1));
   const T* q[R];
   T* y[R];
-  for (int r = 0; r < R; ++r) {
-    q[r] = call.q + b * call.q_strides.batch + h * call.q_strides.head + r * call.q_strides.row;
-    y[r] = call.y + ((b * call.queries + r) * call.heads + h) * call.value_dim;
-  }
-  const T* k = call.k + b * call.k_strides.batch + group * call.k_strides.head;
-  const T* v = call.v + b * call.v_strides.batch + group * call.v_strides.head;
+  for (int r = 0; r < R; ++r) q[r] = call.query(b, h, r), y[r] = call.output(b, h, r);
+  const T *k = call.key(b, group, 0), *v = call.value(b, group, 0);
   std::fill(scores, scores + R * width, 0.0f);  // scores past the last key are read too, and masked
   float* to = scores;
   for (const Span& span : spans) {
     score_rows<R>(q, k, call.k_strides.row, span.begin, span.end, call.head_dim, to, width);
     to += span.end - span.begin;
   }
-  const Strides& strides = call.bias_strides;
   Vec highest[R];
   for (int r = 0; r < R; ++r) highest[r] = splat(kHidden);
   for (int64_t n = 0; n < int64_t(scratch.panels.size()); ++n) {
@@ -318,7 +301,7 @@ inline void few_rows_of_head(const BlockSparse<T>& sparse, int64_t b, int64_t h,
     }
     for (int r = 0; r < R; ++r) {
       if (tested) scratch.test.start(r);
-      int64_t bias = b * strides.batch + h * strides.head + r * strides.row;
+      int64_t bias = call.bias_strides.at(b, h, r);
       for (int64_t column = 0; column < kPanel; column += kLanes) {
         float* place = scores + r * width + n * kPanel + column;
         Vec value = finish_score(call, load(place), bias, key + column, tested ? &scratch.test : nullptr, column);

@@ -51,10 +51,7 @@ def kept_library() -> Path:
 
 
 def find_compiler() -> list[str]:
-    """The command that compiles C++: CXX where it is set.
-
-    Raises: RuntimeError when there is no such program.
-    """
+    """The command that compiles C++: CXX where it is set. Raises: RuntimeError when there is no such program."""
     given = shlex.split(os.environ.get("CXX", ""))
     if given and shutil.which(given[0]) is None:
         raise RuntimeError(f"CXX names the compiler '{given[0]}', and there is no such program")
@@ -164,10 +161,8 @@ def _build(compiler: list[str], library: Path) -> None:
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            errors = (
-                [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no message"]
-            )
-            raise RuntimeError(errors[0])
+            lines = done.stderr.splitlines()
+            raise RuntimeError(([line for line in lines if "error" in line] or lines or ["no message"])[0])
         record = {"sha256": hashlib.sha256(made.read_bytes()).hexdigest(), "self_test": run_self_test(made)}
         _record(made).write_text(json.dumps(record), encoding="utf-8")
         made.replace(library)

@@ -89,7 +89,7 @@ Tensor plain_of(const Tensor& given, const Tensor& weight, const Epilogue& epilo
 }
 
 Tensor plain(const Tensor& x, const Tensor& weight, const Epilogue& epilogue) {
-  return by_dtype(x, [&] { return plain_of<float>(x, weight, epilogue); }, [&] { return plain_of<BFloat16>(x, weight, epilogue); });
+  return by_dtype(x, [&](auto zero) { return plain_of<decltype(zero)>(x, weight, epilogue); });
 }
 
 Tensor packed_linear(const Tensor& x, const Tensor& weight, Optional bias, Optional other, int64_t features,
@@ -141,8 +141,7 @@ Tensor quantized_of(const Tensor& given, const QuantizedOperands& operands, cons
 }
 
 Tensor quantized(const Tensor& x, const QuantizedOperands& operands, const Epilogue& epilogue) {
-  return by_dtype(x, [&] { return quantized_of<float>(x, operands, epilogue); },
-                  [&] { return quantized_of<BFloat16>(x, operands, epilogue); });
+  return by_dtype(x, [&](auto zero) { return quantized_of<decltype(zero)>(x, operands, epilogue); });
 }
 
 Tensor quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& sums, Optional x_scale,
@@ -189,8 +188,7 @@ Tensor weight_quantized(const Tensor& x, const Tensor& q, const Tensor& scale, O
   if (zero_point) check_exact(*zero_point, {groups, columns}, at::kByte, "a weight's zero point");
   QuantizedWeight packed{static_cast<const uint8_t*>(q.const_data_ptr()), form, scale.const_data_ptr(), half,
                       zero_point ? zero_point->const_data_ptr<uint8_t>() : nullptr, inputs, groups, columns};
-  return by_dtype(x, [&] { return weight_quantized_of<float>(x, packed, epilogue); },
-                  [&] { return weight_quantized_of<BFloat16>(x, packed, epilogue); });
+  return by_dtype(x, [&](auto zero) { return weight_quantized_of<decltype(zero)>(x, packed, epilogue); });
 }
 
 Tensor weight_quantized_linear(const Tensor& x, const Tensor& weight, const Tensor& scale, Optional zero_point, Optional bias,
@@ -221,7 +219,7 @@ Tensor rms_norm_of(const Tensor& given, Optional weight, double eps) {
 }
 
 Tensor fused_rms_norm(const Tensor& x, Optional weight, double eps) {
-  return by_dtype(x, [&] { return rms_norm_of<float>(x, weight, eps); }, [&] { return rms_norm_of<BFloat16>(x, weight, eps); });
+  return by_dtype(x, [&](auto zero) { return rms_norm_of<decltype(zero)>(x, weight, eps); });
 }
 
 template <typename T>
@@ -250,8 +248,7 @@ Tensor rotary_of(const Tensor& given, const Tensor& cos, const Tensor& sin, bool
 }
 
 Tensor fused_rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
-  auto call = [&](auto function) { return function(x, cos, sin, interleaved); };
-  return by_dtype(x, [&] { return call(rotary_of<float>); }, [&] { return call(rotary_of<BFloat16>); });
+  return by_dtype(x, [&](auto zero) { return rotary_of<decltype(zero)>(x, cos, sin, interleaved); });
 }
 
 // Rows of a packed weight, gathered from elements `stride` bytes apart.

@@ -68,13 +68,10 @@ template <typename T>
 void run(const Rotary<T>& call) {
   int64_t rows = call.batch * call.tokens * call.heads;
   at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / call.head_dim), [&](int64_t from, int64_t to) {
-    auto place = [](const Strides& strides, int64_t b, int64_t h, int64_t t) {
-      return b * strides.batch + h * strides.head + t * strides.row;
-    };
     for (int64_t row = from; row < to; ++row) {
       int64_t h = row % call.heads, t = row / call.heads % call.tokens, b = row / call.heads / call.tokens;
-      rotate(call, call.x + place(call.x_strides, b, h, t), call.cos + place(call.cos_strides, b, h, t),
-           call.sin + place(call.sin_strides, b, h, t), call.y + place(call.y_strides, b, h, t));
+      rotate(call, call.x + call.x_strides.at(b, h, t), call.cos + call.cos_strides.at(b, h, t),
+             call.sin + call.sin_strides.at(b, h, t), call.y + call.y_strides.at(b, h, t));
     }
   });
 }

@@ -14,25 +14,9 @@ import torch
 from lissom.ops.blocked_attention import block_sparse_attention_reference
 from lissom.ops.fused_attention import fused_attention_reference, merged_attention_reference
 from lissom.ops.fused_rows import fused_rms_norm_reference, fused_rotary_reference
-from lissom.ops.packed_linear import (
-    pack,
-    packed_embedding_reference,
-    packed_linear_norm_reference,
-    packed_linear_reference,
-)
-from lissom.ops.quantized_linear import (
-    fill_panels,
-    pack_bytes,
-    quantized_linear_norm_reference,
-    quantized_linear_reference,
-)
-from lissom.ops.weight_quantized_linear import (
-    FORMS,
-    pack_blocks,
-    pack_stored,
-    weight_quantized_linear_norm_reference,
-    weight_quantized_linear_reference,
-)
+from lissom.ops.packed_linear import pack, packed_embedding_reference, packed_linear_reference
+from lissom.ops.quantized_linear import fill_panels, pack_bytes, quantized_linear_reference
+from lissom.ops.weight_quantized_linear import FORMS, pack_blocks, pack_stored, weight_quantized_linear_reference
 
 # Outputs are about 1. A wrong instruction has an error of that size, sums in another order 1e-6, and bfloat16, which rounds
 # inputs, weights and outputs to 8 bits, 2e-2.
@@ -86,7 +70,7 @@ def _linear_cases(dtype: torch.dtype) -> Iterator[Case]:
             options = {"features": features, "activation": activation, "combine": "mul"}
             yield "packed_linear", packed_linear_reference, (x, weight, vectors[0], other), options
         operands = x, weight, vectors[0], other, *vectors[1:]
-        yield "packed_linear_norm", packed_linear_norm_reference, operands, {"features": features, "eps": 1e-5}
+        yield "packed_linear_norm", packed_linear_reference, operands, {"features": features, "eps": 1e-5}
     ids = torch.tensor([[0, 44], [31, 32]])
     yield "packed_embedding", packed_embedding_reference, (weight, ids), {"features": features, "bits": 8 * dtype.itemsize}
 
@@ -102,7 +86,7 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             q = _whole(features, inputs, -127, 128).to(torch.int8)
             operands = pack_bytes(q), fill_panels(scale[:, 0], features), fill_panels(q.sum(1, dtype=torch.int32), features)
             yield "quantized_linear", quantized_linear_reference, (x, *operands), {**sizes, "activation": "silu"}
-            yield "quantized_linear_norm", quantized_linear_norm_reference, (x, *operands), norm
+            yield "quantized_linear_norm", quantized_linear_reference, (x, *operands), norm
         for form in FORMS if torch.ops.lissom.has_weight_quantized() else ():
             low, high = {"int8": (-128, 128), "uint8": (0, 256), "int4": (-8, 8), "uint4": (0, 16)}[form]
             q = _whole(features, inputs, low, high).to(torch.int8 if low else torch.uint8)
@@ -110,7 +94,7 @@ def _quantized_cases(dtype: torch.dtype) -> Iterator[Case]:
             operands = pack_stored(q, form), pack_blocks(scale * 256 / (high - low), features), zero_point
             options = {"format": form}
             yield "weight_quantized_linear", weight_quantized_linear_reference, (x, *operands), {**sizes, **options}
-            yield "weight_quantized_linear_norm", weight_quantized_linear_norm_reference, (x, *operands), {**norm, **options}
+            yield "weight_quantized_linear_norm", weight_quantized_linear_reference, (x, *operands), {**norm, **options}
 
 
 def _numbers(*sizes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -72,7 +72,7 @@ class VisibleKeys {
     for (int64_t b = 0; b < batches; ++b)
       for (int64_t h = 0; h < heads_; ++h)
         for (int64_t row = 0; row < queries_; ++row) {
-          int64_t offset = b * strides.batch + h * strides.head + row * strides.row;
+          int64_t offset = strides.at(b, h, row);
           int64_t keys = limited ? std::min(call.keys, row + 1) : call.keys;
           spans_.push_back(call.mask ? span_of(call.mask + offset, strides.column, keys)
                                      : span_of(call.bias + offset, strides.column, keys));

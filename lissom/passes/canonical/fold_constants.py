@@ -15,7 +15,7 @@ from torch import fx, nn
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
-from lissom.compiler.ir.match import is_handed_out, is_view
+from lissom.compiler.ir.match import computed_from, is_handed_out, is_view
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ class FoldConstants(Rewrite):
         for node in edit.nodes():
             if node not in constant or all(user in constant for user in node.users):
                 continue
-            inputs = _weights_behind(node, constant)
+            inputs = [found for found in computed_from([node]) if found.op == "get_attr"]
             if (len(inputs) == 1 and _only_views(node)) or is_handed_out(edit.program, node):
                 continue
             allowed = max(_SMALL_BYTES, sum(map(_bytes, inputs)))
@@ -40,9 +40,13 @@ class FoldConstants(Rewrite):
                 edit.skip(node, "the constant would be larger than the weights it is computed from")
                 continue
             result = evaluate_nodes(edit.program.graph_module, node)
-            trainable = result.is_floating_point() and any(_is_trainable(edit, used) for used in inputs)
+            learned = any(isinstance(edit.program.weight(str(used.target)), nn.Parameter) for used in inputs)
+            if learned and result.is_floating_point():
+                result = nn.Parameter(result, requires_grad=False)
+            # Modules have methods such as `to`, whose names are taken.
+            name = f"folded.{node.name}_1" if hasattr(nn.Module, node.name) else f"folded.{node.name}"
             with edit.before(node):
-                folded = edit.weight(_name(node), nn.Parameter(result, requires_grad=False) if trainable else result)
+                folded = edit.weight(name, result)
             edit.replace(node, folded)
 
 
@@ -50,23 +54,10 @@ def _constant_nodes(edit: Editor) -> set[fx.Node]:
     """The nodes that no input, state or random number reaches."""
     constant: set[fx.Node] = set()
     for node in edit.program:
-        if node.op == "get_attr":
-            fixed = str(node.target) not in edit.program.state
-        else:
-            fixed = nodes.is_pure(node) and nodes.is_tensor(node) and constant.issuperset(node.all_input_nodes)
-        if fixed:
+        fixed = node.op == "get_attr" and str(node.target) not in edit.program.state
+        if fixed or (nodes.is_pure(node) and nodes.is_tensor(node) and constant.issuperset(node.all_input_nodes)):
             constant.add(node)
     return constant
-
-
-def _weights_behind(node: fx.Node, constant: set[fx.Node]) -> list[fx.Node]:
-    pending, seen = [node], {node}
-    while pending:
-        for used in pending.pop().all_input_nodes:
-            if used in constant and used not in seen:
-                seen.add(used)
-                pending.append(used)
-    return [found for found in seen if found.op == "get_attr"]
 
 
 def _only_views(node: fx.Node) -> bool:
@@ -77,15 +68,6 @@ def _only_views(node: fx.Node) -> bool:
             return False
         node = source
     return True
-
-
-def _name(node: fx.Node) -> str:
-    """The constant's name: `folded.<node>`, unless modules have a method of that name, such as `to`."""
-    return f"folded.{node.name}_1" if hasattr(nn.Module, node.name) else f"folded.{node.name}"
-
-
-def _is_trainable(edit: Editor, read: fx.Node) -> bool:
-    return isinstance(edit.program.weight(str(read.target)), nn.Parameter)
 
 
 def _bytes(node: fx.Node) -> int:

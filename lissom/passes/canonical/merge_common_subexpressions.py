@@ -7,6 +7,7 @@ of rank 0, which capture creates for every literal tensor in the model's code, a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import fx, nn
 
@@ -23,31 +24,22 @@ class MergeCommonSubexpressions(Rewrite):
 
     def run(self, edit: Editor) -> None:
         first: dict[object, fx.Node] = {}
-        for node in _constants(edit.program):
-            earlier = first.setdefault(_value(edit.program, node), node)
-            if earlier is not node:
-                edit.replace(node, earlier)
-        for node in edit.nodes():
-            if not nodes.is_pure(node):
-                continue
-            earlier = first.setdefault(_key(node), node)
-            if earlier is not node:
+        reads = [node for node in edit.program.graph.nodes if node.op == "get_attr"]
+        for node in chain(reads, edit.nodes()):
+            key = _key(edit.program, node)
+            if key is not None and (earlier := first.setdefault(key, node)) is not node:
                 edit.replace(node, earlier)
 
 
-def _constants(program: Program) -> list[fx.Node]:
-    """The reads of constants of rank 0: neither parameters, which may be trained, nor state."""
-    reads = [node for node in program.graph.nodes if node.op == "get_attr" and str(node.target) not in program.state]
-    weights = {node: program.weight(str(node.target)) for node in reads}
-    return [node for node, found in weights.items() if found.dim() == 0 and not isinstance(found, nn.Parameter)]
-
-
-def _value(program: Program, node: fx.Node) -> object:
-    found = program.weight(str(node.target))
-    return (found.dtype, found.device, repr(found.item()))
-
-
-def _key(node: fx.Node) -> object:
+def _key(program: Program, node: fx.Node) -> object:
+    """The same for equal values; None for a node that is not merged."""
+    if node.op == "get_attr":
+        weight = program.constant(node)
+        # A parameter may be trained.
+        merges = weight is not None and weight.dim() == 0 and not isinstance(weight, nn.Parameter)
+        return (weight.dtype, weight.device, repr(weight.item())) if merges else None  # pyright: ignore
+    if not nodes.is_pure(node):
+        return None
     found = nodes.node_type(node)
     if isinstance(found, ScalarType):
         return (found.kind, found.value)

@@ -16,6 +16,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import other_argument, scalar_and_node, strip_casts
+from lissom.compiler.ir.operators import CASTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
@@ -31,7 +32,8 @@ class RaiseRmsNorm(Rewrite):
     def run(self, edit: Editor) -> None:
         for mean in edit.nodes(aten.mean.dim):
             x = _squared(mean)
-            if x is None or not _over_last(mean, x):
+            over_last = x is not None and mean.args[1] in ([-1], [nodes.tensor_type(x).rank - 1])
+            if x is None or not over_last or not nodes.argument(mean, "keepdim"):
                 continue
             found = _normalised(edit, mean, x)
             if found is None:
@@ -53,11 +55,6 @@ def _squared(mean: fx.Node) -> fx.Node | None:
         or (nodes.is_call(square, *_MULTIPLY) and square.args[0] is square.args[1])
     )
     return square.all_input_nodes[0] if squares and isinstance(square, fx.Node) else None
-
-
-def _over_last(mean: fx.Node, x: fx.Node) -> bool:
-    last = nodes.tensor_type(x).rank - 1
-    return mean.args[1] in ([-1], [last]) and bool(nodes.argument(mean, "keepdim"))
 
 
 def _normalised(edit: Editor, mean: fx.Node, x: fx.Node) -> tuple[fx.Node, float] | None:
@@ -102,19 +99,14 @@ def _is_same(item: object, x: fx.Node) -> bool:
 
 def _raise(edit: Editor, x: fx.Node, normalised: fx.Node, epsilon: float) -> None:
     """Replace the normalized value, and a cast and a weight after it where there are any, by `rms_norm`."""
-    root, source, weight = normalised, x, None
-    cast = _only_user(root, aten.to.dtype, aten._to_copy.default)
-    original = strip_casts(x)
-    if cast is not None and nodes.tensor_type(cast) == nodes.tensor_type(original):
-        scaled, found = _weighted(cast)
-        if found is None or nodes.tensor_type(found).dtype == nodes.tensor_type(original).dtype:
-            root, source, weight = scaled, original, found
-    else:
-        scaled, found = _weighted(root)
-        if found is None or nodes.tensor_type(found).dtype == nodes.tensor_type(root).dtype:
-            root, weight = scaled, found
+    cast, original = _only_user(normalised, *CASTS), strip_casts(x)
+    is_cast_back = cast is not None and nodes.tensor_type(cast) == nodes.tensor_type(original)
+    end, start = (cast, original) if cast is not None and is_cast_back else (normalised, x)
+    root, weight = _weighted(end)
+    if weight is not None and nodes.tensor_type(weight).dtype != nodes.tensor_type(end).dtype:
+        root, start, weight = normalised, x, None
     with edit.before(root, like=[normalised]):
-        raised = edit.call(aten.rms_norm.default, source, [edit.size(x, -1)], weight, epsilon)
+        raised = edit.call(aten.rms_norm.default, start, [edit.size(x, -1)], weight, epsilon)
     edit.replace(root, raised)
 
 

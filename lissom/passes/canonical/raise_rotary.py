@@ -27,8 +27,6 @@ aten = torch.ops.aten
 _FIRST, _SECOND, _EVEN, _ODD = "first half", "second half", "even", "odd"
 _MOVES = (*RESHAPES, aten.unsqueeze.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.transpose.int)
 """Operators that move the elements of their first argument and change none."""
-_PAIRS = {(_FIRST, _SECOND): False, (_EVEN, _ODD): True}
-"""The two parts of x that are rotated together, and whether they are interleaved."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +65,14 @@ class RaiseRotary(Rewrite):
         if not nodes.is_call(product, aten.mul.Tensor) or len(node.users) != 1:
             return
         (result,) = node.users
-        for number, angles in (product.args, reversed(product.args)):
+        for number, angles in _orders(product):
             if not nodes.is_call(number, aten.view_as_complex.default) or not nodes.is_tensor(angles):
                 continue
             pairs = number.args[0]
             if not nodes.is_call(pairs, *RESHAPES) or not nodes.is_call(result, *RESHAPES):
                 continue
             x = pairs.args[0]
-            if not nodes.is_tensor(x) or nodes.node_type(x) != nodes.node_type(result) or not _in_pairs(pairs):
+            if not nodes.is_tensor(x) or nodes.node_type(x) != nodes.node_type(result) or not _are_pairs(pairs, x):
                 continue
             with edit.before(result, like=[product, result]):
                 cos, sin = _real_and_imaginary(edit, angles)
@@ -162,31 +160,25 @@ def _two_results(node: fx.Node) -> _Rotary | None:
             x, interleaved = found
             wanted = {frozenset((b, cos)), frozenset((a, sin))}
             same = {frozenset(item.all_input_nodes) for item in plus.all_input_nodes} == wanted
-            if same and interleaved == _is_interleaving(node) and _one_a_pair(x, cos, sin):
+            width = nodes.tensor_type(x).shape[-1]
+            half = (width // 2,) if isinstance(width, int) else ()
+            one_a_pair = half and all(nodes.tensor_type(item).shape[-1:] == half for item in (cos, sin))
+            if same and interleaved == _is_interleaving(node) and one_a_pair:
                 return _Rotary(x, cos, sin, interleaved)
     return None
 
 
-def _one_a_pair(x: fx.Node, cos: fx.Node, sin: fx.Node) -> bool:
-    width = nodes.tensor_type(x).shape[-1]
-    return isinstance(width, int) and all(nodes.tensor_type(item).shape[-1:] == (width // 2,) for item in (cos, sin))
-
-
 def _joined(node: object) -> tuple[fx.Node, fx.Node] | None:
     """The two parts concatenated or interleaved along the last dimension."""
+    joint = node
     if nodes.is_call(node, *RESHAPES):
-        stacked = node.args[0]
-        if not nodes.is_call(stacked, aten.stack.default) or not _flattens_pairs(node, stacked):
+        joint = node.args[0]
+        if not nodes.is_call(joint, aten.stack.default) or not _are_pairs(joint, node):
             return None
-        joint = stacked
-    elif nodes.is_call(node, aten.cat.default):
-        joint = node
-    else:
+    elif not nodes.is_call(joint, aten.cat.default):
         return None
-    parts = joint.args[0]
-    dim = joint.args[1] if len(joint.args) > 1 else joint.kwargs.get("dim", 0)
-    last = nodes.tensor_type(joint).rank - 1
-    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-1, last):
+    parts, dim, rank = joint.args[0], nodes.argument(joint, "dim"), nodes.tensor_type(joint).rank
+    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-1, rank - 1):
         return None
     return (parts[0], parts[1]) if all(map(nodes.is_tensor, parts)) else None  # pyright: ignore[reportReturnType]
 
@@ -195,24 +187,19 @@ def _is_interleaving(node: object) -> bool:
     return nodes.is_call(node, *RESHAPES)
 
 
-def _flattens_pairs(node: fx.Node, pairs: fx.Node) -> bool:
-    """True for a reshape from [..., n, 2] to [..., 2n]."""
-    old, new = nodes.tensor_type(pairs).shape, nodes.tensor_type(node).shape
-    return old[-1] == 2 and new == (*old[:-2], old[-2] * 2)
-
-
-def _in_pairs(node: fx.Node) -> bool:
-    """True for a reshape from [..., 2n] to [..., n, 2]."""
-    old, new = nodes.tensor_type(node.args[0]).shape, nodes.tensor_type(node).shape
-    return new[-1] == 2 and old == (*new[:-2], new[-2] * 2)
+def _are_pairs(pairs: fx.Node, whole: object) -> bool:
+    """True for values [..., n, 2] and [..., 2n]."""
+    split, flat = nodes.tensor_type(pairs).shape, nodes.tensor_type(whole).shape
+    return split[-1] == 2 and flat == (*split[:-2], split[-2] * 2)
 
 
 def _pair(a: object, b: object) -> tuple[fx.Node, bool] | None:
     """x and whether its pairs are neighbours, when a and b are the two parts of x that are rotated together."""
     first, second = _part(a), _part(b)
-    if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) not in _PAIRS:
+    if first is None or second is None or first[0] is not second[0]:
         return None
-    return first[0], _PAIRS[first[1], second[1]]
+    interleaved = {(_FIRST, _SECOND): False, (_EVEN, _ODD): True}.get((first[1], second[1]))
+    return None if interleaved is None else (first[0], interleaved)
 
 
 def _part(node: object) -> tuple[fx.Node, str] | None:
@@ -247,7 +234,7 @@ def _piece(node: fx.Node) -> tuple[fx.Node, str] | None:
     if dim not in (-1, found.rank - 1):
         return None
     if nodes.is_call(pieces, aten.unbind.int):
-        if not nodes.is_call(x, *RESHAPES) or not _in_pairs(x):
+        if not nodes.is_call(x, *RESHAPES) or not _are_pairs(x, x.args[0]):
             return None
         return x.args[0], _EVEN if index == 0 else _ODD  # pyright: ignore[reportReturnType]
     if nodes.is_call(pieces, *SPLITS):

@@ -43,5 +43,4 @@ def _summed(powers: object, total: object) -> int | None:
     dims, keep, dtype = (nodes.argument(total, name) for name in ("dim", "keepdim", "dtype"))
     if total.args[0] is not powers or not keep or dtype is not None or not isinstance(dims, (list, tuple)) or len(dims) != 1:
         return None
-    rank = nodes.tensor_type(powers).rank
-    return int(dims[0]) % rank  # pyright: ignore[reportArgumentType]
+    return int(dims[0]) % nodes.tensor_type(powers).rank  # pyright: ignore[reportArgumentType]

@@ -15,36 +15,23 @@ from torch import fx
 
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import is_handed_out, is_read_by, is_view, memory_of
-from lissom.compiler.ir.operators import (
-    ALIASES,
-    CONVERSIONS,
-    COPIES,
-    DROPOUTS,
-    EXPANDS,
-    READ_LAYOUT,
-    RESHAPES,
-    RESHAPES_AS,
-    SQUEEZES,
-)
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
 
 _ASSERTIONS = {
-    aten._assert_tensor_metadata.default,
-    aten._assert_async.msg,
-    aten._assert_scalar.default,
-    aten.sym_constrain_range.default,
-    aten.sym_constrain_range_for_size.default,
+    *(aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_scalar.default),
+    *(aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default),
 }
 _CASTS_LIKE = {aten.type_as.default, aten.to.other}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
-_COPIES = {*COPIES, aten._to_copy.default}
+_COPIES = {*ops.COPIES, aten._to_copy.default}
 _IDENTITY_IF_SAME_TYPE = {
-    *(*COPIES, *ALIASES, *CONVERSIONS, *EXPANDS, aten.expand_as.default, *RESHAPES, *RESHAPES_AS),
-    *(aten.repeat.default, *SQUEEZES, aten.slice.Tensor),
+    *(*ops.COPIES, *ops.ALIASES, *ops.CONVERSIONS, *ops.EXPANDS, aten.expand_as.default, *ops.RESHAPES, *ops.RESHAPES_AS),
+    *(aten.repeat.default, *ops.SQUEEZES, aten.slice.Tensor),
 }
 _ZERO_IS_NEUTRAL = {aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar}
 _ONE_IS_NEUTRAL = {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.pow.Tensor_Scalar}
@@ -61,20 +48,18 @@ class RemoveNoOps(Rewrite):
                 continue
             if node.target in _VIEWS:
                 edit.change_call(node, aten.reshape.default, *node.args)
-            if node.target in _CASTS_LIKE and not node.kwargs and len(node.args) == 2 and _stays_on_device(node):
-                edit.change_call(node, aten.to.dtype, node.args[0], nodes.tensor_type(node).dtype)
             source = node.args[0] if node.args else None
+            if node.target in _CASTS_LIKE and not node.kwargs and len(node.args) == 2:
+                found = nodes.tensor_type(node)
+                if found.device == nodes.tensor_type(source).device:
+                    edit.change_call(node, aten.to.dtype, source, found.dtype)
             if isinstance(source, fx.Node) and _gives_back(node) and not _guards(edit, node, source):
                 edit.replace(node, source)
 
 
-def _stays_on_device(node: fx.Node) -> bool:
-    return nodes.tensor_type(node).device == nodes.tensor_type(node.args[0]).device
-
-
 def _gives_back(node: fx.Node) -> bool:
     """True when the call's result is its first argument."""
-    if node.target in DROPOUTS:
+    if node.target in ops.DROPOUTS:
         return not nodes.argument(node, "train") or nodes.argument(node, "p") == 0
     if node.target in _ZERO_IS_NEUTRAL and not _is_number(node, 0):
         return False
@@ -103,7 +88,7 @@ def _guards(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
         return True
     if memory.op in ("placeholder", "get_attr") and is_handed_out(edit.program, node):
         return True
-    return is_read_by(node, READ_LAYOUT)
+    return is_read_by(node, ops.READ_LAYOUT)
 
 
 def _copies(node: fx.Node) -> bool:

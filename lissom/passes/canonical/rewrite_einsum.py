@@ -127,15 +127,12 @@ def _arranged(
     found = _permuted(edit, operand, term, batch + first + second)
     if len(first) == len(second) == 1:
         return found
-    shape = [*(sizes[letter] for letter in batch), _folded(first, sizes), _folded(second, sizes)]
+    shape = [sizes[letter] for letter in batch]
+    for group in (first, second):
+        held = [sizes[letter] for letter in group]
+        fixed = [size for size in held if isinstance(size, int)]
+        shape.append(held[0] if len(held) == 1 else math.prod(fixed) if len(fixed) == len(held) else -1)
     return edit.call(aten.reshape.default, found, shape)
-
-
-def _folded(group: str, sizes: dict[str, fx.Node | int]) -> fx.Node | int:
-    found = [sizes[letter] for letter in group]
-    if len(found) == 1:
-        return found[0]
-    return math.prod(cast("list[int]", found)) if all(isinstance(size, int) for size in found) else -1
 
 
 def _permuted(edit: Editor, operand: fx.Node, term: str, order: str) -> fx.Node:

@@ -13,6 +13,7 @@ A weight that holds 0, 1 … n - 1 counts as `arange(n)`: `fold-constants` makes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -21,7 +22,7 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import AND, EXPANDS, FILLS, ONES, RANGES, RESHAPES
-from lissom.compiler.ir.types import ScalarType, Size
+from lissom.compiler.ir.types import Size
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 
 aten = torch.ops.aten
@@ -55,12 +56,8 @@ def _replace_indexing(edit: Editor, node: fx.Node) -> None:
     for _, axis in filter(None, counts):
         # An index with one position may be assigned to any axis of size 1, so to the next.
         axes.append(axis if axis is not None else max(axes, default=-1) + 1)
-    mode = edit.program.fake_mode
-    same = (
-        fake.same_type(mode, ScalarType(int, length), ScalarType(int, size))
-        for length, size in zip(lengths, found.shape, strict=True)
-    )
-    if axes != sorted(set(axes)) or max(axes) >= rank or not all(same):
+    same = all(map(partial(fake.same_size, edit.program.fake_mode), lengths, found.shape))
+    if axes != sorted(set(axes)) or max(axes) >= rank or not same:
         return
     with edit.before(node):
         view: fx.Node = x  # pyright: ignore[reportAssignmentType]
@@ -95,10 +92,8 @@ def _counted_length(edit: Editor, source: object) -> Size | None:
     if nodes.is_call(source, *RANGES):
         found = nodes.tensor_type(source)
         return found.shape[0] if found.rank == 1 and _from_zero(source) else None
-    if not (isinstance(source, fx.Node) and source.op == "get_attr") or str(source.target) in edit.program.state:
-        return None
-    weight = edit.program.weight(str(source.target))
-    if weight.dtype not in (torch.int32, torch.int64) or not 0 < weight.numel() <= _MOST:
+    weight = edit.program.constant(source) if isinstance(source, fx.Node) else None
+    if weight is None or weight.dtype not in (torch.int32, torch.int64) or not 0 < weight.numel() <= _MOST:
         return None
     counts = torch.arange(weight.numel(), dtype=weight.dtype, device=weight.device)
     return weight.numel() if torch.equal(weight.flatten(), counts) else None

@@ -85,9 +85,9 @@ class ShareLayers(Approximation):
                 reason = _obstacle(group, stack)
                 if reason is None:
                     groups.append(group)
-                else:
-                    for layer in group:
-                        edit.skip(layer.place, reason)
+                    continue
+                for layer in group:
+                    edit.skip(layer.place, reason)
         return groups
 
     def _grouped(self, layers: list[Held]) -> list[list[Held]]:
@@ -162,13 +162,10 @@ def _stacks(layers: Sequence[Held]) -> list[list[Held]]:
         else:
             common = set(form)
             stacks.append([layer])
-    return [_with_shared(stack) for stack in stacks]
-
-
-def _with_shared(stack: Sequence[Held]) -> list[Held]:
-    shared = set.intersection(*(layer.form for layer in stack))
-    keys = {key for key, _ in shared}
-    return [replace(layer, reads={key: item for key, item in layer.reads.items() if key in keys}) for layer in stack]
+    for stack in stacks:
+        keys = {key for key, _ in set.intersection(*(layer.form for layer in stack))}
+        stack[:] = [replace(layer, reads={key: layer.reads[key] for key in layer.reads if key in keys}) for layer in stack]
+    return stacks
 
 
 def _obstacle(group: Sequence[Held], stack: Sequence[Held]) -> str | None:

@@ -13,21 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.operands import mask_of, operands_obstacle, scale_of, shared_operands, sinks_of
+from lissom.compiler.analysis.structure import operands
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.attention import attention
 from lissom.ops.fused_attention import fused_attention
 from lissom.ops.native import missing_kernel
 from lissom.ops.quantization import dequantize
-
-aten = torch.ops.aten
-
-_PLAIN = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -35,26 +30,21 @@ class FuseAttention(Rewrite):
     """Lowers attention to the CPU kernel `lissom::fused_attention`."""
 
     def run(self, edit: Editor) -> None:
-        for node in edit.treatable(partial(_obstacle, edit), _PLAIN, attention):
-            q, (k, v) = node.args[0], shared_operands(node)
-            kept = [_int8_cache(k), _int8_cache(v)]
-            scales: dict[str, fx.Node] = {}
-            if kept[0] is not None and kept[1] is not None:
-                (k, k_scale), (v, v_scale) = kept[0], kept[1]
-                scales = {"k_scale": k_scale, "v_scale": v_scale}
-            mask = mask_of(node)
-            options: dict[str, object] = (
-                {} if node.target is _PLAIN else {key: node.kwargs[key] for key in node.kwargs if key != "scale"}
-            )
+        for node in edit.treatable(partial(_obstacle, edit), *ATTENTIONS):
+            q, (k, v) = node.args[0], operands.shared_operands(node)
+            options: dict[str, object] = {"scale": None}
+            if node.target is not operands.PLAIN:
+                options |= node.kwargs
+            options["scale"] = operands.scale_of(node)
             if options.get("sinks") is not None:
-                options["sinks"] = sinks_of(node)
-            if node.target is _PLAIN and nodes.argument(node, "is_causal"):
+                options["sinks"] = operands.sinks_of(node)
+            if operands.is_causal(node):
                 options["causal"] = True
-            scale = scale_of(node)
-            with edit.before(node):
-                masks = [mask] if mask is not None else []
-                call = edit.call(fused_attention, q, k, v, *masks, scale=scale, **options, **scales)
-            edit.replace(node, call)
+            held = _int8_cache(k), _int8_cache(v)
+            if held[0] is not None and held[1] is not None:
+                (k, options["k_scale"]), (v, options["v_scale"]) = held[0], held[1]
+            masks = [] if (mask := operands.mask_of(node)) is None else [mask]
+            edit.replace_by(node, fused_attention, q, k, v, *masks, **options)
 
 
 def _int8_cache(node: object) -> tuple[fx.Node, fx.Node] | None:
@@ -69,4 +59,4 @@ def _int8_cache(node: object) -> tuple[fx.Node, fx.Node] | None:
 def _obstacle(edit: Editor, node: fx.Node) -> str | None:
     """Why an attention cannot be lowered; None when it can."""
     q = nodes.tensor_type(node.args[0])
-    return operands_obstacle(edit, node) or missing_kernel(q.dtype, q.device)
+    return operands.operands_obstacle(edit, node) or missing_kernel(q.dtype, q.device)

@@ -59,7 +59,8 @@ def _fuse(edit: Editor, linear: fx.Node) -> fx.Node | None:
         return _replace(edit, linear, reader, operands, {**options, "activation": activation})
     if reader.target in _COMBINE and other is None and not reader.kwargs:
         value = reader.args[1] if reader.args[0] is linear else reader.args[0]
-        if value is not linear and nodes.is_tensor(value) and _same_type(edit, value, linear):
+        types = nodes.node_type(linear), nodes.node_type(value) if nodes.is_tensor(value) else None
+        if value is not linear and fake.same_type(edit.program.fake_mode, *types):
             return _replace(edit, linear, reader, {**operands, "other": value}, {**options, "combine": _COMBINE[reader.target]})
     plain = options.pop("activation", "none") == "none" and options.pop("combine", "add") == "add"
     if reader.target is aten.layer_norm.default and plain and _over_features(reader, options["features"]):
@@ -96,14 +97,8 @@ def _activation(node: fx.Node) -> str | None:
     return None
 
 
-def _same_type(edit: Editor, value: fx.Node, linear: fx.Node) -> bool:
-    return fake.same_type(edit.program.fake_mode, nodes.node_type(value), nodes.node_type(linear))
-
-
 def _over_features(norm: fx.Node, features: object) -> bool:
     """True for a norm over the last dimension, with the layer's own dtype throughout."""
     if list(nodes.argument(norm, "normalized_shape")) != [features]:  # pyright: ignore[reportArgumentType]
         return False
-    operands = [nodes.argument(norm, name) for name in ("weight", "bias")]
-    dtype = nodes.tensor_type(norm).dtype
-    return all(item is None or nodes.tensor_type(item).dtype == dtype for item in operands)  # pyright: ignore[reportArgumentType]
+    return len({nodes.tensor_type(item).dtype for item in (norm, *norm.all_input_nodes[1:])}) == 1

@@ -19,7 +19,6 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import RESHAPES, SPLITS
-from lissom.compiler.ir.types import TensorType
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops.fused_attention import fused_attention, merged_attention
 
@@ -36,7 +35,7 @@ class FuseMergedAttention(Rewrite):
             assert merged is not None and joined is not None
             options = {name: value for name, value in node.kwargs.items() if name != "sinks"}
             heads, key_heads = (nodes.tensor_type(item).shape[1] for item in node.args[:2])
-            with edit.before(node, like=[node]):
+            with edit.before(node):
                 call = edit.call(merged_attention, merged, *node.args[3:], heads=heads, key_heads=key_heads, **options)
             edit.replace(joined, call)
 
@@ -55,12 +54,10 @@ def _obstacle(node: fx.Node) -> str | None:
 def _merged(attention: fx.Node) -> fx.Node | None:
     """The projection [batch, tokens, features] that splits into exactly q, k and v, in this order."""
     pieces = [_piece(item) for item in attention.args[:3]]
-    if None in pieces:
+    if pieces[0] is None:
         return None
-    splits = {found[0] for found in pieces if found is not None}
-    order = [found[1] for found in pieces if found is not None]
-    split = splits.pop()
-    if splits or order != [0, 1, 2] or len(nodes.node_type(split)) != 3:  # pyright: ignore[reportArgumentType]
+    split = pieces[0][0]
+    if pieces != [(split, 0), (split, 1), (split, 2)] or len(nodes.node_type(split)) != 3:  # pyright: ignore
         return None
     depths = {nodes.tensor_type(item).shape[3] for item in attention.args[:3]}
     return split.args[0] if len(depths) == 1 else None  # pyright: ignore[reportReturnType]
@@ -77,7 +74,7 @@ def _piece(heads: object) -> tuple[fx.Node, int] | None:
     split = piece.args[0]
     whole, part, found = (nodes.tensor_type(item) for item in (split.args[0], piece, cut))
     last = nodes.argument(split, "dim") in (-1, 2)
-    ok = whole.rank == 3 and last and found.rank == 4 and _kept(part, found)
+    ok = whole.rank == 3 and last and found.rank == 4 and part.shape[:2] == found.shape[:2]
     return (split, int(piece.args[1])) if ok else None  # pyright: ignore[reportArgumentType]
 
 
@@ -91,12 +88,7 @@ def _joined(attention: fx.Node) -> fx.Node | None:
     joined = next(iter(swapped.users))
     if not nodes.is_call(joined, *RESHAPES) or nodes.tensor_type(joined).rank != 3:
         return None
-    return joined if _kept(nodes.tensor_type(joined), nodes.tensor_type(swapped)) else None
-
-
-def _kept(joined: TensorType, cut: TensorType) -> bool:
-    """True when both have the same batch and length."""
-    return joined.shape[:2] == cut.shape[:2]
+    return joined if nodes.tensor_type(joined).shape[:2] == nodes.tensor_type(swapped).shape[:2] else None
 
 
 def _swaps_heads(node: object) -> TypeGuard[fx.Node]:

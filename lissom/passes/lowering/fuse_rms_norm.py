@@ -28,9 +28,7 @@ class FuseRmsNorm(Rewrite):
             x, weight, eps = node.args[0], nodes.argument(node, "weight"), nodes.argument(node, "eps")
             if eps is None:
                 eps = torch.finfo(nodes.tensor_type(x).dtype).eps
-            with edit.before(node):
-                call = edit.call(fused_rms_norm, x, *([weight] if weight is not None else ()), eps=eps)
-            edit.replace(node, call)
+            edit.replace_by(node, fused_rms_norm, x, *([weight] if weight is not None else ()), eps=eps)
 
 
 def _obstacle(norm: fx.Node) -> str | None:

@@ -23,9 +23,7 @@ class FuseRotary(Rewrite):
 
     def run(self, edit: Editor) -> None:
         for node in edit.treatable(_obstacle, rotary):
-            with edit.before(node):
-                call = edit.call(fused_rotary, *node.args, **node.kwargs)
-            edit.replace(node, call)
+            edit.replace_by(node, fused_rotary, *node.args, **node.kwargs)
 
 
 def _obstacle(node: fx.Node) -> str | None:

@@ -31,12 +31,13 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.structure.quantized_linear import QuantizedLayer, quantized_layer
-from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LINEAR_PRODUCTS
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.transforms.measured import GAIN, median_seconds
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS, FP8_LARGEST
 from lissom.ops.quantized_linear import MOST_INPUTS
@@ -59,9 +60,6 @@ _ROWS = 32
 _MIDDLE = 128
 """Subtracted from uint8, it gives int8."""
 _GROUPS = (256, 128, 64, 32)
-_SECONDS = 0.05
-_GAIN = 0.97
-"""Weight-only int8 must take less than this fraction of the time in floating point, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +81,8 @@ class LowerQuantizedProducts(Rewrite):
             reason = _obstacle(layer, found, any_device=self.always)
             if reason is None and not self.always and not layer.rounds and layer.format == "int8":
                 reason = _slower(edit, layer)
-            if reason is not None:
-                edit.skip(node, reason)
-                continue
-            edit.replace(node, lowering.lower(layer, row_wise=(found or _NEWEST) >= _ROW_WISE))
+            if edit.may_change(node, reason):
+                edit.replace(node, lowering.lower(layer, row_wise=(found or _NEWEST) >= _ROW_WISE))
 
 
 def capability(device: torch.device) -> Capability | None:
@@ -119,10 +115,8 @@ def _obstacle_to_quantized(layer: QuantizedLayer) -> str | None:
     if layer.format not in _VALUES:
         return f"its weight is in {layer.format}, and PyTorch multiplies rounded values with {' or '.join(_VALUES)}"
     values = layer.values.kwargs["format"]
-    if values != _VALUES[layer.format]:
-        return (
-            f"what it reads is rounded to {values}, and a weight in {layer.format} is multiplied with {_VALUES[layer.format]}"
-        )
+    if values != (other := _VALUES[layer.format]):
+        return f"what it reads is rounded to {values}, and a weight in {layer.format} is multiplied with {other}"
     if layer.blocks[1] != 1:
         return "its weight has a scale for each group, and sums are scaled once a feature"
     if not layer.has_one_scale or any(item.op != "get_attr" for item in layer.values.all_input_nodes[1:]):
@@ -136,7 +130,7 @@ def _obstacle_to_quantized(layer: QuantizedLayer) -> str | None:
 
 def _obstacle_to_weight_only(layer: QuantizedLayer) -> str | None:
     features, dtype = layer.sizes[0], nodes.tensor_type(layer.x).dtype
-    if any(fake.hint(size) == 0 for size in nodes.value(layer.x).shape):  # pyright: ignore[reportAttributeAccessIssue]
+    if 0 in example_shape(layer.x):
         return "how many rows it reads depends on values, and there must be one"
     if layer.format == "int8" and layer.blocks[1] != 1:
         return "its weight has a scale for each group, and sums are scaled once a feature"
@@ -163,29 +157,16 @@ def _group_of(layer: QuantizedLayer) -> int | None:
 def _slower(edit: Editor, layer: QuantizedLayer) -> str | None:
     """The measured times, where weight-only int8 does not make a layer faster."""
     q, scale, _ = layer.parts(edit)
-    value = nodes.value(layer.x)
-    shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
-    x = torch.randn(shape, device=q.device).to(nodes.tensor_type(layer.x).dtype).reshape(-1, q.shape[1])
-    dense = formats.dequantize(q, scale, None, x.dtype)
-    calls = {
-        "int8": partial(aten._weight_int8pack_mm.default, x, q.contiguous(), per_feature(scale, q.shape[0]).to(x.dtype)),
-        "dense": partial(functional.linear, x, dense),
-    }
-    seconds = {name: _median(call) for name, call in calls.items()}
-    if seconds["int8"] <= _GAIN * seconds["dense"]:
+    x = torch.randn(example_shape(layer.x), device=q.device).to(nodes.tensor_type(layer.x).dtype).reshape(-1, q.shape[1])
+    operands = x, q.contiguous(), per_feature(scale, q.shape[0]).to(x.dtype)
+    integers = median_seconds(partial(aten._weight_int8pack_mm.default, *operands))
+    floats = median_seconds(partial(functional.linear, x, formats.dequantize(q, scale, None, x.dtype)))
+    if integers <= GAIN * floats:
         return None
-    times = (
-        f"with weights of eight bits it takes {1e3 * seconds['int8']:.3g} ms, in floating point {1e3 * seconds['dense']:.3g} ms"
+    return (
+        f"with weights of eight bits it takes {1e3 * integers:.3g} ms, in floating point {1e3 * floats:.3g} ms; "
+        "scheme=int8-dynamic rounds what it reads too"
     )
-    return f"{times}; scheme=int8-dynamic rounds what it reads too"
-
-
-def _median(call: Callable[[], torch.Tensor]) -> float:
-    # It imports what compiles C++, which takes a fifth of a second.
-    from torch.utils.benchmark import Timer
-
-    with torch.inference_mode():
-        return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=_SECONDS).median
 
 
 @dataclass(frozen=True)
@@ -268,12 +249,12 @@ class _Lowering:
     def _static_scale(self, layer: QuantizedLayer, x: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, fx.Node | None]:
         """The same, static, as weights."""
         scale, *rest = layer.values.all_input_nodes[1:]
-        step = self._value(scale).float()
+        step = self.edit.tensor(scale).float()
         inverse = self.edit.weight(f"{scale.target}_inverse", step.reciprocal())
         scale = self.edit.weight(f"{scale.target}_step", step)
         if FORMATS[str(layer.values.kwargs["format"])].symmetric:
             return scale, inverse, None, None
-        zero_point = self._value(rest[0]).float() if rest else torch.zeros_like(step)
+        zero_point = self.edit.tensor(rest[0]).float() if rest else torch.zeros_like(step)
         shift = self.edit.weight(f"{scale.target}_shift", zero_point - _MIDDLE)
         return scale, inverse, shift, self.edit.weight(f"{scale.target}_offset", (zero_point - _MIDDLE).int())
 
@@ -299,7 +280,7 @@ class _Lowering:
 
     def _fp8_product(self, layer: QuantizedLayer) -> fx.Node:
         call, values = self.edit.call, self.rounded[layer.values]
-        one = self._keep(layer, "one", lambda: torch.ones((), device=self._value(layer.stored).device))
+        one = self._keep(layer, "one", lambda: torch.ones((), device=self.edit.tensor(layer.stored).device))
         product = call(aten._scaled_mm.default, values.q, self._columns(layer), one, one, None, None, torch.float32)
         return call(aten.mul.Tensor, product, call(aten.mul.Tensor, values.scale, self._scales(layer)))
 
@@ -357,9 +338,6 @@ class _Lowering:
             with self.edit.program.graph.inserting_before(layer.stored.next):
                 self.weights[key] = self.edit.weight(f"{layer.stored.target}_{part}", make())
         return self.weights[key]
-
-    def _value(self, weight: fx.Node) -> torch.Tensor:
-        return self.edit.program.weight(str(weight.target)).detach()
 
 
 def per_feature(scale: torch.Tensor, features: int) -> torch.Tensor:

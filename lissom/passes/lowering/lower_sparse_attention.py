@@ -18,19 +18,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
+from typing import cast
 
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.analysis.patterns.reader import Reading, read_pattern, write_rest
 from lissom.compiler.analysis.structure.linear import as_int
 from lissom.compiler.analysis.structure.operands import mask_of, operands_obstacle, scale_of, shared_operands, sinks_of
-from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.ir.types import Size
 from lissom.compiler.pipeline.pass_kinds import Rewrite
-from lissom.ops.attention import attention
 from lissom.ops.block_sparse_attention import block_sparse_attention
 from lissom.ops.fused_attention import fused_attention
 from lissom.ops.native import load_kernels, missing_kernel
@@ -77,7 +78,7 @@ class LowerSparseAttention(Rewrite):
     def run(self, edit: Editor) -> None:
         known: dict[object, tuple[int | None, str]] = {}
         # All masks are read before the first is removed.
-        found = {node: read_pattern(edit.program, node) for node in edit.nodes(_PLAIN, attention)}
+        found = {node: read_pattern(edit.program, node) for node in edit.nodes(*ATTENTIONS)}
         for node, reading in found.items():
             edit.current = node
             if reading.pattern is None:
@@ -92,10 +93,8 @@ class LowerSparseAttention(Rewrite):
                     reason = None if _takes_causality(node, reading) else _missing(node, fused_attention)
                 else:
                     reason = self._loss(edit, node, reading, known)
-            if reason is None:
+            if edit.may_change(node, reason):
                 _lower(edit, node, reading)
-            else:
-                edit.skip(node, reason)
 
     def _loss(self, edit: Editor, node: fx.Node, reading: Reading, known: dict[object, tuple[int | None, str]]) -> str | None:
         """Why a sparse kernel would gain nothing; None when it gains."""
@@ -148,8 +147,7 @@ def _longest(edit: Editor, node: fx.Node) -> int | None:
     dimension = edit.program.signature.dimensions.get(size)  # pyright: ignore[reportArgumentType, reportCallIssue]
     if dimension is None or dimension.maximum is None:
         return None
-    value = nodes.value(node.args[1])  # pyright: ignore[reportArgumentType]
-    return max(dimension.maximum, fake.hint(value.shape[2]))  # pyright: ignore[reportAttributeAccessIssue]
+    return max(dimension.maximum, example_shape(cast(fx.Node, node.args[1]))[2])
 
 
 def _shape(node: fx.Node) -> _Shape:
@@ -181,14 +179,8 @@ def crossing(time_at: Callable[[int], tuple[float, float]], lengths: Sequence[in
 def _timings(shape: _Shape, pattern: Pattern, layout: torch.Tensor | None, tokens: int) -> tuple[float, float]:
     """Median seconds of the dense kernel, including its mask, and of the sparse one."""
     with torch.inference_mode():
-        q, k, v = (
-            torch.randn(1, tokens, heads, size, dtype=shape.dtype, device=shape.device).transpose(1, 2)
-            for heads, size in (
-                (shape.heads, shape.head_dim),
-                (shape.key_heads, shape.head_dim),
-                (shape.key_heads, shape.value_dim),
-            )
-        )
+        heads = (shape.heads, shape.head_dim), (shape.key_heads, shape.head_dim), (shape.key_heads, shape.value_dim)
+        q, k, v = (torch.randn(1, tokens, *sizes, dtype=shape.dtype, device=shape.device).transpose(1, 2) for sizes in heads)
         mask = pattern.mask(tokens, tokens, layout).to(shape.device)[None]
         scale, softcap = shape.head_dim**-0.5, 30.0 if shape.softcap else 0.0
         if shape.device.type == "cpu":

@@ -18,18 +18,15 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from lissom.compiler.ir import fake
+from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import is_read_by
+from lissom.compiler.ir.match import is_own_weight, is_read_by
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.transforms.measured import GAIN, median_seconds
 from lissom.ops.quantization import dequantize
 
 aten = torch.ops.aten
-
-_SECONDS = 0.05
-_GAIN = 0.97
-"""The merged layer must take less than this fraction of the time of the separate ones, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class MergeProjections(Rewrite):
                 if key not in times:
                     times[key] = _measure(*key)
                 apart, merged = times[key]
-                if merged > _GAIN * apart:
+                if merged > GAIN * apart:
                     edit.skip(group[0], f"merged it takes {1e3 * merged:.3g} ms, apart {1e3 * apart:.3g} ms")
                     continue
             _merge(edit, group)
@@ -80,11 +77,9 @@ def _is_gate(linear: fx.Node) -> bool:
 
 def _owned(item: object) -> TypeGuard[fx.Node]:
     """True for a weight, or a dequantized one, that nothing else reads."""
-    if not isinstance(item, fx.Node) or len(item.users) != 1:
-        return False
-    if item.target is dequantize:
-        return all(part.op == "get_attr" and len(part.users) == 1 for part in item.all_input_nodes)
-    return item.op == "get_attr"
+    if nodes.is_call(item, dequantize):
+        return len(item.users) == 1 and all(map(is_own_weight, item.all_input_nodes))
+    return is_own_weight(item)
 
 
 def _storage(weight: fx.Node) -> tuple[object, ...]:
@@ -98,9 +93,7 @@ def _storage(weight: fx.Node) -> tuple[object, ...]:
 def _sizes(group: Sequence[fx.Node]) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]:
     """Sizes of the input at the example, output features of each layer, dtype and device: what the time depends on."""
     x = nodes.tensor_type(group[0].args[0])
-    value = nodes.value(group[0].args[0])  # pyright: ignore[reportArgumentType]
-    shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
-    return shape, tuple(_features(node) for node in group), x.dtype, x.device
+    return example_shape(group[0].all_input_nodes[0]), tuple(map(_features, group)), x.dtype, x.device
 
 
 def _features(linear: fx.Node) -> int:
@@ -111,9 +104,6 @@ def _measure(
     shape: tuple[int, ...], features: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
     """Median seconds of the separate and of the merged layers; each output is read once, so that strided rows are timed too."""
-    # It imports what compiles C++, which takes a fifth of a second.
-    from torch.utils.benchmark import Timer
-
     with torch.inference_mode():
         x = torch.randn(shape, device=device).to(dtype)
         weights = [torch.randn(size, shape[-1], device=device).to(dtype) for size in features]
@@ -127,14 +117,8 @@ def _measure(
             for part in functional.linear(x, joined).split_with_sizes(features, -1):
                 part.add_(1)
 
-        calls = {"apart": apart, "merged": merged}
-        times = [
-            Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).blocked_autorange(
-                min_run_time=_SECONDS
-            )
-            for call in calls.values()
-        ]
-    return times[0].median, times[1].median
+    threads = torch.get_num_threads()
+    return median_seconds(apart, threads), median_seconds(merged, threads)
 
 
 def _join(edit: Editor, weights: Sequence[fx.Node], name: str) -> fx.Node:
@@ -144,18 +128,14 @@ def _join(edit: Editor, weights: Sequence[fx.Node], name: str) -> fx.Node:
         leaves = (name, f"{name}_scale", f"{name}_zero_point")
         stored = [edit.weight(leaf, torch.cat(part)) for leaf, part in zip(leaves, parts, strict=False)]
         return edit.call(dequantize, *stored, **weights[0].kwargs)
-    joined = torch.cat([_tensor(edit, weight) for weight in weights])
+    joined = torch.cat(list(map(edit.tensor, weights)))
     return edit.weight(name, nn.Parameter(joined, requires_grad=False))
 
 
 def _parts(edit: Editor, weight: fx.Node) -> list[torch.Tensor]:
     """The tensors of a dequantized weight; a per-tensor scale is repeated per row."""
-    q, *grid = (_tensor(edit, item) for item in weight.all_input_nodes)
+    q, *grid = map(edit.tensor, weight.all_input_nodes)
     return [q, *(item.expand(q.shape[0], 1) if item.numel() == 1 else item for item in grid)]
-
-
-def _tensor(edit: Editor, weight: fx.Node) -> torch.Tensor:
-    return edit.program.weight(str(weight.target)).detach()
 
 
 def _merge(edit: Editor, group: Sequence[fx.Node]) -> None:

@@ -31,30 +31,19 @@ class PackLinear(Rewrite):
             assert isinstance(weight, fx.Node)
             name = str(weight.target)
             if name not in packed:
-                tensor = pack(edit.program.weight(name).detach())
+                tensor = pack(edit.tensor(weight))
                 # An embedding table is looked up long before the LM head multiplies with it.
                 with edit.before(weight.next, like=[node]):
                     packed[name] = edit.weight(f"{name}_packed", tensor)
-            features = nodes.tensor_type(weight).shape[0]
-            with edit.before(node):
-                call = edit.call(
-                    packed_linear, x, packed[name], *(item for item in bias if item is not None), features=features
-                )
-            edit.replace(node, call)
+            operands = [x, packed[name], *(item for item in bias if item is not None)]
+            edit.replace_by(node, packed_linear, *operands, features=nodes.tensor_type(weight).shape[0])
         for node in edit.nodes(aten.embedding.default):
             table = node.args[0]
             if not isinstance(table, fx.Node) or str(table.target) not in packed:
                 continue
-            weight = nodes.tensor_type(table)
-            with edit.before(node):
-                rows = edit.call(
-                    packed_embedding,
-                    packed[str(table.target)],
-                    node.args[1],
-                    features=weight.shape[0],
-                    bits=8 * weight.dtype.itemsize,
-                )
-            edit.replace(node, rows)
+            form = nodes.tensor_type(table)
+            operands = packed[str(table.target)], node.args[1]
+            edit.replace_by(node, packed_embedding, *operands, features=form.shape[0], bits=8 * form.dtype.itemsize)
 
 
 def _reads_whole(user: fx.Node, weight: fx.Node) -> bool:

@@ -39,11 +39,7 @@ class PackQuantizedLinear(Rewrite):
         packed: dict[tuple[fx.Node, bool], _Packed] = {}
         for node in edit.nodes(*LINEAR_PRODUCTS):
             layer = quantized_layer(node)
-            if layer is None:
-                continue
-            reason = _obstacle(layer)
-            if reason is not None:
-                edit.skip(node, reason)
+            if layer is None or not edit.may_change(node, _obstacle(layer)):
                 continue
             key = layer.stored, layer.rounds
             if key not in packed:
@@ -52,10 +48,11 @@ class PackQuantizedLinear(Rewrite):
                 call = _call(edit, layer, packed[key])
             edit.replace(node, call)
         for (stored, _), kept in packed.items():
-            for look_up in [user for user in stored.users if _is_look_up(user, stored)]:
-                with edit.before(look_up):
-                    rows = _look_up_packed(edit, kept, look_up.args[1])
-                edit.replace(look_up, rows)
+            for user in list(stored.users):
+                if user.target is aten.embedding.default and user.args[0] is stored:
+                    with edit.before(user):
+                        rows = _look_up_packed(edit, kept, user.args[1])
+                    edit.replace(user, rows)
 
 
 def _obstacle(layer: QuantizedLayer) -> str | None:
@@ -119,10 +116,6 @@ class _Packed:
     features: int
     inputs: int
     bits: int
-
-
-def _is_look_up(user: fx.Node, stored: fx.Node) -> bool:
-    return user.target is aten.embedding.default and user.args[0] is stored
 
 
 def _pack(edit: Editor, layer: QuantizedLayer) -> _Packed:

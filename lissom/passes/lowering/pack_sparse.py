@@ -9,7 +9,6 @@ skipped. On other devices the pass is of no use: the operator unpacks the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,17 +16,14 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from lissom.compiler.ir import fake
+from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import Rewrite
+from lissom.compiler.transforms.measured import GAIN, median_seconds
 from lissom.ops.sparse_linear import COLUMNS, DTYPES, ROWS, is_two_in_four, pack, sparse_linear
 
 aten = torch.ops.aten
-
-_SECONDS = 0.05
-_GAIN = 0.97
-"""The packed layer must take less than this fraction of the dense layer's time, so that noise does not decide."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +37,25 @@ class PackSparse(Rewrite):
 
     def run(self, edit: Editor) -> None:
         packed: dict[str, tuple[fx.Node, fx.Node]] = {}
-        sparse = [node for node in edit.nodes(aten.linear.default) if _is_sparse(edit, node)]
-        for node in sparse:
-            edit.current = node
-            reason = _obstacle(node, any_device=self.always) or ("" if self.always else _slower(edit, node))
-            if reason:
-                edit.skip(node, reason)
+        # All layers are looked at before the first is packed.
+        weights = {node: node.args[1] for node in edit.nodes(aten.linear.default)}
+        for node, weight in weights.items():
+            if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not is_two_in_four(edit.tensor(weight)):
                 continue
-            x, weight, *bias = node.args
-            name = str(weight.target)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+            edit.current = node
+            reason = _obstacle(node, any_device=self.always)
+            if reason is None and not self.always:
+                reason = _slower(node, edit.tensor(weight))
+            if not edit.may_change(node, reason):
+                continue
+            x, _, *bias = node.args
+            name = str(weight.target)
             with edit.before(node):
                 if name not in packed:
-                    values, places = pack(edit.program.weight(name).detach())
+                    values, places = pack(edit.tensor(weight))
                     packed[name] = edit.weight(f"{name}_values", values), edit.weight(f"{name}_places", places)
                 call = edit.call(sparse_linear, x, *packed[name], *(item for item in bias if item is not None))
             edit.replace(node, call)
-
-
-def _is_sparse(edit: Editor, linear: fx.Node) -> bool:
-    weight = linear.args[1]
-    return isinstance(weight, fx.Node) and weight.op == "get_attr" and is_two_in_four(edit.program.weight(str(weight.target)))
 
 
 def _obstacle(linear: fx.Node, *, any_device: bool) -> str | None:
@@ -79,22 +74,9 @@ def _obstacle(linear: fx.Node, *, any_device: bool) -> str | None:
     return None
 
 
-def _slower(edit: Editor, linear: fx.Node) -> str:
+def _slower(linear: fx.Node, weight: torch.Tensor) -> str | None:
     """The measured times, where packing does not make a layer faster."""
-    value = nodes.value(linear.args[0])  # pyright: ignore[reportArgumentType]
-    shape = tuple(fake.hint(size) for size in value.shape)  # pyright: ignore[reportAttributeAccessIssue]
-    weight = edit.program.weight(str(linear.args[1].target)).detach()  # pyright: ignore
-    x = torch.randn(shape, device=weight.device).to(weight.dtype)
-    calls = {"dense": partial(functional.linear, x, weight), "packed": partial(sparse_linear, x, *pack(weight))}
-    seconds = {name: _median(call) for name, call in calls.items()}
-    if seconds["packed"] <= _GAIN * seconds["dense"]:
-        return ""
-    return f"packed 2:4 it takes {1e3 * seconds['packed']:.3g} ms, dense {1e3 * seconds['dense']:.3g} ms"
-
-
-def _median(call: Callable[[], torch.Tensor]) -> float:
-    # It imports what compiles C++, which takes a fifth of a second.
-    from torch.utils.benchmark import Timer
-
-    with torch.inference_mode():
-        return Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=_SECONDS).median
+    x = torch.randn(example_shape(linear.all_input_nodes[0]), device=weight.device).to(weight.dtype)
+    packed = median_seconds(partial(sparse_linear, x, *pack(weight)))
+    dense = median_seconds(partial(functional.linear, x, weight))
+    return None if packed <= GAIN * dense else f"packed 2:4 it takes {1e3 * packed:.3g} ms, dense {1e3 * dense:.3g} ms"

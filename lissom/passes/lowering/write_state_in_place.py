@@ -29,31 +29,21 @@ class WriteStateInPlace(Rewrite):
     def run(self, edit: Editor) -> None:
         for write in edit.nodes(aten.copy_.default):
             state, new = write.args[:2]
-            if not nodes.is_state_write(write) or not _exchanges_rows(new, state):
+            if not nodes.is_state_write(write) or not nodes.is_call(new, *IN_PLACE) or new.args[0] is not state:
                 continue
-            assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
-            if reason := _obstacle(edit, state, new, write):
-                edit.skip(write, reason)
-                continue
-            edit.change_call(new, IN_PLACE[new.target], *new.args, **new.kwargs)
-            edit.program.graph.erase_node(write)
-
-
-def _exchanges_rows(new: object, state: object) -> bool:
-    """True for an `index_copy` of the state, which has an in-place form."""
-    return nodes.is_call(new, *IN_PLACE) and new.args[0] is state
+            assert isinstance(state, fx.Node)
+            if edit.may_change(write, _obstacle(edit, state, new, write)):
+                edit.change_call(new, IN_PLACE[new.target], *new.args, **new.kwargs)
+                edit.program.graph.erase_node(write)
 
 
 def _obstacle(edit: Editor, state: fx.Node, new: fx.Node, write: fx.Node) -> str | None:
     """Why the state cannot be written in place; None when it can."""
     if write.users:
         return "what the write yields is read"
-    if set(state.users) != {new, write} or sum(_reads(edit, str(state.target))) > 1:
+    reads = [node for node in edit.program.graph.nodes if node.op == "get_attr" and node.target == state.target]
+    if set(state.users) != {new, write} or len(reads) > 1:
         return f"'{state.target}' is read beside, and what it was before may be needed"
     if is_handed_out(edit.program, new):
         return "the caller is given the state, which the next call would change"
     return None
-
-
-def _reads(edit: Editor, name: str) -> list[bool]:
-    return [node.op == "get_attr" and str(node.target) == name for node in edit.program.graph.nodes]

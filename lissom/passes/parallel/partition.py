@@ -22,7 +22,6 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.placement import Placed
 from lissom.compiler.ir.program import Program
 from lissom.compiler.parallel.partition.partitioner import partition_program
 from lissom.compiler.pipeline.pass_kinds import Requirement, Rewrite
@@ -51,10 +50,6 @@ class Partition(Rewrite):
 
 def _world_size(program: Program) -> int:
     """The number of ranks of the plan: the largest number of shards of any value."""
-    found = [placed for node in program.graph.nodes for placed in _placements(node)]
-    return max((span.parts for placed in found for _, spans in placed.dims for span in spans), default=1)
-
-
-def _placements(node: fx.Node) -> tuple[Placed, ...]:
-    placed = nodes.placed(node)
-    return placed if isinstance(placed, tuple) else () if placed is None else (placed,)
+    found = [nodes.placed(node) for node in program.graph.nodes]
+    values = [item for placed in found for item in (placed if isinstance(placed, tuple) else (placed,)) if item is not None]
+    return max((span.parts for placed in values for _, spans in placed.dims for span in spans), default=1)

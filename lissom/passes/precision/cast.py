@@ -24,13 +24,14 @@ are added to it.
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from lissom.compiler.analysis.casts import dtype_of
 from lissom.compiler.analysis.module_filter import is_protected
@@ -55,39 +56,12 @@ _LOW = {
     *(aten.embedding.default, *LAYER_NORMS, aten.group_norm.default),
 }
 _FOLLOWS = {
-    *RESHAPES,
-    operator.getitem,
-    rotary,
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.mul.Tensor,
-    aten.div.Tensor,
-    aten.add.Scalar,
-    aten.mul.Scalar,
-    aten.neg.default,
-    aten.relu.default,
-    aten.gelu.default,
-    aten.silu.default,
-    aten.tanh.default,
-    aten.sigmoid.default,
-    aten.cat.default,
-    aten.stack.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.index_select.default,
-    aten.index_copy.default,
-    aten.index.Tensor,
-    aten.gather.default,
-    aten.masked_fill.Scalar,
-    aten.where.self,
-    aten.maximum.default,
-    aten.minimum.default,
-    aten.clamp.default,
-    aten.roll.default,
-    aten.constant_pad_nd.default,
-    aten.pad.default,
-    aten.max_pool2d.default,
-    *REPEATS,
+    *(*RESHAPES, *REPEATS, operator.getitem, aten.cat.default, aten.stack.default, aten.clone.default, aten.contiguous.default),
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.add.Scalar, aten.mul.Scalar, aten.neg.default),
+    *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default, rotary),
+    *(aten.index_select.default, aten.index_copy.default, aten.index.Tensor, aten.gather.default, aten.roll.default),
+    *(aten.masked_fill.Scalar, aten.where.self, aten.maximum.default, aten.minimum.default, aten.clamp.default),
+    *(aten.constant_pad_nd.default, aten.pad.default, aten.max_pool2d.default),
 }
 _FILLS: dict[object, str] = {aten.masked_fill.Scalar: "value", aten.constant_pad_nd.default: "value", aten.pad.default: "value"}
 """Operators with a number that fills places of their result."""
@@ -146,23 +120,17 @@ class _Guard:
     margin: float
     underflow: float
     ranges: dict[fx.Node, Range] = field(init=False)
-    sums: set[object] = field(init=False)
+    sums: set[fx.Node] = field(init=False)
     candidates: set[fx.Node] = field(default_factory=set[fx.Node])
     overflowing: dict[fx.Node, float] = field(default_factory=dict[fx.Node, float])
     vanishing: set[fx.Node] = field(default_factory=set[fx.Node])
 
     def __post_init__(self) -> None:
         program = self.edit.program
-        found = program.fact(structure)
-        self.sums = {site.residual for site in (*found.attention, *found.feed_forward)}
+        self.sums = set(program.fact(structure).residuals)
         values = {node for node in program if node.op in ("placeholder", "call_function")}
         progress = partial(self.edit.report, "measure")
         self.ranges = measured_ranges(program, self.edit.data, values, torch.float16, progress)
-
-    def consider(self, node: fx.Node, *, follows: bool) -> None:
-        """Record a call that would run in float16 if all values fitted."""
-        if node.target in _LOW or (follows and not self.candidates.isdisjoint(node.all_input_nodes)):
-            self.candidates.add(node)
 
     def misfit(self, node: fx.Node) -> Misfit | None:
         """Why a call cannot run in float16; None when it can."""
@@ -173,7 +141,11 @@ class _Guard:
             if _is_floating(item) and nodes.tensor_type(item).rank > 0
         ]
         if node.target is attention:
-            found.append(self._score_misfit(node))
+            q, k = (self._range(item) for item in node.all_input_nodes[:2])
+            largest = q.norm * k.norm if q is not None and k is not None else 0.0
+            if largest > _LARGEST / 2:
+                self.overflowing[node] = largest
+                found.append("overflow")
         return "overflow" if "overflow" in found else "underflow" if "underflow" in found else None
 
     def _misfit(self, item: fx.Node, *, mask: bool, added: bool) -> Misfit | None:
@@ -189,14 +161,6 @@ class _Guard:
             self.vanishing.add(item)
             return "underflow"
         return None
-
-    def _score_misfit(self, node: fx.Node) -> Misfit | None:
-        q, k = (self._range(item) for item in node.all_input_nodes[:2])
-        largest = q.norm * k.norm if q is not None and k is not None else 0.0
-        if largest <= _LARGEST / 2:
-            return None
-        self.overflowing[node] = largest
-        return "overflow"
 
     def _range(self, item: fx.Node) -> Range | None:
         if item not in self.ranges and item.op == "get_attr":
@@ -275,7 +239,10 @@ class _Caster:
         follows = node.target in _FOLLOWS or is_view(node)
         short = any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in node.all_input_nodes)
         if self.guard is not None and not is_protected(node, self.skip):
-            self.guard.consider(node, follows=follows)
+            # The calls that would run in float16 if all values fitted.
+            candidates = self.guard.candidates
+            if node.target in _LOW or (follows and not candidates.isdisjoint(node.all_input_nodes)):
+                candidates.add(node)
         if node.target in _LOW or (short and follows):
             reason = self._obstacle(node)
             if reason is None:
@@ -301,27 +268,19 @@ class _Caster:
         # A number takes the dtype of the tensor it is combined with.
         if found.dtype == dtype or (found.rank == 0 and not self._overflows(item)):
             return item
-        if item.op == "get_attr" and dtype == self.low and item.target not in self.edit.program.state:
-            return self._cast_weight(item, reader)
-        key = (item, dtype)
+        edit, key = self.edit, (item, dtype)
         if key not in self.casts:
-            with self.edit.before(reader):
-                value = self.edit.call(aten.clamp_min.default, item, _lowest(dtype)) if clamp else item
-                self.casts[key] = self.edit.call(aten.to.dtype, value, dtype)
-        return self.casts[key]
-
-    def _cast_weight(self, item: fx.Node, reader: fx.Node) -> fx.Node:
-        key = (item, self.low)
-        if key not in self.casts:
-            weight = self.edit.program.weight(str(item.target))
-            with self.edit.before(reader):
-                low = _fitted(weight.detach(), self.low).to(self.low)
-                tensor = nn.Parameter(low, requires_grad=weight.requires_grad) if isinstance(weight, nn.Parameter) else low
-                self.casts[key] = self.edit.weight(f"{item.target}_low", tensor)
+            with edit.before(reader):
+                if item.op == "get_attr" and dtype == self.low and item.target not in edit.program.state:
+                    low = _fitted(edit.tensor(item), dtype).to(dtype)
+                    self.casts[key] = edit.weight(f"{item.target}_low", edit.like(item, low))
+                else:
+                    value = edit.call(aten.clamp_min.default, item, _lowest(dtype)) if clamp else item
+                    self.casts[key] = edit.call(aten.to.dtype, value, dtype)
         return self.casts[key]
 
     def _overflows(self, item: fx.Node) -> bool:
-        """True for a constant that is finite, and infinite in reduced precision."""
+        """True for a constant with float32's lowest number, which is minus infinity in reduced precision."""
         if item.op != "get_attr" or item.target in self.edit.program.state:
             return False
         value = self.edit.program.weight(str(item.target))
@@ -332,6 +291,8 @@ class _Caster:
         value = nodes.argument(node, _FILLS[node.target]) if node.target in _FILLS and dtype == self.low else None
         if isinstance(value, (int, float)):
             fitted = float(_fitted(torch.tensor(value, dtype=torch.float64), self.low))
+            if fitted < math.inf:
+                fitted = min(fitted, torch.finfo(self.low).max)
             nodes.set_argument(node, _FILLS[node.target], fitted if fitted != value else value)
 
     def _apply(self, node: fx.Node, swaps: dict[fx.Node, fx.Node], dtype: torch.dtype | None) -> None:
@@ -356,10 +317,8 @@ def _lowest(dtype: torch.dtype) -> float:
 
 
 def _fitted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor with its finite values in the range of a dtype."""
-    limits = torch.finfo(dtype)
-    raised = torch.where(tensor < limits.min, _lowest(dtype), tensor)
-    return torch.where(tensor.isinf(), tensor, raised.clamp_max(limits.max))
+    """The tensor with float32's lowest numbers, which hide positions, raised to that dtype's `_lowest`."""
+    return torch.where((tensor < torch.finfo(torch.bfloat16).min) & tensor.isfinite(), _lowest(dtype), tensor)
 
 
 def _is_floating(item: fx.Node) -> bool:

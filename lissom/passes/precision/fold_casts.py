@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from lissom.compiler.analysis.casts import cast_from, dtype_of, holds, rests_on_copy
 from lissom.compiler.ir.editor import Editor
@@ -32,43 +32,29 @@ class FoldCasts(Rewrite):
             source = cast_from(node)
             if source is None:
                 continue
-            origin = _exact_origin(source)
+            # The value before its lossless casts.
+            origin = source
+            while (before := cast_from(origin)) is not None and holds(dtype_of(origin), dtype_of(before)):
+                origin = before
             if dtype_of(origin) == dtype_of(node):
-                reason = rests_on_copy(edit.program, node, origin)
-                if reason is not None:
-                    edit.skip(node, reason)
-                else:
+                if edit.may_change(node, rests_on_copy(edit.program, node, origin)):
                     edit.replace(node, origin)
             elif origin is not source:
-                with edit.before(node):
-                    direct = edit.call(aten.to.dtype, origin, dtype_of(node))
-                edit.replace(node, direct)
+                edit.replace_by(node, aten.to.dtype, origin, dtype_of(node))
             elif source.op == "get_attr":
                 _fold_weight(edit, node, source, kept)
 
 
-def _exact_origin(value: fx.Node) -> fx.Node:
-    """The value before its lossless casts."""
-    while (source := cast_from(value)) is not None and holds(dtype_of(value), dtype_of(source)):
-        value = source
-    return value
-
-
 def _fold_weight(edit: Editor, node: fx.Node, weight: fx.Node, kept: dict[str, fx.Node]) -> None:
     """Let readers of a cast weight read one stored in that dtype. kept: the weights made so far, by name."""
-    dtype, program = dtype_of(node), edit.program
-    reason = rests_on_copy(program, node, weight) or _obstacle(node, weight)
-    if reason is not None:
-        edit.skip(node, reason)
+    dtype = dtype_of(node)
+    if not edit.may_change(node, rests_on_copy(edit.program, node, weight) or _obstacle(node, weight)):
         return
     name = f"{weight.target}_{short_dtype(dtype)}"
     if name not in kept:
-        tensor = program.weight(str(weight.target))
-        cast = tensor.detach().to(dtype)
-        trainable = isinstance(tensor, nn.Parameter) and dtype.is_floating_point
         # Before the weight, so that casts in any order find it.
         with edit.before(weight, like=[node]):
-            kept[name] = edit.weight(name, nn.Parameter(cast, requires_grad=tensor.requires_grad) if trainable else cast)
+            kept[name] = edit.weight(name, edit.like(weight, edit.tensor(weight).to(dtype)))
     edit.replace(node, kept[name])
 
 

@@ -50,8 +50,11 @@ class SinkCasts(Rewrite):
                 _widen_behind_join(edit, node)
             elif node.target in _SPLIT:
                 _widen_behind_split(edit, node)
-            elif _is_widened(node.args[0]) and not _reports(edit, node, node):
-                _widen_behind(edit, node)
+            elif _is_widened(node.args[0]) and edit.may_change(node, rests_on_copy(edit.program, node, node)):
+                with edit.before(node):
+                    moved = _again(edit, node, _uncast(node.args[0]))
+                    replaced = edit.call(aten.to.dtype, moved, dtype_of(node))
+                edit.replace(node, replaced)
         # From the last to the first, as casts move that way.
         for node in reversed(list(edit.nodes(*CASTS, *_SPLIT))):
             if node._erased:
@@ -66,26 +69,15 @@ class SinkCasts(Rewrite):
 def _is_widened(value: object) -> bool:
     """True for a lossless cast with one reader."""
     source = cast_from(value)
-    if source is None or not isinstance(value, fx.Node):
+    if source is None or not isinstance(value, fx.Node) or len(value.users) != 1:
         return False
-    return _widens(value, source) and len(value.users) == 1
-
-
-def _widens(cast: fx.Node, source: fx.Node) -> bool:
-    return holds(dtype_of(cast), dtype_of(source)) and dtype_of(cast).itemsize > dtype_of(source).itemsize
+    wide, narrow = dtype_of(value), dtype_of(source)
+    return holds(wide, narrow) and wide.itemsize > narrow.itemsize
 
 
 def _narrows(node: fx.Node) -> bool:
     source = cast_from(node)
     return source is not None and dtype_of(node).itemsize < dtype_of(source).itemsize
-
-
-def _reports(edit: Editor, node: fx.Node, source: fx.Node) -> bool:
-    """True, and reported as skipped, where a value must stay a copy or keep its memory layout."""
-    reason = rests_on_copy(edit.program, node, source)
-    if reason is not None:
-        edit.skip(node, reason)
-    return reason is not None
 
 
 def _again(edit: Editor, move: fx.Node, value: fx.Node) -> fx.Node:
@@ -102,16 +94,8 @@ def _cast(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
     return edit.call(aten.to.dtype, value, dtype)
 
 
-def _uncast(widened: fx.Node) -> fx.Node:
-    return widened.args[0]  # pyright: ignore[reportReturnType]
-
-
-def _widen_behind(edit: Editor, move: fx.Node) -> None:
-    widened: fx.Node = move.args[0]  # pyright: ignore[reportAssignmentType]
-    with edit.before(move):
-        moved = _again(edit, move, _uncast(widened))
-        replaced = edit.call(aten.to.dtype, moved, dtype_of(move))
-    edit.replace(move, replaced)
+def _uncast(widened: object) -> fx.Node:
+    return widened.args[0]  # pyright: ignore
 
 
 def _widen_behind_split(edit: Editor, split: fx.Node) -> None:
@@ -121,7 +105,7 @@ def _widen_behind_split(edit: Editor, split: fx.Node) -> None:
         return
     dtype = dtype_of(widened)
     with edit.before(split):
-        parts = _again(edit, split, widened.args[0])  # pyright: ignore
+        parts = _again(edit, split, _uncast(widened))
     for piece in pieces:
         with edit.before(piece):
             replaced = edit.call(aten.to.dtype, edit.item(parts, int(piece.args[1])), dtype)  # pyright: ignore
@@ -159,7 +143,7 @@ def _narrow_before(edit: Editor, cast: fx.Node) -> None:
         value = value.args[0]
     assert isinstance(value, fx.Node)
     joins = nodes.is_call(value, *_JOIN) and len(value.users) == 1 and _has_widened(value, dtype)
-    if not (moves or joins) or _reports(edit, cast, value):
+    if not (moves or joins) or not edit.may_change(cast, rests_on_copy(edit.program, cast, value)):
         return
     with edit.before(cast, like=[*reversed(moves), cast]):
         narrow = _joined(edit, value, partial(_cast, edit, dtype=dtype)) if joins else _cast(edit, value, dtype)
@@ -176,8 +160,8 @@ def _has_widened(join: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _narrow_before_split(edit: Editor, split: fx.Node) -> None:
-    pieces = list(split.users)
-    if not _only_pieces(pieces) or len(pieces) < _count(split):
+    pieces, results = list(split.users), nodes.node_type(split)
+    if not _only_pieces(pieces) or not isinstance(results, tuple) or len(pieces) < len(results):
         return
     casts = [user for piece in pieces for user in piece.users]
     if len(casts) != len(pieces) or not all(map(_narrows, casts)) or len(set(map(dtype_of, casts))) > 1:
@@ -190,9 +174,3 @@ def _narrow_before_split(edit: Editor, split: fx.Node) -> None:
         with edit.before(cast):
             replaced = edit.item(parts, int(piece.args[1]))  # pyright: ignore[reportArgumentType]
         edit.replace(cast, replaced)
-
-
-def _count(split: fx.Node) -> int:
-    """The number of pieces of a split."""
-    found = nodes.node_type(split)
-    return len(found) if isinstance(found, tuple) else 0

@@ -21,11 +21,13 @@ from torch import fx
 
 from lissom.compiler.analysis.flops import is_counted
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
+from lissom.compiler.analysis.structure.operands import is_causal
 from lissom.compiler.analysis.token_positions import Slot, operands, position_sources, row_position, with_operands
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.dimension_map import dim_of, shape_of
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import EXPANDS, SIZED_RESHAPES
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.compiler.transforms.unflatten import unflatten_where
@@ -102,7 +104,7 @@ def _narrows(node: fx.Node, wanted: _Demand) -> bool:
     sources = position_sources(node, wanted.dim)
     if sources is None or (is_attention(node) and set(sources).isdisjoint({0})):
         return False
-    if _is_causal(node):
+    if is_causal(node):
         q, k = node.args[:2]
         if shape_of(q)[-2] != shape_of(k)[-2] or wanted.dim != len(shape_of(node)) - 2 or nodes.argument(node, "dropout_p"):
             return False
@@ -111,11 +113,6 @@ def _narrows(node: fx.Node, wanted: _Demand) -> bool:
     # One position per row: the batch stays the first dimension, and operands without one can get it.
     rows = position_sources(node, 0)
     return rows is not None and all(rows.get(slot, 0) == 0 for slot in sources)
-
-
-def _read(node: fx.Node, sources: Mapping[Slot, int]) -> list[tuple[fx.Node, int]]:
-    slots = operands(node)
-    return [(slots[slot], dim) for slot, dim in sources.items()]
 
 
 def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
@@ -130,24 +127,11 @@ def _choice(edit: Editor, node: fx.Node) -> _Demand | None:
             found = _Demand(dim, start, count)
     elif nodes.is_call(node, aten.index.Tensor) and (position := row_position(edit.program, node)) is not None:
         found = _Demand(1, position)
-    if found is None or _depends_on_layers(found.start):
+    # Positions that are computed from a layer's output are known too late.
+    if found is None or any(is_linear(item) or is_attention(item) for item in computed_from([found.start])):
         return None
     sizes = cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0]))).shape
     return found if 2 * found.count <= fake.hint(sizes[found.dim]) else None
-
-
-def _depends_on_layers(start: int | fx.Node) -> bool:
-    """True for positions that are computed from a layer's output."""
-    pending: list[int | fx.Node] = [start]
-    seen = set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if isinstance(node, fx.Node) and node not in seen:
-            if node.op == "call_function" and (is_linear(node) or is_attention(node)):
-                return True
-            seen.add(node)
-            pending += node.all_input_nodes
-    return False
 
 
 def _useful(edit: Editor, demands: Mapping[fx.Node, _Demand]) -> set[fx.Node]:
@@ -155,14 +139,10 @@ def _useful(edit: Editor, demands: Mapping[fx.Node, _Demand]) -> set[fx.Node]:
     useful: set[fx.Node] = set()
     for node in edit.program.nodes():
         if node in demands:
-            sources = position_sources(node, demands[node].dim) or {}
-            if is_counted(node) or any(item in useful for item, _ in _read(node, sources)):
+            sources, slots = position_sources(node, demands[node].dim) or {}, operands(node)
+            if is_counted(node) or any(slots[slot] in useful for slot in sources):
                 useful.add(node)
     return useful
-
-
-def _is_causal(node: fx.Node) -> bool:
-    return nodes.is_call(node, aten.scaled_dot_product_attention.default) and bool(nodes.argument(node, "is_causal"))
 
 
 @dataclass
@@ -205,7 +185,7 @@ class _Narrower:
         if node.target in SIZED_RESHAPES or node.target in EXPANDS:
             sizes = cast("list[object]", args[1])
             sizes[wanted.dim] = wanted.count
-        if _is_causal(node):
+        if is_causal(node):
             mask = self._causal_rows(node, wanted)
             kept = {name: nodes.argument(node, name) for name in ("scale", "enable_gqa")}
             args, kwargs = [*args[:3], *([mask] if mask is not None else [])], {key: kept[key] for key in kept if kept[key]}

@@ -88,4 +88,4 @@ def largest_group(held: Sequence[torch.Tensor], heads: int) -> int:
 
 
 def _state_bytes(program: Program) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in map(program.weight, program.state))
+    return sum(program.weight(name).nbytes for name in program.state)

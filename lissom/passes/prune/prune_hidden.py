@@ -104,11 +104,10 @@ def _streams(program: Program) -> dict[Axis, fx.Node]:
 
     Raises: UnsupportedError when there are none, or one is a product of axes.
     """
-    found, sites = program.fact(axes), program.fact(structure)
+    found = program.fact(axes)
     streams: dict[Axis, fx.Node] = {}
-    for total in [site.residual for site in (*sites.attention, *sites.feed_forward)]:
-        if total is not None:
-            streams.setdefault(found.axis(total, -1), total)
+    for total in program.fact(structure).residuals:
+        streams.setdefault(found.axis(total, -1), total)
     if not streams:
         raise UnsupportedError("prune-hidden finds no residual stream in this program")
     for axis, total in streams.items():
@@ -175,17 +174,15 @@ def _zero(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
     found = edit.program.fact(axes)
     gone = {place: ~mask(found.axis(*place), kept) for place in _weights_on(edit.program, found, [*kept])}
     for (node, dim), indices in gone.items():
-        weight = edit.program.weight(str(node.target)).detach()
+        weight = edit.tensor(node)
         edit.set_weight(node, weight.index_fill(dim, indices.nonzero().flatten().to(weight.device), 0))
         edit.rewritten += 1
 
 
 def _check(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
     """Refuse a program in which anything but a weight writes to the stream."""
-    found, known, sites = edit.program.fact(zeros), edit.program.fact(axes), edit.program.fact(structure)
-    for total in [site.residual for site in (*sites.attention, *sites.feed_forward)]:
-        if total is None:
-            continue
+    found, known = edit.program.fact(zeros), edit.program.fact(axes)
+    for total in edit.program.fact(structure).residuals:
         channels = kept[known.axis(total, -1)]
         if not bool((zero_at(found, total, -1) | channels).all()):
             raise UnsupportedError(
@@ -197,16 +194,8 @@ def _check(edit: Editor, kept: Mapping[Axis, torch.Tensor]) -> None:
 def _reconstruct(edit: Editor, dense: Program, kept: Mapping[Axis, torch.Tensor]) -> None:
     """Refit the layers that read the stream, in order, to their outputs in the dense program."""
     found = edit.program.fact(axes)
-    chosen: dict[fx.Node, tuple[Matrix, Axis]] = {}
-    for axis in kept:
-        for node in _readers(edit.program, found, axis):
-            matrix = matrix_of(node)
-            if isinstance(matrix, str):
-                edit.skip(node, f"it is not refitted: {matrix}")
-            elif len(readers_of(matrix.node)) > 1:
-                edit.skip(node, "it is not refitted: its weight is read elsewhere too")
-            else:
-                chosen[node] = matrix, axis
+    axis_of = {node: axis for axis in kept for node in _readers(edit.program, found, axis)}
+    chosen = edit.accepted((node, _refittable(node)) for node in axis_of)
     originals = {node.name: node for node in dense.nodes()}
     before_and_now = (
         sweep(dense, edit.data, [originals[node.name] for node in chosen]),
@@ -214,17 +203,24 @@ def _reconstruct(edit: Editor, dense: Program, kept: Mapping[Axis, torch.Tensor]
     )
     for (_, wanted), (node, read) in zip(*before_and_now, strict=True):
         edit.current = node
-        matrix, axis = chosen[node]
-        bias = _bias(node)
-        before = Matrix(matrix.node, matrix.transposed).read(dense).float()
-        weight, shift = fit(before, wanted, read, kept[axis].to(before.device), centred=bias is not None)
+        matrix, bias = chosen[node], _bias(node)
+        before = matrix.read(dense).float()
+        weight, shift = fit(before, wanted, read, kept[axis_of[node]].to(before.device), centred=bias is not None)
         # A layer that also writes to the stream keeps its zeros.
         silent = ~matrix.read(edit.program).any(1) & before.any(1)
         matrix.write(edit, weight.masked_fill(silent[:, None], 0))
         edit.rewritten -= 1
         if bias is not None:
-            tensor = edit.program.weight(str(bias.target)).detach()
+            tensor = edit.tensor(bias)
             edit.set_weight(bias, (tensor + shift.masked_fill(silent, 0)).to(tensor.dtype))
+
+
+def _refittable(node: fx.Node) -> Matrix | str:
+    """The matrix of a layer, or why the layer is not refitted."""
+    matrix = matrix_of(node)
+    if isinstance(matrix, str):
+        return f"it is not refitted: {matrix}"
+    return matrix if len(readers_of(matrix.node)) == 1 else "it is not refitted: its weight is read elsewhere too"
 
 
 def _bias(node: fx.Node) -> fx.Node | None:

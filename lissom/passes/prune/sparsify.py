@@ -23,7 +23,7 @@ elsewhere zeros give no speedup, which the report notes. Artifacts become smalle
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -33,7 +33,7 @@ from torch import fx
 
 from lissom.compiler.analysis.module_filter import is_protected
 from lissom.compiler.analysis.structure.linear import is_linear
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of, treated_layers
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.hessian import inverse_factor
 from lissom.compiler.calibration.layer_sweep import sweep_moments
@@ -94,7 +94,7 @@ class Sparsify(Approximation):
             )
 
     def run(self, edit: Editor) -> None:
-        layers = dict(_layers(edit, self.lm_head, self.protect, _parse(self.pattern)))
+        layers = _layers(edit, self.lm_head, self.protect, _parse(self.pattern))
         if self.criterion == "magnitude":
             self._rank_by_magnitude(edit, layers)
         elif not edit.data:
@@ -102,7 +102,9 @@ class Sparsify(Approximation):
                 f"sparsify{{criterion={self.criterion}}} needs calibration data: pass data=, or choose criterion=magnitude"
             )
         else:
-            _calibrate(edit, layers, self._prune())
+            form = _parse(self.pattern)
+            prune = partial(sparsegpt, keep=self.keep, pattern=form, damping=self.damping, block_size=self.block_size)
+            _calibrate(edit, layers, partial(wanda, keep=self.keep, pattern=form) if self.criterion == "wanda" else prune)
         if edit.rewritten:
             edit.note(NOTE)
 
@@ -120,12 +122,6 @@ class Sparsify(Approximation):
                 kept = weight.abs() > (least if self.scope == "global" else threshold([weight], self.keep))
             matrix.write(edit, weight.masked_fill(~kept, 0))
 
-    def _prune(self) -> Prune:
-        form = _parse(self.pattern)
-        if self.criterion == "wanda":
-            return partial(wanda, keep=self.keep, pattern=form)
-        return partial(sparsegpt, keep=self.keep, pattern=form, damping=self.damping, block_size=self.block_size)
-
 
 def _parse(pattern: str | None) -> tuple[int, int] | None:
     """N and M of `N:M`.
@@ -140,22 +136,18 @@ def _parse(pattern: str | None) -> tuple[int, int] | None:
     return int(n), int(m)
 
 
-def _layers(edit: Editor, lm_head: bool, protect: str, pattern: tuple[int, int] | None) -> Iterable[tuple[fx.Node, Matrix]]:
+def _layers(edit: Editor, lm_head: bool, protect: str, pattern: tuple[int, int] | None) -> dict[fx.Node, Matrix]:
     """The layers to prune; the others are reported as skipped."""
     found = edit.program.fact(structure)
-    passed_over = {site.router for site in found.mixtures} | (set[fx.Node]() if lm_head else {*found.lm_heads})
+    heads = () if lm_head else found.lm_heads
+    passed_over = {*(site.router for site in found.mixtures), *heads, *found.convolutions}
     tables = {item.node.all_input_nodes[0] for item in found.embeddings} if lm_head else set[fx.Node]()
-    for node in edit.nodes():
-        if not is_linear(node) or node in passed_over or node in found.convolutions:
-            continue
-        matrix = matrix_of(node)
-        reason = matrix if isinstance(matrix, str) else _obstacle(matrix, tables, pattern)
-        if is_protected(node, protect):
-            reason = "it is protected"
-        if reason is not None:
-            edit.skip(node, reason)
-        elif isinstance(matrix, Matrix):
-            yield node, matrix
+    return treated_layers(
+        edit,
+        lambda node: "it is protected" if is_protected(node, protect) else matrix_of(node),
+        lambda node, matrix: _obstacle(matrix, tables, pattern),
+        passed_over,
+    )
 
 
 def _obstacle(matrix: Matrix, tables: set[fx.Node], pattern: tuple[int, int] | None) -> str | None:
@@ -209,7 +201,8 @@ def sparsegpt(
     for start in range(0, result.shape[1], block_size):
         block, upper = result[:, start : start + block_size], factor[start : start + block_size, start : start + block_size]
         # Zeros are written, not multiplied: a negative zero has its sign bit set, so compression would not see a zero.
-        kept = largest_fraction(block.square() / upper.diagonal().square(), keep)
+        scores = block.square() / upper.diagonal().square()
+        kept = scores > threshold([scores], keep)
         errors = torch.zeros_like(block)
         for index in range(block.shape[1]):
             if pattern and index % pattern[1] == 0:
@@ -220,9 +213,3 @@ def sparsegpt(
             block[~kept[:, index], index] = 0
         result[:, start + block_size :] -= errors @ factor[start : start + block_size, start + block_size :]
     return result
-
-
-def largest_fraction(scores: torch.Tensor, keep: float) -> torch.Tensor:
-    """True for the fraction `keep` of the scores that is largest, in the whole tensor."""
-    gone = scores.numel() - max(1, round(keep * scores.numel()))
-    return scores > scores.flatten().kthvalue(gone).values if gone else torch.ones_like(scores, dtype=torch.bool)

@@ -37,7 +37,9 @@ class ZeroPadding(Approximation):
         masks = edit.program.fact(padding_masks)
         padding: dict[fx.Node, fx.Node] = {}
         for output in edit.program.output.all_input_nodes:
-            fitting = [mask for mask in masks if _is_per_token(output, mask)]
+            found = nodes.node_type(output)
+            shape = found.shape[:2] if isinstance(found, TensorType) and found.dtype.is_floating_point else None
+            fitting = [mask for mask in masks if nodes.tensor_type(mask).shape == shape]
             if len(fitting) > 1:
                 edit.skip(output, "two inputs could be its padding mask")
             if len(fitting) != 1:
@@ -52,10 +54,3 @@ class ZeroPadding(Approximation):
                 zeroed = edit.call(aten.masked_fill.Scalar, output, hidden, 0.0)
             edit.program.output.replace_input_with(output, zeroed)
             edit.rewritten += 1
-
-
-def _is_per_token(output: fx.Node, mask: fx.Node) -> bool:
-    """True for floating-point values whose leading dimensions are those of the mask."""
-    found = nodes.node_type(output)
-    shape = nodes.tensor_type(mask).shape
-    return isinstance(found, TensorType) and found.dtype.is_floating_point and found.shape[:2] == shape

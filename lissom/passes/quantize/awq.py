@@ -31,10 +31,10 @@ from lissom.compiler.calibration.observers import WeightObserver, weight_scale
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Rewrite
-from lissom.compiler.transforms.channel_scaling import Reader, ScalingSite, chosen_sites
+from lissom.compiler.transforms.channel_scaling import ScalingSite, chosen_sites
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops import formats
-from lissom.ops.formats import FORMATS, Format
+from lissom.ops.formats import FORMATS
 
 STEPS = 20
 _LEAST = 1e-4
@@ -76,7 +76,7 @@ class Awq(Rewrite):
         if not edit.data:
             raise RequirementError("awq needs calibration data: pass data=, or use equalize, which needs none")
         sites = chosen_sites(edit, norms=self.norms, linears=self.linears, skip=self.skip, only=self.only)
-        read = _observed(edit, {input_of(reader.layer) for site in sites for reader in site.readers}, sites)
+        read = _observed(edit, sites)
         for finished, site in enumerate(sites):
             edit.report("search", finished, len(sites))
             edit.current = site.producer
@@ -91,17 +91,16 @@ class Awq(Rewrite):
         sizes = torch.stack([site.by_channel(reader, read[input_of(reader.layer)][0]) for reader in site.readers]).amax(0)
 
         def error(factors: torch.Tensor) -> float:
-            return sum(
-                self._error(edit, site, reader, factors, read[input_of(reader.layer)][1].gram) for reader in site.readers
-            )
+            total = 0.0
+            for reader in site.readers:
+                weight, gram = reader.matrix.read(edit.program).float(), read[input_of(reader.layer)][1].gram
+                total += rounding_error(weight, site.columns(reader, factors), gram, self._quantized)
+            return total
 
         return best_factors(sizes, error)
 
-    def _error(self, edit: Editor, site: ScalingSite, reader: Reader, factors: torch.Tensor, gram: torch.Tensor) -> float:
-        return rounding_error(reader.matrix.read(edit.program).float(), site.columns(reader, factors), gram, self._quantized)
-
     def _quantized(self, weight: torch.Tensor) -> torch.Tensor:
-        form = self._form
+        form = FORMATS[("" if self.symmetric else "u") + self.scheme.removesuffix("-weight")]
         rows, columns = weight.shape
         kind = self.granularity
         if kind == "auto":
@@ -110,13 +109,9 @@ class Awq(Rewrite):
         scale, zero_point = weight_scale(weight, (1 if kind == "tensor" else rows, groups), form, self.weight_observer)
         return formats.dequantize(formats.quantize(weight, scale, zero_point, form), scale, zero_point, torch.float32)
 
-    @property
-    def _form(self) -> Format:
-        return FORMATS[("" if self.symmetric else "u") + self.scheme.removesuffix("-weight")]
 
-
-def _observed(edit: Editor, values: set[fx.Node], sites: list[ScalingSite]) -> dict[fx.Node, tuple[torch.Tensor, Moments]]:
-    """mean|x_j| of each feature of these values, and their second moments."""
+def _observed(edit: Editor, sites: list[ScalingSite]) -> dict[fx.Node, tuple[torch.Tensor, Moments]]:
+    """mean|x_j| of each feature of the values that the sites' layers read, and their second moments."""
     layers = [reader.layer for site in sites for reader in site.readers]
     found: dict[fx.Node, tuple[torch.Tensor, Moments]] = {}
     for finished, (layer, read) in enumerate(sweep(edit.program, edit.data, layers)):
@@ -125,7 +120,7 @@ def _observed(edit: Editor, values: set[fx.Node], sites: list[ScalingSite]) -> d
             moments = moments_of(read)
             sizes = torch.stack([rows.float().abs().sum(0) for rows in read]).sum(0) / max(moments.count, 1)
             found[input_of(layer)] = sizes, moments
-    return {node: found[node] for node in values}
+    return found
 
 
 def best_factors(sizes: torch.Tensor, error: Callable[[torch.Tensor], float]) -> torch.Tensor | None:

@@ -21,14 +21,13 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.linear import is_linear
-from lissom.compiler.analysis.structure.matrix import RoundedMatrix, matrix_of, rounded_matrix_of
+from lissom.compiler.analysis.structure.linear import bias_of, is_linear
+from lissom.compiler.analysis.structure.matrix import RoundedMatrix, matrix_of, rounded_matrix_of, treated_layers
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.layer_sweep import sweep
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.interpreter import evaluate_nodes
-from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError
 
@@ -51,7 +50,7 @@ class CorrectBias(Approximation):
     def run(self, edit: Editor) -> None:
         if not edit.data:
             raise RequirementError("correct-bias needs calibration data: pass data=")
-        layers = self._layers(edit)
+        layers = treated_layers(edit, rounded_matrix_of, lambda node, _: self._obstacle(edit, node))
         for layer in layers:
             _own_bias(edit, layer)
         wanted = _means(edit, layers)
@@ -59,26 +58,13 @@ class CorrectBias(Approximation):
             edit.report("layers", finished, len(layers))
             edit.current = layer
             mean = torch.cat(read).double().mean(0)
-            bias = _bias_of(layer)
+            bias = bias_of(layer)
             assert bias is not None
-            held = edit.program.weight(str(bias.target)).detach()
-            shift = wanted[layer] - _quantized(edit.program, layers[layer]).double() @ mean
+            held = edit.tensor(bias)
+            rounded = evaluate_nodes(edit.program.graph_module, layers[layer].quantizer).double()
+            shift = wanted[layer] - (rounded.T if layers[layer].transposed else rounded) @ mean
             edit.set_weight(bias, (held.double() + shift).to(held.dtype))
             edit.rewritten += 1
-
-    def _layers(self, edit: Editor) -> dict[fx.Node, RoundedMatrix]:
-        """The linear layers to correct, with their matrices; the others are reported as skipped."""
-        layers: dict[fx.Node, RoundedMatrix] = {}
-        for node in edit.nodes():
-            if not is_linear(node):
-                continue
-            matrix = rounded_matrix_of(node)
-            reason = matrix if isinstance(matrix, str) else self._obstacle(edit, node)
-            if reason is not None:
-                edit.skip(node, reason)
-            elif isinstance(matrix, RoundedMatrix):
-                layers[node] = matrix
-        return layers
 
     def _obstacle(self, edit: Editor, node: fx.Node) -> str | None:
         if (reason := obstacle_by_name(node, skip=self.skip, only=self.only)) is not None:
@@ -87,10 +73,10 @@ class CorrectBias(Approximation):
             return "it is an LM head or classifier; lm_head=true includes it"
         if _original(edit, node) is None:
             return "the program before quantization is not known here, or has no such layer"
-        given = _bias_argument(node)
+        given = bias_of(node)
         if given is None:
             return None if node.target is aten.linear.default else "it is a plain product, which has no place for a bias"
-        if not isinstance(given, fx.Node) or given.op != "get_attr" or len(given.users) > 1:
+        if given.op != "get_attr" or len(given.users) > 1:
             return "its bias is computed, or read elsewhere too"
         return None
 
@@ -120,26 +106,9 @@ def _means(edit: Editor, layers: dict[fx.Node, RoundedMatrix]) -> dict[fx.Node, 
     return found
 
 
-def _quantized(program: Program, matrix: RoundedMatrix) -> torch.Tensor:
-    """The matrix after quantize and dequantize, [features out, features in]."""
-    weight = evaluate_nodes(program.graph_module, matrix.quantizer)
-    return weight.T if matrix.transposed else weight
-
-
-def _bias_argument(layer: fx.Node) -> object:
-    if layer.target is aten.addmm.default:
-        return layer.args[0]
-    return layer.args[2] if layer.target is aten.linear.default and len(layer.args) > 2 else None
-
-
-def _bias_of(layer: fx.Node) -> fx.Node | None:
-    found = _bias_argument(layer)
-    return found if isinstance(found, fx.Node) else None
-
-
 def _own_bias(edit: Editor, layer: fx.Node) -> None:
     """Give a linear layer without a bias one of zeros."""
-    if _bias_of(layer) is not None:
+    if bias_of(layer) is not None:
         return
     form = nodes.tensor_type(layer)
     path = nodes.origin(layer).module_path or layer.name

@@ -50,9 +50,7 @@ class Equalize(Rewrite):
 
 def _equalize(edit: Editor, site: ScalingSite) -> float:
     """Scale the channels of a site; returns the largest |log s_j|."""
-    columns = [reader.matrix.read(edit.program).float().abs().amax(0) for reader in site.readers]
-    read = torch.stack([site.by_channel(*pair) for pair in zip(site.readers, columns, strict=True)]).amax(0)
-    factors = balance(site.rows(edit.program), read)
+    factors = balance(site.rows(edit.program), site.read_sizes(edit.program))
     change = float(factors.log().abs().max())
     if change >= _CLOSE:
         site.scale(edit, factors)

@@ -34,22 +34,23 @@ class FoldQuantizedWeights(Rewrite):
 
 def _fold(edit: Editor, node: fx.Node, weight: fx.Node) -> None:
     form = FORMATS[str(node.kwargs["format"])]
-    value = edit.program.weight(str(weight.target)).detach()
+    value = edit.tensor(weight)
     if form.bits == 4 and value.shape[-1] % 2:
         edit.skip(node, f"its last dimension, {value.shape[-1]}, is odd, and int4 packs two per byte")
         return
-    scale, *zero_point = (edit.program.weight(str(item.target)) for item in node.all_input_nodes[1:])
+    scale, *zero_point = map(edit.tensor, node.all_input_nodes[1:])
     q = formats.quantize(value, scale, zero_point[0] if zero_point else None, form)
     dtype = nodes.tensor_type(node).dtype
     with edit.before(node):
         stored = edit.weight(f"{weight.target}_{form.name}", formats.pack_halves(q) if form.bits == 4 else q)
         folded = edit.call(dequantize, stored, *node.all_input_nodes[1:], format=form.name, dtype=dtype)
     edit.replace(node, folded)
-    for look_up in [user for user in folded.users if user.target is aten.embedding.default and user.args[0] is folded]:
-        with edit.before(look_up):
-            rows = [_rows(edit, item, look_up.args[1]) for item in (stored, *folded.all_input_nodes[1:])]
-            looked_up = edit.call(dequantize, *rows, format=form.name, dtype=dtype)
-        edit.replace(look_up, looked_up)
+    for user in list(folded.users):
+        if user.target is aten.embedding.default and user.args[0] is folded:
+            with edit.before(user):
+                rows = [_rows(edit, item, user.args[1]) for item in folded.all_input_nodes]
+                looked_up = edit.call(dequantize, *rows, format=form.name, dtype=dtype)
+            edit.replace(user, looked_up)
 
 
 def _rows(edit: Editor, table: fx.Node, ids: object) -> fx.Node:

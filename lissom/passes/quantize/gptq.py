@@ -43,8 +43,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.linear import input_of, is_linear
-from lissom.compiler.analysis.structure.matrix import RoundedMatrix, rounded_matrix_of
+from lissom.compiler.analysis.structure.linear import input_of
+from lissom.compiler.analysis.structure.matrix import RoundedMatrix, rounded_matrix_of, treated_layers
 from lissom.compiler.calibration.hessian import damped, inverse_factor, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
 from lissom.compiler.calibration.observers import weight_scale
@@ -123,20 +123,13 @@ class Gptq(Approximation):
 
     def _layers(self, edit: Editor) -> dict[fx.Node, RoundedMatrix]:
         """The linear layers to quantize, with their matrices; the others are reported as skipped."""
-        layers: dict[fx.Node, RoundedMatrix] = {}
-        for node in edit.nodes():
-            if not is_linear(node):
-                continue
-            matrix = rounded_matrix_of(node)
-            if isinstance(matrix, str):
-                edit.skip(node, matrix)
-            elif (reason := obstacle_by_name(node, skip=self.skip, only=self.only)) is not None:
-                edit.skip(node, reason)
-            elif _is_table(matrix) and not self.tables:
-                edit.skip(node, "its weight is an embedding table too; tables=true treats both")
-            else:
-                layers[node] = matrix
-        return layers
+
+        def obstacle(node: fx.Node, matrix: RoundedMatrix) -> str | None:
+            reason = "its weight is an embedding table too; tables=true treats both"
+            by_name = obstacle_by_name(node, skip=self.skip, only=self.only)
+            return by_name or (reason if _is_table(matrix) and not self.tables else None)
+
+        return treated_layers(edit, rounded_matrix_of, obstacle)
 
     def _quantize(self, edit: Editor, matrix: RoundedMatrix, read: Read) -> None:
         form = FORMATS[str(matrix.quantizer.kwargs["format"])]
@@ -202,16 +195,9 @@ def gptq(
     factor = inverse_factor(gram[order][:, order], damping)
     # Transposed, so that each column of the matrix is contiguous in memory.
     columns = weight.float().T[order]
-    groups = order * scale.shape[1] // len(gram)
+    groups = (order * scale.shape[1] // len(gram)).tolist()
     for start in range(0, len(columns), block_size):
-        block = columns[start : start + block_size]
-        errors = torch.empty_like(block)
-        for index in range(len(block)):
-            column = start + index
-            wanted = block[index] - factor[start:column, column] @ errors[:index]
-            block[index] = _quantized_column(wanted, scale, zero_point, int(groups[column]), form)
-            errors[index] = (wanted - block[index]) / factor[column, column]
-        columns[start + block_size :] -= factor[start : start + block_size, start + block_size :].T @ errors
+        _quantize_block(columns, factor, range(start, min(start + block_size, len(columns))), scale, zero_point, groups, form)
     result = torch.empty_like(columns)
     result[order] = columns
     return result.T
@@ -231,19 +217,13 @@ def gptq_with_scales(
     columns = weight.float().T.clone(memory_format=torch.contiguous_format)
     scale, zero_point = scale.clone(), None if zero_point is None else zero_point.clone()
     size = len(columns) // scale.shape[1]
+    groups = [column // size for column in range(len(columns))]
     for group, start in enumerate(range(0, len(columns), size)):
-        block = columns[start : start + size]
-        chosen, shifted = weight_scale(block.T, (len(scale), 1), form, observer)
+        chosen, shifted = weight_scale(columns[start : start + size].T, (len(scale), 1), form, observer)
         scale[:, group] = chosen[:, 0].to(scale.dtype)
         if zero_point is not None and shifted is not None:
             zero_point[:, group] = shifted[:, 0].to(zero_point.dtype)
-        errors = torch.empty_like(block)
-        for index in range(size):
-            column = start + index
-            wanted = block[index] - factor[start:column, column] @ errors[:index]
-            block[index] = _quantized_column(wanted, scale, zero_point, group, form)
-            errors[index] = (wanted - block[index]) / factor[column, column]
-        columns[start + size :] -= factor[start : start + size, start + size :].T @ errors
+        _quantize_block(columns, factor, range(start, start + size), scale, zero_point, groups, form)
     return columns.T, scale, zero_point
 
 
@@ -276,9 +256,24 @@ def fitted_scale(weight: torch.Tensor, levels: torch.Tensor, hessian: torch.Tens
     return fitted
 
 
-def _quantized_column(
-    column: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, group: int, form: Format
-) -> torch.Tensor:
-    """A column of the matrix, [features out], quantized and dequantized with the scales of its group."""
-    held = scale[:, group, None], None if zero_point is None else zero_point[:, group, None]
-    return formats.dequantize(formats.quantize(column[:, None], *held, form), *held, torch.float32)[:, 0]
+def _quantize_block(
+    columns: torch.Tensor,
+    factor: torch.Tensor,
+    block: range,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    groups: Sequence[int],
+    form: Format,
+) -> None:
+    """Quantize and dequantize the columns of a block in place, with the scales of their groups, and correct all later ones.
+
+    columns: the matrix, [features in, features out]; factor: U.
+    """
+    errors = torch.empty_like(columns[block.start : block.stop])
+    for index, column in enumerate(block):
+        held = scale[:, groups[column], None], None if zero_point is None else zero_point[:, groups[column], None]
+        wanted = columns[column] - factor[block.start : column, column] @ errors[:index]
+        q = formats.quantize(wanted[:, None], *held, form)
+        columns[column] = formats.dequantize(q, *held, torch.float32)[:, 0]
+        errors[index] = (wanted - columns[column]) / factor[column, column]
+    columns[block.stop :] -= factor[block.start : block.stop, block.stop :].T @ errors

@@ -18,15 +18,16 @@ The residual stream, norms and softmax stay in floating point unless `residual` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.linear import input_of, is_attention, is_linear
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of
+from lissom.compiler.analysis.structure.linear import input_of, is_attention
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, treated_layers
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.observers import Observer, WeightObserver, observed_ranges, weight_scale
 from lissom.compiler.ir import node as nodes
@@ -36,9 +37,8 @@ from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.formats import FORMATS, Format, scale_for
 from lissom.ops.quantization import fake_quantize, fake_quantize_dynamic
 
-aten = torch.ops.aten
-
 Scheme = Literal["int8-dynamic", "int8-static", "int8-weight", "int4-weight", "fp8"]
+_Grid = tuple[torch.Tensor, torch.Tensor | None]
 _DEFAULT_GROUP = 32
 _HALF = torch.finfo(torch.float16)
 
@@ -115,7 +115,7 @@ class Quantize(Approximation):
         if self.attention:
             values |= dict.fromkeys(item for node in edit.nodes() if is_attention(node) for item in node.args[:3])
         if self.residual:
-            values |= dict.fromkeys(_residual_sums(edit))
+            values |= dict.fromkeys(edit.program.fact(structure).residuals)
         if self.activation_format is not None:
             self._quantize_activations(edit, [item for item in values if isinstance(item, fx.Node)], set(layers))
         for matrix in {matrix.name: matrix for matrix in layers.values()}.values():
@@ -124,31 +124,17 @@ class Quantize(Approximation):
             for item in edit.program.fact(structure).embeddings:
                 self._quantize_table(edit, item.node)
 
-    def _chosen(self, edit: Editor, node: fx.Node) -> bool:
-        """True where `skip` and `only` select a node; otherwise the node is reported as skipped."""
-        reason = obstacle_by_name(node, skip=self.skip, only=self.only)
-        if reason is not None:
-            edit.skip(node, reason)
-        return reason is None
-
     def _layers(self, edit: Editor) -> dict[fx.Node, Matrix]:
         """The linear layers to quantize, with their matrices; the others are reported as skipped."""
-        found = edit.program.fact(structure)
-        tables = {weight for item in found.embeddings if (weight := _table(item.node)) is not None}
-        layers: dict[fx.Node, Matrix] = {}
-        for node in edit.nodes():
-            if not is_linear(node) or node in found.convolutions or not self._chosen(edit, node):
-                continue
-            matrix = matrix_of(node)
-            reason = matrix if isinstance(matrix, str) else self._obstacle(edit, node, matrix, tables)
-            if reason is not None:
-                edit.skip(node, reason)
-            elif isinstance(matrix, Matrix):
-                layers[node] = matrix
-        return layers
+        return treated_layers(
+            edit,
+            lambda node: obstacle_by_name(node, skip=self.skip, only=self.only) or matrix_of(node),
+            partial(self._obstacle, edit),
+            edit.program.fact(structure).convolutions,
+        )
 
-    def _obstacle(self, edit: Editor, node: fx.Node, matrix: Matrix, tables: set[fx.Node]) -> str | None:
-        tied = matrix.node in tables
+    def _obstacle(self, edit: Editor, node: fx.Node, matrix: Matrix) -> str | None:
+        tied = any(_table(item.node) is matrix.node for item in edit.program.fact(structure).embeddings)
         if tied and not self.embeddings:
             return "its weight is an embedding table too; embeddings=true treats both"
         if not tied and node in edit.program.fact(structure).lm_heads and not self.lm_head:
@@ -173,36 +159,45 @@ class Quantize(Approximation):
 
     def _quantize_weight(self, edit: Editor, node: fx.Node, *, transposed: bool = False) -> None:
         """Insert Q/DQ between a weight and all its readers."""
-        weight = edit.program.weight(str(node.target)).detach()
+        weight = edit.tensor(node)
         outputs, inputs = weight.shape[::-1] if transposed else weight.shape
-        shape = {
-            "tensor": (1, 1),
-            "channel": (outputs, 1),
-            "group": (outputs, inputs // self.group),
-        }[self._granularity]
+        shapes = {"tensor": (1, 1), "channel": (outputs, 1), "group": (outputs, inputs // self.group)}
+        shape = shapes[self._granularity]
         form = self.weight_format
         scale, zero_point = weight_scale(weight, shape[::-1] if transposed else shape, form, self.weight_observer)
         if self._granularity == "group" and float(scale.min()) > _HALF.tiny and float(scale.max()) < _HALF.max:
             scale = scale.half()
-        readers = list(node.users)
-        with edit.before(readers[0], like=[node]):
-            scales = [edit.weight(f"{node.target}_scale", scale)]
-            if zero_point is not None:
-                scales.append(edit.weight(f"{node.target}_zero_point", zero_point.to(torch.uint8)))
-            rounded = edit.call(fake_quantize, node, *scales, format=form.name)
+        self._insert(edit, node, list(node.users), form, (scale, zero_point), str(node.target))
+
+    def _insert(
+        self, edit: Editor, value: fx.Node, readers: list[fx.Node], form: Format, grid: _Grid | None, weight: str = ""
+    ) -> None:
+        """Insert Q/DQ between a value and its readers.
+
+        grid: scale and zero point; computed at run time where it is None. weight: the value's name when it is a weight.
+        """
+        name = weight or value.name
+        with edit.before(readers[0], like=[value if weight or value.op == "call_function" else readers[0]]):
+            if grid is None:
+                rounded = edit.call(fake_quantize_dynamic, value, format=form.name, granularity=self.activations)
+            else:
+                scale, zero_point = grid
+                parts = [edit.weight(f"{name}_scale", scale)]
+                if zero_point is not None:
+                    parts.append(edit.weight(f"{name}_zero_point", zero_point.to(torch.uint8)))
+                rounded = edit.call(fake_quantize, value, *parts, format=form.name)
         for reader in readers:
-            reader.replace_input_with(node, rounded)
+            reader.replace_input_with(value, rounded)
         edit.rewritten += 1
 
     def _quantize_table(self, edit: Editor, look_up: fx.Node) -> None:
         """Quantize an embedding table, unless it is quantized already with an LM head tied to it."""
         table = _table(look_up)
-        if table is None or look_up.args[0] is not table or not self._chosen(edit, look_up):
+        if table is None:
             return
-        reason = self._shape_obstacle(int(nodes.tensor_type(table).shape[1]))  # pyright: ignore[reportArgumentType]
-        if reason is not None:
-            edit.skip(look_up, reason)
-        else:
+        reason = obstacle_by_name(look_up, skip=self.skip, only=self.only)
+        size = int(nodes.tensor_type(table).shape[1])  # pyright: ignore[reportArgumentType]
+        if edit.may_change(look_up, reason or self._shape_obstacle(size)):
             self._quantize_weight(edit, table)
 
     def _quantize_activations(self, edit: Editor, values: list[fx.Node], layers: set[fx.Node]) -> None:
@@ -211,47 +206,17 @@ class Quantize(Approximation):
         assert form is not None
         ranges: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
         if self.scheme == "int8-static":
-            progress = _Reporter(edit)
             ranges = observed_ranges(
-                edit.program, edit.data, set(values), self.observer, form, fraction=self.fraction, progress=progress
+                edit.program, edit.data, set(values), self.observer, form, self.fraction, partial(edit.report, "observe")
             )
-        sums = set(_residual_sums(edit)) if self.residual else set[fx.Node]()
+        sums = set(edit.program.fact(structure).residuals) if self.residual else set[fx.Node]()
         for value in values:
             asked = [user for user in value.users if user in layers or (self.attention and is_attention(user)) or value in sums]
-            if not asked:
-                continue
-            with edit.before(asked[0], like=[value] if value.op == "call_function" else [asked[0]]):
-                if value in ranges:
-                    scale, zero_point = scale_for(*ranges[value], form)
-                    named = value.name
-                    parts = [edit.weight(f"{named}_scale", scale)]
-                    if zero_point is not None:
-                        parts.append(edit.weight(f"{named}_zero_point", zero_point.to(torch.uint8)))
-                    rounded = edit.call(fake_quantize, value, *parts, format=form.name)
-                else:
-                    rounded = edit.call(fake_quantize_dynamic, value, format=form.name, granularity=self.activations)
-            for user in asked:
-                user.replace_input_with(value, rounded)
-            edit.rewritten += 1
-
-
-@dataclass
-class _Reporter:
-    edit: Editor
-    what: str = field(default="observe")
-
-    def __call__(self, finished: int, total: int) -> None:
-        self.edit.report(self.what, finished, total)
+            if asked:
+                self._insert(edit, value, asked, form, scale_for(*ranges[value], form) if value in ranges else None)
 
 
 def _table(look_up: fx.Node) -> fx.Node | None:
     """The table of an embedding where it is a weight."""
     found = look_up.args[0]
     return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
-
-
-def _residual_sums(edit: Editor) -> list[fx.Node]:
-    """The residual adds."""
-    found = edit.program.fact(structure)
-    sums = [site.residual for site in (*found.attention, *found.feed_forward)]
-    return list(dict.fromkeys(item for item in sums if item is not None))

@@ -44,22 +44,18 @@ class QuantizeCache(Approximation):
         for write in edit.nodes(aten.copy_.default):
             if not _keeps_rows(write):
                 continue
-            if reason := self._obstacle(write):
-                edit.skip(write, reason)
-                continue
             state, new = write.args[:2]
             assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
-            before += _bytes(edit.program.weight(str(state.target)))
-            after += sum(map(_bytes, _quantize_state(edit, state, new, write, form)))
+            if edit.may_change(write, self._obstacle(write, state, new)):
+                before += edit.tensor(state).nbytes
+                after += sum(held.nbytes for held in _quantize_state(edit, state, new, write, form))
         if before:
             edit.note(f"the cache takes {after / 1e6:.3g} MB, and took {before / 1e6:.3g} MB")
         else:
             edit.note("the program has no KV cache; compile_generation makes one that has")
 
-    def _obstacle(self, write: fx.Node) -> str | None:
+    def _obstacle(self, write: fx.Node, state: fx.Node, new: fx.Node) -> str | None:
         """Why a write to the cache is left alone; None when it can be quantized."""
-        state, new = write.args[:2]
-        assert isinstance(state, fx.Node) and isinstance(new, fx.Node)
         if write.users or set(state.users) != {new, write}:
             return f"'{state.target}' has other readers"
         if self.bits == 4 and int(nodes.tensor_type(state).shape[-1]) % 2:  # pyright: ignore[reportArgumentType]
@@ -120,7 +116,3 @@ def quantize_rows(x: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Te
     whole = (x / scale).round().clamp(form.low, form.high).to(torch.int8)
     # Rows not written yet stay zero, and an artifact stores no zero state.
     return (pack_halves(whole) if form.bits == 4 else whole), scale.where(scale > LEAST, 0.0)
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

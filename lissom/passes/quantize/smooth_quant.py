@@ -61,9 +61,7 @@ class SmoothQuant(Rewrite):
         largest = largest_values(edit, {input_of(reader.layer) for site in sites for reader in site.readers})
         for site in sites:
             read = [site.by_channel(reader, largest[input_of(reader.layer)]) for reader in site.readers]
-            columns = [reader.matrix.read(edit.program).float().abs().amax(0) for reader in site.readers]
-            weights = [site.by_channel(*pair) for pair in zip(site.readers, columns, strict=True)]
-            site.scale(edit, smoothing(torch.stack(read).amax(0), torch.stack(weights).amax(0), self.alpha))
+            site.scale(edit, smoothing(torch.stack(read).amax(0), site.read_sizes(edit.program), self.alpha))
 
 
 def largest_values(edit: Editor, chosen: set[fx.Node]) -> dict[fx.Node, torch.Tensor]:

@@ -10,7 +10,7 @@ import lissom
 from lissom.backends.simulated_layers import count_kernels
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
-from lissom.compiler.verify.rounding import SHARDED, rounding_loss
+from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.ops.quantization import dequantize
 from lissom.passes.lowering.lower_quantized_products import capability, tiles
 from tests.models import Case, seeded, tokens
@@ -63,7 +63,7 @@ def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str
         wanted = run_samples(simulated, [sample])
         loss = rounding_loss(simulated, [sample], wanted)
         # What two programs may differ by that round values, or compute in bfloat16.
-        allowed = max(tolerance_of(fast.program), SHARDED * loss)
+        allowed = max(tolerance_of(fast.program), SHARE * loss)
         for _ in range(3):
             found = fast(input_ids=sample[0]).last_hidden_state  # pyright: ignore
             assert compare([[wanted[0][0]]], [[found]]).relative_error <= allowed

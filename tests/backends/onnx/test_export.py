@@ -22,16 +22,17 @@ from tests.models import CASES, capture_of, normal, seeded
 EXPORTS = {}
 
 
-def export(found):
+def export(found, decompose=False):
     """The export of a capture, made once: it takes seconds."""
-    if found.program not in EXPORTS:
-        EXPORTS[found.program] = export_onnx(found.program, found.example)
-    return EXPORTS[found.program]
+    key = found.program, decompose
+    if key not in EXPORTS:
+        EXPORTS[key] = export_onnx(found.program, found.example, decompose)
+    return EXPORTS[key]
 
 
-def exported(found, folder, chosen=()):
+def exported(found, folder, chosen=(), decompose=False):
     """The path of the model's file in one of its forms."""
-    return save_onnx(write_variant(export(found), chosen)[0], folder)
+    return save_onnx(write_variant(export(found, decompose), chosen)[0], folder)
 
 
 def run_plainly(found, path, inputs):
@@ -49,7 +50,7 @@ SLOW = {"bert_eager", "llama_eager", "t5", "gpt2", "blocked", "convolution"}
     [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in CASES if name != "counter"],
 )
 def test_the_file_passes_the_checker_and_shape_inference(name, chosen, tmp_path):
-    path = exported(capture_of(name), tmp_path, chosen)
+    path = exported(capture_of(name), tmp_path, chosen, decompose=True)
     onnx.checker.check_model(path, full_check=True)
     model = onnx.load(path)
     assert all(node.domain in ("", "com.microsoft") for node in model.graph.node)
@@ -57,8 +58,7 @@ def test_the_file_passes_the_checker_and_shape_inference(name, chosen, tmp_path)
 
 
 def test_names_are_those_of_the_program(tmp_path):
-    found = capture_of("bert")
-    model = onnx.load(exported(found, tmp_path))
+    model = onnx.load(exported(capture_of("bert"), tmp_path, decompose=True))
     assert [item.name for item in model.graph.input] == ["input_ids", "attention_mask"]
     assert [item.name for item in model.graph.output] == ["last_hidden_state", "pooler_output"]
     sizes = [size.dim_param for size in model.graph.input[0].type.tensor_type.shape.dim]

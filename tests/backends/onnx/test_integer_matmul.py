@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,7 +16,7 @@ import lissom
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
 from lissom.backends.onnx.integer_matmul import quantized_layers, simulated
 from lissom.backends.onnx.variants import INTEGERS, write_check, write_variant
-from lissom.frontends.export import capture
+from tests import captures
 from tests.models import normal, seeded
 
 WIDE = 384
@@ -60,11 +62,22 @@ class Tables(nn.Module):
 
 
 def exported(model, inputs, options, data=()):
-    """The program after `quantize` with these options, and its exported model."""
+    """The program after `quantize` with these options, and its exported model, as ONNX Runtime is given it."""
     passes = f"quantize{{lm_head=true{options and f',{options}'}}},fold-quantized-weights"
-    program = lissom.optimize(model, inputs, passes=passes, data=data).program
-    found = capture(model, (inputs,))
-    return program, export_onnx(program, found.example)
+    program = captures.optimize(model, inputs, passes=passes, data=data).program
+    return program, export_onnx(program, program.signature.flatten((inputs,), {}), decompose=False)
+
+
+@cache
+def exported_layer(options):
+    """A `Layer`, which nothing changes, once for all tests of one format."""
+    return exported(seeded(Layer), normal(2, 5, WIDE), options)
+
+
+@cache
+def exported_tables(options):
+    """The same of `Tables`."""
+    return exported(seeded(Tables), torch.tensor([[3, 0, 19], [5, 5, 1]]), options)
 
 
 def run(program, model, folder, x):
@@ -178,8 +191,7 @@ OPTIONS = [
 @pytest.mark.parametrize("form", [(), (INTEGERS,)], ids=["plain", "integers"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_format_gives_what_the_program_gives(options, form, tmp_path):
-    model = seeded(Layer)
-    program, export = exported(model, normal(2, 5, WIDE), options)
+    program, export = exported_layer(options)
     assert len(quantized_layers(export)) == 1
     x = normal(3, 4, WIDE, seed=3)
     (found,), _ = run(program, write_variant(export, form)[0], tmp_path, x)
@@ -190,9 +202,8 @@ def test_every_format_gives_what_the_program_gives(options, form, tmp_path):
 @pytest.mark.parametrize("form", [(), (INTEGERS,)], ids=["plain", "integers"])
 @pytest.mark.parametrize("options", ["int8-weight", "int4-weight,group=8", "int4-weight,group=16,symmetric=false"])
 def test_tables_are_looked_up_before_they_are_turned_back(options, form, tmp_path):
-    model = seeded(Tables)
     ids = torch.tensor([[3, 0, 19], [5, 5, 1]])
-    program, export = exported(model, ids, f"scheme={options},embeddings=true")
+    program, export = exported_tables(f"scheme={options},embeddings=true")
     (found,), operators = run(program, write_variant(export, form)[0], tmp_path, ids)
     # Sums of 32 terms of float32, twice.
     torch.testing.assert_close(torch.from_numpy(found), program.run([ids])[0], rtol=1e-4, atol=1e-5)
@@ -209,7 +220,7 @@ def test_tables_are_looked_up_before_they_are_turned_back(options, form, tmp_pat
     ],
 )
 def test_a_layer_without_a_product_of_integers_says_why(options, reason):
-    _, export = exported(seeded(Layer), normal(2, 5, WIDE), options)
+    _, export = exported_layer(options)
     (left,) = simulated(quantized_layers(export), 0)
     assert reason in left.reason
     assert left.module == "layer"
@@ -219,7 +230,7 @@ def test_a_layer_without_a_product_of_integers_says_why(options, reason):
 @pytest.mark.parametrize("accuracy_level", [0, 4])
 @pytest.mark.parametrize("options", ["", "activations=tensor", "scheme=int4-weight"])
 def test_products_are_compared_beside_each_other(options, accuracy_level, tmp_path):
-    program, export = exported(seeded(Layer), normal(2, 5, WIDE), options)
+    program, export = exported_layer(options)
     x = normal(3, 4, WIDE, seed=3)
     (found, error), _ = run(program, write_check(export, accuracy_level), tmp_path, x)
     torch.testing.assert_close(torch.from_numpy(found), program.run([x])[0], rtol=1e-4, atol=1e-5)
@@ -243,7 +254,7 @@ def test_layers_that_share_a_weight_are_both_products_of_integers() -> None:
     """ONNX Runtime rewrites weights of such products where they may overflow, and failed at the second of one weight."""
     model, x = seeded(Twice), normal(2, 5, WIDE)
     passes = "quantize{scheme=int8-dynamic,lm_head=true}"
-    program = lissom.optimize(model, x, passes=passes).program
-    compiled = lissom.compile(model, x, passes=passes, backend="onnxruntime", only_if_faster=False)
+    program = captures.optimize(model, x, passes=passes).program
+    compiled = captures.compile(model, x, passes=passes, backend=lissom.OnnxRuntime(timing_seconds=0), only_if_faster=False)
     # Sums of whole numbers are exact; scales are multiplied in another order.
     torch.testing.assert_close(compiled(x), program.run([x])[0], rtol=1e-5, atol=1e-5)

@@ -16,9 +16,9 @@ from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.backends.simulated_layers import simulated_layers
 from lissom.compiler.ir.samples import resize
 from lissom.compiler.verify.divergence import compare, run_samples, tolerance_of
-from lissom.compiler.verify.rounding import SHARDED, rounding_loss
+from lissom.compiler.verify.rounding import SHARE, rounding_loss
 from lissom.errors import UnsupportedError
-from lissom.frontends.export import capture
+from tests import captures
 from tests.models import normal, seeded, tiny_bert
 from tools.zoo.catalogue import entries
 
@@ -48,7 +48,7 @@ FAST = OnnxRuntime(timing_seconds=0)
 )
 def test_pruned_and_quantized_architectures_run_in_integers(name, scheme):
     case = next(entry for entry in entries() if entry.name == name).build()
-    compiled = lissom.compile(
+    compiled = captures.compile(
         case.model, case.inputs, passes=f"{PRUNED},{scheme}", backend=FAST, checks="structural", data=[case.inputs]
     )
     program, steps = compiled.program, compiled.report.history.steps
@@ -62,18 +62,18 @@ def test_pruned_and_quantized_architectures_run_in_integers(name, scheme):
     assert (int(found[1]), int(found[2]), sum(products.values())) == (count, count, count)
     wanted_products = {"MatMulNBits"} if scheme == INT4 else {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
     assert set(products) <= wanted_products
-    captured = capture(case.model, case.args, case.kwargs)
+    example = program.signature.flatten(case.args, case.kwargs)
     sizes = {symbol: max(3, dimension.minimum) for symbol, dimension in program.signature.dimensions.items()}
-    for sample in (captured.example, resize(program.signature, captured.example, sizes)):
+    for sample in (example, resize(program.signature, example, sizes)):
         outputs = run_samples(program, [sample])
         loss = 0.0 if scheme == INT4 else rounding_loss(program, [sample], outputs)
         error = compare(outputs, [list(compiled._executable(sample))]).relative_error
-        assert error <= max(tolerance_of(program), SHARDED * loss)
+        assert error <= max(tolerance_of(program), SHARE * loss)
 
 
 def compiled_bert(passes=DYNAMIC, **options):
     case = tiny_bert()
-    return case, lissom.compile(case.model, case.inputs, passes=passes, data=[case.inputs], checks="structural", **options)
+    return case, captures.compile(case.model, case.inputs, passes=passes, data=[case.inputs], checks="structural", **options)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_scheme_without_a_kernel_is_refused_and_simulated_where_asked():
     assert any(note.startswith(told) for note in notes_of(compiled))
     sample = compiled.program.signature.flatten((), case.inputs)
     wanted = run_samples(compiled.program, [sample])
-    allowed = max(tolerance_of(compiled.program), SHARDED * rounding_loss(compiled.program, [sample], wanted))
+    allowed = max(tolerance_of(compiled.program), SHARE * rounding_loss(compiled.program, [sample], wanted))
     assert compare(wanted, [list(compiled._executable(sample))]).relative_error <= allowed
 
 
@@ -147,4 +147,4 @@ def test_wrong_kernels_are_found_before_they_are_used(monkeypatch):
     with pytest.raises(
         UnsupportedError, match=r"its integer kernels fail here or are wrong: .*an integer product has a relative error of"
     ):
-        lissom.compile(model, normal(2, 3, 192), passes="quantize{lm_head=true}", backend=FAST)
+        captures.compile(model, normal(2, 3, 192), passes="quantize{lm_head=true}", backend=FAST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 import onnx
 import onnxruntime
@@ -13,7 +14,7 @@ from torch import nn
 import lissom
 from lissom.backends.onnx.export import export_onnx, input_names, save_onnx
 from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_variant
-from lissom.backends.onnxruntime.crossover import Timed, affordable_lengths, tell_lengths
+from lissom.backends.onnxruntime.variant_search import Timed, affordable_lengths, tell_lengths
 from lissom.compiler.verify.divergence import relative_error
 from lissom.frontends.export import capture
 from lissom.ops import block_sparse_attention
@@ -87,18 +88,27 @@ def layout_of(pattern, heads=1, rows=5, seed=0, dense=()):
     return layout
 
 
-def check(model, inputs, others, folder, **options):
-    """Every form of the model against itself, on inputs of these and other sizes; the graphs of the forms."""
+def exported(model, inputs):
+    """The model captured, and exported as ONNX Runtime is given it."""
     found = capture(model, inputs)
-    exported = export_onnx(found.program, found.example)
+    return found, export_onnx(found.program, found.example, decompose=False)
+
+
+def check(model, inputs, others, folder):
+    """Every form of the model against itself, on inputs of these and other sizes."""
+    check_exported(model, *exported(model, inputs), [inputs, *others], folder)
+
+
+def check_exported(model, found, export, samples, folder, **options):
+    """The same of a model that is exported already; the graphs of the forms."""
     graphs = []
     for form in ((), (ATTENTION,), (PAIRS,), (PAIRS, ATTENTION)):
-        written, _ = write_variant(exported, form, **options)
+        written, _ = write_variant(export, form, **options)
         path = save_onnx(written, folder)
         onnx.checker.check_model(path, full_check=True)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         names = input_names(found.program)
-        for sample in (inputs, *others):
+        for sample in samples:
             (result,) = session.run(None, dict(zip(names, (x.numpy() for x in sample), strict=True)))
             wanted = model(*sample).detach()
             assert relative_error(wanted, torch.tensor(result)) < ALLOWED, (form, [list(x.shape) for x in sample])
@@ -114,17 +124,21 @@ def test_every_form_gives_what_the_operator_gives(name, tmp_path):
     check(model, (normal(2, 140, 16),), [(normal(*size, 16, seed=3),) for size in sizes], tmp_path)
 
 
+@cache
+def by_heads(name):
+    """A model of this pattern whose heads have layouts of their own where there are any, with its export."""
+    pattern = PATTERNS[name]
+    model = seeded(lambda: Sparse(pattern, layout=layout_of(pattern, heads=4, dense=(1,))))
+    return model, *exported(model, (normal(2, 140, 16),))
+
+
 # A key and its value take 2 · 2 · 8 · 4 bytes of the two groups of heads.
 @pytest.mark.parametrize("chunk_bytes", [1, 128 * 2 * 140, 2**28])
 @pytest.mark.parametrize("name", ["window", "window and global tokens", "blocks and window"])
 def test_chunks_of_every_size_give_the_same(name, chunk_bytes, tmp_path):
     """A block at a time, a few, of which the last is not a whole chunk, and all at once; of one sequence and of several."""
-    pattern = PATTERNS[name]
-    model = seeded(lambda: Sparse(pattern, layout=layout_of(pattern, heads=4, dense=(1,))))
-    sizes = [(1, 1), (3, 333), (1, 701)]
-    graphs = check(
-        model, (normal(2, 140, 16),), [(normal(*size, 16, seed=3),) for size in sizes], tmp_path, chunk_bytes=chunk_bytes
-    )
+    samples = [(normal(2, 140, 16),), *((normal(*size, 16, seed=3),) for size in [(1, 1), (3, 333), (1, 701)])]
+    graphs = check_exported(*by_heads(name), samples, tmp_path, chunk_bytes=chunk_bytes)
     assert [sum(node.op_type == "Loop" for node in graph.graph.node) for graph in graphs] == [1, 1, 0, 0]
 
 
@@ -169,8 +183,8 @@ def sizes_of(graph, path, inputs):
 @pytest.mark.parametrize("name", ["window", "causal window", "window and global tokens"])
 def test_memory_is_linear_in_the_length(name, tmp_path):
     model = seeded(lambda: Sparse(PATTERNS[name], heads=1, groups=1))
-    found = capture(model, (normal(1, 140, 16),))
-    written, _ = write_variant(export_onnx(found.program, found.example), [ATTENTION])
+    found, export = exported(model, (normal(1, 140, 16),))
+    written, _ = write_variant(export, [ATTENTION])
     path = tmp_path / "whole.onnx"
     onnx.save(onnx.load(save_onnx(written, tmp_path)), path)
     graph = onnx.load(path)
@@ -210,7 +224,7 @@ def test_a_length_that_does_not_vary(bias, tmp_path):
     model = seeded(lambda: Sparse(strided))
     given = (normal(1, 300, 16),) if bias is None else (normal(1, 300, 16), bias)
     found = capture(model, given, dynamic=False)
-    written, places = write_variant(export_onnx(found.program, found.example), [ATTENTION])
+    written, places = write_variant(export_onnx(found.program, found.example, decompose=False), [ATTENTION])
     assert (places[PAIRS], places[ATTENTION]) == (1, 1)
     path = save_onnx(written, tmp_path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 def exported(model: nn.Module, inputs: tuple[torch.Tensor, ...]):
     found = capture(model, inputs)
-    return found, export_onnx(found.program, found.example)
+    return found, export_onnx(found.program, found.example, decompose=False)
 
 
 def run(found, model, folder, inputs):

@@ -31,7 +31,7 @@ def built():
 def fast_bert():
     """A tiny encoder, and it compiled."""
     case = tiny_bert()
-    return case, lissom.compile(case.model, case.inputs, backend="onnxruntime")
+    return case, lissom.compile(case.model, case.inputs, backend=OnnxRuntime(timing_seconds=0))
 
 
 SLOW = {"bert_eager", "llama_eager", "t5", "gpt2", "blocked", "convolution"}
@@ -220,7 +220,7 @@ def test_without_its_packages_it_is_refused_before_anything_runs(monkeypatch):
 
 def test_the_files_go_with_the_executable():
     found = capture_of("feed_forward")
-    session = OnnxRuntime().build(found.program, found.example)
+    session = OnnxRuntime(timing_seconds=0).build(found.program, found.example)
     folder = session.path.parent
     assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "model.onnx.data"]
     del session

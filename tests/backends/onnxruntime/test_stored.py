@@ -11,7 +11,7 @@ import torch
 from lissom.backends.onnxruntime.backend import OnnxRuntime
 from lissom.compiler.ir.program import kept_state
 from lissom.errors import ArtifactError, InputError
-from tests.backends.caches import decoder
+from tests.backends.caches import decoder, decoder_session
 from tests.models import capture_of, normal, tokens
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed: pip install 'lissom[onnx]'")
@@ -23,10 +23,11 @@ BACKEND = OnnxRuntime(timing_seconds=0)
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A feed-forward and a decoder with a cache, each with the folder its session was saved to."""
-    made = {}
-    for name, found in {"plain": capture_of("feed_forward"), "cache": decoder()}.items():
+    plain, made = capture_of("feed_forward"), {}
+    built = {"plain": (plain, BACKEND.build(plain.program, plain.example)), "cache": (decoder(), decoder_session())}
+    for name, (found, executable) in built.items():
         folder = tmp_path_factory.mktemp(name)
-        BACKEND.save_files(BACKEND.build(found.program, found.example), folder)
+        BACKEND.save_files(executable, folder)
         made[name] = found, folder
     return made
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.calibration import observers
 from lissom.compiler.calibration.observers import Observer, choose_range, observed_ranges, weight_scale
 from lissom.ops import formats
 from lissom.ops.formats import FORMATS
+from tests import captures
 from tests.models import normal
 
 FORM = FORMATS["uint8"]
@@ -77,7 +77,7 @@ def test_values_far_from_zero_keep_their_range(observer: Observer, sign: int) ->
 
 
 def test_ranges_are_those_of_all_samples() -> None:
-    program = lissom.optimize(nn.Sequential(nn.ReLU(), nn.Linear(4, 2)), torch.ones(2, 4)).program
+    program = captures.optimize(nn.Sequential(nn.ReLU(), nn.Linear(4, 2)), torch.ones(2, 4)).program
     relu = program.nodes(torch.ops.aten.relu.default)[0]
     data = [[torch.full((2, 4), 3.0)], [torch.full((2, 4), -1.0)], [torch.full((2, 4), 7.0)]]
     low, high = observed_ranges(program, data, {relu}, "min-max", FORM)[relu]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-import lissom
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.partial_run import Stream
@@ -54,7 +53,9 @@ def test_little_is_held_between_layers() -> None:
 
 
 def test_values_that_float16_cannot_hold_are_held_as_they_are() -> None:
-    program = lissom.optimize(torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.ReLU()), torch.ones(2, 4)).program
+    program = captures.optimize(
+        torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.ReLU()), torch.ones(2, 4)
+    ).program
     for size in (1e6, 1e-6):
         data = [[torch.full((2, 4), size)]]
         stream = Stream(program, data)

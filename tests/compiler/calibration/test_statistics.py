@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
@@ -69,7 +68,7 @@ def test_a_flat_value_has_a_flat_mask() -> None:
             return self.layer(x.flatten(0, 1)).tanh() * mask.flatten()[:, None]
 
     inputs = (normal(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    program = lissom.optimize(Flat().eval(), inputs).program
+    program = captures.optimize(Flat().eval(), inputs).program
     linear = program.nodes(torch.ops.aten.linear.default)[0]
     mask = token_mask(program, list(inputs), linear)
     assert mask is not None
@@ -99,4 +98,4 @@ def test_activations_that_overflow_are_refused(passes: str) -> None:
         model[0].weight.fill_(300)
     x = torch.full((4, 8), 300.0, dtype=torch.float16)
     with pytest.raises(RequirementError, match=r"of '(linear|relu).* infinite or NaN .* torch.float16"):
-        lissom.optimize(model, x, passes=passes, checks="off", data=[x])
+        captures.optimize(model, x, passes=passes, checks="off", data=[x])

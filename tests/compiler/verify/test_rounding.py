@@ -65,10 +65,10 @@ def test_what_a_model_makes_of_a_last_bit_is_told_from_a_mistake() -> None:
     """A thousand times a norm's last bit is more than two float32 programs are allowed; a node's own rounding is not."""
     module = Calls(lambda x, weight: torch.sin(1000 * torch.nn.functional.layer_norm(x, (8,), weight)))
     inputs = normal(4, 8), normal(8, seed=1)
-    error = lissom.optimize(module, inputs, passes=[Shake(1e-6)], dynamic=False).report.history.steps[-1].relative_error
+    error = captures.optimize(module, inputs, passes=[Shake(1e-6)], dynamic=False).report.history.steps[-1].relative_error
     assert error is not None and error > TOLERANCE[torch.float32]
     with pytest.raises(VerifyError, match="its outputs differ from the program before"):
-        lissom.optimize(module, inputs, passes=[Shake(1e-4)], dynamic=False)
+        captures.optimize(module, inputs, passes=[Shake(1e-4)], dynamic=False)
 
 
 def test_every_node_is_given_what_its_inputs_were() -> None:
@@ -138,18 +138,18 @@ def test_queries_that_see_padding_alone_are_told_from_a_mistake(dtype: torch.dty
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, :3] = 0
     inputs = normal(2, 6, 8).to(dtype), mask
-    history = lissom.optimize(Queries(fill), inputs).report.history
+    history = captures.optimize(Queries(fill), inputs).report.history
     (raised,) = [step for step in history.steps if step.spelling == "raise-attention"]
     assert raised.rewritten == 1 and (dtype is torch.float32 or raised.relative_error > 0.02)
     with pytest.raises(VerifyError, match=r"^double was rolled back: its outputs differ from the program before"):
-        lissom.optimize(Queries(fill), inputs, passes=[PASSES["raise-attention"](), Double()])
+        captures.optimize(Queries(fill), inputs, passes=[PASSES["raise-attention"](), Double()])
 
 
 def test_onnx_runtime_may_round_them_in_its_own_way() -> None:
     """Found by tools/fuzz: models were refused for what queries of padding see."""
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, :3] = 0
-    fast = lissom.compile(Queries(-1e6), (normal(2, 6, 8), mask), backend=lissom.OnnxRuntime(timing_seconds=0.0))
+    fast = captures.compile(Queries(-1e6), (normal(2, 6, 8), mask), backend=lissom.OnnxRuntime(timing_seconds=0.0))
     assert fast.report.history.steps[-1].relative_error is not None
 
 

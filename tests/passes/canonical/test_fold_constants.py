@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.passes.canonical.fold_constants import FoldConstants
+from tests import captures
 from tests.models import captured, normal, seeded
 from tests.passes.harness import Calls, apply, aten, calls, check_golden, every_backend, rewrite
 
@@ -175,9 +176,9 @@ def test_the_users_module_is_untouched() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module = seeded(GemmaNorm)
-    fast = lissom.compile(module, normal(2, 5, 8), passes="fold-constants,raise-rms-norm", backend=backend)
+    fast = captures.compile(module, normal(2, 5, 8), passes="fold-constants,raise-rms-norm", backend=backend)
     x = normal(3, 7, 8, seed=1)
     # One product the other way round: a rounding of 6e-8 on values below 10.
     torch.testing.assert_close(fast(x), module(x), rtol=1e-6, atol=1e-6)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.ops import fused_rms_norm
 from lissom.passes.canonical.raise_rms_norm import RaiseRmsNorm
+from tests import captures
 from tests.models import normal
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
@@ -197,9 +198,9 @@ def test_a_mean_of_cubes_is_left_alone() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     w = weight()
-    fast = lissom.compile(Calls(gemma, w=w), normal(2, 5, 8), backend=backend)
+    fast = captures.compile(Calls(gemma, w=w), normal(2, 5, 8), backend=backend)
     assert calls(fast.program, aten.rms_norm.default, fused_rms_norm) == 1
     x = normal(3, 7, 8, seed=1)
     # As in test_numbers.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
@@ -174,9 +174,9 @@ def test_llama_stays_understood() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module = seeded(Turned)
-    fast = lissom.compile(module, normal(2, TOKENS, 8), backend=backend)
+    fast = captures.compile(module, normal(2, TOKENS, 8), backend=backend)
     assert raised(fast.program) + calls(fast.program, fused_rotary) == 1
     x = normal(3, 7, 8, seed=1)
     # A product of eight terms, then two products and a sum, on values of order 1.

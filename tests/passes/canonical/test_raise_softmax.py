@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.passes.canonical.raise_softmax import RaiseSoftmax
+from tests import captures
 from tests.models import normal
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
@@ -78,9 +79,9 @@ def test_a_shift_by_another_maximum_stays() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module = Calls(lambda q, k, v: written_out(q @ k.mT) @ v)
-    fast = lissom.compile(module, tuple(normal(2, 5, 4, seed=seed) for seed in range(3)), backend=backend)
+    fast = captures.compile(module, tuple(normal(2, 5, 4, seed=seed) for seed in range(3)), backend=backend)
     assert calls(fast.program, aten.scaled_dot_product_attention.default) == 1
     q, k, v = (normal(3, 7, 4, seed=seed) for seed in range(3, 6))
     # Two sums of a few float32 terms and an exponential.

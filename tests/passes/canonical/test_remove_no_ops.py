@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.passes.canonical.remove_no_ops import RemoveNoOps
+from tests import captures
 from tests.models import normal, seeded
 from tests.passes.harness import Calls, apply, aten, calls, capture_model, check_golden, every_backend, rewrite
 
@@ -206,9 +207,9 @@ def test_numbers(shape: tuple[int, ...]) -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module = seeded(Copying)
-    fast = lissom.compile(module, normal(2, 5, 8), passes=[RemoveNoOps()], backend=backend)
+    fast = captures.compile(module, normal(2, 5, 8), passes=[RemoveNoOps()], backend=backend)
     x = normal(3, 7, 8, seed=1)
     # One layer of eight inputs, whose products each backend sums in its own order.
     torch.testing.assert_close(fast(x), module(x), rtol=0, atol=1e-6)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from lissom.backends.base import Backend
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.frontends.decoder import capture_decoder
@@ -141,7 +142,7 @@ def test_rewrites() -> None:
 
 
 @every_backend
-def test_a_bert_reads_its_mask_as_it_is(backend: str) -> None:
+def test_a_bert_reads_its_mask_as_it_is(backend: Backend) -> None:
     case = tiny_bert()
     compiled = captures.compile(case.model, case.inputs, backend=backend)
     step = next(item for item in compiled.report.history.steps if item.spelling == "simplify-masks")

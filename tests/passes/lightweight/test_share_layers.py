@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
@@ -179,7 +180,7 @@ def test_the_model_keeps_its_weights() -> None:
 def test_requirements() -> None:
     x = normal(2, 5, 8)
     with pytest.raises(RequirementError, match="share-layers requires that weights of linear layers are floating point"):
-        lissom.optimize(seeded(lambda: Stack(2)), x, passes="quantize{scheme=int8-weight},share-layers{groups=1}")
+        captures.optimize(seeded(lambda: Stack(2)), x, passes="quantize{scheme=int8-weight},share-layers{groups=1}")
     for options, message in (
         ({}, "takes exactly one of groups= and every=; groups=1 shares all, as ALBERT does"),
         ({"groups": 1, "every": 2}, "takes exactly one of groups= and every="),
@@ -199,7 +200,7 @@ def test_options_are_spelt_as_they_are_written() -> None:
 
 @every_backend
 @pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
-def test_composes(build: Callable[[], Case], backend: str) -> None:
+def test_composes(build: Callable[[], Case], backend: Backend) -> None:
     case = build()
     pruning = "prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead"
     fast = captures.compile(case.model, case.inputs, passes=f"exact,share-layers{{groups=1}},{pruning}", backend=backend)
@@ -216,11 +217,11 @@ def test_a_shared_weight_is_rounded_once() -> None:
 
 
 @every_backend
-def test_a_shared_weight_is_saved_once(tmp_path: Path, backend: str) -> None:
+def test_a_shared_weight_is_saved_once(tmp_path: Path, backend: Backend) -> None:
     """Wide enough for weights to be most of what is saved."""
     module, x = seeded(lambda: nn.Sequential(*(FeedForward(256, 1024) for _ in range(2)))), normal(2, 5, 256)
     one = sum(parameter.numel() * 4 for parameter in module[0].parameters())
-    fast = lissom.compile(module, x, passes="exact,share-layers{groups=1}", backend=backend)
+    fast = captures.compile(module, x, passes="exact,share-layers{groups=1}", backend=backend)
     fast.save(tmp_path / "saved")
     # A backend may keep weights in the form it reads beside the program's own; each file holds a shared one once.
     assert max(path.stat().st_size for path in (tmp_path / "saved").rglob("*") if path.is_file()) < 1.5 * one

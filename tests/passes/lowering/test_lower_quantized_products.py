@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import lissom
 from lissom.backends.eager.backend import Eager
 from lissom.backends.inductor import Inductor
 from lissom.backends.simulated_layers import count_kernels, simulated_layers
@@ -198,8 +197,8 @@ def test_a_known_scale_becomes_weights(newest: None) -> None:
     module, x = seeded(Two), normal(2, 5, 64)
     data = [normal(2, 5, 64, seed=seed) for seed in range(4)]
     passes = "quantize{scheme=int8-static,lm_head=true}"
-    before = lissom.optimize(module, x, passes=passes, data=data).program
-    program = lissom.optimize(module, x, passes=passes + LOWERING, data=data).program
+    before = captures.optimize(module, x, passes=passes, data=data).program
+    program = captures.optimize(module, x, passes=passes + LOWERING, data=data).program
     assert (calls(program, BYTES), calls(program, fake_quantize, aten.aminmax.default)) == (3, 0)
     found = normal(3, 7, 64, seed=9)
     close(program(found), before(found), 2e-3)
@@ -333,7 +332,7 @@ def test_weights_of_eight_bits_are_measured(monkeypatch: pytest.MonkeyPatch, sec
         results.append(call())
         return seconds[len(results) % 2 - 1]
 
-    monkeypatch.setattr(lower_quantized_products, "_median", median)
+    monkeypatch.setattr(lower_quantized_products, "median_seconds", median)
     program, history = lowered(seeded(Two), normal(2, 5, 64), options=",scheme=int8-weight")
     assert (calls(program, EIGHT), len(results)) == (count, 6)
     for eight, dense in zip(results[::2], results[1::2], strict=True):

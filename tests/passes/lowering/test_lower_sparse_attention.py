@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.ops import attention, block_sparse_attention, fused_attention
@@ -126,7 +126,7 @@ def test_no_mask_of_all_pairs_is_left(name: str, padded: bool) -> None:
     inputs: dict[str, object] = {"input_ids": tokens(1, 2048), "use_cache": False}
     if padded:
         inputs["attention_mask"] = torch.ones(1, 2048, dtype=torch.long)
-    optimized = lissom.optimize(model, inputs, passes=[ALWAYS])
+    optimized = captures.optimize(model, inputs, passes=[ALWAYS])
     step = optimized.report.history.steps[-1]
     assert step.summary == "rewrote 2"
     # Sums of up to 512 terms in another order, in float32.
@@ -181,7 +181,7 @@ def test_a_window_longer_than_the_text_hides_nothing() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     case: Case = tiny_bert()
     passes = "sparsify-attention{window=2}"
     fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)

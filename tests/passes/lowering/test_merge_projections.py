@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.program import Program
 from lissom.passes.lowering.merge_projections import MergeProjections
@@ -93,9 +93,9 @@ def test_a_merged_attention_is_seen_as_packed() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module = seeded(Projections)
-    fast = lissom.compile(module, normal(2, 5, 8), passes="merge-projections{always=true}", backend=backend)
+    fast = captures.compile(module, normal(2, 5, 8), passes="merge-projections{always=true}", backend=backend)
     x = normal(3, 7, 8, seed=1)
     # Sums of up to sixteen products, in another order.
     torch.testing.assert_close(fast(x), module(x), rtol=1e-5, atol=1e-6)

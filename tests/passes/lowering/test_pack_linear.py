@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.errors import InputError
 from lissom.ops import packed_embedding, packed_linear
 from lissom.ops.packed_linear import unpack
 from lissom.passes.lowering.pack_linear import PackLinear
+from tests import captures
 from tests.models import normal, seeded
 from tests.passes.harness import Calls, aten, calls, check_golden, rewrite
 
@@ -71,7 +71,7 @@ def test_a_layer_used_twice_is_packed_once_and_a_table_that_is_a_head_is_looked_
 
 
 def test_a_row_that_is_not_there_is_named_as_before() -> None:
-    compiled = lissom.compile(seeded(Tied), torch.tensor([[1, 2, 3]]))
+    compiled = captures.compile(seeded(Tied), torch.tensor([[1, 2, 3]]))
     rows = seeded(Tied).table.num_embeddings
     with pytest.raises(InputError, match=f"rows 0 to {rows - 1}"):
         compiled(torch.tensor([[1, rows]]))

@@ -154,7 +154,7 @@ def test_weights_alone_in_integers(make: Callable[[], nn.Module], options: str) 
 def test_a_known_scale_goes_into_the_kernel() -> None:
     module, x = seeded(Two), normal(2, 5, 6)
     data = [normal(2, 5, 6, seed=seed) for seed in range(4)]
-    compiled = lissom.compile(module, x, passes="quantize{scheme=int8-static,lm_head=true}", data=data)
+    compiled = captures.compile(module, x, passes="quantize{scheme=int8-static,lm_head=true}", data=data)
     (first, *_) = compiled.program.nodes(quantized_linear)
     assert calls(compiled.program, quantized_linear) == 2
     assert calls(compiled.program, fake_quantize) == 0

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.backends.eager.backend import Eager
 from lissom.ops.sparse_linear import sparse_linear
 from lissom.passes.lowering.pack_sparse import PackSparse
+from tests import captures
 from tests.models import normal, seeded
 from tests.ops.test_sparse_linear import two_in_four
 from tests.passes.harness import aten, calls, check_golden, rewrite
@@ -71,7 +71,7 @@ def test_it_is_of_the_eager_backend_on_cuda() -> None:
 
 def test_composes() -> None:
     module, x = seeded(lambda: Two(torch.float32)), normal(2, 5, 64)
-    found = lissom.optimize(module, x, passes="sparsify{pattern=2:4},cast{dtype=bf16},pack-sparse{always=true}").program
+    found = captures.optimize(module, x, passes="sparsify{pattern=2:4},cast{dtype=bf16},pack-sparse{always=true}").program
     assert calls(found, sparse_linear) == 1
     assert calls(found, aten.linear.default) == 1
 
@@ -79,7 +79,7 @@ def test_composes() -> None:
 @pytest.mark.gpu
 def test_it_runs_on_tensor_cores() -> None:
     module, x = seeded(Two).cuda(), normal(64, 128, 64).bfloat16().cuda()
-    fast = lissom.compile(module, x, passes=[PackSparse(always=True)])
+    fast = captures.compile(module, x, passes=[PackSparse(always=True)])
     assert calls(fast.program, sparse_linear) == 1
     with torch.no_grad():
         for _ in range(3):
@@ -88,6 +88,6 @@ def test_it_runs_on_tensor_cores() -> None:
 
 @pytest.mark.gpu
 def test_by_default_it_is_measured() -> None:
-    fast = lissom.compile(seeded(Two).cuda(), normal(64, 128, 64).bfloat16().cuda())
+    fast = captures.compile(seeded(Two).cuda(), normal(64, 128, 64).bfloat16().cuda())
     step = next(step for step in fast.report.history.steps if step.spelling == "pack-sparse")
     assert step.rewritten + len(step.skipped) == 1

@@ -9,6 +9,7 @@ from torch import nn
 import lissom
 from lissom.compiler.analysis.cost import cost
 from lissom.passes.lowering.write_state_in_place import WriteStateInPlace
+from tests import captures
 from tests.decoders import decoder
 from tests.models import normal
 from tests.passes.harness import aten, calls, check_golden, rewrite
@@ -38,7 +39,7 @@ def test_rewrites() -> None:
 
 def test_numbers() -> None:
     model = Rows()
-    fast = lissom.compile(model, normal(2, 4), dynamic=False)
+    fast = captures.compile(model, normal(2, 4), dynamic=False)
     for seed in range(3):
         # The same sums in the same order.
         assert torch.equal(fast(normal(2, 4, seed=seed)), model(normal(2, 4, seed=seed)))

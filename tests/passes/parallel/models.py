@@ -65,7 +65,10 @@ MODELS: dict[str, Callable[[], Case]] = {
     "falcon": lambda: _causal("FalconForCausalLM", transformers.FalconConfig(**_SIZES, multi_query=True, alibi=False)),
     "olmo2": lambda: _causal("Olmo2ForCausalLM", transformers.Olmo2Config(**_GROUPED, eos_token_id=0, pad_token_id=0)),
     "mamba": lambda: _causal("MambaForCausalLM", transformers.MambaConfig(**_RECURRENT, state_size=8)),
-    "mamba2": lambda: _causal("Mamba2ForCausalLM", transformers.Mamba2Config(**_RECURRENT, **_MAMBA2)),
+    # One layer, which its export unrolls into some thousand operators.
+    "mamba2": lambda: _causal(
+        "Mamba2ForCausalLM", transformers.Mamba2Config(**_RECURRENT | {"num_hidden_layers": 1}, **_MAMBA2)
+    ),
     "bert": lambda: _causal("BertModel", transformers.BertConfig(**_SIZES)),
     "gpt2": lambda: _causal(
         "GPT2LMHeadModel",
@@ -123,6 +126,12 @@ def partition(
     after, history = run_passes(f"shard{{world_size={world_size}{options}}},partition", program, samples)
     assert isinstance(after, PartitionedProgram)
     return after, history
+
+
+@cache
+def partitioned(name: str, world_size: int, options: str = "") -> tuple[Program, History]:
+    """A program of one of the models partitioned, as `partition` does, once a session: not to be changed."""
+    return partition(*program_of(name), world_size, options)
 
 
 def collectives(program: Program) -> tuple[int, int]:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE
 from lissom.compiler.parallel.plan import make_plan
 from lissom.inspect.sharding import joint_traffic, traffic
+from tests import captures
 from tests.models import seeded
 from tests.passes.harness import rewrite
 from tests.passes.parallel.models import collectives, reasons
@@ -130,7 +130,7 @@ def test_bytes_a_token_fall_from_the_vocabulary_to_a_few_numbers() -> None:
         vocab_size=1001, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, use_cache=False
     )
     model, example = seeded(lambda: Next(config)), {"input_ids": torch.randint(0, 1001, (2, 5))}
-    program = lissom.optimize(model, example).program
+    program = captures.optimize(model, example).program
     plan = make_plan(program, 4)
     numbers = dict.fromkeys(program.signature.dimensions, 3)
     moved = [item for move in plan.moves for item in traffic(plan, move, numbers)]
@@ -139,5 +139,5 @@ def test_bytes_a_token_fall_from_the_vocabulary_to_a_few_numbers() -> None:
     # Each of 4 ranks tells a value and an index of each of 9 tokens, where logits would be 1001 numbers of each.
     assert str(node.target) == "aten.argmax.default" and item.kind == "all-gather"
     assert item.payload_bytes == 9 * 4 * 2 * 4
-    notes = lissom.optimize(model, example, passes="shard{world_size=4},partition").report.history.steps[-2].notes
+    notes = captures.optimize(model, example, passes="shard{world_size=4},partition").report.history.steps[-2].notes
     assert any("reads a sharded dimension: 8 numbers per row exchanged, not gathered" in note for note in notes)

@@ -17,6 +17,7 @@ from lissom.compiler.parallel.partitioned_program import PartitionedProgram
 from lissom.compiler.verify.divergence import relative_error, run_samples, tolerance_of
 from lissom.errors import PassError, RequirementError, UnsupportedError
 from lissom.passes.parallel.partition import Partition
+from tests import captures
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite
 from tests.passes.parallel.models import (
@@ -24,6 +25,7 @@ from tests.passes.parallel.models import (
     collectives,
     decoder_program_of,
     partition,
+    partitioned,
     program_of,
     reasons,
     run_passes,
@@ -63,12 +65,11 @@ def test_a_stale_plan_is_refused() -> None:
 @pytest.mark.parametrize(("name", "world_size"), NAMES_AND_SIZES)
 def test_numbers(name: str, world_size: int) -> None:
     # The pipeline compares the ranks in lock-step with the program before, at two sizes.
-    program, samples = program_of(name)
-    after, history = partition(program, samples, world_size)
+    after, history = partitioned(name, world_size)
     assert reasons(history) == []
     assert len(after.ranks) == world_size
     with torch.no_grad():
-        first, *others = after.run_ranks(samples[0])
+        first, *others = after.run_ranks(program_of(name)[1][0])
     assert all(torch.equal(a, b) for rank in others for a, b in zip(first, rank, strict=True))
 
 
@@ -91,8 +92,7 @@ def test_numbers(name: str, world_size: int) -> None:
     ],
 )
 def test_communicates_no_more_than_needed(name: str, reduces: int) -> None:
-    program, samples = program_of(name)
-    after, _ = partition(program, samples, 2)
+    after, _ = partitioned(name, 2)
     assert collectives(after) == (reduces, 1)
 
 
@@ -105,7 +105,7 @@ def test_rank_holds_its_share_of_the_bytes(world_size: int) -> None:
         num_key_value_heads=4, use_cache=False,
     )  # fmt: skip
     model = seeded(lambda: LlamaForCausalLM(config))
-    optimized = lissom.optimize(
+    optimized = captures.optimize(
         model, {"input_ids": torch.randint(0, 4096, (2, 5))}, passes=f"shard{{world_size={world_size}}},partition"
     )
     whole = sum(weight.numel() * weight.element_size() for weight in model.parameters())
@@ -114,16 +114,16 @@ def test_rank_holds_its_share_of_the_bytes(world_size: int) -> None:
 
 
 def test_weights_are_views_where_rows_are_neighbours() -> None:
-    program, samples = program_of("llama")
-    after, _ = partition(program, samples, 2)
+    program, _ = program_of("llama")
+    after, _ = partitioned("llama", 2)
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
         whole = program.weight(name).untyped_storage().data_ptr()
         assert {weights[name].untyped_storage().data_ptr() for weights in after.ranks} == {whole}
 
 
 def test_packed_projections_are_sharded_in_each_part() -> None:
-    program, samples = program_of("gpt2")
-    after, _ = partition(program, samples, 2)
+    program, _ = program_of("gpt2")
+    after, _ = partitioned("gpt2", 2)
     name = "transformer.h.0.attn.c_attn.weight"
     q, k, v = program.weight(name).split(32, dim=1)
     for rank, weights in enumerate(after.ranks):
@@ -132,17 +132,24 @@ def test_packed_projections_are_sharded_in_each_part() -> None:
 
 
 def test_a_tied_embedding_is_sharded_once() -> None:
-    program, samples = program_of("gemma3")
-    after, _ = partition(program, samples, 2)
+    after, _ = partitioned("gemma3", 2)
     tables = [name for name, weight in after.weights().items() if tuple(weight.shape) == (31, 32)]
     assert tables == ["lm_head.weight"]
     # 61 rows are sharded as 62: the last of the second rank is zero.
     assert not after.ranks[1][tables[0]][-1].any()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-weight", "int4-weight,group=8"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+SCHEMES = ("int8-dynamic", "int8-weight", "int4-weight,group=8")
+# Each model with each scheme, and both with each number of ranks: nine of the 27 are no slow ones.
+QUANTIZED = [
+    pytest.param(name, scheme, world_size, marks=[] if (row + column) % 3 == world_size - 2 else pytest.mark.slow)
+    for row, name in enumerate(("llama", "gpt2", "bert"))
+    for column, scheme in enumerate(SCHEMES)
+    for world_size in (2, 3, 4)
+]
+
+
+@pytest.mark.parametrize(("name", "scheme", "world_size"), QUANTIZED)
 def test_quantized_layers(name: str, scheme: str, world_size: int) -> None:
     program, samples = program_of(name)
     quantized, _ = run_passes(f"quantize{{scheme={scheme}}},fold-quantized-weights", program, samples)
@@ -165,8 +172,18 @@ def test_heads_left_by_pruning_need_not_divide(world_size: int) -> None:
     assert not last[-8:].any()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "gpt_neox"])
+# Two heads of keys and values, and as many as queries have, each for two to four ranks.
+CACHES = {("llama", 2), ("llama", 3), ("gemma3", 4), ("gpt2", 3), ("gpt2", 4), ("gpt_neox", 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [
+        pytest.param(name, world_size, marks=[] if (name, world_size) in CACHES else pytest.mark.slow)
+        for name in ("llama", "gemma3", "gpt2", "gpt_neox")
+        for world_size in (2, 3, 4)
+    ],
+)
 def test_key_value_caches_are_sharded_by_heads(name: str, world_size: int) -> None:
     program, samples = decoder_program_of(name)
     after, _ = partition(program, samples, world_size)
@@ -180,8 +197,8 @@ def test_key_value_caches_are_sharded_by_heads(name: str, world_size: int) -> No
 
 
 def test_one_rank_runs_alone_with_stand_ins() -> None:
-    program, samples = program_of("llama")
-    after, _ = partition(program, samples, 2)
+    _, samples = program_of("llama")
+    after, _ = partitioned("llama", 2)
     one = after.of_rank(1)
     assert not isinstance(one, PartitionedProgram)
     # An exact pass on one rank's program is checked: the stand-ins are the same before and after it.
@@ -192,7 +209,7 @@ def test_one_rank_runs_alone_with_stand_ins() -> None:
 
 def test_no_backend_runs_ranks_in_one_process() -> None:
     with pytest.raises(UnsupportedError, match=r"choose backend 'distributed', or take .* run `program.of_rank\(rank\)`"):
-        lissom.compile(seeded(FeedForward), normal(2, 5, 8), passes="shard{world_size=2},partition")
+        captures.compile(seeded(FeedForward), normal(2, 5, 8), passes="shard{world_size=2},partition")
 
 
 def _run_rank(rank: int, port: int, folder: str, options: str) -> None:
@@ -239,7 +256,7 @@ class Mixer(nn.Module):
 @pytest.mark.parametrize("padding", [1, "same"])
 def test_a_depthwise_convolution_is_sharded_by_channels(padding: str | int) -> None:
     x = normal(2, 6, 8)
-    program = lissom.optimize(seeded(lambda: Mixer(padding)), x).program
+    program = captures.optimize(seeded(lambda: Mixer(padding)), x).program
     after, _ = partition(program, [[x]], 2)
     assert after.weight("conv.weight").shape == (8, 1, 3)
     for found in after.run_ranks([x]):

@@ -16,7 +16,15 @@ from lissom.inspect.sharding import Link, sharding_table, traffic
 from lissom.inspect.tables import plain
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import rewrite
-from tests.passes.parallel.models import NAMES_AND_SIZES, decoder_program_of, partition, program_of, reasons, run_passes
+from tests.passes.parallel.models import (
+    NAMES_AND_SIZES,
+    decoder_program_of,
+    partition,
+    partitioned,
+    program_of,
+    reasons,
+    run_passes,
+)
 
 SEQUENCE = ",sequence=true"
 
@@ -35,7 +43,7 @@ def of_length(program: Program, samples: list[Sample], length: int) -> list[torc
 @pytest.mark.parametrize(("name", "world_size"), NAMES_AND_SIZES)
 def test_numbers(name: str, world_size: int) -> None:
     program, samples = program_of(name)
-    after, history = partition(program, samples, world_size, SEQUENCE)
+    after, history = partitioned(name, world_size, SEQUENCE)
     assert reasons(history) == []
     with torch.no_grad():
         # Lengths that divide and that do not, fewer positions than ranks, and a single one.
@@ -64,8 +72,7 @@ def test_numbers(name: str, world_size: int) -> None:
     ],
 )
 def test_collectives(name: str, wanted: tuple[int, int, int]) -> None:
-    program, samples = program_of(name)
-    after, _ = partition(program, samples, 2, SEQUENCE)
+    after, _ = partitioned(name, 2, SEQUENCE)
     assert kinds(after) == wanted
 
 
@@ -91,7 +98,7 @@ def test_layers_that_are_not_sharded_gather_the_stream_once() -> None:
 
 def test_the_stream_is_sharded() -> None:
     program, samples = program_of("llama")
-    after, history = partition(program, samples, 4, SEQUENCE)
+    after, history = partitioned("llama", 4, SEQUENCE)
     # 13 tokens are 4 on each rank; a norm and a residual sum see these, a projection sees all of them.
     seen: dict[object, set[int]] = {}
     norm, add, linear = torch.ops.aten.rms_norm.default, torch.ops.aten.add.Tensor, torch.ops.aten.linear.default
@@ -117,11 +124,9 @@ def test_the_table_tells_what_a_rank_holds_of_the_stream() -> None:
 
 
 def test_what_stays_an_all_reduce_is_told_with_the_reason() -> None:
-    program, samples = program_of("vit")
-    _, history = partition(program, samples, 3, SEQUENCE)
+    _, history = partitioned("vit", 3, SEQUENCE)
     assert not any("all-reduce" in note for note in history.steps[1].notes)
-    program, samples = program_of("neox")
-    _, history = partition(program, samples, 2, SEQUENCE)
+    _, history = partitioned("neox", 2, SEQUENCE)
     assert "a sum stays an all-reduce: aten.layer_norm takes it whole" in history.steps[1].notes
 
     class Few(FeedForward):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir import node as nodes
 from tests import captures
 from tests.models import CASES, normal, seeded
@@ -122,7 +122,7 @@ def test_state_is_read_before_it_is_written() -> None:
 def test_models_kept_in_bfloat16_stay_bit_for_bit(name: str) -> None:
     case = CASES[name]()
     model = case.model.to(BF16)
-    optimized = lissom.optimize(model, case.inputs, passes="exact,fold-casts,sink-casts,fold-casts")
+    optimized = captures.optimize(model, case.inputs, passes="exact,fold-casts,sink-casts,fold-casts")
     errors = {step.spelling: step.relative_error for step in optimized.report.history.steps if "casts" in step.spelling}
     assert set(errors.values()) == {0}
     casts = [node for node in optimized.program.nodes(aten.to.dtype) if node.args[0].op == "get_attr"]  # pyright: ignore
@@ -130,7 +130,7 @@ def test_models_kept_in_bfloat16_stay_bit_for_bit(name: str) -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     case = CASES["llama"]()
     passes = "cast{dtype=fp16},sink-casts,fold-casts"
     fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, data=[case.inputs])

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lissom.backends.base import Backend
 from lissom.compiler.ir import node as nodes
 from tests import captures
 from tests.models import CASES, normal, seeded
@@ -155,9 +156,9 @@ def test_models_after_cast_stay_bit_for_bit(name: str) -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     case = CASES["llama"]()
-    if backend == "onnxruntime":
+    if backend.name == "onnxruntime":
         pytest.skip("ONNX Runtime has no bfloat16 on a CPU; fold-casts is tested there in float16")
     fast = captures.compile(case.model, case.inputs, passes="mixed-precision", backend=backend)
     with torch.no_grad():

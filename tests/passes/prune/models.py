@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from lissom.compiler.analysis.axes.columns import head_columns, neuron_columns
+from lissom.compiler.analysis.axes.columns import find_head_columns, find_neuron_columns
 from lissom.compiler.analysis.structure.transformer import Structure, structure
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
@@ -41,14 +41,14 @@ def sites_of(program: Program) -> Structure:
 
 def zero_heads(program: Program, index: int, heads: Iterable[int]) -> None:
     """Zero the columns that read these heads of the attention of that number."""
-    columns = head_columns(program, sites_of(program).attention[index])
+    columns = find_head_columns(program, sites_of(program).attention[index])
     weight = program.weight(str(columns.weight.target))
     Editor(program, "mask").set_weight(columns.weight, columns.zeroed(weight, heads))
 
 
 def zero_neurons(program: Program, index: int, neurons: Iterable[int]) -> None:
     """Zero the columns that read these neurons of the feed-forward of that number."""
-    columns = neuron_columns(program, sites_of(program).feed_forward[index])
+    columns = find_neuron_columns(program, sites_of(program).feed_forward[index])
     weight = program.weight(str(columns.weight.target))
     Editor(program, "mask").set_weight(columns.weight, columns.zeroed(weight, neurons))
 

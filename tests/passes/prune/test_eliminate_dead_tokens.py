@@ -11,8 +11,9 @@ import transformers
 from torch import nn
 from torch.nn import functional
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.passes.prune.eliminate_dead_tokens import EliminateDeadTokens
+from tests import captures
 from tests.models import VOCABULARY, FeedForward, normal, seeded, tokens
 from tests.passes.harness import check_golden, every_backend, rewrite
 
@@ -133,7 +134,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, object]]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_compute_their_last_layer_where_it_is_read(name: str) -> None:
     build, given = MODELS[name]
-    optimized = lissom.optimize(seeded(build), given, passes="eliminate-dead-tokens")
+    optimized = captures.optimize(seeded(build), given, passes="eliminate-dead-tokens")
     step = optimized.report.history.steps[-1]
     # Of two layers, the second is left with its keys and values: from 0.62 to 0.70 of everything, by the sizes.
     assert step.size.flops < 0.75 * optimized.report.history.steps[0].size.flops
@@ -150,9 +151,9 @@ def test_positions_that_a_layer_computes_are_left() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module = seeded(lambda: Layer(by_row, causal=True))
-    fast = lissom.compile(module, normal(3, 6, 8), passes="eliminate-dead-tokens", backend=backend)
+    fast = captures.compile(module, normal(3, 6, 8), passes="eliminate-dead-tokens", backend=backend)
     x = normal(4, 7, 8, seed=3)
     # Sums of up to twelve float32 products of order 1.
     torch.testing.assert_close(fast(x), module(x), rtol=0, atol=5e-6)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir.editor import Editor
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.prune.merge_equal_heads import MergeEqualHeads, largest_group
+from tests import captures
 from tests.decoders import decoder
 from tests.models import normal, seeded
 from tests.passes.harness import apply, aten, calls, check_golden, every_backend, rewrite
@@ -171,9 +172,9 @@ def test_the_largest_group_of_equal_heads() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module, x = seeded(Attention), normal(2, 5, 8)
-    compiled = lissom.compile(module, x, passes=f"exact,{PASS}", backend=backend)
+    compiled = captures.compile(module, x, passes=f"exact,{PASS}", backend=backend)
     with torch.no_grad():
         # Sums of 8 terms in float32, in another order.
         torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lissom
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pipeline import Pipeline
@@ -100,5 +99,5 @@ def test_what_is_pruned_is_removed() -> None:
 
 
 def test_leaves_other_programs_alone() -> None:
-    plain = lissom.optimize(torch.nn.Linear(3, 5), torch.randn(2, 3), passes=[PruneHeads(keep=0.5)])
+    plain = captures.optimize(torch.nn.Linear(3, 5), torch.randn(2, 3), passes=[PruneHeads(keep=0.5)])
     assert plain.report.history.diff(0, len(plain.report.history.steps) - 1) == ""

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
@@ -120,7 +119,7 @@ def test_magnitude_and_energy_are_sums_of_shares() -> None:
     energy = energy + share(torch.tensor([float((stream[:, c] ** 2).sum() * (last[:, c] ** 2).sum()) for c in range(8)]))
     for criterion, scores in (("magnitude", magnitude), ("energy", energy)):
         passes = f"prune-hidden{{keep=0.5,round_to=1,criterion={criterion},reconstruct=false}}"
-        program, _ = Pipeline(parse_pipeline(passes, PASSES), data=[[x]], checks="off").run(lissom.optimize(model, x).program)
+        program, _ = Pipeline(parse_pipeline(passes, PASSES), data=[[x]], checks="off").run(captures.optimize(model, x).program)
         kept = program.weight("0.weight").any(0).nonzero().flatten().tolist()
         assert kept == sorted(scores.topk(4).indices.tolist())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lissom
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.pipeline import Pipeline
@@ -68,8 +67,8 @@ def test_without_data_the_magnitude_decides_and_criteria_that_need_data_refuse()
 def test_a_layer_scope_takes_the_same_of_each_and_protected_layers_keep_all() -> None:
     case = tiny_bert()
     passes = "prune-neurons{keep=0.5,scope=layer,protect=encoder.layer.0}"
-    first, second = all_units(lissom.optimize(case.model, case.inputs).program)
-    assert all_units(lissom.optimize(case.model, case.inputs, passes=passes).program) == [first, second // 2]
+    first, second = all_units(captures.optimize(case.model, case.inputs).program)
+    assert all_units(captures.optimize(case.model, case.inputs, passes=passes).program) == [first, second // 2]
 
 
 def test_a_share_no_site_can_meet_is_refused() -> None:
@@ -102,5 +101,5 @@ def test_what_is_pruned_is_removed() -> None:
 
 
 def test_leaves_other_programs_alone() -> None:
-    plain = lissom.optimize(torch.nn.Linear(3, 5), torch.randn(2, 3), passes=[PruneNeurons(keep=0.5)])
+    plain = captures.optimize(torch.nn.Linear(3, 5), torch.randn(2, 3), passes=[PruneNeurons(keep=0.5)])
     assert plain.report.history.diff(0, len(plain.report.history.steps) - 1) == ""

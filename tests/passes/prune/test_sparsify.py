@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import History
@@ -17,7 +16,7 @@ from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
 from lissom.errors import LissomError, RequirementError, UnsupportedError
 from lissom.passes import PASSES
-from lissom.passes.prune.sparsify import NOTE, Sparsify, largest_fraction, sparsegpt, wanda
+from lissom.passes.prune.sparsify import NOTE, Sparsify, sparsegpt, threshold, wanda
 from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5, tokens
 from tests.passes.harness import check_golden, rewrite
@@ -167,7 +166,7 @@ def test_sparsegpt_gives_less_error_than_wanda_and_wanda_less_than_magnitude() -
     weight, rows = normal(32, 64), normal(400, 64, seed=1) @ mixing
     read = moments_of(rows)
     found = {
-        "magnitude": weight.masked_fill(~largest_fraction(weight.abs(), 0.5), 0),
+        "magnitude": weight.masked_fill(weight.abs() <= threshold([weight], 0.5), 0),
         "wanda": wanda(weight, read, 0.5, None),
         "sparsegpt": sparsegpt(weight, read, 0.5, None, 0.01, 16),
     }
@@ -195,7 +194,7 @@ class Chain(nn.Module):
 
 def test_a_layer_is_calibrated_on_what_the_pruned_ones_give() -> None:
     module, data = seeded(Chain), [normal(6, 5, 8, seed=seed) for seed in (1, 2)]
-    program = lissom.optimize(module, data[0], passes="sparsify{keep=0.5,criterion=sparsegpt}", data=data).program
+    program = captures.optimize(module, data[0], passes="sparsify{keep=0.5,criterion=sparsegpt}", data=data).program
     rows = torch.cat([item.flatten(0, 1) for item in data])
     first = sparsegpt(module.first.weight.detach(), moments_of(rows), 0.5, None, 0.01, 128)
     between = torch.relu(nn.functional.linear(rows, first, module.first.bias)).detach()
@@ -217,7 +216,7 @@ class Twice(nn.Module):
 
 def test_a_shared_matrix_is_calibrated_on_all_that_its_layers_read() -> None:
     module, x = seeded(Twice), normal(6, 5, 8)
-    program = lissom.optimize(module, x, passes="sparsify{criterion=wanda}", data=[x]).program
+    program = captures.optimize(module, x, passes="sparsify{criterion=wanda}", data=[x]).program
     rows = torch.cat([x, torch.relu(module.layer(x))]).flatten(0, 1).detach()
     wanted = wanda(module.layer.weight.detach(), moments_of(rows), 0.5, None)
     assert torch.equal(program.weight("layer.weight"), wanted)
@@ -247,7 +246,7 @@ def test_what_does_not_divide_is_reported() -> None:
 def test_the_model_keeps_its_weights() -> None:
     module = seeded(FeedForward)
     before = {name: weight.clone() for name, weight in module.named_parameters()}
-    lissom.optimize(module, normal(2, 5, 8), passes="sparsify{criterion=sparsegpt}", data=[normal(2, 5, 8)])
+    captures.optimize(module, normal(2, 5, 8), passes="sparsify{criterion=sparsegpt}", data=[normal(2, 5, 8)])
     assert all(torch.equal(weight, before[name]) for name, weight in module.named_parameters())
 
 

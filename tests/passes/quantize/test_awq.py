@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes.quantize.awq import Awq
+from tests import captures
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite
 from tests.passes.quantize.calibrated import MODELS, passed
@@ -70,7 +70,7 @@ def search(
 def test_rewrites() -> None:
     """Only values change, so the text stays as it is."""
     module, x = outlying()
-    found = lissom.optimize(module, x, passes="awq{group=8}", data=[x])
+    found = captures.optimize(module, x, passes="awq{group=8}", data=[x])
     step = found.report.history.steps[-1]
     assert step.relative_error is not None and step.relative_error < 1e-6
     check_golden("awq", f"{found.program.text()}\n{step.summary}\n")
@@ -78,7 +78,7 @@ def test_rewrites() -> None:
 
 def test_leaves_other_programs_alone() -> None:
     module = seeded(lambda: torch.nn.Linear(8, 8))
-    found = lissom.optimize(module, normal(2, 8), passes="awq", data=[normal(2, 8)])
+    found = captures.optimize(module, normal(2, 8), passes="awq", data=[normal(2, 8)])
     assert found.report.history.diff(0, len(found.report.history.steps) - 1) == ""
     assert torch.equal(found.program.weight("weight"), module.weight)
 
@@ -94,7 +94,7 @@ def test_leaves_other_programs_alone() -> None:
 )
 def test_numbers(options: str, group: int, low: int, high: int, zero_points: bool) -> None:
     module, x = outlying()
-    program = lissom.optimize(module, x, passes=f"awq{{{options},weight_observer=min-max}}", data=[x[:2], x[2:]]).program
+    program = captures.optimize(module, x, passes=f"awq{{{options},weight_observer=min-max}}", data=[x[:2], x[2:]]).program
     rows = module.norm(x).detach().reshape(-1, 16).double()
     weights = [module.left.weight.detach().double(), module.right.weight.detach().double()]
     factors = search(weights, rows, group, low, high, zero_points=zero_points)
@@ -109,7 +109,7 @@ def test_numbers(options: str, group: int, low: int, high: int, zero_points: boo
 def test_rounding_costs_less_after_it() -> None:
     module, x = outlying()
     errors = [
-        lissom.optimize(module, x, passes=passes, data=[x]).report.history.steps[-1].relative_error
+        captures.optimize(module, x, passes=passes, data=[x]).report.history.steps[-1].relative_error
         for passes in ("quantize{scheme=int4-weight,group=8}", "awq{group=8},quantize{scheme=int4-weight,group=8}")
     ]
     assert errors[1] < 0.8 * errors[0]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.ir.program import Program
 from lissom.errors import RequirementError
 from lissom.passes.quantize.correct_bias import CorrectBias
+from tests import captures
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite
 from tests.passes.quantize.calibrated import MODELS, batches, exact, passed
@@ -45,7 +45,7 @@ def test_rewrites() -> None:
     """The layer without a bias gets one."""
     module, x = biased(), normal(6, 5, 8)
     module.down = nn.Linear(12, 8, bias=False)
-    found = lissom.optimize(module.eval(), x, passes=f"{SCHEME},correct-bias", data=[x])
+    found = captures.optimize(module.eval(), x, passes=f"{SCHEME},correct-bias", data=[x])
     check_golden("correct_bias", f"{found.program.text()}\n{found.report.history.steps[-1].summary}\n")
 
 
@@ -60,9 +60,9 @@ def test_leaves_other_programs_alone() -> None:
 def test_numbers(scheme: str) -> None:
     """Every layer gives the mean it gave, and b = b + E[W x] - E[Q(W) x̃] where no layer was corrected before."""
     module, x = biased(), normal(6, 5, 8)
-    before = lissom.optimize(module, x).program
-    rounded = lissom.optimize(module, x, passes=scheme, data=[x]).program
-    after = lissom.optimize(module, x, passes=f"{scheme},correct-bias", data=[x[:2], x[2:]]).program
+    before = captures.optimize(module, x).program
+    rounded = captures.optimize(module, x, passes=scheme, data=[x]).program
+    after = captures.optimize(module, x, passes=f"{scheme},correct-bias", data=[x[:2], x[2:]]).program
     wanted, shifted, found = (means(program, [[x]]) for program in (before, rounded, after))
     for one, other in zip(wanted, found, strict=True):
         # Means of 30 float32 values of order 1.
@@ -88,7 +88,7 @@ def test_real_tokens_alone_count(name: str) -> None:
 
 def test_rounding_costs_less_after_it() -> None:
     module, x = biased(), normal(6, 5, 8)
-    steps = lissom.optimize(module, x, passes=f"{SCHEME},correct-bias", data=[x]).report.history.steps
+    steps = captures.optimize(module, x, passes=f"{SCHEME},correct-bias", data=[x]).report.history.steps
     assert steps[-1].relative_error < steps[-2].relative_error
     # The error that is left is that of single values, which has no mean: 1 - cosine falls to about a quarter.
     assert 1 - steps[-1].cosine < 0.5 * (1 - steps[-2].cosine)

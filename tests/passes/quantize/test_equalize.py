@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.errors import RequirementError
 from lissom.passes.quantize.equalize import balance
+from tests import captures
 from tests.models import normal, seeded
 from tests.passes.harness import check_golden, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, passed
@@ -79,7 +79,7 @@ def test_rounding_costs_less_after_it() -> None:
     module, x = uneven(), normal(6, 5, 8)
     coarse = "quantize{scheme=int8-weight,granularity=tensor}"
     errors = [
-        lissom.optimize(module, x, passes=passes).report.history.steps[-1].relative_error
+        captures.optimize(module, x, passes=passes).report.history.steps[-1].relative_error
         for passes in (coarse, f"equalize,{coarse}")
     ]
     assert errors[1] < 0.6 * errors[0]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.analysis.structure.linear import is_linear
 from lissom.compiler.analysis.structure.matrix import rounded_matrix_of
 from lissom.compiler.calibration.hessian import damped, shifted
@@ -17,6 +16,7 @@ from lissom.ops import formats
 from lissom.ops.formats import FORMATS
 from lissom.ops.quantization import fake_quantize
 from lissom.passes.quantize.gptq import Gptq, fitted_scale, gptq, gptq_with_scales
+from tests import captures
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import apply, capture_model, check_golden, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, moments_of, passed
@@ -87,7 +87,7 @@ def test_rewrites() -> None:
     """Only values change, so the text stays that of the program rounded to the nearest."""
     x = normal(4, 5, 8)
     module = seeded(FeedForward)
-    found = lissom.optimize(module, x, passes="quantize{scheme=int4-weight,group=4},gptq", data=[x])
+    found = captures.optimize(module, x, passes="quantize{scheme=int4-weight,group=4},gptq", data=[x])
     step = found.report.history.steps[-1]
     check_golden("gptq", f"{found.program.text()}\n{step.summary}\n")
     before = found.report.history.steps[-2]
@@ -238,7 +238,7 @@ def test_a_layer_is_calibrated_on_what_the_rounded_ones_give(scheme: str) -> Non
     """Rounded values too, where the scheme rounds what layers read."""
     module, data = seeded(Chain), [normal(6, 5, 8, seed=seed) for seed in (1, 2)]
     passes = f"quantize{{scheme={scheme}}},gptq{{act_order=false,asymmetric=false,refit=false}}"
-    program = lissom.optimize(module, data[0], passes=passes, data=data).program
+    program = captures.optimize(module, data[0], passes=passes, data=data).program
 
     def read(value: torch.Tensor) -> torch.Tensor:
         if scheme == "int8-weight":
@@ -274,7 +274,7 @@ def test_layers_are_fitted_to_what_they_gave_before_and_tokens_count_by_the_norm
     module, x = seeded(Normed), normal(60, 8, seed=1) * normal(60, 1, seed=2).exp()
     rounding = "quantize{scheme=int4-weight,granularity=channel,weight_observer=min-max}"
     passes = f"{rounding},gptq{{act_order=false,refit=false,pull=0.2}}"
-    program = lissom.optimize(module, x, passes=passes, data=[x]).program
+    program = captures.optimize(module, x, passes=passes, data=[x]).program
     before = now = x
     for name, linear in (("first", module.first), ("second", module.second)):
         weight = linear.weight.detach()
@@ -305,7 +305,7 @@ class TiedTable(nn.Module):
 def test_a_table_that_is_an_lm_head_too_is_treated_by_what_the_head_reads(tables: bool) -> None:
     module, ids = seeded(TiedTable), torch.arange(12).reshape(2, 6)
     passes = f"quantize{{scheme=int8-weight,embeddings=true}},gptq{{tables={'true' if tables else 'false'}}}"
-    found = lissom.optimize(module, ids, passes=passes, data=[ids])
+    found = captures.optimize(module, ids, passes=passes, data=[ids])
     on_grid_or_untouched = found.program.weight("table.weight").detach()
     if not tables:
         assert torch.equal(on_grid_or_untouched, module.table.weight.detach())
@@ -346,7 +346,7 @@ def test_composes() -> None:
     x = normal(4, 5, 8)
     passes = "quantize{scheme=int4-weight,group=4},gptq"
     module = seeded(FeedForward)
-    found = lissom.optimize(module, x, passes=passes, data=[x]).program
+    found = captures.optimize(module, x, passes=passes, data=[x]).program
     folded, history = apply("fold-quantized-weights", found, [x])
     assert history.steps[-1].relative_error == 0
     assert torch.equal(folded(x), found(x))

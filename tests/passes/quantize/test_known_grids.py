@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.ops.quantization import fake_quantize
+from tests import captures
 from tests.models import normal, seeded
 
 gguf = pytest.importorskip("gguf")
@@ -21,7 +21,7 @@ def test_groups_of_32_give_q8_0_back() -> None:
     module = seeded(lambda: nn.Linear(96, 24))
     module.weight = nn.Parameter(held.clone())
     passes = "quantize{scheme=int8-weight,granularity=group,group=32,lm_head=true}"
-    program = lissom.optimize(module, normal(2, 96), passes=passes).program
+    program = captures.optimize(module, normal(2, 96), passes=passes).program
     (node,) = program.nodes(fake_quantize)
     scale = program.weight(str(node.args[1].target))
     assert scale.dtype == torch.float16

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.errors import RequirementError, UnsupportedError
@@ -99,7 +98,7 @@ def test_asymmetric_weights_have_zero_points_in_range() -> None:
 def test_static_scales_are_those_of_the_data() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     data = [torch.full((2, 4), float(size)) for size in (1, 5)]
-    program = lissom.optimize(model, torch.ones(2, 4), passes="quantize{scheme=int8-static,lm_head=true}", data=data).program
+    program = captures.optimize(model, torch.ones(2, 4), passes="quantize{scheme=int8-static,lm_head=true}", data=data).program
     first = next(node for node in program.nodes(fake_quantize) if node.args[0].op == "placeholder")
     assert float(program.weight(str(first.args[1].target))) == pytest.approx(5 / 255)
     assert int(program.weight(str(first.args[2].target))) == 0
@@ -119,10 +118,10 @@ class Tied(nn.Module):
 
 def test_a_tied_table_is_rounded_once_for_both_when_asked() -> None:
     ids = torch.tensor([[1, 2, 3]])
-    plain = lissom.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight}")
+    plain = captures.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight}")
     assert list(rounded_weights(plain.program)) == ["mix.weight"]
     assert any("is an embedding table too" in skip.reason for skip in plain.report.history.steps[-1].skipped)
-    both = lissom.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight,embeddings=true}").program
+    both = captures.optimize(Tied(), (ids,), passes="quantize{scheme=int8-weight,embeddings=true}").program
     table = both.nodes(aten.embedding.default)[0].args[0]
     assert table.target is fake_quantize
     assert {user.target for user in table.users} == {aten.embedding.default, aten.linear.default}
@@ -195,7 +194,7 @@ def test_options_that_make_no_sense_are_refused(text: str, sentence: str) -> Non
 
 
 def test_a_width_no_group_divides_is_reported() -> None:
-    found = lissom.optimize(
+    found = captures.optimize(
         nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 8)),
         torch.ones(2, 12),
         passes=[Quantize("int4-weight", group=8)],

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lissom
 from lissom.compiler.ir.program import Program
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.passes.quantize.smooth_quant import SmoothQuant, smoothing
+from tests import captures
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import check_golden, rewrite
 from tests.passes.quantize.calibrated import MODELS, exact, passed
@@ -25,14 +25,14 @@ def outlying() -> tuple[FeedForward, torch.Tensor]:
 def quantized_error(module: torch.nn.Module, x: torch.Tensor, passes: str) -> float:
     """The largest error on the calibration data, as a share of the largest value."""
     with torch.no_grad():
-        wanted, found = module(x), lissom.optimize(module, x, passes=passes, data=[x]).program(x)
+        wanted, found = module(x), captures.optimize(module, x, passes=passes, data=[x]).program(x)
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def test_rewrites() -> None:
     """Only values change, so the text stays as it is."""
     module, x = outlying()
-    found = lissom.optimize(module, x, passes="smooth-quant", data=[x])
+    found = captures.optimize(module, x, passes="smooth-quant", data=[x])
     step = found.report.history.steps[-1]
     assert step.relative_error is not None and step.relative_error < 1e-6
     check_golden("smooth_quant", f"{found.program.text()}\n{step.summary}\n")
@@ -40,7 +40,7 @@ def test_rewrites() -> None:
 
 def test_leaves_other_programs_alone() -> None:
     module = seeded(lambda: torch.nn.Linear(8, 8))
-    found = lissom.optimize(module, normal(2, 8), passes="smooth-quant", data=[normal(2, 8)])
+    found = captures.optimize(module, normal(2, 8), passes="smooth-quant", data=[normal(2, 8)])
     assert found.report.history.diff(0, len(found.report.history.steps) - 1) == ""
     assert torch.equal(found.program.weight("weight"), module.weight)
 
@@ -48,7 +48,7 @@ def test_leaves_other_programs_alone() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
 def test_numbers(alpha: float) -> None:
     module, x = outlying()
-    program = lissom.optimize(module, x, passes=f"smooth-quant{{alpha={alpha}}}", data=[x[:3], x[3:]]).program
+    program = captures.optimize(module, x, passes=f"smooth-quant{{alpha={alpha}}}", data=[x[:3], x[3:]]).program
     read = module.norm(x).detach().reshape(-1, 8)
     for channel in range(8):
         largest = max(abs(float(value)) for value in read[:, channel])
@@ -64,7 +64,7 @@ def test_weights_of_short_formats_are_scaled_by_powers_of_two(dtype: torch.dtype
     """Found by tools/fuzz: weights rounded anew moved outputs by more than two correct programs differ."""
     module, x = outlying()
     module, x = module.to(dtype), x.to(dtype)
-    found = lissom.optimize(module, x, passes="smooth-quant", data=[x])
+    found = captures.optimize(module, x, passes="smooth-quant", data=[x])
     factors = found.program.weight("up.weight").float() / module.up.weight.detach().float()
     assert bool((factors[0] != 1).any())
     assert torch.equal(factors.log2(), factors.log2().round())

@@ -75,11 +75,10 @@ def axes(program: Program) -> Axes:
         if node.op == "output":
             break
         found = nodes.node_type(node)
-        if node.op == "call_function":
-            if isinstance(found, (TensorType, tuple)):
-                of[node] = rules.apply(node, of)
-            else:
-                rules.read_sizes(node, of)
+        if node.op == "call_function" and isinstance(found, (TensorType, tuple)):
+            of[node] = rules.apply(node, of)
+        elif node.op == "call_function":
+            rules.read_sizes(node, of)
         elif isinstance(found, TensorType):
             of[node] = fresh(found, "an input of the program" if node.op == "placeholder" else "")
     for leaf in program.output.all_input_nodes:

@@ -7,8 +7,10 @@ and a pinned axis is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import sympy
 
@@ -71,21 +73,18 @@ def product(parts: Sequence[Axis]) -> Axis:
     factors = [factor for part in parts for factor in part.factors()]
     if len(factors) == 1:
         return factors[0]
-    size: Size = 1
-    for factor in factors:
-        size = size * factor.size
-    return Axis(size, "product", tuple(factors)) if factors else Axis(1)
+    return Axis(math.prod(sizes_of(factors)), "product", tuple(factors)) if factors else Axis(1)
 
 
 def concatenation(parts: Sequence[Axis]) -> Axis:
     """The axis of the concatenated parts."""
     segments = [segment for part in parts for segment in part.segments()]
-    if len(segments) == 1:
-        return segments[0]
-    size: Size = 0
-    for segment in segments:
-        size = size + segment.size
-    return Axis(size, "sum", tuple(segments))
+    return segments[0] if len(segments) == 1 else Axis(sum(sizes_of(segments)), "sum", tuple(segments))
+
+
+def sizes_of(axes: Iterable[Axis]) -> list[int]:
+    """The sizes of axes, as numbers for the type checker even where they are symbolic."""
+    return [cast(int, axis.size) for axis in axes]
 
 
 def pin(axis: Axis, reason: str) -> None:
@@ -94,16 +93,11 @@ def pin(axis: Axis, reason: str) -> None:
         atom.pinned = atom.pinned or reason
 
 
-def mark_whole(axis: Axis) -> None:
-    """Note that an operator reads all of the axis at once."""
+def mark(axis: Axis, *, whole: bool = False, normed: bool = False) -> None:
+    """Note that an operator reads all of the axis at once, or that a norm runs over it."""
     for atom in axis.atoms():
-        atom.whole = True
-
-
-def mark_normed(axis: Axis) -> None:
-    """Note that a norm runs over the axis."""
-    for atom in axis.atoms():
-        atom.normed = True
+        atom.whole |= whole
+        atom.normed |= normed
 
 
 def unify(left: Axis, right: Axis, reason: str) -> None:
@@ -135,12 +129,8 @@ def _absorb(atom: Axis, other: Axis) -> None:
         _pin_both(atom, other, "an axis would contain itself")
         return
     atom.same_as = other
-    if atom.whole:
-        mark_whole(other)
-    if atom.normed:
-        mark_normed(other)
-    if atom.pinned:
-        pin(other, atom.pinned)
+    mark(other, whole=atom.whole, normed=atom.normed)
+    pin(other, atom.pinned)
 
 
 def _align(left: list[Axis], right: list[Axis], reason: str, split) -> None:  # noqa: ANN001
@@ -179,24 +169,17 @@ def divide(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
     return axis.parts[0], axis.parts[1]
 
 
-def _divide_product(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
-    taken: list[Axis] = []
+def _divide_product(axis: Axis, wanted: Size) -> tuple[Axis, Axis] | None:
     factors = axis.factors()
-    wanted = size
-    while factors:
+    for index, factor in enumerate(factors):
         if wanted == 1:
-            break
-        factor = factors.pop(0)
+            return product(factors[:index]), product(factors[index:])
         rest = quotient(wanted, factor.size)
-        if rest is not None:
-            taken.append(factor)
-            wanted = rest
-            continue
-        pieces = divide(factor, wanted)
-        if pieces is None:
-            return None
-        return product([*taken, pieces[0]]), product([pieces[1], *factors])
-    return product(taken), product(factors)
+        if rest is None:
+            pieces = divide(factor, wanted)
+            return pieces and (product([*factors[:index], pieces[0]]), product([pieces[1], *factors[index + 1 :]]))
+        wanted = rest
+    return product(factors), Axis(1)
 
 
 def cut(axis: Axis, size: Size) -> tuple[Axis, Axis] | None:
@@ -223,22 +206,20 @@ def _cut_product(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
 
 
 def _cut_sum(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
-    taken: list[Axis] = []
     segments = axis.segments()
-    while size > 0:
-        segment = segments.pop(0)
+    for index, segment in enumerate(segments):
+        if size == 0:
+            return concatenation(segments[:index]), concatenation(segments[index:])
         if not isinstance(segment.size, int):
             return None
         if segment.size > size:
             pieces = cut(segment, size)
-            if pieces is None:
-                return None
-            taken.append(pieces[0])
-            segments.insert(0, pieces[1])
-            break
-        taken.append(segment)
+            return pieces and (
+                concatenation([*segments[:index], pieces[0]]),
+                concatenation([pieces[1], *segments[index + 1 :]]),
+            )
         size -= segment.size
-    return concatenation(taken), concatenation(segments)
+    raise AssertionError("a cut is inside the axis")
 
 
 def _like(axis: Axis, size: Size) -> Axis:

@@ -9,24 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
-from lissom.compiler.analysis.axes.axis import Axis
+from lissom.compiler.analysis.axes.axis import Axis, sizes_of
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.feed_forward import FeedForwardSite
 from lissom.compiler.analysis.structure.linear import input_of, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import CONVOLUTIONS
-from lissom.compiler.ir.printer import place
 from lissom.compiler.ir.program import Program
-from lissom.errors import UnsupportedError
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -73,26 +70,12 @@ class Columns:
     def dead(self, weight: torch.Tensor) -> torch.Tensor:
         """Which units have only zeros in their columns, [count] of booleans."""
         others = [dim for dim in range(weight.dim()) if dim != self.dim]
-        living = (weight.detach() != 0).cpu()
-        read = self.unit[(living.any(others) if others else living) & (self.unit >= 0)]
-        dead = torch.ones(self.count, dtype=torch.bool)
-        dead[read] = False
-        return dead
-
-
-def head_columns(program: Program, site: AttentionSite) -> Columns:
-    """The columns of the output projection that read each query head of an attention, numbered in the order of its heads.
-
-    Raises: UnsupportedError when no layer reads the heads, or its columns cannot be assigned to them.
-    """
-    found = find_head_columns(program, site)
-    if isinstance(found, str):
-        raise UnsupportedError(f"{place(program, site.node)}: {found}")
-    return found
+        zero = (weight.detach() == 0).cpu()
+        return units_within(self.unit, zero.all(others) if others else zero, self.count)
 
 
 def find_head_columns(program: Program, site: AttentionSite) -> Columns | str:
-    """The columns that read each query head of an attention, or why there are none."""
+    """The columns that read each query head of an attention, numbered in the order of its heads; or why there are none."""
     if site.output is None:
         return "no layer projects its heads out"
     if nodes.tensor_type(site.node).rank < 3:
@@ -101,19 +84,8 @@ def find_head_columns(program: Program, site: AttentionSite) -> Columns | str:
     return _columns(found, site.output, found.axis(site.node, -3), site.heads, "heads")
 
 
-def neuron_columns(program: Program, site: FeedForwardSite) -> Columns:
-    """The columns of the down projection that read each neuron of a feed-forward.
-
-    Raises: UnsupportedError when the columns cannot be assigned to neurons.
-    """
-    found = find_neuron_columns(program, site)
-    if isinstance(found, str):
-        raise UnsupportedError(f"{place(program, site.down)}: {found}")
-    return found
-
-
 def find_neuron_columns(program: Program, site: FeedForwardSite) -> Columns | str:
-    """The columns that read each neuron of a feed-forward, or why there are none."""
+    """The columns of the down projection that read each neuron of a feed-forward, or why there are none."""
     found = program.fact(axes)
     return _columns(found, site.down, found.axis(input_of(site.down), feature_dim(site.down)), site.width, "neurons")
 
@@ -132,10 +104,17 @@ def _columns(found: Axes, layer: fx.Node, axis: Axis, count: int, units: str) ->
     for dim, other in enumerate(cast("tuple[Axis, ...]", found.of[weight])):
         present = set(other.atoms())
         shared = tuple(atom for atom in dict.fromkeys(numbering) if atom in present)
-        if math.prod(cast(int, atom.size) for atom in shared) == count and (shared or count == 1):
+        if math.prod(sizes_of(shared)) == count and (shared or count == 1):
             return Columns(layer, weight, dim, unit_of(other, shared), count, shared)
     reason = next((atom.pinned for atom in numbering if atom.pinned), "") or "no dimension of its weight numbers them"
     return f"the {units} that '{layer.name}' reads cannot be assigned to columns: {reason}"
+
+
+def units_within(unit: torch.Tensor, chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """Which units have chosen indices only, [count] of booleans. unit: the unit of each index; chosen: booleans per index."""
+    found = torch.ones(count, dtype=torch.bool)
+    found[unit[~chosen & (unit >= 0)]] = False
+    return found
 
 
 def unit_of(axis: Axis, numbering: Sequence[Axis]) -> torch.Tensor:
@@ -159,7 +138,4 @@ def _index_of(axis: Axis, atom: Axis) -> torch.Tensor:
     parts = [_index_of(part, atom) for part in axis.parts]
     if axis.form == "sum":
         return torch.cat(parts)
-    found = parts[0]
-    for part in parts[1:]:
-        found = torch.maximum(found[:, None], part[None, :]).flatten()
-    return found
+    return reduce(lambda major, minor: torch.maximum(major[:, None], minor[None, :]).flatten(), parts)

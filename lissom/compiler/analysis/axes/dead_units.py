@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -9,8 +10,8 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
-from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.axis import Axis, sizes_of
+from lissom.compiler.analysis.axes.columns import unit_of, units_within
 from lissom.compiler.analysis.axes.zeros import Zeros, zero_at, zeros
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.ir import node as nodes
@@ -30,21 +31,16 @@ def dead_units(program: Program, numbering: Sequence[Axis]) -> torch.Tensor:
     numbering: atomic axes; a unit is one index of each, such as a group and a head in it.
     """
     found, zero = program.fact(axes), program.fact(zeros)
-    shape = [cast(int, atom.size) for atom in numbering]
-    dead = torch.ones(shape, dtype=torch.bool)
-    for places in contractions(program):
+    dead = torch.ones(sizes_of(numbering), dtype=torch.bool)
+    for places in program.fact(_contractions):
         touched = [place for place in places if not set(numbering).isdisjoint(found.axis(*place).atoms())]
         if touched:
             dead &= torch.stack([zero_units(found, zero, place, numbering) for place in touched]).any(0)
     return dead
 
 
-def contractions(program: Program) -> list[list[Place]]:
-    """For every sum over a dimension in a program, the operands' dimensions; a term is zero where one operand is."""
-    return program.fact(_contractions)
-
-
 def _contractions(program: Program) -> list[list[Place]]:
+    """For every sum over a dimension in a program, the operands' dimensions; a term is zero where one operand is."""
     return [places for node in program.nodes() for places in summed(node)]
 
 
@@ -70,13 +66,12 @@ def _summed_by_einsum(node: fx.Node) -> list[list[Place]]:
     inputs, _, output = cast(str, node.args[0]).replace(" ", "").partition("->")
     operands = list(zip(inputs.split(","), cast("list[fx.Node]", node.args[1]), strict=True))
     letters = dict.fromkeys(letter for letter in inputs if letter.isalpha() and letter not in output)
-    return [[(item, _dim_of(term, letter)) for term, item in operands if letter in term] for letter in letters]
 
+    def dim(term: str, letter: str) -> int:
+        index = term.index(letter)
+        return index - len(term) if "..." in term[:index] else index
 
-def _dim_of(term: str, letter: str) -> int:
-    """The dimension of a letter in an einsum term, counted from the end after an ellipsis."""
-    index = term.index(letter)
-    return index - len(term) if "..." in term[:index] else index
+    return [[(item, dim(term, letter)) for term, item in operands if letter in term] for letter in letters]
 
 
 def zero_units(found: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]) -> torch.Tensor:
@@ -84,10 +79,7 @@ def zero_units(found: Axes, zero: Zeros, place: Place, numbering: Sequence[Axis]
     axis = found.axis(*place)
     present = [atom for atom in numbering if atom in set(axis.atoms())]
     if not present or not all(isinstance(atom.size, int) for atom in axis.atoms()):
-        return torch.zeros([cast(int, atom.size) for atom in numbering], dtype=torch.bool)
-    unit, gone = unit_of(axis, present), zero_at(zero, *place)
-    sizes = [cast(int, atom.size) for atom in present]
-    dead = torch.ones(int(torch.tensor(sizes).prod()), dtype=torch.bool)
-    dead[unit[~gone & (unit >= 0)]] = False
+        return torch.zeros(sizes_of(numbering), dtype=torch.bool)
+    dead = units_within(unit_of(axis, present), zero_at(zero, *place), math.prod(sizes_of(present)))
     grid = dead.reshape([cast(int, atom.size) if atom in present else 1 for atom in numbering])
-    return grid.expand([cast(int, atom.size) for atom in numbering])
+    return grid.expand(sizes_of(numbering))

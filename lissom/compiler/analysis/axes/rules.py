@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes import views
-from lissom.compiler.analysis.axes.axis import Axis, cut, divide, mark_normed, mark_whole, pin, product, unify
+from lissom.compiler.analysis.axes.axis import Axis, cut, divide, mark, pin, product, unify
 from lissom.compiler.analysis.axes.base import Dims, Known, Rule, Value, broadcast, fresh, of, tensors, unknown
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
@@ -56,15 +56,10 @@ def _pointwise(node: fx.Node, known: Known) -> Value:
     return broadcast(tensors(node, known), len(nodes.tensor_type(node).shape), target_text(node.target))
 
 
-def _first(node: fx.Node, known: Known) -> Value:
-    return of(node.args[0], known)
-
-
 def _linear(node: fx.Node, known: Known) -> Value:
     x, weight = of(node.args[0], known), of(node.args[1], known)
     unify(x[-1], weight[1], "contracted by linear")
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    if bias is not None:
+    if (bias := nodes.argument(node, "bias")) is not None:
         unify(of(bias, known)[0], weight[0], "a bias of linear")
     return (*x[:-1], weight[0])
 
@@ -100,7 +95,7 @@ def _reduce(node: fx.Node, known: Known) -> Value:
     """Mean, maximum and similar: an operator reads all of the reduced axes at once."""
     dims = of(node.args[0], known)
     for index in reduced_dims(node, len(dims)):
-        mark_whole(dims[index])
+        mark(dims[index], whole=True)
     found = cast(Dims, views.moved(node, known))
     results = nodes.node_type(node)
     return (found,) * len(results) if isinstance(results, tuple) else found
@@ -108,7 +103,7 @@ def _reduce(node: fx.Node, known: Known) -> Value:
 
 def _scan(node: fx.Node, known: Known) -> Value:
     dims = of(node.args[0], known)
-    mark_whole(dims[dim_of(node, len(dims))])
+    mark(dims[dim_of(node, len(dims))], whole=True)
     return dims
 
 
@@ -120,7 +115,7 @@ def _normalise(node: fx.Node, known: Known) -> Value:
             for axis, other in zip(dims[-count:], of(item, known), strict=True):
                 unify(axis, other, "a weight of a norm")
     for axis in dims[-count:]:
-        mark_normed(axis)
+        mark(axis, normed=True)
     return dims
 
 
@@ -145,7 +140,7 @@ def _attention(node: fx.Node, known: Known) -> Value:
     keys = k[len(k) - 2]
     unify(q[-1], k[-1], "contracted by attention")
     unify(keys, v[len(v) - 2], "attended over")
-    mark_whole(keys)
+    mark(keys, whole=True)
     lead = broadcast([k[:-2], v[:-2]], len(k) - 2, "attention")
     if len(q) > 2 and len(lead) > 0 and q[-3].size != lead[-1].size:
         groups = divide(q[-3], lead[-1].size)
@@ -218,8 +213,7 @@ def _rounded(node: fx.Node, known: Known) -> Value:
 def _convolution(node: fx.Node, known: Known) -> Value:
     x, weight = of(node.args[0], known), of(node.args[1], known)
     groups = nodes.argument(node, "groups")
-    bias = nodes.argument(node, "bias")
-    if bias is not None:
+    if (bias := nodes.argument(node, "bias")) is not None:
         unify(of(bias, known)[0], weight[0], "a bias of a convolution")
     if groups == 1:
         unify(x[1], weight[1], "contracted by a convolution")
@@ -246,17 +240,9 @@ def _einsum(node: fx.Node, known: Known) -> Value:
     return tuple(letters[letter] for letter in output)
 
 
-def _create(node: fx.Node, known: Known) -> Value:
-    return fresh(nodes.node_type(node))
-
-
-def _count(node: fx.Node, known: Known) -> Value:
-    return fresh(nodes.node_type(node), "its values count positions")
-
-
 RULES: dict[object, Rule] = rule_table(
     (views.getitem, [operator.getitem]),
-    (_first, [*ops.IDENTITIES, *ops.CONVERSIONS, aten.bernoulli.default]),
+    (lambda node, known: of(node.args[0], known), [*ops.IDENTITIES, *ops.CONVERSIONS, aten.bernoulli.default]),
     (_linear, [aten.linear.default]),
     (_matmul, ops.MATMULS),
     (_added_product, ops.MATMULS_WITH_BIAS),
@@ -289,7 +275,10 @@ RULES: dict[object, Rule] = rule_table(
     (views.gather, [aten.gather.default, aten.take_along_dim.default]),
     (views.index, [aten.index.Tensor]),
     (_einsum, [aten.einsum.default]),
-    (_create, ops.NEW_TENSORS),
-    (_count, [*ops.RANGES, aten.linspace.default, aten.eye.default]),
+    (lambda node, known: fresh(nodes.node_type(node)), ops.NEW_TENSORS),
+    (
+        lambda node, known: fresh(nodes.node_type(node), "its values count positions"),
+        [*ops.RANGES, aten.linspace.default, aten.eye.default],
+    ),
 )
 """The rules by operator."""

@@ -16,8 +16,6 @@ from lissom.compiler.ir.match import lookup_indices
 from lissom.compiler.ir.printer import target_text
 from lissom.compiler.ir.types import Size, TensorType
 
-aten = torch.ops.aten
-
 
 def moved(node: fx.Node, known: Known) -> Value:
     """The axes of the argument moved by the call's dimension map; a dimension the call creates is a new axis."""
@@ -81,10 +79,14 @@ def cat(node: fx.Node, known: Known) -> Value:
     # `cat` accepts an empty tensor of rank 1 beside any others.
     parts = [dims for dims in items if len(dims) == max(map(len, items))]
     index = dim_of(node, len(parts[0]))
-    others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(dims)) for dims in parts]
-    found = list(broadcast(others, len(parts[0]), "cat"))
-    found[index] = concatenation([dims[index] for dims in parts])
-    return tuple(found)
+    return _unified(parts, index, concatenation([dims[index] for dims in parts]), "cat")
+
+
+def _unified(parts: Sequence[Dims], index: int, along: Axis, reason: str) -> Dims:
+    """The axes of these parts, unified but for one dimension, whose axis in the result is `along`."""
+    others = [(*dims[:index], Axis(1), *dims[index + 1 :]) for dims in parts]
+    found = broadcast(others, len(parts[0]), reason)
+    return (*found[:index], along, *found[index + 1 :])
 
 
 def stack(node: fx.Node, known: Known) -> Value:
@@ -202,10 +204,7 @@ def index_copy(node: fx.Node, known: Known) -> Value:
     index = dim_of(node, len(dims))
     for axis in (dims[index], rows[index]):
         pin(axis, "its indices are looked up")
-    others = [tuple(axis if dim != index else Axis(1) for dim, axis in enumerate(item)) for item in (dims, rows)]
-    found = list(broadcast(others, len(dims), "index_copy"))
-    found[index] = dims[index]
-    return tuple(found)
+    return _unified([dims, rows], index, dims[index], "index_copy")
 
 
 def copy(node: fx.Node, known: Known) -> Value:

@@ -7,17 +7,20 @@ Inputs are assumed finite: zero times infinity is not zero.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import cast
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
-from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.axis import Axis, sizes_of
+from lissom.compiler.analysis.axes.columns import unit_of, units_within
+from lissom.compiler.analysis.structure.linear import bias_of, input_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import dim_of, dimension_map
@@ -89,10 +92,7 @@ def is_zero(found: Zeros, item: object) -> bool:
 def zero_at(found: Zeros, node: fx.Node, dim: int) -> torch.Tensor:
     """The indices of a dimension of fixed size at which the value is zero, [size] of booleans."""
     shape = nodes.tensor_type(node).shape
-    size, zero = cast(int, shape[dim]), found.get(node, NOWHERE)
-    return (
-        torch.ones(size, dtype=torch.bool) if zero.whole else zero.at.get(dim % len(shape), torch.zeros(size, dtype=torch.bool))
-    )
+    return _at(found.get(node, NOWHERE), 0, dim % len(shape), cast(int, shape[dim]))
 
 
 def _of_weight(weight: torch.Tensor) -> Zero:
@@ -126,12 +126,6 @@ def _same(node: fx.Node, known: _Known) -> Zero:
     return known.of(node.args[0])
 
 
-def _aligned(node: fx.Node, item: object, known: _Known) -> tuple[Zero, int]:
-    """Where an operand is zero, and how many more dimensions the result has."""
-    rank = nodes.tensor_type(node).rank
-    return known.of(item), rank - nodes.tensor_type(item).rank if nodes.is_tensor(item) else 0
-
-
 def _at(zero: Zero, shift: int, dim: int, size: int) -> torch.Tensor:
     """The zeros of an operand along a dimension of the result; a broadcast operand has some only if it is zero everywhere."""
     found = zero.at.get(dim - shift)
@@ -140,34 +134,19 @@ def _at(zero: Zero, shift: int, dim: int, size: int) -> torch.Tensor:
     return found if found is not None and len(found) == size else torch.zeros(size, dtype=torch.bool)
 
 
-def _combined(node: fx.Node, items: Sequence[object], known: _Known, join: Callable[..., torch.Tensor]) -> Zero:
-    operands = [_aligned(node, item, known) for item in items]
-    at: dict[int, torch.Tensor] = {}
-    for dim, size in enumerate(nodes.tensor_type(node).shape):
-        if isinstance(size, int) and size > 1:
-            masks = [_at(zero, shift, dim, size) for zero, shift in operands]
-            found = masks[0]
-            for mask in masks[1:]:
-                found = join(found, mask)
-            at[dim] = found
+def _combined(node: fx.Node, known: _Known, *, items: slice, join: Callable[..., torch.Tensor] = torch.logical_and) -> Zero:
+    """Zero where all of these arguments are, or with `torch.logical_or` where one of them is."""
+    rank = nodes.tensor_type(node).rank
+    operands = [
+        (known.of(item), rank - nodes.tensor_type(item).rank if nodes.is_tensor(item) else 0) for item in node.args[items]
+    ]
+    at = {
+        dim: reduce(join, [_at(zero, shift, dim, size) for zero, shift in operands])
+        for dim, size in enumerate(nodes.tensor_type(node).shape)
+        if isinstance(size, int) and size > 1
+    }
     every = all if join is torch.logical_and else any
     return Zero(at, every(zero.whole for zero, _ in operands))
-
-
-def _product(node: fx.Node, known: _Known) -> Zero:
-    return _combined(node, node.args[:2], known, torch.logical_or)
-
-
-def _sum(node: fx.Node, known: _Known) -> Zero:
-    return _combined(node, node.args[:2], known, torch.logical_and)
-
-
-def _choice(node: fx.Node, known: _Known) -> Zero:
-    return _combined(node, node.args[1:3], known, torch.logical_and)
-
-
-def _quotient(node: fx.Node, known: _Known) -> Zero:
-    return _combined(node, node.args[:1], known, torch.logical_and)
 
 
 def _power(node: fx.Node, known: _Known) -> Zero:
@@ -175,34 +154,20 @@ def _power(node: fx.Node, known: _Known) -> Zero:
     return known.of(node.args[0]) if isinstance(exponent, (int, float)) and exponent > 0 else NOWHERE
 
 
-def _linear(node: fx.Node, known: _Known) -> Zero:
-    bias = known.of(nodes.argument(node, "bias"))
-    return _contracted(node, known, node.args[0], node.args[1], bias, rows=0)
-
-
-def _matmul(node: fx.Node, known: _Known) -> Zero:
-    return _contracted(node, known, node.args[0], node.args[1], EVERYWHERE, rows=-1)
-
-
-def _added_product(node: fx.Node, known: _Known) -> Zero:
-    return _contracted(node, known, node.args[1], node.args[2], known.of(node.args[0]), rows=-1)
-
-
-def _contracted(node: fx.Node, known: _Known, left: object, right: object, bias: Zero, rows: int) -> Zero:
-    """A matrix product with a bias: output features are the right factor's `rows`, other dimensions are the left factor's."""
+def _product(node: fx.Node, known: _Known) -> Zero:
+    """A matrix product with a bias: output features are those of the weight, other dimensions are those of the input."""
+    left, right = input_of(node), node.args[2 if node.target in ops.MATMULS_WITH_BIAS else 1]
+    x, weight, bias = known.of(left), known.of(right), known.of(bias_of(node))
     rank, size = nodes.tensor_type(node).rank, nodes.tensor_type(node).shape[-1]
-    x, weight = known.of(left), known.of(right)
-    right_rank = nodes.tensor_type(right).rank
-    at = {dim: mask for dim, mask in x.at.items() if bias.whole and dim < nodes.tensor_type(left).rank - 1}
-    if right_rank > 1 and isinstance(size, int) and nodes.tensor_type(left).rank > 1:
-        added = bias.at.get(max(bias.at, default=0))
-        zero_bias = torch.ones(size, dtype=torch.bool) if bias.whole else added
-        found = weight.at.get(rows % right_rank)
-        if found is not None and zero_bias is not None and len(zero_bias) == size:
-            at[rank - 1] = found & zero_bias
-        if weight.whole and zero_bias is not None and len(zero_bias) == size:
-            at[rank - 1] = zero_bias
-    if nodes.tensor_type(left).rank != rank:
+    left_rank, right_rank = nodes.tensor_type(left).rank, nodes.tensor_type(right).rank
+    at = {dim: mask for dim, mask in x.at.items() if bias.whole and dim < left_rank - 1}
+    if right_rank > 1 and isinstance(size, int) and left_rank > 1:
+        zero_bias = torch.ones(size, dtype=torch.bool) if bias.whole else bias.at.get(max(bias.at, default=0))
+        rows = weight.at.get(0 if node.target is aten.linear.default else right_rank - 1)
+        rows = torch.ones(size, dtype=torch.bool) if weight.whole else rows
+        if rows is not None and zero_bias is not None and len(zero_bias) == size:
+            at[rank - 1] = rows & zero_bias
+    if left_rank != rank:
         at = {dim: mask for dim, mask in at.items() if dim == rank - 1}
     return Zero(at, (x.whole or weight.whole) and bias.whole)
 
@@ -238,9 +203,7 @@ def _layer_norm(node: fx.Node, known: _Known) -> Zero:
     x, weight, bias = known.of(node.args[0]), nodes.argument(node, "weight"), known.of(nodes.argument(node, "bias"))
     scale = known.of(weight) if weight is not None else NOWHERE
     at = {dim: mask for dim, mask in x.at.items() if bias.whole and dim < rank - count}
-    for dim, mask in scale.at.items():
-        size = len(mask)
-        at[rank - count + dim] = mask & _at(bias, 0, dim, size)
+    at |= {rank - count + dim: mask & _at(bias, 0, dim, len(mask)) for dim, mask in scale.at.items()}
     return Zero(at, bias.whole and (x.whole or scale.whole))
 
 
@@ -248,10 +211,9 @@ def _rms_norm(node: fx.Node, known: _Known) -> Zero:
     rank, count = nodes.tensor_type(node).rank, len(cast("list[int]", node.args[1]))
     weight = nodes.argument(node, "weight")
     x, scale = known.of(node.args[0]), known.of(weight) if weight is not None else NOWHERE
-    at = dict(x.at)
-    for dim, mask in scale.at.items():
-        at[rank - count + dim] = mask | _at(x, 0, rank - count + dim, len(mask))
-    return Zero(at, x.whole or scale.whole)
+    scaled = {rank - count + dim: mask for dim, mask in scale.at.items()}
+    at = {dim: mask | _at(x, 0, dim, len(mask)) for dim, mask in scaled.items()}
+    return Zero({**x.at, **at}, x.whole or scale.whole)
 
 
 def _convolution(node: fx.Node, known: _Known) -> Zero:
@@ -313,10 +275,8 @@ def _carried(axis: Axis, mask: torch.Tensor, other: Axis) -> torch.Tensor | None
     shared = [atom for atom in dict.fromkeys(axis.atoms()) if atom in set(other.atoms())]
     if not shared or not all(isinstance(atom.size, int) for atom in (*axis.atoms(), *other.atoms())):
         return None
-    old, new = unit_of(axis, shared), unit_of(other, shared)
-    count = int(torch.tensor([cast(int, atom.size) for atom in shared]).prod())
-    dead = torch.ones(count, dtype=torch.bool)
-    dead[old[~mask & (old >= 0)]] = False
+    dead = units_within(unit_of(axis, shared), mask, math.prod(sizes_of(shared)))
+    new = unit_of(other, shared)
     return (new >= 0) & dead[new.clamp(min=0)]
 
 
@@ -345,14 +305,12 @@ _OF_ZEROS_ZERO = {
 """Operators, in any overload, that return zeros when their whole argument is zero."""
 _RULES: dict[object, _Rule] = {
     **dict.fromkeys(ops.ATTENTIONS, _attention),
-    aten.mul: _product,
-    aten.div: _quotient,
-    **dict.fromkeys((aten.add, aten.sub), _sum),
-    aten.where: _choice,
+    aten.mul: partial(_combined, items=slice(2), join=torch.logical_or),
+    aten.div: partial(_combined, items=slice(1)),
+    **dict.fromkeys((aten.add, aten.sub), partial(_combined, items=slice(2))),
+    aten.where: partial(_combined, items=slice(1, 3)),
     aten.pow: _power,
-    aten.linear.default: _linear,
-    **dict.fromkeys(ops.MATMULS, _matmul),
-    **dict.fromkeys(ops.MATMULS_WITH_BIAS, _added_product),
+    **dict.fromkeys((aten.linear.default, *ops.MATMULS, *ops.MATMULS_WITH_BIAS), _product),
     aten.embedding.default: _embedding,
     aten.layer_norm.default: _layer_norm,
     aten.rms_norm.default: _rms_norm,

@@ -52,15 +52,17 @@ def _of_table(table: torch.Tensor, identity: int) -> Seen | None:
     if len(axes) == 1:
         return _runs(table.flatten(), Count((((axes[0], 1), 1),)))
     if len(axes) == 2:
-        band = _band(table.reshape(table.shape[axes[0]], table.shape[axes[1]]))
-        if band is not None:
+        square = table.reshape(table.shape[axes[0]], table.shape[axes[1]])
+        if torch.equal(square[1:, 1:], square[:-1, :-1]):
+            # A band: visibility by key - query, from 1 - rows to columns - 1.
+            band = torch.cat([square[:, 0].flip(0), square[0, 1:]])
             return _runs(band, Count((((axes[0], 1), -1), ((axes[1], 1), 1)), table.shape[axes[0]] - 1))
     if len(axes) not in (2, 3) or axes[-2:] != [-2, -1]:
         return None
     squares = table.reshape(-1, *table.shape[-2:])
     heads = axes[0] if len(axes) == 3 else 0
     for block in _BLOCKS:
-        blocks = _blocks(squares, block)
+        blocks = torch.nn.functional.max_pool2d(squares.float(), block, ceil_mode=True).bool()
         spread = blocks.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, : table.shape[-2], : table.shape[-1]]
         seen: Seen = ((Table(blocks, identity, (heads, -2, -1), block),),)
         if torch.equal(spread, squares):
@@ -68,22 +70,6 @@ def _of_table(table: torch.Tensor, identity: int) -> Seen | None:
         if torch.equal(spread.tril(), squares):
             return both(seen, between(Count((((-2, 1), -1), ((-1, 1), 1))), -math.inf, 0))
     return None
-
-
-def _blocks(squares: torch.Tensor, block: int) -> torch.Tensor:
-    """Which blocks have visible pairs, [heads, query blocks, key blocks]."""
-    heads, *sizes = squares.shape
-    rows, columns = (-(-size // block) for size in sizes)
-    padded = torch.zeros(heads, rows * block, columns * block, dtype=torch.bool)
-    padded[:, : sizes[0], : sizes[1]] = squares
-    return padded.reshape(heads, rows, block, columns, block).any(4).any(2)
-
-
-def _band(square: torch.Tensor) -> torch.Tensor | None:
-    """The visibility by key - query, from 1 - rows to columns - 1; None when it depends on more than the difference."""
-    if not torch.equal(square[1:, 1:], square[:-1, :-1]):
-        return None
-    return torch.cat([square[:, 0].flip(0), square[0, 1:]])
 
 
 def _runs(line: torch.Tensor, count: Count) -> Seen | None:

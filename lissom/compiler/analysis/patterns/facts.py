@@ -8,8 +8,9 @@ Dimensions are counted from the end, -1 the last, so that broadcasting does not 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 import torch
 
@@ -47,7 +48,7 @@ class Count:
         if value is not None:
             return Count(offset=_STEPS[step](value, number)) if step not in ("div", "mod") or number > 0 else None
         if step == "mul" and not self.steps:
-            return Count(_scaled(self.terms, number), self.offset * number)
+            return Count(tuple((key, number * value) for key, value in self.terms) if number else (), self.offset * number)
         if step in ("div", "mod", "mul") and number <= 0:
             return None
         if step == "div" and not self.steps and len(self.terms) == 1 and self.terms[0][1] == 1:
@@ -76,10 +77,6 @@ _STEPS: Mapping[str, Callable[[int, int], int]] = {
     "min": min,
     "max": max,
 }
-
-
-def _scaled(terms: Terms, factor: int) -> Terms:
-    return tuple((key, factor * value) for key, value in terms) if factor else ()
 
 
 def difference(left: Count, right: Count) -> Count | None:
@@ -163,12 +160,12 @@ def _before(step: str, number: int, low: float, high: float) -> list[Interval]:
     return [(-_INFINITY if low <= number else low, high)] if high >= number else []
 
 
-def _up(value: float, number: int) -> float:
-    return value if math.isinf(value) else -(-int(value) // number)
-
-
 def _down(value: float, number: int) -> float:
     return value if math.isinf(value) else int(value) // number
+
+
+def _up(value: float, number: int) -> float:
+    return -_down(-value, number)
 
 
 def _residues(count: Count, modulus: int, intervals: list[Interval]) -> Seen | None:
@@ -192,8 +189,7 @@ def _residues(count: Count, modulus: int, intervals: list[Interval]) -> Seen | N
 def _fact(terms: Terms, low: float, high: float, modulus: int = 0) -> Seen:
     """One fact in canonical form; `ALWAYS` or `NEVER` when it always or never holds."""
     if not terms:
-        value = 0 % modulus if modulus else 0
-        return ALWAYS if low <= value <= high else NEVER
+        return ALWAYS if low <= 0 <= high else NEVER
     if modulus == 0:
         divisor = math.gcd(*(factor for _, factor in terms)) * (-1 if terms[0][1] < 0 else 1)
         terms = tuple((key, factor // divisor) for key, factor in terms)
@@ -209,7 +205,7 @@ def both(left: Seen | None, right: Seen | None) -> Seen | None:
     if left is None or right is None:
         return None
     found = [_joined((*first, *second)) for first in left for second in right]
-    return _limited(tuple(dict.fromkeys(item for item in found if item is not None)))
+    return _limited(item for item in found if item is not None)
 
 
 def either(left: Seen | None, right: Seen | None) -> Seen | None:
@@ -218,7 +214,7 @@ def either(left: Seen | None, right: Seen | None) -> Seen | None:
         return None
     if () in left or () in right:
         return ALWAYS
-    return _limited(tuple(dict.fromkeys((*left, *right))))
+    return _limited((*left, *right))
 
 
 def opposite(seen: Seen | None) -> Seen | None:
@@ -227,10 +223,7 @@ def opposite(seen: Seen | None) -> Seen | None:
         return None
     found: Seen | None = ALWAYS
     for alternative in seen:
-        broken: Seen | None = NEVER
-        for fact in alternative:
-            broken = either(broken, _broken(fact))
-        found = both(found, broken)
+        found = both(found, reduce(either, map(_broken, alternative), NEVER))
     return found
 
 
@@ -243,7 +236,8 @@ def _broken(fact: Fact | Table) -> Seen | None:
     return either(below, above)
 
 
-def _limited(seen: Seen) -> Seen | None:
+def _limited(alternatives: Iterable[Alternative]) -> Seen | None:
+    seen = tuple(dict.fromkeys(alternatives))
     return seen if len(seen) <= _MOST else None
 
 
@@ -258,12 +252,12 @@ def _joined(facts: Alternative) -> Alternative | None:
             if fact.low > fact.high:
                 return None
         found[key] = fact
+
+    def order(fact: Fact | Table) -> tuple[object, ...]:
+        return (1,) if isinstance(fact, Table) else (0, fact.modulus, fact.terms, fact.low, fact.high)
+
     # In a fixed order, so that equal patterns compare equal however they were written.
-    return tuple(sorted(found.values(), key=_order))
-
-
-def _order(fact: Fact | Table) -> tuple[object, ...]:
-    return (1,) if isinstance(fact, Table) else (0, fact.modulus, fact.terms, fact.low, fact.high)
+    return tuple(sorted(found.values(), key=order))
 
 
 def moved(seen: Seen | None, axes: Mapping[int, int]) -> Seen | None:

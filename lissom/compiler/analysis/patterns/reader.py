@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
 from torch import fx
@@ -18,10 +19,10 @@ from torch import fx
 from lissom.compiler.analysis.patterns.facts import ALWAYS, Count, Seen, between, both, moved, opposite, pattern_of
 from lissom.compiler.analysis.patterns.values import PositionValues
 from lissom.compiler.analysis.structure.masks import HIDDEN
-from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.compiler.analysis.structure.operands import is_causal, mask_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.match import number
+from lissom.compiler.ir.match import computed_from, number
 from lissom.compiler.ir.operators import AND, CASTS, FILLS, MASKED_FILLS, NOT, OR, WHERE, ZEROS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import Size
@@ -29,7 +30,6 @@ from lissom.ops.pattern import Condition, Pattern
 
 aten = torch.ops.aten
 
-_PLAIN = aten.scaled_dot_product_attention.default
 CAUSAL = Condition(1, -1, 0)
 """No key after the query is visible."""
 
@@ -69,12 +69,10 @@ class Reading:
 
 def read_pattern(program: Program, attention: fx.Node) -> Reading:
     """The pattern in the mask of an attention, `scaled_dot_product_attention` or `lissom::attention`."""
-    causal = attention.target is _PLAIN and bool(nodes.argument(attention, "is_causal"))
-    mask = mask_of(attention)
     known = program.fact(_readings)
-    key = (mask, causal)
+    key = mask_of(attention), is_causal(attention)
     if key not in known:
-        known[key] = _read(program, mask, causal)
+        known[key] = _read(program, *key)
     return known[key]
 
 
@@ -95,7 +93,8 @@ def _read(program: Program, mask: fx.Node | None, causal: bool) -> Reading:
     if found is None:
         return Reading(None, rest=rest, reason="its mask is no pattern of blocks and distances")
     pattern, layout = found
-    if reader.finite and not (_sees_itself(pattern) and _is_square(mask)):
+    square = mask is not None and len(set(nodes.tensor_type(mask).shape[-2:])) == 1
+    if reader.finite and not (square and _sees_itself(pattern)):
         return Reading(None, rest=rest, reason="its mask has finite mask values, and may mask all keys of a row")
     if reader.finite and rest:
         reason = "its mask has finite mask values: a fully masked row is a mean over all keys, and padding may cause one"
@@ -210,18 +209,12 @@ def _inserted(seen: Seen | None, inserted: tuple[int, ...]) -> Seen | None:
 
 def _sees_itself(pattern: Pattern) -> bool:
     """Whether every query sees the key at its own position, for any layout."""
-    return any(all(_holds_at_once(condition) for condition in conditions) for conditions in pattern.alternatives)
 
+    def holds(condition: Condition) -> bool:
+        unbounded = condition == Condition(condition.query, condition.key) and not condition.asks_layout
+        return unbounded or (condition.query == -condition.key != 0 and condition.low <= 0 <= condition.high)
 
-def _holds_at_once(condition: Condition) -> bool:
-    unbounded = condition == Condition(condition.query, condition.key)
-    return (condition.query == -condition.key != 0 and condition.low <= 0 <= condition.high) or (
-        unbounded and not condition.asks_layout
-    )
-
-
-def _is_square(mask: fx.Node | None) -> bool:
-    return mask is not None and nodes.tensor_type(mask).shape[-2] == nodes.tensor_type(mask).shape[-1]
+    return any(all(map(holds, conditions)) for conditions in pattern.alternatives)
 
 
 def _why(program: Program, rest: tuple[Part, ...]) -> str:
@@ -229,14 +222,9 @@ def _why(program: Program, rest: tuple[Part, ...]) -> str:
     both_positions = [part.node for part in rest if 1 not in _shape(part)[-2:]]
     if not both_positions:
         return ""
-    found: dict[fx.Node, None] = {}
-    pending = list(both_positions)
-    while pending:
-        node = pending.pop()
-        if node not in found and nodes.is_tensor(node):
-            found[node] = None
-            pending += node.all_input_nodes
-    data = [item for item in program.graph.nodes if item in found and _is_data(program, item)]
+    found = set(computed_from(both_positions, nodes.is_tensor))
+    given = [node for node in program.graph.nodes if node in found and node.op in ("placeholder", "get_attr")]
+    data = [node for node in given if node.op == "placeholder" or str(node.target) in program.state]
     if data:
         return f"its mask depends on '{data[0].target}', which is data"
     return "its mask is no recognized function of positions"
@@ -248,10 +236,6 @@ def _shape(part: Part) -> tuple[Size, ...]:
         if -place <= len(shape):
             shape.insert(len(shape) + 1 + place, 1)
     return (1, 1, *shape)
-
-
-def _is_data(program: Program, node: fx.Node) -> bool:
-    return node.op == "placeholder" or (node.op == "get_attr" and str(node.target) in program.state)
 
 
 def write_rest(edit: Editor, rest: tuple[Part, ...]) -> fx.Node | None:
@@ -275,7 +259,4 @@ def write_rest(edit: Editor, rest: tuple[Part, ...]) -> fx.Node | None:
 
 
 def _folded(edit: Editor, operator: torch._ops.OpOverload, found: list[fx.Node]) -> fx.Node | None:
-    result = found[0] if found else None
-    for node in found[1:]:
-        result = edit.call(operator, result, node)
-    return result
+    return reduce(partial(edit.call, operator), found) if found else None

@@ -12,27 +12,12 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.patterns import facts
 from lissom.compiler.analysis.patterns.constants import value_of_constant
-from lissom.compiler.analysis.patterns.facts import (
-    ALWAYS,
-    NEVER,
-    Count,
-    Seen,
-    Table,
-    between,
-    both,
-    difference,
-    either,
-    equal,
-    moved,
-    opposite,
-    shifted,
-    slide,
-)
+from lissom.compiler.analysis.patterns.facts import ALWAYS, NEVER, Count, Seen, Table, between, both, difference, either
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import places
-from lissom.compiler.ir.operators import AND, NOT, OR
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.types import ScalarType
 
@@ -43,9 +28,7 @@ Value = Count | Seen | None
 _INTEGERS = (torch.int32, torch.int64)
 _END = float("inf")
 _TO = (*ops.CONVERSIONS, *ops.IDENTITIES)
-_VIEWS = {
-    *(*ops.EXPANDS, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *ops.SQUEEZES, *ops.RESHAPES, *_TO),
-}
+_VIEWS = {*ops.EXPANDS, *ops.TRANSPOSES, aten.permute.default, aten.unsqueeze.default, *ops.SQUEEZES, *ops.RESHAPES, *_TO}
 _BOUNDS: Mapping[object, tuple[float, float]] = {
     aten.le: (-_END, 0),
     aten.lt: (-_END, -1),
@@ -112,12 +95,12 @@ class PositionValues:
 
     def _condition(self, node: fx.Node) -> Seen | None:
         args, called = node.args, ops.packet_of(node)
-        if node.target in AND:
+        if node.target in ops.AND:
             return both(self.seen(args[0]), self.seen(args[1]))
-        if node.target in OR:
+        if node.target in ops.OR:
             return either(self.seen(args[0]), self.seen(args[1]))
-        if node.target in NOT:
-            return opposite(self.seen(args[0]))
+        if node.target in ops.NOT:
+            return facts.opposite(self.seen(args[0]))
         if called in _BOUNDS or called in (aten.eq, aten.ne):
             return self._compared(called, self.count(args[0]), self.count(args[1]))
         if node.target in (aten.tril.default, aten.triu.default):
@@ -145,8 +128,11 @@ class PositionValues:
             return _by_number(_STEPS[called], left, right)
         if called is aten.div and node.kwargs.get("rounding_mode") == "floor":
             return _by_number("div", left, right)
-        if called is aten.clamp and left is not None:
-            return self._clamped(node, left)
+        if called is aten.clamp:
+            for step, name in (("max", "min"), ("min", "max")):
+                if (bound := nodes.argument(node, name)) is not None:
+                    left = _by_number(step, left, self.count(bound))
+            return left
         if called is aten.diff:
             return self._steps(node, left)
         if called is aten.cumsum:
@@ -162,14 +148,6 @@ class PositionValues:
             return None
         long = nodes.tensor_type(node).shape[0] != 1
         return Count((((-1, 1), step),) if long else (), first)
-
-    def _clamped(self, node: fx.Node, x: Count) -> Count | None:
-        found: Count | None = x
-        for step, name in (("max", "min"), ("min", "max")):
-            bound = nodes.argument(node, name)
-            if bound is not None:
-                found = _by_number(step, found, self.count(bound))
-        return found
 
     def _steps(self, node: fx.Node, x: Count | None) -> Count | None:
         """`diff(x)` of evenly increasing values with a fitting `prepend`; transformers detects packed sequences with it."""
@@ -188,11 +166,10 @@ class PositionValues:
         if left is None or right is None:
             return None
         if comparison in (aten.eq, aten.ne):
-            found = equal(left, right)
-            return opposite(found) if comparison is aten.ne else found
+            found = facts.equal(left, right)
+            return facts.opposite(found) if comparison is aten.ne else found
         low, high = _BOUNDS[comparison]
-        apart = difference(left, right)
-        if apart is not None:
+        if (apart := difference(left, right)) is not None:
             return between(apart, low, high)
         apart = difference(right, left)
         return None if apart is None else between(apart, -high, -low)
@@ -242,7 +219,7 @@ class PositionValues:
             return value_of(node.args[0]) if from_integers == (nodes.tensor_type(node).dtype in _INTEGERS) else None
         if node.target in ops.WHERE and nodes.tensor_type(node).dtype == torch.bool:
             chosen, left, right = (self.seen(item) for item in node.args)
-            return either(both(chosen, left), both(opposite(chosen), right))
+            return either(both(chosen, left), both(facts.opposite(chosen), right))
         if not node.args or not nodes.is_tensor(node.args[0]):
             return None
         x = value_of(node.args[0])
@@ -253,7 +230,7 @@ class PositionValues:
         axes = axes_of_view(node)
         if axes is None:
             return None
-        return x.moved(axes) if isinstance(x, Count) else moved(x, axes)
+        return x.moved(axes) if isinstance(x, Count) else facts.moved(x, axes)
 
 
 def _by_number(step: str, left: Count | None, right: Count | None) -> Count | None:
@@ -299,8 +276,8 @@ def _sliced(node: fx.Node, x: Count | Seen) -> Value:
         return None
     single = nodes.tensor_type(node).shape[axis] == 1
     if isinstance(x, Count):
-        return x.at(axis, start) if single else slide(x, axis, start)
-    return shifted(x, axis, start, single)
+        return x.at(axis, start) if single else facts.slide(x, axis, start)
+    return facts.shifted(x, axis, start, single)
 
 
 def axes_of_view(node: fx.Node) -> dict[int, int] | None:

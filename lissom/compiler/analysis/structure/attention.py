@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from lissom.compiler.analysis.structure.linear import (
 )
 from lissom.compiler.analysis.structure.masks import MaskKind, mask_kind
 from lissom.compiler.ir import node as nodes
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.operators import NORMS, is_pointwise
 from lissom.compiler.ir.program import Program
 
@@ -74,8 +74,9 @@ def attention_site(program: Program, node: fx.Node, rotary: set[fx.Node]) -> Att
         heads = groups = features(q[0], 0) // (3 if q == k == v else 1) // head_dim
     scale = nodes.argument(node, "scale")
     mask = mask_kind(program, node)
-    between = _between(node.args[0], q)
-    positions = "rotary" if between & rotary or _takes(between, rotary) else "relative" if mask.bias else "none here"
+    between = {item for item in computed_from(node.args[:1], lambda item: item not in q) if item not in q}
+    turned = between & rotary or any(not rotary.isdisjoint(item.all_input_nodes) for item in between)
+    positions = "rotary" if turned else "relative" if mask.bias else "none here"
     output = _consumer(node)
     return AttentionSite(
         node=node,
@@ -113,22 +114,6 @@ def _shared_groups(attention: fx.Node, heads: int) -> int:
                 return heads // grown[0]
         node = before
     return heads
-
-
-def _between(start: object, ends: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes between a value and the layers it comes from."""
-    found: set[fx.Node] = set()
-    pending = [start]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, fx.Node) and node.op == "call_function" and node not in found and node not in ends:
-            found.add(node)
-            pending += node.all_input_nodes
-    return found
-
-
-def _takes(found: set[fx.Node], rotary: set[fx.Node]) -> bool:
-    return any(not rotary.isdisjoint(node.all_input_nodes) for node in found)
 
 
 def _consumer(node: fx.Node) -> fx.Node | None:

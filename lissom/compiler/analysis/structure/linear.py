@@ -9,6 +9,7 @@ from torch import fx
 
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
+from lissom.compiler.ir.match import computed_from
 
 aten = torch.ops.aten
 
@@ -80,20 +81,19 @@ def input_of(linear: fx.Node) -> fx.Node:
     return found
 
 
+def bias_of(linear: fx.Node) -> fx.Node | None:
+    """The bias of a linear layer, or what `addmm` adds; None when there is none."""
+    if linear.target in ops.MATMULS_WITH_BIAS:
+        found = linear.args[0]
+    else:
+        found = None if linear.target in ops.MATMULS else nodes.argument(linear, "bias")
+    return found if isinstance(found, fx.Node) else None
+
+
 def producers(start: object) -> tuple[fx.Node, ...]:
     """The linear layers a value comes from, nearest first, without passing through another one or an attention."""
-    found: dict[fx.Node, None] = {}
-    pending, seen = [start], set()
-    while pending:
-        node = pending.pop(0)
-        if not isinstance(node, fx.Node) or node in seen or node.op != "call_function":
-            continue
-        seen.add(node)
-        if is_linear(node):
-            found[node] = None
-        elif not is_attention(node):
-            pending += node.all_input_nodes
-    return tuple(found)
+    before = computed_from([start], lambda node: not (is_linear(node) or is_attention(node)))
+    return tuple(node for node in before if is_linear(node))
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -123,8 +123,12 @@ def features(linear: fx.Node, side: int) -> int:
     """The out_features (side 0) or in_features (side 1) of a linear layer."""
     if linear.target in ops.CONVOLUTIONS:
         return as_int(nodes.tensor_type(linear.args[1]).shape[side])
-    value = nodes.tensor_type(linear if side == 0 else input_of(linear)).shape[-1]
-    return as_int(value)
+    return width(linear if side == 0 else input_of(linear))
+
+
+def width(node: object) -> int:
+    """The size of the last dimension of a value; -1 when it varies."""
+    return as_int(nodes.tensor_type(node).shape[-1])
 
 
 def as_int(size: object) -> int:

@@ -6,16 +6,21 @@ zeroed; the results show the kind of mask, whatever operators the author used.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import sympy
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.operands import is_causal
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import REFUSALS, call
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import evaluate
+from lissom.compiler.ir.types import ScalarType
 
 aten = torch.ops.aten
 
@@ -27,6 +32,8 @@ HIDDEN = -1e4
 """A score with this or less added has a softmax weight of exactly zero; BERT uses this value."""
 _SMALLEST = 3
 """With fewer queries or keys, a causal mask cannot be distinguished from others."""
+_LAYERS = (aten.linear.default, aten.addmm.default, aten.bmm.default)
+Values = Mapping[fx.Node, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,8 @@ def mask_kind(program: Program, attention: fx.Node) -> MaskKind:
     """The kind of one attention's mask; a mask shared by several attentions is computed once."""
     found = program.fact(_cache)
     mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
-    causal = attention.target is aten.scaled_dot_product_attention.default and bool(nodes.argument(attention, "is_causal"))
     if not isinstance(mask, fx.Node):
-        return MaskKind(causal=causal)
+        return MaskKind(causal=is_causal(attention))
     if mask not in found:
         found[mask] = _kind(program, mask)
     return found[mask]
@@ -65,7 +71,7 @@ def _cache(program: Program) -> dict[fx.Node, MaskKind]:
 
 
 def _kind(program: Program, mask: fx.Node) -> MaskKind:
-    order = _ancestors(mask)
+    order = dependencies([mask], lambda node: node.target in _LAYERS)
     if order is None:
         return MaskKind(bias=True)
     inputs = any(node.op == "placeholder" for node in order)
@@ -95,18 +101,19 @@ def _triangle(blocked: torch.Tensor) -> tuple[bool, int | None]:
     return causal, seen if banded and bool(last[min(rows, columns) - 1]) else None
 
 
-def _ancestors(mask: fx.Node) -> list[fx.Node] | None:
-    """The nodes a mask depends on, in order; None when linear layers are among them."""
-    pending, seen = [mask], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        if len(seen) > MOST_CALLS or node.target in (aten.linear.default, aten.addmm.default, aten.bmm.default):
+def dependencies(
+    wanted: Sequence[fx.Node], refused: Callable[[fx.Node], bool], through: Callable[[fx.Node], bool] = lambda node: True
+) -> list[fx.Node] | None:
+    """The nodes that these depend on, in order; None when one is refused, or they are too many.
+
+    through: as in `computed_from`.
+    """
+    found = set[fx.Node]()
+    for node in computed_from(wanted, through):
+        if len(found) > MOST_CALLS or refused(node):
             return None
-        seen.add(node)
-        pending += node.all_input_nodes
-    return [node for node in mask.graph.nodes if node in seen]
+        found.add(node)
+    return [node for node in wanted[0].graph.nodes if node in found]
 
 
 def _compute(program: Program, order: list[fx.Node], masked: bool) -> torch.Tensor:
@@ -115,19 +122,48 @@ def _compute(program: Program, order: list[fx.Node], masked: bool) -> torch.Tens
     for symbol, dimension in program.signature.dimensions.items():
         wanted = dimension.minimum if dimension.name == "batch" else _PROBE
         sizes[symbol] = min(wanted, dimension.maximum or wanted)
-    values: dict[fx.Node, object] = {}
+    given = {node: _ones(node, sizes) for node in order if node.op == "placeholder"}
+    for tensor in given.values():
+        if tensor.shape == (1,):
+            # A single number is the fill position of a KV cache; an empty cache leaves the mask square.
+            tensor.zero_()
+        elif masked and tensor.dim() > 1:
+            tensor[..., tensor.shape[-1] // 2 :] = 0
+    return values_at(program, order, sizes, given)[order[-1]]
+
+
+def values_at(
+    program: Program,
+    order: Sequence[fx.Node],
+    sizes: Mapping[sympy.Symbol, int],
+    given: Mapping[fx.Node, torch.Tensor] | None = None,
+) -> Values:
+    """The values of nodes in order, at these sizes; inputs that are not given are ones."""
+    values: dict[fx.Node, object] = dict(given or {})
     with torch.no_grad():
         for node in order:
-            if node.op == "placeholder":
-                found = nodes.tensor_type(node)
-                # A single number is the fill position of a KV cache; an empty cache leaves the mask square.
-                make = torch.zeros if found.shape == (1,) else torch.ones
-                tensor = make([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
-                if masked and tensor.dim() > 1:
-                    tensor[..., tensor.shape[-1] // 2 :] = 0
-                values[node] = tensor
-            elif node.op == "get_attr":
-                values[node] = program.weight(str(node.target))
-            else:
-                values[node] = call(node, values.__getitem__)
-    return cast(torch.Tensor, values[order[-1]])
+            if node not in values:
+                values[node] = _value(program, node, sizes, values)
+    return cast(Values, values)
+
+
+def _value(program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], values: Mapping[fx.Node, object]) -> object:
+    if node.op == "placeholder":
+        return _ones(node, sizes)
+    if node.op == "get_attr":
+        return program.weight(str(node.target))
+    if is_size(node) and node.args[0] not in values:
+        found = nodes.node_type(node)
+        assert isinstance(found, ScalarType)
+        return evaluate(cast(int, found.value), sizes)
+    return call(node, values.__getitem__)
+
+
+def is_size(node: fx.Node) -> bool:
+    """True for the size of a dimension."""
+    return nodes.is_call(node, aten.sym_size.int)
+
+
+def _ones(node: fx.Node, sizes: Mapping[sympy.Symbol, int]) -> torch.Tensor:
+    found = nodes.tensor_type(node)
+    return torch.ones([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)

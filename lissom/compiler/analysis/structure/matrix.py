@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.linear import is_quantizer, weight_of
+from lissom.compiler.analysis.structure.linear import is_linear, is_quantizer, weight_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LINEAR_PRODUCTS, TRANSPOSES
@@ -43,15 +45,21 @@ class Matrix:
         edit.rewritten += 1
 
 
+def stored_weight(linear: fx.Node) -> tuple[object, bool]:
+    """The weight argument of a product before transposes, and whether it is [in_features, out_features] there."""
+    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
+    while nodes.is_call(found, *TRANSPOSES):
+        found, transposed = found.args[0], not transposed
+    return found, transposed
+
+
 def matrix_of(linear: fx.Node) -> Matrix | str:
     """The weight matrix of a layer, or why it cannot be changed for this layer alone."""
     weight = weight_of(linear)
     assert weight is not None, f"'{linear.name}' is no linear layer"
     if linear.target not in LINEAR_PRODUCTS:
         return "it is a convolution or a batched matrix product"
-    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
-    while nodes.is_call(found, *TRANSPOSES):
-        found, transposed = found.args[0], not transposed
+    found, transposed = stored_weight(linear)
     if isinstance(found, fx.Node) and is_quantizer(found):
         return "its weight is quantized already"
     if found is not weight:
@@ -60,6 +68,9 @@ def matrix_of(linear: fx.Node) -> Matrix | str:
     if form.rank != 2 or not form.dtype.is_floating_point:
         return "its weight is no floating-point matrix"
     return Matrix(weight, transposed)
+
+
+Found = TypeVar("Found", bound=Matrix)
 
 
 @dataclass(frozen=True)
@@ -79,15 +90,31 @@ def rounded_matrix_of(linear: fx.Node) -> RoundedMatrix | str:
     """The weight matrix that `lissom::fake_quantize` quantizes for a layer, or why there is none."""
     if linear.target not in LINEAR_PRODUCTS:
         return "it is a convolution or a batched matrix product"
-    found, transposed = linear.args[2 if linear.target is aten.addmm.default else 1], linear.target is not aten.linear.default
-    while nodes.is_call(found, *TRANSPOSES):
-        found, transposed = found.args[0], not transposed
+    found, transposed = stored_weight(linear)
     if not isinstance(found, fx.Node) or found.target is not fake_quantize:
         return "its weight is not quantized"
     weight = found.args[0]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or nodes.tensor_type(weight).rank != 2:
         return "its weight is computed before it is quantized"
     return RoundedMatrix(weight, transposed, found)
+
+
+def treated_layers(
+    edit: Editor,
+    find: Callable[[fx.Node], Found | str],
+    obstacle: Callable[[fx.Node, Found], str | None],
+    passed_over: Collection[fx.Node] = (),
+) -> dict[fx.Node, Found]:
+    """The linear layers to change, with their matrices; the others are reported as skipped, but for those in `passed_over`.
+
+    find: the matrix of a layer, or why it has none. obstacle: why a layer is left alone.
+    """
+
+    def treat(node: fx.Node) -> Found | str:
+        matrix = find(node)
+        return matrix if isinstance(matrix, str) else obstacle(node, matrix) or matrix
+
+    return edit.accepted((node, treat(node)) for node in edit.nodes() if is_linear(node) and node not in passed_over)
 
 
 def readers_of(weight: fx.Node) -> list[fx.Node]:

@@ -12,11 +12,11 @@ from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import RESHAPES
-from lissom.compiler.ir.types import ScalarType
 
 aten = torch.ops.aten
 
-_PLAIN = aten.scaled_dot_product_attention.default
+PLAIN = aten.scaled_dot_product_attention.default
+"""PyTorch's attention."""
 
 
 def scale_of(node: fx.Node) -> float:
@@ -27,9 +27,14 @@ def scale_of(node: fx.Node) -> float:
     return scale  # pyright: ignore[reportReturnType]
 
 
+def is_causal(attention: fx.Node) -> bool:
+    """True for PyTorch's attention with the flag `is_causal`."""
+    return nodes.is_call(attention, PLAIN) and bool(nodes.argument(attention, "is_causal"))
+
+
 def mask_of(attention: fx.Node) -> fx.Node | None:
     """The mask or bias of an attention; None when there is none."""
-    found = nodes.argument(attention, "attn_mask" if attention.target is _PLAIN else "bias")
+    found = nodes.argument(attention, "attn_mask" if attention.target is PLAIN else "bias")
     return found if isinstance(found, fx.Node) else None
 
 
@@ -87,15 +92,14 @@ def operands_obstacle(edit: Editor, node: fx.Node) -> str | None:
     sinks = sinks_of(node)
     if sinks is not None and nodes.tensor_type(sinks).shape[2:3] != (1,):
         return "its sinks differ from query to query"
-    if node.target is _PLAIN and nodes.argument(node, "dropout_p"):
+    if node.target is PLAIN and nodes.argument(node, "dropout_p"):
         return "it drops out weights"
     heads, key_heads = q.shape[1], k.shape[1]
     if not (isinstance(heads, int) and isinstance(key_heads, int) and isinstance(q.shape[-1], int)):
         return "its number of heads or their size is not fixed"
-    grouped = node.target is _PLAIN and bool(nodes.argument(node, "enable_gqa"))
+    grouped = node.target is PLAIN and bool(nodes.argument(node, "enable_gqa"))
     if v.shape[1] != key_heads or (heads != key_heads and not (grouped and heads % key_heads == 0)):
         return f"{heads} query heads are broadcast with {key_heads} key and {v.shape[1]} value heads"
-    same = (ScalarType(int, item.shape[0]) for item in (k, v))
-    if not all(fake.same_type(edit.program.fake_mode, ScalarType(int, q.shape[0]), size) for size in same):
+    if not all(fake.same_size(edit.program.fake_mode, q.shape[0], item.shape[0]) for item in (k, v)):
         return "its batch is broadcast"
     return None

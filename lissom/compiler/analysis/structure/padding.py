@@ -6,36 +6,32 @@ positions are small; they are run here on many masks: full, padded on either sid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import sympy
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import is_attention, is_linear
-from lissom.compiler.analysis.structure.masks import HIDDEN, MOST_CALLS, mask_kind
+from lissom.compiler.analysis.structure.masks import HIDDEN, Values, dependencies, is_size, mask_kind, values_at
 from lissom.compiler.analysis.structure.operands import mask_of
 from lissom.compiler.ir import node as nodes
-from lissom.compiler.ir.interpreter import REFUSALS, call
+from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.signature import evaluate
-from lissom.compiler.ir.types import ScalarType, TensorType
-
-aten = torch.ops.aten
 
 _BATCH, _TOKENS = 8, 9
 """Sizes of the probes, unless a program fixes or bounds them: a row for each kind of mask, and an odd number of tokens."""
 
-Values = Mapping[fx.Node, torch.Tensor]
 Check = Callable[[Values], bool]
 
 
 def padding_masks(program: Program) -> tuple[fx.Node, ...]:
     """The inputs [batch, tokens] whose zeros mask keys in an attention; use it as `program.fact(padding_masks)`."""
-    candidates = [node for node in program.placeholders if _may_be_mask(nodes.node_type(node))]
+    types = {node: nodes.tensor_type(node) for node in program.placeholders}
+    candidates = [node for node, found in types.items() if found.rank == 2 and not found.dtype.is_complex]
     masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
     return tuple(
         candidate
@@ -65,7 +61,7 @@ def key_mask(program: Program, attention: fx.Node) -> KeyMask | None:
         return KeyMask(kind.causal)
     if kind.bias or kind.window is not None:
         return None
-    order = order_of(program, [mask])
+    order = order_of([mask])
     if order is None:
         return None
     read = [node for node in order if node.op == "placeholder"]
@@ -111,7 +107,7 @@ def _has_effect(program: Program, mask: fx.Node, candidate: fx.Node) -> bool:
     """True when a zero of the candidate masks a key that is visible without it: a mask in which each token sees only itself
     masks all other keys for any input.
     """
-    order = order_of(program, [candidate, mask]) or ()
+    order = order_of([candidate, mask]) or ()
     without = _hidden(values_at(program, order, _probe_sizes(program, candidate))[mask])  # inputs are ones
     return any(
         bool((_hidden(values[mask]) & ~without & (values[candidate] == 0)[:, None, None, :]).any())
@@ -154,7 +150,7 @@ def zero_where_hidden(value: torch.Tensor, kept: torch.Tensor, place: tuple[int,
 
 def holds(program: Program, mask: fx.Node, wanted: Sequence[fx.Node], check: Check) -> bool:
     """True when the check holds for the values of `wanted` and of the mask on all probes; False when there are no probes."""
-    order = order_of(program, [mask, *wanted])
+    order = order_of([mask, *wanted])
     return order is not None and mask in order and _holds_on(check, order, program, mask)
 
 
@@ -166,47 +162,22 @@ def _holds_on(check: Check, order: Sequence[fx.Node], program: Program, mask: fx
         return False
 
 
-def _may_be_mask(found: object) -> bool:
-    return isinstance(found, TensorType) and found.rank == 2 and not found.dtype.is_complex
-
-
-def order_of(program: Program, wanted: Sequence[fx.Node]) -> list[fx.Node] | None:
+def order_of(wanted: Sequence[fx.Node]) -> list[fx.Node] | None:
     """The nodes that these nodes depend on, in order; None when linear layers or attentions are among them."""
-    pending, seen = list(wanted), set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        if len(seen) > MOST_CALLS or (node.op == "call_function" and (is_linear(node) or is_attention(node))):
-            return None
-        seen.add(node)
-        if not _is_size(node):
-            pending += node.all_input_nodes
-    return [node for node in program.graph.nodes if node in seen]
+    return dependencies(wanted, lambda node: is_linear(node) or is_attention(node), lambda node: not is_size(node))
 
 
-def _is_size(node: fx.Node) -> bool:
-    return nodes.is_call(node, aten.sym_size.int)
-
-
-@dataclass(frozen=True)
-class _Patterns:
-    """Masks to probe with: [many, tokens] of zeros and ones."""
-
-    rows: torch.Tensor
-
-    @classmethod
-    def of(cls, tokens: int) -> _Patterns:
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.ones(_BATCH, tokens, dtype=torch.bool)
-        rows[0, (tokens + 1) // 2 :] = False
-        rows[1, 1:] = False
-        rows[2, : tokens // 2] = False
-        rows[3, :-1] = False
-        rows[4] = torch.rand(tokens, generator=generator) > 0.5
-        rows[5] = False
-        rows[6, -1:] = False
-        return cls(rows)
+def _patterns(tokens: int) -> torch.Tensor:
+    """Masks to probe with: [_BATCH, tokens] of booleans."""
+    rows = torch.ones(_BATCH, tokens, dtype=torch.bool)
+    rows[0, (tokens + 1) // 2 :] = False
+    rows[1, 1:] = False
+    rows[2, : tokens // 2] = False
+    rows[3, :-1] = False
+    rows[4] = torch.rand(tokens, generator=torch.Generator().manual_seed(0)) > 0.5
+    rows[5] = False
+    rows[6, -1:] = False
+    return rows
 
 
 def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) -> Iterator[Values]:
@@ -216,8 +187,7 @@ def _probes(program: Program, mask: fx.Node | None, order: Sequence[fx.Node]) ->
         yield values_at(program, order, sizes)
         return
     batch, tokens = (evaluate(size, sizes) for size in nodes.tensor_type(mask).shape)
-    rows = _Patterns.of(tokens).rows
-    rows = rows[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
+    rows = _patterns(tokens)[torch.arange(-(-_BATCH // batch) * batch) % _BATCH]
     for group in rows.split(batch):
         found = nodes.tensor_type(mask)
         yield values_at(program, order, sizes, {mask: group.to(found.device, found.dtype)})
@@ -231,31 +201,3 @@ def _probe_sizes(program: Program, mask: fx.Node | None) -> dict[sympy.Symbol, i
         size = max(_BATCH if symbol in shape[:1] else _TOKENS + index, dimension.minimum)
         sizes[symbol] = min(size, dimension.maximum or size)
     return sizes
-
-
-def values_at(
-    program: Program,
-    order: Sequence[fx.Node],
-    sizes: Mapping[sympy.Symbol, int],
-    given: Mapping[fx.Node, torch.Tensor] | None = None,
-) -> Values:
-    """The values of nodes in order, at these sizes; inputs that are not given are ones."""
-    values: dict[fx.Node, object] = dict(given or {})
-    with torch.no_grad():
-        for node in order:
-            if node not in values:
-                values[node] = _value(program, node, sizes, values)
-    return cast(Values, values)
-
-
-def _value(program: Program, node: fx.Node, sizes: Mapping[sympy.Symbol, int], values: Mapping[fx.Node, object]) -> object:
-    if node.op == "placeholder":
-        found = nodes.tensor_type(node)
-        return torch.ones([evaluate(size, sizes) for size in found.shape], dtype=found.dtype, device=found.device)
-    if node.op == "get_attr":
-        return program.weight(str(node.target))
-    if _is_size(node):
-        found = nodes.node_type(node)
-        assert isinstance(found, ScalarType)
-        return evaluate(cast(int, found.value), sizes)
-    return call(node, values.__getitem__)

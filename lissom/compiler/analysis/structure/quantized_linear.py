@@ -14,6 +14,8 @@ from typing import cast
 import torch
 from torch import fx
 
+from lissom.compiler.analysis.structure.linear import bias_of, input_of
+from lissom.compiler.analysis.structure.matrix import stored_weight
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import FAKE_QUANTIZES, LINEAR_PRODUCTS, TRANSPOSES
@@ -97,18 +99,13 @@ def quantized_layer(node: fx.Node) -> QuantizedLayer | None:
     """The quantized layer of a product; None for any other node."""
     if node.kwargs:
         return None
-    if node.target is aten.addmm.default:
-        bias, x, weight = node.args
-    else:
-        x, weight, bias = (*node.args, None)[:3]
-    transposed = node.target is not aten.linear.default
-    while nodes.is_call(weight, *TRANSPOSES):
-        weight, transposed = weight.args[0], not transposed
+    weight, transposed = stored_weight(node)
+    x, bias = input_of(node), bias_of(node)
     if not isinstance(weight, fx.Node) or weight.target is not dequantize or nodes.tensor_type(weight).rank != 2:
         return None
-    if not isinstance(x, fx.Node) or any(item.op != "get_attr" for item in weight.all_input_nodes):
+    if any(item.op != "get_attr" for item in weight.all_input_nodes):
         return None
-    return QuantizedLayer(node, x, weight, cast("fx.Node | None", bias), transposed)
+    return QuantizedLayer(node, x, weight, bias, transposed)
 
 
 def _reads_whole(user: fx.Node) -> bool:

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.structure.linear import is_attention
-from lissom.compiler.analysis.structure.masks import HIDDEN
+from lissom.compiler.analysis.structure.masks import HIDDEN, values_at
 from lissom.compiler.analysis.structure.operands import mask_of
-from lissom.compiler.analysis.structure.padding import kept_rows, order_of, padding_masks, values_at
+from lissom.compiler.analysis.structure.padding import kept_rows, order_of, padding_masks
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.interpreter import REFUSALS
 from lissom.compiler.ir.program import Program
@@ -83,7 +83,7 @@ def _sources(program: Program) -> _Sources:
     placeholders = program.placeholders
     known = program.fact(padding_masks)
     masks = dict.fromkeys(found for node in program.nodes() if is_attention(node) and (found := mask_of(node)) is not None)
-    computed = {mask: order for mask in masks if (order := order_of(program, [mask])) is not None}
+    computed = {mask: order for mask in masks if (order := order_of([mask])) is not None}
     told = {
         mask: order
         for mask, order in computed.items()

@@ -60,6 +60,12 @@ class Structure:
     lm_heads: tuple[fx.Node, ...]
     convolutions: tuple[fx.Node, ...]
 
+    @property
+    def residuals(self) -> list[fx.Node]:
+        """The residual adds, each once."""
+        sums = (site.residual for site in (*self.attention, *self.feed_forward))
+        return list(dict.fromkeys(item for item in sums if item is not None))
+
 
 def structure(program: Program) -> Structure:
     """The transformer structure of a program; use it as `program.fact(structure)`."""
@@ -87,7 +93,7 @@ def structure(program: Program) -> Structure:
 def _embedding(node: fx.Node, linears: Iterable[fx.Node]) -> Embedding:
     table = node.args[0]
     rows, width = nodes.tensor_type(table).shape
-    return Embedding(node, as_int(rows), as_int(width), any(weight_of(linear) is table for linear in linears))
+    return Embedding(node, as_int(rows), as_int(width), tied=any(weight_of(linear) is table for linear in linears))
 
 
 def _reaches_output(program: Program, linear: fx.Node) -> bool:
@@ -109,17 +115,12 @@ def _reached_from(program: Program, targets: set[object]) -> set[fx.Node]:
     for node in program.nodes():
         if is_linear(node) or is_attention(node):
             continue
-        if node.target in targets or any(used in found for used in node.all_input_nodes if not _mixes(node, found)):
+        # A table applied to a computed value is no table any more.
+        inputs = node.all_input_nodes
+        values = [used for used in inputs if used not in found and used.op == "call_function" and nodes.is_tensor(used)]
+        if node.target in targets or (not values and not found.isdisjoint(inputs)):
             found.add(node)
     return found
-
-
-def _mixes(node: fx.Node, found: set[fx.Node]) -> bool:
-    """True when a cos or sin table is applied to a value: the result is no table any more."""
-    others = [
-        used for used in node.all_input_nodes if used not in found and used.op == "call_function" and nodes.is_tensor(used)
-    ]
-    return bool(others)
 
 
 def _layers(attention: Sequence[AttentionSite], feed_forward: Sequence[FeedForwardSite]) -> tuple[Layer, ...]:

@@ -19,13 +19,7 @@ from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.operators import LAYER_NORMS, LOG_SOFTMAX, SOFTMAX
 from lissom.compiler.ir.placement import Span, Spans, indices_of
 from lissom.compiler.ir.types import TensorType
-from lissom.compiler.parallel.rules.joint import (
-    BEST,
-    LOOK_UP,
-    candidates,
-    computed_dtype,
-    packed_dtype,
-)
+from lissom.compiler.parallel.rules.joint import BEST, LOOK_UP, candidates, computed_dtype, packed_dtype
 from lissom.ops.formats import FORMATS, LEAST
 
 aten = torch.ops.aten
@@ -146,13 +140,11 @@ class Joint:
         starts = [torch.full((), rank * local, dtype=torch.int64) for rank in range(self.world_size)]
         return self.own(f"rank.first_row_{span.whole}by{span.parts}x{local}", starts)
 
-    def _masked(self, x: fx.Node, dim: int, span: Span, value: float) -> fx.Node:
+    def _masked(self, x: fx.Node, dim: int, span: Span | Spans, value: float) -> fx.Node:
         """The value, with padding of a shard replaced."""
-        if not span.is_padded:
+        spans = (span,) if isinstance(span, Span) else span
+        if not any(span.is_padded for span in spans):
             return x
-        return self._filled(x, dim, (span,), value)
-
-    def _filled(self, x: fx.Node, dim: int, spans: Spans, value: float) -> fx.Node:
         behind = nodes.tensor_type(x).rank - dim - 1
         missing = [(indices_of(spans, rank) < 0).reshape(-1, *[1] * behind) for rank in range(self.world_size)]
         stretches = "_".join(f"{span.outer}x{span.size}x{span.inner}by{span.parts}e{span.every}" for span in spans)
@@ -165,8 +157,7 @@ class Joint:
     def quantize(self, node: fx.Node, spans: Spans) -> fx.Node:
         """Dynamic quantization with the range of all shards; every range contains 0, so padding is 0."""
         x = cast(fx.Node, node.args[0])
-        if any(span.is_padded for span in spans):
-            x = self._filled(x, nodes.tensor_type(x).rank - 1, spans, 0)
+        x = self._masked(x, nodes.tensor_type(x).rank - 1, spans, 0)
         form = FORMATS[cast(str, node.kwargs["format"])]
         call: Callable[..., fx.Node] = self.edit.call
         least = call(aten.neg.default, call(aten.amin.default, x, [-1], True))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.collectives import ALL_GATHER, ALL_REDUCE, COLLECTIVES, WAIT
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.fake import hint
+from lissom.compiler.ir.match import computed_from
 from lissom.compiler.ir.placement import REPLICATED
 
 aten = torch.ops.aten
@@ -34,7 +36,7 @@ def merge_collectives(edit: Editor) -> int:
     for node in list(edit.program.graph.nodes):
         if node.target not in COLLECTIVES:
             continue
-        if first is not None and _fit(first, node) and not _depends(node, first):
+        if first is not None and _fit(first, node) and first not in computed_from([node], partial(operator.lt, first)):
             first = _merge(edit, first, node)
             merged += 1
         else:
@@ -49,16 +51,6 @@ def _fit(first: fx.Node, second: fx.Node) -> bool:
     a, b = (cast(torch.Tensor, nodes.value(cast(fx.Node, node.args[0]))) for node in (first, second))
     waited = all(len(node.users) == 1 and nodes.is_call(next(iter(node.users)), WAIT) for node in (first, second))
     return waited and a.dtype == b.dtype and all(math.prod(map(hint, x.shape)) <= LARGEST for x in (a, b))
-
-
-def _depends(late: fx.Node, early: fx.Node) -> bool:
-    """True when a value is computed from an earlier one."""
-    reached, node = {early}, early.next
-    while node is not late:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-        node = node.next
-    return not reached.isdisjoint(late.all_input_nodes)
 
 
 def _merge(edit: Editor, first: fx.Node, second: fx.Node) -> fx.Node:

@@ -137,8 +137,7 @@ def _quantize_jointly(state: PartitionState, node: fx.Node) -> bool:
     placed = state.known[node]
     if not nodes.is_call(node, fake_quantize_dynamic) or not isinstance(placed, Placed):
         return False
-    spans = placed.spans(state.shape(node).rank - 1)
-    if spans:
+    if spans := placed.spans(state.shape(node).rank - 1):
         with state.edit.before(node):
             found = state.joint.quantize(node, spans)
         state.replace(node, found)

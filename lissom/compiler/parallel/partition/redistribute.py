@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,11 +37,33 @@ def redistribute(state: PartitionState, value: fx.Node, want: Placed, reader: fx
     move, found = _Move(value, have, want, reader), value
     with state.edit.before(reader, like=[value]):
         for step in redistribution_steps(have, want, state.world_size, has_whole=value in state.wanted_whole) or ():
-            found = _STEPS[step](state, found, move)
+            found = _stepped(state, step, found, move)
     state.edit.rewritten += 1
     state.moved[value, want] = found
     nodes.set_placed(found, want)
     return found
+
+
+def _stepped(state: PartitionState, step: str, found: fx.Node, move: _Move) -> fx.Node:
+    """The value after one step of `redistribution_steps`."""
+    match step:
+        case "all-reduce":
+            return state.reduced(found, "sum")
+        case "reduce-scatter":
+            return state.positions.scattered(found, move.want)
+        case "spread":
+            return state.positions.spread(found, move.have)
+        case "mask":
+            return _on_first_rank(state, found, nodes.tensor_type(move.value).dtype)
+        case "all-gather":
+            if move.have.is_by_position:
+                return state.positions.gathered(found, move.have)
+            return all_gather(state, found, move.have, state.shape(move.value).shape)
+        case _ if move.want.is_by_position:
+            whole = redistribute(state, move.value, REPLICATED, move.reader) if move.have.partial else found
+            return state.positions.own_part(whole, move.want)
+        case _:
+            return _own_part(state, found, move.want)
 
 
 def all_gather(state: PartitionState, value: fx.Node, have: Placed, shape: Sequence[Size]) -> fx.Node:
@@ -58,50 +80,17 @@ def all_gather(state: PartitionState, value: fx.Node, have: Placed, shape: Seque
     return call(aten.slice.Tensor, found, dim, 0, shape[dim]) if span.is_padded else found
 
 
-def _all_reduce(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
-    return state.reduced(found, "sum")
-
-
-def _all_gather(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
-    if move.have.is_by_position:
-        return state.positions.gathered(found, move.have)
-    return all_gather(state, found, move.have, state.shape(move.value).shape)
-
-
-def _reduce_scatter(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
-    return state.positions.scattered(found, move.want)
-
-
-def _spread(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
-    return state.positions.spread(found, move.have)
-
-
-def _mask(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
+def _on_first_rank(state: PartitionState, found: fx.Node, dtype: torch.dtype) -> fx.Node:
     """The value on rank 0 and zeros elsewhere."""
-    dtype = nodes.tensor_type(move.value).dtype
     parts = [torch.full((), float(rank == 0), dtype=dtype) for rank in range(state.world_size)]
     first = state.own_weight(f"rank.is_first_{str(dtype).removeprefix('torch.')}", parts)
     return state.edit.call(aten.mul.Tensor, found, first)
 
 
-def _slice(state: PartitionState, found: fx.Node, move: _Move) -> fx.Node:
+def _own_part(state: PartitionState, found: fx.Node, want: Placed) -> fx.Node:
     """A rank's part of a whole value; where it has none, any other, since what it is multiplied with is zero."""
-    if move.want.is_by_position:
-        whole = redistribute(state, move.value, REPLICATED, move.reader) if move.have.partial else found
-        return state.positions.own_part(whole, move.want)
-    for dim, spans in move.want.dims:
+    for dim, spans in want.dims:
         parts = [indices_of(spans, rank).clamp_min(0) for rank in range(state.world_size)]
         name = f"rank.indices_{'_'.join(f'{s.outer}x{s.size}x{s.inner}by{s.parts}e{s.every}' for s in spans)}"
         found = state.edit.call(aten.index_select.default, found, dim, state.own_weight(name, parts))
     return found
-
-
-_STEPS: Mapping[str, Callable[[PartitionState, fx.Node, _Move], fx.Node]] = {
-    "all-reduce": _all_reduce,
-    "all-gather": _all_gather,
-    "reduce-scatter": _reduce_scatter,
-    "spread": _spread,
-    "mask": _mask,
-    "slice": _slice,
-}
-"""The steps that `redistribution_steps` names."""

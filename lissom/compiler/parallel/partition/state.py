@@ -51,7 +51,11 @@ class PartitionState:
     def of(cls, edit: Editor, world_size: int) -> PartitionState:
         """The state before the first step. Raises: PassError when a value has no placement."""
         program = edit.program
-        known = {node: _placed(edit, node) for node in program.graph.nodes if node.op != "output"}
+        found = {node: nodes.placed(node) for node in program.graph.nodes if node.op != "output"}
+        known = {node: placed for node, placed in found.items() if placed is not None}
+        if missing := next((node for node in found if node not in known), None):
+            where = place(program, missing)
+            raise PassError(f"partition: {where} has no placement; put `shard` right before `partition`")
         by_position = any(isinstance(item, Placed) and item.is_by_position for item in known.values())
         # A column-wise layer with a replicated result is one whose output is gathered at once.
         gathered = {node for node, _ in linear_layers(program) if known[node] == REPLICATED}
@@ -79,8 +83,9 @@ class PartitionState:
 
     def own_weight(self, name: str, parts: list[torch.Tensor]) -> fx.Node:
         """A read of a weight that differs between ranks; one asked for again by the same name is kept once."""
-        program, device = self.edit.program, self._device
+        program = self.edit.program
         if name not in self.reads:
+            device = next(item for item in self.types.values() if isinstance(item, TensorType)).device
             parts = [part.to(device) for part in parts]
             node = self.edit.weight(name, parts[0])
             self.reads[name] = str(node.target)
@@ -113,18 +118,7 @@ class PartitionState:
         nodes.set_value(node, nodes.value(found))
         self.edit.replace(node, found)
 
-    @cached_property
-    def _device(self) -> torch.device:
-        return next(item for item in self.types.values() if isinstance(item, TensorType)).device
-
 
 def is_sharded(placed: Placement) -> bool:
     """True when a value, or one of several, is sharded."""
     return any(item.is_sharded for item in (placed if isinstance(placed, tuple) else (placed,)))
-
-
-def _placed(edit: Editor, node: fx.Node) -> Placement:
-    found = nodes.placed(node)
-    if found is None:
-        raise PassError(f"partition: {place(edit.program, node)} has no placement; put `shard` right before `partition`")
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -92,12 +92,12 @@ def replicated(node: fx.Node, read: Reading) -> Outcome:
     return settled(node, read, result, whole)
 
 
-def alike(node: fx.Node, read: Reading, whole: Collection[int] = (), items: Iterable[fx.Node] | None = None) -> Outcome:
+def alike(node: fx.Node, read: Reading, whole: Collection[int] = ()) -> Outcome:
     """The result is sharded where an argument is, and all arguments that have the dimension are sharded alike.
 
-    whole: dimensions of the result that the operator reads as a whole. items: the arguments; all tensors by default.
+    whole: dimensions of the result that the operator reads as a whole.
     """
-    items = tensors(node) if items is None else list(items)
+    items = tensors(node)
     typed = nodes.node_type(node)
     rank = typed.rank if isinstance(typed, TensorType) else max(len(shape_of(item)) for item in items)
     dims: dict[int, Spans] = {}

@@ -55,10 +55,8 @@ def _is_behind_parts(spans: Spans, indices: torch.Tensor | None) -> bool:
 
 
 def _looked_up(node: fx.Node, read: Reading, places: dict[int, int], chosen: Sequence[fx.Node]) -> Outcome:
-    found = moved(node, read, places)
-    if not all(read.of(other).is_replicated for other in chosen):
-        return replicated(node, read)
-    return found
+    whole = all(read.of(other).is_replicated for other in chosen)
+    return moved(node, read, places) if whole else replicated(node, read)
 
 
 def gather(node: fx.Node, read: Reading) -> Outcome:

@@ -38,21 +38,27 @@ def outcome(node: fx.Node, read: Reading) -> Outcome:
     if not read.by_position:
         return found
     known = {item: read.of(item) for item in tensors(node)}
-    by_position = {item: placed for item, placed in known.items() if placed.is_by_position}
-    if found.wants and isinstance(found.result, Placed) and found.result.partial and _stay_sums(found, known):
+    sharded_ones = {item: placed for item, placed in known.items() if placed.is_by_position}
+    # All arguments become pending sums over ranks, which are reduced later, together with others.
+    stay_sums = all(found.wants.get(item, placed).partial for item, placed in known.items())
+    if found.wants and isinstance(found.result, Placed) and found.result.partial and stay_sums:
         return found
-    sums = {item: along for item in known if (along := _along(node, item, found, read)) is not None}
-    if not by_position and not sums:
+    # The pending sums that the call wants replicated.
+    sums = {
+        item: by_position(item, read.world_size)
+        for item, placed in known.items()
+        if placed.partial and found.wants.get(item) == REPLICATED and not position_obstacle(item, read.world_size)
+    }
+    if not sharded_ones and not sums:
         return found
     meets_whole = not sums and any(placed.is_replicated and _is_as_large(item, node) for item, placed in known.items())
     if rules.rule_of(node) in _EACH_TOKEN and not meets_whole and not _is_one_of_several_norms(node):
-        each = rules.outcome(
-            node, replace(read, known=ChainMap({**by_position, **sums}, cast("dict[fx.Node, Placed]", read.known)))
-        )
-        kept = all(each.wants.get(item, placed) == placed for item, placed in {**by_position, **sums}.items())
+        given = {**sharded_ones, **sums}
+        each = rules.outcome(node, replace(read, known=ChainMap(given, cast("dict[fx.Node, Placed]", read.known))))
+        kept = all(each.wants.get(item, placed) == placed for item, placed in given.items())
         if isinstance(each.result, Placed) and each.result.is_by_position and kept:
             return Outcome(each.result, {**sums, **each.wants})
-    whole = dict.fromkeys(by_position, REPLICATED)
+    whole = dict.fromkeys(sharded_ones, REPLICATED)
     found = rules.outcome(node, replace(read, known=ChainMap(whole, cast("dict[fx.Node, Placed]", read.known))))
     return Outcome(found.result, {**whole, **found.wants}, found.reason)
 
@@ -63,18 +69,6 @@ def _is_as_large(item: fx.Node, node: fx.Node) -> bool:
     The residual stream is gathered there once: sharded, it would be gathered before each further replicated layer.
     """
     return item.op == "call_function" and not is_weight(item) and shape_of(item) == shape_of(node)
-
-
-def _stay_sums(found: Outcome, known: dict[fx.Node, Placed]) -> bool:
-    """True where all arguments become pending sums over ranks, which are reduced later, together with others."""
-    return all(found.wants.get(item, placed).partial for item, placed in known.items())
-
-
-def _along(node: fx.Node, item: fx.Node, found: Outcome, read: Reading) -> Placed | None:
-    """The by-position placement of a pending sum that a call wants replicated; None for any other value."""
-    if not read.of(item).partial or found.wants.get(item) != REPLICATED or position_obstacle(item, read.world_size):
-        return None
-    return by_position(item, read.world_size)
 
 
 def by_position(item: fx.Node, world_size: int) -> Placed:

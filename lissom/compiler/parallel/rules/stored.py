@@ -29,7 +29,10 @@ def turned_back(node: fx.Node, read: Reading) -> Outcome:
     if placed.partial:
         return replicated(node, read)
     packed = {len(shape) - 1: 2} if shape_of(q)[-1] != shape[-1] else {}
-    dims = {dim: _widened(spans, packed.get(dim, 1)) for dim, spans in placed.dims}
+    dims = {
+        dim: tuple(span.shaped(span.outer, span.size, span.inner * packed.get(dim, 1)) for span in spans)
+        for dim, spans in placed.dims
+    }
     wants = {}
     for item in grid:
         sizes = shape_of(item)
@@ -38,10 +41,6 @@ def turned_back(node: fx.Node, read: Reading) -> Outcome:
             return Outcome(REPLICATED, replicated(node, read).wants, "a block of equal scale would be sharded in two")
         wants[item] = sharded(*cast("list[tuple[int, Spans]]", wanted))
     return settled(node, read, sharded(*dims.items()), wants)
-
-
-def _widened(spans: Spans, times: int) -> Spans:
-    return tuple(span.shaped(span.outer, span.size, span.inner * times) for span in spans)
 
 
 def _narrowed(spans: Spans, size: object, blocks: object) -> Spans | None:

@@ -50,10 +50,7 @@ Letters = tuple[Sequence[object], Sequence[object], Sequence[object]]
 
 def outcome(node: fx.Node, read: Reading) -> Outcome:
     """The outcome of a call; an operator without a rule gets everything replicated."""
-    rule = rule_of(node)
-    if rule is not None:
-        return rule(node, read)
-    return replicated(node, read)
+    return (rule_of(node) or replicated)(node, read)
 
 
 def rule_of(node: fx.Node) -> Rule | None:
@@ -162,11 +159,7 @@ def _letters(x: fx.Node, y: fx.Node) -> Letters:
 
 
 def _product(
-    node: fx.Node,
-    read: Reading,
-    sides: tuple[fx.Node, fx.Node],
-    letters: Letters,
-    bias: fx.Node | None = None,
+    node: fx.Node, read: Reading, sides: tuple[fx.Node, fx.Node], letters: Letters, bias: fx.Node | None = None
 ) -> Outcome:
     split: dict[object, Spans] = {}
     for item, names in zip(sides, letters, strict=False):
@@ -197,10 +190,9 @@ def _product(
 def grouped_product(node: fx.Node, read: Reading) -> Outcome:
     """Rows times the matrix of their expert: features may be sharded on either side, as in `matmul`; experts may not."""
     x, weight, ends = cast("tuple[fx.Node, fx.Node, fx.Node]", node.args[:3])
-    found = _product(node, read, (x, weight), (["m", "k"], ["e", "k", "n"], ["m", "n"]))
     if read.of(weight).spans(0) or not read.of(ends).is_replicated:
         return replicated(node, read)
-    return found
+    return _product(node, read, (x, weight), (["m", "k"], ["e", "k", "n"], ["m", "n"]))
 
 
 def embedding(node: fx.Node, read: Reading) -> Outcome:
@@ -212,13 +204,8 @@ def embedding(node: fx.Node, read: Reading) -> Outcome:
     table, ids = cast("tuple[fx.Node, fx.Node]", node.args[:2])
     placed = read.of(table)
     rows = placed.spans(0)
-    if (
-        placed.partial
-        or len(placed.dims) > 1
-        or len(rows) > 1
-        or any(span.outer != 1 for span in rows)
-        or not read.is_apart(rows)
-    ):
+    blocks = len(rows) < 2 and all(span.outer == 1 for span in rows) and read.is_apart(rows)
+    if placed.partial or len(placed.dims) > 1 or not blocks:
         return replicated(node, read)
     result = PARTIAL if rows else sharded((len(shape_of(node)) - 1, placed.spans(1)))
     return settled(node, read, result, {ids: REPLICATED})
@@ -279,14 +266,11 @@ def over(*names: str) -> Rule:
     return rule
 
 
-def _norm(node: fx.Node, read: Reading) -> Outcome:
+@jointly
+def norm(node: fx.Node, read: Reading) -> Outcome:
     """layer_norm, rms_norm: not over a sharded dimension, unless the ranks all-reduce their sums."""
-    item = cast(fx.Node, node.args[0])
-    rank, count = len(shape_of(item)), len(cast("list[int]", node.args[1]))
+    rank, count = len(shape_of(node.args[0])), len(cast("list[int]", node.args[1]))
     return alike(node, read, whole=range(rank - count, rank))
-
-
-norm = jointly(_norm)
 
 
 def convolution(node: fx.Node, read: Reading) -> Outcome:
@@ -315,11 +299,8 @@ def summed(node: fx.Node, read: Reading) -> Outcome:
     placed, removed = read.of(item), reduced_dims(node, len(shape_of(item)))
     inside = [dim for dim, _ in placed.dims if dim in removed]
     if placed.partial:
-        return (
-            Outcome(PARTIAL)
-            if is_only_reader(node, item) and nodes.tensor_type(node).dtype.is_floating_point
-            else replicated(node, read)
-        )
+        stays = is_only_reader(node, item) and nodes.tensor_type(node).dtype.is_floating_point
+        return Outcome(PARTIAL) if stays else replicated(node, read)
     if inside and len(placed.dims) == 1 and not is_padded(placed) and read.is_apart(placed.dims[0][1]):
         return Outcome(PARTIAL) if nodes.tensor_type(item).dtype.is_floating_point else replicated(node, read)
     return reduced(node, read)
@@ -355,10 +336,8 @@ RULES: dict[object, Rule] = rule_table(
     (jointly(reduced), [aten.amax.default, aten.logsumexp.default, *BEST]),
     (stored.written, [aten.copy_.default]),
     (stored.rows_exchanged, [aten.index_copy.default, aten.index_copy_.default]),
-    (
-        moved,
-        [aten.permute.default, *ops.TRANSPOSES, aten.unsqueeze.default, *ops.SQUEEZES, aten.select.int, aten.repeat.default],
-    ),
+    (moved, [aten.permute.default, *ops.TRANSPOSES, aten.unsqueeze.default, *ops.SQUEEZES]),
+    (moved, [aten.select.int, aten.repeat.default]),
     (views.reshape, ops.RESHAPES),
     (views.expand, ops.EXPANDS),
     (views.repeat_interleave, [aten.repeat_interleave.self_int]),

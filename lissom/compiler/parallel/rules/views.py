@@ -29,12 +29,8 @@ def getitem(node: fx.Node, read: Reading) -> Outcome:
 
 
 def several(node: fx.Node, read: Reading) -> Outcome:
-    """unbind: each index of a dimension that is not sharded."""
-    return _several(node, moved(node, read))
-
-
-def _several(node: fx.Node, found: Outcome) -> Outcome:
-    """The same outcome for each of several results."""
+    """unbind, split: pieces of, or along, a dimension that is not sharded."""
+    found = moved(node, read)
     if isinstance(found.result, tuple):
         return found
     count = len(cast("tuple[object, ...]", nodes.node_type(node)))
@@ -121,10 +117,7 @@ def _groups(old: Sequence[Size], new: Sequence[Size]) -> list[tuple[list[int], l
 
 
 def _total(sizes: Sequence[Size], dims: Sequence[int]) -> Size:
-    found: Size = 1
-    for dim in dims:
-        found = found * sizes[dim]
-    return found
+    return math.prod(sizes[dim] for dim in dims)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def _reshaped(
@@ -134,7 +127,7 @@ def _reshaped(
     if not split:
         return []
     solid = [dim for dim in after if new[dim] != 1]
-    if len(split) == 1 and len([dim for dim in before if old[dim] != 1]) == 1 and len(solid) == 1:
+    if len(split) == sum(old[dim] != 1 for dim in before) == len(solid) == 1:
         return [(solid[0], next(iter(split.values())))]
     if any(len(spans) != 1 for spans in split.values()):
         return _reshaped_parts(old, new, before, after, split)
@@ -241,7 +234,7 @@ def split(node: fx.Node, read: Reading) -> Outcome:
         return replicated(node, read)
     types = cast("tuple[TensorType, ...]", nodes.node_type(node))
     if not placed.spans(dim):
-        return _several(node, moved(node, read))
+        return several(node, read)
     pieces = pieces_of(placed.spans(dim), [found.shape[dim] for found in types])
     if pieces is None:
         return replicated(node, read)

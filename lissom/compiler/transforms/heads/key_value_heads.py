@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.axes.dead_units import summed
@@ -125,8 +125,8 @@ class Separation:
         node.args = (*apart, *node.args[3:])
 
     def _separate_heads(self, site: AttentionSite, keys: fx.Node, values: fx.Node) -> SeparateHeads | None:
-        found = [self.axes.axis(*place) for place in ((self._queries(site), 1), (keys, 1), (values, 1), (site.node, 1))]
-        queries, key, value, output = found
+        numbered = (cast(fx.Node, self._arguments[site.node][0]), keys, values, site.node)
+        queries, key, value, output = (self.axes.axis(node, 1) for node in numbered)
         reason = next((reason for axis in (key, value) if (reason := self.obstacle(axis))), "")
         if not reason and queries in (key, value):
             reason = "one axis of a weight numbers them with the query heads"
@@ -135,12 +135,9 @@ class Separation:
             return None
         return SeparateHeads(site, keys, values, cast(int, key.size), queries, key, value, output)
 
-    def _queries(self, site: AttentionSite) -> fx.Node:
-        return cast(fx.Node, self._arguments[site.node][0])
-
     def queries(self, heads: SeparateHeads) -> fx.Node:
         """The queries of an attention in the original program."""
-        return self._queries(heads.site)
+        return cast(fx.Node, self._arguments[heads.site.node][0])
 
     def is_alone(self, heads: SeparateHeads, *chosen: Axis) -> bool:
         """True when no other attention has heads of these axes."""
@@ -186,7 +183,14 @@ class Separation:
 
     def rows(self, axis: Axis) -> list[Rows]:
         """The indices of weights, and of the program's state, that produce or read heads of this axis."""
-        return rows_of(self.axes, axis)
+        axis, rows = axis.find(), list[Rows]()
+        for node, dims in self.axes.of.items():
+            for dim, other in enumerate(cast("tuple[Axis, ...]", dims) if node.op == "get_attr" else ()):
+                if axis in other.atoms():
+                    unit = unit_of(other, [axis])
+                    heads = [(unit == head).nonzero().flatten() for head in range(cast(int, axis.size))]
+                    rows.append(Rows(node, dim, torch.stack(heads)))
+        return rows
 
     def share(self, heads: SeparateHeads) -> None:
         """Let an attention's query heads share the remaining key and value heads in the final program."""
@@ -216,19 +220,6 @@ def separated_heads(edit: Editor) -> Generator[Separation]:
         found.end()
 
 
-def rows_of(found: Axes, axis: Axis) -> list[Rows]:
-    """The indices of weights that have this axis, an atom of fixed size."""
-    rows: list[Rows] = []
-    for node, dims in found.of.items():
-        if node.op != "get_attr":
-            continue
-        for dim, other in enumerate(cast("tuple[Axis, ...]", dims)):
-            if axis.find() in other.atoms():
-                unit = unit_of(other, [axis])
-                rows.append(Rows(node, dim, torch.stack([(unit == head).nonzero().flatten() for head in range(_size(axis))])))
-    return rows
-
-
 def _repeated(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
     """Each head repeated for the query heads that share it, by the operators that grouped-query models use."""
     copies = heads // as_int(nodes.tensor_type(x).shape[1])
@@ -248,7 +239,3 @@ def _obstacle(site: AttentionSite) -> str:
     if keys != values or site.heads % keys:
         return f"{site.heads} query heads read {keys} key and {values} value heads"
     return ""
-
-
-def _size(axis: Axis) -> int:
-    return cast(int, axis.find().size)

@@ -42,15 +42,13 @@ class HeadLayer:
 
     def write(self, edit: Editor, rows: torch.Tensor) -> None:
         """Set the rows and the bias, in the form that `read` returns."""
-        if self.bias is None:
-            self.weight.write(edit, rows)
-            return
-        self.weight.write(edit, rows[..., :-1])
-        self.bias.write(edit, rows[..., -1])
+        self.weight.write(edit, rows if self.bias is None else rows[..., :-1])
+        if self.bias is not None:
+            self.bias.write(edit, rows[..., -1])
 
     def moment(self, known: Mapping[fx.Node, Moments]) -> torch.Tensor:
         """The second moment of the layer's inputs, with a 1 for the bias; the identity when none is known."""
-        inputs = self.weight_inputs
+        inputs = int(nodes.tensor_type(self.weight.weight).shape[1 - self.weight.dim])  # pyright: ignore[reportArgumentType]
         if (found := known.get(input_of(self.layer))) is None or len(found.total) != inputs:
             return torch.eye(inputs + (self.bias is not None), dtype=torch.float64)
         count = max(found.count, 1)
@@ -58,10 +56,6 @@ class HeadLayer:
         if self.bias is None:
             return gram
         return torch.cat([torch.cat([gram, mean], 1), torch.cat([mean.T, torch.ones(1, 1, dtype=torch.float64)], 1)])
-
-    @property
-    def weight_inputs(self) -> int:
-        return int(nodes.tensor_type(self.weight.weight).shape[1 - self.weight.dim])  # pyright: ignore[reportArgumentType]
 
 
 def is_moved(value: object, start: fx.Node, *, kept: bool = False) -> bool:

@@ -102,14 +102,12 @@ def allocate(amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranki
     With global scope the site whose next units cost least loses them, until the amount is met; when round_to does not divide
     it, a few more units are kept.
     """
-    gone = [0 for _ in choices]
     steps = [_steps(amount, item) for item in choices]
     if amount.scope == "layer":
-        for index, item in enumerate(choices):
-            most = 0 if item.protected else item.units - amount.left_of(item.units)
-            gone[index] = max((count for count in steps[index] if count <= most), default=0)
+        most = [item.units - amount.left_of(item.units) for item in choices]
+        gone = [max((step for step in found if step <= limit), default=0) for found, limit in zip(steps, most, strict=True)]
     else:
-        _allocate_globally(amount, choices, rankings, steps, gone)
+        gone = _allocate_globally(amount, choices, rankings, steps)
     return [ranking.order[:count] for ranking, count in zip(rankings, gone, strict=True)]
 
 
@@ -121,9 +119,10 @@ def _steps(amount: Amount, choice: Choice) -> list[int]:
 
 
 def _allocate_globally(
-    amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranking], steps: Sequence[list[int]], gone: list[int]
-) -> None:
-    total = sum(item.units for item in choices)
+    amount: Amount, choices: Sequence[Choice], rankings: Sequence[Ranking], steps: Sequence[list[int]]
+) -> list[int]:
+    """The number of units to remove from each site."""
+    total, gone = sum(item.units for item in choices), [0 for _ in choices]
     budget = total - amount.left_of(total)
     offers: dict[int, tuple[float, int]] = {}
 
@@ -140,6 +139,7 @@ def _allocate_globally(
         if sum(gone) - gone[index] + count <= budget:
             gone[index] = count
             offer(index)
+    return gone
 
 
 def _up(share: float) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.linear import as_int, input_of
+from lissom.compiler.analysis.structure.linear import input_of, width
 from lissom.compiler.calibration import statistics
 from lissom.compiler.calibration.statistics import Moments, Progress, real_rows, spread
 from lissom.compiler.ir import node as nodes
@@ -46,13 +46,12 @@ _SELECTION_TOKENS = 8192
 
 def magnitude(program: Program, sites: Sequence[UnitSite], norm: str) -> list[Ranking]:
     """Rankings by the size of the weights. norm: `l1` or `l2`."""
-    found: list[Ranking] = []
-    for site in sites:
+
+    def scores(site: UnitSite) -> torch.Tensor:
         weight = site.matrix(program)
-        columns = weight.abs().sum(0) if norm == "l1" else weight.square().sum(0)
-        scores = site.by_unit(columns)
-        found.append(Ranking.of(_relative(scores if norm == "l1" else scores.sqrt())))
-    return found
+        return site.by_unit(weight.abs().sum(0)) if norm == "l1" else site.by_unit(weight.square().sum(0)).sqrt()
+
+    return [Ranking.of(_relative(scores(site))) for site in sites]
 
 
 def wanda(
@@ -141,8 +140,8 @@ def second_order(
     read = {node: index for index, site in enumerate(sites) for node in inputs_of(site)}
     given = {layer: index for index, site in enumerate(sites) for layer in site.layers}
     devices = [nodes.tensor_type(site.columns.layer).device for site in sites]
-    moments = [Moments.empty(_features(input_of(site.columns.layer)), at) for site, at in zip(sites, devices, strict=True)]
-    metrics = [Moments.empty(_features(site.columns.layer), at) for site, at in zip(sites, devices, strict=True)]
+    moments = [Moments.empty(width(input_of(site.columns.layer)), at) for site, at in zip(sites, devices, strict=True)]
+    metrics = [Moments.empty(width(site.columns.layer), at) for site, at in zip(sites, devices, strict=True)]
 
     def add(node: fx.Node, value: torch.Tensor, gradient: torch.Tensor, mask: torch.Tensor | None) -> None:
         if node in read:
@@ -223,7 +222,3 @@ def inputs_of(site: UnitSite) -> list[fx.Node]:
 
 def _relative(scores: torch.Tensor) -> torch.Tensor:
     return scores / scores.norm().clamp_min(1e-12)
-
-
-def _features(node: fx.Node) -> int:
-    return as_int(nodes.tensor_type(node).shape[-1])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 
-from lissom.compiler.calibration.statistics import Moments, Progress, moments
+from lissom.compiler.analysis.module_filter import is_path_protected
+from lissom.compiler.calibration.statistics import Moments, moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.memory import give_back_memory
 from lissom.compiler.pipeline.pass_kinds import FLOATING_POINT_WEIGHTS, Approximation
@@ -18,6 +20,7 @@ from lissom.compiler.transforms.pruning.reconstruction import refit, scale_units
 from lissom.compiler.transforms.pruning.units import UnitSite
 from lissom.errors import RequirementError
 
+_UNREADABLE = "its layer does not read one feature per column"
 Criterion = Literal["auto", "magnitude", "gradient", "taylor", "wanda", "reconstruction", "second-order"]
 
 
@@ -60,8 +63,10 @@ class UnitPruning(Approximation):
         """
         criterion = self._criterion(edit)
         if criterion != "magnitude":
-            sites = _readable(edit, sites)
-        choices = [Choice(site.path, site.count, site.is_protected(self.protect)) for site in sites]
+            reasons = [None if site.is_readable(edit.program) else _UNREADABLE for site in sites]
+            readable = zip(sites, reasons, strict=True)
+            sites = [site for site, reason in readable if edit.may_change(site.columns.layer, reason)]
+        choices = [Choice(site.path, site.count, is_path_protected(site.path, self.protect)) for site in sites]
         check_amount(self._amount(), choices, self.units)
         if self.keep == 1 or not sites:
             return
@@ -78,7 +83,7 @@ class UnitPruning(Approximation):
         if criterion == "second-order":
             # Refitting the feed-forwards for lost heads too gains little (MiniLM at 0.75: cosine 0.9932 for 0.9925), takes
             # more than twice the time, and is worth less than nothing where their neurons are pruned next.
-            refit(edit, reference, edit.data, _reporter(edit, "refit"), feed_forward=self.units != "heads")
+            refit(edit, reference, edit.data, partial(edit.report, "refit"), feed_forward=self.units != "heads")
 
     def _criterion(self, edit: Editor) -> Criterion:
         """The criterion to use; `auto` depends on whether there is calibration data."""
@@ -100,15 +105,14 @@ class UnitPruning(Approximation):
             "wanda": importance.wanda,
             "second-order": importance.second_order,
         }
-        return by_data[criterion](edit.program, sites, edit.data, _reporter(edit, "rank"))
+        return by_data[criterion](edit.program, sites, edit.data, partial(edit.report, "rank"))
 
     def _search_masks(self, edit: Editor, sites: Sequence[UnitSite], choices: Sequence[Choice]) -> None:
         """Kwon et al. 2022: a mask by the Fisher diagonal, rearranged by its blocks, then scales by least squares."""
-        gates = importance.gate_moments(edit.program, sites, edit.data, _reporter(edit, "rank"))
+        gates = importance.gate_moments(edit.program, sites, edit.data, partial(edit.report, "rank"))
         ranked = [Ranking.of(item.gram.diagonal()) for item in gates]
-        read = moments(
-            edit.program, edit.data, {node for site in sites for node in importance.inputs_of(site)}, _reporter(edit, "fit")
-        )
+        inputs = {node for site in sites for node in importance.inputs_of(site)}
+        read = moments(edit.program, edit.data, inputs, partial(edit.report, "fit"))
         for site, item, gone in zip(sites, gates, allocate(self._amount(), choices, ranked), strict=True):
             gone = importance.rearranged(item.gram, gone)
             total = Moments.sum([read[node] for node in importance.inputs_of(site)])
@@ -118,19 +122,3 @@ class UnitPruning(Approximation):
         if len(gone):
             site.columns.write(edit, weight)
             edit.rewritten += len(gone)
-
-
-def _readable(edit: Editor, sites: Sequence[UnitSite]) -> list[UnitSite]:
-    """The sites whose layers can be calibrated; the others are reported."""
-    found: list[UnitSite] = []
-    for site in sites:
-        reason = site.data_obstacle(edit.program)
-        if reason:
-            edit.skip(site.columns.layer, reason)
-        else:
-            found.append(site)
-    return found
-
-
-def _reporter(edit: Editor, what: str) -> Progress:
-    return lambda finished, total: edit.report(what, finished, total)

@@ -28,7 +28,7 @@ import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns
-from lissom.compiler.analysis.structure.linear import as_int, input_of
+from lissom.compiler.analysis.structure.linear import bias_of, input_of, width
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.partial_run import Stream
@@ -168,19 +168,14 @@ def _error(gram: torch.Tensor, product: torch.Tensor, weight: torch.Tensor) -> f
 
 
 def refit(
-    edit: Editor,
-    reference: Program,
-    data: Sequence[Sample],
-    progress: Progress | None = None,
-    *,
-    feed_forward: bool = True,
+    edit: Editor, reference: Program, data: Sequence[Sample], progress: Progress | None = None, *, feed_forward: bool = True
 ) -> None:
     """Refit the last layer of every residual branch to the reference program; see above.
 
     feed_forward: False refits attentions only.
     """
     endings = _endings(edit, reference, feed_forward=feed_forward)
-    widest = max((as_int(nodes.tensor_type(input_of(item.layer)).shape[-1]) for item in endings), default=1)
+    widest = max((width(input_of(item.layer)) for item in endings), default=1)
     data = spread(data, _TOKENS_A_FEATURE * widest)
     with kept_state(edit.program):
         pruned, whole = Stream(edit.program, data), Stream(reference, data)
@@ -209,9 +204,9 @@ def _refit(edit: Editor, ending: Ending, pruned: Stream, whole: Stream, data: Se
             target = target - other
         rows, wanted = real_rows(x, mask)[:, alive], real_rows(target, mask)
         if not halves:
-            shift = (
-                rows.float().mean(0).nan_to_num() if ending.bias is not None else torch.zeros(len(alive), device=weight.device)
-            )
+            shift = torch.zeros(len(alive), device=weight.device)
+            if ending.bias is not None:
+                shift = rows.float().mean(0).nan_to_num()
             halves = [NormalEquations.empty(shift, len(weight)) for _ in range(2)]
         middle = len(rows) // 2
         halves[0].add(rows[:middle], wanted[:middle], weights[:middle])
@@ -243,15 +238,12 @@ def _endings(edit: Editor, reference: Program, *, feed_forward: bool) -> list[En
         sites += [(find_neuron_columns(program, site), site.residual, input_of(site.up[0])) for site in found.feed_forward]
     endings: list[Ending] = []
     for columns, residual, start in sites:
-        if isinstance(columns, str):
-            continue
-        ending = _ending(program, reference, columns, residual, start)
+        ending = "" if isinstance(columns, str) else _ending(program, reference, columns, residual, start)
         if isinstance(ending, Ending):
             endings.append(ending)
-        else:
+        elif not isinstance(columns, str):
             edit.skip(columns.layer, f"its weights are not refitted: {ending}")
-    order = {node: index for index, node in enumerate(program.graph.nodes)}
-    return sorted(endings, key=lambda item: order[item.layer])
+    return sorted(endings, key=lambda item: item.layer)
 
 
 def _ending(program: Program, reference: Program, columns: Columns, residual: fx.Node | None, start: fx.Node) -> Ending | str:
@@ -264,9 +256,8 @@ def _ending(program: Program, reference: Program, columns: Columns, residual: fx
         return "other layers share its weight"
     if not _same_type(known.get(layer.name), layer):
         return "the program before pruning has no such layer"
-    given = layer.args[2] if len(layer.args) > 2 else None
-    own = isinstance(given, fx.Node) and given.op == "get_attr" and _reads(program, given) == 1
-    bias = given if isinstance(given, fx.Node) and own else None
+    bias = bias_of(layer)
+    bias = bias if bias is not None and bias.op == "get_attr" and _reads(program, bias) == 1 else None
     joined = residual is not None and layer in residual.all_input_nodes and nodes.argument(residual, "alpha") == 1
     if residual is None or not joined or not _same_type(known.get(residual.name), residual):
         return Ending(columns, bias, start, None, known[layer.name])

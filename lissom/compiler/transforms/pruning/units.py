@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns
-from lissom.compiler.analysis.module_filter import is_path_protected
 from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.transformer import structure
@@ -44,40 +44,24 @@ class UnitSite:
         """A number for every column, [in_features], summed over each unit, [units]."""
         return values[self.units.to(values.device)].sum(1)
 
-    def is_protected(self, patterns: str) -> bool:
-        """True when the path, or that of a containing module, matches one of the patterns, separated by spaces or commas."""
-        return is_path_protected(self.path, patterns)
-
-    def data_obstacle(self, program: Program) -> str:
-        """Why the site cannot be calibrated on its layer's inputs; empty when it can."""
+    def is_readable(self, program: Program) -> bool:
+        """True when the site can be calibrated on its layer's inputs: the layer reads one feature per column."""
         features = nodes.tensor_type(input_of(self.columns.layer)).shape[-1]
-        if features != program.weight(str(self.columns.weight.target)).shape[self.columns.dim]:
-            return "its layer does not read one feature per column"
-        return ""
+        return features == program.weight(str(self.columns.weight.target)).shape[self.columns.dim]
 
 
 def head_sites(edit: Editor) -> list[UnitSite]:
     """The attentions whose heads have columns. With grouped queries a unit is a key/value head with its query heads."""
-    found: list[tuple[str, Columns, torch.Tensor]] = []
-    for site in edit.program.fact(structure).attention:
-        columns = find_head_columns(edit.program, site)
-        if isinstance(columns, str):
-            edit.skip(site.node, columns)
-        else:
-            found.append((site.path, columns, _head_groups(site, columns.axes)))
-    return _merged(found)
+    sites = {site.node: site for site in edit.program.fact(structure).attention}
+    found = edit.accepted((node, find_head_columns(edit.program, site)) for node, site in sites.items())
+    return _merged((sites[node].path, columns, _head_groups(sites[node], columns.axes)) for node, columns in found.items())
 
 
 def neuron_sites(edit: Editor) -> list[UnitSite]:
     """The feed-forwards whose neurons have columns; the others are reported."""
-    found: list[tuple[str, Columns, torch.Tensor]] = []
-    for site in edit.program.fact(structure).feed_forward:
-        columns = find_neuron_columns(edit.program, site)
-        if isinstance(columns, str):
-            edit.skip(site.down, columns)
-        else:
-            found.append((site.path, columns, torch.arange(columns.count)[:, None]))
-    return _merged(found)
+    sites = {site.down: site for site in edit.program.fact(structure).feed_forward}
+    found = edit.accepted((node, find_neuron_columns(edit.program, site)) for node, site in sites.items())
+    return _merged((sites[node].path, columns, torch.arange(columns.count)[:, None]) for node, columns in found.items())
 
 
 def _head_groups(site: AttentionSite, axes: tuple[Axis, ...]) -> torch.Tensor:
@@ -89,15 +73,14 @@ def _head_groups(site: AttentionSite, axes: tuple[Axis, ...]) -> torch.Tensor:
     return heads.view(-1, groups).T if repeated else heads.view(groups, -1)
 
 
-def _merged(found: list[tuple[str, Columns, torch.Tensor]]) -> list[UnitSite]:
+def _merged(found: Iterable[tuple[str, Columns, torch.Tensor]]) -> list[UnitSite]:
     """The sites, with those that share a weight merged into one."""
     sites: dict[str, UnitSite] = {}
     for path, columns, groups in found:
         name = str(columns.weight.target)
         if name in sites:
-            first = sites[name]
-            sites[name] = UnitSite(first.path, first.columns, first.units, (*first.layers, columns.layer))
-            continue
-        units = torch.stack([columns.indices(group.tolist()) for group in groups])
-        sites[name] = UnitSite(path, columns, units, (columns.layer,))
+            sites[name] = replace(sites[name], layers=(*sites[name].layers, columns.layer))
+        else:
+            units = torch.stack([columns.indices(group.tolist()) for group in groups])
+            sites[name] = UnitSite(path, columns, units, (columns.layer,))
     return list(sites.values())

@@ -13,8 +13,9 @@ from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
-from lissom.compiler.analysis.axes.columns import unit_of
+from lissom.compiler.analysis.axes.columns import Columns, unit_of
 from lissom.compiler.analysis.axes.dead_units import dead_units
+from lissom.compiler.analysis.structure.linear import bias_of
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir import operators as ops
 from lissom.compiler.ir.dimension_map import dimension_map
@@ -100,7 +101,7 @@ def reorder(edit: Editor, found: Axes, numbering: Sequence[Axis], order: torch.T
     for node, value in found.of.items():
         if node.op != "get_attr":
             continue
-        weight = edit.program.weight(str(node.target)).detach()
+        weight = edit.tensor(node)
         for dim, axis in enumerate(cast("tuple[Axis, ...]", value)):
             atoms = set(axis.atoms())
             if units not in atoms:
@@ -147,7 +148,9 @@ def eliminate(edit: Editor, sites: Sequence[tuple[fx.Node, tuple[Axis, ...]]], u
     plans = [plan_of(node, numbering, dead_units(edit.program, numbering)) for node, numbering in sites]
     for plan in plans:
         if plan.left:
-            edit.skip(plan.node, f"dead {units} {_numbers(plan.left)} stay: each group keeps as many as every other")
+            numbers = ", ".join(map(str, plan.left[:8]))
+            numbers += f" and {len(plan.left) - 8} more" if len(plan.left) > 8 else ""
+            edit.skip(plan.node, f"dead {units} {numbers} stay: each group keeps as many as every other")
     plans = [plan for plan in plans if plan.removed]
     if not plans:
         return
@@ -180,9 +183,8 @@ def _place(found: Axes, atom: Axis) -> tuple[fx.Node, int, int]:
 def _apply(edit: Editor, plans: Sequence[Plan]) -> None:
     found = edit.program.fact(axes)
     removed: dict[Axis, set[int]] = {}
-    for plan in plans:
-        for axis, indices in plan.removed.items():
-            removed.setdefault(axis, set()).update(indices)
+    for axis, indices in (item for plan in plans for item in plan.removed.items()):
+        removed.setdefault(axis, set()).update(indices)
     ordered: set[Axis] = set()
     for plan in plans:
         if plan.order is not None and ordered.isdisjoint(plan.numbering):
@@ -191,9 +193,11 @@ def _apply(edit: Editor, plans: Sequence[Plan]) -> None:
     remove_indices(edit, removed, found)
 
 
-def _numbers(found: Sequence[int]) -> str:
-    shown = ", ".join(map(str, found[:8]))
-    return f"{shown} and {len(found) - 8} more" if len(found) > 8 else shown
+def replace_dead(edit: Editor, found: Sequence[Columns], units: str) -> None:
+    """Replace layers that read dead units only by their bias; those that cannot be replaced are reported."""
+    for columns in found:
+        if columns.alone and (reason := replace_by_constant(edit, columns.layer)):
+            edit.skip(columns.layer, f"all {units} it reads are dead, but {reason}")
 
 
 def replace_by_constant(edit: Editor, layer: fx.Node) -> str:
@@ -201,14 +205,12 @@ def replace_by_constant(edit: Editor, layer: fx.Node) -> str:
 
     A sum with the layer becomes a sum with the bias, or is removed when there is no bias.
     """
-    if layer.target not in (aten.linear.default, aten.addmm.default, aten.matmul.default, aten.mm.default):
+    if layer.target not in ops.LINEAR_PRODUCTS:
         return f"{target_text(layer.target)} has no bias that goes with its last dimension"
-    bias = layer.args[0] if layer.target is aten.addmm.default else None
-    bias = nodes.argument(layer, "bias") if layer.target is aten.linear.default else bias
-    return _replace(edit, layer, bias)
+    return _replace(edit, layer, bias_of(layer))
 
 
-def _replace(edit: Editor, constant: fx.Node, bias: object) -> str:
+def _replace(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str:
     """Replace a value that equals the bias at every position, in sums, also through calls that only move positions."""
     reasons = [_replace(edit, user, bias) for user in list(constant.users) if _keeps_features(user)]
     for user in list(constant.users):
@@ -230,21 +232,20 @@ def _keeps_features(node: fx.Node) -> bool:
     return bool(found) and found[-1] == nodes.tensor_type(source).rank - 1
 
 
-def _simplify_sum(edit: Editor, user: fx.Node, constant: fx.Node, bias: object) -> None:
+def _simplify_sum(edit: Editor, user: fx.Node, constant: fx.Node, bias: fx.Node | None) -> None:
     if not nodes.is_call(user, aten.add.Tensor) or user.kwargs or len(user.args) != 2:
         return
     left, right = user.args
     other = right if left is constant else left
     if other is constant or not nodes.is_tensor(other) or nodes.node_type(other) != nodes.node_type(user):
         return
-    if not isinstance(bias, fx.Node):
+    if bias is None:
         edit.replace(user, other)
-        return
-    with edit.before(user):
-        edit.replace(user, edit.call(aten.add.Tensor, other, bias))
+    else:
+        edit.replace_by(user, aten.add.Tensor, other, bias)
 
 
-def _expand(edit: Editor, constant: fx.Node, bias: object) -> str:
+def _expand(edit: Editor, constant: fx.Node, bias: fx.Node | None) -> str:
     typed = nodes.tensor_type(constant)
     inputs = {
         size: (node, dim)
@@ -252,11 +253,11 @@ def _expand(edit: Editor, constant: fx.Node, bias: object) -> str:
         if nodes.is_tensor(node)
         for dim, size in enumerate(nodes.tensor_type(node).shape)
     }
-    factors = [_factors(size) for size in typed.shape]
-    if not all(factor in inputs for found in factors for factor in found if not isinstance(factor, int)):
+    factors = [list(sympy.Mul.make_args(sympy.sympify(size))) for size in typed.shape]
+    if not all(factor in inputs for found in factors for factor in found if not factor.is_Integer):
         return "its sizes are not those of the inputs"
     with edit.before(constant):
-        if not isinstance(bias, fx.Node):
+        if bias is None:
             zero = torch.zeros(cast(int, typed.shape[-1]), dtype=typed.dtype, device=typed.device)
             bias = edit.weight(f"{constant.name}.zero", zero)
         sizes = [_computed(edit, found, inputs) for found in factors]
@@ -264,22 +265,13 @@ def _expand(edit: Editor, constant: fx.Node, bias: object) -> str:
     return ""
 
 
-def _factors(size: Size) -> list[Size]:
-    """The factors of a size, numbers and symbols; the size itself when it is no product."""
-    if isinstance(size, int):
-        return [size]
-    return [int(part) if part.is_Integer else part for part in sympy.Mul.make_args(size)]
-
-
-def _computed(edit: Editor, factors: Sequence[Size], inputs: Mapping[Size, tuple[fx.Node, int]]) -> fx.Node | int:
+def _computed(edit: Editor, factors: Sequence[sympy.Expr], inputs: Mapping[Size, tuple[fx.Node, int]]) -> fx.Node | int:
+    """The product of numbers and of sizes of the inputs."""
     found: fx.Node | int = 1
     for factor in factors:
-        size = factor if isinstance(factor, int) else edit.size(*inputs[factor])
-        found = (
-            size
-            if found == 1
-            else edit.compute_size(operator.mul, size, found)
-            if isinstance(size, fx.Node)
-            else (edit.compute_size(operator.mul, found, size) if isinstance(found, fx.Node) else found * size)
-        )
+        size = int(factor) if factor.is_Integer else edit.size(*inputs[factor])
+        if isinstance(size, fx.Node):
+            found = size if found == 1 else edit.compute_size(operator.mul, size, found)
+        else:
+            found = edit.compute_size(operator.mul, found, size) if isinstance(found, fx.Node) else found * size
     return found

@@ -6,10 +6,11 @@ import math
 import operator
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from typing import cast
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes, axes
 from lissom.compiler.analysis.axes.axis import Axis
@@ -63,20 +64,14 @@ def _all_or_nothing(edit: Editor) -> Generator[None]:
 
 
 def _remove(edit: Editor, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
-    changed: list[fx.Node] = []
-    for node, value in found.of.items():
-        touched = any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(value))
-        source_touched = any(
-            not keep.keys().isdisjoint(axis.atoms())
-            for used in node.all_input_nodes
-            for axis in _axes_of(found.of.get(used, ()))
-        )
-        if node.op == "get_attr" and touched:
-            changed.append(node)
-        elif node.op == "call_function" and (touched or source_touched):
+    def is_touched(node: fx.Node) -> bool:
+        return any(not keep.keys().isdisjoint(axis.atoms()) for axis in _axes_of(found.of.get(node, ())))
+
+    for node in found.of:
+        if node.op == "call_function" and any(map(is_touched, (node, *node.all_input_nodes))):
             _follow(edit, node, found, keep)
-    for node in changed:
-        cut = _cut(edit.program.weight(str(node.target)), cast("tuple[Axis, ...]", found.of[node]), keep)
+    for node in [node for node in found.of if node.op == "get_attr" and is_touched(node)]:
+        cut = _cut(edit.tensor(node), cast("tuple[Axis, ...]", found.of[node]), keep)
         edit.set_weight(node, cut, retype=False)
         edit.rewritten += 1
     edit.retype()
@@ -90,10 +85,7 @@ def mask(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
     parts = [mask(part, keep) for part in axis.parts]
     if axis.form == "sum":
         return torch.cat(parts)
-    found = parts[0]
-    for part in parts[1:]:
-        found = (found[:, None] & part[None, :]).flatten()
-    return found
+    return reduce(lambda major, minor: (major[:, None] & minor[None, :]).flatten(), parts)
 
 
 def _kept(edit: Editor, found: Axes, axis: Axis, indices: set[int], zero: bool) -> torch.Tensor:
@@ -124,13 +116,11 @@ def _size(axis: Axis, keep: Mapping[Axis, torch.Tensor]) -> int:
 
 
 def _cut(weight: torch.Tensor, dims: tuple[Axis, ...], keep: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
-    """The weight without the removed indices; a parameter stays one."""
-    cut = weight.detach()
+    """The weight without the removed indices."""
     for dim, axis in enumerate(dims):
         if not keep.keys().isdisjoint(axis.atoms()):
-            cut = cut.index_select(dim, mask(axis, keep).nonzero().flatten().to(cut.device))
-    trainable = isinstance(weight, nn.Parameter)
-    return nn.Parameter(cut, requires_grad=weight.requires_grad) if trainable else cut
+            weight = weight.index_select(dim, mask(axis, keep).nonzero().flatten().to(weight.device))
+    return weight
 
 
 def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
@@ -141,11 +131,15 @@ def _follow(edit: Editor, node: fx.Node, found: Axes, keep: Mapping[Axis, torch.
     elif target in SIZES_AT:
         _set_argument(node, SIZES_AT[target], _new_sizes(edit, node, SIZES_AT[target], found, keep))
     elif target in SPLITS:
-        _follow_split(node, found, keep)
+        dim, pieces = cast(int, nodes.argument(node, "dim")), cast("tuple[tuple[Axis, ...], ...]", found.of[node])
+        sizes = [_size(piece[dim], keep) for piece in pieces]
+        node.target, node.args, node.kwargs = aten.split_with_sizes.default, (node.args[0], sizes, dim), {}
     elif target is aten.slice.Tensor:
         _follow_slice(node, found, keep)
-    elif target is aten.scaled_dot_product_attention.default:
-        _keep_scale(node, found)
+    elif target is aten.scaled_dot_product_attention.default and nodes.argument(node, "scale") is None:
+        # Without a scale it is 1/√head_dim, of the original head_dim.
+        head_dim = cast(int, cast(Axis, found.of[cast(fx.Node, node.args[0])][-1]).find().size)
+        nodes.set_argument(node, "scale", head_dim**-0.5)
     elif target in CONVOLUTIONS and nodes.argument(node, "groups") != 1:
         channels = _size(cast(Axis, found.of[node.all_input_nodes[0]][1]), keep)
         nodes.set_argument(node, "groups", channels)
@@ -181,15 +175,6 @@ def _new_size(edit: Editor, node: fx.Node, size: object, axis: Axis, keep: Mappi
         return edit.compute_size(operator.floordiv, edit.compute_size(operator.mul, size, kept), whole)
 
 
-def _follow_split(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
-    """A split becomes a split with explicit sizes."""
-    dim = cast(int, nodes.argument(node, "dim"))
-    pieces = cast("tuple[tuple[Axis, ...], ...]", found.of[node])
-    sizes = [_size(piece[dim], keep) for piece in pieces]
-    node.target = aten.split_with_sizes.default
-    node.args, node.kwargs = (node.args[0], sizes, dim), {}
-
-
 def _follow_slice(node: fx.Node, found: Axes, keep: Mapping[Axis, torch.Tensor]) -> None:
     """The new bounds of a slice are the numbers of remaining indices before the old ones."""
     dim = cast(int, nodes.argument(node, "dim"))
@@ -211,13 +196,6 @@ def _copies(node: fx.Node, dim: int, found: Axes, keep: Mapping[Axis, torch.Tens
     if keep.keys().isdisjoint(axis.atoms()) or not isinstance(count, int):
         return count
     return _size(axis, keep) // (_size(source[dim - added], keep) if dim >= added else 1)
-
-
-def _keep_scale(node: fx.Node, found: Axes) -> None:
-    """An attention without a scale uses 1/√head_dim, which must stay that of the original head_dim."""
-    if nodes.argument(node, "scale") is None:
-        head_dim = cast(int, cast(Axis, found.of[cast(fx.Node, node.args[0])][-1]).find().size)
-        nodes.set_argument(node, "scale", head_dim**-0.5)
 
 
 def _set_argument(node: fx.Node, index: int, value: object) -> None:

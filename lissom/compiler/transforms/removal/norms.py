@@ -15,12 +15,13 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from lissom.compiler.analysis.axes.axes import Axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.printer import target_text
 from lissom.errors import UnsupportedError
 
@@ -55,25 +56,20 @@ def _rescale(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
     weight, eps = nodes.argument(node, "weight"), nodes.argument(node, "eps")
     if eps is None:
         eps = torch.finfo(nodes.tensor_type(node).dtype).eps
-    x = node.args[0]
+    root = math.sqrt(ratio)
     with edit.before(node):
         if not isinstance(weight, fx.Node):
             typed = nodes.tensor_type(node)
-            weight = edit.weight(
-                f"{node.name}.weight", torch.full((size,), math.sqrt(ratio), dtype=typed.dtype, device=typed.device)
-            )
-        elif weight.op == "get_attr" and len(weight.users) == 1:
-            edit.set_weight(weight, _values(edit, weight) * math.sqrt(ratio), retype=False)
+            ones = torch.full((size,), root, dtype=typed.dtype, device=typed.device)
+            weight = edit.weight(f"{node.name}.weight", ones)
+        elif is_own_weight(weight):
+            edit.set_weight(weight, edit.tensor(weight) * root, retype=False)
         elif weight.op == "get_attr":
-            weight = edit.weight(str(weight.target), _like(edit, weight, _values(edit, weight)[kept] * math.sqrt(ratio)))
+            weight = edit.weight(str(weight.target), edit.like(weight, edit.tensor(weight)[kept] * root))
         else:
-            weight = _scaled(edit, weight, math.sqrt(ratio))
-    node.args, node.kwargs = (x, [size], weight, cast(float, eps) * ratio), {}
-
-
-def _scaled(edit: Editor, weight: fx.Node, factor: float) -> fx.Node:
-    """A computed weight times a factor; it is typed with the sizes before the removal, like all nodes at that time."""
-    return edit.call(aten.mul.Tensor, weight, factor)
+            # Typed with the sizes before the removal, like all nodes at that time.
+            weight = edit.call(aten.mul.Tensor, weight, root)
+    node.args, node.kwargs = (node.args[0], [size], weight, cast(float, eps) * ratio), {}
 
 
 def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
@@ -85,7 +81,11 @@ def _pad(edit: Editor, node: fx.Node, kept: torch.Tensor) -> None:
         raise UnsupportedError(f"{target_text(node.target)} ('{node.name}') has a computed weight")
     order = torch.cat([kept.nonzero().flatten(), (~kept).nonzero().flatten()])
     with edit.before(node):
-        operands = [_moved(edit, item, order) for item in (weight, bias)]
+        # The remaining indices come first.
+        operands = [
+            edit.weight(str(item.target), edit.like(item, edit.tensor(item)[order])) if isinstance(item, fx.Node) else None
+            for item in (weight, bias)
+        ]
         # Nodes still have the sizes before the removal, so the padded size would be wrong until all are retyped.
         padded = _untyped(edit, aten.constant_pad_nd.default, node, x, [0, whole - size])
         normed = _untyped(edit, aten.layer_norm.default, node, padded, [whole], *operands, eps)
@@ -99,20 +99,3 @@ def _untyped(edit: Editor, target: torch._ops.OpOverload, like: fx.Node, *args: 
     nodes.set_origin(node, nodes.origin(like).changed_by(edit.pass_name))
     nodes.set_value(node, nodes.value(like))
     return node
-
-
-def _moved(edit: Editor, item: object, order: torch.Tensor) -> fx.Node | None:
-    """A weight of a norm, reordered so that the remaining indices come first."""
-    if not isinstance(item, fx.Node):
-        return None
-    return edit.weight(str(item.target), _like(edit, item, _values(edit, item)[order]))
-
-
-def _values(edit: Editor, item: fx.Node) -> torch.Tensor:
-    return edit.program.weight(str(item.target)).detach()
-
-
-def _like(edit: Editor, item: fx.Node, values: torch.Tensor) -> torch.Tensor:
-    """The values as a parameter if the original weight is one."""
-    old = edit.program.weight(str(item.target))
-    return nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values

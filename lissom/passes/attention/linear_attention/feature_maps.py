@@ -14,7 +14,7 @@ entropy, which differs from it by a constant).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,7 +96,7 @@ def query_features(features: FeatureMap, maps: Maps, q: torch.Tensor) -> torch.T
     """φ(q); `hedgehog` divides each row by its largest feature, which cancels in the ratio."""
     x = _changed(maps, 0, q)
     if features != "hedgehog":
-        return _simple(features, x)
+        return functional.elu(x) + 1 if features == "elu" else x.relu()
     return (torch.cat([x, -x], -1) - x.abs().amax(-1, keepdim=True)).exp()
 
 
@@ -104,18 +104,16 @@ def key_features(features: FeatureMap, maps: Maps, k: torch.Tensor) -> torch.Ten
     """φ(k)."""
     x = _changed(maps, 1, k)
     if features != "hedgehog":
-        return _simple(features, x)
+        return functional.elu(x) + 1 if features == "elu" else x.relu()
     x = x.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT)
     return torch.cat([x, -x], -1).exp()
 
 
-def fit_maps(
-    features: FeatureMap, maps: Maps, data: Sequence[Observed], progress: Callable[[int, int], None] | None = None
-) -> Maps:
+def fit_maps(features: FeatureMap, maps: Maps, data: Sequence[Observed]) -> Maps:
     """Maps fitted to minimize the divergence from softmax on this data."""
     if features == "relu":
         return maps
-    return _fit_factors(data) if features == "elu" else _fit_projections(maps, data, progress)
+    return _fit_factors(data) if features == "elu" else _fit_projections(maps, data)
 
 
 def agreement(features: FeatureMap, maps: Maps, data: Sequence[Observed]) -> Agreement:
@@ -147,12 +145,12 @@ def _factors(scales: torch.Tensor, heads: int) -> Maps:
     return Maps(factors=(per_head[:, None, None], scales[:, None, None]))
 
 
-def _fit_projections(maps: Maps, data: Sequence[Observed], progress: Callable[[int, int], None] | None) -> Maps:
+def _fit_projections(maps: Maps, data: Sequence[Observed]) -> Maps:
     """Fit W and b by Adam, one sample per step, with cosine decay of the learning rate to zero."""
     learned = [item.clone().requires_grad_() for item in (*maps.matrices, *maps.biases)]
     optimizer = torch.optim.Adam(learned, lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
-    current = Maps((learned[0], learned[1]), (learned[2], learned[3]))
+    current = Maps(tuple(learned[:2]), tuple(learned[2:]))
     for step in range(_STEPS):
         with torch.enable_grad():
             loss = _divergence_of_heads("hedgehog", current, data[step % len(data)]).sum()
@@ -160,9 +158,8 @@ def _fit_projections(maps: Maps, data: Sequence[Observed], progress: Callable[[i
             loss.backward()
         optimizer.step()
         schedule.step()
-        if progress is not None:
-            progress(step + 1, _STEPS)
-    return Maps(tuple(item.detach() for item in current.matrices), tuple(item.detach() for item in current.biases))
+    fitted = [item.detach() for item in learned]
+    return Maps(tuple(fitted[:2]), tuple(fitted[2:]))
 
 
 def _divergence_of_heads(features: FeatureMap, maps: Maps, item: Observed) -> torch.Tensor:
@@ -188,10 +185,6 @@ def _changed(maps: Maps, side: int, x: torch.Tensor) -> torch.Tensor:
     if maps.matrices:
         return x @ maps.matrices[side] + maps.biases[side]
     return x * maps.factors[side] if maps.factors else x
-
-
-def _simple(features: FeatureMap, x: torch.Tensor) -> torch.Tensor:
-    return functional.elu(x) + 1 if features == "elu" else x.relu()
 
 
 def _repeated(k: torch.Tensor, heads: int) -> torch.Tensor:

@@ -23,11 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import fx, nn
 
 from lissom.compiler.analysis.module_filter import obstacle_by_name
+from lissom.compiler.analysis.structure.linear import width
 from lissom.compiler.analysis.structure.masks import mask_kind
 from lissom.compiler.analysis.structure.operands import operands_obstacle, scale_of, shared_operands
 from lissom.compiler.analysis.structure.padding import KeyMask, key_mask
@@ -35,17 +37,15 @@ from lissom.compiler.calibration.statistics import spread
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.ir.program import Program, kept_state
 from lissom.compiler.ir.samples import Sample
-from lissom.compiler.ir.types import ScalarType
 from lissom.compiler.pipeline.pass_kinds import Approximation, Requirement
-from lissom.ops.attention import attention
 from lissom.ops.linear_attention import linear_attention
 from lissom.passes.attention.linear_attention.feature_maps import (
     LARGEST_EXPONENT,
     FeatureMap,
     Maps,
-    Observed,
     agreement,
     fit_maps,
     initial_maps,
@@ -54,7 +54,6 @@ from lissom.passes.attention.linear_attention.feature_maps import (
 
 aten = torch.ops.aten
 
-_PLAIN = aten.scaled_dot_product_attention.default
 _TOKENS = 4096
 """Calibration tokens that are observed: many more than W and b of a head have parameters per column."""
 _ROWS = 64
@@ -89,9 +88,7 @@ class LinearAttention(Approximation):
     )
 
     def run(self, edit: Editor) -> None:
-        sites = [
-            _site(edit.program, node) for node in edit.treatable(lambda node: self._obstacle(edit, node), _PLAIN, attention)
-        ]
+        sites = [_site(edit.program, node) for node in edit.treatable(partial(self._obstacle, edit), *ATTENTIONS)]
         maps = {site.node: initial_maps(self.features, site.sizes, site.scale, site.device) for site in sites}
         if sites and edit.data:
             maps = self._fit(edit, sites, maps)
@@ -114,7 +111,8 @@ class LinearAttention(Approximation):
         for finished, site in enumerate(sites):
             edit.current = site.node
             edit.report("layers", finished, len(sites))
-            data = [_weights_of(site, *item) for item in observed.pop(site.node)]
+            with torch.no_grad():
+                data = [observe_weights(q, k, site.scale, seen=seen, real=real) for q, k, seen, real in observed.pop(site.node)]
             found[site.node] = fit_maps(self.features, maps[site.node], data)
             near = agreement(self.features, found[site.node], data)
             path = nodes.origin(site.node).module_path or site.node.name
@@ -166,15 +164,12 @@ def _obstacle_in_scores(edit: Editor, node: fx.Node) -> str | None:
     if mask is None:
         return "its mask hides more than padding and later tokens"
     q, k = (nodes.tensor_type(item) for item in node.args[:2])
-    if mask.causal and not _same_size(edit, q.shape[2], k.shape[2]):
+    mode = edit.program.fake_mode
+    if mask.causal and not fake.same_size(mode, q.shape[2], k.shape[2]):
         return "it is causal, and its queries are not as many as its keys"
-    if mask.padding is not None and not _same_size(edit, nodes.tensor_type(mask.padding).shape[0], q.shape[0]):
+    if mask.padding is not None and not fake.same_size(mode, nodes.tensor_type(mask.padding).shape[0], q.shape[0]):
         return "its padding mask is broadcast"
     return None
-
-
-def _same_size(edit: Editor, first: object, second: object) -> bool:
-    return fake.same_type(edit.program.fake_mode, ScalarType(int, first), ScalarType(int, second))  # pyright: ignore
 
 
 @dataclass
@@ -192,8 +187,7 @@ class _Writer:
             q, k = self._query_features(q), self._key_features(k)
             if site.mask.padding is not None:
                 k = self.edit.call(aten.mul.Tensor, k, self._kept_keys(site.mask.padding, nodes.tensor_type(k).dtype))
-            features = int(nodes.tensor_type(k).shape[3])  # pyright: ignore[reportArgumentType]
-            options = {"causal": True, "chunk": chunk_for(features)} if site.mask.causal else {}
+            options = {"causal": True, "chunk": chunk_for(width(k))} if site.mask.causal else {}
             call = self.edit.call(linear_attention, q, k, site.v, **options)
         self.edit.replace(site.node, call)
 
@@ -215,17 +209,18 @@ class _Writer:
     def _query_features(self, x: fx.Node) -> fx.Node:
         if self.features != "hedgehog":
             return self._simple(x)
+        call = self.edit.call
         # Divided by the largest feature of the row, which cancels, to avoid overflow.
-        largest = self.edit.call(aten.amax.default, self.edit.call(aten.abs.default, x), [-1], True)
-        both = self.edit.call(aten.cat.default, [x, self.edit.call(aten.neg.default, x)], -1)
-        return self.edit.call(aten.exp.default, self.edit.call(aten.sub.Tensor, both, largest))
+        largest = call(aten.amax.default, call(aten.abs.default, x), [-1], True)
+        both = call(aten.cat.default, [x, call(aten.neg.default, x)], -1)
+        return call(aten.exp.default, call(aten.sub.Tensor, both, largest))
 
     def _key_features(self, x: fx.Node) -> fx.Node:
         if self.features != "hedgehog":
             return self._simple(x)
-        x = self.edit.call(aten.clamp.default, x, -LARGEST_EXPONENT, LARGEST_EXPONENT)
-        both = self.edit.call(aten.cat.default, [x, self.edit.call(aten.neg.default, x)], -1)
-        return self.edit.call(aten.exp.default, both)
+        call = self.edit.call
+        x = call(aten.clamp.default, x, -LARGEST_EXPONENT, LARGEST_EXPONENT)
+        return call(aten.exp.default, call(aten.cat.default, [x, call(aten.neg.default, x)], -1))
 
     def _simple(self, x: fx.Node) -> fx.Node:
         if self.features == "relu":
@@ -287,8 +282,3 @@ def _seen(
         seen = seen & (rows[:, None] >= torch.arange(keys, device=q.device))
     real = kept[:, rows] if queries == keys else kept.new_ones(len(q), len(rows))
     return q[:, :, rows], k, seen, real
-
-
-def _weights_of(site: _Site, q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, real: torch.Tensor) -> Observed:
-    with torch.no_grad():
-        return observe_weights(q, k, site.scale, seen=seen, real=real)

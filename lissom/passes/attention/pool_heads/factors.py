@@ -103,12 +103,7 @@ def projection_inputs(program: Program) -> list[fx.Node]:
 
 
 def _layer(
-    program: Program,
-    separation: Separation,
-    axis: Axis,
-    features: Axis,
-    layers: Sequence[fx.Node],
-    rows: Sequence[Rows],
+    program: Program, separation: Separation, axis: Axis, features: Axis, layers: Sequence[fx.Node], rows: Sequence[Rows]
 ) -> HeadLayer | None:
     """The only layer with heads of this axis, with its rows per head; None where other weights have them too."""
     if len(layers) != 1 or features.form != "atom" or isinstance(matrix := matrix_of(layers[0]), str):

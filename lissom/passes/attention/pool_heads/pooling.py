@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 
 import torch
 
@@ -90,10 +91,8 @@ class Products:
         """The error of pooling each pair of shared heads, [shared heads, shared heads]."""
         count = len(self.right)
         errors = torch.zeros(count, count, dtype=torch.float64)
-        for first in range(count):
-            for second in range(first + 1, count):
-                pair = torch.tensor([first, second])
-                errors[first, second] = errors[second, first] = self._pair_error(pair)
+        for first, second in combinations(range(count), 2):
+            errors[first, second] = errors[second, first] = self._pair_error(torch.tensor([first, second]))
         return errors
 
     def _pair_error(self, pair: torch.Tensor) -> float:
@@ -104,7 +103,11 @@ class Products:
 
     @cached_property
     def _roots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return _roots(self.left)
+        """The square roots of the products of readers, and their pseudo-inverses; [heads, features, features]."""
+        values, vectors = torch.linalg.eigh(self.left)
+        scale = torch.where(values > _RANK * values[..., -1:], values, 0.0).clamp_min(0).sqrt()
+        root = (vectors * scale[..., None, :]) @ vectors.mT
+        return root, (vectors * _reciprocal(scale)[..., None, :]) @ vectors.mT
 
     def _balanced(self, chosen: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
         """[B_e B_fᵀ] of the query heads that read these heads, as one matrix."""
@@ -163,29 +166,19 @@ def _exchanged(costs: torch.Tensor, groups: list[list[int]]) -> list[list[int]]:
     best, improved = _total(costs, groups), True
     while improved:
         improved = False
-        for left in range(len(groups)):
-            for right in range(left + 1, len(groups)):
-                for i in range(len(groups[left])):
-                    for j in range(len(groups[right])):
-                        groups[left][i], groups[right][j] = groups[right][j], groups[left][i]
-                        total = _total(costs, groups)
-                        if total < best * (1 - 1e-9):
-                            best, improved = total, True
-                        else:
-                            groups[left][i], groups[right][j] = groups[right][j], groups[left][i]
+        for left, right in combinations(groups, 2):
+            for i, j in ((i, j) for i in range(len(left)) for j in range(len(right))):
+                left[i], right[j] = right[j], left[i]
+                total = _total(costs, groups)
+                if total < best * (1 - 1e-9):
+                    best, improved = total, True
+                else:
+                    left[i], right[j] = right[j], left[i]
     return groups
 
 
 def _total(costs: torch.Tensor, groups: Sequence[Sequence[int]]) -> float:
     return sum(float(costs[list(group)][:, list(group)].sum()) for group in groups)
-
-
-def _roots(grams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The square roots of positive semidefinite matrices, and their pseudo-inverses; [heads, features, features]."""
-    values, vectors = torch.linalg.eigh(grams)
-    scale = torch.where(values > _RANK * values[..., -1:], values, 0.0).clamp_min(0).sqrt()
-    root = (vectors * scale[..., None, :]) @ vectors.mT
-    return root, (vectors * _reciprocal(scale)[..., None, :]) @ vectors.mT
 
 
 def _reciprocal(scale: torch.Tensor) -> torch.Tensor:

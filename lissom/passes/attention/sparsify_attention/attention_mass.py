@@ -6,23 +6,18 @@ so that short texts do not lower the mass of later blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.structure.operands import mask_of, scale_of
+from lissom.compiler.analysis.structure.operands import is_causal, mask_of, scale_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.partial_run import Stream
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
-
-aten = torch.ops.aten
-_PLAIN = aten.scaled_dot_product_attention.default
 
 
 @dataclass
@@ -65,11 +60,7 @@ class BlockMass:
 
 
 def block_masses(
-    program: Program,
-    data: Sequence[Sample],
-    attentions: Collection[fx.Node],
-    block: int,
-    progress: Callable[[int, int], None] = lambda finished, total: None,
+    program: Program, data: Sequence[Sample], attentions: Collection[fx.Node], block: int, progress: Callable[[int, int], None]
 ) -> dict[fx.Node, BlockMass]:
     """The masses of these attentions in blocks of `block` tokens; one text and one layer are in memory at a time."""
     found = {node: BlockMass(torch.zeros(0, 0, 0), torch.zeros(0, 0)) for node in attentions}
@@ -83,26 +74,22 @@ def block_masses(
             real = token_mask(program, sample, wanted[0], axis=2)
             for row in range(values[wanted[0]].shape[0]):
                 tokens = torch.ones(values[wanted[0]].shape[2], dtype=torch.bool) if real is None else real[row].cpu()
-                found[node].add(_weights(node, partial(_row, values, row)).cpu(), tokens, block)
+                given: dict[object, torch.Tensor] = {
+                    item: value[row : row + 1] if value.dim() == 4 and value.shape[0] > 1 else value
+                    for item, value in values.items()
+                }
+                found[node].add(_weights(node, given).cpu(), tokens, block)
         progress(finished + 1, len(data))
     return found
 
 
-def _row(values: dict[fx.Node, torch.Tensor], row: int, item: object) -> torch.Tensor | None:
-    """One text's part of an operand."""
-    if not isinstance(item, fx.Node):
-        return None
-    value = values[item]
-    return value[row : row + 1] if value.dim() == 4 and value.shape[0] > 1 else value
-
-
-def _weights(node: fx.Node, operand: Callable[[object], torch.Tensor | None]) -> torch.Tensor:
+def _weights(node: fx.Node, values: Mapping[object, torch.Tensor]) -> torch.Tensor:
     """The softmax weights of one text, [heads, queries, keys]; zeros in a row without visible keys."""
-    q, k = (cast(torch.Tensor, operand(item)).float() for item in node.args[:2])
+    q, k = (values[item].float() for item in node.args[:2])
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    mask = operand(mask_of(node))
-    if node.target is _PLAIN and nodes.argument(node, "is_causal"):
+    mask = values.get(mask_of(node))
+    if is_causal(node):
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     scores = q @ k.transpose(-1, -2) * scale_of(node)
     softcap = cast(float, node.kwargs.get("softcap") or 0.0)
@@ -110,7 +97,7 @@ def _weights(node: fx.Node, operand: Callable[[object], torch.Tensor | None]) ->
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    sinks = operand(node.kwargs.get("sinks"))
+    sinks = values.get(node.kwargs.get("sinks"))
     if sinks is not None:
         scores = torch.cat([scores, sinks.expand(*scores.shape[:-1], 1)], -1)
     return torch.softmax(scores, -1)[0, ..., : k.shape[2]].nan_to_num(0.0)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from typing import Literal
 
@@ -33,13 +34,12 @@ from torch import fx
 from lissom.compiler.analysis.module_filter import obstacle_by_name
 from lissom.compiler.analysis.patterns.reader import CAUSAL
 from lissom.compiler.analysis.structure.attention import AttentionSite
-from lissom.compiler.analysis.structure.linear import is_attention
-from lissom.compiler.analysis.structure.operands import mask_of
+from lissom.compiler.analysis.structure.operands import PLAIN, is_causal, mask_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import fake
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.ir.types import ScalarType
+from lissom.compiler.ir.operators import ATTENTIONS
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.pattern import LAYOUT, Condition, Pattern
@@ -48,7 +48,6 @@ from lissom.passes.attention.sparsify_attention.mask_writer import write_pattern
 
 aten = torch.ops.aten
 
-_PLAIN = aten.scaled_dot_product_attention.default
 _OPTIONS: Mapping[str, Mapping[str, float]] = {
     "window": {"window": 128, "global_tokens": 0},
     "block": {"block": 64, "global_tokens": 0},
@@ -112,14 +111,19 @@ class SparsifyAttention(Approximation):
                 "sparsify-attention{pattern=measured} needs calibration data: pass data=, or choose another pattern="
             )
         sites = {site.node: site for site in edit.program.fact(structure).attention}
-        chosen = [node for node in edit.nodes() if is_attention(node) and self._is_chosen(edit, node, sites[node].cross)]
+
+        def obstacle(node: fx.Node) -> str | None:
+            by_name = obstacle_by_name(node, skip=self.skip, only=self.only)
+            return by_name or _obstacle(edit, node, sites[node].cross)
+
+        chosen = list(edit.treatable(obstacle, *ATTENTIONS))
         if self.pattern == "measured":
             self._measure(edit, chosen)
             return
         known: dict[object, fx.Node] = {}
         for order, node in enumerate(chosen):
             pattern, layout = self._pattern(edit, sites[node], order)
-            key = (mask_of(node), _is_causal(node), _tokens(node)) if layout is None else node
+            key = (mask_of(node), is_causal(node), _tokens(node)) if layout is None else node
             if key not in known:
                 with edit.before(node):
                     known[key] = _masked(edit, node, pattern, layout)
@@ -128,12 +132,6 @@ class SparsifyAttention(Approximation):
     def _value(self, name: str) -> int:
         given = getattr(self, name)
         return int(_OPTIONS[self.pattern][name] if given is None else given)
-
-    def _is_chosen(self, edit: Editor, node: fx.Node, cross: bool) -> bool:
-        reason = obstacle_by_name(node, skip=self.skip, only=self.only) or _obstacle(edit, node, cross)
-        if reason is not None:
-            edit.skip(node, reason)
-        return reason is None
 
     def _pattern(self, edit: Editor, site: AttentionSite, order: int) -> tuple[Pattern, torch.Tensor | None]:
         """The pattern, and its layout of blocks where it has one."""
@@ -165,9 +163,7 @@ class SparsifyAttention(Approximation):
 
     def _measure(self, edit: Editor, chosen: list[fx.Node]) -> None:
         block, share = self._value("block"), self.mass or _OPTIONS["measured"]["mass"]
-        masses = block_masses(
-            edit.program, edit.data, chosen, block, lambda finished, total: edit.report("samples", finished, total)
-        )
+        masses = block_masses(edit.program, edit.data, chosen, block, partial(edit.report, "samples"))
         for node in chosen:
             kept = fewest_blocks(masses[node].mean, share)
             layout = with_room(kept | (masses[node].count == 0))
@@ -190,8 +186,7 @@ def _obstacle(edit: Editor, node: fx.Node, cross: bool) -> str | None:
     q, k = (nodes.tensor_type(item) for item in node.args[:2])
     if q.rank != 4 or k.rank != 4 or not isinstance(q.shape[1], int):
         return "its operands are not [batch, heads, tokens, head_dim]"
-    same = (ScalarType(int, item.shape[2]) for item in (q, k))
-    if cross or not fake.same_type(edit.program.fake_mode, *same):
+    if cross or not fake.same_size(edit.program.fake_mode, q.shape[2], k.shape[2]):
         return "its keys are not the tokens of its queries"
     return None
 
@@ -218,10 +213,6 @@ def _drawn_blocks(edit: Editor, node: fx.Node, heads: int, block: int) -> int:
     return most
 
 
-def _is_causal(node: fx.Node) -> bool:
-    return node.target is _PLAIN and bool(nodes.argument(node, "is_causal"))
-
-
 def _tokens(node: fx.Node) -> object:
     return nodes.tensor_type(node.args[0]).shape[2]
 
@@ -229,7 +220,7 @@ def _tokens(node: fx.Node) -> object:
 def _masked(edit: Editor, node: fx.Node, pattern: Pattern, layout: torch.Tensor | None) -> fx.Node:
     """The attention's mask combined with the pattern."""
     q, k = node.args[:2]
-    if _is_causal(node):
+    if is_causal(node):
         pattern = Pattern(tuple((*found, CAUSAL) for found in pattern.alternatives), pattern.block)
     name = f"{nodes.origin(node).module_path}.layout".removeprefix(".")
     seen = write_pattern(edit, pattern, layout, q, k, name)  # pyright: ignore[reportArgumentType]
@@ -245,11 +236,9 @@ def _exchange(edit: Editor, node: fx.Node, mask: fx.Node) -> None:
     """Replace the attention's mask."""
     kwargs = {key: value for key, value in node.kwargs.items() if key not in ("attn_mask", "bias", "is_causal")}
     args = [*node.args[:3], mask]
-    if node.target is _PLAIN and len(node.args) > 4:
+    if node.target is PLAIN and len(node.args) > 4:
         args.append(node.args[4])
-    with edit.before(node):
-        call = edit.call(node.target, *args, **kwargs)  # pyright: ignore[reportArgumentType]
-    edit.replace(node, call)
+    edit.replace_by(node, node.target, *args, **kwargs)  # pyright: ignore
 
 
 def _account(mass: BlockMass, kept: torch.Tensor) -> str:

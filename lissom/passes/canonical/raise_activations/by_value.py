@@ -19,29 +19,11 @@ from lissom.compiler.ir.operators import CASTS
 aten = torch.ops.aten
 
 ELEMENTWISE = {
-    aten.add.Tensor,
-    aten.add.Scalar,
-    aten.sub.Tensor,
-    aten.sub.Scalar,
-    aten.rsub.Scalar,
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.div.Scalar,
-    aten.pow.Tensor_Scalar,
-    aten.square.default,
-    aten.neg.default,
-    aten.exp.default,
-    aten.log1p.default,
-    aten.reciprocal.default,
-    aten.tanh.default,
-    aten.erf.default,
-    aten.sigmoid.default,
-    aten.softplus.default,
-    aten.relu.default,
-    aten.clamp.default,
-    aten.clamp_min.default,
-    *CASTS,
+    *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.neg.default),
+    *(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.reciprocal.default),
+    *(aten.pow.Tensor_Scalar, aten.square.default, aten.exp.default, aten.log1p.default, aten.erf.default),
+    *(aten.tanh.default, aten.sigmoid.default, aten.softplus.default, aten.relu.default),
+    *(aten.clamp.default, aten.clamp_min.default, *CASTS),
 }
 # Spelled-out constants carry 8 to 10 digits (0.79788456, 0.044715), which moves values on the grid by up to 1e-7.
 _TOLERANCE = 1e-6
@@ -64,9 +46,10 @@ def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node]
     """
     points = grid()
     wanted = reference(points)
-    arguments = _above(core)
-    for root in reversed(_below(core)):
-        for argument in arguments:
+    above = _reached(core, _DEPTH, lambda node: node.all_input_nodes if node.target in ELEMENTWISE else [])
+    below = _reached(core, 5, lambda node: [user for user in node.users if user.target in ELEMENTWISE])
+    for root in reversed([core, *below]):
+        for argument in above:
             if nodes.node_type(root) != nodes.node_type(argument):
                 continue
             found = _evaluate(root, argument, points, {})
@@ -75,24 +58,13 @@ def find_function(core: fx.Node, reference: Function) -> tuple[fx.Node, fx.Node]
     return None
 
 
-def _above(core: fx.Node) -> list[fx.Node]:
-    """The values from which element-wise operators compute the core, nearest first."""
+def _reached(core: fx.Node, steps: int, following: Callable[[fx.Node], list[fx.Node]]) -> list[fx.Node]:
+    """The values within some steps from the core, nearest first. following: the nodes one step from a node."""
     found: list[fx.Node] = []
     frontier = [core]
-    for _ in range(_DEPTH):
-        above = [used for node in frontier if node.target in ELEMENTWISE for used in node.all_input_nodes]
-        frontier = [used for used in dict.fromkeys(above) if nodes.is_tensor(used) and used not in found]
-        found += frontier
-    return found
-
-
-def _below(core: fx.Node) -> list[fx.Node]:
-    """The values that a few element-wise operators compute from the core, nearest first."""
-    found = [core]
-    frontier = [core]
-    for _ in range(5):
-        below = [user for node in frontier for user in node.users if user.target in ELEMENTWISE]
-        frontier = [user for user in dict.fromkeys(below) if nodes.is_tensor(user) and user not in found]
+    for _ in range(steps):
+        reached = dict.fromkeys(node for start in frontier for node in following(start))
+        frontier = [node for node in reached if nodes.is_tensor(node) and node not in found]
         found += frontier
     return found
 
@@ -109,9 +81,6 @@ def _evaluate(
         known[node] = None
         inputs = {used: _evaluate(used, argument, points, known) for used in node.all_input_nodes}
         if all(found is not None for found in inputs.values()):
-            known[node] = inputs[node.all_input_nodes[0]] if node.target in CASTS else _apply(node, inputs)
+            found = inputs[node.all_input_nodes[0]] if node.target in CASTS else call(node, inputs.__getitem__)
+            known[node] = cast(torch.Tensor, found)
     return known[node]
-
-
-def _apply(node: fx.Node, inputs: dict[fx.Node, torch.Tensor | None]) -> torch.Tensor:
-    return cast(torch.Tensor, call(node, inputs.__getitem__))

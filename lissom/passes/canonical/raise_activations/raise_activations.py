@@ -44,11 +44,9 @@ class RaiseActivations(Rewrite):
             if not nodes.tensor_type(core).dtype.is_floating_point:
                 continue
             for target, options, reference in _KNOWN[core.target]:
-                found = find_function(core, reference)
-                if found is None:
-                    continue
-                root, argument = found
-                with edit.before(root, like=[core, root]):
-                    raised = edit.call(target, argument, **options)
-                edit.replace(root, raised)
-                break
+                if (found := find_function(core, reference)) is not None:
+                    root, argument = found
+                    with edit.before(root, like=[core, root]):
+                        raised = edit.call(target, argument, **options)
+                    edit.replace(root, raised)
+                    break

@@ -18,7 +18,7 @@ from torch import fx
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.match import number, strip_casts
-from lissom.compiler.ir.operators import CASTS, SOFTMAX
+from lissom.compiler.ir.operators import CASTS, MASKED_FILLS, SOFTMAX
 from lissom.compiler.pipeline.pass_kinds import Rewrite
 from lissom.ops import attention
 from lissom.passes.canonical.raise_attention.scores import PRODUCTS, Bias, NoMatchError, Scores, folds_heads, scores_of
@@ -65,7 +65,8 @@ def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     zeroed, sliced = None, False
     while len(weights.users) == 1:
         user = next(iter(weights.users))
-        if zeroed is None and _puts_zeros(edit, user, weights):
+        fills = nodes.is_call(user, *MASKED_FILLS) and user.args[0] is weights
+        if zeroed is None and fills and number(edit.program, user.args[2]) == 0:
             zeroed = user.args[1]
         elif _drops_last(user, weights) and not sliced:
             sliced = True
@@ -80,12 +81,6 @@ def _product_with_values(edit: Editor, softmax: fx.Node) -> _Product | None:
     if len(weights.users) > 1:
         raise NoMatchError("the attention weights have readers other than the product with v")
     return _Product(product, zeroed, sliced)  # pyright: ignore[reportArgumentType]
-
-
-def _puts_zeros(edit: Editor, node: fx.Node, weights: fx.Node) -> bool:
-    """True for `weights.masked_fill(mask, 0)`."""
-    fills = nodes.is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor) and node.args[0] is weights
-    return fills and number(edit.program, node.args[2]) == 0
 
 
 def _drops_last(node: fx.Node, weights: fx.Node) -> bool:
@@ -140,7 +135,10 @@ def _raise(edit: Editor, softmax: fx.Node, found: _Product, scores: Scores) -> N
             sizes = [-1, edit.size(raised, 2), nodes.tensor_type(product).shape[2]]
             folded = edit.call(aten.reshape.default, raised, sizes)
     if folded is not raised:
-        _skip_reshapes(edit, product, raised)
+        # Readers that restore the head dimension read the attention itself.
+        for user in list(product.users):
+            if folds_heads(user) and nodes.node_type(user) == nodes.node_type(raised):
+                user.replace_all_uses_with(raised)
     edit.replace(product, folded)
 
 
@@ -156,19 +154,12 @@ def _hidden_for_good(scores: Scores, zeroed: fx.Node) -> Scores:
     return replace(scores, biases=tuple(biases))
 
 
-def _skip_reshapes(edit: Editor, product: fx.Node, raised: fx.Node) -> None:
-    """Let readers that restore the head dimension read the attention itself."""
-    for user in list(product.users):
-        if folds_heads(user) and nodes.node_type(user) == nodes.node_type(raised):
-            user.replace_all_uses_with(raised)
-
-
 def _keys(edit: Editor, transposed: fx.Node) -> fx.Node:
     """The keys before their last two dimensions were transposed."""
-    last = nodes.tensor_type(transposed).rank - 1
+    rank = nodes.tensor_type(transposed).rank
     if nodes.is_call(transposed, aten.transpose.int):
-        dims = {dim % (last + 1) for dim in transposed.args[1:]}  # pyright: ignore[reportOperatorIssue]
-        if dims == {last, last - 1}:
+        dims = {dim % rank for dim in transposed.args[1:]}  # pyright: ignore[reportOperatorIssue]
+        if dims == {rank - 1, rank - 2}:
             return transposed.args[0]  # pyright: ignore[reportReturnType]
     return edit.call(aten.transpose.int, transposed, -2, -1)
 
@@ -200,7 +191,11 @@ def _sum(edit: Editor, biases: tuple[Bias, ...], dtype: torch.dtype, heads: obje
             continue
         value = _shaped(edit, bias, heads)
         if bias.fill is None:
-            term = _cast_bias(edit, value, dtype)
+            found, lowest = nodes.tensor_type(strip_casts(value)).dtype, torch.finfo(dtype).min
+            if found.is_floating_point and torch.finfo(found).min < lowest:
+                # The lowest finite numbers stay finite, so that softmax of a row of them is uniform.
+                value = edit.call(aten.clamp_min.default, value, lowest)
+            term = _cast(edit, value, dtype)
             term = term if bias.factor == 1.0 else edit.call(aten.mul.Tensor, term, bias.factor)
             total = term if total is None else edit.call(aten.add.Tensor, total, term)
             continue
@@ -221,30 +216,25 @@ def _shaped(edit: Editor, bias: Bias, heads: object) -> fx.Node:
     if found.rank == 3:
         varies = bias.rank == 3 and heads is not None and found.shape[0] != 1
         return _unfold(edit, value, heads) if varies else edit.call(aten.unsqueeze.default, value, 0)
-    for _ in range(found.rank, 2):
+    return _ranked(edit, value, 2)
+
+
+def _ranked(edit: Editor, value: fx.Node, rank: int) -> fx.Node:
+    """A value with first dimensions of size 1 inserted up to that rank."""
+    for _ in range(nodes.tensor_type(value).rank, rank):
         value = edit.call(aten.unsqueeze.default, value, 0)
     return value
 
 
 def _windowed(edit: Editor, bias: Bias) -> fx.Node:
     """A bias of [batch, windows, heads, a, b] as one of [batch·windows, heads, a, b]."""
-    value = bias.value
-    for _ in range(nodes.tensor_type(value).rank, 5):
-        value = edit.call(aten.unsqueeze.default, value, 0)
+    value = _ranked(edit, bias.value, 5)
     heads, *places = nodes.tensor_type(value).shape[2:]
     if not all(isinstance(size, int) for size in (heads, *places)):
         raise NoMatchError("a bias of windows has a dynamic size")
     sizes = [edit.size(bias.scores, dim) for dim in (0, 1)]
     value = edit.call(aten.expand.default, value, [*sizes, -1, -1, -1])
     return edit.call(aten.reshape.default, value, [-1, heads, *places])
-
-
-def _cast_bias(edit: Editor, value: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The bias in the attention's dtype; the lowest finite numbers stay finite, so that softmax of a row of them is uniform."""
-    found, lowest = nodes.tensor_type(strip_casts(value)).dtype, torch.finfo(dtype).min
-    if found.is_floating_point and torch.finfo(found).min < lowest:
-        value = edit.call(aten.clamp_min.default, value, lowest)
-    return _cast(edit, value, dtype)
 
 
 def _lowest(bias: Bias, dtype: torch.dtype) -> float:

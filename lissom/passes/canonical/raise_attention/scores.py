@@ -94,9 +94,8 @@ def scores_of(edit: Editor, softmax: fx.Node) -> Scores:
         return take_apart(edit, argument)
     parts, dim = argument.args[0], argument.args[1] if len(argument.args) > 1 else 0
     last = nodes.tensor_type(argument).rank - 1
-    if not isinstance(parts, (list, tuple)) or len(parts) != 2 or dim not in (-1, last) or last != 3:
-        raise NoMatchError("the scores are joined with something that is not one column of sinks")
-    scores, sinks = parts
+    joins_two = isinstance(parts, (list, tuple)) and len(parts) == 2 and dim in (-1, last) and last == 3
+    scores, sinks = parts if joins_two else (None, None)  # pyright: ignore
     if not nodes.is_tensor(sinks) or nodes.tensor_type(sinks).shape[-1] != 1:
         raise NoMatchError("the scores are joined with something that is not one column of sinks")
     return replace(take_apart(edit, scores), sinks=strip_casts(sinks))
@@ -114,25 +113,15 @@ def _unshifted(node: object) -> fx.Node:
     return node if before is None else _unshifted(before)
 
 
-def folds_heads(node: fx.Node) -> bool:
-    """True for a reshape between [batch, heads, a, b] and [batch·heads, a, b]."""
-    if not nodes.is_call(node, *RESHAPES) or not nodes.is_tensor(node.args[0]):
-        return False
-    old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)  # pyright: ignore[reportArgumentType]
-    return {old.rank, new.rank} == {3, 4} and old.shape[-2:] == new.shape[-2:]
+def folds_heads(node: fx.Node, kept: int = 2) -> bool:
+    """True for a reshape between [batch, heads, a, b] and [batch·heads, a, b]. kept: the number of last dimensions.
 
-
-def _folds_windows(node: fx.Node) -> bool:
-    """True for a reshape of scores between [batch, windows, heads, a, b] and [batch·windows, heads, a, b]."""
+    With 3 of them, for a reshape between [batch, windows, heads, a, b] and [batch·windows, heads, a, b].
+    """
     if not nodes.is_call(node, *RESHAPES) or not nodes.is_tensor(node.args[0]):
         return False
     old, new = nodes.tensor_type(node.args[0]), nodes.tensor_type(node)
-    return {old.rank, new.rank} == {4, 5} and old.shape[-3:] == new.shape[-3:]
-
-
-def _heads_of(reshape: fx.Node) -> object:
-    """The number of heads on the side of the reshape that has four dimensions."""
-    return max(map(nodes.tensor_type, (reshape, reshape.args[0])), key=lambda found: found.rank).shape[1]
+    return {old.rank, new.rank} == {kept + 1, kept + 2} and old.shape[-kept:] == new.shape[-kept:]
 
 
 def take_apart(edit: Editor, node: object) -> Scores:
@@ -148,10 +137,11 @@ def take_apart(edit: Editor, node: object) -> Scores:
     node = before
     if nodes.is_call(node, *PRODUCTS):
         return _product_of(edit, node.args[0], node.args[1])
-    if _folds_windows(node):
+    if folds_heads(node, 3):
         return take_apart(edit, node.args[0])
     if folds_heads(node):
-        return replace(take_apart(edit, node.args[0]), heads=_heads_of(node))
+        split = max(map(nodes.tensor_type, (node, node.args[0])), key=lambda found: found.rank)
+        return replace(take_apart(edit, node.args[0]), heads=split.shape[1])
     if nodes.is_call(node, aten.baddbmm.default):
         bias, q, keys = node.args
         alpha, beta = (float(nodes.argument(node, name)) for name in ("alpha", "beta"))  # pyright: ignore
@@ -162,7 +152,10 @@ def take_apart(edit: Editor, node: object) -> Scores:
     if nodes.is_call(node, *MASKED_FILLS):
         return take_apart(edit, node.args[0]).biased(_fill(edit, node, node.args[1], node.args[2]))
     if nodes.is_call(node, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf):
-        return _take_choice_apart(edit, node)
+        condition, left, right = node.args
+        if number(edit.program, right) is not None:
+            return take_apart(edit, left).biased(replace(_fill(edit, node, condition, right), inverted=True))
+        return take_apart(edit, right).biased(_fill(edit, node, condition, left))
     if nodes.is_call(node, *_LARGER) and _is_floor(edit, node):
         return take_apart(edit, node.args[0]).biased(Bias(node, node, floor=True))
     if nodes.is_call(node, aten.tanh.default):
@@ -200,14 +193,6 @@ def _take_temperature_apart(edit: Editor, node: fx.Node) -> Scores:
                 break
             return replace(found, factors=(*found.factors, factor))
     raise NoMatchError(f"the scores come through {node.target}")
-
-
-def _take_choice_apart(edit: Editor, node: fx.Node) -> Scores:
-    """`where(seen, scores, fill)`, or `where(hidden, fill, scores)`."""
-    condition, left, right = node.args
-    if number(edit.program, right) is not None:
-        return take_apart(edit, left).biased(replace(_fill(edit, node, condition, right), inverted=True))
-    return take_apart(edit, right).biased(_fill(edit, node, condition, left))
 
 
 def _is_floor(edit: Editor, node: fx.Node) -> bool:

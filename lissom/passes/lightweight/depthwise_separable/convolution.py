@@ -13,8 +13,6 @@ from torch import fx
 from lissom.compiler.analysis.cost import example_shape
 from lissom.compiler.ir import node as nodes
 
-aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class Window:

@@ -54,7 +54,6 @@ from lissom.passes.lightweight.depthwise_separable.factors import (
     ORDERS,
     Fit,
     Layout,
-    Order,
     covariance,
     decompose,
     energy,
@@ -118,28 +117,24 @@ class DepthwiseSeparable(Approximation):
 
     def _layers(self, edit: Editor) -> list[Convolution]:
         """The convolutions to factor; the others are reported as skipped."""
-        layers: list[Convolution] = []
-        for node in edit.nodes(*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS):
-            layer = self._obstacle_to_reading(node) or convolution_of(node)
-            if isinstance(layer, Convolution):
-                layer = _obstacle(edit.program, layer) or layer
-            if isinstance(layer, Convolution):
-                layers.append(layer)
-            else:
-                edit.skip(node, layer)
-        return layers
 
-    def _obstacle_to_reading(self, node: fx.Node) -> str | None:
-        reason = obstacle_by_name(node, skip=self.skip, only=self.only)
-        if reason is None and node.target in TRANSPOSED_CONVOLUTIONS:
-            return "it is a transposed convolution"
-        return reason
+        def read(node: fx.Node) -> Convolution | str:
+            if reason := obstacle_by_name(node, skip=self.skip, only=self.only):
+                return reason
+            if node.target in TRANSPOSED_CONVOLUTIONS:
+                return "it is a transposed convolution"
+            layer = convolution_of(node)
+            return layer if isinstance(layer, str) else _obstacle(edit.program, layer) or layer
+
+        found = edit.accepted((node, read(node)) for node in edit.nodes(*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS))
+        return list(found.values())
 
     def _separate(self, calibration: Calibration, program: Program) -> Separation | str:
         """The factors of a layer, or why it is left alone."""
         layer = calibration.layer
         kernel = program.weight(str(layer.kernel.target)).detach()
-        layouts = [_layout(layer, order) for order in ORDERS if self.order in ("auto", order)]
+        sizes = layer.channels_in, layer.channels_out, layer.groups, layer.window
+        layouts = [Layout(order, *sizes) for order in ORDERS if self.order in ("auto", order)]
         covariances = calibration.covariances(layouts)
         slices = [Slices.of(layout, kernel, known) for layout, known in zip(layouts, covariances, strict=True)]
         plans = self._plans(layer, slices)
@@ -157,7 +152,7 @@ class DepthwiseSeparable(Approximation):
         reasons: list[str] = []
         limit: Cost | None = None
         for item in slices:
-            one = _cost(item.layout, layer, 1)
+            one = _cost(item.layout, layer)
             cost = one.times(min(self._terms(item, one, whole, limit), item.layout.most_terms))
             limit = limit or cost
             if cost.terms and cost.below(whole):
@@ -289,22 +284,18 @@ class Calibration:
         return value if value.dim() == len(self.layer.window.size) + 2 else value[None]
 
 
-def _layout(layer: Convolution, order: Order) -> Layout:
-    return Layout(order, layer.channels_in, layer.channels_out, layer.groups, layer.window)
-
-
 def _whole(layer: Convolution) -> Cost:
     numbers = layer.channels_out * layer.channels_in // layer.groups * layer.window.taps
     return Cost(numbers, numbers * layer.places_out)
 
 
-def _cost(layout: Layout, layer: Convolution, terms: int) -> Cost:
-    pointwise = layout.channels_in * layout.outputs
+def _cost(layout: Layout, layer: Convolution) -> Cost:
+    """The cost of one term."""
     if layout.order == "depthwise-first":
-        numbers = layout.channels_in * layout.window.taps + pointwise
-        return Cost(numbers, numbers * layer.places_out).times(terms)
+        numbers = layout.channels_in * (layout.window.taps + layout.outputs)
+        return Cost(numbers, numbers * layer.places_out, 1)
     pointwise, depthwise = layout.channels_out * layout.inputs, layout.channels_out * layout.window.taps
-    return Cost(pointwise + depthwise, pointwise * layer.places_in + depthwise * layer.places_out).times(terms)
+    return Cost(pointwise + depthwise, pointwise * layer.places_in + depthwise * layer.places_out, 1)
 
 
 def _terms(cost: Cost) -> str:

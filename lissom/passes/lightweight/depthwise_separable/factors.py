@@ -208,7 +208,10 @@ class Fit:
         gram, product = self._sums(self.gram), self._sums(self.product)
         for ridge in _RIDGES if gram else ():
             changes = [_ridge(gram[half], product[half], ridge) for half in (0, 1)]
-            gained = sum(_gained(gram[half], product[half], changes[1 - half]) for half in (0, 1))
+            # Σ ‖Δᵀz - e‖² - Σ ‖e‖² of the other half.
+            gained = sum(
+                float(((gram[half] @ changes[1 - half] - 2 * product[half]) * changes[1 - half]).sum()) for half in (0, 1)
+            )
             if gained < least:
                 least, best_ridge = gained, ridge
         error = (max(sum(self.left) + least, 0.0) / max(self.power, 1e-300)) ** 0.5
@@ -245,8 +248,3 @@ def _ridge(gram: torch.Tensor, product: torch.Tensor, ridge: float) -> torch.Ten
     factor, failed = torch.linalg.cholesky_ex(damped)
     # A group whose sums are too ill-conditioned for so small a ridge keeps W₀.
     return torch.where(failed[:, None, None] == 0, torch.cholesky_solve(product, factor).nan_to_num(), 0)
-
-
-def _gained(gram: torch.Tensor, product: torch.Tensor, change: torch.Tensor) -> float:
-    """Σ ‖Δᵀz - e‖² - Σ ‖e‖²."""
-    return float(((gram @ change - 2 * product) * change).sum())

@@ -24,16 +24,17 @@ from typing import cast
 import torch
 from torch import fx
 
-from lissom.compiler.analysis.axes.axes import Axes, axes
+from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.analysis.axes.columns import unit_of
 from lissom.compiler.analysis.structure.attention import AttentionSite
-from lissom.compiler.analysis.structure.linear import as_int, input_of
+from lissom.compiler.analysis.structure.linear import bias_of, input_of, width
 from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.analysis.structure.operands import PLAIN
 from lissom.compiler.calibration.hessian import damped
 from lissom.compiler.calibration.statistics import observe
-from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
+from lissom.compiler.ir.match import is_own_weight
 from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.heads.key_value_heads import Rows
 from lissom.compiler.transforms.heads.layers import HeadLayer, is_moved
@@ -68,19 +69,14 @@ class HeadProduct:
 
 def head_products(program: Program, site: AttentionSite) -> list[HeadProduct | str]:
     """The products of one attention, scores first; the reason in place of one that cannot be factored."""
-    return [_scores(program, site), _values(program, site)]
-
-
-def _scores(program: Program, site: AttentionSite) -> HeadProduct | str:
     if site.positions == "rotary":
-        return "rotary embedding is applied to its queries and keys"
-    if site.node.target is not aten.scaled_dot_product_attention.default and site.scale is None:
-        return "the scale of its scores cannot be set"
-    return _product(program, site, site.q, site.k, scores=True)
-
-
-def _values(program: Program, site: AttentionSite) -> HeadProduct | str:
-    return _product(program, site, site.v, () if site.output is None else (site.output,), scores=False)
+        scores = "rotary embedding is applied to its queries and keys"
+    elif site.node.target is not PLAIN and site.scale is None:
+        scores = "the scale of its scores cannot be set"
+    else:
+        scores = _product(program, site, site.q, site.k, scores=True)
+    output = () if site.output is None else (site.output,)
+    return [scores, _product(program, site, site.v, output, scores=False)]
 
 
 def _product(
@@ -102,16 +98,17 @@ def _product(
     if obstacle:
         return f"head_dim of its {what} cannot be reduced: {obstacle}"
     # Queries and keys may have another head_dim than values.
-    head_dim = as_int(nodes.tensor_type(value).shape[-1])
+    head_dim = width(value)
     layers: list[HeadLayer] = []
     for layer, dim in ((first[0], 0), (second[0], 0 if scores else 1)):
         matrix = matrix_of(layer)
         if isinstance(matrix, str):
             return matrix
-        if matrix.transposed or not _is_owned(layer, matrix) or not _in_order(found, matrix.node, dim, (heads, axis)):
+        unit = unit_of(found.axis(matrix.node, dim), (heads, axis))
+        if matrix.transposed or not _is_owned(layer, matrix) or not torch.equal(unit, torch.arange(len(unit))):
             return f"the weights of its {what} are shared, or contain more than its heads"
-        indices, bias = torch.arange(site.heads * head_dim).view(site.heads, -1), nodes.argument(layer, "bias")
-        made = Rows(bias, 0, indices) if isinstance(bias, fx.Node) and dim == 0 else None
+        indices, bias = torch.arange(site.heads * head_dim).view(site.heads, -1), bias_of(layer)
+        made = Rows(bias, 0, indices) if bias is not None and dim == 0 else None
         layers.append(HeadLayer(layer, Rows(matrix.node, dim, indices), made))
     return HeadProduct(site.node, layers[0], layers[1], scores, axis, site.heads, head_dim)
 
@@ -120,14 +117,7 @@ def _is_owned(layer: fx.Node, matrix: Matrix) -> bool:
     """True for `linear` whose weight and bias have no other readers."""
     if layer.target is not aten.linear.default or readers_of(matrix.node) != [layer]:
         return False
-    bias = nodes.argument(layer, "bias")
-    return bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr" and len(bias.users) == 1)
-
-
-def _in_order(found: Axes, weight: fx.Node, dim: int, numbering: tuple[Axis, Axis]) -> bool:
-    """True when a dimension of a weight is heads × head_dim and nothing else."""
-    unit = unit_of(found.axis(weight, dim), numbering)
-    return torch.equal(unit, torch.arange(len(unit)))
+    return (bias := bias_of(layer)) is None or is_own_weight(bias)
 
 
 def gram_of_heads(edit: Editor, products: Sequence[HeadProduct]) -> dict[fx.Node, torch.Tensor]:
@@ -192,7 +182,10 @@ def shorten_heads(edit: Editor, chosen: Sequence[tuple[HeadProduct, Factors, int
     removed = {product.axis: range(rank, product.head_dim) for product, _, rank in chosen}
     for product, factors, rank in chosen:
         edit.current = product.node
-        _put(edit, product, factors, rank)
+        first, second, _ = zip(*factors, strict=True)
+        _set_rows(edit, product.first, _times(edit.program, product.first, first), rank)
+        second = _times(edit.program, product.second, second) if product.scores else second
+        _set_rows(edit, product.second, second, rank)
     try:
         remove_indices(edit, removed, found)
     except LissomError as error:
@@ -207,20 +200,13 @@ def shorten_heads(edit: Editor, chosen: Sequence[tuple[HeadProduct, Factors, int
     return {layer.layer for product, _, _ in chosen for layer in (product.first, product.second)}
 
 
-def _put(edit: Editor, product: HeadProduct, factors: Factors, rank: int) -> None:
-    """Write the factors into the layers, with zeros at the indices that will be removed from the axis."""
-    first, second, _ = zip(*factors, strict=True)
-    _set_rows(edit, product.first, _times(edit.program, product.first, first), rank)
-    _set_rows(edit, product.second, _times(edit.program, product.second, second) if product.scores else second, rank)
-
-
 def _times(program: Program, layer: HeadLayer, factors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Each head's factor times its rows of a layer, bias included."""
     return [factor.cpu() @ rows for factor, rows in zip(factors, layer.read(program), strict=True)]
 
 
 def _set_rows(edit: Editor, layer: HeadLayer, rows: Sequence[torch.Tensor], rank: int) -> None:
-    """Set each head of a layer to the first `rank` of these rows, followed by zeros."""
+    """Set each head of a layer to the first `rank` of these rows, followed by zeros at the indices that will be removed."""
     new = layer.read(edit.program).zero_()
     for head, found in zip(new, rows, strict=True):
         head[:rank] = found[:rank]

@@ -33,11 +33,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from lissom.compiler.analysis.module_filter import obstacle_by_name
-from lissom.compiler.analysis.structure.linear import input_of, is_linear
-from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of
+from lissom.compiler.analysis.structure.linear import bias_of, input_of
+from lissom.compiler.analysis.structure.matrix import Matrix, matrix_of, readers_of, treated_layers
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.calibration.hessian import damped, shifted
 from lissom.compiler.calibration.layer_sweep import Counterpart, Read, sweep_moments
@@ -162,7 +162,7 @@ class LowRank(Approximation):
             if not counts:
                 gains /= gains.sum().clamp_min(1e-300)
             step_bytes = self.round_to * sum(weight.shape) * weight.element_size()
-            curves[matrix.name] = Curve(gains, step_bytes, weight.numel() * weight.element_size())
+            curves[matrix.name] = Curve(gains, step_bytes, weight.nbytes)
         whole = sum(curve.whole_bytes for curve in curves.values())
         least = sum(min(curve.step_bytes, curve.whole_bytes) for curve in curves.values())
         if least > self.budget * whole:
@@ -181,39 +181,25 @@ class LowRank(Approximation):
             edit.current = site.node
             for found in head_products(edit.program, site):
                 reason = found if isinstance(found, str) else self._obstacle_by_name(found.first.layer, found.second.layer)
-                if reason is not None:
-                    edit.skip(site.node, reason)
-                elif isinstance(found, HeadProduct):
+                if edit.may_change(site.node, reason) and isinstance(found, HeadProduct):
                     products.append(found)
         seen = gram_of_heads(edit, products) if self._whitens(edit) and products else {}
         chosen: list[tuple[HeadProduct, Factors, int]] = []
         for product in products:
             factors = factors_of(edit.program, product, seen or gram_of_weights(edit.program, product), self.damping)
-            rank = self._head_rank(torch.stack([energy for _, _, energy in factors]).sum(0), product.head_dim)
+            if self.budget is not None:
+                rank = max(int(self.budget * product.head_dim) // self.round_to, 1) * self.round_to
+            else:
+                rank = self._rank(torch.stack([energy for _, _, energy in factors]).sum(0))
             if rank < product.head_dim:
                 chosen.append((product, factors, rank))
             else:
                 edit.skip(product.node, "heads of the chosen rank would be no shorter")
         return shorten_heads(edit, chosen) if chosen else set()
 
-    def _head_rank(self, energy: torch.Tensor, head_dim: int) -> int:
-        """The new head_dim; energy: of all heads, [at most head_dim]."""
-        if self.budget is not None:
-            return max(int(self.budget * head_dim) // self.round_to, 1) * self.round_to
-        return self._rank(energy)
-
     def _layers(self, edit: Editor, treated: set[fx.Node]) -> dict[fx.Node, Matrix]:
         """The linear layers to factor, with their matrices; others not in `treated` are reported as skipped."""
-        layers: dict[fx.Node, Matrix] = {}
-        for node in edit.nodes():
-            if not is_linear(node) or node in treated:
-                continue
-            matrix = matrix_of(node)
-            reason = matrix if isinstance(matrix, str) else self._obstacle(edit.program, node, matrix)
-            if reason is not None:
-                edit.skip(node, reason)
-            elif isinstance(matrix, Matrix):
-                layers[node] = matrix
+        layers = treated_layers(edit, matrix_of, partial(self._obstacle, edit.program), treated)
         shared = [node for node, matrix in layers.items() if not layers.keys() >= {*readers_of(matrix.node)}]
         for node in shared:
             edit.skip(node, "its weight is also read by operators that are not factored")
@@ -285,27 +271,14 @@ def _replace(edit: Editor, layers: Mapping[fx.Node, Matrix], factors: Mapping[st
             continue
         with edit.before(node):
             if matrix.name not in reads:
-                old, found = edit.program.weight(matrix.name), factors[matrix.name]
+                found = factors[matrix.name]
                 parts = [(f"{matrix.name}_v", found.v), (f"{matrix.name}_u", found.u)]
-                v, u = (edit.weight(name, _like(old, part)) for name, part in parts)
+                v, u = (edit.weight(name, edit.like(matrix.node, part.contiguous())) for name, part in parts)
                 reads[matrix.name] = v, u
             v, u = reads[matrix.name]
             thin = edit.call(aten.linear.default, input_of(node), v)
-            bias = _bias(node)
+            bias = bias_of(node)
             edit.replace(node, edit.call(aten.linear.default, thin, u, *([] if bias is None else [bias])))
-
-
-def _bias(linear: fx.Node) -> object:
-    """The bias of a layer; None where it has none."""
-    if linear.target is aten.linear.default:
-        return nodes.argument(linear, "bias")
-    return linear.args[0] if linear.target is aten.addmm.default else None
-
-
-def _like(old: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The factor, trainable where the weight is."""
-    factor = factor.contiguous()
-    return nn.Parameter(factor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else factor
 
 
 def _fisher(edit: Editor, layers: Mapping[fx.Node, Matrix]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ of indices, and the input keeps all heads: a bias that other attentions read too
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import fx
@@ -24,7 +25,8 @@ def select_heads(edit: Editor, attention: fx.Node, arguments: Iterable[int]) -> 
     """Insert an `index_select` of all heads before these arguments, where they have heads; returns the inserted calls."""
     made: list[fx.Node] = []
     for index in arguments:
-        item, name = _argument(attention, index)
+        name = cast(torch._ops.OpOverload, attention.target)._schema.arguments[index].name
+        item = nodes.argument(attention, name)
         if not nodes.is_tensor(item) or nodes.is_call(item, aten.index_select.default):
             continue
         typed = nodes.tensor_type(item)
@@ -34,19 +36,9 @@ def select_heads(edit: Editor, attention: fx.Node, arguments: Iterable[int]) -> 
         with edit.before(attention):
             numbers = edit.weight(f"{attention.name}.heads", torch.arange(heads, device=typed.device))
             chosen = edit.call(aten.index_select.default, item, typed.rank - 3, numbers)
-        if index < len(attention.args):
-            attention.args = (*attention.args[:index], chosen, *attention.args[index + 1 :])
-        else:
-            attention.kwargs = {**attention.kwargs, name: chosen}
+        nodes.set_argument(attention, name, chosen)
         made.append(chosen)
     return made
-
-
-def _argument(attention: fx.Node, index: int) -> tuple[object, str]:
-    name = next(iter(("query", "key", "value", "attn_mask")[index : index + 1]))
-    if str(attention.target).startswith("lissom"):
-        name = ("q", "k", "v", "bias")[index]
-    return (attention.args[index] if index < len(attention.args) else attention.kwargs.get(name)), name
 
 
 def drop_selections(edit: Editor, made: Iterable[fx.Node]) -> None:
@@ -54,7 +46,6 @@ def drop_selections(edit: Editor, made: Iterable[fx.Node]) -> None:
     for chosen in made:
         item, dim, numbers = chosen.args
         size = nodes.tensor_type(item).shape[dim]  # pyright: ignore
-        kept = edit.program.weight(str(numbers.target))  # pyright: ignore
-        if torch.equal(kept.cpu(), torch.arange(int(size))):  # pyright: ignore[reportArgumentType]
+        if torch.equal(edit.tensor(numbers).cpu(), torch.arange(int(size))):  # pyright: ignore[reportArgumentType]
             edit.replace(chosen, item)  # pyright: ignore[reportArgumentType]
             edit.rewritten -= 1

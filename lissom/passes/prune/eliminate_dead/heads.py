@@ -23,16 +23,14 @@ from lissom.compiler.analysis.structure.attention import AttentionSite
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir import node as nodes
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_by_constant
+from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_dead
 from lissom.passes.prune.eliminate_dead.head_selection import MASK, QUERY_AND_KEY, VALUE, drop_selections, select_heads
 
 
 def eliminate_heads(edit: Editor) -> None:
     """Remove attention heads that contribute nothing, and attentions without a head that does."""
     found = _dead_sites(edit, report=True)
-    for columns in [item for site, item in found if item.alone and bool(_dead_heads(edit, site, item).all())]:
-        if reason := replace_by_constant(edit, columns.layer):
-            edit.skip(columns.layer, f"all heads it reads are dead, but {reason}")
+    replace_dead(edit, [columns for site, columns in found if bool(_dead_heads(edit, site, columns).all())], "heads")
     made: list[fx.Node] = []
     # A selection keeps its input as it is, which may hinder removal in another attention: so masks are checked twice.
     for arguments in (MASK, MASK, QUERY_AND_KEY, QUERY_AND_KEY, VALUE):
@@ -51,9 +49,8 @@ def eliminate_heads(edit: Editor) -> None:
 def _dead_sites(edit: Editor, *, report: bool = False) -> list[tuple[AttentionSite, Columns]]:
     """The attentions with dead heads; report: whether to report attentions without a head axis."""
     found: list[tuple[AttentionSite, Columns]] = []
-    program = edit.program
-    for site in program.fact(structure).attention:
-        columns = find_head_columns(program, site)
+    for site in edit.program.fact(structure).attention:
+        columns = find_head_columns(edit.program, site)
         if isinstance(columns, str):
             if report:
                 edit.skip(site.node, columns)
@@ -64,17 +61,15 @@ def _dead_sites(edit: Editor, *, report: bool = False) -> list[tuple[AttentionSi
 
 def _dead_heads(edit: Editor, site: AttentionSite, columns: Columns) -> torch.Tensor:
     """The heads whose columns or whose values are all zero, booleans [heads]."""
-    program = edit.program
-    dead = columns.dead(program.weight(str(columns.weight.target)))
+    dead = columns.dead(edit.tensor(columns.weight))
     if nodes.tensor_type(site.node).shape[-3] == columns.count:
-        dead |= zero_at(program.fact(zeros), site.node, nodes.tensor_type(site.node).rank - 3)
+        dead |= zero_at(edit.program.fact(zeros), site.node, -3)
     return dead
 
 
 def _obstacle(edit: Editor, site: AttentionSite, columns: Columns) -> str:
     """Why the dead heads of a site cannot be removed; empty when they can."""
-    reason = obstacle(edit, columns.axes)
-    if reason:
+    if reason := obstacle(edit, columns.axes):
         return reason
     missed = _dead_heads(edit, site, columns) & ~dead_units(edit.program, columns.axes).flatten()
     return "another operator on the same axis needs them" if bool(missed.any()) else ""

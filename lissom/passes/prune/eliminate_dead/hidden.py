@@ -58,8 +58,7 @@ def eliminate_hidden(edit: Editor) -> None:
 
 def _hidden(edit: Editor) -> dict[Axis, fx.Node]:
     """The axes of the residual stream, each with a residual add that has it."""
-    found, sites = edit.program.fact(axes), edit.program.fact(structure)
-    sums = [site.residual for site in (*sites.attention, *sites.feed_forward) if site.residual is not None]
+    found, sums = edit.program.fact(axes), edit.program.fact(structure).residuals
     return {atom: node for node in reversed(sums) for atom in found.axis(node, -1).atoms() if isinstance(atom.size, int)}
 
 
@@ -96,7 +95,7 @@ def _release_outputs(edit: Editor, held: list[fx.Node]) -> None:
     """Replace these products by padding that puts zeros at the removed channels."""
     for whole in held:
         value, chosen = cast("tuple[fx.Node, fx.Node]", whole.args)
-        rows = edit.program.weight(str(chosen.target)).detach().cpu()
+        rows = edit.tensor(chosen).cpu()
         if rows.shape[0] < rows.shape[1]:
             # The channel of each output column; the padded zero where it was removed.
             source = torch.where(rows.any(0), rows.argmax(0), rows.shape[0])

@@ -25,8 +25,7 @@ def eliminate_layers(edit: Editor) -> None:
     found, sites = edit.program.fact(zeros), edit.program.fact(structure)
     outputs = [site.output or site.node for site in sites.attention] + [site.down for site in sites.feed_forward]
     for node in edit.nodes(aten.add.Tensor):
-        other = _other_than_zero(node, found)
-        if other is not None:
+        if (other := _other_than_zero(node, found)) is not None:
             edit.replace(node, other)
     edit.program.drop_dead()
     for node in outputs:

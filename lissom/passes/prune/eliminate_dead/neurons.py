@@ -21,15 +21,13 @@ from lissom.compiler.analysis.axes.zeros import zero_at, zeros
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.compiler.ir.editor import Editor
-from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_by_constant
+from lissom.compiler.transforms.removal.elimination import eliminate, obstacle, replace_dead
 
 
 def eliminate_neurons(edit: Editor) -> None:
     """Remove feed-forward neurons that contribute nothing, and feed-forwards without a neuron that does."""
     found = _dead_sites(edit, report=True)
-    for columns in [item for item in found if item.alone and bool(_dead_neurons(edit, item).all())]:
-        if reason := replace_by_constant(edit, columns.layer):
-            edit.skip(columns.layer, f"all neurons it reads are dead, but {reason}")
+    replace_dead(edit, [columns for columns in found if bool(_dead_neurons(edit, columns).all())], "neurons")
     chosen: dict[Axis, fx.Node] = {}
     for columns in _dead_sites(edit):
         if reason := _obstacle(edit, columns):
@@ -54,9 +52,8 @@ def _dead_sites(edit: Editor, *, report: bool = False) -> list[Columns]:
 
 def _dead_neurons(edit: Editor, columns: Columns) -> torch.Tensor:
     """The neurons whose column or whose activation is zero, [neurons]."""
-    dead = columns.dead(edit.program.weight(str(columns.weight.target)))
-    before = input_of(columns.layer)
-    values = zero_at(edit.program.fact(zeros), before, feature_dim(columns.layer))
+    dead = columns.dead(edit.tensor(columns.weight))
+    values = zero_at(edit.program.fact(zeros), input_of(columns.layer), feature_dim(columns.layer))
     return dead | values if len(values) == len(dead) else dead
 
 

@@ -17,8 +17,10 @@ ByteTransformer (Zhai et al. 2022, §III.D) removes padding in the same way, wit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import cast
 
 import torch
@@ -37,6 +39,15 @@ from lissom.passes.prune.pack_tokens.token_flow import PaddingReadError, TokenFl
 aten = torch.ops.aten
 
 
+_OBSTACLES: Mapping[Use, str] = {
+    "output": "it is an output, at padding positions too; put zero-padding in front if nobody reads these",
+    "mask": "its mask does not hide padding",
+    "operands": "its operands or its mask mix tokens in a way that is not followed",
+    "positions": "it reads positions that may be padding",
+}
+"""Why tokens cannot be packed, by the way padding is read."""
+
+
 @dataclass(frozen=True)
 class PackTokens(Rewrite):
     """Computes per-token operators on real tokens only, without padding."""
@@ -47,21 +58,10 @@ class PackTokens(Rewrite):
             try:
                 flow = TokenFlow(edit.program, mask).run()
             except PaddingReadError as found:
-                edit.skip(found.node, _obstacle(found.use))
+                edit.skip(found.node, _OBSTACLES[found.use])
                 continue
             if has_layers(flow):
                 _Packer(edit, flow).run()
-
-
-def _obstacle(use: Use) -> str:
-    """Why tokens cannot be packed, from the way padding is read."""
-    if use == "output":
-        return "it is an output, at padding positions too; put zero-padding in front if nobody reads these"
-    if use == "mask":
-        return "its mask does not hide padding"
-    if use == "operands":
-        return "its operands or its mask mix tokens in a way that is not followed"
-    return "it reads positions that may be padding"
 
 
 def _packs(edit: Editor) -> bool:
@@ -96,18 +96,14 @@ class _Packer:
         call, mask = self.edit.call, self.flow.mask
         real = call(aten.ne.Scalar, mask, 0)
         whole = call(aten.logical_not.default, call(aten.any.dim, real, 1, True))
-        chosen = self._chosen()
-        if chosen is not None:
-            padding = call(aten.logical_and.default, chosen, call(aten.logical_not.default, real))
+        if self.flow.positions:
+            padding = call(aten.logical_and.default, self._chosen(), call(aten.logical_not.default, real))
             whole = call(aten.logical_or.default, whole, call(aten.any.dim, padding, 1, True))
         return call(aten.logical_or.default, real, whole)
 
-    def _chosen(self) -> fx.Node | None:
-        """The positions that later calls select, bool [batch, tokens]; None where none are selected."""
-        call = self.edit.call
-        if not self.flow.positions:
-            return None
-        chosen: fx.Node | None = None
+    def _chosen(self) -> fx.Node:
+        """The positions that later calls select, bool [batch, tokens]."""
+        call, chosen = self.edit.call, list[fx.Node]()
         start = self._numbers(1)
         end = call(aten.sub.Scalar, call(aten.sub.Tensor, start, call(aten.amax.default, start, [1], True)), 1)
         for position in self.flow.positions:
@@ -116,9 +112,8 @@ class _Packer:
             else:
                 column = call(aten.unsqueeze.default, position, 1)
                 found = [call(aten.eq.Tensor, counted, column) for counted in (start, end)]
-            for item in found:
-                chosen = item if chosen is None else call(aten.logical_or.default, chosen, item)
-        return chosen
+            chosen = [reduce(partial(call, aten.logical_or.default), [*chosen, *found])]
+        return chosen[0]
 
     def _numbers(self, dim: int) -> fx.Node:
         """The number of each position's row (dim 0) or token (dim 1), [batch, tokens]."""

@@ -85,7 +85,9 @@ class TokenFlow:
             elif not isinstance(nodes.node_type(node), (TensorType, tuple)):
                 continue
             elif not self._is_zeroed(node, loose) and not self._is_chosen(node, loose):
-                self._follow(node, loose)
+                if (place := place_of(node, loose)) is None:
+                    raise PaddingReadError(node, "positions")
+                self.places[node] = place
         for leaf in self.program.output.all_input_nodes:
             if leaf in self.places:
                 raise PaddingReadError(leaf, "output")
@@ -107,11 +109,7 @@ class TokenFlow:
 
     def _holds(self, value: fx.Node, check: Check) -> bool:
         wanted = [value, *(item for item in self.positions if isinstance(item, fx.Node))]
-
-        def check_values(values: Values) -> bool:
-            return check(values[value], self.kept(values))
-
-        return holds(self.program, self.mask, wanted, check_values)
+        return holds(self.program, self.mask, wanted, lambda values: check(values[value], self.kept(values)))
 
     def _start(self, node: fx.Node) -> None:
         """Start at an embedding of, or a layer over, [batch, tokens, ...]."""
@@ -125,12 +123,8 @@ class TokenFlow:
     def _attention(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
         q, k, v = (cast(fx.Node, item) for item in node.args[:3])
         rank = len(shape_of(node))
-        if any(item in self.places and self.places[item][1] != rank - 2 for item in (q, k, v)) or not {0, 1, 2}.issuperset(
-            loose
-        ):
-            raise PaddingReadError(node, "operands")
-        batches = {place[0] for place in loose.values()}
-        if len(batches) > 1 or not batches.issubset(range(rank - 2)):
+        batches, tokens = ({place[dim] for place in loose.values()} for dim in (0, 1))
+        if not loose.keys() <= {0, 1, 2} or tokens != {rank - 2} or len(batches) > 1 or not batches <= {*range(rank - 2)}:
             raise PaddingReadError(node, "operands")
         if k in self.places or v in self.places:
             mask = mask_of(node)
@@ -142,25 +136,19 @@ class TokenFlow:
 
     def _is_zeroed(self, node: fx.Node, loose: dict[Slot, Place]) -> bool:
         """True for a `where` or product with a value that may be zero at padding, which is checked at the end."""
-        if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor) and list(loose) == [0]:
-            mask, hidden = cast(fx.Node, node.args[1]), True
-        elif nodes.is_call(node, aten.where.self, aten.where.ScalarOther) and list(loose) == [1]:
-            mask, hidden = cast(fx.Node, node.args[0]), False
-        elif (
-            nodes.is_call(node, aten.mul.Tensor)
-            and len(loose) == 1
-            and nodes.is_tensor(node.args[1 - cast(int, next(iter(loose)))])
-        ):
-            mask, hidden = cast(fx.Node, node.args[1 - cast(int, next(iter(loose)))]), False
-        else:
+        if len(loose) > 1:
             return False
-        (place,) = loose.values()
+        ((slot, place),) = cast("dict[int, Place]", loose).items()
+        fills = nodes.is_call(node, *ops.MASKED_FILLS) and slot == 0
+        chooses = nodes.is_call(node, aten.where.self, aten.where.ScalarOther) and slot == 1
+        multiplies = nodes.is_call(node, aten.mul.Tensor) and nodes.is_tensor(node.args[1 - slot])
         rank = len(shape_of(node))
-        if rank != len(shape_of(node.args[cast(int, next(iter(loose)))])):
+        if not (fills or chooses or multiplies) or rank != len(shape_of(node.args[slot])):
             return False
+        mask = cast(fx.Node, node.args[1 - slot])
 
         def is_zero(value: torch.Tensor, kept: torch.Tensor) -> bool:
-            return zero_where_hidden(~value if hidden else value, kept, place, rank)
+            return zero_where_hidden(~value if fills else value, kept, place, rank)
 
         # Positions that later calls select are kept too, which only makes this easier to satisfy.
         return self._holds(mask, is_zero)
@@ -177,23 +165,14 @@ class TokenFlow:
             self.positions[node.args[2]] = None
         elif nodes.is_call(node, aten.index.Tensor) and (batch_dim, token_dim) == FIRST:
             position = row_position(self.program, node)
-            if position is None or not self._is_early(position):
+            # It must not depend on loose values, so that it can be evaluated on test inputs.
+            if position is None or not holds(self.program, self.mask, [position], lambda values: True):
                 return False
             self.positions[position] = None
         else:
             return False
         self.chosen[node] = None
         return True
-
-    def _is_early(self, position: fx.Node) -> bool:
-        """True when the value does not depend on loose ones and can be evaluated on test inputs."""
-        return holds(self.program, self.mask, [position], _is_computed)
-
-    def _follow(self, node: fx.Node, loose: dict[Slot, Place]) -> None:
-        place = place_of(node, loose)
-        if place is None:
-            raise PaddingReadError(node, "positions")
-        self.places[node] = place
 
     def _choose_packed(self) -> None:
         """The calls to compute in packed form: over [batch, tokens, ...], and the views between them."""
@@ -217,10 +196,6 @@ class TokenFlow:
                 isinstance(size, int) for size in shape_of(node)[2:]
             )
         return node.target not in _VIEWS or node.target in _PACKED_VIEWS
-
-
-def _is_computed(_: Values) -> bool:
-    return True
 
 
 def is_item(node: fx.Node) -> bool:

@@ -57,8 +57,9 @@ def branch_of(site: AttentionSite | FeedForwardSite) -> Branch | str:
             if (bare := _bare(before)) in behind:
                 addend, rest = _operands(total, last)
                 plain = not any(nodes.is_call(node, *NORMS) for node in behind[: behind.index(bare)])
-                norm = _only_norm(stream) if plain and not _norm_between(addend, last) else None
-                return Branch(last, before, norm or stream, total, addend, rest, norm is not None)
+                users = list(stream.users)
+                normed = plain and not _norm_between(addend, last) and len(users) == 1 and nodes.is_call(users[0], *NORMS)
+                return Branch(last, before, users[0] if normed else stream, total, addend, rest, normed)
         stream = residual_of(stream)
     return "its residual add cannot be found"
 
@@ -91,12 +92,6 @@ def _behind(node: fx.Node) -> list[fx.Node]:
         node = node.all_input_nodes[0]
         found.append(node)
     return found
-
-
-def _only_norm(total: fx.Node) -> fx.Node | None:
-    """The norm that is the only reader of a sum; None for any other reader."""
-    users = list(total.users)
-    return users[0] if len(users) == 1 and nodes.is_call(users[0], *NORMS) else None
 
 
 def _norm_between(addend: fx.Node, last: fx.Node) -> bool:

@@ -92,7 +92,12 @@ class PruneLayers(Approximation):
 
     def _scores(self, edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float]:
         if self.criterion == "magnitude":
-            return {path: _magnitude(edit.program, unit) for path, unit in units.items()}
+            # The Frobenius norm of the last matrices of all branches together.
+            weights = {path: [weight_of(branch.last) for branch in unit] for path, unit in units.items()}
+            return {
+                path: sum(float(edit.tensor(item).square().sum()) for item in read if item is not None) ** 0.5
+                for path, read in weights.items()
+            }
         if not edit.data:
             raise RequirementError(
                 "prune-layers{criterion=influence} needs calibration data: pass data=, or choose criterion=magnitude"
@@ -132,9 +137,7 @@ def _branches(program: Program, layer: Layer, part: str) -> list[Branch] | str:
         if nodes.node_type(branch.before) != nodes.node_type(branch.after):
             return "the residual stream has another type after it"
         branches.append(branch)
-    order = {node: index for index, node in enumerate(program.graph.nodes)}
-    branches.sort(key=lambda branch: order[branch.total])
-    return branches
+    return sorted(branches, key=lambda branch: branch.total)
 
 
 def _influences(edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float]:
@@ -151,12 +154,6 @@ def _influences(edit: Editor, units: dict[str, list[Branch]]) -> dict[str, float
 
     observe(edit.program, edit.data, {node for unit in units.values() for node in (unit[0].before, unit[-1].after)}, visit)
     return {path: 1 - cosines[path] / max(1, counts[path]) for path in units}
-
-
-def _magnitude(program: Program, unit: list[Branch]) -> float:
-    """The Frobenius norm of the last matrices of all branches together."""
-    weights = [weight_of(branch.last) for branch in unit]
-    return sum(float(program.weight(str(item.target)).detach().square().sum()) for item in weights if item is not None) ** 0.5
 
 
 def _remove(edit: Editor, branches: Sequence[Branch]) -> None:
@@ -183,4 +180,4 @@ def _own_weights(edit: Editor, branch: Branch) -> list[tuple[fx.Node, torch.Tens
     read = dict.fromkeys([weight, *(item for item in branch.last.all_input_nodes if item.op == "get_attr")])
     if any(len(item.users) > 1 for item in read):
         return []
-    return [(item, edit.program.weight(str(item.target)).detach()) for item in read]
+    return [(item, edit.tensor(item)) for item in read]

@@ -4,7 +4,7 @@ import sympy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lissom.compiler.analysis.axes.axis import Axis, concatenation, cut, divide, mark_whole, pin, product, quotient, unify
+from lissom.compiler.analysis.axes.axis import Axis, concatenation, cut, divide, mark, pin, product, quotient, unify
 
 
 def sizes(axis: Axis) -> list[object]:
@@ -58,7 +58,7 @@ def test_a_product_and_a_sum_do_not_agree():
 
 def test_flags_follow_an_atom_into_what_it_becomes():
     hidden = Axis(6)
-    mark_whole(hidden)
+    mark(hidden, whole=True)
     pin(hidden, "an output of the program")
     unify(hidden, product([Axis(2), Axis(3)]), "test")
     assert all(atom.whole and atom.pinned == "an output of the program" for atom in hidden.atoms())

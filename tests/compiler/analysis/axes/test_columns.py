@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from lissom.compiler.analysis.axes.axis import Axis, concatenation, product
-from lissom.compiler.analysis.axes.columns import Columns, head_columns, neuron_columns, unit_of
+from lissom.compiler.analysis.axes.columns import Columns, find_head_columns, find_neuron_columns, unit_of
 from lissom.compiler.analysis.structure.transformer import structure
-from lissom.errors import UnsupportedError
 from lissom.frontends.export import capture
 from tests.compiler.analysis.axes.test_axes import canonical
 from tests.models import Case, normal, seeded
@@ -17,7 +16,7 @@ from tests.models import Case, normal, seeded
 def test_heads_are_blocks_of_columns_of_the_output_projection(name: str, dim: int):
     program, _ = canonical(name)
     for site in program.fact(structure).attention:
-        found = head_columns(program, site)
+        found = find_head_columns(program, site)
         assert (found.dim, found.count) == (dim, site.heads)
         width = found.unit.numel() // site.heads
         assert found.unit.tolist() == [index // width for index in range(found.unit.numel())]
@@ -27,14 +26,14 @@ def test_heads_are_blocks_of_columns_of_the_output_projection(name: str, dim: in
 def test_each_neuron_is_one_column_of_the_down_projection(name: str):
     program, _ = canonical(name)
     for site in program.fact(structure).feed_forward:
-        found = neuron_columns(program, site)
+        found = find_neuron_columns(program, site)
         assert found.count == site.width
         assert found.unit.tolist() == list(range(site.width))
 
 
 def test_what_is_zeroed_is_dead():
     program = canonical("llama")[0].copy()
-    found = head_columns(program, program.fact(structure).attention[0])
+    found = find_head_columns(program, program.fact(structure).attention[0])
     weight = program.weight(str(found.weight.target))
     zeroed = found.zeroed(weight, [1, 3])
     assert found.dead(weight).tolist() == [False] * found.count
@@ -68,5 +67,4 @@ class Unprojected(nn.Module):
 def test_heads_that_nothing_projects_are_refused():
     case = Case(seeded(Unprojected), (normal(2, 5, 8),))
     program = capture(case.model, case.args).program
-    with pytest.raises(UnsupportedError, match="no layer projects its heads out"):
-        head_columns(program, program.fact(structure).attention[0])
+    assert find_head_columns(program, program.fact(structure).attention[0]) == "no layer projects its heads out"

@@ -10,7 +10,6 @@ import transformers
 from torch import fx
 from torch.nn.functional import scaled_dot_product_attention
 
-import lissom
 from lissom.compiler.analysis.patterns.reader import CAUSAL, Reading, read_pattern, write_rest
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.analysis.structure.operands import mask_of
@@ -233,7 +232,7 @@ def test_chunks_of_llama_4_are_read() -> None:
         **SIZES, head_dim=4, attention_chunk_size=4, intermediate_size_mlp=24, num_local_experts=2
     )  # fmt: skip
     model = seeded(lambda: transformers.Llama4TextModel(config))
-    program = lissom.optimize(model, {"input_ids": tokens(2, 11), "use_cache": False}).program
+    program = captures.optimize(model, {"input_ids": tokens(2, 11), "use_cache": False}).program
     reading = read_pattern(program, attention_of(program))
     assert reading.pattern is not None
     assert reading.pattern.alternatives == ((CAUSAL, Condition(1, -1, 0, 0, 4)),)
@@ -248,7 +247,7 @@ def test_a_local_encoder_keeps_its_padding() -> None:
     mask = torch.ones(2, 11, dtype=torch.long)
     mask[1, 7:] = 0
     model = seeded(lambda: transformers.ModernBertModel(config))
-    program = lissom.optimize(model, {"input_ids": tokens(2, 11), "attention_mask": mask}).program
+    program = captures.optimize(model, {"input_ids": tokens(2, 11), "attention_mask": mask}).program
     first, second = (read_pattern(program, node) for node in program.nodes() if is_attention(node))
     assert (first.pattern, first.reason) == (None, "")
     assert second.pattern is not None and second.pattern.alternatives == ((Condition(1, -1, -3, 3),),)

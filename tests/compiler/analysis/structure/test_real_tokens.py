@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import lissom
 from lissom.compiler.analysis.structure.linear import input_of
 from lissom.compiler.analysis.structure.real_tokens import token_mask
 from lissom.compiler.calibration.statistics import moments
+from tests import captures
 from tests.models import normal, seeded
 
 REAL = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1]]).bool()
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 def test_real_tokens_are_told_by_what_attention_hides(kind: str) -> None:
     make = MASKS[kind][0]
     x = normal(2, 4, 8)
-    program = lissom.optimize(seeded(lambda: Attention(kind)), (x, make(WITH_EMPTY))).program
+    program = captures.optimize(seeded(lambda: Attention(kind)), (x, make(WITH_EMPTY))).program
     linear = program.nodes(torch.ops.aten.linear.default)[0]
     found = token_mask(program, [x, make(REAL)], linear)
     assert found is not None
@@ -62,7 +62,7 @@ def test_real_tokens_are_told_by_what_attention_hides(kind: str) -> None:
 def test_of_a_row_without_a_real_token_all_count(kind: str) -> None:
     make = MASKS[kind][0]
     x = normal(2, 4, 8)
-    program = lissom.optimize(seeded(lambda: Attention(kind)), (x, make(WITH_EMPTY))).program
+    program = captures.optimize(seeded(lambda: Attention(kind)), (x, make(WITH_EMPTY))).program
     linear = program.nodes(torch.ops.aten.linear.default)[0]
     found = token_mask(program, [x, make(torch.zeros(2, 4, dtype=torch.bool))], linear)
     assert found is not None
@@ -75,7 +75,7 @@ def test_a_mask_that_marks_padding_calibrates_on_the_tokens(observer: str) -> No
     model = seeded(lambda: Attention("hide"))
     x, real = normal(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)
     passes = f"quantize{{scheme=int8-static,activations=tensor,observer={observer}}}"
-    found = lissom.optimize(model, (x, ~real), passes=passes, data=[(x, ~real)]).program
+    found = captures.optimize(model, (x, ~real), passes=passes, data=[(x, ~real)]).program
     wanted = model(x, ~real).detach()
     # Ranges of the data itself: an eighth of a bit of 127 each way, over sums of eight.
     assert float((found(x, ~real) - wanted).abs().max() / wanted.abs().max()) < 0.03
@@ -91,7 +91,7 @@ def test_a_mask_that_is_added_counts_its_zeros_where_no_attention_is_known() -> 
             return self.layer(x) + mask[..., None]
 
     x, mask = normal(2, 4, 8), torch.zeros(2, 4).masked_fill(~REAL, -1e4)
-    program = lissom.optimize(seeded(Averaged), (x, mask)).program
+    program = captures.optimize(seeded(Averaged), (x, mask)).program
     found = token_mask(program, [x, mask], program.nodes(torch.ops.aten.linear.default)[0])
     assert found is not None
     assert torch.equal(found, REAL)

@@ -5,10 +5,10 @@ import torch
 import transformers
 from torch import nn
 
-import lissom
 from lissom.compiler.analysis.structure.transformer import Structure, structure
 from lissom.compiler.ir.program import Program
 from lissom.frontends.export import capture
+from tests import captures
 from tests.compiler.analysis.axes.test_axes import canonical
 from tests.models import normal, seeded, tied, tokens
 
@@ -94,7 +94,7 @@ def decoder(config: transformers.PreTrainedConfig) -> Program:
     ids = tokens()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     model = seeded(lambda: transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-    return lissom.optimize(model, inputs).program
+    return captures.optimize(model, inputs).program
 
 
 SIZES = {
@@ -149,7 +149,7 @@ def test_convolutions_over_several_places_are_no_feed_forward():
 
 def test_heads_folded_with_the_batch_are_told_from_the_projection():
     layer = nn.TransformerEncoderLayer(16, 4, 24)
-    program = lissom.optimize(layer.eval(), normal(5, 2, 16)).program
+    program = captures.optimize(layer.eval(), normal(5, 2, 16)).program
     (site,) = program.fact(structure).attention
     assert (site.heads, site.key_value_heads, site.head_dim) == (4, 4, 4)
     assert len(program.fact(structure).feed_forward) == 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lissom
 from lissom.compiler.calibration.statistics import spread
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
@@ -18,7 +17,7 @@ from tests.models import FeedForward, normal, seeded, tiny_bert
 
 
 def feed_forward() -> tuple[Program, list[Sample], list[UnitSite]]:
-    program = lissom.optimize(seeded(FeedForward), normal(2, 5, 8)).program
+    program = captures.optimize(seeded(FeedForward), normal(2, 5, 8)).program
     data = [[torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(seed))] for seed in range(3)]
     return program, data, neuron_sites(Editor(program, "test"))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-import lissom
 from lissom.compiler.calibration.statistics import Moments
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
@@ -71,7 +70,7 @@ def test_a_token_of_weight_two_counts_as_two_tokens() -> None:
 
 def pruned(keep: int) -> tuple[Editor, Program, list[Sample]]:
     """A feed-forward whose last neurons are zeroed, and what it was."""
-    program = lissom.optimize(seeded(FeedForward), normal(2, 5, 8)).program
+    program = captures.optimize(seeded(FeedForward), normal(2, 5, 8)).program
     data = [[torch.randn(16, 8, 8, generator=torch.Generator().manual_seed(seed))] for seed in range(4)]
     edit = Editor(program.copy(), "prune")
     site = neuron_sites(edit)[0]
@@ -130,7 +129,7 @@ def test_later_layers_make_up_for_what_earlier_ones_left_wrong() -> None:
 
 def test_a_layer_the_reference_does_not_know_is_left_alone() -> None:
     edit, _, data = pruned(8)
-    other = lissom.optimize(seeded(lambda: FeedForward(8, 20)), normal(2, 5, 8)).program
+    other = captures.optimize(seeded(lambda: FeedForward(8, 20)), normal(2, 5, 8)).program
     other.nodes(torch.ops.aten.linear.default)[1].name = "elsewhere"
     text = edit.program.text()
     refit(edit, other, data)
@@ -142,7 +141,7 @@ def test_a_layer_the_reference_does_not_know_is_left_alone() -> None:
 
 def test_units_are_scaled_by_least_squares() -> None:
     generator = torch.Generator().manual_seed(0)
-    program = lissom.optimize(seeded(FeedForward), normal(2, 5, 8)).program
+    program = captures.optimize(seeded(FeedForward), normal(2, 5, 8)).program
     site = neuron_sites(Editor(program, "test"))[0]
     x = torch.randn(200, 12, generator=generator) + 0.5
     moments = Moments.empty(12)

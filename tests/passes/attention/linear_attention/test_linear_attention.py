@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.pipeline import Pipeline
@@ -244,7 +245,7 @@ def test_it_trains(name: str) -> None:
 
 @every_backend
 @pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
-def test_composes(name: str, backend: str) -> None:
+def test_composes(name: str, backend: Backend) -> None:
     case = CASES[name]()
     passes = "prune-heads{keep=0.5},eliminate-dead,linear-attention{features=elu},quantize"
     found = captures.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)

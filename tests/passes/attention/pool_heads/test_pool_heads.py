@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.pipeline.pipeline import Pipeline
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.frontends.decoder import capture_decoder
@@ -165,7 +166,7 @@ def test_heads_of_one_axis_are_left_alone() -> None:
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, use_cache=False
     )
     model = seeded(lambda: transformers.GPTNeoXForCausalLM(config))
-    report = lissom.optimize(model, {"input_ids": tokens()}, passes="pool-heads{groups=2}").report
+    report = captures.optimize(model, {"input_ids": tokens()}, passes="pool-heads{groups=2}").report
     assert reasons(report.history)[-1] == "its key and value heads stay: one axis of a weight numbers them with the query heads"
 
 
@@ -196,9 +197,9 @@ def test_values_in_the_cache_are_pooled_like_those_to_come() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module, x = seeded(lambda: Attention(4, 4)), normal(2, 5, 16)
-    compiled = lissom.compile(
+    compiled = captures.compile(
         module, x, passes=f"pool-heads{{groups=2,{PLAIN}}},merge-equal-heads", backend=backend, only_if_faster=False
     )
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.analysis.patterns.reader import read_pattern
 from lissom.compiler.analysis.structure.linear import is_attention
 from lissom.compiler.ir.program import Program
@@ -188,7 +188,7 @@ def test_a_table_of_random_blocks_that_is_too_large_is_refused() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return scaled_dot_product_attention(x, x, x)
 
-    program = lissom.optimize(Long(), torch.zeros(1, 1, 5000, 1), dynamic=False).program
+    program = captures.optimize(Long(), torch.zeros(1, 1, 5000, 1), dynamic=False).program
     wanted = (
         "keeps a table of 1 heads × 5,000 × 5,000 blocks for 5,000 tokens in blocks of 1, more than 16,777,216 bytes; give "
         "block= of 2 or more, or another pattern="
@@ -231,7 +231,7 @@ def test_text_and_object_are_inverse() -> None:
 
 @every_backend
 @pytest.mark.parametrize("options", ["{window=2}", "{pattern=global-window-random,window=1,block=2,random_blocks=1}"])
-def test_composes(options: str, backend: str) -> None:
+def test_composes(options: str, backend: Backend) -> None:
     case = tiny_llama()
     passes = f"sparsify-attention{options}"
     fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, only_if_faster=False)

@@ -9,9 +9,10 @@ from torch import nn
 from transformers.activations import ACT2FN, MishActivation
 from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.passes.canonical.raise_activations.raise_activations import RaiseActivations
+from tests import captures
 from tests.models import normal, seeded
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
@@ -187,9 +188,9 @@ def test_casts_around_the_parts_go_with_them() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module = seeded(Mlp)
-    fast = lissom.compile(module, normal(2, 5, 4), backend=backend)
+    fast = captures.compile(module, normal(2, 5, 4), backend=backend)
     assert calls(fast.program, aten.tanh.default, aten.sigmoid.default) == 0
     x = normal(3, 7, 4, seed=1)
     # A dozen roundings to 6e-8 relative on values of order 1.

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.errors import VerifyError
 from lissom.ops import fused_attention, merged_attention
 from lissom.passes.canonical.raise_attention.raise_attention import RaiseAttention
+from tests import captures
 from tests.models import normal, seeded
 from tests.passes.harness import Calls, aten, calls, check_golden, every_backend, rewrite
 
@@ -390,11 +391,10 @@ def test_any_size_and_spelling(heads: int, size: int, batch: int, length: int, s
 
 
 @every_backend
-def test_composes(backend: str) -> None:
-    fast = lissom.compile(module := seeded(SelfAttention), (normal(2, 5, 8), mask_of(2, 5)), backend=backend)
+def test_composes(backend: Backend) -> None:
+    fast = captures.compile(module := seeded(SelfAttention), (normal(2, 5, 8), mask_of(2, 5)), backend=backend)
     fused = calls(fast.program, fused_attention, merged_attention)
     assert (raised(fast.program) + fused, calls(fast.program, aten.softmax.int)) == (1, 0)
     x, seen = normal(3, 7, 8, seed=1), mask_of(3, 7)
-    with torch.no_grad():
-        # As in test_any_size_and_spelling.
-        torch.testing.assert_close(fast(x, seen).double(), module.oracle(x, seen), rtol=0, atol=5e-6)
+    # As in test_any_size_and_spelling.
+    torch.testing.assert_close(fast(x, seen).double(), module.oracle(x, seen), rtol=0, atol=5e-6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
 from lissom.compiler.pipeline.history import Step
 from lissom.compiler.pipeline.spelling import format_pass, parse_pipeline
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 
 def separated(module: nn.Module, x: torch.Tensor, options: str, data: list[torch.Tensor] | None = None) -> tuple[Program, Step]:
-    found = lissom.optimize(module, x, passes=f"depthwise-separable{{{options}}}", data=data or ())
+    found = captures.optimize(module, x, passes=f"depthwise-separable{{{options}}}", data=data or ())
     return found.program, found.report.history.steps[-1]
 
 
@@ -160,7 +160,7 @@ def test_a_budget_bounds_the_bytes_of_each_layer(budget: float, share: float) ->
     module, x = seeded(lambda: nn.Conv1d(32, 32, 9, bias=False)), normal(2, 32, 20)
     program, _ = separated(module, x, f"budget={budget}")
     assert share - 0.15 < program.parameter_bytes / (32 * 32 * 9 * 4) <= share
-    found = lissom.optimize(module, x, passes=f"depthwise-separable{{budget={budget}}}").report.history.steps
+    found = captures.optimize(module, x, passes=f"depthwise-separable{{budget={budget}}}").report.history.steps
     assert found[-1].size.flops / found[0].size.flops <= share
 
 
@@ -306,13 +306,13 @@ def test_the_model_keeps_its_weights() -> None:
 
 def test_one_sample_without_a_batch_is_taken() -> None:
     module, x = stem(), smooth(1, 6, 30)[0]
-    found = lissom.optimize(module, x, passes="depthwise-separable{rank=1}", data=[x], dynamic=False)
+    found = captures.optimize(module, x, passes="depthwise-separable{rank=1}", data=[x], dynamic=False)
     assert found.report.history.steps[-1].rewritten == 2
 
 
 @every_backend
 @pytest.mark.parametrize("build", [tiny_wav2vec2, tiny_segformer])
-def test_composes(build: Callable[[], Case], backend: str) -> None:
+def test_composes(build: Callable[[], Case], backend: Backend) -> None:
     case = build()
     passes = "exact,prune-neurons{keep=0.5,criterion=magnitude},eliminate-dead,depthwise-separable{budget=0.6},quantize"
     fast = captures.compile(case.model, case.inputs, passes=passes, backend=backend, data=[case.inputs])
@@ -324,7 +324,7 @@ def test_composes(build: Callable[[], Case], backend: str) -> None:
 
 def test_it_goes_before_a_cast_and_not_behind_it() -> None:
     x = normal(2, 6, 9)
-    found = lissom.optimize(stem(), x, passes="depthwise-separable{rank=1},cast{dtype=bf16}")
+    found = captures.optimize(stem(), x, passes="depthwise-separable{rank=1},cast{dtype=bf16}")
     assert calls(found.program, aten.conv1d.default) == 4
     module = Calls(lambda self, x: nn.functional.conv1d(x, self.w.to(x.dtype)), w=normal(8, 6, 3).bfloat16())
     _, history = rewrite(DepthwiseSeparable(rank=1), module, x)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.pipeline.spelling import format_pipeline, parse_pipeline
 from lissom.driver.options import resolve_passes
 from lissom.errors import PipelineTextError, UnsupportedError
 from lissom.passes import PASSES, RECIPES
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
+from tests import captures
 from tests.models import normal, seeded
 from tests.passes.harness import check_golden, rewrite
 from tests.passes.prune.eliminate_dead.test_heads import Attention
@@ -36,7 +36,7 @@ def test_only_the_kinds_named_go() -> None:
     count = sum(weight.numel() for weight in model.parameters())
 
     def left(units: str) -> int:
-        program = lissom.optimize(model, normal(2, 5, 8), passes=f"eliminate-dead{{units=[{units}]}}").program
+        program = captures.optimize(model, normal(2, 5, 8), passes=f"eliminate-dead{{units=[{units}]}}").program
         return sum(weight.numel() for weight in program.weights().values())
 
     assert left("heads,neurons") < min(left("heads"), left("neurons"))
@@ -81,5 +81,5 @@ def test_a_pruned_model_is_smaller_without_being_told_so() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.down(torch.relu(self.up(x)))
 
-    program = lissom.optimize(seeded(FeedForward), normal(2, 5, 8), passes="prune-neurons{keep=0.5}").program
+    program = captures.optimize(seeded(FeedForward), normal(2, 5, 8), passes="prune-neurons{keep=0.5}").program
     assert sorted(tuple(weight.shape) for weight in program.weights().values()) == [(8,), (8, 16), (16,), (16, 8)]

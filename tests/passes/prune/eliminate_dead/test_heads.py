@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
-from lissom.compiler.analysis.axes.columns import head_columns
+from lissom.backends.base import Backend
+from lissom.compiler.analysis.axes.columns import find_head_columns
 from lissom.frontends.decoder import capture_decoder
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
+from tests import captures
 from tests.decoders import decoder
 from tests.models import normal, seeded
 from tests.passes.harness import aten, calls, every_backend, rewrite
@@ -51,8 +52,8 @@ def test_every_projection_loses_the_rows_of_a_dead_head(name: str) -> None:
     after, history = eliminate(PASS, program, samples)
     found = sites_of(after).attention[0]
     assert found.heads == heads - len(dead)
-    assert head_columns(after, found).count == heads - len(dead)
-    width = program.weight(str(head_columns(program, site).weight.target)).numel() // heads
+    assert find_head_columns(after, found).count == heads - len(dead)
+    width = program.weight(str(find_head_columns(program, site).weight.target)).numel() // heads
     biases = site.head_dim * len(dead)
     projections = 2 if groups < heads else 4
     lost = program.parameter_count - after.parameter_count
@@ -170,9 +171,9 @@ def test_an_attention_that_nothing_projects_is_reported() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module, x = seeded(Attention), normal(2, 5, 8)
-    compiled = lissom.compile(module, x, passes=f"exact,{PASS}", backend=backend)
+    compiled = captures.compile(module, x, passes=f"exact,{PASS}", backend=backend)
     with torch.no_grad():
         # Sums of 8 terms in float32, in another order.
         torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-5)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.analysis.axes.axes import axes
 from lissom.compiler.analysis.axes.axis import Axis
 from lissom.compiler.ir.editor import Editor
 from lissom.compiler.ir.program import Program
 from lissom.compiler.transforms.removal.indices import mask
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
+from tests import captures
 from tests.models import normal, seeded
 from tests.passes.harness import aten, calls, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of
@@ -121,8 +122,8 @@ def test_channels_given_back_are_put_back_as_zeros() -> None:
 
 @every_backend
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
-def test_composes(backend: str, norm: type[nn.Module]) -> None:
+def test_composes(backend: Backend, norm: type[nn.Module]) -> None:
     module, x = seeded(lambda: Stream(norm(8))), normal(2, 5, 4)
-    compiled = lissom.compile(module, x, passes=f"exact,{PASS}", backend=backend)
+    compiled = captures.compile(module, x, passes=f"exact,{PASS}", backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-5)

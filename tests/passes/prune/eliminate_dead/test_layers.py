@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
+from tests import captures
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import aten, calls, every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_heads, zero_neurons
@@ -72,8 +73,8 @@ def test_attentions_and_feed_forwards_go(name: str) -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module, x = seeded(Branches), normal(2, 5, 8)
-    compiled = lissom.compile(module, x, passes=f"exact,{PASS}", backend=backend)
+    compiled = captures.compile(module, x, passes=f"exact,{PASS}", backend=backend)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-5)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import lissom
-from lissom.compiler.analysis.axes.columns import neuron_columns
+from lissom.backends.base import Backend
+from lissom.compiler.analysis.axes.columns import find_neuron_columns
 from lissom.passes.prune.eliminate_dead.eliminate_dead import EliminateDead
+from tests import captures
 from tests.models import FeedForward, normal, seeded
 from tests.passes.harness import every_backend, rewrite
 from tests.passes.prune.models import eliminate, program_of, reasons, sites_of, zero_bias, zero_neurons
@@ -54,7 +55,7 @@ def test_up_and_down_lose_what_is_dead(name: str) -> None:
     assert found.width == site.width - 3
     sides = 1 + len(site.up)
     biases = 3 if name in ("bert", "gpt2") else 0
-    hidden = program.weight(str(neuron_columns(program, site).weight.target)).numel() // site.width
+    hidden = program.weight(str(find_neuron_columns(program, site).weight.target)).numel() // site.width
     assert program.parameter_count - after.parameter_count == 3 * sides * hidden + biases
     assert reasons(history) == []
 
@@ -120,9 +121,9 @@ def test_neurons_that_a_norm_reads_together_are_reported() -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module, x = seeded(half_dead), normal(2, 5, 8)
-    compiled = lissom.compile(module, x, passes=f"exact,{PASS}", backend=backend)
+    compiled = captures.compile(module, x, passes=f"exact,{PASS}", backend=backend)
     with torch.no_grad():
         # Sums of 12 terms in float32, in another order.
         torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-5)

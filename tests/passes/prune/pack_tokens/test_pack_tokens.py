@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import lissom
+from lissom.backends.base import Backend
 from lissom.compiler.ir import node as nodes
 from lissom.passes.prune.pack_tokens.pack_tokens import PackTokens
+from tests import captures
 from tests.models import Case, FeedForward, normal, seeded, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from tests.passes.harness import aten, calls, check_golden, every_backend, rewrite
 
@@ -145,7 +146,7 @@ def test_transformers_compose_with_zero_padding_and_cast(name: str) -> None:
     case: Case = MODELS[name]()
     fitting = {**case.kwargs, "attention_mask": torch.ones_like(case.kwargs["input_ids"])}
     fitting["attention_mask"][1, 3:] = 0
-    optimized = lissom.optimize(case.model, fitting, passes="zero-padding,pack-tokens,cast")
+    optimized = captures.optimize(case.model, fitting, passes="zero-padding,pack-tokens,cast")
     steps = {step.spelling: step for step in optimized.report.history.steps}
     assert calls(optimized.program, aten.nonzero.default) == 1
     assert steps["pack-tokens"].rewritten > 10
@@ -154,9 +155,9 @@ def test_transformers_compose_with_zero_padding_and_cast(name: str) -> None:
 
 
 @every_backend
-def test_composes(backend: str) -> None:
+def test_composes(backend: Backend) -> None:
     module = seeded(lambda: Encoder("zeroed"))
-    fast = lissom.compile(module, inputs(), passes="pack-tokens", backend=backend)
+    fast = captures.compile(module, inputs(), passes="pack-tokens", backend=backend)
     x, mask = inputs(6, 9, seed=2)
     # Sums of eight float32 products of order 1, in another order.
     torch.testing.assert_close(fast(x, mask), module(x, mask), rtol=0, atol=5e-6)

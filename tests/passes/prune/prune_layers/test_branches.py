@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-import lissom
 from lissom.compiler.analysis.structure.transformer import structure
 from lissom.passes.prune.prune_layers.branches import branch_of, follow
+from tests import captures
 from tests.models import normal, seeded
 from tests.passes.models import optimized
 
@@ -28,7 +28,7 @@ class Parallel(nn.Module):
 
 
 def test_branches_in_parallel_have_one_stream_and_one_sum():
-    program = lissom.optimize(seeded(Parallel), normal(2, 5, 8)).program
+    program = captures.optimize(seeded(Parallel), normal(2, 5, 8)).program
     first, second = (branch_of(site) for site in program.fact(structure).feed_forward)
     assert first.before is second.before is program.placeholders[0]
     assert first.after is second.after and not first.post_norm
@@ -52,5 +52,5 @@ def test_branches_follow_when_nothing_lies_between():
 
 def test_a_feed_forward_without_a_sum_has_no_branch():
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)))
-    (site,) = lissom.optimize(model, normal(2, 5, 8)).program.fact(structure).feed_forward
+    (site,) = captures.optimize(model, normal(2, 5, 8)).program.fact(structure).feed_forward
     assert branch_of(site) == "its residual add cannot be found"

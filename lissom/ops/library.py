@@ -1,0 +1,34 @@
+"""Registration of Lissom's operators with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("lissom", "FRAGMENT")
+"""The namespace of the operators."""
+
+
+def define(
+    schema: str,
+    implementation: Callable[..., torch.Tensor],
+    fake: Callable[..., torch.Tensor] | None = None,
+    *,
+    backward: Callable[..., object] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> torch._ops.OpOverload[..., Any]:
+    """Define `lissom::name`; returns its overload.
+
+    implementation: runs where there is no kernel. fake: the empty output for fake tensors; without it the operator is
+    decomposed into the implementation. backward, setup_context: as in `torch.library.register_autograd`.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"lissom::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(f"lissom::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return getattr(torch.ops.lissom, name).default
