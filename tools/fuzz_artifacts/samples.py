@@ -69,6 +69,7 @@ def _load_rank(folder: Path) -> Callable[[], Answer]:
     manifest = read_directory(folder)
     program = read_program(
         folder,
+        manifest,
         lambda _, place: load_alone(folder / weights_file(0), place, manifest.files.get(weights_file(0))),
         lambda device: device,
     )
