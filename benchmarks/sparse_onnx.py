@@ -30,7 +30,7 @@ from readme import put_table
 from torch import nn
 
 from lissom.backends.onnx.export import export_onnx, save_onnx
-from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_form
+from lissom.backends.onnx.variants import ATTENTION, PAIRS, write_variant
 from lissom.backends.onnxruntime.session import SessionOptions, open_session
 from lissom.frontends.export import capture
 from lissom.inspect.timing import Timing, time_calls
@@ -128,7 +128,7 @@ def sessions(setting: Setting, folder: Path) -> Iterator[tuple[str, Run]]:
         exported = export_onnx(captured.program, captured.example)
         for name, chosen in forms.items():
             if name != "masked" or 4 * setting.heads * setting.tokens**2 <= MASKED_BYTES:
-                yield name, opened(name, write_form(exported, chosen)[0])
+                yield name, opened(name, write_variant(exported, chosen)[0])
     own = 4 * setting.heads * setting.tokens**2 <= MASKED_BYTES
     if setting.causal_window is not None and own:
         yield "GroupQueryAttention", opened("GroupQueryAttention", _grouped(setting))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -75,6 +76,22 @@ def test_a_function_is_short_enough_to_read(path):
 @pytest.mark.parametrize("path", sources("lissom", "docs", "benchmarks", "examples", "tools"), ids=relative)
 def test_a_module_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", sources("benchmarks", "docs", "examples", "tools"), ids=relative)
+def test_what_is_imported_from_the_package_is_there(path):
+    missing = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lissom":
+            module = importlib.import_module(node.module)
+            missing += [
+                item.name for item in node.names if not hasattr(module, item.name) and not _is_module(module, item.name)
+            ]
+    assert missing == []
+
+
+def _is_module(package: object, name: str) -> bool:
+    return importlib.util.find_spec(f"{package.__name__}.{name}") is not None
 
 
 def test_there_are_passes():

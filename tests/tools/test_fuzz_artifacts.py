@@ -28,6 +28,12 @@ def folder(tmp_path_factory):
     return found
 
 
+@pytest.mark.parametrize("name", sorted(set(SAMPLES) - set(SLICE)))
+def test_a_sample_of_no_slice_is_saved_and_loaded(name, tmp_path):
+    make_samples(tmp_path, [name])
+    assert SAMPLES[name].load(tmp_path / name)()
+
+
 def test_a_slice_of_a_campaign_finds_no_fault(folder):
     words, faults = run(folder, SLICE, seed=0, count=80)
     assert faults == {}

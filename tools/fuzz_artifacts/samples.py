@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 import lissom
 from lissom.artifacts.artifact import read_program
-from lissom.artifacts.directory import read_directory
+from lissom.artifacts.directory import read_directory, verified_path
 from lissom.artifacts.rank_files import weights_file
-from lissom.artifacts.weights import load_alone
+from lissom.artifacts.weights import Place, load_alone
 from tests.decoders import MAX_LENGTH, decoder, prompt
 from tests.models import Case, counter, feed_forward, tiny_bert
 
@@ -67,12 +67,13 @@ def _save_ranks(folder: Path) -> None:
 def _load_rank(folder: Path) -> Callable[[], Answer]:
     """The loaded program of rank 0; it cannot run without the other rank."""
     manifest = read_directory(folder)
-    program = read_program(
-        folder,
-        manifest,
-        lambda _, place: load_alone(folder / weights_file(0), place, manifest.files.get(weights_file(0))),
-        lambda device: device,
-    )
+    name = weights_file(0)
+
+    def read_weights(_: object, place: Place) -> dict[str, torch.Tensor]:
+        with verified_path(folder / name, manifest.content_of(name, folder)) as path:
+            return load_alone(path, place)
+
+    program = read_program(folder, manifest, read_weights, lambda device: device)
     return lambda: _leaves(list(program.weights().values()))
 
 

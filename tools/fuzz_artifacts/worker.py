@@ -28,7 +28,7 @@ from tools.fuzz_artifacts.samples import SAMPLES, Answer, Sample
 MOST_BYTES = 4 << 30
 """Bytes a worker may allocate."""
 MOST_LOADING = 512 << 20
-"""Seconds loading may take; all samples are smaller than a megabyte."""
+"""Bytes loading may take; all samples are smaller than a megabyte."""
 _PROGRAM = "<lissom program>"
 _EVENTS = (
     "os.system",
