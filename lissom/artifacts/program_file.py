@@ -75,6 +75,8 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
             nodes.set_value(node, decode_value(cast("dict[str, object]", item).get("type"), reader, mode))
         if node.op == "get_attr":
             _check_weight(str(node.target), weights, nodes.node_type(node))
+        if _yields_tensor(node) and not nodes.is_tensor(node):
+            raise ValueError(f"{shown(node.name)} has not the type of a tensor, which its operator yields")
         made[node.name] = node
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     unread = next((name for name in state if name not in read), None)
@@ -85,6 +87,12 @@ def decode_program(data: object, read_weights: ReadWeights, place: Place) -> Pro
     )
     _check_form(program)
     return program
+
+
+def _yields_tensor(node: fx.Node) -> bool:
+    """True for a call of an operator that yields one tensor."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and [str(item.type) for item in schema.returns] == ["Tensor"]
 
 
 def _check_weight_name(name: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, GenerationConfig
 
 from lissom.artifacts import rank_files
@@ -63,6 +64,6 @@ def _read(path: Path, files: Mapping[str, Content], make: Callable[[dict[str, An
             raise ValueError(f"{shown(fields)} is not a table")
         return make(cast("dict[str, Any]", fields))
     # The errors transformers raises for values of a wrong type.
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError(f"'{path}' holds a configuration transformers cannot read: {first}") from error

@@ -125,6 +125,7 @@ def test_a_model_that_is_no_decoder_is_refused(tmp_path):
         ("{}", "there is no model of type None"),
         ('{"model_type": ["llama"]}', "there is no model of type ['llama']"),
         ('{"model_type": "no-such"}', "there is no model of type 'no-such'"),
+        ('{"model_type": "llama", "hidden_act": [[]]}', "Validation error for field 'hidden_act'"),
         ("{", "holds no JSON that can be read"),
     ],
 )

@@ -57,6 +57,11 @@ def test_a_keyword_is_no_code(saved, tmp_path, target):
     assert not ran.exists()
 
 
+def test_a_call_without_the_type_of_its_tensor_is_refused(saved):
+    change(saved, lambda program: node(program, LINEAR).pop("type"))
+    assert "has not the type of a tensor, which its operator yields" in refusal(saved)
+
+
 @pytest.mark.parametrize("name", ["a') or print('", "a\nprint(1)", "\x1b[2J", "", "x" * 2000])
 def test_the_name_of_the_program_is_no_code(saved, name, capsys):
     change(saved, lambda program: program.update(name=name))

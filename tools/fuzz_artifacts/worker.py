@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy
 import torch
+import transformers
 
 from lissom.errors import LissomError
 from tools.children import Tell
@@ -155,6 +156,7 @@ def prepare(root: Path) -> Callable[[tuple[str, Sequence[Mutation]], Tell], None
     os.dup2(printed, 1)
     os.dup2(printed, 2)
     torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()  # It names the keys of a configuration that it does not know.
     watch = Watch()
     setattr(builtins, CANARY, lambda: watch.seen.append("runs code of a file"))
     sys.addaudithook(watch.hear)
