@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-from lissom.artifacts.fields import MOST_BYTES
+from lissom.artifacts.fields import MOST_BYTES, shown
 from lissom.artifacts.files import check_parent, open_plain, read_plain, reason, writing_whole
 from lissom.artifacts.manifest import NAME, Content, Manifest, listed_files, parse_manifest
 from lissom.artifacts.signature import SIGNATURE, check_signature, sign
@@ -253,12 +253,12 @@ def _check_names(directory: Path, files: Mapping[str, Content], unread: Collecti
     for name in files:
         if _FILE.fullmatch(name) is None or name in (NAME, SIGNATURE):
             raise ArtifactError(
-                f"'{directory / NAME}' names the file '{name}', which is not in the artifact's directory itself; "
+                f"'{directory / NAME}' names the file {shown(name)}, which is not in the artifact's directory itself; "
                 f"do not use this artifact"
             )
     found = {path.name for path in directory.iterdir()} - {NAME, SIGNATURE}
     for name in sorted(found - set(files)):
-        raise ArtifactError(f"'{directory}' holds '{name}', which its manifest does not name; take it out, or save again")
+        raise ArtifactError(f"'{directory}' holds {shown(name)}, which its manifest does not name; take it out, or save again")
     for name in sorted(set(files) - found - set(unread)):
         raise ArtifactError(f"'{directory}' lacks '{name}', which its manifest names; copy it whole, or save again")
 

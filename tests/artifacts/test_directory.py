@@ -201,7 +201,7 @@ def test_a_name_that_leads_out_is_refused(saved, name):
     found = read_manifest(saved / NAME)
     rewrite(saved, files={**found.files, name: Content(1, "0" * 64)})
     assert refusal(saved) == (
-        f"'DIR/{NAME}' names the file '{name}', which is not in the artifact's directory itself; do not use this artifact"
+        f"'DIR/{NAME}' names the file {name!r}, which is not in the artifact's directory itself; do not use this artifact"
     )
 
 
