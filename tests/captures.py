@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from types import FunctionType
+from typing import Any
 from unittest import mock
 
 import torch
@@ -27,19 +28,19 @@ _OF_EVERY_MODULE = vars(nn.Module()).keys()
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
-def optimize(model: nn.Module, inputs: object, **options: object) -> Optimized:
+def optimize(model: nn.Module, inputs: Any, **options: Any) -> Optimized:
     """`lissom.optimize`, with the capture of `capture_once`."""
     with mock.patch("lissom.driver.compile.capture", capture_once):
         return lissom.optimize(model, inputs, **options)
 
 
-def compile(model: nn.Module, inputs: object, **options: object) -> CompiledModel:
+def compile(model: nn.Module, inputs: Any, **options: Any) -> CompiledModel:
     """`lissom.compile`, with the capture of `capture_once`."""
     with mock.patch("lissom.driver.compile.capture", capture_once):
         return lissom.compile(model, inputs, **options)
 
 
-def capture_once(model: nn.Module, args: object, kwargs: object, **options: object) -> Capture:
+def capture_once(model: nn.Module, args: Any, kwargs: Any, **options: Any) -> Capture:
     """`capture`, made once in a session for all equal models; the program reads the weights of the model that is given.
 
     Models of transformers are equal by their configuration, others by their classes and the plain attributes of their modules;
@@ -49,10 +50,10 @@ def capture_once(model: nn.Module, args: object, kwargs: object, **options: obje
     key = _key(model, given)
     if key is None:
         return capture(model, args, kwargs, **options)
-    first, found = _CAPTURES.pop(key, (None, None))
-    if found is None or _key(first, given) != key:  # a test has changed the weights in place
-        first, found = model, capture(model, args, kwargs, **options)
-    _CAPTURES[key] = first, found
+    held = _CAPTURES.pop(key, None)
+    if held is None or _key(held[0], given) != key:  # a test has changed the weights in place
+        held = model, capture(model, args, kwargs, **options)
+    _CAPTURES[key] = first, found = held
     if len(_CAPTURES) > _KEPT:
         del _CAPTURES[next(iter(_CAPTURES))]
     return dataclasses.replace(found, program=_with_weights_of(model, first, found.program), example=list(found.example))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
@@ -170,18 +169,6 @@ def test_a_mask_does_not_outlive_a_step_that_is_refused() -> None:
     compiled().crop(3)
     check((InputError, "row 99 of", lambda: compiled().step(wrong[:, 1:2], torch.tensor([[0, 0, 1, 1]]))))
     assert torch.equal(compiled().step(IDS[:, :1]), follows)
-
-
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
-def test_ids_of_32_bits_are_read_as_those_of_64(backend: str) -> None:
-    model = compiled()
-    if backend == "onnxruntime":
-        pytest.importorskip(backend)
-        model = lissom.compile_generation(decoder("llama"), max_length=16, backend=lissom.OnnxRuntime(timing_seconds=0))
-    model.reset()
-    wanted = model.step(IDS).clone()
-    model.reset()
-    assert torch.equal(model.step(IDS.int()), wanted)
 
 
 def test_flags_and_numbers_mean_the_same_in_a_mask() -> None:

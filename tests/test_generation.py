@@ -177,6 +177,16 @@ def test_steps_with_padding_and_in_another_order(backend: str) -> None:
         torch.testing.assert_close(fast.step(inputs["input_ids"]), model(inputs["input_ids"]).logits[:, -1], rtol=0, atol=3e-5)
 
 
+@every_backend
+def test_ids_of_32_bits_are_read_as_those_of_64(backend: str) -> None:
+    _, fast = compiled(batch=2, backend=backend)
+    ids = prompt(2)["input_ids"]
+    fast.reset()
+    wanted = fast.step(ids).clone()
+    fast.reset()
+    assert torch.equal(fast.step(ids.int()), wanted)
+
+
 def test_a_double_precision_model_gives_its_own_tokens() -> None:
     model = decoder("qwen2").double()
     fast = lissom.compile_generation(model, max_length=32)
