@@ -92,9 +92,9 @@ def _bring_in(proto: onnx.ModelProto, path: Path, folder: Path) -> None:
     large = {id(tensor) for tensor in initializers}
     for tensor in parts_of(proto, onnx.TensorProto):
         if not is_external(tensor):
-            if tensor.raw_data and len(tensor.raw_data) != _bytes_of(tensor, f"{path} holds '{tensor.name}'"):
+            if tensor.raw_data and len(tensor.raw_data) != _bytes_of(tensor, f"{path} holds {tensor.name!r}"):
                 raise ArtifactError(
-                    f"{path} holds '{tensor.name}' of {list(tensor.dims)} elements in {len(tensor.raw_data)} bytes; "
+                    f"{path} holds {tensor.name!r} of {list(tensor.dims)} elements in {len(tensor.raw_data)} bytes; "
                     f"the file is damaged"
                 )
             continue
@@ -127,7 +127,7 @@ def external_place(tensor: onnx.TensorProto, path: Path, folder: Path) -> tuple[
     """The file, offset and length in bytes of external data. Raises: ArtifactError."""
     given = {entry.key: entry.value for entry in tensor.external_data}
     location = given.get("location", "")
-    where = f"{path} keeps '{tensor.name}' in the file {location}"
+    where = f"{path} keeps {tensor.name!r} in the file {location}"
     file = folder / location
     relative = PurePosixPath(location)
     plain = location and "\0" not in location and not relative.is_absolute() and ".." not in relative.parts
@@ -218,7 +218,7 @@ def _check_values(light: onnx.ModelProto) -> None:
             if value not in _ALLOWED[item.name]:
                 allowed = ", ".join(str(known) for known in _ALLOWED[item.name])
                 raise onnx.checker.ValidationError(
-                    f"{node.op_type} '{node.name}' has the attribute {item.name} of {value}, and the standard has {allowed}"
+                    f"{node.op_type} {node.name!r} has the attribute {item.name} of {value}, and the standard has {allowed}"
                 )
 
 

@@ -45,7 +45,7 @@ def check_operators(model: ir.Model, path: Path) -> None:
         wrong = standard and opset >= operators.WRONG.get(node.op_type, opset + 1)
         if wrong or not is_supported(node.op_type, node.domain, opset):
             full = node.op_type if standard else f"{node.domain}.{node.op_type}"
-            missing.setdefault(f"{full} (opset {opset})", f"node '{node.name}'")
+            missing.setdefault(f"{full} (opset {opset})", f"node {node.name!r}")
     if missing:
         found = ", ".join(f"{operator} in {node}" for operator, node in missing.items())
         raise UnsupportedError(
@@ -154,7 +154,7 @@ def _to_torch(data: ir.TensorProtocol) -> torch.Tensor:
     """A copy of the tensor. Raises: UnsupportedError for a dtype PyTorch does not have."""
     dtype = torch_dtype(data.dtype)
     if dtype is None:
-        raise UnsupportedError(f"weight '{data.name}' is {data.dtype}, which PyTorch has no tensors of")
+        raise UnsupportedError(f"weight {data.name!r} is {data.dtype}, which PyTorch has no tensors of")
     shape = list(data.shape.numpy())
     if data.size == 0:
         return torch.empty(shape, dtype=dtype)

@@ -125,7 +125,7 @@ def _input(value: ir.Value, rows: Mapping[str, int], path: Path) -> Input:
     dtype = None if value.dtype is None else torch_dtype(value.dtype)
     if dtype is None or value.shape is None:
         raise UnsupportedError(
-            f"input '{value.name}' of {path} is {value.type} of shape {value.shape}; only tensors of a known rank are taken"
+            f"input {value.name!r} of {path} is {value.type} of shape {value.shape}; only tensors of a known rank are taken"
         )
     sizes = [size if isinstance(size, int) else size.value for size in value.shape]
     # Some exporters write -1 for a size that varies.
@@ -187,7 +187,7 @@ def _example(item: Input, sizes: dict[str, int]) -> torch.Tensor:
     shape = [_size(size, sizes) for size in item.sizes]
     if math.prod(shape) > _MOST_ELEMENTS:
         raise CaptureError(
-            f"input '{item.name}' is {shape}, and example inputs are made of at most {_MOST_ELEMENTS} elements; "
+            f"input {item.name!r} is {shape}, and example inputs are made of at most {_MOST_ELEMENTS} elements; "
             f"give example inputs of your own"
         )
     generator = torch.Generator().manual_seed(0)

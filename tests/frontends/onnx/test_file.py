@@ -353,3 +353,14 @@ def test_what_onnx2fx_cannot_convert_is_refused_in_one_line(tmp_path):
     path = graph(tmp_path / "m.onnx", [node("Relu", ["x"], ["y"])], INPUT)
     changed(path, lambda model: setattr(model.graph.input[0].type.tensor_type, "elem_type", onnx.TensorProto.STRING))
     assert os.linesep not in refusal(path, (UnsupportedError, ArtifactError))
+
+
+def test_a_name_with_a_line_end_is_quoted_on_one_line(tmp_path):
+    path = external(tmp_path / "model")
+
+    def change(model):
+        kept = model.graph.initializer[0]
+        kept.ClearField("external_data")
+        kept.data_location, kept.raw_data, kept.name = onnx.TensorProto.DEFAULT, b"\x00", "\n"
+
+    assert "holds '\\n' of [4] elements in 1 bytes" in refusal(changed(path, change))
