@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -107,14 +108,14 @@ def resolve_passes(passes: str | Pass | Iterable[Pass]) -> list[Pass]:
 
 
 def _with_cleanup(wanted: list[Pass], exact: list[Pass]) -> list[Pass]:
-    """The passes, with `eliminate-dead` after those that leave dead units; passes resolved before stay as they are."""
-    found: list[Pass] = []
-    last = max((at for at, item in enumerate(wanted) if item.leaves_dead), default=-1)
-    for at, item in enumerate(wanted, 1):
-        found.append(item)
-        cleanup = [EliminateDead(), *(exact if at > last else [])] if item.leaves_dead else []
-        if wanted[at : at + len(cleanup)] != cleanup:
-            found += cleanup
+    """The passes, with `eliminate-dead` after those that leave dead units; passes that already follow are not added again."""
+    found = list(wanted)
+    leaving = [at for at, item in enumerate(wanted) if item.leaves_dead]
+    for at in reversed(leaving):
+        cleanup = [EliminateDead(), *(exact if at == leaving[-1] else [])]
+        rest = found[at + 1 :]
+        given = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(rest, cleanup, strict=False)))
+        found[at + 1 :] = [*rest[:given], *cleanup[given:], *rest[given:]]
     return found
 
 

@@ -40,21 +40,6 @@ def linear_attention_reference(
     return _ratio(sums).reshape(q.shape[0], heads, tokens, v.shape[3]).to(v.dtype)
 
 
-def linear_attention_step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One decode step of the causal form: the output for one more token, and the state for the next.
-
-    q: [batch, heads, 1, features]; k: [batch, key_heads, 1, features]; v: [batch, key_heads, 1, head_dim]. state: S and z of
-    the tokens so far, [batch, key_heads, features, head_dim + 1]; None at the first.
-    """
-    wide = _widened(q, k, v)
-    added = torch.matmul(wide[1].transpose(-1, -2), wide[2])
-    state = added if state is None else state + added
-    grouped = wide[0].reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    return _ratio(torch.matmul(grouped, state)).reshape(*q.shape[:3], v.shape[3]).to(v.dtype), state
-
-
 def _widened(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v in the dtype of the sums; v has a further column of ones, which yields the denominator."""
     dtype = torch.promote_types(v.dtype, torch.float32)

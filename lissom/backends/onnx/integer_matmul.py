@@ -76,7 +76,7 @@ class Layer:
             few = f"MatMulNBits takes groups of {_BLOCKS[-1]} neighbours and more, and it has {self._group}"
             return None if self.block else few
         if stored.form.bits != 8 or format_of(rounded).bits != 8:
-            return "ONNX Runtime multiplies integers of eight bits with such of eight bits alone"
+            return "ONNX Runtime multiplies 8-bit integers with 8-bit integers only"
         if stored.scale.shape[0] != 1:
             return "a product of integers takes a scale for each channel, and it has one for each group of a channel"
         scale = constant_of(rounded.inputs[1]) if rounded.op_type == ROUND else np.ones(1)

@@ -103,7 +103,7 @@ def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bo
         return reason
     format = layer.format.removeprefix("u")
     if found is None and not layer.rounds:
-        return "rounded weights are multiplied with floats on CUDA devices only"
+        return "weight-only products have kernels on CUDA devices only"
     if found is not None and found < _NEEDED[format]:
         needed, has = (f"{major}.{minor}" for major, minor in (_NEEDED[format], found))
         return f"products of {format} need compute capability {needed}, and this device has {has}"
@@ -113,36 +113,36 @@ def _obstacle(layer: QuantizedLayer, found: Capability | None, *, any_device: bo
 def _obstacle_to_quantized(layer: QuantizedLayer) -> str | None:
     features, inputs = layer.sizes
     if layer.format not in _VALUES:
-        return f"its weight is in {layer.format}, and PyTorch multiplies rounded values with {' or '.join(_VALUES)}"
+        return f"its weight is in {layer.format}, and PyTorch multiplies quantized values with {' or '.join(_VALUES)}"
     values = layer.values.kwargs["format"]
     if values != (other := _VALUES[layer.format]):
-        return f"what it reads is rounded to {values}, and a weight in {layer.format} is multiplied with {other}"
+        return f"its input is quantized to {values}, and a weight in {layer.format} is multiplied with {other}"
     if layer.blocks[1] != 1:
-        return "its weight has a scale for each group, and sums are scaled once a feature"
+        return "its weight has group-wise scales, and the product takes one scale per feature"
     if not layer.has_one_scale or any(item.op != "get_attr" for item in layer.values.all_input_nodes[1:]):
-        return "what it reads is rounded with more than one scale, or one that is computed"
+        return "its input is quantized with more than one scale, or with a computed one"
     if features % _MULTIPLES[layer.format] or inputs % _MULTIPLES[layer.format]:
         return f"its sizes, {features} and {inputs}, are not both multiples of {_MULTIPLES[layer.format]}"
     if inputs > MOST_INPUTS and layer.format == "int8":
-        return f"it sums {inputs} products, and sums of 32 bits hold {MOST_INPUTS}"
+        return f"it has {inputs} inputs, and 32-bit sums take at most {MOST_INPUTS}"
     return None
 
 
 def _obstacle_to_weight_only(layer: QuantizedLayer) -> str | None:
     features, dtype = layer.sizes[0], nodes.tensor_type(layer.x).dtype
     if 0 in example_shape(layer.x):
-        return "how many rows it reads depends on values, and there must be one"
+        return "its number of rows depends on values, and it needs at least one"
     if layer.format == "int8" and layer.blocks[1] != 1:
-        return "its weight has a scale for each group, and sums are scaled once a feature"
+        return "its weight has group-wise scales, and the product takes one scale per feature"
     if layer.format == "int8":
         return None
     if not layer.format.endswith("int4"):
         return f"its weight is in {layer.format}, and PyTorch multiplies floats with int8, int4 or uint4"
     if dtype != torch.bfloat16:
         reads = str(dtype).removeprefix("torch.")
-        return f"four bits are multiplied with bfloat16, and this layer reads {reads}: put cast{{dtype=bf16}} before"
+        return f"4-bit weights are multiplied with bfloat16, and this layer reads {reads}: put cast{{dtype=bf16}} before"
     if _group_of(layer) is None:
-        return f"{layer.sizes[1] // layer.blocks[1]} neighbours share a scale, and PyTorch takes multiples of {_GROUPS[-1]}"
+        return f"{layer.sizes[1] // layer.blocks[1]} inputs share a scale, and PyTorch takes multiples of {_GROUPS[-1]}"
     if features % _MULTIPLES["int4"]:
         return f"its number of features, {features}, is no multiple of {_MULTIPLES['int4']}"
     return None
@@ -164,8 +164,8 @@ def _slower(edit: Editor, layer: QuantizedLayer) -> str | None:
     if integers <= GAIN * floats:
         return None
     return (
-        f"with weights of eight bits it takes {1e3 * integers:.3g} ms, in floating point {1e3 * floats:.3g} ms; "
-        "scheme=int8-dynamic rounds what it reads too"
+        f"with int8 weights it takes {1e3 * integers:.3g} ms, in floating point {1e3 * floats:.3g} ms; "
+        "scheme=int8-dynamic quantizes its input too"
     )
 
 

@@ -69,13 +69,13 @@ def _obstacle_to_int8(layer: QuantizedLayer) -> str | None:
     if layer.format != "int8":
         return f"its weight is in {layer.format}, and the kernel multiplies with int8"
     if layer.blocks[1] != 1:
-        return "its weight has a scale for each group, and sums of bytes are scaled once a feature"
+        return "its weight has group-wise scales, and the kernel takes one scale per feature"
     if layer.values.kwargs["format"] != FORMAT:
-        return f"what it reads is rounded to {layer.values.kwargs['format']}, and the kernel rounds to {FORMAT}"
+        return f"its input is quantized to {layer.values.kwargs['format']}, and the kernel quantizes to {FORMAT}"
     if not layer.has_one_scale:
-        return "what it reads is rounded with more than one scale"
+        return "its input is quantized with more than one scale"
     if layer.sizes[1] > MOST_INPUTS:
-        return f"it sums {layer.sizes[1]} products, and sums of 32 bits hold {MOST_INPUTS}"
+        return f"it has {layer.sizes[1]} inputs, and 32-bit sums take at most {MOST_INPUTS}"
     return None
 
 

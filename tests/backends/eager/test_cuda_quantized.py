@@ -92,4 +92,4 @@ def test_weights_of_eight_bits_are_measured_on_it() -> None:
     fast = lissom.compile(case.model, case.inputs, passes=passes, simulate=True, only_if_faster=False)
     step = next(item for item in fast.report.history.steps if item.spelling == "lower-quantized-products")
     assert step.rewritten + len(step.skipped) == LAYERS * LINEAR
-    assert all(skip.reason.startswith("with weights of eight bits it takes") for skip in step.skipped)
+    assert all(skip.reason.startswith("with int8 weights it takes") for skip in step.skipped)

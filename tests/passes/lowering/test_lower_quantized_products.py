@@ -235,7 +235,7 @@ def test_weights_of_four_bits(options: str, make: type[nn.Module]) -> None:
     options = f",scheme=int4-weight,{options}"
     program, history = lowered(module, x, options=options, cast="cast{dtype=bf16},")
     if "group=16" in options:
-        assert set(reasons(history)) == {"16 neighbours share a scale, and PyTorch takes multiples of 32"}
+        assert set(reasons(history)) == {"16 inputs share a scale, and PyTorch takes multiples of 32"}
         return
     before = rounded(module, x, options=options, cast="cast{dtype=bf16},")
     if reasons(history):  # a layer of 32 inputs has no groups of 64
@@ -261,13 +261,13 @@ def test_scales_are_one_a_feature(shape: tuple[int, ...]) -> None:
     assert torch.equal(per_feature(scale, 6), scale.float().flatten() * torch.ones(6))
 
 
-GROUPS = "its weight has a scale for each group, and sums are scaled once a feature"
+GROUPS = "its weight has group-wise scales, and the product takes one scale per feature"
 LEFT = {
-    ",symmetric=false": "its weight is in uint8, and PyTorch multiplies rounded values with int8 or fp8",
+    ",symmetric=false": "its weight is in uint8, and PyTorch multiplies quantized values with int8 or fp8",
     ",granularity=group,group=2": GROUPS,
     ",scheme=int8-weight,symmetric=false": "its weight is in uint8, and PyTorch multiplies floats with int8, int4 or uint4",
     ",scheme=int8-weight,granularity=group,group=2": GROUPS,
-    ",scheme=int4-weight": "four bits are multiplied with bfloat16, and this layer reads float32: put cast{dtype=bf16} before",
+    ",scheme=int4-weight": "4-bit weights are multiplied with bfloat16, and this layer reads float32: put cast{dtype=bf16} before",
 }
 
 
@@ -287,7 +287,7 @@ def test_sizes_must_be_multiples(scheme: str, inputs: int, multiple: int) -> Non
 
 def test_sums_stay_in_32_bits(newest: None) -> None:
     _, history = lowered(seeded(lambda: nn.Linear(65544, 8)), normal(2, 65544))
-    assert reasons(history) == ["it sums 65544 products, and sums of 32 bits hold 65536"]
+    assert reasons(history) == ["it has 65544 inputs, and 32-bit sums take at most 65536"]
 
 
 def test_a_largest_sum_is_right(newest: None) -> None:
@@ -320,7 +320,7 @@ def test_on_a_cpu_it_does_nothing_and_says_so() -> None:
     options = "{lm_head=true,scheme=int4-weight}"
     passes = f"cast{{dtype=bf16}},quantize{options}{LOWERING}{{always=true}}"
     _, history = rewrite(passes, seeded(Two), normal(2, 5, 64))
-    assert reasons(history) == ["rounded weights are multiplied with floats on CUDA devices only"] * 3
+    assert reasons(history) == ["weight-only products have kernels on CUDA devices only"] * 3
 
 
 @pytest.mark.parametrize(("seconds", "count"), [((1e-3, 2e-3), 3), ((2e-3, 2e-3), 0)])
@@ -338,7 +338,7 @@ def test_weights_of_eight_bits_are_measured(monkeypatch: pytest.MonkeyPatch, sec
     for eight, dense in zip(results[::2], results[1::2], strict=True):
         # The same product in another order.
         torch.testing.assert_close(eight, dense, rtol=1e-4, atol=1e-5)
-    told = "with weights of eight bits it takes 2 ms, in floating point 2 ms; scheme=int8-dynamic rounds what it reads too"
+    told = "with int8 weights it takes 2 ms, in floating point 2 ms; scheme=int8-dynamic quantizes its input too"
     assert reasons(history) == [told] * (3 - count)
 
 

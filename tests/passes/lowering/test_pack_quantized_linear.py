@@ -164,7 +164,7 @@ def test_a_known_scale_goes_into_the_kernel() -> None:
 
 LEFT = {
     ",symmetric=false": "its weight is in uint8, and the kernel multiplies with int8",
-    ",granularity=group,group=2": "its weight has a scale for each group, and sums of bytes are scaled once a feature",
+    ",granularity=group,group=2": "its weight has group-wise scales, and the kernel takes one scale per feature",
     ",scheme=fp8": "its weight is in fp8, and the kernel multiplies with int8",
 }
 

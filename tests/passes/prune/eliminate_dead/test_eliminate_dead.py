@@ -72,6 +72,11 @@ def test_passes_resolved_before_stay_as_they_are(passes: str) -> None:
     assert resolve_passes(once) == once
 
 
+def test_one_that_is_written_out_is_not_added_again() -> None:
+    written = resolve_passes("prune-heads{keep=0.5},eliminate-dead,quantize")
+    assert written == resolve_passes("prune-heads{keep=0.5},quantize")
+
+
 def test_a_pruned_model_is_smaller_without_being_told_so() -> None:
     class FeedForward(nn.Module):
         def __init__(self) -> None:
