@@ -44,6 +44,7 @@ from lissom.compiler.ir.operators import ATTENTIONS, CONVOLUTIONS, LAYER_NORMS, 
 from lissom.compiler.pipeline.pass_kinds import Approximation
 from lissom.errors import RequirementError, UnsupportedError
 from lissom.ops.attention import attention
+from lissom.ops.quantization import dequantize, fake_quantize
 from lissom.ops.rotary import rotary
 
 aten = torch.ops.aten
@@ -211,7 +212,7 @@ class _Caster:
             wanted = self._dtype_for(node)
             mask = nodes.argument(node, _MASKS[node.target]) if node.target in _MASKS and wanted is self.low else None
             swaps: dict[fx.Node, fx.Node] = {}
-            for item in node.all_input_nodes:
+            for item in _operands(node):
                 if wanted is not None and _is_floating(item) and nodes.tensor_type(item).dtype in (torch.float32, self.low):
                     swaps[item] = self._cast(item, wanted, node, clamp=item is mask)
             self._apply(node, {old: new for old, new in swaps.items() if old is not new}, wanted)
@@ -237,7 +238,7 @@ class _Caster:
         if nodes.is_state_write(node) and nodes.tensor_type(node.args[0]).dtype == nodes.tensor_type(node.args[1]).dtype:
             return None
         follows = node.target in _FOLLOWS or is_view(node)
-        short = any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in node.all_input_nodes)
+        short = any(_is_floating(item) and nodes.tensor_type(item).dtype == self.low for item in _operands(node))
         if self.guard is not None and not is_protected(node, self.skip):
             # The calls that would run in float16 if all values fitted.
             candidates = self.guard.candidates
@@ -308,6 +309,11 @@ class _Caster:
             self.edit.rewritten += 1
         if nodes.node_type(node) != before:
             self.changed.add(node)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a call that may be cast: a stored scale keeps its dtype."""
+    return node.all_input_nodes[:1] if node.target in (fake_quantize, dequantize) else node.all_input_nodes
 
 
 def _lowest(dtype: torch.dtype) -> float:

@@ -44,3 +44,16 @@ def test_infinity_stays_infinity() -> None:
     module.lowest.fill_(-torch.inf)
     fast = lissom.optimize(module, (x, mask), passes="cast").program
     assert (fast(x, mask)[~mask] == 0).all()  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("fold", ["", ",fold-quantized-weights"])
+def test_scales_of_weights_quantized_before_stay(fold: str, dtype: str) -> None:
+    """int4-weight stores its scales in float16; they were cast to float32, and no weight could be folded."""
+    module, x = seeded(lambda: nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))), normal(3, 32)
+    passes = f"quantize{{scheme=int4-weight}}{fold},cast{{dtype={dtype}}},fold-quantized-weights"
+    fast = lissom.optimize(module, x, passes=passes, data=[x]).program
+    assert "dequantize" in fast.text() and torch.float16 in {weight.dtype for weight in fast.weights().values()}
+    whole = lissom.optimize(module, x, passes="quantize{scheme=int4-weight}", data=[x]).program
+    # One rounding to 8 bits or more of outputs near 1.
+    torch.testing.assert_close(fast(x), whole(x), atol=2e-2, rtol=2e-2)
