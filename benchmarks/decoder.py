@@ -197,7 +197,7 @@ class Lissom:
 
         data = [ids.reshape(1, -1) for ids in windows(checkpoint, "calibration", CALIBRATION)] if "gptq" in passes else ()
         self.decoder = lissom.compile_generation(
-            checkpoint.model, max_length=LENGTH, passes=passes, backend=backend, data=data, only_if_faster=False
+            checkpoint.model, max_length=LENGTH, passes=passes, backend=backend, data=data, goal=None
         )
         self.bytes_read = self.decoder.program.parameter_bytes - sum(
             self.decoder.program.weight(name).nbytes for name in self.decoder.program.state

@@ -182,7 +182,7 @@ def measure(model: str) -> None:
                     data=data,
                     backend=name,
                     checks="structural",
-                    only_if_faster=False,
+                    goal=None,
                 )
             except UnsupportedError as refusal:
                 latency |= {f"{name} {rows}x{tokens}": str(refusal) for rows, tokens in inputs}

@@ -10,7 +10,7 @@ from torch import nn
 
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
-from lissom.compiler.pipeline.options import Checks, Metric, Progress
+from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.compile import compile_model, optimize_model
 from lissom.driver.options import Inputs, Settings
@@ -34,7 +34,7 @@ def compile(
     data: Iterable[Inputs] = (),
     metric: Metric | None = None,
     max_drop: float | None = None,
-    only_if_faster: bool = True,
+    goal: Goal | None = "latency",
     simulate: bool = False,
     progress: Progress | None = None,
 ) -> CompiledModel:
@@ -58,8 +58,9 @@ def compile(
     data: calibration inputs, each like example_inputs, for passes that calibrate.
     metric: scores a callable that takes the model's arguments; higher is better. max_drop: the largest drop of the metric
         that lossy passes may cause.
-    only_if_faster: revert a lossy pass if the program, lowered for the backend, is neither faster nor smaller with it; the
-        history records both timings and sizes.
+    goal: what a lossy pass must gain. The program is lowered and timed with it and without it, on the example and at larger
+        sizes, and the report has the figures. `latency` reverts a pass that makes the program slower, or neither faster nor
+        smaller; `memory` keeps one that makes it smaller; None keeps every pass, untimed.
     simulate: compute quantized layers without a kernel on this backend in floating point, on quantized values. The outputs
         are the same, without a speedup. If False, such layers are refused.
     progress: called with the current step, the number of steps finished, and the total; by default a bar on a terminal.
@@ -83,7 +84,7 @@ def compile(
         data=data,
         metric=metric,
         max_drop=max_drop,
-        only_if_faster=only_if_faster,
+        goal=goal,
         simulate=simulate,
         progress=progress,
     )

@@ -23,6 +23,7 @@ from lissom.cli_options import (
     Checks,
     Data,
     Device,
+    GoalName,
     MaxDrop,
     MetricName,
     Model,
@@ -32,10 +33,11 @@ from lissom.cli_options import (
     Simulate,
     Ways,
     finite,
+    goal_of,
 )
 from lissom.compiler.parallel.plan import make_plan
 from lissom.compiler.pipeline.history import Interrupted
-from lissom.compiler.pipeline.options import check_options
+from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.driver.ranks import with_world_size
 from lissom.driver.torchrun import RankProcess, ending_at_once, may_speak, one_of_ranks, refuse_torchrun
@@ -102,7 +104,7 @@ def run_compile(
     history: Annotated[Path | None, typer.Option(help="Write the history to this file, as JSON.")] = None,
     text: Annotated[Path | None, typer.Option(help="Write the optimized program to this file, as text.")] = None,
     save: Annotated[Path | None, typer.Option("--save", "-o", help="Write what was compiled to this directory.")] = None,
-    only_if_faster: Annotated[bool, typer.Option(help="Revert lossy passes that make nothing faster or smaller here.")] = True,
+    goal: GoalName = "latency",
     _ways: Ways = None,
 ) -> None:
     """Compile a model and print what every pass did."""
@@ -113,7 +115,7 @@ def run_compile(
         check_target(save)
     chosen = with_world_size(backend, world_size)
     quality = Quality(data, metric, max_drop)
-    compiled = _compile(model, passes, chosen, device, checks, quality, only_if_faster=only_if_faster, simulate=simulate)
+    compiled = _compile(model, passes, chosen, device, checks, quality, goal=goal_of(goal), simulate=simulate)
     show(compiled.report.full() if full else compiled.report)
     if save is not None:
         assert isinstance(compiled, api.CompiledModel)
@@ -141,6 +143,7 @@ def run_generate(
     device: Device = None,
     checks: Checks = "numeric",
     data: Data = None,
+    goal: GoalName = "latency",
     save: Annotated[Path | None, typer.Option(help="Write the decoder with its tokenizer to this directory too.")] = None,
     allow_native: AllowNative = False,
 ) -> None:
@@ -166,6 +169,7 @@ def run_generate(
                 backend,
                 rank.device,
                 checks,
+                goal_of(goal),
                 partial(quality.batches, device=check_device(rank.device)),
             )
         )
@@ -304,7 +308,7 @@ def _compile(
     checks: str,
     quality: Quality,
     *,
-    only_if_faster: bool = True,
+    goal: Goal | None = None,
     simulate: bool = False,
 ) -> api.CompiledModel | api.Optimized:
     """The model compiled for a backend; without a backend, only optimized by the passes."""
@@ -316,7 +320,7 @@ def _compile(
     place = check_device(device)
     quality.check()
     source = load(model)
-    options = {"backend": backend, "only_if_faster": only_if_faster, "simulate": simulate}
+    options = {"backend": backend, "goal": goal, "simulate": simulate}
     run = api.optimize if backend is None else partial(api.compile, **options)
     try:
         compiled = run(

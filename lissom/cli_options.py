@@ -11,6 +11,7 @@ import torch
 import typer
 
 from lissom.calibration_files import FORMATS, METRICS, make_metric, read_data
+from lissom.compiler.pipeline.options import Goal, check_goal
 from lissom.errors import ArtifactError, UnsupportedError
 from lissom.frontends.sources import NAMES, Source
 
@@ -46,6 +47,9 @@ Seconds = Annotated[
 ]
 Ways = Annotated[int | None, typer.Option("--ways", hidden=True, callback=refuse_ways)]
 Checks = Annotated[str, typer.Option(help="numeric, structural or off.")]
+GoalName = Annotated[
+    str, typer.Option("--goal", help="Revert lossy passes by latency or memory, as measured here; none keeps every pass.")
+]
 Simulate = Annotated[
     bool, typer.Option("--simulate", help="Compute quantized layers without a kernel in floating point, on quantized values.")
 ]
@@ -61,6 +65,13 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(min=0.0, callback=finite_or_none, help="The most --metric may drop; a pass that costs more is refused."),
 ]
+
+
+def goal_of(name: str) -> Goal | None:
+    """The goal that an option names. Raises: UnsupportedError for another name."""
+    goal = None if name == "none" else name
+    check_goal(goal)  # pyright: ignore[reportArgumentType]
+    return goal  # pyright: ignore[reportReturnType]
 
 
 @dataclass(frozen=True)

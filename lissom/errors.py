@@ -22,6 +22,7 @@ RENAMED = (
     ("eliminate-dead-hidden", "eliminate-dead"),
     ("output_heads", "lm_head"),
     ("share", "fraction"),
+    ("only_if_faster", "goal"),
 )
 """Former names of options and passes, each with its current name."""
 

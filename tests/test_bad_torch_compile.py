@@ -51,7 +51,7 @@ OPTIONS: dict[str, Refusal] = {
     "data a tensor": (InputError, "data= is a Tensor;", lambda: asked(data=torch.zeros(1))),
     "data a mapping": (InputError, "data= is a dict;", lambda: asked(data={})),
     "simulate text": (UnsupportedError, "simulate= is 'yes'; give True or False", lambda: asked(simulate="yes")),
-    "faster none": (UnsupportedError, "only_if_faster= is None;", lambda: asked(only_if_faster=None)),
+    "goal size": (UnsupportedError, "goal='size' is not known; choose latency, memory, or None", lambda: asked(goal="size")),
 }
 
 

@@ -207,7 +207,7 @@ def lissom(task: Task, *, passes: str = "exact", backend: str = "eager") -> Buil
     """Lissom on the backends eager or onnxruntime: one compile for all shapes; calibration on 100 texts."""
     model, constants = task.model, dict(task.model.constants)
     data = [inputs | constants for inputs in task.calibration] if "int8-static" in passes else []
-    compiled = api.compile(model.source.model, model.example | constants, passes=passes, backend=backend, data=data)
+    compiled = api.compile(model.source.model, model.example | constants, passes=passes, backend=backend, data=data, goal=None)
     return lambda inputs: partial(compiled, **inputs, **model.constants)
 
 

@@ -77,7 +77,7 @@ def profile_model(
     """
     model = load_model(name)
     inputs = make_inputs(model, shapes, texts)
-    compiled = compile(model.source.model, model.example | dict(model.constants), passes=passes)
+    compiled = compile(model.source.model, model.example | dict(model.constants), passes=passes, goal=None)
     for tensors in inputs.values():
         yield profile(compiled, tensors, model.constants, machine, seconds)
 

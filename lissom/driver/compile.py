@@ -14,7 +14,7 @@ from lissom.backends.distributed.backend import Distributed
 from lissom.backends.eager.backend import Eager
 from lissom.backends.fastest import build_fastest
 from lissom.compiler.ir.program import Program
-from lissom.compiler.ir.samples import Sample, check_samples
+from lissom.compiler.ir.samples import Sample, check_samples, larger
 from lissom.compiler.pipeline.history import History, Size, Step
 from lissom.compiler.pipeline.options import Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
@@ -99,8 +99,8 @@ def _compile_for_process(
     count = 1 + len(passes) + sum(len(lowering) + 1 for lowering in lowerings.values())
     job = _job(take, passes, settings, progress, count)
     # Simulated layers are never faster, and the caller asked for them.
-    rivals = [item for item in backends if item.name in lowerings and settings.only_if_faster and not settings.simulate]
-    judge = Payoff(rivals, lowerings, job.example) if rivals else None
+    rivals = [item for item in backends if item.name in lowerings and not settings.simulate]
+    judge = Payoff(rivals, lowerings, job.timed, settings.goal) if rivals and settings.goal is not None else None
     lowered = replace(job.pipeline, judge=judge).run_each(job.program, lowerings, job.history)
     built = build_fastest(
         backends,
@@ -136,8 +136,10 @@ def _partition_model(
     at = next(index for index, item in enumerate(passes) if isinstance(item, (Shard, Partition)))
     job = _job(take, passes[:at], settings, progress, 1 + len(passes))
     eager = Eager()
-    judge = Payoff([eager], {eager.name: eager.lowering(device)}, job.example)
-    pipeline = replace(job.pipeline, judge=judge if settings.only_if_faster and not settings.simulate else None)
+    judge = None
+    if settings.goal is not None and not settings.simulate:
+        judge = Payoff([eager], {eager.name: eager.lowering(device)}, job.timed, settings.goal)
+    pipeline = replace(job.pipeline, judge=judge)
     (found,) = pipeline.run_each(job.program, {eager.name: passes[at:]}, job.history).values()
     if isinstance(found, LissomError):
         raise found
@@ -146,12 +148,16 @@ def _partition_model(
 
 @dataclass(frozen=True)
 class _Job:
-    """A captured model and the passes to run on it."""
+    """A captured model and the passes to run on it; timed: the inputs for timing, the example first."""
 
     pipeline: Pipeline
     program: Program
-    example: Sample
+    timed: list[Sample]
     history: History
+
+    @property
+    def example(self) -> Sample:
+        return self.timed[0]
 
 
 def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings, show: Progress, count: int) -> _Job:
@@ -160,7 +166,10 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings
     captured = take()
     program = captured.program
     history = History(format_pipeline(passes), settings.checks)
-    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, Size.of(program), notes=captured.notes), program.text())
+    size = Size.of(program)
+    history.record(Step(0, "capture", "capture", captured.seconds, 0.0, size, notes=captured.notes), program.text())
+    other = larger(program.signature, captured.example, size.flops)
+    timed = captured.timed or (() if other is None else (other,))
     pipeline = Pipeline(
         passes,
         samples=captured.samples or check_samples(program.signature, captured.example),
@@ -170,4 +179,4 @@ def _job(take: Callable[[], Capture], passes: Sequence[Pass], settings: Settings
         max_drop=settings.max_drop,
         progress=lambda what, finished, _: show(what, finished + 1, count),
     )
-    return _Job(pipeline, program, captured.example, history)
+    return _Job(pipeline, program, [captured.example, *timed], history)

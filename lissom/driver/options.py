@@ -14,7 +14,7 @@ from lissom.backends.base import Backend
 from lissom.backends.distributed.backend import Distributed
 from lissom.compiler.ir.samples import Sample
 from lissom.compiler.ir.signature import Signature
-from lissom.compiler.pipeline.options import Checks, Metric, Progress, check_options, check_progress
+from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress, check_goal, check_options, check_progress
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.compiler.pipeline.spelling import parse_pipeline
 from lissom.driver.ranks import on_all_ranks, passes_for, with_world_size
@@ -41,7 +41,7 @@ class Settings:
     data: Iterable[Inputs] = ()
     metric: Metric | None = None
     max_drop: float | None = None
-    only_if_faster: bool = True
+    goal: Goal | None = "latency"
     simulate: bool = False
     progress: Progress | None = None
 
@@ -53,10 +53,9 @@ def check_choices(settings: Settings) -> None:
     """
     check_options(settings.checks, settings.metric, settings.max_drop)
     check_progress(settings.progress)
-    for name in ("only_if_faster", "simulate"):
-        value = getattr(settings, name)
-        if not isinstance(value, bool):
-            raise UnsupportedError(f"{name}= is {value!r}; give True or False")
+    check_goal(settings.goal)
+    if not isinstance(settings.simulate, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(f"simulate= is {settings.simulate!r}; give True or False")
     check_data(settings.data)
 
 

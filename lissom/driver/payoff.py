@@ -1,22 +1,25 @@
-"""The speedup and size reduction of a lossy pass, measured on the lowered programs with and without it."""
+"""What a lossy pass gains: times and sizes of the lowered programs with and without it, at several shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import geometric_mean
 
 from lissom.artifacts.weights import stored_bytes
-from lissom.backends.base import Backend
+from lissom.backends.base import Backend, restored_state
 from lissom.compiler.ir.program import Program
 from lissom.compiler.ir.samples import Sample
+from lissom.compiler.pipeline.options import Goal
 from lissom.compiler.pipeline.pass_kinds import Pass
-from lissom.compiler.pipeline.pipeline import Pipeline
+from lissom.compiler.pipeline.pipeline import Pipeline, Verdict
 from lissom.errors import LissomError
 from lissom.inspect.timing import ENOUGH, Timing, time_calls
 
 FASTER = 0.97
-"""A program counts as faster below this fraction of the time: two timings of one program differ by as much."""
+"""A program counts as faster below this fraction of the time, and as slower above its inverse: two timings of one program
+differ by as much."""
 _SECONDS = 0.5
 
 
@@ -24,49 +27,71 @@ _SECONDS = 0.5
 class Payoff:
     """Compares programs as the backends run them.
 
-    backends: those that may run the result. lowerings: their lowering passes, by name. example: the inputs for timing.
+    backends: those that may run the result. lowerings: their lowering passes, by name. samples: the inputs for timing.
+    goal: what a pass must not make worse.
     """
 
     backends: Sequence[Backend]
     lowerings: Mapping[str, Sequence[Pass]]
-    example: Sample
+    samples: Sequence[Sample]
+    goal: Goal
 
-    def __call__(self, before: Program, after: Program) -> str | None:
-        """The reason to revert, with both timings and sizes; None if `after` is smaller or faster on any backend.
+    def __call__(self, before: Program, after: Program) -> Verdict | None:
+        """The figures of all backends; the pass is kept if it gains on one of them.
 
-        None too if a backend cannot run one of the programs, or has no kernels for the quantized layers of `after`: building
+        None if a backend cannot run one of the programs, or has no kernels for the quantized layers of `after`: building
         the result raises the backend's own error.
         """
-        reasons: list[str] = []
+        found: list[Verdict] = []
         for backend in self.backends:
             try:
-                reason = self._compare(backend, before, after)
+                verdict = self._compare(backend, before, after)
             except LissomError:
                 return None
-            if reason is None:
+            if verdict is None:
                 return None
-            reasons.append(reason)
-        return "; ".join(reasons) or None
+            found.append(verdict)
+        kept = [verdict for verdict in found if verdict.keep]
+        return Verdict("; ".join(verdict.figures for verdict in kept or found), bool(kept))
 
-    def _compare(self, backend: Backend, before: Program, after: Program) -> str | None:
+    def _compare(self, backend: Backend, before: Program, after: Program) -> Verdict | None:
         lowering = Pipeline(self.lowerings[backend.name], checks="off")
         programs = [lowering.run(program)[0] for program in (before, after)]
-        sizes = [stored_bytes(program) for program in programs]
-        if sizes[1] < sizes[0] or backend.simulated(programs[1]):
+        if backend.simulated(programs[1]):
             return None
-        built = [backend.build(program, self.example) for program in programs]
+        built = [backend.build(program, self.samples[0]) for program in programs]
         if getattr(built[1], "simulated", ()):
             return None
-        calls = [partial(executable, self.example) for executable in built]
-        without, found = time_calls(dict(zip(("without", "with"), calls, strict=True)), _SECONDS, most=ENOUGH).values()
-        if found.median_ms < FASTER * without.median_ms:
-            return None
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in self.example)
-        return (
-            f"neither faster nor smaller on {backend.name}: {_figures(found, sizes[1])} with it, {_figures(without, sizes[0])} "
-            f"without, on inputs {shapes}; only_if_faster=False keeps it"
-        )
+        ratios: list[float] = []
+        times: list[str] = []
+        with restored_state(*built):
+            for sample in self.samples:
+                calls = (partial(executable, sample) for executable in built)
+                timings = time_calls(dict(zip(("without", "with"), calls, strict=True)), _SECONDS, most=ENOUGH)
+                ratios.append(timings["with"].median_ms / timings["without"].median_ms)
+                times.append(_times(timings["with"], timings["without"], sample))
+        without, size = (stored_bytes(program) for program in programs)
+        found = _Gain(geometric_mean(ratios), size < without)
+        figures = f"{found.ratio:.2f} x the time ({', '.join(times)}), {size / 1e6:.3g} MB against {without / 1e6:.3g}"
+        return found.verdict(self.goal, backend.name, figures)
 
 
-def _figures(timing: Timing, size: int) -> str:
-    return f"{timing} ms and {size / 1e6:.3g} MB"
+@dataclass(frozen=True)
+class _Gain:
+    """ratio: of the times with a pass and without it. smaller: whether the program is."""
+
+    ratio: float
+    smaller: bool
+
+    def verdict(self, goal: Goal, backend: str, figures: str) -> Verdict:
+        faster, slower = self.ratio < FASTER, self.ratio * FASTER > 1
+        if faster or (self.smaller and (goal == "memory" or not slower)):
+            return Verdict(f"on {backend} {figures}", True)
+        if self.smaller:
+            return Verdict(f'slower on {backend}: {figures}; goal="memory" keeps it', False)
+        return Verdict(f"neither faster nor smaller on {backend}: {figures}; goal=None keeps it", False)
+
+
+def _times(found: Timing, without: Timing, sample: Sample) -> str:
+    shapes = ", ".join(dict.fromkeys(str(list(tensor.shape)) for tensor in sample))
+    return f"{found} ms against {without} on {shapes}"

@@ -41,6 +41,8 @@ CACHE = "cache"
 """The name of the module with the state: `cache.0.keys` and `cache.0.values` belong to the first layer."""
 SHORTEST = 8
 """The smallest number of slots of a KV cache."""
+_PREFILL = 128
+"""The most tokens of a prefill that is timed."""
 
 
 def capture_decoder(
@@ -82,7 +84,7 @@ def _capture(model: PreTrainedModel, max_length: int, batch: int, all_logits: bo
     step = _step(captured.example, max_length)
     checked = (*check_samples(captured.program.signature, captured.example), step)
     notes = (*captured.notes, _describe(captured.program))
-    return replace(captured, example=step, samples=checked, notes=notes)
+    return replace(captured, example=step, samples=checked, notes=notes, timed=(_prefill(captured.example, max_length),))
 
 
 def _example(model: PreTrainedModel, max_length: int, batch: int) -> Sample:
@@ -103,6 +105,15 @@ def _step(example: Sample, max_length: int) -> Sample:
     ids, mask, positions, start = example
     filled = max_length // 2
     return [ids[:, :1], mask, torch.full_like(positions[:, :1], filled - 1), torch.full_like(start, filled)]
+
+
+def _prefill(example: Sample, max_length: int) -> Sample:
+    """The inputs of a prefill of an empty cache; programs are timed on them too."""
+    ids, mask, positions, start = example
+    tokens = min(_PREFILL, max_length)
+    repeated = ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+    counted = torch.arange(tokens, device=positions.device).expand(len(ids), tokens).contiguous()
+    return [repeated, mask, counted, torch.zeros_like(start)]
 
 
 def _confirm(program: Program, model: PreTrainedModel, example: Sample) -> None:

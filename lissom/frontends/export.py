@@ -50,7 +50,8 @@ class Capture:
     """A captured model.
 
     example: the caller's inputs, flat. notes: which sizes may vary, and which attempts failed.
-    samples: the verification inputs; if there are none, the example and a variant of it are used.
+    samples: the verification inputs; if there are none, the example and a variant of it are used. timed: inputs for timing
+    besides the example; if there are none, the example at larger sizes is used.
     """
 
     program: Program
@@ -58,6 +59,7 @@ class Capture:
     notes: tuple[str, ...]
     seconds: float
     samples: tuple[Sample, ...] = ()
+    timed: tuple[Sample, ...] = ()
 
 
 def capture(

@@ -14,7 +14,7 @@ from lissom.artifacts.artifact import Trust
 from lissom.artifacts.files import check_path
 from lissom.backends.base import Backend
 from lissom.compiler.ir.program import Program
-from lissom.compiler.pipeline.options import Checks, Metric, Progress
+from lissom.compiler.pipeline.options import Checks, Goal, Metric, Progress
 from lissom.compiler.pipeline.pass_kinds import Pass
 from lissom.driver.compile import compile_captured
 from lissom.driver.options import Inputs, Settings, check_choices, resolve_passes
@@ -48,7 +48,7 @@ def compile_generation(
     data: Iterable[torch.Tensor | Mapping[str, object]] = (),
     metric: Callable[[NextToken], float] | None = None,
     max_drop: float | None = None,
-    only_if_faster: bool = True,
+    goal: Goal | None = "latency",
     simulate: bool = False,
     progress: Progress | None = None,
 ) -> GenerationModel:
@@ -62,7 +62,7 @@ def compile_generation(
         only the last token of a prompt.
     data: token ids [rows, tokens], or the output of a tokenizer, for passes that calibrate.
     metric: scores a callable that takes input_ids and attention_mask of `batch` rows and returns the next token's logits.
-    backend, world_size, device, checks, max_drop, only_if_faster, simulate, progress: as for `compile`.
+    backend, world_size, device, checks, max_drop, goal, simulate, progress: as for `compile`.
 
     Raises: UnsupportedError if the model is not a causal language model of transformers; CaptureError if it is already
         compiled, or a line of it cannot be captured; InputError if max_length or batch do not fit it; and the errors of
@@ -87,7 +87,7 @@ def compile_generation(
         data=data,
         metric=metric,  # pyright: ignore[reportArgumentType]
         max_drop=max_drop,
-        only_if_faster=only_if_faster,
+        goal=goal,
         simulate=simulate,
         progress=progress,
     )

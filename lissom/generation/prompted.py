@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lissom.compiler.pipeline.options import check_options
+from lissom.compiler.pipeline.options import Goal, check_options
 from lissom.driver.options import resolve_passes
 from lissom.errors import UnsupportedError
 from lissom.frontends.decoder import SHORTEST, longest_text
@@ -41,6 +41,7 @@ def compile_prompted(
     backend: str,
     device: str | None,
     checks: str,
+    goal: Goal | None,
     read_data: Callable[[Source], Sequence[Mapping[str, object]]],
 ) -> Prompted:
     """A model compiled with a KV cache for prompt and answer, its tokenizer, and the prompt's tokens.
@@ -63,5 +64,6 @@ def compile_prompted(
         device=device,
         checks=checks,  # pyright: ignore[reportArgumentType]
         data=read_data(source),
+        goal=goal,
     )
     return decoder, tokenizer, ids

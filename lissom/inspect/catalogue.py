@@ -32,7 +32,7 @@ OTHER = "From other packages"
 _EXACT = ("rewrite", "annotation")
 _KINDS = {
     "rewrite": "exact: outputs stay equal within rounding, which is checked",
-    "approximation": "lossy: outputs change; the error is measured, and the pass is reverted where it gains nothing",
+    "approximation": "lossy: outputs change; the error is measured, and the pass is reverted where it makes the program slower",
     "annotation": "exact: adds information and changes no output",
     "training": "lossy: trains weights to recover quality",
 }

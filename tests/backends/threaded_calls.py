@@ -54,7 +54,7 @@ def compiled(dtype: torch.dtype, passes: str = "exact", backend: str | Backend =
     """The model, for any batch and length."""
     example = torch.randn(2, 16, WIDTH).to(dtype)
     model = nn.Sequential(Block(), Block()).eval().to(dtype)
-    return lissom.compile(model, example, passes=passes, backend=backend, only_if_faster=False)
+    return lissom.compile(model, example, passes=passes, backend=backend, goal=None)
 
 
 def main() -> int:

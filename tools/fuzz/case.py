@@ -185,7 +185,7 @@ def _judge(case: Case, model: nn.Module, given: Mapping[str, object], address: s
         dynamic=case.dynamic,
         checks=case.checks,
         data=data,
-        only_if_faster=False,
+        goal=None,
         simulate=True,
     )
     if case.captured_before:

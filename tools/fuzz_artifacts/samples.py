@@ -40,7 +40,7 @@ def _leaves(tree: object) -> Answer:
 def _compiled(build: Callable[[], Case], **options: Any) -> Sample:
     def save(folder: Path) -> None:
         case = build()
-        lissom.compile(case.model, case.inputs, checks="off", only_if_faster=False, **options).save(folder)
+        lissom.compile(case.model, case.inputs, checks="off", goal=None, **options).save(folder)
 
     def load(folder: Path) -> Callable[[], Answer]:
         model, case = lissom.load(folder), build()

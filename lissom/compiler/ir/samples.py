@@ -23,6 +23,8 @@ LONGEST = 513
 """The longest length tried: one more than the window lengths of small models, which are powers of two."""
 WORK = 2e9
 """The floating-point operations allowed in a run at the longest length, some tenths of a second on one core."""
+LARGE_WORK = 2e10
+"""The floating-point operations allowed in a run at the larger sizes for timing, some tenths of a second on two cores."""
 _MASKED = -1e4
 """The masking value for an additive mask of zeros only; in the range of fp16."""
 _LOW = -1e3
@@ -86,6 +88,21 @@ def more_samples(signature: Signature, example: Sequence[torch.Tensor], flops: i
         if sizes is not None:
             found.append(_masked(_redrawn(resize(signature, example, sizes, seed), seed), _tail_and_hole))
     return found
+
+
+def larger(signature: Signature, example: Sequence[torch.Tensor], flops: int) -> Sample | None:
+    """The example with all dynamic dimensions up to 16 times as large, for timing; None where that takes too long.
+
+    flops: of a run on the example.
+    """
+    usual = signature.sizes_of(example)
+    tried: list[Sizes] = []
+    for factor in (16, 8, 4, 2):
+        sizes = {symbol: signature.dimensions[symbol].at_most(size * factor) for symbol, size in usual.items()}
+        if flops * prod(sizes[symbol] / size for symbol, size in usual.items()) <= LARGE_WORK:
+            tried.append(sizes)
+    found = _first_allowed(signature, example, tried)
+    return None if found is None else resize(signature, example, found)
 
 
 def _variant(signature: Signature, example: Sequence[torch.Tensor], seed: int = 0) -> Sample:

@@ -13,6 +13,7 @@ from lissom.compiler.ir.program import Program
 from lissom.errors import InputError, UnsupportedError
 
 Checks = Literal["numeric", "structural", "off"]
+Goal = Literal["latency", "memory"]
 Metric = Callable[[Program], float]
 Progress = Callable[[str, int, int], None]
 
@@ -30,6 +31,14 @@ def check_options(checks: Checks, metric: Metric | None = None, max_drop: float 
         raise UnsupportedError(f"max_drop= is {max_drop!r:.80}; give a number, 0 or more")
     if max_drop is not None and metric is None:
         raise UnsupportedError("max_drop needs a metric to measure the drop of: pass metric=")
+
+
+def check_goal(goal: Goal | None) -> None:
+    """Check what lossy passes must gain. Raises: UnsupportedError."""
+    if goal is not None and (not isinstance(goal, str) or goal not in get_args(Goal)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UnsupportedError(
+            f"goal={goal!r:.80} is not known; choose {', '.join(get_args(Goal))}, or None to keep every pass"
+        )
 
 
 def check_progress(progress: Progress | None) -> None:

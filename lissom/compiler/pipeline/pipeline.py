@@ -27,7 +27,16 @@ from lissom.compiler.verify.equality import changed_strides, require_equal
 from lissom.compiler.verify.structure import verify_structure
 from lissom.errors import BudgetError, LissomError, PassError, RequirementError, UnsupportedError, VerifyError
 
-Judge = Callable[[Program, Program], str | None]
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a lossy pass gained: the measured figures, as a sentence, and whether to keep the pass."""
+
+    figures: str
+    keep: bool
+
+
+Judge = Callable[[Program, Program], Verdict | None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,8 @@ class Pipeline:
     metric: scores a program, higher is better; max_drop: the largest drop below the original's score that is allowed.
     progress: called before each pass with its text, its number and the count.
     judge: called for each approximation that cheapens the program, with the program before it, and the program after it and
-        all passes up to the next such approximation; returns the reason to revert the approximation, or None to accept it.
+        all passes up to the next such approximation; its figures become a note, or the reason why the approximation is
+        reverted. None where nothing can be measured.
     """
 
     passes: Sequence[Pass]
@@ -114,15 +124,19 @@ class Pipeline:
             self._judge(run, trial)
 
     def _judge(self, run: _Run, trial: _Trial | None) -> None:
-        """Revert an approximation that the judge rejects, and the lossy passes after it; exact passes run again."""
+        """Note what an approximation gained, or revert it and the lossy passes after it; exact passes run again."""
         if trial is None or self.judge is None:
             return
-        reason = self.judge(trial.start.program, run.program)
-        if reason is None:
+        verdict = self.judge(trial.start.program, run.program)
+        if verdict is None:
             return
-        seconds = sum(step.seconds + step.check_seconds for step in run.history.steps[trial.steps :])
+        steps = run.history.steps
+        if verdict.keep:
+            steps[trial.steps] = replace(steps[trial.steps], notes=(*steps[trial.steps].notes, verdict.figures))
+            return
+        seconds = sum(step.seconds + step.check_seconds for step in steps[trial.steps :])
         run.go_back(trial.start, trial.steps)
-        run.record_reverted(trial.item, seconds, reason)
+        run.record_reverted(trial.item, seconds, verdict.figures)
         for item, show in trial.following:
             if isinstance(item, (Rewrite, Annotation)):
                 show()

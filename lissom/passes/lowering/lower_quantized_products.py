@@ -140,7 +140,7 @@ def _obstacle_to_weight_only(layer: QuantizedLayer) -> str | None:
         return f"its weight is in {layer.format}, and PyTorch multiplies floats with int8, int4 or uint4"
     if dtype != torch.bfloat16:
         reads = str(dtype).removeprefix("torch.")
-        return f"4-bit weights are multiplied with bfloat16, and this layer reads {reads}: put cast{{dtype=bf16}} before"
+        return f"int4 is multiplied with bfloat16, and this layer reads {reads}: put cast{{dtype=bf16}} before"
     if _group_of(layer) is None:
         return f"{layer.sizes[1] // layer.blocks[1]} inputs share a scale, and PyTorch takes multiples of {_GROUPS[-1]}"
     if features % _MULTIPLES["int4"]:

@@ -51,7 +51,7 @@ def test_a_quantized_encoder_is_what_its_simulation_is(passes: str, backend: str
     case = bert()
     simulated = lissom.optimize(case.model, case.inputs, passes=passes, data=[case.inputs]).program
     fast = lissom.compile(
-        case.model, case.inputs, passes=passes, data=[case.inputs], backend=backend, only_if_faster=False
+        case.model, case.inputs, passes=passes, data=[case.inputs], backend=backend, goal=None
     )  # fmt: skip
     assert calls(fast.program, PRODUCTS[passes]) == count_kernels(fast.program) == LAYERS * LINEAR
     assert calls(fast.program, dequantize) == 0
@@ -89,7 +89,7 @@ def test_weights_of_eight_bits_are_measured_on_it() -> None:
     """Either a layer runs on `_weight_int8pack_mm`, or the history has both times."""
     case = bert()
     passes = "quantize{scheme=int8-weight}"
-    fast = lissom.compile(case.model, case.inputs, passes=passes, simulate=True, only_if_faster=False)
+    fast = lissom.compile(case.model, case.inputs, passes=passes, simulate=True, goal=None)
     step = next(item for item in fast.report.history.steps if item.spelling == "lower-quantized-products")
     assert step.rewritten + len(step.skipped) == LAYERS * LINEAR
     assert all(skip.reason.startswith("with int8 weights it takes") for skip in step.skipped)

@@ -267,7 +267,7 @@ LEFT = {
     ",granularity=group,group=2": GROUPS,
     ",scheme=int8-weight,symmetric=false": "its weight is in uint8, and PyTorch multiplies floats with int8, int4 or uint4",
     ",scheme=int8-weight,granularity=group,group=2": GROUPS,
-    ",scheme=int4-weight": "4-bit weights are multiplied with bfloat16, and this layer reads float32: put cast{dtype=bf16} before",
+    ",scheme=int4-weight": "int4 is multiplied with bfloat16, and this layer reads float32: put cast{dtype=bf16} before",
 }
 
 

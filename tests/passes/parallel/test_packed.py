@@ -13,7 +13,7 @@ from tests.passes.prune.pack_tokens.test_pack_tokens import Encoder, inputs
 from tests.models import seeded
 join()
 model = seeded(lambda: Encoder("plain"))
-options = {"passes": "zero-padding,pack-tokens", "only_if_faster": False, "checks": "off"}
+options = {"passes": "zero-padding,pack-tokens", "goal": None, "checks": "off"}
 fast = lissom.compile(model, inputs(), backend="distributed", world_size=2, **options)
 one = lissom.compile(model, inputs(), **options)
 print([step.rewritten > 0 for step in fast.report.history.steps if step.spelling == "pack-tokens"])

@@ -55,7 +55,7 @@ def test_numbers(name: str, bits: int) -> None:
 
 @pytest.mark.parametrize(("bits", "allowed"), [(8, 0.02), (4, 0.4)])
 def test_what_is_read_of_a_token_does_not_change_as_others_follow(bits: int, allowed: float) -> None:
-    fast = lissom.compile_generation(decoder("llama"), max_length=32, passes=f"quantize-cache{{bits={bits}}}")
+    fast = lissom.compile_generation(decoder("llama"), max_length=32, passes=f"quantize-cache{{bits={bits}}}", goal=None)
     ids = prompt(length=9)["input_ids"]
     at_once = fast.step(ids)
     fast.reset()
@@ -76,7 +76,7 @@ def test_the_notes_say_what_the_cache_takes() -> None:
 
 @pytest.mark.skipif(bool(load_kernels()), reason="there are no kernels here")
 def test_composes_with_attention_that_reads_bytes_and_writes_in_place() -> None:
-    program = lissom.compile_generation(decoder("llama"), max_length=32, passes="quantize-cache").program
+    program = lissom.compile_generation(decoder("llama"), max_length=32, passes="quantize-cache", goal=None).program
     assert calls(program, dequantize) == 0
     assert all(
         "k_scale" in node.kwargs and node.args[1].meta["val"].dtype == torch.int8 for node in program.nodes(fused_attention)

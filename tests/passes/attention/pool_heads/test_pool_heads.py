@@ -200,7 +200,7 @@ def test_values_in_the_cache_are_pooled_like_those_to_come() -> None:
 def test_composes(backend: Backend) -> None:
     module, x = seeded(lambda: Attention(4, 4)), normal(2, 5, 16)
     compiled = captures.compile(
-        module, x, passes=f"pool-heads{{groups=2,{PLAIN}}},merge-equal-heads", backend=backend, only_if_faster=False
+        module, x, passes=f"pool-heads{{groups=2,{PLAIN}}},merge-equal-heads", backend=backend, goal=None
     )
     with torch.no_grad():
         # Sums of 16 terms in float32, in another order.
@@ -212,7 +212,7 @@ def test_composes(backend: Backend) -> None:
 def test_a_decoder_generates_the_same_with_a_smaller_cache(name: str) -> None:
     model, ids = decoder(name), prompt()["input_ids"]
     pooled, merged = (
-        lissom.compile_generation(model, max_length=32, passes=f"generation,pool-heads{{groups=1}}{more}", only_if_faster=False)
+        lissom.compile_generation(model, max_length=32, passes=f"generation,pool-heads{{groups=1}}{more}", goal=None)
         for more in ("", ",merge-equal-heads")
     )
     texts = [item.generate(ids, max_new_tokens=16, do_sample=False) for item in (pooled, merged)]
